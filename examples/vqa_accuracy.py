@@ -1,0 +1,169 @@
+"""VQA accuracy as an `evaluate` metric: normalised answers scored against the answers of several annotators.
+
+The rule is that of Antol et al. 2015 (arXiv 1505.00468) as the evaluation script of VQAv2 applies it. Three things
+differ from that script. It normalises only the questions whose annotators disagree; here every prediction and every
+answer is normalised, so "two" also matches a unanimous "2". A question with one answer, which the script would score
+0 for lack of other annotators, counts as unanimous. Accuracies are fractions, neither percentages nor rounded. No
+network is needed, by import or by `evaluate.load("examples/vqa_accuracy.py")`.
+"""
+
+import functools
+import re
+from collections import Counter, defaultdict
+
+import datasets
+import evaluate
+
+
+_DESCRIPTION = "Accuracy of open-ended visual question answering against the answers of one or several annotators."
+
+_CITATION = """\
+@inproceedings{antol2015vqa,
+    title={{VQA}: Visual Question Answering},
+    author={Antol, Stanislaw and Agrawal, Aishwarya and Lu, Jiasen and Mitchell, Margaret and Batra, Dhruv and
+        Zitnick, C. Lawrence and Parikh, Devi},
+    booktitle={International Conference on Computer Vision (ICCV)},
+    year={2015}
+}
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list[str]`): The answer the model gives to each question.
+    references (`list[list[str]]`): The answers the annotators gave to each question, at least one.
+    by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
+
+Returns:
+    `dict`: `accuracy`, the mean score in [0, 1]; with `by_answer` also `by_answer`, a `dict` from the normalised most
+    common answer of the questions (the first given where several are as common) to their `accuracy` and their
+    `count`, most frequent first.
+
+Raises:
+    `ValueError`: Where there are no predictions, or a question has no answers.
+
+Example:
+
+>>> metric = evaluate.load("examples/vqa_accuracy.py")
+>>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
+{'accuracy': 0.5}
+"""
+
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_ARTICLES = {"a", "an", "the"}
+
+# The contractions of the official script. It repairs each of them where one apostrophe, and only one, is missing.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+    where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+    y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+_REPAIRS = {word[: m.start()] + word[m.end() :]: word for word in _CONTRACTIONS for m in re.finditer("'", word)}
+# The one entry of the official table that takes an apostrophe away.
+_REPAIRS["somebody'd"] = "somebodyd"
+
+_PUNCTUATION = re.compile(r'[;/\[\]"{}()=+\\_\-><@`,?!]')
+_DIGIT_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+
+
+def _strip_punctuation(text: str) -> str:
+    def replace(match: re.Match) -> str:
+        # The script decides mark by mark: one that touches a space anywhere in the text goes everywhere in it.
+        mark = match.group()
+        spaced = f"{mark} " in text or f" {mark}" in text
+        return "" if spaced or _DIGIT_COMMA.search(text) else " "
+
+    return _PERIOD.sub("", _PUNCTUATION.sub(replace, text))
+
+
+# Annotators repeat themselves: most answers of a data set have been seen before.
+@functools.lru_cache(maxsize=2**16)
+def normalize_answer(text: str) -> str:
+    """
+    Normalises an answer as the evaluation script of VQAv2 does.
+
+    Punctuation goes, except apostrophes, colons and the periods of decimal numbers; number words up to ten become
+    digits; articles go; a missing apostrophe of a contraction comes back; the rest is lower-cased.
+
+    Args:
+        text (`str`): An answer: `"The two dogs."`.
+
+    Returns:
+        `str`: The normalised answer: `"2 dogs"`.
+    """
+    text = _strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_REPAIRS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_score(prediction: str, answers: list[str]) -> float:
+    """
+    Scores one prediction: the mean over the annotators of min(matches among the other annotators / 3, 1).
+
+    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction that is 0.3, 0.6, 0.9 or 1. With two or
+    three annotators even a unanimous answer scores 1/3 or 2/3, for nobody has three others to agree with.
+
+    Args:
+        prediction (`str`): The answer of the model.
+        answers (`list[str]`): The answers of the annotators. A single one counts as unanimous: it scores 0 or 1.
+
+    Returns:
+        `float`: The score in [0, 1].
+
+    Raises:
+        `ValueError`: Where `answers` is empty.
+    """
+    if not answers:
+        raise ValueError(f"The prediction {prediction!r} has no answers to be scored against: give at least one.")
+    matches = Counter(map(normalize_answer, answers))[normalize_answer(prediction)]
+    if len(answers) == 1:
+        return float(matches)
+    agreeing = matches * min((matches - 1) / 3, 1)
+    disagreeing = (len(answers) - matches) * min(matches / 3, 1)
+    return (agreeing + disagreeing) / len(answers)
+
+
+def _most_common_answer(answers: list[str]) -> str:
+    return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
+
+
+def _mean(scores: list[float]) -> float:
+    return sum(scores) / len(scores)
+
+
+def _accuracy_by_answer(scores: list[float], references: list[list[str]]) -> dict[str, dict]:
+    groups = defaultdict(list)
+    for score, answers in zip(scores, references, strict=True):
+        groups[_most_common_answer(answers)].append(score)
+    by_count = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return {answer: {"accuracy": _mean(group), "count": len(group)} for answer, group in by_count}
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class VqaAccuracy(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.Sequence(datasets.Value("string")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[list[str]], by_answer: bool = False) -> dict:
+        if not predictions:
+            raise ValueError("VQA accuracy of no predictions is undefined: give at least one prediction.")
+        scores = [vqa_score(*pair) for pair in zip(predictions, references, strict=True)]
+        result = {"accuracy": _mean(scores)}
+        if by_answer:
+            result["by_answer"] = _accuracy_by_answer(scores, references)
+        return result

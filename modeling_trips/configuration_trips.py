@@ -1,0 +1,418 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TRIPS configuration: a vision, a text, a fusion and a decoder part. Patch selection belongs to the vision part."""
+
+import copy
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+
+SELECTION_FIELDS = (
+    "selection_layers",
+    "keep_rate",
+    "selection_guidance",
+    "fuse_inattentive_tokens",
+    "normalize_fusion_weights",
+)
+
+# What the fusion encoder and the decoder take from the text encoder unless they are told otherwise.
+FIELDS_SHARED_WITH_TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "initializer_range",
+    "pad_token_id",
+)
+
+
+def _validate_heads(config):
+    if config.hidden_size % config.num_attention_heads != 0:
+        raise ValueError(
+            f"`hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` "
+            f"({config.num_attention_heads})."
+        )
+
+
+def _as_pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")
+@strict
+class TripsVisionConfig(PreTrainedConfig):
+    r"""
+    patch_embedding_type (`str`, *optional*, defaults to `"linear"`):
+        `"linear"`: one convolution of kernel and stride `patch_size` (ViT). `"convolutional"`: a stack of 3x3
+        convolutions of stride 2 with doubling channels and one 1x1 convolution (https://arxiv.org/abs/2106.14881);
+        `patch_size` must then be a power of two.
+    patch_bias (`bool`, *optional*, defaults to `True`):
+        Whether the patch embedding has a bias. CLIP has none.
+    use_pre_layernorm (`bool`, *optional*, defaults to `False`):
+        Whether the embeddings are normalised before the first layer, as in CLIP.
+    selection_layers (`list[int]`, *optional*, defaults to `[5, 10]`):
+        Layers that select patches, numbered from 1, ascending. An empty list is a plain ViT.
+    keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
+        Share of the candidate tokens that goes on after a selection layer, in (0, 1]: one rate, or one per layer.
+        1.0 turns a layer's selection off.
+    selection_guidance (`str`, *optional*, defaults to `"text"`):
+        What ranks the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`.
+    fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
+        Whether the tokens that are not kept go on as one fused token, or are dropped.
+    normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
+        Whether the weights of the fused token are rescaled to sum to 1.
+    guidance_hidden_size (`int`, *optional*):
+        Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
+        `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
+
+    Example:
+
+    ```python
+    >>> from modeling_trips import TripsVisionConfig, TripsVisionModel
+
+    >>> configuration = TripsVisionConfig(selection_layers=[2, 4, 8], keep_rate=0.7)
+    >>> model = TripsVisionModel(configuration)
+    ```"""
+
+    model_type = "trips_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    patch_embedding_type: Literal["linear", "convolutional"] = "linear"
+    patch_bias: bool = True
+    use_pre_layernorm: bool = False
+    selection_layers: list[int] | tuple[int, ...] = (5, 10)
+    keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
+    selection_guidance: Literal["text", "image", "random"] = "text"
+    fuse_inattentive_tokens: bool = True
+    normalize_fusion_weights: bool = False
+    guidance_hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.selection_layers = list(self.selection_layers)
+        super().__post_init__(**kwargs)
+
+    @property
+    def keep_rates(self) -> list[float]:
+        """One keep rate per entry of `selection_layers`."""
+        if isinstance(self.keep_rate, (list, tuple)):
+            return list(self.keep_rate)
+        return [self.keep_rate] * len(self.selection_layers)
+
+    @property
+    def selection_schedule(self) -> dict[int, float]:
+        """Keep rate by layer number (from 1), of the layers that drop something: a rate of 1.0 selects nothing."""
+        return {layer: rate for layer, rate in zip(self.selection_layers, self.keep_rates) if rate < 1.0}
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches (down, across) at the configured `image_size`."""
+        (height, width), (patch_height, patch_width) = _as_pair(self.image_size), _as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    def validate_architecture(self):
+        _validate_heads(self)
+        (height, width), (patch_height, patch_width) = _as_pair(self.image_size), _as_pair(self.patch_size)
+        if min(height, width, patch_height, patch_width) < 1 or height % patch_height or width % patch_width:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a positive multiple of `patch_size` ({self.patch_size})."
+            )
+        power_of_two = patch_height == patch_width and patch_height > 1 and patch_height & (patch_height - 1) == 0
+        if self.patch_embedding_type == "convolutional" and not power_of_two:
+            raise ValueError(
+                "`patch_size` must be a power of two above 1 with `patch_embedding_type='convolutional'`, "
+                f"got {self.patch_size}."
+            )
+
+    def validate_selection_layers(self):
+        layers = list(self.selection_layers)
+        outside = [layer for layer in layers if not 1 <= layer <= self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"`selection_layers` must lie in 1..{self.num_hidden_layers} (numbered from 1), got {layers}."
+            )
+        if layers != sorted(set(layers)):
+            raise ValueError(f"`selection_layers` must be ascending without repetition, got {layers}.")
+
+    def validate_keep_rate(self):
+        if len(self.keep_rates) != len(self.selection_layers):
+            raise ValueError(
+                f"`keep_rate` must be one number or one per selection layer: got {len(self.keep_rates)} rates "
+                f"({self.keep_rate}) for {len(self.selection_layers)} `selection_layers` ({self.selection_layers})."
+            )
+        rates = self.keep_rates or [self.keep_rate]  # a single rate is checked even if no layer uses it
+        if not all(0.0 < rate <= 1.0 for rate in rates if not isinstance(rate, (list, tuple))):
+            raise ValueError(f"`keep_rate` must lie in (0, 1], got {self.keep_rate}.")
+
+
+@auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")
+@strict
+class TripsTextConfig(PreTrainedConfig):
+    r"""
+    Example:
+
+    ```python
+    >>> from modeling_trips import TripsTextConfig, TripsTextModel
+
+    >>> model = TripsTextModel(TripsTextConfig(num_hidden_layers=6))
+    ```"""
+
+    model_type = "trips_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    is_decoder: bool = False
+
+    def validate_architecture(self):
+        _validate_heads(self)
+
+
+@auto_docstring(custom_intro="Configuration of a [`TripsFusionModel`]: text layers that attend to the image tokens.")
+@strict
+class TripsFusionConfig(TripsTextConfig):
+    r"""
+    encoder_hidden_size (`int`, *optional*):
+        Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the
+        width of its vision tower.
+    """
+
+    model_type = "trips_fusion"
+    base_config_key = "fusion_encoder_config"
+
+    encoder_hidden_size: int | None = None
+
+
+@auto_docstring(
+    custom_intro="Configuration of a [`TripsDecoder`]: causal text layers that attend to the fused states."
+)
+@strict
+class TripsDecoderConfig(TripsTextConfig):
+    r"""
+    encoder_hidden_size (`int`, *optional*):
+        Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the width
+        of its fusion encoder.
+    """
+
+    model_type = "trips_decoder"
+    base_config_key = "decoder_config"
+
+    encoder_hidden_size: int | None = None
+    bos_token_id: int | None = 101
+    eos_token_id: int | list[int] | None = 102
+    is_decoder: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+
+
+@auto_docstring(
+    custom_intro="""
+    Configuration of a [`TripsModel`] and of the models with a head. The defaults are the paper's: ViT-B/16 that keeps
+    70% of its tokens after layers 5 and 10, and a BERT-base split into 6 text and 6 fusion layers.
+    """
+)
+@strict
+class TripsConfig(PreTrainedConfig):
+    r"""
+    fusion_encoder_config (`dict` or `TripsFusionConfig`, *optional*):
+        The fusion encoder. What is not given is taken from `text_config` (but for `num_hidden_layers`).
+    decoder_config (`dict` or `TripsDecoderConfig`, *optional*):
+        The text decoder of the generative heads. What is not given is taken from `text_config` (but for
+        `num_hidden_layers`).
+    kwargs:
+        `selection_layers`, `keep_rate`, `selection_guidance`, `fuse_inattentive_tokens` and
+        `normalize_fusion_weights` are passed on to `vision_config` (where they are documented), here and in
+        `from_pretrained`.
+
+    Example:
+
+    ```python
+    >>> from modeling_trips import TripsConfig, TripsModel
+
+    >>> configuration = TripsConfig.from_preset("tiny", keep_rate=0.5)
+    >>> model = TripsModel(configuration)
+    ```"""
+
+    model_type = "trips"
+    sub_configs_defaults = {
+        "vision_config": TripsVisionConfig,
+        "text_config": TripsTextConfig,
+        "fusion_encoder_config": TripsFusionConfig,
+        "decoder_config": TripsDecoderConfig,
+    }
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "selection", "encoder_last_hidden_state"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    fusion_encoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
+    initializer_range: float = 0.02
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> "TripsConfig":
+        """
+        A configuration of a named size, with random weights when a model is made from it.
+
+        Args:
+            name (`str`): one of [`TripsConfig.presets`]: `"tiny"` (64 px, trains on a laptop's CPU), `"small"` (384
+                wide), `"base"` (ViT-B/16 + BERT-base split 6/6, decoder of 6).
+            kwargs: fields that override the preset. Sub-configurations are merged field by field.
+
+        Raises:
+            ValueError: if there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {name!r}.")
+        fields = copy.deepcopy(PRESETS[name])
+        for key, value in kwargs.items():
+            nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
+            fields[key] = {**fields[key], **value} if nested else value
+        return cls(**fields)
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """The names that [`TripsConfig.from_preset`] knows."""
+        return sorted(PRESETS)
+
+    def __post_init__(self, **kwargs):
+        selection = {name: kwargs.pop(name) for name in SELECTION_FIELDS if name in kwargs}
+        self.vision_config = self._sub_config("vision_config", {})
+        if selection:
+            self.vision_config = type(self.vision_config)(**{**self.vision_config.to_dict(), **selection})
+        self.text_config = self._sub_config("text_config", {})
+        shared = {name: getattr(self.text_config, name) for name in FIELDS_SHARED_WITH_TEXT}
+        self.fusion_encoder_config = self._sub_config("fusion_encoder_config", shared)
+        self.decoder_config = self._sub_config("decoder_config", shared)
+        self._fill_width("vision_config", "guidance_hidden_size", self.text_config.hidden_size)
+        self._fill_width("fusion_encoder_config", "encoder_hidden_size", self.vision_config.hidden_size)
+        self._fill_width("decoder_config", "encoder_hidden_size", self.fusion_encoder_config.hidden_size)
+        if self.pad_token_id is None:
+            self.pad_token_id = self.decoder_config.pad_token_id
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.decoder_config.bos_token_id
+        super().__post_init__(**kwargs)
+
+    def _sub_config(self, name: str, defaults: dict) -> PreTrainedConfig:
+        value = getattr(self, name)
+        if value is None or isinstance(value, dict):
+            value, _ = self.sub_configs_defaults[name].create_subconfig(name, {**defaults, **(value or {})})
+        return value
+
+    def _fill_width(self, part: str, field: str, width: int):
+        config = getattr(self, part)
+        if getattr(config, field) is None:
+            setattr(config, field, width)
+        elif getattr(config, field) != width:
+            raise ValueError(f"`{part}.{field}` ({getattr(config, field)}) must be {width}, the width of its source.")
+
+    def validate_fusion_width(self):
+        if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
+            raise ValueError(
+                f"`fusion_encoder_config.hidden_size` ({self.fusion_encoder_config.hidden_size}) must equal "
+                f"`text_config.hidden_size` ({self.text_config.hidden_size}): the fusion layers go on with its states."
+            )
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        return self.decoder_config if decoder else self.text_config
+
+
+def _forwarded(name: str) -> property:
+    """A field of `vision_config` that can be read and set on the composite configuration too."""
+
+    def get_field(self):
+        return getattr(self.vision_config, name)
+
+    def set_field(self, value):
+        setattr(self.vision_config, name, value)
+
+    return property(get_field, set_field, doc=f"`vision_config.{name}`.")
+
+
+for _name in SELECTION_FIELDS:
+    setattr(TripsConfig, _name, _forwarded(_name))
+
+
+PRESETS = {
+    "tiny": {
+        "vision_config": {
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "image_size": 64,
+            "patch_size": 8,
+            "patch_embedding_type": "convolutional",
+            "selection_layers": [2, 3],
+        },
+        "text_config": {
+            "vocab_size": 128,
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "max_position_embeddings": 64,
+        },
+        "fusion_encoder_config": {"num_hidden_layers": 2},
+        "decoder_config": {"num_hidden_layers": 1, "bos_token_id": 2, "eos_token_id": 3},
+    },
+    "small": {
+        "vision_config": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+        "text_config": {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+        "decoder_config": {"num_hidden_layers": 3},
+    },
+    "base": {},
+}
+
+
+TripsVisionConfig.register_for_auto_class()
+TripsTextConfig.register_for_auto_class()
+TripsConfig.register_for_auto_class()
+
+__all__ = ["TripsConfig", "TripsDecoderConfig", "TripsFusionConfig", "TripsTextConfig", "TripsVisionConfig"]

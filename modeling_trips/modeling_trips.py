@@ -1,0 +1,116 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TRIPS as a Transformers model: text encoder, text-guided vision tower and fusion encoder under one name."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+
+from .configuration_trips import TripsConfig
+from .modeling_trips_layers import TripsPreTrainedModel
+from .modeling_trips_text import TripsFusionModel, TripsTextModel
+from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
+
+
+@auto_docstring(custom_intro="Output of [`TripsModel`].")
+@dataclass
+class TripsModelOutput(ModelOutput):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
+        The fused states: the text's tokens after they attended to the image tokens.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept, in the order of the layers.
+    text_model_output (`BaseModelOutputWithPooling`):
+        Output of the text encoder. Its `pooler_output` is the text guidance t.
+    vision_model_output (`TripsVisionModelOutput`):
+        Output of the vision tower: the image tokens that selection left.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: TripsVisionModelOutput | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    The bare TRIPS model. The text goes first, since it picks the patches: text encoder -> vision tower under the
+    text's guidance -> fusion encoder. Nothing goes back.
+    """
+)
+class TripsModel(TripsPreTrainedModel):
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        config.validate()  # fields may have been set since the configuration was made
+        self.text_model = TripsTextModel(config.text_config)
+        self.vision_model = TripsVisionModel(config.vision_config)
+        self.fusion_model = TripsFusionModel(config.fusion_encoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.text_model.set_input_embeddings(value)
+
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
+        """The text-independent part of the vision tower, for `prefix`: see [`TripsVisionModel.encode_prefix`]."""
+        return self.vision_model.encode_prefix(pixel_values, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsModelOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`. By default text i looks at image i.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `encode_images`, in place of `pixel_values`.
+        """
+        text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        vision_output = self.vision_model(
+            pixel_values, text_embeds=text_output.pooler_output, image_index=image_index, prefix=prefix, **kwargs
+        )
+        fused = self.fusion_model(
+            text_output.last_hidden_state, vision_output.last_hidden_state, attention_mask, **kwargs
+        )
+        return TripsModelOutput(
+            last_hidden_state=fused.last_hidden_state,
+            selection=vision_output.selection,
+            hidden_states=fused.hidden_states,
+            attentions=fused.attentions,
+            cross_attentions=fused.cross_attentions,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+
+
+TripsModel.register_for_auto_class("AutoModel")
+
+__all__ = ["TripsModel", "TripsModelOutput", "TripsPreTrainedModel"]

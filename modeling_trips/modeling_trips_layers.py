@@ -1,0 +1,394 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Layers of TRIPS: a pre-norm vision layer that can select patches, and the post-norm text layer of BERT."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+
+from .configuration_trips import TripsConfig, TripsDecoderConfig, TripsFusionConfig, TripsTextConfig, TripsVisionConfig
+from .patch_selection import random_scores, score_tokens, select_tokens
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+class TripsVisionAttention(nn.Module):
+    """Self-attention of the ViT. Its queries and keys are returned too, for patch selection."""
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        query = self.split_heads(self.q_proj(hidden_states))
+        key = self.split_heads(self.k_proj(hidden_states))
+        value = self.split_heads(self.v_proj(hidden_states))
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = self.o_proj(attn_output.reshape(hidden_states.shape).contiguous())
+        return attn_output, attn_weights, query, key
+
+
+class TripsVisionMLP(nn.Module):
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class TripsAttendedTokens(NamedTuple):
+    """What the attention half of a vision layer leaves: all that patch selection and the MLP half need."""
+
+    hidden_states: torch.Tensor  # (batch_size, seq_length, hidden_size), residual added
+    class_query: torch.Tensor  # (batch_size, num_heads, head_dim), the query of [CLS]
+    key: torch.Tensor  # (batch_size, num_heads, seq_length, head_dim)
+
+
+class TripsVisionLayer(GradientCheckpointingLayer):
+    """
+    A pre-norm ViT layer in two halves, attention and MLP. Patches are selected between them (paper, section 3.2), so
+    the MLP already runs on the shorter sequence.
+
+    Both halves go through `forward`, on which FSDP, device maps and gradient checkpointing hook.
+    """
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        self.config = config
+        self.attention = TripsVisionAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TripsVisionMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def attend(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsAttendedTokens:
+        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        return TripsAttendedTokens(hidden_states + self.dropout(attn_output), query[:, :, 0], key)
+
+    def score(self, attended: TripsAttendedTokens, text_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Scores of the candidates (all tokens but [CLS]) under the configured guidance; without a text, `image`."""
+        guidance = self.config.selection_guidance
+        if guidance == "random":
+            batch_size, seq_length = attended.hidden_states.shape[:2]
+            return random_scores(batch_size, seq_length - 1, self.training, attended.hidden_states.device)
+        query = attended.class_query
+        if guidance == "text" and text_embeds is not None:
+            query = self.attention.q_proj(text_embeds).view(query.shape)
+        return score_tokens(query, attended.key[:, :, 1:], self.attention.scaling)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        attended: TripsAttendedTokens | None = None,
+        attention_only: bool = False,
+        keep_rate: float = 1.0,
+        text_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, TripsAttendedTokens | tuple[torch.Tensor, torch.Tensor] | None]:
+        """
+        Args:
+            attended (`TripsAttendedTokens`, *optional*): result of the attention half, if it was computed before.
+            attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
+            keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
+            text_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*): the text guidance.
+
+        Returns:
+            `(hidden_states, (scores, kept_positions))`; `(hidden_states, None)` if nothing is selected; `(None,
+            attended)` if `attention_only`.
+        """
+        if attended is None:
+            attended = self.attend(hidden_states, **kwargs)
+        if attention_only:
+            return None, attended
+        hidden_states, selection = attended.hidden_states, None
+        if keep_rate < 1.0:
+            scores = self.score(attended, text_embeds)
+            hidden_states, kept_positions = select_tokens(
+                hidden_states,
+                scores,
+                keep_rate,
+                fuse=self.config.fuse_inattentive_tokens,
+                normalize=self.config.normalize_fusion_weights,
+            )
+            selection = (scores, kept_positions)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states, selection
+
+
+class TripsTextEmbeddings(nn.Module):
+    """Word, position and token type embeddings, with BERT's parameter names."""
+
+    def __init__(self, config: TripsTextConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_length: int | torch.Tensor = 0,
+    ) -> torch.Tensor:
+        """`cache_length`: number of tokens before the first one given, which are in the decoder's cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        batch_size, seq_length = inputs_embeds.shape[:2]
+        max_length = self.position_embeddings.num_embeddings
+        if seq_length > max_length:
+            raise ValueError(f"The text has {seq_length} tokens, `max_position_embeddings` allows {max_length}.")
+        position_ids = torch.arange(seq_length, device=inputs_embeds.device) + cache_length
+        if token_type_ids is None:
+            token_type_ids = torch.zeros((batch_size, seq_length), dtype=torch.long, device=inputs_embeds.device)
+        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        embeddings = embeddings + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+class TripsTextSelfAttention(nn.Module):
+    """BERT's attention over the text itself, causal in the decoder."""
+
+    def __init__(self, config: TripsTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = config.is_decoder
+
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(self.source_hidden_size, config.hidden_size)
+        self.value = nn.Linear(self.source_hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    @property
+    def source_hidden_size(self) -> int:
+        """Width of the states that give keys and values."""
+        return self.config.hidden_size
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = self.split_heads(self.key(hidden_states)), self.split_heads(self.value(hidden_states))
+        if cache is not None:
+            cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            key, value = cache.update(key, value, self.layer_idx)
+        return key, value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.query(hidden_states))
+        key, value = self.key_value(source_states, cache)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
+
+
+class TripsTextCrossAttention(TripsTextSelfAttention):
+    """Attention of the text to other states: keys and values are computed once and cached."""
+
+    def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    @property
+    def source_hidden_size(self) -> int:
+        return self.config.encoder_hidden_size or self.config.hidden_size
+
+    def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if cache is None:
+            return super().key_value(hidden_states, None)
+        if cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        cache.is_updated[self.layer_idx] = True
+        return super().key_value(hidden_states, cache.cross_attention_cache)
+
+
+class TripsTextOutput(nn.Module):
+    """Projection, residual and post-norm, with BERT's parameter names: the end of attention and of feed-forward."""
+
+    def __init__(self, config: TripsTextConfig, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class TripsTextAttention(nn.Module):
+    def __init__(self, config: TripsTextConfig, layer_idx: int, attention_class: type[nn.Module]):
+        super().__init__()
+        self.self = attention_class(config, layer_idx)
+        self.output = TripsTextOutput(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self(hidden_states, source_states, attention_mask, cache, **kwargs)
+        return self.output(attn_output, hidden_states)
+
+
+class TripsTextIntermediate(nn.Module):
+    def __init__(self, config: TripsTextConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation_fn(self.dense(hidden_states))
+
+
+class TripsTextLayer(GradientCheckpointingLayer):
+    """BERT's post-norm layer."""
+
+    def __init__(self, config: TripsTextConfig, layer_idx: int):
+        super().__init__()
+        self.attention = TripsTextAttention(config, layer_idx, TripsTextSelfAttention)
+        self.intermediate = TripsTextIntermediate(config)
+        self.output = TripsTextOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class TripsCrossLayer(TripsTextLayer):
+    """BERT's layer with cross-attention between self-attention and feed-forward, as in ALBEF's upper layers."""
+
+    def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.crossattention = TripsTextAttention(config, layer_idx, TripsTextCrossAttention)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
+        hidden_states = self.crossattention(
+            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, **kwargs
+        )
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+@auto_docstring
+class TripsPreTrainedModel(PreTrainedModel):
+    config: TripsConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TripsVisionLayer", "TripsTextLayer", "TripsCrossLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+__all__ = ["TripsPreTrainedModel"]

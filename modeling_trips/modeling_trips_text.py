@@ -1,0 +1,202 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The language side of TRIPS: text encoder, fusion encoder and decoder, with BERT's parameter names."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
+from .modeling_trips_layers import (
+    TripsCrossLayer,
+    TripsPreTrainedModel,
+    TripsTextCrossAttention,
+    TripsTextEmbeddings,
+    TripsTextLayer,
+    TripsTextSelfAttention,
+)
+
+
+class TripsLayerStack(nn.Module):
+    """Layers under the name `layer`, as in BERT's encoder."""
+
+    def __init__(self, config: TripsTextConfig, layer_class: type[nn.Module]):
+        super().__init__()
+        self.layer = nn.ModuleList(layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, *args, **kwargs)
+        return hidden_states
+
+
+class TripsLMHead(nn.Module):
+    """BERT's prediction head: hidden states -> logits over the vocabulary."""
+
+    def __init__(self, config: TripsDecoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.LayerNorm(self.activation_fn(self.dense(hidden_states))))
+
+
+@auto_docstring(custom_intro="The layers of BERT that see only the text. Its [CLS] output guides the patch selection.")
+class TripsTextModel(TripsPreTrainedModel):
+    config: TripsTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": TripsTextLayer, "attentions": TripsTextSelfAttention}
+
+    def __init__(self, config: TripsTextConfig):
+        super().__init__(config)
+        self.embeddings = TripsTextEmbeddings(config)
+        self.encoder = TripsLayerStack(config, TripsTextLayer)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        hidden_states = self.encoder(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+
+@auto_docstring(
+    custom_intro="""
+    The upper layers of BERT with cross-attention to the image tokens that patch selection left (ALBEF's multimodal
+    encoder).
+    """
+)
+class TripsFusionModel(TripsPreTrainedModel):
+    config: TripsFusionConfig
+    main_input_name = "inputs_embeds"
+    _can_record_outputs = {
+        "hidden_states": TripsCrossLayer,
+        "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
+        "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
+    }
+
+    def __init__(self, config: TripsFusionConfig):
+        super().__init__(config)
+        self.encoder = TripsLayerStack(config, TripsCrossLayer)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        encoder_hidden_states: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithCrossAttentions:
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        hidden_states = self.encoder(inputs_embeds, encoder_hidden_states, attention_mask, **kwargs)
+        return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
+
+
+@auto_docstring(
+    custom_intro="Causal BERT layers with cross-attention to the fused states: writes answers and captions."
+)
+class TripsDecoder(TripsPreTrainedModel):
+    config: TripsDecoderConfig
+    _can_record_outputs = {
+        "hidden_states": TripsCrossLayer,
+        "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
+        "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
+    }
+
+    def __init__(self, config: TripsDecoderConfig):
+        super().__init__(config)
+        self.embeddings = TripsTextEmbeddings(config)
+        self.encoder = TripsLayerStack(config, TripsCrossLayer)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        cache_length = cache.get_seq_length() if cache is not None else 0
+        hidden_states = self.embeddings(input_ids, inputs_embeds=inputs_embeds, cache_length=cache_length)
+        attention_mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, cache=cache
+        )
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        hidden_states = self.encoder(
+            hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, cache=cache, **kwargs
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, cache=cache)
+
+
+TripsTextModel.register_for_auto_class("AutoModel")
+
+__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsTextModel"]

@@ -1,0 +1,299 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The vision tower of TRIPS: a ViT (ViT, DeiT or CLIP style) whose selection layers let a text choose the patches."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_trips import TripsVisionConfig
+from .modeling_trips_layers import TripsAttendedTokens, TripsPreTrainedModel, TripsVisionAttention, TripsVisionLayer
+
+
+@auto_docstring(custom_intro="What one selection layer kept.")
+@dataclass
+class TripsSelection(ModelOutput):
+    r"""
+    kept_indices (`torch.LongTensor` of shape `(batch_size, num_kept)`):
+        The candidates that went on, in order: row-major index of each patch in the original grid, -1 for the fused
+        token of an earlier selection layer.
+    scores (`torch.FloatTensor` of shape `(batch_size, num_candidates)`):
+        The scores of all candidates of this layer, in order. Each row sums to 1.
+    candidate_indices (`torch.LongTensor` of shape `(batch_size, num_candidates)`):
+        The original index of each candidate, -1 for a fused token.
+    """
+
+    kept_indices: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+    candidate_indices: torch.LongTensor | None = None
+
+
+@auto_docstring(custom_intro="The text-independent part of the vision tower's work, computed once per image.")
+@dataclass
+class TripsVisionPrefix(ModelOutput):
+    r"""
+    hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_patches, hidden_size)`):
+        [CLS] and patches after the attention half of the first selection layer; after the last layer if no layer
+        selects.
+    class_query (`torch.FloatTensor` of shape `(num_images, num_heads, head_dim)`, *optional*):
+        The query of [CLS] in the first selection layer: the guidance where no text is given.
+    key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_patches, head_dim)`, *optional*):
+        The keys of the first selection layer, which the guiding query is scored against.
+    """
+
+    hidden_states: torch.FloatTensor | None = None
+    class_query: torch.FloatTensor | None = None
+    key: torch.FloatTensor | None = None
+
+
+@auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
+@dataclass
+class TripsVisionModelOutput(BaseModelOutputWithPooling):
+    r"""
+    selection (`tuple(TripsSelection)`):
+        One entry per selection layer with a keep rate below 1, in the order of the layers.
+    """
+
+    selection: tuple[TripsSelection, ...] | None = None
+
+
+class TripsConvolutionalStem(nn.Module):
+    """
+    3x3 convolutions of stride 2, each with twice the channels of the one before, that take an image down to its patch
+    grid (https://arxiv.org/abs/2106.14881). Normalised over channels, so that nothing depends on the batch.
+    """
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        num_layers = config.patch_size.bit_length() - 1
+        widths = [config.hidden_size // 2 ** (num_layers - 1 - i) for i in range(num_layers)]
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
+            for in_width, width in zip([config.num_channels, *widths], widths)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width, eps=config.layer_norm_eps) for width in widths)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        for convolution, norm in zip(self.convolutions, self.norms):
+            pixel_values = self.activation_fn(norm(convolution(pixel_values)))
+        return pixel_values
+
+
+class TripsPatchEmbeddings(nn.Module):
+    """Images `(num_images, num_channels, height, width)` -> patches `(num_images, num_patches, hidden_size)`."""
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        # CODEPATH: "linear" is the patch embedding of ViT, "convolutional" a stem for training from scratch.
+        convolutional = config.patch_embedding_type == "convolutional"
+        self.stem = TripsConvolutionalStem(config) if convolutional else None
+        self.projection = nn.Conv2d(
+            in_channels=config.hidden_size if convolutional else config.num_channels,
+            out_channels=config.hidden_size,
+            kernel_size=1 if convolutional else config.patch_size,
+            stride=1 if convolutional else config.patch_size,
+            bias=config.patch_bias,
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.stem is not None:
+            pixel_values = self.stem(pixel_values)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class TripsVisionEmbeddings(nn.Module):
+    """[CLS] and patch embeddings plus learned positions, interpolated to the image's own grid where it differs."""
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
+        self.patch_embeddings = TripsPatchEmbeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        patch_size = self.config.patch_size
+        patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        num_channels, height, width = pixel_values.shape[1:]
+        if num_channels != self.config.num_channels:
+            raise ValueError(f"`pixel_values` must have {self.config.num_channels} channels, got {num_channels}.")
+        if height % patch_height or width % patch_width or min(height, width) == 0:
+            raise ValueError(
+                f"The height and width of `pixel_values` must be multiples of the patch size "
+                f"({patch_height}x{patch_width}), got {height}x{width}."
+            )
+        return height // patch_height, width // patch_width
+
+    def interpolated_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Positions of shape `(1, 1 + rows * columns, hidden_size)`, bicubic as in DeiT and ALBEF."""
+        # CODEPATH: images of the configured size take the positions as they are; all others interpolate them.
+        if grid == self.config.grid_size:
+            return self.position_embeddings
+        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        patch_positions = patch_positions.unflatten(1, self.config.grid_size).permute(0, 3, 1, 2)
+        patch_positions = nn.functional.interpolate(
+            patch_positions.float(), size=grid, mode="bicubic", align_corners=False
+        ).to(class_position.dtype)
+        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        grid = self.grid_of(pixel_values)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
+        class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        return self.dropout(torch.cat((class_token, patches), dim=1) + self.interpolated_positions(grid))
+
+
+@auto_docstring(
+    custom_intro="""
+    A Vision Transformer with text-relevant patch selection. Without `text_embeds` it is an image encoder whose patches
+    are selected by its own [CLS] token.
+    """
+)
+class TripsVisionModel(TripsPreTrainedModel):
+    config: TripsVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embeddings"
+    _can_record_outputs = {"hidden_states": TripsVisionLayer, "attentions": TripsVisionAttention}
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__(config)
+        config.validate()  # fields may have been set since the configuration was made
+        self.embeddings = TripsVisionEmbeddings(config)
+        self.pre_layernorm = self.selection_projection = None
+        # CODEPATH: CLIP normalises the embeddings before the first layer, ViT and DeiT do not.
+        if config.use_pre_layernorm:
+            self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: the only parameter that selection ever adds, where text and vision differ in width.
+        if config.guidance_hidden_size not in (None, config.hidden_size):
+            self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList(TripsVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, TripsVisionEmbeddings):
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+
+    def encode_prefix(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
+        """
+        All that does not depend on the text: the layers before the first selection layer and the attention half of
+        that one; the whole tower if no layer selects. Computed once, it serves any number of texts.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): height and width are
+                multiples of the patch size; positions are interpolated if they are not the configured `image_size`.
+        """
+        hidden_states = self.embeddings(pixel_values)
+        if self.pre_layernorm is not None:
+            hidden_states = self.pre_layernorm(hidden_states)
+        first_selection = min(self.config.selection_schedule, default=None)
+        for number, layer in enumerate(self.layers, start=1):
+            if number == first_selection:
+                _, attended = layer(hidden_states, attention_only=True, **kwargs)
+                return TripsVisionPrefix(*attended)
+            hidden_states, _ = layer(hidden_states, **kwargs)
+        return TripsVisionPrefix(hidden_states)
+
+    def encode_rest(
+        self, prefix: TripsVisionPrefix, text_embeds: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
+        """From the first selection on: row i of `prefix` under the guidance of row i of `text_embeds`."""
+        schedule = self.config.selection_schedule
+        first_selection = min(schedule, default=len(self.layers) + 1)
+        hidden_states, selections = prefix.hidden_states, []
+        attended = TripsAttendedTokens(prefix.hidden_states, prefix.class_query, prefix.key)
+        num_images, seq_length = hidden_states.shape[:2]
+        candidate_indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
+        for number, layer in enumerate(self.layers[first_selection - 1 :], start=first_selection):
+            hidden_states, selected = layer(
+                hidden_states,
+                attended=attended if number == first_selection else None,
+                keep_rate=schedule.get(number, 1.0),
+                text_embeds=text_embeds,
+                **kwargs,
+            )
+            if selected is not None:
+                scores, kept_positions = selected
+                kept_indices = candidate_indices.gather(1, kept_positions)
+                selections.append(TripsSelection(kept_indices, scores, candidate_indices))
+                num_fused = hidden_states.shape[1] - 1 - kept_indices.shape[1]
+                candidate_indices = nn.functional.pad(kept_indices, (0, num_fused), value=-1)
+        return hidden_states, tuple(selections)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsVisionModelOutput:
+        r"""
+        text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
+            The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`. By default text i looks at image i.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `encode_prefix`, in place of `pixel_values`.
+        """
+        if (pixel_values is None) == (prefix is None):
+            raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
+        if prefix is None:
+            prefix = self.encode_prefix(pixel_values, **kwargs)
+        text_guided = text_embeds is not None and self.config.selection_guidance == "text"
+        if text_guided:
+            if image_index is not None:
+                prefix = _select_rows(prefix, image_index)
+            if len(text_embeds) != len(prefix.hidden_states):
+                raise ValueError(
+                    f"Got {len(text_embeds)} texts for {len(prefix.hidden_states)} images. Give as many images as "
+                    "texts, or say with `image_index` which image each text looks at."
+                )
+            if self.selection_projection is not None:
+                text_embeds = self.selection_projection(text_embeds)
+        hidden_states, selection = self.encode_rest(prefix, text_embeds if text_guided else None, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        if image_index is not None and not text_guided:  # no text was needed so far: each image was computed once
+            hidden_states = hidden_states[image_index]
+            selection = tuple(_select_rows(entry, image_index) for entry in selection)
+        return TripsVisionModelOutput(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0], selection=selection
+        )
+
+
+def _select_rows(output: ModelOutput, index: torch.LongTensor) -> ModelOutput:
+    """The rows `index` of each tensor in a model output."""
+    return type(output)(**{name: tensor[index] for name, tensor in output.items()})
+
+
+TripsVisionModel.register_for_auto_class("AutoModel")
+
+__all__ = ["TripsSelection", "TripsVisionModel", "TripsVisionModelOutput", "TripsVisionPrefix"]

@@ -1,0 +1,144 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The patch selection of TRIPS (https://arxiv.org/abs/2403.07883, section 3.2) as pure functions: score, keep, fuse.
+
+Every function is differentiable where the paper's is, keeps shapes static (they depend on shapes and rates only),
+never syncs with the host and never forms a full attention map.
+"""
+
+import math
+
+import torch
+
+
+def num_kept_tokens(num_candidates: int, keep_rate: float) -> int:
+    """
+    How many candidates go on: `ceil(keep_rate * num_candidates)`, at least 1.
+
+    The product is taken down by 1e-6 first, so that a float that is a hair above a whole number does not keep one
+    token more: 0.1 of 30 is 3, although `0.1 * 30 > 3` in floating point.
+    """
+    return max(1, math.ceil(keep_rate * num_candidates - 1e-6))
+
+
+def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    The attention that one guiding token pays to each candidate, averaged over the heads.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): the guiding token's query.
+        key (`torch.Tensor` of shape `(batch_size, num_heads, num_candidates, head_dim)`): the candidates' keys.
+        scaling (`float`): factor of the dot products, usually `head_dim ** -0.5`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32: each row is positive and sums to 1.
+    """
+    logits = torch.matmul(key, query.unsqueeze(-1)).squeeze(-1).float() * scaling
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
+def random_scores(batch_size: int, num_candidates: int, training: bool, device: torch.device) -> torch.Tensor:
+    """
+    Scores that know nothing: the floor that every way of selecting must beat.
+
+    In training they are drawn anew from PyTorch's global generator. Otherwise they are a fixed pseudo-random sequence,
+    the same for each row, so that an evaluation does not depend on the batch or on the generator's state.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32: each row is positive and sums to 1.
+    """
+    if training:
+        scores = torch.rand(batch_size, num_candidates, device=device)
+    else:
+        position = torch.arange(1, num_candidates + 1, device=device, dtype=torch.int64)
+        mixed = (position * 2654435761) % 4294967291  # Knuth's multiplicative hash, twice
+        mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 4294967291
+        scores = (mixed.double() / 4294967291).float().expand(batch_size, num_candidates)
+    scores = scores + 1e-6
+    return scores / scores.sum(dim=-1, keepdim=True)
+
+
+def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """
+    Positions of the `num_kept` largest scores, in ascending order. Of equal scores the lower position wins.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_kept)`.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[:, :num_kept].sort(dim=-1).values
+
+
+def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    The tokens at `positions`: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_kept)` ->
+    `(batch_size, num_kept, hidden_size)`.
+    """
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def fuse_tokens(
+    tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor, normalize: bool = False
+) -> torch.Tensor:
+    """
+    One token in place of those that are not kept: their sum, weighted by their scores.
+
+    Top-k has no gradient; this sum is where the scores, and through them the guiding text, get theirs.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`)
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
+        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
+        normalize (`bool`, *optional*, defaults to `False`): whether the weights are rescaled to sum to 1.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 1, hidden_size)`, in the dtype of `tokens`.
+    """
+    weights = scores.scatter(1, kept_positions, 0.0)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
+
+
+def select_tokens(
+    tokens: torch.Tensor, scores: torch.Tensor, keep_rate: float, fuse: bool = True, normalize: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Shortens a sequence of [CLS] and n candidates to [CLS], the k kept candidates in their original order, and, with
+    `fuse`, one token for the others.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, 1 + n, hidden_size)`)
+        scores (`torch.Tensor` of shape `(batch_size, n)`)
+        keep_rate (`float`): share of the candidates to keep, in (0, 1].
+
+    Returns:
+        The tokens, of shape `(batch_size, 1 + k + 1, hidden_size)` (`1 + k` without `fuse`), and the positions of the
+        kept ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`. If `k` is `n`, nothing is
+        dropped and `tokens` come back as they are, with no fused token.
+    """
+    num_candidates = scores.shape[1]
+    num_kept = num_kept_tokens(num_candidates, keep_rate)
+    if num_kept == num_candidates:
+        return tokens, torch.arange(num_candidates, device=scores.device).expand(scores.shape)
+    candidates = tokens[:, 1:]
+    kept_positions = keep_topk(scores, num_kept)
+    parts = [tokens[:, :1], gather_tokens(candidates, kept_positions)]
+    if fuse:
+        parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
+    return torch.cat(parts, dim=1), kept_positions

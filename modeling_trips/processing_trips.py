@@ -1,0 +1,332 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor class for TRIPS: images and texts to tensors, and back to answers and patch boxes."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BlipImageProcessor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import ImageInput, load_image
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
+from transformers.utils import auto_docstring
+
+
+class TripsProcessorKwargs(ProcessingKwargs, total=False):
+    image_index: list[int] | None
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """
+    Converts a picture of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
+
+    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent colour of a palette) are
+    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`).
+
+    Args:
+        image (`PIL.Image.Image`):
+            Picture of any Pillow mode but "I" and "F".
+
+    Returns:
+        `PIL.Image.Image`: A new picture of mode "RGB". Its size is swapped where the EXIF orientation asks for it.
+
+    Raises:
+        `ValueError`: The picture has no pixels, or its mode is "I" or "F": those have no fixed range of grey values.
+    """
+    if 0 in image.size:
+        raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
+            '"I;16" (0 to 65535).'
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        # "La" (premultiplied) is the one mode that Pillow does not convert to "RGBA" in one step
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _flatten_images(images: ImageInput) -> list:
+    """Makes a flat list of one image, a list of images (nested or not) or a batch (a 4-dimensional array)."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in _flatten_images(item)]
+    return list(images) if getattr(images, "ndim", None) == 4 else [images]
+
+
+def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
+    """Reads a path or URL, converts pictures to RGB; arrays pass as they are, but grey (H, W) becomes (3, H, W)."""
+    if isinstance(image, (str, os.PathLike)):
+        if not os.path.isfile(image):
+            return load_image(os.fspath(image))
+        with Image.open(image) as opened:
+            return convert_to_rgb(opened)
+    if isinstance(image, Image.Image):
+        return convert_to_rgb(image)
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(image).__name__}")
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise ValueError(f"expected a shape (H, W), (H, W, C) or (C, H, W) without zeros, got {tuple(image.shape)}")
+    if image.ndim == 2:
+        return (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3)
+    return image
+
+
+def _prepare_images(images: ImageInput) -> list[Image.Image | np.ndarray | torch.Tensor]:
+    """Prepares every image; whatever goes wrong becomes a `ValueError` that names the image's position and path."""
+    prepared = []
+    for position, image in enumerate(_flatten_images(images)):
+        try:
+            prepared.append(_prepare_image(image))
+        except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
+            path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+            raise ValueError(f"`images[{position}]` {path or ''} cannot be used: {error}") from error
+    if not prepared:
+        raise ValueError("`images` is empty: pass at least one image, or None.")
+    return prepared
+
+
+def _text_lengths(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[int]:
+    """Counts the tokens of each text, without its padding. A single text may come without a batch axis."""
+    name, padding = ("attention_mask", 0) if "attention_mask" in inputs else ("input_ids", pad_token_id)
+    rows = np.asarray(inputs[name]).reshape(1, -1) if is_single else inputs[name]
+    return [int((np.asarray(row) != padding).sum()) for row in rows]
+
+
+def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
+    """The (height, width) that an image processor with this `size` resizes an image of (height, width) to."""
+    if set(size) == {"height", "width"}:
+        return size["height"], size["width"]
+    if set(size) == {"shortest_edge"}:
+        height, width = (int(size["shortest_edge"] * length / min(image_size)) for length in image_size)
+        return height, width
+    raise ValueError(
+        f"`size` is {size}, but only a resize to a 'height' and 'width', or to a 'shortest_edge' alone, can be traced "
+        "back"
+    )
+
+
+def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """Boxes (x0, y0, x1, y1), float32 of shape (num_kept, 4), of patches in a grid of (rows, columns); -1 has none."""
+    rows, columns = grid
+    outside = patch_indices[(patch_indices < -1) | (patch_indices >= rows * columns)]
+    if len(outside):
+        raise ValueError(
+            f"the index {int(outside[0])} is out of the grid of {rows} x {columns} patches: it must be in "
+            f"[0, {rows * columns - 1}], or -1 for a fused token"
+        )
+    kept = patch_indices[patch_indices >= 0]
+    row, column = kept // columns, kept % columns
+    return torch.stack([column, row, column + 1, row + 1], dim=-1).float() * patch_size
+
+
+@auto_docstring
+class TripsProcessor(ProcessorMixin):
+    valid_processor_kwargs = TripsProcessorKwargs
+    # Without an explicit `truncation=False` a tokenizer that gets `max_length` alone cuts texts
+    text_kwargs = {"padding": True, "truncation": False}
+
+    def __init__(self, image_processor=None, tokenizer=None, patch_size: int = 16, chat_template=None):
+        r"""
+        image_processor (`BaseImageProcessor`, *optional*):
+            Any image processor of Transformers. The default is a [`BlipImageProcessor`], which prepares images as
+            ALBEF does: squashed to a square of 384 x 384 pixels (bicubic), CLIP's mean and standard deviation.
+        patch_size (`int`, *optional*, defaults to 16):
+            Side of the vision tower's square patches, in pixels of `pixel_values`. Must be the model's.
+        """
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"`patch_size` must be a positive integer, got {patch_size!r}.")
+        self.patch_size = patch_size
+        image_processor = BlipImageProcessor() if image_processor is None else image_processor
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @auto_docstring
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        image_index: list[int] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        r"""
+        images (`ImageInput`, *optional*):
+            One image or several, of any size: PIL images of any mode (see [`convert_to_rgb`]), arrays or tensors
+            ((H, W), (H, W, C) or (C, H, W)), paths, URLs or base64 strings (which lose their alpha channel).
+        text (`str` or `list[str]`, *optional*):
+            One text or several. Several are padded to the longest unless `padding` says otherwise; none is ever cut
+            unless `truncation=True`. An empty text is allowed: it is the prompt of unprompted captioning.
+        image_index (`list[int]` or `torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text `i` is about image `image_index[i]`, so one image can serve many texts and is prepared once. Without
+            it, text `i` is about image `i`, and there must be as many images as texts.
+
+        Returns:
+            [`BatchFeature`] with the fields below, tensors if `return_tensors` is set.
+
+            - **pixel_values** (`num_images, 3, height, width`), float32, if `images` is given.
+            - **input_ids** and **attention_mask** (`num_texts, sequence_length`), int64, if `text` is given, and
+              **token_type_ids** of the same shape if the tokenizer makes them.
+            - **image_index** (`num_texts,`), int64, if `image_index` is given.
+
+        Raises:
+            `ValueError`: An image that cannot be read or has no pixels; a text with more tokens than `max_length` or
+            the tokenizer's `model_max_length`; as many images as texts are needed but not there; an `image_index`
+            that is out of range. Each message names the position of the item.
+        """
+        if isinstance(image_index, (np.ndarray, torch.Tensor)):
+            image_index = image_index.tolist()
+        inputs = super().__call__(images=images, text=text, image_index=image_index, **kwargs)
+        text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        if text is not None:
+            lengths = _text_lengths(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
+            self._check_text_lengths(lengths, text_kwargs.get("max_length"))
+        if image_index is not None:
+            inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
+        return inputs
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
+        """Makes `images` a flat list of RGB images before the image processor sees them."""
+        return super().prepare_inputs_layout(images=None if images is None else _prepare_images(images), **kwargs)
+
+    def validate_inputs(
+        self,
+        images: list | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        image_index: list[int] | None = None,
+        **kwargs,
+    ):
+        """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if images is None or text is None:
+            if image_index is not None:
+                raise ValueError("`image_index` says which image each text is about: pass both `images` and `text`.")
+            return
+        num_images, num_texts = len(images), 1 if isinstance(text, str) else len(text)
+        if image_index is None:
+            if num_images != num_texts:
+                raise ValueError(
+                    f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, where "
+                    "text i is about image image_index[i]."
+                )
+            return
+        if len(image_index) != num_texts:
+            raise ValueError(
+                f"`image_index` must have one entry per text: got {len(image_index)} for {num_texts} texts."
+            )
+        for position, index in enumerate(image_index):
+            if not 0 <= index < num_images:
+                raise ValueError(f"`image_index[{position}]` is {index}, but must be in [0, {num_images - 1}].")
+
+    def _check_text_lengths(self, lengths: list[int], max_length: int | None):
+        """Raises on a text longer than the model takes: it would overrun the model's position table."""
+        limit = min(self.tokenizer.model_max_length, max_length or self.tokenizer.model_max_length)
+        for position, length in enumerate(lengths):
+            if length > limit:
+                raise ValueError(
+                    f"`text[{position}]` has {length} tokens with the special ones, but at most {limit} are allowed. "
+                    "Shorten it, or pass `truncation=True` to cut it."
+                )
+
+    def post_process_answers(self, sequences: torch.LongTensor | list[list[int]]) -> list[str]:
+        """
+        Turns generated token ids into answers or captions.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `list[list[int]]`):
+                What `generate` returned.
+
+        Returns:
+            `list[str]`: One text per sequence, without special tokens and without spaces around it.
+        """
+        return [answer.strip() for answer in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+
+    def patch_boxes(
+        self,
+        patch_indices: torch.LongTensor,
+        image_sizes: torch.LongTensor | list[tuple[int, int]],
+        do_resize: bool | None = None,
+        size: int | dict[str, int] | None = None,
+        do_center_crop: bool | None = None,
+        crop_size: int | dict[str, int] | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Finds where the kept patches lie in the original images.
+
+        Args:
+            patch_indices (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Row-major index of each kept patch in the grid of `pixel_values`. -1 marks a fused token, which has no
+                box. A list of tensors of different lengths will do as well.
+            image_sizes (`torch.LongTensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`):
+                (height, width) of each original image in pixels, upright: after its EXIF orientation is applied.
+                Mind that Pillow's `image.size` is (width, height).
+            do_resize, size, do_center_crop, crop_size (*optional*):
+                What the call that made `pixel_values` was given, where it differed from the image processor's own.
+
+        Returns:
+            `list[torch.Tensor]`: Per item a float32 tensor of shape `(num_kept, 4)`: boxes (x0, y0, x1, y1) in pixels
+            of the original image, in the order of `patch_indices`, clipped to the image. A patch that only saw the
+            padding of a center crop has an empty box.
+
+        Raises:
+            `ValueError`: The lengths differ, an index is out of the grid, or the image processor's way of resizing
+            (padding, `longest_edge`, ...) cannot be traced back.
+        """
+        if len(patch_indices) != len(image_sizes):
+            raise ValueError(f"Got {len(patch_indices)} rows of `patch_indices` and {len(image_sizes)} `image_sizes`.")
+        options = {"do_resize": do_resize, "size": size, "do_center_crop": do_center_crop, "crop_size": crop_size}
+        options = {name: value for name, value in options.items() if value is not None}
+        boxes = []
+        for position, (indices, (height, width)) in enumerate(zip(patch_indices, image_sizes, strict=True)):
+            try:
+                boxes.append(self._image_boxes(torch.as_tensor(indices), int(height), int(width), **options))
+            except ValueError as error:
+                raise ValueError(f"`patch_indices[{position}]` has no boxes: {error}.") from error
+        return boxes
+
+    def _image_boxes(self, patch_indices: torch.LongTensor, height: int, width: int, **options) -> torch.Tensor:
+        """Boxes of one image: from the grid of `pixel_values` back through the crop and the resize."""
+        (resized_height, resized_width), (top, left), (rows, columns) = self._pixel_frame((height, width), **options)
+        boxes = _grid_boxes(patch_indices, (rows // self.patch_size, columns // self.patch_size), self.patch_size)
+        boxes += boxes.new_tensor([left, top, left, top])
+        original = boxes.new_tensor([width, height, width, height])
+        boxes = boxes * original / boxes.new_tensor([resized_width, resized_height, resized_width, resized_height])
+        return boxes.clamp(min=torch.zeros_like(original), max=original)
+
+    def _pixel_frame(self, image_size: tuple[int, int], **options) -> tuple[tuple[int, int], ...]:
+        """How `pixel_values` lie on an image: (height, width) after the resize, (top, left) and size of the crop."""
+        processor = self.image_processor
+        resized = image_size
+        if getattr(processor, "do_pad", None):
+            raise ValueError("the image processor pads (`do_pad=True`), which cannot be traced back")
+        if options.get("do_resize", processor.do_resize):
+            size = get_size_dict(options.get("size", processor.size), default_to_square=processor.default_to_square)
+            resized = _resized_size(image_size, size)
+        if not options.get("do_center_crop", getattr(processor, "do_center_crop", None)):
+            return resized, (0, 0), resized
+        crop = get_size_dict(options.get("crop_size", processor.crop_size), param_name="crop_size")
+        crop = crop["height"], crop["width"]
+        # int() rounds towards zero, as the image processors do; a crop larger than the image starts left of it
+        return resized, tuple(int((length - kept) / 2) for length, kept in zip(resized, crop, strict=True)), crop
+
+
+TripsProcessor.register_for_auto_class()
+
+__all__ = ["TripsProcessor", "TripsProcessorKwargs", "convert_to_rgb"]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
@@ -78,24 +77,23 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
 
 class TripsConvolutionalStem(nn.Module):
     """
-    3x3 convolutions of stride 2, each with twice the channels of the one before, that take an image down to its patch
-    grid (https://arxiv.org/abs/2106.14881). Normalised over channels, so that nothing depends on the batch.
+    3x3 convolutions of stride 2, each with twice the channels of the one before, batch-normalised, that take an image
+    down to its patch grid (https://arxiv.org/abs/2106.14881).
     """
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
         num_layers = config.patch_size.bit_length() - 1
         widths = [config.hidden_size // 2 ** (num_layers - 1 - i) for i in range(num_layers)]
-        self.activation_fn = ACT2FN[config.hidden_act]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
             for in_width, width in zip([config.num_channels, *widths], widths)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width, eps=config.layer_norm_eps) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         for convolution, norm in zip(self.convolutions, self.norms):
-            pixel_values = self.activation_fn(norm(convolution(pixel_values)))
+            pixel_values = nn.functional.relu(norm(convolution(pixel_values)))
         return pixel_values
 
 

@@ -245,6 +245,28 @@ class TripsProcessor(ProcessorMixin):
                     "Shorten it, or pass `truncation=True` to cut it."
                 )
 
+    def encode_answers(self, answers: list[str]) -> torch.LongTensor:
+        """
+        Turns answers into the `labels` of a model that writes them, or the `answer_ids` of `rank_answers`.
+
+        Args:
+            answers (`list[str]`): One or more answers, none of them empty.
+
+        Returns:
+            `torch.LongTensor` of shape `(num_answers, answer_length)`: token ids without a start token, ending with
+            the tokenizer's [SEP], padded with -100.
+
+        Raises:
+            `ValueError`: An answer without tokens, or with more than the tokenizer's `model_max_length`.
+        """
+        rows = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        for position, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"`answers[{position}]` ({answers[position]!r}) has no tokens.")
+        rows = [torch.tensor([*row, self.tokenizer.sep_token_id]) for row in rows]
+        self._check_text_lengths([len(row) for row in rows], None)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
     def post_process_answers(self, sequences: torch.LongTensor | list[list[int]]) -> list[str]:
         """
         Turns generated token ids into answers or captions.
@@ -329,4 +351,4 @@ class TripsProcessor(ProcessorMixin):
 
 TripsProcessor.register_for_auto_class()
 
-__all__ = ["TripsProcessor", "TripsProcessorKwargs", "convert_to_rgb"]
+__all__ = ["TripsProcessor", "convert_to_rgb"]

@@ -246,6 +246,11 @@ def test_max_length_alone_does_not_cut(processor, padding):
         processor(text="what is this ?", text_kwargs={"max_length": 5, "padding": padding})
 
 
+def test_max_length_does_not_raise_the_models_limit(processor):
+    with pytest.raises(ValueError, match=r"`text\[0\]` has 13 tokens.*at most 12"):
+        processor(text="cat " * 11, max_length=20)
+
+
 def test_truncation_on_request(processor):
     inputs = processor(text=["red ?", "what is this ?"], max_length=5, truncation=True)
     assert inputs["input_ids"] == [[CLS, 7, 9, SEP, PAD], [CLS, 5, 6, 8, SEP]]
@@ -309,10 +314,13 @@ def test_image_index_needs_both(processor, image):
 # --- back: answers and boxes ----------------------------------------------------------------------------------------
 
 
-def test_answers_have_no_special_tokens_and_no_spaces(processor):
+def test_answers_have_no_special_tokens_and_no_spaces(processor, monkeypatch):
     sequences = torch.tensor([[CLS, 10, 11, SEP, PAD], [CLS, 7, SEP, PAD, PAD], [CLS, SEP, PAD, PAD, PAD]])
     assert processor.post_process_answers(sequences) == ["a cat", "red", ""]
     assert processor.post_process_image_text_to_text(sequences)[:2] == ["a cat", "red"]
+    # byte-pair tokenizers leave the space before the first word
+    monkeypatch.setattr(processor.tokenizer, "batch_decode", lambda *args, **kwargs: [" red "])
+    assert processor.post_process_answers(sequences[1:2]) == ["red"]
 
 
 def test_boxes_of_a_squashed_image():

@@ -65,13 +65,20 @@ def test_small_images_grow_pixel_by_pixel(image):
     assert {picture.getpixel((x, y)) for x in (87, 89) for y in (57, 59)} == {(1, 2, 3)}
     assert picture.getpixel((86, 59)) == COLOR and picture.getpixel((59, 59)) == FADED
     assert draw_kept_patches(image, BOXES).size == (390, 260)
-    assert draw_kept_patches(Image.new("RGB", (300, 400)), BOXES).size == (300, 400)
+    assert draw_kept_patches(Image.new("RGB", (255, 400)), BOXES).size == (510, 800)
+    assert draw_kept_patches(Image.new("RGB", (256, 400)), BOXES).size == (256, 400)
 
 
 def test_fractional_boxes_leave_no_gap(image):
     third = 20 / 3
     boxes = torch.tensor([[0, row * third, 30, (row + 1) * third] for row in range(3)])
     assert colors(draw_kept_patches(image, boxes, outline=None, min_side=1)) == {COLOR}
+
+
+def test_edges_of_boxes_are_rounded(image):
+    picture = draw_kept_patches(image, torch.tensor([[1.4, 1.6, 3.4, 3.6]]), outline=None, min_side=1)
+    kept = [(x, y) for x in range(30) for y in range(20) if picture.getpixel((x, y)) == COLOR]
+    assert kept == [(1, 2), (1, 3), (2, 2), (2, 3)]
 
 
 def test_fade_and_empty_selection(image):
@@ -133,6 +140,15 @@ def test_failed_write_leaves_the_old_figure_and_nothing_else(image, tmp_path):
     with pytest.raises(ValueError, match="unknown"):
         plot_selection(image, ["what ?"], ["cat"], [BOXES], path=path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_rename_leaves_nothing(image, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "selection.png"
+    folder.mkdir()
+    with pytest.raises(OSError):
+        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=folder)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_figure_needs_one_of_each_per_question(image):

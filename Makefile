@@ -1,0 +1,38 @@
+# A fresh machine needs git, make and Python 3.10 or later. Everything else goes into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test test-slow quality clean
+
+help:
+	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (about 10 minutes on 2 cores)"
+	@echo "make test      the test suite without the slow tests"
+	@echo "make test-slow all tests"
+	@echo "make quality   ruff and mlinter"
+	@echo "make clean     remove the environment and what the demo wrote"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or later is needed, this is ' + sys.version) if sys.version_info < (3, 10) else None"
+	$(PYTHON) -m venv $(VENV) || (echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mlinter --no-progress modeling_trips
+
+clean:
+	rm -rf $(VENV) outputs demo build *.egg-info

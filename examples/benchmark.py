@@ -1,0 +1,306 @@
+"""
+Measure what patch selection saves: TRIPS against its unpruned twin (the same weights at keep rate 1.0).
+
+    python examples/benchmark.py                                             # base size, 224 and 384 px, three schedules
+    python examples/benchmark.py --mode forward training --plot speed.png --output_json speed.json
+    python examples/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
+    python examples/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
+
+Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows down
+slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is the
+forward pass of text encoder, vision tower and fusion encoder, in `training` mode followed by the backward pass.
+"""
+
+import itertools
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_trips import TripsConfig, TripsModel
+
+
+@dataclass
+class BenchmarkArguments:
+    preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
+    image_size: list[int] = field(default_factory=lambda: [224, 384], metadata={"help": "Pixels per side."})
+    batch_size: list[int] = field(default_factory=lambda: [8], metadata={"help": "Images per step."})
+    texts_per_image: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Texts that share an image's prefix through `image_index`."}
+    )
+    text_length: int = field(default=40, metadata={"help": "Tokens per text (the paper counts 40)."})
+    schedule: list[str] = field(
+        default_factory=lambda: ["5,10", "2,10", "2,4,8"], metadata={"help": "Selection layers, as in 5,10."}
+    )
+    keep_rate: list[float] = field(default_factory=lambda: [0.7], metadata={"help": "Keep rates to try."})
+    mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": "forward, training, or both."})
+    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2."})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
+    compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
+    warmup: int = field(default=2, metadata={"help": "Steps of each twin before any is timed."})
+    repeats: int = field(default=10, metadata={"help": "Timed steps of each twin."})
+    output_json: str | None = field(default=None, metadata={"help": "Write one row per setting to this file."})
+    plot: str | None = field(default=None, metadata={"help": "Write a picture of the ratios to this file."})
+
+
+@dataclass
+class Setting:
+    """One point of the benchmark."""
+
+    preset: str
+    image_size: int
+    batch_size: int
+    texts_per_image: int
+    text_length: int
+    selection_layers: list[int]
+    keep_rate: float
+    mode: str
+    dtype: str
+    attn_implementation: str
+    device: str
+    num_threads: int
+    compile: bool
+
+    def make_model(self, device: str, **overrides) -> TripsModel:
+        config = TripsConfig.from_preset(
+            self.preset,
+            vision_config={"image_size": self.image_size},
+            selection_layers=self.selection_layers,
+            keep_rate=self.keep_rate,
+        )
+        config._attn_implementation = overrides.get("attn_implementation", self.attn_implementation)
+        with torch.device(device):
+            model = TripsModel(config)
+        return model.to(getattr(torch, self.dtype)).train(self.mode == "training")
+
+    def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
+        """`share_images`: whether the texts of an image share its prefix, or the image comes once per text."""
+        num_texts = self.batch_size * self.texts_per_image
+        config, device = model.config, model.device
+        images = torch.zeros if device.type == "meta" else torch.randn
+        pixel_values = images(self.batch_size, 3, self.image_size, self.image_size, device=device, dtype=model.dtype)
+        image_index = torch.arange(self.batch_size, device=device).repeat_interleave(self.texts_per_image)
+        shape = (num_texts, self.text_length)
+        input_ids = torch.randint(config.text_config.vocab_size, shape, device=device)
+        if self.texts_per_image == 1:
+            return {"input_ids": input_ids, "pixel_values": pixel_values}
+        if not share_images:
+            return {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
+        return {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
+
+
+def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """The work that is measured, without inputs or outputs."""
+
+    def forward():
+        with torch.no_grad():
+            model(**inputs)
+
+    def forward_backward():
+        model(**inputs).last_hidden_state.float().square().mean().backward()
+
+    return {"forward": forward, "training": forward_backward}[setting.mode]
+
+
+def count_macs(setting: Setting, keep_rate: float) -> int:
+    """Multiply-accumulates of all matrix products and convolutions of one step, counted on the meta device."""
+    # Eager, since the counter sees the products inside; no dtype matters.
+    model = setting.make_model("meta", attn_implementation="eager")
+    model.config.keep_rate = keep_rate
+    with FlopCounterMode(display=False) as counter:
+        make_step(setting, model, setting.make_inputs(model))()
+    return counter.get_total_flops() // 2
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Seconds of one step, with the device's queue drained."""
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(step: Callable[[], None], device: str) -> int | None:
+    """
+    Peak bytes during one step: allocated by PyTorch on an accelerator, resident in the process on Linux, else None.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    clear_refs = Path("/proc/self/clear_refs")
+    if device != "cpu" or not clear_refs.exists():
+        return None
+    clear_refs.write_text("5")  # resets the peak to the present size
+    step()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def measure(setting: Setting, warmup: int, repeats: int) -> dict:
+    """One row of results: the setting, its counts and its medians."""
+    model = setting.make_model(setting.device)
+    callable_model = torch.compile(model) if setting.compile else model
+    shared = make_step(setting, callable_model, setting.make_inputs(model))
+    variants = {"pruned": (setting.keep_rate, shared), "unpruned": (1.0, shared)}
+    if setting.texts_per_image > 1:
+        repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
+        variants["repeated"] = (setting.keep_rate, repeated)
+
+    seconds = {name: [] for name in variants}
+    for round_number in range(warmup + repeats):
+        for name, (keep_rate, step) in variants.items():
+            model.config.keep_rate = keep_rate
+            elapsed = timed(step, setting.device)
+            model.zero_grad(set_to_none=True)
+            if round_number >= warmup:
+                seconds[name].append(elapsed)
+    latency = {name: statistics.median(values) for name, values in seconds.items()}
+
+    memory = {}
+    for name, (keep_rate, step) in variants.items():
+        model.config.keep_rate = keep_rate
+        memory[name] = peak_memory(step, setting.device)
+        model.zero_grad(set_to_none=True)
+    macs = {"pruned": count_macs(setting, setting.keep_rate), "unpruned": count_macs(setting, 1.0)}
+    num_texts = setting.batch_size * setting.texts_per_image
+    row = {
+        **asdict(setting),
+        "macs": macs["pruned"],
+        "macs_ratio": macs["pruned"] / macs["unpruned"],
+        "time_ratio": latency["pruned"] / latency["unpruned"],
+        "latency": latency["pruned"],
+        "unpruned_latency": latency["unpruned"],
+        "throughput": num_texts / latency["pruned"],
+        "peak_memory_bytes": memory["pruned"],
+        "unpruned_peak_memory_bytes": memory["unpruned"],
+        "tokens_per_layer": tokens_per_layer(setting),
+    }
+    if "repeated" in latency:
+        row["speedup_over_repeating_images"] = latency["repeated"] / latency["pruned"]
+    return row
+
+
+def tokens_per_layer(setting: Setting) -> list[int]:
+    """Tokens that leave each vision layer."""
+    model = setting.make_model("meta", attn_implementation="eager").eval()
+    outputs = model(**setting.make_inputs(model), output_hidden_states=True)
+    return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]
+
+
+def settings_of(args: BenchmarkArguments) -> list[Setting]:
+    grid = itertools.product(
+        args.mode,
+        args.dtype,
+        args.image_size,
+        args.batch_size,
+        args.texts_per_image,
+        args.schedule,
+        args.keep_rate,
+    )
+    return [
+        Setting(
+            preset=args.preset,
+            image_size=image_size,
+            batch_size=batch_size,
+            texts_per_image=texts_per_image,
+            text_length=args.text_length,
+            selection_layers=[int(layer) for layer in schedule.split(",")],
+            keep_rate=keep_rate,
+            mode=mode,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            device=args.device,
+            num_threads=torch.get_num_threads(),
+            compile=args.compile,
+        )
+        for mode, dtype, image_size, batch_size, texts_per_image, schedule, keep_rate in grid
+    ]
+
+
+def label(row: dict) -> str:
+    layers = ",".join(map(str, row["selection_layers"]))
+    texts = "" if row["texts_per_image"] == 1 else f" x {row['texts_per_image']} texts"
+    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}{texts}, [{layers}] x {row['keep_rate']}"
+
+
+def print_table(rows: list[dict]):
+    width = max(len(label(row)) for row in rows)
+    print(f"{'setting':<{width}}  MACs ratio  time ratio  pairs/s  peak MiB (unpruned)  tokens per layer")
+    for row in rows:
+        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}"
+        twin_memory = "" if row["peak_memory_bytes"] is None else f"({row['unpruned_peak_memory_bytes'] / 2**20:.0f})"
+        print(
+            f"{label(row):<{width}}  {row['macs_ratio']:10.3f}  {row['time_ratio']:10.3f}  {row['throughput']:7.1f}  "
+            f"{memory + ' ' + twin_memory:>19}  {' '.join(map(str, row['tokens_per_layer']))}"
+        )
+    print_verdict(rows)
+
+
+def print_verdict(rows: list[dict]):
+    """Where pruning does not pay, or pays less than counted, in words."""
+    for row in rows:
+        if "speedup_over_repeating_images" in row:
+            speedup = row["speedup_over_repeating_images"]
+            print(f"{label(row)}: sharing each image is {speedup:.2f} times as fast as repeating it.")
+        if row["time_ratio"] >= 1.0:
+            print(f"{label(row)}: pruning does NOT pay here: {row['time_ratio']:.2f} of the unpruned time.")
+        elif row["time_ratio"] > 1.05 * row["macs_ratio"]:
+            print(f"{label(row)}: pruning pays less than counted: {row['time_ratio'] / row['macs_ratio']:.2f} of the MACs.")
+
+
+def plot_rows(rows: list[dict], path: str):
+    """Bars of the counted and the measured ratio, one pair per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
+    for offset, name, title in ((0.2, "macs_ratio", "counted MACs"), (-0.2, "time_ratio", "measured time")):
+        places = [len(rows) - i + offset for i in range(len(rows))]
+        bars = axes.barh(places, [row[name] for row in rows], height=0.38, label=title)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks([len(rows) - i for i in range(len(rows))], [label(row) for row in rows])
+    axes.set_xlim(0, 1.15 * max(1.0, *(row["time_ratio"] for row in rows)))
+    axes.set_xlabel("pruned / unpruned (lower is better)")
+    axes.set_title(f"TRIPS {rows[0]['preset']}, {rows[0]['device']}, {rows[0]['dtype']}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def write_json(rows: list[dict], path: str):
+    partial = Path(path + ".partial")
+    partial.write_text(json.dumps(rows, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    rows = [measure(setting, args.warmup, args.repeats) for setting in tqdm(settings_of(args), desc="settings")]
+    print_table(rows)
+    if args.output_json is not None:
+        write_json(rows, args.output_json)
+    if args.plot is not None:
+        plot_rows(rows, args.plot)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""
+The whole of TRIPS in one run, on 2 CPU cores: train on easy-VQA, evaluate, answer questions, draw what the questions kept,
+and time the model against its unpruned twin.
+
+    python examples/demo.py            # what `make demo` runs
+    python examples/demo.py --help     # takes the options of run_vqa.py too, e.g. --num_train_epochs 1
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import torch
+from benchmark import Setting, measure
+from easy_vqa import get_test_image_paths, get_test_questions
+from run_vqa import main as run_vqa
+
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from modeling_trips.visualization_trips import plot_selection
+
+
+OUTPUT = Path("demo")
+RECIPE = {
+    "--output_dir": str(OUTPUT / "model"),
+    "--num_train_epochs": "9",
+    "--per_device_train_batch_size": "256",
+    "--learning_rate": "1e-3",
+    "--adam_beta2": "0.98",
+    "--weight_decay": "0.05",
+    "--warmup_steps": "0.1",
+    "--lr_scheduler_type": "cosine",
+    "--attn_implementation": "eager",
+    "--logging_steps": "50",
+    "--save_strategy": "no",
+}
+
+
+def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor, num_images: int = 3):
+    """Prints the model's answers to the first questions on the first test images, beside the right ones."""
+    paths, rows = get_test_image_paths(), list(zip(*get_test_questions()))
+    for image_id in range(num_images):
+        asked = [row for row in rows if row[2] == image_id][:4]
+        inputs = processor(
+            images=PIL.Image.open(paths[image_id]),
+            text=[question for question, _, _ in asked],
+            image_index=[0] * len(asked),
+            return_tensors="pt",
+        )
+        answers = processor.post_process_answers(model.generate(**inputs))
+        for (question, truth, _), answer in zip(asked, answers):
+            print(f"  image {image_id}: {question:<45} {answer:<10} ({'right' if answer == truth else truth})")
+
+
+def draw_selection(model: TripsForQuestionAnswering, processor: TripsProcessor, path: Path, image_id: int = 0):
+    """Draws which patches two questions on one image keep."""
+    image = PIL.Image.open(get_test_image_paths()[image_id])
+    questions = ["what color is the shape?", "is there a circle?"]
+    inputs = processor(images=image, text=questions, image_index=[0, 0], return_tensors="pt")
+    answers = processor.post_process_answers(model.generate(**inputs))
+    with torch.no_grad():
+        selection = model.model(**inputs).selection
+    sizes = [(image.height, image.width)] * len(questions)
+    boxes_by_layer = [processor.patch_boxes(layer.kept_indices, sizes) for layer in selection]
+    boxes = [list(layers) for layers in zip(*boxes_by_layer)]
+    plot_selection(image, questions, answers, boxes, num_patches=selection[0].scores.shape[1], path=path)
+
+
+def measure_speed(model: TripsForQuestionAnswering) -> dict:
+    """The trained model's size and schedule against its unpruned twin."""
+    vision = model.config.vision_config
+    return measure(
+        Setting(
+            preset="tiny",
+            image_size=vision.image_size,
+            batch_size=64,
+            texts_per_image=1,
+            text_length=10,
+            selection_layers=vision.selection_layers,
+            keep_rate=vision.keep_rate,
+            mode="forward",
+            dtype="float32",
+            attn_implementation="sdpa",
+            device="cpu",
+            num_threads=torch.get_num_threads(),
+            compile=False,
+        ),
+        warmup=3,
+        repeats=20,
+    )
+
+
+def main(argv: list[str]):
+    start = time.perf_counter()
+    given = {argument.split("=")[0] for argument in argv}
+    recipe = [word for name, value in RECIPE.items() if name not in given for word in (name, value)]
+    metrics = run_vqa(recipe + argv)
+    if "eval_accuracy" not in metrics:
+        return
+    folder = argv[argv.index("--output_dir") + 1] if "--output_dir" in given else RECIPE["--output_dir"]
+    model = TripsForQuestionAnswering.from_pretrained(folder).eval()
+    processor = TripsProcessor.from_pretrained(folder)
+    print("\nAnswers to test questions:")
+    answer_questions(model, processor)
+    picture = OUTPUT / "kept_patches.png"
+    draw_selection(model, processor, picture)
+    speed = measure_speed(model)
+    print(f"\nAccuracy on easy-VQA's test split: {metrics['eval_accuracy']:.2%} (always answering yes: 37.3%)")
+    print(
+        f"Speed: {1 / speed['time_ratio']:.2f} times as fast as the unpruned twin (forward, batch 64), "
+        f"{speed['macs_ratio']:.2f} of its multiply-accumulates"
+    )
+    print(f"Kept patches: {picture}    Model: {folder}    Total: {(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

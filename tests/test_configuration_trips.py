@@ -1,0 +1,221 @@
+"""Tests of the configuration: what is refused and in which words, presets, round trips, selection fields anywhere."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_trips import TripsConfig, TripsModel, TripsTextConfig, TripsVisionConfig
+
+
+SMALL = {
+    "vision_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 8,
+        "patch_size": 4,
+        "selection_layers": [2],
+    },
+    "text_config": {
+        "vocab_size": 12,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    },
+    "fusion_encoder_config": {"num_hidden_layers": 1},
+    "decoder_config": {"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+# What is given, and the words (field, value, what is allowed) that the message must have.
+WRONG_VISION_VALUES = [
+    ({"keep_rate": 0}, ["`keep_rate`", "(0, 1]", "got 0"]),
+    ({"keep_rate": 0.0}, ["`keep_rate`", "(0, 1]", "got 0.0"]),
+    ({"keep_rate": 1.5}, ["`keep_rate`", "(0, 1]", "got 1.5"]),
+    ({"keep_rate": -0.1}, ["`keep_rate`", "(0, 1]", "got -0.1"]),
+    ({"keep_rate": float("nan")}, ["`keep_rate`", "(0, 1]", "got nan"]),
+    ({"keep_rate": [0.7, 0.0]}, ["`keep_rate`", "(0, 1]", "[0.7, 0.0]"]),
+    ({"keep_rate": 2.0, "selection_layers": []}, ["`keep_rate`", "(0, 1]", "got 2.0"]),
+    ({"keep_rate": "0.7"}, ["keep_rate", "'0.7'", "float"]),
+    ({"keep_rate": [0.7]}, ["`keep_rate`", "one per selection layer", "1 rates ([0.7])", "2 `selection_layers`"]),
+    ({"keep_rate": [0.7, 0.7, 0.7]}, ["`keep_rate`", "one per selection layer", "3 rates", "[5, 10]"]),
+    ({"keep_rate": []}, ["`keep_rate`", "one per selection layer", "0 rates"]),
+    ({"selection_layers": [0, 3]}, ["`selection_layers`", "1..12", "[0, 3]"]),
+    ({"selection_layers": [13]}, ["`selection_layers`", "1..12", "[13]"]),
+    ({"selection_layers": [-1]}, ["`selection_layers`", "1..12", "[-1]"]),
+    ({"num_hidden_layers": 9}, ["`selection_layers`", "1..9", "[5, 10]"]),
+    ({"selection_layers": [5, 5]}, ["`selection_layers`", "without repetition", "[5, 5]"]),
+    ({"selection_layers": [10, 5]}, ["`selection_layers`", "ascending", "[10, 5]"]),
+    ({"selection_layers": [1.5]}, ["selection_layers", "[1.5]", "int"]),
+    ({"selection_guidance": "words"}, ["selection_guidance", "words", "'text', 'image', 'random'"]),
+    ({"num_attention_heads": 7}, ["`num_attention_heads`", "(7)", "divisible", "`hidden_size` (768)"]),
+    ({"image_size": 225}, ["`image_size` (225)", "multiple", "`patch_size` (16)"]),
+    ({"image_size": (224, 230)}, ["`image_size` ((224, 230))", "multiple", "`patch_size` (16)"]),
+    ({"image_size": 0}, ["`image_size` (0)", "positive"]),
+    ({"patch_embedding_type": "conv"}, ["patch_embedding_type", "conv", "'linear', 'convolutional'"]),
+    (
+        {"patch_embedding_type": "convolutional", "patch_size": 12, "image_size": 24},
+        ["`patch_size`", "power of two", "got 12"],
+    ),
+]
+SELECTION_VALUES = [case for case in WRONG_VISION_VALUES if any("selection" in key or "rate" in key for key in case[0])]
+
+WRONG_WIDTHS = [
+    (
+        {"fusion_encoder_config": {"hidden_size": 384}},
+        ["`fusion_encoder_config.hidden_size` (384)", "`text_config.hidden_size` (768)"],
+    ),
+    ({"vision_config": {"guidance_hidden_size": 100}}, ["`vision_config.guidance_hidden_size` (100)", "must be 768"]),
+    (
+        {"fusion_encoder_config": {"encoder_hidden_size": 100}},
+        ["`fusion_encoder_config.encoder_hidden_size` (100)", "must be 768"],
+    ),
+    ({"decoder_config": {"encoder_hidden_size": 100}}, ["`decoder_config.encoder_hidden_size` (100)", "must be 768"]),
+    ({"text_config": {"num_attention_heads": 7}}, ["`num_attention_heads`", "(7)", "`hidden_size` (768)"]),
+    ({"decoder_config": {"hidden_size": 100}}, ["`num_attention_heads`", "(12)", "`hidden_size` (100)"]),
+]
+
+
+def assert_refused(make, words):
+    with pytest.raises((StrictDataclassError, ValueError)) as error:
+        make()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("fields, words", WRONG_VISION_VALUES, ids=lambda value: str(value)[:40])
+def test_wrong_value_is_refused_when_the_vision_config_is_made(fields, words):
+    assert_refused(lambda: TripsVisionConfig(**fields), words)
+
+
+@pytest.mark.parametrize("fields, words", SELECTION_VALUES, ids=lambda value: str(value)[:40])
+def test_wrong_selection_is_refused_when_the_whole_config_is_made(fields, words):
+    vision = {name: value for name, value in fields.items() if name == "num_hidden_layers"}
+    selection = {name: value for name, value in fields.items() if name != "num_hidden_layers"}
+    assert_refused(lambda: TripsConfig(vision_config=vision, **selection), words)
+
+
+@pytest.mark.parametrize("parts, words", WRONG_WIDTHS, ids=lambda value: str(value)[:40])
+def test_widths_that_cannot_match_are_refused(parts, words):
+    assert_refused(lambda: TripsConfig(**parts), words)
+
+
+def test_boundaries_of_what_is_allowed():
+    config = TripsVisionConfig(selection_layers=[1, 12], keep_rate=[1, 1e-3])
+    assert config.selection_schedule == {12: 1e-3}  # a rate of 1 selects nothing
+    assert TripsVisionConfig(selection_layers=[], keep_rate=[]).selection_schedule == {}
+    assert TripsVisionConfig(selection_layers=(2, 4), keep_rate=0.5).selection_schedule == {2: 0.5, 4: 0.5}
+    assert TripsVisionConfig(selection_layers=(2, 4), keep_rate=(0.5, 0.25)).selection_schedule == {2: 0.5, 4: 0.25}
+    assert TripsVisionConfig(image_size=[32, 64], patch_size=[16, 8]).grid_size == (2, 8)
+
+
+def test_defaults_are_the_papers():
+    config = TripsConfig()
+    vision, text = config.vision_config, config.text_config
+    assert vision.selection_schedule == {5: 0.7, 10: 0.7}
+    assert (config.selection_guidance, config.fuse_inattentive_tokens) == ("text", True)
+    assert config.normalize_fusion_weights is False
+    assert (vision.num_hidden_layers, vision.hidden_size, vision.patch_size) == (12, 768, 16)
+    assert (text.num_hidden_layers, config.fusion_encoder_config.num_hidden_layers) == (6, 6)
+
+
+def test_presets_have_the_documented_sizes():
+    assert TripsConfig.presets() == ["base", "small", "tiny"]
+    tiny, small, base = (TripsConfig.from_preset(name) for name in ("tiny", "small", "base"))
+    assert (tiny.vision_config.image_size, tiny.vision_config.hidden_size) == (64, 128)
+    assert (small.vision_config.hidden_size, small.text_config.hidden_size) == (384, 384)
+    assert (small.fusion_encoder_config.hidden_size, small.decoder_config.hidden_size) == (384, 384)
+    assert base.to_dict() == TripsConfig().to_dict()
+    assert (base.decoder_config.num_hidden_layers, base.decoder_config.hidden_size) == (6, 768)
+    # The tiny one, all four parts and the selection included, makes a model.
+    assert TripsModel(tiny).num_parameters() < 3_000_000
+    assert len(tiny.selection_schedule if hasattr(tiny, "selection_schedule") else tiny.selection_layers) == 2
+    with pytest.raises(ValueError, match=r"\['base', 'small', 'tiny'\], got 'huge'"):
+        TripsConfig.from_preset("huge")
+
+
+def test_preset_overrides_are_merged_field_by_field_and_do_not_leak():
+    changed = TripsConfig.from_preset("tiny", keep_rate=0.4, text_config={"vocab_size": 99})
+    assert (changed.keep_rate, changed.text_config.vocab_size) == (0.4, 99)
+    assert changed.text_config.hidden_size == 128  # the rest of the part stays the preset's
+    assert changed.decoder_config.vocab_size == 99  # and what depends on it follows
+    again = TripsConfig.from_preset("tiny")
+    assert (again.keep_rate, again.text_config.vocab_size) == (0.7, 128)
+
+
+def test_parts_take_what_they_share_from_the_text_config():
+    config = TripsConfig(
+        vision_config={"hidden_size": 24, "num_attention_heads": 2},
+        text_config={"vocab_size": 50, "hidden_size": 36, "num_hidden_layers": 2, "pad_token_id": 7},
+        decoder_config={"bos_token_id": 5, "vocab_size": 60},
+    )
+    fusion, decoder = config.fusion_encoder_config, config.decoder_config
+    assert (fusion.hidden_size, fusion.encoder_hidden_size, fusion.num_hidden_layers) == (36, 24, 6)
+    assert (decoder.hidden_size, decoder.encoder_hidden_size, decoder.vocab_size) == (36, 36, 60)
+    assert config.vision_config.guidance_hidden_size == 36
+    assert (config.pad_token_id, config.decoder_start_token_id) == (7, 5)
+
+
+def test_round_trip_through_a_file(tmp_path):
+    config = TripsConfig(
+        **SMALL, keep_rate=[0.3], selection_guidance="image", fuse_inattentive_tokens=False, normalize_fusion_weights=True
+    )
+    config.save_pretrained(tmp_path)
+    loaded = TripsConfig.from_pretrained(tmp_path)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert (loaded.keep_rate, loaded.selection_layers, loaded.selection_guidance) == ([0.3], [2], "image")
+    assert (loaded.fuse_inattentive_tokens, loaded.normalize_fusion_weights) == (False, True)
+    assert type(loaded.vision_config) is TripsVisionConfig and type(loaded.text_config) is TripsTextConfig
+    # A part can be read from the file of the whole.
+    assert TripsVisionConfig.from_pretrained(tmp_path).to_diff_dict() == config.vision_config.to_diff_dict()
+
+
+def test_selection_fields_reach_the_vision_config():
+    config = TripsConfig(**SMALL, keep_rate=0.25, selection_layers=[1, 3])
+    assert config.vision_config.selection_schedule == {1: 0.25, 3: 0.25}
+    assert config.vision_config.hidden_size == 16  # the given part is kept but for the selection
+    config.keep_rate = 0.75
+    assert config.vision_config.keep_rate == 0.75
+    config = TripsConfig(vision_config=TripsVisionConfig(hidden_size=24, num_attention_heads=2), selection_layers=[1])
+    assert (config.vision_config.hidden_size, config.selection_layers) == (24, [1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    TripsModel(TripsConfig(**SMALL)).save_pretrained(path)
+    return path
+
+
+def test_selection_fields_can_be_overridden_in_from_pretrained(checkpoint):
+    model = TripsModel.from_pretrained(checkpoint, keep_rate=[0.5, 0.25], selection_layers=[1, 3])
+    assert model.vision_model.config.selection_schedule == {1: 0.5, 3: 0.25}
+    model = TripsModel.from_pretrained(checkpoint, selection_guidance="image", fuse_inattentive_tokens=False)
+    assert model.vision_model.config.selection_guidance == "image"
+    assert model.vision_model.config.fuse_inattentive_tokens is False
+    assert model.vision_model.config.selection_schedule == {2: 0.7}
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ({"keep_rate": 0}, ["`keep_rate`", "(0, 1]", "got 0"]),
+        ({"keep_rate": 1.5}, ["`keep_rate`", "(0, 1]", "got 1.5"]),
+        ({"keep_rate": [0.5, 0.5]}, ["`keep_rate`", "2 rates", "1 `selection_layers`"]),
+        ({"selection_layers": [4]}, ["`selection_layers`", "1..3", "[4]"]),
+        ({"selection_layers": [3, 2]}, ["`selection_layers`", "ascending", "[3, 2]"]),
+        ({"selection_guidance": "words"}, ["selection_guidance", "words", "'text', 'image', 'random'"]),
+    ],
+    ids=str,
+)
+def test_wrong_override_is_refused_when_a_model_is_made(checkpoint, override, words):
+    assert_refused(lambda: TripsModel.from_pretrained(checkpoint, **override), words)
+    config = TripsConfig(**SMALL)
+    name, value = next(iter(override.items()))
+
+    def set_and_make():
+        setattr(config.vision_config, name, value)
+        TripsModel(config)
+
+    assert_refused(set_and_make, words)

@@ -1,0 +1,179 @@
+"""Tests of the arithmetic of patch selection: an example by hand, rounding, ties, gradients, random scores."""
+
+import math
+
+import pytest
+import torch
+
+from modeling_trips.patch_selection import (
+    fuse_tokens,
+    gather_tokens,
+    keep_topk,
+    num_kept_tokens,
+    random_scores,
+    score_tokens,
+    select_tokens,
+)
+
+
+# [CLS] and five candidates of width 2; the keep rate 0.6 keeps ceil(0.6 * 5) = 3.
+TOKENS = torch.tensor([[[9.0, 9.0], [1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0], [5.0, 50.0]]])
+# The largest three are 0.4 (position 4), 0.25 (position 1) and 0.2 (position 3): kept in order 1, 3, 4.
+SCORES = torch.tensor([[0.1, 0.25, 0.05, 0.2, 0.4]])
+# 0.1 * (1, 10) + 0.05 * (3, 30) = (0.25, 2.5); the weights sum to 0.15: normalised (5/3, 50/3).
+FUSED = [0.25, 2.5]
+
+
+def test_example_by_hand():
+    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6)
+    assert kept.tolist() == [[1, 3, 4]]
+    expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_example_by_hand_normalised():
+    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, normalize=True)
+    assert kept.tolist() == [[1, 3, 4]]
+    torch.testing.assert_close(tokens[0, -1], torch.tensor([5 / 3, 50 / 3]))
+
+
+def test_example_by_hand_without_fusing():
+    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, fuse=False)
+    assert kept.tolist() == [[1, 3, 4]]
+    assert tokens.tolist() == [[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0]]]
+
+
+def test_rows_of_a_batch_do_not_mix():
+    tokens = torch.cat((TOKENS, TOKENS.flip(1)))
+    scores = torch.cat((SCORES, SCORES.flip(1)))
+    selected, kept = select_tokens(tokens, scores, keep_rate=0.6)
+    for row in range(2):
+        alone, kept_alone = select_tokens(tokens[row : row + 1], scores[row : row + 1], keep_rate=0.6)
+        assert kept[row].tolist() == kept_alone[0].tolist()
+        torch.testing.assert_close(selected[row], alone[0])
+
+
+def test_score_tokens_by_hand():
+    # Two heads of width 1 and scaling 1. Head 1: logits (ln 1, ln 3) -> (1/4, 3/4). Head 2: (ln 1, ln 1) -> (1/2, 1/2).
+    query = torch.tensor([[[1.0], [2.0]]])
+    key = torch.tensor([[[[0.0], [math.log(3)]], [[0.0], [0.0]]]])
+    torch.testing.assert_close(score_tokens(query, key, scaling=1.0), torch.tensor([[0.375, 0.625]]))
+    # Scaling 2: head 1 has logits (0, 2 ln 3) -> (1/10, 9/10).
+    torch.testing.assert_close(score_tokens(query, key, scaling=2.0), torch.tensor([[0.3, 0.7]]))
+
+
+@pytest.mark.parametrize(
+    "num_candidates, keep_rate, expected",
+    [
+        (30, 0.1, 3),  # 0.1 * 30 > 3 in floating point
+        (10, 0.3, 3),
+        (100, 0.07, 7),  # 0.07 * 100 > 7 in floating point
+        (100, 0.29, 29),  # 0.29 * 100 < 29 in floating point
+        (196, 0.7, 138),  # the paper's: 137.2, then
+        (139, 0.7, 98),  # 97.3
+        (196, 1.0, 196),
+        (10, 0.31, 4),
+        (10, 0.01, 1),
+        (1, 0.001, 1),
+        (5, 1e-9, 1),
+    ],
+)
+def test_number_of_kept_tokens(num_candidates, keep_rate, expected):
+    assert num_kept_tokens(num_candidates, keep_rate) == expected
+
+
+def test_number_of_kept_tokens_is_the_exact_ceiling():
+    for percent in range(1, 101):
+        for num_candidates in range(1, 301):
+            exact = -(-percent * num_candidates // 100)
+            assert num_kept_tokens(num_candidates, percent / 100) == exact
+
+
+def test_equal_scores_go_to_the_lower_index():
+    assert keep_topk(torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2]]), 2).tolist() == [[0, 1]]
+    assert keep_topk(torch.tensor([[0.1, 0.3, 0.2, 0.2, 0.2]]), 3).tolist() == [[1, 2, 3]]
+    many = torch.zeros(1, 1000)
+    many[0, 500] = 1.0
+    assert keep_topk(many, 4).tolist() == [[0, 1, 2, 500]]
+
+
+def test_kept_positions_are_the_largest_in_ascending_order():
+    scores = torch.rand(7, 40)
+    kept = keep_topk(scores, 11)
+    for row in range(7):
+        largest = sorted(range(40), key=lambda i: -scores[row, i].item())[:11]
+        assert kept[row].tolist() == sorted(largest)
+
+
+def test_gather_tokens():
+    gathered = gather_tokens(TOKENS, torch.tensor([[4, 0]]))
+    assert gathered.tolist() == [[[4.0, 40.0], [9.0, 9.0]]]
+
+
+@pytest.mark.parametrize("keep_rate", [1.0, 0.9])  # ceil(0.9 * 5) = 5: nothing to drop either
+def test_nothing_dropped_leaves_the_tokens_as_they_are(keep_rate):
+    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate)
+    assert kept.tolist() == [[0, 1, 2, 3, 4]]
+    assert torch.equal(tokens, TOKENS)
+
+
+def test_scores_get_their_gradient_from_the_fused_token_only():
+    tokens, scores = TOKENS.clone().requires_grad_(), SCORES.clone().requires_grad_()
+    selected, _ = select_tokens(tokens, scores, keep_rate=0.6)
+    selected.sum().backward()
+    # d(sum of the fused token) / d(a_i) = the sum of X_i: 1 + 10 and 3 + 30 for the two that were fused.
+    torch.testing.assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
+    # [CLS] and the kept pass on 1; the fused their weight.
+    torch.testing.assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
+
+
+def test_scores_get_no_gradient_without_fusing():
+    scores = SCORES.clone().requires_grad_()
+    selected, _ = select_tokens(TOKENS.clone().requires_grad_(), scores, keep_rate=0.6, fuse=False)
+    selected.sum().backward()
+    assert scores.grad is None
+
+
+def test_normalised_fusion_of_vanishing_scores_is_finite():
+    scores = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    fused = fuse_tokens(TOKENS[:, 1:], scores, torch.tensor([[1, 3]]), normalize=True)
+    assert fused.tolist() == [[[0.0, 0.0]]]
+
+
+def test_normalised_weights_sum_to_one():
+    ones = torch.ones(3, 12, 2)
+    scores = torch.rand(3, 12).softmax(-1)
+    fused = fuse_tokens(ones, scores, keep_topk(scores, 5), normalize=True)
+    torch.testing.assert_close(fused, torch.ones(3, 1, 2))
+
+
+def test_fused_token_has_the_dtype_of_the_tokens():
+    tokens, _ = select_tokens(TOKENS.bfloat16(), SCORES, keep_rate=0.6)
+    assert tokens.dtype == torch.bfloat16
+    torch.testing.assert_close(tokens[0, -1].float(), torch.tensor(FUSED), rtol=1e-2, atol=0)
+
+
+def test_random_scores_in_evaluation_are_fixed():
+    device = torch.device("cpu")
+    one = random_scores(1, 196, training=False, device=device)
+    torch.manual_seed(123)
+    many = random_scores(5, 196, training=False, device=device)
+    assert torch.equal(many, one.expand(5, -1))
+    assert (one > 0).all()
+    torch.testing.assert_close(one.sum(-1), torch.ones(1))
+    # They look random: hardly two equal, no trend along the image, near-uniform spread over the image's quarters.
+    assert one.unique().numel() > 190
+    kept = keep_topk(one, 98)[0]
+    assert all(14 <= ((kept >= low) & (kept < low + 49)).sum() <= 35 for low in (0, 49, 98, 147))
+
+
+def test_random_scores_in_training_are_drawn_anew():
+    device = torch.device("cpu")
+    first, second = (random_scores(3, 50, training=True, device=device) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+    torch.testing.assert_close(first.sum(-1), torch.ones(3))
+    torch.manual_seed(5)
+    once = random_scores(3, 50, training=True, device=device)
+    torch.manual_seed(5)
+    assert torch.equal(once, random_scores(3, 50, training=True, device=device))

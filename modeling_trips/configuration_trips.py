@@ -389,7 +389,8 @@ PRESETS = {
             "image_size": 64,
             "patch_size": 8,
             "patch_embedding_type": "convolutional",
-            "selection_layers": [3, 4],
+            "selection_layers": [2, 3],
+            "keep_rate": 0.5,
             "initializer_range": 0.06,  # 0.02 is for widths of about 768; at 128 it slows training from scratch
         },
         "text_config": {
@@ -403,7 +404,7 @@ PRESETS = {
             "max_position_embeddings": 64,
             "initializer_range": 0.06,
         },
-        "fusion_encoder_config": {"num_hidden_layers": 1},
+        "fusion_encoder_config": {"num_hidden_layers": 2},
         "decoder_config": {"num_hidden_layers": 1, "bos_token_id": 2, "eos_token_id": 3},
         "initializer_range": 0.06,
     },

@@ -130,7 +130,7 @@ def test_presets_have_the_documented_sizes():
     assert (base.decoder_config.num_hidden_layers, base.decoder_config.hidden_size) == (6, 768)
     # The tiny one, all four parts and the selection included, makes a model.
     assert TripsModel(tiny).num_parameters() < 3_000_000
-    assert len(tiny.selection_schedule if hasattr(tiny, "selection_schedule") else tiny.selection_layers) == 2
+    assert len(tiny.vision_config.selection_schedule) == 2
     with pytest.raises(ValueError, match=r"\['base', 'small', 'tiny'\], got 'huge'"):
         TripsConfig.from_preset("huge")
 
@@ -179,6 +179,12 @@ def test_selection_fields_reach_the_vision_config():
     assert config.vision_config.keep_rate == 0.75
     config = TripsConfig(vision_config=TripsVisionConfig(hidden_size=24, num_attention_heads=2), selection_layers=[1])
     assert (config.vision_config.hidden_size, config.selection_layers) == (24, [1])
+
+
+@pytest.mark.xfail(reason="the vision config is checked before the selection fields reach it", strict=True)
+def test_selection_fields_for_a_tower_that_the_default_selection_does_not_fit():
+    config = TripsConfig(vision_config={"num_hidden_layers": 3}, selection_layers=[2])
+    assert config.vision_config.selection_schedule == {2: 0.7}
 
 
 @pytest.fixture(scope="module")

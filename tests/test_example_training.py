@@ -1,0 +1,124 @@
+"""The batches of the examples: sampling by image, collating with shared images and weighted answers, augmentation."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from example_datasets import train_wordpiece_tokenizer
+from example_training import (
+    ImageGroupedSampler,
+    TripsTrainingArguments,
+    VqaCollator,
+    checkpoint_to_resume,
+    flip_and_shift,
+    make_processor,
+)
+
+from modeling_trips import TripsConfig
+
+
+QUESTIONS = ["what color is it?", "is it red?", "what shape is it?"]
+ANSWERS = ["red", "yes", "no", "circle"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(train_wordpiece_tokenizer([*QUESTIONS, *ANSWERS]), TripsConfig.from_preset("tiny"))
+
+
+def encoded(color: str) -> dict:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64), color).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def row(image_id: str, question: int, answers: list[str], color: str = "red") -> dict:
+    return {
+        "image": encoded(color),
+        "image_id": image_id,
+        "question": QUESTIONS[question],
+        "answers": answers,
+        "source": f"toy row {image_id}-{question}",
+    }
+
+
+def test_sampler_draws_each_row_once_and_keeps_groups_of_an_image_together():
+    image_ids = [f"image {i % 7}" for i in range(40)]
+    order = list(ImageGroupedSampler(image_ids, group_size=3))
+    assert sorted(order) == list(range(40))
+    # Images 0 to 4 have 6 rows, 5 and 6 have 5: two groups each, so that the image changes at most 13 times.
+    changes = sum(image_ids[a] != image_ids[b] for a, b in zip(order, order[1:]))
+    assert changes <= 13
+
+
+def test_sampler_order_depends_on_seed_and_epoch_alone():
+    image_ids = [str(i // 4) for i in range(32)]
+    first, second = (ImageGroupedSampler(image_ids, 2, seed=3) for _ in range(2))
+    assert list(first) == list(second)
+    first.set_epoch(1)
+    assert list(first) != list(second)
+    second.set_epoch(1)
+    assert list(first) == list(second)
+    assert list(ImageGroupedSampler(image_ids, 2, seed=4)) != list(ImageGroupedSampler(image_ids, 2, seed=3))
+
+
+def test_collator_computes_an_image_once_for_all_of_its_questions(processor):
+    rows = [row("a", 0, ["red"], "red"), row("b", 1, ["no"], "blue"), row("a", 2, ["circle"], "red")]
+    batch = VqaCollator(processor)(rows)
+    assert batch["image_index"].tolist() == [0, 1, 0]
+    assert batch["pixel_values"].shape == (2, 3, 64, 64)
+    red, blue = batch["pixel_values"].mean(dim=(2, 3))
+    assert red[0] > red[2] and blue[2] > blue[0]
+    assert batch["input_ids"].shape[0] == 3
+
+
+def test_training_labels_are_the_distinct_answers_with_their_shares(processor):
+    rows = [row("a", 0, ["red", "red", "yes", "red"]), row("b", 1, ["no"])]
+    batch = VqaCollator(processor, training=True)(rows)
+    vocabulary = processor.tokenizer.get_vocab()
+    end = processor.tokenizer.sep_token_id
+    assert batch["labels"].tolist() == [[vocabulary[word], end] for word in ("red", "yes", "no")]
+    assert batch["question_index"].tolist() == [0, 0, 1]
+    assert batch["answer_weights"].tolist() == [0.75, 0.25, 1.0]
+
+
+def test_evaluation_label_is_the_most_common_answer(processor):
+    batch = VqaCollator(processor)([row("a", 0, ["yes", "red", "red"])])
+    assert batch["labels"][0, 0] == processor.tokenizer.get_vocab()["red"]
+    assert "question_index" not in batch and "answer_weights" not in batch
+
+
+def test_errors_name_the_row(processor):
+    bad = row("a", 0, ["red"])
+    bad["image"]["bytes"] = bad["image"]["bytes"][:60]
+    with pytest.raises(ValueError, match="toy row a-0.*cannot read the image"):
+        VqaCollator(processor)([bad])
+    long = {**row("a", 0, ["red"]), "question": "red " * 100}
+    with pytest.raises(ValueError, match=r"text\[1\].*toy row b-1, toy row a-0"):
+        VqaCollator(processor)([row("b", 1, ["no"]), long])
+
+
+def test_flip_and_shift_moves_the_image_by_at_most_an_eighth_and_repeats_its_border():
+    image = PIL.Image.new("RGB", (64, 32), "white")
+    image.putpixel((32, 16), (0, 0, 0))
+    places = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        moved = np.asarray(flip_and_shift(image).convert("L"))
+        assert moved.shape == (32, 64)
+        (y,), (x,) = np.where(moved == 0)
+        assert (moved == 255).sum() == 64 * 32 - 1
+        assert abs(y - 16) <= 4 and min(abs(x - 32), abs(x - 31)) <= 8
+        places.add((y, x))
+    assert len(places) > 15
+
+
+def test_resuming_from_the_last_checkpoint_needs_one(tmp_path):
+    args = TripsTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoint_to_resume(args)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")

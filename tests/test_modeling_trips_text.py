@@ -1,0 +1,199 @@
+"""Tests of the language side: text encoder, fusion encoder and decoder are BERT's layers, weight by weight."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, BertModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from modeling_trips import (
+    TripsDecoder,
+    TripsDecoderConfig,
+    TripsFusionConfig,
+    TripsFusionModel,
+    TripsTextConfig,
+    TripsTextModel,
+)
+from modeling_trips.modeling_trips_text import TripsLMHead
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "intermediate_size": 32,
+    "max_position_embeddings": 12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+IDS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+def randomize(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "LayerNorm.weight" in name else 0.3 * noise)
+    return model.eval()
+
+
+def bert(num_layers, model_class=BertModel, **fields):
+    config = BertConfig(**SIZES, num_hidden_layers=num_layers, attn_implementation="eager", **fields)
+    kwargs = {"add_pooling_layer": False} if model_class is BertModel else {}
+    return randomize(model_class(config, **kwargs))
+
+
+def load_by_name(model, weights, prefix=""):
+    """Every weight of `model` under the same name after `prefix`: a missing one is an error, others are left."""
+    model.load_state_dict({name: weights[prefix + name] for name in model.state_dict()}, strict=True)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text encoder
+
+
+def test_text_encoder_is_the_first_layers_of_bert():
+    reference = bert(3)
+    model = load_by_name(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2)), reference.state_dict())
+    token_types = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
+    output = model(IDS, MASK, token_types, output_hidden_states=True)
+    expected = reference(IDS, MASK, token_types, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(output.last_hidden_state, expected[2])
+    torch.testing.assert_close(output.hidden_states, expected[:3])
+    torch.testing.assert_close(output.pooler_output, expected[2][:, 0])
+
+
+def test_text_encoder_takes_embeddings_in_place_of_ids():
+    model = randomize(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=1)))
+    embeds = model.get_input_embeddings()(IDS)
+    expected = model(IDS, MASK).last_hidden_state
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=MASK).last_hidden_state, expected)
+    for wrong in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+            model(**wrong)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_padding_changes_no_text(attn_implementation):
+    config = TripsTextConfig(**SIZES, num_hidden_layers=2)
+    model = randomize(TripsTextModel._from_config(config, attn_implementation=attn_implementation))
+    padded = model(IDS, MASK).last_hidden_state
+    torch.testing.assert_close(padded[1:, :3], model(IDS[1:, :3]).last_hidden_state)
+    other_padding = IDS.masked_fill(MASK == 0, 17)
+    torch.testing.assert_close(model(other_padding, MASK).last_hidden_state[1, :3], padded[1, :3])
+
+
+def test_text_longer_than_the_positions_is_refused():
+    model = TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=1))
+    model(torch.ones(1, 12, dtype=torch.long))
+    with pytest.raises(ValueError, match="13 tokens, `max_position_embeddings` allows 12"):
+        model(torch.ones(1, 13, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fusion encoder
+
+
+def test_fusion_encoder_is_the_upper_layers_of_bert_with_cross_attention():
+    reference = bert(4, is_decoder=True, add_cross_attention=True)
+    upper = reference.encoder.layer[2:]
+    model = TripsFusionModel(TripsFusionConfig(**SIZES, num_hidden_layers=2))
+    upper_weights = {f"encoder.layer.{name}": weight for name, weight in upper.state_dict().items()}
+    load_by_name(model, upper_weights)
+    text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
+
+    # BERT's eager layers look both ways under a mask that hides nothing but the padding.
+    hidden = (1.0 - MASK[:, None, None].float()) * torch.finfo(torch.float32).min
+    expected = text_states
+    for layer in upper:
+        expected = layer(expected, hidden, encoder_hidden_states=image_states)
+    output = model(text_states, image_states, MASK)
+    torch.testing.assert_close(output.last_hidden_state, expected)
+
+
+def test_fusion_encoder_looks_both_ways_and_at_images_of_another_width():
+    model = randomize(TripsFusionModel(TripsFusionConfig(**SIZES, num_hidden_layers=1, encoder_hidden_size=10)))
+    text_states, image_states = torch.randn(1, 4, 24), torch.randn(1, 6, 10)
+    expected = model(text_states, image_states).last_hidden_state
+    changed = text_states.clone()
+    changed[:, -1] += 1
+    assert (model(changed, image_states).last_hidden_state[0, 0] - expected[0, 0]).abs().max() > 1e-3
+    # Attention is over a set of image tokens: their order is nothing, each of them something.
+    torch.testing.assert_close(model(text_states, image_states.flip(1)).last_hidden_state, expected)
+    for token in range(6):
+        changed = image_states.clone()
+        changed[:, token] += 1
+        assert (model(text_states, changed).last_hidden_state - expected).abs().max() > 1e-3
+
+
+def test_fusion_encoder_records_both_attentions():
+    config = TripsFusionConfig(**SIZES, num_hidden_layers=2)
+    model = randomize(TripsFusionModel._from_config(config, attn_implementation="eager"))
+    output = model(torch.randn(2, 5, 24), torch.randn(2, 7, 24), output_attentions=True, output_hidden_states=True)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 3, 5, 5)] * 2
+    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 7)] * 2
+    assert len(output.hidden_states) == 3
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoder
+
+
+@pytest.fixture
+def decoder_and_reference():
+    reference = bert(2, BertLMHeadModel, is_decoder=True, add_cross_attention=True)
+    weights = reference.state_dict()
+    config = TripsDecoderConfig(**SIZES, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)
+    decoder = load_by_name(TripsDecoder(config), weights, "bert.")
+    head_weights = {
+        name.replace("cls.predictions.", "").replace("transform.", ""): weight
+        for name, weight in weights.items()
+        if name.startswith("cls.predictions.") and name != "cls.predictions.bias"
+    }
+    return decoder, load_by_name(TripsLMHead(config), head_weights), reference
+
+
+def test_decoder_is_berts(decoder_and_reference):
+    decoder, head, reference = decoder_and_reference
+    states, states_mask = torch.randn(2, 6, 24), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    logits = head(decoder(IDS, MASK, states, states_mask).last_hidden_state)
+    expected = reference(IDS, MASK, encoder_hidden_states=states, encoder_attention_mask=states_mask).logits
+    torch.testing.assert_close(logits[MASK == 1], expected[MASK == 1])
+
+
+def test_decoder_sees_no_later_token(decoder_and_reference):
+    decoder, _, _ = decoder_and_reference
+    states = torch.randn(2, 6, 24)
+    expected = decoder(IDS, encoder_hidden_states=states).last_hidden_state
+    changed = IDS.clone()
+    changed[:, 3] = 30
+    output = decoder(changed, encoder_hidden_states=states).last_hidden_state
+    torch.testing.assert_close(output[:, :3], expected[:, :3])
+    assert (output[:, 3:] - expected[:, 3:]).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_decoder_with_a_cache_equals_without(decoder_and_reference, attn_implementation):
+    decoder, _, _ = decoder_and_reference
+    decoder.set_attn_implementation(attn_implementation)
+    states, states_mask = torch.randn(2, 6, 24), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    expected = decoder(IDS, None, states, states_mask).last_hidden_state
+    cache, pieces = EncoderDecoderCache(DynamicCache(), DynamicCache()), []
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        output = decoder(IDS[:, start:end], None, states, states_mask, cache=cache, use_cache=True)
+        pieces.append(output.last_hidden_state)
+        states = torch.full_like(states, torch.nan)  # keys and values of the states are read from the cache
+    assert output.cache.get_seq_length() == 5
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
+
+
+def test_decoder_records_both_attentions(decoder_and_reference):
+    decoder, _, _ = decoder_and_reference
+    decoder.set_attn_implementation("eager")
+    output = decoder(IDS, encoder_hidden_states=torch.randn(2, 6, 24), output_attentions=True)
+    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 6)] * 2
+    for weights in output.attentions:
+        assert torch.equal(weights, weights.tril())

@@ -1,0 +1,436 @@
+"""
+Tests of the vision tower: equal to a naive loop implementation in value and gradient, to ViT and CLIP where nothing is
+selected, and to itself however images are shared, split or computed.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from naive_reference import NaiveVisionTower
+from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
+
+from modeling_trips import TripsVisionConfig, TripsVisionModel
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+GRID = {"image_size": [12, 8], "patch_size": 4}  # 3 x 2 patches
+CLIP_STYLE = {"use_pre_layernorm": True, "hidden_act": "quick_gelu", "patch_bias": False, "layer_norm_eps": 1e-5}
+
+
+def make_model(seed=0, attn_implementation="sdpa", **fields):
+    """A tower whose parameters are all drawn at random, biases and norms too, so that each of them matters."""
+    config = TripsVisionConfig(**{**SIZES, **GRID, "selection_layers": [2], "keep_rate": 0.5, **fields})
+    model = TripsVisionModel._from_config(config, attn_implementation=attn_implementation).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name and "weight" in name else 0.4 * noise)
+    return model
+
+
+def images(count=2, size=(12, 8), seed=1, dtype=torch.float32):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def texts(count=2, width=8, seed=2, dtype=torch.float32):
+    return 2 * torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_same_selection(selection, other, **tolerance):
+    assert len(selection) == len(other)
+    for ours, theirs in zip(selection, other):
+        assert torch.equal(ours.kept_indices, theirs.kept_indices)
+        assert torch.equal(ours.candidate_indices, theirs.candidate_indices)
+        torch.testing.assert_close(ours.scores, theirs.scores, **tolerance)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The naive reference
+
+CASES = {
+    "one_layer": {},
+    "first_layer": {"selection_layers": [1]},
+    "last_layer": {"selection_layers": [3], "keep_rate": 0.3},
+    "adjacent_layers": {"selection_layers": [2, 3], "keep_rate": 0.6},
+    "every_layer": {"selection_layers": [1, 2, 3], "keep_rate": 0.7},
+    "rate_per_layer": {"selection_layers": [1, 3], "keep_rate": [0.8, 0.25]},
+    "rate_1_in_between": {"selection_layers": [1, 2, 3], "keep_rate": [0.7, 1.0, 0.5]},
+    "nothing_dropped_below_1": {"selection_layers": [2, 3], "keep_rate": [0.9, 0.5]},  # ceil(0.9 * 6) = 6
+    "no_selection": {"selection_layers": []},
+    "image_guidance": {"selection_guidance": "image", "selection_layers": [1, 3]},
+    "no_fusing": {"fuse_inattentive_tokens": False, "selection_layers": [1, 3]},
+    "normalised": {"normalize_fusion_weights": True, "selection_layers": [1, 3]},
+    "image_guidance_normalised": {"selection_guidance": "image", "normalize_fusion_weights": True},
+    "clip_style": {**CLIP_STYLE, "selection_layers": [1, 2]},
+    "no_qkv_bias": {"qkv_bias": False},
+    "text_of_another_width": {"guidance_hidden_size": 5, "selection_layers": [1, 2]},
+    "oblong_patches": {"patch_size": [4, 2]},
+    "four_heads": {"num_attention_heads": 4},
+}
+RESOLUTIONS = {"square": (8, 8), "larger": (16, 12), "smaller": (8, 4), "wider": (4, 20)}
+
+
+def assert_equals_reference(model, pixel_values, text_embeds):
+    """Outputs, selection, and the gradient of every input and weight. Scores, and resized positions, are float32."""
+    config = model.config
+    patch_size = config.patch_size if isinstance(config.patch_size, list) else [config.patch_size] * 2
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.state_dict().items()}
+    tower = NaiveVisionTower(
+        weights,
+        dict(zip(config.selection_layers, config.keep_rates)),
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        patch_size,
+        (config.image_size[0] // patch_size[0], config.image_size[1] // patch_size[1]),
+        eps=config.layer_norm_eps,
+        guidance=config.selection_guidance,
+        fuse=config.fuse_inattentive_tokens,
+        normalize=config.normalize_fusion_weights,
+        quick_gelu=config.hidden_act == "quick_gelu",
+    )
+    inputs = {"pixel_values": pixel_values, "text_embeds": text_embeds}
+    ours = {name: value.clone().requires_grad_() for name, value in inputs.items() if value is not None}
+    naive = {name: value.clone().requires_grad_() for name, value in inputs.items() if value is not None}
+    output = model(**ours)
+    expected = tower(naive["pixel_values"], naive.get("text_embeds"))
+    expected_states = torch.stack([states for states, _ in expected])
+    torch.testing.assert_close(output.last_hidden_state, expected_states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.pooler_output, expected_states[:, 0], rtol=1e-5, atol=1e-5)
+
+    expected_selections = list(zip(*[selections for _, selections in expected]))
+    assert len(output.selection) == len(expected_selections)
+    for selection, entries in zip(output.selection, expected_selections):
+        assert selection.kept_indices.tolist() == [kept for kept, _, _ in entries]
+        assert selection.candidate_indices.tolist() == [candidates for _, _, candidates in entries]
+        expected_scores = torch.stack([scores for _, scores, _ in entries]).float()
+        torch.testing.assert_close(selection.scores, expected_scores, rtol=1e-5, atol=1e-6)
+
+    direction = torch.randn(expected_states.shape, dtype=torch.float64)
+    (output.last_hidden_state * direction).sum().backward()
+    (expected_states * direction).sum().backward()
+    pairs = [(value.grad, naive[name].grad) for name, value in ours.items()]
+    pairs += [(parameter.grad, weights[name].grad) for name, parameter in model.named_parameters()]
+    for gradient, expected_gradient in pairs:
+        assert (gradient is None) == (expected_gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_equals_the_naive_reference(fields):
+    model = make_model(**fields).double()
+    width = model.config.guidance_hidden_size or 8
+    assert_equals_reference(model, images(dtype=torch.float64), texts(width=width, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", RESOLUTIONS.values(), ids=RESOLUTIONS)
+def test_equals_the_naive_reference_at_other_resolutions(size):
+    model = make_model(selection_layers=[1, 3], keep_rate=0.6).double()
+    assert_equals_reference(model, images(size=size, dtype=torch.float64), texts(dtype=torch.float64))
+
+
+def test_without_a_text_the_image_guides_itself():
+    model = make_model(selection_layers=[1, 3]).double()
+    assert_equals_reference(model, images(dtype=torch.float64), None)
+    by_image = make_model(selection_layers=[1, 3], selection_guidance="image").double()
+    output, expected = model(images(dtype=torch.float64)), by_image(images(dtype=torch.float64), texts())
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    assert_same_selection(output.selection, expected.selection)
+
+
+def test_the_text_chooses_the_patches():
+    model = make_model()
+    pixel_values = images(1).expand(20, -1, -1, -1)
+    kept = model(pixel_values, texts(20)).selection[0].kept_indices
+    assert len({tuple(row) for row in kept.tolist()}) > 5
+
+
+def test_sequence_lengths_of_the_paper():
+    config = {"image_size": 56, "patch_size": 4, "selection_layers": [1, 2], "keep_rate": 0.7}  # 14 x 14 patches
+    output = make_model(**config)(images(1, (56, 56)), texts(1), output_hidden_states=True)
+    # 197 -> 1 + ceil(0.7 * 196) + 1 = 140 -> 1 + ceil(0.7 * 139) + 1 = 100
+    assert [states.shape[1] for states in output.hidden_states] == [197, 140, 100, 100]
+    assert [entry.kept_indices.shape[1] for entry in output.selection] == [138, 98]
+    assert [entry.scores.shape[1] for entry in output.selection] == [196, 139]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No selection: ViT and CLIP
+
+VIT_FIELDS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize("selection", [{"selection_layers": [1, 3], "keep_rate": 1.0}, {"selection_layers": []}], ids=str)
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_without_selection_it_is_vit(selection, size):
+    model = make_model(**VIT_FIELDS, image_size=16, patch_size=4, **selection)
+    vit_config = ViTConfig(**VIT_FIELDS, image_size=16, patch_size=4, layer_norm_eps=1e-6)
+    vit = ViTModel(vit_config, add_pooling_layer=False).eval()
+    vit.load_state_dict(model.state_dict(), strict=True)
+    pixel_values = images(3, size)
+    expected = vit(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    output = model(pixel_values, texts(3, 32), output_hidden_states=True)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(output.hidden_states[:-1], expected.hidden_states[:-1])
+    assert output.selection == ()
+
+
+def test_clip_style_without_selection_is_clip():
+    model = make_model(**VIT_FIELDS, **CLIP_STYLE, image_size=16, patch_size=4, keep_rate=1.0)
+    clip = CLIPVisionModel(CLIPVisionConfig(**VIT_FIELDS, image_size=16, patch_size=4)).eval()
+    weights = model.state_dict()
+    mapped = {}
+    for name, weight in weights.items():
+        for ours, theirs in (
+            ("embeddings.cls_token", "embeddings.class_embedding"),
+            ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
+            ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
+            ("pre_layernorm", "pre_layrnorm"),
+            ("layers.", "encoder.layers."),
+            (".attention.o_proj", ".self_attn.out_proj"),
+            (".attention.", ".self_attn."),
+            ("layernorm_before", "layer_norm1"),
+            ("layernorm_after", "layer_norm2"),
+        ):
+            name = name.replace(ours, theirs)
+        mapped[name.replace("layernorm.", "post_layernorm.")] = weight
+    mapped["embeddings.class_embedding"] = mapped["embeddings.class_embedding"].flatten()
+    mapped["embeddings.position_embedding.weight"] = mapped["embeddings.position_embedding.weight"][0]
+    clip.load_state_dict(mapped, strict=True)
+    expected, output = clip(images(3, (16, 16))), model(images(3, (16, 16)), texts(3, 32))
+    torch.testing.assert_close(output.last_hidden_state, clip.post_layernorm(expected.last_hidden_state))
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output)
+
+
+def test_selection_adds_no_parameter_unless_the_widths_differ():
+    plain = make_model(selection_layers=[]).state_dict().keys()
+    assert make_model(selection_layers=[1, 2, 3], guidance_hidden_size=8).state_dict().keys() == plain
+    projected = make_model(guidance_hidden_size=5).state_dict().keys()
+    assert projected - plain == {"selection_projection.weight", "selection_projection.bias"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels, captured outputs, gradient checkpointing, number formats
+
+BIG = {**VIT_FIELDS, "image_size": 32, "patch_size": 4, "selection_layers": [1, 3], "keep_rate": 0.6}  # 64 patches
+
+
+def test_sdpa_and_eager_keep_the_same_patches():
+    sdpa, eager = make_model(**BIG), make_model(**BIG, attn_implementation="eager")
+    assert (sdpa.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+    output, expected = (model(images(16, (32, 32)), texts(16, 32)) for model in (sdpa, eager))
+    assert_same_selection(output.selection, expected.selection)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("first", [1, 2])
+def test_captured_outputs_have_the_shrinking_shapes(attn_implementation, first):
+    model = make_model(selection_layers=[first, 3], keep_rate=0.5, attn_implementation=attn_implementation)
+    pixel_values = images()
+    output = model(pixel_values, texts(), output_hidden_states=True, output_attentions=True)
+    # 6 candidates -> 3 kept and 1 fused -> 2 kept and 1 fused. The MLP of a selection layer is on the short sequence.
+    lengths = [7, 5, 5, 4] if first == 1 else [7, 7, 5, 4]
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, length, 8) for length in lengths]
+    assert torch.equal(output.hidden_states[0], model.embeddings(pixel_values))
+    torch.testing.assert_close(model.layernorm(output.hidden_states[-1]), output.last_hidden_state)
+    if attn_implementation == "eager":  # attention comes before the selection: over the layer's input
+        assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, n, n) for n in lengths[:-1]]
+        for weights in output.attentions:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_scores_are_the_attention_row_of_the_class_token_under_image_guidance():
+    model = make_model(selection_guidance="image", attn_implementation="eager")
+    output = model(images(), output_attentions=True)
+    row = output.attentions[1][:, :, 0, 1:]  # with [CLS] left out, each head's row is renormalised
+    torch.testing.assert_close(output.selection[0].scores, (row / row.sum(-1, keepdim=True)).mean(1))
+
+
+@pytest.mark.parametrize("guidance", ["text", "random"])
+def test_gradient_checkpointing_changes_nothing(guidance):
+    results, runs = [], []
+    for checkpointing in (False, True):
+        model = make_model(selection_layers=[1, 3], selection_guidance=guidance).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        calls = []
+        model.layers[2].attention.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        torch.manual_seed(3)
+        text_embeds = texts().requires_grad_()
+        output = model(images(), text_embeds)
+        output.last_hidden_state.square().sum().backward()
+        results.append((output.last_hidden_state, gradients(model), text_embeds.grad))
+        runs.append(len(calls))
+    assert runs == [1, 2]  # the layer was run again for the backward pass
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_bfloat16_is_finite_and_keeps_nearly_the_same_patches():
+    model = make_model(**BIG)
+    pixel_values, text_embeds = images(8, (32, 32)), texts(8, 32)
+    expected = model(pixel_values, text_embeds)
+    output = model.bfloat16()(pixel_values, text_embeds.bfloat16())
+    assert output.last_hidden_state.dtype == torch.bfloat16
+    assert output.last_hidden_state.isfinite().all()
+    same = 0
+    for kept, kept_expected in zip(output.selection[0].kept_indices, expected.selection[0].kept_indices):
+        same += len(set(kept.tolist()) & set(kept_expected.tolist()))
+    assert same >= 0.95 * expected.selection[0].kept_indices.numel()
+
+
+def test_initial_weights_have_the_configured_spread():
+    config = TripsVisionConfig(**{**SIZES, "hidden_size": 64}, image_size=32, patch_size=4, selection_layers=[1])
+    model = TripsVisionModel(config)
+    for weight in (
+        model.layers[0].mlp.fc1.weight,
+        model.embeddings.position_embeddings,
+        model.embeddings.patch_embeddings.projection.weight,
+    ):
+        assert 0.8 * config.initializer_range < weight.std() < 1.2 * config.initializer_range
+
+
+def test_convolutional_stem_gives_the_same_grid():
+    fields = {"patch_embedding_type": "convolutional", "image_size": [16, 24], "patch_size": 8}
+    model = make_model(**fields)
+    assert model.embeddings.patch_embeddings(images(2, (16, 24))).shape == (2, 6, 8)
+    # Row-major: moving only the lower left corner of the image moves that patch (number 3) most.
+    pixel_values = images(1, (16, 24))
+    changed = pixel_values.clone()
+    changed[..., 8:, :8] += 1.0
+    difference = model.embeddings.patch_embeddings(changed) - model.embeddings.patch_embeddings(pixel_values)
+    assert difference.norm(dim=-1).argmax() == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image, many texts
+
+INDEX = torch.tensor([1, 0, 1, 1, 0])
+SHARING = {
+    "text": {"selection_layers": [2, 3]},
+    "text_first_layer": {"selection_layers": [1]},
+    "image": {"selection_layers": [2, 3], "selection_guidance": "image"},
+    "random": {"selection_layers": [2, 3], "selection_guidance": "random"},
+    "no_selection": {"selection_layers": []},
+    "other_width": {"selection_layers": [2], "guidance_hidden_size": 5},
+}
+
+
+@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("fields", SHARING.values(), ids=SHARING)
+def test_image_index_equals_repeated_images(fields, as_prefix):
+    width = fields.get("guidance_hidden_size", 8)
+    results = []
+    for shared in (True, False):
+        model = make_model(**fields)
+        pixel_values, text_embeds = images().requires_grad_(), texts(5, width).requires_grad_()
+        arguments = {"text_embeds": text_embeds, "image_index": INDEX if shared else None}
+        given = pixel_values if shared else pixel_values[INDEX]
+        if shared and as_prefix:
+            output = model(prefix=model.encode_prefix(given), **arguments)
+        else:
+            output = model(given, **arguments)
+        (output.last_hidden_state * torch.arange(1.0, 6.0)[:, None, None]).sin().sum().backward()
+        results.append((output, pixel_values.grad, text_embeds.grad, gradients(model)))
+    (output, *grads), (expected, *expected_grads) = results
+    assert output.last_hidden_state.shape[0] == 5
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output)
+    assert_same_selection(output.selection, expected.selection)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prefix_is_computed_per_image_and_without_the_text():
+    model = make_model(selection_layers=[2, 3])
+    prefix = model.encode_prefix(images(2))
+    assert prefix.hidden_states.shape == (2, 7, 8)
+    assert prefix.class_query.shape == (2, 2, 4)
+    assert prefix.key.shape == (2, 2, 7, 4)
+    calls = []
+    handle = model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    model(prefix=prefix, text_embeds=texts(5), image_index=INDEX)
+    handle.remove()
+    assert calls == []  # the layers before the first selection do not run again
+
+
+def test_rows_do_not_depend_on_the_batch():
+    model = make_model(selection_layers=[1, 3])
+    pixel_values, text_embeds = images(6), texts(6)
+    together = model(pixel_values, text_embeds)
+    for row in range(6):
+        alone = model(pixel_values[row : row + 1], text_embeds[row : row + 1])
+        torch.testing.assert_close(alone.last_hidden_state[0], together.last_hidden_state[row])
+        for entry, entry_alone in zip(together.selection, alone.selection):
+            assert torch.equal(entry.kept_indices[row], entry_alone.kept_indices[0])
+
+
+def test_random_guidance_keeps_the_same_in_evaluation_and_not_in_training():
+    fields = {**BIG, "selection_guidance": "random"}
+    model = make_model(**fields)
+    kept = model(images(4, (32, 32)), texts(4, 32)).selection[0].kept_indices
+    assert (kept == kept[0]).all()
+    assert kept.shape == (4, math.ceil(0.6 * 64))
+    kept = model.train()(images(4, (32, 32)), texts(4, 32)).selection[0].kept_indices
+    assert not (kept == kept[0]).all()
+
+
+def test_candidates_of_a_later_layer_are_what_the_earlier_kept():
+    output = make_model(selection_layers=[1, 2, 3], keep_rate=0.7)(images(), texts())
+    for earlier, later in pairwise(output.selection):
+        fused = torch.full((2, 1), -1)
+        assert torch.equal(later.candidate_indices, torch.cat((earlier.kept_indices, fused), dim=1))
+    for entry in output.selection:
+        torch.testing.assert_close(entry.scores.sum(-1), torch.ones(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text is trained through the selection alone
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_text_gets_its_gradient_through_the_fused_token_alone(fuse):
+    text_embeds = texts().requires_grad_()
+    output = make_model(fuse_inattentive_tokens=fuse)(images(), text_embeds)
+    output.last_hidden_state.square().sum().backward()
+    gradient = text_embeds.grad if text_embeds.grad is not None else torch.zeros(2, 8)
+    assert (gradient.abs().sum(-1) > 0).tolist() == [fuse, fuse]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad inputs
+
+
+def test_number_of_texts_and_images_must_agree():
+    model = make_model()
+    with pytest.raises(ValueError, match="3 texts for 2 images"):
+        model(images(2), texts(3))
+    with pytest.raises(ValueError, match="4 texts for 3 images"):
+        model(images(2), texts(4), image_index=torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="3 texts for 2 images"):
+        make_model(selection_layers=[])(images(2), texts(3))
+
+
+@pytest.mark.parametrize("size", [(12, 9), (13, 8), (3, 8)])
+def test_image_size_must_be_a_multiple_of_the_patch_size(size):
+    with pytest.raises(ValueError, match=rf"multiples of the patch size \(4x4\), got {size[0]}x{size[1]}"):
+        make_model()(images(2, size), texts())
+
+
+def test_number_of_channels_must_be_the_configured_one():
+    with pytest.raises(ValueError, match="3 channels, got 1"):
+        make_model()(images()[:, :1], texts())
+
+
+def test_exactly_one_of_pixels_and_prefix():
+    model = make_model()
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+        model(images(), texts(), prefix=model.encode_prefix(images()))
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+        model(text_embeds=texts())

@@ -405,7 +405,7 @@ def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
         `ValueError`: Where the questions about an image contradict each other.
     """
     data = _read_easy_vqa(split)
-    left = {image_id: (EASY_VQA_COLORS, EASY_VQA_SHAPES) for image_id in sorted(data.image_paths)}
+    left = dict.fromkeys(sorted(data.image_paths), (EASY_VQA_COLORS, EASY_VQA_SHAPES))
     for question, answer, image_id in zip(data.questions, data.answers, data.image_ids, strict=True):
         words = set(re.findall(r"\w+", question))
         denied = (answer == "no") != bool(words & {"no", "not"})
@@ -547,8 +547,7 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> B
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS + [f"##{character}" for character in alphabet],
-        initial_alphabet=alphabet,
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return BertTokenizer(vocab=backend.get_vocab())
+    return BertTokenizer(vocab=backend.get_vocab(with_added_tokens=False))

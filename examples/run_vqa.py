@@ -165,14 +165,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     data = load_data(data_args, training_args.seed)
     model, processor = load_model(model_args, data)
-    model.generation_config.max_new_tokens = 10
+    model.generation_config.update(max_new_tokens=10, max_length=None)
     logger.info("%s parameters, %s", f"{model.num_parameters():,}", model.config.vision_config.selection_schedule)
 
     metric = evaluate.load(METRIC)
 
+    def answers_of(prediction) -> list[str]:
+        # `Seq2SeqTrainer` keeps the rows that fill up the last batch of several processes: they come last.
+        sequences = prediction.predictions[: len(data["validation"])]
+        return processor.post_process_answers(sequences.clip(min=0))
+
     def accuracy(prediction) -> dict:
-        answers = processor.post_process_answers(prediction.predictions.clip(min=0))
-        return metric.compute(predictions=answers, references=data["validation"]["answers"], by_answer=True)
+        references = data["validation"]["answers"]
+        return metric.compute(predictions=answers_of(prediction), references=references, by_answer=True)
 
     augment = data_args.is_embedded if data_args.augment is None else data_args.augment
     trainer = ImageGroupedTrainer(
@@ -195,8 +200,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         metrics |= output.metrics
         if trainer.is_world_process_zero():
-            answers = processor.post_process_answers(output.predictions.clip(min=0))
-            write_predictions(Path(training_args.output_dir) / "predictions.jsonl", data["validation"], answers)
+            path = Path(training_args.output_dir) / "predictions.jsonl"
+            write_predictions(path, data["validation"], answers_of(output))
     by_answer = metrics.pop("eval_by_answer", {})
     for split in ("train", "eval"):
         part = {name: value for name, value in metrics.items() if name.startswith(split)}

@@ -104,7 +104,9 @@ class NaiveVisionTower:
                 patch = image[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
                 tokens.append(torch.stack([(filter_ * patch).sum() for filter_ in kernel]) + bias)
         table = self.weights["embeddings.position_embeddings"][0]
-        tokens = [token + position for token, position in zip(tokens, positions_for(table, self.grid_size, (rows, columns)))]
+        tokens = [
+            token + position for token, position in zip(tokens, positions_for(table, self.grid_size, (rows, columns)))
+        ]
         if "pre_layernorm.weight" in self.weights:
             tokens = [self.layernorm("pre_layernorm", token) for token in tokens]
         return tokens

@@ -167,7 +167,9 @@ def test_sequence_lengths_of_the_paper():
 VIT_FIELDS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
 
-@pytest.mark.parametrize("selection", [{"selection_layers": [1, 3], "keep_rate": 1.0}, {"selection_layers": []}], ids=str)
+@pytest.mark.parametrize(
+    "selection", [{"selection_layers": [1, 3], "keep_rate": 1.0}, {"selection_layers": []}], ids=str
+)
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
 def test_without_selection_it_is_vit(selection, size):
     model = make_model(**VIT_FIELDS, image_size=16, patch_size=4, **selection)
@@ -329,8 +331,9 @@ def test_image_index_equals_repeated_images(fields, as_prefix):
     width = fields.get("guidance_hidden_size", 8)
     results = []
     for shared in (True, False):
-        model = make_model(**fields)
-        pixel_values, text_embeds = images().requires_grad_(), texts(5, width).requires_grad_()
+        model = make_model(**fields).double()
+        pixel_values = images(dtype=torch.float64).requires_grad_()
+        text_embeds = texts(5, width, dtype=torch.float64).requires_grad_()
         arguments = {"text_embeds": text_embeds, "image_index": INDEX if shared else None}
         given = pixel_values if shared else pixel_values[INDEX]
         if shared and as_prefix:

@@ -54,7 +54,7 @@ def test_rows_of_a_batch_do_not_mix():
 
 
 def test_score_tokens_by_hand():
-    # Two heads of width 1 and scaling 1. Head 1: logits (ln 1, ln 3) -> (1/4, 3/4). Head 2: (ln 1, ln 1) -> (1/2, 1/2).
+    # Two heads of width 1, scaling 1. Head 1: logits (ln 1, ln 3) -> (1/4, 3/4). Head 2: (ln 1, ln 1) -> (1/2, 1/2).
     query = torch.tensor([[[1.0], [2.0]]])
     key = torch.tensor([[[[0.0], [math.log(3)]], [[0.0], [0.0]]]])
     torch.testing.assert_close(score_tokens(query, key, scaling=1.0), torch.tensor([[0.375, 0.625]]))

@@ -59,6 +59,11 @@ WRONG_VISION_VALUES = [
         ["`patch_size`", "power of two", "got 12"],
     ),
 ]
+# Refused too, but without naming the field: see the mark.
+UNNAMED_VISION_VALUES = [
+    ({"num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
+    ({"image_size": [224, 224, 224]}, ["`image_size`", "[224, 224, 224]"]),
+]
 SELECTION_VALUES = [
     case for case in WRONG_VISION_VALUES if any("selection" in key or "rate" in key for key in case[0])
 ]
@@ -88,6 +93,12 @@ def assert_refused(make, words):
 
 @pytest.mark.parametrize("fields, words", WRONG_VISION_VALUES, ids=lambda value: str(value)[:40])
 def test_wrong_value_is_refused_when_the_vision_config_is_made(fields, words):
+    assert_refused(lambda: TripsVisionConfig(**fields), words)
+
+
+@pytest.mark.xfail(reason="the field is not named", strict=True)
+@pytest.mark.parametrize("fields, words", UNNAMED_VISION_VALUES, ids=lambda value: str(value)[:40])
+def test_value_of_the_wrong_kind_is_refused_by_name(fields, words):
     assert_refused(lambda: TripsVisionConfig(**fields), words)
 
 

@@ -1,0 +1,52 @@
+"""The README's Python blocks run as they stand, its links lead somewhere, its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from example_datasets import train_wordpiece_tokenizer
+from example_training import make_processor
+
+from modeling_trips import TripsConfig, TripsForQuestionAnswering
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "examples/README.md"]
+
+
+@pytest.fixture
+def demo_model(tmp_path, monkeypatch):
+    """The folder that `make demo` leaves, with an untrained model in it, in the current directory."""
+    tokenizer = train_wordpiece_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+    TripsForQuestionAnswering(config).save_pretrained(tmp_path / "demo/model")
+    make_processor(tokenizer, config).save_pretrained(tmp_path / "demo/model")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_python_blocks_run_as_they_stand(demo_model):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert len(namespace["boxes"]) == 2 and namespace["unpruned"].config.keep_rate == 1.0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_relative_links_exist(document):
+    path = ROOT / document
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_name_existing_scripts_and_targets(document):
+    text = (ROOT / document).read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for script in set(re.findall(r"examples/\w+\.py", text)):
+        assert (ROOT / script).exists(), script
+    for target in set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", text, re.MULTILINE)):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target

@@ -7,8 +7,8 @@ Measure what patch selection saves: TRIPS against its unpruned twin (the same we
     python examples/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
 
 Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows
-down slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is the
-forward pass of text encoder, vision tower and fusion encoder, in `training` mode followed by the backward pass.
+down slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is
+the forward pass of text encoder, vision tower and fusion encoder, in `training` mode followed by the backward pass.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """
-The whole of TRIPS in one run, on 2 CPU cores: train on easy-VQA, evaluate, answer questions, draw what the questions kept,
-and time the model against its unpruned twin.
+The whole of TRIPS in one run, on 2 CPU cores: train on easy-VQA, evaluate, answer questions, draw what the questions
+kept, and time the model against its unpruned twin.
 
     python examples/demo.py            # what `make demo` runs
     python examples/demo.py --help     # takes the options of run_vqa.py too, e.g. --num_train_epochs 1

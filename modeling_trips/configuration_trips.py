@@ -47,6 +47,8 @@ FIELDS_SHARED_WITH_TEXT = (
 
 
 def _validate_heads(config):
+    if config.num_attention_heads < 1:
+        raise ValueError(f"`num_attention_heads` must be at least 1, got {config.num_attention_heads}.")
     if config.hidden_size % config.num_attention_heads != 0:
         raise ValueError(
             f"`hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` "
@@ -54,8 +56,11 @@ def _validate_heads(config):
         )
 
 
-def _as_pair(size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"`{field}` must be a positive number or a pair (height, width) of them, got {size}.")
+    return pair
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")
@@ -65,7 +70,8 @@ class TripsVisionConfig(PreTrainedConfig):
     patch_embedding_type (`str`, *optional*, defaults to `"linear"`):
         `"linear"`: one convolution of kernel and stride `patch_size` (ViT). `"convolutional"`: a stack of 3x3
         convolutions of stride 2 with doubling channels and one 1x1 convolution (https://arxiv.org/abs/2106.14881);
-        `patch_size` must then be a power of two.
+        `patch_size` must then be a power of two. The stem is batch-normalised: in training, its outputs depend on
+        the other images of the batch.
     patch_bias (`bool`, *optional*, defaults to `True`):
         Whether the patch embedding has a bias. CLIP has none.
     use_pre_layernorm (`bool`, *optional*, defaults to `False`):
@@ -137,23 +143,39 @@ class TripsVisionConfig(PreTrainedConfig):
         return {layer: rate for layer, rate in zip(self.selection_layers, self.keep_rates) if rate < 1.0}
 
     @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _as_pair("patch_size", self.patch_size)
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """Patches (down, across) at the configured `image_size`."""
-        (height, width), (patch_height, patch_width) = _as_pair(self.image_size), _as_pair(self.patch_size)
+        height, width = _as_pair("image_size", self.image_size)
+        patch_height, patch_width = self.patch_shape
         return height // patch_height, width // patch_width
 
     def validate_architecture(self):
         _validate_heads(self)
-        (height, width), (patch_height, patch_width) = _as_pair(self.image_size), _as_pair(self.patch_size)
-        if min(height, width, patch_height, patch_width) < 1 or height % patch_height or width % patch_width:
+        height, width = _as_pair("image_size", self.image_size)
+        patch_height, patch_width = self.patch_shape
+        if height % patch_height or width % patch_width:
             raise ValueError(
-                f"`image_size` ({self.image_size}) must be a positive multiple of `patch_size` ({self.patch_size})."
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
             )
-        power_of_two = patch_height == patch_width and patch_height > 1 and patch_height & (patch_height - 1) == 0
-        if self.patch_embedding_type == "convolutional" and not power_of_two:
+        if self.patch_embedding_type == "convolutional":
+            self._validate_stem()
+
+    def _validate_stem(self):
+        height, width = self.patch_shape
+        if height != width or height == 1 or height & (height - 1) != 0:
             raise ValueError(
                 "`patch_size` must be a power of two above 1 with `patch_embedding_type='convolutional'`, "
                 f"got {self.patch_size}."
+            )
+        if self.hidden_size < height // 2:
+            raise ValueError(
+                f"`hidden_size` must be at least {height // 2} with `patch_embedding_type='convolutional'` and "
+                f"`patch_size={self.patch_size}`, got {self.hidden_size}."
             )
 
     def validate_selection_layers(self):
@@ -323,9 +345,11 @@ class TripsConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         selection = {name: kwargs.pop(name) for name in SELECTION_FIELDS if name in kwargs}
-        self.vision_config = self._sub_config("vision_config", {})
+        if selection and isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = self.vision_config.to_dict()  # a copy: what was passed in stays as it is
         if selection:
-            self.vision_config = type(self.vision_config)(**{**self.vision_config.to_dict(), **selection})
+            self.vision_config = {**(self.vision_config or {}), **selection}
+        self.vision_config = self._sub_config("vision_config", {})
         self.text_config = self._sub_config("text_config", {})
         shared = {name: getattr(self.text_config, name) for name in FIELDS_SHARED_WITH_TEXT}
         self.fusion_encoder_config = self._sub_config("fusion_encoder_config", shared)

@@ -205,15 +205,20 @@ class TripsTextEmbeddings(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         batch_size, seq_length = inputs_embeds.shape[:2]
-        max_length = self.position_embeddings.num_embeddings
-        if seq_length > max_length:
-            raise ValueError(f"The text has {seq_length} tokens, `max_position_embeddings` allows {max_length}.")
+        self.check_length(seq_length, cache_length)
         position_ids = torch.arange(seq_length, device=inputs_embeds.device) + cache_length
         if token_type_ids is None:
             token_type_ids = torch.zeros((batch_size, seq_length), dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
         embeddings = embeddings + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embeddings))
+
+    def check_length(self, seq_length: int, cache_length: int | torch.Tensor):
+        # A static cache counts on the device: asking it would sync with the host.
+        length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
+        max_length = self.position_embeddings.num_embeddings
+        if length > max_length:
+            raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {max_length}.")
 
 
 class TripsTextSelfAttention(nn.Module):

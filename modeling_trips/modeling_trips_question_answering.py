@@ -16,6 +16,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -87,6 +88,11 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head.decoder = new_embeddings
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and the head."""
+        self.decoder.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def get_encoder(self, modality: str | None = None):
         return self.model
 
@@ -145,6 +151,8 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         fused_states = encoder_outputs[0]
+        if labels is not None:
+            _check_labels(labels, answer_weights, question_index, num_questions=len(fused_states))
         if question_index is not None:
             fused_states = fused_states[question_index]
             attention_mask = attention_mask[question_index] if attention_mask is not None else None
@@ -199,6 +207,10 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
         if answer_attention_mask is None:
             answer_attention_mask = (answer_ids != self.config.pad_token_id) & (answer_ids != -100)
         labels = answer_ids.masked_fill(answer_attention_mask == 0, -100)
+        if k < 1 or (labels[:, 0] == -100).any():
+            raise ValueError(
+                f"`k` must be at least 1 (got {k}), and every row of `answer_ids` must begin with a token."
+            )
         encoder_outputs = self.model(attention_mask=attention_mask, **inputs)
         num_texts, k = encoder_outputs.last_hidden_state.shape[0], min(k, len(labels))
 
@@ -207,7 +219,7 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask, encoder_outputs=encoder_outputs, decoder_input_ids=start, use_cache=False
         )
         first_token_scores = first.logits[:, 0].log_softmax(dim=-1)[:, labels[:, 0]]
-        candidates = first_token_scores.topk(k, dim=-1).indices
+        candidates = first_token_scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
         scores = []
         for column in candidates.unbind(dim=1):  # one answer per question at a time bounds the memory
@@ -223,9 +235,21 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
         return TripsAnswerRanking(candidates.gather(1, order), scores, encoder_outputs.selection)
 
 
+def _check_labels(labels, answer_weights, question_index, num_questions: int):
+    num_answers = len(labels)
+    if question_index is None and num_answers != num_questions:
+        raise ValueError(
+            f"Got {num_answers} answers (`labels`) for {num_questions} questions. Say with `question_index` which "
+            "question each of them answers."
+        )
+    for name, value in (("answer_weights", answer_weights), ("question_index", question_index)):
+        if value is not None and tuple(value.shape) != (num_answers,):
+            raise ValueError(f"`{name}` must have shape ({num_answers},), one entry per row of `labels`.")
+
+
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
     """Negative log-likelihood of each label, float32 `(num_answers, answer_length)`; 0 where the label is -100."""
-    return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
 
 
 def answer_loss(

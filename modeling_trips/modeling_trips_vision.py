@@ -70,6 +70,9 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     r"""
     selection (`tuple(TripsSelection)`):
         One entry per selection layer with a keep rate below 1, in the order of the layers.
+    hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+        They get shorter behind each selection layer. With `image_index` they have one row per image where the text
+        plays no part yet (in the prefix, and everywhere unless the guidance is `"text"`), and one per text after.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
@@ -83,7 +86,7 @@ class TripsConvolutionalStem(nn.Module):
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
-        num_layers = config.patch_size.bit_length() - 1
+        num_layers = config.patch_shape[0].bit_length() - 1
         widths = [config.hidden_size // 2 ** (num_layers - 1 - i) for i in range(num_layers)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
@@ -132,8 +135,7 @@ class TripsVisionEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        patch_size = self.config.patch_size
-        patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        patch_height, patch_width = self.config.patch_shape
         num_channels, height, width = pixel_values.shape[1:]
         if num_channels != self.config.num_channels:
             raise ValueError(f"`pixel_values` must have {self.config.num_channels} channels, got {num_channels}.")
@@ -266,30 +268,40 @@ class TripsVisionModel(TripsPreTrainedModel):
             raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
         if prefix is None:
             prefix = self.encode_prefix(pixel_values, **kwargs)
-        text_guided = text_embeds is not None and self.config.selection_guidance == "text"
-        if text_guided:
-            if image_index is not None:
-                prefix = _select_rows(prefix, image_index)
-            if len(text_embeds) != len(prefix.hidden_states):
-                raise ValueError(
-                    f"Got {len(text_embeds)} texts for {len(prefix.hidden_states)} images. Give as many images as "
-                    "texts, or say with `image_index` which image each text looks at."
-                )
-            if self.selection_projection is not None:
-                text_embeds = self.selection_projection(text_embeds)
-        hidden_states, selection = self.encode_rest(prefix, text_embeds if text_guided else None, **kwargs)
+        if text_embeds is not None:
+            _check_counts(len(text_embeds), len(prefix.hidden_states), image_index)
+        # CODEPATH: the published models are guided by the text; "image" and "random" are the ablations of the paper.
+        if self.config.selection_guidance != "text":
+            text_embeds = None
+        if text_embeds is not None and image_index is not None:
+            prefix = _select_rows(prefix, image_index)
+        if text_embeds is not None and self.selection_projection is not None:
+            text_embeds = self.selection_projection(text_embeds)
+        hidden_states, selection = self.encode_rest(prefix, text_embeds, **kwargs)
         hidden_states = self.layernorm(hidden_states)
-        if image_index is not None and not text_guided:  # no text was needed so far: each image was computed once
-            hidden_states = hidden_states[image_index]
+        if text_embeds is None and image_index is not None:  # no text was needed so far: each image was computed once
+            hidden_states = hidden_states.index_select(0, image_index)
             selection = tuple(_select_rows(entry, image_index) for entry in selection)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0], selection=selection
         )
 
 
+def _check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
+    if image_index is None and num_texts != num_images:
+        raise ValueError(
+            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
+            "which image each text looks at."
+        )
+    if image_index is not None and tuple(image_index.shape) != (num_texts,):
+        raise ValueError(
+            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
+        )
+
+
 def _select_rows(output: ModelOutput, index: torch.LongTensor) -> ModelOutput:
     """The rows `index` of each tensor in a model output."""
-    return type(output)(**{name: tensor[index] for name, tensor in output.items()})
+    return type(output)(**{name: tensor.index_select(0, index) for name, tensor in output.items()})
 
 
 TripsVisionModel.register_for_auto_class("AutoModel")

@@ -63,9 +63,10 @@ def random_scores(batch_size: int, num_candidates: int, training: bool, device: 
         scores = torch.rand(batch_size, num_candidates, device=device)
     else:
         position = torch.arange(1, num_candidates + 1, device=device, dtype=torch.int64)
-        mixed = (position * 2654435761) % 4294967291  # Knuth's multiplicative hash, twice
-        mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 4294967291
-        scores = (mixed.double() / 4294967291).float().expand(batch_size, num_candidates)
+        prime = 2**31 - 1  # a multiplicative hash, twice; the products stay within 64 bits
+        mixed = (position * 1103515245) % prime
+        mixed = ((mixed ^ (mixed >> 15)) * 1664525) % prime
+        scores = (mixed.double() / prime).float().expand(batch_size, num_candidates)
     scores = scores + 1e-6
     return scores / scores.sum(dim=-1, keepdim=True)
 

@@ -235,13 +235,13 @@ class TripsProcessor(ProcessorMixin):
             if not 0 <= index < num_images:
                 raise ValueError(f"`image_index[{position}]` is {index}, but must be in [0, {num_images - 1}].")
 
-    def _check_text_lengths(self, lengths: list[int], max_length: int | None):
+    def _check_text_lengths(self, lengths: list[int], max_length: int | None, name: str = "text"):
         """Raises on a text longer than the model takes: it would overrun the model's position table."""
         limit = min(self.tokenizer.model_max_length, max_length or self.tokenizer.model_max_length)
         for position, length in enumerate(lengths):
             if length > limit:
                 raise ValueError(
-                    f"`text[{position}]` has {length} tokens with the special ones, but at most {limit} are allowed. "
+                    f"`{name}[{position}]` has {length} tokens with the special ones, but only {limit} are allowed. "
                     "Shorten it, or pass `truncation=True` to cut it."
                 )
 
@@ -264,7 +264,7 @@ class TripsProcessor(ProcessorMixin):
             if not row:
                 raise ValueError(f"`answers[{position}]` ({answers[position]!r}) has no tokens.")
         rows = [torch.tensor([*row, self.tokenizer.sep_token_id]) for row in rows]
-        self._check_text_lengths([len(row) for row in rows], None)
+        self._check_text_lengths([len(row) for row in rows], None, name="answers")
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def post_process_answers(self, sequences: torch.LongTensor | list[list[int]]) -> list[str]:

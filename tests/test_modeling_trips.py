@@ -183,18 +183,14 @@ def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
     )
 
 
-# Not caught yet under guidances that never look at the text: see the mark.
-NOT_CAUGHT = pytest.mark.xfail(reason="texts and images are only counted under text guidance", strict=True)
-
-
-@pytest.mark.parametrize(
-    "guidance", ["text", pytest.param("image", marks=NOT_CAUGHT), pytest.param("random", marks=NOT_CAUGHT)]
-)
+@pytest.mark.parametrize("guidance", ["text", "image", "random"])
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_number_of_texts_and_images_must_agree(guidance, num_images):
     model = make_model(selection_guidance=guidance)
     with pytest.raises(ValueError, match=f"4 texts for {num_images} images"):
         model(IDS, images(num_images), MASK)
+    with pytest.raises(ValueError, match=r"`image_index` must have shape \(4,\).*got \(1,\)"):
+        model(IDS, images(num_images), MASK, image_index=torch.tensor([0]))
 
 
 def test_other_bad_inputs():

@@ -441,3 +441,19 @@ def test_a_loaded_processor_gives_the_same(image, tmp_path):
     assert torch.equal(processor.patch_boxes([[4]], [(20, 30)])[0], loaded.patch_boxes([[4]], [(20, 30)])[0])
     with pytest.raises(ValueError, match="13 tokens"):
         loaded(text="cat " * 11)
+
+
+def test_answers_become_labels_by_hand(processor):
+    labels = processor.encode_answers(["red cat", "a"])
+    red, cat, a = (VOCABULARY[word] for word in ("red", "cat", "a"))
+    assert labels.tolist() == [[red, cat, SEP], [a, SEP, -100]]
+    assert processor.post_process_answers(labels.clamp(min=0)) == ["red cat", "a"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [(["red", " "], r"`answers\[1\]` \(' '\) has no tokens"), (["red", "cat " * 12], r"`answers\[1\]` has 13 tokens")],
+)
+def test_answers_that_cannot_be_labels_are_refused(processor, answers, message):
+    with pytest.raises(ValueError, match=message):
+        processor.encode_answers(answers)

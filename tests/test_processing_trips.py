@@ -232,22 +232,22 @@ def test_empty_text_is_a_prompt(processor, image):
 def test_long_text_is_never_cut_silently(processor, kwargs):
     fits, too_long = "cat " * 10, "cat " * 11  # and [CLS], [SEP]; model_max_length is 12
     assert len(processor(text=["a", fits], **kwargs)["input_ids"][1]) == 12
-    with pytest.raises(ValueError, match=r"`text\[1\]` has 13 tokens.*at most 12.*truncation=True"):
+    with pytest.raises(ValueError, match=r"`text\[1\]` has 13 tokens.*only 12.*truncation=True"):
         processor(text=["a", too_long], **kwargs)
-    with pytest.raises(ValueError, match=r"`text\[0\]` has 13 tokens.*at most 12"):
+    with pytest.raises(ValueError, match=r"`text\[0\]` has 13 tokens.*only 12"):
         processor(text=too_long, **kwargs)
 
 
 @pytest.mark.parametrize("padding", [True, False, "max_length"])
 def test_max_length_alone_does_not_cut(processor, padding):
-    with pytest.raises(ValueError, match=r"`text\[1\]` has 6 tokens.*at most 5"):
+    with pytest.raises(ValueError, match=r"`text\[1\]` has 6 tokens.*only 5"):
         processor(text=["red ?", "what is this ?"], max_length=5, padding=padding)
-    with pytest.raises(ValueError, match=r"`text\[0\]` has 6 tokens.*at most 5"):
+    with pytest.raises(ValueError, match=r"`text\[0\]` has 6 tokens.*only 5"):
         processor(text="what is this ?", text_kwargs={"max_length": 5, "padding": padding})
 
 
 def test_max_length_does_not_raise_the_models_limit(processor):
-    with pytest.raises(ValueError, match=r"`text\[0\]` has 13 tokens.*at most 12"):
+    with pytest.raises(ValueError, match=r"`text\[0\]` has 13 tokens.*only 12"):
         processor(text="cat " * 11, max_length=20)
 
 

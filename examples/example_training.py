@@ -49,7 +49,8 @@ def bf16_is_fast() -> bool:
     """Whether this machine's accelerator, or else its CPU, multiplies bfloat16 matrices in hardware."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
+    return capabilities.get("avx512_bf16", False)
 
 
 def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:

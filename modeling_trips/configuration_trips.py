@@ -415,7 +415,7 @@ PRESETS = {
             "patch_embedding_type": "convolutional",
             "selection_layers": [2, 3],
             "keep_rate": 0.5,
-            "initializer_range": 0.08,  # about 128 ** -0.5; 0.02 is for widths of about 768 and trains much slower here
+            "initializer_range": 0.08,  # about 128 ** -0.5; 0.02 suits widths of about 768 and is far slower here
         },
         "text_config": {
             "vocab_size": 128,

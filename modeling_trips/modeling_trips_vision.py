@@ -268,6 +268,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
         if prefix is None:
             prefix = self.encode_prefix(pixel_values, **kwargs)
+        if (prefix.key is None) != (not self.config.selection_schedule):
+            raise ValueError("`prefix` was encoded under another selection schedule: encode it again.")
         if text_embeds is not None:
             _check_counts(len(text_embeds), len(prefix.hidden_states), image_index)
         # CODEPATH: the published models are guided by the text; "image" and "random" are the ablations of the paper.

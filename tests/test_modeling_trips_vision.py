@@ -375,6 +375,15 @@ def test_the_prefix_is_computed_per_image_and_without_the_text():
     assert calls == []  # the layers before the first selection do not run again
 
 
+@pytest.mark.parametrize("before, after", [([2], []), ([], [2])])
+def test_a_prefix_of_another_schedule_is_refused(before, after):
+    model = make_model(selection_layers=before)
+    prefix = model.encode_prefix(images(2))
+    model.config.selection_layers = after
+    with pytest.raises(ValueError, match="another selection schedule"):
+        model(prefix=prefix, text_embeds=texts(2))
+
+
 def test_rows_do_not_depend_on_the_batch():
     model = make_model(selection_layers=[1, 3])
     pixel_values, text_embeds = images(6), texts(6)

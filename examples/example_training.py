@@ -20,7 +20,10 @@ from modeling_trips import TripsConfig, TripsProcessor
 
 @dataclass
 class TripsTrainingArguments(Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with the defaults of these examples."""
+    """
+    `Seq2SeqTrainingArguments` whose defaults train the tiny preset from scratch on the embedded data. Fine-tuning a
+    larger model wants a learning rate of about 2e-5 and fewer questions per batch.
+    """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
@@ -29,13 +32,20 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
         default=True,
         metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it (unless --fp16 is given)."},
     )
+    num_train_epochs: float = field(default=6.0, metadata={"help": "How often to train on each question."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Questions per device and step."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Questions per device in evaluation."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of weights; biases and norms have none."})
     questions_per_image: int = field(
         default=4,
         metadata={"help": "How many questions of an image may stand in a training batch; they share its computation."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated answers."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Questions per device in evaluation."})
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
 
     def __post_init__(self):

@@ -35,4 +35,4 @@ quality: $(VENV)/.installed
 	$(BIN)/mlinter --no-progress modeling_trips
 
 clean:
-	rm -rf $(VENV) outputs demo build *.egg-info
+	rm -rf $(VENV) demo build *.egg-info

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from example_training import write_whole
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers import AutoModel, HfArgumentParser
 
 from modeling_trips import TripsConfig, TripsModel
 
@@ -79,9 +80,9 @@ class Setting:
             selection_layers=self.selection_layers,
             keep_rate=self.keep_rate,
         )
-        config._attn_implementation = overrides.get("attn_implementation", self.attn_implementation)
+        attn_implementation = overrides.get("attn_implementation", self.attn_implementation)
         with torch.device(device):
-            model = TripsModel(config)
+            model = AutoModel.from_config(config, attn_implementation=attn_implementation)
         return model.to(getattr(torch, self.dtype)).train(self.mode == "training")
 
     def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
@@ -134,7 +135,8 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 def peak_memory(step: Callable[[], None], device: str) -> int | None:
     """
-    Peak bytes during one step: allocated by PyTorch on an accelerator, resident in the process on Linux, else None.
+    Peak bytes during one step: allocated by PyTorch on an accelerator; on Linux's CPU, resident in the whole process,
+    with weights and what the allocator holds back; None where it cannot be known.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +144,7 @@ def peak_memory(step: Callable[[], None], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     clear_refs = Path("/proc/self/clear_refs")
-    if device != "cpu" or not clear_refs.exists():
+    if device != "cpu" or not os.access(clear_refs, os.W_OK):
         return None
     clear_refs.write_text("5")  # resets the peak to the present size
     step()
@@ -283,12 +285,6 @@ def plot_rows(rows: list[dict], path: str):
     figure.savefig(path, dpi=120)
 
 
-def write_json(rows: list[dict], path: str):
-    partial = Path(path + ".partial")
-    partial.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(partial, path)
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
@@ -297,7 +293,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [measure(setting, args.warmup, args.repeats) for setting in tqdm(settings_of(args), desc="settings")]
     print_table(rows)
     if args.output_json is not None:
-        write_json(rows, args.output_json)
+        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
     if args.plot is not None:
         plot_rows(rows, args.plot)
     return rows

@@ -366,8 +366,7 @@ def _read_easy_vqa(split: str) -> _EasyVqaSplit:
         import easy_vqa
     except ImportError as error:
         raise ImportError(
-            "The data set easy-VQA is in the package easy-vqa, which is not installed: `pip install easy-vqa`, or "
-            "`pip install trips-transformers[easy-vqa]`."
+            "The data set easy-VQA is in the package easy-vqa, which is not installed: `pip install easy-vqa`."
         ) from error
     if split == "train":
         return _EasyVqaSplit(*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())

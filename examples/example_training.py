@@ -1,11 +1,14 @@
 """What the run_*.py scripts share: training arguments, batches that share images, augmentation, model making."""
 
 import io
+import logging
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -15,7 +18,10 @@ from torchvision.transforms.v2 import functional as F
 from transformers import BlipImageProcessor, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_trips import TripsConfig, TripsProcessor
+from modeling_trips import TripsConfig, TripsProcessor, convert_to_rgb
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,10 +55,19 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
 
     def __post_init__(self):
+        if self.label_smoothing_factor != 0.0:
+            raise ValueError("--label_smoothing_factor: the loss of weighted answers has no smoothing, leave it at 0.")
+        if not self.predict_with_generate:
+            raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.auto_bf16 and not self.fp16:
             self.bf16 = self.bf16 or bf16_is_fast()
         super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1 per process: `nn.DataParallel` would part images from their questions. Use `accelerate launch`."""
+        return min(super().n_gpu, 1)
 
 
 def bf16_is_fast() -> bool:
@@ -148,7 +163,7 @@ class VqaCollator:
         for row in rows:
             first_rows.setdefault(row["image_id"], row)
         position = {image_id: index for index, image_id in enumerate(first_rows)}
-        images = [read_image(row) for row in first_rows.values()]
+        images = [convert_to_rgb(read_image(row)) for row in first_rows.values()]
         if self.augment and self.training:
             images = [flip_and_shift(image) for image in images]
         try:
@@ -158,9 +173,10 @@ class VqaCollator:
                 image_index=[position[row["image_id"]] for row in rows],
                 return_tensors="pt",
             )
+            labels = self.weighted_labels(rows) if self.training else self.single_labels(rows)
         except ValueError as error:
             raise ValueError(f"{error} The batch is: {', '.join(row['source'] for row in rows)}.") from error
-        return {**inputs, **(self.weighted_labels(rows) if self.training else self.single_labels(rows))}
+        return {**inputs, **labels}
 
     def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]
@@ -186,7 +202,7 @@ def read_image(row: dict) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
         image.load()
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
         raise ValueError(f"{row['source']}: cannot read the image {encoded['path'] or ''}: {error}.") from error
     return image
 
@@ -205,6 +221,33 @@ def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Imag
 def without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
     """The data set with `image` left encoded, so that the collator decodes an image once for all of its rows."""
     return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def without_long_questions(dataset: datasets.Dataset, processor: TripsProcessor, skip: bool) -> datasets.Dataset:
+    """
+    The rows whose questions fit the model, found before training starts.
+
+    Raises:
+        ValueError: if some do not and `skip` is off, naming the first ones. With `skip` they are counted in a warning.
+    """
+    limit = processor.tokenizer.model_max_length
+    lengths = [len(ids) for ids in processor.tokenizer(list(dataset["question"]))["input_ids"]]
+    bad = [row for row, length in enumerate(lengths) if length > limit]
+    if not bad:
+        return dataset
+    first = ", ".join(f"{dataset[row]['source']} ({lengths[row]} tokens)" for row in bad[:5])
+    message = f"{len(bad)} of {len(dataset)} questions have more than {limit} tokens: {first}"
+    if not skip:
+        raise ValueError(f"{message}. Shorten them, or skip them with --skip_bad_rows.")
+    logger.warning("Skipped: %s", message)
+    return dataset.select([row for row, length in enumerate(lengths) if length <= limit])
+
+
+def write_whole(path: str | Path, text: str):
+    """Writes a file under another name first, so that no part of it ever stands under its own."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:

@@ -11,13 +11,13 @@ The training loop is Transformers' `Seq2SeqTrainer`: see `--help` for all of its
 
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import transformers
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from example_datasets import load_vqa_dataset, train_wordpiece_tokenizer
 from example_training import (
     ImageGroupedTrainer,
@@ -26,8 +26,10 @@ from example_training import (
     checkpoint_to_resume,
     make_processor,
     without_decoding,
+    without_long_questions,
+    write_whole,
 )
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForVisualQuestionAnswering, AutoTokenizer, HfArgumentParser, set_seed
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 
@@ -98,7 +100,7 @@ class DataArguments:
         return no_file and self.dataset_name in (None, "easy_vqa", "easy_vqa_scenes")
 
 
-def load_data(args: DataArguments, seed: int) -> DatasetDict:
+def load_data(args: DataArguments, training_args: TripsTrainingArguments) -> DatasetDict:
     data = load_vqa_dataset(
         args.dataset_name,
         args.dataset_config_name,
@@ -107,8 +109,12 @@ def load_data(args: DataArguments, seed: int) -> DatasetDict:
         image_root=args.image_root,
         skip_bad_rows=args.skip_bad_rows,
         grid=args.grid,
-        seed=seed,
+        seed=training_args.seed,
     )
+    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
+        if wanted and split not in data:
+            action = {"train": "--do_train", "validation": "--do_eval"}[split]
+            raise ValueError(f"There is no {split} split: give --{split}_file, or turn {action} off ({action} False).")
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     for split, limit in limits.items():
         if limit is not None and split in data:
@@ -133,6 +139,11 @@ def load_model(args: ModelArguments, data: DatasetDict) -> tuple[TripsForQuestio
     else:
         answers = (answer for row in data["train"]["answers"] for answer in row)
         tokenizer = train_wordpiece_tokenizer([*data["train"]["question"], *answers])
+    for name in ("pad_token", "cls_token", "sep_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(
+                f"--tokenizer_name {args.tokenizer_name}: it has no `{name}`. Take a BERT-like tokenizer."
+            )
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     config = TripsConfig.from_preset(
@@ -142,18 +153,24 @@ def load_model(args: ModelArguments, data: DatasetDict) -> tuple[TripsForQuestio
         vision_config={} if args.image_size is None else {"image_size": args.image_size},
         **args.config_overrides(),
     )
-    config._attn_implementation = args.attn_implementation
-    return TripsForQuestionAnswering(config), make_processor(tokenizer, config)
+    model = AutoModelForVisualQuestionAnswering.from_config(config, attn_implementation=args.attn_implementation)
+    return model, make_processor(tokenizer, config)
 
 
-def write_predictions(path: Path, dataset, answers: list[str]):
-    """One JSON object per question: source, question, human answers, the model's answer."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row, answer in zip(dataset.remove_columns("image"), answers, strict=True):
-            kept = {name: row[name] for name in ("source", "question", "answers")}
-            file.write(json.dumps({**kept, "prediction": answer}, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
+    """
+    Writes `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; prints the frequent answers.
+    """
+    columns = ("source", "question_id", "question", "answers")
+    rows = (
+        {**{name: row[name] for name in columns}, "prediction": answer}
+        for row, answer in zip(dataset.remove_columns("image"), answers, strict=True)
+    )
+    write_whole(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    result = metric.compute(predictions=answers, references=dataset["answers"], by_answer=True)
+    write_whole(folder / "accuracy_by_answer.json", json.dumps(result["by_answer"], indent=2) + "\n")
+    for answer, row in list(result["by_answer"].items())[:num_shown]:
+        print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -163,9 +180,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
 
-    data = load_data(data_args, training_args.seed)
+    data = load_data(data_args, training_args)
+    if data_args.dataset_name == "easy_vqa_scenes" and model_args.image_size is None:
+        model_args.image_size = 64 * data_args.grid  # the size of the scenes
     model, processor = load_model(model_args, data)
-    model.generation_config.update(max_new_tokens=10, max_length=None)
+    for split in data:
+        data[split] = without_long_questions(data[split], processor, skip=data_args.skip_bad_rows)
+    model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
     logger.info("%s parameters, %s", f"{model.num_parameters():,}", model.config.vision_config.selection_schedule)
 
     metric = evaluate.load(METRIC)
@@ -173,11 +194,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def answers_of(prediction) -> list[str]:
         # `Seq2SeqTrainer` keeps the rows that fill up the last batch of several processes: they come last.
         sequences = prediction.predictions[: len(data["validation"])]
-        return processor.post_process_answers(sequences.clip(min=0))
+        return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
 
     def accuracy(prediction) -> dict:
-        references = data["validation"]["answers"]
-        return metric.compute(predictions=answers_of(prediction), references=references, by_answer=True)
+        return metric.compute(predictions=answers_of(prediction), references=data["validation"]["answers"])
 
     augment = data_args.is_embedded if data_args.augment is None else data_args.augment
     trainer = ImageGroupedTrainer(
@@ -193,23 +213,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
-        metrics |= result.metrics
         trainer.save_model()
         trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        metrics |= result.metrics
     if training_args.do_eval:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        trainer.log_metrics("eval", output.metrics)
+        trainer.save_metrics("eval", output.metrics)
         metrics |= output.metrics
         if trainer.is_world_process_zero():
-            path = Path(training_args.output_dir) / "predictions.jsonl"
-            write_predictions(path, data["validation"], answers_of(output))
-    by_answer = metrics.pop("eval_by_answer", {})
-    for split in ("train", "eval"):
-        part = {name: value for name, value in metrics.items() if name.startswith(split)}
-        if part:
-            trainer.log_metrics(split, part)
-            trainer.save_metrics(split, {**part, **({"eval_by_answer": by_answer} if split == "eval" else {})})
-    for answer, row in list(by_answer.items())[:20]:
-        print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
+            write_evaluation(Path(training_args.output_dir), data["validation"], answers_of(output), metric)
     return metrics
 
 

@@ -18,7 +18,7 @@ from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
 from .modeling_trips_question_answering import TripsAnswerRanking, TripsForQuestionAnswering, TripsSeq2SeqLMOutput
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
-from .processing_trips import TripsProcessor
+from .processing_trips import TripsProcessor, convert_to_rgb
 from .version import __version__
 
 
@@ -52,4 +52,5 @@ __all__ = [
     "TripsVisionModel",
     "TripsVisionModelOutput",
     "TripsVisionPrefix",
+    "convert_to_rgb",
 ]

@@ -27,6 +27,7 @@ SELECTION_FIELDS = (
     "selection_guidance",
     "fuse_inattentive_tokens",
     "normalize_fusion_weights",
+    "selection_seed",
 )
 
 # What the fusion encoder and the decoder take from the text encoder unless they are told otherwise.
@@ -87,6 +88,8 @@ class TripsVisionConfig(PreTrainedConfig):
         Whether the tokens that are not kept go on as one fused token, or are dropped.
     normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
         Whether the weights of the fused token are rescaled to sum to 1.
+    selection_seed (`int`, *optional*, defaults to 0):
+        Seed of `"random"` guidance in evaluation; in training it draws from PyTorch's generator.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
@@ -124,6 +127,7 @@ class TripsVisionConfig(PreTrainedConfig):
     selection_guidance: Literal["text", "image", "random"] = "text"
     fuse_inattentive_tokens: bool = True
     normalize_fusion_weights: bool = False
+    selection_seed: int = 0
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -285,8 +289,8 @@ class TripsConfig(PreTrainedConfig):
         The text decoder of the generative heads. What is not given is taken from `text_config` (but for
         `num_hidden_layers`).
     kwargs:
-        `selection_layers`, `keep_rate`, `selection_guidance`, `fuse_inattentive_tokens` and
-        `normalize_fusion_weights` are passed on to `vision_config` (where they are documented), here and in
+        `selection_layers`, `keep_rate`, `selection_guidance`, `fuse_inattentive_tokens`, `normalize_fusion_weights`
+        and `selection_seed` are passed on to `vision_config` (where they are documented), here and in
         `from_pretrained`.
 
     Example:
@@ -346,7 +350,7 @@ class TripsConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         selection = {name: kwargs.pop(name) for name in SELECTION_FIELDS if name in kwargs}
         if selection and isinstance(self.vision_config, PreTrainedConfig):
-            self.vision_config = self.vision_config.to_dict()  # a copy: what was passed in stays as it is
+            self.vision_config = self.vision_config.to_dict()
         if selection:
             self.vision_config = {**(self.vision_config or {}), **selection}
         self.vision_config = self._sub_config("vision_config", {})
@@ -367,7 +371,8 @@ class TripsConfig(PreTrainedConfig):
         value = getattr(self, name)
         if value is None or isinstance(value, dict):
             value, _ = self.sub_configs_defaults[name].create_subconfig(name, {**defaults, **(value or {})})
-        return value
+            return value
+        return copy.deepcopy(value)  # widths are filled in below: what was passed in stays as it is
 
     def _fill_width(self, part: str, field: str, width: int):
         config = getattr(self, part)

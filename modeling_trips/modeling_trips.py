@@ -71,7 +71,15 @@ class TripsModel(TripsPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
-        """The text-independent part of the vision tower, for `prefix`: see [`TripsVisionModel.encode_prefix`]."""
+        """
+        The text-independent part of the vision tower, computed once per image: see [`TripsVisionModel.encode_prefix`].
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`)
+
+        Returns:
+            [`TripsVisionPrefix`], the `prefix` of `forward`.
+        """
         return self.vision_model.encode_prefix(pixel_values, **kwargs)
 
     @can_return_tuple

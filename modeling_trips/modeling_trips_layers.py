@@ -136,7 +136,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         guidance = self.config.selection_guidance
         if guidance == "random":
             batch_size, seq_length = attended.hidden_states.shape[:2]
-            return random_scores(batch_size, seq_length - 1, self.training, attended.hidden_states.device)
+            device, seed = attended.hidden_states.device, self.config.selection_seed
+            return random_scores(batch_size, seq_length - 1, self.training, device, seed)
         query = attended.class_query
         if guidance == "text" and text_embeds is not None:
             query = self.attention.q_proj(text_embeds).view(query.shape)
@@ -388,7 +389,13 @@ class TripsPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TripsVisionLayer", "TripsTextLayer", "TripsCrossLayer"]
+    _no_split_modules = [
+        "TripsVisionEmbeddings",
+        "TripsTextEmbeddings",
+        "TripsVisionLayer",
+        "TripsTextLayer",
+        "TripsCrossLayer",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -13,13 +13,15 @@
 # limitations under the License.
 """TRIPS for visual question answering: a decoder writes the answer from the fused states, or ranks given answers."""
 
+import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
@@ -93,6 +95,11 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
         self.decoder.resize_token_embeddings(*args, **kwargs)
         return super().resize_token_embeddings(*args, **kwargs)
 
+    def _expand_inputs_for_generation(self, *args, **model_kwargs):
+        if model_kwargs.get("encoder_outputs") is not None:  # the library expands them in place: spare the caller's
+            model_kwargs["encoder_outputs"] = copy.copy(model_kwargs["encoder_outputs"])
+        return super()._expand_inputs_for_generation(*args, **model_kwargs)
+
     def get_encoder(self, modality: str | None = None):
         return self.model
 
@@ -100,7 +107,15 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
         return self.decoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Labels shifted right behind the start token; ignored labels (-100) become padding."""
+        """
+        The decoder's input for teacher forcing: labels shifted right behind the start token, -100 replaced by padding.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(num_answers, answer_length)`)
+
+        Returns:
+            `torch.LongTensor` of the same shape.
+        """
         start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
         decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)
         return decoder_input_ids.masked_fill(decoder_input_ids == -100, self.config.pad_token_id)
@@ -145,11 +160,13 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
                 input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
             )
         elif not isinstance(encoder_outputs, ModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+            encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate` or `rank_answers`.")
         fused_states = encoder_outputs[0]
         if labels is not None:
             _check_labels(labels, answer_weights, question_index, num_questions=len(fused_states))
@@ -189,12 +206,13 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
         answer_ids: torch.LongTensor,
         answer_attention_mask: torch.Tensor | None = None,
         k: int = 128,
+        answers_per_step: int = 16,
         attention_mask: torch.Tensor | None = None,
         **inputs,
     ) -> TripsAnswerRanking:
         """
         Ranks given answers by their likelihood, in ALBEF's two stages: the `k` answers with the most likely first
-        token are scored in full.
+        token are scored in full. Call `eval()` first, as for `generate`.
 
         Args:
             answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): the answers as labels, that is
@@ -202,7 +220,15 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
             answer_attention_mask (`torch.Tensor` of shape `(num_answers, answer_length)`, *optional*): 0 marks
                 padding. By default padding and -100 are told from `answer_ids`.
             k (`int`, *optional*, defaults to 128): how many answers are scored in full.
+            answers_per_step (`int`, *optional*, defaults to 16): how many answers per question the decoder scores at
+                once, which bounds the memory.
             inputs: the question and image inputs of `forward`.
+
+        Returns:
+            [`TripsAnswerRanking`]: the `min(k, num_answers)` best answers of each question, the best first.
+
+        Raises:
+            ValueError: if `k` is below 1 or an answer has no tokens.
         """
         if answer_attention_mask is None:
             answer_attention_mask = (answer_ids != self.config.pad_token_id) & (answer_ids != -100)
@@ -212,26 +238,22 @@ class TripsForQuestionAnswering(TripsPreTrainedModel, GenerationMixin):
                 f"`k` must be at least 1 (got {k}), and every row of `answer_ids` must begin with a token."
             )
         encoder_outputs = self.model(attention_mask=attention_mask, **inputs)
-        num_texts, k = encoder_outputs.last_hidden_state.shape[0], min(k, len(labels))
+        decode = partial(self, attention_mask=attention_mask, encoder_outputs=encoder_outputs, use_cache=False)
 
+        num_texts = encoder_outputs.last_hidden_state.shape[0]
         start = torch.full((num_texts, 1), self.config.decoder_start_token_id, device=labels.device)
-        first = self(
-            attention_mask=attention_mask, encoder_outputs=encoder_outputs, decoder_input_ids=start, use_cache=False
-        )
-        first_token_scores = first.logits[:, 0].log_softmax(dim=-1)[:, labels[:, 0]]
+        first_token_scores = decode(decoder_input_ids=start).logits[:, 0].log_softmax(dim=-1)[:, labels[:, 0]]
         candidates = first_token_scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
         scores = []
-        for column in candidates.unbind(dim=1):  # one answer per question at a time bounds the memory
-            column_labels = labels[column]
-            logits = self(
-                attention_mask=attention_mask,
-                encoder_outputs=encoder_outputs,
-                decoder_input_ids=self.prepare_decoder_input_ids_from_labels(column_labels),
-                use_cache=False,
+        for chunk in candidates.split(answers_per_step, dim=1):
+            chunk_labels = labels[chunk.flatten()]
+            logits = decode(
+                decoder_input_ids=self.prepare_decoder_input_ids_from_labels(chunk_labels),
+                question_index=torch.arange(num_texts, device=labels.device).repeat_interleave(chunk.shape[1]),
             ).logits
-            scores.append(-token_nll(logits, column_labels).sum(dim=-1))
-        scores, order = torch.stack(scores, dim=1).sort(dim=-1, descending=True, stable=True)
+            scores.append(-token_nll(logits, chunk_labels).sum(dim=-1).view(chunk.shape))
+        scores, order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True)
         return TripsAnswerRanking(candidates.gather(1, order), scores, encoder_outputs.selection)
 
 
@@ -262,7 +284,8 @@ def answer_loss(
     Weighted cross-entropy of the answers, divided by the number of label tokens.
 
     ALBEF divides by the number of questions instead. Tokens are what `Trainer` counts (`num_items_in_batch`), so that
-    gradient accumulation and several processes give the gradient of the whole batch.
+    gradient accumulation and several processes give the gradient of the whole batch. All label tokens count in full,
+    whatever the weights: the more distinct answers a batch has, the smaller its loss.
     """
     nll = token_nll(logits, labels).sum(dim=-1)
     if answer_weights is not None:

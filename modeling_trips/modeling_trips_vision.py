@@ -57,11 +57,14 @@ class TripsVisionPrefix(ModelOutput):
         The query of [CLS] in the first selection layer: the guidance where no text is given.
     key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_patches, head_dim)`, *optional*):
         The keys of the first selection layer, which the guiding query is scored against.
+    first_selection_layer (`int`, *optional*):
+        Number of that layer (from 1); `None` if no layer selects.
     """
 
     hidden_states: torch.FloatTensor | None = None
     class_query: torch.FloatTensor | None = None
     key: torch.FloatTensor | None = None
+    first_selection_layer: int | None = None
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -72,7 +75,8 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
         One entry per selection layer with a keep rate below 1, in the order of the layers.
     hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
         They get shorter behind each selection layer. With `image_index` they have one row per image where the text
-        plays no part yet (in the prefix, and everywhere unless the guidance is `"text"`), and one per text after.
+        plays no part yet (in the prefix, and everywhere unless the guidance is `"text"`), and one per text after. With
+        `prefix`, they begin where it ends.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
@@ -207,6 +211,12 @@ class TripsVisionModel(TripsPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): height and width are
                 multiples of the patch size; positions are interpolated if they are not the configured `image_size`.
+
+        Returns:
+            [`TripsVisionPrefix`], for `forward` at the same selection schedule.
+
+        Raises:
+            ValueError: if the number of channels, the height or the width does not fit the model.
         """
         hidden_states = self.embeddings(pixel_values)
         if self.pre_layernorm is not None:
@@ -215,7 +225,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         for number, layer in enumerate(self.layers, start=1):
             if number == first_selection:
                 _, attended = layer(hidden_states, attention_only=True, **kwargs)
-                return TripsVisionPrefix(*attended)
+                return TripsVisionPrefix(*attended, first_selection_layer=number)
             hidden_states, _ = layer(hidden_states, **kwargs)
         return TripsVisionPrefix(hidden_states)
 
@@ -239,6 +249,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             )
             if selected is not None:
                 scores, kept_positions = selected
+                candidate_indices = candidate_indices.to(kept_positions.device)  # layers may lie on several devices
                 kept_indices = candidate_indices.gather(1, kept_positions)
                 selections.append(TripsSelection(kept_indices, scores, candidate_indices))
                 num_fused = hidden_states.shape[1] - 1 - kept_indices.shape[1]
@@ -268,8 +279,11 @@ class TripsVisionModel(TripsPreTrainedModel):
             raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
         if prefix is None:
             prefix = self.encode_prefix(pixel_values, **kwargs)
-        if (prefix.key is None) != (not self.config.selection_schedule):
-            raise ValueError("`prefix` was encoded under another selection schedule: encode it again.")
+        if prefix.first_selection_layer != min(self.config.selection_schedule, default=None):
+            raise ValueError(
+                f"`prefix` was encoded with {prefix.first_selection_layer} as the first selection layer, but the "
+                f"schedule is now {self.config.selection_schedule}: encode it again."
+            )
         if text_embeds is not None:
             _check_counts(len(text_embeds), len(prefix.hidden_states), image_index)
         # CODEPATH: the published models are guided by the text; "image" and "random" are the ablations of the paper.
@@ -282,7 +296,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         hidden_states, selection = self.encode_rest(prefix, text_embeds, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         if text_embeds is None and image_index is not None:  # no text was needed so far: each image was computed once
-            hidden_states = hidden_states.index_select(0, image_index)
+            hidden_states = hidden_states.index_select(0, image_index.to(hidden_states.device))
             selection = tuple(_select_rows(entry, image_index) for entry in selection)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0], selection=selection
@@ -302,8 +316,12 @@ def _check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor
 
 
 def _select_rows(output: ModelOutput, index: torch.LongTensor) -> ModelOutput:
-    """The rows `index` of each tensor in a model output."""
-    return type(output)(**{name: tensor.index_select(0, index) for name, tensor in output.items()})
+    """The rows `index` of each tensor in a model output; what is not a tensor stays."""
+
+    def rows_of(value):
+        return value.index_select(0, index.to(value.device)) if isinstance(value, torch.Tensor) else value
+
+    return type(output)(**{name: rows_of(value) for name, value in output.items()})
 
 
 TripsVisionModel.register_for_auto_class("AutoModel")

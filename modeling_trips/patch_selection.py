@@ -43,18 +43,22 @@ def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
         scaling (`float`): factor of the dot products, usually `head_dim ** -0.5`.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32: each row is positive and sums to 1.
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider: each row is positive and sums to 1.
     """
-    logits = torch.matmul(key, query.unsqueeze(-1)).squeeze(-1).float() * scaling
+    # A product and a sum in full precision: autocast would lower a matmul, and rounding would tie patches.
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    logits = (key.to(dtype) * (query.to(dtype) * scaling).unsqueeze(2)).sum(dim=-1)
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-def random_scores(batch_size: int, num_candidates: int, training: bool, device: torch.device) -> torch.Tensor:
+def random_scores(
+    batch_size: int, num_candidates: int, training: bool, device: torch.device, seed: int = 0
+) -> torch.Tensor:
     """
     Scores that know nothing: the floor that every way of selecting must beat.
 
     In training they are drawn anew from PyTorch's global generator. Otherwise they are a fixed pseudo-random sequence,
-    the same for each row, so that an evaluation does not depend on the batch or on the generator's state.
+    the same for each row, so that an evaluation depends on `seed` but not on the batch or on the generator's state.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_candidates)`, float32: each row is positive and sums to 1.
@@ -64,9 +68,9 @@ def random_scores(batch_size: int, num_candidates: int, training: bool, device: 
     else:
         position = torch.arange(1, num_candidates + 1, device=device, dtype=torch.int64)
         prime = 2**31 - 1  # a multiplicative hash, twice; the products stay within 64 bits
-        mixed = (position * 1103515245) % prime
+        mixed = (position * 1103515245 + seed * 12345677) % prime
         mixed = ((mixed ^ (mixed >> 15)) * 1664525) % prime
-        scores = (mixed.double() / prime).float().expand(batch_size, num_candidates)
+        scores = ((mixed >> 7).float() / 2**24).expand(batch_size, num_candidates)
     scores = scores + 1e-6
     return scores / scores.sum(dim=-1, keepdim=True)
 
@@ -77,6 +81,7 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
+        num_kept (`int`): at most `num_candidates`.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_kept)`.
@@ -127,6 +132,8 @@ def select_tokens(
         tokens (`torch.Tensor` of shape `(batch_size, 1 + n, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, n)`)
         keep_rate (`float`): share of the candidates to keep, in (0, 1].
+        fuse (`bool`, *optional*, defaults to `True`): whether the others go on as one token, or are dropped.
+        normalize (`bool`, *optional*, defaults to `False`): whether its weights are rescaled to sum to 1.
 
     Returns:
         The tokens, of shape `(batch_size, 1 + k + 1, hidden_size)` (`1 + k` without `fuse`), and the positions of the

@@ -14,6 +14,7 @@
 """Processor class for TRIPS: images and texts to tensors, and back to answers and patch boxes."""
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -139,6 +140,12 @@ def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_si
     return torch.stack([column, row, column + 1, row + 1], dim=-1).float() * patch_size
 
 
+def _join_words(text: str) -> str:
+    """Undoes the spaces that decoding puts around punctuation within numbers and words."""
+    text = re.sub(r"(?<=\d)\s*([.,:/])\s*(?=\d)", r"\1", text)
+    return re.sub(r"(?<=\w)\s*(['\-])\s*(?=\w)", r"\1", text)
+
+
 @auto_docstring
 class TripsProcessor(ProcessorMixin):
     valid_processor_kwargs = TripsProcessorKwargs
@@ -170,7 +177,8 @@ class TripsProcessor(ProcessorMixin):
         r"""
         images (`ImageInput`, *optional*):
             One image or several, of any size: PIL images of any mode (see [`convert_to_rgb`]), arrays or tensors
-            ((H, W), (H, W, C) or (C, H, W)), paths, URLs or base64 strings (which lose their alpha channel).
+            ((H, W), (H, W, C) or (C, H, W)), paths, URLs or base64 strings (which lose their alpha channel). A string
+            is opened or fetched: do not pass on strings from strangers.
         text (`str` or `list[str]`, *optional*):
             One text or several. Several are padded to the longest unless `padding` says otherwise; none is ever cut
             unless `truncation=True`. An empty text is allowed: it is the prompt of unprompted captioning.
@@ -276,9 +284,11 @@ class TripsProcessor(ProcessorMixin):
                 What `generate` returned.
 
         Returns:
-            `list[str]`: One text per sequence, without special tokens and without spaces around it.
+            `list[str]`: One text per sequence, without special tokens and without spaces around it. Numbers, times and
+            words that WordPiece tokenizers take apart are joined again: "2.5", "10:30", "don't", "t-shirt".
         """
-        return [answer.strip() for answer in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return [_join_words(text).strip() for text in texts]
 
     def patch_boxes(
         self,

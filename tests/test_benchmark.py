@@ -36,8 +36,8 @@ def macs_by_hand(tokens: list[tuple[int, int]], num_selections: int) -> int:
     d, mlp, text = 128, 512, 6
     stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
     vision = sum(4 * n * d * d + 2 * n * n * d + 2 * m * d * mlp for n, m in tokens)
-    # Each selection: the text's query, its product with the keys of n candidates, and the weighted sum of n tokens.
-    selection = sum(d * d + (n - 1) * d + (n - 1) * d for n, m in tokens if n != m)
+    # Each selection: the text's query and the weighted sum of n candidates (its product with their keys is no matmul).
+    selection = sum(d * d + (n - 1) * d for n, m in tokens if n != m)
     assert sum(n != m for n, m in tokens) == num_selections
     self_attention = 4 * text * d * d + 2 * text * text * d
     image = tokens[-1][1]

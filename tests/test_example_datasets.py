@@ -87,7 +87,7 @@ def test_easy_vqa_answers_fit_the_pixels(easy_vqa_dataset):
 
 def test_missing_easy_vqa_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(ImportError, match=r"pip install easy-vqa.*trips-transformers\[easy-vqa\]"):
+    with pytest.raises(ImportError, match="pip install easy-vqa"):
         load_vqa_dataset("easy_vqa")
 
 

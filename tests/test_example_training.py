@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 from example_datasets import train_wordpiece_tokenizer
 from example_training import (
     ImageGroupedSampler,
@@ -14,6 +15,7 @@ from example_training import (
     checkpoint_to_resume,
     flip_and_shift,
     make_processor,
+    without_long_questions,
 )
 
 from modeling_trips import TripsConfig
@@ -122,3 +124,35 @@ def test_resuming_from_the_last_checkpoint_needs_one(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-10").mkdir()
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+
+
+def test_questions_that_do_not_fit_are_found_before_training(processor, caplog):
+    questions = ["is it red?", "red " * 62, "red " * 63]  # 64 tokens fit, with [CLS] and [SEP]
+    data = Dataset.from_dict({"question": questions, "source": ["a row 1", "a row 2", "a row 3"]})
+    with pytest.raises(ValueError, match=r"1 of 3 questions .* 64 tokens: a row 3 \(65 tokens\)"):
+        without_long_questions(data, processor, skip=False)
+    assert without_long_questions(data, processor, skip=True)["source"] == ["a row 1", "a row 2"]
+    assert "1 of 3 questions" in caplog.text
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"predict_with_generate": False}])
+def test_options_that_would_be_ignored_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"--{next(iter(option))}"):
+        TripsTrainingArguments(output_dir=str(tmp_path), **option)
+
+
+def test_rotated_photos_are_upright_before_they_are_augmented(processor):
+    # Stored red on the left and blue on the right; orientation 6 turns that to red above and blue below, which no
+    # sideways flip changes.
+    image = PIL.Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (32, 0, 64, 64))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    rows = [{**row("a", 0, ["red"]), "image": {"bytes": buffer.getvalue(), "path": None}}]
+    collator = VqaCollator(processor, training=True, augment=True)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        red, _, blue = collator(rows)["pixel_values"][0]
+        assert (red[:20] > blue[:20]).all() and (red[-20:] < blue[-20:]).all()

@@ -273,6 +273,44 @@ def test_generation_from_a_prefix_equals_from_pixels():
     assert torch.equal(ranking.answer_indices, model.rank_answers(ANSWERS, **inputs()).answer_indices)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_encoded_once_and_generated_twice(num_beams):
+    model = make_model()
+    expected = model.generate(**inputs(), num_beams=num_beams, max_new_tokens=4)
+    encoder_outputs = model.model(**inputs())
+    for _ in range(2):
+        generated = model.generate(
+            QUESTIONS,
+            encoder_outputs=encoder_outputs,
+            attention_mask=MASK,
+            num_beams=num_beams,
+            max_new_tokens=4,
+        )
+        assert torch.equal(generated, expected)
+    assert len(encoder_outputs.last_hidden_state) == 4
+
+
+@torch.no_grad()
+def test_encoder_outputs_may_be_a_tuple():
+    model, start = make_model(), torch.full((4, 1), START)
+    expected = model(**inputs(), decoder_input_ids=start).logits
+    encoder_outputs = model.model(**inputs(), return_dict=False)
+    assert isinstance(encoder_outputs, tuple)
+    actual = model(attention_mask=MASK, encoder_outputs=encoder_outputs, decoder_input_ids=start).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("answers_per_step", [1, 2, 5])
+def test_ranking_in_steps_changes_nothing(answers_per_step):
+    model = make_model()
+    expected = model.rank_answers(ANSWERS, answers_per_step=100, **inputs())
+    actual = model.rank_answers(ANSWERS, answers_per_step=answers_per_step, **inputs())
+    assert torch.equal(actual.answer_indices, expected.answer_indices)
+    torch.testing.assert_close(actual.scores, expected.scores)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranking
 
@@ -480,6 +518,8 @@ def test_bad_inputs_are_refused():
         model.rank_answers(ANSWERS, k=0, **inputs())
     with pytest.raises(ValueError, match="must begin with a token"):
         model.rank_answers(torch.full((2, 3), -100), **inputs())
+    with pytest.raises(ValueError, match="Give `labels` or `decoder_input_ids`, or call `generate`"):
+        model(**inputs())
 
 
 def test_generating_more_than_the_positions_is_refused():

@@ -177,3 +177,20 @@ def test_random_scores_in_training_are_drawn_anew():
     once = random_scores(3, 50, training=True, device=device)
     torch.manual_seed(5)
     assert torch.equal(once, random_scores(3, 50, training=True, device=device))
+
+
+def test_scores_of_half_precision_do_not_overflow_or_tie():
+    # Unscaled products of 4 x 64 x 64 * 64 exceed float16's 65504; bfloat16 would round 1.000 and 1.002 together.
+    query = torch.full((1, 1, 64), 64.0, dtype=torch.float16)
+    scores = score_tokens(query, torch.full((1, 1, 3, 64), 64.0, dtype=torch.float16), scaling=0.125)
+    torch.testing.assert_close(scores, torch.full((1, 3), 1 / 3))
+    query = torch.ones(1, 1, 2, dtype=torch.bfloat16)
+    key = torch.tensor([[[[1.0, 0.0], [1.0, 2**-9]]]], dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, high = score_tokens(query, key, scaling=1.0)[0]
+    assert high > low
+
+
+def test_random_scores_depend_on_the_seed():
+    first, second = (random_scores(1, 50, False, torch.device("cpu"), seed) for seed in (0, 1))
+    assert not torch.equal(keep_topk(first, 25), keep_topk(second, 25))

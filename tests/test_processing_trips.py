@@ -457,3 +457,14 @@ def test_answers_become_labels_by_hand(processor):
 def test_answers_that_cannot_be_labels_are_refused(processor, answers, message):
     with pytest.raises(ValueError, match=message):
         processor.encode_answers(answers)
+
+
+@pytest.mark.parametrize(
+    "answer", ["2.5", "10:30", "1,000", "1/2", "don't", "t-shirt", "a cat", "yes", "men's room 3"]
+)
+def test_answers_survive_encoding_and_decoding(answer):
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,:/'-"]
+    vocabulary = WORDS[:5] + letters + [f"##{letter}" for letter in letters]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)}, model_max_length=32)
+    processor = TripsProcessor(tokenizer=tokenizer)
+    assert processor.post_process_answers(processor.encode_answers([answer]).clamp(min=0)) == [answer]

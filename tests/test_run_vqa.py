@@ -72,7 +72,7 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     rows = predictions(tmp_path)
     assert len(rows) == 8 and all(row["prediction"] == row["answers"][0] for row in rows)
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
-    by_answer = json.loads((tmp_path / "eval_results.json").read_text())["eval_by_answer"]
+    by_answer = json.loads((tmp_path / "accuracy_by_answer.json").read_text())
     assert by_answer["no"] == {"accuracy": 1.0, "count": 3}
 
     model, processor = TripsForQuestionAnswering.from_pretrained(tmp_path), TripsProcessor.from_pretrained(tmp_path)
@@ -103,6 +103,13 @@ def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog
         run_vqa.main(command(files, tmp_path / "out")[1:])
     run_vqa.main(command(files, tmp_path / "out", "--skip_bad_rows")[1:])
     assert "Skipped 1 of the 12 rows of broken.jsonl" in caplog.text
+
+
+def test_a_missing_split_is_named_at_once(data, tmp_path):
+    with pytest.raises(ValueError, match="no validation split: give --validation_file, or turn --do_eval off"):
+        run_vqa.main(command(data[:1], tmp_path)[1:])
+    with pytest.raises(ValueError, match="no train split: give --train_file"):
+        run_vqa.main(command(data[1:], tmp_path)[1:])
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_missing_split_is_named_at_once(data, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_path):
-    options = ["--max_steps=12", "--save_steps=4", "--do_eval=False"]
+    options = ["--max_steps=12", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
     alone = command(data, tmp_path / "alone", *options)
     run(*alone)
 
@@ -129,7 +129,9 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
     process.wait()
     assert not (tmp_path / "killed/model.safetensors").exists()
 
-    run(*killed, "--resume_from_checkpoint=last")
+    last_step = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
+    printed = run(*killed, "--resume_from_checkpoint=last")
+    assert printed.count("'loss'") == 12 - last_step  # it went on, and did not begin again
     expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "killed"))
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():

@@ -176,7 +176,8 @@ def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = HfArgumentParser((ModelArguments, DataArguments, TripsTrainingArguments), description=__doc__)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=training_args.get_process_log_level())
+    level = logging.INFO if training_args.should_log else logging.WARNING  # one process speaks for all
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
 

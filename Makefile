@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 .PHONY: help demo test test-slow quality clean
 
 help:
-	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (about 10 minutes on 2 cores)"
+	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow all tests"
 	@echo "make quality   ruff and mlinter"

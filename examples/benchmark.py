@@ -14,6 +14,7 @@ the forward pass of text encoder, vision tower and fusion encoder, in `training`
 import itertools
 import json
 import os
+import platform
 import re
 import statistics
 import time
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from example_training import write_whole
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -180,6 +182,7 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
     num_texts = setting.batch_size * setting.texts_per_image
     row = {
         **asdict(setting),
+        **provenance(setting.device),
         "macs": macs["pruned"],
         "macs_ratio": macs["pruned"] / macs["unpruned"],
         "time_ratio": latency["pruned"] / latency["unpruned"],
@@ -193,6 +196,16 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
     if "repeated" in latency:
         row["speedup_over_repeating_images"] = latency["repeated"] / latency["pruned"]
     return row
+
+
+def provenance(device: str) -> dict[str, str]:
+    """What the numbers depend on besides the setting."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    return {
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "torch_version": torch.__version__.split("+")[0],
+        "transformers_version": transformers.__version__,
+    }
 
 
 def tokens_per_layer(setting: Setting) -> list[int]:

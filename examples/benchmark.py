@@ -75,16 +75,15 @@ class Setting:
     num_threads: int
     compile: bool
 
-    def make_model(self, device: str, **overrides) -> TripsModel:
+    def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel:
         config = TripsConfig.from_preset(
             self.preset,
             vision_config={"image_size": self.image_size},
             selection_layers=self.selection_layers,
             keep_rate=self.keep_rate,
         )
-        attn_implementation = overrides.get("attn_implementation", self.attn_implementation)
         with torch.device(device):
-            model = AutoModel.from_config(config, attn_implementation=attn_implementation)
+            model = AutoModel.from_config(config, attn_implementation=attn_implementation or self.attn_implementation)
         return model.to(getattr(torch, self.dtype)).train(self.mode == "training")
 
     def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
@@ -96,11 +95,9 @@ class Setting:
         image_index = torch.arange(self.batch_size, device=device).repeat_interleave(self.texts_per_image)
         shape = (num_texts, self.text_length)
         input_ids = torch.randint(config.text_config.vocab_size, shape, device=device)
-        if self.texts_per_image == 1:
-            return {"input_ids": input_ids, "pixel_values": pixel_values}
-        if not share_images:
-            return {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
-        return {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
+        if self.texts_per_image > 1 and share_images:
+            return {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
+        return {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
 
 
 def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:

@@ -147,6 +147,11 @@ class TripsVisionConfig(PreTrainedConfig):
         return {layer: rate for layer, rate in zip(self.selection_layers, self.keep_rates) if rate < 1.0}
 
     @property
+    def first_selection_layer(self) -> int | None:
+        """Number of the first layer that drops something, where the text-independent prefix ends; None without one."""
+        return min(self.selection_schedule, default=None)
+
+    @property
     def patch_shape(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
         return _as_pair("patch_size", self.patch_size)

@@ -221,7 +221,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
-        first_selection = min(self.config.selection_schedule, default=None)
+        first_selection = self.config.first_selection_layer
         for number, layer in enumerate(self.layers, start=1):
             if number == first_selection:
                 _, attended = layer(hidden_states, attention_only=True, **kwargs)
@@ -234,7 +234,7 @@ class TripsVisionModel(TripsPreTrainedModel):
     ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
         """From the first selection on: row i of `prefix` under the guidance of row i of `text_embeds`."""
         schedule = self.config.selection_schedule
-        first_selection = min(schedule, default=len(self.layers) + 1)
+        first_selection = prefix.first_selection_layer or len(self.layers) + 1
         hidden_states, selections = prefix.hidden_states, []
         attended = TripsAttendedTokens(prefix.hidden_states, prefix.class_query, prefix.key)
         num_images, seq_length = hidden_states.shape[:2]
@@ -279,7 +279,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
         if prefix is None:
             prefix = self.encode_prefix(pixel_values, **kwargs)
-        if prefix.first_selection_layer != min(self.config.selection_schedule, default=None):
+        if prefix.first_selection_layer != self.config.first_selection_layer:
             raise ValueError(
                 f"`prefix` was encoded with {prefix.first_selection_layer} as the first selection layer, but the "
                 f"schedule is now {self.config.selection_schedule}: encode it again."

@@ -149,7 +149,7 @@ class VqaCollator:
     Args:
         processor (`TripsProcessor`)
         training (`bool`): all distinct answers of a question become labels, weighted by how many annotators gave them
-            (`question_index`, `answer_weights`), and images are augmented if `augment`. In evaluation the label is the
+            (`text_index`, `label_weights`), and images are augmented if `augment`. In evaluation the label is the
             most common answer.
         augment (`bool`): random flips and shifts, for data whose answers do not depend on the place.
     """
@@ -188,11 +188,11 @@ class VqaCollator:
             for question, row in enumerate(rows)
             for answer in dict.fromkeys(row["answers"])
         ]
-        question_index, answers, weights = zip(*triples)
+        text_index, answers, weights = zip(*triples)
         return {
             "labels": self.processor.encode_answers(answers),
-            "question_index": torch.tensor(question_index),
-            "answer_weights": torch.tensor(weights),
+            "text_index": torch.tensor(text_index),
+            "label_weights": torch.tensor(weights),
         }
 
 

@@ -1,12 +1,5 @@
 """TRIPS for Transformers: vision-language models whose text selects the image patches worth computing."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForVisualQuestionAnswering,
-    AutoProcessor,
-)
-
 from .configuration_trips import (
     TripsConfig,
     TripsDecoderConfig,
@@ -15,20 +8,17 @@ from .configuration_trips import (
     TripsVisionConfig,
 )
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
-from .modeling_trips_question_answering import TripsAnswerRanking, TripsForQuestionAnswering, TripsSeq2SeqLMOutput
+from .modeling_trips_generation import TripsForConditionalGeneration, TripsSeq2SeqLMOutput
+from .modeling_trips_question_answering import TripsAnswerRanking, TripsForQuestionAnswering
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
+from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 from .processing_trips import TripsProcessor, convert_to_rgb
+from .registration_trips import register
 from .version import __version__
 
 
-for _config in (TripsConfig, TripsVisionConfig, TripsTextConfig):
-    AutoConfig.register(_config.model_type, _config)
-AutoModel.register(TripsConfig, TripsModel)
-AutoModel.register(TripsVisionConfig, TripsVisionModel)
-AutoModel.register(TripsTextConfig, TripsTextModel)
-AutoModelForVisualQuestionAnswering.register(TripsConfig, TripsForQuestionAnswering)
-AutoProcessor.register(TripsConfig, TripsProcessor)
+register()
 
 
 __all__ = [
@@ -37,9 +27,11 @@ __all__ = [
     "TripsConfig",
     "TripsDecoder",
     "TripsDecoderConfig",
+    "TripsForConditionalGeneration",
     "TripsForQuestionAnswering",
     "TripsFusionConfig",
     "TripsFusionModel",
+    "TripsImageToTextPipeline",
     "TripsModel",
     "TripsModelOutput",
     "TripsPreTrainedModel",
@@ -52,5 +44,6 @@ __all__ = [
     "TripsVisionModel",
     "TripsVisionModelOutput",
     "TripsVisionPrefix",
+    "TripsVisualQuestionAnsweringPipeline",
     "convert_to_rgb",
 ]

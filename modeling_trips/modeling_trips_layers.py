@@ -14,7 +14,6 @@
 """Layers of TRIPS: a pre-norm vision layer that can select patches, and the post-norm text layer of BERT."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -102,20 +101,13 @@ class TripsVisionMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class TripsAttendedTokens(NamedTuple):
-    """What the attention half of a vision layer leaves: all that patch selection and the MLP half need."""
-
-    hidden_states: torch.Tensor  # (batch_size, seq_length, hidden_size), residual added
-    class_query: torch.Tensor  # (batch_size, num_heads, head_dim), the query of [CLS]
-    key: torch.Tensor  # (batch_size, num_heads, seq_length, head_dim)
-
-
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
     A pre-norm ViT layer in two halves, attention and MLP. Patches are selected between them (paper, section 3.2), so
     the MLP already runs on the shorter sequence.
 
-    Both halves go through `forward`, on which FSDP, device maps and gradient checkpointing hook.
+    Both halves go through `forward`, on which FSDP, device maps and gradient checkpointing hook. Every tensor with a
+    gradient is an argument by position and an item of the result: reentrant checkpointing sees no others.
     """
 
     def __init__(self, config: TripsVisionConfig):
@@ -127,49 +119,55 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         self.mlp = TripsVisionMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def attend(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsAttendedTokens:
+    def attend(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        return TripsAttendedTokens(hidden_states + self.dropout(attn_output), query[:, :, 0], key)
+        return hidden_states + self.dropout(attn_output), query[:, :, 0], key
 
-    def score(self, attended: TripsAttendedTokens, text_embeds: torch.Tensor | None) -> torch.Tensor:
+    def score(self, class_query: torch.Tensor, key: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
         """Scores of the candidates (all tokens but [CLS]) under the configured guidance; without a text, `image`."""
         guidance = self.config.selection_guidance
         if guidance == "random":
-            batch_size, seq_length = attended.hidden_states.shape[:2]
-            device, seed = attended.hidden_states.device, self.config.selection_seed
-            return random_scores(batch_size, seq_length - 1, self.training, device, seed)
-        query = attended.class_query
+            batch_size, _, seq_length, _ = key.shape
+            return random_scores(batch_size, seq_length - 1, self.training, key.device, self.config.selection_seed)
+        query = class_query
         if guidance == "text" and text_embeds is not None:
-            query = self.attention.q_proj(text_embeds).view(query.shape)
-        return score_tokens(query, attended.key[:, :, 1:], self.attention.scaling)
+            query = self.attention.q_proj(text_embeds).view(class_query.shape)
+        return score_tokens(query, key[:, :, 1:], self.attention.scaling)
 
     def forward(
         self,
-        hidden_states: torch.Tensor | None,
-        attended: TripsAttendedTokens | None = None,
-        attention_only: bool = False,
-        keep_rate: float = 1.0,
+        hidden_states: torch.Tensor,
         text_embeds: torch.Tensor | None = None,
+        class_query: torch.Tensor | None = None,
+        key: torch.Tensor | None = None,
+        keep_rate: float = 1.0,
+        attention_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, TripsAttendedTokens | tuple[torch.Tensor, torch.Tensor] | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """
         Args:
-            attended (`TripsAttendedTokens`, *optional*): result of the attention half, if it was computed before.
-            attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
-            keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
+            hidden_states (`torch.Tensor` of shape `(batch_size, seq_length, hidden_size)`): the layer's input; with
+                `class_query` and `key`, what the attention half left.
             text_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*): the text guidance.
+            class_query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`, *optional*): the query of [CLS].
+            key (`torch.Tensor` of shape `(batch_size, num_heads, seq_length, head_dim)`, *optional*): all keys. With
+                it the attention half is not computed again.
+            keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
+            attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
 
         Returns:
-            `(hidden_states, (scores, kept_positions))`; `(hidden_states, None)` if nothing is selected; `(None,
-            attended)` if `attention_only`.
+            `(hidden_states, scores, kept_positions)`, the last two `None` if nothing is selected; `(None,
+            hidden_states, class_query, key)` if `attention_only`.
         """
-        if attended is None:
-            attended = self.attend(hidden_states, **kwargs)
+        if key is None:
+            hidden_states, class_query, key = self.attend(hidden_states, **kwargs)
         if attention_only:
-            return None, attended
-        hidden_states, selection = attended.hidden_states, None
+            return None, hidden_states, class_query, key
+        scores = kept_positions = None
         if keep_rate < 1.0:
-            scores = self.score(attended, text_embeds)
+            scores = self.score(class_query, key, text_embeds)
             hidden_states, kept_positions = select_tokens(
                 hidden_states,
                 scores,
@@ -177,9 +175,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
                 fuse=self.config.fuse_inattentive_tokens,
                 normalize=self.config.normalize_fusion_weights,
             )
-            selection = (scores, kept_positions)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, selection
+        return hidden_states, scores, kept_positions
 
 
 class TripsTextEmbeddings(nn.Module):
@@ -401,6 +398,13 @@ class TripsPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in Transformers. The folder gets the code of every class, to load where this project is not."""
+        from .registration_trips import describe_code  # not earlier: it imports every class, this one included
+
+        describe_code(self)
+        super().save_pretrained(save_directory, **kwargs)
 
 
 __all__ = ["TripsPreTrainedModel"]

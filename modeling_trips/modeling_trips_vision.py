@@ -25,7 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import TripsAttendedTokens, TripsPreTrainedModel, TripsVisionAttention, TripsVisionLayer
+from .modeling_trips_layers import TripsPreTrainedModel, TripsVisionAttention, TripsVisionLayer
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -224,9 +224,9 @@ class TripsVisionModel(TripsPreTrainedModel):
         first_selection = self.config.first_selection_layer
         for number, layer in enumerate(self.layers, start=1):
             if number == first_selection:
-                _, attended = layer(hidden_states, attention_only=True, **kwargs)
-                return TripsVisionPrefix(*attended, first_selection_layer=number)
-            hidden_states, _ = layer(hidden_states, **kwargs)
+                _, hidden_states, class_query, key = layer(hidden_states, attention_only=True, **kwargs)
+                return TripsVisionPrefix(hidden_states, class_query, key, first_selection_layer=number)
+            hidden_states, _, _ = layer(hidden_states, **kwargs)
         return TripsVisionPrefix(hidden_states)
 
     def encode_rest(
@@ -235,20 +235,16 @@ class TripsVisionModel(TripsPreTrainedModel):
         """From the first selection on: row i of `prefix` under the guidance of row i of `text_embeds`."""
         schedule = self.config.selection_schedule
         first_selection = prefix.first_selection_layer or len(self.layers) + 1
-        hidden_states, selections = prefix.hidden_states, []
-        attended = TripsAttendedTokens(prefix.hidden_states, prefix.class_query, prefix.key)
+        hidden_states, class_query, key = prefix.hidden_states, prefix.class_query, prefix.key
+        selections = []
         num_images, seq_length = hidden_states.shape[:2]
         candidate_indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
         for number, layer in enumerate(self.layers[first_selection - 1 :], start=first_selection):
-            hidden_states, selected = layer(
-                hidden_states,
-                attended=attended if number == first_selection else None,
-                keep_rate=schedule.get(number, 1.0),
-                text_embeds=text_embeds,
-                **kwargs,
+            hidden_states, scores, kept_positions = layer(
+                hidden_states, text_embeds, class_query, key, keep_rate=schedule.get(number, 1.0), **kwargs
             )
-            if selected is not None:
-                scores, kept_positions = selected
+            class_query = key = None  # only the first of these layers had its attention computed before
+            if kept_positions is not None:
                 candidate_indices = candidate_indices.to(kept_positions.device)  # layers may lie on several devices
                 kept_indices = candidate_indices.gather(1, kept_positions)
                 selections.append(TripsSelection(kept_indices, scores, candidate_indices))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel
-from modeling_trips.modeling_trips_question_answering import answer_loss, token_nll
+from modeling_trips.modeling_trips_generation import label_loss, token_nll
 
 
 PAD, START, END = 0, 1, 2
@@ -109,7 +109,7 @@ def kept(output):
 def test_loss_is_the_weighted_log_likelihood_per_token():
     model = make_model()
     labels, index, weights = LABELS, QUESTION_INDEX, WEIGHTS
-    output = model(**inputs(), labels=labels, question_index=index, answer_weights=weights)
+    output = model(**inputs(), labels=labels, text_index=index, label_weights=weights)
     expected = -sum(
         weight * log_probability(model, row, tokens_of(answer))
         for row, answer, weight in zip(index.tolist(), labels, weights.tolist())
@@ -118,7 +118,7 @@ def test_loss_is_the_weighted_log_likelihood_per_token():
     torch.testing.assert_close(output.loss.item(), expected / num_tokens, rtol=1e-5, atol=0)
     assert output.logits.shape == (7, 3, 12)
     per_batch = model(
-        **inputs(), labels=labels, question_index=index, answer_weights=weights, num_items_in_batch=torch.tensor(50)
+        **inputs(), labels=labels, text_index=index, label_weights=weights, num_items_in_batch=torch.tensor(50)
     )
     torch.testing.assert_close(per_batch.loss.item(), expected / 50, rtol=1e-5, atol=0)
 
@@ -137,10 +137,10 @@ def test_loss_by_hand():
     labels = torch.tensor([[0, 1], [2, -100]])
     ln2 = torch.tensor(2.0).log()
     torch.testing.assert_close(token_nll(logits, labels), torch.tensor([[1.0, 2.0], [2.0, 0.0]]) * ln2)
-    torch.testing.assert_close(answer_loss(logits, labels), ln2 * 5 / 3)
-    torch.testing.assert_close(answer_loss(logits, labels, torch.tensor([1.0, 0.5])), ln2 * 4 / 3)
-    torch.testing.assert_close(answer_loss(logits, labels, torch.tensor([1.0, 0.5]), 8), ln2 * 4 / 8)
-    assert answer_loss(logits.bfloat16(), labels).dtype == torch.float32
+    torch.testing.assert_close(label_loss(logits, labels), ln2 * 5 / 3)
+    torch.testing.assert_close(label_loss(logits, labels, torch.tensor([1.0, 0.5])), ln2 * 4 / 3)
+    torch.testing.assert_close(label_loss(logits, labels, torch.tensor([1.0, 0.5]), 8), ln2 * 4 / 8)
+    assert label_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 
 def test_gradient_accumulation_equals_the_larger_batch():
@@ -153,8 +153,8 @@ def test_gradient_accumulation_equals_the_larger_batch():
             model(
                 **batch,
                 labels=LABELS[part],
-                question_index=QUESTION_INDEX[part],
-                answer_weights=WEIGHTS[part],
+                text_index=QUESTION_INDEX[part],
+                label_weights=WEIGHTS[part],
                 num_items_in_batch=num_items,
             ).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
@@ -163,7 +163,7 @@ def test_gradient_accumulation_equals_the_larger_batch():
 
 def test_every_parameter_is_trained():
     model = make_model()
-    model(**inputs(), labels=LABELS, question_index=QUESTION_INDEX).loss.backward()
+    model(**inputs(), labels=LABELS, text_index=QUESTION_INDEX).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
     # A decoder that gets its states with a gradient reaches the text and the pixels.
@@ -253,7 +253,7 @@ def test_beam_search_with_enough_beams_is_the_exhaustive_search():
         logits = model(
             **inputs_of(row),
             labels=ids,
-            question_index=torch.zeros(len(ids), dtype=torch.long),
+            text_index=torch.zeros(len(ids), dtype=torch.long),
         ).logits
         scores = -token_nll(logits, ids).sum(-1)
         assert tuple(output.sequences[row, 1:].tolist())[: len(answers[scores.argmax()])] == answers[scores.argmax()]
@@ -445,7 +445,7 @@ def test_sdpa_and_eager_agree():
 @torch.no_grad()
 def test_captured_outputs():
     output = make_model("eager")(
-        **inputs(), labels=LABELS, question_index=QUESTION_INDEX, output_attentions=True, output_hidden_states=True
+        **inputs(), labels=LABELS, text_index=QUESTION_INDEX, output_attentions=True, output_hidden_states=True
     )
     assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(7, 3, 24)] * 3
     assert [tuple(weights.shape) for weights in output.decoder_attentions] == [(7, 2, 3, 3)] * 2
@@ -510,10 +510,10 @@ def test_bad_inputs_are_refused():
         model(QUESTIONS, images(4), MASK, labels=torch.full((4, 13), 5))
     with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
         model(**inputs(), prefix=model.model.encode_images(images()), labels=ANSWERS[:4])
-    with pytest.raises(ValueError, match="6 answers .* for 4 questions.*`question_index`"):
+    with pytest.raises(ValueError, match="6 rows of `labels` for 4 texts.*`text_index`"):
         model(**inputs(), labels=ANSWERS)
-    with pytest.raises(ValueError, match=r"`answer_weights` must have shape \(4,\)"):
-        model(**inputs(), labels=ANSWERS[:4], answer_weights=torch.ones(1))
+    with pytest.raises(ValueError, match=r"`label_weights` must have shape \(4,\)"):
+        model(**inputs(), labels=ANSWERS[:4], label_weights=torch.ones(1))
     with pytest.raises(ValueError, match=r"`k` must be at least 1 \(got 0\)"):
         model.rank_answers(ANSWERS, k=0, **inputs())
     with pytest.raises(ValueError, match="must begin with a token"):

@@ -1,0 +1,259 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TRIPS that writes: a decoder continues the text from the fused states, and makes captions or answers."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
+
+from .configuration_trips import TripsConfig
+from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
+from .modeling_trips_text import TripsDecoder, TripsLMHead
+from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
+
+
+# How many tokens `generate` writes unless a checkpoint or a call says otherwise: enough for a caption.
+MAX_NEW_TOKENS = 32
+
+
+@auto_docstring(custom_intro="Output of the heads that write text.")
+@dataclass
+class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+        Cross-entropy of the labels, weighted by `label_weights`, per label token.
+    selection (`tuple(TripsSelection)`, *optional*):
+        What each selection layer kept. `None` if `encoder_outputs` were given without it.
+    """
+
+    selection: tuple[TripsSelection, ...] | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS with a text decoder. The text (a prompt, a question, or nothing) selects the patches and is fused with them;
+    the decoder reads the fused states and writes what follows the text: a caption, an answer.
+    """
+)
+class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.model = TripsModel(config)
+        self.decoder = TripsDecoder(config.decoder_config)
+        self.lm_head = TripsLMHead(config.decoder_config)
+        self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head.decoder = new_embeddings
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and the head."""
+        self.decoder.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args, **model_kwargs):
+        if model_kwargs.get("encoder_outputs") is not None:  # the library expands them in place: spare the caller's
+            model_kwargs["encoder_outputs"] = copy.copy(model_kwargs["encoder_outputs"])
+        return super()._expand_inputs_for_generation(*args, **model_kwargs)
+
+    def get_encoder(self, modality: str | None = None):
+        return self.model
+
+    def get_decoder(self):
+        return self.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """
+        The decoder's input for teacher forcing: labels shifted right behind the start token, -100 replaced by padding.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(num_labels, label_length)`)
+
+        Returns:
+            `torch.LongTensor` of the same shape.
+        """
+        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+        decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)
+        return decoder_input_ids.masked_fill(decoder_input_ids == -100, self.config.pad_token_id)
+
+    @can_return_tuple
+    @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        encoder_outputs: TripsModelOutput | None = None,
+        cache: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        label_weights: torch.FloatTensor | None = None,
+        text_index: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsSeq2SeqLMOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`. By default text i looks at image i.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
+            Token ids of the answers or captions, ending with the end token; -100 is ignored.
+        label_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
+            Weight of each row of `labels` in the loss, as VQAv2 has ten answers of which some are equal. 1 by default.
+        text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
+            Row j of `labels` follows text `text_index[j]`, so that the answers to one question, or the captions of one
+            image, share all but the decoder. By default row j follows text j.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.model(
+                input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, ModelOutput):
+            encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
+        fused_states = encoder_outputs[0]
+        if labels is not None:
+            _check_labels(labels, label_weights, text_index, num_texts=len(fused_states))
+        if text_index is not None:
+            fused_states = fused_states[text_index]
+            attention_mask = attention_mask[text_index] if attention_mask is not None else None
+        decoded = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_hidden_states=fused_states,
+            encoder_attention_mask=attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            cache=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(decoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = label_loss(logits, labels, label_weights, kwargs.get("num_items_in_batch"))
+        return TripsSeq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            cache=decoded.cache,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+            selection=encoder_outputs.get("selection"),
+        )
+
+    @torch.no_grad()
+    def score_labels(
+        self,
+        labels: torch.LongTensor,
+        encoder_outputs: TripsModelOutput,
+        attention_mask: torch.Tensor | None = None,
+        text_index: torch.LongTensor | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Log-likelihood of given answers or captions. Call `eval()` first, as for `generate`.
+
+        Args:
+            labels, text_index: as in `forward`.
+            encoder_outputs ([`TripsModelOutput`]): what `get_encoder()` returned for the texts and images.
+            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*): of the texts.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_labels,)`, float32: the sum over the tokens of each row.
+        """
+        logits = self(
+            attention_mask=attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=self.prepare_decoder_input_ids_from_labels(labels),
+            text_index=text_index,
+            use_cache=False,
+        ).logits
+        return -token_nll(logits, labels).sum(dim=-1)
+
+
+def _check_labels(labels, label_weights, text_index, num_texts: int):
+    num_labels = len(labels)
+    if text_index is None and num_labels != num_texts:
+        raise ValueError(
+            f"Got {num_labels} rows of `labels` for {num_texts} texts. Say with `text_index` which text each of them "
+            "follows."
+        )
+    for name, value in (("label_weights", label_weights), ("text_index", text_index)):
+        if value is not None and tuple(value.shape) != (num_labels,):
+            raise ValueError(f"`{name}` must have shape ({num_labels},), one entry per row of `labels`.")
+
+
+def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    """Negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 where the label is -100."""
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+
+
+def label_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    label_weights: torch.FloatTensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Weighted cross-entropy, divided by the number of label tokens.
+
+    ALBEF divides by the number of questions instead. Tokens are what `Trainer` counts (`num_items_in_batch`), so that
+    gradient accumulation and several processes give the gradient of the whole batch. All label tokens count in full,
+    whatever the weights: the more distinct answers a batch has, the smaller its loss.
+    """
+    nll = token_nll(logits, labels).sum(dim=-1)
+    if label_weights is not None:
+        nll = nll * label_weights.to(nll.dtype)
+    num_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return nll.sum() / num_tokens
+
+
+TripsForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["TripsForConditionalGeneration", "TripsSeq2SeqLMOutput", "token_nll"]

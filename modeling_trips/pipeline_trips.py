@@ -1,0 +1,225 @@
+"""
+Pipelines for visual question answering and image captioning.
+
+Transformers 5 dropped the tasks `visual-question-answering` and `image-to-text`; here they are again, with the calls
+and the results that version 4 documented. Several questions about one image share its computation.
+"""
+
+from collections.abc import Iterator, Sized
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Pipeline
+from transformers.image_utils import load_image
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+
+NUM_RANKED_ANSWERS = 128  # how many of a given list are scored in full, as in ALBEF
+
+
+class TripsPipeline(Pipeline):
+    """
+    What both pipelines share: an item is one image with one text or several. The images of a batch are prepared once
+    each, and `image_index` says which of them each text looks at.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    def make_item(self, image, texts: str | list[str], timeout: float | None = None) -> dict:
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            image = load_image(image, timeout=timeout)
+        single = isinstance(texts, str)
+        return {"image": image, "texts": [texts] if single else texts, "single": single}
+
+    def collate(self, items: list[dict]) -> dict:
+        """A batch: the model's inputs, and which of its texts belong to which item."""
+        num_texts = [len(item["texts"]) for item in items]
+        inputs = self.processor(
+            images=[item["image"] for item in items],
+            text=[text for item in items for text in item["texts"]],
+            image_index=[position for position, count in enumerate(num_texts) for _ in range(count)],
+            return_tensors="pt",
+        )
+        single = [item["single"] for item in items]
+        return {"inputs": inputs.to(dtype=self.dtype), "num_texts": num_texts, "single": single}
+
+    def get_iterator(
+        self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+    ) -> Iterator:
+        dataset_class = PipelineDataset if isinstance(inputs, Sized) else PipelineIterator
+        dataset = dataset_class(inputs, self.preprocess, preprocess_params)
+        for batch in DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=self.collate):
+            outputs = iter(self.forward(batch, **forward_params)["outputs"])  # one per text
+            for num_texts, single in zip(batch["num_texts"], batch["single"]):
+                results = [self.postprocess(next(outputs), **postprocess_params) for _ in range(num_texts)]
+                yield results[0] if single else results
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+
+    def postprocess(self, outputs: list[dict]) -> list[dict]:
+        return outputs
+
+
+class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
+    """
+    Answers questions about images, under the task name `"visual-question-answering"`.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> oracle = pipeline("visual-question-answering", model="org/trips-vqa", trust_remote_code=True)
+    >>> oracle(image="picture.png", question="what color is the shape?", top_k=2)
+    [{'score': 0.99, 'answer': 'teal'}, {'score': 0.004, 'answer': 'green'}]
+    ```
+    """
+
+    _non_generation_params = ("top_k",)
+
+    def _sanitize_parameters(self, timeout=None, top_k=None, answers=None, generate_kwargs=None, **kwargs):
+        preprocess_params = {} if timeout is None else {"timeout": timeout}
+        forward_params = {**kwargs, **(generate_kwargs or {})}
+        if top_k is not None:
+            forward_params["top_k"] = top_k
+        if answers is not None:
+            forward_params["answers"] = answers
+        return preprocess_params, forward_params, {}
+
+    def __call__(self, image, question: str | list[str] | None = None, **kwargs):
+        """
+        Args:
+            image:
+                An image (PIL image, path or URL), a list of images or a dataset of them. Without `question`: a dict
+                `{"image": ..., "question": ...}`, or a list, dataset or generator of such dicts.
+            question (`str` or `list[str]`, *optional*):
+                One question or several. Several are asked about each image, and share its computation.
+            top_k (`int`, *optional*, defaults to 5):
+                How many answers are returned for each question: those that a beam search of this width finds. 1 is
+                the fastest.
+            answers (`list[str]`, *optional*):
+                Picks the answers from this list (see [`TripsForQuestionAnswering.rank_answers`]).
+            batch_size (`int`, *optional*, defaults to 1):
+                How many images go through the model at once.
+            timeout (`float`, *optional*):
+                Seconds to wait for an image from the web; forever by default.
+            kwargs:
+                Options of `generate`: `max_new_tokens`, `num_beams`, ...
+
+        Returns:
+            `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability.
+            A list of them for several images or questions, in the order question by question, then image by image.
+            An iterator for a dataset or a generator.
+
+        Raises:
+            ValueError: if an image cannot be read, or a question is missing, empty or too long for the model.
+        """
+        if question is None:
+            return super().__call__(image, **kwargs)
+        if not isinstance(image, (list, tuple, Dataset)):
+            return super().__call__({"image": image, "question": question}, **kwargs)
+        by_image = super().__call__([{"image": one, "question": question} for one in image], **kwargs)
+        if isinstance(question, str):
+            return by_image
+        return [answers[position] for position in range(len(question)) for answers in by_image]
+
+    def preprocess(self, inputs: dict, timeout: float | None = None) -> dict:
+        if not isinstance(inputs, dict) or not {"image", "question"} <= inputs.keys():
+            raise ValueError(f"Give an image and a question: a dict with 'image' and 'question', not {inputs!r:.200}")
+        question = inputs["question"]
+        for text in [question] if isinstance(question, str) else question:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"Every question must be a text, but one about {inputs['image']!r:.200} is {text!r}.")
+        return self.make_item(inputs["image"], question, timeout)
+
+    def _forward(self, batch: dict, top_k: int = 5, answers: list[str] | None = None, **generate_kwargs) -> dict:
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+        find = self._write_answers if answers is None else partial(self._rank_answers, answers)
+        texts, scores = find(batch["inputs"], top_k, **generate_kwargs)
+        return {
+            "outputs": [
+                [{"score": score, "answer": text} for score, text in zip(*row)] for row in zip(scores.tolist(), texts)
+            ]
+        }
+
+    def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs):
+        """The `top_k` sequences of a beam search, as lists of texts, and their probabilities."""
+        attention_mask = inputs["attention_mask"]
+        encoder_outputs = self.model.get_encoder()(**inputs)
+        sequences = self.model.generate(
+            encoder_outputs=encoder_outputs,
+            attention_mask=attention_mask,
+            num_beams=max(num_beams, top_k),
+            num_return_sequences=top_k,
+            **generate_kwargs,
+        )
+        labels = sequences[:, 1:].masked_fill(sequences[:, 1:] == self.model.config.pad_token_id, -100)
+        text_index = torch.arange(len(attention_mask), device=labels.device).repeat_interleave(top_k)
+        scores = self.model.score_labels(labels, encoder_outputs, attention_mask, text_index)
+        scores, order = scores.view(-1, top_k).sort(dim=-1, descending=True)
+        order = order + top_k * torch.arange(len(order), device=order.device).unsqueeze(1)
+        texts = self.processor.post_process_answers(sequences)
+        return [[texts[index] for index in row] for row in order.tolist()], scores.exp()
+
+    def _rank_answers(self, answers: list[str], inputs, top_k: int):
+        """The `top_k` of the given answers for each question, as lists of texts, and their probabilities."""
+        answer_ids = self.processor.encode_answers(answers).to(self.device)
+        ranking = self.model.rank_answers(answer_ids, k=max(top_k, NUM_RANKED_ANSWERS), **inputs)
+        best = ranking.answer_indices[:, :top_k].tolist()
+        return [[answers[index] for index in row] for row in best], ranking.scores[:, :top_k].exp()
+
+
+class TripsImageToTextPipeline(TripsPipeline):
+    """
+    Writes captions, under the task name `"image-to-text"`.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> captioner = pipeline("image-to-text", model="org/trips-captioning", trust_remote_code=True)
+    >>> captioner("picture.png", prompt="a picture of")
+    [{'generated_text': 'a picture of a teal circle'}]
+    ```
+    """
+
+    def _sanitize_parameters(self, timeout=None, prompt=None, generate_kwargs=None, **kwargs):
+        options = {"timeout": timeout, "prompt": prompt}
+        preprocess_params = {name: value for name, value in options.items() if value is not None}
+        postprocess_params = {} if prompt is None else {"prompt": prompt}
+        return preprocess_params, {**kwargs, **(generate_kwargs or {})}, postprocess_params
+
+    def __call__(self, inputs, **kwargs):
+        """
+        Args:
+            inputs: an image (PIL image, path or URL), or a list, dataset or generator of them.
+            prompt (`str`, *optional*): how the caption begins. It selects the patches, too.
+            batch_size (`int`, *optional*, defaults to 1): how many images go through the model at once.
+            timeout (`float`, *optional*): seconds to wait for an image from the web; forever by default.
+            kwargs: options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
+
+        Returns:
+            `list[dict]` per image, with `generated_text` (`str`): one dict for each returned sequence. A list of them
+            for a list of images, an iterator for a dataset or a generator.
+
+        Raises:
+            ValueError: if an image cannot be read, or the prompt is too long for the model.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, image, prompt: str = "", timeout: float | None = None) -> dict:
+        return self.make_item(image, prompt, timeout)
+
+    def _forward(self, batch: dict, num_return_sequences: int = 1, **generate_kwargs) -> dict:
+        sequences = self.model.generate(
+            **batch["inputs"], num_return_sequences=num_return_sequences, **generate_kwargs
+        )
+        texts = self.processor.post_process_answers(sequences)
+        starts = range(0, len(texts), num_return_sequences)
+        return {"outputs": [texts[start : start + num_return_sequences] for start in starts]}
+
+    def postprocess(self, texts: list[str], prompt: str = "") -> list[dict]:
+        return [{"generated_text": f"{prompt.rstrip()} {text}".strip()} for text in texts]

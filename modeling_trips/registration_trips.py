@@ -1,0 +1,110 @@
+"""
+The one list of what users load by name: the classes behind each Auto class, and the pipelines.
+
+A new class is entered here once. From the list come the registration on import, and the `auto_map` and
+`custom_pipelines` of every saved checkpoint. As this file imports all others, Transformers copies all of them into
+every saved checkpoint, so that it holds the code of every class.
+"""
+
+import transformers
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
+from .modeling_trips import TripsModel
+from .modeling_trips_generation import TripsForConditionalGeneration
+from .modeling_trips_question_answering import TripsForQuestionAnswering
+from .modeling_trips_text import TripsTextModel
+from .modeling_trips_vision import TripsVisionModel
+from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
+from .processing_trips import TripsProcessor
+
+
+CONFIGS = (TripsConfig, TripsVisionConfig, TripsTextConfig)
+
+# Of several classes with one configuration, a checkpoint's own comes first; the first one serves other checkpoints.
+MODELS = {
+    "AutoModel": (TripsModel, TripsVisionModel, TripsTextModel),
+    "AutoModelForImageTextToText": (TripsForConditionalGeneration, TripsForQuestionAnswering),
+    "AutoModelForVisualQuestionAnswering": (TripsForQuestionAnswering,),
+}
+
+# Task -> pipeline and the Auto class that loads its model.
+PIPELINES = {
+    "image-to-text": (TripsImageToTextPipeline, "AutoModelForImageTextToText"),
+    "visual-question-answering": (TripsVisualQuestionAnsweringPipeline, "AutoModelForVisualQuestionAnswering"),
+}
+
+
+def model_classes(auto_class: str, config_class: type) -> tuple[type[PreTrainedModel], ...]:
+    """The models that an Auto class makes from a configuration."""
+    return tuple(model for model in MODELS[auto_class] if model.config_class is config_class)
+
+
+def register():
+    """Makes the Auto classes and `pipeline` know the classes of this project."""
+    for config_class in CONFIGS:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class in MODELS:
+            models = model_classes(auto_class, config_class)
+            if models:
+                getattr(transformers, auto_class).register(
+                    config_class, models if len(models) > 1 else models[0], exist_ok=True
+                )
+    AutoProcessor.register(TripsConfig, TripsProcessor, exist_ok=True)
+    for task, (pipeline_class, auto_class) in PIPELINES.items():
+        PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, pt_model=getattr(transformers, auto_class))
+    _allow_removed_tasks()
+
+
+def _allow_removed_tasks():
+    """Transformers 5 refuses the names of tasks that it dropped before it looks into its registry: ask that first."""
+    from transformers import pipelines
+
+    resolve = pipelines._resolve_deprecated_task
+
+    def resolve_unless_registered(task: str) -> str:
+        return task if task in PIPELINE_REGISTRY.supported_tasks else resolve(task)
+
+    pipelines._resolve_deprecated_task = resolve_unless_registered
+
+
+def _reference(cls: type) -> str:
+    """How a checkpoint names a class: `"modeling_trips.TripsModel"`."""
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
+    """The `auto_map` of a checkpoint of `model_class`: the class for each Auto class that takes its configuration."""
+    config_class = model_class.config_class
+    references = {"AutoConfig": _reference(config_class)}
+    for auto_class in MODELS:
+        models = model_classes(auto_class, config_class)
+        if models:
+            references[auto_class] = _reference(model_class if model_class in models else models[0])
+    if config_class is TripsConfig:
+        references["AutoProcessor"] = _reference(TripsProcessor)
+    return references
+
+
+def custom_pipelines(model_class: type[PreTrainedModel]) -> dict[str, dict]:
+    """
+    The `custom_pipelines` of a checkpoint of `model_class`: those made for this head, so that `pipeline` can tell the
+    task from the model; all of them if none is.
+    """
+    if model_class.config_class is not TripsConfig:
+        return {}
+    own = {task for task, (_, auto_class) in PIPELINES.items() if MODELS[auto_class][0] is model_class}
+    return {
+        task: {"impl": _reference(pipeline_class), "pt": [auto_class], "type": "multimodal"}
+        for task, (pipeline_class, auto_class) in PIPELINES.items()
+        if task in (own or PIPELINES)
+    }
+
+
+def describe_code(model: PreTrainedModel):
+    """Writes into the model's configuration where a checkpoint's code is, before it is saved."""
+    model.config.auto_map = auto_map(type(model))
+    pipelines = custom_pipelines(type(model))
+    if pipelines:
+        model.config.custom_pipelines = pipelines

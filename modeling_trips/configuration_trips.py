@@ -370,6 +370,7 @@ class TripsConfig(PreTrainedConfig):
             self.pad_token_id = self.decoder_config.pad_token_id
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.decoder_config.bos_token_id
+        self.architectures = self.architectures or []  # the Auto classes search it for the one of several heads
         super().__post_init__(**kwargs)
 
     def _sub_config(self, name: str, defaults: dict) -> PreTrainedConfig:

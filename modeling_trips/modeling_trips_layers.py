@@ -404,7 +404,8 @@ class TripsPreTrainedModel(PreTrainedModel):
         from .registration_trips import describe_code  # not earlier: it imports every class, this one included
 
         describe_code(self)
-        super().save_pretrained(save_directory, **kwargs)
+        # A part that was loaded from a whole model is saved under its own names.
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
 
 __all__ = ["TripsPreTrainedModel"]

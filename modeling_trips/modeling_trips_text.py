@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithCrossAttentions,
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -166,6 +169,7 @@ class TripsDecoder(TripsPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -198,5 +202,11 @@ class TripsDecoder(TripsPreTrainedModel):
 
 
 TripsTextModel.register_for_auto_class("AutoModel")
+# The text encoder loads from the checkpoint of a whole model, too.
+register_checkpoint_conversion_mapping(
+    "TripsTextModel",
+    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="text_model")],
+    overwrite=True,
+)
 
 __all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsTextModel"]

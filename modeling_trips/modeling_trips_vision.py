@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
@@ -321,5 +323,11 @@ def _select_rows(output: ModelOutput, index: torch.LongTensor) -> ModelOutput:
 
 
 TripsVisionModel.register_for_auto_class("AutoModel")
+# The vision tower loads from the checkpoint of a whole model, too.
+register_checkpoint_conversion_mapping(
+    "TripsVisionModel",
+    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
+    overwrite=True,
+)
 
 __all__ = ["TripsSelection", "TripsVisionModel", "TripsVisionModelOutput", "TripsVisionPrefix"]

@@ -28,10 +28,6 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import auto_docstring
 
 
-class TripsProcessorKwargs(ProcessingKwargs, total=False):
-    image_index: list[int] | None
-
-
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """
     Converts a picture of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
@@ -106,6 +102,27 @@ def _prepare_images(images: ImageInput) -> list[Image.Image | np.ndarray | torch
     return prepared
 
 
+def _check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list[int] | None):
+    """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
+    if images is None or text is None:
+        if image_index is not None:
+            raise ValueError("`image_index` says which image each text is about: pass both `images` and `text`.")
+        return
+    num_images, num_texts = len(images), 1 if isinstance(text, str) else len(text)
+    if image_index is None:
+        if num_images != num_texts:
+            raise ValueError(
+                f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, where "
+                "text i is about image image_index[i]."
+            )
+        return
+    if len(image_index) != num_texts:
+        raise ValueError(f"`image_index` must have one entry per text: got {len(image_index)} for {num_texts} texts.")
+    for position, index in enumerate(image_index):
+        if not 0 <= index < num_images:
+            raise ValueError(f"`image_index[{position}]` is {index}, but must be in [0, {num_images - 1}].")
+
+
 def _text_lengths(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[int]:
     """Counts the tokens of each text, without its padding. A single text may come without a batch axis."""
     name, padding = ("attention_mask", 0) if "attention_mask" in inputs else ("input_ids", pad_token_id)
@@ -148,7 +165,6 @@ def _join_words(text: str) -> str:
 
 @auto_docstring
 class TripsProcessor(ProcessorMixin):
-    valid_processor_kwargs = TripsProcessorKwargs
     # Without an explicit `truncation=False` a tokenizer that gets `max_length` alone cuts texts
     text_kwargs = {"padding": True, "truncation": False}
 
@@ -201,7 +217,9 @@ class TripsProcessor(ProcessorMixin):
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
-        inputs = super().__call__(images=images, text=text, image_index=image_index, **kwargs)
+        images = None if images is None else _prepare_images(images)
+        _check_images_of_texts(images, text, image_index)
+        inputs = super().__call__(images=images, text=text, **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         if text is not None:
             lengths = _text_lengths(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
@@ -210,38 +228,11 @@ class TripsProcessor(ProcessorMixin):
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
         return inputs
 
-    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
-        """Makes `images` a flat list of RGB images before the image processor sees them."""
-        return super().prepare_inputs_layout(images=None if images is None else _prepare_images(images), **kwargs)
-
-    def validate_inputs(
-        self,
-        images: list | None = None,
-        text: TextInput | list[TextInput] | None = None,
-        image_index: list[int] | None = None,
-        **kwargs,
-    ):
-        """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
-        super().validate_inputs(images=images, text=text, **kwargs)
-        if images is None or text is None:
-            if image_index is not None:
-                raise ValueError("`image_index` says which image each text is about: pass both `images` and `text`.")
-            return
-        num_images, num_texts = len(images), 1 if isinstance(text, str) else len(text)
-        if image_index is None:
-            if num_images != num_texts:
-                raise ValueError(
-                    f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, where "
-                    "text i is about image image_index[i]."
-                )
-            return
-        if len(image_index) != num_texts:
-            raise ValueError(
-                f"`image_index` must have one entry per text: got {len(image_index)} for {num_texts} texts."
-            )
-        for position, index in enumerate(image_index):
-            if not 0 <= index < num_images:
-                raise ValueError(f"`image_index[{position}]` is {index}, but must be in [0, {num_images - 1}].")
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As in Transformers, but the processor stays as it was: an `auto_map` is for the files alone."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        vars(self).pop("auto_map", None)
+        return files
 
     def _check_text_lengths(self, lengths: list[int], max_length: int | None, name: str = "text"):
         """Raises on a text longer than the model takes: it would overrun the model's position table."""
@@ -287,7 +278,11 @@ class TripsProcessor(ProcessorMixin):
             `list[str]`: One text per sequence, without special tokens and without spaces around it. Numbers, times and
             words that WordPiece tokenizers take apart are joined again: "2.5", "10:30", "don't", "t-shirt".
         """
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return self.post_process_image_text_to_text(sequences)
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """As `post_process_answers`: what the `image-text-to-text` pipeline calls."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [_join_words(text).strip() for text in texts]
 
     def patch_boxes(

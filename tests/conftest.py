@@ -15,6 +15,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from example_datasets import train_wordpiece_tokenizer  # noqa: E402
+from example_training import make_processor  # noqa: E402
+
+from modeling_trips import TripsConfig  # noqa: E402
+from modeling_trips.registration_trips import MODELS  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -23,3 +28,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """A saved checkpoint of every head, untrained, with its processor: folder by class name."""
+    tokenizer = train_wordpiece_tokenizer(["what color is it?", "is it a circle?", "a picture of red blue yes no"])
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+    heads = {model for models in MODELS.values() for model in models if model.config_class is TripsConfig}
+    folder, folders = tmp_path_factory.mktemp("checkpoints"), {}
+    for head in sorted(heads, key=lambda head: head.__name__):
+        torch.manual_seed(0)
+        folders[head.__name__] = folder / head.__name__
+        head(config).save_pretrained(folders[head.__name__])
+        make_processor(tokenizer, config).save_pretrained(folders[head.__name__])
+    return folders

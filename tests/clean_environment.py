@@ -1,0 +1,68 @@
+"""Virtual environments on top of the running one: its packages, some in other versions, without this project."""
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+# Runs in the new environment and prints where it would import the project from.
+FIND_PROJECT = """
+from importlib.util import find_spec
+for name in ("modeling_trips", "configuration_trips", "processing_trips"):
+    if find_spec(name):
+        print(name, "from", find_spec(name).origin)
+"""
+
+
+def make_environment(folder: str | Path, packages: list[str] | None = None, exclude_project: bool = True) -> Path:
+    """
+    Builds a virtual environment that imports the running environment's packages, or takes the one built before.
+
+    The running environment's site-packages come last on its path. pip finds them there, so it installs only `packages`
+    and those of their dependencies that the running environment lacks or has in a version that does not fit.
+
+    Start the returned interpreter with `-I`: it then ignores PYTHONPATH and the current folder.
+
+    Args:
+        folder (`str` or `Path`):
+            Where the environment is or will be. One built there with other arguments, or not to the end, is replaced.
+        packages (`list[str]`, *optional*):
+            What to install, as pip takes it: `["transformers==5.24.0"]`. Needs a package index if not empty.
+        exclude_project (`bool`, *optional*, defaults to `True`):
+            Whether importing the project fails, even where it is installed in the running environment as editable. If
+            `False`, it is imported from this repository.
+
+    Returns:
+        `Path`: The environment's Python interpreter.
+
+    Raises:
+        `RuntimeError`: The project is to be excluded, but a copy of it is in the running environment's site-packages.
+        `subprocess.CalledProcessError`: pip failed; it says why on stderr.
+    """
+    folder = Path(folder).absolute()
+    python = folder / "bin" / "python"
+    # No .pth file in these is read again, and such a file is all that an editable install puts there for importing.
+    inherited = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    if not exclude_project:
+        inherited.insert(0, str(ROOT))
+    recipe = json.dumps({"python": sys.version, "packages": packages, "inherited": inherited}, indent=2)
+    finished = folder / "recipe.json"
+    if finished.is_file() and finished.read_text() == recipe:
+        return python
+    venv.create(folder, clear=True, symlinks=True)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "inherited.pth").write_text("\n".join(inherited) + "\n")
+    if packages:
+        subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", *packages], check=True)
+    if exclude_project:
+        found = subprocess.run([python, "-I", "-c", FIND_PROJECT], check=True, capture_output=True, text=True).stdout
+        if found:
+            raise RuntimeError(
+                f"The environment in {folder} would still import the project ({', '.join(found.splitlines())}). "
+                "Install it as editable in the running environment: pip install -e ."
+            )
+    finished.write_text(recipe)
+    return python

@@ -1,0 +1,141 @@
+"""The names users type: Auto classes with the project imported, and what a saved checkpoint says of its code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import modeling_trips
+from modeling_trips import (
+    TripsConfig,
+    TripsForConditionalGeneration,
+    TripsForQuestionAnswering,
+    TripsImageToTextPipeline,
+    TripsModel,
+    TripsPreTrainedModel,
+    TripsProcessor,
+    TripsTextModel,
+    TripsVisionModel,
+    TripsVisualQuestionAnsweringPipeline,
+)
+from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines
+
+
+CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py")}
+HEADS = sorted({model for models in MODELS.values() for model in models if model.config_class is TripsConfig}, key=str)
+TIED = {"lm_head.decoder.weight", "decoder.embeddings.word_embeddings.weight"}
+CODE -= {"__init__.py", "version.py", "visualization_trips.py"}  # what no class of a checkpoint needs
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_auto_classes_make_the_class_of_the_checkpoint(checkpoints):
+    for name, folder in checkpoints.items():
+        assert type(AutoConfig.from_pretrained(folder)) is TripsConfig
+        assert type(AutoProcessor.from_pretrained(folder)) is TripsProcessor
+        assert type(AutoModel.from_pretrained(folder)) is TripsModel
+        for auto_class, models in MODELS.items():
+            model = getattr(transformers, auto_class).from_pretrained(folder)
+            own = getattr(modeling_trips, name)
+            assert type(model) is (own if own in models else models[0]), (name, auto_class)
+
+
+def test_auto_classes_make_models_from_configurations():
+    config = TripsConfig.from_preset("tiny")
+    assert type(AutoModel.from_config(config.vision_config)) is TripsVisionModel
+    assert type(AutoModel.from_config(config.text_config)) is TripsTextModel
+    assert type(transformers.AutoModelForImageTextToText.from_config(config)) is TripsForConditionalGeneration
+
+
+def test_every_published_model_is_registered():
+    """A class of the package that no Auto class makes would be missing from every checkpoint's auto_map."""
+    classes = {cls for cls in vars(modeling_trips).values() if isinstance(cls, type)}
+    classes = {cls for cls in classes if issubclass(cls, TripsPreTrainedModel) and cls.config_class is TripsConfig}
+    assert classes == {TripsPreTrainedModel, *HEADS}
+
+
+@pytest.mark.parametrize("saved_twice", [False, True])
+def test_a_checkpoint_names_a_class_for_every_auto_class(checkpoints, tmp_path, saved_twice):
+    for name, folder in checkpoints.items():
+        if saved_twice:
+            getattr(modeling_trips, name).from_pretrained(folder).save_pretrained(tmp_path / name)
+            folder = tmp_path / name
+        auto_map = read_config(folder)["auto_map"]
+        assert auto_map.keys() == {"AutoConfig", "AutoProcessor", *MODELS}
+        for reference in auto_map.values():
+            module, class_name = reference.split(".")
+            assert f"class {class_name}(" in (folder / f"{module}.py").read_text()
+        assert {path.name for path in folder.glob("*.py")} == CODE
+    own = read_config(checkpoints["TripsForQuestionAnswering"])["auto_map"]["AutoModelForImageTextToText"]
+    assert own == "modeling_trips_question_answering.TripsForQuestionAnswering"
+
+
+def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
+    TripsVisionModel(TripsConfig.from_preset("tiny").vision_config).save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_trips.TripsVisionConfig",
+        "AutoModel": "modeling_trips_vision.TripsVisionModel",
+    }
+    assert "custom_pipelines" not in config
+
+
+def test_a_checkpoint_lists_the_pipelines_of_its_head(checkpoints):
+    tasks = {name: sorted(read_config(folder)["custom_pipelines"]) for name, folder in checkpoints.items()}
+    assert tasks["TripsForQuestionAnswering"] == ["visual-question-answering"]
+    assert tasks["TripsForConditionalGeneration"] == ["image-to-text"]
+    assert tasks["TripsModel"] == sorted(PIPELINES)
+    assert custom_pipelines(TripsVisionModel) == {}
+
+
+@pytest.mark.parametrize("name", ["TripsModel", "TripsForQuestionAnswering"])
+@pytest.mark.parametrize(("part_class", "part"), [(TripsVisionModel, "vision_model"), (TripsTextModel, "text_model")])
+def test_parts_load_from_the_checkpoint_of_a_whole_model(checkpoints, tmp_path, name, part_class, part):
+    weights = load_file(checkpoints[name] / "model.safetensors")
+    prefix = f"{part}." if name == "TripsModel" else f"model.{part}."
+    expected = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    model, info = part_class.from_pretrained(checkpoints[name], output_loading_info=True)
+    assert not info["missing_keys"] and len(info["unexpected_keys"]) == len(weights) - len(expected)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+    again, info = part_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_every_class_loads_from_every_checkpoint_and_reports_what_is_missing(checkpoints, model_class):
+    for name, folder in checkpoints.items():
+        saved = {key.removeprefix("model."): value for key, value in load_file(folder / "model.safetensors").items()}
+        model, info = model_class.from_pretrained(folder, output_loading_info=True)
+        state = {key.removeprefix("model."): value for key, value in model.state_dict().items()}
+        for key in saved.keys() & state.keys():
+            assert torch.equal(state[key], saved[key]), (name, key)
+        missing = {key.removeprefix("model.") for key in info["missing_keys"]}
+        assert missing - TIED == state.keys() - saved.keys() - TIED, name
+
+
+def test_pipelines_are_registered_on_import(checkpoints):
+    for task, (pipeline_class, _) in PIPELINES.items():
+        assert PIPELINE_REGISTRY.check_task(task)[1]["impl"] is pipeline_class
+    model = TripsForQuestionAnswering.from_pretrained(checkpoints["TripsForQuestionAnswering"])
+    processor = TripsProcessor.from_pretrained(checkpoints["TripsForQuestionAnswering"])
+    for config in (model.config, TripsConfig.from_preset("tiny")):  # with `custom_pipelines`, and without
+        model.config = config
+        oracle = pipeline("visual-question-answering", model=model, processor=processor)
+        assert type(oracle) is TripsVisualQuestionAnsweringPipeline
+    assert type(pipeline("image-to-text", model=model, processor=processor)) is TripsImageToTextPipeline
+
+
+def test_names_of_other_removed_tasks_are_still_refused():
+    with pytest.raises(KeyError, match="summarization has been removed"):
+        pipeline("summarization")

@@ -129,11 +129,11 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     def preprocess(self, inputs: dict, timeout: float | None = None) -> dict:
         if not isinstance(inputs, dict) or not {"image", "question"} <= inputs.keys():
             raise ValueError(f"Give an image and a question: a dict with 'image' and 'question', not {inputs!r:.200}")
-        question = inputs["question"]
-        for text in [question] if isinstance(question, str) else question:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"Every question must be a text, but one about {inputs['image']!r:.200} is {text!r}.")
-        return self.make_item(inputs["image"], question, timeout)
+        image, question = inputs["image"], inputs["question"]
+        questions = [question] if isinstance(question, str) else question
+        if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
+            raise ValueError(f"A question, or one of a list, is empty or no text: {question!r}, about {image!r:.200}.")
+        return self.make_item(image, question, timeout)
 
     def _forward(self, batch: dict, top_k: int = 5, answers: list[str] | None = None, **generate_kwargs) -> dict:
         if top_k < 1:

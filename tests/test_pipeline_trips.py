@@ -1,0 +1,217 @@
+"""The pipelines answer what the model answers, in every form of call that version 4 of Transformers documented."""
+
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from modeling_trips import TripsForConditionalGeneration, TripsForQuestionAnswering, TripsProcessor
+
+
+QUESTIONS = ["what color is it?", "is it a circle?", "is it red?"]
+
+
+def make_image(seed: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(256, (40, 56, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+IMAGES = [make_image(seed) for seed in range(3)]
+
+
+def load(task: str, head: type, checkpoints):
+    folder = checkpoints[head.__name__]
+    model, processor = head.from_pretrained(folder).eval(), TripsProcessor.from_pretrained(folder)
+    # Weights of this size give every question about every image an answer of its own, and answers that end.
+    for parameter in model.parameters():
+        parameter.data *= 2 if parameter.ndim > 1 else 1
+    return pipeline(task, model=model, processor=processor)
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoints):
+    return load("visual-question-answering", TripsForQuestionAnswering, checkpoints)
+
+
+@pytest.fixture(scope="module")
+def captioner(checkpoints):
+    return load("image-to-text", TripsForConditionalGeneration, checkpoints)
+
+
+def direct_answers(oracle, image, question, top_k: int, **options) -> list[dict]:
+    """One question about one image by hand: a beam search, and the probability of each sequence token by token."""
+    inputs = oracle.processor(images=image, text=question, return_tensors="pt")
+    model = oracle.model
+    sequences = model.generate(**inputs, num_beams=top_k, num_return_sequences=top_k, **options)
+    answers = []
+    for sequence in sequences:
+        tokens = [token for token in sequence.tolist()[1:] if token != model.config.pad_token_id]
+        probability = 1.0
+        for position in range(len(tokens)):
+            prefix = torch.tensor([[model.config.decoder_start_token_id, *tokens[:position]]])
+            logits = model(**inputs, decoder_input_ids=prefix).logits[0, -1]
+            probability *= logits.softmax(-1)[tokens[position]].item()
+        answers.append({"score": probability, "answer": oracle.processor.post_process_answers(sequence[None])[0]})
+    return sorted(answers, key=lambda answer: -answer["score"])
+
+
+def assert_same(actual: list[dict], expected: list[dict]):
+    assert [answer["answer"] for answer in actual] == [answer["answer"] for answer in expected]
+    scores = [[answer["score"] for answer in answers] for answers in (actual, expected)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+@torch.no_grad()
+def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
+    answers = oracle(IMAGES[0], QUESTIONS[0], top_k=3, max_new_tokens=4)
+    assert_same(answers, direct_answers(oracle, IMAGES[0], QUESTIONS[0], 3, max_new_tokens=4))
+    assert answers[0]["score"] > answers[1]["score"] > answers[2]["score"] > 0
+    assert len(oracle(IMAGES[0], QUESTIONS[0])) == 5
+
+
+@torch.no_grad()
+def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
+    all_pairs = itertools.product(range(3), range(3))
+    by_hand = {(i, q): direct_answers(oracle, IMAGES[i], QUESTIONS[q], 1, max_new_tokens=4) for i, q in all_pairs}
+    assert len({answers[0]["score"] for answers in by_hand.values()}) == 9  # what mixes pairs up is seen
+
+    def check(actual, *pairs):
+        assert len(actual) == len(pairs)
+        for answers, pair in zip(actual, pairs):
+            assert_same(answers, by_hand[pair])
+
+    def ask(*args, **options):
+        return oracle(*args, top_k=1, max_new_tokens=4, **options)
+
+    items = [{"image": IMAGES[i], "question": QUESTIONS[q]} for i, q in ((0, 0), (1, 2), (2, 1))]
+    dataset = Dataset.from_dict({"image": [0, 1, 2], "question": QUESTIONS})
+    path = tmp_path / "image.png"
+    IMAGES[1].save(path)
+    assert_same(ask(image=IMAGES[0], question=QUESTIONS[1]), by_hand[0, 1])
+    assert_same(ask(items[1]), by_hand[1, 2])
+    assert_same(ask(str(path), QUESTIONS[2]), by_hand[1, 2])
+    for batch_size in (1, 2, 4):
+        check(ask(items, batch_size=batch_size), (0, 0), (1, 2), (2, 1))
+        check(ask(IMAGES, QUESTIONS[0], batch_size=batch_size), (0, 0), (1, 0), (2, 0))
+        check(ask(IMAGES[0], QUESTIONS, batch_size=batch_size), (0, 0), (0, 1), (0, 2))
+        pairs = [(i, q) for q in range(2) for i in range(3)]  # question by question, as in version 4
+        check(ask(IMAGES, QUESTIONS[:2], batch_size=batch_size), *pairs)
+        mixed = ask([{"image": IMAGES[0], "question": QUESTIONS[:2]}, items[1]], batch_size=batch_size)
+        check(mixed[0], (0, 0), (0, 1))
+        assert_same(mixed[1], by_hand[1, 2])
+        stream = ask((item for item in items), batch_size=batch_size)
+        assert not isinstance(stream, list)
+        check(list(stream), (0, 0), (1, 2), (2, 1))
+    images = KeyDataset(dataset.map(lambda row: {"path": str(path)}), "path")
+    check(ask(images, QUESTIONS[0]), (1, 0), (1, 0), (1, 0))
+
+
+def test_questions_about_one_image_share_its_computation(oracle):
+    seen = []
+    hook = oracle.model.model.vision_model.embeddings.register_forward_pre_hook(
+        lambda module, args: seen.append(len(args[0]))
+    )
+    oracle(IMAGES[0], QUESTIONS, top_k=2)
+    oracle(IMAGES[:2], QUESTIONS, top_k=2, batch_size=2)
+    hook.remove()
+    assert seen == [1, 2]  # images that went through the vision tower, once per call
+
+
+@torch.no_grad()
+def test_answers_can_be_picked_from_a_list(oracle):
+    answers = ["red", "blue", "yes", "no"]
+    picked = oracle(IMAGES[0], QUESTIONS[:2], answers=answers, top_k=3)
+    inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[:2], image_index=[0, 0], return_tensors="pt")
+    ranking = oracle.model.rank_answers(oracle.processor.encode_answers(answers), **inputs)
+    for row, question in enumerate(picked):
+        assert [answer["answer"] for answer in question] == [answers[i] for i in ranking.answer_indices[row, :3]]
+        assert [answer["score"] for answer in question] == pytest.approx(ranking.scores[row, :3].exp().tolist())
+
+
+def test_options_at_construction_hold_for_every_call(checkpoints):
+    folder = checkpoints["TripsForQuestionAnswering"]
+    model, processor = TripsForQuestionAnswering.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
+    oracle = pipeline("visual-question-answering", model=model, processor=processor, top_k=2, max_new_tokens=1)
+    answers = oracle(IMAGES[0], QUESTIONS[0])
+    assert len(answers) == 2 and all(len(answer["answer"].split()) <= 1 for answer in answers)
+    assert len(oracle(IMAGES[0], QUESTIONS[0], top_k=3)) == 3
+
+
+def test_captions_are_what_the_model_writes_after_the_prompt(captioner):
+    def direct(image, prompt=""):
+        inputs = captioner.processor(images=image, text=prompt, return_tensors="pt")
+        return captioner.processor.post_process_answers(captioner.model.generate(**inputs, max_new_tokens=5))[0]
+
+    captions = [direct(image) for image in IMAGES]
+    assert captioner(IMAGES[0], max_new_tokens=5) == [{"generated_text": captions[0]}]
+    for batch_size in (1, 2):
+        actual = captioner(IMAGES, max_new_tokens=5, batch_size=batch_size)
+        assert actual == [[{"generated_text": caption}] for caption in captions]
+    prompted = captioner(IMAGES[0], prompt="a picture of ", max_new_tokens=5)
+    assert prompted == [{"generated_text": "a picture of " + direct(IMAGES[0], "a picture of ")}]
+    several = captioner(IMAGES[:2], num_beams=3, num_return_sequences=2, max_new_tokens=5, batch_size=2)
+    assert [len(item) for item in several] == [2, 2] and several[0] != several[1]
+
+
+def test_the_stock_pipeline_captions_and_answers(checkpoints, captioner, oracle):
+    stock = pipeline("image-text-to-text", model=captioner.model, processor=captioner.processor)
+    alone = stock(IMAGES[0], text="", max_new_tokens=5)
+    assert alone[0]["generated_text"] == captioner(IMAGES[0], max_new_tokens=5)[0]["generated_text"]
+    prompted = stock(IMAGES[0], text="a picture of ", max_new_tokens=5)
+    expected = captioner(IMAGES[0], prompt="a picture of ", max_new_tokens=5)
+    assert prompted[0]["generated_text"] == expected[0]["generated_text"]
+    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
+    answers = stock(IMAGES[:2], text=QUESTIONS[:2], return_full_text=False, max_new_tokens=5)
+    expected = [oracle(IMAGES[i], QUESTIONS[i], top_k=1, max_new_tokens=5)[0]["answer"] for i in range(2)]
+    assert [answer["generated_text"] for answer in answers] == expected
+    assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: what the checkpoint says, not 256 tokens
+
+
+def test_half_precision_models_get_images_of_their_type(checkpoints):
+    folder = checkpoints["TripsForQuestionAnswering"]
+    model = TripsForQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
+    oracle = pipeline("visual-question-answering", model=model, processor=TripsProcessor.from_pretrained(folder))
+    assert len(oracle(IMAGES[0], QUESTIONS, top_k=2)) == 3
+
+
+def bad_file(folder, kind: str) -> str:
+    path = folder / f"{kind}.png"
+    if kind != "missing":
+        make_image(0).resize((400, 400)).save(path)
+        content = path.read_bytes()
+        path.write_bytes({"truncated": content[: len(content) // 2], "corrupt": b"no picture", "empty": b""}[kind])
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "corrupt", "empty"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, kind, batch_size):
+    path = bad_file(tmp_path, kind)
+    with pytest.raises(ValueError, match=f"{kind}.png"):
+        oracle([{"image": IMAGES[0], "question": "red?"}, {"image": path, "question": "red?"}], batch_size=batch_size)
+    with pytest.raises(ValueError, match=f"{kind}.png"):
+        captioner([IMAGES[0], path], batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda oracle: oracle(IMAGES[0], ""), "empty or no text: ''"),
+        (lambda oracle: oracle(IMAGES[0], ["is it red?", "  "]), "empty or no text: .*'  '"),
+        (lambda oracle: oracle({"image": IMAGES[0], "question": None}), "empty or no text: None"),
+        (lambda oracle: oracle(IMAGES[0], []), r"empty or no text: \[\]"),
+        (lambda oracle: oracle(IMAGES[0]), "'image' and 'question'"),
+        (lambda oracle: oracle({"image": IMAGES[0]}), "'image' and 'question'"),
+        (lambda oracle: oracle(IMAGES[0], "red " * 100), r"`text\[0\]` has \d+ tokens .* only \d+ are allowed"),
+        (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "`top_k` must be at least 1, got 0"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"`answers\[1\]` \(''\) has no tokens"),
+        (lambda oracle: oracle(IMAGES[0], "red?", max_tokens=3), "max_tokens"),
+    ],
+)
+def test_bad_input_is_refused_by_name(oracle, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(oracle)

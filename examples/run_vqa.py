@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= result.metrics
     if training_args.do_eval:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        output.metrics["eval_samples"] = len(data["validation"])
         trainer.log_metrics("eval", output.metrics)
         trainer.save_metrics("eval", output.metrics)
         metrics |= output.metrics

@@ -1,0 +1,238 @@
+"""
+The model card of a published checkpoint: made from its configuration, from a run of the model, and from files of
+measurements. What none of them says is said to be unknown.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import PIL.Image
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+PURPOSES = {
+    "visual-question-answering": " that answers questions about images",
+    "image-to-text": " that describes images",
+}
+GUIDANCES = {"text": "the text's [CLS] token", "image": "the image's own [CLS] token", "random": "chance"}
+# What `Trainer.save_metrics` writes besides the metrics.
+NOT_METRICS = {"loss", "runtime", "samples", "samples_per_second", "steps_per_second", "model_preparation_time"}
+
+
+class DatasetName(NamedTuple):
+    """A data set as the command line names it: "easy-VQA", or "VQAv2=org/vqa_v2" with its id on the Hub."""
+
+    name: str
+    hub_id: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "DatasetName":
+        name, _, hub_id = text.partition("=")
+        return cls(name, hub_id or None)
+
+    @property
+    def link(self) -> str:
+        return f"[{self.name}](https://huggingface.co/datasets/{self.hub_id})" if self.hub_id else self.name
+
+
+@dataclass
+class CardArguments:
+    license: str | None = field(default=None, metadata={"help": "License of the weights, as in apache-2.0."})
+    language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the texts: --language en"})
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Data sets it was trained on: names, with =id if on the Hub: VQAv2=org/vqa_v2"}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Data set it was evaluated on, as above. Default: that of --datasets, if one."}
+    )
+    eval_split: str | None = field(default=None, metadata={"help": "Split it was evaluated on, as in test."})
+    results: str | None = field(
+        default=None, metadata={"help": "Metrics as `Trainer` saves them. Default: eval_results.json of the folder."}
+    )
+    speed: str | None = field(
+        default=None,
+        metadata={"help": "Rows of this size and schedule, as examples/benchmark.py --output_json wrote them."},
+    )
+
+    @property
+    def train_datasets(self) -> list[DatasetName]:
+        return [DatasetName.parse(text) for text in self.datasets or []]
+
+    @property
+    def evaluated_on(self) -> DatasetName | None:
+        if self.eval_dataset is not None:
+            return DatasetName.parse(self.eval_dataset)
+        return self.train_datasets[0] if len(self.train_datasets) == 1 else None
+
+
+def read_metrics(path: Path) -> tuple[dict[str, float], int | None]:
+    """The metrics of an `eval_results.json`, and how many examples they were measured on, if it says so."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
+    metrics = {name: value for name, value in results.items() if name not in NOT_METRICS}
+    if not metrics:
+        raise ValueError(f"{path} holds no metric: names as in eval_accuracy are expected, as `Trainer` saves them.")
+    return metrics, results.get("samples")
+
+
+def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> list[dict]:
+    """
+    The rows of the benchmark that were measured at this model's size, resolution and schedule.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = [rows] if isinstance(rows, dict) else rows
+    fitting = [row for row in rows if _setting(row) == _own_setting(config, image_size)]
+    if not fitting:
+        vision = config.vision_config
+        raise ValueError(
+            f"--speed {path}: none of its rows was measured at this model's size, {image_size[0]} x {image_size[1]} "
+            f"pixels, selection layers {vision.selection_layers} and keep rate {vision.keep_rate}. Measure it with "
+            "examples/benchmark.py."
+        )
+    return fitting
+
+
+def _setting(row: dict) -> tuple:
+    """Size, resolution and schedule of a row of the benchmark."""
+    options = {"selection_layers": row["selection_layers"], "keep_rate": row["keep_rate"]}
+    return _own_setting(TripsConfig.from_preset(row["preset"], **options), (row["image_size"], row["image_size"]))
+
+
+def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
+    parts = (config.vision_config, config.text_config, config.fusion_encoder_config)
+    sizes = [(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in parts]
+    return sizes, config.vision_config.patch_shape, image_size, config.vision_config.selection_schedule
+
+
+def task_of(config: TripsConfig) -> str | None:
+    """The pipeline that was made for this checkpoint's head; None for a checkpoint without a head of its own."""
+    tasks = list(config.custom_pipelines)
+    return tasks[0] if len(tasks) == 1 else None
+
+
+def auto_class_of(config: TripsConfig) -> str:
+    """The Auto class that loads the checkpoint with its own head."""
+    task = task_of(config)
+    if task is not None:
+        return config.custom_pipelines[task]["pt"][0]
+    own = [name for name, reference in config.auto_map.items() if reference.endswith(f".{config.architectures[0]}")]
+    return own[0] if own else "AutoModel"
+
+
+def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[tuple[int, int], list[int]]:
+    """Runs the model on a blank image: height and width that it sees, and the tokens that leave each vision layer."""
+    inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
+    with torch.no_grad():
+        outputs = model.eval().base_model(**inputs, output_hidden_states=True)
+    height, width = inputs["pixel_values"].shape[-2:]
+    return (height, width), [states.shape[1] for states in outputs.vision_model_output.hidden_states]
+
+
+def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
+    """One row per layer that drops something; `tokens[n]` leave layer n."""
+    return [
+        {"layer": layer, "keep_rate": rate, "tokens_before": tokens[layer - 1], "tokens_after": tokens[layer]}
+        for layer, rate in config.vision_config.selection_schedule.items()
+    ]
+
+
+def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: dict[str, float]) -> ModelCardData:
+    """The card's YAML. `model-index` needs to know on what the metrics were measured."""
+    task, evaluated_on = task_of(config), args.evaluated_on
+    results = []
+    if metrics and (evaluated_on is None or task is None):
+        logger.warning("The metrics go into the text only: name what they were measured on with --eval_dataset.")
+    elif metrics:
+        results = [
+            EvalResult(
+                task_type=task,
+                dataset_type=evaluated_on.hub_id or evaluated_on.name,
+                dataset_name=evaluated_on.name,
+                dataset_split=args.eval_split,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in metrics.items()
+        ]
+    return ModelCardData(
+        license=args.license,
+        language=args.language,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["trips", "token-pruning", "vision-language", "custom_code"],
+        datasets=[dataset.hub_id for dataset in args.train_datasets if dataset.hub_id] or None,
+        metrics=list(metrics) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def make_model_card(
+    model: TripsPreTrainedModel,
+    processor: TripsProcessor,
+    repo_id: str,
+    args: CardArguments,
+    results: Path | None = None,
+    revision: str = "main",
+) -> ModelCard:
+    """
+    Args:
+        model (`TripsPreTrainedModel`): as it was saved: saving tells its configuration where the code is.
+        processor (`TripsProcessor`)
+        repo_id (`str`): where the card's code loads the checkpoint from.
+        args (`CardArguments`): what the configuration does not know.
+        results (`Path`, *optional*): an `eval_results.json`. None: the accuracy was not measured.
+        revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
+
+    Returns:
+        `ModelCard`
+
+    Raises:
+        ValueError: if `results` holds no metric, or no row of `args.speed` fits the model.
+    """
+    config, name = model.config, repo_id.split("/")[-1]
+    task, auto_class = task_of(config), auto_class_of(config)
+    metrics, num_examples = read_metrics(results) if results else ({}, None)
+    image_size, tokens = look_once(model, processor)
+    measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
+    measured_on.append(f"{num_examples:,} examples" if num_examples else "unknown number of examples")
+    return ModelCard.from_template(
+        make_metadata(name, config, args, metrics),
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        config=config,
+        vision=config.vision_config,
+        architecture=type(model).__name__,
+        task=task,
+        purpose=PURPOSES.get(task, ""),
+        auto_class=auto_class,
+        imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if task else []),
+        options="trust_remote_code=True" + ("" if revision == "main" else f', revision="{revision}"'),
+        transformers_version=transformers.__version__,
+        num_parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        image_size=image_size,
+        patches=[pixels // patch for pixels, patch in zip(image_size, config.vision_config.patch_shape)],
+        text_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
+        guidance=GUIDANCES[config.vision_config.selection_guidance],
+        selection=describe_selection(config, tokens),
+        train_datasets=args.train_datasets,
+        languages=", ".join(args.language or []),
+        measures={metric: f"{value:.4f}" for metric, value in metrics.items()},
+        measured_on=", ".join(measured_on),
+        speed=read_speed(Path(args.speed), config, image_size) if args.speed else [],
+    )

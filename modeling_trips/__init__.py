@@ -8,10 +8,18 @@ from .configuration_trips import (
     TripsVisionConfig,
 )
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
+from .modeling_trips_classification import (
+    TripsForImagesAndTextClassification,
+    TripsForImagesAndTextClassificationOutput,
+)
 from .modeling_trips_generation import TripsForConditionalGeneration, TripsSeq2SeqLMOutput
+from .modeling_trips_grounding import TripsForVisualGrounding, TripsVisualGroundingOutput
+from .modeling_trips_pretraining import TripsForPreTraining, TripsForPreTrainingOutput
 from .modeling_trips_question_answering import TripsAnswerRanking, TripsForQuestionAnswering
+from .modeling_trips_retrieval import TripsForRetrieval, TripsMatchingOutput, TripsRetrievalOutput
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
+from .momentum_trips import MomentumTeacher
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 from .processing_trips import TripsProcessor, convert_to_rgb
 from .registration_trips import register
@@ -23,19 +31,28 @@ register()
 
 __all__ = [
     "__version__",
+    "MomentumTeacher",
     "TripsAnswerRanking",
     "TripsConfig",
     "TripsDecoder",
     "TripsDecoderConfig",
     "TripsForConditionalGeneration",
+    "TripsForImagesAndTextClassification",
+    "TripsForImagesAndTextClassificationOutput",
+    "TripsForPreTraining",
+    "TripsForPreTrainingOutput",
     "TripsForQuestionAnswering",
+    "TripsForRetrieval",
+    "TripsForVisualGrounding",
     "TripsFusionConfig",
     "TripsFusionModel",
     "TripsImageToTextPipeline",
+    "TripsMatchingOutput",
     "TripsModel",
     "TripsModelOutput",
     "TripsPreTrainedModel",
     "TripsProcessor",
+    "TripsRetrievalOutput",
     "TripsSelection",
     "TripsSeq2SeqLMOutput",
     "TripsTextConfig",
@@ -44,6 +61,7 @@ __all__ = [
     "TripsVisionModel",
     "TripsVisionModelOutput",
     "TripsVisionPrefix",
+    "TripsVisualGroundingOutput",
     "TripsVisualQuestionAnsweringPipeline",
     "convert_to_rgb",
 ]

@@ -293,6 +293,25 @@ class TripsConfig(PreTrainedConfig):
     decoder_config (`dict` or `TripsDecoderConfig`, *optional*):
         The text decoder of the generative heads. What is not given is taken from `text_config` (but for
         `num_hidden_layers`).
+    projection_dim (`int`, *optional*, defaults to 256):
+        Width of the features of images and texts that retrieval compares.
+    itc_weight (`float`, *optional*, defaults to 1.0):
+        Weight of image-text contrast, in retrieval and pre-training. 0 turns an objective off and skips its compute.
+    itm_weight (`float`, *optional*, defaults to 1.0):
+        Weight of image-text matching, in retrieval and pre-training.
+    mlm_weight (`float`, *optional*, defaults to 1.0):
+        Weight of masked language modelling in pre-training.
+    prefix_lm_weight (`float`, *optional*, defaults to 1.0):
+        Weight of prefix language modelling in pre-training.
+    honest_negatives (`bool`, *optional*, defaults to `True`):
+        Whether the patches of a negative pair are selected by its own text, or are those of the image's true pair.
+        The latter is cheaper, but then the kept patches tell which pair is true.
+    num_images (`int`, *optional*, defaults to 2):
+        Images per text of [`TripsForImagesAndTextClassification`].
+    bbox_loss_coefficient (`float`, *optional*, defaults to 5.0):
+        Weight of the L1 loss of [`TripsForVisualGrounding`].
+    giou_loss_coefficient (`float`, *optional*, defaults to 2.0):
+        Weight of its generalised IoU loss.
     kwargs:
         `selection_layers`, `keep_rate`, `selection_guidance`, `fuse_inattentive_tokens`, `normalize_fusion_weights`
         and `selection_seed` are passed on to `vision_config` (where they are documented), here and in
@@ -314,12 +333,34 @@ class TripsConfig(PreTrainedConfig):
         "fusion_encoder_config": TripsFusionConfig,
         "decoder_config": TripsDecoderConfig,
     }
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "selection", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "selection",
+        "encoder_last_hidden_state",
+        "l1_loss",
+        "giou_loss",
+        "itc_loss",
+        "itm_loss",
+        "mlm_loss",
+        "prefix_lm_loss",
+        "text_model_output",
+        "vision_model_output",
+    ]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     fusion_encoder_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    mlm_weight: float | int = 1.0
+    prefix_lm_weight: float | int = 1.0
+    honest_negatives: bool = True
+    num_images: int = 2
+    bbox_loss_coefficient: float | int = 5.0
+    giou_loss_coefficient: float | int = 2.0
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
@@ -386,6 +427,15 @@ class TripsConfig(PreTrainedConfig):
             setattr(config, field, width)
         elif getattr(config, field) != width:
             raise ValueError(f"`{part}.{field}` ({getattr(config, field)}) must be {width}, the width of its source.")
+
+    def validate_objective_weights(self):
+        for name in ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+
+    def validate_num_images(self):
+        if self.num_images < 1:
+            raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
 
     def validate_fusion_width(self):
         if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:

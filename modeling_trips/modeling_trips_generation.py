@@ -103,9 +103,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         Returns:
             `torch.LongTensor` of the same shape.
         """
-        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
-        decoder_input_ids = torch.cat((start, labels[:, :-1]), dim=1)
-        return decoder_input_ids.masked_fill(decoder_input_ids == -100, self.config.pad_token_id)
+        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     @can_return_tuple
     @auto_docstring
@@ -227,6 +225,13 @@ def _check_labels(labels, label_weights, text_index, num_texts: int):
     for name, value in (("label_weights", label_weights), ("text_index", text_index)):
         if value is not None and tuple(value.shape) != (num_labels,):
             raise ValueError(f"`{name}` must have shape ({num_labels},), one entry per row of `labels`.")
+
+
+def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int) -> torch.LongTensor:
+    """`(num_labels, label_length)` -> the same: a start token and all but the last label; -100 becomes padding."""
+    start = torch.full_like(labels[:, :1], start_token_id)
+    shifted = torch.cat((start, labels[:, :-1]), dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:

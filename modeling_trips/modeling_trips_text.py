@@ -69,7 +69,12 @@ class TripsLMHead(nn.Module):
         return self.decoder(self.LayerNorm(self.activation_fn(self.dense(hidden_states))))
 
 
-@auto_docstring(custom_intro="The layers of BERT that see only the text. Its [CLS] output guides the patch selection.")
+@auto_docstring(
+    custom_intro="""
+    The layers of BERT that see only the text. The output of its first token, [CLS], guides the patch selection: pad
+    texts on the right.
+    """
+)
 class TripsTextModel(TripsPreTrainedModel):
     config: TripsTextConfig
     input_modalities = ("text",)

@@ -22,10 +22,15 @@ from PIL import Image, ImageOps
 from transformers import BlipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import get_size_dict
+from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import auto_docstring
+from transformers.utils import ModelOutput, auto_docstring
+
+
+# How far a box may reach beyond its image, in pixels: annotations are rounded.
+BOX_TOLERANCE = 1.0
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -102,7 +107,7 @@ def _prepare_images(images: ImageInput) -> list[Image.Image | np.ndarray | torch
     return prepared
 
 
-def _check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list[int] | None):
+def _check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
     """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
     if images is None or text is None:
         if image_index is not None:
@@ -118,16 +123,26 @@ def _check_images_of_texts(images: list | None, text: str | list[str] | None, im
         return
     if len(image_index) != num_texts:
         raise ValueError(f"`image_index` must have one entry per text: got {len(image_index)} for {num_texts} texts.")
-    for position, index in enumerate(image_index):
-        if not 0 <= index < num_images:
-            raise ValueError(f"`image_index[{position}]` is {index}, but must be in [0, {num_images - 1}].")
+    for position, entry in enumerate(image_index):
+        for index in entry if isinstance(entry, (list, tuple)) else [entry]:
+            if not 0 <= index < num_images:
+                raise ValueError(f"`image_index[{position}]` is {entry}, but must be in [0, {num_images - 1}].")
 
 
-def _text_lengths(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[int]:
-    """Counts the tokens of each text, without its padding. A single text may come without a batch axis."""
+def _padding_masks(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[np.ndarray]:
+    """For each text, which of its tokens are not padding. A single text may come without a batch axis."""
     name, padding = ("attention_mask", 0) if "attention_mask" in inputs else ("input_ids", pad_token_id)
     rows = np.asarray(inputs[name]).reshape(1, -1) if is_single else inputs[name]
-    return [int((np.asarray(row) != padding).sum()) for row in rows]
+    return [np.asarray(row) != padding for row in rows]
+
+
+def _check_padding_side(masks: list[np.ndarray]):
+    for position, mask in enumerate(masks):
+        if not mask[:1].all():
+            raise ValueError(
+                f"`text[{position}]` is padded on the left, but a text's first token is the one that selects the "
+                "patches. Pass `padding_side='right'`."
+            )
 
 
 def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
@@ -155,6 +170,22 @@ def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_si
     kept = patch_indices[patch_indices >= 0]
     row, column = kept // columns, kept % columns
     return torch.stack([column, row, column + 1, row + 1], dim=-1).float() * patch_size
+
+
+def _has_no_area(boxes: torch.Tensor) -> torch.BoolTensor:
+    """Which of the boxes (x0, y0, x1, y1) are empty or inverted."""
+    return (boxes[:, :2] >= boxes[:, 2:]).any(dim=-1)
+
+
+def _refuse_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, rows: torch.BoolTensor, problem: str):
+    """Raises on the first of the boxes at `rows`, if there is one. `image_sizes` are (width, height, ...)."""
+    if rows.any():
+        row = rows.nonzero()[0].item()
+        width, height = image_sizes[row, :2].long().tolist()
+        raise ValueError(
+            f"`boxes[{row}]` {boxes[row].tolist()} in an image of {height} x {width} pixels (height x width) "
+            f"{problem}."
+        )
 
 
 def _join_words(text: str) -> str:
@@ -187,7 +218,7 @@ class TripsProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
-        image_index: list[int] | None = None,
+        image_index: list[int] | list[list[int]] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
@@ -200,7 +231,8 @@ class TripsProcessor(ProcessorMixin):
             unless `truncation=True`. An empty text is allowed: it is the prompt of unprompted captioning.
         image_index (`list[int]` or `torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text `i` is about image `image_index[i]`, so one image can serve many texts and is prepared once. Without
-            it, text `i` is about image `i`, and there must be as many images as texts.
+            it, text `i` is about image `i`, and there must be as many images as texts. Of shape
+            `(num_texts, images_per_text)`, text `i` is about several images, as in NLVR2.
 
         Returns:
             [`BatchFeature`] with the fields below, tensors if `return_tensors` is set.
@@ -208,12 +240,12 @@ class TripsProcessor(ProcessorMixin):
             - **pixel_values** (`num_images, 3, height, width`), float32, if `images` is given.
             - **input_ids** and **attention_mask** (`num_texts, sequence_length`), int64, if `text` is given, and
               **token_type_ids** of the same shape if the tokenizer makes them.
-            - **image_index** (`num_texts,`), int64, if `image_index` is given.
+            - **image_index**, int64, of the shape of `image_index`, if that is given.
 
         Raises:
             `ValueError`: An image that cannot be read or has no pixels; a text with more tokens than `max_length` or
-            the tokenizer's `model_max_length`; as many images as texts are needed but not there; an `image_index`
-            that is out of range. Each message names the position of the item.
+            the tokenizer's `model_max_length`, or padded on the left; as many images as texts are needed but not
+            there; an `image_index` that is out of range. Each message names the position of the item.
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
@@ -222,8 +254,9 @@ class TripsProcessor(ProcessorMixin):
         inputs = super().__call__(images=images, text=text, **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         if text is not None:
-            lengths = _text_lengths(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
-            self._check_text_lengths(lengths, text_kwargs.get("max_length"))
+            masks = _padding_masks(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
+            self._check_text_lengths([int(mask.sum()) for mask in masks], text_kwargs.get("max_length"))
+            _check_padding_side(masks)
         if image_index is not None:
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
         return inputs
@@ -336,6 +369,103 @@ class TripsProcessor(ProcessorMixin):
         original = boxes.new_tensor([width, height, width, height])
         boxes = boxes * original / boxes.new_tensor([resized_width, resized_height, resized_width, resized_height])
         return boxes.clamp(min=torch.zeros_like(original), max=original)
+
+    def encode_boxes(
+        self,
+        boxes: torch.Tensor | list[list[float]],
+        image_sizes: torch.LongTensor | list[tuple[int, int]],
+        do_resize: bool | None = None,
+        size: int | dict[str, int] | None = None,
+        do_center_crop: bool | None = None,
+        crop_size: int | dict[str, int] | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Turns boxes in the original images into the `labels` of a [`TripsForVisualGrounding`].
+
+        Args:
+            boxes (`torch.Tensor` of shape `(num_boxes, 4)` or `list[list[float]]`):
+                Corners (x0, y0, x1, y1) in pixels of the original image, upright. Annotations are rounded: up to one
+                pixel beyond the image is cut off.
+            image_sizes (`torch.LongTensor` of shape `(num_boxes, 2)` or `list[tuple[int, int]]`):
+                (height, width) of each box's image, as in `patch_boxes`.
+            do_resize, size, do_center_crop, crop_size (*optional*):
+                What the call that made `pixel_values` was given, where it differed from the image processor's own.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_boxes, 4)`: (center_x, center_y, width, height) in [0, 1] of the image
+            in `pixel_values`. Of a box that a center crop cuts, it is the part inside.
+
+        Raises:
+            `ValueError`: The lengths differ; a box, named by its row, that is empty, inverted, not finite, outside of
+            its image or of the center crop; a way of resizing that cannot be traced (padding, `longest_edge`, ...).
+        """
+        boxes = torch.as_tensor(boxes, dtype=torch.float64, device="cpu")
+        if boxes.shape != (len(image_sizes), 4):
+            raise ValueError(
+                f"`boxes` must have shape ({len(image_sizes)}, 4), one box per entry of `image_sizes`, got "
+                f"{tuple(boxes.shape)}."
+            )
+        original, resized, start, frame = self._pixel_frames(
+            image_sizes, do_resize=do_resize, size=size, do_center_crop=do_center_crop, crop_size=crop_size
+        )
+        not_finite = ~boxes.isfinite().all(dim=-1)
+        outside = ((boxes < -BOX_TOLERANCE) | (boxes > original + BOX_TOLERANCE)).any(dim=-1)
+        _refuse_boxes(boxes, original, not_finite, "has a number that is not finite")
+        _refuse_boxes(boxes, original, _has_no_area(boxes), "is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
+        _refuse_boxes(boxes, original, outside, "reaches out of the image")
+        inside = (boxes.clamp(min=0).minimum(original) * resized / original - start).clamp(min=0).minimum(frame)
+        _refuse_boxes(boxes, original, _has_no_area(inside), "has no part that `pixel_values` show")
+        return corners_to_center_format(inside / frame).float()
+
+    def post_process_grounding(
+        self,
+        outputs: ModelOutput | torch.Tensor,
+        target_sizes: torch.LongTensor | list[tuple[int, int]],
+        do_resize: bool | None = None,
+        size: int | dict[str, int] | None = None,
+        do_center_crop: bool | None = None,
+        crop_size: int | dict[str, int] | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Turns the boxes that a [`TripsForVisualGrounding`] found into pixels of the original images.
+
+        Args:
+            outputs ([`TripsVisualGroundingOutput`] or `torch.Tensor` of shape `(num_texts, 4)`):
+                What the model returned, or its `pred_boxes`.
+            target_sizes (`torch.LongTensor` of shape `(num_texts, 2)` or `list[tuple[int, int]]`):
+                (height, width) of each text's original image, as in `patch_boxes`.
+            do_resize, size, do_center_crop, crop_size (*optional*):
+                What the call that made `pixel_values` was given, where it differed from the image processor's own.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_texts, 4)`, on the CPU: corners (x0, y0, x1, y1), clipped to the image.
+            A box in the padding of a center crop is empty.
+
+        Raises:
+            `ValueError`: The lengths differ, or the way of resizing cannot be traced back.
+        """
+        boxes = outputs.pred_boxes if isinstance(outputs, ModelOutput) else torch.as_tensor(outputs)
+        if boxes.shape != (len(target_sizes), 4):
+            raise ValueError(
+                f"The boxes must have shape ({len(target_sizes)}, 4), one box per entry of `target_sizes`, got "
+                f"{tuple(boxes.shape)}."
+            )
+        original, resized, start, frame = self._pixel_frames(
+            target_sizes, do_resize=do_resize, size=size, do_center_crop=do_center_crop, crop_size=crop_size
+        )
+        boxes = center_to_corners_format(boxes.detach().cpu().double()) * frame + start
+        return (boxes * original / resized).clamp(min=0).minimum(original).float()
+
+    def _pixel_frames(self, image_sizes: torch.LongTensor | list[tuple[int, int]], **options) -> list[torch.Tensor]:
+        """
+        Per image, each of shape (num_images, 4) as (x, y, x, y), float64: its size, its size after the resize, start
+        and size of the crop.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        frames = [(image_size, *self._pixel_frame(image_size, **options)) for image_size in sizes]
+        rows = [[[across, down] * 2 for down, across in frame] for frame in frames]
+        return torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 4).unbind(dim=1)
 
     def _pixel_frame(self, image_size: tuple[int, int], **options) -> tuple[tuple[int, int], ...]:
         """How `pixel_values` lie on an image: (height, width) after the resize, (top, left) and size of the crop."""

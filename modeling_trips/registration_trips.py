@@ -12,8 +12,12 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
 from .modeling_trips import TripsModel
+from .modeling_trips_classification import TripsForImagesAndTextClassification
 from .modeling_trips_generation import TripsForConditionalGeneration
+from .modeling_trips_grounding import TripsForVisualGrounding
+from .modeling_trips_pretraining import TripsForPreTraining
 from .modeling_trips_question_answering import TripsForQuestionAnswering
+from .modeling_trips_retrieval import TripsForRetrieval
 from .modeling_trips_text import TripsTextModel
 from .modeling_trips_vision import TripsVisionModel
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
@@ -26,7 +30,11 @@ CONFIGS = (TripsConfig, TripsVisionConfig, TripsTextConfig)
 MODELS = {
     "AutoModel": (TripsModel, TripsVisionModel, TripsTextModel),
     "AutoModelForImageTextToText": (TripsForConditionalGeneration, TripsForQuestionAnswering),
+    "AutoModelForPreTraining": (TripsForPreTraining,),
+    "AutoModelForSequenceClassification": (TripsForImagesAndTextClassification,),
     "AutoModelForVisualQuestionAnswering": (TripsForQuestionAnswering,),
+    "AutoModelForZeroShotImageClassification": (TripsForRetrieval,),
+    "AutoModelForZeroShotObjectDetection": (TripsForVisualGrounding,),
 }
 
 # Task -> pipeline and the Auto class that loads its model.

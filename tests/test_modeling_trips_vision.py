@@ -257,12 +257,13 @@ def test_scores_are_the_attention_row_of_the_class_token_under_image_guidance():
 
 
 @pytest.mark.parametrize("guidance", ["text", "random"])
-def test_gradient_checkpointing_changes_nothing(guidance):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(guidance, use_reentrant):
     results, runs = [], []
     for checkpointing in (False, True):
         model = make_model(selection_layers=[1, 3], selection_guidance=guidance).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         calls = []
         model.layers[2].attention.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         torch.manual_seed(3)

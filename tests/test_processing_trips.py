@@ -262,6 +262,23 @@ def test_padding_does_not_count_as_text(processor):
     assert inputs.input_ids.shape == (2, 20)
 
 
+@pytest.mark.parametrize("return_tensors", [None, "pt"])
+def test_padding_on_the_left_is_refused(return_tensors):
+    processor = make_processor(padding_side="left")
+    options = {"return_tensors": return_tensors}
+    with pytest.raises(ValueError, match=r"`text\[1\]` is padded on the left.*padding_side='right'"):
+        processor(text=["what is this", "cat"], **options)
+    assert [list(row) for row in processor(text=["red", "cat"], **options)["input_ids"]] == [[2, 7, 3], [2, 11, 3]]
+    rows = processor(text=["what is this", "cat"], padding_side="right", **options)["input_ids"]
+    assert list(rows[1]) == [CLS, VOCABULARY["cat"], SEP, PAD, PAD]
+
+
+@pytest.mark.parametrize("text", [("red", "cat"), ["red", 5], [["red"], ["cat"]]])
+def test_texts_must_be_strings(processor, image, text):
+    with pytest.raises(ValueError, match="must be a string or list of strings"):
+        processor(images=[image, image], text=text)
+
+
 def test_tokenizer_and_image_kwargs_reach_their_processors(processor, image):
     inputs = processor(
         images=image,
@@ -292,12 +309,23 @@ def test_image_index_lets_texts_share_images(processor, image, as_given):
     assert inputs.image_index.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("as_given", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
+def test_a_text_may_be_about_several_images(processor, image, as_given):
+    inputs = processor(
+        images=[image] * 3, text=["a", "red"], image_index=as_given([[0, 1], [2, 0]]), return_tensors="pt"
+    )
+    assert inputs.pixel_values.shape[0] == 3
+    assert inputs.image_index.dtype == torch.int64
+    assert inputs.image_index.tolist() == [[0, 1], [2, 0]]
+
+
 @pytest.mark.parametrize(
     ("image_index", "message"),
     [
         ([0, 2, 1], r"`image_index\[1\]` is 2, but must be in \[0, 1\]"),
         ([0, 1, -1], r"`image_index\[2\]` is -1, but must be in \[0, 1\]"),
         ([0, 1], "got 2 for 3 texts"),
+        ([[0, 1], [0, 2], [1, 1]], r"`image_index\[1\]` is \[0, 2\], but must be in \[0, 1\]"),
     ],
 )
 def test_image_index_is_validated(processor, image, image_index, message):
@@ -441,6 +469,13 @@ def test_a_loaded_processor_gives_the_same(image, tmp_path):
     assert torch.equal(processor.patch_boxes([[4]], [(20, 30)])[0], loaded.patch_boxes([[4]], [(20, 30)])[0])
     with pytest.raises(ValueError, match="13 tokens"):
         loaded(text="cat " * 11)
+
+
+def test_saving_leaves_the_processor_as_it_was(processor, tmp_path):
+    before = processor.to_dict().keys()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict().keys() == before
+    assert '"AutoProcessor": "processing_trips.TripsProcessor"' in (tmp_path / "processor_config.json").read_text()
 
 
 def test_answers_become_labels_by_hand(processor):

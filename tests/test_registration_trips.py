@@ -26,10 +26,13 @@ from modeling_trips import (
 from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines
 
 
-CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py")}
+# What no class of a checkpoint needs.
+TOOLS = ("__init__", "version", "visualization", "conversion", "selection_hosts")
+CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py") if not path.name.startswith(TOOLS)}
 HEADS = sorted({model for models in MODELS.values() for model in models if model.config_class is TripsConfig}, key=str)
-TIED = {"lm_head.decoder.weight", "decoder.embeddings.word_embeddings.weight"}
-CODE -= {"__init__.py", "version.py", "visualization_trips.py"}  # what no class of a checkpoint needs
+TIED = {
+    name.removeprefix("model.") for head in HEADS for pair in (head._tied_weights_keys or {}).items() for name in pair
+}
 
 
 def read_config(folder: Path) -> dict:

@@ -1,0 +1,106 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The losses of TRIPS as pure functions on tensors. No function syncs with the host."""
+
+import torch
+from torch import nn
+
+
+# Areas below this count as it: a union or an enclosing box of no area divides nothing.
+SMALLEST_AREA = 1e-12
+
+
+def _areas(boxes: torch.Tensor) -> torch.Tensor:
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return (x1 - x0) * (y1 - y0)
+
+
+def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
+    widths, heights = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    intersections = widths * heights
+    return intersections, _areas(boxes) + _areas(target_boxes) - intersections
+
+
+def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Intersection over union of box i and target box i (`torchvision.ops.box_iou` pairs each with all).
+
+    Args:
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
+
+    Returns:
+        `torch.Tensor` of shape `(num_boxes,)`, in [0, 1]. It is 0 where both boxes have no area.
+    """
+    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    return intersections / unions.clamp(min=SMALLEST_AREA)
+
+
+def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630). Boxes that do not meet are drawn together:
+    the share of their enclosing box that neither covers is added to the loss.
+
+    `torchvision.ops.generalized_box_iou_loss` gives the same values, but a model's code does without torchvision, and
+    a GPU would wait for its mask of the boxes that meet.
+
+    Args:
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
+
+    Returns:
+        `torch.Tensor` of shape `(num_boxes,)`, in [0, 2].
+    """
+    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
+    enclosing = _areas(torch.cat((top_left, bottom_right), dim=-1))
+    iou = intersections / unions.clamp(min=SMALLEST_AREA)
+    return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
+
+
+def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    L1 distance of box i and target box i, in whatever format both have: `(num_boxes, 4)` -> `(num_boxes,)`, the sum
+    over the four numbers.
+    """
+    return (boxes - target_boxes).abs().sum(dim=-1)
+
+
+def masked_language_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    teacher_logits: torch.Tensor | None = None,
+    teacher_weight: float = 0.0,
+) -> torch.Tensor:
+    """
+    Cross-entropy of the masked tokens, the mean over them. With a momentum teacher (ALBEF, equation 7), the share
+    `teacher_weight` of the target is what the teacher guesses.
+
+    Args:
+        logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
+        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 where nothing is masked.
+        teacher_weight (`float`, *optional*, defaults to 0.0)
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32. It is 0 if nothing is masked.
+    """
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    masked = labels != -100
+    losses = nn.functional.nll_loss(log_probabilities.transpose(1, 2), labels, reduction="none")
+    if teacher_logits is not None:
+        guesses = teacher_logits.detach().float().softmax(dim=-1)
+        soft_losses = -(guesses * log_probabilities).sum(dim=-1) * masked
+        losses = teacher_weight * soft_losses + (1.0 - teacher_weight) * losses
+    return losses.sum() / masked.sum().clamp_min(1)

@@ -1,0 +1,156 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TRIPS for visual grounding: where in the image is what the text describes?"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.image_transforms import center_to_corners_format
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+
+from .configuration_trips import TripsConfig
+from .losses_trips import box_l1_loss, generalized_box_iou_loss
+from .modeling_trips import TripsModel, TripsPreTrainedModel
+from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
+
+
+@auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
+@dataclass
+class TripsVisualGroundingOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`.
+    l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        L1 distance of predicted box and label, summed over the four numbers, per box.
+    giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        1 - generalised IoU of predicted box and label, per box.
+    pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
+        Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
+        [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept, in the order of the layers.
+    """
+
+    loss: torch.FloatTensor | None = None
+    l1_loss: torch.FloatTensor | None = None
+    giou_loss: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TripsBoxHead(nn.Module):
+    """DETR's box head: three linear layers with ReLU, and a sigmoid in full precision."""
+
+    def __init__(self, config: TripsConfig):
+        super().__init__()
+        hidden_size = config.fusion_encoder_config.hidden_size
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            hidden_states = nn.functional.relu(layer(hidden_states))
+        return self.layers[-1](hidden_states).float().sigmoid()
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS that points: the text (a referring expression) selects the patches and is fused with them, and its [CLS]
+    gives the box of what it describes.
+    """
+)
+class TripsForVisualGrounding(TripsPreTrainedModel):
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.model = TripsModel(config)
+        self.box_head = TripsBoxHead(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsVisualGroundingOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`, so that the expressions of one image share it. By default text i
+            looks at image i.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
+        """
+        outputs = self.model(
+            input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
+        )
+        pred_boxes = self.box_head(outputs.last_hidden_state[:, 0])
+        loss = l1_loss = giou_loss = None
+        if labels is not None:
+            l1_loss, giou_loss = box_losses(pred_boxes, labels, kwargs.get("num_items_in_batch"))
+            loss = self.config.bbox_loss_coefficient * l1_loss + self.config.giou_loss_coefficient * giou_loss
+        return TripsVisualGroundingOutput(
+            loss=loss,
+            l1_loss=l1_loss,
+            giou_loss=giou_loss,
+            pred_boxes=pred_boxes,
+            selection=outputs.selection,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+def box_losses(
+    pred_boxes: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    L1 and generalised IoU loss of boxes (center_x, center_y, width, height), each the sum over the boxes divided by
+    their number.
+
+    `num_items_in_batch` is what `Trainer` counts in the `labels` of a whole batch: four numbers per box. With it,
+    gradient accumulation and several processes give the gradient of the whole batch.
+    """
+    if labels.shape != pred_boxes.shape:
+        raise ValueError(
+            f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
+        )
+    labels = labels.to(pred_boxes)
+    num_boxes = len(labels) if num_items_in_batch is None else num_items_in_batch / 4
+    l1_losses = box_l1_loss(pred_boxes, labels)
+    giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
+    return l1_losses.sum() / num_boxes, giou_losses.sum() / num_boxes
+
+
+TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
+
+__all__ = ["TripsForVisualGrounding", "TripsVisualGroundingOutput"]

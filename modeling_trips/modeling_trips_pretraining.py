@@ -1,0 +1,198 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TRIPS in pre-training: contrastive, matching, masked-language and prefix-language objectives on the same towers."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+
+from .configuration_trips import TripsConfig
+from .losses_contrastive_trips import contrastive_loss
+from .losses_trips import masked_language_loss
+from .modeling_trips_generation import label_loss, shift_right
+from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput, weighted_sum
+from .modeling_trips_text import TripsDecoder, TripsLMHead
+from .modeling_trips_vision import TripsVisionPrefix
+from .momentum_trips import MomentumTeacher
+
+
+@auto_docstring(custom_intro="Output of [`TripsForPreTraining`].")
+@dataclass
+class TripsForPreTrainingOutput(TripsRetrievalOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The weighted sum of the losses below.
+    mlm_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Masked language modelling: words are guessed from the rest of the text and the image.
+    prefix_lm_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The decoder continues a caption from its beginning and the image.
+    mlm_logits (`torch.FloatTensor` of shape `(num_texts, text_length, vocab_size)`, *optional*):
+        Scores of the masked text's tokens.
+    """
+
+    mlm_loss: torch.FloatTensor | None = None
+    prefix_lm_loss: torch.FloatTensor | None = None
+    mlm_logits: torch.FloatTensor | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS in pre-training (ALBEF's objectives, and mPLUG's prefix language modelling). The objectives share one pass of
+    the vision tower up to its first selection layer; from there on, every text selects for itself: the whole caption,
+    the masked one, the beginning of one.
+    """
+)
+class TripsForPreTraining(TripsContrastiveModel):
+    _tied_weights_keys = {
+        "mlm_head.decoder.weight": "model.text_model.embeddings.word_embeddings.weight",
+        "lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight",
+    }
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.mlm_head = TripsLMHead(config.text_config)
+        self.decoder = TripsDecoder(config.decoder_config)
+        self.lm_head = TripsLMHead(config.decoder_config)
+        self.post_init()
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Those of objectives of weight 0: freeze them, or data parallel training waits for their gradients."""
+        heads = {
+            "itc_weight": [self.vision_proj, self.text_proj],
+            "itm_weight": [self.itm_head],
+            "mlm_weight": [self.mlm_head.dense, self.mlm_head.LayerNorm],
+            "prefix_lm_weight": [self.decoder, self.lm_head],
+        }
+        others = {"itc_weight": [self.temp], "mlm_weight": [self.mlm_head.decoder.bias]}
+        off = [name for name in heads if getattr(self.config, name) == 0]
+        parameters = [parameter for name in off for module in heads[name] for parameter in module.parameters()]
+        return parameters + [parameter for name in off for parameter in others.get(name, [])]
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        mlm_input_ids: torch.LongTensor | None = None,
+        mlm_labels: torch.LongTensor | None = None,
+        prompt_input_ids: torch.LongTensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        teacher: MomentumTeacher | None = None,
+        teacher_weight: float = 0.0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | TripsForPreTrainingOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i is a caption of image `image_index[i]`. By default text i is one of image i.
+        image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+            Images of equal id are the same. By default all images are distinct.
+        mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
+            The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
+        mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
+            What was masked; -100 elsewhere.
+        prompt_input_ids (`torch.LongTensor` of shape `(num_texts, prompt_length)`, *optional*):
+            The beginnings of the texts.
+        prompt_attention_mask (`torch.Tensor` of shape `(num_texts, prompt_length)`, *optional*):
+            0 marks padding in them.
+        labels (`torch.LongTensor` of shape `(num_texts, label_length)`, *optional*):
+            How they go on, ending with the end token; -100 is ignored.
+        teacher ([`MomentumTeacher`], *optional*):
+            Softens the targets of the contrastive and the masked-language loss, and gives the former more candidates.
+        teacher_weight (`float`, *optional*, defaults to 0.0):
+            Share of the teacher's opinion in the targets (ALBEF's alpha).
+        """
+        prefix = self.model.encode_images(pixel_values, **kwargs)
+        text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
+        find_contrastive_loss, teacher_logits = contrastive_loss, None
+        if teacher is not None:
+            taught = teacher(pixel_values, input_ids, attention_mask, token_type_ids, image_index, mlm_input_ids)
+            teacher_logits = taught.mlm_logits
+            find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
+        outputs = self.pair_losses(
+            text_outputs, prefix, attention_mask, image_index, image_ids, find_contrastive_loss, **kwargs
+        )
+        mlm_loss = prefix_lm_loss = mlm_logits = None
+        # CODEPATH: a weight of 0 leaves out an objective and its compute.
+        if self.config.mlm_weight > 0 and mlm_labels is not None:
+            mlm_logits = self.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, **kwargs)
+            mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
+        # CODEPATH: as above.
+        if self.config.prefix_lm_weight > 0 and labels is not None:
+            prefix_lm_loss = self.continuation_loss(
+                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, **kwargs
+            )
+        losses = {"mlm_weight": mlm_loss, "prefix_lm_weight": prefix_lm_loss}
+        outputs["loss"] = weighted_sum(
+            (1.0, outputs["loss"]), *((getattr(self.config, name), loss) for name, loss in losses.items())
+        )
+        return TripsForPreTrainingOutput(
+            **outputs, mlm_loss=mlm_loss, prefix_lm_loss=prefix_lm_loss, mlm_logits=mlm_logits
+        )
+
+    def guess_words(
+        self,
+        mlm_input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.LongTensor | None,
+        image_index: torch.LongTensor | None,
+        prefix: TripsVisionPrefix,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`."""
+        fused = self.model(
+            mlm_input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            image_index=image_index,
+            prefix=prefix,
+            **kwargs,
+        )
+        return self.mlm_head(fused.last_hidden_state)
+
+    def continuation_loss(
+        self,
+        prompt_input_ids: torch.LongTensor,
+        prompt_attention_mask: torch.Tensor | None,
+        image_index: torch.LongTensor | None,
+        prefix: TripsVisionPrefix,
+        labels: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """The decoder's cross-entropy per token of what follows the beginnings. Arguments as in `forward`."""
+        fused = self.model(
+            prompt_input_ids, attention_mask=prompt_attention_mask, image_index=image_index, prefix=prefix, **kwargs
+        )
+        decoded = self.decoder(
+            shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id),
+            encoder_hidden_states=fused.last_hidden_state,
+            encoder_attention_mask=prompt_attention_mask,
+            use_cache=False,
+            **kwargs,
+        )
+        return label_loss(self.lm_head(decoded.last_hidden_state), labels)
+
+
+TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = ["TripsForPreTraining", "TripsForPreTrainingOutput"]

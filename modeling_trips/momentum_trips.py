@@ -1,0 +1,170 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The momentum teacher of pre-training and its queues (ALBEF, https://arxiv.org/abs/2107.07651, section 3; MoCo).
+
+The teacher is a slow copy of the model. Its features of past batches wait in queues, as more candidates for the
+contrastive loss, and its opinions soften the targets. It belongs to training, not to the model, and checkpoints of the
+model do not hold it.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .losses_contrastive_trips import distilled_loss, gather_with_gradient
+
+
+class TaughtBatch(NamedTuple):
+    """What the teacher makes of a batch."""
+
+    image_embeds: torch.Tensor  # (num_images, projection_dim), normalised
+    text_embeds: torch.Tensor  # (num_texts, projection_dim), normalised
+    mlm_logits: torch.Tensor | None  # (num_texts, text_length, vocab_size), of the masked texts
+
+
+class FeatureQueue(nn.Module):
+    """
+    The last `size` feature vectors, with the image ids they belong to; the oldest are overwritten. Entries that were
+    never written have the id -1.
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.features = nn.Buffer(torch.zeros(size, dim))
+        self.ids = nn.Buffer(torch.full((size,), -1))
+        self.position = nn.Buffer(torch.zeros((), dtype=torch.long))
+
+    def behind(self, features: torch.Tensor, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+        """The given rows and, after them, the queue's: features and ids. What is pushed later does not change them."""
+        return torch.cat((features, self.features.to(features.dtype))), torch.cat((ids, self.ids))
+
+    @torch.no_grad()
+    def push(self, features: torch.Tensor, ids: torch.LongTensor):
+        """Adds rows: `features` of shape `(num_rows, dim)`, `ids` of shape `(num_rows,)`, at most `size` of them."""
+        size = len(self.ids)
+        if len(ids) > size:
+            raise ValueError(f"The queue holds {size} rows, too few for the {len(ids)} of all processes' batch.")
+        slots = (self.position + torch.arange(len(ids), device=ids.device)) % size
+        self.features[slots] = features.to(self.features.dtype)
+        self.ids[slots] = ids
+        self.position.copy_((self.position + len(ids)) % size)
+
+
+class MomentumTeacher(nn.Module):
+    """
+    Args:
+        model ([`TripsForPreTraining`]): the model that is trained. The teacher starts as its copy.
+        momentum (`float`, *optional*, defaults to 0.995): share of the teacher that stays in an update.
+        queue_size (`int`, *optional*, defaults to 65536): how many features of past images, and of past texts, are
+            kept as candidates; at least the batch of all processes.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float = 0.995, queue_size: int = 65536):
+        super().__init__()
+        self.momentum = momentum
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.images = FeatureQueue(queue_size, model.config.projection_dim)
+        self.texts = FeatureQueue(queue_size, model.config.projection_dim)
+        self.to(model.device)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module):
+        """After each optimizer step: `teacher = momentum * teacher + (1 - momentum) * model`; buffers are copied."""
+        parameters = [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(list(self.model.parameters()), parameters, 1.0 - self.momentum)
+        for buffer, source in zip(self.model.buffers(), model.buffers()):
+            buffer.copy_(source)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        mlm_input_ids: torch.LongTensor | None = None,
+    ) -> TaughtBatch:
+        """Arguments as in [`TripsForPreTraining`]."""
+        teacher = self.model.eval()
+        prefix = teacher.model.encode_images(pixel_values)
+        mlm_logits = None
+        if mlm_input_ids is not None and teacher.config.mlm_weight > 0:
+            mlm_logits = teacher.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix)
+        return TaughtBatch(
+            teacher.get_image_features(prefix=prefix).pooler_output,
+            teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output,
+            mlm_logits,
+        )
+
+    def contrastive_loss(
+        self,
+        taught: TaughtBatch,
+        teacher_weight: float,
+        push: bool,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        temperature: torch.Tensor,
+        image_ids: torch.LongTensor,
+        text_image_ids: torch.LongTensor,
+    ) -> torch.Tensor:
+        """
+        ITC against the teacher's features of this batch, from all processes, and of the past ones in the queues.
+
+        Args:
+            taught ([`TaughtBatch`]): what the teacher makes of this batch.
+            teacher_weight (`float`): share of the teacher's opinion in the targets.
+            push (`bool`): whether the teacher's features go into the queues.
+            image_embeds, text_embeds, temperature, image_ids, text_image_ids: as in `contrastive_loss` of
+                losses_contrastive_trips.py.
+        """
+        new_images = gather_with_gradient(taught.image_embeds), gather_with_gradient(image_ids)
+        new_texts = gather_with_gradient(taught.text_embeds), gather_with_gradient(text_image_ids)
+        images, texts = self.images.behind(*new_images), self.texts.behind(*new_texts)
+        loss_per_image = distilled_loss(
+            image_embeds, taught.image_embeds, image_ids, *texts, temperature, teacher_weight
+        )
+        loss_per_text = distilled_loss(
+            text_embeds, taught.text_embeds, text_image_ids, *images, temperature, teacher_weight
+        )
+        if push:
+            self.images.push(*new_images)
+            self.texts.push(*new_texts)
+        return (loss_per_image + loss_per_text) / 2
+
+    def save(self, folder: str | Path):
+        """Writes `momentum.safetensors`, by way of a temporary file."""
+        target = Path(folder) / "momentum.safetensors"
+        temporary = target.with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in self._own_state().items()}, temporary)
+        os.replace(temporary, target)
+
+    def load(self, folder: str | Path):
+        """Reads what `save` wrote. Raises a `FileNotFoundError` if it is not there."""
+        path = Path(folder) / "momentum.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: without the momentum teacher this run cannot go on.")
+        state = load_file(path)
+        for name, tensor in self._own_state().items():
+            tensor.copy_(state[name])
+
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, each tied one once."""
+        return dict(self.named_parameters()) | dict(self.named_buffers())

@@ -1,0 +1,192 @@
+"""Tests of the boxes of visual grounding in the processor: pixels of the image to labels, predictions to pixels."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from transformers import BertTokenizer, BlipImageProcessor, CLIPImageProcessor
+
+from modeling_trips import TripsProcessor
+from modeling_trips.modeling_trips_grounding import TripsVisualGroundingOutput
+
+
+SQUASH = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)
+# 64 x 32 (height x width), as a processor of pictures that are all upright may have it.
+UPRIGHT = BlipImageProcessor(size={"height": 64, "width": 32}, do_normalize=False)
+RESIZE = CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False, do_normalize=False)
+CROP = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, do_normalize=False)
+PAD = CLIPImageProcessor(do_resize=False, crop_size={"height": 128, "width": 128}, do_normalize=False)
+
+each_geometry = pytest.mark.parametrize(
+    "image_processor", [SQUASH, UPRIGHT, RESIZE, CROP, PAD], ids=["squash", "upright", "resize", "crop", "pad"]
+)
+# (height, width) of images, and in each a box within the middle square, which a crop keeps.
+SIZES = [(60, 120), (100, 50), (33, 47), (64, 64)]
+BOXES = [[40.25, 7.5, 80.0, 59.0], [3.0, 27.0, 46.5, 71.75], [10.0, 5.0, 30.0, 30.0], [0.0, 0.0, 64.0, 64.0]]
+
+
+def make_processor(image_processor):
+    return TripsProcessor(image_processor, BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By hand
+
+
+def test_boxes_of_a_squashed_image():
+    processor, sizes = make_processor(SQUASH), [(50, 200), (100, 100)]
+    boxes = [[50, 10, 150, 20], [0, 0, 100, 100]]
+    labels = processor.encode_boxes(boxes, sizes)
+    assert labels.dtype == torch.float32
+    torch.testing.assert_close(labels, torch.tensor([[0.5, 0.3, 0.5, 0.2], [0.5, 0.5, 1.0, 1.0]]))
+    pixels = processor.post_process_grounding(labels, sizes)
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, torch.tensor(boxes, dtype=torch.float32))
+
+
+def test_boxes_of_a_center_crop():
+    # 240 x 120 (width x height) -> 128 x 64 -> the middle 64 x 64, from x = 32: 60 to 180 in the original
+    processor, sizes = make_processor(CROP), [(120, 240)] * 2
+    labels = processor.encode_boxes([[90, 30, 120, 60], [30, 0, 90, 120]], sizes)
+    # Of the second box, the left half is cut off.
+    torch.testing.assert_close(labels, torch.tensor([[0.375, 0.375, 0.25, 0.25], [0.125, 0.5, 0.25, 1.0]]))
+    pixels = processor.post_process_grounding(labels, sizes)
+    torch.testing.assert_close(pixels, torch.tensor([[90.0, 30, 120, 60], [60, 0, 90, 120]]))
+
+
+def test_boxes_of_a_crop_larger_than_the_image():
+    # 64 x 32 (width x height) in the middle of 128 x 128: it starts at x = 32, y = 48
+    processor, sizes = make_processor(PAD), [(32, 64)]
+    labels = processor.encode_boxes([[0, 0, 64, 32]], sizes)
+    torch.testing.assert_close(labels, torch.tensor([[0.5, 0.5, 0.5, 0.25]]))
+    # Predictions: one around the image, one in the padding alone.
+    pixels = processor.post_process_grounding(torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.1, 0.5, 0.1, 0.1]]), sizes * 2)
+    assert pixels[0].tolist() == [0, 0, 64, 32]
+    assert pixels[1, 0] == pixels[1, 2] == 0
+
+
+def test_predictions_beyond_the_image_are_clipped():
+    boxes = torch.tensor([[0.0, 1.0, 0.5, 1.0]])
+    assert make_processor(SQUASH).post_process_grounding(boxes, [(80, 40)]).tolist() == [[0, 40, 10, 80]]
+
+
+def test_rounded_annotations_are_clipped():
+    for image_processor, expected in ((SQUASH, [0.5, 0.5, 1.0, 1.0]), (PAD, [0.5, 0.5, 40 / 128, 80 / 128])):
+        labels = make_processor(image_processor).encode_boxes([[-1, -0.5, 41, 80.01]], [(80, 40)])
+        torch.testing.assert_close(labels, torch.tensor([expected]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In general
+
+
+@each_geometry
+def test_pixels_come_back(image_processor):
+    processor = make_processor(image_processor)
+    labels = processor.encode_boxes(BOXES, SIZES)
+    assert (labels >= 0).all() and (labels <= 1).all()
+    pixels = processor.post_process_grounding(labels, SIZES)
+    torch.testing.assert_close(pixels, torch.tensor(BOXES), rtol=0, atol=1e-4)
+
+
+@each_geometry
+def test_labels_agree_with_the_pixels(image_processor):
+    """Whatever the geometry: with an image that is black but for its box, the light in `pixel_values` is the label."""
+    processor = make_processor(image_processor)
+    for (height, width), box in zip(SIZES, BOXES):
+        x0, y0, x1, y1 = box = [round(number) for number in box]
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        image[y0:y1, x0:x1] = 255
+        light = processor(images=image, return_tensors="pt").pixel_values[0, 0]
+        label = processor.encode_boxes([box], [(height, width)])
+        corners = torchvision.ops.box_convert(label, "cxcywh", "xyxy")[0]
+        columns, rows = (light.amax(axis) > 0.5 * light.max() for axis in (0, 1))
+        for lit, start, end in ((columns, corners[0], corners[2]), (rows, corners[1], corners[3])):
+            positions = lit.nonzero()[:, 0]
+            assert positions[0].item() == pytest.approx(start.item() * len(lit), abs=1)
+            assert positions[-1].item() + 1 == pytest.approx(end.item() * len(lit), abs=1)
+
+
+@each_geometry
+def test_boxes_undo_the_same_as_patch_boxes(image_processor):
+    processor = make_processor(image_processor)
+    for size in SIZES:
+        height, width = processor(images=np.zeros((*size, 3), dtype=np.uint8), return_tensors="pt").pixel_values.shape[
+            2:
+        ]
+        row, column = height // 16 // 2, width // 16 // 2  # in the middle; a patch has 16 pixels
+        index = row * (width // 16) + column
+        box = [16 * (column + 0.5) / width, 16 * (row + 0.5) / height, 16 / width, 16 / height]
+        expected = processor.patch_boxes([[index]], [size])[0]
+        pixels = processor.post_process_grounding(torch.tensor([box]), [size])
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
+
+
+def test_options_of_the_call_that_made_the_pixels():
+    processor, sizes, boxes = make_processor(CROP), [(120, 240)], [[0.0, 30.0, 120.0, 60.0]]
+    for options, expected in (
+        ({"do_center_crop": False}, [0.25, 0.375, 0.5, 0.25]),
+        ({"do_center_crop": False, "size": {"height": 32, "width": 80}}, [0.25, 0.375, 0.5, 0.25]),
+        ({"do_resize": False, "crop_size": 240}, [0.25, 0.4375, 0.5, 0.125]),
+    ):
+        labels = processor.encode_boxes(boxes, sizes, **options)
+        torch.testing.assert_close(labels, torch.tensor([expected]))
+        pixels = processor.post_process_grounding(labels, sizes, **options)
+        torch.testing.assert_close(pixels, torch.tensor(boxes))
+
+
+def test_outputs_of_a_model_and_their_boxes_alone_are_equal():
+    processor = make_processor(SQUASH)
+    # What bfloat16 can hold; the sums of center and half a side it would round.
+    boxes = torch.tensor([[0.75, 0.75, 0.0625, 0.00390625]], dtype=torch.bfloat16, requires_grad=True)
+    expected = torch.tensor([[143.75, 59.84375, 156.25, 60.15625]])
+    for outputs in (TripsVisualGroundingOutput(pred_boxes=boxes), boxes, boxes.detach().float().numpy()):
+        assert torch.equal(processor.post_process_grounding(outputs, torch.tensor([[80, 200]])), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad boxes
+
+
+@pytest.mark.parametrize(
+    ("box", "problem"),
+    [
+        ([10, 10, 10, 20], r"x0 < x1 and y0 < y1"),
+        ([10, 20, 30, 10], r"x0 < x1 and y0 < y1"),
+        ([10, 10, 42, 20], "reaches out of the image"),
+        ([10, 10, 20, 82], "reaches out of the image"),
+        ([-2, 10, 20, 30], "reaches out of the image"),
+        ([10, -2, 20, 30], "reaches out of the image"),
+        ([40, 10, 41, 20], "has no part that `pixel_values` show"),
+        ([10, 10, float("nan"), 20], "not finite"),
+        ([10, 10, float("inf"), 20], "not finite"),
+    ],
+    ids=str,
+)
+def test_a_bad_box_is_named_by_its_row(box, problem):
+    good = [0, 0, 40, 80]
+    with pytest.raises(ValueError, match=rf"`boxes\[2\]` \[.*80 x 40 pixels \(height x width\).*{problem}"):
+        make_processor(SQUASH).encode_boxes([good, good, box, good, box], [(80, 40)] * 5)
+
+
+def test_a_box_outside_of_the_crop_is_named():
+    with pytest.raises(ValueError, match=r"`boxes\[1\]`.*no part that `pixel_values` show"):
+        make_processor(CROP).encode_boxes([[70, 0, 90, 20], [0, 0, 60, 120]], [(120, 240)] * 2)
+
+
+def test_boxes_need_one_size_each_and_four_numbers():
+    processor = make_processor(SQUASH)
+    for boxes in ([[0, 0, 1, 1]], [[0, 0, 1]] * 2, [0, 0, 1, 1]):
+        with pytest.raises(ValueError, match=r"`boxes` must have shape \(2, 4\), one box per entry of `image_sizes`"):
+            processor.encode_boxes(boxes, [(8, 8)] * 2)
+        with pytest.raises(ValueError, match=r"must have shape \(2, 4\), one box per entry of `target_sizes`"):
+            processor.post_process_grounding(torch.tensor(boxes), [(8, 8)] * 2)
+
+
+@pytest.mark.parametrize("options", [{"size": {"longest_edge": 32}}, {"do_pad": True}], ids=str)
+def test_a_resize_that_cannot_be_traced_is_refused(options):
+    processor = make_processor(BlipImageProcessor(**options))
+    with pytest.raises(ValueError, match=next(iter(options))):
+        processor.encode_boxes([[0, 0, 8, 8]], [(8, 8)])
+    with pytest.raises(ValueError, match=next(iter(options))):
+        processor.post_process_grounding(torch.rand(1, 4), [(8, 8)])

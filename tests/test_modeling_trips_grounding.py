@@ -1,0 +1,310 @@
+"""
+Tests of visual grounding: against its three parts, called for one text at a time; losses by hand and by torchvision;
+nothing but a text and its image decides its box.
+"""
+
+import pytest
+import torch
+import torchvision
+from tiny_models import gradients_of, kept_by, make_config, share_of_kept
+from transformers import Trainer, TrainingArguments
+
+from modeling_trips import TripsModel
+from modeling_trips.losses_trips import paired_box_iou
+from modeling_trips.modeling_trips_grounding import TripsForVisualGrounding, box_losses
+
+
+TEXTS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
+MASK = (TEXTS != 0).long()
+IMAGE_INDEX = torch.tensor([1, 0, 1, 1])
+BOXES = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 0.25], [0.5, 0.125, 0.5, 0.25], [0.9, 0.9, 0.1, 0.05]])
+WIDTH = 48
+
+
+def make_model(attn_implementation="sdpa", **vision):
+    torch.manual_seed(0)
+    config = make_config(**vision)
+    return TripsForVisualGrounding._from_config(config, attn_implementation=attn_implementation).eval()
+
+
+def images(count=2):
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))[:count]
+
+
+def inputs():
+    """Four texts about two images."""
+    return {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_index": IMAGE_INDEX}
+
+
+def corners(boxes):
+    return torchvision.ops.box_convert(boxes, "cxcywh", "xyxy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against the parts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", ["text", "image", "random"])
+def test_it_is_its_parts_for_one_text_at_a_time(guidance):
+    model = make_model(selection_guidance=guidance)
+    output = model(**inputs())
+    assert (output.pred_boxes.shape, output.pred_boxes.dtype) == ((4, 4), torch.float32)
+    for row in range(4):
+        text = model.model.text_model(TEXTS[row : row + 1, : int(MASK[row].sum())]).last_hidden_state
+        vision = model.model.vision_model(images()[IMAGE_INDEX[row]][None], text[:, 0])
+        fused = model.model.fusion_model(text, vision.last_hidden_state).last_hidden_state
+        torch.testing.assert_close(output.pred_boxes[row], model.box_head(fused[0, 0]), rtol=1e-4, atol=1e-5)
+        assert [rows[row] for rows in kept_by(output)] == [rows[0] for rows in kept_by(vision)]
+
+
+def test_the_head_is_detrs_and_begins_around_the_middle():
+    model = make_model()
+    states = torch.randn(5, WIDTH)
+    (weight0, bias0), (weight1, bias1), (weight2, bias2) = ((one.weight, one.bias) for one in model.box_head.layers)
+    hidden = ((states @ weight0.T + bias0).relu() @ weight1.T + bias1).relu()
+    torch.testing.assert_close(model.box_head(states), (hidden @ weight2.T + bias2).sigmoid())
+    assert [tuple(layer.weight.shape) for layer in model.box_head.layers] == [(WIDTH, WIDTH)] * 2 + [(4, WIDTH)]
+    assert weight0.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
+    torch.testing.assert_close(model.box_head(torch.zeros(WIDTH)), torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+def test_expressions_of_one_image_share_it(as_prefix):
+    results = []
+    for shared in (True, False):
+        model = make_model().double()
+        pixel_values = images().double().requires_grad_()
+        batch = {"input_ids": TEXTS, "attention_mask": MASK, "labels": BOXES}
+        if not shared:
+            output = model(**batch, pixel_values=pixel_values[IMAGE_INDEX])
+        elif as_prefix:
+            output = model(**batch, prefix=model.model.encode_images(pixel_values), image_index=IMAGE_INDEX)
+        else:
+            output = model(**batch, pixel_values=pixel_values, image_index=IMAGE_INDEX)
+        output.loss.backward()
+        results.append((output, pixel_values.grad, gradients_of(model)))
+    (output, *gradients), (expected, *expected_gradients) = results
+    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes)
+    assert kept_by(output) == kept_by(expected)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What decides the box
+
+
+@torch.no_grad()
+def test_padding_batch_and_order_change_no_box():
+    model = make_model()
+    expected = model(**inputs())
+    order = torch.tensor([3, 1, 0, 2])
+    batch = {name: torch.nn.functional.pad(inputs()[name][order], (0, 4)) for name in ("input_ids", "attention_mask")}
+    output = model(**batch, pixel_values=images(), image_index=IMAGE_INDEX[order])
+    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes[order], rtol=1e-4, atol=1e-5)
+    for rows, rows_expected in zip(kept_by(output), kept_by(expected)):
+        assert rows == [rows_expected[row] for row in order]
+
+
+@torch.no_grad()
+def test_the_text_and_its_image_decide():
+    model = make_model()
+    expected = model(**inputs()).pred_boxes
+    other_image = model(**{**inputs(), "pixel_values": images(3)[[2, 1]]}).pred_boxes
+    other_text = model(**{**inputs(), "input_ids": TEXTS.where(TEXTS != 9, 3)}).pred_boxes
+    assert ((other_image - expected).abs().amax(1) > 1e-3).tolist() == [False, True, False, False]
+    assert ((other_text - expected).abs().amax(1) > 1e-3).tolist() == [True, False, False, True]
+
+
+@torch.no_grad()
+def test_a_keep_rate_of_one_is_the_unpruned_model():
+    unpruned, pruned = make_model(selection_layers=[]), make_model()
+    expected = unpruned(**inputs()).pred_boxes
+    assert (pruned(**inputs()).pred_boxes - expected).abs().max() > 1e-3
+    pruned.config.keep_rate = 1.0
+    output = pruned(**inputs())
+    assert output.selection == ()
+    torch.testing.assert_close(output.pred_boxes, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and training
+
+
+def test_losses_by_hand():
+    # The first box is right. The second, the left half of the image, should be the right half: the boxes touch.
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.25, 0.5, 0.5, 1.0]])
+    labels = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.75, 0.5, 0.5, 1.0]])
+    l1_loss, giou_loss = box_losses(boxes, labels)
+    torch.testing.assert_close((l1_loss, giou_loss), (torch.tensor(0.5 / 2), torch.tensor(1.0 / 2)))
+    l1_loss, giou_loss = box_losses(boxes, labels, num_items_in_batch=40)  # four numbers of each of ten boxes
+    torch.testing.assert_close((l1_loss, giou_loss), (torch.tensor(0.5 / 10), torch.tensor(1.0 / 10)))
+
+
+@pytest.mark.parametrize("coefficients", [None, (1.5, 0.25)])
+def test_loss_is_the_weighted_sum_of_both(coefficients):
+    model = make_model()
+    l1_weight, giou_weight = coefficients or (5, 2)
+    if coefficients:
+        model.config.bbox_loss_coefficient, model.config.giou_loss_coefficient = coefficients
+    output = model(**inputs(), labels=BOXES)
+    l1_loss = (output.pred_boxes - BOXES).abs().sum() / 4
+    giou_loss = torchvision.ops.generalized_box_iou_loss(corners(output.pred_boxes), corners(BOXES), "mean")
+    torch.testing.assert_close(output.l1_loss, l1_loss)
+    torch.testing.assert_close(output.giou_loss, giou_loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(output.loss, l1_weight * l1_loss + giou_weight * giou_loss, rtol=1e-4, atol=0)
+    assert not {"loss", "l1_loss", "giou_loss"} & model(**inputs()).keys()
+
+
+def test_trainer_accumulates_the_gradient_of_the_larger_batch(tmp_path):
+    """It tells the model how many numbers the labels of the whole batch have: the loss must divide by the boxes."""
+    samples = [
+        {"input_ids": TEXTS[row], "attention_mask": MASK[row], "pixel_values": images(4)[row], "labels": BOXES[row]}
+        for row in range(4)
+    ]
+    weights = []
+    for batch_size, steps in ((4, 1), (1, 4)):
+        model = make_model(patch_embedding_type="linear")  # the other one's batch statistics would differ
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        before = [weight.detach().clone() for weight in model.parameters()]
+        Trainer(model, arguments, train_dataset=samples).train()
+        weights.append([weight.detach() - old for weight, old in zip(model.parameters(), before)])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+    assert max(change.abs().max() for change in weights[0]) > 1e-3
+
+
+def test_every_parameter_is_trained():
+    model = make_model()
+    model(**inputs(), labels=BOXES).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    for part in (model.model.text_model, model.model.vision_model, model.model.fusion_model, model.box_head):
+        assert sum(parameter.grad.norm() for parameter in part.parameters()) > 1e-3
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
+    gradients = []
+    for checkpointing in (True, False):
+        model = make_model().double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        batch = {**inputs(), "pixel_values": images().double().requires_grad_()}
+        model(**batch, labels=BOXES).loss.backward()
+        gradients.append(gradients_of(model))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_boxes_can_be_learned():
+    """A bright square in one of four corners: one text asks for it, the other for the whole image."""
+    model = make_model(selection_layers=[2], keep_rate=0.5, patch_size=8)
+    where, whole = [1, 5, 2], [1, 6, 2]
+    pixel_values = 0.1 * images(4)
+    places = [(0, 0), (0, 16), (16, 0), (16, 16)]
+    for image, (top, left) in zip(pixel_values, places):
+        image[:, top : top + 16, left : left + 16] += 2
+    squares = torch.tensor([[(left + 8) / 32, (top + 8) / 32, 0.5, 0.5] for top, left in places])
+    batch = {
+        "input_ids": torch.tensor([where] * 4 + [whole] * 4),
+        "pixel_values": pixel_values,
+        "image_index": torch.arange(4).repeat(2),
+    }
+    labels = torch.cat((squares, torch.tensor([[0.5, 0.5, 1.0, 1.0]] * 4)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=80)
+    for _ in range(80):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    iou = paired_box_iou(corners(model(**batch).pred_boxes), corners(labels))
+    assert iou.min() > 0.8, iou
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, kernels, number formats
+
+
+@torch.no_grad()
+def test_save_and_load_give_equal_outputs(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded, report = TripsForVisualGrounding.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(loaded(**inputs()).pred_boxes, model(**inputs()).pred_boxes)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_the_bare_model_fills_its_part(tmp_path):
+    model = make_model()
+    model.model.save_pretrained(tmp_path)
+    loaded, report = TripsForVisualGrounding.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.split(".")[0] for name in report["missing_keys"]} == {"box_head"}
+    expected = TripsModel.from_pretrained(tmp_path)(**inputs()).last_hidden_state
+    assert torch.equal(loaded.model(**inputs()).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_sdpa_and_eager_agree():
+    output, expected = (make_model(kernel)(**inputs()) for kernel in ("sdpa", "eager"))
+    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-5)
+    assert kept_by(output) == kept_by(expected)
+
+
+@torch.no_grad()
+def test_captured_outputs_are_the_fusion_encoders():
+    output = make_model("eager")(**inputs(), output_attentions=True, output_hidden_states=True)
+    assert [tuple(states.shape) for states in output.hidden_states] == [(4, 5, WIDTH)] * 2
+    assert [tuple(weights.shape) for weights in output.attentions] == [(4, 3, 5, 5)]
+    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(4, 3, 5, 1 + 24 + 1)]
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_and_its_boxes_are_in_full_precision():
+    model = make_model()
+    expected = model(**inputs(), labels=BOXES)
+    output = model.bfloat16()(**{**inputs(), "pixel_values": images().bfloat16()}, labels=BOXES)
+    assert output.pred_boxes.dtype == output.loss.dtype == torch.float32
+    assert share_of_kept(output, expected) > 0.9
+    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=0, atol=0.05)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
+
+
+def test_no_shape_depends_on_a_value():
+    """Meta tensors have no values, so that a host sync raises on them. (Transformers looks into attention masks.)"""
+    batch = {name: value.to("meta") for name, value in inputs().items() if name != "attention_mask"}
+    output = make_model().to("meta")(**batch, labels=BOXES.to("meta"))
+    output.loss.backward()
+    assert (output.pred_boxes.shape, output.loss.shape) == ((4, 4), ())
+
+
+def test_resized_vocabulary():
+    model = make_model()
+    model.resize_token_embeddings(25)
+    assert model(**{**inputs(), "input_ids": torch.full_like(TEXTS, 24)}).pred_boxes.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad inputs
+
+
+def test_bad_inputs_are_refused():
+    model = make_model()
+    for labels in (BOXES[:3], BOXES[:, :3], BOXES[:1], BOXES[None]):
+        with pytest.raises(ValueError, match=r"`labels` must have shape \(4, 4\), one box per text, got"):
+            model(**inputs(), labels=labels)
+    with pytest.raises(ValueError, match="4 texts for 2 images"):
+        model(TEXTS, images(), MASK)
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+        model(**inputs(), prefix=model.model.encode_images(images()))

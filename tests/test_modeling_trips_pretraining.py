@@ -1,0 +1,181 @@
+"""Pre-training: each objective against a naive computation, the shared prefix, and what a weight of 0 leaves out."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsModel
+from modeling_trips.modeling_trips_pretraining import TripsForPreTraining
+from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
+from modeling_trips.momentum_trips import MomentumTeacher
+
+
+WEIGHTS = {"itc_weight": 0.5, "itm_weight": 2.0, "mlm_weight": 3.0, "prefix_lm_weight": 5.0}
+
+
+def make_model(**fields) -> TripsForPreTraining:
+    torch.manual_seed(0)
+    config = TripsConfig.from_preset(
+        "tiny",
+        vision_config={"hidden_size": 32, "intermediate_size": 48, "image_size": 32, "patch_embedding_type": "linear"},
+        text_config={"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 12},
+        projection_dim=8,
+        **{**WEIGHTS, **fields},
+    )
+    return TripsForPreTraining(config).eval()
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    """Five captions of three images. Two tokens are masked, none in the last caption; each caption is cut in two."""
+    texts = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2]])
+    masked, labels = texts.clone(), torch.full_like(texts, -100)
+    for row, column in ((0, 2), (0, 3), (1, 1), (2, 1), (3, 2)):
+        labels[row, column], masked[row, column] = texts[row, column], 19
+    return {
+        "input_ids": texts,
+        "attention_mask": (texts != 0).long(),
+        "pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        "image_index": torch.tensor([0, 0, 1, 2, 1]),
+        "image_ids": torch.tensor([4, 9, 6]),
+        "mlm_input_ids": masked,
+        "mlm_labels": labels,
+        "prompt_input_ids": texts[:, :3],
+        "prompt_attention_mask": (texts[:, :3] != 0).long(),
+        "labels": torch.tensor([[9, 2], [2, -100], [2, -100], [2, -100], [8, 2]]),
+    }
+
+
+@torch.no_grad()
+def test_the_loss_is_the_weighted_sum_of_what_each_objective_is_on_its_own():
+    model, batch = make_model(), make_batch()
+    torch.manual_seed(3)
+    outputs = model(**batch)
+    parts = (outputs.itc_loss, outputs.itm_loss, outputs.mlm_loss, outputs.prefix_lm_loss)
+    torch.testing.assert_close(outputs.loss, sum(weight * part for weight, part in zip(WEIGHTS.values(), parts)))
+
+    retrieval = TripsForRetrieval(model.config).eval()
+    retrieval.load_state_dict(model.state_dict(), strict=False)
+    names = ("input_ids", "attention_mask", "pixel_values", "image_index", "image_ids")
+    torch.manual_seed(3)
+    alone = retrieval(**{name: batch[name] for name in names}, return_loss=True)
+    torch.testing.assert_close((outputs.itc_loss, outputs.itm_loss), (alone.itc_loss, alone.itm_loss))
+
+
+@torch.no_grad()
+def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_selects():
+    model, batch = make_model(), make_batch()
+    outputs = model(**batch)
+    losses = []
+    for row in range(5):
+        length = int(batch["attention_mask"][row].sum())
+        text = batch["mlm_input_ids"][row : row + 1, :length]
+        image = batch["pixel_values"][batch["image_index"][row]][None]
+        states = model.model(input_ids=text, pixel_values=image).last_hidden_state
+        logits = model.mlm_head(states)[0]
+        torch.testing.assert_close(outputs.mlm_logits[row, :length], logits, rtol=1e-4, atol=1e-5)
+        masked = batch["mlm_labels"][row, :length] != -100
+        losses += cross_entropy(logits[masked], batch["mlm_labels"][row, :length][masked], reduction="none").tolist()
+    assert len(losses) == 5
+    assert outputs.mlm_loss.item() == pytest.approx(sum(losses) / 5, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_decoder_continues_as_that_of_captioning_does():
+    model, batch = make_model(), make_batch()
+    captioner = TripsForConditionalGeneration(model.config).eval()
+    captioner.load_state_dict(model.state_dict(), strict=False)
+    alone = captioner(
+        batch["prompt_input_ids"],
+        batch["pixel_values"],
+        batch["prompt_attention_mask"],
+        image_index=batch["image_index"],
+        labels=batch["labels"],
+    )
+    torch.testing.assert_close(model(**batch).prefix_lm_loss, alone.loss)
+
+
+def count_calls(modules: dict[str, torch.nn.Module], run) -> dict[str, int]:
+    calls = dict.fromkeys(modules, 0)
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    hooks = [module.register_forward_hook(count(name)) for name, module in modules.items()]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("off", "text_passes", "unused"),
+    [
+        (None, {"text": 3, "fusion": 3}, set()),
+        ("itc_weight", {"text": 3, "fusion": 3}, {"vision_proj", "temp"}),
+        ("itm_weight", {"text": 3, "fusion": 2}, {"itm_head"}),
+        ("mlm_weight", {"text": 2, "fusion": 2}, {"mlm_head"}),
+        ("prefix_lm_weight", {"text": 2, "fusion": 2}, {"decoder", "lm_head"}),
+    ],
+)
+def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off, text_passes, unused):
+    model, batch = make_model(**({off: 0.0} if off else {})), make_batch()
+    modules = {
+        "images": model.model.vision_model.embeddings,
+        "text": model.model.text_model,
+        "fusion": model.model.fusion_model,
+        "decoder": model.decoder,
+        "mlm_head": model.mlm_head,
+        "itm_head": model.itm_head,
+        "vision_proj": model.vision_proj,
+    }
+    losses = {}
+    calls = count_calls(modules, lambda: losses.update(model(**batch)))
+    assert calls["images"] == 1
+    assert {name: calls[name] for name in text_passes} == text_passes
+    for name in unused & calls.keys():
+        assert calls[name] == 0
+    losses["loss"].backward()
+    tied = {"mlm_head.decoder", "lm_head.decoder"}
+    without_gradient = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without_gradient - {"text_proj"} == unused - tied
+
+
+@pytest.mark.parametrize("off", sorted(WEIGHTS))
+def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(off):
+    model = make_model(**{off: 0.0})
+    for parameter in model.unused_parameters():
+        parameter.requires_grad_(False)
+    model(**make_batch()).loss.backward()
+    missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert missing == []
+
+
+def test_a_checkpoint_holds_no_teacher_and_serves_the_other_heads(tmp_path):
+    model = make_model()
+    teacher = MomentumTeacher(model, queue_size=8)
+    model.train()(**make_batch(), teacher=teacher, teacher_weight=0.4).loss.backward()
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("momentum*"))
+    for head in (TripsForConditionalGeneration, TripsForRetrieval, TripsModel):
+        _, info = head.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"], head
+
+
+class NoNumbers(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("the device was asked for a number")
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device():
+    model = make_model().train()
+    batch = {name: value for name, value in make_batch().items() if "mask" not in name}  # the library looks into masks
+    teacher = MomentumTeacher(model, queue_size=8)
+    with NoNumbers():
+        model(**batch, teacher=teacher, teacher_weight=0.4).loss.backward()
+        teacher.update(model)

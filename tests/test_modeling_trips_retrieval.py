@@ -1,0 +1,479 @@
+"""
+Tests of retrieval: features that can be indexed, matching against explicit runs of the model on each pair, both losses
+on captions of shared images, and what training needs of them.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import multiprocessing, nn
+from torch.nn.functional import cross_entropy, normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_trips import TripsConfig, TripsModel
+from modeling_trips.losses_contrastive_trips import matching_pairs
+from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
+
+
+# Six captions of four images, two of which (0 and 3) are the same picture.
+TEXTS = torch.tensor(
+    [[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2], [1, 6, 2, 0, 0]]
+)
+MASK = (TEXTS != 0).long()
+IMAGE_INDEX = torch.tensor([1, 0, 1, 2, 3, 0])
+IMAGE_IDS = torch.tensor([7, 4, 5, 7])
+PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
+
+
+def make_config(dropout=0.0, selection_guidance="text", **fields):
+    return TripsConfig(
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "image_size": 16,
+            "patch_size": 4,
+            "initializer_range": 0.4,
+            "selection_layers": [2, 3],
+            "keep_rate": 0.5,
+            "selection_guidance": selection_guidance,
+        },
+        text_config={
+            "vocab_size": 20,
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 12,
+            "hidden_dropout_prob": dropout,
+            "attention_probs_dropout_prob": dropout,
+            "initializer_range": 0.4,
+        },
+        fusion_encoder_config={"num_hidden_layers": 1},
+        decoder_config={"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},
+        initializer_range=0.4,
+        **{"projection_dim": 8, **fields},
+    )
+
+
+def make_model(**fields):
+    torch.manual_seed(0)
+    return TripsForRetrieval(make_config(**fields)).eval()
+
+
+def images(count=4):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def captions():
+    """The six captions and their images."""
+    return {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_index": IMAGE_INDEX}
+
+
+def run(model, seed=0, **inputs):
+    """With losses; the seed decides which negatives are drawn."""
+    torch.manual_seed(seed)
+    return model(**{**captions(), "image_ids": IMAGE_IDS, **inputs})
+
+
+def pairs_of(output, seed=0):
+    """The pairs that `run` drew."""
+    torch.manual_seed(seed)
+    return matching_pairs(output.logits_per_text[:, IMAGE_INDEX], PAIR_IDS)
+
+
+def matched_alone(model, text, image):
+    """One text without its padding, one image: through the whole model."""
+    states = model.model(TEXTS[text : text + 1, : int(MASK[text].sum())], images()[image : image + 1])
+    return model.itm_head(states.last_hidden_state[0, 0])
+
+
+def kept(output):
+    return [entry.kept_indices.tolist() for entry in output.selection]
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def calls_of(module, run_model):
+    """The number of rows of each call of `module` while `run_model` runs."""
+    rows = []
+    handle = module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    run_model()
+    handle.remove()
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+@torch.no_grad()
+def test_features_are_normalised_projections_of_each_tower_alone():
+    model = make_model()
+    image_features = model.get_image_features(images())
+    text_features = model.get_text_features(TEXTS, MASK)
+    vision, text = model.model.vision_model(images()), model.model.text_model(TEXTS, MASK)
+    expected = normalize(model.vision_proj(vision.last_hidden_state[:, 0]), dim=-1)
+    torch.testing.assert_close(image_features.pooler_output, expected)
+    expected = normalize(model.text_proj(text.last_hidden_state[:, 0]), dim=-1)
+    torch.testing.assert_close(text_features.pooler_output, expected)
+    assert image_features.pooler_output.shape == (4, 8) and text_features.pooler_output.shape == (6, 8)
+    assert kept(image_features) == kept(vision)
+    from_prefix = model.get_image_features(prefix=model.model.encode_images(images()))
+    torch.testing.assert_close(from_prefix.pooler_output, image_features.pooler_output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_no_text_changes_the_features_of_an_image(with_loss):
+    model = make_model()
+    expected = model.get_image_features(images()).pooler_output
+    for texts in (TEXTS, TEXTS.flip(1)):
+        output = model(texts, images(), MASK, image_index=IMAGE_INDEX, return_loss=with_loss)
+        torch.testing.assert_close(output.image_embeds, expected)
+    assert kept(model.get_image_features(images())) != kept(model.model(TEXTS[:4], images(), MASK[:4]))
+
+
+@torch.no_grad()
+def test_padding_and_batch_change_no_feature():
+    model, order = make_model(), torch.tensor([3, 1, 0, 2])
+    image_features = model.get_image_features(images()).pooler_output
+    text_features = model.get_text_features(TEXTS, MASK).pooler_output
+    torch.testing.assert_close(model.get_image_features(images()[order]).pooler_output, image_features[order])
+    torch.testing.assert_close(model.get_text_features(TEXTS[order], MASK[order]).pooler_output, text_features[order])
+    for row in range(4):
+        alone = model.get_text_features(TEXTS[row : row + 1, : int(MASK[row].sum())]).pooler_output
+        torch.testing.assert_close(alone[0], text_features[row])
+        torch.testing.assert_close(
+            model.get_image_features(images()[row : row + 1]).pooler_output[0], image_features[row]
+        )
+
+
+@torch.no_grad()
+def test_logits_compare_all_images_with_all_texts():
+    model = make_model()
+    output = model(TEXTS[:3], images(1), MASK[:3])  # as many as one likes
+    image_features = model.get_image_features(images(1)).pooler_output
+    text_features = model.get_text_features(TEXTS[:3], MASK[:3]).pooler_output
+    torch.testing.assert_close(output.logits_per_image, image_features @ text_features.T / 0.07)
+    assert torch.equal(output.logits_per_text, output.logits_per_image.T)
+    assert torch.equal(output.text_embeds, text_features)
+    assert output.loss is output.itm_logits is None
+    assert kept(output) == kept(model.get_image_features(images(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matching
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection_guidance", ["text", "image"])
+def test_matching_many_pairs_equals_matching_each_alone(selection_guidance):
+    model = make_model(selection_guidance=selection_guidance)
+    text_index, image_index = torch.tensor([0, 0, 5, 3, 2, 2, 1]), torch.tensor([1, 3, 3, 0, 1, 0, 2])
+    expected = torch.stack([matched_alone(model, *pair) for pair in zip(text_index.tolist(), image_index.tolist())])
+    pairs = {"text_index": text_index, "image_index": image_index, "attention_mask": MASK}
+    output = model.match(TEXTS, images(), **pairs)
+    torch.testing.assert_close(output.itm_logits, expected)
+    text_states = model.get_text_features(TEXTS, MASK).last_hidden_state
+    reused = model.match(text_states=text_states, prefix=model.model.encode_images(images()), **pairs)
+    torch.testing.assert_close(reused.itm_logits, expected)
+    one_to_one = model.match(TEXTS[text_index], images()[image_index], MASK[text_index])
+    torch.testing.assert_close(one_to_one.itm_logits, expected)
+    assert kept(output) == kept(reused) == kept(one_to_one)
+    assert len(kept(output)[0]) == 7
+
+
+@torch.no_grad()
+def test_matching_encodes_each_text_and_each_image_once():
+    model = make_model()
+    text_index, image_index = torch.arange(6).repeat_interleave(4), torch.arange(4).repeat(6)
+
+    def match():
+        model.match(TEXTS, images(), MASK, text_index=text_index, image_index=image_index)
+
+    assert calls_of(model.model.text_model.encoder.layer[0], match) == [6]
+    assert calls_of(model.model.vision_model.layers[0], match) == [4]
+    assert calls_of(model.model.fusion_model.encoder.layer[0], match) == [24]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+@torch.no_grad()
+def test_contrastive_loss_is_the_likelihood_of_the_right_ones():
+    model = make_model()
+    output = run(model)
+    per_text, per_image = (
+        logits.double().log_softmax(-1) for logits in (output.logits_per_text, output.logits_per_image)
+    )
+    total_per_text = total_per_image = 0.0
+    for text in range(6):
+        right = [image for image in range(4) if IMAGE_IDS[image] == PAIR_IDS[text]]
+        total_per_text -= sum(per_text[text, image].item() for image in right) / len(right)
+    for image in range(4):
+        right = [text for text in range(6) if IMAGE_IDS[image] == PAIR_IDS[text]]
+        total_per_image -= sum(per_image[image, text].item() for text in right) / len(right)
+    assert output.itc_loss.item() == pytest.approx((total_per_text / 6 + total_per_image / 4) / 2, rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection_guidance", ["text", "image"])
+def test_every_pair_is_matched_under_its_own_text(selection_guidance):
+    model = make_model(selection_guidance=selection_guidance)
+    output = run(model)
+    pairs = pairs_of(output)
+    images_of_pairs = IMAGE_INDEX[pairs.image_index]
+    expected = [matched_alone(model, *pair) for pair in zip(pairs.text_index.tolist(), images_of_pairs.tolist())]
+    torch.testing.assert_close(output.itm_logits, torch.stack(expected))
+    torch.testing.assert_close(output.itm_loss, cross_entropy(torch.stack(expected), pairs.labels))
+    assert pairs.text_index[:6].tolist() == list(range(6)) and images_of_pairs[:6].tolist() == IMAGE_INDEX.tolist()
+    assert (PAIR_IDS[pairs.text_index[6:]] != IMAGE_IDS[images_of_pairs[6:]]).all()
+    assert kept(output) == kept(model.model(TEXTS, images(), MASK, image_index=IMAGE_INDEX))
+
+
+@torch.no_grad()
+def test_negatives_that_are_not_honest_reuse_the_tokens_of_the_true_pair():
+    model, honest_model = make_model(honest_negatives=False), make_model()
+    output, honest = run(model), run(honest_model)
+    pairs = pairs_of(output)
+    true_pairs = model.model(TEXTS, images(), MASK, image_index=IMAGE_INDEX)
+    text_states = true_pairs.text_model_output.last_hidden_state
+    image_states = true_pairs.vision_model_output.last_hidden_state
+    for row, (text, pair) in enumerate(zip(pairs.text_index.tolist(), pairs.image_index.tolist())):
+        one = slice(text, text + 1), slice(pair, pair + 1)
+        fused = model.model.fusion_model(text_states[one[0]], image_states[one[1]], MASK[one[0]])
+        torch.testing.assert_close(output.itm_logits[row], model.itm_head(fused.last_hidden_state[0, 0]))
+    torch.testing.assert_close(output.itm_logits[:6], honest.itm_logits[:6])
+    assert (output.itm_logits[6:] - honest.itm_logits[6:]).abs().max() > 0.01
+    assert kept(output) == kept(honest)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("honest, rows", [(True, 18), (False, 6)])
+def test_negatives_cost_no_second_pass_over_the_image(honest, rows):
+    model = make_model(honest_negatives=honest)
+    first, *_, last = model.model.vision_model.layers
+    assert calls_of(first, lambda: run(model)) == [4]
+    assert calls_of(last, lambda: run(model)) == [4, rows]  # each image for its feature, then the pairs
+    assert calls_of(model.model.text_model, lambda: run(model)) == [6]
+
+
+@torch.no_grad()
+def test_weights_add_up_the_losses():
+    expected, output = run(make_model()), run(make_model(itc_weight=0.5, itm_weight=2.0))
+    torch.testing.assert_close(expected.loss, expected.itc_loss + expected.itm_loss)
+    torch.testing.assert_close(output.loss, 0.5 * expected.itc_loss + 2.0 * expected.itm_loss)
+    assert expected.to_tuple()[0] is expected.loss
+
+
+@torch.no_grad()
+def test_a_weight_of_0_skips_the_matching_loss():
+    model = make_model(itm_weight=0.0)
+    output = run(model)
+    assert output.itm_loss is output.itm_logits is None
+    assert torch.equal(output.loss, run(make_model()).itc_loss) and torch.equal(output.loss, output.itc_loss)
+    assert calls_of(model.model.fusion_model, lambda: run(model)) == []
+    assert kept(output) == kept(model.get_image_features(images()))
+
+
+@torch.no_grad()
+def test_a_weight_of_0_skips_the_contrastive_loss():
+    model = make_model(itc_weight=0.0)
+    output = run(model)
+    assert output.itc_loss is output.image_embeds is output.logits_per_text is None
+    assert torch.equal(output.loss, output.itm_loss)
+    assert calls_of(model.model.vision_model.layers[-1], lambda: run(model)) == [18]
+    torch.manual_seed(0)
+    pairs = matching_pairs(torch.zeros(6, 6), PAIR_IDS)  # all as likely
+    expected = model.match(
+        TEXTS, images(), MASK, text_index=pairs.text_index, image_index=IMAGE_INDEX[pairs.image_index]
+    )
+    torch.testing.assert_close(output.itm_logits, expected.itm_logits)
+
+
+@torch.no_grad()
+def test_defaults_of_images_and_ids():
+    model = make_model()
+    torch.manual_seed(0)
+    output = model(TEXTS[:4], images(), MASK[:4], return_loss=True)
+    torch.manual_seed(0)
+    expected = model(TEXTS[:4], images(), MASK[:4], image_index=torch.arange(4), image_ids=torch.tensor([9, 3, 5, 1]))
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert run(model, return_loss=False).loss is None
+
+
+@torch.no_grad()
+def test_negatives_are_the_same_for_the_same_seed_only():
+    model = make_model()
+    assert torch.equal(run(model, 1).itm_logits, run(model, 1).itm_logits)
+    losses = {run(model, seed).itm_loss.item() for seed in range(20)}
+    assert len(losses) > 1
+
+
+@pytest.mark.parametrize("num_texts", [1, 3])
+def test_a_batch_of_one_image_trains_on_its_true_pairs(num_texts):
+    model = make_model()
+    index = torch.zeros(num_texts, dtype=torch.long)
+    output = model(TEXTS[:num_texts], images(1), MASK[:num_texts], image_index=index, return_loss=True)
+    labels = torch.ones(num_texts, dtype=torch.long)
+    torch.testing.assert_close(output.itm_loss, cross_entropy(output.itm_logits[:num_texts], labels))
+    output.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("value, used", [(0.07, 0.07), (0.0001, 0.001), (-1.0, 0.001), (3.0, 0.5)])
+def test_temperature_is_clamped_when_it_is_used(value, used):
+    model = make_model()
+    with torch.no_grad():
+        model.temp.fill_(value)
+    output = run(model)
+    torch.testing.assert_close(output.logits_per_text, output.text_embeds @ output.image_embeds.T / used)
+    output.itc_loss.backward()
+    assert model.temp.item() == pytest.approx(value)
+    assert (model.temp.grad.item() != 0) == (value == used)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_every_parameter_gets_a_gradient(honest):
+    model = make_model(honest_negatives=honest).train()
+    assert model.model.vision_model.selection_projection is not None
+    run(model).loss.backward()
+    without = [name for name, gradient in gradients(model).items() if gradient is None or not gradient.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    expected, model = make_model().train(), make_model().train()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    for each in (expected, model):
+        run(each).loss.backward()
+    torch.testing.assert_close(gradients(model), gradients(expected))
+
+
+def test_bfloat16_keeps_features_and_losses_in_full_precision():
+    expected, model = run(make_model()), make_model().bfloat16()
+    output = run(model, pixel_values=images().bfloat16())
+    assert output.loss.dtype == output.image_embeds.dtype == output.text_embeds.dtype == torch.float32
+    torch.testing.assert_close(output.text_embeds.norm(dim=-1), torch.ones(6))
+    torch.testing.assert_close(output.itc_loss, expected.itc_loss, rtol=0.1, atol=0)
+    output.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(run(make_model()).itc_loss, expected.itc_loss, rtol=0.1, atol=0)
+
+
+def test_six_captions_can_be_learned():
+    model = make_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(80):
+        optimizer.zero_grad()
+        run(model, seed=step).loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        output = model(**captions())
+        assert IMAGE_IDS[output.logits_per_text.argmax(-1)].tolist() == PAIR_IDS.tolist()
+        assert PAIR_IDS[output.logits_per_image.argmax(-1)].tolist() == IMAGE_IDS.tolist()
+        every_text, every_image = torch.arange(6).repeat_interleave(4), torch.arange(4).repeat(6)
+        matched = model.match(TEXTS, images(), MASK, text_index=every_text, image_index=every_image)
+    margins = (matched.itm_logits[:, 1] - matched.itm_logits[:, 0]).view(6, 4)
+    assert IMAGE_IDS[margins.argmax(1)].tolist() == PAIR_IDS.tolist()
+    assert PAIR_IDS[margins.argmax(0)].tolist() == IMAGE_IDS.tolist()
+
+
+def half_of_the_batch(rank):
+    """Two images and three captions each; the picture that is in the batch twice is in both halves."""
+    index = torch.tensor([[0, 1, 0], [0, 1, 1]])[rank]
+    halves = {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_ids": IMAGE_IDS}
+    return {**{name: tensor.chunk(2)[rank] for name, tensor in halves.items()}, "image_index": index}
+
+
+def contrastive_gradients(model, inputs):
+    torch.manual_seed(0)
+    outputs = model(**inputs)
+    outputs.itc_loss.backward()
+    return outputs.itc_loss.detach()
+
+
+def run_process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = make_model(itm_weight=0.0)
+    unused = nn.ModuleList((model.model.fusion_model, model.itm_head, model.model.vision_model.selection_projection))
+    unused.requires_grad_(False)
+    loss = contrastive_gradients(DistributedDataParallel(model), half_of_the_batch(rank))
+    grads = {name: gradient for name, gradient in gradients(model).items() if gradient is not None}
+    torch.save({"loss": loss, "gradients": grads}, f"{folder}/{rank}.pt")
+    both = DistributedDataParallel(make_model())  # an unused parameter would be an error in the second step
+    for _ in range(2):
+        both(**half_of_the_batch(rank)).loss.backward()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_contrastive_loss_and_gradients_of_one(tmp_path):
+    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    outputs = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    model = make_model(itm_weight=0.0)
+    index = torch.tensor([0, 1, 0, 2, 3, 3])
+    batch = {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_ids": IMAGE_IDS}
+    loss = contrastive_gradients(model, {**batch, "image_index": index})
+    expected = {name: gradient for name, gradient in gradients(model).items() if gradient is not None}
+    torch.testing.assert_close((outputs[0]["loss"] + outputs[1]["loss"]) / 2, loss)
+    for output in outputs:
+        torch.testing.assert_close(output["gradients"], expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save, load, bad inputs
+
+
+def test_save_and_load_give_equal_outputs(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.temp.fill_(0.2)
+    model.save_pretrained(tmp_path)
+    loaded, report = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    output, expected = run(loaded), run(model)
+    assert torch.equal(output.loss, expected.loss) and torch.equal(output.itm_logits, expected.itm_logits)
+
+
+def test_the_head_starts_anew_on_the_checkpoint_of_a_bare_model(tmp_path):
+    bare = TripsModel(make_config())
+    bare.save_pretrained(tmp_path)
+    model, report = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.split(".")[0] for name in report["missing_keys"]} == {"vision_proj", "text_proj", "itm_head", "temp"}
+    assert model.temp.item() == pytest.approx(0.07)
+    assert 0.3 < model.vision_proj.weight.std() < 0.5
+    torch.testing.assert_close(model.model.state_dict(), bare.state_dict())
+
+
+def test_bad_inputs():
+    model = make_model()
+    with pytest.raises(ValueError, match="6 texts for 4 images.*`image_index`"):
+        model(TEXTS, images(), MASK, return_loss=True)
+    with pytest.raises(ValueError, match=r"`image_index` must have shape \(6,\), got \(2,\)"):
+        run(model, image_index=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"`image_ids` must have shape \(4,\), got \(6,\)"):
+        run(model, image_ids=PAIR_IDS)
+    with pytest.raises(ValueError, match="`itc_weight` and `itm_weight` are both 0"):
+        run(make_model(itc_weight=0.0, itm_weight=0.0))
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `text_states`"):
+        model.match(pixel_values=images())
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+        model.match(TEXTS)
+    with pytest.raises(ValueError, match="6 texts for 4 images"):
+        model.match(TEXTS, images(), MASK)

@@ -1,0 +1,121 @@
+"""Every model, tiny, with inputs to call it: the tests of what Transformers offers to all models run over `CASES`."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers.utils import ModelOutput
+
+from modeling_trips import (
+    TripsConfig,
+    TripsForConditionalGeneration,
+    TripsForQuestionAnswering,
+    TripsModel,
+    TripsPreTrainedModel,
+)
+
+
+TEXTS = torch.tensor(
+    [[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2], [1, 6, 2, 0, 0]]
+)
+ANSWERS = torch.tensor([[5, 6, 2], [8, 2, -100], [4, 4, 2], [7, 2, -100], [3, 9, 2], [5, 2, -100]])
+DECODER_INPUT_IDS = torch.tensor([[1, 5, 6], [1, 8, 0], [1, 4, 4], [1, 7, 0], [1, 3, 9], [1, 5, 0]])
+
+
+class Case(NamedTuple):
+    """A model class and what it takes besides texts and images, one row per text: to run, and to be trained."""
+
+    model_class: type[TripsPreTrainedModel]
+    inputs: dict[str, torch.Tensor] = {}
+    training_inputs: dict[str, torch.Tensor] = {}
+
+    def make_model(self, attn_implementation: str | dict = "sdpa", **fields) -> TripsPreTrainedModel:
+        """The same random weights each time, in evaluation; `fields` as in `make_config`."""
+        torch.manual_seed(0)
+        return self.model_class._from_config(make_config(**fields), attn_implementation=attn_implementation).eval()
+
+    def make_inputs(self, num_texts: int = 4, training: bool = False) -> dict[str, torch.Tensor]:
+        """Up to 6 padded texts, each with an image of its own."""
+        inputs = {
+            "input_ids": TEXTS,
+            "attention_mask": (TEXTS != 0).long(),
+            "pixel_values": torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+            **(self.training_inputs if training else self.inputs),
+        }
+        return {name: tensor[:num_texts].clone() for name, tensor in inputs.items()}
+
+
+CASES = [
+    Case(TripsModel),
+    Case(TripsForConditionalGeneration, {"decoder_input_ids": DECODER_INPUT_IDS}, {"labels": ANSWERS}),
+    Case(TripsForQuestionAnswering, {"decoder_input_ids": DECODER_INPUT_IDS}, {"labels": ANSWERS}),
+]
+
+each_model = pytest.mark.parametrize("case", CASES, ids=[case.model_class.__name__ for case in CASES])
+each_generator = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.model_class.can_generate()], ids=lambda case: case.model_class.__name__
+)
+
+
+def make_config(dropout: float = 0.0, **vision) -> TripsConfig:
+    """
+    64 patches -> ceil(.6 * 64) = 39 and 1 fused -> ceil(.6 * 40) = 24 and 1 fused. Vision and text differ in width, so
+    that there is a `selection_projection`; the stem has BatchNorm's buffers. `vision` are fields of its part.
+    """
+    return TripsConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 4,
+            "patch_embedding_type": "convolutional",
+            "initializer_range": 0.2,
+            "attention_probs_dropout_prob": dropout,
+            "selection_layers": [1, 3],
+            "keep_rate": 0.6,
+            **vision,
+        },
+        text_config={
+            "vocab_size": 20,
+            "hidden_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 3,
+            "intermediate_size": 64,
+            "max_position_embeddings": 16,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": dropout,
+            "initializer_range": 0.2,
+        },
+        fusion_encoder_config={"num_hidden_layers": 1},
+        decoder_config={"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},
+        initializer_range=0.2,
+    )
+
+
+def main_output(outputs: ModelOutput) -> torch.Tensor:
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def loss_of(outputs: ModelOutput) -> torch.Tensor:
+    return outputs.loss if "loss" in outputs else outputs.last_hidden_state.sin().mean()
+
+
+def kept_by(outputs: ModelOutput) -> list[list[list[int]]]:
+    """Kept patches by selection layer and row."""
+    return [layer.kept_indices.tolist() for layer in outputs.selection]
+
+
+def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
+    """Share of the patches that `expected` kept which `outputs` kept too."""
+    pairs = [
+        (set(row), set(row_expected))
+        for layer, layer_expected in zip(kept_by(outputs), kept_by(expected))
+        for row, row_expected in zip(layer, layer_expected)
+    ]
+    return sum(len(row & expected) for row, expected in pairs) / sum(len(expected) for _, expected in pairs)
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -283,7 +283,7 @@ class TripsVisionModel(TripsPreTrainedModel):
                 f"schedule is now {self.config.selection_schedule}: encode it again."
             )
         if text_embeds is not None:
-            _check_counts(len(text_embeds), len(prefix.hidden_states), image_index)
+            _check_counts(text_embeds.shape[0], prefix.hidden_states.shape[0], image_index)
         # CODEPATH: the published models are guided by the text; "image" and "random" are the ablations of the paper.
         if self.config.selection_guidance != "text":
             text_embeds = None

@@ -352,6 +352,18 @@ def test_every_parameter_gets_a_gradient(honest):
     assert without == []
 
 
+@pytest.mark.parametrize("honest", [True, False])
+def test_no_shape_of_the_losses_depends_on_a_value(honest):
+    """Meta tensors have no values: whatever would wait for a device to look at one is an error on them."""
+    with torch.device("meta"):
+        model = make_model(honest_negatives=honest).train()
+    inputs = {**captions(), "image_ids": IMAGE_IDS}
+    del inputs["attention_mask"]  # the library looks at its values
+    output = model(**{name: tensor.to("meta") for name, tensor in inputs.items()})
+    output.loss.backward()
+    assert output.itm_logits.shape == (18, 2) and model.temp.grad.shape == (1,)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     expected, model = make_model().train(), make_model().train()

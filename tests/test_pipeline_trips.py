@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from modeling_trips import TripsForConditionalGeneration, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips import TripsForConditionalGeneration, TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
 
 
 QUESTIONS = ["what color is it?", "is it a circle?", "is it red?"]
@@ -169,6 +169,22 @@ def test_the_stock_pipeline_captions_and_answers(checkpoints, captioner, oracle)
     expected = [oracle(IMAGES[i], QUESTIONS[i], top_k=1, max_new_tokens=5)[0]["answer"] for i in range(2)]
     assert [answer["generated_text"] for answer in answers] == expected
     assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: what the checkpoint says, not 256 tokens
+
+
+@torch.no_grad()
+def test_the_stock_pipeline_classifies_images_by_their_similarity_to_texts(checkpoints):
+    folder = checkpoints["TripsForRetrieval"]
+    model, processor = TripsForRetrieval.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    labels = ["a red circle", "blue"]
+    found = pipeline("zero-shot-image-classification", model=model, **parts)(
+        IMAGES[0], candidate_labels=labels, hypothesis_template="a picture of {}"
+    )
+    inputs = processor(images=IMAGES[0], text=[f"a picture of {label}" for label in labels], image_index=[0, 0])
+    texts = torch.tensor(inputs["input_ids"]), torch.tensor(inputs["attention_mask"])
+    pixels = processor.image_processor(IMAGES[0], return_tensors="pt").pixel_values
+    probabilities = model(texts[0], pixels, texts[1]).logits_per_image.softmax(-1)[0]
+    assert {row["label"]: row["score"] for row in found} == pytest.approx(dict(zip(labels, probabilities.tolist())))
 
 
 def test_half_precision_models_get_images_of_their_type(checkpoints):

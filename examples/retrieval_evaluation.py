@@ -1,0 +1,362 @@
+"""Image-text retrieval in both directions: by features, then the best of each query again by matching; R@1, 5, 10.
+
+Every image is a query for its texts, of which it may have several, and every text one for its image. A query succeeds
+at k if one of its right candidates is among its k best (as in the evaluations of ALBEF and BLIP).
+
+1. All images and all texts become features. Candidates are ranked by dot product; equal ones stand in the order of the
+   data, which knows nothing of right and wrong.
+2. The `rerank_k` best candidates of each query are ordered anew by the model's matching head: by the log-odds that the
+   pair is one, that is in the order of its probability. (ALBEF takes the logit of "match" alone; BLIP adds the
+   similarity to it.) Equal ones keep their order, and all others stay behind them in theirs.
+
+The pairs of both directions are matched together, each once and sorted by image. An image's text-independent part (its
+prefix) is so computed once for all of its pairs, and is forgotten after them. With several processes each takes its
+share of the images; batches are the same however many there are.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import PIL.Image
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from modeling_trips import TripsForRetrieval, TripsProcessor, TripsVisionPrefix
+
+
+RECALL_AT = (1, 5, 10)
+# Similarities that are sorted at a time: with their indices and what sorting needs, about 100 MB.
+SIMILARITIES_PER_STEP = 2**22
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class TextIndex:
+    """
+    Texts as the model sees them without an image, on the CPU.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`): normalised features.
+        states (`tuple[torch.Tensor]`): of each text, the states of its tokens, `(text_length, hidden_size)`. They take
+            four bytes (two in half precision) times hidden_size for each token of the data.
+    """
+
+    embeds: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+
+    def batch(self, texts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.LongTensor]:
+        """States, padded, and attention mask of some texts: `(len(texts), text_length, ...)`."""
+        lengths = torch.tensor([len(self.states[text]) for text in texts])
+        states = pad_sequence([self.states[text] for text in texts], batch_first=True)
+        attention_mask = (torch.arange(states.shape[1]) < lengths[:, None]).long()
+        return states.to(device), attention_mask.to(device)
+
+
+@dataclass
+class Ranking:
+    """
+    What queries found.
+
+    Args:
+        candidates (`torch.LongTensor` of shape `(num_queries, k)`): the best candidates of each query, best first.
+        first_right (`torch.LongTensor` of shape `(num_queries,)`): the place of the first right one among all
+            candidates, from 0.
+    """
+
+    candidates: torch.LongTensor
+    first_right: torch.LongTensor
+
+    def recall(self, k: int) -> float:
+        """Share of the queries that have a right candidate among their `k` best."""
+        return (self.first_right < k).double().mean().item()
+
+
+@dataclass
+class RetrievalEvaluator:
+    """
+    Args:
+        model ([`TripsForRetrieval`]): in evaluation mode, not wrapped for several processes; each has it whole.
+        processor ([`TripsProcessor`])
+        batch_size (`int`, *optional*, defaults to 128): of images, of texts and of pairs that are computed at a time,
+            and of images whose prefixes are held at a time.
+        num_workers (`int`, *optional*, defaults to 0): processes that read images ahead.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): in which features and text states are kept.
+        progress (`bool`, *optional*, defaults to `True`): whether the main process shows bars, of its own share.
+    """
+
+    model: TripsForRetrieval
+    processor: TripsProcessor
+    batch_size: int = 128
+    num_workers: int = 0
+    dtype: torch.dtype = torch.float32
+    progress: bool = True
+
+    @torch.no_grad()
+    def index_images(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
+        """
+        Normalised features of images, without any text, on the CPU: `(num_images, projection_dim)`.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): read one after another as they are needed, such as a `Dataset` that
+                opens files.
+        """
+        batches = _batches(len(images), self.batch_size)
+        features = {}
+        with self._bar("Images", len(images), "image") as bar:
+            for number, pixel_values in self._load(images, batches):
+                embeds = self.model.get_image_features(pixel_values).pooler_output
+                features[number] = embeds.to("cpu", self.dtype)
+                bar.update(len(embeds))
+        return _finite(torch.cat(_gathered(features)), "image")
+
+    @torch.no_grad()
+    def index_texts(self, texts: Sequence[str]) -> TextIndex:
+        """Features and token states of texts, without any image."""
+        batches = _batches(len(texts), self.batch_size)
+        indexed = {}
+        with self._bar("Texts", len(texts), "text") as bar:
+            for number in _own(batches):
+                inputs = self.processor(text=[texts[text] for text in batches[number]], return_tensors="pt")
+                outputs = self.model.get_text_features(**inputs.to(self.model.device))
+                # A copy of each text's own tokens: a view would keep the padding.
+                states = outputs.last_hidden_state.to("cpu", self.dtype)
+                lengths = inputs["attention_mask"].sum(dim=-1).tolist()
+                states = tuple(row[:length].clone() for row, length in zip(states, lengths))
+                indexed[number] = outputs.pooler_output.to("cpu", self.dtype), states
+                bar.update(len(states))
+        embeds, states = zip(*_gathered(indexed))
+        return TextIndex(_finite(torch.cat(embeds), "text"), sum(states, start=()))
+
+    @torch.no_grad()
+    def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
+        """
+        Log-odds that pairs match, float32 on the CPU: `(num_pairs,)`.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): as in `index_images`. Those that are in no pair are not read.
+            texts ([`TextIndex`])
+            pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): image and text of each, sorted by image.
+        """
+        wanted, pairs_per_image = pairs[:, 0].unique_consecutive(return_counts=True)
+        chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
+        pairs_per_chunk = [int(counts.sum()) for counts in pairs_per_image.split(self.batch_size)]
+        pairs_of_chunk = pairs.split(pairs_per_chunk)
+        scores = {}
+        with self._bar("Matching", sum(len(pairs_of_chunk[number]) for number in _own(chunks)), "pair") as bar:
+            for number, pixel_values in self._load(images, chunks):
+                scores[number] = self._match_chunk(pixel_values, chunks[number], texts, pairs_of_chunk[number], bar)
+        return _finite(torch.cat(_gathered(scores)), "pair")
+
+    def _match_chunk(
+        self, pixel_values: torch.Tensor, images: list[int], texts: TextIndex, pairs: torch.LongTensor, bar: tqdm
+    ) -> torch.FloatTensor:
+        """Log-odds of the pairs of some images, ascending, whose prefixes are held until all are matched."""
+        prefix, scores = self.model.model.encode_images(pixel_values), []
+        image_rows = torch.searchsorted(torch.tensor(images), pairs[:, 0].contiguous())
+        for rows, numbers in zip(image_rows.split(self.batch_size), pairs[:, 1].split(self.batch_size)):
+            # No more images than this step has: without a text's guidance, the rest of the tower runs on each of them.
+            part = _rows_of(prefix, rows[0], rows[-1] + 1)
+            scores.append(self._match_step(part, rows - rows[0], texts, numbers))
+            bar.update(len(numbers))
+        return torch.cat(scores)
+
+    def _match_step(
+        self,
+        prefix: TripsVisionPrefix,
+        image_index: torch.LongTensor,
+        texts: TextIndex,
+        text_numbers: torch.LongTensor,
+    ) -> torch.FloatTensor:
+        device = self.model.device
+        numbers, text_index = text_numbers.unique(return_inverse=True)
+        text_states, attention_mask = texts.batch(numbers.tolist(), device)
+        logits = self.model.match(
+            text_states=text_states.to(self.model.dtype),
+            attention_mask=attention_mask,
+            text_index=text_index.to(device),
+            image_index=image_index.to(device),
+            prefix=prefix,
+        ).itm_logits.float()
+        return (logits[:, 1] - logits[:, 0]).cpu()
+
+    def evaluate(
+        self,
+        images: Sequence[PIL.Image.Image],
+        texts: Sequence[str],
+        image_of_text: torch.LongTensor,
+        rerank_k: int = 16,
+    ) -> dict[str, float]:
+        """
+        Recalls in both directions, before and after matching the best again.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): distinct images.
+            texts (`Sequence[str]`)
+            image_of_text (`torch.LongTensor` of shape `(num_texts,)`): the one image that each text is right for.
+                Every image has at least one text.
+            rerank_k (`int`, *optional*, defaults to 16): how many candidates of each query are matched. 0: none.
+
+        Returns:
+            `dict[str, float]`: `features_i2t_r1` (image to text) to `features_t2i_r10` and `features_r_mean`, their
+            mean, of the features alone, as shares. With `rerank_k` also `i2t_r1` to `t2i_r10` and `r_mean` after
+            re-ranking, and `reranked_pairs`, `reranked_pairs_per_second`, of all processes together.
+        """
+        image_ids = torch.arange(len(images))
+        texts_by_image = torch.bincount(image_of_text, minlength=len(images))
+        if len(texts_by_image) > len(images) or (texts_by_image == 0).any():
+            raise ValueError(f"Each of the {len(images)} images needs a text, and each text one of these images.")
+        image_embeds, text_index = self.index_images(images), self.index_texts(texts)
+        found_texts = rank(image_embeds, image_ids, text_index.embeds, image_of_text, rerank_k)
+        found_images = rank(text_index.embeds, image_of_text, image_embeds, image_ids, rerank_k)
+        results = {f"features_{name}": value for name, value in recalls(found_texts, found_images).items()}
+        if rerank_k == 0:
+            return results
+        pairs = pairs_to_match(found_texts, found_images)
+        start = time.perf_counter()
+        scores = self.match(images, text_index, pairs)
+        seconds = time.perf_counter() - start
+        scores_of_texts, scores_of_images = scores_by_query(found_texts, found_images, pairs, scores)
+        found_texts = rerank(found_texts, scores_of_texts, image_ids, image_of_text)
+        found_images = rerank(found_images, scores_of_images, image_of_text, image_ids)
+        speed = {"reranked_pairs": len(pairs), "reranked_pairs_per_second": round(len(pairs) / seconds, 1)}
+        return {**results, **recalls(found_texts, found_images), **speed}
+
+    def _load(
+        self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number and `pixel_values`, on the model's device, of each batch of images that is this process's own."""
+        own = _own(batches)
+        loader = DataLoader(
+            images,
+            batch_sampler=[batches[number] for number in own],
+            collate_fn=self._pixel_values,
+            num_workers=self.num_workers,
+        )
+        for number, pixel_values in zip(own, loader):
+            yield number, pixel_values.to(self.model.device)
+
+    def _pixel_values(self, images: list[PIL.Image.Image]) -> torch.Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def _bar(self, title: str, total: int, unit: str) -> tqdm:
+        is_shown = self.progress and PartialState().is_main_process
+        return tqdm(desc=title, total=total, unit=f" {unit}s", disable=not is_shown)
+
+
+def rank(
+    query_embeds: torch.Tensor,
+    query_ids: torch.LongTensor,
+    candidate_embeds: torch.Tensor,
+    candidate_ids: torch.LongTensor,
+    k: int,
+) -> Ranking:
+    """
+    Ranks all candidates of each query by dot product, in float32; equal ones in their order. A few queries at a time.
+
+    Args:
+        query_embeds (`torch.Tensor` of shape `(num_queries, dim)`), candidate_embeds (`torch.Tensor` of shape
+            `(num_candidates, dim)`)
+        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
+            `(num_candidates,)`): a candidate is right for the queries of its id. Each query has a right one.
+        k (`int`): how many candidates to keep of each query; all, if there are fewer.
+    """
+    candidate_embeds, candidates, first_right = candidate_embeds.float(), [], []
+    step = max(1, SIMILARITIES_PER_STEP // len(candidate_ids))
+    for queries, ids in zip(query_embeds.split(step), query_ids.split(step)):
+        order = (queries.float() @ candidate_embeds.T).argsort(dim=1, descending=True, stable=True)
+        first_right.append(_first(candidate_ids[order] == ids[:, None]))
+        candidates.append(order[:, :k].clone())
+    return Ranking(torch.cat(candidates), torch.cat(first_right))
+
+
+def rerank(
+    ranking: Ranking, scores: torch.Tensor, query_ids: torch.LongTensor, candidate_ids: torch.LongTensor
+) -> Ranking:
+    """
+    The ranking with its best candidates ordered anew by `scores`, of the shape of `ranking.candidates`; equal ones in
+    their order. All other candidates stay behind them. Ids as in `rank`.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    candidates = ranking.candidates.gather(1, order)
+    right = candidate_ids[candidates] == query_ids[:, None]
+    return Ranking(candidates, torch.where(right.any(dim=1), _first(right), ranking.first_right))
+
+
+def pairs_to_match(found_texts: Ranking, found_images: Ranking) -> torch.LongTensor:
+    """
+    The pairs of image and text that one of them found, or both, each once: `(num_pairs, 2)`, sorted.
+
+    Args:
+        found_texts ([`Ranking`]): of the images.
+        found_images ([`Ranking`]): of the texts.
+    """
+    keys = torch.cat([keys.flatten() for keys in _keys(found_texts, found_images)]).unique()
+    num_texts = len(found_images.candidates)
+    return torch.stack((keys // num_texts, keys % num_texts), dim=1)
+
+
+def scores_by_query(
+    found_texts: Ranking, found_images: Ranking, pairs: torch.LongTensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of `pairs_to_match` in the shapes of the candidates of both rankings."""
+    keys = pairs[:, 0] * len(found_images.candidates) + pairs[:, 1]
+    of_texts, of_images = (scores[torch.searchsorted(keys, wanted)] for wanted in _keys(found_texts, found_images))
+    return of_texts, of_images
+
+
+def recalls(found_texts: Ranking, found_images: Ranking) -> dict[str, float]:
+    """`i2t_r1` (image to text) to `t2i_r10` (text to image), as shares, and `r_mean`, the mean of all."""
+    directions = {"i2t": found_texts, "t2i": found_images}
+    results = {f"{name}_r{k}": ranking.recall(k) for name, ranking in directions.items() for k in RECALL_AT}
+    return {**results, "r_mean": sum(results.values()) / len(results)}
+
+
+def _keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """One number for each pair of image and text, ascending by image and then by text; in the candidates' shapes."""
+    num_images, num_texts = len(found_texts.candidates), len(found_images.candidates)
+    of_images = torch.arange(num_images)[:, None] * num_texts + found_texts.candidates
+    of_texts = found_images.candidates * num_texts + torch.arange(num_texts)[:, None]
+    return of_images, of_texts
+
+
+def _rows_of(prefix: TripsVisionPrefix, start: int, end: int) -> TripsVisionPrefix:
+    """Some of the images."""
+    fields = {name: value[start:end] if torch.is_tensor(value) else value for name, value in prefix.items()}
+    return TripsVisionPrefix(**fields)
+
+
+def _first(right: torch.BoolTensor) -> torch.LongTensor:
+    """The first true column of each row."""
+    return right.int().argmax(dim=1)
+
+
+def _batches(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _own(batches: Sequence) -> range:
+    """The numbers of the batches that this process computes."""
+    state = PartialState()
+    return range(state.process_index, len(batches), state.num_processes)
+
+
+def _gathered(results: dict[int, Result]) -> list[Result]:
+    """The results of all processes, in the order of their numbers."""
+    return [result for _, result in sorted(gather_object(list(results.items())), key=lambda item: item[0])]
+
+
+def _finite(values: torch.Tensor, unit: str) -> torch.Tensor:
+    good = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
+    if not good.all():
+        raise ValueError(
+            f"The model gives {unit} {int((~good).nonzero()[0])} (from 0) no finite number: {int((~good).sum())} of "
+            f"{len(good)} in all. Is its training sound, and its precision wide enough?"
+        )
+    return values

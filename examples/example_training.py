@@ -1,34 +1,124 @@
-"""What the run_*.py scripts share: training arguments, batches that share images, augmentation, model making."""
+"""What the run_*.py scripts share: their options, data, model, trainer, and the order of a run."""
 
-import io
 import logging
 import os
-import random
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import datasets
-import PIL.Image
 import torch
+import transformers
+from datasets import DatasetDict
+from example_collators import ImageBatchCollator, ImageGroupedSampler, without_decoding
+from example_datasets import load_vqa_dataset, train_wordpiece_tokenizer
+from example_guard import LossGuard
 from torch.utils.data import Sampler
-from torchvision.transforms.v2 import functional as F
-from transformers import BlipImageProcessor, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    AutoTokenizer,
+    BlipImageProcessor,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_trips import TripsConfig, TripsProcessor, convert_to_rgb
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
 
 logger = logging.getLogger(__name__)
+
+EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
+TILE_SIZE = 64  # pixels along each side of an image of easy-VQA
+
+
+# Options
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A TRIPS checkpoint of any task to start from, with its processor; weights of this task that it "
+            "lacks start at random, and are reported. Default: from scratch."
+        },
+    )
+    preset: str = field(
+        default="tiny", metadata={"help": f"Size of a model from scratch: one of {', '.join(TripsConfig.presets())}."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of a model from scratch. Default: a WordPiece trained on the training texts."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width in pixels. Default: the model's, or that of the scenes."}
+    )
+    selection_layers: list[int] | None = field(
+        default=None, metadata={"help": "ViT layers that select patches, numbered from 1: --selection_layers 5 10"}
+    )
+    keep_rate: list[float] | None = field(
+        default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
+    )
+    selection_guidance: str | None = field(default=None, metadata={"help": "What selects: text, image or random."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2. eager trains fastest on CPUs at small sizes."}
+    )
+
+    def config_overrides(self) -> dict:
+        """The fields of `TripsConfig` that were given."""
+        rate = self.keep_rate[0] if self.keep_rate is not None and len(self.keep_rate) == 1 else self.keep_rate
+        fields = {
+            "selection_layers": self.selection_layers,
+            "keep_rate": rate,
+            "selection_guidance": self.selection_guidance,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), or the name of "
+            "a data set on the Hub."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
+    grid: int = field(default=2, metadata={"help": "Tiles along each side of an easy_vqa_scenes image."})
+    augment: bool | None = field(
+        default=None, metadata={"help": "Random flips and shifts. Default: for easy_vqa and its scenes only."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the data are made of easy-VQA's package, and not the user's."""
+        no_file = self.train_file is None and self.validation_file is None
+        return no_file and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
+
+    @property
+    def augments(self) -> bool:
+        """What `augment` is, or its default."""
+        return self.is_embedded if self.augment is None else self.augment
 
 
 @dataclass
 class TripsTrainingArguments(Seq2SeqTrainingArguments):
     """
     `Seq2SeqTrainingArguments` whose defaults train the tiny preset from scratch on the embedded data. Fine-tuning a
-    larger model wants a learning rate of about 2e-5 and fewer questions per batch.
+    larger model wants a learning rate of about 2e-5 and fewer texts per batch.
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
@@ -38,25 +128,34 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
         default=True,
         metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it (unless --fp16 is given)."},
     )
-    num_train_epochs: float = field(default=6.0, metadata={"help": "How often to train on each question."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Questions per device and step."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Questions per device in evaluation."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "How often to train on each row."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows per device and step."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of weights; biases and norms have none."})
-    questions_per_image: int = field(
+    texts_per_image: int = field(
         default=4,
-        metadata={"help": "How many questions of an image may stand in a training batch; they share its computation."},
+        metadata={
+            "aliases": ["--questions_per_image"],
+            "help": "How many texts about an image may stand in a training batch; they share its computation.",
+        },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
-    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated answers."})
+    predict_with_generate: bool = field(
+        default=True,
+        metadata={"help": "Evaluate models that write on what they write, not on the true text's scores."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not needed: a loss that is NaN or infinite stops the run."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
 
     def __post_init__(self):
         if self.label_smoothing_factor != 0.0:
-            raise ValueError("--label_smoothing_factor: the loss of weighted answers has no smoothing, leave it at 0.")
+            raise ValueError("--label_smoothing_factor: the losses of these models have no smoothing, leave it at 0.")
         if not self.predict_with_generate:
             raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -66,7 +165,7 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most 1 per process: `nn.DataParallel` would part images from their questions. Use `accelerate launch`."""
+        """At most 1 per process: `nn.DataParallel` would part images from their texts. Use `accelerate launch`."""
         return min(super().n_gpu, 1)
 
 
@@ -76,6 +175,179 @@ def bf16_is_fast() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
     return capabilities.get("avx512_bf16", False)
+
+
+def parse_arguments(argv: list[str] | None, *classes: type, description: str) -> tuple[Any, ...]:
+    """
+    The options of a script, one object per class; `TripsTrainingArguments` or a subclass has to be the last class.
+    Also sets up logging, where one process speaks for all, and the seed.
+    """
+    parser = HfArgumentParser(classes, description=description)
+    arguments = parser.parse_args_into_dataclasses(args=argv)
+    training_args = arguments[-1]
+    level = logging.INFO if training_args.should_log else logging.WARNING
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    transformers.utils.logging.set_verbosity_warning()
+    set_seed(training_args.seed)
+    return arguments
+
+
+# Data and model
+
+
+def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments) -> DatasetDict:
+    """
+    The splits of a task (see `example_datasets`), as short as asked for, with images left encoded for the collators.
+
+    Raises:
+        ValueError: if there are bad rows, or no split to train or evaluate on as asked.
+    """
+    data = load_vqa_dataset(
+        args.dataset_name,
+        args.dataset_config_name,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+        image_root=args.image_root,
+        skip_bad_rows=args.skip_bad_rows,
+        grid=args.grid,
+        seed=training_args.seed,
+    )
+    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
+        if wanted and split not in data:
+            action = {"train": "--do_train", "validation": "--do_eval"}[split]
+            raise ValueError(f"There is no {split} split: give --{split}_file, or turn {action} off ({action} False).")
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    for split, limit in limits.items():
+        if limit is not None and split in data:
+            data[split] = data[split].select(range(min(limit, len(data[split]))))
+    if "validation" in data and "image_id" in data["validation"].column_names:
+        data["validation"] = data["validation"].sort("image_id")  # rows of one image share its computation
+    return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
+
+
+def load_model(
+    model_class: type[TripsPreTrainedModel], args: ModelArguments, texts: Iterable[str], **config_fields
+) -> tuple[TripsPreTrainedModel, TripsProcessor]:
+    """
+    A checkpoint and its processor, or a model from scratch with a tokenizer to go with it.
+
+    Args:
+        model_class (`type[TripsPreTrainedModel]`): the task's.
+        args (`ModelArguments`)
+        texts (`Iterable[str]`): what a tokenizer is trained on, if there is none. Not read otherwise.
+        config_fields: fields of `TripsConfig` that the task fixes.
+    """
+    if args.model_name_or_path is not None:
+        model, processor = _load_checkpoint(model_class, args, config_fields)
+    else:
+        model, processor = _make_model(model_class, args, texts, config_fields)
+    logger.info("%s parameters, %s", f"{model.num_parameters():,}", model.config.vision_config.selection_schedule)
+    return model, processor
+
+
+def _load_checkpoint(model_class, args: ModelArguments, config_fields: dict):
+    model = model_class.from_pretrained(
+        args.model_name_or_path,
+        attn_implementation=args.attn_implementation,
+        **args.config_overrides(),
+        **config_fields,
+    )
+    processor = TripsProcessor.from_pretrained(args.model_name_or_path)
+    if args.image_size is not None:
+        processor.image_processor.size = {"height": args.image_size, "width": args.image_size}
+    return model, processor
+
+
+def _make_model(model_class, args: ModelArguments, texts: Iterable[str], config_fields: dict):
+    if args.tokenizer_name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+    else:
+        tokenizer = train_wordpiece_tokenizer(texts)
+    for name in ("pad_token", "cls_token", "sep_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(
+                f"--tokenizer_name {args.tokenizer_name}: it has no `{name}`. Take a BERT-like tokenizer."
+            )
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    config = TripsConfig.from_preset(
+        args.preset,
+        text_config=vocabulary,
+        decoder_config=ends,
+        vision_config={} if args.image_size is None else {"image_size": args.image_size},
+        **args.config_overrides(),
+        **config_fields,
+    )
+    model = model_class._from_config(config, attn_implementation=args.attn_implementation)
+    return model, make_processor(tokenizer, config)
+
+
+def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:
+    """A processor for a model from scratch: images are resized to the model's size, with CLIP's mean and deviation."""
+    size, patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    image_processor = BlipImageProcessor(size={"height": size, "width": size})
+    return TripsProcessor(image_processor, tokenizer, patch_size=patch_size)
+
+
+# Training and evaluation
+
+
+class ImageGroupedTrainer(Seq2SeqTrainer):
+    """
+    `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
+    loss that is NaN or infinite ([`LossGuard`]), and evaluates each row once, whether the model writes or not.
+
+    Args:
+        train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
+        args, kwargs: as in `Seq2SeqTrainer`.
+    """
+
+    def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train_collator = train_collator
+        self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if "image_id" in dataset.column_names:
+            image_ids = dataset["image_id"]
+        else:  # several images per row: grouped with the rows about the same ones
+            image_ids = [tuple(ids) for ids in dataset["image_ids"]]
+        return ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
+
+    def get_train_dataloader(self):
+        evaluation_collator, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluation_collator
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.loss_guard.check()
+        return output
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        sources = inputs.pop("sources", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.loss_guard.watch(loss, self.state.global_step + 1, sources)
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        self.loss_guard.check()
+        super()._save_checkpoint(model, trial)
+
+    def evaluation_loop(self, *args, **kwargs):
+        # `Seq2SeqTrainer` would keep the rows that fill up the last batch of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs.pop("sources", None)
+        if self.model.can_generate():
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        return Trainer.prediction_step(self, model, inputs, *args, **kwargs)
 
 
 def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
@@ -88,159 +360,35 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
     return checkpoint
 
 
-class ImageGroupedSampler(Sampler[int]):
+def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
     """
-    Rows in random order, but up to `group_size` rows of one image next to each other, so that they share its prefix.
+    What a script does with its trainer: train (or resume), save, evaluate, as `do_train` and `do_eval` say. Metrics are
+    printed, and written to `train_results.json`, `eval_results.json` and `all_results.json`.
 
     Args:
-        image_ids (`Sequence[str]`): the image of each row.
-        group_size (`int`): how many rows of an image stay together. All rows are drawn once per epoch.
-        seed (`int`): with the epoch it determines the order, in every process alike.
+        trainer (`Trainer`)
+        evaluate (`Callable[[], dict[str, float]]`): called in every process; returns the metrics of the evaluation.
+
+    Returns:
+        `dict[str, float]`: the metrics of both.
     """
-
-    def __init__(self, image_ids: Sequence[str], group_size: int, seed: int = 0):
-        self.group_size, self.seed, self.epoch = group_size, seed, 0
-        rows_by_image = defaultdict(list)
-        for row, image_id in enumerate(image_ids):
-            rows_by_image[image_id].append(row)
-        self.rows_by_image = list(rows_by_image.values())
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(map(len, self.rows_by_image))
-
-    def __iter__(self) -> Iterator[int]:
-        rng = random.Random(f"{self.seed}-{self.epoch}")
-        groups = []
-        for rows in self.rows_by_image:
-            rows = rng.sample(rows, len(rows))
-            groups += [rows[start : start + self.group_size] for start in range(0, len(rows), self.group_size)]
-        rng.shuffle(groups)
-        return chain.from_iterable(groups)
+    metrics = {}
+    if trainer.args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+        trainer.save_model()
+        trainer.save_state()
+        _report(trainer, "train", result.metrics)
+        metrics |= result.metrics
+    if trainer.args.do_eval:
+        evaluation = evaluate()
+        _report(trainer, "eval", evaluation)
+        metrics |= evaluation
+    return metrics
 
 
-class ImageGroupedTrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that draws the questions of an image together, and collates training and evaluation apart."""
-
-    def __init__(self, *args, train_collator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.train_collator = train_collator
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return ImageGroupedSampler(dataset["image_id"], self.args.questions_per_image, self.args.seed)
-
-    def get_train_dataloader(self):
-        evaluation_collator, self.data_collator = self.data_collator, self.train_collator
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = evaluation_collator
-
-
-@dataclass
-class VqaCollator:
-    """
-    Rows of `example_datasets.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. Each image comes once, however
-    many rows ask about it (`image_index`).
-
-    Args:
-        processor (`TripsProcessor`)
-        training (`bool`): all distinct answers of a question become labels, weighted by how many annotators gave them
-            (`text_index`, `label_weights`), and images are augmented if `augment`. In evaluation the label is the
-            most common answer.
-        augment (`bool`): random flips and shifts, for data whose answers do not depend on the place.
-    """
-
-    processor: TripsProcessor
-    training: bool = False
-    augment: bool = False
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        first_rows = {}
-        for row in rows:
-            first_rows.setdefault(row["image_id"], row)
-        position = {image_id: index for index, image_id in enumerate(first_rows)}
-        images = [convert_to_rgb(read_image(row)) for row in first_rows.values()]
-        if self.augment and self.training:
-            images = [flip_and_shift(image) for image in images]
-        try:
-            inputs = self.processor(
-                images=images,
-                text=[row["question"] for row in rows],
-                image_index=[position[row["image_id"]] for row in rows],
-                return_tensors="pt",
-            )
-            labels = self.weighted_labels(rows) if self.training else self.single_labels(rows)
-        except ValueError as error:
-            raise ValueError(f"{error} The batch is: {', '.join(row['source'] for row in rows)}.") from error
-        return {**inputs, **labels}
-
-    def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        answers = [max(row["answers"], key=row["answers"].count) for row in rows]
-        return {"labels": self.processor.encode_answers(answers)}
-
-    def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        triples = [
-            (question, answer, row["answers"].count(answer) / len(row["answers"]))
-            for question, row in enumerate(rows)
-            for answer in dict.fromkeys(row["answers"])
-        ]
-        text_index, answers, weights = zip(*triples)
-        return {
-            "labels": self.processor.encode_answers(answers),
-            "text_index": torch.tensor(text_index),
-            "label_weights": torch.tensor(weights),
-        }
-
-
-def read_image(row: dict) -> PIL.Image.Image:
-    """The image of a row whose `image` column is not decoded. Errors name the row."""
-    encoded = row["image"]
-    try:
-        image = PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
-        image.load()
-    except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
-        raise ValueError(f"{row['source']}: cannot read the image {encoded['path'] or ''}: {error}.") from error
-    return image
-
-
-def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
-    """The image, flipped sideways or not, moved by up to `max_shift` of its size; its border fills what opens up."""
-    if torch.rand(()) < 0.5:
-        image = F.horizontal_flip(image)
-    width, height = image.size
-    pad_x, pad_y = int(width * max_shift), int(height * max_shift)
-    padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")
-    top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
-    return F.crop(padded, top, left, height, width)
-
-
-def without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The data set with `image` left encoded, so that the collator decodes an image once for all of its rows."""
-    return dataset.cast_column("image", datasets.Image(decode=False))
-
-
-def without_long_questions(dataset: datasets.Dataset, processor: TripsProcessor, skip: bool) -> datasets.Dataset:
-    """
-    The rows whose questions fit the model, found before training starts.
-
-    Raises:
-        ValueError: if some do not and `skip` is off, naming the first ones. With `skip` they are counted in a warning.
-    """
-    limit = processor.tokenizer.model_max_length
-    lengths = [len(ids) for ids in processor.tokenizer(list(dataset["question"]))["input_ids"]]
-    bad = [row for row, length in enumerate(lengths) if length > limit]
-    if not bad:
-        return dataset
-    first = ", ".join(f"{dataset[row]['source']} ({lengths[row]} tokens)" for row in bad[:5])
-    message = f"{len(bad)} of {len(dataset)} questions have more than {limit} tokens: {first}"
-    if not skip:
-        raise ValueError(f"{message}. Shorten them, or skip them with --skip_bad_rows.")
-    logger.warning("Skipped: %s", message)
-    return dataset.select([row for row, length in enumerate(lengths) if length <= limit])
+def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
 
 
 def write_whole(path: str | Path, text: str):
@@ -248,11 +396,3 @@ def write_whole(path: str | Path, text: str):
     partial = Path(f"{path}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:
-    """A processor for a model from scratch: images are resized to the model's size, with CLIP's mean and deviation."""
-    size, patch_size = config.vision_config.image_size, config.vision_config.patch_size
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
-    image_processor = BlipImageProcessor(size={"height": size, "width": size})
-    return TripsProcessor(image_processor, tokenizer, patch_size=patch_size)

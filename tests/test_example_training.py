@@ -6,17 +6,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from example_collators import ImageGroupedSampler, flip_and_shift, without_long_texts
 from example_datasets import train_wordpiece_tokenizer
-from example_training import (
-    ImageGroupedSampler,
-    TripsTrainingArguments,
-    VqaCollator,
-    checkpoint_to_resume,
-    flip_and_shift,
-    make_processor,
-    without_long_questions,
-)
+from example_training import TripsTrainingArguments, checkpoint_to_resume, make_processor
+from run_vqa import VqaCollator
 
 from modeling_trips import TripsConfig
 
@@ -128,10 +122,12 @@ def test_resuming_from_the_last_checkpoint_needs_one(tmp_path):
 
 def test_questions_that_do_not_fit_are_found_before_training(processor, caplog):
     questions = ["is it red?", "red " * 62, "red " * 63]  # 64 tokens fit, with [CLS] and [SEP]
-    data = Dataset.from_dict({"question": questions, "source": ["a row 1", "a row 2", "a row 3"]})
+    rows = Dataset.from_dict({"question": questions, "source": ["a row 1", "a row 2", "a row 3"]})
+    data = DatasetDict(train=rows.select([0]), validation=rows)
     with pytest.raises(ValueError, match=r"1 of 3 questions .* 64 tokens: a row 3 \(65 tokens\)"):
-        without_long_questions(data, processor, skip=False)
-    assert without_long_questions(data, processor, skip=True)["source"] == ["a row 1", "a row 2"]
+        without_long_texts(data, "question", processor, skip=False)
+    kept = without_long_texts(data, "question", processor, skip=True)
+    assert kept["train"]["source"] == ["a row 1"] and kept["validation"]["source"] == ["a row 1", "a row 2"]
     assert "1 of 3 questions" in caplog.text
 
 

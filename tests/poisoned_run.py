@@ -1,0 +1,19 @@
+"""run_vqa.py with a row, the one named by the environment's POISONED, whose loss is not a number."""
+
+import os
+
+import conftest  # noqa: F401  (import paths)
+import run_vqa
+
+
+class PoisonedCollator(run_vqa.VqaCollator):
+    def weighted_labels(self, rows):
+        labels = super().weighted_labels(rows)
+        if any(row["source"] == os.environ["POISONED"] for row in rows):
+            labels["label_weights"][0] = float("nan")
+        return labels
+
+
+if __name__ == "__main__":
+    run_vqa.VqaCollator = PoisonedCollator
+    run_vqa.main()

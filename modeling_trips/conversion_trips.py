@@ -254,9 +254,9 @@ def lm_head_rules(
     tied = weight not in source or (embeddings in source and torch.equal(source[weight], source[embeddings]))
     left_out = {re.escape(weight): "equal to the word embeddings, which it is tied to"} if tied else {}
     if bias in source and bias_again in source:
-        if not torch.equal(source[bias], source[bias_again]):
-            raise ConversionError(f"{bias} and {bias_again} are names of one parameter, but differ.")
-        left_out[re.escape(bias_again)] = "equal to the bias that is used"
+        # Both name one parameter, and BERT's own loading fills it from the former last.
+        same = torch.equal(source[bias], source[bias_again])
+        left_out[re.escape(bias_again)] = f"{'equal to' if same else 'overwritten by'} the bias that is used"
     rules = (
         Rule(rf"{head}\.(dense|LayerNorm)\.(.*)", rf"{predictions}.transform.\1.\2"),
         Rule(rf"{head}\.decoder\.weight", embeddings if tied else weight),

@@ -126,8 +126,8 @@ def unsafe_message(path: Path) -> str:
 
 def albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
-    The tokenizer of an uncased BERT as ALBEF uses it: texts lose their punctuation, hyphens and slashes part words,
-    and no [SEP] follows. All of it is part of the tokenizer's file.
+    The tokenizer of an uncased BERT as ALBEF uses it: texts are in lower case and lose their punctuation, hyphens and
+    slashes part words, and no [SEP] follows. All of it is part of the tokenizer's file.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
     special_tokens = {
@@ -139,10 +139,11 @@ def albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence(
         [
+            normalizers.Lowercase(),
             normalizers.Replace(Regex(r"""[,.'!?"()*#:;~]"""), ""),
             normalizers.Replace(Regex("[-/]"), " "),
             normalizers.Replace("<person>", "person"),  # in captions, for a name
-            backend.normalizer,
+            *([] if backend.normalizer is None else [backend.normalizer]),
         ]
     )
     first, end = special_tokens["cls_token"], special_tokens["sep_token"]

@@ -11,7 +11,15 @@ from albef_reference import TINY, Albef, random_checkpoint
 from example_datasets import train_wordpiece_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    PreTrainedTokenizerFast,
+)
 
 from modeling_trips import TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
 from modeling_trips.conversion_trips import ConversionError
@@ -20,7 +28,7 @@ from modeling_trips.conversion_trips import ConversionError
 TEXTS = [
     "What's the man-made thing on the left/right side?",
     "Is it (really) a RED circle; or not...",
-    'a <person> says "hello" #2: yes!',
+    'a <Person> says "hello" #2: yes!',
     "Café * plain ~ text",
 ]
 
@@ -122,6 +130,17 @@ def test_texts_are_prepared_as_albef_does(arguments, tokenizer, text):
     assert processor(text=text)["input_ids"] == [tokenizer.cls_token_id, *words]
     assert processor.tokenizer(text, "red")["input_ids"][-1] == tokenizer.sep_token_id
     assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"]
+
+
+def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path):
+    vocabulary = tokenizer.get_vocab()
+    cased = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordPiece(vocabulary, unk_token="[UNK]")), **tokenizer.special_tokens_map
+    )
+    cased.backend_tokenizer.pre_tokenizer = WhitespaceSplit()  # and no normalizer
+    cased.save_pretrained(tmp_path)
+    expected = [tokenizer.cls_token_id, *(vocabulary[word] for word in ("red", "circle"))]
+    assert convert_checkpoint.albef_tokenizer(str(tmp_path))("RED - Circle!")["input_ids"] == expected
 
 
 @pytest.mark.parametrize("name", ["plain.pth", "weights.safetensors"])

@@ -229,12 +229,12 @@ def _retrieval_head(source, task: str, text: str) -> Head:
     projection_dim, _ = size_of(source, "vision_proj.weight", 2)
     rules = (
         Rule(r"(vision_proj|text_proj|itm_head)\.(.*)", r"\1.\2"),
-        Rule("temp", "temp", lambda temperature: temperature.reshape(-1)),
+        Rule(r"temp\.weight", "temp", lambda temperature: temperature.reshape(-1)),
     )
     if task == "retrieval":
         return Head(rules, {r"text_encoder\.cls\..*": "not part of this task"}, projection_dim=projection_dim)
     embeddings = f"{text}.embeddings.word_embeddings.weight"
-    lm_rules, left_out, tied = lm_head_rules("mlm_head", "text_encoder.cls.predictions", embeddings, source)
+    lm_rules, left_out, tied = lm_head_rules("mlm_score", "text_encoder.cls.predictions", embeddings, source)
     return Head(rules + lm_rules, left_out, tied, projection_dim, new=(r"(decoder|lm_head)\..*",))
 
 

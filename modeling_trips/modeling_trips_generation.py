@@ -60,8 +60,9 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
     def __init__(self, config: TripsConfig):
         super().__init__(config)
         self.model = TripsModel(config)
-        self.decoder = TripsDecoder(config.decoder_config)
+        decoder = TripsDecoder(config.decoder_config)
         self.lm_head = TripsLMHead(config.decoder_config)
+        self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
         self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
         self.post_init()
 

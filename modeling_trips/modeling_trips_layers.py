@@ -13,7 +13,6 @@
 # limitations under the License.
 """Layers of TRIPS: a pre-norm vision layer that can select patches, and the post-norm text layer of BERT."""
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -261,10 +260,21 @@ class TripsTextSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self.split_heads(self.query(hidden_states))
         key, value = self.key_value(source_states, cache)
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = attention_interface(
+        return attention_interface(
             self,
             query,
             key,
@@ -274,7 +284,29 @@ class TripsTextSelfAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
+
+
+def unpad_keys(
+    key: torch.Tensor, value: torch.Tensor, padding_mask: torch.Tensor, query_length: int
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """
+    The keys and values of all rows in one sequence, without padding, and where each row's begin: flash attention's
+    arguments. `(batch_size, num_heads, key_length, head_dim)` -> `(1, num_heads, num_keys, head_dim)`.
+    """
+    key, value = (states.transpose(1, 2)[padding_mask].transpose(0, 1).unsqueeze(0) for states in (key, value))
+    batch_size, key_length = padding_mask.shape
+    ends = padding_mask.sum(dim=-1).cumsum(dim=0, dtype=torch.int32)
+    starts_of_queries = query_length * torch.arange(batch_size + 1, dtype=torch.int32, device=key.device)
+    return (
+        key,
+        value,
+        {
+            "cu_seq_lens_q": starts_of_queries,
+            "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
+            "max_length_q": query_length,
+            "max_length_k": key_length,
+        },
+    )
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
@@ -296,6 +328,20 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
             return layer.keys, layer.values
         cache.is_updated[self.layer_idx] = True
         return super().key_value(hidden_states, cache.cross_attention_cache)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Flash attention's mask, of shape (batch_size, key_length): given that, it would drop queries, too.
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            key, value, lengths = unpad_keys(key, value, attention_mask.bool(), query_length=query.shape[2])
+            return super().attend(query, key, value, None, **lengths, **kwargs)
+        return super().attend(query, key, value, attention_mask, **kwargs)
 
 
 class TripsTextOutput(nn.Module):
@@ -400,45 +446,20 @@ class TripsPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision: str | os.PathLike | PreTrainedModel,
-        text: str | os.PathLike | PreTrainedModel,
-        output_loading_info: bool = False,
-        **options,
-    ):
-        """
-        A model from a vision tower and a text encoder that were trained apart. What neither has is new, and logged.
-
-        Args:
-            vision (`str` or `PreTrainedModel`): a ViT, DeiT or CLIP model: its name on the Hub, its folder, or itself.
-            text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise.
-            output_loading_info (`bool`, *optional*, defaults to `False`): whether to return a report, too.
-            options: those of [`~conversion_parts_trips.load_vision_text`], such as `num_text_layers`,
-                `num_fusion_layers` and `image_size`; and the fields of [`TripsConfig`], such as `keep_rate`.
-
-        Returns:
-            The model in evaluation mode, or `(model, ConversionReport)`.
-
-        Raises:
-            TypeError: if this class is a part of a model.
-            ConversionError: if `vision` or `text` is of another kind, or its weights are not as expected.
-        """
-        from .conversion_parts_trips import load_vision_text  # not earlier: nothing else needs it
-
-        if cls.config_class is not TripsConfig:
-            raise TypeError(f"{cls.__name__} is a part of a model: load it with `from_pretrained`.")
-        model, report = load_vision_text(cls, vision, text, **options)
-        return (model, report) if output_loading_info else model
-
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers. The folder gets the code of every class, to load where this project is not."""
         from .registration_trips import describe_code  # not earlier: it imports every class, this one included
 
         describe_code(self)
+        self._say_what_is_tied()
         # A part that was loaded from a whole model is saved under its own names.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    def _say_what_is_tied(self):
+        """PEFT, when it merges adapters, compares heads with the text's embeddings and notes that nothing is tied."""
+        pairs = self.all_tied_weights_keys.items()
+        if pairs and all(self.get_parameter(name) is self.get_parameter(source) for name, source in pairs):
+            self.config.tie_word_embeddings = True
 
 
 __all__ = ["TripsPreTrainedModel"]

@@ -59,26 +59,39 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
 )
 class TripsForPreTraining(TripsContrastiveModel):
     _tied_weights_keys = {
-        "mlm_head.decoder.weight": "model.text_model.embeddings.word_embeddings.weight",
+        "mlm_score.decoder.weight": "model.text_model.embeddings.word_embeddings.weight",
         "lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight",
     }
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
-        self.mlm_head = TripsLMHead(config.text_config)
-        self.decoder = TripsDecoder(config.decoder_config)
+        self.mlm_score = TripsLMHead(config.text_config)
+        decoder = TripsDecoder(config.decoder_config)
         self.lm_head = TripsLMHead(config.decoder_config)
+        self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
         self.post_init()
+
+    def get_output_embeddings(self):
+        return self.mlm_score.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.mlm_score.decoder = new_embeddings
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and both heads."""
+        size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
+        self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Those of objectives of weight 0: freeze them, or data parallel training waits for their gradients."""
         heads = {
-            "itc_weight": [self.vision_proj, self.text_proj],
+            "itc_weight": [self.vision_proj, self.text_proj, self.temp],
             "itm_weight": [self.itm_head],
-            "mlm_weight": [self.mlm_head.dense, self.mlm_head.LayerNorm],
+            "mlm_weight": [self.mlm_score.dense, self.mlm_score.LayerNorm],
             "prefix_lm_weight": [self.decoder, self.lm_head],
         }
-        others = {"itc_weight": [self.temp], "mlm_weight": [self.mlm_head.decoder.bias]}
+        others = {"mlm_weight": [self.mlm_score.decoder.bias]}
         off = [name for name in heads if getattr(self.config, name) == 0]
         parameters = [parameter for name in off for module in heads[name] for parameter in module.parameters()]
         return parameters + [parameter for name in off for parameter in others.get(name, [])]
@@ -168,7 +181,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             prefix=prefix,
             **kwargs,
         )
-        return self.mlm_head(fused.last_hidden_state)
+        return self.mlm_score(fused.last_hidden_state)
 
     def continuation_loss(
         self,

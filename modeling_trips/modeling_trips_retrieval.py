@@ -101,6 +101,20 @@ class TripsMatchingOutput(ModelOutput):
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+class TripsTemperature(nn.Module):
+    """
+    What similarities are divided by: a parameter, clamped to its bounds. Device maps and int8 checkpoints know only
+    parameters of modules like this one, and FSDP shards along a dimension, so that it is no scalar.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+
+
 @auto_docstring(
     custom_intro="What retrieval and pre-training share: features that compare images with texts, and matching."
 )
@@ -111,23 +125,18 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.projection_dim)
         self.itm_head = nn.Linear(config.fusion_encoder_config.hidden_size, 2)
-        self.temp = nn.Parameter(torch.empty(1))  # not a scalar: FSDP shards along a dimension
+        self.temp = TripsTemperature()
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, TripsContrastiveModel):
-            init.constant_(module.temp, INITIAL_TEMPERATURE)
+        if isinstance(module, TripsTemperature):
+            init.constant_(module.weight, INITIAL_TEMPERATURE)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         self.model.set_input_embeddings(value)
-
-    @property
-    def temperature(self) -> torch.Tensor:
-        """What similarities are divided by, of shape `(1,)`: the parameter `temp`, clamped to its bounds."""
-        return self.temp.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
     @can_return_tuple
     @auto_docstring
@@ -216,7 +225,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         """The similarities of all images and texts, from their features."""
         image_embeds, text_embeds = image_outputs.pooler_output, text_outputs.pooler_output
         image_embeds = image_embeds.to(text_embeds.device)  # the parts may lie on several devices
-        logits_per_text = similarity(text_embeds, image_embeds, self.temperature)
+        logits_per_text = similarity(text_embeds, image_embeds, self.temp())
         return TripsRetrievalOutput(
             logits_per_image=logits_per_text.T,
             logits_per_text=logits_per_text,
@@ -249,7 +258,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if config.itc_weight > 0:
             outputs = self.compare(text_outputs, self.get_image_features(prefix=prefix, **kwargs))
             embeds = outputs.image_embeds, outputs.text_embeds
-            itc_loss = contrastive_loss(*embeds, self.temperature, image_ids, pair_ids)
+            itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids)
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:
@@ -381,8 +390,6 @@ def check_captions(
         image_ids = distinct_image_ids(num_images, device)
     return image_index.to(device), image_ids.to(device)
 
-
-TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
 
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
 

@@ -72,7 +72,7 @@ def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_select
         text = batch["mlm_input_ids"][row : row + 1, :length]
         image = batch["pixel_values"][batch["image_index"][row]][None]
         states = model.model(input_ids=text, pixel_values=image).last_hidden_state
-        logits = model.mlm_head(states)[0]
+        logits = model.mlm_score(states)[0]
         torch.testing.assert_close(outputs.mlm_logits[row, :length], logits, rtol=1e-4, atol=1e-5)
         masked = batch["mlm_labels"][row, :length] != -100
         losses += cross_entropy(logits[masked], batch["mlm_labels"][row, :length][masked], reduction="none").tolist()
@@ -117,7 +117,7 @@ def count_calls(modules: dict[str, torch.nn.Module], run) -> dict[str, int]:
         (None, {"text": 3, "fusion": 3}, set()),
         ("itc_weight", {"text": 3, "fusion": 3}, {"vision_proj", "temp"}),
         ("itm_weight", {"text": 3, "fusion": 2}, {"itm_head"}),
-        ("mlm_weight", {"text": 2, "fusion": 2}, {"mlm_head"}),
+        ("mlm_weight", {"text": 2, "fusion": 2}, {"mlm_score"}),
         ("prefix_lm_weight", {"text": 2, "fusion": 2}, {"decoder", "lm_head"}),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off
         "text": model.model.text_model,
         "fusion": model.model.fusion_model,
         "decoder": model.decoder,
-        "mlm_head": model.mlm_head,
+        "mlm_score": model.mlm_score,
         "itm_head": model.itm_head,
         "vision_proj": model.vision_proj,
     }
@@ -139,7 +139,7 @@ def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off
     for name in unused & calls.keys():
         assert calls[name] == 0
     losses["loss"].backward()
-    tied = {"mlm_head.decoder", "lm_head.decoder"}
+    tied = {"mlm_score.decoder", "lm_head.decoder"}
     without_gradient = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without_gradient - {"text_proj"} == unused - tied
 

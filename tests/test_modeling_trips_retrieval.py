@@ -331,12 +331,12 @@ def test_a_batch_of_one_image_trains_on_its_true_pairs(num_texts):
 def test_temperature_is_clamped_when_it_is_used(value, used):
     model = make_model()
     with torch.no_grad():
-        model.temp.fill_(value)
+        model.temp.weight.fill_(value)
     output = run(model)
     torch.testing.assert_close(output.logits_per_text, output.text_embeds @ output.image_embeds.T / used)
     output.itc_loss.backward()
-    assert model.temp.item() == pytest.approx(value)
-    assert (model.temp.grad.item() != 0) == (value == used)
+    assert model.temp.weight.item() == pytest.approx(value)
+    assert (model.temp.weight.grad.item() != 0) == (value == used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_no_shape_of_the_losses_depends_on_a_value(honest):
     del inputs["attention_mask"]  # the library looks at its values
     output = model(**{name: tensor.to("meta") for name, tensor in inputs.items()})
     output.loss.backward()
-    assert output.itm_logits.shape == (18, 2) and model.temp.grad.shape == (1,)
+    assert output.itm_logits.shape == (18, 2) and model.temp.weight.grad.shape == (1,)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -455,7 +455,7 @@ def test_two_processes_have_the_contrastive_loss_and_gradients_of_one(tmp_path):
 def test_save_and_load_give_equal_outputs(tmp_path):
     model = make_model()
     with torch.no_grad():
-        model.temp.fill_(0.2)
+        model.temp.weight.fill_(0.2)
     model.save_pretrained(tmp_path)
     loaded, report = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -468,7 +468,7 @@ def test_the_head_starts_anew_on_the_checkpoint_of_a_bare_model(tmp_path):
     bare.save_pretrained(tmp_path)
     model, report = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
     assert {name.split(".")[0] for name in report["missing_keys"]} == {"vision_proj", "text_proj", "itm_head", "temp"}
-    assert model.temp.item() == pytest.approx(0.07)
+    assert model.temp.weight.item() == pytest.approx(0.07)
     assert 0.3 < model.vision_proj.weight.std() < 0.5
     torch.testing.assert_close(model.model.state_dict(), bare.state_dict())
 

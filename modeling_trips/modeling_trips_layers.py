@@ -13,6 +13,7 @@
 # limitations under the License.
 """Layers of TRIPS: a pre-norm vision layer that can select patches, and the post-norm text layer of BERT."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -445,6 +446,38 @@ class TripsPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        output_loading_info: bool = False,
+        **options,
+    ):
+        """
+        A model from a vision tower and a text encoder that were trained apart. What neither has is new, and logged.
+
+        Args:
+            vision (`str` or `PreTrainedModel`): a ViT, DeiT or CLIP model: its name on the Hub, its folder, or itself.
+            text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise.
+            output_loading_info (`bool`, *optional*, defaults to `False`): whether to return a report, too.
+            options: those of [`~conversion_parts_trips.load_vision_text`], such as `num_text_layers`,
+                `num_fusion_layers` and `image_size`; and the fields of [`TripsConfig`], such as `keep_rate`.
+
+        Returns:
+            The model in evaluation mode, or `(model, ConversionReport)`.
+
+        Raises:
+            TypeError: if this class is a part of a model.
+            ConversionError: if `vision` or `text` is of another kind, or its weights are not as expected.
+        """
+        from .conversion_parts_trips import load_vision_text  # not earlier: nothing else needs it
+
+        if cls.config_class is not TripsConfig:
+            raise TypeError(f"{cls.__name__} is a part of a model: load it with `from_pretrained`.")
+        model, report = load_vision_text(cls, vision, text, **options)
+        return (model, report) if output_loading_info else model
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers. The folder gets the code of every class, to load where this project is not."""

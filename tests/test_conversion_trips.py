@@ -32,10 +32,16 @@ from transformers import (
 )
 
 import modeling_trips
-from modeling_trips import TripsConfig, TripsForPreTraining, TripsForQuestionAnswering, TripsForRetrieval, TripsModel
+from modeling_trips import (
+    TripsConfig,
+    TripsForPreTraining,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsModel,
+    TripsVisionModel,
+)
 from modeling_trips.conversion_albef_trips import albef_plan, detect_albef_task
 from modeling_trips.conversion_blip_trips import blip_plan, check_blip_architecture
-from modeling_trips.conversion_parts_trips import load_vision_text
 from modeling_trips.conversion_trips import (
     ConversionError,
     ConversionPlan,
@@ -269,11 +275,21 @@ def test_an_output_layer_of_its_own_is_kept_and_not_tied(tmp_path):
     assert_computes_the_same(TripsForQuestionAnswering.from_pretrained(tmp_path), Albef(source))
 
 
-def test_two_names_of_one_bias_must_agree():
+def test_of_two_names_of_one_bias_the_one_counts_that_is_loaded_last():
     source = random_checkpoint("question-answering")
     source["text_decoder.cls.predictions.bias"] = torch.ones(TINY.vocab)
-    with pytest.raises(ConversionError, match="predictions.decoder.bias and text_decoder.cls.predictions.bias"):
-        convert_albef(source)
+    model, report = convert_albef(source)
+    assert torch.equal(model.lm_head.decoder.bias, source["text_decoder.cls.predictions.decoder.bias"])
+    assert report.left_out["text_decoder.cls.predictions.bias"] == "overwritten by the bias that is used"
+    assert_computes_the_same(model, Albef(source))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_values_that_are_random_key_by_key_convert(task):
+    source = {key: torch.randn(shape) / 4 for key, shape in checkpoint_shapes(task).items()}
+    model, report = convert_albef(source)
+    assert {*report.used, *report.left_out} == set(source)
+    assert_computes_the_same(model, Albef(source))
 
 
 def test_the_number_of_heads_is_asked_for_where_heads_of_64_do_not_fit():
@@ -444,7 +460,8 @@ def make_text(kind: str, **fields) -> PreTrainedModel:
 
 
 def join(vision, text, model_class=TripsModel, **options):
-    return load_vision_text(model_class, vision, text, **{"selection_layers": [2], "keep_rate": 1.0, **options})
+    options = {"selection_layers": [2], "keep_rate": 1.0, **options}
+    return model_class.from_vision_text_pretrained(vision, text, output_loading_info=True, **options)
 
 
 @torch.no_grad()
@@ -558,6 +575,21 @@ def test_layers_with_more_than_berts_weights_are_refused():
         ConversionError, match=r"left out by name \(10\):\n +text.encoder.layer.0.crossattention.output"
     ):
         join(make_vision("vit"), text)
+
+
+def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path):
+    model = TripsModel.from_vision_text_pretrained(make_vision("vit"), make_text("bert"), selection_layers=[2])
+    assert isinstance(model, TripsModel) and not model.training
+    model.save_pretrained(tmp_path)
+    loaded, loading = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    assert (tmp_path / "conversion_parts_trips.py").exists() and (tmp_path / "conversion_trips.py").exists()
+
+
+def test_a_part_of_a_model_is_not_made_of_two_towers():
+    with pytest.raises(TypeError, match="TripsVisionModel is a part of a model: load it with `from_pretrained`"):
+        TripsVisionModel.from_vision_text_pretrained(make_vision("vit"), make_text("bert"))
 
 
 def test_other_models_are_refused_by_name():

@@ -100,7 +100,7 @@ class ImageBatchCollator:
 
 
 def distinct_images(rows: list[dict]) -> tuple[list[PIL.Image.Image], list[int]]:
-    """The images of rows with `image`, `image_id` and `source`, each once, and for each row the position of its own."""
+    """The images of rows with `image`, `image_id` and `source`, each once, and for each row its image's position."""
     first_rows = {}
     for row in rows:
         first_rows.setdefault(row["image_id"], row)
@@ -110,8 +110,10 @@ def distinct_images(rows: list[dict]) -> tuple[list[PIL.Image.Image], list[int]]
 
 
 def read_image(row: dict) -> PIL.Image.Image:
-    """The image of a row whose `image` column is not decoded. Errors name the row."""
+    """The image of a row; where its `image` is not decoded, errors name the row."""
     encoded = row["image"]
+    if isinstance(encoded, PIL.Image.Image):  # streams decode, to skip what is broken
+        return encoded
     try:
         image = PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
         image.load()
@@ -132,7 +134,7 @@ def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Imag
 
 
 def without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The data set with `image` or `images` left encoded, so that a collator decodes an image once for all its rows."""
+    """The data set with `image` or `images` left encoded: a collator decodes an image once for all of its rows."""
     encoded = datasets.Image(decode=False)
     for column, feature in (("image", encoded), ("images", datasets.Sequence(encoded))):
         if column in dataset.column_names:

@@ -20,8 +20,8 @@ class _Batch:
 
 class LossGuard:
     """
-    Raises at the first loss that is NaN or infinite, in all processes alike, naming the step, the rows of the batch and
-    the last good checkpoint.
+    Raises at the first loss that is NaN or infinite, in all processes alike, naming the step, the rows of the batch
+    and the last good checkpoint.
 
     On a CPU a loss is looked at as soon as it is known, before the optimizer makes a step of it. On an accelerator it
     is looked at when the next batch has been queued, so that the device never waits for the host.
@@ -67,21 +67,19 @@ class LossGuard:
         if checkpoint is not None:
             go_on = f"The last good checkpoint is {checkpoint}: --resume_from_checkpoint {checkpoint} goes on from it."
         raise FloatingPointError(
-            f"The loss of step {batch.step} is {'; '.join(gather_object(own))}. {go_on} If nothing is wrong with these "
-            "rows, try a lower --learning_rate, a longer --warmup_steps, or full precision (--auto_bf16 False)."
+            f"The loss of step {batch.step} is {'; '.join(gather_object(own))}. {go_on} If nothing is wrong with "
+            "these rows, try a lower --learning_rate, a longer --warmup_steps, or full precision (--auto_bf16 False)."
         )
 
 
 def last_good_checkpoint(output_dir: Path, before: int) -> Path | None:
     """The latest checkpoint of a step before `before` whose saved weights are all finite."""
-    checkpoints = {}
+    folders = {}
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.rpartition("-")[2]
         if step.isdecimal() and int(step) < before:
-            checkpoints[int(step)] = folder
-    return next(
-        (checkpoints[step] for step in sorted(checkpoints, reverse=True) if _is_finite(checkpoints[step])), None
-    )
+            folders[int(step)] = folder
+    return next((folders[step] for step in sorted(folders, reverse=True) if _is_finite(folders[step])), None)
 
 
 def _is_finite(checkpoint: Path) -> bool:

@@ -346,7 +346,9 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs.pop("sources", None)
         if self.model.can_generate():
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+            self.model.generation_config.max_length = None  # it was set beside `max_new_tokens`, which warns
+            return result
         return Trainer.prediction_step(self, model, inputs, *args, **kwargs)
 
 
@@ -362,8 +364,8 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
 
 def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
     """
-    What a script does with its trainer: train (or resume), save, evaluate, as `do_train` and `do_eval` say. Metrics are
-    printed, and written to `train_results.json`, `eval_results.json` and `all_results.json`.
+    What a script does with its trainer: train (or resume), save, evaluate, as `do_train` and `do_eval` say. Metrics
+    are printed, and written to `train_results.json`, `eval_results.json` and `all_results.json`.
 
     Args:
         trainer (`Trainer`)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,6 +149,32 @@ def test_two_processes_evaluate_as_one(data, tmp_path):
     run(*launch, *command(data, tmp_path / "two", *options))
     assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
     assert json.loads((tmp_path / "two/eval_results.json").read_text())["eval_accuracy"] == one["eval_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
+    """12 questions in steps of 4, one epoch: the row comes in one of three steps, in the batch of one process."""
+    words = [str(ROOT / "tests" / "poisoned_run.py"), *data, *OPTIONS, f"--output_dir={tmp_path}", "--do_eval=False"]
+    words += ["--num_train_epochs=1", "--save_steps=1", f"--per_device_train_batch_size={4 // processes}"]
+    words += ["--questions_per_image=1"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29716"] if processes == 2 else []
+    poisoned = "train.jsonl row 7"
+    result = subprocess.run(
+        [sys.executable, *launch, *words],
+        env={**environment(), "POISONED": poisoned},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    errors = set(re.findall(r"FloatingPointError: (The loss of step .*)", result.stderr))
+    assert len(errors) == 1, result.stderr[-3000:]  # all processes tell the same
+    step, rows, rest = re.fullmatch(r"The loss of step (\d) is nan for the rows (.*?)\. (.*)", errors.pop()).groups()
+    assert len(rows.split(", ")) == 4 // processes and poisoned in rows.split(", ")
+    saved = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert saved == {f"checkpoint-{number}" for number in range(1, int(step))}
+    last = f"The last good checkpoint is {tmp_path}/checkpoint-{int(step) - 1}"
+    assert rest.startswith(last if saved else "There is no good checkpoint")
 
 
 @pytest.mark.slow

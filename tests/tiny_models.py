@@ -9,7 +9,11 @@ from transformers.utils import ModelOutput
 from modeling_trips import (
     TripsConfig,
     TripsForConditionalGeneration,
+    TripsForImagesAndTextClassification,
+    TripsForPreTraining,
     TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsForVisualGrounding,
     TripsModel,
     TripsPreTrainedModel,
 )
@@ -18,16 +22,25 @@ from modeling_trips import (
 TEXTS = torch.tensor(
     [[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2], [1, 6, 2, 0, 0]]
 )
+IMAGES = torch.randn(6, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))  # two for each text
+
 ANSWERS = torch.tensor([[5, 6, 2], [8, 2, -100], [4, 4, 2], [7, 2, -100], [3, 9, 2], [5, 2, -100]])
 DECODER_INPUT_IDS = torch.tensor([[1, 5, 6], [1, 8, 0], [1, 4, 4], [1, 7, 0], [1, 3, 9], [1, 5, 0]])
+CLASSES = torch.tensor([0, 1, 1, 0, 1, 0])
+BOXES = torch.tensor([[0.2, 0.3, 0.2, 0.1], [0.5, 0.5, 0.9, 0.4], [0.4, 0.6, 0.1, 0.3]]).repeat(2, 1)
+IMAGE_IDS = torch.arange(6)
+MASKED_TEXTS = TEXTS.where(torch.arange(5) != 1, 19)
+MASKED_WORDS = TEXTS.where(torch.arange(5) == 1, -100)
+BEGINNINGS = TEXTS[:, :2]
 
 
 class Case(NamedTuple):
-    """A model class and what it takes besides texts and images, one row per text: to run, and to be trained."""
+    """A model class, and what it takes to run and to be trained, besides a text and an image in each row."""
 
     model_class: type[TripsPreTrainedModel]
     inputs: dict[str, torch.Tensor] = {}
     training_inputs: dict[str, torch.Tensor] = {}
+    draws: bool = False  # whether its losses draw other rows of the batch at random
 
     def make_model(self, attn_implementation: str | dict = "sdpa", **fields) -> TripsPreTrainedModel:
         """The same random weights each time, in evaluation; `fields` as in `make_config`."""
@@ -35,11 +48,12 @@ class Case(NamedTuple):
         return self.model_class._from_config(make_config(**fields), attn_implementation=attn_implementation).eval()
 
     def make_inputs(self, num_texts: int = 4, training: bool = False) -> dict[str, torch.Tensor]:
-        """Up to 6 padded texts, each with an image of its own."""
+        """Up to 6 padded texts, each with an image of its own. Seeds what is drawn."""
+        torch.manual_seed(0)
         inputs = {
             "input_ids": TEXTS,
             "attention_mask": (TEXTS != 0).long(),
-            "pixel_values": torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+            "pixel_values": IMAGES[:, 0],
             **(self.training_inputs if training else self.inputs),
         }
         return {name: tensor[:num_texts].clone() for name, tensor in inputs.items()}
@@ -49,6 +63,25 @@ CASES = [
     Case(TripsModel),
     Case(TripsForConditionalGeneration, {"decoder_input_ids": DECODER_INPUT_IDS}, {"labels": ANSWERS}),
     Case(TripsForQuestionAnswering, {"decoder_input_ids": DECODER_INPUT_IDS}, {"labels": ANSWERS}),
+    Case(
+        TripsForImagesAndTextClassification,
+        {"pixel_values": IMAGES},
+        {"pixel_values": IMAGES, "labels": CLASSES},
+    ),
+    Case(TripsForVisualGrounding, {}, {"labels": BOXES}),
+    Case(TripsForRetrieval, {}, {"image_ids": IMAGE_IDS}, draws=True),
+    Case(
+        TripsForPreTraining,
+        {},
+        {
+            "mlm_input_ids": MASKED_TEXTS,
+            "mlm_labels": MASKED_WORDS,
+            "prompt_input_ids": BEGINNINGS,
+            "prompt_attention_mask": torch.ones_like(BEGINNINGS),
+            "labels": ANSWERS,
+        },
+        draws=True,
+    ),
 ]
 
 each_model = pytest.mark.parametrize("case", CASES, ids=[case.model_class.__name__ for case in CASES])
@@ -95,7 +128,8 @@ def make_config(dropout: float = 0.0, **vision) -> TripsConfig:
 
 
 def main_output(outputs: ModelOutput) -> torch.Tensor:
-    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+    names = ("logits", "pred_boxes", "logits_per_text", "last_hidden_state")
+    return next(outputs[name] for name in names if name in outputs)
 
 
 def loss_of(outputs: ModelOutput) -> torch.Tensor:

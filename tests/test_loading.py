@@ -1,0 +1,184 @@
+"""Checkpoints come back whole, into empty models and onto several devices; what they lack is initialised."""
+
+import accelerate
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CASES, each_generator, each_model, kept_by, loss_of, main_output
+
+from modeling_trips import TripsConfig
+from modeling_trips.registration_trips import MODELS
+
+
+def test_every_head_has_a_case():
+    """A new head gets one entry in `CASES` of tests/tiny_models.py."""
+    heads = {model for models in MODELS.values() for model in models if model.config_class is TripsConfig}
+    assert {case.model_class for case in CASES} == heads
+
+
+def make_used_model(case):
+    """A model whose BatchNorm statistics are no longer the initial ones."""
+    model = case.make_model().train()
+    loss_of(model(**case.make_inputs(training=True)))
+    return model.eval()
+
+
+def assert_same_outputs(model, expected, case):
+    outputs, expected = model(**case.make_inputs()), expected(**case.make_inputs())
+    assert torch.equal(main_output(outputs), main_output(expected))
+    assert kept_by(outputs) == kept_by(expected)
+
+
+@each_model
+@pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
+def test_parameters_and_buffers_come_back(case, max_shard_size, tmp_path):
+    model = make_used_model(case)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or max_shard_size == "50KB"
+    loaded, report = case.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    state, expected = loaded.state_dict(), model.state_dict()
+    statistics = [name for name in expected if "running" in name]
+    assert len(statistics) == 4 and all(expected[name].unique().numel() > 1 for name in statistics)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert dict(loaded.named_buffers()).keys() <= expected.keys()  # none that a checkpoint leaves out
+
+
+@each_model
+def test_a_model_made_without_memory_takes_the_weights(case):
+    model = make_used_model(case)
+    with torch.device("meta"):
+        empty = case.model_class(model.config)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict(), strict=True)
+    assert_same_outputs(empty.eval(), model, case)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """PyTorch fills what it does not initialise with NaN, and integers with their largest value."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_model
+@pytest.mark.parametrize("half", [0, 1])
+def test_weights_missing_in_a_checkpoint_are_initialised_and_reported(
+    case, half, tmp_path, uninitialised_memory_is_nan
+):
+    model = case.make_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = set(sorted(weights)[half::2])
+    present = {name: tensor for name, tensor in weights.items() if name not in missing}
+    save_file(present, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = case.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    tied = set(loaded.all_tied_weights_keys)
+    assert missing <= set(report["missing_keys"]) <= missing | tied and not report["unexpected_keys"]
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in present.items())
+    for name in missing:
+        assert_drawn_like(state[name], weights[name], name)
+
+
+def assert_drawn_like(tensor: torch.Tensor, expected: torch.Tensor, name: str):
+    """Constants (biases, norms, BatchNorm's statistics) are equal; random weights have the same spread, roughly."""
+    assert tensor.isfinite().all(), name
+    if expected.numel() == 1 or expected.unique().numel() == 1:
+        assert torch.equal(tensor, expected), name
+    else:
+        torch.testing.assert_close(tensor.std(), expected.std(), rtol=0.5, atol=0, msg=name)
+        assert not torch.equal(tensor, expected), name
+
+
+@each_model
+def test_a_larger_vocabulary_reaches_every_table_and_its_checkpoint(case, tmp_path):
+    model = case.make_model()
+    expected = main_output(model(**case.make_inputs()))
+    model.resize_token_embeddings(24)
+    tables = [module for name, module in model.named_modules() if name.endswith("word_embeddings")]
+    heads = [model.get_submodule(name.removesuffix(".weight")) for name in model.all_tied_weights_keys]
+    assert {table.num_embeddings for table in tables} | {head.out_features for head in heads} == {24}
+    assert {table.weight for table in tables} >= {head.weight for head in heads}
+    torch.testing.assert_close(main_output(model(**case.make_inputs()))[..., : expected.shape[-1]], expected)
+    inputs = case.make_inputs(training=True)
+    inputs["input_ids"][:, 1] = 23
+    assert loss_of(model(**inputs)).isfinite()
+    model.save_pretrained(tmp_path)
+    assert_same_outputs(case.model_class.from_pretrained(tmp_path), model, case)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device maps. The disk stands for any device that weights have to be fetched from.
+
+
+def split_device_map(model) -> dict[str, str]:
+    """Every other module of those that must stay whole is on the disk, and so is all that is left."""
+    names = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    device_map = {name: ("cpu", "disk")[number % 2] for number, name in enumerate(names)}
+    rest = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    return device_map | {
+        name: "disk" for name in sorted(rest) if not any(name == key or name.startswith(key + ".") for key in names)
+    }
+
+
+@pytest.fixture(params=CASES, ids=[case.model_class.__name__ for case in CASES])
+def saved(request, tmp_path):
+    """A case, its model, and the folder of its checkpoint in several files."""
+    model = make_used_model(request.param)
+    model.save_pretrained(tmp_path / "checkpoint", max_shard_size="50KB")
+    return request.param, model, tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+def test_device_maps_of_one_device(saved, device_map):
+    case, model, folder = saved
+    assert_same_outputs(case.model_class.from_pretrained(folder, device_map=device_map), model, case)
+
+
+def test_a_device_map_over_cpu_and_disk(saved, tmp_path):
+    case, model, folder = saved
+    device_map = split_device_map(model)
+    loaded = case.model_class.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu", "meta"}
+    assert_same_outputs(loaded, model, case)
+
+
+def test_an_automatic_device_map_of_too_little_memory(saved, tmp_path):
+    case, model, folder = saved
+    options = {"max_memory": {"cpu": "150KB"}, "offload_folder": tmp_path / "offload"}
+    loaded = case.model_class.from_pretrained(folder, device_map="auto", **options)
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    whole = {name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+    assert not any(name.startswith(part + ".") for name in loaded.hf_device_map for part in whole)
+    assert_same_outputs(loaded, model, case)
+
+
+def test_accelerate_dispatches_a_model(saved, tmp_path):
+    case, model, folder = saved
+    dispatched = case.model_class.from_pretrained(folder)
+    accelerate.dispatch_model(dispatched, split_device_map(model), offload_dir=tmp_path / "offload")
+    assert {parameter.device.type for parameter in dispatched.parameters()} == {"cpu", "meta"}
+    assert_same_outputs(dispatched, model, case)
+
+
+@each_generator
+def test_an_offloaded_model_generates_the_same(case, tmp_path):
+    model = make_used_model(case)
+    model.save_pretrained(tmp_path)
+    loaded = case.model_class.from_pretrained(tmp_path, device_map=split_device_map(model), offload_folder=tmp_path)
+    inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4))
+
+
+def test_an_offloaded_model_encodes_images_ahead(tmp_path):
+    case = CASES[0]
+    model = make_used_model(case)
+    model.save_pretrained(tmp_path)
+    loaded = case.model_class.from_pretrained(tmp_path, device_map=split_device_map(model), offload_folder=tmp_path)
+    inputs = case.make_inputs()
+    prefix = loaded.encode_images(inputs.pop("pixel_values"))
+    outputs, expected = loaded(**inputs, prefix=prefix), model(**case.make_inputs())
+    assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)

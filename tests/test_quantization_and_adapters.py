@@ -1,0 +1,175 @@
+"""int8 by torchao, and LoRA adapters by PEFT, which both replace the linear layers that select patches."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import CASES, each_generator, each_model, gradients_of, kept_by, loss_of, main_output, share_of_kept
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+from torchao.utils import TorchAOBaseTensor
+from transformers import TorchAoConfig
+
+
+def assert_same_outputs(model, expected, case, **tolerance):
+    outputs, expected = model(**case.make_inputs()), expected(**case.make_inputs())
+    torch.testing.assert_close(main_output(outputs), main_output(expected), **tolerance)
+    assert kept_by(outputs) == kept_by(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8
+
+
+def load_int8(case, folder):
+    """Weights are rounded to int8 on loading, activations when they come."""
+    quantization_config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    return case.model_class.from_pretrained(folder, quantization_config=quantization_config)
+
+
+@each_model
+@torch.no_grad()
+def test_int8_is_close_and_keeps_nearly_the_same_patches(case, tmp_path):
+    model = case.make_model()
+    model.save_pretrained(tmp_path)
+    quantized = load_int8(case, tmp_path)
+    linear = {name: module for name, module in quantized.named_modules() if isinstance(module, torch.nn.Linear)}
+    left = {name for name, module in linear.items() if not isinstance(module.weight, TorchAOBaseTensor)}
+    assert left == {name.removesuffix(".weight") for name in model.all_tied_weights_keys}  # tied to embeddings
+    outputs, expected = quantized(**case.make_inputs()), model(**case.make_inputs())
+    error = main_output(outputs) - main_output(expected)
+    assert 0 < error.square().mean().sqrt() < 0.3 * main_output(expected).std()
+    assert share_of_kept(outputs, expected) > 0.95
+
+
+@each_model
+@torch.no_grad()
+def test_an_int8_checkpoint_is_smaller_and_gives_the_same(case, tmp_path):
+    case.make_model().save_pretrained(tmp_path / "float32")
+    quantized = load_int8(case, tmp_path / "float32")
+    quantized.save_pretrained(tmp_path / "int8")
+    size, size_before = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "float32"))
+    assert size < 0.6 * size_before  # embeddings, norms and biases keep their four bytes
+    assert_same_outputs(case.model_class.from_pretrained(tmp_path / "int8"), quantized, case, rtol=0, atol=0)
+
+
+@each_generator
+def test_an_int8_model_generates(case, tmp_path):
+    case.make_model().save_pretrained(tmp_path)
+    inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
+    options = {"max_new_tokens": 5, "num_beams": 2}
+    model = load_int8(case, tmp_path)
+    sequences = model.generate(**inputs, **options)
+    assert torch.equal(sequences, model.generate(**inputs, **options, use_cache=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+VISION = ["q_proj", "v_proj"]
+TEXT = ["query", "value"]
+EVERYTHING = "all-linear"
+each_target = pytest.mark.parametrize("targets", [VISION, TEXT, EVERYTHING], ids=["vision", "text", "everything"])
+
+
+def make_adapted(case, targets, **options) -> PeftModel:
+    """A linear patch embedding, as in ViT and CLIP: the convolutional stem has statistics that training changes."""
+    options.setdefault("patch_embedding_type", "linear")
+    modules_to_save = options.pop("modules_to_save", None)
+    model = case.make_model(**options)
+    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # merging would change the other one
+    config = LoraConfig(
+        r=4,
+        target_modules=targets,
+        modules_to_save=modules_to_save,
+        exclude_modules=tied if targets == EVERYTHING else None,
+    )
+    return get_peft_model(model, config)
+
+
+def train(model: torch.nn.Module, case, num_steps: int = 20) -> list[float]:
+    """Steps on one batch; the losses."""
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(num_steps):
+        loss = loss_of(model(**case.make_inputs(training=True)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@each_model
+def test_target_modules_name_the_vision_tower_or_the_text_layers(case):
+    for targets, in_vision in ((VISION, True), (TEXT, False), (r".*vision_model.*\.(q_proj|v_proj)", True)):
+        adapted = make_adapted(case, targets)
+        names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+        assert names and all("lora_" in name and ("vision_model" in name) == in_vision for name in names)
+        attentions = [name for name, _ in adapted.named_modules() if name.endswith(("q_proj", "query"))]
+        attentions = [name for name in attentions if ("vision_model" in name) == in_vision]
+        assert len(names) == len(attentions) * 2 * 2  # two layers in each attention, two matrices in each adapter
+
+
+@each_model
+@each_target
+def test_only_the_adapters_are_trained(case, targets):
+    adapted = make_adapted(case, targets)
+    frozen = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "lora_" not in name}
+    losses = train(adapted, case)
+    assert losses[-1] < losses[0] - 0.1
+    state = adapted.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in frozen.items())
+    assert all(state[name].norm() > 0 for name in state if "lora_B" in name)  # they began as zeros
+
+
+@each_model
+@each_target
+@torch.no_grad()
+def test_saved_loaded_and_merged_adapters_give_the_same(case, targets, tmp_path):
+    adapted = make_adapted(case, targets)
+    with torch.enable_grad():
+        train(adapted, case, num_steps=5)
+    base = case.make_model(patch_embedding_type="linear")
+    if case is CASES[0]:
+        assert kept_by(adapted(**case.make_inputs())) != kept_by(base(**case.make_inputs()))  # they select patches
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert_same_outputs(loaded, adapted, case, rtol=0, atol=0)
+
+    merged = loaded.merge_and_unload()
+    assert_same_outputs(merged, adapted, case, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again, report = case.model_class.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values())
+    assert_same_outputs(again, merged, case, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_statistics_of_the_convolutional_stem_are_saved_with_the_adapter_on_request(tmp_path):
+    case = CASES[0]
+    adapted = make_adapted(case, VISION, patch_embedding_type="convolutional", modules_to_save=["stem"])
+    with torch.enable_grad():
+        train(adapted, case, num_steps=5)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.make_model(), tmp_path).eval()
+    assert_same_outputs(loaded, adapted, case, rtol=0, atol=0)
+
+
+@each_model
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_adapters_are_trained_with_gradient_checkpointing(case, use_reentrant):
+    gradients = []
+    for checkpointing in (True, False):
+        model = case.make_model(patch_embedding_type="linear").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()  # reentrant checkpointing wants inputs with a gradient
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=EVERYTHING))
+        torch.manual_seed(0)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        loss_of(adapted(**case.make_inputs(training=True))).backward()
+        gradients.append(gradients_of(adapted))
+    torch.testing.assert_close(*gradients)

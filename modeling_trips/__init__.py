@@ -17,6 +17,7 @@ from .modeling_trips_grounding import TripsForVisualGrounding, TripsVisualGround
 from .modeling_trips_pretraining import TripsForPreTraining, TripsForPreTrainingOutput
 from .modeling_trips_question_answering import TripsAnswerRanking, TripsForQuestionAnswering
 from .modeling_trips_retrieval import TripsForRetrieval, TripsMatchingOutput, TripsRetrievalOutput
+from .modeling_trips_single_stream import TripsSingleStreamModel, TripsSingleStreamModelOutput
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
 from .momentum_trips import MomentumTeacher
@@ -55,6 +56,8 @@ __all__ = [
     "TripsRetrievalOutput",
     "TripsSelection",
     "TripsSeq2SeqLMOutput",
+    "TripsSingleStreamModel",
+    "TripsSingleStreamModelOutput",
     "TripsTextConfig",
     "TripsTextModel",
     "TripsVisionConfig",

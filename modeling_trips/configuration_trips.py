@@ -29,6 +29,10 @@ SELECTION_FIELDS = (
     "normalize_fusion_weights",
     "selection_seed",
 )
+FUSION_FIELDS = ("fusion_type", "skip_stride")
+
+# Fields of a part that are fields of `TripsConfig` too.
+FORWARDED_FIELDS = {"vision_config": SELECTION_FIELDS, "fusion_encoder_config": FUSION_FIELDS}
 
 # What the fusion encoder and the decoder take from the text encoder unless they are told otherwise.
 FIELDS_SHARED_WITH_TEXT = (
@@ -132,6 +136,7 @@ class TripsVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.selection_layers = list(self.selection_layers)
+        self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
     @property
@@ -249,12 +254,43 @@ class TripsFusionConfig(TripsTextConfig):
     encoder_hidden_size (`int`, *optional*):
         Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the
         width of its vision tower.
+    fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
+        How text and image meet. `"cross_attention"`: every layer changes the text alone, which attends to the image
+        tokens (ALBEF). `"skip_connected"`: so do `skip_stride` layers, then one attends over text and image tokens
+        joined and changes both, and so on (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: there is no
+        fusion encoder; text and patches go through the vision tower's layers together, from the first one on (ViLT,
+        https://arxiv.org/abs/2102.03334). [`TripsConfig`] then leaves the text encoder nothing but its embeddings.
+    skip_stride (`int`, *optional*, defaults to 3):
+        How many layers the image tokens skip before each layer that they go through, if `"skip_connected"`.
     """
 
     model_type = "trips_fusion"
     base_config_key = "fusion_encoder_config"
 
     encoder_hidden_size: int | None = None
+    fusion_type: Literal["cross_attention", "skip_connected", "single_stream"] = "cross_attention"
+    skip_stride: int = 3
+
+    @property
+    def connected_layers(self) -> list[int]:
+        """Numbers (from 1) of the layers that text and image tokens go through together."""
+        if self.fusion_type != "skip_connected":
+            return []
+        return list(range(self.skip_stride + 1, self.num_hidden_layers + 1, self.skip_stride + 1))
+
+    @property
+    def cross_attention_hidden_size(self) -> int:
+        """Width of the states that cross-attention reads: image tokens that join the text are made as wide as it."""
+        return (self.encoder_hidden_size if self.fusion_type != "skip_connected" else None) or self.hidden_size
+
+    def validate_skip_stride(self):
+        if self.skip_stride < 1:
+            raise ValueError(f"`skip_stride` must be at least 1, got {self.skip_stride}.")
+        if self.fusion_type == "skip_connected" and not self.connected_layers:
+            raise ValueError(
+                f"`skip_stride` ({self.skip_stride}) must be below the `num_hidden_layers` ({self.num_hidden_layers}) "
+                "of the fusion encoder, or text and image are never joined."
+            )
 
 
 @auto_docstring(
@@ -277,6 +313,11 @@ class TripsDecoderConfig(TripsTextConfig):
     is_decoder: bool = True
     use_cache: bool = True
     tie_word_embeddings: bool = True
+
+    @property
+    def cross_attention_hidden_size(self) -> int:
+        """Width of the states that cross-attention reads."""
+        return self.encoder_hidden_size or self.hidden_size
 
 
 @auto_docstring(
@@ -314,8 +355,8 @@ class TripsConfig(PreTrainedConfig):
         Weight of its generalised IoU loss.
     kwargs:
         `selection_layers`, `keep_rate`, `selection_guidance`, `fuse_inattentive_tokens`, `normalize_fusion_weights`
-        and `selection_seed` are passed on to `vision_config` (where they are documented), here and in
-        `from_pretrained`.
+        and `selection_seed` are passed on to `vision_config`, `fusion_type` and `skip_stride` to
+        `fusion_encoder_config` (where they are documented), here and in `from_pretrained`.
 
     Example:
 
@@ -394,16 +435,15 @@ class TripsConfig(PreTrainedConfig):
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
-        selection = {name: kwargs.pop(name) for name in SELECTION_FIELDS if name in kwargs}
-        if selection and isinstance(self.vision_config, PreTrainedConfig):
-            self.vision_config = self.vision_config.to_dict()
-        if selection:
-            self.vision_config = {**(self.vision_config or {}), **selection}
+        for part, names in FORWARDED_FIELDS.items():
+            self._forward_fields(part, {name: kwargs.pop(name) for name in names if name in kwargs})
         self.vision_config = self._sub_config("vision_config", {})
         self.text_config = self._sub_config("text_config", {})
         shared = {name: getattr(self.text_config, name) for name in FIELDS_SHARED_WITH_TEXT}
         self.fusion_encoder_config = self._sub_config("fusion_encoder_config", shared)
         self.decoder_config = self._sub_config("decoder_config", shared)
+        if self.fusion_type == "single_stream":
+            self.text_config.num_hidden_layers = 0
         self._fill_width("vision_config", "guidance_hidden_size", self.text_config.hidden_size)
         self._fill_width("fusion_encoder_config", "encoder_hidden_size", self.vision_config.hidden_size)
         self._fill_width("decoder_config", "encoder_hidden_size", self.fusion_encoder_config.hidden_size)
@@ -413,6 +453,12 @@ class TripsConfig(PreTrainedConfig):
             self.decoder_start_token_id = self.decoder_config.bos_token_id
         self.architectures = self.architectures or []  # the Auto classes search it for the one of several heads
         super().__post_init__(**kwargs)
+
+    def _forward_fields(self, part: str, fields: dict):
+        config = getattr(self, part)
+        if fields:
+            config = config.to_dict() if isinstance(config, PreTrainedConfig) else config or {}
+            setattr(self, part, {**config, **fields})
 
     def _sub_config(self, name: str, defaults: dict) -> PreTrainedConfig:
         value = getattr(self, name)
@@ -444,24 +490,40 @@ class TripsConfig(PreTrainedConfig):
                 f"`text_config.hidden_size` ({self.text_config.hidden_size}): the fusion layers go on with its states."
             )
 
+    def validate_single_stream(self):
+        if self.fusion_type != "single_stream":
+            return
+        text, vision = self.text_config, self.vision_config
+        for field, value, needed in (
+            ("text_config.num_hidden_layers", text.num_hidden_layers, 0),
+            ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
+            ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
+        ):
+            if value != needed:
+                raise ValueError(
+                    f"`{field}` must be {needed} with `fusion_type='single_stream'`, where text and patches go "
+                    f"through the vision tower's layers together, got {value}."
+                )
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.decoder_config if decoder else self.text_config
 
 
-def _forwarded(name: str) -> property:
-    """A field of `vision_config` that can be read and set on the composite configuration too."""
+def _forwarded(part: str, name: str) -> property:
+    """A field of a part that can be read and set on the composite configuration too."""
 
     def get_field(self):
-        return getattr(self.vision_config, name)
+        return getattr(getattr(self, part), name)
 
     def set_field(self, value):
-        setattr(self.vision_config, name, value)
+        setattr(getattr(self, part), name, value)
 
-    return property(get_field, set_field, doc=f"`vision_config.{name}`.")
+    return property(get_field, set_field, doc=f"`{part}.{name}`.")
 
 
-for _name in SELECTION_FIELDS:
-    setattr(TripsConfig, _name, _forwarded(_name))
+for _part, _names in FORWARDED_FIELDS.items():
+    for _name in _names:
+        setattr(TripsConfig, _name, _forwarded(_part, _name))
 
 
 PRESETS = {
@@ -489,7 +551,7 @@ PRESETS = {
             "max_position_embeddings": 64,
             "initializer_range": 0.08,
         },
-        "fusion_encoder_config": {"num_hidden_layers": 2},
+        "fusion_encoder_config": {"num_hidden_layers": 2, "skip_stride": 1},
         "decoder_config": {"num_hidden_layers": 1, "bos_token_id": 2, "eos_token_id": 3},
         "initializer_range": 0.08,
     },

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 
 from .configuration_trips import TripsConfig
 from .modeling_trips_layers import TripsPreTrainedModel
+from .modeling_trips_single_stream import TripsSingleStreamModel
 from .modeling_trips_text import TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
 
@@ -34,8 +35,10 @@ class TripsModelOutput(ModelOutput):
         The fused states: the text's tokens after they attended to the image tokens.
     selection (`tuple(TripsSelection)`):
         What each selection layer kept, in the order of the layers.
+    hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
+        Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     text_model_output (`BaseModelOutputWithPooling`):
-        Output of the text encoder. Its `pooler_output` is the text guidance t.
+        Output of the text encoder. Its `pooler_output` is the text guidance t (but in a single stream).
     vision_model_output (`TripsVisionModelOutput`):
         Output of the vision tower: the image tokens that selection left.
     """
@@ -52,7 +55,8 @@ class TripsModelOutput(ModelOutput):
 @auto_docstring(
     custom_intro="""
     The bare TRIPS model. The text goes first, since it picks the patches: text encoder -> vision tower under the
-    text's guidance -> fusion encoder. Nothing goes back.
+    text's guidance -> fusion encoder. Nothing goes back. `config.fusion_type` gives it the form of ALBEF, of mPLUG, or
+    of ViLT: text embeddings -> vision tower, through which text and patches go together.
     """
 )
 class TripsModel(TripsPreTrainedModel):
@@ -60,8 +64,13 @@ class TripsModel(TripsPreTrainedModel):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
         self.text_model = TripsTextModel(config.text_config)
-        self.vision_model = TripsVisionModel(config.vision_config)
-        self.fusion_model = TripsFusionModel(config.fusion_encoder_config)
+        # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
+        if config.fusion_type == "single_stream":
+            self.vision_model = TripsSingleStreamModel(config.vision_config)
+            self.fusion_model = None
+        else:
+            self.vision_model = TripsVisionModel(config.vision_config)
+            self.fusion_model = TripsFusionModel(config.fusion_encoder_config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -81,6 +90,48 @@ class TripsModel(TripsPreTrainedModel):
             [`TripsVisionPrefix`], the `prefix` of `forward`.
         """
         return self.vision_model.encode_prefix(pixel_values, **kwargs)
+
+    def fuse(
+        self,
+        text_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsModelOutput:
+        """
+        All that comes behind the text encoder, for texts that are encoded already, one row per pair of text and image.
+
+        Args:
+            text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): the `last_hidden_state` of
+                `text_model`. A text that is to meet several images is repeated.
+            attention_mask, pixel_values, image_index, prefix: as in `forward`.
+
+        Returns:
+            [`TripsModelOutput`] without `text_model_output`.
+        """
+        images = {"pixel_values": pixel_values, "image_index": image_index, "prefix": prefix}
+        # CODEPATH: as in `__init__`.
+        if self.fusion_model is None:
+            joint = self.vision_model(text_states, attention_mask=attention_mask, **images, **kwargs)
+            return TripsModelOutput(
+                last_hidden_state=joint.text_states,
+                selection=joint.selection,
+                hidden_states=joint.hidden_states,
+                attentions=joint.attentions,
+                vision_model_output=joint,
+            )
+        vision_output = self.vision_model(text_embeds=text_states[:, 0], **images, **kwargs)
+        fused = self.fusion_model(text_states, vision_output.last_hidden_state, attention_mask, **kwargs)
+        return TripsModelOutput(
+            last_hidden_state=fused.last_hidden_state,
+            selection=vision_output.selection,
+            hidden_states=fused.hidden_states,
+            attentions=fused.attentions,
+            cross_attentions=fused.cross_attentions,
+            vision_model_output=vision_output,
+        )
 
     @can_return_tuple
     @auto_docstring
@@ -102,21 +153,9 @@ class TripsModel(TripsPreTrainedModel):
             Result of `encode_images`, in place of `pixel_values`.
         """
         text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        vision_output = self.vision_model(
-            pixel_values, text_embeds=text_output.pooler_output, image_index=image_index, prefix=prefix, **kwargs
-        )
-        fused = self.fusion_model(
-            text_output.last_hidden_state, vision_output.last_hidden_state, attention_mask, **kwargs
-        )
-        return TripsModelOutput(
-            last_hidden_state=fused.last_hidden_state,
-            selection=vision_output.selection,
-            hidden_states=fused.hidden_states,
-            attentions=fused.attentions,
-            cross_attentions=fused.cross_attentions,
-            text_model_output=text_output,
-            vision_model_output=vision_output,
-        )
+        outputs = self.fuse(text_output.last_hidden_state, attention_mask, pixel_values, image_index, prefix, **kwargs)
+        outputs.text_model_output = text_output
+        return outputs
 
 
 TripsModel.register_for_auto_class("AutoModel")

@@ -118,13 +118,9 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
 
         # From here on, row `i * num_images + j` is text i with its image j.
         text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
-        text_embeds = text_output.pooler_output.repeat_interleave(self.num_images, dim=0)
         if attention_mask is not None:
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
-        vision_output = self.model.vision_model(
-            pixel_values, text_embeds=text_embeds, image_index=image_index, prefix=prefix, **kwargs
-        )
-        fused = self.model.fusion_model(text_states, vision_output.last_hidden_state, attention_mask, **kwargs)
+        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, prefix, **kwargs)
 
         logits = self.classifier(fused.last_hidden_state[:, 0].reshape(num_texts, -1))
         loss = None
@@ -134,7 +130,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         return TripsForImagesAndTextClassificationOutput(
             loss=loss,
             logits=logits,
-            selection=vision_output.selection,
+            selection=fused.selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,

@@ -69,7 +69,10 @@ class TripsVisionAttention(nn.Module):
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         query = self.split_heads(self.q_proj(hidden_states))
         key = self.split_heads(self.k_proj(hidden_states))
@@ -82,7 +85,7 @@ class TripsVisionAttention(nn.Module):
             query,
             key,
             value,
-            None,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -121,21 +124,37 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def attend(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        return hidden_states + self.dropout(attn_output), query[:, :, 0], key
+        """The attention half: hidden states, and the queries and keys of all tokens."""
+        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        return hidden_states + self.dropout(attn_output), query, key
 
-    def score(self, class_query: torch.Tensor, key: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Scores of the candidates (all tokens but [CLS]) under the configured guidance; without a text, `image`."""
-        guidance = self.config.selection_guidance
-        if guidance == "random":
-            batch_size, _, seq_length, _ = key.shape
-            return random_scores(batch_size, seq_length - 1, self.training, key.device, self.config.selection_seed)
-        query = class_query
-        if guidance == "text" and text_embeds is not None:
-            query = self.attention.q_proj(text_embeds).view(class_query.shape)
-        return score_tokens(query, key[:, :, 1:], self.attention.scaling)
+    def score(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Scores of the candidates, whose keys are `key`, by the guiding token's `query`; or random ones."""
+        # CODEPATH: "random" is the floor that every way of selecting must beat.
+        if self.config.selection_guidance == "random":
+            return random_scores(len(key), key.shape[2], self.training, key.device, self.config.selection_seed)
+        return score_tokens(query, key, self.attention.scaling)
+
+    def select_and_transform(
+        self, hidden_states: torch.Tensor, scores: torch.Tensor | None, keep_rate: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The MLP half, on the tokens that are left. Without `scores` nothing is selected."""
+        kept_positions = None
+        if scores is not None:
+            hidden_states, kept_positions = select_tokens(
+                hidden_states,
+                scores,
+                keep_rate,
+                fuse=self.config.fuse_inattentive_tokens,
+                normalize=self.config.normalize_fusion_weights,
+            )
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states, scores, kept_positions
 
     def forward(
         self,
@@ -163,21 +182,51 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             hidden_states, class_query, key)` if `attention_only`.
         """
         if key is None:
-            hidden_states, class_query, key = self.attend(hidden_states, **kwargs)
+            hidden_states, query, key = self.attend(hidden_states, **kwargs)
+            class_query = query[:, :, 0]
         if attention_only:
             return None, hidden_states, class_query, key
-        scores = kept_positions = None
+        scores = None
         if keep_rate < 1.0:
-            scores = self.score(class_query, key, text_embeds)
-            hidden_states, kept_positions = select_tokens(
-                hidden_states,
-                scores,
-                keep_rate,
-                fuse=self.config.fuse_inattentive_tokens,
-                normalize=self.config.normalize_fusion_weights,
-            )
-        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, scores, kept_positions
+            query = class_query
+            # CODEPATH: without a text, and in the ablation "image", the image's own [CLS] guides.
+            if self.config.selection_guidance == "text" and text_embeds is not None:
+                query = self.attention.q_proj(text_embeds).view(class_query.shape)
+            scores = self.score(query, key[:, :, 1:])
+        return self.select_and_transform(hidden_states, scores, keep_rate)
+
+
+class TripsJointLayer(TripsVisionLayer):
+    """
+    A layer of a single stream, over the text, the image's [CLS] and the patches. The patches alone are candidates, and
+    the text that guides is in the sequence: its [CLS] is the first token.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text_length: int,
+        attention_mask: torch.Tensor | None = None,
+        keep_rate: float = 1.0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, text_length + 1 + num_candidates, hidden_size)`)
+            text_length (`int`): number of text tokens, padding included.
+            attention_mask (`torch.Tensor`, *optional*): hides the padding, in the form of the attention in use.
+            keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
+
+        Returns:
+            `(hidden_states, scores, kept_positions)`, the last two `None` if nothing is selected.
+        """
+        hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
+        scores = None
+        if keep_rate < 1.0:
+            # CODEPATH: the text's [CLS] guides; in the ablation "image" it is the image's, behind the text.
+            guide = 0 if self.config.selection_guidance == "text" else text_length
+            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :])
+        return self.select_and_transform(hidden_states, scores, keep_rate)
 
 
 class TripsTextEmbeddings(nn.Module):
@@ -319,7 +368,7 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
 
     @property
     def source_hidden_size(self) -> int:
-        return self.config.encoder_hidden_size or self.config.hidden_size
+        return self.config.cross_attention_hidden_size
 
     def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         if cache is None:
@@ -428,6 +477,32 @@ class TripsCrossLayer(TripsTextLayer):
         return self.output(self.intermediate(hidden_states), hidden_states)
 
 
+class TripsConnectedLayer(TripsTextLayer):
+    """
+    BERT's layer over text and image tokens joined, as in mPLUG: it changes the image tokens too, which skipped the
+    layers before it. What it makes of them is added to what they were.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        joint_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+        joint_states = super().forward(joint_states, joint_attention_mask, **kwargs)
+        text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        return text_states, encoder_hidden_states + image_states
+
+
+def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
+    """Of a sequence of text and image tokens: the text's mask, and ones, as there is no padding among the latter."""
+    if attention_mask is None:
+        return None
+    return torch.cat((attention_mask, attention_mask.new_ones(len(attention_mask), num_image_tokens)), dim=1)
+
+
 @auto_docstring
 class TripsPreTrainedModel(PreTrainedModel):
     config: TripsConfig
@@ -440,6 +515,8 @@ class TripsPreTrainedModel(PreTrainedModel):
         "TripsVisionLayer",
         "TripsTextLayer",
         "TripsCrossLayer",
+        "TripsJointLayer",
+        "TripsConnectedLayer",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True

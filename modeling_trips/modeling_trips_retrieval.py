@@ -121,6 +121,11 @@ class TripsTemperature(nn.Module):
 class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the heads call `post_init`, when complete)
     def __init__(self, config: TripsConfig):
         super().__init__(config)
+        if config.fusion_type == "single_stream":
+            raise ValueError(
+                f"{type(self).__name__} compares features of images with those of texts, but in a single stream no "
+                "layer sees one of them alone: choose `fusion_type='cross_attention'` or `'skip_connected'`."
+            )
         self.model = TripsModel(config)
         self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.projection_dim)

@@ -33,12 +33,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
 from .modeling_trips_layers import (
+    TripsConnectedLayer,
     TripsCrossLayer,
     TripsPreTrainedModel,
     TripsTextCrossAttention,
     TripsTextEmbeddings,
     TripsTextLayer,
     TripsTextSelfAttention,
+    joint_padding_mask,
 )
 
 
@@ -52,6 +54,39 @@ class TripsLayerStack(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         for layer in self.layer:
             hidden_states = layer(hidden_states, *args, **kwargs)
+        return hidden_states
+
+
+class TripsSkipConnectedStack(nn.Module):
+    """
+    mPLUG's fusion: layers that change the text alone, which the image tokens skip, and now and then one that both go
+    through together.
+    """
+
+    def __init__(self, config: TripsFusionConfig):
+        super().__init__()
+        layer_classes = [TripsCrossLayer] * config.num_hidden_layers
+        for number in config.connected_layers:
+            layer_classes[number - 1] = TripsConnectedLayer
+        self.layer = nn.ModuleList(
+            layer_class(config, layer_idx) for layer_idx, layer_class in enumerate(layer_classes)
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        joint_attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        for layer in self.layer:
+            if isinstance(layer, TripsConnectedLayer):
+                hidden_states, encoder_hidden_states = layer(
+                    hidden_states, encoder_hidden_states, joint_attention_mask, **kwargs
+                )
+            else:
+                hidden_states = layer(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return hidden_states
 
 
@@ -114,21 +149,31 @@ class TripsTextModel(TripsPreTrainedModel):
 @auto_docstring(
     custom_intro="""
     The upper layers of BERT with cross-attention to the image tokens that patch selection left (ALBEF's multimodal
-    encoder).
+    encoder), or mPLUG's skip-connected network. There, `attentions` of a connected layer are those of text and image
+    tokens together, in this order; `cross_attentions` are those of the other layers, `hidden_states` the text's.
     """
 )
 class TripsFusionModel(TripsPreTrainedModel):
     config: TripsFusionConfig
     main_input_name = "inputs_embeds"
     _can_record_outputs = {
-        "hidden_states": TripsCrossLayer,
+        "hidden_states": TripsTextLayer,
         "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
         "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
     }
 
     def __init__(self, config: TripsFusionConfig):
         super().__init__(config)
-        self.encoder = TripsLayerStack(config, TripsCrossLayer)
+        config.validate()  # fields may have been set since the configuration was made
+        self.image_projection = None
+        # CODEPATH: ALBEF's layers read the image tokens as they are; mPLUG's also change them.
+        if config.fusion_type == "skip_connected":
+            self.encoder = TripsSkipConnectedStack(config)
+            # CODEPATH: what is joined must be equally wide.
+            if config.encoder_hidden_size not in (None, config.hidden_size):
+                self.image_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
+        else:
+            self.encoder = TripsLayerStack(config, TripsCrossLayer)
         self.post_init()
 
     @merge_with_config_defaults
@@ -141,10 +186,22 @@ class TripsFusionModel(TripsPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithCrossAttentions:
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
-        hidden_states = self.encoder(inputs_embeds, encoder_hidden_states, attention_mask, **kwargs)
+        masks = [
+            create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        ]
+        if self.image_projection is not None:
+            encoder_hidden_states = self.image_projection(encoder_hidden_states)
+        # CODEPATH: as in `__init__`.
+        if self.config.fusion_type == "skip_connected":
+            num_image_tokens = encoder_hidden_states.shape[1]
+            joint_length = inputs_embeds.shape[1] + num_image_tokens
+            joint_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds[:, :1].expand(-1, joint_length, -1),  # looked at for its shape
+                attention_mask=joint_padding_mask(attention_mask, num_image_tokens),
+            )
+            masks.append(joint_mask)
+        hidden_states = self.encoder(inputs_embeds, encoder_hidden_states, *masks, **kwargs)
         return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
 
 

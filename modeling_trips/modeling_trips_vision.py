@@ -183,6 +183,7 @@ class TripsVisionModel(TripsPreTrainedModel):
     input_modalities = ("image",)
     _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": TripsVisionLayer, "attentions": TripsVisionAttention}
+    layer_class = TripsVisionLayer
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__(config)
@@ -195,7 +196,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         # CODEPATH: the only parameter that selection ever adds, where text and vision differ in width.
         if config.guidance_hidden_size not in (None, config.hidden_size):
             self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
-        self.layers = nn.ModuleList(TripsVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -247,11 +248,9 @@ class TripsVisionModel(TripsPreTrainedModel):
             )
             class_query = key = None  # only the first of these layers had its attention computed before
             if kept_positions is not None:
-                candidate_indices = candidate_indices.to(kept_positions.device)  # layers may lie on several devices
-                kept_indices = candidate_indices.gather(1, kept_positions)
-                selections.append(TripsSelection(kept_indices, scores, candidate_indices))
-                num_fused = hidden_states.shape[1] - 1 - kept_indices.shape[1]
-                candidate_indices = nn.functional.pad(kept_indices, (0, num_fused), value=-1)
+                selection = selection_of(scores, kept_positions, candidate_indices)
+                selections.append(selection)
+                candidate_indices = next_candidates(selection, num_candidates=hidden_states.shape[1] - 1)
         return hidden_states, tuple(selections)
 
     @merge_with_config_defaults
@@ -283,7 +282,7 @@ class TripsVisionModel(TripsPreTrainedModel):
                 f"schedule is now {self.config.selection_schedule}: encode it again."
             )
         if text_embeds is not None:
-            _check_counts(text_embeds.shape[0], prefix.hidden_states.shape[0], image_index)
+            check_counts(text_embeds.shape[0], prefix.hidden_states.shape[0], image_index)
         # CODEPATH: the published models are guided by the text; "image" and "random" are the ablations of the paper.
         if self.config.selection_guidance != "text":
             text_embeds = None
@@ -301,7 +300,21 @@ class TripsVisionModel(TripsPreTrainedModel):
         )
 
 
-def _check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
+def selection_of(
+    scores: torch.Tensor, kept_positions: torch.LongTensor, candidate_indices: torch.LongTensor
+) -> TripsSelection:
+    """What a layer kept, given the original index of each of its candidates."""
+    candidate_indices = candidate_indices.to(kept_positions.device)  # layers may lie on several devices
+    return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
+
+
+def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.LongTensor:
+    """Original indices of the candidates behind a selection layer: those that it kept, and -1 for a fused token."""
+    num_kept = selection.kept_indices.shape[1]
+    return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=-1)
+
+
+def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
     if image_index is None and num_texts != num_images:
         raise ValueError(
             f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "

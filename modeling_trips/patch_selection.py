@@ -125,18 +125,18 @@ def select_tokens(
     tokens: torch.Tensor, scores: torch.Tensor, keep_rate: float, fuse: bool = True, normalize: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Shortens a sequence of [CLS] and n candidates to [CLS], the k kept candidates in their original order, and, with
-    `fuse`, one token for the others.
+    Shortens a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
+    original order, and, with `fuse`, one token for the rest.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch_size, 1 + n, hidden_size)`)
+        tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, n)`)
         keep_rate (`float`): share of the candidates to keep, in (0, 1].
         fuse (`bool`, *optional*, defaults to `True`): whether the others go on as one token, or are dropped.
         normalize (`bool`, *optional*, defaults to `False`): whether its weights are rescaled to sum to 1.
 
     Returns:
-        The tokens, of shape `(batch_size, 1 + k + 1, hidden_size)` (`1 + k` without `fuse`), and the positions of the
+        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`), and the positions of the
         kept ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`. If `k` is `n`, nothing is
         dropped and `tokens` come back as they are, with no fused token.
     """
@@ -144,9 +144,9 @@ def select_tokens(
     num_kept = num_kept_tokens(num_candidates, keep_rate)
     if num_kept == num_candidates:
         return tokens, torch.arange(num_candidates, device=scores.device).expand(scores.shape)
-    candidates = tokens[:, 1:]
+    others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
     kept_positions = keep_topk(scores, num_kept)
-    parts = [tokens[:, :1], gather_tokens(candidates, kept_positions)]
+    parts = [others, gather_tokens(candidates, kept_positions)]
     if fuse:
         parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
     return torch.cat(parts, dim=1), kept_positions

@@ -18,6 +18,7 @@ from .modeling_trips_grounding import TripsForVisualGrounding
 from .modeling_trips_pretraining import TripsForPreTraining
 from .modeling_trips_question_answering import TripsForQuestionAnswering
 from .modeling_trips_retrieval import TripsForRetrieval
+from .modeling_trips_single_stream import TripsSingleStreamModel
 from .modeling_trips_text import TripsTextModel
 from .modeling_trips_vision import TripsVisionModel
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
@@ -28,7 +29,7 @@ CONFIGS = (TripsConfig, TripsVisionConfig, TripsTextConfig)
 
 # Of several classes with one configuration, a checkpoint's own comes first; the first one serves other checkpoints.
 MODELS = {
-    "AutoModel": (TripsModel, TripsVisionModel, TripsTextModel),
+    "AutoModel": (TripsModel, TripsVisionModel, TripsSingleStreamModel, TripsTextModel),
     "AutoModelForImageTextToText": (TripsForConditionalGeneration, TripsForQuestionAnswering),
     "AutoModelForPreTraining": (TripsForPreTraining,),
     "AutoModelForSequenceClassification": (TripsForImagesAndTextClassification,),

@@ -347,6 +347,11 @@ class TripsConfig(PreTrainedConfig):
     honest_negatives (`bool`, *optional*, defaults to `True`):
         Whether the patches of a negative pair are selected by its own text, or are those of the image's true pair.
         The latter is cheaper, but then the kept patches tell which pair is true.
+    contrastive_selection (`str`, *optional*, defaults to `"image"`):
+        What selects the patches of the image features that contrast compares: `"image"` (the image's own [CLS]),
+        `"none"` (nothing: all patches go on, at the cost of an unpruned vision tower), or `"text"` (in training the
+        image's caption, which spares a pass when pairs are matched, too; where there is no text, as in an index of
+        images, it is `"image"`).
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     bbox_loss_coefficient (`float`, *optional*, defaults to 5.0):
@@ -399,6 +404,7 @@ class TripsConfig(PreTrainedConfig):
     mlm_weight: float | int = 1.0
     prefix_lm_weight: float | int = 1.0
     honest_negatives: bool = True
+    contrastive_selection: Literal["image", "none", "text"] = "image"
     num_images: int = 2
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0

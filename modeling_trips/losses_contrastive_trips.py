@@ -88,9 +88,9 @@ def contrastive_loss(
     Image-text contrastive loss (ITC): the mean of the cross-entropies of images that look for their texts and of texts
     that look for their images.
 
-    With several processes, each looks among the images and texts of all, and its loss is the mean over its own rows.
-    The mean of the processes' gradients, as data parallel training takes it, is then that of one process with the
-    whole batch. All processes must give equally many images, and equally many texts.
+    With several processes, each looks among the images and texts of all, and its loss is the sum over its own rows,
+    divided by the mean number of rows of a process. The mean of the processes' losses and gradients, as data parallel
+    training takes it, is then that of one process with the whole batch, also if one has more images than another.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
@@ -108,7 +108,8 @@ def contrastive_loss(
     logits_per_text = similarity(text_embeds, all_images, temperature)
     loss_per_image = _soft_cross_entropy(logits_per_image, contrastive_targets(image_ids, all_text_image_ids))
     loss_per_text = _soft_cross_entropy(logits_per_text, contrastive_targets(text_image_ids, all_image_ids))
-    return (loss_per_image + loss_per_text) / 2
+    image_share, text_share = len(image_ids) / len(all_image_ids), len(text_image_ids) / len(all_text_image_ids)
+    return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
 
 
 def distilled_loss(
@@ -218,30 +219,31 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
 
 def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
     """
-    Image ids for a batch in which no image is twice, in this process or in another that has equally many.
+    Image ids for a batch in which no image is twice, in this process or in another.
 
     Returns:
         `torch.LongTensor` of shape `(num_images,)`.
     """
-    rank = distributed.get_rank() if _num_processes() > 1 else 0
-    return torch.arange(num_images, device=device) + rank * num_images
+    rank = distributed.get_rank() if num_processes() > 1 else 0
+    return torch.arange(num_images, device=device) * num_processes() + rank
 
 
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """
     The rows of all processes, in the order of their ranks; with one process, `tensor` itself. Each process gets the
-    gradient that its rows have in the losses of all. The tensors of all processes must have the same shape.
+    gradient that its rows have in the losses of all. The number of rows may differ from process to process.
 
     Args:
         tensor (`torch.Tensor` of shape `(num_rows, ...)`)
 
     Returns:
-        `torch.Tensor` of shape `(num_processes * num_rows, ...)`.
+        `torch.Tensor` of shape `(num_rows_of_all, ...)`.
     """
-    return _GatherWithGradient.apply(tensor) if _num_processes() > 1 else tensor
+    return _GatherWithGradient.apply(tensor) if num_processes() > 1 else tensor
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """How many processes train together; 1 if `torch.distributed` is not in use."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
@@ -250,14 +252,20 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.num_rows = len(tensor)
-        tensor = tensor.contiguous()
-        gathered = [torch.empty_like(tensor) for _ in range(_num_processes())]
-        distributed.all_gather(gathered, tensor)
-        return torch.cat(gathered)
+        ctx.counts = torch.cat(_gather(torch.tensor([len(tensor)], device=tensor.device))).tolist()
+        padding = tensor.new_empty(max(ctx.counts) - len(tensor), *tensor.shape[1:])
+        gathered = _gather(torch.cat((tensor, padding)))
+        return torch.cat([rows[:count] for rows, count in zip(gathered, ctx.counts)])
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place, and not ours
         distributed.all_reduce(gradient)
-        return gradient.narrow(0, distributed.get_rank() * ctx.num_rows, ctx.num_rows)
+        return gradient.split(ctx.counts)[distributed.get_rank()]
+
+
+def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes, of one shape."""
+    gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
+    distributed.all_gather(gathered, tensor)
+    return gathered

@@ -119,6 +119,8 @@ class TripsTemperature(nn.Module):
     custom_intro="What retrieval and pre-training share: features that compare images with texts, and matching."
 )
 class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the heads call `post_init`, when complete)
+    accepts_loss_kwargs = False  # each loss is a mean over its own items: `Trainer` averages accumulated batches
+
     def __init__(self, config: TripsConfig):
         super().__init__(config)
         if config.fusion_type == "single_stream":
@@ -177,7 +179,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalised features.
         """
-        vision_outputs = self.model.vision_model(pixel_values, prefix=prefix, **kwargs)
+        # CODEPATH: see `contrastive_selection`. A selection needs no text here: the image's own [CLS] guides it.
+        select_patches = self.config.contrastive_selection != "none"
+        vision_outputs = self.model.vision_model(pixel_values, prefix=prefix, select_patches=select_patches, **kwargs)
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
         return vision_outputs
 
@@ -256,55 +260,74 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index, image_ids = check_captions(text_states, len(prefix.hidden_states), image_index, image_ids)
         pair_ids = image_ids[image_index]
         config = self.config
-        itc_loss = itm_loss = None
+        itc_loss = itm_loss = true_pairs = None
         outputs = {"text_embeds": text_outputs.pooler_output, "text_model_output": text_outputs}
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
         # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
         if config.itc_weight > 0:
-            outputs = self.compare(text_outputs, self.get_image_features(prefix=prefix, **kwargs))
+            # CODEPATH: see `contrastive_selection`.
+            if config.contrastive_selection == "text":
+                true_pairs = self._look(text_states, image_index, prefix, **kwargs)
+                image_outputs = self._features_of_pairs(true_pairs, image_index, len(image_ids))
+            else:
+                image_outputs = self.get_image_features(prefix=prefix, **kwargs)
+            outputs = self.compare(text_outputs, image_outputs)
             embeds = outputs.image_embeds, outputs.text_embeds
             itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids)
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:
+            if true_pairs is None:
+                true_pairs = self._look(text_states, image_index, prefix, **kwargs)
             pairs = matching_pairs(pair_logits, pair_ids)
-            itm_logits, selection = self._match_pairs(
-                pairs, text_states, attention_mask, prefix, image_index, **kwargs
-            )
+            image_states = self._image_states(pairs, true_pairs, text_states, image_index, prefix, **kwargs)
+            texts = _select_texts(pairs.text_index, text_states, attention_mask)
+            fused = self.model.fusion_model(texts[0], image_states, texts[1], **kwargs)
+            itm_logits = self.itm_head(fused.last_hidden_state[:, 0])
             itm_loss = matching_loss(itm_logits, pairs.labels, pairs.weights)
-            outputs = {**outputs, "itm_logits": itm_logits, "selection": selection}
+            outputs = {**outputs, "itm_logits": itm_logits, "selection": true_pairs.selection}
         loss = weighted_sum((config.itc_weight, itc_loss), (config.itm_weight, itm_loss))
         return {**outputs, "loss": loss, "itc_loss": itc_loss, "itm_loss": itm_loss}
 
-    def _match_pairs(
+    def _look(
+        self,
+        text_states: torch.Tensor,
+        image_index: torch.LongTensor,
+        prefix: TripsVisionPrefix,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsVisionModelOutput:
+        """Text i looks at image `image_index[i]`."""
+        return self.model.vision_model(text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, **kwargs)
+
+    def _features_of_pairs(
+        self, true_pairs: TripsVisionModelOutput, image_index: torch.LongTensor, num_images: int
+    ) -> TripsVisionModelOutput:
+        """Normalised features of each image as its first caption sees it. An image without one is an error."""
+        captions = torch.arange(len(image_index), device=image_index.device)
+        nowhere = torch.full((num_images,), len(captions), device=image_index.device)
+        first_captions = nowhere.scatter_reduce(0, image_index, captions, "amin")
+        features = _normalized(self.vision_proj(true_pairs.pooler_output[first_captions]))
+        return TripsVisionModelOutput(pooler_output=features, selection=true_pairs.selection)
+
+    def _image_states(
         self,
         pairs: MatchingPairs,
+        true_pairs: TripsVisionModelOutput,
         text_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        prefix: TripsVisionPrefix,
         image_index: torch.LongTensor,
+        prefix: TripsVisionPrefix,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
-        """Logits of the pairs, of shape `(3 * num_texts, 2)`, and what was selected for the true ones among them."""
+    ) -> torch.Tensor:
+        """What each of the pairs sees of its image, `(3 * num_texts, image_length, hidden_size)`."""
         # CODEPATH: the patches of a negative pair are selected by its own text. Taking the tokens that the image has
         # in its true pair is cheaper, but the patches that were kept then tell which pair is true.
-        if self.config.honest_negatives:
-            matched = self.match(
-                attention_mask=attention_mask,
-                image_index=image_index[pairs.image_index],
-                prefix=prefix,
-                text_states=text_states,
-                text_index=pairs.text_index,
-                **kwargs,
-            )
-            return matched.itm_logits, _first_rows(matched.selection, len(image_index))
-        vision_outputs = self.model.vision_model(
-            text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, **kwargs
+        if not self.config.honest_negatives:
+            return true_pairs.last_hidden_state[pairs.image_index]
+        negatives = slice(len(image_index), None)
+        negative_pairs = self._look(
+            text_states[pairs.text_index[negatives]], image_index[pairs.image_index[negatives]], prefix, **kwargs
         )
-        text_states, attention_mask = _select_texts(pairs.text_index, text_states, attention_mask)
-        image_states = vision_outputs.last_hidden_state[pairs.image_index]
-        fused = self.model.fusion_model(text_states, image_states, attention_mask, **kwargs)
-        return self.itm_head(fused.last_hidden_state[:, 0]), vision_outputs.selection
+        return torch.cat((true_pairs.last_hidden_state, negative_pairs.last_hidden_state))
 
 
 @auto_docstring(
@@ -361,10 +384,6 @@ def _select_texts(
     index: torch.LongTensor, text_states: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     return text_states[index], attention_mask[index] if attention_mask is not None else None
-
-
-def _first_rows(selection: tuple[TripsSelection, ...], num_rows: int) -> tuple[TripsSelection, ...]:
-    return tuple(TripsSelection(**{name: value[:num_rows] for name, value in entry.items()}) for entry in selection)
 
 
 def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:

@@ -233,10 +233,14 @@ class TripsVisionModel(TripsPreTrainedModel):
         return TripsVisionPrefix(hidden_states)
 
     def encode_rest(
-        self, prefix: TripsVisionPrefix, text_embeds: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        prefix: TripsVisionPrefix,
+        text_embeds: torch.Tensor | None,
+        select_patches: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
         """From the first selection on: row i of `prefix` under the guidance of row i of `text_embeds`."""
-        schedule = self.config.selection_schedule
+        schedule = self.config.selection_schedule if select_patches else {}
         first_selection = prefix.first_selection_layer or len(self.layers) + 1
         hidden_states, class_query, key = prefix.hidden_states, prefix.class_query, prefix.key
         selections = []
@@ -262,6 +266,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
+        select_patches: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         r"""
@@ -271,6 +276,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             Text i looks at image `image_index[i]`. By default text i looks at image i.
         prefix (`TripsVisionPrefix`, *optional*):
             Result of `encode_prefix`, in place of `pixel_values`.
+        select_patches (`bool`, *optional*, defaults to `True`):
+            Whether the selection layers select. Without, all patches go on: a plain ViT.
         """
         if (pixel_values is None) == (prefix is None):
             raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
@@ -290,7 +297,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             prefix = _select_rows(prefix, image_index)
         if text_embeds is not None and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        hidden_states, selection = self.encode_rest(prefix, text_embeds, **kwargs)
+        hidden_states, selection = self.encode_rest(prefix, text_embeds, select_patches, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         if text_embeds is None and image_index is not None:  # no text was needed so far: each image was computed once
             hidden_states = hidden_states.index_select(0, image_index.to(hidden_states.device))

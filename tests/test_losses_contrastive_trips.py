@@ -212,11 +212,21 @@ def loss_and_gradients(images, texts, image_ids, text_image_ids):
     return [loss.detach(), temperature.grad, images.grad, texts.grad]
 
 
+# How many images and texts of the batch the first process has.
+SPLITS = [(2, 3), (3, 2), (1, 5)]
+
+
+def part_of_the_batch(rank, num_images, num_texts):
+    counts = (num_images, num_texts, num_images, num_texts)
+    return [tensor[:count] if rank == 0 else tensor[count:] for tensor, count in zip(make_batch(), counts)]
+
+
 def run_process(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    halves = [tensor.chunk(2)[rank] for tensor in make_batch()]
-    output = {"results": loss_and_gradients(*halves), "ids": distinct_image_ids(2, torch.device("cpu"))}
-    torch.save(output, f"{folder}/{rank}.pt")
+    results = [loss_and_gradients(*part_of_the_batch(rank, *split)) for split in SPLITS]
+    rows = gather_with_gradient(torch.arange(2 * rank + 1, dtype=torch.bfloat16)[:, None] + 10 * rank)
+    ids_of_process = distinct_image_ids(3 - rank, torch.device("cpu"))
+    torch.save({"results": results, "rows": rows, "ids": ids_of_process}, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
 
@@ -226,11 +236,13 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
     outputs = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     loss, temperature, images, texts = loss_and_gradients(*make_batch())
-    losses, temperatures, images_by_rank, texts_by_rank = zip(*(output["results"] for output in outputs))
-    torch.testing.assert_close(sum(losses) / 2, loss)
-    # Data parallel training takes the mean of what each process has for a weight: half of each row's gradient.
-    torch.testing.assert_close(sum(temperatures) / 2, temperature)
-    torch.testing.assert_close(torch.cat(images_by_rank) / 2, images)
-    torch.testing.assert_close(torch.cat(texts_by_rank) / 2, texts)
-    assert not torch.allclose(*losses)  # each has its own rows
-    assert [output["ids"].tolist() for output in outputs] == [[0, 1], [2, 3]]
+    for results in zip(*(output["results"] for output in outputs)):
+        losses, temperatures, images_by_rank, texts_by_rank = zip(*results)
+        torch.testing.assert_close(sum(losses) / 2, loss)
+        # Data parallel training takes the mean of what each process has for a weight: half of each row's gradient.
+        torch.testing.assert_close(sum(temperatures) / 2, temperature)
+        torch.testing.assert_close(torch.cat(images_by_rank) / 2, images)
+        torch.testing.assert_close(torch.cat(texts_by_rank) / 2, texts)
+        assert not torch.allclose(*losses)  # each has its own rows
+    assert [output["rows"].flatten().tolist() for output in outputs] == [[0, 10, 11, 12]] * 2
+    assert [output["ids"].tolist() for output in outputs] == [[0, 2, 4], [1, 3]]

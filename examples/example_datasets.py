@@ -1,22 +1,20 @@
-"""Data sets in, one schema per task: files, the Hub, the easy-VQA of the PyPI package, and scenes made of its images.
+"""Data sets in, one schema per task: files, the Hub, easy-VQA, and scenes made of its images.
 
-Whatever the origin, visual question answering comes out as a `datasets.DatasetDict` whose splits, `train` and
-`validation`, have the columns of `VQA_FEATURES`. Rows are checked where they are read, so that a bad one is reported
-by file and row before any training starts. easy-VQA and its scenes are built in memory in seconds: no network, no
-cache on disk. Also here: a WordPiece tokenizer trained on the questions, for runs without a pretrained one.
+Whatever the origin, the data of a task come out as a `datasets.DatasetDict` whose splits, `train` and `validation`,
+have the columns of its schema, see `TASKS`. Rows are checked where they are read, so that a bad one is reported by
+file and row before any training starts. Also here: a WordPiece tokenizer trained on the texts, for runs without a
+pretrained one.
 """
 
-import codecs
-import csv
 import functools
 import io
 import json
 import logging
-import random
-import re
+import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,22 +22,56 @@ import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, concatenate_datasets, load_dataset
 from datasets.utils import tqdm
+from example_formats import BadRowError, read_records
+from example_scenes import easy_vqa_records, scene_records
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertTokenizer
 
 
 logger = logging.getLogger(__name__)
 
-# Columns of a VQA split, one row per question. `image`: decoded to an RGB `PIL.Image` when a row is read. `image_id`:
-# equal for rows that share an image. `question_id`: the one given, or else the number of the row. `answers`: those of
-# the annotators, one or several. `source`: where the row is from, as in "train.jsonl row 17".
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+# Schemas: one row per text. `image`: decoded to an RGB `PIL.Image` when a row is read. `image_id`: equal for rows that
+# share an image. `question_id`: the one given, or else the number of the row. `source`: where the row is from, as in
+# "train.jsonl row 17".
+
 VQA_FEATURES = Features(
     {
         "image": Image(mode="RGB"),
         "image_id": Value("string"),
         "question_id": Value("string"),
         "question": Value("string"),
-        "answers": Sequence(Value("string")),
+        "answers": Sequence(Value("string")),  # those of the annotators, one or several
+        "source": Value("string"),
+    }
+)
+CAPTION_FEATURES = Features(
+    {
+        "image": Image(mode="RGB"),
+        "image_id": Value("string"),
+        "caption": Value("string"),
+        "source": Value("string"),
+    }
+)
+NLVR2_FEATURES = Features(
+    {
+        "images": Sequence(Image(mode="RGB")),  # left and right
+        "image_ids": Sequence(Value("string")),
+        "question_id": Value("string"),
+        "statement": Value("string"),
+        "label": Value("int64"),  # 1 where the statement is true, 0 where it is false
+        "source": Value("string"),
+    }
+)
+GROUNDING_FEATURES = Features(
+    {
+        "image": Image(mode="RGB"),
+        "image_id": Value("string"),
+        "question_id": Value("string"),
+        "expression": Value("string"),
+        "box": Sequence(Value("float32")),  # (x0, y0, x1, y1) in pixels of the image, x1 and y1 exclusive
         "source": Value("string"),
     }
 )
@@ -48,29 +80,35 @@ VQA_FEATURES = Features(
 # that there is no such tile.
 SCENE_FEATURES = Features({**VQA_FEATURES, "target_box": Sequence(Value("int32"))})
 
-EASY_VQA_COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
-EASY_VQA_SHAPES = {"circle", "rectangle", "triangle"}
-# In larger scenes hardly any colour or shape is unique, so that there is next to nothing to ask.
-MAX_GRID = 8
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-class BadRowError(ValueError):
+@dataclass(frozen=True)
+class Task:
     """
-    A row that cannot be used.
+    What a task needs of its data.
 
     Args:
-        reason (`str`): What is wrong, in words that are the same for all rows with the same fault.
-        detail (`str`, *optional*, defaults to `""`): The value at fault.
+        features (`Features`): The columns of its rows.
+        text (`str`): The column the model reads.
+        columns (`tuple[str, ...]`): The columns it reads of a record, besides those of the images.
+        needs (`str`): The columns that a record must have, in words.
+        read_texts (`Callable[[dict], list[dict]]`):
+            Makes rows of a record, as a rule one: all columns but those of the images and `source`. `question_id` is
+            left empty where the record has none.
     """
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
+    features: Features
+    text: str
+    columns: tuple[str, ...]
+    needs: str
+    read_texts: Callable[[dict], list[dict]]
+
+    @property
+    def image_column(self) -> str:
+        return "image" if "image" in self.features else "images"
 
 
-def load_vqa_dataset(
+def load_task_dataset(
+    task: str,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     *,
@@ -78,7 +116,7 @@ def load_vqa_dataset(
     validation_file: str | Path | None = None,
     image_root: str | Path | None = None,
     skip_bad_rows: bool = False,
-    grid: int = 2,
+    grid: int | None = None,
     train_scenes: int = 4000,
     validation_scenes: int = 1000,
     seed: int = 0,
@@ -86,21 +124,32 @@ def load_vqa_dataset(
     token: str | None = None,
 ) -> DatasetDict:
     """
-    Loads a data set for visual question answering.
+    Loads the data of a task.
 
     Args:
+        task (`str`):
+            `"vqa"`, `"captions"` (for retrieval, captioning and pre-training), `"nlvr2"` or `"grounding"`.
         dataset_name (`str`, *optional*):
-            `"easy_vqa"`, also the default where no file is given: easy-VQA with its official split, whose test part
-            is the split `validation`. `"easy_vqa_scenes"`: scenes made of its images, see `easy_vqa_scenes`. Any
-            other name: a data set of the Hub with the splits `train` and `validation` and the columns `image`,
-            `question` and `answers` or `answer`; only its texts are checked.
+            `"easy_vqa"`: easy-VQA with its official split, whose test part is the split `validation`; for the task
+            `"vqa"` only, whose default it is where no file is given. `"easy_vqa_scenes"`: scenes made of its images,
+            see `example_scenes.scene_records`; the default of the other tasks. Any other name: a data set of the Hub
+            with the splits `train` and `validation` and the columns of a file; its images are not checked, except
+            that the boxes of `"grounding"` lie within them.
         dataset_config_name (`str`, *optional*):
             Configuration of the data set of the Hub.
         train_file (`str` or `Path`, *optional*):
-            JSON (a list of objects, or one object per line), JSONL, CSV or Parquet file, in UTF-8, with the columns
-            `image` (a path), `question` and `answer` (one) or `answers` (a list; in CSV a JSON list or several
-            separated by `|`; blank ones are dropped) and perhaps `image_id` and `question_id`. Rows count from 1: the
-            lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet.
+            JSON (a list of objects, or one object per line), JSONL, CSV or Parquet file, in UTF-8. Rows count from 1:
+            the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. Where
+            a list is wanted, a cell of CSV holds a JSON list, or several texts separated by `|`. Columns by task:
+
+            - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
+            - `"captions"`: `image`, and `caption` (one) or `captions` (a list: a row is made of each)
+            - `"nlvr2"`: `images` (two) or `left_image` and `right_image`; `statement`; `label` (1, 0, true or false)
+            - `"grounding"`: `image`, `expression`, `box` ([x0, y0, x1, y1] in pixels, at most one pixel outside the
+              image, and cut to it)
+
+            An `image` is a path, in Parquet also a struct of `bytes` and `path`. `image_id` (`image_ids` for
+            `"nlvr2"`) and `question_id` are optional.
         validation_file (`str` or `Path`, *optional*):
             As `train_file`. One of both is enough: the result then has that split only.
         image_root (`str` or `Path`, *optional*):
@@ -108,27 +157,30 @@ def load_vqa_dataset(
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Whether to skip the rows that cannot be used, with a warning that counts them, rather than to raise. Images
             are then decoded to the end, so that truncated ones are found too, and not only verified.
-        grid (`int`, *optional*, defaults to 2):
-            Tiles along each side of a scene, 1 to 8.
+        grid (`int`, *optional*):
+            Tiles along each side of a scene, 1 to 8. Default: `example_scenes.DEFAULT_GRID`, by task.
         train_scenes (`int`, *optional*, defaults to 4000):
-            Number of scenes of the split `train`.
+            Number of scenes of the split `train`; for `"nlvr2"` of statements, each about two pairs of scenes.
         validation_scenes (`int`, *optional*, defaults to 1000):
             Number of scenes of the split `validation`.
         seed (`int`, *optional*, defaults to 0):
             Seed of the scenes.
         cache_dir (`str`, *optional*):
-            Folder for data sets of the Hub. Defaults to that of the datasets library.
+            Folder for data sets of the Hub and Parquet files with images. Defaults to that of the datasets library.
         token (`str`, *optional*):
             Access token for data sets of the Hub.
 
     Returns:
-        `DatasetDict`: Splits with the columns of `VQA_FEATURES`, those of scenes of `SCENE_FEATURES`.
+        `DatasetDict`: Splits with the columns of `TASKS[task].features`, those of scenes for `"vqa"` of
+        `SCENE_FEATURES`.
 
     Raises:
         `ValueError`: Where rows cannot be used, naming the first few, or where the arguments contradict each other.
         `FileNotFoundError`: Where a file or `image_root` does not exist.
         `ImportError`: Where easy-VQA is asked for and its package is missing.
     """
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
     files = {"train": train_file, "validation": validation_file}
     files = {split: Path(file) for split, file in files.items() if file is not None}
     if files and dataset_name is not None:
@@ -137,27 +189,39 @@ def load_vqa_dataset(
         )
     if image_root is not None and not files:
         raise ValueError(f"image_root (is {str(image_root)!r}) goes with train_file or validation_file: give one.")
+    name = dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
+    reader = _Reader(TASKS[task], skip_bad_rows)
     if files:
-        return DatasetDict({split: _vqa_file(file, image_root, skip_bad_rows) for split, file in files.items()})
-    if dataset_name in (None, "easy_vqa"):
-        return DatasetDict(train=_easy_vqa("train"), validation=_easy_vqa("test"))
-    if dataset_name == "easy_vqa_scenes":
+        return DatasetDict({split: reader.read_file(file, image_root, cache_dir) for split, file in files.items()})
+    if name == "easy_vqa":
+        if task != "vqa":
+            raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
         return DatasetDict(
-            train=easy_vqa_scenes("train", train_scenes, grid, seed),
-            validation=easy_vqa_scenes("test", validation_scenes, grid, seed),
+            train=reader.read_embedded(easy_vqa_records("train"), f"{name} train"),
+            validation=reader.read_embedded(easy_vqa_records("test"), f"{name} test"),
         )
-    hub = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, token=token)
+    if name == "easy_vqa_scenes":
+        make_scenes = functools.partial(scene_records, task, grid=grid, seed=seed)
+        return DatasetDict(
+            train=reader.read_embedded(make_scenes("train", train_scenes), f"{name} train"),
+            validation=reader.read_embedded(make_scenes("test", validation_scenes), f"{name} test"),
+        )
+    hub = load_dataset(name, dataset_config_name, cache_dir=cache_dir, token=token)
     if missing := {"train", "validation"} - hub.keys():
         raise ValueError(
-            f"{dataset_name} has no split {sorted(missing)}, only {sorted(hub)}: choose another data set or "
+            f"{name} has no split {sorted(missing)}, only {sorted(hub)}: choose another data set or "
             "configuration, or save its splits to files and give them as train_file and validation_file."
         )
+    check = "header" if task == "grounding" else None
     return DatasetDict(
-        {split: _vqa_hub(hub[split], f"{dataset_name} {split}", skip_bad_rows) for split in ("train", "validation")}
+        {split: reader.read_table(hub[split], f"{name} {split}", check) for split in ("train", "validation")}
     )
 
 
-# Rows: one record in, one row of the schema out
+load_vqa_dataset = functools.partial(load_task_dataset, "vqa")
+
+
+# Texts: what each task reads from a record
 
 
 def _text(value: Any, column: str) -> str:
@@ -168,69 +232,330 @@ def _text(value: Any, column: str) -> str:
     return str(value).strip()
 
 
+def _missing(column: str, record: dict) -> BadRowError:
+    return BadRowError(f"no {column}", f"its columns are {', '.join(map(str, record))}")
+
+
 def _filled_text(record: dict, column: str) -> str:
     text = _text(record.get(column), column)
     if not text:
-        raise BadRowError(f"no {column}", f"its columns are {', '.join(map(str, record))}")
+        raise _missing(column, record)
     return text
 
 
-def _answers_of_cell(cell: str) -> list:
-    if not cell.lstrip().startswith("["):
-        return [answer for answer in cell.split("|") if answer.strip()]
-    try:
-        return json.loads(cell)
-    except json.JSONDecodeError as error:
-        raise BadRowError("answers is not a JSON list", f"{reprlib.repr(cell)}: {error}") from error
+def _list(value: Any, column: str) -> list:
+    """A list, or the cell of CSV that stands for one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRowError(f"{column} is not a JSON list", f"{reprlib.repr(value)}: {error}") from error
+    elif isinstance(value, str):
+        value = [text for text in value.split("|") if text.strip()]
+    if not isinstance(value, list):
+        raise BadRowError(f"{column} is not a list", reprlib.repr(value))
+    return value
 
 
-def _answers(record: dict) -> list[str]:
-    answers = record.get("answers")
-    if isinstance(answers, str):
-        answers = _answers_of_cell(answers)
-    if not answers:
-        answers = [record.get("answer")]
-    if not isinstance(answers, list):
-        raise BadRowError("answers is not a list", reprlib.repr(answers))
+def _one_or_several(record: dict, one: str, several: str) -> list:
+    if values := record.get(several):
+        return _list(values, several)
+    value = record.get(one)
+    return value if isinstance(value, list) else [value]
+
+
+def _question(record: dict) -> list[dict]:
+    question = _filled_text(record, "question")
     # VQAv2 has a dict per annotator, with the confidence and the number of the annotator beside the answer.
+    answers = _one_or_several(record, "answer", "answers")
     texts = [_text(each.get("answer") if isinstance(each, dict) else each, "an answer") for each in answers]
     texts = [text for text in texts if text]
     if not texts:
-        raise BadRowError("no answer", f"its columns are {', '.join(map(str, record))}")
-    return texts
+        raise _missing("answer", record)
+    return [{"question_id": _text(record.get("question_id"), "question_id"), "question": question, "answers": texts}]
 
 
-def _vqa_texts(record: dict, source: str, number: int) -> dict:
-    question_id = _text(record.get("question_id"), "question_id") or str(number)
-    question = _filled_text(record, "question")
-    return {"question_id": question_id, "question": question, "answers": _answers(record), "source": source}
+def _captions(record: dict) -> list[dict]:
+    captions = [_text(caption, "a caption") for caption in _one_or_several(record, "caption", "captions")]
+    if not any(captions):
+        raise _missing("caption", record)
+    if not all(captions):
+        raise BadRowError("an empty caption", f"number {captions.index('') + 1} of {len(captions)}")
+    return [{"caption": caption} for caption in captions]
 
 
-def _good_rows(
-    records: Iterable[tuple[int, dict | BadRowError]],
-    make_row: Callable[[int, dict], dict],
-    name: str,
-    skip_bad_rows: bool,
-) -> list[dict]:
-    """Returns `make_row(number, record)` of each record; `BadRowError`s are raised, or counted and skipped, at the
-    end. A record may be such an error already: a line that is no JSON."""
-    rows, bad = [], []
-    for number, record in tqdm(records, desc=f"Checking {name}", unit=" rows"):
-        try:
-            if isinstance(record, BadRowError):
-                raise record
-            rows.append(make_row(number, record))
-        except BadRowError as error:
-            bad.append((number, error))
-    if bad and not skip_bad_rows:
-        raise ValueError(_describe(bad, name, total=len(rows) + len(bad)))
-    if bad:
-        reasons = Counter(error.reason for _, error in bad)
-        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        logger.warning(f"Skipped {len(bad)} of the {len(rows) + len(bad)} rows of {name} ({counts}).")
-    if not rows:
-        raise ValueError(f"{name} has no row that can be used: it needs the columns image, question and answer.")
-    return rows
+LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
+
+
+def _statement(record: dict) -> list[dict]:
+    statement = _filled_text(record, "statement")
+    label = str("" if record.get("label") is None else record["label"]).strip().lower()
+    if not label:
+        raise _missing("label", record)
+    if label not in LABELS:
+        raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
+    question_id = _text(record.get("question_id"), "question_id")
+    return [{"question_id": question_id, "statement": statement, "label": LABELS[label]}]
+
+
+def _expression(record: dict) -> list[dict]:
+    expression = _filled_text(record, "expression")
+    if record.get("box") in (None, ""):
+        raise _missing("box", record)
+    try:
+        x0, y0, x1, y1 = box = [float(number) for number in _list(record["box"], "box")]
+    except (TypeError, ValueError) as error:
+        raise BadRowError("box is not four numbers", reprlib.repr(record["box"])) from error
+    if not all(map(math.isfinite, box)):
+        raise BadRowError("box is not four numbers", str(box))
+    if x0 >= x1 or y0 >= y1:
+        raise BadRowError("box without area", f"[x0, y0, x1, y1] = {box}")
+    return [{"question_id": _text(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
+
+
+TASKS = {
+    "vqa": Task(
+        features=VQA_FEATURES,
+        text="question",
+        columns=("image_id", "question_id", "question", "answer", "answers"),
+        needs="image, question and answer",
+        read_texts=_question,
+    ),
+    "captions": Task(
+        features=CAPTION_FEATURES,
+        text="caption",
+        columns=("image_id", "caption", "captions"),
+        needs="image and caption",
+        read_texts=_captions,
+    ),
+    "nlvr2": Task(
+        features=NLVR2_FEATURES,
+        text="statement",
+        columns=("image_ids", "question_id", "statement", "label"),
+        needs="images (two), statement and label",
+        read_texts=_statement,
+    ),
+    "grounding": Task(
+        features=GROUNDING_FEATURES,
+        text="expression",
+        columns=("image_id", "question_id", "expression", "box"),
+        needs="image, expression and box",
+        read_texts=_expression,
+    ),
+}
+TEXT_COLUMNS = {name: task.text for name, task in TASKS.items()}
+
+
+# Images
+
+
+class _Found(NamedTuple):
+    """An image as `datasets.Image` takes it; its path and (width, height) where they are known."""
+
+    image: Any
+    path: str | None
+    size: tuple[int, int] | None
+
+
+def _image_values(record: dict, task: Task) -> list:
+    if task.image_column == "image":
+        return [record.get("image")]
+    if record.get("images"):
+        values = _list(record["images"], "images")
+    else:
+        values = [record.get("left_image"), record.get("right_image")]
+    if len(values) != 2:
+        raise BadRowError("not two images", reprlib.repr(values))
+    return values
+
+
+class _ImageFinder:
+    """
+    Finds the images of a record: files in a folder, each checked once, or encoded ones as they are.
+
+    Args:
+        task (`Task`)
+        root (`Path`): Folder that paths are relative to.
+        check (`str`, *optional*): How to check files, see `_inspect`.
+    """
+
+    def __init__(self, task: Task, root: Path, check: str | None):
+        if not root.is_dir():
+            raise FileNotFoundError(f"There is no folder {root}: image_root is the one the images are in.")
+        self.task, self.root = task, root
+        # Texts share images.
+        self.inspect_once = functools.cache(functools.partial(_inspect, check=check))
+
+    def __call__(self, number: int, record: dict) -> list[_Found]:
+        return [self.find(value) for value in _image_values(record, self.task)]
+
+    def find(self, value: Any) -> _Found:
+        if isinstance(value, dict):
+            return _Found(value, None, None)
+        path = str(self.root / _filled_text({"image": value}, "image"))
+        return _Found(path, path, _size(self.inspect_once(path)))
+
+
+def _inspect(image: str | bytes, check: str | None) -> tuple[int, int] | BadRowError | None:
+    """
+    The width and height of an image, by its path or encoded, or what is wrong with it. By `check`, `"header"` reads
+    no more than these, `"verify"` looks for damage without decoding it, `"decode"` finds truncated images too, and
+    None looks at nothing.
+    """
+    if check is None:
+        return None
+    name = image if isinstance(image, str) else f"{len(image)} bytes"
+    try:
+        with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
+            size = opened.size
+            {"header": lambda: None, "verify": opened.verify, "decode": opened.load}[check]()
+    except FileNotFoundError:
+        return BadRowError("missing image", name)
+    # What else a broken file raises is up to the Pillow plugin of its format.
+    except Exception as error:
+        return BadRowError("unreadable image", f"{name}: {error}")
+    return size
+
+
+def _size(inspected: tuple[int, int] | BadRowError | None) -> tuple[int, int] | None:
+    if isinstance(inspected, BadRowError):
+        raise BadRowError(inspected.reason, inspected.detail)
+    return inspected
+
+
+# Rows: a record in, rows of the schema out
+
+
+class _RowMaker:
+    """
+    Makes the rows of a split.
+
+    Args:
+        task (`Task`)
+        name (`str`): Of the split, for `source` and errors.
+        find_images (`Callable[[int, dict], list[_Found]]`): Given a record's number and the record.
+    """
+
+    def __init__(self, task: Task, name: str, find_images: Callable[[int, dict], list[_Found]]):
+        self.task, self.name, self.find_images = task, name, find_images
+        self.path_of_id: dict[str, str] = {}
+
+    def __call__(self, number: int, record: dict) -> list[dict]:
+        texts = self.task.read_texts(record)
+        found = self.find_images(number, record)
+        images, image_ids = [image for image, _, _ in found], self.image_ids(number, record, found)
+        if self.task.image_column == "image":
+            shared = {"image": images[0], "image_id": image_ids[0]}
+        else:
+            shared = {"images": images, "image_ids": image_ids}
+        shared["source"] = f"{self.name} row {number}"
+        for row in texts:
+            if "question_id" in row:
+                row["question_id"] = row["question_id"] or str(number)
+            if "box" in row and found[0].size is not None:
+                row["box"] = _within(row["box"], found[0].size)
+        return [{**shared, **row} for row in texts]
+
+    def image_ids(self, number: int, record: dict, found: list[_Found]) -> list[str]:
+        if self.task.image_column == "image":
+            given, defaults = [record.get("image_id")], [str(number)]
+        else:
+            given = _list(record.get("image_ids") or [None, None], "image_ids")
+            defaults = [f"{number} left", f"{number} right"]
+        if len(given) != len(found):
+            raise BadRowError("not two image_ids", reprlib.repr(given))
+        ids = [_text(value, "image_id") for value in given]
+        ids = [id or image.path or default for id, image, default in zip(ids, found, defaults)]
+        for id, image in zip(ids, found):
+            if self.path_of_id.setdefault(id, image.path) != image.path:
+                raise BadRowError("image_id of two images", f"{id}: {self.path_of_id[id]} and {image.path}")
+        return ids
+
+
+def _within(box: list[float], size: tuple[int, int], tolerance: float = 1.0) -> list[float]:
+    """The box cut to the image: data sets round corners, so that some are off by less than a pixel."""
+    limits = [*size, *size]
+    if any(not -tolerance <= value <= limit + tolerance for value, limit in zip(box, limits)):
+        raise BadRowError("box outside the image", f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}")
+    cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
+    if cut[0] >= cut[2] or cut[1] >= cut[3]:
+        raise BadRowError("box outside the image", f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}")
+    return cut
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the splits of a task, and knows what to do with rows that cannot be used."""
+
+    task: Task
+    skip_bad_rows: bool
+
+    def read_file(self, file: Path, image_root: str | Path | None, cache_dir: str | None) -> Dataset:
+        check = "decode" if self.skip_bad_rows else "verify"
+        if _has_encoded_images(file, self.task):
+            table = load_dataset("parquet", data_files=str(file), split="train", cache_dir=cache_dir)
+            return self.read_table(table, file.name, check)
+        find_images = _ImageFinder(self.task, file.parent if image_root is None else Path(image_root), check)
+        rows = self.good_rows(read_records(file), _RowMaker(self.task, file.name, find_images), file.name)
+        return _as_dataset(rows, self.task.features)
+
+    def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
+        make_known_rows = _RowMaker(self.task, name, _ImageFinder(self.task, Path(), check=None))
+
+        def make_rows(number: int, record: dict) -> list[dict]:
+            extra = {"target_box": record["target_box"]} if "target_box" in record else {}
+            return [{**row, **extra} for row in make_known_rows(number, record)]
+
+        rows = self.good_rows(enumerate(records, start=1), make_rows, name)
+        return _as_dataset(rows, SCENE_FEATURES if "target_box" in rows[0] else self.task.features)
+
+    def read_table(self, table: Dataset, name: str, check: str | None) -> Dataset:
+        images = _images_of_table(table, self.task, name)
+        make_known_rows = _RowMaker(self.task, name, _TableImageFinder(images, self.task, check))
+        indices = []
+
+        def make_rows(number: int, record: dict) -> list[dict]:
+            rows = make_known_rows(number, record)
+            indices.extend([number - 1] * len(rows))
+            return [{column: row[column] for column in row if column != self.task.image_column} for row in rows]
+
+        # The images stay where they are: only the texts are read.
+        texts = table.select_columns([column for column in table.column_names if column in self.task.columns])
+        rows = self.good_rows(enumerate(texts, start=1), make_rows, name)
+        features = Features({column: self.task.features[column] for column in rows[0]})
+        rows = _as_dataset(rows, features)
+        return concatenate_datasets([images.select(indices), rows], axis=1).select_columns(list(self.task.features))
+
+    def good_rows(
+        self,
+        records: Iterable[tuple[int, dict | BadRowError]],
+        make_rows: Callable[[int, dict], list[dict]],
+        name: str,
+    ) -> list[dict]:
+        """Returns all `make_rows(number, record)`; `BadRowError`s are raised, or counted and skipped, at the end. A
+        record may be such an error already: a line that is no JSON."""
+        rows, bad, total = [], [], 0
+        for number, record in tqdm(records, desc=f"Reading {name}", unit=" rows"):
+            total += 1
+            try:
+                if isinstance(record, BadRowError):
+                    raise record
+                rows += make_rows(number, record)
+            except BadRowError as error:
+                bad.append((number, error))
+        if bad and not self.skip_bad_rows:
+            raise ValueError(_describe(bad, name, total))
+        if bad:
+            reasons = Counter(error.reason for _, error in bad)
+            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            logger.warning(f"Skipped {len(bad)} of the {total} rows of {name} ({counts}).")
+        if not rows:
+            raise ValueError(f"{name} has no row that can be used: it needs the columns {self.task.needs}.")
+        return rows
+
+
+def _as_dataset(rows: list[dict], features: Features) -> Dataset:
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
 
 
 def _describe(bad: list[tuple[int, BadRowError]], name: str, total: int, shown: int = 5) -> str:
@@ -241,272 +566,67 @@ def _describe(bad: list[tuple[int, BadRowError]], name: str, total: int, shown: 
     return "\n".join([*lines, "Mend them, or leave them out with --skip_bad_rows."])
 
 
-# Files
+# Tables that hold their images: the Hub, and Parquet with encoded images
 
 
-def _vqa_file(file: Path, image_root: str | Path | None, skip_bad_rows: bool) -> Dataset:
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
-    folder = file.parent if image_root is None else Path(image_root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: image_root is the one the images are in.")
-    # Questions share images: each file is opened once.
-    image_fault = functools.cache(functools.partial(_image_fault, decode=skip_bad_rows))
-    path_of_id = {}
-
-    def make_row(number: int, record: dict) -> dict:
-        texts = _vqa_texts(record, f"{file.name} row {number}", number)
-        path = folder / _filled_text(record, "image")
-        if fault := image_fault(path):
-            raise BadRowError(*fault)
-        image_id = _text(record.get("image_id"), "image_id") or str(path)
-        if path_of_id.setdefault(image_id, path) != path:
-            raise BadRowError("image_id of two images", f"{image_id}: {path_of_id[image_id]} and {path}")
-        return {"image": str(path), "image_id": image_id, **texts}
-
-    rows = _good_rows(_read_records(file), make_row, file.name, skip_bad_rows)
-    return Dataset.from_list(rows, features=VQA_FEATURES)
-
-
-def _image_fault(path: Path, decode: bool) -> tuple[str, str] | None:
+def _has_encoded_images(file: Path, task: Task) -> bool:
+    if file.suffix.lower() != ".parquet" or not file.is_file():
+        return False
     try:
-        with PIL.Image.open(path) as image:
-            check = image.load if decode else image.verify
-            check()
-    except FileNotFoundError:
-        return "missing image", str(path)
-    # What else a broken file raises is up to the Pillow plugin of its format.
-    except Exception as error:
-        return "unreadable image", f"{path}: {error}"
-    return None
+        schema = pyarrow.parquet.read_schema(file)
+    except pyarrow.ArrowInvalid:
+        return False  # reading the records says so
+    columns = [task.image_column] if task.image_column in schema.names else ["left_image"]
+    types = [schema.field(column).type for column in columns if column in schema.names]
+    types = [type.value_type if pyarrow.types.is_list(type) else type for type in types]
+    return any(map(pyarrow.types.is_struct, types))
 
 
-def _read_records(file: Path) -> Iterator[tuple[int, dict | BadRowError]]:
-    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
-    if (suffix := file.suffix.lower()) not in readers:
-        raise ValueError(f"{file} ends with {suffix!r}: convert it to one of {', '.join(readers)}.")
-    try:
-        yield from readers[suffix](file)
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{file} is no valid {suffix} file: {error}. Mend or convert it.") from error
+def _images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
+    """The column of the images alone, as the schema has it."""
+    column, pair = task.image_column, ["left_image", "right_image"]
+    has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
+    if missing := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
+        raise ValueError(f"{name} has no columns {sorted(missing)}, only {table.column_names}: rename them.")
+    if not has_pair:
+        return table.select_columns(column).cast_column(column, task.features[column])
+    sides = table.select_columns(pair)
+    for side in pair:
+        sides = sides.cast_column(side, Image(decode=False))
+    return sides.map(
+        lambda row: {column: [row[side] for side in pair]},
+        remove_columns=pair,
+        features=Features({column: task.features[column]}),
+        desc=f"Pairing the images of {name}",
+    )
 
 
-def _as_record(value: Any) -> dict | BadRowError:
-    return value if isinstance(value, dict) else BadRowError("not a JSON object", reprlib.repr(value))
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, dict | BadRowError]]:
-    content = file.read_bytes()
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _read_json_lines(file)
-    return ((number, _as_record(value)) for number, value in enumerate(json.loads(content), start=1))
-
-
-def _read_json_lines(file: Path) -> Iterator[tuple[int, dict | BadRowError]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, _as_record(json.loads(line))
-            except json.JSONDecodeError as error:
-                yield number, BadRowError("broken JSON", f"{error.msg} at column {error.colno}")
-            except UnicodeDecodeError as error:
-                yield number, BadRowError("not UTF-8", str(error))
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, dict | BadRowError]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        for number, record in enumerate(csv.DictReader(lines), start=1):
-            if surplus := record.get(None):
-                yield number, BadRowError("more cells than the header", f"{surplus}: quote cells that have commas")
-            else:
-                yield number, record
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, dict | BadRowError]]:
-    with pyarrow.parquet.ParquetFile(file) as table:
-        yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), start=1)
-
-
-# The Hub
-
-
-def _vqa_hub(dataset: Dataset, name: str, skip_bad_rows: bool) -> Dataset:
-    if missing := {"image", "question"} - set(dataset.column_names):
-        raise ValueError(f"{name} has no columns {sorted(missing)}, only {dataset.column_names}: rename them.")
-
-    def make_row(number: int, record: dict) -> dict:
-        image_id = _text(record.get("image_id"), "image_id") or str(number)
-        return {"index": number - 1, "image_id": image_id, **_vqa_texts(record, f"{name} row {number}", number)}
-
-    # The images stay where they are: only the texts are read.
-    usable = {*VQA_FEATURES, "answer"} - {"image"}
-    text_columns = [column for column in dataset.column_names if column in usable]
-    records = enumerate(dataset.select_columns(text_columns), start=1)
-    rows = _good_rows(records, make_row, name, skip_bad_rows)
-    images = dataset.select_columns("image").select([row.pop("index") for row in rows])
-    images = images.cast_column("image", VQA_FEATURES["image"])
-    text_features = Features({column: VQA_FEATURES[column] for column in VQA_FEATURES if column != "image"})
-    return concatenate_datasets([images, Dataset.from_list(rows, features=text_features)], axis=1)
-
-
-# easy-VQA
-
-
-class _EasyVqaSplit(NamedTuple):
-    questions: list[str]
-    answers: list[str]
-    image_ids: list[int]
-    image_paths: dict[int, str]
-
-
-def _read_easy_vqa(split: str) -> _EasyVqaSplit:
-    try:
-        import easy_vqa
-    except ImportError as error:
-        raise ImportError(
-            "The data set easy-VQA is in the package easy-vqa, which is not installed: `pip install easy-vqa`."
-        ) from error
-    if split == "train":
-        return _EasyVqaSplit(*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
-    return _EasyVqaSplit(*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
-
-
-def _easy_vqa(split: str) -> Dataset:
-    data = _read_easy_vqa(split)
-    numbers = range(1, len(data.questions) + 1)
-    columns = {
-        "image": [data.image_paths[image_id] for image_id in data.image_ids],
-        "image_id": [f"{split} {image_id}" for image_id in data.image_ids],
-        "question_id": [str(number) for number in numbers],
-        "question": data.questions,
-        "answers": [[answer] for answer in data.answers],
-        "source": [f"easy_vqa {split} row {number}" for number in numbers],
-    }
-    return Dataset.from_dict(columns, features=VQA_FEATURES)
-
-
-def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
+class _TableImageFinder:
     """
-    Recovers what the images of easy-VQA show from their own questions and answers.
-
-    A yes or no question about "no" or "not" is read as its opposite. Of the official images, about one in ten has too
-    few questions to tell both its colour and its shape: it is left out.
+    Checks the images of a record, whose place in the table is its number, and leaves them there.
 
     Args:
-        split (`str`): `"train"` or `"test"`.
-
-    Returns:
-        `dict[int, tuple[str, str]]`: The colour and the shape by number of image, in ascending order.
-
-    Raises:
-        `ValueError`: Where the questions about an image contradict each other.
+        images (`Dataset`): See `_images_of_table`.
+        task (`Task`)
+        check (`str`, *optional*): How to check them, see `_inspect`.
     """
-    data = _read_easy_vqa(split)
-    left = dict.fromkeys(sorted(data.image_paths), (EASY_VQA_COLORS, EASY_VQA_SHAPES))
-    for question, answer, image_id in zip(data.questions, data.answers, data.image_ids, strict=True):
-        words = set(re.findall(r"\w+", question))
-        denied = (answer == "no") != bool(words & {"no", "not"})
-        left[image_id] = tuple(_narrow(names, words | {answer}, denied) for names in left[image_id])
-        if not all(left[image_id]):
-            raise ValueError(
-                f"The questions about the {split} image {image_id} of easy-VQA contradict each other, at the latest "
-                f"in {question!r} with the answer {answer!r}: install the package easy-vqa anew."
-            )
-    return {
-        image_id: (*colors, *shapes) for image_id, (colors, shapes) in left.items() if len(colors) == len(shapes) == 1
-    }
 
+    def __init__(self, images: Dataset, task: Task, check: str | None):
+        self.column, self.check = task.image_column, check
+        encoded = Image(decode=False)
+        self.images = images.cast_column(self.column, encoded if self.column == "image" else Sequence(encoded))
 
-def _narrow(names: set[str], words: set[str], denied: bool) -> set[str]:
-    if not names & words:
-        return names
-    return names - words if denied else names & words
-
-
-# Scenes
-
-
-def easy_vqa_scenes(split: str, num_scenes: int, grid: int = 2, seed: int = 0) -> Dataset:
-    """
-    Makes scenes of `grid` x `grid` images of easy-VQA, with questions each about one of them: the one the text names.
-
-    A scene has a question for each colour and each shape that only one of its tiles has ("what shape is the red
-    shape?", "what color is the circle?"), and one pair about presence, as often "yes" as "no" ("is there a red
-    circle?"). Whatever is said to be absent has a colour that is in the scene, so that colour and shape have to be
-    seen together. The first scenes are the same however many are made. Images whose colour and shape easy-VQA does not
-    tell are not used, see `easy_vqa_attributes`.
-
-    Args:
-        split (`str`): `"train"` or `"test"`: the part of easy-VQA all tiles are from.
-        num_scenes (`int`): Number of scenes, at least 1.
-        grid (`int`, *optional*, defaults to 2): Tiles of 64 x 64 pixels along each side, 1 to 8.
-        seed (`int`, *optional*, defaults to 0): Seed of the choice of tiles and questions, mixed with the split.
-
-    Returns:
-        `Dataset`: One row per question with the columns of `SCENE_FEATURES`, about six rows per scene for `grid=2`.
-
-    Raises:
-        `ValueError`: Where `grid` or `num_scenes` is out of its range.
-    """
-    if not 1 <= grid <= MAX_GRID:
-        raise ValueError(f"grid is {grid}: choose 1 to {MAX_GRID} tiles along each side of a scene.")
-    if num_scenes < 1:
-        raise ValueError(f"The number of {split} scenes is {num_scenes}: choose at least 1.")
-    rng = random.Random(f"{seed} {split}")
-    paths = _read_easy_vqa(split).image_paths
-    attributes = easy_vqa_attributes(split)
-    tiles = {image_id: PIL.Image.open(paths[image_id]).convert("RGB") for image_id in attributes}
-    rows = []
-    for scene in range(1, num_scenes + 1):
-        chosen = rng.sample(list(tiles), grid * grid)
-        image, boxes = _tiled([tiles[image_id] for image_id in chosen], grid)
-        for question, answer, cell in _scene_questions([attributes[image_id] for image_id in chosen], rng):
-            number = len(rows) + 1
-            rows.append(
-                {
-                    "image": image,
-                    "image_id": f"{split} scene {scene}",
-                    "question_id": str(number),
-                    "question": question,
-                    "answers": [answer],
-                    "source": f"easy_vqa_scenes {split} row {number}",
-                    "target_box": None if cell is None else boxes[cell],
-                }
-            )
-    return Dataset.from_list(rows, features=SCENE_FEATURES)
-
-
-def _tiled(tiles: list[PIL.Image.Image], grid: int) -> tuple[dict, list[tuple[int, int, int, int]]]:
-    """Returns the scene, encoded as `datasets.Image` takes it, and the box of each tile, row by row."""
-    width, height = tiles[0].size
-    scene = PIL.Image.new("RGB", (grid * width, grid * height))
-    boxes = []
-    for cell, tile in enumerate(tiles):
-        x0, y0 = cell % grid * width, cell // grid * height
-        boxes.append((x0, y0, x0 + width, y0 + height))
-        scene.paste(tile, boxes[-1])
-    png = io.BytesIO()
-    scene.save(png, "PNG", compress_level=1)
-    return {"bytes": png.getvalue(), "path": None}, boxes
-
-
-def _scene_questions(tiles: list[tuple[str, str]], rng: random.Random) -> Iterator[tuple[str, str, int | None]]:
-    """Yields each question, its answer and the cell it is about, of tiles given by colour and shape."""
-    times = Counter(name for tile in tiles for name in (*tile, tile))
-    for cell, (color, shape) in enumerate(tiles):
-        if times[color] == 1:
-            yield f"what shape is the {color} shape?", shape, cell
-        if times[shape] == 1:
-            yield f"what color is the {shape}?", color, cell
-    present = [cell for cell, tile in enumerate(tiles) if times[tile] == 1]
-    colors = {color for color, _ in tiles}
-    absent = sorted({(color, shape) for color in colors for shape in EASY_VQA_SHAPES} - set(tiles))
-    if present and absent:
-        cell = rng.choice(present)
-        yield f"is there a {' '.join(tiles[cell])}?", "yes", cell
-        yield f"is there a {' '.join(rng.choice(absent))}?", "no", None
+    def __call__(self, number: int, record: dict) -> list[_Found]:
+        if self.check is None:
+            return [_Found(None, None, None)] * (1 if self.column == "image" else 2)
+        value = self.images[number - 1][self.column]
+        images = value if isinstance(value, list) else [value]
+        if len(images) != (1 if self.column == "image" else 2):
+            raise BadRowError("not two images", f"{len(images)} of them")
+        if None in images:
+            raise BadRowError("no image")
+        encoded = (image["path"] if image["bytes"] is None else image["bytes"] for image in images)
+        return [_Found(None, None, _size(_inspect(image, self.check))) for image in encoded]
 
 
 # Tokenizer

@@ -218,9 +218,6 @@ def load_task_dataset(
     )
 
 
-load_vqa_dataset = functools.partial(load_task_dataset, "vqa")
-
-
 # Texts: what each task reads from a record
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 import transformers
 from datasets import DatasetDict
 from example_collators import ImageBatchCollator, ImageGroupedSampler, without_decoding
-from example_datasets import load_vqa_dataset, train_wordpiece_tokenizer
+from example_datasets import load_task_dataset, train_wordpiece_tokenizer
 from example_guard import LossGuard
+from example_scenes import DEFAULT_GRID, TILE_SIZE
 from torch.utils.data import Sampler
 from transformers import (
     AutoTokenizer,
@@ -32,7 +34,13 @@ from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 logger = logging.getLogger(__name__)
 
 EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
-TILE_SIZE = 64  # pixels along each side of an image of easy-VQA
+# All words of easy-VQA and of scenes, of every task, and of the prompt of captions: models trained on any of them
+# share a vocabulary, so that one can start from another.
+EMBEDDED_WORDS = """
+    a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
+    neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
+    yes 1 2 3 4 5 6 7 8 , ?
+""".split()
 
 
 # Options
@@ -95,7 +103,9 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
-    grid: int = field(default=2, metadata={"help": "Tiles along each side of an easy_vqa_scenes image."})
+    grid: int | None = field(
+        default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
+    )
     augment: bool | None = field(
         default=None, metadata={"help": "Random flips and shifts. Default: for easy_vqa and its scenes only."}
     )
@@ -112,6 +122,22 @@ class DataArguments:
     def augments(self) -> bool:
         """What `augment` is, or its default."""
         return self.is_embedded if self.augment is None else self.augment
+
+    def scene_size(self, task: str) -> int | None:
+        """Side of the scenes in pixels, or None where the data are no scenes."""
+        is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
+        if not self.is_embedded or is_easy_vqa:
+            return None
+        return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
+
+    def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
+        """What a tokenizer is trained on: the texts in these columns, or for embedded data those of every task."""
+        if self.is_embedded:
+            yield from EMBEDDED_WORDS
+            return
+        dataset = data["train"] if "train" in data else data["validation"]
+        for texts in chain.from_iterable(dataset[column] for column in columns):
+            yield from [texts] if isinstance(texts, str) else texts
 
 
 @dataclass
@@ -202,7 +228,8 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
     Raises:
         ValueError: if there are bad rows, or no split to train or evaluate on as asked.
     """
-    data = load_vqa_dataset(
+    data = load_task_dataset(
+        task,
         args.dataset_name,
         args.dataset_config_name,
         train_file=args.train_file,
@@ -226,7 +253,11 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
 
 
 def load_model(
-    model_class: type[TripsPreTrainedModel], args: ModelArguments, texts: Iterable[str], **config_fields
+    model_class: type[TripsPreTrainedModel],
+    args: ModelArguments,
+    texts: Iterable[str],
+    image_size: int | None = None,
+    **config_fields,
 ) -> tuple[TripsPreTrainedModel, TripsProcessor]:
     """
     A checkpoint and its processor, or a model from scratch with a tokenizer to go with it.
@@ -235,8 +266,11 @@ def load_model(
         model_class (`type[TripsPreTrainedModel]`): the task's.
         args (`ModelArguments`)
         texts (`Iterable[str]`): what a tokenizer is trained on, if there is none. Not read otherwise.
+        image_size (`int`, *optional*): side in pixels that images get where `args` has no other.
         config_fields: fields of `TripsConfig` that the task fixes.
     """
+    if args.image_size is None:
+        args = replace(args, image_size=image_size)
     if args.model_name_or_path is not None:
         model, processor = _load_checkpoint(model_class, args, config_fields)
     else:

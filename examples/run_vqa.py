@@ -10,7 +10,6 @@ The training loop is Transformers' `Seq2SeqTrainer`: see `--help` for all of its
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +69,6 @@ class VqaCollator(ImageBatchCollator):
         }
 
 
-def texts_of(dataset: Dataset) -> Iterator[str]:
-    """The questions, then the answers."""
-    yield from dataset["question"]
-    for answers in dataset["answers"]:
-        yield from answers
-
-
 def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
     """
     Writes `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; prints the frequent answers.
@@ -98,9 +90,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
     )
     data = load_data("vqa", data_args, training_args)
-    if data_args.dataset_name == "easy_vqa_scenes" and model_args.image_size is None:
-        model_args.image_size = 64 * data_args.grid  # the size of the scenes
-    model, processor = load_model(TripsForQuestionAnswering, model_args, texts_of(data["train"]))
+    texts, side = data_args.vocabulary(data, "question", "answers"), data_args.scene_size("vqa")
+    model, processor = load_model(TripsForQuestionAnswering, model_args, texts, image_size=side)
     data = without_long_texts(data, "question", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, BertLMHeadModel, BertModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -136,6 +137,115 @@ def test_fusion_encoder_records_both_attentions():
     assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 7)] * 2
     assert len(output.hidden_states) == 3
     assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Skip-connected fusion
+
+
+def skip_connected(attn_implementation="sdpa", num_hidden_layers=5, **fields):
+    """Layers 3 (and 6) are the connected ones."""
+    config = TripsFusionConfig(
+        **SIZES, num_hidden_layers=num_hidden_layers, fusion_type="skip_connected", skip_stride=2, **fields
+    )
+    return randomize(TripsFusionModel._from_config(config, attn_implementation=attn_implementation))
+
+
+def test_skip_connected_fusion_is_berts_layers_in_mplugs_order():
+    reference = bert(7, is_decoder=True, add_cross_attention=True).encoder.layer
+    model = skip_connected(num_hidden_layers=7)
+    load_by_name(model, {f"encoder.layer.{name}": weight for name, weight in reference.state_dict().items()})
+    text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
+
+    text_mask = (1.0 - MASK[:, None, None].float()) * torch.finfo(torch.float32).min
+    text, image = text_states, image_states
+    for number, layer in enumerate(reference, start=1):
+        if number in (3, 6):
+            layer.add_cross_attention = False
+            joined = layer(torch.cat((image, text), dim=1), torch.nn.functional.pad(text_mask, (7, 0)))
+            image, text = image + joined[:, :7], joined[:, 7:]
+        else:
+            text = layer(text, text_mask, encoder_hidden_states=image)
+    output = model(text_states, image_states, MASK)
+    torch.testing.assert_close(output.last_hidden_state, text, rtol=1e-4, atol=1e-5)
+
+
+def test_mplug_base_has_one_connected_layer():
+    config = TripsFusionConfig(num_hidden_layers=6, fusion_type="skip_connected")
+    assert config.connected_layers == [4]  # its code numbers the layers from 0, and connects those that 3 divides
+    names = {"TripsCrossLayer": [1, 2, 3, 5, 6], "TripsConnectedLayer": [4]}
+    with torch.device("meta"):
+        layers = TripsFusionModel(config).encoder.layer
+    for name, numbers in names.items():
+        assert [number for number, layer in enumerate(layers, start=1) if type(layer).__name__ == name] == numbers
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"skip_stride": 0}, "`skip_stride` must be at least 1, got 0"),
+        ({"skip_stride": 6, "fusion_type": "skip_connected"}, r"`skip_stride` \(6\) must be below.*\(6\)"),
+        ({"fusion_type": "concatenated"}, "cross_attention.*skip_connected.*single_stream"),
+    ],
+)
+def test_wrong_fusion_is_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        TripsFusionConfig(**fields)
+    config = TripsFusionConfig()
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        for name, value in fields.items():
+            setattr(config, name, value)
+        TripsFusionModel(config)
+
+
+@pytest.mark.parametrize("width", [24, 10])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_padding_and_batch_change_nothing_in_skip_connected_fusion(attn_implementation, width):
+    model = skip_connected(attn_implementation, encoder_hidden_size=width)
+    assert (model.image_projection is None) == (width == 24)
+    text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, width)
+    together = model(text_states, image_states, MASK).last_hidden_state
+    alone = model(text_states[1:, :3], image_states[1:]).last_hidden_state
+    torch.testing.assert_close(together[1:, :3], alone, rtol=1e-4, atol=1e-5)
+    other_padding = text_states.masked_fill(MASK.unsqueeze(-1) == 0, 3.0)
+    torch.testing.assert_close(model(other_padding, image_states, MASK).last_hidden_state[1, :3], together[1, :3])
+    flipped = model(text_states.flip(0), image_states.flip(0), MASK.flip(0)).last_hidden_state.flip(0)
+    torch.testing.assert_close(flipped[MASK == 1], together[MASK == 1], rtol=1e-4, atol=1e-5)
+
+
+def test_behind_a_connected_layer_image_tokens_have_seen_the_text_and_each_other():
+    model = skip_connected("eager")
+    text_states, image_states = torch.randn(1, 5, 24), torch.randn(1, 7, 24)
+    seen = []
+    for layer in model.encoder.layer:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    model(text_states, image_states)
+    model(text_states + 1, image_states)
+    first, second = seen[:5], seen[5:]
+    for number, (states, changed) in enumerate(zip(first, second), start=1):
+        assert torch.equal(states, image_states) == torch.equal(changed, image_states) == (number <= 3)
+        assert torch.equal(states, changed) == (number <= 3)
+
+
+def test_skip_connected_fusion_records_both_kinds_of_attention():
+    model = skip_connected("eager")
+    output = model(torch.randn(2, 5, 24), torch.randn(2, 7, 24), output_attentions=True, output_hidden_states=True)
+    assert [tuple(weights.shape[2:]) for weights in output.attentions] == [(5, 5)] * 2 + [(12, 12)] + [(5, 5)] * 2
+    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 7)] * 4
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 5, 24)] * 6
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+def test_skip_connected_fusion_takes_the_weights_of_a_cross_attending_one(tmp_path):
+    saved = randomize(TripsFusionModel(TripsFusionConfig(**SIZES, num_hidden_layers=5)))
+    saved.save_pretrained(tmp_path)
+    model, report = TripsFusionModel.from_pretrained(
+        tmp_path, fusion_type="skip_connected", skip_stride=2, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert {name.rpartition("crossattention")[0] for name in report["unexpected_keys"]} == {"encoder.layer.2."}
+    weights = saved.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

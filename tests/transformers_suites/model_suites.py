@@ -1,0 +1,260 @@
+"""
+`ModelTesterMixin` on every model that an Auto class loads, and on the decoder. A new class is tested once it is
+registered; one whose inputs or labels are its own needs a suite, and an entry in `SUITES`.
+
+Where a test of the suites does not fit, one of the same name and purpose stands in for it, and where tokens shrink
+more is checked. Transformers' other mixins do not apply: those for pipelines, FSDP and tensor parallelism need files
+that its source distribution lacks, the one for training feeds token ids alone, the one for memory holds no tests.
+"""
+
+import tempfile
+import unittest
+from unittest.mock import patch
+
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.accelerate import compute_module_sizes
+
+from modeling_trips import (
+    TripsDecoder,
+    TripsForImagesAndTextClassification,
+    TripsForPreTraining,
+    TripsForRetrieval,
+    TripsForVisualGrounding,
+    TripsModel,
+    TripsTextModel,
+    TripsVisionModel,
+)
+from modeling_trips.losses_contrastive_trips import matching_pairs
+from modeling_trips.registration_trips import MODELS
+
+from ...generation.test_utils import GenerationTesterMixin
+from ...test_modeling_common import ModelTesterMixin
+from .model_testers import (
+    VISION_LENGTHS,
+    TripsDecoderTester,
+    TripsForImagesAndTextClassificationTester,
+    TripsForPreTrainingTester,
+    TripsForRetrievalTester,
+    TripsForVisualGroundingTester,
+    TripsGenerativeModelTester,
+    TripsModelTester,
+    TripsTextModelTester,
+    TripsVisionModelTester,
+)
+
+
+def make_names_known():
+    """The suites look up in tables of Transformers which classes have no loss, and which take a text as labels."""
+    known = {
+        "AutoModel": (*MODELS["AutoModel"], TripsDecoder),
+        "AutoModelForImageTextToText": MODELS["AutoModelForImageTextToText"],
+    }
+    for auto_class, models in known.items():
+        names = getattr(transformers, auto_class)._model_mapping._model_mapping
+        for model in models:
+            names.setdefault(model.config_class.model_type, []).append(model.__name__)
+
+
+class TripsSuite(ModelTesterMixin):
+    @property
+    def model_class(self):
+        return self.all_model_classes[0]
+
+    def forward_with(self, output, by_config):
+        """The outputs of a forward pass with `output_attentions` or `output_hidden_states`, by argument or config."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        if by_config:
+            setattr(config, output, True)
+            self._set_subconfig_attributes(config, output, True)
+        else:
+            inputs[output] = True
+        model = self.model_class._from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            return model(**inputs)
+
+    def assert_shapes(self, tensors, shapes):
+        """`shapes` are without the batch."""
+        self.assertEqual([tuple(tensor.shape[1:]) for tensor in tensors], shapes)
+
+    def test_disk_offload_without_accelerator(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.model_class(config).eval()
+        max_memory = {"cpu": int(0.7 * compute_module_sizes(model)[0][""])}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            loaded = self.model_class.from_pretrained(
+                folder, device_map="auto", max_memory=max_memory, offload_folder=folder
+            )
+            self.assertEqual(set(loaded.hf_device_map.values()), {"cpu", "disk"})
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(**inputs)[0], model(**inputs)[0])
+
+
+class TextSuite(TripsSuite):
+    model_tester = TripsTextModelTester()
+
+
+class DecoderSuite(TripsSuite):
+    model_tester = TripsDecoderTester()
+    additional_model_inputs = ["encoder_hidden_states"]
+
+
+class VisionSuite(TripsSuite):
+    model_tester = TripsVisionModelTester()
+    additional_model_inputs = ["text_embeds"]
+    test_resize_embeddings = False  # no vocabulary
+
+    def test_attention_outputs(self):
+        super().test_attention_outputs()  # of the first layer alone: those of the next are shorter
+        for by_config in (False, True):
+            outputs = self.forward_with("output_attentions", by_config)
+            self.assert_shapes(outputs.attentions, [(2, 17, 17), (2, 10, 10)])
+
+    def test_hidden_states_output(self):
+        super().test_hidden_states_output()
+        for by_config in (False, True):
+            outputs = self.forward_with("output_hidden_states", by_config)
+            self.assert_shapes(outputs.hidden_states, [(17, 32), (10, 32), (10, 32)])
+
+    def test_model_get_set_embeddings(self):
+        """As for ViT: images are embedded by a module, not by a table."""
+        model = self.model_class(self.model_tester.get_config())
+        self.assertIs(model.get_input_embeddings(), model.embeddings.patch_embeddings)
+        replacement = nn.Conv2d(3, 32, 4)
+        model.set_input_embeddings(replacement)
+        self.assertIs(model.embeddings.patch_embeddings, replacement)
+        self.assertIsNone(model.get_output_embeddings())
+
+    def test_enable_input_require_grads_with_gradient_checkpointing(self):
+        """The suite looks at the gradient of a table of embeddings; here it must reach the one weight that trains."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.model_class(config).train()
+        model.requires_grad_(False)
+        weight = model.layers[-1].mlp.fc2.weight.requires_grad_()
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        model(**inputs).last_hidden_state.square().sum().backward()
+        self.assertGreater(weight.grad.abs().sum(), 0)
+
+
+class HeadSuite(TripsSuite):
+    model_tester = TripsModelTester()
+    additional_model_inputs = ["pixel_values"]
+    _is_composite = True
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        return {**inputs, **self.model_tester.training_inputs()} if return_labels else inputs
+
+
+class BareModelSuite(HeadSuite):
+    def test_attention_outputs(self):
+        super().test_attention_outputs()  # of the fusion encoder
+        for by_config in (False, True):
+            outputs = self.forward_with("output_attentions", by_config)
+            vision = outputs.vision_model_output.attentions
+            self.assert_shapes(vision, [(2, length, length) for length in VISION_LENGTHS[:-1]])
+            self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
+            self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])] * 2)
+
+    def test_hidden_states_output(self):
+        super().test_hidden_states_output()
+        for by_config in (False, True):
+            outputs = self.forward_with("output_hidden_states", by_config)
+            vision = outputs.vision_model_output.hidden_states
+            self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
+            self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
+
+
+class GenerativeSuite(HeadSuite, GenerationTesterMixin):
+    model_tester = TripsGenerativeModelTester()
+    is_encoder_decoder = True
+
+    def test_attention_outputs(self):
+        """The suite counts the outputs, and does not know of `selection`."""
+        for by_config in (False, True):
+            outputs = self.forward_with("output_attentions", by_config)
+            for attentions in (outputs.encoder_attentions, outputs.decoder_attentions, outputs.cross_attentions):
+                self.assert_shapes(attentions, [(3, 7, 7)] * 2)
+            self.assertNotIn("encoder_hidden_states", outputs)
+            self.assertNotIn("decoder_hidden_states", outputs)
+            self.assert_shapes([entry.kept_indices for entry in outputs.selection], [(8,), (5,)])
+
+
+class ImagesAndTextClassificationSuite(HeadSuite):
+    model_tester = TripsForImagesAndTextClassificationTester()
+
+
+class VisualGroundingSuite(HeadSuite):
+    model_tester = TripsForVisualGroundingTester()
+
+
+class RetrievalSuite(HeadSuite):
+    model_tester = TripsForRetrievalTester()
+    vision_attentions = [(2, length, length) for length in VISION_LENGTHS[:-1]]
+
+    def setUp(self):
+        """Negatives are drawn at random: here the same each time."""
+
+        def pairs(logits, image_ids):
+            return matching_pairs(logits, image_ids, torch.Generator().manual_seed(0))
+
+        patched = patch("modeling_trips.modeling_trips_retrieval.matching_pairs", pairs)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def test_attention_outputs(self):
+        """Text and image are not fused here, so there are two stacks of layers instead of one."""
+        for by_config in (False, True):
+            outputs = self.forward_with("output_attentions", by_config)
+            self.assert_shapes(outputs.vision_model_output.attentions, self.vision_attentions)
+            self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
+
+    def test_hidden_states_output(self):
+        for by_config in (False, True):
+            outputs = self.forward_with("output_hidden_states", by_config)
+            vision = outputs.vision_model_output.hidden_states
+            self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
+            self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
+
+    def test_retain_grad_hidden_states_attentions(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.model_class._from_config(config, attn_implementation="eager")
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+        parts = (outputs.text_model_output, outputs.vision_model_output)
+        captured = [states[0] for part in parts for states in (part.hidden_states, part.attentions)]
+        for states in captured:
+            states.retain_grad()
+        outputs.logits_per_text[0, 0].backward()
+        for states in captured:
+            self.assertIsNotNone(states.grad)
+
+
+class PreTrainingSuite(RetrievalSuite):
+    model_tester = TripsForPreTrainingTester()
+    vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the prefix were computed before
+
+    def test_batching_equivalence(self):
+        """Negatives are drawn among the rows of a batch: here there are none."""
+        with patch.object(self.model_tester, "itm_weight", 0.0):
+            super().test_batching_equivalence()
+
+
+SUITES = {
+    TripsDecoder: DecoderSuite,
+    TripsForImagesAndTextClassification: ImagesAndTextClassificationSuite,
+    TripsForPreTraining: PreTrainingSuite,
+    TripsForRetrieval: RetrievalSuite,
+    TripsForVisualGrounding: VisualGroundingSuite,
+    TripsModel: BareModelSuite,
+    TripsTextModel: TextSuite,
+    TripsVisionModel: VisionSuite,
+}
+
+make_names_known()
+for _model in dict.fromkeys([*(model for models in MODELS.values() for model in models), TripsDecoder]):
+    _suite = SUITES.get(_model, GenerativeSuite if _model.can_generate() else HeadSuite)
+    _attributes = {"all_model_classes": (_model,), "__module__": __name__}
+    globals()[f"{_model.__name__}Test"] = type(f"{_model.__name__}Test", (_suite, unittest.TestCase), _attributes)

@@ -135,7 +135,7 @@ def test_a_registered_function_is_called_by_each_layer(case, training, register)
         assert scaling == module.head_dim**-0.5
         assert dropout == (0.25 if training else 0.0)
         if isinstance(module, TripsVisionAttention):
-            assert attention_mask is None
+            assert (attention_mask is None) == (case.fusion_type != "single_stream")
         output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
         return output.transpose(1, 2), None
 

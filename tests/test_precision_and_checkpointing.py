@@ -90,4 +90,5 @@ def assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant):
     assert num_calls == 2 * num_calls_expected  # each layer was computed again for the backward pass
     torch.testing.assert_close(loss, loss_expected)
     torch.testing.assert_close(gradients, gradients_expected)
-    assert any(name.endswith("selection_projection.weight") for name in gradients)  # only reached through the scores
+    if case.fusion_type != "single_stream":  # which has none; it is only reached through the scores
+        assert any(name.endswith("selection_projection.weight") for name in gradients)

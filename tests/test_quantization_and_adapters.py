@@ -47,7 +47,7 @@ def test_an_int8_checkpoint_is_smaller_and_gives_the_same(case, tmp_path):
     quantized = load_int8(case, tmp_path / "float32")
     quantized.save_pretrained(tmp_path / "int8")
     size, size_before = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "float32"))
-    assert size < 0.6 * size_before  # embeddings, norms and biases keep their four bytes
+    assert size < 0.7 * size_before  # embeddings, norms and biases keep their four bytes
     assert_same_outputs(case.model_class.from_pretrained(tmp_path / "int8"), quantized, case, rtol=0, atol=0)
 
 

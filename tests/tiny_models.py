@@ -41,11 +41,17 @@ class Case(NamedTuple):
     inputs: dict[str, torch.Tensor] = {}
     training_inputs: dict[str, torch.Tensor] = {}
     draws: bool = False  # whether its losses draw other rows of the batch at random
+    fusion_type: str = "cross_attention"
+
+    def __str__(self) -> str:
+        form = "" if self.fusion_type == "cross_attention" else f"-{self.fusion_type}"
+        return self.model_class.__name__ + form
 
     def make_model(self, attn_implementation: str | dict = "sdpa", **fields) -> TripsPreTrainedModel:
         """The same random weights each time, in evaluation; `fields` as in `make_config`."""
         torch.manual_seed(0)
-        return self.model_class._from_config(make_config(**fields), attn_implementation=attn_implementation).eval()
+        config = make_config(**{"fusion_type": self.fusion_type, **fields})
+        return self.model_class._from_config(config, attn_implementation=attn_implementation).eval()
 
     def make_inputs(self, num_texts: int = 4, training: bool = False) -> dict[str, torch.Tensor]:
         """Up to 6 padded texts, each with an image of its own. Seeds what is drawn."""
@@ -82,19 +88,26 @@ CASES = [
         },
         draws=True,
     ),
+    Case(TripsModel, fusion_type="skip_connected"),
+    Case(
+        TripsForQuestionAnswering,
+        {"decoder_input_ids": DECODER_INPUT_IDS},
+        {"labels": ANSWERS},
+        fusion_type="single_stream",
+    ),
 ]
 
-each_model = pytest.mark.parametrize("case", CASES, ids=[case.model_class.__name__ for case in CASES])
-each_generator = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.model_class.can_generate()], ids=lambda case: case.model_class.__name__
-)
+each_model = pytest.mark.parametrize("case", CASES, ids=str)
+each_generator = pytest.mark.parametrize("case", [case for case in CASES if case.model_class.can_generate()], ids=str)
 
 
-def make_config(dropout: float = 0.0, **vision) -> TripsConfig:
+def make_config(dropout: float = 0.0, fusion_type: str = "cross_attention", **vision) -> TripsConfig:
     """
     64 patches -> ceil(.6 * 64) = 39 and 1 fused -> ceil(.6 * 40) = 24 and 1 fused. Vision and text differ in width, so
-    that there is a `selection_projection`; the stem has BatchNorm's buffers. `vision` are fields of its part.
+    that there is a `selection_projection` (but in a single stream); the stem has BatchNorm's buffers. `vision` are
+    fields of its part.
     """
+    single_stream = fusion_type == "single_stream"
     return TripsConfig(
         vision_config={
             "hidden_size": 32,
@@ -112,16 +125,20 @@ def make_config(dropout: float = 0.0, **vision) -> TripsConfig:
         },
         text_config={
             "vocab_size": 20,
-            "hidden_size": 48,
+            "hidden_size": 32 if single_stream else 48,
             "num_hidden_layers": 1,
-            "num_attention_heads": 3,
+            "num_attention_heads": 2 if single_stream else 3,
             "intermediate_size": 64,
             "max_position_embeddings": 16,
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": dropout,
             "initializer_range": 0.2,
         },
-        fusion_encoder_config={"num_hidden_layers": 1},
+        fusion_encoder_config={
+            "num_hidden_layers": 2 if fusion_type == "skip_connected" else 1,
+            "fusion_type": fusion_type,
+            "skip_stride": 1,
+        },
         decoder_config={"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},
         initializer_range=0.2,
     )

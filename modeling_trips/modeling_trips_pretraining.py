@@ -85,15 +85,20 @@ class TripsForPreTraining(TripsContrastiveModel):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Those of objectives of weight 0: freeze them, or data parallel training waits for their gradients."""
-        heads = {
+        used_by = {
             "itc_weight": [self.vision_proj, self.text_proj, self.temp],
             "itm_weight": [self.itm_head],
             "mlm_weight": [self.mlm_score.dense, self.mlm_score.LayerNorm],
             "prefix_lm_weight": [self.decoder, self.lm_head],
         }
         others = {"mlm_weight": [self.mlm_score.decoder.bias]}
-        off = [name for name in heads if getattr(self.config, name) == 0]
-        parameters = [parameter for name in off for module in heads[name] for parameter in module.parameters()]
+        off = [name for name in used_by if getattr(self.config, name) == 0]
+        modules = [module for name in off for module in used_by[name]]
+        if {"itm_weight", "mlm_weight", "prefix_lm_weight"} <= set(off):  # contrast alone: no text meets an image
+            modules.append(self.model.fusion_model)
+            if self.model.vision_model.selection_projection is not None:
+                modules.append(self.model.vision_model.selection_projection)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
         return parameters + [parameter for name in off for parameter in others.get(name, [])]
 
     @can_return_tuple
@@ -152,9 +157,11 @@ class TripsForPreTraining(TripsContrastiveModel):
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
         # CODEPATH: as above.
         if self.config.prefix_lm_weight > 0 and labels is not None:
-            prefix_lm_loss = self.continuation_loss(
+            logits = self.continue_texts(
                 prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, **kwargs
             )
+            num_tokens = (labels != -100).sum().clamp_min(1)  # no text of the batch may be long enough to be cut
+            prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
         losses = {"mlm_weight": mlm_loss, "prefix_lm_weight": prefix_lm_loss}
         outputs["loss"] = weighted_sum(
             (1.0, outputs["loss"]), *((getattr(self.config, name), loss) for name, loss in losses.items())
@@ -183,7 +190,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         )
         return self.mlm_score(fused.last_hidden_state)
 
-    def continuation_loss(
+    def continue_texts(
         self,
         prompt_input_ids: torch.LongTensor,
         prompt_attention_mask: torch.Tensor | None,
@@ -192,7 +199,10 @@ class TripsForPreTraining(TripsContrastiveModel):
         labels: torch.LongTensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """The decoder's cross-entropy per token of what follows the beginnings. Arguments as in `forward`."""
+        """
+        Scores of what follows the beginnings, `(num_texts, label_length, vocab_size)`: of each label, given those
+        before it. Arguments as in `forward`.
+        """
         fused = self.model(
             prompt_input_ids, attention_mask=prompt_attention_mask, image_index=image_index, prefix=prefix, **kwargs
         )
@@ -203,7 +213,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             use_cache=False,
             **kwargs,
         )
-        return label_loss(self.lm_head(decoded.last_hidden_state), labels)
+        return self.lm_head(decoded.last_hidden_state)
 
 
 TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")

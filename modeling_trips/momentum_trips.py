@@ -26,16 +26,16 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 
-from .losses_contrastive_trips import distilled_loss, gather_with_gradient
+from .losses_contrastive_trips import distilled_loss, gather_with_gradient, num_processes
 
 
 class TaughtBatch(NamedTuple):
-    """What the teacher makes of a batch."""
+    """What the teacher makes of a batch. What belongs to an objective of weight 0 is `None`."""
 
-    image_embeds: torch.Tensor  # (num_images, projection_dim), normalised
-    text_embeds: torch.Tensor  # (num_texts, projection_dim), normalised
+    image_embeds: torch.Tensor | None  # (num_images, projection_dim), normalised
+    text_embeds: torch.Tensor | None  # (num_texts, projection_dim), normalised
     mlm_logits: torch.Tensor | None  # (num_texts, text_length, vocab_size), of the masked texts
 
 
@@ -74,10 +74,19 @@ class MomentumTeacher(nn.Module):
         momentum (`float`, *optional*, defaults to 0.995): share of the teacher that stays in an update.
         queue_size (`int`, *optional*, defaults to 65536): how many features of past images, and of past texts, are
             kept as candidates; at least the batch of all processes.
+
+    Raises:
+        ValueError: if the model's `contrastive_selection` is `"text"`: features that wait in a queue can know no text
+            but their own.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.995, queue_size: int = 65536):
         super().__init__()
+        if model.config.contrastive_selection == "text":
+            raise ValueError(
+                "A momentum teacher compares each text with images of past batches, whose features cannot depend on "
+                "it: set `contrastive_selection` to 'image' or 'none', or train without a teacher."
+            )
         self.momentum = momentum
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.images = FeatureQueue(queue_size, model.config.projection_dim)
@@ -86,11 +95,20 @@ class MomentumTeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module):
-        """After each optimizer step: `teacher = momentum * teacher + (1 - momentum) * model`; buffers are copied."""
-        parameters = [parameter.detach() for parameter in model.parameters()]
-        torch._foreach_lerp_(list(self.model.parameters()), parameters, 1.0 - self.momentum)
+        """
+        After each optimizer step: `teacher = momentum * teacher + (1 - momentum) * model`. Buffers are copied; with
+        several processes, from the first one, so that the teachers of all stay equal.
+
+        Args:
+            model ([`TripsForPreTraining`]): not wrapped by DistributedDataParallel. Parameters that FSDP2 shards are
+                gathered one after another.
+        """
+        for parameter, source in zip(self.model.parameters(), model.parameters()):
+            parameter.lerp_(_whole(source.detach()), 1.0 - self.momentum)
         for buffer, source in zip(self.model.buffers(), model.buffers()):
             buffer.copy_(source)
+            if num_processes() > 1:
+                distributed.broadcast(buffer, src=0)
 
     @torch.no_grad()
     def forward(
@@ -104,15 +122,16 @@ class MomentumTeacher(nn.Module):
     ) -> TaughtBatch:
         """Arguments as in [`TripsForPreTraining`]."""
         teacher = self.model.eval()
+        image_embeds = text_embeds = mlm_logits = None
         prefix = teacher.model.encode_images(pixel_values)
-        mlm_logits = None
+        # CODEPATH: a weight of 0 leaves out what the teacher says about that objective.
+        if teacher.config.itc_weight > 0:
+            image_embeds = teacher.get_image_features(prefix=prefix).pooler_output
+            text_embeds = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
+        # CODEPATH: as above.
         if mlm_input_ids is not None and teacher.config.mlm_weight > 0:
             mlm_logits = teacher.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix)
-        return TaughtBatch(
-            teacher.get_image_features(prefix=prefix).pooler_output,
-            teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output,
-            mlm_logits,
-        )
+        return TaughtBatch(image_embeds, text_embeds, mlm_logits)
 
     def contrastive_loss(
         self,
@@ -147,7 +166,9 @@ class MomentumTeacher(nn.Module):
         if push:
             self.images.push(*new_images)
             self.texts.push(*new_texts)
-        return (loss_per_image + loss_per_text) / 2
+        # As in `contrastive_loss`: processes may have different numbers of images.
+        image_share, text_share = len(image_ids) / len(new_images[1]), len(text_image_ids) / len(new_texts[1])
+        return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
 
     def save(self, folder: str | Path):
         """Writes `momentum.safetensors`, by way of a temporary file."""
@@ -157,14 +178,30 @@ class MomentumTeacher(nn.Module):
         os.replace(temporary, target)
 
     def load(self, folder: str | Path):
-        """Reads what `save` wrote. Raises a `FileNotFoundError` if it is not there."""
+        """
+        Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it is the teacher of another model, or its queues are of another size.
+        """
         path = Path(folder) / "momentum.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: without the momentum teacher this run cannot go on.")
-        state = load_file(path)
-        for name, tensor in self._own_state().items():
-            tensor.copy_(state[name])
+        saved, own = load_file(path), self._own_state()
+        shapes, own_shapes = ({name: tuple(value.shape) for name, value in state.items()} for state in (saved, own))
+        if shapes != own_shapes:
+            different = sorted(dict(shapes.items() ^ own_shapes.items()))
+            found = ", ".join(f"{name} {shapes.get(name)}, not {own_shapes.get(name)}" for name in different[:5])
+            raise ValueError(f"{path} does not fit this run's model and queue size: it has {found}.")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
     def _own_state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, each tied one once."""
         return dict(self.named_parameters()) | dict(self.named_buffers())
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter itself, or all of it where FSDP2 left each process a part."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -1,7 +1,10 @@
 """Pre-training: each objective against a naive computation, the shared prefix, and what a weight of 0 leaves out."""
 
+from itertools import combinations
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,12 +17,17 @@ from modeling_trips.momentum_trips import MomentumTeacher
 WEIGHTS = {"itc_weight": 0.5, "itm_weight": 2.0, "mlm_weight": 3.0, "prefix_lm_weight": 5.0}
 
 
-def make_model(**fields) -> TripsForPreTraining:
+def make_model(text_width: int = 32, **fields) -> TripsForPreTraining:
     torch.manual_seed(0)
     config = TripsConfig.from_preset(
         "tiny",
         vision_config={"hidden_size": 32, "intermediate_size": 48, "image_size": 32, "patch_embedding_type": "linear"},
-        text_config={"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 12},
+        text_config={
+            "vocab_size": 20,
+            "hidden_size": text_width,
+            "intermediate_size": 48,
+            "max_position_embeddings": 12,
+        },
         projection_dim=8,
         **{**WEIGHTS, **fields},
     )
@@ -144,9 +152,10 @@ def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off
     assert without_gradient - {"text_proj"} == unused - tied
 
 
-@pytest.mark.parametrize("off", sorted(WEIGHTS))
-def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(off):
-    model = make_model(**{off: 0.0})
+@pytest.mark.parametrize("on", [subset for size in (1, 2, 3, 4) for subset in combinations(sorted(WEIGHTS), size)])
+def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on):
+    model = make_model(text_width=48, **{name: 0.0 for name in WEIGHTS if name not in on})
+    assert model.model.vision_model.selection_projection is not None  # text and vision differ in width
     for parameter in model.unused_parameters():
         parameter.requires_grad_(False)
     model(**make_batch()).loss.backward()
@@ -154,12 +163,25 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(off):
     assert missing == []
 
 
+@torch.no_grad()
+def test_captions_that_are_too_short_to_be_cut_add_nothing():
+    model, batch = make_model(), make_batch()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert model(**batch).prefix_lm_loss == 0
+
+
+def test_accumulated_batches_are_averaged_by_the_trainer():
+    # Each loss is a mean over its own items, so that no one count of label tokens scales their sum.
+    assert TripsForPreTraining.accepts_loss_kwargs is False
+
+
 def test_a_checkpoint_holds_no_teacher_and_serves_the_other_heads(tmp_path):
     model = make_model()
     teacher = MomentumTeacher(model, queue_size=8)
     model.train()(**make_batch(), teacher=teacher, teacher_weight=0.4).loss.backward()
     model.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("momentum*"))
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors").keys() <= model.state_dict().keys()
     for head in (TripsForConditionalGeneration, TripsForRetrieval, TripsModel):
         _, info = head.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"], head

@@ -119,3 +119,25 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), again.state_dict().values()))
     with pytest.raises(FileNotFoundError, match="momentum.safetensors is missing"):
         again.load(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"images.features \(8, 8\), not \(6, 8\)"):
+        MomentumTeacher(model, queue_size=6).load(tmp_path)
+
+
+def test_features_that_depend_on_the_text_cannot_wait_in_a_queue():
+    with pytest.raises(ValueError, match="set `contrastive_selection` to 'image' or 'none'"):
+        MomentumTeacher(make_model(contrastive_selection="text"), queue_size=8)
+
+
+def test_the_teacher_computes_nothing_for_objectives_of_weight_zero():
+    batch = make_batch()
+    inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "image_index")}
+    words = MomentumTeacher(make_model(itc_weight=0.0), queue_size=8)
+    seen = []
+    for projection in (words.model.vision_proj, words.model.text_proj):
+        projection.register_forward_hook(lambda *_: seen.append("features"))
+    taught = words(**inputs, mlm_input_ids=batch["mlm_input_ids"])
+    assert taught.image_embeds is taught.text_embeds is None and taught.mlm_logits.shape == (5, 5, 20) and not seen
+    features = MomentumTeacher(make_model(mlm_weight=0.0), queue_size=8)
+    features.model.mlm_score.register_forward_hook(lambda *_: seen.append("words"))
+    taught = features(**inputs, mlm_input_ids=batch["mlm_input_ids"])
+    assert taught.mlm_logits is None and taught.image_embeds.shape == (3, 8) and not seen

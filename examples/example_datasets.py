@@ -22,7 +22,7 @@ import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, concatenate_datasets, load_dataset
 from datasets.utils import tqdm
-from example_formats import BadRowError, read_records
+from example_formats import AnnotationFile, BadRowError, read_annotations
 from example_scenes import easy_vqa_records, scene_records
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertTokenizer
@@ -30,6 +30,7 @@ from transformers import BertTokenizer
 
 logger = logging.getLogger(__name__)
 
+EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -87,6 +88,7 @@ class Task:
     What a task needs of its data.
 
     Args:
+        name (`str`): As users say it.
         features (`Features`): The columns of its rows.
         text (`str`): The column the model reads.
         columns (`tuple[str, ...]`): The columns it reads of a record, besides those of the images.
@@ -96,6 +98,7 @@ class Task:
             left empty where the record has none.
     """
 
+    name: str
     features: Features
     text: str
     columns: tuple[str, ...]
@@ -107,6 +110,18 @@ class Task:
         return "image" if "image" in self.features else "images"
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a row: where the row is from, a reason that rows share, the value at fault."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {BadRowError(self.reason, self.detail)}"
+
+
 def load_task_dataset(
     task: str,
     dataset_name: str | None = None,
@@ -114,6 +129,10 @@ def load_task_dataset(
     *,
     train_file: str | Path | None = None,
     validation_file: str | Path | None = None,
+    train_annotations: str | Path | None = None,
+    validation_annotations: str | Path | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
     image_root: str | Path | None = None,
     skip_bad_rows: bool = False,
     grid: int | None = None,
@@ -122,6 +141,8 @@ def load_task_dataset(
     seed: int = 0,
     cache_dir: str | None = None,
     token: str | None = None,
+    image_check: str | None = None,
+    faults: list[Fault] | None = None,
 ) -> DatasetDict:
     """
     Loads the data of a task.
@@ -133,8 +154,8 @@ def load_task_dataset(
             `"easy_vqa"`: easy-VQA with its official split, whose test part is the split `validation`; for the task
             `"vqa"` only, whose default it is where no file is given. `"easy_vqa_scenes"`: scenes made of its images,
             see `example_scenes.scene_records`; the default of the other tasks. Any other name: a data set of the Hub
-            with the splits `train` and `validation` and the columns of a file; its images are not checked, except
-            that the boxes of `"grounding"` lie within them.
+            with the columns of a file; its images are not checked, except that the boxes of `"grounding"` lie within
+            them.
         dataset_config_name (`str`, *optional*):
             Configuration of the data set of the Hub.
         train_file (`str` or `Path`, *optional*):
@@ -150,8 +171,21 @@ def load_task_dataset(
 
             An `image` is a path, in Parquet also a struct of `bytes` and `path`. `image_id` (`image_ids` for
             `"nlvr2"`) and `question_id` are optional.
+
+            Or an annotation file of VQAv2, COCO, Flickr30k, NLVR2, RefCOCO or ALBEF as it is: see `example_formats`.
+            Rows then count from 1 in the list of questions, captions, images or refs.
         validation_file (`str` or `Path`, *optional*):
             As `train_file`. One of both is enough: the result then has that split only.
+        train_annotations (`str` or `Path`, *optional*):
+            The second file that goes with `train_file`: VQAv2's annotations, RefCOCO's `instances.json`, or RefCOCO's
+            `refs(unc).p` for a list of ALBEF. Default: the file of the official name beside the first.
+        validation_annotations (`str` or `Path`, *optional*):
+            As `train_annotations`.
+        train_split (`str`, *optional*):
+            What to take for training of a file or a data set of the Hub that has several splits. Default: `"train"`.
+        validation_split (`str`, *optional*):
+            The same for the split `validation`, such as `"testA"`. Default: `"val"` of a file, `"validation"` of the
+            Hub.
         image_root (`str` or `Path`, *optional*):
             Folder the paths of the images are relative to. Defaults to that of the file they are in.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
@@ -169,6 +203,10 @@ def load_task_dataset(
             Folder for data sets of the Hub and Parquet files with images. Defaults to that of the datasets library.
         token (`str`, *optional*):
             Access token for data sets of the Hub.
+        image_check (`str`, *optional*):
+            How to check all images: `"header"`, `"verify"` or `"decode"`. Default: as said above.
+        faults (`list[Fault]`, *optional*):
+            A list that takes what is wrong with the rows, which is then not raised: the splits have the other rows.
 
     Returns:
         `DatasetDict`: Splits with the columns of `TASKS[task].features`, those of scenes for `"vqa"` of
@@ -181,41 +219,62 @@ def load_task_dataset(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
-    files = {"train": train_file, "validation": validation_file}
-    files = {split: Path(file) for split, file in files.items() if file is not None}
+    splits = {"train": train_split, "validation": validation_split}
+    files = {
+        "train": _annotation_file("train", train_file, train_split, train_annotations),
+        "validation": _annotation_file("validation", validation_file, validation_split, validation_annotations),
+    }
+    files = {split: file for split, file in files.items() if file is not None}
     if files and dataset_name is not None:
         raise ValueError(
             f"dataset_name is {dataset_name!r}, and there are files as well ({sorted(files)}): give one or the other."
         )
     if image_root is not None and not files:
         raise ValueError(f"image_root (is {str(image_root)!r}) goes with train_file or validation_file: give one.")
-    name = dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
-    reader = _Reader(TASKS[task], skip_bad_rows)
+    reader = _Reader(TASKS[task], skip_bad_rows, image_check, faults, cache_dir)
     if files:
-        return DatasetDict({split: reader.read_file(file, image_root, cache_dir) for split, file in files.items()})
+        return DatasetDict({split: reader.read_file(file, image_root) for split, file in files.items()})
+    name = dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
+    if name not in EMBEDDED_DATASETS:
+        hub = load_dataset(name, dataset_config_name, cache_dir=cache_dir, token=token)
+        return DatasetDict(
+            {split: reader.read_hub(hub[part], f"{name} {part}") for split, part in _hub_splits(hub, name, splits)}
+        )
+    if chosen := [f"{split}_split" for split in splits if splits[split] is not None]:
+        raise ValueError(f"{' and '.join(chosen)}: {name} has its own splits, leave them out.")
+    if name == "easy_vqa" and task != "vqa":
+        raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
     if name == "easy_vqa":
-        if task != "vqa":
-            raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
-        return DatasetDict(
-            train=reader.read_embedded(easy_vqa_records("train"), f"{name} train"),
-            validation=reader.read_embedded(easy_vqa_records("test"), f"{name} test"),
-        )
-    if name == "easy_vqa_scenes":
-        make_scenes = functools.partial(scene_records, task, grid=grid, seed=seed)
-        return DatasetDict(
-            train=reader.read_embedded(make_scenes("train", train_scenes), f"{name} train"),
-            validation=reader.read_embedded(make_scenes("test", validation_scenes), f"{name} test"),
-        )
-    hub = load_dataset(name, dataset_config_name, cache_dir=cache_dir, token=token)
-    if missing := {"train", "validation"} - hub.keys():
+        records = {"train": easy_vqa_records("train"), "test": easy_vqa_records("test")}
+    else:
+        records = {
+            "train": scene_records(task, "train", train_scenes, grid, seed),
+            "test": scene_records(task, "test", validation_scenes, grid, seed),
+        }
+    train, test = (reader.read_embedded(part, f"{name} {split}") for split, part in records.items())
+    return DatasetDict(train=train, validation=test)
+
+
+def _annotation_file(
+    split: str, file: str | Path | None, part: str | None, annotations: str | Path | None
+) -> AnnotationFile | None:
+    if file is not None:
+        second_file = None if annotations is None else Path(annotations)
+        return AnnotationFile(Path(file), {"validation": "val"}.get(split, split), part, second_file)
+    if annotations is not None:
+        raise ValueError(f"{split}_annotations (is {str(annotations)!r}) goes with {split}_file: give both.")
+    return None
+
+
+def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:
+    """Pairs of our split and the data set's. One that is there for evaluation only has no training split."""
+    parts = [(split, part or split) for split, part in splits.items() if part or split in hub or split != "train"]
+    if missing := {part for _, part in parts} - hub.keys():
         raise ValueError(
-            f"{name} has no split {sorted(missing)}, only {sorted(hub)}: choose another data set or "
-            "configuration, or save its splits to files and give them as train_file and validation_file."
+            f"{name} has no split {sorted(missing)}, only {sorted(hub)}: choose with train_split and "
+            "validation_split, or choose another data set or configuration."
         )
-    check = "header" if task == "grounding" else None
-    return DatasetDict(
-        {split: reader.read_table(hub[split], f"{name} {split}", check) for split in ("train", "validation")}
-    )
+    return parts
 
 
 # Texts: what each task reads from a record
@@ -310,36 +369,41 @@ def _expression(record: dict) -> list[dict]:
     return [{"question_id": _text(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
 
 
-TASKS = {
-    "vqa": Task(
+TASKS = [
+    Task(
+        name="vqa",
         features=VQA_FEATURES,
         text="question",
         columns=("image_id", "question_id", "question", "answer", "answers"),
         needs="image, question and answer",
         read_texts=_question,
     ),
-    "captions": Task(
+    Task(
+        name="captions",
         features=CAPTION_FEATURES,
         text="caption",
         columns=("image_id", "caption", "captions"),
         needs="image and caption",
         read_texts=_captions,
     ),
-    "nlvr2": Task(
+    Task(
+        name="nlvr2",
         features=NLVR2_FEATURES,
         text="statement",
         columns=("image_ids", "question_id", "statement", "label"),
         needs="images (two), statement and label",
         read_texts=_statement,
     ),
-    "grounding": Task(
+    Task(
+        name="grounding",
         features=GROUNDING_FEATURES,
         text="expression",
         columns=("image_id", "question_id", "expression", "box"),
         needs="image, expression and box",
         read_texts=_expression,
     ),
-}
+]
+TASKS = {task.name: task for task in TASKS}
 TEXT_COLUMNS = {name: task.text for name, task in TASKS.items()}
 
 
@@ -373,13 +437,13 @@ class _ImageFinder:
     Args:
         task (`Task`)
         root (`Path`): Folder that paths are relative to.
-        check (`str`, *optional*): How to check files, see `_inspect`.
+        check (`str`, *optional*): How to check them, see `_inspect`.
     """
 
     def __init__(self, task: Task, root: Path, check: str | None):
         if not root.is_dir():
             raise FileNotFoundError(f"There is no folder {root}: image_root is the one the images are in.")
-        self.task, self.root = task, root
+        self.task, self.root, self.check = task, root, check
         # Texts share images.
         self.inspect_once = functools.cache(functools.partial(_inspect, check=check))
 
@@ -387,8 +451,10 @@ class _ImageFinder:
         return [self.find(value) for value in _image_values(record, self.task)]
 
     def find(self, value: Any) -> _Found:
-        if isinstance(value, dict):
-            return _Found(value, None, None)
+        if isinstance(value, dict) and value.get("bytes") is not None:
+            return _Found(value, None, _size(_inspect(value["bytes"], self.check)))
+        if isinstance(value, tuple):  # of places, the likeliest first
+            value = next((path for path in value if (self.root / path).is_file()), value[0])
         path = str(self.root / _filled_text({"image": value}, "image"))
         return _Found(path, path, _size(self.inspect_once(path)))
 
@@ -486,25 +552,32 @@ class _Reader:
 
     task: Task
     skip_bad_rows: bool
+    image_check: str | None
+    faults: list[Fault] | None
+    cache_dir: str | None
 
-    def read_file(self, file: Path, image_root: str | Path | None, cache_dir: str | None) -> Dataset:
-        check = "decode" if self.skip_bad_rows else "verify"
-        if _has_encoded_images(file, self.task):
-            table = load_dataset("parquet", data_files=str(file), split="train", cache_dir=cache_dir)
-            return self.read_table(table, file.name, check)
-        find_images = _ImageFinder(self.task, file.parent if image_root is None else Path(image_root), check)
-        rows = self.good_rows(read_records(file), _RowMaker(self.task, file.name, find_images), file.name)
-        return _as_dataset(rows, self.task.features)
+    def read_file(self, file: AnnotationFile, image_root: str | Path | None) -> Dataset:
+        name, check = file.path.name, self.image_check or ("decode" if self.skip_bad_rows else "verify")
+        if _has_encoded_images(file.path, self.task):
+            table = load_dataset("parquet", data_files=str(file.path), split="train", cache_dir=self.cache_dir)
+            return self.read_table(table, name, check)
+        folder = file.path.parent if image_root is None else Path(image_root)
+        make_rows = _RowMaker(self.task, name, _ImageFinder(self.task, folder, check))
+        return _as_dataset(self.good_rows(read_annotations(file, self.task.name), make_rows, name), self.task.features)
 
     def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
-        make_known_rows = _RowMaker(self.task, name, _ImageFinder(self.task, Path(), check=None))
+        make_known_rows = _RowMaker(self.task, name, _ImageFinder(self.task, Path(), self.image_check))
 
         def make_rows(number: int, record: dict) -> list[dict]:
             extra = {"target_box": record["target_box"]} if "target_box" in record else {}
             return [{**row, **extra} for row in make_known_rows(number, record)]
 
         rows = self.good_rows(enumerate(records, start=1), make_rows, name)
-        return _as_dataset(rows, SCENE_FEATURES if "target_box" in rows[0] else self.task.features)
+        return _as_dataset(rows, SCENE_FEATURES if rows and "target_box" in rows[0] else self.task.features)
+
+    def read_hub(self, table: Dataset, name: str) -> Dataset:
+        # Boxes are checked against the size of their image.
+        return self.read_table(table, name, self.image_check or ("header" if self.task.name == "grounding" else None))
 
     def read_table(self, table: Dataset, name: str, check: str | None) -> Dataset:
         images = _images_of_table(table, self.task, name)
@@ -514,13 +587,13 @@ class _Reader:
         def make_rows(number: int, record: dict) -> list[dict]:
             rows = make_known_rows(number, record)
             indices.extend([number - 1] * len(rows))
-            return [{column: row[column] for column in row if column != self.task.image_column} for row in rows]
+            return rows
 
         # The images stay where they are: only the texts are read.
         texts = table.select_columns([column for column in table.column_names if column in self.task.columns])
         rows = self.good_rows(enumerate(texts, start=1), make_rows, name)
-        features = Features({column: self.task.features[column] for column in rows[0]})
-        rows = _as_dataset(rows, features)
+        features = {name: feature for name, feature in self.task.features.items() if name != self.task.image_column}
+        rows = _as_dataset(rows, Features(features))
         return concatenate_datasets([images.select(indices), rows], axis=1).select_columns(list(self.task.features))
 
     def good_rows(
@@ -529,8 +602,8 @@ class _Reader:
         make_rows: Callable[[int, dict], list[dict]],
         name: str,
     ) -> list[dict]:
-        """Returns all `make_rows(number, record)`; `BadRowError`s are raised, or counted and skipped, at the end. A
-        record may be such an error already: a line that is no JSON."""
+        """Returns all `make_rows(number, record)`; `BadRowError`s are raised, counted and skipped, or handed over, at
+        the end. A record may be such an error already: a line that is no JSON."""
         rows, bad, total = [], [], 0
         for number, record in tqdm(records, desc=f"Reading {name}", unit=" rows"):
             total += 1
@@ -539,11 +612,14 @@ class _Reader:
                     raise record
                 rows += make_rows(number, record)
             except BadRowError as error:
-                bad.append((number, error))
+                bad.append(Fault(f"{name} row {number}", error.reason, error.detail))
+        if self.faults is not None:
+            self.faults.extend(bad)
+            return rows
         if bad and not self.skip_bad_rows:
             raise ValueError(_describe(bad, name, total))
         if bad:
-            reasons = Counter(error.reason for _, error in bad)
+            reasons = Counter(fault.reason for fault in bad)
             counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
             logger.warning(f"Skipped {len(bad)} of the {total} rows of {name} ({counts}).")
         if not rows:
@@ -555,9 +631,8 @@ def _as_dataset(rows: list[dict], features: Features) -> Dataset:
     return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
 
 
-def _describe(bad: list[tuple[int, BadRowError]], name: str, total: int, shown: int = 5) -> str:
-    lines = [f"{len(bad)} of the {total} rows of {name} cannot be used:"]
-    lines += [f"  {name} row {number}: {error}" for number, error in bad[:shown]]
+def _describe(bad: list[Fault], name: str, total: int, shown: int = 5) -> str:
+    lines = [f"{len(bad)} of the {total} rows of {name} cannot be used:", *(f"  {fault}" for fault in bad[:shown])]
     if len(bad) > shown:
         lines.append(f"  and {len(bad) - shown} more")
     return "\n".join([*lines, "Mend them, or leave them out with --skip_bad_rows."])
@@ -620,9 +695,9 @@ class _TableImageFinder:
         images = value if isinstance(value, list) else [value]
         if len(images) != (1 if self.column == "image" else 2):
             raise BadRowError("not two images", f"{len(images)} of them")
-        if None in images:
+        encoded = [image and (image["path"] if image["bytes"] is None else image["bytes"]) for image in images]
+        if None in encoded:
             raise BadRowError("no image")
-        encoded = (image["path"] if image["bytes"] is None else image["bytes"] for image in images)
         return [_Found(None, None, _size(_inspect(image, self.check))) for image in encoded]
 
 

@@ -21,7 +21,8 @@ from modeling_trips.registration_trips import MODELS
 ROOT = Path(__file__).resolve().parent.parent
 
 # The tests that the suites skip themselves, and what it is that TRIPS does not have. This project skips none of them.
-PART = "Trips(TextModel|VisionModel|Decoder)"
+PART = "Trips(TextModel|VisionModel|SingleStreamModel|Decoder)"
+MODEL_NAMES = {model.__name__ for models in MODELS.values() for model in models}
 WRITERS = "|".join(model.__name__ for models in MODELS.values() for model in models if model.can_generate())
 NOT_APPLICABLE = {
     r"\w+\.test_(model_rope_\w+|vision_axial_rope)": "rotary positions",
@@ -36,10 +37,10 @@ NOT_APPLICABLE = {
     rf"{PART}\.test_internal_model_config_and_subconfig_are_same": "sub-models",
     rf"{PART}\.test_can_set_attention_dynamically_composite_model": "sub-models",
     rf"(?!{WRITERS})\w+\.test_encoder_decoder_loss_no_double_shift": "a loss of what a decoder writes",
-    r"Trips(Model|For\w+)\.test_sdpa_can_dispatch_non_composite_models": "no sub-models",
+    r"Trips(Model\w*|For\w+)\.test_sdpa_can_dispatch_non_composite_models": "no sub-models",
     rf"(?!{WRITERS}|TripsDecoder)\w+\.test_bc_cache_name_forward": "a cache",
     r"TripsFor(Retrieval|PreTraining)\.test_inputs_embeds": "a text given as embeddings, as CLIP has not",
-    r"TripsVisionModel\.test_(inputs_embeds\w*|resize_\w*embeddings\w*)": "a vocabulary",
+    r"Trips(Vision|SingleStream)Model\.test_(inputs_embeds\w*|resize_\w*embeddings\w*)": "a vocabulary",
     r"TripsDecoder\.test_(torch_save_load|can_load_from_already_mapped_keys)": "an Auto class",
     r"TripsFor\w+\.test_can_capture_specific_layers_hidden_states": "hidden states of one stack alone",
     r"TripsProcessor\.\w+_(video|videos|audio|audio_from_video|video_frame_sampling)(_\d)?": "videos and audio",
@@ -80,7 +81,10 @@ def run_suite(tree, file):
 @pytest.mark.parametrize(
     ("file", "least_passed"),
     [
-        ("model_suites.py", {model.__name__: 95 for models in MODELS.values() for model in models}),
+        (
+            "model_suites.py",
+            dict.fromkeys((*MODEL_NAMES, "TripsModel_skip_connected", "TripsModel_single_stream"), 95),
+        ),
         ("processor_suite.py", {"TripsProcessor": 35}),
         ("config_suite.py", {"TripsConfig": 1}),
     ],

@@ -1,6 +1,7 @@
 """
-`ModelTesterMixin` on every model that an Auto class loads, and on the decoder. A new class is tested once it is
-registered; one whose inputs or labels are its own needs a suite, and an entry in `SUITES`.
+`ModelTesterMixin` on every model that an Auto class loads, on the decoder, and on the other forms of the bare model. A
+new class is tested once it is registered; one whose inputs or labels are its own needs a suite, and an entry in
+`SUITES`.
 
 Where a test of the suites does not fit, one of the same name and purpose stands in for it, and where tokens shrink
 more is checked. Transformers' other mixins do not apply: those for pipelines, FSDP and tensor parallelism need files
@@ -17,12 +18,14 @@ from torch import nn
 from transformers.integrations.accelerate import compute_module_sizes
 
 from modeling_trips import (
+    TripsConfig,
     TripsDecoder,
     TripsForImagesAndTextClassification,
     TripsForPreTraining,
     TripsForRetrieval,
     TripsForVisualGrounding,
     TripsModel,
+    TripsSingleStreamModel,
     TripsTextModel,
     TripsVisionModel,
 )
@@ -40,6 +43,9 @@ from .model_testers import (
     TripsForVisualGroundingTester,
     TripsGenerativeModelTester,
     TripsModelTester,
+    TripsSingleStreamedModelTester,
+    TripsSingleStreamModelTester,
+    TripsSkipConnectedModelTester,
     TripsTextModelTester,
     TripsVisionModelTester,
 )
@@ -105,18 +111,20 @@ class VisionSuite(TripsSuite):
     model_tester = TripsVisionModelTester()
     additional_model_inputs = ["text_embeds"]
     test_resize_embeddings = False  # no vocabulary
+    lengths = VISION_LENGTHS[:2]  # before and behind the one selection layer
 
     def test_attention_outputs(self):
         super().test_attention_outputs()  # of the first layer alone: those of the next are shorter
         for by_config in (False, True):
             outputs = self.forward_with("output_attentions", by_config)
-            self.assert_shapes(outputs.attentions, [(2, 17, 17), (2, 10, 10)])
+            self.assert_shapes(outputs.attentions, [(2, length, length) for length in self.lengths])
 
     def test_hidden_states_output(self):
         super().test_hidden_states_output()
         for by_config in (False, True):
             outputs = self.forward_with("output_hidden_states", by_config)
-            self.assert_shapes(outputs.hidden_states, [(17, 32), (10, 32), (10, 32)])
+            before, behind = self.lengths
+            self.assert_shapes(outputs.hidden_states, [(before, 32), (behind, 32), (behind, 32)])
 
     def test_model_get_set_embeddings(self):
         """As for ViT: images are embedded by a module, not by a table."""
@@ -137,6 +145,12 @@ class VisionSuite(TripsSuite):
         model.enable_input_require_grads()
         model(**inputs).last_hidden_state.square().sum().backward()
         self.assertGreater(weight.grad.abs().sum(), 0)
+
+
+class SingleStreamSuite(VisionSuite):
+    model_tester = TripsSingleStreamModelTester()
+    additional_model_inputs = ["pixel_values", "attention_mask"]
+    lengths = [TripsSingleStreamModelTester.text_length + length for length in VisionSuite.lengths]
 
 
 class HeadSuite(TripsSuite):
@@ -166,6 +180,34 @@ class BareModelSuite(HeadSuite):
             vision = outputs.vision_model_output.hidden_states
             self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
             self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
+
+
+class SkipConnectedSuite(HeadSuite):
+    model_tester = TripsSkipConnectedModelTester()
+
+    def test_attention_outputs(self):
+        super().test_attention_outputs()
+        joint_length = 7 + VISION_LENGTHS[-1]
+        for by_config in (False, True):
+            outputs = self.forward_with("output_attentions", by_config)
+            self.assert_shapes(outputs.attentions, [(3, 7, 7), (3, joint_length, joint_length)])
+            self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])])
+
+
+class SingleStreamedSuite(HeadSuite):
+    model_tester = TripsSingleStreamedModelTester()
+
+    def test_attention_outputs(self):
+        super().test_attention_outputs()
+        for by_config in (False, True):
+            outputs = self.forward_with("output_attentions", by_config)
+            self.assert_shapes(outputs.attentions, [(2, 7 + length, 7 + length) for length in VISION_LENGTHS[:-1]])
+
+    def test_hidden_states_output(self):
+        super().test_hidden_states_output()
+        for by_config in (False, True):
+            outputs = self.forward_with("output_hidden_states", by_config)
+            self.assert_shapes(outputs.hidden_states, [(7 + length, 32) for length in VISION_LENGTHS])
 
 
 class GenerativeSuite(HeadSuite, GenerationTesterMixin):
@@ -249,12 +291,28 @@ SUITES = {
     TripsForRetrieval: RetrievalSuite,
     TripsForVisualGrounding: VisualGroundingSuite,
     TripsModel: BareModelSuite,
+    TripsSingleStreamModel: SingleStreamSuite,
     TripsTextModel: TextSuite,
     TripsVisionModel: VisionSuite,
 }
+FORMS = {"TripsModel_skip_connected": SkipConnectedSuite, "TripsModel_single_stream": SingleStreamedSuite}
+
+
+def suite_of(model_class):
+    if model_class in SUITES:
+        return SUITES[model_class]
+    if model_class.config_class is not TripsConfig:
+        raise KeyError(f"{model_class.__name__} is a part of a model: enter its suite in SUITES of {__file__}.")
+    return GenerativeSuite if model_class.can_generate() else HeadSuite
+
+
+def add_test_case(name, suite, model_class):
+    attributes = {"all_model_classes": (model_class,), "__module__": __name__}
+    globals()[f"{name}Test"] = type(f"{name}Test", (suite, unittest.TestCase), attributes)
+
 
 make_names_known()
 for _model in dict.fromkeys([*(model for models in MODELS.values() for model in models), TripsDecoder]):
-    _suite = SUITES.get(_model, GenerativeSuite if _model.can_generate() else HeadSuite)
-    _attributes = {"all_model_classes": (_model,), "__module__": __name__}
-    globals()[f"{_model.__name__}Test"] = type(f"{_model.__name__}Test", (_suite, unittest.TestCase), _attributes)
+    add_test_case(_model.__name__, suite_of(_model), _model)
+for _name, _suite in FORMS.items():
+    add_test_case(_name, _suite, TripsModel)

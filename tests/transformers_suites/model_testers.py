@@ -76,6 +76,19 @@ class TripsVisionModelTester:
         return self.get_config(), inputs
 
 
+class TripsSingleStreamModelTester(TripsVisionModelTester):
+    text_length = 5
+    seq_length = text_length + VISION_LENGTHS[0]
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        return config, {
+            "text_states": floats_tensor([self.batch_size, self.text_length, self.hidden_size]),
+            "attention_mask": random_attention_mask([self.batch_size, self.text_length]),
+            "pixel_values": inputs["pixel_values"],
+        }
+
+
 class TripsDecoderTester(TripsTextModelTester):
     def get_config(self):
         return TripsDecoderConfig(**TEXT_FIELDS, bos_token_id=START, eos_token_id=END)
@@ -108,6 +121,28 @@ class TripsModelTester(TripsTextModelTester):
     def training_inputs(self):
         """What a head needs for a loss, where the suites do not know it."""
         return {}
+
+
+class TripsSkipConnectedModelTester(TripsModelTester):
+    def get_config(self):
+        config = super().get_config()
+        config.fusion_encoder_config.fusion_type = "skip_connected"
+        config.fusion_encoder_config.skip_stride = 1
+        return config
+
+
+class TripsSingleStreamedModelTester(TripsModelTester):
+    """With the layers of the vision tower alone, which are as wide as the text embeddings."""
+
+    hidden_size = VISION_FIELDS["hidden_size"]
+    num_attention_heads = VISION_FIELDS["num_attention_heads"]
+    encoder_seq_length = TripsModelTester.seq_length + VISION_LENGTHS[0]
+
+    def get_config(self):
+        text_fields = {**TEXT_FIELDS, "hidden_size": self.hidden_size, "num_attention_heads": 2}
+        return TripsConfig(
+            vision_config=VISION_FIELDS, text_config=text_fields, fusion_type="single_stream", is_encoder_decoder=False
+        )
 
 
 class TripsGenerativeModelTester(TripsModelTester):

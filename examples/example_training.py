@@ -26,7 +26,8 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
@@ -387,13 +388,16 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
 
 
 def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
-    """The folder that `--resume_from_checkpoint` means: a path, or `last` for the latest in `output_dir`."""
+    """
+    The folder that `--resume_from_checkpoint` means: a path, or `last` for the latest in `output_dir` that is whole,
+    since a run may have been killed while it wrote one. The trainer's state is what is written last.
+    """
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir)
-    if checkpoint is None:
+    folders = [path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    if not folders:
         raise ValueError(f"--resume_from_checkpoint last: there is no checkpoint in {args.output_dir}.")
-    return checkpoint
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2])))
 
 
 def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:

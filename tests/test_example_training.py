@@ -118,8 +118,10 @@ def test_resuming_from_the_last_checkpoint_needs_one(tmp_path):
     args = TripsTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
     with pytest.raises(ValueError, match="no checkpoint in"):
         checkpoint_to_resume(args)
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-10").mkdir()
+    for step in (2, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 11:  # the run was killed while it wrote this one
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
 
 

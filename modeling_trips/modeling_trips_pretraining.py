@@ -173,13 +173,16 @@ class TripsForPreTraining(TripsContrastiveModel):
     def guess_words(
         self,
         mlm_input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        token_type_ids: torch.LongTensor | None,
-        image_index: torch.LongTensor | None,
-        prefix: TripsVisionPrefix,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`."""
+        """
+        Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`; the
+        images are `pixel_values`, or the `prefix` that `model.encode_images` makes of them.
+        """
         fused = self.model(
             mlm_input_ids,
             attention_mask=attention_mask,

@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import datasets
+import PIL.ExifTags
 import PIL.Image
 import torch
 from torch.utils.data import Sampler
@@ -122,10 +123,21 @@ def read_image(row: dict) -> PIL.Image.Image:
     return image
 
 
+def image_size(row: dict) -> tuple[int, int]:
+    """(height, width) in pixels, upright, of the image of a row whose `image` column is not decoded."""
+    encoded = row["image"]
+    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+        is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+        return image.size if is_turned else image.size[::-1]
+
+
 def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
     """The image, flipped sideways or not, moved by up to `max_shift` of its size; its border fills what opens up."""
-    if torch.rand(()) < 0.5:
-        image = F.horizontal_flip(image)
+    return shift(F.horizontal_flip(image) if torch.rand(()) < 0.5 else image, max_shift)
+
+
+def shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
+    """The image moved by up to `max_shift` of its size; its border fills what opens up."""
     width, height = image.size
     pad_x, pad_y = int(width * max_shift), int(height * max_shift)
     padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")

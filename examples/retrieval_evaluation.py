@@ -79,6 +79,22 @@ class Ranking:
 
 
 @dataclass
+class RetrievalResults:
+    """
+    Args:
+        metrics (`dict[str, float]`): `features_i2t_r1` (image to text) to `features_t2i_r10` and `features_r_mean`,
+            their mean, of the features alone, as shares. Where the best were matched also `i2t_r1` to `t2i_r10` and
+            `r_mean` after that, and `reranked_pairs` and `reranked_pairs_per_second`, of all processes together.
+        found_texts ([`Ranking`]): of the images, after matching.
+        found_images ([`Ranking`]): of the texts, after matching.
+    """
+
+    metrics: dict[str, float]
+    found_texts: Ranking
+    found_images: Ranking
+
+
+@dataclass
 class RetrievalEvaluator:
     """
     Args:
@@ -192,7 +208,7 @@ class RetrievalEvaluator:
         texts: Sequence[str],
         image_of_text: torch.LongTensor,
         rerank_k: int = 16,
-    ) -> dict[str, float]:
+    ) -> RetrievalResults:
         """
         Recalls in both directions, before and after matching the best again.
 
@@ -202,11 +218,6 @@ class RetrievalEvaluator:
             image_of_text (`torch.LongTensor` of shape `(num_texts,)`): the one image that each text is right for.
                 Every image has at least one text.
             rerank_k (`int`, *optional*, defaults to 16): how many candidates of each query are matched. 0: none.
-
-        Returns:
-            `dict[str, float]`: `features_i2t_r1` (image to text) to `features_t2i_r10` and `features_r_mean`, their
-            mean, of the features alone, as shares. With `rerank_k` also `i2t_r1` to `t2i_r10` and `r_mean` after
-            re-ranking, and `reranked_pairs`, `reranked_pairs_per_second`, of all processes together.
         """
         image_ids = torch.arange(len(images))
         texts_by_image = torch.bincount(image_of_text, minlength=len(images))
@@ -215,9 +226,9 @@ class RetrievalEvaluator:
         image_embeds, text_index = self.index_images(images), self.index_texts(texts)
         found_texts = rank(image_embeds, image_ids, text_index.embeds, image_of_text, rerank_k)
         found_images = rank(text_index.embeds, image_of_text, image_embeds, image_ids, rerank_k)
-        results = {f"features_{name}": value for name, value in recalls(found_texts, found_images).items()}
+        metrics = {f"features_{name}": value for name, value in recalls(found_texts, found_images).items()}
         if rerank_k == 0:
-            return results
+            return RetrievalResults(metrics, found_texts, found_images)
         pairs = pairs_to_match(found_texts, found_images)
         start = time.perf_counter()
         scores = self.match(images, text_index, pairs)
@@ -226,7 +237,8 @@ class RetrievalEvaluator:
         found_texts = rerank(found_texts, scores_of_texts, image_ids, image_of_text)
         found_images = rerank(found_images, scores_of_images, image_of_text, image_ids)
         speed = {"reranked_pairs": len(pairs), "reranked_pairs_per_second": round(len(pairs) / seconds, 1)}
-        return {**results, **recalls(found_texts, found_images), **speed}
+        metrics = {**metrics, **recalls(found_texts, found_images), **speed}
+        return RetrievalResults(metrics, found_texts, found_images)
 
     def _load(
         self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]]

@@ -165,7 +165,7 @@ def test_pairs_of_both_directions_are_one_list_by_image():
 @pytest.mark.parametrize("rerank_k", [1, 3, 99])
 def test_evaluation_equals_a_loop_over_single_pairs(options, rerank_k):
     evaluator = make_evaluator(**options)
-    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k)
+    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k).metrics
     expected = {f"features_{name}": value for name, value in naive_recalls(evaluator, 0).items()}
     expected |= naive_recalls(evaluator, rerank_k)
     assert results.pop("reranked_pairs") <= min(40, (5 + 8) * rerank_k)
@@ -253,7 +253,7 @@ def test_evaluation_shows_its_progress_in_pairs(capsys):
     evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k=99)
     assert capsys.readouterr().err == ""
     evaluator.progress = True
-    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k=99)
+    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k=99).metrics
     shown = capsys.readouterr().err
     assert results["reranked_pairs"] == 40 and "40/40" in shown and "pairs/s" in shown
 

@@ -121,6 +121,8 @@ class DecodedImages(torch.utils.data.Dataset):
 class RetrievalTrainer(ImageGroupedTrainer):
     """A trainer that evaluates by searching, also during training, and logs both losses."""
 
+    logged_losses = ("itc_loss", "itm_loss")
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.losses = defaultdict(list)
@@ -132,7 +134,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        for name in ("itc_loss", "itm_loss"):
+        for name in self.logged_losses:
             if outputs.get(name) is not None:
                 self.losses[name].append(outputs[name].detach())
         return (loss, outputs) if return_outputs else loss

@@ -12,7 +12,6 @@ is skipped, counted, and named in `bad_pairs-*.jsonl`; too many of them stop the
 """
 
 import glob
-import hashlib
 import io
 import json
 import logging
@@ -42,11 +41,6 @@ ID_COLUMNS = ("image_id", "sha256", "md5", "url")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Before so many pairs the share of bad ones is chance.
 FEWEST_TO_JUDGE = 100
-
-
-def stable_id(image_id: str) -> int:
-    """A number for an image's name: the same in every process and run, not negative, and below 2**63."""
-    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 # Shards: records, or what is wrong with one, in an order that never changes

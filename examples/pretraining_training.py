@@ -1,0 +1,218 @@
+"""The trainer of pre-training: momentum teacher, learning rates by part, streams, and checkpoints that hold it all."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from example_training import write_whole
+from pretraining_evaluation import word_and_matching_metrics
+from run_retrieval import RetrievalTrainer, RetrievalTrainingArguments
+from streaming_datasets import PairStream, Position
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_trips import MomentumTeacher
+
+
+# A stream has no epochs: the first of ALBEF's 30.
+FIRST_EPOCH_OF_A_STREAM = 1 / 30
+
+
+@dataclass
+class PretrainingArguments(RetrievalTrainingArguments):
+    """`RetrievalTrainingArguments` with what pre-training adds."""
+
+    rerank_k: int = field(
+        default=0,
+        metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
+    )
+    vision_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the vision tower (the paper: 1e-5). Default: --learning_rate."},
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the words that are masked."})
+    momentum_teacher: bool = field(
+        default=True, metadata={"help": "Whether a momentum teacher softens targets and fills the queues."}
+    )
+    momentum: float = field(default=0.995, metadata={"help": "Share of the teacher that stays in each step."})
+    queue_size: int = field(
+        default=65536,
+        metadata={"help": "How many features of past images, and of past texts, of all processes stay as candidates."},
+    )
+    teacher_weight: float = field(
+        default=0.4, metadata={"help": "Share of the teacher in the targets, after it was ramped up from 0."}
+    )
+    teacher_ramp_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of that ramp. Default: those of the first epoch; of a stream, a 30th of all."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("mlm_probability", "momentum", "teacher_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
+
+
+class TeacherCallback(TrainerCallback):
+    """Updates the momentum teacher after each step of the optimizer."""
+
+    def __init__(self, teacher: MomentumTeacher, accelerator):
+        self.teacher, self.accelerator = teacher, accelerator
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.teacher.update(self.accelerator.unwrap_model(model))
+
+
+class PretrainingTrainer(RetrievalTrainer):
+    """
+    [`RetrievalTrainer`] for [`TripsForPreTraining`]. Parameters of objectives of weight 0 are frozen, so that data
+    parallel training need not look for unused ones. Checkpoints hold the teacher with its queues
+    (`momentum.safetensors`), and of a stream where each process is (`stream_0.json`, ...), so that a resumed run ends
+    with the weights of one that was left alone. The model that is saved at the end holds none of it.
+
+    Args:
+        args ([`PretrainingArguments`])
+        train_dataset (`datasets.Dataset` or [`PairStream`])
+    """
+
+    logged_losses = ("itc_loss", "itm_loss", "mlm_loss", "prefix_lm_loss")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for parameter in self.model.unused_parameters():
+            parameter.requires_grad_(False)
+        config = self.model.config
+        self.teacher = None
+        if self.args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
+            self.teacher = MomentumTeacher(self.model, self.args.momentum, self.args.queue_size)
+            self.add_callback(TeacherCallback(self.teacher, self.accelerator))
+        self.positions = [Position()] * max(1, self.args.dataloader_num_workers)
+        self.num_batches = 0
+        if self.is_stream:
+            self.args.ignore_data_skip = True  # a stream knows where to go on
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.train_dataset, PairStream)
+
+    # Data and optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.is_stream:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,  # each process has its own
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.train_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # or starting workers would draw from the one that training draws from
+        )
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or self.args.vision_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        vision = {id(parameter) for parameter in self.model.model.vision_model.parameters()}
+        for group in list(optimizer.param_groups):
+            parameters = [parameter for parameter in group["params"] if id(parameter) in vision]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in vision]
+            optimizer.add_param_group({**group, "params": parameters, "lr": self.args.vision_learning_rate})
+        return optimizer
+
+    # Steps
+
+    @property
+    def ramp_steps(self) -> int:
+        """In how many steps the teacher's weight rises from 0."""
+        if self.args.teacher_ramp_steps is not None:
+            return self.args.teacher_ramp_steps
+        if self.is_stream:
+            return math.ceil(self.state.max_steps * FIRST_EPOCH_OF_A_STREAM)
+        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        return math.ceil(batches / self.args.gradient_accumulation_steps)
+
+    def current_teacher_weight(self) -> float:
+        progress = self.state.global_step / self.ramp_steps if self.ramp_steps > 0 else 1.0
+        return self.args.teacher_weight * min(1.0, progress)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        position = inputs.pop("position", None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if position is not None:
+            worker, self.positions[worker] = position
+            self.num_batches += 1
+        return loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        if self.teacher is not None:
+            inputs = {**inputs, "teacher": self.teacher, "teacher_weight": self.current_teacher_weight()}
+        return super().compute_loss(model, inputs, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs and self.teacher is not None:
+            logs = {**logs, "teacher_weight": self.current_teacher_weight()}
+        if "loss" in logs and self.is_stream:  # of this process
+            logs = {**logs, "pairs": sum(position.seen for position in self.positions)}
+            logs = {**logs, "bad_pairs": sum(position.bad for position in self.positions)}
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        """The trainer's state is written last: a checkpoint that has it is whole."""
+        self.loss_guard.check()
+        if not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.teacher is not None and self.args.should_save:
+                self.teacher.save(folder)
+            if self.is_stream:
+                positions = [asdict(position) for position in self.positions]
+                state = {"num_processes": self.args.world_size, "num_batches": self.num_batches}
+                write_whole(self._stream_file(folder), json.dumps({**state, "positions": positions}))
+            self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _stream_file(self, folder: Path) -> Path:
+        return folder / f"stream_{self.args.process_index}.json"
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            if self.teacher is not None:
+                self.teacher.load(folder)
+            if self.is_stream:
+                self._resume_stream(folder)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _resume_stream(self, folder: Path):
+        path = self._stream_file(folder)
+        state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"num_processes": "other"}
+        if state["num_processes"] != self.args.world_size:
+            raise ValueError(
+                f"{folder} is of a run with {state['num_processes']} processes, and its stream cannot go on with "
+                f"{self.args.world_size}: launch as many."
+            )
+        self.positions = [Position(**position) for position in state["positions"]]
+        self.num_batches = state["num_batches"]
+        self.train_dataset.resume(self.positions, self.num_batches)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Retrieval by features, and what `pretraining_evaluation` measures."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics = {}
+        if self.model.config.itc_weight > 0:
+            metrics = {**self.search(dataset).metrics, "chance_r1": 1 / len(set(dataset["image_id"]))}
+        metrics |= word_and_matching_metrics(self, dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return {**metrics, f"{metric_key_prefix}_samples": len(dataset)}

@@ -1,0 +1,124 @@
+"""BLEU, METEOR, ROUGE-L and CIDEr of captions as an `evaluate` metric, by pycocoevalcap, the scorers of COCO.
+
+With Java, captions are split into words by the PTB tokenizer of COCO's evaluation, and scores are those of
+`pycocoevalcap.eval.COCOEvalCap`. Without it METEOR is left out, and a simpler rule splits the words: scores of
+captions with unusual punctuation then differ a little from published ones. No network is needed, by import or by
+`evaluate.load("examples/caption_metrics.py")`.
+"""
+
+import logging
+import re
+import subprocess
+
+import datasets
+import evaluate
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION = "BLEU, METEOR, ROUGE-L and CIDEr of image captions against one or several references each."
+
+_CITATION = """\
+@article{chen2015microsoft,
+    title={Microsoft COCO Captions: Data Collection and Evaluation Server},
+    author={Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and Gupta, Saurabh and
+        Dollar, Piotr and Zitnick, C. Lawrence},
+    journal={arXiv preprint arXiv:1504.00325},
+    year={2015}
+}
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list[str]`): A caption of each image.
+    references (`list[list[str]]`): The true captions of each image, at least one.
+    use_java (`bool`, *optional*): Whether to use Java. Defaults to whether it runs.
+
+Returns:
+    `dict`: `bleu_1` to `bleu_4`, `rouge_l` and, with Java, `meteor`, in [0, 1]; `cider`, in [0, 10] (tables often show
+    100 times these numbers). CIDEr weighs words by how many of the images' references have them: with one image it is
+    0.
+
+Raises:
+    `ValueError`: Where there are no predictions, or an image has no references.
+
+Example:
+
+>>> metric = evaluate.load("examples/caption_metrics.py")
+>>> metric.compute(predictions=["a cat"], references=[["a black cat", "the cat"]], use_java=False)["bleu_1"]
+0.9999999...
+"""
+
+# The words and marks that COCO's evaluation takes for punctuation, and the endings that PTB splits off.
+_WORD = re.compile(r"[^\W_]+(?:[.,:/'’\-][^\W_]+)*")
+_ENDING = re.compile(r"(?:n['’]t|['’](?:s|m|d|re|ve|ll))$")
+
+
+def split_words(caption: str) -> str:
+    """The lower-cased words of a caption with a space between, without punctuation: as PTB on plain sentences."""
+    words = []
+    for word in _WORD.findall(caption.lower()):
+        ending = _ENDING.search(word)
+        words += [word] if ending is None or ending.start() == 0 else [word[: ending.start()], ending.group()]
+    return " ".join(words)
+
+
+def java_runs() -> bool:
+    """Whether there is a Java that starts: some systems have a `java` that only tells how to get one."""
+    try:
+        return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]]:
+    if not use_java:
+        return {image: [split_words(caption) for caption in each] for image, each in enumerate(captions)}
+    rows = {image: [{"caption": caption} for caption in each] for image, each in enumerate(captions)}
+    return PTBTokenizer().tokenize(rows)
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class CaptionMetrics(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.Sequence(datasets.Value("string")),
+                }
+            ),
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[list[str]], use_java: bool | None = None
+    ) -> dict[str, float]:
+        if not predictions:
+            raise ValueError("Scores of no captions are undefined: give at least one.")
+        if bare := [image for image, captions in enumerate(references) if not captions]:
+            raise ValueError(
+                f"The prediction {predictions[bare[0]]!r} (number {bare[0]}) has no references: give one."
+            )
+        if use_java is None:
+            use_java = java_runs()
+            if not use_java:
+                logger.warning(
+                    "METEOR is left out, and words are split by a simpler rule than in published scores: both need "
+                    "Java, which does not run here. Install it (apt-get install default-jre-headless, conda install "
+                    "openjdk, brew install openjdk) and evaluate again, or score predictions.jsonl elsewhere."
+                )
+        candidates = _tokenized([[prediction] for prediction in predictions], use_java)
+        truths = _tokenized(references, use_java)
+        bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
+        scores = {f"bleu_{n}": score for n, score in enumerate(bleu, start=1)}
+        scorers = {"rouge_l": Rouge, "cider": Cider, **({"meteor": Meteor} if use_java else {})}
+        scores |= {name: scorer().compute_score(truths, candidates)[0] for name, scorer in scorers.items()}
+        return {name: float(score) for name, score in scores.items()}

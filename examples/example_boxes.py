@@ -1,0 +1,61 @@
+"""Boxes in pictures: mirrored with what is said about them, and drawn."""
+
+import re
+from collections.abc import Sequence
+
+import PIL.Image
+import PIL.ImageDraw
+
+
+TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#d9480f"
+
+_OPPOSITES = {"left": "right", "right": "left"}
+
+
+def mirrored_row(row: dict, width: int) -> dict:
+    """A row with `box` and `expression` as it is true of its image, `width` pixels wide, flipped sideways."""
+    x0, y0, x1, y1 = row["box"]
+    return {**row, "box": [width - x1, y0, width - x0, y1], "expression": swap_left_and_right(row["expression"])}
+
+
+def swap_left_and_right(text: str) -> str:
+    """
+    The text with each "left" and "right" in place of the other, also in "leftmost", "left-hand" and the like.
+
+    Example:
+
+    >>> swap_left_and_right("Left dog, right of the leftmost one in bright light")
+    'Right dog, left of the rightmost one in bright light'
+    """
+
+    def swap(match: re.Match) -> str:
+        word = match.group()
+        opposite = _OPPOSITES[word.lower()]
+        return opposite.upper() if word.isupper() else opposite.title() if word.istitle() else opposite
+
+    return re.sub(r"\b(left|right)(?=(most|ern|side|ward|wards|er)?\b)", swap, text, flags=re.IGNORECASE)
+
+
+def draw_boxes(
+    image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float], side: int = 240
+) -> PIL.Image.Image:
+    """The image, its longer side made `side` pixels long, with the true box green and the predicted one orange."""
+    scale = side / max(image.size)
+    picture = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    draw = PIL.ImageDraw.Draw(picture)
+    for box, color in ((true_box, TRUE_COLOR), (predicted_box, PREDICTED_COLOR)):
+        draw.rectangle([number * scale for number in box], outline=color, width=3)
+    return picture
+
+
+def sheet(pictures: list[PIL.Image.Image], titles: list[str], columns: int = 4, side: int = 240) -> PIL.Image.Image:
+    """Pictures of at most `side` pixels with a line of text below each, row by row."""
+    cell_width, cell_height = side + 10, side + 30
+    rows = -(-len(pictures) // columns)
+    whole = PIL.Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    draw = PIL.ImageDraw.Draw(whole)
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        x, y = number % columns * cell_width + 5, number // columns * cell_height + 5
+        whole.paste(picture, (x, y))
+        draw.text((x, y + side + 4), title, fill="black", font_size=13)
+    return whole

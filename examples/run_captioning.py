@@ -1,0 +1,153 @@
+"""
+Train and evaluate TRIPS on image captioning. A prompt, the same for all images, selects the patches.
+
+    accelerate launch examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
+    accelerate launch examples/run_captioning.py --keep_rate 1.0  # its unpruned twin
+    accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
+        --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 1e-5 \
+        --per_device_train_batch_size 32 --generation_num_beams 5
+
+The training loop is Transformers' `Seq2SeqTrainer`: see `--help` for all of its options. The scores need the extra
+`captioning`, METEOR needs Java.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset
+from example_collators import ImageBatchCollator, shift, without_long_texts
+from example_training import (
+    DataArguments,
+    ImageGroupedTrainer,
+    ModelArguments,
+    TripsTrainingArguments,
+    load_data,
+    load_model,
+    parse_arguments,
+    train_and_evaluate,
+    write_whole,
+)
+
+from modeling_trips import TripsForConditionalGeneration
+
+
+METRIC = str(Path(__file__).with_name("caption_metrics.py"))
+
+
+@dataclass
+class CaptioningArguments(DataArguments):
+    prompt: str = field(
+        default="a picture of ",
+        metadata={"help": "The text that selects the patches and is fused with them. The caption does not repeat it."},
+    )
+    augment: bool | None = field(
+        default=None, metadata={"help": "Random shifts of the images. Default: for scenes only."}
+    )
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
+    )
+    no_repeat_ngram_size: int = field(default=0, metadata={"help": "Write no group of so many tokens twice. 0: may."})
+
+
+@dataclass
+class CaptionCollator(ImageBatchCollator):
+    """
+    Rows of `example_datasets.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the
+    captions of an image that stand in one batch share all but the decoder (`text_index`).
+
+    Args:
+        prompt (`str`): the text of every image.
+    """
+
+    prompt: str = ""
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        labels = self.processor.encode_answers([row["caption"] for row in rows])
+        if not self.training:
+            prompts = [self.prompt] * len(rows)
+            inputs = self.processor(images=images, text=prompts, image_index=image_index, return_tensors="pt")
+            return {**inputs, "labels": labels}
+        inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt")
+        return {**inputs, "labels": labels, "text_index": torch.tensor(image_index)}
+
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """No flips: captions say what is on the left, and in which order."""
+        return [shift(image) for image in images], rows
+
+
+def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
+    """The first row of each image, and all captions of each image."""
+    rows, captions = {}, {}
+    for index, (image_id, caption) in enumerate(zip(dataset["image_id"], dataset["caption"])):
+        rows.setdefault(image_id, index)
+        captions.setdefault(image_id, []).append(caption)
+    return dataset.select(list(rows.values())), list(captions.values())
+
+
+def write_predictions(path: Path, dataset: Dataset, references: list[list[str]], captions: list[str]):
+    """An object per image, with the true captions and the predicted one."""
+    lines = [
+        json.dumps({**row, "captions": truths, "prediction": caption}, ensure_ascii=False)
+        for row, truths, caption in zip(
+            dataset.select_columns(["source", "image_id"]), references, captions, strict=True
+        )
+    ]
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args = parse_arguments(
+        argv, ModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
+    )
+    metric = evaluate.load(METRIC)
+    data = load_data("captions", data_args, training_args)
+    texts, side = data_args.vocabulary(data, "caption"), data_args.scene_size("captions")
+    model, processor = load_model(TripsForConditionalGeneration, model_args, texts, image_size=side)
+    data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
+    model.generation_config.update(
+        max_new_tokens=training_args.generation_max_length or model.config.decoder_config.max_position_embeddings,
+        max_length=None,
+        num_beams=training_args.generation_num_beams or 1,
+        length_penalty=data_args.length_penalty,
+        no_repeat_ngram_size=data_args.no_repeat_ngram_size,
+    )
+    model.generation_config.validate(strict=True)  # before training, not when it is saved
+    images, references = one_row_per_image(data["validation"]) if "validation" in data else (None, [])
+
+    def captions_of(prediction) -> list[str]:
+        sequences = prediction.predictions
+        return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
+
+    def scores(prediction) -> dict[str, float]:
+        return metric.compute(predictions=captions_of(prediction), references=references)
+
+    trainer = ImageGroupedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.get("train"),
+        eval_dataset=images,
+        data_collator=CaptionCollator(processor, prompt=data_args.prompt),
+        train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=data_args.prompt),
+        processing_class=processor,
+        compute_metrics=scores,
+    )
+
+    def evaluate_captions() -> dict[str, float]:
+        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        if trainer.is_world_process_zero():
+            path = Path(training_args.output_dir) / "predictions.jsonl"
+            write_predictions(path, images, references, captions_of(output))
+        return {**output.metrics, "eval_samples": len(images)}
+
+    return train_and_evaluate(trainer, evaluate_captions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""
+Train and evaluate TRIPS on visual grounding: the box of what an expression refers to (RefCOCO, RefCOCO+, RefCOCOg).
+
+    accelerate launch examples/run_grounding.py                  # scenes of easy-VQA images, the tiny preset
+    accelerate launch examples/run_grounding.py --keep_rate 1.0  # its unpruned twin
+    accelerate launch examples/run_grounding.py --train_file train.jsonl --validation_file val.jsonl \
+        --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 2e-5 \
+        --per_device_train_batch_size 32
+
+The training loop is Transformers' `Trainer`: see `--help` for all of its options.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import PIL.Image
+import torch
+from datasets import Dataset
+from example_boxes import draw_boxes, mirrored_row, sheet
+from example_collators import ImageBatchCollator, image_size, read_image, without_long_texts
+from example_training import (
+    DataArguments,
+    ImageGroupedTrainer,
+    ModelArguments,
+    TripsTrainingArguments,
+    load_data,
+    load_model,
+    parse_arguments,
+    train_and_evaluate,
+    write_whole,
+)
+from torchvision.transforms.v2 import functional as F
+
+from modeling_trips import TripsForVisualGrounding, convert_to_rgb
+
+
+METRIC = str(Path(__file__).with_name("grounding_accuracy.py"))
+
+
+@dataclass
+class GroundingArguments(DataArguments):
+    augment: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Random sideways flips, which mirror the boxes and swap the words left and right. Default: for "
+            "scenes only."
+        },
+    )
+    num_pictures: int = field(
+        default=0, metadata={"help": "How many predictions to draw beside the true boxes, in predictions.png."}
+    )
+
+
+@dataclass
+class GroundingCollator(ImageBatchCollator):
+    """Rows of `example_datasets.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        inputs = self.processor(
+            images=images, text=[row["expression"] for row in rows], image_index=image_index, return_tensors="pt"
+        )
+        sizes = [(images[index].height, images[index].width) for index in image_index]
+        return {**inputs, "labels": self.processor.encode_boxes([row["box"] for row in rows], sizes)}
+
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """Half of the images flipped sideways, with the boxes and words of their rows."""
+        flips = torch.rand(len(images)) < 0.5
+        rows = [
+            mirrored_row(row, images[index].width) if flips[index] else row for row, index in zip(rows, image_index)
+        ]
+        return [F.horizontal_flip(image) if flip else image for image, flip in zip(images, flips)], rows
+
+
+def write_predictions(path: Path, dataset: Dataset, boxes: list[list[float]]):
+    """An object per expression, with the true box and the predicted one in pixels of the image."""
+    columns = ["source", "question_id", "expression", "box"]
+    lines = [
+        json.dumps({**row, "prediction": [round(number, 2) for number in box]}, ensure_ascii=False)
+        for row, box in zip(dataset.select_columns(columns), boxes, strict=True)
+    ]
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def draw_predictions(path: Path, dataset: Dataset, boxes: list[list[float]], num_pictures: int):
+    """A sheet of predictions, evenly spread over the data set."""
+    step = max(1, len(dataset) // num_pictures)
+    rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
+    pictures = [draw_boxes(convert_to_rgb(read_image(row)), row["box"], box) for row, box in zip(rows, boxes[::step])]
+    partial = path.with_name(f"partial-{path.name}")
+    sheet(pictures, rows["expression"]).save(partial)
+    partial.replace(path)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args = parse_arguments(
+        argv, ModelArguments, GroundingArguments, TripsTrainingArguments, description=__doc__
+    )
+    data = load_data("grounding", data_args, training_args)
+    texts, side = data_args.vocabulary(data, "expression"), data_args.scene_size("grounding")
+    model, processor = load_model(TripsForVisualGrounding, model_args, texts, image_size=side)
+    data = without_long_texts(data, "expression", processor, skip=data_args.skip_bad_rows)
+    metric = evaluate.load(METRIC)
+
+    def boxes_of(prediction) -> list[list[float]]:
+        validation = data["validation"].select_columns(["image", "image_id", "source"])
+        sizes = {row["image_id"]: image_size(row) for row in validation}
+        sizes = [sizes[image_id] for image_id in validation["image_id"]]
+        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes).tolist()
+
+    def accuracy(prediction) -> dict[str, float]:
+        return metric.compute(predictions=boxes_of(prediction), references=data["validation"]["box"])
+
+    trainer = ImageGroupedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=GroundingCollator(processor),
+        train_collator=GroundingCollator(processor, training=True, augment=data_args.augments),
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+
+    def evaluate_boxes() -> dict[str, float]:
+        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        if trainer.is_world_process_zero():
+            folder, boxes = Path(training_args.output_dir), boxes_of(output)
+            write_predictions(folder / "predictions.jsonl", data["validation"], boxes)
+            if data_args.num_pictures:
+                draw_predictions(folder / "predictions.png", data["validation"], boxes, data_args.num_pictures)
+        return {**output.metrics, "eval_samples": len(data["validation"])}
+
+    return train_and_evaluate(trainer, evaluate_boxes)
+
+
+if __name__ == "__main__":
+    main()

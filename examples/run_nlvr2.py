@@ -1,0 +1,107 @@
+"""
+Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
+
+    accelerate launch examples/run_nlvr2.py                  # statements about easy-VQA, the tiny preset
+    accelerate launch examples/run_nlvr2.py --keep_rate 1.0  # its unpruned twin
+    accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
+        --model_name_or_path pretrained --learning_rate 2e-5 --per_device_train_batch_size 32
+
+The training loop is Transformers' `Trainer`: see `--help` for all of its options.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset
+from example_collators import ImageBatchCollator, distinct_images, without_long_texts
+from example_training import (
+    DataArguments,
+    ImageGroupedTrainer,
+    ModelArguments,
+    TripsTrainingArguments,
+    load_data,
+    load_model,
+    parse_arguments,
+    train_and_evaluate,
+    write_whole,
+)
+from transformers import EvalPrediction
+
+from modeling_trips import TripsForImagesAndTextClassification
+
+
+@dataclass
+class Nlvr2Collator(ImageBatchCollator):
+    """
+    Rows of `example_datasets.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
+    images `image_index[i, 0]` on the left and `image_index[i, 1]` on the right.
+    """
+
+    def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list[list[int]]]:
+        sides = [
+            {"image": image, "image_id": image_id, "source": row["source"]}
+            for row in rows
+            for image, image_id in zip(row["images"], row["image_ids"], strict=True)
+        ]
+        images, index = distinct_images(sides)
+        return images, [list(pair) for pair in zip(index[::2], index[1::2])]
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:
+        inputs = self.processor(
+            images=images, text=[row["statement"] for row in rows], image_index=image_index, return_tensors="pt"
+        )
+        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
+
+
+def write_predictions(path: Path, dataset: Dataset, logits: np.ndarray):
+    """An object per statement, with the probability that it is true."""
+    columns = ("source", "question_id", "statement", "label")
+    probabilities = torch.from_numpy(logits).float().softmax(dim=-1)[:, 1].tolist()
+    lines = [
+        json.dumps({**row, "prediction": int(probability > 0.5), "probability": probability}, ensure_ascii=False)
+        for row, probability in zip(dataset.select_columns(list(columns)), probabilities, strict=True)
+    ]
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args = parse_arguments(
+        argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
+    )
+    data = load_data("nlvr2", data_args, training_args)
+    texts, side = data_args.vocabulary(data, "statement"), data_args.scene_size("nlvr2")
+    model, processor = load_model(
+        TripsForImagesAndTextClassification, model_args, texts, image_size=side, num_images=2, num_labels=2
+    )
+    data = without_long_texts(data, "statement", processor, skip=data_args.skip_bad_rows)
+    trainer = ImageGroupedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=Nlvr2Collator(processor),
+        train_collator=Nlvr2Collator(processor, training=True, augment=data_args.augments),
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+
+    def evaluate() -> dict[str, float]:
+        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        if trainer.is_world_process_zero():
+            path = Path(training_args.output_dir) / "predictions.jsonl"
+            write_predictions(path, data["validation"], output.predictions)
+        return {**output.metrics, "eval_samples": len(data["validation"])}
+
+    return train_and_evaluate(trainer, evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A toy data set for each run_*.py script: plain images of 64 x 64 pixels, a row each; and how to run the scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = ["red", "blue", "green", "white", "black"]
+SCRIPTS = {"vqa": "run_vqa", "captions": "run_captioning", "nlvr2": "run_nlvr2", "grounding": "run_grounding"}
+OPTIONS = [
+    "--learning_rate=1e-3",
+    "--lr_scheduler_type=constant",
+    "--auto_bf16=False",
+    "--augment=False",
+    "--disable_tqdm=True",
+    "--save_strategy=no",
+]
+
+
+def write_task(task: str, folder: Path) -> list[str]:
+    """Writes images and `rows.jsonl`, and returns the options that name it as both splits."""
+    for color in COLORS:
+        PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
+    lines = [json.dumps(row) for row in _ROWS[task](folder)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return [f"--train_file={folder / 'rows.jsonl'}", f"--validation_file={folder / 'rows.jsonl'}"]
+
+
+def _questions(folder: Path):
+    for color in COLORS:
+        yield {"image": f"{color}.png", "question": "what color is it?", "answer": color}
+
+
+def _captions(folder: Path):
+    for color in COLORS:
+        yield {"image": f"{color}.png", "captions": [f"all is {color} here", f"a {color} image"]}
+
+
+def _statements(folder: Path):
+    """Each is true of one pair and false of another; an image is in several pairs."""
+    for number, color in enumerate(COLORS):
+        other = COLORS[number - 1]
+        yield {"images": [f"{color}.png"] * 2, "statement": f"both are {color}", "label": True}
+        yield {"images": [f"{color}.png", f"{other}.png"], "statement": f"both are {color}", "label": False}
+
+
+def _expressions(folder: Path):
+    """Pictures of two squares, 60 x 120 pixels; the processor squashes them."""
+    for number, color in enumerate(COLORS):
+        other = COLORS[number - 1]
+        image = PIL.Image.new("RGB", (120, 60), "gray")
+        boxes = [10, 10, 50, 50], [70, 20, 110, 60]
+        for box, name in zip(boxes, (color, other)):
+            image.paste(name, box)
+        image.save(folder / f"pair-{number}.png")
+        for box, name in zip(boxes, (color, other)):
+            yield {"image": f"pair-{number}.png", "expression": f"the {name} square", "box": box}
+
+
+_ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "grounding": _expressions}
+
+
+def run(*words: str) -> str:
+    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]

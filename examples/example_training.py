@@ -73,6 +73,13 @@ class ModelArguments:
         default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
     )
     selection_guidance: str | None = field(default=None, metadata={"help": "What selects: text, image or random."})
+    fusion_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "How text and image meet: cross_attention (as in ALBEF), skip_connected (mPLUG) or single_stream "
+            "(ViLT). Default: the checkpoint's; cross_attention from scratch."
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2. eager trains fastest on CPUs at small sizes."}
     )
@@ -84,6 +91,7 @@ class ModelArguments:
             "selection_layers": self.selection_layers,
             "keep_rate": rate,
             "selection_guidance": self.selection_guidance,
+            "fusion_type": self.fusion_type,
         }
         return {name: value for name, value in fields.items() if value is not None}
 

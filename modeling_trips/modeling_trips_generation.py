@@ -73,14 +73,19 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self):
-        return self.lm_head.decoder
+        """
+        The head, if it has weights of its own. PEFT and FSDP know of heads that share those of `get_input_embeddings`,
+        which are the text encoder's, but not of one that shares the decoder's: they would untie it or shard it twice.
+        """
+        return None if self.config.tie_word_embeddings else self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings):
         self.lm_head.decoder = new_embeddings
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and the head."""
-        self.decoder.resize_token_embeddings(*args, **kwargs)
+        size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
+        self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
         return super().resize_token_embeddings(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, *args, **model_kwargs):

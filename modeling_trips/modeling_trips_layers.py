@@ -561,15 +561,8 @@ class TripsPreTrainedModel(PreTrainedModel):
         from .registration_trips import describe_code  # not earlier: it imports every class, this one included
 
         describe_code(self)
-        self._say_what_is_tied()
         # A part that was loaded from a whole model is saved under its own names.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
-
-    def _say_what_is_tied(self):
-        """PEFT, when it merges adapters, compares heads with the text's embeddings and notes that nothing is tied."""
-        pairs = self.all_tied_weights_keys.items()
-        if pairs and all(self.get_parameter(name) is self.get_parameter(source) for name, source in pairs):
-            self.config.tie_word_embeddings = True
 
 
 __all__ = ["TripsPreTrainedModel"]

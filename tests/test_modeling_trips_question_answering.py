@@ -189,7 +189,7 @@ def test_padding_of_the_labels_changes_nothing():
 def test_embeddings_are_tied_and_trained_as_one(tmp_path):
     model = make_model()
     embedding = model.decoder.embeddings.word_embeddings.weight
-    assert model.get_output_embeddings().weight is embedding
+    assert model.lm_head.decoder.weight is embedding
     assert model.get_input_embeddings().weight is not embedding  # the text encoder has its own
     with torch.no_grad():
         embedding.add_(1.0)

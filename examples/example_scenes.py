@@ -204,10 +204,14 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
             f"{num_scenes} {split} scenes of {grid} x {grid} tiles cannot be told apart by captions, there are only "
             f"{different} different ones: choose a larger grid, or at most {different // 2} scenes."
         )
+    return _RECORDS[task](_Scenes(split, read_tiles(split), grid, random.Random(f"{seed} {split}")), num_scenes)
+
+
+def read_tiles(split: str) -> list[Tile]:
+    """The images of `easy_vqa_attributes(split)`, in that order."""
     paths = _read_easy_vqa(split).image_paths
     attributes = easy_vqa_attributes(split)
-    tiles = [Tile(*names, PIL.Image.open(paths[image_id]).convert("RGB")) for image_id, names in attributes.items()]
-    return _RECORDS[task](_Scenes(split, tiles, grid, random.Random(f"{seed} {split}")), num_scenes)
+    return [Tile(*names, PIL.Image.open(paths[image_id]).convert("RGB")) for image_id, names in attributes.items()]
 
 
 def cell_origin(cell: int, grid: int) -> tuple[int, int]:

@@ -276,11 +276,168 @@ def test_files_that_cannot_be_read(folder):
         load_task_dataset("vqa", train_file=write(folder / "empty.jsonl", []))
 
 
+# The other tasks
+
+CAPTIONS = [
+    {"image": "a.png", "caption": "one"},
+    {"image": "b.png", "captions": ["two", "three"], "image_id": 7},
+]
+STATEMENTS = [
+    {"left_image": "a.png", "right_image": "b.png", "statement": "left", "label": "True"},
+    {"images": ["b.png", "a.png"], "statement": "right", "label": 0, "image_ids": ["x", "y"], "question_id": "q"},
+]
+EXPRESSIONS = [
+    {"image": "a.png", "expression": "a dog", "box": [0, 1, 3.5, 3]},
+    {"image": "b.png", "expression": "it", "box": [-0.5, 0, 32.5, 31], "question_id": "q"},
+]
+COLUMNS = {
+    "captions": ["image", "image_id", "caption", "captions"],
+    "nlvr2": ["left_image", "right_image", "images", "image_ids", "question_id", "statement", "label"],
+    "grounding": ["image", "expression", "box", "question_id"],
+}
+
+
+def write_columns(file, records, columns):
+    """As `write`, with lists as JSON in CSV."""
+    if file.suffix == ".csv":
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, columns)
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items()} for r in records)
+    elif file.suffix == ".parquet":
+        texts = [{k: v if isinstance(v, list) or v is None else str(v) for k, v in r.items()} for r in records]
+        datasets.Dataset.from_dict({c: [r.get(c) for r in texts] for c in columns}).to_parquet(file)
+    else:
+        write(file, records)
+    return file
+
+
+def test_captions_of_each_format(folder, suffix):
+    file = write_columns(folder / f"train.{suffix}", CAPTIONS, COLUMNS["captions"])
+    rows = load_task_dataset("captions", train_file=file)["train"]
+    assert rows.features == TASKS["captions"].features
+    assert rows["caption"][:] == ["one", "two", "three"]
+    assert rows["source"][:] == [f"train.{suffix} row {number}" for number in (1, 2, 2)]
+    assert rows["image_id"][:] == [str(folder / "a.png"), "7", "7"]
+    assert [image.size for image in rows["image"]] == [(4, 3), (32, 32), (32, 32)]
+
+
+def test_statements_of_each_format(folder, suffix):
+    file = write_columns(folder / f"train.{suffix}", STATEMENTS, COLUMNS["nlvr2"])
+    rows = load_task_dataset("nlvr2", train_file=file)["train"]
+    assert rows.features == TASKS["nlvr2"].features
+    assert rows["label"][:] == [1, 0]
+    assert rows["question_id"][:] == ["1", "q"]
+    assert rows["image_ids"][:] == [[str(folder / "a.png"), str(folder / "b.png")], ["x", "y"]]
+    assert [[image.size for image in pair] for pair in rows["images"]] == [[(4, 3), (32, 32)], [(32, 32), (4, 3)]]
+    assert rows[0]["images"][0].mode == "RGB"
+
+
+def test_expressions_of_each_format(folder, suffix):
+    file = write_columns(folder / f"train.{suffix}", EXPRESSIONS, COLUMNS["grounding"])
+    rows = load_task_dataset("grounding", train_file=file)["train"]
+    assert rows.features == TASKS["grounding"].features
+    assert rows["box"][:] == [[0, 1, 3.5, 3], [0, 0, 32, 31]]  # cut to the image
+    assert rows["question_id"][:] == ["1", "q"]
+
+
+BAD_OF_TASK = [
+    ("captions", {"image": "a.png", "caption": " "}, "no caption"),
+    ("captions", {"image": "a.png", "caption": ["one", ""]}, "an empty caption .number 2 of 2"),
+    ("captions", {"image": "a.png", "caption": ["one", {"raw": "two"}]}, "a caption is not text"),
+    ("nlvr2", {"images": ["a.png"], "statement": "s", "label": 1}, "not two images"),
+    ("nlvr2", {"left_image": "a.png", "statement": "s", "label": 1}, "no image"),
+    ("nlvr2", {"images": ["a.png", "none.png"], "statement": "s", "label": 1}, "missing image"),
+    ("nlvr2", {"images": ["a.png", "b.png"], "statement": "s", "label": 2}, "label is not 1, 0, true or false .2"),
+    ("nlvr2", {"images": ["a.png", "b.png"], "statement": "s"}, "no label"),
+    ("nlvr2", {"images": ["a.png", "b.png"], "label": 1}, "no statement"),
+    ("nlvr2", {"images": ["a.png", "b.png"], "image_ids": ["x"], "statement": "s", "label": 1}, "not two image_ids"),
+    (
+        "nlvr2",
+        {"images": ["a.png", "b.png"], "image_ids": ["x", "x"], "statement": "s", "label": 1},
+        "image_id of two",
+    ),
+    ("grounding", {"image": "a.png", "expression": "e"}, "no box"),
+    ("grounding", {"image": "a.png", "expression": "e", "box": [0, 0, 1]}, "box is not four numbers"),
+    ("grounding", {"image": "a.png", "expression": "e", "box": [0, 0, "nan", 1]}, "box is not four numbers"),
+    ("grounding", {"image": "a.png", "expression": "e", "box": 5}, "box is not four numbers"),
+    ("grounding", {"image": "a.png", "expression": "e", "box": [2, 0, 2, 1]}, "box without area"),
+    ("grounding", {"image": "a.png", "expression": "e", "box": [0, 0, 5.5, 3]}, "box outside the image .* is 4 x 3"),
+    ("grounding", {"image": "a.png", "expression": "e", "box": [4, 0, 4.5, 3]}, "box outside the image"),
+    ("grounding", {"image": "a.png", "box": [0, 0, 1, 1]}, "no expression"),
+]
+
+
+@pytest.mark.parametrize(("task", "record", "reason"), BAD_OF_TASK, ids=[reason for *_, reason in BAD_OF_TASK])
+def test_bad_row_of_each_task_is_named(folder, task, record, reason):
+    good = {"captions": CAPTIONS, "nlvr2": STATEMENTS, "grounding": EXPRESSIONS}[task]
+    file = write(folder / "train.jsonl", [*good, record])
+    with pytest.raises(ValueError, match=f"1 of the 3 rows .*\n.*row 3: {reason}"):
+        load_task_dataset(task, train_file=file)
+    assert len(load_task_dataset(task, train_file=file, skip_bad_rows=True)["train"]) == (
+        3 if task == "captions" else 2
+    )
+
+
+def encoded(path):
+    return {"bytes": path.read_bytes(), "path": path.name}
+
+
+@pytest.mark.parametrize("as_image", [False, True], ids=["struct", "Image"])
+def test_parquet_with_encoded_images(folder, as_image):
+    a, b = encoded(folder / "a.png"), encoded(folder / "b.png")
+    file = folder / "train.parquet"
+    table = datasets.Dataset.from_dict(
+        {"image": [a, b], "captions": [["one", "two"], ["three"]], "caption": [None, None]}
+    )
+    table = table.cast_column("image", datasets.Image()) if as_image else table
+    table.to_parquet(file)
+    rows = load_task_dataset("captions", train_file=file, cache_dir=str(folder / "cache"))["train"]
+    assert rows.features == TASKS["captions"].features
+    assert rows["caption"][:] == ["one", "two", "three"]
+    assert rows["image_id"][:] == ["1", "1", "2"]
+    assert rows["source"][:] == [f"train.parquet row {number}" for number in (1, 1, 2)]
+    assert [(image.size, image.mode) for image in rows["image"]] == [((4, 3), "RGB")] * 2 + [((32, 32), "RGB")]
+    assert rows[2]["image"].tobytes() == PIL.Image.open(folder / "b.png").tobytes()
+
+
+@pytest.mark.parametrize("columns", ["images", "pair"])
+def test_parquet_with_encoded_pairs(folder, columns):
+    a, b = encoded(folder / "a.png"), encoded(folder / "b.png")
+    images = {"images": [[a, b], [b, a]]} if columns == "images" else {"left_image": [a, b], "right_image": [b, a]}
+    file = folder / "train.parquet"
+    datasets.Dataset.from_dict({**images, "statement": ["s", "t"], "label": [0, 1]}).to_parquet(file)
+    rows = load_task_dataset("nlvr2", train_file=file, cache_dir=str(folder / "cache"))["train"]
+    assert rows.features == TASKS["nlvr2"].features
+    assert rows["image_ids"][:] == [["1 left", "1 right"], ["2 left", "2 right"]]
+    assert [[image.size for image in pair] for pair in rows["images"]] == [[(4, 3), (32, 32)], [(32, 32), (4, 3)]]
+
+
+def test_parquet_with_bad_encoded_images(folder):
+    a, text = encoded(folder / "a.png"), encoded(folder / "text.png")
+    table = {"image": [a, text, None, a], "expression": ["e"] * 4, "box": [[0, 0, 4, 3]] * 3 + [[0, 0, 9, 9]]}
+    file = folder / "train.parquet"
+    datasets.Dataset.from_dict(table).to_parquet(file)
+    with pytest.raises(ValueError) as raised:
+        load_task_dataset("grounding", train_file=file, cache_dir=str(folder / "cache"))
+    reasons = re.findall(r"row \d: [a-z ]+", str(raised.value))
+    assert reasons == ["row 2: unreadable image ", "row 3: no image", "row 4: box outside the image "]
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="task is 'ocr': choose one of vqa, captions, nlvr2, grounding"):
+        load_task_dataset("ocr")
+
+
 def test_contradicting_arguments(folder):
     with pytest.raises(ValueError, match="'easy_vqa'.*one or the other"):
         load_task_dataset("vqa", "easy_vqa", train_file=folder / "a.json")
     with pytest.raises(ValueError, match="image_root.*goes with train_file"):
         load_task_dataset("vqa", image_root=folder)
+    with pytest.raises(ValueError, match="easy_vqa has questions only: for captions take easy_vqa_scenes"):
+        load_task_dataset("captions", "easy_vqa")
+    with pytest.raises(ValueError, match="validation_split: easy_vqa has its own splits"):
+        load_task_dataset("vqa", validation_split="test")
 
 
 # The Hub: a local folder stands in for a repository
@@ -317,10 +474,44 @@ def test_hub(repository):
         assert rows[0]["image"].mode == "RGB"
 
 
+def test_hub_splits_by_name(repository):
+    name, given = str(repository / "repository"), {"cache_dir": str(repository / "cache"), "skip_bad_rows": True}
+    swapped = load_task_dataset("vqa", name, train_split="validation", validation_split="train", **given)
+    assert swapped["train"]["source"][0] == f"{name} validation row 1"
+    assert swapped["validation"]["source"][0] == f"{name} train row 1"
+    with pytest.raises(ValueError, match="no split .'testA'., only .'train', 'validation'.: .*validation_split"):
+        load_task_dataset("vqa", name, validation_split="testA", **given)
+
+
 def test_hub_without_validation(repository):
     (repository / "repository" / "validation-0.parquet").unlink()
     with pytest.raises(ValueError, match="no split .'validation'., only .'train'."):
         load_task_dataset("vqa", str(repository / "repository"), cache_dir=str(repository / "cache"))
+
+
+def test_hub_for_evaluation_only(repository):
+    (repository / "repository" / "train-0.parquet").unlink()
+    given = {"cache_dir": str(repository / "cache"), "skip_bad_rows": True}
+    assert list(load_task_dataset("vqa", str(repository / "repository"), **given)) == ["validation"]
+    with pytest.raises(ValueError, match="no split .'train'."):
+        load_task_dataset("vqa", str(repository / "repository"), train_split="train", **given)
+
+
+def test_hub_without_the_columns_of_the_task(repository):
+    with pytest.raises(ValueError, match="has no columns .'caption'., only .*'question'.*: rename them"):
+        load_task_dataset("captions", str(repository / "repository"), cache_dir=str(repository / "cache"))
+
+
+def test_hub_checks_boxes_against_images(folder):
+    (folder / "repository").mkdir()
+    images = [encoded(folder / "a.png"), encoded(folder / "b.png")]
+    table = datasets.Dataset.from_dict(
+        {"image": images, "expression": ["e", "f"], "box": [[0, 0, 4, 3], [0, 0, 40, 9]]}
+    )
+    for split in ("train", "validation"):
+        table.cast_column("image", datasets.Image()).to_parquet(folder / "repository" / f"{split}-0.parquet")
+    with pytest.raises(ValueError, match="1 of the 2 rows .*\n.*row 2: box outside the image .* is 32 x 32"):
+        load_task_dataset("grounding", str(folder / "repository"), cache_dir=str(folder / "cache"))
 
 
 # Tokenizer

@@ -1,9 +1,12 @@
 """easy-VQA and its scenes, checked against pixels."""
 
+import functools
 import io
 import re
 from collections import Counter
+from fractions import Fraction
 
+import example_scenes
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,6 +14,8 @@ from example_scenes import (
     DEFAULT_GRID,
     EASY_VQA_COLORS,
     EASY_VQA_SHAPES,
+    NLVR2_STATEMENTS,
+    _Scenes,
     easy_vqa_attributes,
     scene_records,
     shape_box,
@@ -29,6 +34,13 @@ RGB = {
     "teal": (0, 128, 128),
     "yellow": (255, 255, 0),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiles_are_read_once():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(example_scenes, "read_tiles", functools.cache(example_scenes.read_tiles))
+        yield
 
 
 # easy-VQA
@@ -106,8 +118,12 @@ def expected_answer(question, shown):
 def test_scenes_answers_and_boxes_fit_the_pixels(scenes):
     _, grid, rows = scenes
     kinds = Counter()
+    shown_by_scene = {}
     for row in rows:
-        shown = {box: color_and_shape(tile) for box, tile in tiles_of(row["image"], grid).items()}
+        if row["image_id"] not in shown_by_scene:
+            shown = {box: color_and_shape(tile) for box, tile in tiles_of(row["image"], grid).items()}
+            shown_by_scene[row["image_id"]] = shown
+        shown = shown_by_scene[row["image_id"]]
         assert (row["answer"], row["target_box"]) == expected_answer(row["question"], shown), row
         kinds[row["question"].split()[1]] += 1
     assert len(kinds) == 3, kinds
@@ -167,3 +183,183 @@ def test_box_of_a_shape_by_hand():
     tile.paste((247, 125, 122), (13, 20, 14, 22))  # mixed half and half
     tile.paste((242, 200, 195), (9, 20, 10, 22))  # hardly its own
     assert shape_box(tile) == (10, 20, 14, 22)
+
+
+def shown_in(image, grid):
+    """Colour and shape of each tile by its pixels, row by row."""
+    return [color_and_shape(tile) for tile in tiles_of(image, grid).values()]
+
+
+# Captions
+
+PLACES = {"top left": 0, "top right": 1, "bottom left": 2, "bottom right": 3}
+
+
+def described(caption):
+    """What a caption of a 2 x 2 scene says of each tile, row by row."""
+    names = re.findall(r"\ba (\w+) (\w+)", caption)
+    assert len(names) == 4, caption
+    if caption.startswith("a "):
+        cells = [PLACES[place] for place in re.findall(r"at the (\w+ \w+)", caption)]
+    elif caption.startswith("the top row has"):
+        cells = [0, 1, 2, 3]
+    else:
+        assert caption.startswith("the left column has"), caption
+        cells = [0, 2, 1, 3]
+    assert sorted(cells) == [0, 1, 2, 3]
+    return [name for _, name in sorted(zip(cells, names, strict=True))]
+
+
+def test_captions_fit_the_pixels():
+    starts, orders = Counter(), set()
+    for record in scene_records("captions", "test", 80):
+        shown = shown_in(picture(record["image"]), 2)
+        assert len(record["captions"]) == 3
+        for caption in record["captions"]:
+            assert described(caption) == shown
+            starts[caption.split()[1]] += 1
+        orders.add(tuple(re.findall(r"at the (\w+ \w+)", record["captions"][0])))
+    assert starts["top"] == starts["left"] == 80
+    assert len(orders) > 15  # of the 24
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 4000), ("test", 1000)])
+def test_captions_fit_one_scene_only(split, number, monkeypatch):
+    monkeypatch.setattr(_Scenes, "paste", lambda self, tiles: None)  # texts only
+    records = list(scene_records("captions", split, number))
+    captions = [caption for record in records for caption in record["captions"]]
+    assert len(set(captions)) == len(captions) == 3 * number
+    assert len({tuple(described(record["captions"][0])) for record in records}) == number
+
+
+def test_captions_of_a_larger_grid():
+    (record,) = scene_records("captions", "test", 1, grid=3)
+    (color, shape) = shown_in(picture(record["image"]), 3)[5]
+    tile, rows, columns = record["captions"]
+    assert f"a {color} {shape} in row 2 column 3" in tile
+    assert re.search(rf"row 2 has a \w+ \w+, a \w+ \w+ and a {color} {shape}(,|$)", rows)
+    assert re.search(rf"column 3 has a \w+ \w+, a {color} {shape} and a \w+ \w+$", columns)
+
+
+def test_captions_of_too_few_different_scenes():
+    with pytest.raises(
+        ValueError, match="13 test scenes of 1 x 1 tiles cannot be told apart .* only 24 .* at most 12"
+    ):
+        scene_records("captions", "test", 13, grid=1)
+    assert len({record["captions"][0] for record in scene_records("captions", "test", 12, grid=1)}) == 12
+
+
+# Statements about two images
+
+
+def holds(statement, left, right):
+    """Whether a statement is true of what two images show."""
+    kind, color, shape = re.fullmatch(r"(.*) ha(?:s|ve) a (?:(\w+) )?(\w+?)(?: or neither has)?", statement).groups()
+    has = [
+        any((color in (None, tile[0])) and (shape in ("shape", tile[1])) for tile in shown) for shown in (left, right)
+    ]
+    if statement.endswith("or neither has"):
+        return has[0] == has[1]
+    return {
+        "both images": has[0] and has[1],
+        "only the left image": has[0] and not has[1],
+        "only the right image": has[1] and not has[0],
+        "only one image": has[0] != has[1],
+    }[kind]
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+def test_statements_fit_the_pixels(grid):
+    kinds = Counter()
+    for record in scene_records("nlvr2", "test", 60, grid=grid):
+        left, right = (shown_in(picture(image), grid) for image in record["images"])
+        assert holds(record["statement"], left, right) == record["label"], record["statement"]
+        kinds[re.sub(r" a .*", "", record["statement"]) + record["statement"][-4:]] += 1
+    assert len(set(kinds)) >= 5
+
+
+def test_statements_alone_say_nothing(monkeypatch):
+    """Each statement comes with one pair that it is true of, and one that it is false of."""
+    monkeypatch.setattr(_Scenes, "paste", lambda self, tiles: None)
+    records = list(scene_records("nlvr2", "train", 2000))
+    pairs = list(zip(records[::2], records[1::2], strict=True))
+    assert len(pairs) == 2000
+    assert all(true["statement"] == false["statement"] for true, false in pairs)
+    assert all((true["label"], false["label"]) == (True, False) for true, false in pairs)
+    image_ids = [image_id for record in records for image_id in record["image_ids"]]
+    assert len(set(image_ids)) == 8000
+
+
+@pytest.mark.parametrize("statement", NLVR2_STATEMENTS)
+def test_one_image_says_what_the_table_claims(statement):
+    """The best guess from one image, exactly: the likelier label for each of what it may show, over both labels."""
+    right = Fraction(0)
+    true_pairs, false_pairs = NLVR2_STATEMENTS[statement]
+    for side in (0, 1):
+        for has in (True, False):
+            true, false = (
+                Fraction(sum(pair[side] == has for pair in pairs), len(pairs)) for pairs in (true_pairs, false_pairs)
+            )
+            right += max(true, false) / 4  # half of the pairs are true, and either image may be the one seen
+    expected = Fraction(1, 2) if "one image" in statement or "neither" in statement else Fraction(3, 4)
+    assert right == expected
+    for pairs, label in ((true_pairs, True), (false_pairs, False)):
+        named = statement.format("a red circle")
+        for left, right in pairs:
+            shown = [[("red", "circle")] if has else [("red", "triangle")] for has in (left, right)]
+            assert holds(named, *shown) == label
+
+
+def test_images_without_what_is_named_are_alike():
+    """Neither the colour nor the shape alone tells whether there is a red circle."""
+    seen = Counter()
+    for record in scene_records("nlvr2", "test", 150):
+        if match := re.search(r"a (\w+) (circle|rectangle|triangle)", record["statement"]):
+            for image in record["images"]:
+                ((color, shape),) = shown_in(picture(image), 1)
+                seen[(color == match[1]) + (shape == match[2])] += 1
+    assert seen[0] == 0 and seen[1] > 50 and seen[2] > 50
+
+
+# Grounding
+
+
+def test_boxes_fit_the_pixels():
+    """Against the pixels that have the named colour exactly: those at the edge are mixed, so a box may be larger."""
+    kinds = Counter()
+    for record in scene_records("grounding", "test", 60):
+        pixels = np.asarray(picture(record["image"]))
+        shown = shown_in(pixels, 2)
+        words = record["expression"].split()
+        if "at" in words:
+            cell, kind = PLACES[" ".join(words[-2:])], "place"
+        else:
+            names = set(words) & (EASY_VQA_COLORS | EASY_VQA_SHAPES)
+            (cell,) = [cell for cell, tile in enumerate(shown) if names <= set(tile)]
+            kind = len(names), "shape" in words
+        kinds[kind] += 1
+        mask = (pixels == RGB[shown[cell][0]]).all(-1)
+        mask[: 64 * (cell // 2)] = mask[64 * (cell // 2 + 1) :] = False
+        mask[:, : 64 * (cell % 2)] = mask[:, 64 * (cell % 2 + 1) :] = False
+        ys, xs = np.nonzero(mask)
+        exact = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        grown = (np.array(record["box"]) - exact) * [-1, -1, 1, 1]
+        assert ((grown >= 0) & (grown <= 2)).all(), (record["expression"], exact, record["box"])
+    assert kinds["place"] == 60
+    assert len(kinds) == 4 and min(kinds.values()) > 10, kinds
+
+
+def test_boxes_of_all_tiles_are_tight():
+    """Each side of the box touches the shape, and nothing outside is as much as half its colour."""
+    paths = easy_vqa.get_test_image_paths()
+    for image_id, (color, _) in list(easy_vqa_attributes("test").items())[::4]:
+        pixels = np.asarray(PIL.Image.open(paths[image_id]).convert("RGB"), dtype=float)
+        background = np.median(pixels, axis=(0, 1))
+        share = (np.abs(pixels - background) / np.abs(RGB[color] - background).max()).max(-1)
+        x0, y0, x1, y1 = shape_box(PIL.Image.open(paths[image_id]))
+        inside = share[y0:y1, x0:x1]
+        edges = [inside[0], inside[-1], inside[:, 0], inside[:, -1]]
+        assert all(edge.max() >= 0.49 for edge in edges), image_id
+        outside = share.copy()
+        outside[y0:y1, x0:x1] = 0
+        assert outside.max() <= 0.51, image_id

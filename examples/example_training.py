@@ -107,9 +107,23 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists."}
+        default=None,
+        metadata={
+            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public annotation "
+            "file as it is."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
+    train_annotations: str | None = field(
+        default=None, metadata={"help": "The second file of VQAv2 and RefCOCO. Default: that of the official name."}
+    )
+    validation_annotations: str | None = field(default=None, metadata={"help": "As train_annotations."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Of a file or Hub data set with several splits. Default: train."}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
+    )
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     grid: int | None = field(
@@ -243,6 +257,10 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
         args.dataset_config_name,
         train_file=args.train_file,
         validation_file=args.validation_file,
+        train_annotations=args.train_annotations,
+        validation_annotations=args.validation_annotations,
+        train_split=args.train_split,
+        validation_split=args.validation_split,
         image_root=args.image_root,
         skip_bad_rows=args.skip_bad_rows,
         grid=args.grid,

@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import DatasetDict
 from example_collators import ImageBatchCollator, ImageGroupedSampler, without_decoding
-from example_datasets import load_task_dataset, train_wordpiece_tokenizer
+from example_datasets import EMBEDDED_DATASETS, load_task_dataset, train_wordpiece_tokenizer
 from example_guard import LossGuard
 from example_scenes import DEFAULT_GRID, TILE_SIZE
 from torch.utils.data import Sampler
@@ -34,7 +34,6 @@ from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
 # All words of easy-VQA and of scenes, of every task, and of the prompt of captions: models trained on any of them
 # share a vocabulary, so that one can start from another.
 EMBEDDED_WORDS = """
@@ -109,8 +108,8 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public annotation "
-            "file as it is."
+            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public "
+            "annotation file as it is."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "As train_file."})

@@ -50,6 +50,7 @@ def trained(data, tmp_path_factory) -> tuple[Path, dict[str, float]]:
     """A model that knows the toy data, and its metrics."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--max_steps=60", "--per_device_train_batch_size=12", "--logging_steps=20", "--texts_per_image=2"]
+    options += ["--eval_strategy=steps", "--eval_steps=30"]
     return folder, run_retrieval.main([*data, *OPTIONS, *options, f"--output_dir={folder}", "--rerank_k=3"])
 
 
@@ -72,9 +73,13 @@ def test_learns_the_toy_data_and_leaves_a_model_that_finds(trained):
     assert metrics["eval_samples"] == 12 and metrics["eval_images"] == 6
     assert json.loads((folder / "eval_results.json").read_text())["eval_t2i_r1"] == metrics["eval_t2i_r1"]
     logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    for entry in logs[:-1]:  # both losses beside their sum
+    losses = [entry for entry in logs if "loss" in entry]
+    for entry in losses:  # both beside their sum
         assert entry["loss"] == pytest.approx(entry["itc_loss"] + entry["itm_loss"], rel=1e-3)
-    assert logs[0]["itm_loss"] > logs[-2]["itm_loss"]
+    assert len(losses) == 3 and losses[0]["itm_loss"] > losses[-1]["itm_loss"]
+    searches = [entry for entry in logs if "eval_r_mean" in entry]  # during training, too
+    assert [entry["step"] for entry in searches] == [30, 60]
+    assert searches[-1]["eval_r_mean"] == metrics["eval_r_mean"]
 
     model, processor = TripsForRetrieval.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
     image = PIL.Image.new("RGB", (64, 64), "green")

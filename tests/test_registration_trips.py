@@ -27,7 +27,8 @@ from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipeline
 
 
 # What no class of a checkpoint needs.
-TOOLS = ("__init__", "version", "visualization", "conversion_albef", "conversion_blip", "selection_hosts")
+TOOLS = ("__init__", "version", "visualization", "diagnostics", "selection_hosts")
+TOOLS += ("conversion_albef", "conversion_blip", "conversion_vilt")
 CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py") if not path.name.startswith(TOOLS)}
 HEADS = sorted({model for models in MODELS.values() for model in models if model.config_class is TripsConfig}, key=str)
 TIED = {

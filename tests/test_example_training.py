@@ -1,6 +1,7 @@
 """The batches of the examples: sampling by image, collating with shared images and weighted answers, augmentation."""
 
 import io
+from itertools import islice, product
 
 import numpy as np
 import PIL.Image
@@ -9,9 +10,17 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from example_collators import ImageGroupedSampler, flip_and_shift, without_long_texts
-from example_datasets import train_wordpiece_tokenizer
+from example_datasets import TEXT_COLUMNS, train_wordpiece_tokenizer
 from example_guard import LossGuard, last_good_checkpoint
-from example_training import ImageGroupedTrainer, TripsTrainingArguments, checkpoint_to_resume, make_processor
+from example_scenes import easy_vqa_records, scene_records
+from example_training import (
+    EMBEDDED_WORDS,
+    DataArguments,
+    ImageGroupedTrainer,
+    TripsTrainingArguments,
+    checkpoint_to_resume,
+    make_processor,
+)
 from run_vqa import VqaCollator
 from safetensors.torch import save_file
 
@@ -216,3 +225,49 @@ def test_gradients_that_are_no_numbers_are_found_at_the_next_loss_and_their_chec
     with pytest.raises(FloatingPointError, match=r"step 2 is nan for the rows row \d\. There is no good checkpoint"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_embedded_tasks_share_a_vocabulary_that_has_all_of_their_words():
+    tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
+    assert {word for word in EMBEDDED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
+    texts = {"a picture of "}
+    for record in easy_vqa_records("train"):
+        texts |= {record["question"], record["answer"]}
+    for task, grid in product(TEXT_COLUMNS, (2, 3)):
+        for record in islice(scene_records(task, "train", 60, grid), 200):
+            columns = {"question", "answer", "statement", "expression"} & record.keys()
+            texts |= {record[column] for column in columns} | set(record.get("captions", []))
+    assert len(texts) > 500
+    tokens = tokenizer.tokenize(" ".join(texts))
+    assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
+
+
+def test_a_tokenizer_for_own_data_is_trained_on_their_texts():
+    rows = Dataset.from_list(
+        [{"question": "is it?", "answers": ["yes", "no"]}, {"question": "why?", "answers": ["so"]}]
+    )
+    args = DataArguments(train_file="train.json")
+    texts = ["is it?", "why?", "yes", "no", "so"]
+    assert list(args.vocabulary(DatasetDict(train=rows), "question", "answers")) == texts
+    assert list(args.vocabulary(DatasetDict(validation=rows), "question", "answers")) == texts
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "side"),
+    [
+        ("vqa", {}, None),
+        ("vqa", {"dataset_name": "easy_vqa_scenes"}, 128),
+        ("captions", {}, 128),
+        ("nlvr2", {}, 64),
+        ("nlvr2", {"grid": 3}, 192),
+        ("grounding", {"grid": 4}, 256),
+        ("grounding", {"train_file": "train.json"}, None),
+        ("captions", {"dataset_name": "someone/captions"}, None),
+    ],
+)
+def test_scenes_are_read_at_their_own_size(task, options, side):
+    assert DataArguments(**options).scene_size(task) == side

@@ -31,6 +31,7 @@ from example_training import (
     train_and_evaluate,
     write_whole,
 )
+from selection_diagnostics import diagnose_selection
 from torchvision.transforms.v2 import functional as F
 
 from modeling_trips import TripsForVisualGrounding, convert_to_rgb
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             write_predictions(folder / "predictions.jsonl", data["validation"], boxes)
             if data_args.num_pictures:
                 draw_predictions(folder / "predictions.png", data["validation"], boxes, data_args.num_pictures)
-        return {**output.metrics, "eval_samples": len(data["validation"])}
+        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
 
     return train_and_evaluate(trainer, evaluate_boxes)
 

@@ -29,6 +29,7 @@ from example_training import (
     train_and_evaluate,
     write_whole,
 )
+from selection_diagnostics import diagnose_selection
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if trainer.is_world_process_zero():
             path = Path(training_args.output_dir) / "predictions.jsonl"
             write_predictions(path, data["validation"], output.predictions)
-        return {**output.metrics, "eval_samples": len(data["validation"])}
+        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
 
     return train_and_evaluate(trainer, evaluate)
 

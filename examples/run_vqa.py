@@ -30,6 +30,7 @@ from example_training import (
     train_and_evaluate,
     write_whole,
 )
+from selection_diagnostics import diagnose_selection
 
 from modeling_trips import TripsForQuestionAnswering
 
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
             write_evaluation(Path(training_args.output_dir), data["validation"], answers_of(output), metric)
-        return {**output.metrics, "eval_samples": len(data["validation"])}
+        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
 
     return train_and_evaluate(trainer, evaluate_answers)
 

@@ -140,6 +140,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         teacher_weight (`float`, *optional*, defaults to 0.0):
             Share of the teacher's opinion in the targets (ALBEF's alpha).
         """
+        config = self.config
         prefix = self.model.encode_images(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         find_contrastive_loss, teacher_logits = contrastive_loss, None
@@ -147,18 +148,32 @@ class TripsForPreTraining(TripsContrastiveModel):
             taught = teacher(pixel_values, input_ids, attention_mask, token_type_ids, image_index, mlm_input_ids)
             teacher_logits = taught.mlm_logits
             find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
+        true_pairs = image_states = None
+        # CODEPATH: see `honest_masking`.
+        if not config.honest_masking and (config.mlm_weight > 0 or config.prefix_lm_weight > 0):
+            true_pairs = self.look(text_outputs.last_hidden_state, image_index, prefix, **kwargs)
+            image_states = true_pairs.last_hidden_state
         outputs = self.pair_losses(
-            text_outputs, prefix, attention_mask, image_index, image_ids, find_contrastive_loss, **kwargs
+            text_outputs,
+            prefix,
+            attention_mask,
+            image_index,
+            image_ids,
+            find_contrastive_loss,
+            true_pairs,
+            **kwargs,
         )
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
-        if self.config.mlm_weight > 0 and mlm_labels is not None:
-            mlm_logits = self.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, **kwargs)
+        if config.mlm_weight > 0 and mlm_labels is not None:
+            mlm_logits = self.guess_words(
+                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, image_states, **kwargs
+            )
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
         # CODEPATH: as above.
-        if self.config.prefix_lm_weight > 0 and labels is not None:
+        if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continue_texts(
-                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, **kwargs
+                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, image_states, **kwargs
             )
             num_tokens = (labels != -100).sum().clamp_min(1)  # no text of the batch may be long enough to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
@@ -177,21 +192,18 @@ class TripsForPreTraining(TripsContrastiveModel):
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
+        image_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`; the
-        images are `pixel_values`, or the `prefix` that `model.encode_images` makes of them.
+        images are `pixel_values`, the `prefix` that `model.encode_images` makes of them, or the `image_states` that
+        each text sees, `(num_texts, image_length, hidden_size)`.
         """
-        fused = self.model(
-            mlm_input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            image_index=image_index,
-            prefix=prefix,
-            **kwargs,
+        fused = self._fused(
+            mlm_input_ids, attention_mask, image_index, prefix, image_states, token_type_ids=token_type_ids, **kwargs
         )
-        return self.mlm_score(fused.last_hidden_state)
+        return self.mlm_score(fused)
 
     def continue_texts(
         self,
@@ -200,23 +212,50 @@ class TripsForPreTraining(TripsContrastiveModel):
         image_index: torch.LongTensor | None,
         prefix: TripsVisionPrefix,
         labels: torch.LongTensor,
+        image_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Scores of what follows the beginnings, `(num_texts, label_length, vocab_size)`: of each label, given those
-        before it. Arguments as in `forward`.
+        before it. Arguments as in `forward` and `guess_words`.
         """
-        fused = self.model(
-            prompt_input_ids, attention_mask=prompt_attention_mask, image_index=image_index, prefix=prefix, **kwargs
+        fused = self._fused(
+            prompt_input_ids, prompt_attention_mask, image_index, prefix, image_states, token_type_ids=None, **kwargs
         )
         decoded = self.decoder(
             shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id),
-            encoder_hidden_states=fused.last_hidden_state,
+            encoder_hidden_states=fused,
             encoder_attention_mask=prompt_attention_mask,
             use_cache=False,
             **kwargs,
         )
         return self.lm_head(decoded.last_hidden_state)
+
+    def _fused(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        image_index: torch.LongTensor | None,
+        prefix: TripsVisionPrefix | None,
+        image_states: torch.FloatTensor | None,
+        token_type_ids: torch.LongTensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """The fused states of texts that select patches for themselves, or that look at `image_states`."""
+        # CODEPATH: see `honest_masking`.
+        if image_states is None:
+            return self.model(
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                image_index=image_index,
+                prefix=prefix,
+                **kwargs,
+            ).last_hidden_state
+        texts = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        return self.model.fusion_model(
+            texts.last_hidden_state, image_states, attention_mask, **kwargs
+        ).last_hidden_state
 
 
 TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")

@@ -253,22 +253,27 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor | None,
         contrastive_loss: Callable[..., torch.Tensor] = contrastive_loss,
+        true_pairs: TripsVisionModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
-        """The fields of the output of `forward` with its losses, from what text and image give on their own."""
+        """
+        The fields of the output of `forward` with its losses, from what text and image give on their own, and from
+        what each text sees of its image (`true_pairs`), if that is known.
+        """
         text_states = text_outputs.last_hidden_state
         image_index, image_ids = check_captions(text_states, len(prefix.hidden_states), image_index, image_ids)
         pair_ids = image_ids[image_index]
         config = self.config
-        itc_loss = itm_loss = true_pairs = None
+        itc_loss = itm_loss = None
         outputs = {"text_embeds": text_outputs.pooler_output, "text_model_output": text_outputs}
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
         # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
         if config.itc_weight > 0:
             # CODEPATH: see `contrastive_selection`.
             if config.contrastive_selection == "text":
-                true_pairs = self._look(text_states, image_index, prefix, **kwargs)
-                image_outputs = self._features_of_pairs(true_pairs, image_index, len(image_ids))
+                if true_pairs is None:
+                    true_pairs = self.look(text_states, image_index, prefix, **kwargs)
+                image_outputs = self.features_of_pairs(true_pairs, image_index, len(image_ids))
             else:
                 image_outputs = self.get_image_features(prefix=prefix, **kwargs)
             outputs = self.compare(text_outputs, image_outputs)
@@ -278,7 +283,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         # CODEPATH: as above.
         if config.itm_weight > 0:
             if true_pairs is None:
-                true_pairs = self._look(text_states, image_index, prefix, **kwargs)
+                true_pairs = self.look(text_states, image_index, prefix, **kwargs)
             pairs = matching_pairs(pair_logits, pair_ids)
             image_states = self._image_states(pairs, true_pairs, text_states, image_index, prefix, **kwargs)
             texts = _select_texts(pairs.text_index, text_states, attention_mask)
@@ -289,17 +294,17 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         loss = weighted_sum((config.itc_weight, itc_loss), (config.itm_weight, itm_loss))
         return {**outputs, "loss": loss, "itc_loss": itc_loss, "itm_loss": itm_loss}
 
-    def _look(
+    def look(
         self,
         text_states: torch.Tensor,
-        image_index: torch.LongTensor,
+        image_index: torch.LongTensor | None,
         prefix: TripsVisionPrefix,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
-        """Text i looks at image `image_index[i]`."""
+        """Text i looks at image `image_index[i]`, by default at image i."""
         return self.model.vision_model(text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, **kwargs)
 
-    def _features_of_pairs(
+    def features_of_pairs(
         self, true_pairs: TripsVisionModelOutput, image_index: torch.LongTensor, num_images: int
     ) -> TripsVisionModelOutput:
         """Normalised features of each image as its first caption sees it. An image without one is an error."""
@@ -324,7 +329,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if not self.config.honest_negatives:
             return true_pairs.last_hidden_state[pairs.image_index]
         negatives = slice(len(image_index), None)
-        negative_pairs = self._look(
+        negative_pairs = self.look(
             text_states[pairs.text_index[negatives]], image_index[pairs.image_index[negatives]], prefix, **kwargs
         )
         return torch.cat((true_pairs.last_hidden_state, negative_pairs.last_hidden_state))

@@ -32,7 +32,7 @@ from .losses_contrastive_trips import distilled_loss, gather_with_gradient, num_
 
 
 class TaughtBatch(NamedTuple):
-    """What the teacher makes of a batch. What belongs to an objective of weight 0 is `None`."""
+    """What the teacher makes of a batch. What no objective needs is `None`."""
 
     image_embeds: torch.Tensor | None  # (num_images, projection_dim), normalised
     text_embeds: torch.Tensor | None  # (num_texts, projection_dim), normalised
@@ -74,19 +74,10 @@ class MomentumTeacher(nn.Module):
         momentum (`float`, *optional*, defaults to 0.995): share of the teacher that stays in an update.
         queue_size (`int`, *optional*, defaults to 65536): how many features of past images, and of past texts, are
             kept as candidates; at least the batch of all processes.
-
-    Raises:
-        ValueError: if the model's `contrastive_selection` is `"text"`: features that wait in a queue can know no text
-            but their own.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.995, queue_size: int = 65536):
         super().__init__()
-        if model.config.contrastive_selection == "text":
-            raise ValueError(
-                "A momentum teacher compares each text with images of past batches, whose features cannot depend on "
-                "it: set `contrastive_selection` to 'image' or 'none', or train without a teacher."
-            )
         self.momentum = momentum
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.images = FeatureQueue(queue_size, model.config.projection_dim)
@@ -121,16 +112,29 @@ class MomentumTeacher(nn.Module):
         mlm_input_ids: torch.LongTensor | None = None,
     ) -> TaughtBatch:
         """Arguments as in [`TripsForPreTraining`]."""
-        teacher = self.model.eval()
-        image_embeds = text_embeds = mlm_logits = None
+        teacher, config = self.model.eval(), self.model.config
+        if image_index is None:
+            image_index = torch.arange(len(input_ids), device=input_ids.device)
+        # CODEPATH: a weight of 0 leaves out what the teacher says about that objective, and all that it alone needs.
+        contrasts, guesses = config.itc_weight > 0, config.mlm_weight > 0 and mlm_input_ids is not None
+        contrasts_pairs = contrasts and config.contrastive_selection == "text"
+        shares_patches = guesses and not config.honest_masking
+        image_embeds = text_embeds = image_states = mlm_logits = None
         prefix = teacher.model.encode_images(pixel_values)
-        # CODEPATH: a weight of 0 leaves out what the teacher says about that objective.
-        if teacher.config.itc_weight > 0:
+        if contrasts or shares_patches:
+            texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids)
+            text_embeds = texts.pooler_output
+        if contrasts_pairs or shares_patches:
+            true_pairs = teacher.look(texts.last_hidden_state, image_index, prefix)
+            image_states = true_pairs.last_hidden_state if shares_patches else None
+        if contrasts_pairs:
+            image_embeds = teacher.features_of_pairs(true_pairs, image_index, len(pixel_values)).pooler_output
+        elif contrasts:
             image_embeds = teacher.get_image_features(prefix=prefix).pooler_output
-            text_embeds = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
-        # CODEPATH: as above.
-        if mlm_input_ids is not None and teacher.config.mlm_weight > 0:
-            mlm_logits = teacher.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix)
+        if guesses:
+            mlm_logits = teacher.guess_words(
+                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, image_states
+            )
         return TaughtBatch(image_embeds, text_embeds, mlm_logits)
 
     def contrastive_loss(

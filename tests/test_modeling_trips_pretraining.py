@@ -164,6 +164,44 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on):
 
 
 @torch.no_grad()
+def test_without_honest_masking_the_whole_caption_selects_for_the_masked_one():
+    """Against the fused states of masked texts and of beginnings with the tokens that the whole captions left."""
+    model, batch = make_model(honest_masking=False), make_batch()
+    captions = model.model(
+        batch["input_ids"], batch["pixel_values"], batch["attention_mask"], image_index=batch["image_index"]
+    ).vision_model_output.last_hidden_state
+    outputs = model(**batch)
+    texts = model.model.text_model(batch["mlm_input_ids"], batch["attention_mask"]).last_hidden_state
+    fused = model.model.fusion_model(texts, captions, batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(outputs.mlm_logits, model.mlm_score(fused))
+    assert not torch.allclose(outputs.mlm_logits, make_model()(**batch).mlm_logits, atol=1e-3)
+
+    captioner = TripsForConditionalGeneration(model.config).eval()
+    captioner.load_state_dict(model.state_dict(), strict=False)
+    prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+    fused = model.model.fusion_model(model.model.text_model(*prompts).last_hidden_state, captions, prompts[1])
+    alone = captioner(encoder_outputs=fused, attention_mask=prompts[1], labels=batch["labels"])
+    torch.testing.assert_close(outputs.prefix_lm_loss, alone.loss)
+
+
+def test_one_pass_per_pair_serves_all_objectives():
+    """Without honesty and with the caption's own features, each caption looks once, for itself and its negatives."""
+    passes = {}
+    for name, fields in {
+        "honest": {},
+        "one": {"honest_negatives": False, "honest_masking": False, "contrastive_selection": "text"},
+    }.items():
+        model, rows = make_model(**fields), []
+        # The last layer runs behind the selection, on a row per text (or per image, for features without a text).
+        model.model.vision_model.layers[-1].mlp.register_forward_hook(
+            lambda *args, rows=rows: rows.append(len(args[2]))
+        )
+        model(**make_batch()).loss.backward()
+        passes[name] = rows
+    assert passes == {"honest": [3, 5, 10, 5, 5], "one": [5]}
+
+
+@torch.no_grad()
 def test_captions_that_are_too_short_to_be_cut_add_nothing():
     model, batch = make_model(), make_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)

@@ -123,9 +123,20 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
         MomentumTeacher(model, queue_size=6).load(tmp_path)
 
 
-def test_features_that_depend_on_the_text_cannot_wait_in_a_queue():
-    with pytest.raises(ValueError, match="set `contrastive_selection` to 'image' or 'none'"):
-        MomentumTeacher(make_model(contrastive_selection="text"), queue_size=8)
+@torch.no_grad()
+def test_a_teacher_looks_as_its_student_does():
+    """With the student's weights it finds what the student finds, whatever selects the patches."""
+    for fields in ({}, {"honest_masking": False}, {"honest_masking": False, "contrastive_selection": "text"}):
+        model, batch = make_model(**fields), make_batch()
+        taught = MomentumTeacher(model, queue_size=8)(
+            *(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")),
+            image_index=batch["image_index"],
+            mlm_input_ids=batch["mlm_input_ids"],
+        )
+        outputs = model(**batch)
+        torch.testing.assert_close(taught.image_embeds, outputs.image_embeds)
+        torch.testing.assert_close(taught.text_embeds, outputs.text_embeds)
+        torch.testing.assert_close(taught.mlm_logits, outputs.mlm_logits)
 
 
 def test_the_teacher_computes_nothing_for_objectives_of_weight_zero():

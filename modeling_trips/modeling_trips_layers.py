@@ -14,7 +14,8 @@
 """Layers of TRIPS: a pre-norm vision layer that can select patches, and the post-norm text layer of BERT."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -137,7 +138,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         """Scores of the candidates, whose keys are `key`, by the guiding token's `query`; or random ones."""
         # CODEPATH: "random" is the floor that every way of selecting must beat.
         if self.config.selection_guidance == "random":
-            return random_scores(len(key), key.shape[2], self.training, key.device, self.config.selection_seed)
+            return random_scores(key.shape[0], key.shape[2], self.training, key.device, self.config.selection_seed)
         return score_tokens(query, key, self.attention.scaling)
 
     def select_and_transform(
@@ -500,7 +501,8 @@ def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: in
     """Of a sequence of text and image tokens: the text's mask, and ones, as there is no padding among the latter."""
     if attention_mask is None:
         return None
-    return torch.cat((attention_mask, attention_mask.new_ones(len(attention_mask), num_image_tokens)), dim=1)
+    # Of `len(attention_mask)`, an exported program would make a constant.
+    return torch.cat((attention_mask, attention_mask.new_ones(attention_mask.shape[0], num_image_tokens)), dim=1)
 
 
 @auto_docstring
@@ -561,8 +563,25 @@ class TripsPreTrainedModel(PreTrainedModel):
         from .registration_trips import describe_code  # not earlier: it imports every class, this one included
 
         describe_code(self)
-        # A part that was loaded from a whole model is saved under its own names.
-        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        with _named_as_before_sharding(type(self)):
+            # A part that was loaded from a whole model is saved under its own names.
+            super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
 
-__all__ = ["TripsPreTrainedModel"]
+def class_before_sharding(cls: type) -> type:
+    """FSDP makes a class of its own for a model that it shards: the one that this was made from; `cls` otherwise."""
+    return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+
+
+@contextmanager
+def _named_as_before_sharding(cls: type) -> Iterator[None]:
+    """By name and module, Transformers finds the code to copy into a checkpoint, and names the class there."""
+    original, names = class_before_sharding(cls), (cls.__module__, cls.__name__)
+    cls.__module__, cls.__name__ = original.__module__, original.__name__
+    try:
+        yield
+    finally:
+        cls.__module__, cls.__name__ = names
+
+
+__all__ = ["TripsPreTrainedModel", "class_before_sharding"]

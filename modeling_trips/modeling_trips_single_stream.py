@@ -118,7 +118,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_length = text_states.shape[1]
         hidden_states, selections = self.join(text_states, image_states), []
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
-        num_texts, num_candidates = len(hidden_states), hidden_states.shape[1] - text_length - 1
+        num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
         for number, layer in enumerate(self.layers, start=1):
             keep_rate = self.config.selection_schedule.get(number, 1.0)
@@ -156,7 +156,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         if (pixel_values is None) == (prefix is None):
             raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
         image_states = (self.encode_prefix(pixel_values, **kwargs) if prefix is None else prefix).hidden_states
-        check_counts(len(text_states), len(image_states), image_index)
+        check_counts(text_states.shape[0], image_states.shape[0], image_index)
         if image_index is not None:
             image_states = image_states.index_select(0, image_index.to(image_states.device))
         hidden_states, selection = self.encode_pairs(text_states, image_states, attention_mask, **kwargs)

@@ -17,7 +17,7 @@ QUESTION_ANSWERING = next(case for case in CASES if case.model_class is TripsFor
 each_model_of_use = pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.model_class is not TripsForPreTraining],
-    ids=lambda case: case.model_class.__name__,
+    ids=str,
 )
 SIZES = [1, 2, 6]  # numbers of texts, none of which is the one that graphs are made with
 

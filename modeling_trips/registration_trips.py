@@ -15,6 +15,7 @@ from .modeling_trips import TripsModel
 from .modeling_trips_classification import TripsForImagesAndTextClassification
 from .modeling_trips_generation import TripsForConditionalGeneration
 from .modeling_trips_grounding import TripsForVisualGrounding
+from .modeling_trips_layers import class_before_sharding
 from .modeling_trips_pretraining import TripsForPreTraining
 from .modeling_trips_question_answering import TripsForQuestionAnswering
 from .modeling_trips_retrieval import TripsForRetrieval
@@ -113,7 +114,8 @@ def custom_pipelines(model_class: type[PreTrainedModel]) -> dict[str, dict]:
 
 def describe_code(model: PreTrainedModel):
     """Writes into the model's configuration where a checkpoint's code is, before it is saved."""
-    model.config.auto_map = auto_map(type(model))
-    pipelines = custom_pipelines(type(model))
+    model_class = class_before_sharding(type(model))
+    model.config.auto_map = auto_map(model_class)
+    pipelines = custom_pipelines(model_class)
     if pipelines:
         model.config.custom_pipelines = pipelines

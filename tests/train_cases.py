@@ -1,0 +1,49 @@
+"""
+Trains every model of `tiny_models.CASES` in two processes that share a batch, and compares the weights with those of
+one process; where losses draw from the batch, checks that all weights were trained. To be started by `accelerate
+launch`; prints the classes that the models were made into.
+"""
+
+import conftest  # noqa: F401  (import paths)
+import torch
+from accelerate import Accelerator
+from tiny_models import CASES, Case, loss_of
+from torch.distributed.tensor import DTensor
+
+
+def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accelerator | None = None):
+    for _ in range(3):
+        loss = loss_of(model(**inputs))
+        loss.backward() if accelerator is None else accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def compare(case: Case, accelerator: Accelerator):
+    if accelerator.is_fsdp2 and case.fusion_type == "single_stream":  # as examples/configs/fsdp2.yaml says
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["TripsJointLayer", "TripsCrossLayer"]
+    # No BatchNorm: its statistics are those of a process. Each half of the batch has the same number of labels.
+    model, expected = (case.make_model(patch_embedding_type="linear").train() for _ in range(2))
+    inputs = case.make_inputs(4, training=True)
+    half = slice(2 * accelerator.process_index, 2 * accelerator.process_index + 2)
+    train(expected, torch.optim.SGD(expected.parameters(), lr=0.1), inputs)
+
+    prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    train(*prepared, {name: tensor[half] for name, tensor in inputs.items()}, accelerator)
+    weights = dict(accelerator.unwrap_model(prepared[0]).named_parameters())
+    start = case.make_model(patch_embedding_type="linear").state_dict()
+    for name, weight_expected in expected.named_parameters():
+        weight = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
+        if case.draws:
+            assert weight.isfinite().all() and not torch.equal(weight, start[name]), name
+        else:
+            torch.testing.assert_close(weight, weight_expected, rtol=1e-4, atol=1e-5, msg=name)
+    accelerator.print(type(prepared[0]).__name__, flush=True)
+    accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    for case in CASES:
+        compare(case, accelerator)
+    accelerator.end_training()

@@ -5,10 +5,15 @@ Measure what patch selection saves: TRIPS against its unpruned twin (the same we
     python examples/benchmark.py --mode forward training --plot speed.png --output_json speed.json
     python examples/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
     python examples/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
+    python examples/benchmark.py --mode pretraining --image_size 256 --schedule 5,10 --batch_size 4
 
 Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows
 down slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is
 the forward pass of text encoder, vision tower and fusion encoder, in `training` mode followed by the backward pass.
+
+In `pretraining` mode a step is the forward pass of all four objectives and of the momentum teacher, and the backward
+pass; the optimizer and the teacher's update, which are the same for both twins, are left out. The forward pass is also
+divided among the parts of the model and the teacher.
 """
 
 import itertools
@@ -19,7 +24,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +32,12 @@ import transformers
 from example_training import write_whole
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModel, HfArgumentParser
+from transformers import AutoModel, AutoModelForPreTraining, HfArgumentParser
 
-from modeling_trips import TripsConfig, TripsModel
+from modeling_trips import MomentumTeacher, TripsConfig, TripsForPreTraining, TripsModel
+
+
+MODES = ("forward", "training", "pretraining")
 
 
 @dataclass
@@ -45,7 +53,11 @@ class BenchmarkArguments:
         default_factory=lambda: ["5,10", "2,10", "2,4,8"], metadata={"help": "Selection layers, as in 5,10."}
     )
     keep_rate: list[float] = field(default_factory=lambda: [0.7], metadata={"help": "Keep rates to try."})
-    mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": "forward, training, or both."})
+    config_fields: str = field(
+        default="{}",
+        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"honest_negatives": false}'"""},
+    )
+    mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
@@ -74,17 +86,20 @@ class Setting:
     device: str
     num_threads: int
     compile: bool
+    config_fields: dict = field(default_factory=dict)
 
-    def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel:
+    def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel | TripsForPreTraining:
         config = TripsConfig.from_preset(
             self.preset,
             vision_config={"image_size": self.image_size},
             selection_layers=self.selection_layers,
             keep_rate=self.keep_rate,
+            **self.config_fields,
         )
+        auto_class = AutoModelForPreTraining if self.mode == "pretraining" else AutoModel
         with torch.device(device):
-            model = AutoModel.from_config(config, attn_implementation=attn_implementation or self.attn_implementation)
-        return model.to(getattr(torch, self.dtype)).train(self.mode == "training")
+            model = auto_class.from_config(config, attn_implementation=attn_implementation or self.attn_implementation)
+        return model.to(getattr(torch, self.dtype)).train(self.mode != "forward")
 
     def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
         """`share_images`: whether the texts of an image share its prefix, or the image comes once per text."""
@@ -95,9 +110,22 @@ class Setting:
         image_index = torch.arange(self.batch_size, device=device).repeat_interleave(self.texts_per_image)
         shape = (num_texts, self.text_length)
         input_ids = torch.randint(config.text_config.vocab_size, shape, device=device)
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
         if self.texts_per_image > 1 and share_images:
-            return {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
-        return {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
+            inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
+        return inputs | self.pretraining_inputs(model, input_ids) if self.mode == "pretraining" else inputs
+
+    def pretraining_inputs(self, model: TripsForPreTraining, input_ids: torch.Tensor) -> dict:
+        """All words masked, captions cut in the middle, and a teacher with ALBEF's queue."""
+        prompts, labels = input_ids.chunk(2, dim=1)
+        texts = {"mlm_input_ids": input_ids, "mlm_labels": input_ids, "prompt_input_ids": prompts, "labels": labels}
+        return {**texts, "teacher": MomentumTeacher(model), "teacher_weight": 0.4}
+
+
+def set_keep_rate(keep_rate: float, model: torch.nn.Module, inputs: dict):
+    """Of the model, and of its teacher if it has one."""
+    for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
+        module.config.keep_rate = keep_rate
 
 
 def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -110,17 +138,52 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]
     def forward_backward():
         model(**inputs).last_hidden_state.float().square().mean().backward()
 
-    return {"forward": forward, "training": forward_backward}[setting.mode]
+    def pretraining():
+        model(**inputs).loss.backward()
+
+    return {"forward": forward, "training": forward_backward, "pretraining": pretraining}[setting.mode]
 
 
 def count_macs(setting: Setting, keep_rate: float) -> int:
     """Multiply-accumulates of all matrix products and convolutions of one step, counted on the meta device."""
     # Eager, since the counter sees the products inside; no dtype matters.
     model = setting.make_model("meta", attn_implementation="eager")
-    model.config.keep_rate = keep_rate
+    inputs = setting.make_inputs(model)
+    set_keep_rate(keep_rate, model, inputs)
     with FlopCounterMode(display=False) as counter:
-        make_step(setting, model, setting.make_inputs(model))()
+        make_step(setting, model, inputs)()
     return counter.get_total_flops() // 2
+
+
+def macs_by_part(setting: Setting, keep_rate: float) -> dict[str, float]:
+    """
+    Multiply-accumulates of the forward pass of a pre-training step, by part: the layers of the vision tower that all
+    texts about an image share, those that are run for each text, text encoder, fusion encoder, decoder, heads and
+    losses, and all of the teacher. A backward pass doubles them once more, but not for the teacher.
+    """
+    model = setting.make_model("meta", attn_implementation="eager")
+    inputs = setting.make_inputs(model)
+    set_keep_rate(keep_rate, model, inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    student, teacher = type(model).__name__, MomentumTeacher.__name__
+    tower = f"{student}.model.vision_model"
+    first_selection = model.config.vision_config.first_selection_layer or len(model.model.vision_model.layers) + 1
+    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(first_selection - 1))]
+    shared += [f"{tower}.layers.{first_selection - 1}.attention"]  # its other half comes behind the selection
+    parts = {
+        "vision, shared": sum(macs.get(name, 0) for name in shared),
+        "text": macs[f"{student}.model.text_model"],
+        "fusion": macs[f"{student}.model.fusion_model"],
+        "decoder": macs[f"{student}.decoder"],
+        "teacher": macs[teacher],
+    }
+    vision = sum(macs.get(f"{tower}.layers.{number}", 0) for number in range(len(model.model.vision_model.layers)))
+    vision += macs[f"{tower}.embeddings"]
+    parts["vision, by text"] = vision - parts["vision, shared"]
+    parts["heads and losses"] = macs["Global"] - sum(parts.values())
+    return parts
 
 
 def timed(step: Callable[[], None], device: str) -> float:
@@ -154,7 +217,8 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
     """One row of results: the setting, its counts and its medians."""
     model = setting.make_model(setting.device)
     callable_model = torch.compile(model) if setting.compile else model
-    shared = make_step(setting, callable_model, setting.make_inputs(model))
+    inputs = setting.make_inputs(model)
+    shared = make_step(setting, callable_model, inputs)
     variants = {"pruned": (setting.keep_rate, shared), "unpruned": (1.0, shared)}
     if setting.texts_per_image > 1:
         repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
@@ -163,7 +227,7 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
     seconds = {name: [] for name in variants}
     for round_number in range(warmup + repeats):
         for name, (keep_rate, step) in variants.items():
-            model.config.keep_rate = keep_rate
+            set_keep_rate(keep_rate, model, inputs)
             elapsed = timed(step, setting.device)
             model.zero_grad(set_to_none=True)
             if round_number >= warmup:
@@ -172,7 +236,7 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
 
     memory = {}
     for name, (keep_rate, step) in variants.items():
-        model.config.keep_rate = keep_rate
+        set_keep_rate(keep_rate, model, inputs)
         memory[name] = peak_memory(step, setting.device)
         model.zero_grad(set_to_none=True)
     macs = {"pruned": count_macs(setting, setting.keep_rate), "unpruned": count_macs(setting, 1.0)}
@@ -190,6 +254,9 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
         "unpruned_peak_memory_bytes": memory["unpruned"],
         "tokens_per_layer": tokens_per_layer(setting),
     }
+    if setting.mode == "pretraining":
+        parts = {"macs_by_part": setting.keep_rate, "unpruned_macs_by_part": 1.0}
+        row |= {name: macs_by_part(setting, keep_rate) for name, keep_rate in parts.items()}
     if "repeated" in latency:
         row["speedup_over_repeating_images"] = latency["repeated"] / latency["pruned"]
     return row
@@ -207,6 +274,7 @@ def provenance(device: str) -> dict[str, str]:
 
 def tokens_per_layer(setting: Setting) -> list[int]:
     """Tokens that leave each vision layer."""
+    setting = replace(setting, mode="forward")
     model = setting.make_model("meta", attn_implementation="eager").eval()
     outputs = model(**setting.make_inputs(model), output_hidden_states=True)
     return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]
@@ -237,6 +305,7 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
             device=args.device,
             num_threads=torch.get_num_threads(),
             compile=args.compile,
+            config_fields=json.loads(args.config_fields),
         )
         for mode, dtype, image_size, batch_size, texts_per_image, schedule, keep_rate in grid
     ]
@@ -258,7 +327,21 @@ def print_table(rows: list[dict]):
             f"{label(row):<{width}}  {row['macs_ratio']:10.3f}  {row['time_ratio']:10.3f}  {row['throughput']:7.1f}  "
             f"{memory + ' ' + twin_memory:>19}  {' '.join(map(str, row['tokens_per_layer']))}"
         )
+    print_parts(rows)
     print_verdict(rows)
+
+
+def print_parts(rows: list[dict]):
+    """How the forward pass of pre-training is divided, and what is left of each part."""
+    for row in rows:
+        if "macs_by_part" in row:
+            pruned, unpruned = row["macs_by_part"], row["unpruned_macs_by_part"]
+            total, twin_total = sum(pruned.values()), sum(unpruned.values())
+            print(f"{label(row)}: shares of the forward pass in MACs, pruned and unpruned, and pruned / unpruned")
+            for part, macs in pruned.items():
+                twin = unpruned[part]
+                ratio = f"{macs / twin:9.2f}" if twin else "        -"
+                print(f"  {part:<16} {macs / total:8.1%} {twin / twin_total:8.1%} {ratio}")
 
 
 def print_verdict(rows: list[dict]):

@@ -4,7 +4,7 @@ import json
 
 import benchmark
 import pytest
-from benchmark import Setting, count_macs, tokens_per_layer
+from benchmark import Setting, count_macs, macs_by_part, tokens_per_layer
 
 from modeling_trips import TripsConfig
 
@@ -89,6 +89,43 @@ def test_counted_ratios_at_base_size(image_size, layers, ratio):
         preset="base", image_size=image_size, selection_layers=layers, keep_rate=0.7, batch_size=1, text_length=40
     )
     assert count_macs(point, 0.7) / count_macs(point, 1.0) == pytest.approx(ratio, abs=0.0051)
+
+
+ONE_PASS = {"honest_negatives": False, "honest_masking": False, "contrastive_selection": "text"}
+
+
+@pytest.mark.parametrize(("fields", "passes"), [({}, 6), ({"honest_masking": False}, 4), (ONE_PASS, 1)])
+def test_pre_training_is_divided_among_parts(fields, passes):
+    """By hand for the tiny preset: 65 tokens enter the vision tower, 34 its layer 3, 19 its layer 4."""
+    point = setting(mode="pretraining", config_fields=fields)
+    pruned, unpruned = macs_by_part(point, 0.5), macs_by_part(point, 1.0)
+    d, mlp, images = 128, 512, 2
+
+    def layer(tokens: int, tokens_of_mlp: int) -> int:
+        return 4 * tokens * d * d + 2 * tokens**2 * d + 2 * tokens_of_mlp * d * mlp
+
+    stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
+    shared = stem + layer(65, 65) + layer(65, 0)
+    by_text = layer(0, 34) + layer(34, 19) + layer(19, 19)
+    selections = 2 * d * d + (64 + 33) * d
+    assert pruned["vision, shared"] == pytest.approx(images * shared, rel=0.02)
+    assert pruned["vision, by text"] == pytest.approx(images * passes * (by_text + selections), rel=0.02)
+    # An unpruned tower knows no text: it is computed once for all of them.
+    assert unpruned["vision, shared"] == images * (stem + 4 * layer(65, 65)) and unpruned["vision, by text"] == 0
+    assert pruned["text"] == unpruned["text"] and pruned["fusion"] < unpruned["fusion"]
+    forward = sum(pruned.values())
+    assert 2.2 * (forward - pruned["teacher"]) < count_macs(point, 0.5) - pruned["teacher"] < 3 * forward
+
+
+def test_a_step_of_pre_training_is_measured_with_its_twin(tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    arguments = "--preset tiny --image_size 64 --schedule 2,3 --keep_rate 0.5 --batch_size 2 --text_length 6"
+    options = ["--mode=pretraining", f"--config_fields={json.dumps(ONE_PASS)}", "--repeats=1", "--warmup=0"]
+    benchmark.main([*arguments.split(), *options, "--output_json", str(path)])
+    (row,) = json.loads(path.read_text())
+    assert row["config_fields"] == ONE_PASS and row["macs_by_part"].keys() == row["unpruned_macs_by_part"].keys()
+    assert row["macs_ratio"] < 1 and row["tokens_per_layer"] == [65, 34, 19, 19]
+    assert "shares of the forward pass" in capsys.readouterr().out
 
 
 def test_command_line_writes_a_row_per_setting(tmp_path, capsys):

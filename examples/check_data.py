@@ -19,7 +19,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
-from example_datasets import TASKS, Fault, load_task_dataset
+from example_datasets import Fault, load_task_dataset
+from example_tasks import TASKS
 from example_training import write_whole
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 

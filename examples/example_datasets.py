@@ -1,113 +1,33 @@
 """Data sets in, one schema per task: files, the Hub, easy-VQA, and scenes made of its images.
 
 Whatever the origin, the data of a task come out as a `datasets.DatasetDict` whose splits, `train` and `validation`,
-have the columns of its schema, see `TASKS`. Rows are checked where they are read, so that a bad one is reported by
-file and row before any training starts. Also here: a WordPiece tokenizer trained on the texts, for runs without a
-pretrained one.
+have the columns of its schema, see `example_tasks`. Rows are checked where they are read, so that a bad one is
+reported by file and row before any training starts. Also here: a WordPiece tokenizer trained on the texts, for runs
+without a pretrained one.
 """
 
-import functools
-import io
-import json
 import logging
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import PIL.Image
-import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, concatenate_datasets, load_dataset
 from datasets.utils import tqdm
 from example_formats import AnnotationFile, BadRowError, read_annotations
+from example_images import Found, ImageFinder, TableImageFinder, has_encoded_images, images_of_table
 from example_scenes import easy_vqa_records, scene_records
+from example_tasks import SCENE_FEATURES, TASKS, Task, list_of, text_of
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertTokenizer
 
 
 logger = logging.getLogger(__name__)
 
+TEXT_COLUMNS = {name: task.text for name, task in TASKS.items()}
 EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-# Schemas: one row per text. `image`: decoded to an RGB `PIL.Image` when a row is read. `image_id`: equal for rows that
-# share an image. `question_id`: the one given, or else the number of the row. `source`: where the row is from, as in
-# "train.jsonl row 17".
-
-VQA_FEATURES = Features(
-    {
-        "image": Image(mode="RGB"),
-        "image_id": Value("string"),
-        "question_id": Value("string"),
-        "question": Value("string"),
-        "answers": Sequence(Value("string")),  # those of the annotators, one or several
-        "source": Value("string"),
-    }
-)
-CAPTION_FEATURES = Features(
-    {
-        "image": Image(mode="RGB"),
-        "image_id": Value("string"),
-        "caption": Value("string"),
-        "source": Value("string"),
-    }
-)
-NLVR2_FEATURES = Features(
-    {
-        "images": Sequence(Image(mode="RGB")),  # left and right
-        "image_ids": Sequence(Value("string")),
-        "question_id": Value("string"),
-        "statement": Value("string"),
-        "label": Value("int64"),  # 1 where the statement is true, 0 where it is false
-        "source": Value("string"),
-    }
-)
-GROUNDING_FEATURES = Features(
-    {
-        "image": Image(mode="RGB"),
-        "image_id": Value("string"),
-        "question_id": Value("string"),
-        "expression": Value("string"),
-        "box": Sequence(Value("float32")),  # (x0, y0, x1, y1) in pixels of the image, x1 and y1 exclusive
-        "source": Value("string"),
-    }
-)
-
-# And `target_box`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where the answer is
-# that there is no such tile.
-SCENE_FEATURES = Features({**VQA_FEATURES, "target_box": Sequence(Value("int32"))})
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    What a task needs of its data.
-
-    Args:
-        name (`str`): As users say it.
-        features (`Features`): The columns of its rows.
-        text (`str`): The column the model reads.
-        columns (`tuple[str, ...]`): The columns it reads of a record, besides those of the images.
-        needs (`str`): The columns that a record must have, in words.
-        read_texts (`Callable[[dict], list[dict]]`):
-            Makes rows of a record, as a rule one: all columns but those of the images and `source`. `question_id` is
-            left empty where the record has none.
-    """
-
-    name: str
-    features: Features
-    text: str
-    columns: tuple[str, ...]
-    needs: str
-    read_texts: Callable[[dict], list[dict]]
-
-    @property
-    def image_column(self) -> str:
-        return "image" if "image" in self.features else "images"
 
 
 @dataclass(frozen=True)
@@ -277,215 +197,6 @@ def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> l
     return parts
 
 
-# Texts: what each task reads from a record
-
-
-def _text(value: Any, column: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadRowError(f"{column} is not text", reprlib.repr(value))
-    return str(value).strip()
-
-
-def _missing(column: str, record: dict) -> BadRowError:
-    return BadRowError(f"no {column}", f"its columns are {', '.join(map(str, record))}")
-
-
-def _filled_text(record: dict, column: str) -> str:
-    text = _text(record.get(column), column)
-    if not text:
-        raise _missing(column, record)
-    return text
-
-
-def _list(value: Any, column: str) -> list:
-    """A list, or the cell of CSV that stands for one."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRowError(f"{column} is not a JSON list", f"{reprlib.repr(value)}: {error}") from error
-    elif isinstance(value, str):
-        value = [text for text in value.split("|") if text.strip()]
-    if not isinstance(value, list):
-        raise BadRowError(f"{column} is not a list", reprlib.repr(value))
-    return value
-
-
-def _one_or_several(record: dict, one: str, several: str) -> list:
-    if values := record.get(several):
-        return _list(values, several)
-    value = record.get(one)
-    return value if isinstance(value, list) else [value]
-
-
-def _question(record: dict) -> list[dict]:
-    question = _filled_text(record, "question")
-    # VQAv2 has a dict per annotator, with the confidence and the number of the annotator beside the answer.
-    answers = _one_or_several(record, "answer", "answers")
-    texts = [_text(each.get("answer") if isinstance(each, dict) else each, "an answer") for each in answers]
-    texts = [text for text in texts if text]
-    if not texts:
-        raise _missing("answer", record)
-    return [{"question_id": _text(record.get("question_id"), "question_id"), "question": question, "answers": texts}]
-
-
-def _captions(record: dict) -> list[dict]:
-    captions = [_text(caption, "a caption") for caption in _one_or_several(record, "caption", "captions")]
-    if not any(captions):
-        raise _missing("caption", record)
-    if not all(captions):
-        raise BadRowError("an empty caption", f"number {captions.index('') + 1} of {len(captions)}")
-    return [{"caption": caption} for caption in captions]
-
-
-LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
-
-
-def _statement(record: dict) -> list[dict]:
-    statement = _filled_text(record, "statement")
-    label = str("" if record.get("label") is None else record["label"]).strip().lower()
-    if not label:
-        raise _missing("label", record)
-    if label not in LABELS:
-        raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
-    question_id = _text(record.get("question_id"), "question_id")
-    return [{"question_id": question_id, "statement": statement, "label": LABELS[label]}]
-
-
-def _expression(record: dict) -> list[dict]:
-    expression = _filled_text(record, "expression")
-    if record.get("box") in (None, ""):
-        raise _missing("box", record)
-    try:
-        x0, y0, x1, y1 = box = [float(number) for number in _list(record["box"], "box")]
-    except (TypeError, ValueError) as error:
-        raise BadRowError("box is not four numbers", reprlib.repr(record["box"])) from error
-    if not all(map(math.isfinite, box)):
-        raise BadRowError("box is not four numbers", str(box))
-    if x0 >= x1 or y0 >= y1:
-        raise BadRowError("box without area", f"[x0, y0, x1, y1] = {box}")
-    return [{"question_id": _text(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
-
-
-TASKS = [
-    Task(
-        name="vqa",
-        features=VQA_FEATURES,
-        text="question",
-        columns=("image_id", "question_id", "question", "answer", "answers"),
-        needs="image, question and answer",
-        read_texts=_question,
-    ),
-    Task(
-        name="captions",
-        features=CAPTION_FEATURES,
-        text="caption",
-        columns=("image_id", "caption", "captions"),
-        needs="image and caption",
-        read_texts=_captions,
-    ),
-    Task(
-        name="nlvr2",
-        features=NLVR2_FEATURES,
-        text="statement",
-        columns=("image_ids", "question_id", "statement", "label"),
-        needs="images (two), statement and label",
-        read_texts=_statement,
-    ),
-    Task(
-        name="grounding",
-        features=GROUNDING_FEATURES,
-        text="expression",
-        columns=("image_id", "question_id", "expression", "box"),
-        needs="image, expression and box",
-        read_texts=_expression,
-    ),
-]
-TASKS = {task.name: task for task in TASKS}
-TEXT_COLUMNS = {name: task.text for name, task in TASKS.items()}
-
-
-# Images
-
-
-class _Found(NamedTuple):
-    """An image as `datasets.Image` takes it; its path and (width, height) where they are known."""
-
-    image: Any
-    path: str | None
-    size: tuple[int, int] | None
-
-
-def _image_values(record: dict, task: Task) -> list:
-    if task.image_column == "image":
-        return [record.get("image")]
-    if record.get("images"):
-        values = _list(record["images"], "images")
-    else:
-        values = [record.get("left_image"), record.get("right_image")]
-    if len(values) != 2:
-        raise BadRowError("not two images", reprlib.repr(values))
-    return values
-
-
-class _ImageFinder:
-    """
-    Finds the images of a record: files in a folder, each checked once, or encoded ones as they are.
-
-    Args:
-        task (`Task`)
-        root (`Path`): Folder that paths are relative to.
-        check (`str`, *optional*): How to check them, see `_inspect`.
-    """
-
-    def __init__(self, task: Task, root: Path, check: str | None):
-        if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder {root}: image_root is the one the images are in.")
-        self.task, self.root, self.check = task, root, check
-        # Texts share images.
-        self.inspect_once = functools.cache(functools.partial(_inspect, check=check))
-
-    def __call__(self, number: int, record: dict) -> list[_Found]:
-        return [self.find(value) for value in _image_values(record, self.task)]
-
-    def find(self, value: Any) -> _Found:
-        if isinstance(value, dict) and value.get("bytes") is not None:
-            return _Found(value, None, _size(_inspect(value["bytes"], self.check)))
-        if isinstance(value, tuple):  # of places, the likeliest first
-            value = next((path for path in value if (self.root / path).is_file()), value[0])
-        path = str(self.root / _filled_text({"image": value}, "image"))
-        return _Found(path, path, _size(self.inspect_once(path)))
-
-
-def _inspect(image: str | bytes, check: str | None) -> tuple[int, int] | BadRowError | None:
-    """
-    The width and height of an image, by its path or encoded, or what is wrong with it. By `check`, `"header"` reads
-    no more than these, `"verify"` looks for damage without decoding it, `"decode"` finds truncated images too, and
-    None looks at nothing.
-    """
-    if check is None:
-        return None
-    name = image if isinstance(image, str) else f"{len(image)} bytes"
-    try:
-        with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
-            size = opened.size
-            {"header": lambda: None, "verify": opened.verify, "decode": opened.load}[check]()
-    except FileNotFoundError:
-        return BadRowError("missing image", name)
-    # What else a broken file raises is up to the Pillow plugin of its format.
-    except Exception as error:
-        return BadRowError("unreadable image", f"{name}: {error}")
-    return size
-
-
-def _size(inspected: tuple[int, int] | BadRowError | None) -> tuple[int, int] | None:
-    if isinstance(inspected, BadRowError):
-        raise BadRowError(inspected.reason, inspected.detail)
-    return inspected
-
-
 # Rows: a record in, rows of the schema out
 
 
@@ -496,10 +207,10 @@ class _RowMaker:
     Args:
         task (`Task`)
         name (`str`): Of the split, for `source` and errors.
-        find_images (`Callable[[int, dict], list[_Found]]`): Given a record's number and the record.
+        find_images (`Callable[[int, dict], list[Found]]`): Given a record's number and the record.
     """
 
-    def __init__(self, task: Task, name: str, find_images: Callable[[int, dict], list[_Found]]):
+    def __init__(self, task: Task, name: str, find_images: Callable[[int, dict], list[Found]]):
         self.task, self.name, self.find_images = task, name, find_images
         self.path_of_id: dict[str, str] = {}
 
@@ -519,15 +230,15 @@ class _RowMaker:
                 row["box"] = _within(row["box"], found[0].size)
         return [{**shared, **row} for row in texts]
 
-    def image_ids(self, number: int, record: dict, found: list[_Found]) -> list[str]:
+    def image_ids(self, number: int, record: dict, found: list[Found]) -> list[str]:
         if self.task.image_column == "image":
             given, defaults = [record.get("image_id")], [str(number)]
         else:
-            given = _list(record.get("image_ids") or [None, None], "image_ids")
+            given = list_of(record.get("image_ids") or [None, None], "image_ids")
             defaults = [f"{number} left", f"{number} right"]
         if len(given) != len(found):
             raise BadRowError("not two image_ids", reprlib.repr(given))
-        ids = [_text(value, "image_id") for value in given]
+        ids = [text_of(value, "image_id") for value in given]
         ids = [id or image.path or default for id, image, default in zip(ids, found, defaults)]
         for id, image in zip(ids, found):
             if self.path_of_id.setdefault(id, image.path) != image.path:
@@ -558,15 +269,15 @@ class _Reader:
 
     def read_file(self, file: AnnotationFile, image_root: str | Path | None) -> Dataset:
         name, check = file.path.name, self.image_check or ("decode" if self.skip_bad_rows else "verify")
-        if _has_encoded_images(file.path, self.task):
+        if has_encoded_images(file.path, self.task):
             table = load_dataset("parquet", data_files=str(file.path), split="train", cache_dir=self.cache_dir)
             return self.read_table(table, name, check)
         folder = file.path.parent if image_root is None else Path(image_root)
-        make_rows = _RowMaker(self.task, name, _ImageFinder(self.task, folder, check))
+        make_rows = _RowMaker(self.task, name, ImageFinder(self.task, folder, check))
         return _as_dataset(self.good_rows(read_annotations(file, self.task.name), make_rows, name), self.task.features)
 
     def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
-        make_known_rows = _RowMaker(self.task, name, _ImageFinder(self.task, Path(), self.image_check))
+        make_known_rows = _RowMaker(self.task, name, ImageFinder(self.task, Path(), self.image_check))
 
         def make_rows(number: int, record: dict) -> list[dict]:
             extra = {"target_box": record["target_box"]} if "target_box" in record else {}
@@ -580,8 +291,8 @@ class _Reader:
         return self.read_table(table, name, self.image_check or ("header" if self.task.name == "grounding" else None))
 
     def read_table(self, table: Dataset, name: str, check: str | None) -> Dataset:
-        images = _images_of_table(table, self.task, name)
-        make_known_rows = _RowMaker(self.task, name, _TableImageFinder(images, self.task, check))
+        images = images_of_table(table, self.task, name)
+        make_known_rows = _RowMaker(self.task, name, TableImageFinder(images, self.task, check))
         indices = []
 
         def make_rows(number: int, record: dict) -> list[dict]:
@@ -636,69 +347,6 @@ def _describe(bad: list[Fault], name: str, total: int, shown: int = 5) -> str:
     if len(bad) > shown:
         lines.append(f"  and {len(bad) - shown} more")
     return "\n".join([*lines, "Mend them, or leave them out with --skip_bad_rows."])
-
-
-# Tables that hold their images: the Hub, and Parquet with encoded images
-
-
-def _has_encoded_images(file: Path, task: Task) -> bool:
-    if file.suffix.lower() != ".parquet" or not file.is_file():
-        return False
-    try:
-        schema = pyarrow.parquet.read_schema(file)
-    except pyarrow.ArrowInvalid:
-        return False  # reading the records says so
-    columns = [task.image_column] if task.image_column in schema.names else ["left_image"]
-    types = [schema.field(column).type for column in columns if column in schema.names]
-    types = [type.value_type if pyarrow.types.is_list(type) else type for type in types]
-    return any(map(pyarrow.types.is_struct, types))
-
-
-def _images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
-    """The column of the images alone, as the schema has it."""
-    column, pair = task.image_column, ["left_image", "right_image"]
-    has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
-    if missing := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
-        raise ValueError(f"{name} has no columns {sorted(missing)}, only {table.column_names}: rename them.")
-    if not has_pair:
-        return table.select_columns(column).cast_column(column, task.features[column])
-    sides = table.select_columns(pair)
-    for side in pair:
-        sides = sides.cast_column(side, Image(decode=False))
-    return sides.map(
-        lambda row: {column: [row[side] for side in pair]},
-        remove_columns=pair,
-        features=Features({column: task.features[column]}),
-        desc=f"Pairing the images of {name}",
-    )
-
-
-class _TableImageFinder:
-    """
-    Checks the images of a record, whose place in the table is its number, and leaves them there.
-
-    Args:
-        images (`Dataset`): See `_images_of_table`.
-        task (`Task`)
-        check (`str`, *optional*): How to check them, see `_inspect`.
-    """
-
-    def __init__(self, images: Dataset, task: Task, check: str | None):
-        self.column, self.check = task.image_column, check
-        encoded = Image(decode=False)
-        self.images = images.cast_column(self.column, encoded if self.column == "image" else Sequence(encoded))
-
-    def __call__(self, number: int, record: dict) -> list[_Found]:
-        if self.check is None:
-            return [_Found(None, None, None)] * (1 if self.column == "image" else 2)
-        value = self.images[number - 1][self.column]
-        images = value if isinstance(value, list) else [value]
-        if len(images) != (1 if self.column == "image" else 2):
-            raise BadRowError("not two images", f"{len(images)} of them")
-        encoded = [image and (image["path"] if image["bytes"] is None else image["bytes"]) for image in images]
-        if None in encoded:
-            raise BadRowError("no image")
-        return [_Found(None, None, _size(_inspect(image, self.check))) for image in encoded]
 
 
 # Tokenizer

@@ -12,14 +12,9 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from example_datasets import (
-    SCENE_FEATURES,
-    TASKS,
-    VQA_FEATURES,
-    load_task_dataset,
-    train_wordpiece_tokenizer,
-)
+from example_datasets import TEXT_COLUMNS, load_task_dataset, train_wordpiece_tokenizer
 from example_scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
+from example_tasks import SCENE_FEATURES, TASKS, VQA_FEATURES
 from test_example_scenes import color_and_shape
 from transformers import AutoTokenizer
 
@@ -422,6 +417,15 @@ def test_parquet_with_bad_encoded_images(folder):
         load_task_dataset("grounding", train_file=file, cache_dir=str(folder / "cache"))
     reasons = re.findall(r"row \d: [a-z ]+", str(raised.value))
     assert reasons == ["row 2: unreadable image ", "row 3: no image", "row 4: box outside the image "]
+
+
+def test_text_columns():
+    assert TEXT_COLUMNS == {
+        "vqa": "question",
+        "captions": "caption",
+        "nlvr2": "statement",
+        "grounding": "expression",
+    }
 
 
 def test_unknown_task():

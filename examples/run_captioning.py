@@ -57,7 +57,7 @@ class CaptioningArguments(DataArguments):
 @dataclass
 class CaptionCollator(ImageBatchCollator):
     """
-    Rows of `example_datasets.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the
+    Rows of `example_tasks.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the
     captions of an image that stand in one batch share all but the decoder (`text_index`).
 
     Args:

@@ -56,7 +56,7 @@ class GroundingArguments(DataArguments):
 
 @dataclass
 class GroundingCollator(ImageBatchCollator):
-    """Rows of `example_datasets.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
+    """Rows of `example_tasks.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.processor(

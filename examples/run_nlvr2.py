@@ -38,7 +38,7 @@ from modeling_trips import TripsForImagesAndTextClassification
 @dataclass
 class Nlvr2Collator(ImageBatchCollator):
     """
-    Rows of `example_datasets.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
+    Rows of `example_tasks.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
     images `image_index[i, 0]` on the left and `image_index[i, 1]` on the right.
     """
 

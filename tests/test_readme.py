@@ -1,9 +1,13 @@
 """The README's Python blocks run as they stand, its links lead somewhere, its commands exist."""
 
 import re
+import shlex
 from pathlib import Path
 
+import convert_checkpoint
 import pytest
+import torch
+from albef_reference import TINY, random_checkpoint
 from example_datasets import train_wordpiece_tokenizer
 from example_training import make_processor
 
@@ -31,6 +35,21 @@ def test_python_blocks_run_as_they_stand(demo_model):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert len(namespace["boxes"]) == 2 and namespace["unpruned"].config.keep_rate == 1.0
+    assert namespace["retriever"].config.keep_rate == 0.7
+    assert [layer.kept_indices.shape[1] for layer in namespace["kept"]] == [101, 72]  # ceil(.7 * 144), ceil(.7 * 102)
+
+
+def test_the_conversion_runs_as_it_stands(tmp_path, monkeypatch):
+    """Of a file with ALBEF's names and small weights; and with a tokenizer from here, as the default is on the Hub."""
+    tokenizer = train_wordpiece_tokenizer(["what color is it?"])
+    sizes = TINY._replace(width=64, num_heads=1, vocab=len(tokenizer))
+    torch.save({"model": random_checkpoint("question-answering", sizes)}, tmp_path / "vqa.pth")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (command,) = re.findall(r"^python examples/convert_checkpoint.py (.*)$", (ROOT / "README.md").read_text(), re.M)
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint.main([*shlex.split(command), "--tokenizer", "tokenizer"])
+    config = TripsForQuestionAnswering.from_pretrained("albef-vqa").config
+    assert (config.selection_layers, config.keep_rate) == ([5, 10], 0.7)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -14,8 +14,7 @@
 """Patch selection in timm's `VisionTransformer`. It needs timm."""
 
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from .selection_hosts_layers import Host, SelectionLayer, project_rows
 

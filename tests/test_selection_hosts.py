@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -998,14 +999,26 @@ def test_there_must_be_something_to_record():
 # ---- The benchmark -------------------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path):
+@pytest.mark.parametrize("clock", ["wall", "process"])
+def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
     """One layer after another of a ViT of width 32 with 17 tokens, of which 14 go on after layer 1 and 12 after 2."""
     case = benchmark_hosts.Case(
         lambda image_size: make_timm(img_size=image_size), selection_layers=(1, 2), takes_text=False
     )
     monkeypatch.setitem(benchmark_hosts.CASES, "tiny", case)
     path = tmp_path / "hosts.json"
-    arguments = ["--hosts", "tiny", "--image_size", "32", "--repeats", "2", "--output_json", str(path)]
+    arguments = [
+        "--hosts",
+        "tiny",
+        "--image_size",
+        "32",
+        "--repeats",
+        "2",
+        "--clock",
+        clock,
+        "--output_json",
+        str(path),
+    ]
     (row,) = benchmark_hosts.main(arguments)
     d, mlp = 32, 128
 
@@ -1022,6 +1035,13 @@ def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path):
     assert path.exists()
     with pytest.raises(ValueError, match="--hosts must be of vilt, .*, got word2vec"):
         benchmark_hosts.main(["--hosts", "word2vec"])
+    with pytest.raises(ValueError, match="--clock must be of wall, process, and wall on cuda: got process"):
+        benchmark_hosts.main(["--clock", "process", "--device", "cuda"])
+
+
+def test_processor_time_does_not_count_waiting():
+    assert benchmark_hosts.processor_time(lambda: time.sleep(0.2), "cpu") < 0.1
+    assert benchmark_hosts.processor_time(lambda: sum(range(10**6)), "cpu") > 0
 
 
 @pytest.mark.slow

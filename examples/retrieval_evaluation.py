@@ -5,9 +5,11 @@ at k if one of its right candidates is among its k best (as in the evaluations o
 
 1. All images and all texts become features. Candidates are ranked by dot product; equal ones stand in the order of the
    data, which knows nothing of right and wrong.
-2. The `rerank_k` best candidates of each query are ordered anew by the model's matching head: by the log-odds that the
-   pair is one, that is in the order of its probability. (ALBEF takes the logit of "match" alone; BLIP adds the
-   similarity to it.) Equal ones keep their order, and all others stay behind them in theirs.
+2. The `rerank_k` best candidates of each query are ordered anew by the log-odds that the model's matching head gives
+   the pair, plus its similarity over the temperature. That sum is what training teaches: the head tells true pairs
+   from negatives that were drawn by the softmax of similarities, so that its log-odds say by how much that softmax has
+   to be corrected. (BLIP adds the bare similarity to the logit of "match"; ALBEF takes that logit alone, much as
+   `rerank_by="matching"` takes the log-odds alone.) Equal ones keep their order, and all others stay behind them.
 
 The pairs of both directions are matched together, each once and sorted by image. An image's text-independent part (its
 prefix) is so computed once for all of its pairs, and is forgotten after them. With several processes each takes its
@@ -66,11 +68,13 @@ class Ranking:
 
     Args:
         candidates (`torch.LongTensor` of shape `(num_queries, k)`): the best candidates of each query, best first.
+        similarities (`torch.FloatTensor` of shape `(num_queries, k)`): their dot products with the query.
         first_right (`torch.LongTensor` of shape `(num_queries,)`): the place of the first right one among all
             candidates, from 0.
     """
 
     candidates: torch.LongTensor
+    similarities: torch.FloatTensor
     first_right: torch.LongTensor
 
     def recall(self, k: int) -> float:
@@ -208,6 +212,7 @@ class RetrievalEvaluator:
         texts: Sequence[str],
         image_of_text: torch.LongTensor,
         rerank_k: int = 16,
+        rerank_by: str = "both",
     ) -> RetrievalResults:
         """
         Recalls in both directions, before and after matching the best again.
@@ -218,7 +223,11 @@ class RetrievalEvaluator:
             image_of_text (`torch.LongTensor` of shape `(num_texts,)`): the one image that each text is right for.
                 Every image has at least one text.
             rerank_k (`int`, *optional*, defaults to 16): how many candidates of each query are matched. 0: none.
+            rerank_by (`str`, *optional*, defaults to `"both"`): `"both"`: the log-odds of a match plus similarity over
+                temperature; `"matching"`: the log-odds alone.
         """
+        if rerank_by not in ("both", "matching"):
+            raise ValueError(f'`rerank_by` must be "both" or "matching", got {rerank_by!r}.')
         image_ids = torch.arange(len(images))
         texts_by_image = torch.bincount(image_of_text, minlength=len(images))
         if len(texts_by_image) > len(images) or (texts_by_image == 0).any():
@@ -234,6 +243,10 @@ class RetrievalEvaluator:
         scores = self.match(images, text_index, pairs)
         seconds = time.perf_counter() - start
         scores_of_texts, scores_of_images = scores_by_query(found_texts, found_images, pairs, scores)
+        if rerank_by == "both":
+            temperature = self.model.temp().item()
+            scores_of_texts = scores_of_texts + found_texts.similarities / temperature
+            scores_of_images = scores_of_images + found_images.similarities / temperature
         found_texts = rerank(found_texts, scores_of_texts, image_ids, image_of_text)
         found_images = rerank(found_images, scores_of_images, image_of_text, image_ids)
         speed = {"reranked_pairs": len(pairs), "reranked_pairs_per_second": round(len(pairs) / seconds, 1)}
@@ -279,13 +292,13 @@ def rank(
             `(num_candidates,)`): a candidate is right for the queries of its id. Each query has a right one.
         k (`int`): how many candidates to keep of each query; all, if there are fewer.
     """
-    candidate_embeds, candidates, first_right = candidate_embeds.float(), [], []
+    candidate_embeds, parts = candidate_embeds.float(), []
     step = max(1, SIMILARITIES_PER_STEP // len(candidate_ids))
     for queries, ids in zip(query_embeds.split(step), query_ids.split(step)):
-        order = (queries.float() @ candidate_embeds.T).argsort(dim=1, descending=True, stable=True)
-        first_right.append(_first(candidate_ids[order] == ids[:, None]))
-        candidates.append(order[:, :k].clone())
-    return Ranking(torch.cat(candidates), torch.cat(first_right))
+        similarities, order = (queries.float() @ candidate_embeds.T).sort(dim=1, descending=True, stable=True)
+        first_right = _first(candidate_ids[order] == ids[:, None])
+        parts.append((order[:, :k].clone(), similarities[:, :k].clone(), first_right))
+    return Ranking(*map(torch.cat, zip(*parts)))
 
 
 def rerank(
@@ -298,7 +311,8 @@ def rerank(
     order = scores.argsort(dim=1, descending=True, stable=True)
     candidates = ranking.candidates.gather(1, order)
     right = candidate_ids[candidates] == query_ids[:, None]
-    return Ranking(candidates, torch.where(right.any(dim=1), _first(right), ranking.first_right))
+    similarities = ranking.similarities.gather(1, order)
+    return Ranking(candidates, similarities, torch.where(right.any(dim=1), _first(right), ranking.first_right))
 
 
 def pairs_to_match(found_texts: Ranking, found_images: Ranking) -> torch.LongTensor:

@@ -83,6 +83,13 @@ class RetrievalTrainingArguments(TripsTrainingArguments):
         default=16,
         metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
     )
+    rerank_by: str = field(
+        default="both",
+        metadata={
+            "help": "What ranks them: both (log-odds of a match plus similarity over temperature) or matching (the "
+            "log-odds alone)."
+        },
+    )
 
 
 @dataclass
@@ -165,7 +172,11 @@ class RetrievalTrainer(ImageGroupedTrainer):
         image_rows, image_of_text = images_of(dataset)
         with self.accelerator.autocast():
             return evaluator.evaluate(
-                DecodedImages(dataset.select(image_rows)), dataset["caption"], image_of_text, args.rerank_k
+                DecodedImages(dataset.select(image_rows)),
+                dataset["caption"],
+                image_of_text,
+                args.rerank_k,
+                args.rerank_by,
             )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:

@@ -66,7 +66,7 @@ def make_evaluator(batch_size: int = 3, selection_guidance: str = "text", keep_r
 
 
 @torch.no_grad()
-def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int) -> dict[str, float]:
+def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int, rerank_by: str = "both") -> dict[str, float]:
     """One pair at a time through the whole model, all scores in a table, all lists sorted by Python."""
     model, processor, images = evaluator.model, evaluator.processor, make_images()
 
@@ -74,7 +74,8 @@ def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int) -> dict[str, flo
         return processor(images=[images[image]], text=[TEXTS[text]], return_tensors="pt")
 
     def score(text: int, image: int) -> float:
-        return model.match(**inputs(text, image)).itm_logits[0].softmax(0)[1].item()
+        probability = model.match(**inputs(text, image)).itm_logits[0].softmax(0)[1]
+        return probability.logit().item() + (similarity[text, image].item() if rerank_by == "both" else 0)
 
     similarity = torch.tensor(
         [[model(**inputs(text, image)).logits_per_text.item() for image in range(5)] for text in range(8)]
@@ -107,6 +108,7 @@ def test_candidates_stand_by_similarity_and_the_first_right_one_counts():
     image_of_text = torch.tensor([0, 1, 0, 1])
     ranking = rank(similarities, torch.arange(2), torch.eye(4), image_of_text, k=3)
     assert ranking.candidates.tolist() == [[1, 3, 2], [0, 2, 3]]
+    torch.testing.assert_close(ranking.similarities, torch.tensor([[0.9, 0.7, 0.5], [0.6, 0.4, 0.3]]))
     assert ranking.first_right.tolist() == [2, 2]  # of 0: text 2 at place 2, before text 0; of 1: text 3
     back = rank(torch.eye(4), image_of_text, similarities, torch.arange(2), k=9)
     assert back.candidates.tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
@@ -131,24 +133,26 @@ def test_queries_are_ranked_a_few_at_a_time(monkeypatch):
 
 def test_reranking_orders_the_best_anew_and_leaves_the_others():
     candidate_ids = torch.tensor([0, 1, 2, 3])
-    ranking = Ranking(torch.tensor([[3, 0, 1], [0, 3, 2], [2, 1, 0]]), torch.tensor([1, 3, 0]))
+    similarities = torch.tensor([[9.0, 8.0, 7.0], [6.0, 5.0, 4.0], [3.0, 2.0, 1.0]])
+    ranking = Ranking(torch.tensor([[3, 0, 1], [0, 3, 2], [2, 1, 0]]), similarities, torch.tensor([1, 3, 0]))
     scores = torch.tensor([[0.0, 2.0, 1.0], [0.0, 5.0, 0.0], [1.0, 1.0, 3.0]])
     again = rerank(ranking, scores, torch.tensor([0, 1, 2]), candidate_ids)
     assert again.candidates.tolist() == [[0, 1, 3], [3, 0, 2], [0, 2, 1]]
+    assert again.similarities.tolist() == [[8.0, 7.0, 9.0], [5.0, 6.0, 4.0], [1.0, 3.0, 2.0]]
     assert again.first_right.tolist() == [0, 3, 1]  # the right one of query 1 is not among its best
 
 
 def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
-    candidates = torch.zeros(4, 1, dtype=torch.long)
-    texts, images = Ranking(candidates, torch.tensor([0, 4, 5, 30])), Ranking(candidates, torch.tensor([9, 10, 0, 0]))
+    unused = torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 1)
+    texts, images = Ranking(*unused, torch.tensor([0, 4, 5, 30])), Ranking(*unused, torch.tensor([9, 10, 0, 0]))
     results = recalls(texts, images)
     expected = {"i2t_r1": 1 / 4, "i2t_r5": 2 / 4, "i2t_r10": 3 / 4, "t2i_r1": 2 / 4, "t2i_r5": 2 / 4, "t2i_r10": 3 / 4}
     assert results == {**expected, "r_mean": pytest.approx(13 / 24)}
 
 
 def test_pairs_of_both_directions_are_one_list_by_image():
-    found_texts = Ranking(torch.tensor([[2, 0], [1, 2]]), torch.zeros(2))
-    found_images = Ranking(torch.tensor([[1], [1], [0]]), torch.zeros(3))
+    found_texts = Ranking(torch.tensor([[2, 0], [1, 2]]), torch.zeros(2, 2), torch.zeros(2))
+    found_images = Ranking(torch.tensor([[1], [1], [0]]), torch.zeros(3, 1), torch.zeros(3))
     pairs = pairs_to_match(found_texts, found_images)
     assert pairs.tolist() == [[0, 0], [0, 2], [1, 0], [1, 1], [1, 2]]  # (0, 2) and (1, 1) were found twice
     of_texts, of_images = scores_by_query(found_texts, found_images, pairs, torch.arange(5.0))
@@ -162,12 +166,12 @@ def test_pairs_of_both_directions_are_one_list_by_image():
 @pytest.mark.parametrize(
     "options", [{}, {"selection_guidance": "image"}, {"keep_rate": 1.0}], ids=["text", "image", "unpruned"]
 )
-@pytest.mark.parametrize("rerank_k", [1, 3, 99])
-def test_evaluation_equals_a_loop_over_single_pairs(options, rerank_k):
+@pytest.mark.parametrize("rerank_k, rerank_by", [(1, "both"), (3, "both"), (3, "matching"), (99, "both")])
+def test_evaluation_equals_a_loop_over_single_pairs(options, rerank_k, rerank_by):
     evaluator = make_evaluator(**options)
-    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k).metrics
+    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k, rerank_by).metrics
     expected = {f"features_{name}": value for name, value in naive_recalls(evaluator, 0).items()}
-    expected |= naive_recalls(evaluator, rerank_k)
+    expected |= naive_recalls(evaluator, rerank_k, rerank_by)
     assert results.pop("reranked_pairs") <= min(40, (5 + 8) * rerank_k)
     assert results.pop("reranked_pairs_per_second") > 0
     assert results == pytest.approx(expected)
@@ -260,6 +264,8 @@ def test_evaluation_shows_its_progress_in_pairs(capsys):
 
 def test_bad_input_is_named():
     evaluator = make_evaluator()
+    with pytest.raises(ValueError, match="`rerank_by` must be"):
+        evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_by="itm")
     with pytest.raises(ValueError, match="Each of the 5 images needs a text"):
         evaluator.evaluate(make_images(), TEXTS[:2], torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="Each of the 4 images needs a text, and each text one of these"):

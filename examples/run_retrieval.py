@@ -175,7 +175,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
                 DecodedImages(dataset.select(image_rows)),
                 dataset["caption"],
                 image_of_text,
-                args.rerank_k,
+                args.rerank_k if model.config.itm_weight > 0 else 0,  # or the matching head knows nothing
                 args.rerank_by,
             )
 

@@ -119,6 +119,12 @@ def test_options_reach_the_model(data, tmp_path):
     assert config.vision_config.selection_schedule == {1: 0.9, 4: 0.5}
 
 
+def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):
+    options = ["--itm_weight=0", "--max_steps=1", f"--output_dir={tmp_path}"]
+    metrics = run_retrieval.main([*data, *OPTIONS, *options])
+    assert "eval_features_r_mean" in metrics and "eval_r_mean" not in metrics
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches and the trainer
 

@@ -93,12 +93,25 @@ def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
     return image
 
 
-def _prepare_images(images: ImageInput) -> list[Image.Image | np.ndarray | torch.Tensor]:
+def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size: int):
+    if isinstance(image, Image.Image):
+        width, height = image.size
+    else:
+        height, width = image.shape[1:] if image.shape[0] in (1, 3, 4) else image.shape[:2]
+    if min(height, width) < patch_size:
+        raise ValueError(
+            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}: "
+            "scale it up first if it is meant"
+        )
+
+
+def _prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
     """Prepares every image; whatever goes wrong becomes a `ValueError` that names the image's position and path."""
     prepared = []
     for position, image in enumerate(_flatten_images(images)):
         try:
             prepared.append(_prepare_image(image))
+            _check_image_size(prepared[-1], patch_size)
         except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
             path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
             raise ValueError(f"`images[{position}]` {path or ''} cannot be used: {error}") from error
@@ -243,13 +256,13 @@ class TripsProcessor(ProcessorMixin):
             - **image_index**, int64, of the shape of `image_index`, if that is given.
 
         Raises:
-            `ValueError`: An image that cannot be read or has no pixels; a text with more tokens than `max_length` or
-            the tokenizer's `model_max_length`, or padded on the left; as many images as texts are needed but not
-            there; an `image_index` that is out of range. Each message names the position of the item.
+            `ValueError`: An image that cannot be read, or is lower or narrower than a patch; a text with more tokens
+            than `max_length` or the tokenizer's `model_max_length`, or padded on the left; as many images as texts are
+            needed but not there; an `image_index` that is out of range. Each message names the position of the item.
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
-        images = None if images is None else _prepare_images(images)
+        images = None if images is None else _prepare_images(images, self.patch_size)
         _check_images_of_texts(images, text, image_index)
         inputs = super().__call__(images=images, text=text, **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]

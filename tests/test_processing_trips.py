@@ -113,7 +113,7 @@ def test_modes_without_a_range_are_refused(mode, processor):
     with pytest.raises(ValueError, match=f'Mode "{mode}" has no fixed range'):
         convert_to_rgb(Image.new(mode, (2, 2)))
     with pytest.raises(ValueError, match=r"`images\[1\]`.*no fixed range"):
-        processor(images=[Image.new("RGB", (2, 2)), Image.new(mode, (2, 2))])
+        processor(images=[Image.new("RGB", (16, 16)), Image.new(mode, (16, 16))])
 
 
 def test_exif_orientation_is_applied():
@@ -147,8 +147,8 @@ def test_pixel_values_are_the_image_processors(processor, image):
 def test_rgba_reaches_the_model_on_white(image):
     # ViT's image processor does not convert to RGB by itself
     processor = make_processor(ViTImageProcessor(size={"height": 32, "width": 32}))
-    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    white = Image.new("RGB", (8, 8), "white")
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    white = Image.new("RGB", (16, 16), "white")
     pixel_values = processor(images=[clear, white], return_tensors="pt").pixel_values
     assert pixel_values.shape == (2, 3, 32, 32)
     assert torch.equal(pixel_values[0], pixel_values[1])
@@ -164,15 +164,25 @@ def test_arrays_give_the_same_as_pictures(processor, image, make):
     assert torch.equal(processor(images=batch, return_tensors="pt").pixel_values, expected[[0, 0]])
 
 
-def test_image_smaller_than_a_patch(processor):
-    pixel_values = processor(images=Image.new("RGB", (1, 3), "red"), return_tensors="pt").pixel_values
-    assert pixel_values.shape == (1, 3, 32, 32)
-    assert pixel_values[0, 0].std() < 1e-6 and (pixel_values[0, 0] > pixel_values[0, 1]).all()
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: Image.new("RGB", (300, 15)), "15 x 300"),
+        (lambda: np.zeros((40, 15), dtype=np.uint8), "40 x 15"),
+        (lambda: np.zeros((15, 40, 3), dtype=np.uint8), "15 x 40"),
+        (lambda: torch.zeros(3, 1, 3), "1 x 3"),
+    ],
+    ids=["picture", "grey array", "channels last", "channels first"],
+)
+def test_an_image_smaller_than_a_patch_is_named(processor, image, make, size):
+    processor(images=[image, np.zeros((16, 16, 3), dtype=np.uint8), torch.zeros(3, 16, 40)])
+    with pytest.raises(ValueError, match=rf"`images\[1\]` .*{size} pixels .*fewer than one patch of 16 x 16"):
+        processor(images=[image, make()])
 
 
 def test_paths_give_the_same_as_pictures(processor, tmp_path):
     path = tmp_path / "half_clear.png"
-    image = Image.new("RGBA", (8, 8), (10, 20, 30, 51))
+    image = Image.new("RGBA", (16, 16), (10, 20, 30, 51))
     image.save(path)
     expected = processor(images=image, return_tensors="pt").pixel_values
     for given in (path, str(path), [str(path)]):

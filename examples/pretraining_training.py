@@ -17,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from modeling_trips import MomentumTeacher
 
 
+MAX_QUEUE_SIZE = 65536  # ALBEF's
+
 # A stream has no epochs: the first of ALBEF's 30.
 FIRST_EPOCH_OF_A_STREAM = 1 / 30
 
@@ -25,6 +27,7 @@ FIRST_EPOCH_OF_A_STREAM = 1 / 30
 class PretrainingArguments(RetrievalTrainingArguments):
     """`RetrievalTrainingArguments` with what pre-training adds."""
 
+    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to train on each caption."})
     rerank_k: int = field(
         default=0,
         metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
@@ -38,9 +41,12 @@ class PretrainingArguments(RetrievalTrainingArguments):
         default=True, metadata={"help": "Whether a momentum teacher softens targets and fills the queues."}
     )
     momentum: float = field(default=0.995, metadata={"help": "Share of the teacher that stays in each step."})
-    queue_size: int = field(
-        default=65536,
-        metadata={"help": "How many features of past images, and of past texts, of all processes stay as candidates."},
+    queue_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many features of past images, and of past texts, of all processes stay as candidates. "
+            "Default: 65,536, or a tenth of the training captions if that is less."
+        },
     )
     teacher_weight: float = field(
         default=0.4, metadata={"help": "Share of the teacher in the targets, after it was ramped up from 0."}
@@ -88,7 +94,7 @@ class PretrainingTrainer(RetrievalTrainer):
         config = self.model.config
         self.teacher = None
         if self.args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
-            self.teacher = MomentumTeacher(self.model, self.args.momentum, self.args.queue_size)
+            self.teacher = MomentumTeacher(self.model, self.args.momentum, self.queue_size)
             self.add_callback(TeacherCallback(self.teacher, self.accelerator))
         self.positions = [Position()] * max(1, self.args.dataloader_num_workers)
         self.num_batches = 0
@@ -98,6 +104,16 @@ class PretrainingTrainer(RetrievalTrainer):
     @property
     def is_stream(self) -> bool:
         return isinstance(self.train_dataset, PairStream)
+
+    @property
+    def queue_size(self) -> int:
+        """As in [`PretrainingArguments`], but at least the batch of all processes."""
+        if self.args.queue_size is not None:
+            return self.args.queue_size
+        if self.train_dataset is None or self.is_stream:
+            return MAX_QUEUE_SIZE
+        batch = self.args.train_batch_size * self.args.world_size
+        return min(MAX_QUEUE_SIZE, max(batch, len(self.train_dataset) // 10))
 
     # Data and optimizer
 

@@ -23,7 +23,6 @@ from functools import partial
 from datasets import DatasetDict
 from example_collators import without_long_texts
 from example_training import (
-    TILE_SIZE,
     DataArguments,
     load_data,
     load_model,
@@ -57,6 +56,13 @@ class PretrainingModelArguments(RetrievalModelArguments):
         default=None, metadata={"help": "Weight of masked language modelling; 0 turns it off, as the others."}
     )
     prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modelling."})
+    honest_masking: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether masked captions and beginnings select patches for themselves (the default), or look at "
+            "those that the whole caption selects."
+        },
+    )
 
     def __post_init__(self):
         if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
@@ -75,7 +81,7 @@ class PretrainingModelArguments(RetrievalModelArguments):
         return all(source is None for source in sources)
 
     def config_overrides(self) -> dict:
-        names = ("mlm_weight", "prefix_lm_weight")
+        names = ("mlm_weight", "prefix_lm_weight", "honest_masking")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**super().config_overrides(), **given}
 
@@ -151,11 +157,13 @@ def load_pairs(
 
 
 def load_pretraining_model(
-    args: PretrainingModelArguments, texts: Iterable[str]
+    args: PretrainingModelArguments, texts: Iterable[str], image_size: int | None = None
 ) -> tuple[TripsForPreTraining, TripsProcessor]:
     """A checkpoint, a model from a vision tower and a text encoder, or one from scratch; with its processor."""
-    load = load_parts if args.starts_from_parts else partial(load_model, TripsForPreTraining, texts=texts)
-    model, processor = load(args=args)
+    if args.starts_from_parts:
+        model, processor = load_parts(args)
+    else:
+        model, processor = load_model(TripsForPreTraining, args, texts, image_size=image_size)
     if all(getattr(model.config, name) == 0 for name in OBJECTIVES):
         raise ValueError(f"There is nothing to learn: give one of {', '.join(OBJECTIVES)} a weight.")
     return model, processor
@@ -185,11 +193,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments, description=__doc__
     )
     data, stream = load_pairs(data_args, training_args)
-    if data_args.is_embedded and model_args.image_size is None and model_args.model_name_or_path is None:
-        model_args.image_size = TILE_SIZE * (data_args.grid or 2)  # the size of the scenes
     if stream is not None and model_args.needs_tokenizer:
         raise ValueError("A stream has no end to train a tokenizer on: give --tokenizer_name.")
-    model, processor = load_pretraining_model(model_args, data["train"]["caption"] if "train" in data else [])
+    side = data_args.scene_size("captions")
+    half = None if side is None else side // 2  # enough to tell colours and shapes, and four times as fast
+    model, processor = load_pretraining_model(model_args, data_args.vocabulary(data, "caption"), half)
     data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
     if stream is not None:
         stream.tokenizer = processor.tokenizer  # captions that are too long are skipped

@@ -6,7 +6,6 @@ files and from a stream, two processes, and a start from a vision tower and a te
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import PIL.Image
+import psutil
 import pytest
 import run_pretraining
 import torch
@@ -25,7 +25,7 @@ from pretraining_batches import PretrainingCollator
 from pretraining_training import PretrainingArguments, PretrainingTrainer
 from run_retrieval import number_of
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_trips import TripsConfig, TripsForPreTraining, TripsForRetrieval, TripsProcessor
 
@@ -95,6 +95,20 @@ def stream(folder) -> list[str]:
         f"--tokenizer_name={folder / 'tokenizer'}",
         "--do_eval=False",
     ]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, tokenizer) -> list[str]:
+    """Options that name a ViT and a BERT, untrained."""
+    folder = tmp_path_factory.mktemp("parts")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(num_hidden_layers=3, image_size=32, patch_size=8, **sizes)).save_pretrained(folder / "vit")
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder / "vit")
+    text = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40, **sizes)
+    BertModel(text).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    return [f"--vision_model_name_or_path={folder / 'vit'}", f"--text_model_name_or_path={folder / 'bert'}"]
 
 
 def command(data: list[str], output_dir: Path, *options: str) -> list[str]:
@@ -283,6 +297,15 @@ def test_the_vision_tower_has_a_learning_rate_of_its_own(processor, tmp_path):
             assert decays[names[id(parameter)]] == group["weight_decay"] and group["lr"] == plain.args.learning_rate
 
 
+def test_the_queue_holds_a_tenth_of_the_captions_and_at_least_a_batch(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=1, queue_size=None)
+    assert trainer.queue_size == len(trainer.teacher.images.ids) == 4
+    trainer.train_dataset = range(300)
+    assert trainer.queue_size == 30
+    trainer.train_dataset = range(4_000_000)
+    assert trainer.queue_size == 65536
+
+
 @pytest.mark.parametrize("off", ["itc_weight", "prefix_lm_weight"])
 def test_parameters_of_objectives_that_are_off_are_frozen(processor, tmp_path, off):
     options = {"max_steps": 1, "warmup_steps": 0, "save_strategy": "no"}
@@ -365,27 +388,12 @@ def test_a_stream_of_shards(stream, folder, tmp_path):
     assert set(teacher["texts.ids"].tolist()) == {-1, *map(number_of, COLORS)}
 
 
-def test_from_a_vision_tower_and_a_text_encoder(files, tokenizer, tmp_path):
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-    torch.manual_seed(0)
-    vision = ViTModel(ViTConfig(num_hidden_layers=3, image_size=32, patch_size=8, **sizes))
-    vision.save_pretrained(tmp_path / "vit")
-    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "vit")
-    text = BertModel(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40, **sizes))
-    text.save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    parts = [f"--vision_model_name_or_path={tmp_path / 'vit'}", f"--text_model_name_or_path={tmp_path / 'bert'}"]
-    options = [
-        "--selection_layers",
-        "2",
-        "--keep_rate",
-        "0.5",
-        "--image_size=48",
-        "--max_steps=1",
-        "--learning_rate=0",
-    ]
+def test_from_a_vision_tower_and_a_text_encoder(files, parts, tmp_path):
+    options = ["--selection_layers", "2", "--keep_rate", "0.5", "--image_size=48", "--max_steps=1"]
+    options += ["--learning_rate=0", "--attn_implementation=eager"]
     run_pretraining.main(command(files, tmp_path / "out", *parts, *options, "--save_strategy=no")[1:])
     model = TripsForPreTraining.from_pretrained(tmp_path / "out")
+    vision, text = (AutoModel.from_pretrained(option.partition("=")[2]) for option in parts)
     words = text.embeddings.word_embeddings.weight
     assert torch.equal(model.model.vision_model.embeddings.cls_token, vision.embeddings.cls_token)
     assert torch.equal(model.model.text_model.embeddings.word_embeddings.weight, words)
@@ -438,15 +446,16 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 def killed_and_resumed(words: list[str], folder: Path) -> str:
     """Kills a run with its workers after its first whole checkpoint, resumes it, and returns what that printed."""
-    process = subprocess.Popen(
-        [sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (folder / "checkpoint-4/trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # torchrun gives its processes sessions of their own: they do not die with it.
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
     assert not (folder / "model.safetensors").exists()
     return run(*words, "--resume_from_checkpoint=last")
 
@@ -476,6 +485,44 @@ def test_killed_and_resumed_ends_as_a_run_left_alone(source, launch, options, re
     assert_equal(tmp_path / "killed", tmp_path / "alone", *last)
     queue = load_file(tmp_path / "alone" / last[-1])["texts.ids"]
     assert (queue != -1).all()  # 72 texts went through a queue of 40
+
+
+STAND_INS = {
+    "scontrol": "echo 127.0.0.1",
+    "srun": """pids=()
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid"; done""",
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
+    """Two "nodes" on this machine, with stand-ins for SLURM's commands; its other options are those of the script."""
+    for name, code in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "9725"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "1", "DATA": str(folder)}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = [f"--train_shards={folder}/pairs-{{0..2}}.tar", "--shuffle_buffer=4", *parts, "--image_size=32"]
+    options += ["--selection_layers", "2", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
+    options += ["--dataloader_num_workers=0", "--use_cpu=True", "--auto_bf16=False", "--logging_steps=1"]
+    script = ROOT / "examples/configs/slurm_multi_node.sh"
+    for step in (2, 4):  # the second time it goes on
+        result = subprocess.run(
+            ["bash", script, *options, f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"],
+            cwd=ROOT,
+            env={**environment(), **slurm, "PATH": path, "OUTPUT_DIR": str(tmp_path / "out"), "GPUS_PER_NODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-5000:]
+        assert result.stdout.count("'loss'") == 4  # each node says it
+    states = [json.loads((tmp_path / f"out/checkpoint-4/stream_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [state["num_processes"] for state in states] == [2, 2]
+    assert [position["seen"] for state in states for position in state["positions"]] == [12, 12]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from run_retrieval import RetrievalTrainer, RetrievalTrainingArguments
 from streaming_datasets import PairStream, Position
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_trips import MomentumTeacher
@@ -94,6 +95,11 @@ class PretrainingTrainer(RetrievalTrainer):
         config = self.model.config
         self.teacher = None
         if self.args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    "A momentum teacher averages whole weights, of which ZeRO-3 leaves each process a part: take "
+                    "zero2.yaml, fsdp2.yaml or ddp.yaml, or --momentum_teacher False."
+                )
             self.teacher = MomentumTeacher(self.model, self.args.momentum, self.queue_size)
             self.add_callback(TeacherCallback(self.teacher, self.accelerator))
         self.positions = [Position()] * max(1, self.args.dataloader_num_workers)

@@ -92,10 +92,10 @@ class MomentumTeacher(nn.Module):
 
         Args:
             model ([`TripsForPreTraining`]): not wrapped by DistributedDataParallel. Parameters that FSDP2 shards are
-                gathered one after another.
+                gathered one after another. A model in half precision may have a teacher in full precision.
         """
         for parameter, source in zip(self.model.parameters(), model.parameters()):
-            parameter.lerp_(_whole(source.detach()), 1.0 - self.momentum)
+            parameter.lerp_(_whole(source.detach()).to(parameter.dtype), 1.0 - self.momentum)
         for buffer, source in zip(self.model.buffers(), model.buffers()):
             buffer.copy_(source)
             if num_processes() > 1:

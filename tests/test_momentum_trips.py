@@ -22,6 +22,10 @@ def test_the_teacher_is_a_moving_average():
     for name, value in teacher.model.named_parameters():
         torch.testing.assert_close(value, start[name] + 1 - 0.75**2)
         assert not value.requires_grad
+    teacher.update(model.to(torch.bfloat16))
+    for name, value in teacher.model.named_parameters():
+        torch.testing.assert_close(value, start[name] + 1 - 0.75**3, rtol=0, atol=0.01)
+        assert value.dtype == torch.float32
 
 
 def test_a_queue_overwrites_its_oldest_rows():

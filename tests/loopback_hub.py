@@ -121,6 +121,7 @@ class LoopbackHub(ThreadingHTTPServer):
         settings |= {"HF_TOKEN_PATH": str(home / "token"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for the address that holds then
 
 
 class _Handler(BaseHTTPRequestHandler):

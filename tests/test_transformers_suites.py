@@ -58,11 +58,11 @@ def tree(tmp_path_factory):
     return path
 
 
-def run_suite(tree, file):
+def run_suite(tree, file, *options):
     """Runs a file of tests/transformers_suites, which must pass. Gives what passed, and what was skipped and why."""
     report = tree / f"{file}.xml"
     command = [sys.executable, "-m", "pytest", f"tests/models/trips/{file}", f"--junitxml={report}"]
-    command += ["--tb=short", "--disable-warnings"]
+    command += ["--tb=short", "--disable-warnings", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
@@ -99,6 +99,24 @@ def test_the_suites_of_transformers_pass(tree, file, least_passed):
         if not re.fullmatch(NOT_HERE, reason) and not any(re.fullmatch(test, name) for test in NOT_APPLICABLE)
     }
     assert unexplained == {}
+
+
+@pytest.mark.slow
+def test_saving_and_loading_hosts_of_patch_selection_passes_their_suites(tree):
+    passed, skipped = run_suite(tree, "host_suites.py", "-k", "save or load or safetensors")
+    tests = (
+        "test_save_load",
+        "test_torch_save_load",
+        "test_can_use_safetensors",
+        "test_load_save_without_tied_weights",
+    )
+    hosts = ("Vilt", "Blip", "BridgeTower", "CLIP", "Siglip")
+    assert {f"{host}.{test}" for host in hosts for test in tests} <= set(passed)
+    no_conversion = {name for name, reason in skipped.items() if not re.fullmatch(NOT_HERE, reason)}
+    assert {name.partition(".")[2] for name in no_conversion} <= {
+        "test_can_load_from_already_mapped_keys",
+        "test_reverse_loading_mapping",
+    }
 
 
 def test_source_that_cannot_be_downloaded_is_an_error_with_a_remedy(tmp_path, monkeypatch):

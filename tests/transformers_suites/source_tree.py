@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-OUR_SUITES = ("config_suite.py", "model_suites.py", "model_testers.py", "processor_suite.py")
+OUR_SUITES = ("config_suite.py", "host_suites.py", "model_suites.py", "model_testers.py", "processor_suite.py")
 
 # What the suites import and the source distribution lacks. Generation has tests of our own: tests/test_generation.py.
 STUBS = {

@@ -1,0 +1,121 @@
+"""
+The save and load tests of `ModelTesterMixin` on hosts of patch selection: models of Transformers that select from the
+moment they are made, and load from the checkpoints that plain ones save.
+"""
+
+import unittest
+
+from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BridgeTowerConfig,
+    BridgeTowerModel,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
+    ViltConfig,
+    ViltForQuestionAnswering,
+)
+
+from modeling_trips.selection_hosts import apply_patch_selection
+
+from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
+
+
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 37,
+    "image_size": 16,
+    "patch_size": 4,
+}
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 37,
+    "vocab_size": 99,
+    "max_position_embeddings": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BRIDGETOWER_VISION = {"hidden_size": 64, "num_hidden_layers": 3, "image_size": 16, "patch_size": 4}
+BRIDGETOWER_TEXT = {**TEXT, "hidden_size": 64, "num_hidden_layers": 3}
+
+
+def selecting(model_class: type[PreTrainedModel], guidance: str) -> type[PreTrainedModel]:
+    """The host, with selection applied to every instance."""
+
+    class Selecting(model_class):
+        def __init__(self, config):
+            super().__init__(config)
+            apply_patch_selection(self, [1, 2], 0.5, guidance)
+
+    Selecting.__name__ = model_class.__name__  # the suites look classes up by name
+    return Selecting
+
+
+class HostTester:
+    is_training = True
+    batch_size, seq_length = 3, 7
+
+    def __init__(self, config):
+        self.config = config
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = {
+            "input_ids": ids_tensor((self.batch_size, self.seq_length), 96) + 3,
+            "attention_mask": random_attention_mask([self.batch_size, self.seq_length]),
+            "pixel_values": floats_tensor([self.batch_size, 3, 16, 16]),
+        }
+        if isinstance(self.config, BlipConfig):
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        return self.config, inputs
+
+
+class HostSuite(ModelTesterMixin):
+    all_generative_model_classes = ()
+
+
+class ViltTest(HostSuite, unittest.TestCase):
+    all_model_classes = (selecting(ViltForQuestionAnswering, "text"),)
+
+    def setUp(self):
+        config = ViltConfig(**VISION, vocab_size=99, max_position_embeddings=20, max_image_length=-1)
+        self.model_tester = HostTester(config)
+
+
+class BlipTest(HostSuite, unittest.TestCase):
+    all_model_classes = (selecting(BlipForQuestionAnswering, "text"),)
+
+    def setUp(self):
+        text = {**TEXT, "encoder_hidden_size": 32, "sep_token_id": 2}
+        self.model_tester = HostTester(BlipConfig(vision_config=VISION, text_config=text))
+
+
+class BridgeTowerTest(HostSuite, unittest.TestCase):
+    all_model_classes = (selecting(BridgeTowerModel, "image"),)
+
+    def setUp(self):
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = BridgeTowerConfig(vision_config=BRIDGETOWER_VISION, text_config=BRIDGETOWER_TEXT, **sizes)
+        self.model_tester = HostTester(config)
+
+
+class CLIPTest(HostSuite, unittest.TestCase):
+    all_model_classes = (selecting(CLIPModel, "image"),)
+
+    def setUp(self):
+        self.model_tester = HostTester(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=16))
+
+
+class SiglipTest(HostSuite, unittest.TestCase):
+    all_model_classes = (selecting(SiglipModel, "image"),)
+
+    def setUp(self):
+        text = {**TEXT, "projection_size": 32}
+        self.model_tester = HostTester(SiglipConfig(vision_config=VISION, text_config=text))

@@ -58,6 +58,9 @@ def use_pipelines(source: str, image: str) -> dict:
         "answers": run("visual-question-answering", answering, image, TEXTS, top_k=3),
         "caption": run("image-to-text", writing, image, prompt="a picture of"),
         "stock caption": run("image-text-to-text", writing, image, text="a picture of "),
+        "stock labels": run(
+            "zero-shot-image-classification", "TripsForRetrieval", image, candidate_labels=["red", "blue"]
+        ),
         "stock answer": run("image-text-to-text", answering, image, text=TEXTS[0], return_full_text=False),
     }
 

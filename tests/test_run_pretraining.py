@@ -441,7 +441,9 @@ def test_help_explains_each_option():
 # Kills and processes
 
 
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+# Any free port.
+RENDEZVOUS = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", *RENDEZVOUS]
 
 
 def killed_and_resumed(words: list[str], folder: Path) -> str:
@@ -475,11 +477,8 @@ def test_killed_and_resumed_ends_as_a_run_left_alone(source, launch, options, re
     """Weights, the teacher's weights and its queues; masks, cuts and hard negatives are drawn in between."""
     data = request.getfixturevalue(source)
     options = [*options, "--max_steps=12", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
-    ports = [["--master_port=29721"], ["--master_port=29722"]] if launch else [[], []]
-    run(*launch, *ports[0], *command(data, tmp_path / "alone", *options))
-    printed = killed_and_resumed(
-        [*launch, *ports[1], *command(data, tmp_path / "killed", *options)], tmp_path / "killed"
-    )
+    run(*launch, *command(data, tmp_path / "alone", *options))
+    printed = killed_and_resumed([*launch, *command(data, tmp_path / "killed", *options)], tmp_path / "killed")
     assert 0 < printed.count("'loss'") <= 8  # it went on, and did not begin again
     last = ("model.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/momentum.safetensors")
     assert_equal(tmp_path / "killed", tmp_path / "alone", *last)
@@ -532,7 +531,7 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
     options = ["--max_steps=1", "--save_steps=1", "--do_eval=False", "--itm_weight=0", "--mlm_weight=0"]
     run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
     halves = ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]
-    run(*TWO_PROCESSES, "--master_port=29723", *command(files, tmp_path / "two", *options, *halves))
+    run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options, *halves))
     for part in ("images", "texts"):
         found = []
         for name in ("one", "two"):
@@ -543,3 +542,22 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
             found.append(sorted(dict(pairs).items()) if part == "images" else pairs)
         assert len(found[0]) > 1 and [image for image, _ in found[0]] == [image for image, _ in found[1]]
         assert [value for _, value in found[0]] == pytest.approx([value for _, value in found[1]], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_whole_teacher_follows_a_model_that_fsdp_shards(files, tmp_path):
+    options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--momentum=0.25", "--save_steps=1"]
+    run_pretraining.main(command(files, tmp_path / "start", *options, "--learning_rate=0")[1:])
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'examples/configs/fsdp2.yaml'}"]
+    launch += ["--num_processes=2", "--main_process_port=0", str(ROOT / "tests/fsdp_on_cpu.py")]
+    options += [f"--model_name_or_path={tmp_path / 'start'}", "--per_device_train_batch_size=3", "--use_cpu=True"]
+    run(*launch, *command(files, tmp_path / "out", *options))
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    teacher = load_file(tmp_path / "out/checkpoint-1/momentum.safetensors")
+    assert not torch.equal(start["itm_head.weight"], end["itm_head.weight"])
+    names = [name for name in start if f"model.{name}" in teacher and not name.endswith("num_batches_tracked")]
+    assert len(names) > 50
+    for name in names:
+        is_statistic = name.rpartition(".")[2].startswith("running_")  # copied, not averaged
+        expected = end[name] if is_statistic else 0.25 * start[name] + 0.75 * end[name]
+        torch.testing.assert_close(teacher[f"model.{name}"], expected, rtol=1e-4, atol=1e-5, msg=name)

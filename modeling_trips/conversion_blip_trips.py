@@ -24,31 +24,18 @@ import torch
 from transformers import BlipConfig
 
 from .configuration_trips import TripsConfig, TripsVisionConfig
-from .conversion_trips import ConversionError, ConversionPlan, Rule, lm_head_rules, resampled, third
-
-
-VISION_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
+from .conversion_trips import (
+    TEXT_FIELDS,
+    VISION_FIELDS,
+    ConversionError,
+    ConversionPlan,
+    Rule,
+    fields_of,
+    lm_head_rules,
+    resampled,
+    third,
 )
-TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "layer_norm_eps",
-    "pad_token_id",
-)
+
 
 WHY_NOT = {
     "BlipForImageTextRetrieval": (
@@ -93,11 +80,12 @@ def blip_plan(
     vision, text = blip_config.vision_config, blip_config.text_config
     config = TripsConfig(
         vision_config={
-            **{name: getattr(vision, name) for name in VISION_FIELDS},
+            **fields_of(vision, VISION_FIELDS),
             "image_size": image_size or vision.image_size,
             "attention_probs_dropout_prob": vision.attention_dropout,
+            "initializer_range": text.initializer_range,  # that of BLIP's vision tower is next to nothing
         },
-        text_config={name: getattr(text, name) for name in TEXT_FIELDS} | {"num_hidden_layers": 0},
+        text_config=fields_of(text, TEXT_FIELDS) | {"num_hidden_layers": 0},
         fusion_encoder_config={"num_hidden_layers": text.num_hidden_layers},
         decoder_config={
             "num_hidden_layers": text.num_hidden_layers,

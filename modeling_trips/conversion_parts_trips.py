@@ -23,11 +23,14 @@ from transformers.utils import logging
 
 from .configuration_trips import TripsConfig, TripsVisionConfig
 from .conversion_trips import (
+    TEXT_FIELDS,
+    VISION_FIELDS,
     ConversionError,
     ConversionPlan,
     ConversionReport,
     Rule,
     bert_layers,
+    fields_of,
     load_converted,
     resampled,
 )
@@ -38,33 +41,6 @@ logger = logging.get_logger(__name__)
 VISION_TYPES = ("vit", "deit", "clip_vision_model", "clip")
 ROBERTA_TYPES = ("roberta", "xlm-roberta")
 TEXT_TYPES = ("bert", *ROBERTA_TYPES)
-
-VISION_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "initializer_range",
-)
-TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "initializer_range",
-    "layer_norm_eps",
-    "pad_token_id",
-)
 
 # The parts of a model whose names have no "model." in front if the model is a bare `TripsModel`.
 VISION, TEXT, FUSION = (rf"(?:model\.)?{part}_model" for part in ("vision", "text", "fusion"))
@@ -179,19 +155,18 @@ def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: t
 
 
 def _vision_fields(config: PreTrainedConfig) -> dict:
-    fields = {name: getattr(config, name) for name in VISION_FIELDS}
-    if config.model_type == "clip_vision_model":
-        return fields | {
-            "attention_probs_dropout_prob": config.attention_dropout,
-            "patch_bias": False,
-            "use_pre_layernorm": True,
-        }
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "qkv_bias")
-    return fields | {name: getattr(config, name) for name in names}
+    fields = fields_of(config, VISION_FIELDS)
+    if config.model_type != "clip_vision_model":
+        return fields
+    return fields | {
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "patch_bias": False,
+        "use_pre_layernorm": True,
+    }
 
 
 def _text_fields(config: PreTrainedConfig) -> dict:
-    fields = {name: getattr(config, name) for name in TEXT_FIELDS}
+    fields = fields_of(config, TEXT_FIELDS)
     fields["max_position_embeddings"] -= _unused_positions(config)
     return fields
 

@@ -24,8 +24,41 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .configuration_trips import TripsConfig
+
+
+# What models of Transformers name as TRIPS does.
+VISION_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "initializer_range",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+)
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "initializer_range",
+    "pad_token_id",
+)
 
 
 class ConversionError(ValueError):
@@ -209,6 +242,11 @@ def resampled(grid: tuple[int, int], new_grid: tuple[int, int]) -> Callable[[tor
         return torch.cat((positions[:, :1], patches.flatten(2).transpose(1, 2).to(positions.dtype)), dim=1)
 
     return change
+
+
+def fields_of(config: PreTrainedConfig, names: Iterable[str]) -> dict:
+    """Those of the fields `names` that another model's configuration has."""
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def size_of(source: Mapping[str, torch.Tensor], key: str, num_dimensions: int) -> tuple[int, ...]:

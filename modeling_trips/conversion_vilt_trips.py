@@ -23,38 +23,9 @@ import torch
 from transformers import ViltConfig
 
 from .configuration_trips import TripsConfig, TripsVisionConfig
-from .conversion_trips import ConversionPlan, Rule, resampled
+from .conversion_trips import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, resampled
 from .modeling_trips_single_stream import NUM_MODALITIES
 
-
-VISION_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "layer_norm_eps",
-    "initializer_range",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-)
-TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-    "initializer_range",
-)
 
 TEXT, VISION = (rf"(?:model\.)?{part}_model\." for part in ("text", "vision"))
 
@@ -83,10 +54,10 @@ def vilt_plan(
     pad_token_id = 0 if vilt_config.pad_token_id is None else vilt_config.pad_token_id  # BERT's
     config = TripsConfig(
         vision_config={
-            **{name: getattr(vilt_config, name) for name in VISION_FIELDS},
+            **fields_of(vilt_config, VISION_FIELDS),
             "image_size": image_size or vilt_config.image_size,
         },
-        text_config={name: getattr(vilt_config, name) for name in TEXT_FIELDS} | {"pad_token_id": pad_token_id},
+        text_config=fields_of(vilt_config, TEXT_FIELDS) | {"pad_token_id": pad_token_id},
         decoder_config=decoder_config,
         fusion_type="single_stream",
         **selection,

@@ -24,6 +24,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -353,6 +354,17 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> T
 # Training and evaluation
 
 
+class SamplerCallback(TrainerCallback):
+    """Tells the sampler the epoch. Accelerate does not in the epoch that several processes resume in the middle of."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
 class ImageGroupedTrainer(Seq2SeqTrainer):
     """
     `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
@@ -365,7 +377,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
 
     def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
         super().__init__(*args, **kwargs)
-        self.train_collator = train_collator
+        self.train_collator, self.train_sampler = train_collator, None
+        self.add_callback(SamplerCallback(self))
         self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
@@ -374,7 +387,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
             image_ids = dataset["image_id"]
         else:  # several images per row: grouped with the rows about the same ones
             image_ids = [tuple(ids) for ids in dataset["image_ids"]]
-        return ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
+        self.train_sampler = ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
+        return self.train_sampler
 
     def get_train_dataloader(self):
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator

@@ -3,17 +3,25 @@
 import json
 
 import ablate_selection
+import PIL.Image
 import pytest
 import run_grounding
 from toy_tasks import OPTIONS, write_task
 
 
-# Two squares of 40 x 40 pixels in each picture of 120 x 60.
+BOXES = {"red": [10, 10, 50, 50], "blue": [70, 20, 110, 60]}  # in a picture of 120 x 60 pixels
 REGION = 40 * 40 / (120 * 60)
 
 
 def grounding_metrics(folder, *options: str) -> dict:
-    data = write_task("grounding", folder)
+    """What an evaluation finds on one picture that two expressions are about."""
+    image = PIL.Image.new("RGB", (120, 60), "gray")
+    for color, box in BOXES.items():
+        image.paste(color, box)
+    image.save(folder / "pair.png")
+    rows = [{"image": "pair.png", "expression": f"the {color} square", "box": box} for color, box in BOXES.items()]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    data = [f"--train_file={folder / 'rows.json'}", f"--validation_file={folder / 'rows.json'}"]
     run_grounding.main([*data, *OPTIONS, "--do_train=False", f"--output_dir={folder / 'run'}", *options])
     return json.loads((folder / "run" / "eval_results.json").read_text())
 

@@ -10,6 +10,7 @@ from toy_tasks import OPTIONS, write_task
 
 
 BOXES = {"red": [10, 10, 50, 50], "blue": [70, 20, 110, 60]}  # in a picture of 120 x 60 pixels
+EXPRESSIONS = {"red": "red", "blue": "the blue square that is at the right of the other square, and at the bottom"}
 REGION = 40 * 40 / (120 * 60)
 
 
@@ -19,7 +20,7 @@ def grounding_metrics(folder, *options: str) -> dict:
     for color, box in BOXES.items():
         image.paste(color, box)
     image.save(folder / "pair.png")
-    rows = [{"image": "pair.png", "expression": f"the {color} square", "box": box} for color, box in BOXES.items()]
+    rows = [{"image": "pair.png", "expression": EXPRESSIONS[color], "box": box} for color, box in BOXES.items()]
     (folder / "rows.json").write_text(json.dumps(rows))
     data = [f"--train_file={folder / 'rows.json'}", f"--validation_file={folder / 'rows.json'}"]
     run_grounding.main([*data, *OPTIONS, "--do_train=False", f"--output_dir={folder / 'run'}", *options])

@@ -31,7 +31,10 @@ class TripsPipeline(Pipeline):
 
     def make_item(self, image, texts: str | list[str], timeout: float | None = None) -> dict:
         if isinstance(image, str) and image.startswith(("http://", "https://")):
-            image = load_image(image, timeout=timeout)
+            try:
+                image = load_image(image, timeout=timeout)
+            except Exception as error:  # the network and Pillow raise many kinds
+                raise ValueError(f"The image {image} cannot be used: {error}") from error
         single = isinstance(texts, str)
         return {"image": image, "texts": [texts] if single else texts, "single": single}
 

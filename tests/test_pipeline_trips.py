@@ -1,6 +1,9 @@
 """The pipelines answer what the model answers, in every form of call that version 4 of Transformers documented."""
 
+import functools
 import itertools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -108,6 +111,42 @@ def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
         check(list(stream), (0, 0), (1, 2), (2, 1))
     images = KeyDataset(dataset.map(lambda row: {"path": str(path)}), "path")
     check(ask(images, QUESTIONS[0]), (1, 0), (1, 0), (1, 0))
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The address of a server of the files in `tmp_path`."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout": 10.0}])
+def test_images_come_from_the_web(oracle, captioner, tmp_path, web, options):
+    IMAGES[1].save(tmp_path / "image.png")
+    address, generation = f"{web}/image.png", {"max_new_tokens": 4}
+    expected = oracle(IMAGES[1], QUESTIONS, top_k=2, **generation)
+    for answers, answers_expected in zip(oracle(address, QUESTIONS, top_k=2, **generation, **options), expected):
+        assert_same(answers, answers_expected)
+    items = [{"image": address, "question": QUESTIONS[1]}] * 2
+    for answers in oracle(items, top_k=2, batch_size=2, **generation, **options):
+        assert_same(answers, expected[1])
+    captions = captioner([IMAGES[1], IMAGES[0]], **generation)
+    assert captioner([address, IMAGES[0]], **generation, **options) == captions
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout": 10.0}])
+def test_an_address_without_an_image_is_named(oracle, captioner, web, options):
+    with pytest.raises(ValueError, match=f"{web}/missing.png"):
+        oracle(f"{web}/missing.png", QUESTIONS[0], **options)
+    with pytest.raises(ValueError, match=f"{web}/missing.png"):
+        captioner([IMAGES[0], f"{web}/missing.png"], **options)
 
 
 def test_questions_about_one_image_share_its_computation(oracle):

@@ -730,7 +730,7 @@ def test_what_was_set_meanwhile_stays():
     assert layers[0].training and not layers[0].gradient_checkpointing
 
 
-SLOW_TO_COMPILE = ("blip_retrieval", "blip_captioning", "bridgetower", "siglip")
+SLOW_TO_COMPILE = ("blip_vqa", "blip_retrieval", "blip_captioning", "bridgetower", "siglip")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from modeling_trips import MomentumTeacher
 
 MAX_QUEUE_SIZE = 65536  # ALBEF's
 
-# A stream has no epochs: the first of ALBEF's 30.
-FIRST_EPOCH_OF_A_STREAM = 1 / 30
+EPOCH_OF_A_STREAM = 1 / 30  # of all steps: ALBEF trains for 30 epochs
 
 
 @dataclass
@@ -54,7 +53,15 @@ class PretrainingArguments(RetrievalTrainingArguments):
     )
     teacher_ramp_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps of that ramp. Default: those of the first epoch; of a stream, a 30th of all."},
+        metadata={"help": "Steps of that ramp. Default: those of an epoch; of a stream, a 30th of all."},
+    )
+    teacher_start_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps before the teacher takes part, and contrast is within the batch. Features that are new "
+            "every few steps cannot wait in a queue: a model tells the queue's from the batch's by their age alone, "
+            "and learns nothing. Default: 0 for a model that starts from trained weights, else as teacher_ramp_steps."
+        },
     )
 
     def __post_init__(self):
@@ -65,13 +72,14 @@ class PretrainingArguments(RetrievalTrainingArguments):
 
 
 class TeacherCallback(TrainerCallback):
-    """Updates the momentum teacher after each step of the optimizer."""
+    """Updates the momentum teacher after each step of the optimizer. Until it takes part it is the model's copy."""
 
-    def __init__(self, teacher: MomentumTeacher, accelerator):
-        self.teacher, self.accelerator = teacher, accelerator
+    def __init__(self, trainer: "PretrainingTrainer"):
+        self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.teacher.update(self.accelerator.unwrap_model(model))
+        momentum = None if self.trainer.teacher_takes_part else 0.0
+        self.trainer.teacher.update(self.trainer.accelerator.unwrap_model(model), momentum)
 
 
 class PretrainingTrainer(RetrievalTrainer):
@@ -101,7 +109,7 @@ class PretrainingTrainer(RetrievalTrainer):
                     "zero2.yaml, fsdp2.yaml or ddp.yaml, or --momentum_teacher False."
                 )
             self.teacher = MomentumTeacher(self.model, self.args.momentum, self.queue_size)
-            self.add_callback(TeacherCallback(self.teacher, self.accelerator))
+            self.add_callback(TeacherCallback(self))
         self.positions = [Position()] * max(1, self.args.dataloader_num_workers)
         self.num_batches = 0
         if self.is_stream:
@@ -150,18 +158,28 @@ class PretrainingTrainer(RetrievalTrainer):
     # Steps
 
     @property
-    def ramp_steps(self) -> int:
-        """In how many steps the teacher's weight rises from 0."""
-        if self.args.teacher_ramp_steps is not None:
-            return self.args.teacher_ramp_steps
+    def epoch_steps(self) -> int:
+        """Steps of an epoch, or of what counts as one in a stream."""
         if self.is_stream:
-            return math.ceil(self.state.max_steps * FIRST_EPOCH_OF_A_STREAM)
+            return math.ceil(self.state.max_steps * EPOCH_OF_A_STREAM)
         batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
         return math.ceil(batches / self.args.gradient_accumulation_steps)
 
+    @property
+    def teacher_steps(self) -> int:
+        """How many steps the teacher has taken part in; below 0, how many are left until it does."""
+        start = self.args.teacher_start_steps
+        return self.state.global_step - (self.epoch_steps if start is None else start)
+
+    @property
+    def teacher_takes_part(self) -> bool:
+        return self.teacher is not None and self.teacher_steps >= 0
+
     def current_teacher_weight(self) -> float:
-        progress = self.state.global_step / self.ramp_steps if self.ramp_steps > 0 else 1.0
-        return self.args.teacher_weight * min(1.0, progress)
+        if not self.teacher_takes_part:
+            return 0.0
+        ramp = self.epoch_steps if self.args.teacher_ramp_steps is None else self.args.teacher_ramp_steps
+        return self.args.teacher_weight * (min(1.0, self.teacher_steps / ramp) if ramp > 0 else 1.0)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         position = inputs.pop("position", None)
@@ -172,7 +190,7 @@ class PretrainingTrainer(RetrievalTrainer):
         return loss
 
     def compute_loss(self, model, inputs, **kwargs):
-        if self.teacher is not None:
+        if self.teacher_takes_part:
             inputs = {**inputs, "teacher": self.teacher, "teacher_weight": self.current_teacher_weight()}
         return super().compute_loss(model, inputs, **kwargs)
 

@@ -75,6 +75,10 @@ class PretrainingModelArguments(RetrievalModelArguments):
         return self.vision_model_name_or_path is not None
 
     @property
+    def starts_from_weights(self) -> bool:
+        return self.starts_from_parts or self.model_name_or_path is not None
+
+    @property
     def needs_tokenizer(self) -> bool:
         """Whether a tokenizer has to be trained."""
         sources = (self.model_name_or_path, self.tokenizer_name, self.text_model_name_or_path)
@@ -209,6 +213,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cuts_captions=model.config.prefix_lm_weight > 0,
         seed=training_args.seed,
     )
+    if training_args.teacher_start_steps is None and model_args.starts_from_weights:
+        training_args.teacher_start_steps = 0
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,

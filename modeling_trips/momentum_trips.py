@@ -85,7 +85,7 @@ class MomentumTeacher(nn.Module):
         self.to(model.device)
 
     @torch.no_grad()
-    def update(self, model: nn.Module):
+    def update(self, model: nn.Module, momentum: float | None = None):
         """
         After each optimizer step: `teacher = momentum * teacher + (1 - momentum) * model`. Buffers are copied; with
         several processes, from the first one, so that the teachers of all stay equal.
@@ -93,9 +93,11 @@ class MomentumTeacher(nn.Module):
         Args:
             model ([`TripsForPreTraining`]): not wrapped by DistributedDataParallel. Parameters that FSDP2 shards are
                 gathered one after another. A model in half precision may have a teacher in full precision.
+            momentum (`float`, *optional*): in place of the teacher's own. 0 makes it a copy of the model.
         """
+        momentum = self.momentum if momentum is None else momentum
         for parameter, source in zip(self.model.parameters(), model.parameters()):
-            parameter.lerp_(_whole(source.detach()).to(parameter.dtype), 1.0 - self.momentum)
+            parameter.lerp_(_whole(source.detach()).to(parameter.dtype), 1.0 - momentum)
         for buffer, source in zip(self.model.buffers(), model.buffers()):
             buffer.copy_(source)
             if num_processes() > 1:

@@ -26,6 +26,8 @@ def test_the_teacher_is_a_moving_average():
     for name, value in teacher.model.named_parameters():
         torch.testing.assert_close(value, start[name] + 1 - 0.75**3, rtol=0, atol=0.01)
         assert value.dtype == torch.float32
+    teacher.update(model, momentum=0.0)
+    assert all(torch.equal(a, b.float()) for a, b in zip(teacher.model.parameters(), model.parameters()))
 
 
 def test_a_queue_overwrites_its_oldest_rows():

@@ -238,6 +238,7 @@ def make_trainer(processor, folder: Path, rows: list[dict] | None = None, **opti
         "tiny", text_config={"vocab_size": len(processor.tokenizer)}, projection_dim=16, **config_fields
     )
     defaults = {"per_device_train_batch_size": 4, "auto_bf16": False, "queue_size": 16, "report_to": "none"}
+    defaults["teacher_start_steps"] = 0
     return PretrainingTrainer(
         model=TripsForPreTraining(config),
         args=PretrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
@@ -254,9 +255,9 @@ def test_the_teacher_follows_each_step_of_the_optimizer(processor, tmp_path):
     history, expected = [], parameter.detach().clone()
     original = trainer.teacher.update
 
-    def update(model):
+    def update(model, momentum):
         history.append(dict(model.named_parameters())[name].detach().clone())
-        original(model)
+        original(model, momentum)
 
     trainer.teacher.update = update
     trainer.train()
@@ -266,17 +267,38 @@ def test_the_teacher_follows_each_step_of_the_optimizer(processor, tmp_path):
     torch.testing.assert_close(dict(trainer.teacher.model.named_parameters())[name], expected)
 
 
-def test_the_teacher_gains_weight_over_the_first_epoch(processor, tmp_path):
+def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=1, gradient_accumulation_steps=2)
-    assert trainer.ramp_steps == 3  # 20 rows in batches of 4, two of which are a step
-    weights = []
-    for step in range(6):
-        trainer.state.global_step = step
-        weights.append(trainer.current_teacher_weight())
-    assert weights == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4])
+    assert trainer.epoch_steps == 3  # 20 rows in batches of 4, two of which are a step
+
+    def weights() -> list[float]:
+        found = []
+        for trainer.state.global_step in range(7):
+            found.append(trainer.current_teacher_weight())
+        return found
+
+    assert weights() == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4, 0.4])
+    trainer.args.teacher_start_steps, trainer.args.teacher_ramp_steps = None, 2
+    assert weights() == pytest.approx([0, 0, 0, 0, 0.2, 0.4, 0.4])
     trainer.args.teacher_ramp_steps = 0
-    trainer.state.global_step = 0
-    assert trainer.current_teacher_weight() == 0.4
+    assert weights() == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4])
+
+
+def test_a_teacher_that_has_yet_to_take_part_is_the_model(processor, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "no", "warmup_steps": 0, "teacher_start_steps": 2}
+    trainer = make_trainer(processor, tmp_path, **options)
+    seen, forward = [], trainer.teacher.forward
+
+    def watched(*args):
+        weights = zip(trainer.teacher.model.parameters(), trainer.model.parameters())
+        seen.append((trainer.state.global_step, all(torch.equal(*pair) for pair in weights)))
+        return forward(*args)
+
+    trainer.teacher.forward = watched
+    trainer.train()
+    assert seen == [(2, True)]  # it was asked in the third step alone
+    assert not torch.equal(trainer.teacher.model.itm_head.weight, trainer.model.itm_head.weight)
+    assert (trainer.teacher.texts.ids != -1).sum() == 4
 
 
 def test_the_vision_tower_has_a_learning_rate_of_its_own(processor, tmp_path):
@@ -375,6 +397,7 @@ def test_learns_the_toy_data_and_leaves_a_model_for_other_scripts(files, tmp_pat
 def test_a_stream_of_shards(stream, folder, tmp_path):
     validation = [f"--validation_file={folder / 'pairs.jsonl'}", "--do_eval=True"]
     options = ["--max_steps=4", "--save_steps=2", "--logging_steps=2", "--prefix_lm_weight=0", "--itm_weight=0.5"]
+    options += ["--teacher_start_steps=0"]
     metrics = run_pretraining.main(command(stream, tmp_path, *validation, *options)[1:])
     assert "eval_itm_accuracy" in metrics and "eval_prefix_lm_accuracy" not in metrics
     config = TripsForPreTraining.from_pretrained(tmp_path).config
@@ -529,6 +552,7 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
     """One step of two processes with three texts each leaves the queues that one process with all six leaves."""
     # No augmentation, dropout or hard negatives: nothing is drawn but the order, which is the same.
     options = ["--max_steps=1", "--save_steps=1", "--do_eval=False", "--itm_weight=0", "--mlm_weight=0"]
+    options += ["--teacher_start_steps=0"]
     run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
     halves = ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]
     run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options, *halves))

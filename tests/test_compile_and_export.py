@@ -35,20 +35,25 @@ def assert_same_outputs(outputs, expected):
 # torch.compile
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_batches_of_all_sizes_share_two_graphs():
-    """The first one is for the first size alone; the second size shows that it varies."""
-    torch._dynamo.reset()
-    case = QUESTION_ANSWERING
+def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
+    """The model as graphs that run without Inductor, and the list that they are entered in."""
     graphs = []
 
     def count_graphs(graph_module, example_inputs):
         graphs.append(graph_module)
         return graph_module.forward
 
+    return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_batches_of_all_sizes_share_two_graphs():
+    """The first one is for the first size alone; the second size shows that it varies."""
+    torch._dynamo.reset()
+    case = QUESTION_ANSWERING
     model = case.make_model()
-    compiled = torch.compile(model, backend=count_graphs, fullgraph=True)
+    compiled, graphs = compile_and_count(model)
     for num_texts in (4, 3, 6):
         inputs = case.make_inputs(num_texts)
         assert_same_outputs(compiled(**inputs), model(**inputs))
@@ -61,6 +66,18 @@ def batches(case, training=False):
         inputs = case.make_inputs(training=training)
         inputs["pixel_values"] += brightness
         yield inputs
+
+
+@pytest.mark.slow
+@each_model_of_use
+@torch.no_grad()
+def test_every_model_is_one_graph_for_all_batches_of_a_shape(case):
+    torch._dynamo.reset()
+    model = case.make_model()
+    compiled, graphs = compile_and_count(model)
+    for inputs in batches(case):
+        assert_same_outputs(compiled(**inputs), model(**inputs))
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
         dataset (`Dataset`): rows of captions, those of an image next to each other.
     """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    accelerator, generator = trainer.accelerator, torch.Generator(model.device).manual_seed(0)
-    loader = trainer.get_eval_dataloader(dataset)
+    accelerator, loader = trainer.accelerator, trainer.get_eval_dataloader(dataset)
     rows, is_quiet = [], trainer.args.disable_tqdm or not trainer.args.should_log
     for batch in tqdm(loader, desc="Words and matching", disable=is_quiet):
         batch.pop("sources")
+        generator = torch.Generator(model.device).manual_seed(0)  # the same pairs with any number of processes
         with accelerator.autocast():
             results = results_by_text(model, batch, generator)
         rows.append(accelerator.gather_for_metrics(results))

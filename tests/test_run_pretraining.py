@@ -509,6 +509,19 @@ def test_killed_and_resumed_ends_as_a_run_left_alone(source, launch, options, re
     assert (queue != -1).all()  # 72 texts went through a queue of 40
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(files, tmp_path):
+    """18 captions in batches of 3: one that is filled up for the last process would draw other masks."""
+    run_pretraining.main(command(files, tmp_path / "model", "--max_steps=1", "--do_eval=False")[1:])
+    options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
+    one = run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
+    run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options))
+    two = json.loads((tmp_path / "two/eval_results.json").read_text())
+    assert one.keys() == two.keys() and "eval_itm_accuracy" in one and "eval_features_i2t_r1" in one
+    two.pop("epoch"), one.pop("epoch")
+    assert two == pytest.approx(one)
+
+
 STAND_INS = {
     "scontrol": "echo 127.0.0.1",
     "srun": """pids=()

@@ -150,7 +150,7 @@ def test_learns_the_toy_data_and_leaves_a_model_that_points(tmp_path):
     assert json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] == 1.0
 
     model, processor = TripsForVisualGrounding.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
-    image = PIL.Image.open(tmp_path / "pair-1.png")
+    image = PIL.Image.open(tmp_path / "blue-left.png")
     inputs = processor(image, "the blue square", return_tensors="pt")
     box = processor.post_process_grounding(model.eval()(**inputs), [(60, 120)])
     iou = evaluate.load(run_grounding.METRIC).compute(predictions=box.tolist(), references=[[10.0, 10, 50, 50]])

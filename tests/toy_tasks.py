@@ -50,16 +50,13 @@ def _statements(folder: Path):
 
 
 def _expressions(folder: Path):
-    """Pictures of two squares, 60 x 120 pixels; the processor squashes them."""
-    for number, color in enumerate(COLORS):
-        other = COLORS[number - 1]
-        image = PIL.Image.new("RGB", (120, 60), "gray")
-        boxes = [10, 10, 50, 50], [70, 20, 110, 60]
-        for box, name in zip(boxes, (color, other)):
-            image.paste(name, box)
-        image.save(folder / f"pair-{number}.png")
-        for box, name in zip(boxes, (color, other)):
-            yield {"image": f"pair-{number}.png", "expression": f"the {name} square", "box": box}
+    """Pictures of a square on the left or on the right, 120 x 60 pixels, which the processor squashes."""
+    for color in COLORS:
+        for side, box in (("left", [10, 10, 50, 50]), ("right", [70, 20, 110, 60])):
+            image = PIL.Image.new("RGB", (120, 60), "gray")
+            image.paste(color, box)
+            image.save(folder / f"{color}-{side}.png")
+            yield {"image": f"{color}-{side}.png", "expression": f"the {color} square", "box": box}
 
 
 _ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "grounding": _expressions}

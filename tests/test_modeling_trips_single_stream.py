@@ -1,21 +1,21 @@
 """Tests of the single stream: it is ViLT's transformer, and what it selects is what its definition says."""
 
-import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     ViltConfig,
     ViltForImagesAndTextClassification,
     ViltForQuestionAnswering,
     ViltModel,
-    dynamic_module_utils,
 )
 
 import modeling_trips
@@ -376,20 +376,34 @@ def test_heads_are_trained_saved_and_loaded_by_auto_classes(model_class, tmp_pat
     assert load_file(tmp_path / "part" / "model.safetensors").keys() == part.state_dict().keys()
 
 
-def test_a_checkpoint_holds_its_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    model, inputs = make_model(), (IDS, images(4), MASK)
-    for saved in (model, model.vision_model):
-        folder = tmp_path / type(saved).__name__
-        saved.save_pretrained(folder)
-        reference = json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"]
-        model_class = dynamic_module_utils.get_class_from_dynamic_module(reference, folder)
-        assert model_class is not type(saved) and model_class.__name__ == type(saved).__name__
-        loaded = model_class.from_pretrained(folder)
-        assert all(torch.equal(value, saved.state_dict()[name]) for name, value in loaded.state_dict().items())
-        if saved is model:
-            assert torch.equal(loaded(*inputs).last_hidden_state, model(*inputs).last_hidden_state)
+LOAD_AS_A_STRANGER = """
+import sys
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+whole, part = (AutoModel.from_pretrained(folder, trust_remote_code=True).eval() for folder in sys.argv[1:3])
+assert "modeling_trips" not in sys.modules
+results = {f"part.{name}": value for name, value in part.state_dict().items()}
+results["states"] = whole(**load_file(sys.argv[3])).last_hidden_state.detach().contiguous()
+save_file(results, sys.argv[4])
+"""
+
+
+def test_a_checkpoint_holds_its_code(tmp_path):
+    model, inputs = make_model(), {"input_ids": IDS, "pixel_values": images(4), "attention_mask": MASK}
+    paths = [str(tmp_path / name) for name in ("whole", "part", "inputs.safetensors", "results.safetensors")]
+    model.save_pretrained(paths[0])
+    model.vision_model.save_pretrained(paths[1])
+    save_file(inputs, paths[2])
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_AS_A_STRANGER, *paths]  # another process: this one knows the classes
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = load_file(paths[3])
+    assert torch.equal(results.pop("states"), model(**inputs).last_hidden_state)
+    expected = {f"part.{name}": value for name, value in model.vision_model.state_dict().items()}
+    assert results.keys() == expected.keys()
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
 
 
 def test_statements_about_two_images_are_those_about_each():

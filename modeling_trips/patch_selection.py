@@ -86,8 +86,14 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_kept)`.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return order[:, :num_kept].sort(dim=-1).values
+    # A stable sort would do the same, but ONNX has none.
+    lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]
+    above, ties = scores > lowest_kept, scores == lowest_kept
+    num_ties_kept = num_kept - above.sum(dim=-1, keepdim=True)
+    kept = above | (ties & (ties.long().cumsum(dim=-1) <= num_ties_kept))
+    last = scores.shape[1] - 1
+    positions = torch.arange(last + 1, device=scores.device)
+    return positions.where(kept, last).sort(dim=-1).values[:, :num_kept]
 
 
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -68,10 +68,17 @@ def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
     run(*launch, str(ROOT / "examples" / f"{SCRIPTS[task]}.py"), *options, f"--output_dir={tmp_path / 'two'}")
     rows = predictions(tmp_path / "one")
     assert len(rows) == one["eval_samples"] == (5 if task in ("vqa", "captions") else 10)
-    assert predictions(tmp_path / "two") == rows
+    rows_of_two = predictions(tmp_path / "two")
+    assert [row["source"] for row in rows_of_two] == [row["source"] for row in rows]
+    for row_of_two, row in zip(rows_of_two, rows):  # other batches, other rounding
+        if task == "grounding":
+            assert row_of_two["prediction"] == pytest.approx(row["prediction"], abs=0.02)
+        else:
+            assert row_of_two["prediction"] == row["prediction"]
+            assert row_of_two.get("probability") == pytest.approx(row.get("probability"), rel=1e-4)
     two = json.loads((tmp_path / "two/eval_results.json").read_text())
     name = f"eval_{METRICS[task]}"
-    assert two[name] == pytest.approx(one[name], abs=1e-9)
+    assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @each_task

@@ -64,7 +64,13 @@ def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
     data = write_task(task, tmp_path)
     options = [*data, *OPTIONS, backbone, "--do_train=False", "--per_device_eval_batch_size=3", "--use_cpu=True"]
     one = main_of(task)([*options, f"--output_dir={tmp_path / 'one'}"])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29723"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
     run(*launch, str(ROOT / "examples" / f"{SCRIPTS[task]}.py"), *options, f"--output_dir={tmp_path / 'two'}")
     rows = predictions(tmp_path / "one")
     assert len(rows) == one["eval_samples"] == (5 if task in ("vqa", "captions") else 10)

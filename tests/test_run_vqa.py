@@ -158,7 +158,11 @@ def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
     words = [str(ROOT / "tests" / "poisoned_run.py"), *data, *OPTIONS, f"--output_dir={tmp_path}", "--do_eval=False"]
     words += ["--num_train_epochs=1", "--save_steps=1", f"--per_device_train_batch_size={4 // processes}"]
     words += ["--questions_per_image=1"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29716"] if processes == 2 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+        if processes == 2
+        else []
+    )
     poisoned = "train.jsonl row 7"
     result = subprocess.run(
         [sys.executable, *launch, *words],

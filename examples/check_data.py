@@ -21,33 +21,13 @@ from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
 from example_datasets import Fault, load_task_dataset
 from example_tasks import TASKS
-from example_training import write_whole
+from example_training import SourceArguments, write_whole
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 
 @dataclass
-class CheckArguments:
-    task: str = field(metadata={"help": "What the data are for.", "choices": list(TASKS)})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "easy_vqa, easy_vqa_scenes, or the name of a data set on the Hub."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, CSV, Parquet, or a public annotation file: see README.md."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
-    train_annotations: str | None = field(
-        default=None, metadata={"help": "The second file of VQAv2 and RefCOCO. Default: that of the official name."}
-    )
-    validation_annotations: str | None = field(default=None, metadata={"help": "As train_annotations."})
-    train_split: str | None = field(
-        default=None, metadata={"help": "Of a file or Hub data set with several splits. Default: train."}
-    )
-    validation_split: str | None = field(
-        default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
-    )
-    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
-    grid: int | None = field(default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image."})
+class CheckArguments(SourceArguments):
+    task: str = field(kw_only=True, metadata={"help": "What the data are for.", "choices": list(TASKS)})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A tokenizer, or a checkpoint with one: texts too long for it are listed."}
     )

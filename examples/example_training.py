@@ -97,7 +97,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
+    """Where the data of a task come from: what `load_task_dataset` asks for."""
+
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -125,10 +127,14 @@ class DataArguments:
         default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
     )
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     grid: int | None = field(
         default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
     )
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     augment: bool | None = field(
         default=None, metadata={"help": "Random flips and shifts. Default: for easy_vqa and its scenes only."}
     )

@@ -1,7 +1,7 @@
 """Is the selection of a trained model healthy? What `eval_results.json` says about it, for any task."""
 
 import torch
-from example_collators import read_image
+from example_collators import image_size
 from transformers import Trainer
 
 from modeling_trips import TripsProcessor, TripsSelection
@@ -54,7 +54,7 @@ def _inside(
     about = [number for number, row in enumerate(rows) if column is not None and row[column] is not None]
     if not about:
         return {}
-    sizes = [read_image(rows[number]).size[::-1] for number in about]
+    sizes = [image_size(rows[number]) for number in about]
     boxes = processor.patch_boxes([selection.kept_indices[number] for number in about], sizes)
     regions = [torch.tensor(rows[number][column], dtype=torch.float32) for number in about]
     shares = [share_inside(kept, region) for kept, region in zip(boxes, regions)]

@@ -49,7 +49,7 @@ from transformers import (
 )
 from transformers.models.vilt.modeling_vilt import ViltPreTrainedModel
 
-from .modeling_trips_vision import TripsSelection
+from .modeling_trips_vision import TripsSelection, next_candidates
 from .selection_hosts_blip import (
     describe_blip_captioner,
     describe_blip_with_text,
@@ -207,7 +207,7 @@ class _Recorder:
             return
         self.selections.append(selection)
         num_fused = int(layer.selection.fuse_inattentive_tokens)
-        self.candidate_indices = nn.functional.pad(selection.kept_indices, (0, num_fused), value=-1)
+        self.candidate_indices = next_candidates(selection, selection.kept_indices.shape[1] + num_fused)
 
 
 def find_host(model: nn.Module) -> Host:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import DatasetDict
 from example_collators import ImageBatchCollator, ImageGroupedSampler, without_decoding
 from example_datasets import EMBEDDED_DATASETS, load_task_dataset, train_wordpiece_tokenizer
@@ -474,6 +475,12 @@ def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]
 def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
+
+
+def end_processes():
+    """The last words of a script: processes wait for each other and part. Gloo can abort one that just exits."""
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def write_whole(path: str | Path, text: str):

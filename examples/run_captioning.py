@@ -26,6 +26,7 @@ from example_training import (
     ImageGroupedTrainer,
     ModelArguments,
     TripsTrainingArguments,
+    end_processes,
     load_data,
     load_model,
     parse_arguments,
@@ -152,3 +153,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    end_processes()

@@ -25,6 +25,7 @@ from example_training import (
     ImageGroupedTrainer,
     ModelArguments,
     TripsTrainingArguments,
+    end_processes,
     load_data,
     load_model,
     parse_arguments,
@@ -140,3 +141,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    end_processes()

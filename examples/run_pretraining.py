@@ -24,6 +24,7 @@ from datasets import DatasetDict
 from example_collators import without_long_texts
 from example_training import (
     DataArguments,
+    end_processes,
     load_data,
     load_model,
     make_processor,
@@ -229,3 +230,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    end_processes()

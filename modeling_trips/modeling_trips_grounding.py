@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from .configuration_trips import TripsConfig
 from .losses_trips import box_l1_loss, generalized_box_iou_loss
 from .modeling_trips import TripsModel, TripsPreTrainedModel
-from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
+from .modeling_trips_vision import TripsSelection, TripsVisionPrefix, next_candidates
 
 
 @auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
@@ -55,23 +55,64 @@ class TripsVisualGroundingOutput(ModelOutput):
 
 
 class TripsBoxHead(nn.Module):
-    """DETR's box head: three linear layers with ReLU, and a sigmoid in full precision."""
+    """
+    The fused [CLS] attends to the image tokens that selection left. The mean of their places is where the box is
+    looked for, and DETR's box head (three linear layers with ReLU) says how far from there it is, and how large: as in
+    Conditional DETR (https://arxiv.org/abs/2108.06152), which reads its reference point from the query alone.
+    """
 
     def __init__(self, config: TripsConfig):
         super().__init__()
-        hidden_size = config.fusion_encoder_config.hidden_size
+        hidden_size, image_hidden_size = config.fusion_encoder_config.hidden_size, config.vision_config.hidden_size
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(image_hidden_size, hidden_size)
+        self.value = nn.Linear(image_hidden_size, hidden_size)
         self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, image_states: torch.Tensor, image_centers: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
+            image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
+            image_centers (`torch.Tensor` of shape `(num_texts, num_tokens, 2)`): see `token_centers`.
+
+        Returns:
+            `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
+        """
+        query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
+        scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
+        weights = scores.float().softmax(dim=-1)
+        reference = (weights[:, None] @ image_centers)[:, 0].logit()
+        hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
         for layer in self.layers[:-1]:
             hidden_states = nn.functional.relu(layer(hidden_states))
-        return self.layers[-1](hidden_states).float().sigmoid()
+        offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
+        return torch.cat((reference + offset, size), dim=-1).sigmoid()
+
+
+def token_centers(
+    selection: tuple[TripsSelection, ...], num_tokens: int, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Where the image tokens behind [CLS] are.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
+        the middle of the image for a fused token, which is of many places.
+    """
+    rows, columns = grid_size
+    indices = next_candidates(selection[-1], num_tokens) if selection else torch.arange(num_tokens)[None]
+    x = (indices % columns + 0.5) / columns
+    y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
+    return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)
 
 
 @auto_docstring(
     custom_intro="""
-    TRIPS that points: the text (a referring expression) selects the patches and is fused with them, and its [CLS]
-    gives the box of what it describes.
+    TRIPS that points: the text (a referring expression) selects the patches and is fused with them; among those that
+    were kept its [CLS] finds the place of what it describes, and gives the box around it.
     """
 )
 class TripsForVisualGrounding(TripsPreTrainedModel):
@@ -113,7 +154,10 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         outputs = self.model(
             input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
         )
-        pred_boxes = self.box_head(outputs.last_hidden_state[:, 0])
+        image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
+        grid_size = prefix.grid_size if pixel_values is None else self.model.vision_model.embeddings.grid_of(pixel_values)
+        centers = token_centers(outputs.selection, image_states.shape[1], grid_size).to(image_states.device)
+        pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers)
         loss = l1_loss = giou_loss = None
         if labels is not None:
             l1_loss, giou_loss = box_losses(pred_boxes, labels, kwargs.get("num_items_in_batch"))

@@ -88,7 +88,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         Returns:
             [`TripsVisionPrefix`], for `forward`.
         """
-        return TripsVisionPrefix(self.embeddings(pixel_values))
+        return TripsVisionPrefix(self.embeddings(pixel_values), grid_size=self.embeddings.grid_of(pixel_values))
 
     def join(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
         """One sequence of text and image tokens, each with the embedding of its modality."""

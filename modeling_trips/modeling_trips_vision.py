@@ -61,12 +61,15 @@ class TripsVisionPrefix(ModelOutput):
         The keys of the first selection layer, which the guiding query is scored against.
     first_selection_layer (`int`, *optional*):
         Number of that layer (from 1); `None` if no layer selects.
+    grid_size (`tuple(int, int)`):
+        Patches of each image, down and across.
     """
 
     hidden_states: torch.FloatTensor | None = None
     class_query: torch.FloatTensor | None = None
     key: torch.FloatTensor | None = None
     first_selection_layer: int | None = None
+    grid_size: tuple[int, int] | None = None
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -221,16 +224,16 @@ class TripsVisionModel(TripsPreTrainedModel):
         Raises:
             ValueError: if the number of channels, the height or the width does not fit the model.
         """
-        hidden_states = self.embeddings(pixel_values)
+        hidden_states, grid_size = self.embeddings(pixel_values), self.embeddings.grid_of(pixel_values)
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
         first_selection = self.config.first_selection_layer
         for number, layer in enumerate(self.layers, start=1):
             if number == first_selection:
                 _, hidden_states, class_query, key = layer(hidden_states, attention_only=True, **kwargs)
-                return TripsVisionPrefix(hidden_states, class_query, key, first_selection_layer=number)
+                return TripsVisionPrefix(hidden_states, class_query, key, number, grid_size)
             hidden_states, _, _ = layer(hidden_states, **kwargs)
-        return TripsVisionPrefix(hidden_states)
+        return TripsVisionPrefix(hidden_states, grid_size=grid_size)
 
     def encode_rest(
         self,

@@ -3,6 +3,8 @@ Tests of visual grounding: against its three parts, called for one text at a tim
 nothing but a text and its image decides its box.
 """
 
+import math
+
 import pytest
 import torch
 import torchvision
@@ -11,14 +13,15 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_trips import TripsModel
 from modeling_trips.losses_trips import paired_box_iou
-from modeling_trips.modeling_trips_grounding import TripsForVisualGrounding, box_losses
+from modeling_trips.modeling_trips_grounding import TripsForVisualGrounding, box_losses, token_centers
+from modeling_trips.modeling_trips_vision import TripsSelection
 
 
 TEXTS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
 MASK = (TEXTS != 0).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 1])
 BOXES = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 0.25], [0.5, 0.125, 0.5, 0.25], [0.9, 0.9, 0.1, 0.05]])
-WIDTH = 48
+WIDTH, IMAGE_WIDTH = 48, 32
 
 
 def make_model(attn_implementation="sdpa", **vision):
@@ -54,19 +57,53 @@ def test_it_is_its_parts_for_one_text_at_a_time(guidance):
         text = model.model.text_model(TEXTS[row : row + 1, : int(MASK[row].sum())]).last_hidden_state
         vision = model.model.vision_model(images()[IMAGE_INDEX[row]][None], text[:, 0])
         fused = model.model.fusion_model(text, vision.last_hidden_state).last_hidden_state
-        torch.testing.assert_close(output.pred_boxes[row], model.box_head(fused[0, 0]), rtol=1e-4, atol=1e-5)
+        kept = [*kept_by(vision)[-1][0], -1]  # -1: fused tokens, the last one new
+        centers = [[0.5, 0.5] if i < 0 else [(i % 8 + 0.5) / 8, (i // 8 + 0.5) / 8] for i in kept]
+        centers = torch.tensor([centers])
+        expected = model.box_head(fused[:, 0], vision.last_hidden_state[:, 1:], centers)
+        torch.testing.assert_close(output.pred_boxes[row], expected[0], rtol=1e-4, atol=1e-5)
         assert [rows[row] for rows in kept_by(output)] == [rows[0] for rows in kept_by(vision)]
 
 
-def test_the_head_is_detrs_and_begins_around_the_middle():
+def test_the_head_is_detrs_around_the_place_that_it_attends_to():
+    head, state, tokens = make_model().box_head, torch.randn(WIDTH), torch.randn(3, IMAGE_WIDTH)
+    centers = [[0.1, 0.9], [0.5, 0.5], [0.7, 0.3]]
+    boxes = head(state[None], tokens[None], torch.tensor([centers]))
+
+    scores = torch.stack([head.query(state).dot(head.key(token)) / WIDTH**0.5 for token in tokens])
+    weights = (scores.exp() / scores.exp().sum()).tolist()
+    assert max(weights) - min(weights) > 0.1
+    x, y = (sum(weight * center[axis] for weight, center in zip(weights, centers)) for axis in (0, 1))
+    states = state + sum(weight * head.value(token) for weight, token in zip(weights, tokens))
+    offsets = head.layers[2](head.layers[1](head.layers[0](states).relu()).relu())
+    logits = torch.tensor([math.log(x / (1 - x)), math.log(y / (1 - y)), 0, 0]) + offsets
+    torch.testing.assert_close(boxes[0], 1 / (1 + (-logits).exp()), rtol=1e-4, atol=1e-5)
+    assert [tuple(layer.weight.shape) for layer in head.layers] == [(WIDTH, WIDTH)] * 2 + [(4, WIDTH)]
+
+
+def test_centers_of_what_two_layers_kept_by_hand():
+    """A grid of 2 x 4: the patch at the bottom left and the one right of the top middle; fused tokens are nowhere."""
+    selection = (None, TripsSelection(kept_indices=torch.tensor([[4, -1, 2]])))
+    expected = torch.tensor([[[0.125, 0.75], [0.5, 0.5], [0.625, 0.25], [0.5, 0.5]]])
+    torch.testing.assert_close(token_centers(selection, 4, grid_size=(2, 4)), expected)
+    torch.testing.assert_close(
+        token_centers((), 4, grid_size=(4, 1)), torch.tensor([[[0.5, 0.125], [0.5, 0.375], [0.5, 0.625], [0.5, 0.875]]])
+    )
+
+
+@torch.no_grad()
+def test_places_are_those_of_the_image_itself_not_of_the_configured_grid():
     model = make_model()
-    states = torch.randn(5, WIDTH)
-    (weight0, bias0), (weight1, bias1), (weight2, bias2) = ((one.weight, one.bias) for one in model.box_head.layers)
-    hidden = ((states @ weight0.T + bias0).relu() @ weight1.T + bias1).relu()
-    torch.testing.assert_close(model.box_head(states), (hidden @ weight2.T + bias2).sigmoid())
-    assert [tuple(layer.weight.shape) for layer in model.box_head.layers] == [(WIDTH, WIDTH)] * 2 + [(4, WIDTH)]
-    assert weight0.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
-    torch.testing.assert_close(model.box_head(torch.zeros(WIDTH)), torch.full((4,), 0.5))
+    pixel_values = torch.randn(2, 3, 16, 64, generator=torch.Generator().manual_seed(3))
+    batch = {"input_ids": TEXTS, "attention_mask": MASK, "image_index": IMAGE_INDEX}
+    seen = []
+    model.box_head.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    for images_of_any_form in ({"pixel_values": pixel_values}, {"prefix": model.model.encode_images(pixel_values)}):
+        output = model(**batch, **images_of_any_form)
+        kept = output.selection[-1].kept_indices
+        rows, columns = kept // 16, kept % 16
+        torch.testing.assert_close(seen[-1][:, :-1, 0].where(kept >= 0, 0), ((columns + 0.5) / 16).where(kept >= 0, 0))
+        torch.testing.assert_close(seen[-1][:, :-1, 1].where(kept >= 0, 0), ((rows + 0.5) / 4).where(kept >= 0, 0))
 
 
 @pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
@@ -277,7 +314,9 @@ def test_bfloat16_is_close_and_its_boxes_are_in_full_precision():
     output = model.bfloat16()(**{**inputs(), "pixel_values": images().bfloat16()}, labels=BOXES)
     assert output.pred_boxes.dtype == output.loss.dtype == torch.float32
     assert share_of_kept(output, expected) > 0.9
-    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, rtol=0, atol=0.05)
+    same = [kept == kept_expected for kept, kept_expected in zip(kept_by(output)[-1], kept_by(expected)[-1])]
+    assert sum(same) >= 3  # a patch that only one of them kept is a place that only one of them can point to
+    torch.testing.assert_close(output.pred_boxes[same], expected.pred_boxes[same], rtol=0, atol=0.05)
     torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
 
 

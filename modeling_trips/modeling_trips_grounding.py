@@ -92,9 +92,7 @@ class TripsBoxHead(nn.Module):
         return torch.cat((reference + offset, size), dim=-1).sigmoid()
 
 
-def token_centers(
-    selection: tuple[TripsSelection, ...], num_tokens: int, grid_size: tuple[int, int]
-) -> torch.Tensor:
+def token_centers(selection: tuple[TripsSelection, ...], num_tokens: int, grid_size: tuple[int, int]) -> torch.Tensor:
     """
     Where the image tokens behind [CLS] are.
 
@@ -155,7 +153,9 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
         )
         image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
-        grid_size = prefix.grid_size if pixel_values is None else self.model.vision_model.embeddings.grid_of(pixel_values)
+        grid_size = (
+            prefix.grid_size if pixel_values is None else self.model.vision_model.embeddings.grid_of(pixel_values)
+        )
         centers = token_centers(outputs.selection, image_states.shape[1], grid_size).to(image_states.device)
         pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers)
         loss = l1_loss = giou_loss = None

@@ -87,7 +87,8 @@ def test_centers_of_what_two_layers_kept_by_hand():
     expected = torch.tensor([[[0.125, 0.75], [0.5, 0.5], [0.625, 0.25], [0.5, 0.5]]])
     torch.testing.assert_close(token_centers(selection, 4, grid_size=(2, 4)), expected)
     torch.testing.assert_close(
-        token_centers((), 4, grid_size=(4, 1)), torch.tensor([[[0.5, 0.125], [0.5, 0.375], [0.5, 0.625], [0.5, 0.875]]])
+        token_centers((), 4, grid_size=(4, 1)),
+        torch.tensor([[[0.5, 0.125], [0.5, 0.375], [0.5, 0.625], [0.5, 0.875]]]),
     )
 
 

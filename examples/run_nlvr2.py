@@ -18,11 +18,12 @@ import PIL.Image
 import torch
 from datasets import Dataset
 from example_collators import ImageBatchCollator, distinct_images, without_long_texts
+from example_scenes import TILE_SIZE
+from example_start import StartedTrainingArguments, start_from_questions
 from example_training import (
     DataArguments,
     ImageGroupedTrainer,
     ModelArguments,
-    TripsTrainingArguments,
     end_processes,
     load_data,
     load_model,
@@ -76,8 +77,9 @@ def write_predictions(path: Path, dataset: Dataset, logits: np.ndarray):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
+        argv, ModelArguments, DataArguments, StartedTrainingArguments, description=__doc__
     )
+    model_args = start_from_questions(model_args, data_args, training_args, image_size=TILE_SIZE)
     data = load_data("nlvr2", data_args, training_args)
     texts, side = data_args.vocabulary(data, "statement"), data_args.scene_size("nlvr2")
     model, processor = load_model(

@@ -88,9 +88,13 @@ def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
-    )
+    return train(*parse_arguments(argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__))
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
+) -> dict[str, float]:
+    """Trains and evaluates as these say; returns the metrics."""
     data = load_data("vqa", data_args, training_args)
     texts, side = data_args.vocabulary(data, "question", "answers"), data_args.scene_size("vqa")
     model, processor = load_model(TripsForQuestionAnswering, model_args, texts, image_size=side)

@@ -1,0 +1,69 @@
+"""
+What a model from scratch learns first, where its task alone teaches it little: the questions of easy-VQA.
+
+True or false about two images, or a box, says little to a model that knows neither words nor shapes. With data of one's
+own one starts from a pre-trained model; runs on the embedded data have none.
+"""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import run_vqa
+from accelerate import PartialState
+from example_training import DataArguments, ModelArguments, TripsTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StartedTrainingArguments(TripsTrainingArguments):
+    """`TripsTrainingArguments` for a task that begins from a model which knows words and shapes."""
+
+    start_epochs: float = field(
+        default=6.0,
+        metadata={
+            "help": "How often a model from scratch sees easy-VQA's questions before it trains on embedded scenes. 0: "
+            "never. That model is kept in easy_vqa in the output folder; a run that resumes does not train it again."
+        },
+    )
+    num_train_epochs: float = field(default=5.0, metadata={"help": "How often to train on each row."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Rows per device and step."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
+
+
+def start_from_questions(
+    model_args: ModelArguments, data_args: DataArguments, training_args: StartedTrainingArguments, image_size: int
+) -> ModelArguments:
+    """
+    Trains a model of these options on easy-VQA, if it is to be from scratch and the data are the embedded ones.
+
+    Args:
+        image_size (`int`): side in pixels that an image of easy-VQA has in the scenes, as the model gets them.
+
+    Returns:
+        `ModelArguments`: those of a start from that model, or `model_args`.
+    """
+    if model_args.model_name_or_path is not None or not data_args.is_embedded or training_args.start_epochs == 0:
+        return model_args
+    folder = Path(training_args.output_dir) / "easy_vqa"
+    if training_args.resume_from_checkpoint is None or not (folder / "train_results.json").exists():
+        logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", training_args.start_epochs, folder)
+        questions_args = replace(
+            training_args,
+            output_dir=str(folder),
+            do_train=True,
+            do_eval=False,
+            num_train_epochs=training_args.start_epochs,
+            max_steps=-1,
+            per_device_train_batch_size=TripsTrainingArguments.per_device_train_batch_size,
+            learning_rate=TripsTrainingArguments.learning_rate,
+            eval_strategy="no",
+            save_strategy="no",
+            resume_from_checkpoint=None,
+        )
+        questions = DataArguments(max_train_samples=data_args.max_train_samples)
+        run_vqa.train(replace(model_args, image_size=image_size), questions, questions_args)
+        PartialState().wait_for_everyone()
+    return replace(model_args, model_name_or_path=str(folder))

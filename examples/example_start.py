@@ -1,8 +1,8 @@
 """
 What a model from scratch learns first, where its task alone teaches it little: the questions of easy-VQA.
 
-True or false about two images, or a box, says little to a model that knows neither words nor shapes. With data of one's
-own one starts from a pre-trained model; runs on the embedded data have none.
+True or false about two images, or a box, says little to a model that knows neither words nor shapes. On data of one's
+own, training starts from a pre-trained model; on the embedded data there is none.
 """
 
 import logging

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import run_vqa
 from accelerate import PartialState
+from example_scenes import TILE_SIZE
 from example_training import DataArguments, ModelArguments, TripsTrainingArguments
 
 
@@ -34,13 +35,11 @@ class StartedTrainingArguments(TripsTrainingArguments):
 
 
 def start_from_questions(
-    model_args: ModelArguments, data_args: DataArguments, training_args: StartedTrainingArguments, image_size: int
+    model_args: ModelArguments, data_args: DataArguments, training_args: StartedTrainingArguments
 ) -> ModelArguments:
     """
-    Trains a model of these options on easy-VQA, if it is to be from scratch and the data are the embedded ones.
-
-    Args:
-        image_size (`int`): side in pixels that an image of easy-VQA has in the scenes, as the model gets them.
+    Trains a model of these options on easy-VQA at half size, as these tasks show their scenes, if it is to be from
+    scratch and the data are the embedded ones.
 
     Returns:
         `ModelArguments`: those of a start from that model, or `model_args`.
@@ -64,6 +63,6 @@ def start_from_questions(
             resume_from_checkpoint=None,
         )
         questions = DataArguments(max_train_samples=data_args.max_train_samples)
-        run_vqa.train(replace(model_args, image_size=image_size), questions, questions_args)
+        run_vqa.train(replace(model_args, image_size=TILE_SIZE // 2), questions, questions_args)
         PartialState().wait_for_everyone()
     return replace(model_args, model_name_or_path=str(folder))

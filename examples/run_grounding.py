@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset
 from example_boxes import draw_boxes, mirrored_row, sheet
 from example_collators import ImageBatchCollator, image_size, read_image, without_long_texts
-from example_scenes import TILE_SIZE
 from example_start import StartedTrainingArguments, start_from_questions
 from example_training import (
     DataArguments,
@@ -102,10 +101,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         argv, ModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
     )
-    model_args = start_from_questions(model_args, data_args, training_args, image_size=TILE_SIZE // 2)
+    model_args = start_from_questions(model_args, data_args, training_args)
     data = load_data("grounding", data_args, training_args)
     texts, side = data_args.vocabulary(data, "expression"), data_args.scene_size("grounding")
-    half = None if side is None else side // 2  # a quarter of the patches still tells the shapes
+    half = None if side is None else side // 2  # enough to tell colours and most shapes, and four times as fast
     model, processor = load_model(TripsForVisualGrounding, model_args, texts, image_size=half)
     data = without_long_texts(data, "expression", processor, skip=data_args.skip_bad_rows)
     metric = evaluate.load(METRIC)

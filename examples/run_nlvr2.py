@@ -10,7 +10,7 @@ The training loop is Transformers' `Trainer`: see `--help` for all of its option
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ import PIL.Image
 import torch
 from datasets import Dataset
 from example_collators import ImageBatchCollator, distinct_images, without_long_texts
-from example_scenes import TILE_SIZE
 from example_start import StartedTrainingArguments, start_from_questions
 from example_training import (
     DataArguments,
@@ -35,6 +34,11 @@ from selection_diagnostics import diagnose_selection
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
+
+
+@dataclass
+class Nlvr2TrainingArguments(StartedTrainingArguments):
+    num_train_epochs: float = field(default=10.0, metadata={"help": "How often to train on each row."})
 
 
 @dataclass
@@ -77,13 +81,14 @@ def write_predictions(path: Path, dataset: Dataset, logits: np.ndarray):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, DataArguments, StartedTrainingArguments, description=__doc__
+        argv, ModelArguments, DataArguments, Nlvr2TrainingArguments, description=__doc__
     )
-    model_args = start_from_questions(model_args, data_args, training_args, image_size=TILE_SIZE)
+    model_args = start_from_questions(model_args, data_args, training_args)
     data = load_data("nlvr2", data_args, training_args)
     texts, side = data_args.vocabulary(data, "statement"), data_args.scene_size("nlvr2")
+    half = None if side is None else side // 2  # enough to tell colours and most shapes, and four times as fast
     model, processor = load_model(
-        TripsForImagesAndTextClassification, model_args, texts, image_size=side, num_images=2, num_labels=2
+        TripsForImagesAndTextClassification, model_args, texts, image_size=half, num_images=2, num_labels=2
     )
     data = without_long_texts(data, "statement", processor, skip=data_args.skip_bad_rows)
     trainer = ImageGroupedTrainer(

@@ -76,7 +76,7 @@ class TripsBoxHead(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
             image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
-            image_centers (`torch.Tensor` of shape `(num_texts, num_tokens, 2)`): see `token_centers`.
+            image_centers (`torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`): see `token_centers`.
 
         Returns:
             `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
@@ -84,7 +84,7 @@ class TripsBoxHead(nn.Module):
         query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
         scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
         weights = scores.float().softmax(dim=-1)
-        reference = (weights[:, None] @ image_centers)[:, 0].logit()
+        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast would round places
         hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
         for layer in self.layers[:-1]:
             hidden_states = nn.functional.relu(layer(hidden_states))
@@ -92,7 +92,12 @@ class TripsBoxHead(nn.Module):
         return torch.cat((reference + offset, size), dim=-1).sigmoid()
 
 
-def token_centers(selection: tuple[TripsSelection, ...], num_tokens: int, grid_size: tuple[int, int]) -> torch.Tensor:
+def token_centers(
+    selection: tuple[TripsSelection, ...],
+    num_tokens: int,
+    grid_size: tuple[int, int],
+    device: torch.device | None = None,
+) -> torch.Tensor:
     """
     Where the image tokens behind [CLS] are.
 
@@ -101,7 +106,10 @@ def token_centers(selection: tuple[TripsSelection, ...], num_tokens: int, grid_s
         the middle of the image for a fused token, which is of many places.
     """
     rows, columns = grid_size
-    indices = next_candidates(selection[-1], num_tokens) if selection else torch.arange(num_tokens)[None]
+    if selection:
+        indices = next_candidates(selection[-1], num_tokens).to(device)
+    else:
+        indices = torch.arange(num_tokens, device=device)[None]
     x = (indices % columns + 0.5) / columns
     y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
     return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)

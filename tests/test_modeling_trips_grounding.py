@@ -321,6 +321,19 @@ def test_bfloat16_is_close_and_its_boxes_are_in_full_precision():
     torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
 
 
+@torch.no_grad()
+def test_autocast_does_not_round_places():
+    """All tokens are at 0.7123, which bfloat16 would round to 0.7109."""
+    head = make_model().box_head
+    for layer in (head.query, head.key, head.layers[2]):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    center = torch.tensor([0.7123, 0.3001])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        boxes = head(torch.ones(1, WIDTH), torch.ones(1, 4, IMAGE_WIDTH), center.expand(1, 4, 2))
+    torch.testing.assert_close(boxes, torch.tensor([[*center, 0.5, 0.5]]), rtol=0, atol=1e-5)
+
+
 def test_no_shape_depends_on_a_value():
     """Meta tensors have no values, so that a host sync raises on them. (Transformers looks into attention masks.)"""
     batch = {name: value.to("meta") for name, value in inputs().items() if name != "attention_mask"}

@@ -109,9 +109,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     metric = evaluate.load(METRIC)
     data = load_data("captions", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "caption"), data_args.scene_size("captions")
-    half = None if side is None else side // 2  # a quarter of the patches still tells the shapes
-    model, processor = load_model(TripsForConditionalGeneration, model_args, texts, image_size=half)
+    texts, side = data_args.vocabulary(data, "caption"), data_args.half_scene_size("captions")
+    model, processor = load_model(TripsForConditionalGeneration, model_args, texts, image_size=side)
     data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(
         max_new_tokens=training_args.generation_max_length or model.config.decoder_config.max_position_embeddings,

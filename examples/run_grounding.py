@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     model_args = start_from_questions(model_args, data_args, training_args)
     data = load_data("grounding", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "expression"), data_args.scene_size("grounding")
-    half = None if side is None else side // 2  # enough to tell colours and most shapes, and four times as fast
-    model, processor = load_model(TripsForVisualGrounding, model_args, texts, image_size=half)
+    texts, side = data_args.vocabulary(data, "expression"), data_args.half_scene_size("grounding")
+    model, processor = load_model(TripsForVisualGrounding, model_args, texts, image_size=side)
     data = without_long_texts(data, "expression", processor, skip=data_args.skip_bad_rows)
     metric = evaluate.load(METRIC)
 

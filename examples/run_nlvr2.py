@@ -85,10 +85,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     model_args = start_from_questions(model_args, data_args, training_args)
     data = load_data("nlvr2", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "statement"), data_args.scene_size("nlvr2")
-    half = None if side is None else side // 2  # enough to tell colours and most shapes, and four times as fast
+    texts, side = data_args.vocabulary(data, "statement"), data_args.half_scene_size("nlvr2")
     model, processor = load_model(
-        TripsForImagesAndTextClassification, model_args, texts, image_size=half, num_images=2, num_labels=2
+        TripsForImagesAndTextClassification, model_args, texts, image_size=side, num_images=2, num_labels=2
     )
     data = without_long_texts(data, "statement", processor, skip=data_args.skip_bad_rows)
     trainer = ImageGroupedTrainer(

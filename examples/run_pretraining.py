@@ -200,9 +200,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data, stream = load_pairs(data_args, training_args)
     if stream is not None and model_args.needs_tokenizer:
         raise ValueError("A stream has no end to train a tokenizer on: give --tokenizer_name.")
-    side = data_args.scene_size("captions")
-    half = None if side is None else side // 2  # enough to tell colours and shapes, and four times as fast
-    model, processor = load_pretraining_model(model_args, data_args.vocabulary(data, "caption"), half)
+    side = data_args.half_scene_size("captions")
+    model, processor = load_pretraining_model(model_args, data_args.vocabulary(data, "caption"), side)
     data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
     if stream is not None:
         stream.tokenizer = processor.tokenizer  # captions that are too long are skipped

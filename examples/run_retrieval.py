@@ -232,9 +232,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, RetrievalModelArguments, DataArguments, RetrievalTrainingArguments, description=__doc__
     )
     data = load_data("captions", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "caption"), data_args.scene_size("captions")
-    half = None if side is None else side // 2  # enough to tell colours and shapes, and four times as fast
-    model, processor = load_model(TripsForRetrieval, model_args, texts, image_size=half)
+    texts, side = data_args.vocabulary(data, "caption"), data_args.half_scene_size("captions")
+    model, processor = load_model(TripsForRetrieval, model_args, texts, image_size=side)
     data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
     trainer = RetrievalTrainer(
         model=model,

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 help:
 	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
 	@echo "make test      the test suite without the slow tests"
-	@echo "make test-slow all tests"
+	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "make quality   ruff and mlinter"
 	@echo "make clean     remove the environment and what the demo wrote"
 

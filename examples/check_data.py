@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
@@ -138,7 +137,6 @@ def main(argv: list[str] | None = None) -> int:
     report = check(args)
     print_report(report, args.max_shown)
     if args.output_json is not None:
-        Path(args.output_json).parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.output_json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return 1 if report["faults"] else 0
 

@@ -4,10 +4,12 @@ no weights.
 
     python examples/convert_checkpoint.py --checkpoint vqa.pth --output_dir albef-vqa --keep_rate 0.7
     python examples/convert_checkpoint.py --checkpoint Salesforce/blip-vqa-base --output_dir blip-vqa
+    python examples/convert_checkpoint.py --checkpoint dandelin/vilt-b32-mlm --output_dir vilt
 
 It takes the files of ALBEF (https://github.com/salesforce/ALBEF): pre-trained, retrieval, RefCOCO and VQA; and
-`BlipForQuestionAnswering` of Transformers, by name or folder. Every weight is used, or left out by name; anything else
-is an error.
+`BlipForQuestionAnswering` and every ViLT of Transformers, by name or folder. A ViLT becomes a `TripsModel` with a
+single stream, from which every head starts but those of retrieval and pre-training. Every weight is used, or left out
+by name; anything else is an error.
 """
 
 import json
@@ -15,6 +17,7 @@ import pickle
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from example_training import make_processor
@@ -22,18 +25,23 @@ from safetensors.torch import load_file
 from tokenizers import Regex, normalizers, processors
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     BlipForQuestionAnswering,
     HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.vilt import modeling_vilt
 
 import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion_albef_trips import ALBEF_TASKS, albef_plan
 from modeling_trips.conversion_blip_trips import blip_plan, check_blip_architecture
 from modeling_trips.conversion_trips import ConversionError, ConversionPlan, ConversionReport, load_converted
+from modeling_trips.conversion_vilt_trips import vilt_plan
 
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
@@ -43,7 +51,7 @@ WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 class ConvertArguments:
     checkpoint: str = field(
         metadata={
-            "help": "ALBEF's file (.pth, or its weights as .safetensors); BLIP's name on the Hub, or its folder."
+            "help": "ALBEF's file (.pth, or its weights as .safetensors); name on the Hub or folder of a BLIP or ViLT."
         }
     )
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist yet."})
@@ -55,7 +63,7 @@ class ConvertArguments:
         },
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Default: bert-base-uncased for ALBEF, the checkpoint's own for BLIP."}
+        default=None, metadata={"help": "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Height and width in pixels. Default: the checkpoint's."}
@@ -156,7 +164,15 @@ def albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
 
 
-def plan_albef(args: ConvertArguments) -> tuple[dict[str, torch.Tensor], ConversionPlan, PreTrainedTokenizerBase]:
+class Conversion(NamedTuple):
+    """The weights of another model, how they become those of TRIPS, and what prepares images and texts for them."""
+
+    source: dict[str, torch.Tensor]
+    plan: ConversionPlan
+    processor: TripsProcessor
+
+
+def plan_albef(args: ConvertArguments) -> Conversion:
     source = read_weights(Path(args.checkpoint))
     tokenizer = albef_tokenizer(args.tokenizer or "bert-base-uncased")
     plan = albef_plan(
@@ -169,22 +185,62 @@ def plan_albef(args: ConvertArguments) -> tuple[dict[str, torch.Tensor], Convers
         eos_token_id=tokenizer.sep_token_id,
         **args.selection(),
     )
-    return source, plan, tokenizer
+    return Conversion(source, plan, make_processor(tokenizer, plan.config))
 
 
-def plan_blip(args: ConvertArguments) -> tuple[dict[str, torch.Tensor], ConversionPlan, PreTrainedTokenizerBase]:
+def read_model(model_class: type[PreTrainedModel], checkpoint: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Those weights of a class of Transformers that a checkpoint has, and the keys that it has beyond them."""
+    model, loaded = model_class.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
+    source = {key: value for key, value in model.state_dict().items() if key not in loaded["missing_keys"]}
+    return source, sorted(loaded["unexpected_keys"])
+
+
+def plan_blip(args: ConvertArguments) -> Conversion:
     if args.num_attention_heads is not None or args.task not in (None, "question-answering"):
         raise ValueError("--num_attention_heads and --task are for ALBEF: BLIP's configuration has both.")
     config = AutoConfig.from_pretrained(args.checkpoint)
     check_blip_architecture((config.architectures or [type(config).__name__])[0])
-    model, loaded = BlipForQuestionAnswering.from_pretrained(
-        args.checkpoint, use_safetensors=True, output_loading_info=True
-    )
-    if loaded["unexpected_keys"]:
-        raise ConversionError(f"{args.checkpoint} has weights of no BLIP: {sorted(loaded['unexpected_keys'])}.")
-    source = {key: value for key, value in model.state_dict().items() if key not in loaded["missing_keys"]}
+    source, unexpected = read_model(BlipForQuestionAnswering, args.checkpoint)
+    if unexpected:
+        raise ConversionError(f"{args.checkpoint} has weights of no BLIP: {unexpected}.")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.checkpoint)
-    return source, blip_plan(source, config, args.image_size, **args.selection()), tokenizer
+    plan = blip_plan(source, config, args.image_size, **args.selection())
+    return Conversion(source, plan, make_processor(tokenizer, plan.config))
+
+
+def plan_vilt(args: ConvertArguments) -> Conversion:
+    if args.num_attention_heads is not None or args.task is not None:
+        raise ValueError(
+            "--num_attention_heads and --task are for ALBEF: ViLT's configuration has the former, and what a ViLT "
+            "becomes serves every task of a single stream."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.checkpoint)
+    config = AutoConfig.from_pretrained(args.checkpoint, pad_token_id=tokenizer.pad_token_id)
+    # "ViltForPreTraining", for one, stands in checkpoints but not in Transformers.
+    model_class = getattr(modeling_vilt, (config.architectures or ["ViltModel"])[0], modeling_vilt.ViltModel)
+    source, unexpected = read_model(model_class, args.checkpoint)
+    source |= {key: torch.empty(0) for key in unexpected}  # an error, unless the plan leaves them out by name
+    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    plan = vilt_plan(source, config, image_size=args.image_size, decoder_config=ends, **args.selection())
+    processor, own = make_processor(tokenizer, plan.config), AutoImageProcessor.from_pretrained(args.checkpoint)
+    processor.image_processor.image_mean, processor.image_processor.image_std = own.image_mean, own.image_std
+    return Conversion(source, plan, processor)
+
+
+PLANS = {"blip": plan_blip, "vilt": plan_vilt}
+
+
+def plan_conversion(args: ConvertArguments) -> Conversion:
+    """A file is ALBEF's; what a model of Transformers is, its configuration says."""
+    if Path(args.checkpoint).is_file():
+        return plan_albef(args)
+    model_type = PreTrainedConfig.get_config_dict(args.checkpoint)[0].get("model_type")
+    if model_type not in PLANS:
+        raise ConversionError(
+            f"--checkpoint {args.checkpoint} is a model of type {model_type!r}. What is known: files of ALBEF "
+            f"({', '.join(WEIGHT_FILES)}), and models of type {', '.join(PLANS)}."
+        )
+    return PLANS[model_type](args)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int):
@@ -210,14 +266,13 @@ def main(argv: list[str] | None = None) -> ConversionReport:
     parser = HfArgumentParser(ConvertArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     print(f"Reading {args.checkpoint}")
-    is_albef = Path(args.checkpoint).is_file()
-    source, plan, tokenizer = plan_albef(args) if is_albef else plan_blip(args)
-    check_vocabulary(tokenizer, plan.config.text_config.vocab_size)
+    source, plan, processor = plan_conversion(args)
+    check_vocabulary(processor.tokenizer, plan.config.text_config.vocab_size)
     print(f"Making a {plan.model_class} of {len(source)} weights")
     model = getattr(modeling_trips, plan.model_class)(plan.config)
     report = load_converted(model, source, plan)
     print(report)
-    write(model, make_processor(tokenizer, plan.config), report, Path(args.output_dir))
+    write(model, processor, report, Path(args.output_dir))
     print(f"Written to {args.output_dir}, with all names in conversion_report.json")
     return report
 

@@ -10,9 +10,9 @@ from itertools import chain
 from typing import Any
 
 import datasets
-import PIL.ExifTags
 import PIL.Image
 import torch
+from example_images import upright_size
 from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional as F
 
@@ -127,8 +127,7 @@ def image_size(row: dict) -> tuple[int, int]:
     """(height, width) in pixels, upright, of the image of a row whose `image` column is not decoded."""
     encoded = row["image"]
     with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
-        is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
-        return image.size if is_turned else image.size[::-1]
+        return upright_size(image)[::-1]
 
 
 def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:

@@ -25,7 +25,6 @@ from transformers import BertTokenizer
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = {name: task.text for name, task in TASKS.items()}
 EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -232,10 +231,10 @@ class _RowMaker:
 
     def image_ids(self, number: int, record: dict, found: list[Found]) -> list[str]:
         if self.task.image_column == "image":
-            given, defaults = [record.get("image_id")], [str(number)]
+            given, defaults = [record.get("image_id")], [f"{self.name} {number}"]
         else:
             given = list_of(record.get("image_ids") or [None, None], "image_ids")
-            defaults = [f"{number} left", f"{number} right"]
+            defaults = [f"{self.name} {number} left", f"{self.name} {number} right"]
         if len(given) != len(found):
             raise BadRowError("not two image_ids", reprlib.repr(given))
         ids = [text_of(value, "image_id") for value in given]

@@ -6,6 +6,7 @@ import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL.ExifTags
 import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, Features, Image, Sequence
@@ -64,16 +65,16 @@ class ImageFinder:
 
 def inspect_image(image: str | bytes, check: str | None) -> tuple[int, int] | BadRowError | None:
     """
-    The width and height of an image, by its path or encoded, or what is wrong with it. By `check`, `"header"` reads
-    no more than these, `"verify"` looks for damage without decoding it, `"decode"` finds truncated images too, and
-    None looks at nothing.
+    The width and height of an image, upright, by its path or encoded, or what is wrong with it. By `check`,
+    `"header"` reads no more than these, `"verify"` looks for damage without decoding it, `"decode"` finds truncated
+    images too, and None looks at nothing.
     """
     if check is None:
         return None
     name = image if isinstance(image, str) else f"{len(image)} bytes"
     try:
         with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
-            size = opened.size
+            size = upright_size(opened)
             {"header": lambda: None, "verify": opened.verify, "decode": opened.load}[check]()
     except FileNotFoundError:
         return BadRowError("missing image", name)
@@ -81,6 +82,12 @@ def inspect_image(image: str | bytes, check: str | None) -> tuple[int, int] | Ba
     except Exception as error:
         return BadRowError("unreadable image", f"{name}: {error}")
     return size
+
+
+def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image as its EXIF data turn it. Reads the header only."""
+    exif = PIL.Image.Image.getexif(image)  # that of PNG would decode the image, to find what stands at its end
+    return image.size[::-1] if exif.get(PIL.ExifTags.Base.Orientation, 1) >= 5 else image.size
 
 
 def _size(inspected: tuple[int, int] | BadRowError | None) -> tuple[int, int] | None:

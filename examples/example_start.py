@@ -46,6 +46,11 @@ def start_from_questions(
     """
     if model_args.model_name_or_path is not None or not data_args.is_embedded or training_args.start_epochs == 0:
         return model_args
+    if training_args.deepspeed_plugin is not None:
+        raise ValueError(
+            "DeepSpeed trains one model per launch: train on easy-VQA first (run_vqa.py --image_size 32) and give "
+            "that model with --model_name_or_path, or begin from nothing with --start_epochs 0."
+        )
     folder = Path(training_args.output_dir) / "easy_vqa"
     if training_args.resume_from_checkpoint is None or not (folder / "train_results.json").exists():
         logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", training_args.start_epochs, folder)

@@ -137,7 +137,11 @@ class SourceArguments:
 class DataArguments(SourceArguments):
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     augment: bool | None = field(
-        default=None, metadata={"help": "Random flips and shifts. Default: for easy_vqa and its scenes only."}
+        default=None,
+        metadata={
+            "help": "Random shifts of the images, and flips where texts do not say what is left. Default: for the "
+            "embedded data only."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
@@ -250,6 +254,8 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
+    if training_args.do_train:
+        checkpoint_to_resume(training_args)  # raises before any data are read
     return arguments
 
 
@@ -327,7 +333,10 @@ def _load_checkpoint(model_class, args: ModelArguments, config_fields: dict):
     )
     processor = TripsProcessor.from_pretrained(args.model_name_or_path)
     if args.image_size is not None:
-        processor.image_processor.size = {"height": args.image_size, "width": args.image_size}
+        side = {"height": args.image_size, "width": args.image_size}
+        processor.image_processor.size = side
+        if getattr(processor.image_processor, "do_center_crop", False):  # as CLIP's do: of the whole image, then
+            processor.image_processor.crop_size = dict(side)
     return model, processor
 
 
@@ -381,6 +390,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     """
     `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
     loss that is NaN or infinite ([`LossGuard`]), and evaluates each row once, whether the model writes or not.
+    Parameters that get no gradient are frozen, so that data parallel training need not look for them.
 
     Args:
         train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
@@ -390,6 +400,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator, self.train_sampler = train_collator, None
+        for parameter in self.model.unused_parameters():
+            parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
         self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
 
@@ -442,10 +454,19 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
     """
     The folder that `--resume_from_checkpoint` means: a path, or `last` for the latest in `output_dir` that is whole,
     since a run may have been killed while it wrote one. The trainer's state is what is written last.
+
+    Raises:
+        ValueError: `last`, and there is none; or nothing to resume is given, and there are checkpoints, which would be
+            taken for those of the new run.
     """
+    folders = [path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    if args.resume_from_checkpoint is None and folders:
+        raise ValueError(
+            f"{args.output_dir} holds checkpoints: go on from them with --resume_from_checkpoint last, or choose "
+            "another --output_dir."
+        )
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    folders = [path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     if not folders:
         raise ValueError(f"--resume_from_checkpoint last: there is no checkpoint in {args.output_dir}.")
     return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2])))
@@ -489,7 +510,8 @@ def end_processes():
 
 
 def write_whole(path: str | Path, text: str):
-    """Writes a file under another name first, so that no part of it ever stands under its own."""
+    """Writes a file under another name first, so that no part of it ever stands under its own; makes its folder."""
     partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

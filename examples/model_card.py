@@ -5,6 +5,7 @@ measurements. What none of them says is said to be unknown.
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +21,55 @@ from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-PURPOSES = {
-    "visual-question-answering": " that answers questions about images",
-    "image-to-text": " that describes images",
-}
 GUIDANCES = {"text": "the text's [CLS] token", "image": "the image's own [CLS] token", "random": "chance"}
-# What `Trainer.save_metrics` writes besides the metrics.
-NOT_METRICS = {"loss", "runtime", "samples", "samples_per_second", "steps_per_second", "model_preparation_time"}
+# What an `eval_results.json` holds besides metrics.
+NOT_METRICS = re.compile(
+    r"loss|runtime|model_preparation_time|\w+_per_second|samples|images|reranked_pairs"  # the run's size and speed
+    r"|layer\d+_\w+|inside_at_random"  # what the selection does
+    r"|chance_\w+|\w+_majority"  # what guessing would get
+)
+
+
+class Head(NamedTuple):
+    """
+    What a model is for.
+
+    Args:
+        purpose (`str`): how "a TRIPS model" goes on.
+        task (`str`): the closest of the Hub's tasks.
+        text (`str`): an example of its texts.
+        has_pipeline (`bool`): whether `pipeline(task)` runs it; else the task stands beside the metrics alone.
+    """
+
+    purpose: str
+    task: str
+    text: str
+    has_pipeline: bool = False
+
+
+HEADS = {
+    "TripsForConditionalGeneration": Head(" that describes images", "image-to-text", "", has_pipeline=True),
+    # Whether a statement is true is a question about images, too: there is no task of statements.
+    "TripsForImagesAndTextClassification": Head(
+        " that classifies a text together with its images", "visual-question-answering", "all pictures are teal"
+    ),
+    "TripsForPreTraining": Head(
+        " as pre-training leaves it, to be fine-tuned", "feature-extraction", "a teal picture"
+    ),
+    "TripsForQuestionAnswering": Head(
+        " that answers questions about images", "visual-question-answering", "what color is it?", has_pipeline=True
+    ),
+    "TripsForRetrieval": Head(
+        " that finds images by texts and texts by images",
+        "zero-shot-image-classification",
+        "a teal picture",
+        has_pipeline=True,
+    ),
+    "TripsForVisualGrounding": Head(
+        " that finds what a text describes in an image", "zero-shot-object-detection", "the teal shape"
+    ),
+    "TripsModel": Head(" without a head", "feature-extraction", "what color is it?"),
+}
 
 
 class DatasetName(NamedTuple):
@@ -79,7 +122,7 @@ def read_metrics(path: Path) -> tuple[dict[str, float], int | None]:
     """The metrics of an `eval_results.json`, and how many examples they were measured on, if it says so."""
     results = json.loads(path.read_text(encoding="utf-8"))
     results = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
-    metrics = {name: value for name, value in results.items() if name not in NOT_METRICS}
+    metrics = {name: value for name, value in results.items() if not NOT_METRICS.fullmatch(name)}
     if not metrics:
         raise ValueError(f"{path} holds no metric: names as in eval_accuracy are expected, as `Trainer` saves them.")
     return metrics, results.get("samples")
@@ -117,17 +160,15 @@ def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
     return sizes, config.vision_config.patch_shape, image_size, config.vision_config.selection_schedule
 
 
-def task_of(config: TripsConfig) -> str | None:
-    """The pipeline that was made for this checkpoint's head; None for a checkpoint without a head of its own."""
-    tasks = list(config.custom_pipelines)
-    return tasks[0] if len(tasks) == 1 else None
+def head_of(config: TripsConfig) -> Head:
+    return HEADS[config.architectures[0]]
 
 
 def auto_class_of(config: TripsConfig) -> str:
     """The Auto class that loads the checkpoint with its own head."""
-    task = task_of(config)
-    if task is not None:
-        return config.custom_pipelines[task]["pt"][0]
+    if len(config.custom_pipelines) == 1:  # made for this head; a checkpoint without one of its own lists them all
+        (pipeline,) = config.custom_pipelines.values()
+        return pipeline["pt"][0]
     own = [name for name, reference in config.auto_map.items() if reference.endswith(f".{config.architectures[0]}")]
     return own[0] if own else "AutoModel"
 
@@ -151,14 +192,14 @@ def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
 
 def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: dict[str, float]) -> ModelCardData:
     """The card's YAML. `model-index` needs to know on what the metrics were measured."""
-    task, evaluated_on = task_of(config), args.evaluated_on
+    head, evaluated_on = head_of(config), args.evaluated_on
     results = []
-    if metrics and (evaluated_on is None or task is None):
+    if metrics and evaluated_on is None:
         logger.warning("The metrics go into the text only: name what they were measured on with --eval_dataset.")
     elif metrics:
         results = [
             EvalResult(
-                task_type=task,
+                task_type=head.task,
                 dataset_type=evaluated_on.hub_id or evaluated_on.name,
                 dataset_name=evaluated_on.name,
                 dataset_split=args.eval_split,
@@ -171,7 +212,7 @@ def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: 
         license=args.license,
         language=args.language,
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=head.task if head.has_pipeline else None,
         tags=["trips", "token-pruning", "vision-language", "custom_code"],
         datasets=[dataset.hub_id for dataset in args.train_datasets if dataset.hub_id] or None,
         metrics=list(metrics) or None,
@@ -204,7 +245,7 @@ def make_model_card(
         ValueError: if `results` holds no metric, or no row of `args.speed` fits the model.
     """
     config, name = model.config, repo_id.split("/")[-1]
-    task, auto_class = task_of(config), auto_class_of(config)
+    head, auto_class = head_of(config), auto_class_of(config)
     metrics, num_examples = read_metrics(results) if results else ({}, None)
     image_size, tokens = look_once(model, processor)
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
@@ -217,10 +258,12 @@ def make_model_card(
         config=config,
         vision=config.vision_config,
         architecture=type(model).__name__,
-        task=task,
-        purpose=PURPOSES.get(task, ""),
+        head=head,
+        generates=model.can_generate(),
+        matches=hasattr(model, "match") and config.itm_weight > 0,  # or its matching head was not trained
+        has_decoder=hasattr(model, "decoder"),
         auto_class=auto_class,
-        imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if task else []),
+        imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if head.has_pipeline else []),
         options="trust_remote_code=True" + ("" if revision == "main" else f', revision="{revision}"'),
         transformers_version=transformers.__version__,
         num_parameters=model.num_parameters(),

@@ -84,8 +84,7 @@ class TeacherCallback(TrainerCallback):
 
 class PretrainingTrainer(RetrievalTrainer):
     """
-    [`RetrievalTrainer`] for [`TripsForPreTraining`]. Parameters of objectives of weight 0 are frozen, so that data
-    parallel training need not look for unused ones. Checkpoints hold the teacher with its queues
+    [`RetrievalTrainer`] for [`TripsForPreTraining`]. Checkpoints hold the teacher with its queues
     (`momentum.safetensors`), and of a stream where each process is (`stream_0.json`, ...), so that a resumed run ends
     with the weights of one that was left alone. The model that is saved at the end holds none of it.
 
@@ -98,8 +97,6 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for parameter in self.model.unused_parameters():
-            parameter.requires_grad_(False)
         config = self.model.config
         self.teacher = None
         if self.args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
@@ -109,6 +106,7 @@ class PretrainingTrainer(RetrievalTrainer):
                     "zero2.yaml, fsdp2.yaml or ddp.yaml, or --momentum_teacher False."
                 )
             self.teacher = MomentumTeacher(self.model, self.args.momentum, self.queue_size)
+            self.teacher.to(self.args.device)  # `Trainer` leaves a model that FSDP or DeepSpeed will wrap where it was
             self.add_callback(TeacherCallback(self))
         self.positions = [Position()] * max(1, self.args.dataloader_num_workers)
         self.num_batches = 0

@@ -4,8 +4,8 @@ Pre-train TRIPS on pairs of image and caption: contrast (ITC), matching (ITM), m
 
     accelerate launch examples/run_pretraining.py                  # scenes of easy-VQA, the tiny preset: on a laptop
     accelerate launch examples/run_pretraining.py --keep_rate 1.0  # its unpruned twin
-    accelerate launch examples/run_pretraining.py --train_shards "cc3m-{000..331}.tar" "sbu-{000..082}.tar" \
-        --validation_file coco_val.json --image_root coco --max_steps 300000 \
+    accelerate launch examples/run_pretraining.py --train_shards "cc3m-{000..331}.tar" "sbu-{00..82}.tar" \
+        --validation_file coco_val.json --image_root coco --max_steps 234000 \
         --vision_model_name_or_path openai/clip-vit-base-patch16 --text_model_name_or_path bert-base-uncased \
         --image_size 256 --learning_rate 1e-4 --vision_learning_rate 1e-5 --weight_decay 0.02 \
         --per_device_train_batch_size 64 --dataloader_num_workers 8 --save_steps 2000
@@ -101,9 +101,7 @@ class PretrainingDataArguments(DataArguments):
         },
     )
     streaming: bool = field(default=False, metadata={"help": "Stream --dataset_name from the Hub. Needs --max_steps."})
-    augment: bool = field(
-        default=False, metadata={"help": "Random flips and shifts. Not for captions that tell left from right."}
-    )
+    augment: bool = field(default=False, metadata={"help": "Random shifts of the images."})
     image_column: str | None = field(default=None, metadata={"help": "Column of a stream's images."})
     caption_column: str | None = field(default=None, metadata={"help": "Column of a stream's captions."})
     shuffle_buffer: int = field(
@@ -141,7 +139,7 @@ def load_pairs(
     if args.train_shards is not None:
         shards = find_shards(args.train_shards, args.image_root)
     else:
-        shards = hub_shards(args.dataset_name, args.dataset_config_name)
+        shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
     stream = PairStream(
         shards,
         seed=training_args.seed,

@@ -160,8 +160,9 @@ class RetrievalTrainer(ImageGroupedTrainer):
         """Searches among all images and captions of a data set, in both directions."""
         args, model = self.args, self.accelerator.unwrap_model(self.model).eval()
         dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else torch.float32
-        if dtype != torch.float32 and not self.is_in_train:
-            model = model.to(dtype)
+        if not self.is_in_train:  # `Trainer` may have left the model where it was loaded
+            model = model.to(args.device)
+            model = model if dtype == torch.float32 else model.to(dtype)
         evaluator = RetrievalEvaluator(
             model,
             self.processing_class,

@@ -43,7 +43,7 @@ METRIC = str(Path(__file__).with_name("vqa_accuracy.py"))
 class VqaCollator(ImageBatchCollator):
     """
     Rows of `example_tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct
-    answers of a question become labels, weighted by how many annotators gave them (`text_index`, `label_weights`). In
+    answers of a question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In
     evaluation the label is the most common answer.
     """
 
@@ -67,7 +67,7 @@ class VqaCollator(ImageBatchCollator):
         return {
             "labels": self.processor.encode_answers(answers),
             "text_index": torch.tensor(text_index),
-            "label_weights": torch.tensor(weights),
+            "loss_weights": torch.tensor(weights),
         }
 
 

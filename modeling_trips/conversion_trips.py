@@ -19,8 +19,9 @@ TRIPS adds no parameter, so a checkpoint of an unpruned model is a checkpoint of
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -108,31 +109,51 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of every key: `used` and `left_out` (key -> why) are the source's, `new` and `zero` the model's."""
+    """What became of every key: `used` and `left_out` (key -> why) are the source's, all others the model's."""
 
     used: list[str]
     left_out: dict[str, str]
+    filled: list[str]
     new: list[str]
     zero: list[str]
 
     def __str__(self) -> str:
+        source, model = [*self.used, *self.left_out], [*self.filled, *self.new, *self.zero]
         lines = [f"used: {len(self.used)} weights of the source"]
         for reason in dict.fromkeys(self.left_out.values()):
             keys = [key for key, why in self.left_out.items() if why == reason]
-            lines.append(f"left out, {reason}: {len(keys)} ({_summary(keys)})")
+            lines.append(f"left out, {reason}: {_summary(keys, source)}")
         if self.zero:
-            lines.append(f"set to zero: {len(self.zero)} ({_summary(self.zero)})")
-        lines.append(f"new: {len(self.new)}" + (f" ({_summary(self.new)})" if self.new else ""))
+            lines.append(f"set to zero: {_summary(self.zero, model)}")
+        lines.append(f"new: {_summary(self.new, model)}")
         return "\n".join(lines)
 
 
-def _summary(keys: Iterable[str], limit: int = 12) -> str:
-    """Keys in at most `limit` entries: layers are not numbered, and the ends of names are cut where they are many."""
-    names = [re.sub(r"\.\d+(?=\.)", ".*", key).split(".") for key in keys]
-    for depth in range(max(map(len, names)), 0, -1):
-        entries = dict.fromkeys(".".join(name[:depth] + ["*"] * (len(name) > depth)) for name in names)
-        if len(entries) <= limit or depth == 1:
-            return ", ".join(entries)
+def _summary(keys: list[str], all_keys: Iterable[str], limit: int = 12) -> str:
+    """How many, and which, in at most `limit` entries: `branch.*` if `keys` has all of a branch, else whole names."""
+    others = {branch for key in set(all_keys).difference(keys) for branch in _branches(key)}
+    whole = (next((f"{branch}.*" for branch in _branches(key) if branch not in others), key) for key in keys)
+    entries = _join_layers(dict.fromkeys(whole))
+    if len(entries) > limit:
+        entries[limit - 1 :] = [f"{len(entries) - limit + 1} more"]
+    return f"{len(keys)} ({', '.join(entries)})" if entries else "0"
+
+
+def _branches(key: str) -> list[str]:
+    """From the shortest to the longest: `a` and `a.b` of `a.b.c`."""
+    return [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+
+
+def _join_layers(entries: Iterable[str]) -> list[str]:
+    """Entries that differ in their first number alone become one: `layer.{0,1}.norm.*`."""
+    numbers = defaultdict(list)
+    for entry in entries:
+        before, number, after = re.match(r"(.*?\.(?=\d+\.)|.*)(\d*)(.*)", entry).groups()
+        numbers[before, after].append(number)
+    return [
+        before + (found[0] if len(found) == 1 else f"{{{','.join(sorted(found, key=int))}}}") + after
+        for (before, after), found in numbers.items()
+    ]
 
 
 def _matches(patterns: Iterable[str], name: str) -> bool:
@@ -197,7 +218,7 @@ def convert_weights(
         plan.sized_by,
         source,
     )
-    return weights, ConversionReport(sorted(used), left_out, new, zero)
+    return weights, ConversionReport(sorted(used), left_out, list(sources), new, zero)
 
 
 def _changed(tensor: torch.Tensor, change: Callable | None, shape: torch.Size) -> torch.Tensor:
@@ -220,10 +241,17 @@ def _raise_problems(problems: dict[str, list[str]], sized_by: Iterable[str], sou
 
 
 def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: ConversionPlan) -> ConversionReport:
-    """Fills `model`, made from `plan.config`, in place; raises as `convert_weights`."""
-    weights, report = convert_weights(source, plan, {name: value.shape for name, value in model.state_dict().items()})
+    """
+    Fills `model`, made from `plan.config`, in place; raises as `convert_weights`. What is tied to a weight that is
+    filled is not new.
+    """
+    state = model.state_dict()
+    weights, report = convert_weights(source, plan, {name: value.shape for name, value in state.items()})
     model.load_state_dict(weights, strict=False)  # not strict: the new weights keep their initial values
-    return report
+    places = {state[name].data_ptr() for name in weights}
+    tied = [name for name in report.new if state[name].data_ptr() in places]
+    new = [name for name in report.new if name not in tied]
+    return replace(report, filled=report.filled + tied, new=new)
 
 
 def third(index: int) -> Callable[[torch.Tensor], torch.Tensor]:

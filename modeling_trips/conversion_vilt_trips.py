@@ -71,7 +71,7 @@ def vilt_plan(
         left_out={
             rf"{vilt}pooler\..*": "the pooler, which TRIPS has not",
             rf"{vilt}embeddings\.text_embeddings\.position_ids": "the numbers from 0 on",
-            r"(mlm_score|classifier|rank_output)\..*": "ViLT's heads",
+            r"(mlm_score|itm_score|classifier|rank_output)\..*": "ViLT's heads",
         },
         new=(rf"(?!{TEXT}|{VISION}).*",),
     )

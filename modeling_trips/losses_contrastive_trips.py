@@ -22,8 +22,10 @@ twice, are never taken for negatives.
 from typing import NamedTuple
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from transformers.utils.generic import maybe_autocast
+
+from .distributed_trips import gather_with_gradient, mean_count, num_processes, row_counts
 
 
 LOWEST_LOGIT = -1e9  # not minus infinity, which times a target of 0 is no number
@@ -102,8 +104,9 @@ def contrastive_loss(
     Returns:
         `torch.Tensor` of shape `()`, float32 or wider.
     """
-    all_images, all_texts = gather_with_gradient(image_embeds), gather_with_gradient(text_embeds)
-    all_image_ids, all_text_image_ids = gather_with_gradient(image_ids), gather_with_gradient(text_image_ids)
+    image_counts, text_counts = row_counts(image_ids, text_image_ids)
+    all_images, all_image_ids = (gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids))
+    all_texts, all_text_image_ids = (gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_image_ids))
     logits_per_image = similarity(image_embeds, all_texts, temperature)
     logits_per_text = similarity(text_embeds, all_images, temperature)
     loss_per_image = _soft_cross_entropy(logits_per_image, contrastive_targets(image_ids, all_text_image_ids))
@@ -202,7 +205,8 @@ def matching_pairs(
 
 def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    Image-text matching loss (ITM): weighted mean of the cross-entropies of the pairs.
+    Image-text matching loss (ITM): weighted mean of the cross-entropies of the pairs, of all processes' pairs if there
+    are several.
 
     Args:
         logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 speaks for a match.
@@ -214,58 +218,4 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    return (losses * weights).sum() / weights.sum()
-
-
-def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
-    """
-    Image ids for a batch in which no image is twice, in this process or in another.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images,)`.
-    """
-    rank = distributed.get_rank() if num_processes() > 1 else 0
-    return torch.arange(num_images, device=device) * num_processes() + rank
-
-
-def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    The rows of all processes, in the order of their ranks; with one process, `tensor` itself. Each process gets the
-    gradient that its rows have in the losses of all. The number of rows may differ from process to process.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(num_rows, ...)`)
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows_of_all, ...)`.
-    """
-    return _GatherWithGradient.apply(tensor) if num_processes() > 1 else tensor
-
-
-def num_processes() -> int:
-    """How many processes train together; 1 if `torch.distributed` is not in use."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """`torch.distributed.nn` has one too, but deprecated, and its successor is private."""
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.counts = torch.cat(_gather(torch.tensor([len(tensor)], device=tensor.device))).tolist()
-        padding = tensor.new_empty(max(ctx.counts) - len(tensor), *tensor.shape[1:])
-        gathered = _gather(torch.cat((tensor, padding)))
-        return torch.cat([rows[:count] for rows, count in zip(gathered, ctx.counts)])
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place, and not ours
-        distributed.all_reduce(gradient)
-        return gradient.split(ctx.counts)[distributed.get_rank()]
-
-
-def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of all processes, of one shape."""
-    gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
-    distributed.all_gather(gathered, tensor)
-    return gathered
+    return (losses * weights).sum() / mean_count(weights.sum())

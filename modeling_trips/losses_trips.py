@@ -83,6 +83,7 @@ def masked_language_loss(
     labels: torch.LongTensor,
     teacher_logits: torch.Tensor | None = None,
     teacher_weight: float = 0.0,
+    num_masked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Cross-entropy of the masked tokens, the mean over them. With a momentum teacher (ALBEF, equation 7), the share
@@ -92,6 +93,8 @@ def masked_language_loss(
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
         labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 where nothing is masked.
         teacher_weight (`float`, *optional*, defaults to 0.0)
+        num_masked (`torch.Tensor` of shape `()`, *optional*): what the sum over the tokens is divided by. By default
+            their number.
 
     Returns:
         `torch.Tensor` of shape `()`, float32. It is 0 if nothing is masked.
@@ -103,4 +106,4 @@ def masked_language_loss(
         guesses = teacher_logits.detach().float().softmax(dim=-1)
         soft_losses = -(guesses * log_probabilities).sum(dim=-1) * masked
         losses = teacher_weight * soft_losses + (1.0 - teacher_weight) * losses
-    return losses.sum() / masked.sum().clamp_min(1)
+    return losses.sum() / (masked.sum().clamp_min(1) if num_masked is None else num_masked)

@@ -39,8 +39,8 @@ MAX_NEW_TOKENS = 32
 @dataclass
 class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-        Cross-entropy of the labels, weighted by `label_weights`, per label token.
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        Cross-entropy of the labels, weighted by `loss_weights`, per label token.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
@@ -129,7 +129,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         encoder_outputs: TripsModelOutput | None = None,
         cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
-        label_weights: torch.FloatTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -141,7 +141,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
             Token ids of the answers or captions, ending with the end token; -100 is ignored.
-        label_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
+        loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
             Weight of each row of `labels` in the loss, as VQAv2 has ten answers of which some are equal. 1 by default.
         text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
             Row j of `labels` follows text `text_index[j]`, so that the answers to one question, or the captions of one
@@ -161,7 +161,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
         fused_states = encoder_outputs[0]
         if labels is not None:
-            _check_labels(labels, label_weights, text_index, num_texts=len(fused_states))
+            _check_labels(labels, loss_weights, text_index, num_texts=len(fused_states))
         if text_index is not None:
             fused_states = fused_states[text_index]
             attention_mask = attention_mask[text_index] if attention_mask is not None else None
@@ -178,7 +178,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         logits = self.lm_head(decoded.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = label_loss(logits, labels, label_weights, kwargs.get("num_items_in_batch"))
+            loss = label_loss(logits, labels, loss_weights, kwargs.get("num_items_in_batch"))
         return TripsSeq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -221,14 +221,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         return -token_nll(logits, labels).sum(dim=-1)
 
 
-def _check_labels(labels, label_weights, text_index, num_texts: int):
+def _check_labels(labels, loss_weights, text_index, num_texts: int):
     num_labels = len(labels)
     if text_index is None and num_labels != num_texts:
         raise ValueError(
             f"Got {num_labels} rows of `labels` for {num_texts} texts. Say with `text_index` which text each of them "
             "follows."
         )
-    for name, value in (("label_weights", label_weights), ("text_index", text_index)):
+    for name, value in (("loss_weights", loss_weights), ("text_index", text_index)):
         if value is not None and tuple(value.shape) != (num_labels,):
             raise ValueError(f"`{name}` must have shape ({num_labels},), one entry per row of `labels`.")
 
@@ -248,7 +248,7 @@ def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
 def label_loss(
     logits: torch.Tensor,
     labels: torch.LongTensor,
-    label_weights: torch.FloatTensor | None = None,
+    loss_weights: torch.FloatTensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -259,8 +259,8 @@ def label_loss(
     whatever the weights: the more distinct answers a batch has, the smaller its loss.
     """
     nll = token_nll(logits, labels).sum(dim=-1)
-    if label_weights is not None:
-        nll = nll * label_weights.to(nll.dtype)
+    if loss_weights is not None:
+        nll = nll * loss_weights.to(nll.dtype)
     num_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return nll.sum() / num_tokens
 

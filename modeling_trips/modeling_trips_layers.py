@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -497,6 +499,16 @@ class TripsConnectedLayer(TripsTextLayer):
         return text_states, encoder_hidden_states + image_states
 
 
+def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
+    """
+    Transformers' `create_bidirectional_mask`, but where there is a mask of padding it is used: looking whether it
+    hides anything would sync with the host.
+    """
+    return create_bidirectional_mask(
+        config=config, attention_mask=attention_mask, allow_is_bidirectional_skip=attention_mask is None, **kwargs
+    )
+
+
 def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
     """Of a sequence of text and image tokens: the text's mask, and ones, as there is no padding among the latter."""
     if attention_mask is None:
@@ -557,6 +569,14 @@ class TripsPreTrainedModel(PreTrainedModel):
             raise TypeError(f"{cls.__name__} is a part of a model: load it with `from_pretrained`.")
         model, report = load_vision_text(cls, vision, text, **options)
         return (model, report) if output_loading_info else model
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """
+        Those that get no gradient with this configuration: freeze them where data parallel training is told not to
+        look for unused parameters, or it waits for their gradients.
+        """
+        parts = [module for module in self.children() if isinstance(module, TripsPreTrainedModel)]
+        return [parameter for part in parts for parameter in part.unused_parameters()]
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers. The folder gets the code of every class, to load where this project is not."""

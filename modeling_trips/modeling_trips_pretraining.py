@@ -22,6 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
+from .distributed_trips import mean_count
 from .losses_contrastive_trips import contrastive_loss
 from .losses_trips import masked_language_loss
 from .modeling_trips_generation import label_loss, shift_right
@@ -83,23 +84,13 @@ class TripsForPreTraining(TripsContrastiveModel):
         self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
         return super().resize_token_embeddings(*args, **kwargs)
 
-    def unused_parameters(self) -> list[nn.Parameter]:
-        """Those of objectives of weight 0: freeze them, or data parallel training waits for their gradients."""
-        used_by = {
-            "itc_weight": [self.vision_proj, self.text_proj, self.temp],
-            "itm_weight": [self.itm_head],
-            "mlm_weight": [self.mlm_score.dense, self.mlm_score.LayerNorm],
-            "prefix_lm_weight": [self.decoder, self.lm_head],
+    def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
+        mlm_score = self.mlm_score  # whose decoder's weight is that of the text encoder
+        return {
+            **super().parameters_by_objective(),
+            "mlm_weight": [*mlm_score.dense.parameters(), *mlm_score.LayerNorm.parameters(), mlm_score.decoder.bias],
+            "prefix_lm_weight": [*self.decoder.parameters(), *self.lm_head.parameters()],
         }
-        others = {"mlm_weight": [self.mlm_score.decoder.bias]}
-        off = [name for name in used_by if getattr(self.config, name) == 0]
-        modules = [module for name in off for module in used_by[name]]
-        if {"itm_weight", "mlm_weight", "prefix_lm_weight"} <= set(off):  # contrast alone: no text meets an image
-            modules.append(self.model.fusion_model)
-            if self.model.vision_model.selection_projection is not None:
-                modules.append(self.model.vision_model.selection_projection)
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        return parameters + [parameter for name in off for parameter in others.get(name, [])]
 
     @can_return_tuple
     @auto_docstring
@@ -124,7 +115,8 @@ class TripsForPreTraining(TripsContrastiveModel):
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i is a caption of image `image_index[i]`. By default text i is one of image i.
         image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-            Images of equal id are the same. By default all images are distinct.
+            Images of equal id are the same, in this batch and in those before, whose features the teacher's queues
+            hold. Without a teacher all images are distinct by default.
         mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
             The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
         mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
@@ -141,6 +133,10 @@ class TripsForPreTraining(TripsContrastiveModel):
             Share of the teacher's opinion in the targets (ALBEF's alpha).
         """
         config = self.config
+        if teacher is not None and image_ids is None and config.itc_weight > 0:
+            raise ValueError(
+                "The teacher's queues hold images of past batches: say with `image_ids` which images are the same."
+            )
         prefix = self.model.encode_images(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         find_contrastive_loss, teacher_logits = contrastive_loss, None
@@ -169,13 +165,14 @@ class TripsForPreTraining(TripsContrastiveModel):
             mlm_logits = self.guess_words(
                 mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, image_states, **kwargs
             )
-            mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
+            num_masked = mean_count((mlm_labels != -100).sum())
+            mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continue_texts(
                 prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, image_states, **kwargs
             )
-            num_tokens = (labels != -100).sum().clamp_min(1)  # no text of the batch may be long enough to be cut
+            num_tokens = mean_count((labels != -100).sum())  # there may be none: each text is too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
         losses = {"mlm_weight": mlm_loss, "prefix_lm_weight": prefix_lm_loss}
         outputs["loss"] = weighted_sum(

@@ -89,7 +89,7 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         first_logits = self(
             decoder_input_ids=start, attention_mask=attention_mask, encoder_outputs=encoder_outputs, use_cache=False
         ).logits[:, 0]
-        first_token_scores = first_logits.log_softmax(dim=-1)[:, labels[:, 0]]
+        first_token_scores = first_logits.float().log_softmax(dim=-1)[:, labels[:, 0]]
         candidates = first_token_scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
         scores = []

@@ -24,10 +24,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
+from .distributed_trips import distinct_image_ids
 from .losses_contrastive_trips import (
     MatchingPairs,
     contrastive_loss,
-    distinct_image_ids,
     matching_loss,
     matching_pairs,
     similarity,
@@ -145,6 +145,27 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
     def set_input_embeddings(self, value):
         self.model.set_input_embeddings(value)
 
+    def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that one objective alone trains, by the name of its weight in the configuration."""
+        features = (self.vision_proj, self.text_proj, self.temp)
+        return {
+            "itc_weight": [parameter for module in features for parameter in module.parameters()],
+            "itm_weight": list(self.itm_head.parameters()),
+        }
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """As in the parent, and those of objectives of weight 0."""
+        own = self.parameters_by_objective()
+        off = [name for name in own if getattr(self.config, name) == 0]
+        unused = super().unused_parameters() + [parameter for name in off for parameter in own[name]]
+        if {*off, "itc_weight"} == own.keys():  # contrast alone: no text is fused with an image
+            unused += self.model.fusion_model.parameters()
+            projection = self.model.vision_model.selection_projection
+            # CODEPATH: see `contrastive_selection`. The projection is there where text and vision differ in width.
+            if projection is not None and self.config.contrastive_selection != "text":
+                unused += projection.parameters()
+        return unused
+
     @can_return_tuple
     @auto_docstring
     def get_text_features(
@@ -218,13 +239,10 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         if text_index is not None:
             text_states, attention_mask = _select_texts(text_index, text_states, attention_mask)
-        vision_outputs = self.model.vision_model(
-            pixel_values, text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, **kwargs
-        )
-        fused = self.model.fusion_model(text_states, vision_outputs.last_hidden_state, attention_mask, **kwargs)
+        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, prefix, **kwargs)
         return TripsMatchingOutput(
             itm_logits=self.itm_head(fused.last_hidden_state[:, 0]),
-            selection=vision_outputs.selection,
+            selection=fused.selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,

@@ -19,14 +19,13 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import TripsJointLayer, joint_padding_mask
+from .modeling_trips_layers import TripsJointLayer, bidirectional_mask, joint_padding_mask
 from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModel,
@@ -99,12 +98,10 @@ class TripsSingleStreamModel(TripsVisionModel):
 
     def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
         """The mask of the sequence as long as it is now, in the form that the attention in use wants."""
-        return create_bidirectional_mask(
-            config=self.config,
+        return bidirectional_mask(
+            self.config,
+            joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length),
             inputs_embeds=hidden_states,
-            attention_mask=joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length),
-            # Where there is a mask, looking whether it hides anything would sync with the host, for each selection.
-            allow_is_bidirectional_skip=attention_mask is None,
         )
 
     def encode_pairs(

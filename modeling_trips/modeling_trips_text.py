@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithCrossAttentions,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -40,6 +40,7 @@ from .modeling_trips_layers import (
     TripsTextEmbeddings,
     TripsTextLayer,
     TripsTextSelfAttention,
+    bidirectional_mask,
     joint_padding_mask,
 )
 
@@ -139,9 +140,7 @@ class TripsTextModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        attention_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
         hidden_states = self.encoder(hidden_states, attention_mask, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
@@ -186,19 +185,17 @@ class TripsFusionModel(TripsPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithCrossAttentions:
-        masks = [
-            create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-        ]
+        masks = [bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)]
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
         # CODEPATH: as in `__init__`.
         if self.config.fusion_type == "skip_connected":
             num_image_tokens = encoder_hidden_states.shape[1]
             joint_length = inputs_embeds.shape[1] + num_image_tokens
-            joint_mask = create_bidirectional_mask(
-                config=self.config,
+            joint_mask = bidirectional_mask(
+                self.config,
+                joint_padding_mask(attention_mask, num_image_tokens),
                 inputs_embeds=inputs_embeds[:, :1].expand(-1, joint_length, -1),  # looked at for its shape
-                attention_mask=joint_padding_mask(attention_mask, num_image_tokens),
             )
             masks.append(joint_mask)
         hidden_states = self.encoder(inputs_embeds, encoder_hidden_states, *masks, **kwargs)
@@ -251,10 +248,10 @@ class TripsDecoder(TripsPreTrainedModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, cache=cache
         )
         if encoder_attention_mask is not None:
-            encoder_attention_mask = create_bidirectional_mask(
-                config=self.config,
+            encoder_attention_mask = bidirectional_mask(
+                self.config,
+                encoder_attention_mask,
                 inputs_embeds=hidden_states,
-                attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )
         hidden_states = self.encoder(

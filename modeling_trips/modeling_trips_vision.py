@@ -209,6 +209,14 @@ class TripsVisionModel(TripsPreTrainedModel):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """As in the parent. The text gets a gradient from the weights of fused tokens alone."""
+        config = self.config
+        fuses_by_text = config.selection_guidance == "text" and config.fuse_inattentive_tokens
+        if self.selection_projection is None or (fuses_by_text and config.selection_schedule):
+            return []
+        return list(self.selection_projection.parameters())
+
     def encode_prefix(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
         """
         All that does not depend on the text: the layers before the first selection layer and the attention half of

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from .losses_contrastive_trips import distilled_loss, gather_with_gradient, num_processes
+from .distributed_trips import gather_with_gradient, num_processes, row_counts
+from .losses_contrastive_trips import distilled_loss
 
 
 class TaughtBatch(NamedTuple):
@@ -160,8 +161,9 @@ class MomentumTeacher(nn.Module):
             image_embeds, text_embeds, temperature, image_ids, text_image_ids: as in `contrastive_loss` of
                 losses_contrastive_trips.py.
         """
-        new_images = gather_with_gradient(taught.image_embeds), gather_with_gradient(image_ids)
-        new_texts = gather_with_gradient(taught.text_embeds), gather_with_gradient(text_image_ids)
+        image_counts, text_counts = row_counts(image_ids, text_image_ids)
+        new_images = tuple(gather_with_gradient(rows, image_counts) for rows in (taught.image_embeds, image_ids))
+        new_texts = tuple(gather_with_gradient(rows, text_counts) for rows in (taught.text_embeds, text_image_ids))
         images, texts = self.images.behind(*new_images), self.texts.behind(*new_texts)
         loss_per_image = distilled_loss(
             image_embeds, taught.image_embeds, image_ids, *texts, temperature, teacher_weight

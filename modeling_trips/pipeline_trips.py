@@ -29,6 +29,14 @@ class TripsPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        model_type = self.model.config.model_type
+        if model_type != "trips":
+            raise ValueError(
+                f"The pipeline {self.task!r} takes TRIPS models, not a {model_type}: try `image-text-to-text`."
+            )
+
     def make_item(self, image, texts: str | list[str], timeout: float | None = None) -> dict:
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:

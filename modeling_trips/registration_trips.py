@@ -71,11 +71,14 @@ def _allow_removed_tasks():
     """Transformers 5 refuses the names of tasks that it dropped before it looks into its registry: ask that first."""
     from transformers import pipelines
 
-    resolve = pipelines._resolve_deprecated_task
+    resolve = getattr(pipelines, "_resolve_deprecated_task", None)
+    if resolve is None or hasattr(resolve, "asks_registry_first"):  # nothing is refused, or this was done
+        return
 
     def resolve_unless_registered(task: str) -> str:
         return task if task in PIPELINE_REGISTRY.supported_tasks else resolve(task)
 
+    resolve_unless_registered.asks_registry_first = True
     pipelines._resolve_deprecated_task = resolve_unless_registered
 
 

@@ -10,7 +10,7 @@ class PoisonedCollator(run_vqa.VqaCollator):
     def weighted_labels(self, rows):
         labels = super().weighted_labels(rows)
         if any(row["source"] == os.environ["POISONED"] for row in rows):
-            labels["label_weights"][0] = float("nan")
+            labels["loss_weights"][0] = float("nan")
         return labels
 
 

@@ -101,6 +101,17 @@ def test_what_is_right_is_said(folder, capsys):
     assert "Nothing is wrong." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_boxes_are_those_of_the_upright_image(folder, suffix):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    PIL.Image.new("RGB", (64, 48)).save(folder / f"turned.{suffix}", exif=exif)
+    rows = [{**BOX, "image": f"turned.{suffix}", "box": box} for box in ([5, 50, 10, 60], [50, 5, 60, 10])]
+    _, report = run(folder, "--task", "grounding", "--train_file", write(folder / "train.jsonl", rows))
+    assert faults_of(report) == [("train.jsonl row 2", "box outside the image")]
+    assert report["faults"][0]["detail"].endswith("the image is 48 x 64")
+
+
 def test_labels_and_pairs(folder):
     row = {"images": ["a.png", "b.png"], "statement": "both", "label": 1}
     rows = [row, {**row, "label": 2}, {**row, "label": "true"}, {**row, "images": ["a.png"]}, {**row, "label": None}]
@@ -187,6 +198,7 @@ def test_encoded_images(folder, monkeypatch):
     assert faults_of(report) == [
         (f"{name} {split} row {n}", why) for split in ("train", "validation") for n, why in expected
     ]
+    assert report["images_in_both_splits"] == 0  # images without an id or a path are taken for different ones
 
 
 @pytest.mark.slow

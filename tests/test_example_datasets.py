@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from example_datasets import TEXT_COLUMNS, load_task_dataset, train_wordpiece_tokenizer
+from example_datasets import load_task_dataset, train_wordpiece_tokenizer
 from example_scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
 from example_tasks import SCENE_FEATURES, TASKS, VQA_FEATURES
 from test_example_scenes import color_and_shape
@@ -390,7 +390,7 @@ def test_parquet_with_encoded_images(folder, as_image):
     rows = load_task_dataset("captions", train_file=file, cache_dir=str(folder / "cache"))["train"]
     assert rows.features == TASKS["captions"].features
     assert rows["caption"][:] == ["one", "two", "three"]
-    assert rows["image_id"][:] == ["1", "1", "2"]
+    assert rows["image_id"][:] == ["train.parquet 1", "train.parquet 1", "train.parquet 2"]
     assert rows["source"][:] == [f"train.parquet row {number}" for number in (1, 1, 2)]
     assert [(image.size, image.mode) for image in rows["image"]] == [((4, 3), "RGB")] * 2 + [((32, 32), "RGB")]
     assert rows[2]["image"].tobytes() == PIL.Image.open(folder / "b.png").tobytes()
@@ -404,7 +404,7 @@ def test_parquet_with_encoded_pairs(folder, columns):
     datasets.Dataset.from_dict({**images, "statement": ["s", "t"], "label": [0, 1]}).to_parquet(file)
     rows = load_task_dataset("nlvr2", train_file=file, cache_dir=str(folder / "cache"))["train"]
     assert rows.features == TASKS["nlvr2"].features
-    assert rows["image_ids"][:] == [["1 left", "1 right"], ["2 left", "2 right"]]
+    assert rows["image_ids"][:] == [[f"train.parquet {row} {side}" for side in ("left", "right")] for row in (1, 2)]
     assert [[image.size for image in pair] for pair in rows["images"]] == [[(4, 3), (32, 32)], [(32, 32), (4, 3)]]
 
 
@@ -417,15 +417,6 @@ def test_parquet_with_bad_encoded_images(folder):
         load_task_dataset("grounding", train_file=file, cache_dir=str(folder / "cache"))
     reasons = re.findall(r"row \d: [a-z ]+", str(raised.value))
     assert reasons == ["row 2: unreadable image ", "row 3: no image", "row 4: box outside the image "]
-
-
-def test_text_columns():
-    assert TEXT_COLUMNS == {
-        "vqa": "question",
-        "captions": "caption",
-        "nlvr2": "statement",
-        "grounding": "expression",
-    }
 
 
 def test_unknown_task():

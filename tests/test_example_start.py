@@ -4,6 +4,8 @@ import pytest
 import run_grounding
 import run_nlvr2
 import torch
+from example_start import StartedTrainingArguments, start_from_questions
+from example_training import DataArguments, ModelArguments
 from safetensors.torch import load_file
 from toy_tasks import write_task
 
@@ -30,6 +32,16 @@ def test_the_task_starts_from_the_model_that_answers(script, tmp_path):
     written = (tmp_path / "easy_vqa/model.safetensors").stat().st_mtime_ns
     script.main([*options, "--resume_from_checkpoint=last"])
     assert (tmp_path / "easy_vqa/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_deepspeed_is_told_what_to_do(tmp_path):
+    """It takes one model per launch. (A stand-in for its plugin: only whether there is one counts.)"""
+    args = StartedTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="give that model with --model_name_or_path, or .* --start_epochs 0"):
+        start_from_questions(ModelArguments(), DataArguments(), args)
+    args.start_epochs = 0.0
+    assert start_from_questions(ModelArguments(), DataArguments(), args) == ModelArguments()
 
 
 @pytest.mark.slow

@@ -10,21 +10,27 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from example_collators import ImageGroupedSampler, flip_and_shift, without_long_texts
-from example_datasets import TEXT_COLUMNS, train_wordpiece_tokenizer
+from example_datasets import train_wordpiece_tokenizer
 from example_guard import LossGuard, last_good_checkpoint
 from example_scenes import easy_vqa_records, scene_records
+from example_tasks import TASKS
 from example_training import (
     EMBEDDED_WORDS,
     DataArguments,
     ImageGroupedTrainer,
+    ModelArguments,
     TripsTrainingArguments,
     checkpoint_to_resume,
+    load_model,
     make_processor,
+    parse_arguments,
+    write_whole,
 )
 from run_vqa import VqaCollator
 from safetensors.torch import save_file
+from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
-from modeling_trips import TripsConfig
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 
 
 QUESTIONS = ["what color is it?", "is it red?", "what shape is it?"]
@@ -89,13 +95,13 @@ def test_training_labels_are_the_distinct_answers_with_their_shares(processor):
     end = processor.tokenizer.sep_token_id
     assert batch["labels"].tolist() == [[vocabulary[word], end] for word in ("red", "yes", "no")]
     assert batch["text_index"].tolist() == [0, 0, 1]
-    assert batch["label_weights"].tolist() == [0.75, 0.25, 1.0]
+    assert batch["loss_weights"].tolist() == [0.75, 0.25, 1.0]
 
 
 def test_evaluation_label_is_the_most_common_answer(processor):
     batch = VqaCollator(processor)([row("a", 0, ["yes", "red", "red"])])
     assert batch["labels"][0, 0] == processor.tokenizer.get_vocab()["red"]
-    assert "text_index" not in batch and "label_weights" not in batch
+    assert "text_index" not in batch and "loss_weights" not in batch
 
 
 def test_errors_name_the_row(processor):
@@ -132,6 +138,37 @@ def test_resuming_from_the_last_checkpoint_needs_one(tmp_path):
         if step != 11:  # the run was killed while it wrote this one
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_new_run_leaves_the_checkpoints_of_another_alone(tmp_path):
+    options = ["--output_dir", str(tmp_path), "--report_to=none"]
+    (tmp_path / "checkpoint-3").mkdir()  # the beginning of one counts for nothing
+    parse_arguments(options, TripsTrainingArguments, description="")
+    (tmp_path / "checkpoint-3" / "trainer_state.json").touch()
+    with pytest.raises(ValueError, match="holds checkpoints: .* --resume_from_checkpoint last, or .* --output_dir"):
+        parse_arguments(options, TripsTrainingArguments, description="")
+    for more in (["--resume_from_checkpoint=last"], ["--do_train=False"]):
+        parse_arguments([*options, *more], TripsTrainingArguments, description="")
+
+
+@pytest.mark.parametrize("image_processor", [CLIPImageProcessor, DeiTImageProcessor, BlipImageProcessor])
+def test_another_image_size_shows_the_whole_image(image_processor, processor, tmp_path):
+    """Also where the checkpoint's processor would cut out the middle."""
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
+    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
+    TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path), image_size=96)
+    _, loaded = load_model(TripsForQuestionAnswering, args, [])
+    image = PIL.Image.new("RGB", (300, 200), "black")
+    image.paste("white", (0, 0, 150, 100))  # a quarter
+    pixels = loaded(images=image, text="red", return_tensors="pt")["pixel_values"][0, 0]
+    assert pixels.shape == (96, 96)
+    assert (pixels > 0).float().mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_written_file_is_whole_and_its_folder_is_made(tmp_path):
+    write_whole(tmp_path / "a" / "b.json", "{}")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
 
 
 def test_questions_that_do_not_fit_are_found_before_training(processor, caplog):
@@ -237,7 +274,7 @@ def test_embedded_tasks_share_a_vocabulary_that_has_all_of_their_words():
     texts = {"a picture of "}
     for record in easy_vqa_records("train"):
         texts |= {record["question"], record["answer"]}
-    for task, grid in product(TEXT_COLUMNS, (2, 3)):
+    for task, grid in product(TASKS, (2, 3)):
         for record in islice(scene_records(task, "train", 60, grid), 200):
             columns = {"question", "answer", "statement", "expression"} & record.keys()
             texts |= {record[column] for column in columns} | set(record.get("captions", []))

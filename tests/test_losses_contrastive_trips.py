@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from modeling_trips.distributed_trips import distinct_image_ids, gather_with_gradient, mean_count, row_counts
 from modeling_trips.losses_contrastive_trips import (
     contrastive_loss,
     contrastive_targets,
-    distinct_image_ids,
-    gather_with_gradient,
     hard_negative_indices,
     matching_loss,
     matching_pairs,
@@ -200,7 +199,8 @@ def test_matching_loss_is_the_mean_over_the_pairs_that_count():
 
 def test_one_process_gathers_nothing():
     tensor = torch.randn(3, 2)
-    assert gather_with_gradient(tensor) is tensor
+    assert row_counts(tensor) == [[3]] and gather_with_gradient(tensor, [3]) is tensor
+    assert mean_count(torch.tensor(2)) == 2 and mean_count(torch.tensor(0)) == 1
     assert distinct_image_ids(3, torch.device("cpu")).tolist() == [0, 1, 2]
 
 
@@ -224,9 +224,11 @@ def part_of_the_batch(rank, num_images, num_texts):
 def run_process(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = [loss_and_gradients(*part_of_the_batch(rank, *split)) for split in SPLITS]
-    rows = gather_with_gradient(torch.arange(2 * rank + 1, dtype=torch.bfloat16)[:, None] + 10 * rank)
+    own_rows = torch.arange(2 * rank + 1, dtype=torch.bfloat16)[:, None] + 10 * rank
+    rows = gather_with_gradient(own_rows, *row_counts(own_rows))
     ids_of_process = distinct_image_ids(3 - rank, torch.device("cpu"))
-    torch.save({"results": results, "rows": rows, "ids": ids_of_process}, f"{folder}/{rank}.pt")
+    means = torch.stack([mean_count(torch.tensor(count * rank)) for count in (0, 1, 5)])
+    torch.save({"results": results, "rows": rows, "ids": ids_of_process, "means": means}, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
 
@@ -246,3 +248,4 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
         assert not torch.allclose(*losses)  # each has its own rows
     assert [output["rows"].flatten().tolist() for output in outputs] == [[0, 10, 11, 12]] * 2
     assert [output["ids"].tolist() for output in outputs] == [[0, 2, 4], [1, 3]]
+    assert [output["means"].tolist() for output in outputs] == [[0.5, 0.5, 2.5]] * 2  # none at all counts as one

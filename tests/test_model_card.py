@@ -1,8 +1,8 @@
 """`examples/model_card.py`: metadata that loads again, facts that are the model's, nothing that nobody measured."""
 
-import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,16 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from model_card import CardArguments, make_model_card
 
-from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsForQuestionAnswering, TripsModel
+from modeling_trips import (
+    TripsConfig,
+    TripsForConditionalGeneration,
+    TripsForImagesAndTextClassification,
+    TripsForPreTraining,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsForVisualGrounding,
+    TripsModel,
+)
 from modeling_trips.registration_trips import MODELS, model_classes
 
 
@@ -21,6 +30,42 @@ SPEED = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed_tin
 WHOLE_MODELS = sorted(
     {cls for name in MODELS for cls in model_classes(name, TripsConfig)}, key=lambda cls: cls.__name__
 )
+NUMBER = r"\d+\.\d+"
+# What the card's code prints first, by head.
+ANSWERS = {
+    TripsForConditionalGeneration: r"\[\{'generated_text': .*\}\]\n\['.*'\]",
+    TripsForImagesAndTextClassification: rf"\{{'LABEL_0': {NUMBER}, 'LABEL_1': {NUMBER}\}}",
+    TripsForPreTraining: rf"\[{NUMBER}\]",
+    TripsForQuestionAnswering: r"\[\{'score': .*\}, \{'score': .*\}\]\n\['.*'\]",
+    TripsForRetrieval: rf"\[.*'label': 'a teal picture'.*\]\n\[{NUMBER}\]",
+    TripsForVisualGrounding: r"tensor\(\[\[( *\d+\.\d*,?){4}\]\]\)",
+    TripsModel: r"odict_keys\(\['last_hidden_state', .*\]\)",
+}
+BOXES = r"\[tensor\(\[\["
+# Those that Hugging Face gives to models, as far as they fit.
+HUB_TASKS = {
+    "feature-extraction",
+    "image-to-text",
+    "visual-question-answering",
+    "zero-shot-image-classification",
+    "zero-shot-object-detection",
+}
+RECALLS = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)] + ["r_mean"]
+FEATURE_RECALLS = [f"features_{name}" for name in RECALLS]
+RUN = ["loss", "runtime", "model_preparation_time", "samples_per_second", "steps_per_second", "samples"]
+SELECTION = ["layer2_entropy", "layer2_coverage", "layer10_text_sensitivity", "layer10_inside", "inside_at_random"]
+# What each script writes to eval_results.json: metrics, and the rest.
+WRITTEN = {
+    "vqa": (["accuracy"], RUN + SELECTION),
+    "nlvr2": (["accuracy"], RUN + SELECTION),
+    "grounding": (["accuracy", "mean_iou"], RUN + SELECTION),
+    "captioning": ([*(f"bleu_{length}" for length in range(1, 5)), "meteor", "rouge_l", "cider"], RUN),
+    "retrieval": (FEATURE_RECALLS + RECALLS, ["reranked_pairs", "reranked_pairs_per_second", "samples", "images"]),
+    "pretraining": (
+        [*FEATURE_RECALLS, "itm_accuracy", "mlm_accuracy", "prefix_lm_accuracy"],
+        ["chance_r1", "mlm_majority", "prefix_lm_majority", "samples"],
+    ),
+}
 
 
 @pytest.fixture
@@ -38,6 +83,7 @@ def make_checkpoint(folder: Path, model_class=TripsForQuestionAnswering, image_s
     model.save_pretrained(folder)
     processor = make_processor(tokenizer, config)
     processor.image_processor.size = {"height": image_size, "width": image_size}
+    processor.save_pretrained(folder)
     return model, processor
 
 
@@ -106,22 +152,62 @@ def test_a_checkpoint_that_keeps_everything_says_so(tmp_path):
     assert "selection[-1]" not in text and "can share more" not in text and "lost to all later layers" not in text
 
 
-@pytest.mark.parametrize("model_class", WHOLE_MODELS)
-def test_the_code_of_every_head_names_its_own_class(model_class, tmp_path):
-    card = make_card(tmp_path, model_class=model_class)
+def code_of(card: ModelCard) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    ast.parse(code)
+    return code
+
+
+@pytest.fixture
+def run_code(tmp_path, monkeypatch, capsys):
+    """Runs a card's code with the checkpoint in `tmp_path`, and returns what it prints."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", sys.path.copy())  # the cache is added to it
+
+    def run(card: ModelCard) -> str:
+        exec(code_of(card).replace('"ada/model"', repr(str(tmp_path))), {})
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("model_class", WHOLE_MODELS)
+def test_the_code_of_every_head_runs_and_shows_what_the_head_is_for(model_class, tmp_path, run_code):
+    card = make_card(tmp_path, model_class=model_class)
+    assert re.match(f"{ANSWERS[model_class]}\n{BOXES}", run_code(card))
+    (auto_class,) = re.findall(r"model = (\w+)\.from_pretrained", code_of(card))
     saved = json.loads((tmp_path / "config.json").read_text())
-    (auto_class,) = re.findall(r"model = (\w+)\.from_pretrained", code)
     assert saved["auto_map"][auto_class].endswith(f".{model_class.__name__}")
-    if card.data.pipeline_tag is not None:
-        assert saved["custom_pipelines"][card.data.pipeline_tag]["pt"] == [auto_class]
-        assert f'pipeline("{card.data.pipeline_tag}"' in code
 
 
-def test_tasks_follow_from_the_head(tmp_path):
-    assert make_card(tmp_path, model_class=TripsForConditionalGeneration).data.pipeline_tag == "image-to-text"
-    assert make_card(tmp_path, model_class=TripsModel).data.pipeline_tag is None
+@pytest.mark.parametrize(
+    ("model_class", "options", "answer"),
+    [
+        (TripsForImagesAndTextClassification, {"num_images": 3, "num_labels": 3}, r"\{.*'LABEL_2': .*\}"),
+        (TripsForPreTraining, {"itc_weight": 0.0, "itm_weight": 0.0}, ANSWERS[TripsModel]),
+        (TripsForRetrieval, {"itm_weight": 0.0, "contrastive_selection": "none"}, rf"\[.*\]\n{ANSWERS[TripsModel]}"),
+    ],
+    ids=["three images", "no matching in pre-training", "no matching in retrieval"],
+)
+def test_the_code_fits_the_configuration_of_a_head(model_class, options, answer, tmp_path, run_code):
+    assert re.match(f"{answer}\n{BOXES}", run_code(make_card(tmp_path, model_class=model_class, **options)))
+
+
+@pytest.mark.parametrize("model_class", WHOLE_MODELS)
+def test_metrics_of_every_head_reach_the_model_index(model_class, tmp_path, results, caplog):
+    card = make_card(tmp_path, CardArguments(datasets=["NLVR2"]), results, model_class=model_class)
+    (measured,) = card.data.eval_results
+    assert (measured.dataset_name, measured.metric_value) == ("NLVR2", 0.9971)
+    assert measured.task_type in HUB_TASKS
+    assert "--eval_dataset" not in caplog.text
+    assert ("Accuracy is that of VQAv2" in card.text) == (model_class is TripsForQuestionAnswering)
+    # The tag offers a pipeline: the code shows it, and another test runs it.
+    pipelines = re.findall(r'pipeline\("(.*?)"', code_of(card))
+    assert [card.data.pipeline_tag] == (pipelines or [None]) and pipelines in ([], [measured.task_type])
+
+
+def test_a_decoder_is_described_where_there_is_one(tmp_path):
+    assert "| text decoder | depth" in make_card(tmp_path, model_class=TripsForPreTraining).text
+    assert "| text decoder |" not in make_card(tmp_path, model_class=TripsForRetrieval).text
 
 
 def test_a_branch_is_named_in_the_code(tmp_path):
@@ -147,6 +233,16 @@ def test_a_file_without_metrics_is_refused(tmp_path):
     path.write_text('{"train_loss": 0.1, "eval_runtime": 2.0}')
     with pytest.raises(ValueError, match="train_results.json holds no metric: names as in eval_accuracy"):
         make_card(tmp_path, results=path)
+
+
+@pytest.mark.parametrize(("metrics", "others"), WRITTEN.values(), ids=WRITTEN)
+def test_diagnostics_and_chance_are_no_metrics(metrics, others, tmp_path):
+    path = tmp_path / "eval_results.json"
+    path.write_text(json.dumps({"epoch": 6.0, **{f"eval_{name}": 0.5 for name in metrics + others}}))
+    card = make_card(tmp_path, CardArguments(eval_dataset="ours"), path)
+    assert card.data.metrics == metrics
+    assert [result.metric_type for result in card.data.eval_results] == metrics
+    assert f"| measured on | {' | '.join(metrics)} |" in card.text
 
 
 def test_metrics_of_unknown_data_stay_out_of_the_model_index(tmp_path, results, caplog):

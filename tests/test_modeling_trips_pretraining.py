@@ -1,12 +1,14 @@
 """Pre-training: each objective against a naive computation, the shared prefix, and what a weight of 0 leaves out."""
 
+import os
 from itertools import combinations
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import NoNumbers
+from torch import distributed, multiprocessing
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsModel
 from modeling_trips.modeling_trips_pretraining import TripsForPreTraining
@@ -152,10 +154,14 @@ def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off
     assert without_gradient - {"text_proj"} == unused - tied
 
 
+@pytest.mark.parametrize("contrastive_selection", ["image", "text"])
 @pytest.mark.parametrize("on", [subset for size in (1, 2, 3, 4) for subset in combinations(sorted(WEIGHTS), size)])
-def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on):
-    model = make_model(text_width=48, **{name: 0.0 for name in WEIGHTS if name not in on})
-    assert model.model.vision_model.selection_projection is not None  # text and vision differ in width
+def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, contrastive_selection):
+    weights = {name: 0.0 for name in WEIGHTS if name not in on}
+    model = make_model(text_width=48, contrastive_selection=contrastive_selection, **weights)
+    projection = model.model.vision_model.selection_projection  # text and vision differ in width
+    text_selects = set(on) != {"itc_weight"} or contrastive_selection == "text"
+    assert text_selects == all(projection.weight is not parameter for parameter in model.unused_parameters())
     for parameter in model.unused_parameters():
         parameter.requires_grad_(False)
     model(**make_batch()).loss.backward()
@@ -225,17 +231,55 @@ def test_a_checkpoint_holds_no_teacher_and_serves_the_other_heads(tmp_path):
         assert not info["missing_keys"], head
 
 
-class NoNumbers(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise AssertionError("the device was asked for a number")
-        return function(*args, **(kwargs or {}))
-
-
 def test_nothing_waits_for_the_device():
-    model = make_model().train()
-    batch = {name: value for name, value in make_batch().items() if "mask" not in name}  # the library looks into masks
-    teacher = MomentumTeacher(model, queue_size=8)
+    model, teacher = make_model().train(), MomentumTeacher(make_model(), queue_size=8)
     with NoNumbers():
-        model(**batch, teacher=teacher, teacher_weight=0.4).loss.backward()
+        model(**make_batch(), teacher=teacher, teacher_weight=0.4).loss.backward()
         teacher.update(model)
+
+
+def test_a_teacher_needs_to_know_the_images():
+    """Or those of the last batch would have the numbers of this one's in the queue."""
+    model, batch = make_model(), make_batch()
+    del batch["image_ids"]
+    with pytest.raises(ValueError, match="say with `image_ids`"):
+        model(**batch, teacher=MomentumTeacher(model, queue_size=8))
+    model = make_model(itc_weight=0.0)  # no features, no queues
+    model(**batch, teacher=MomentumTeacher(model, queue_size=8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def part_of(batch: dict[str, torch.Tensor], first_half: bool) -> dict[str, torch.Tensor]:
+    """Two captions of image 0, with three masked words, or the three others, with two; their ends are unequal too."""
+    texts, images = (slice(2), slice(1)) if first_half else (slice(2, None), slice(1, None))
+    part = {name: value[images if name in ("pixel_values", "image_ids") else texts] for name, value in batch.items()}
+    return {**part, "image_index": part["image_index"] - (0 if first_half else 1)}
+
+
+def losses_and_gradients(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model = make_model(itm_weight=0.0)  # whose negatives are drawn among those of a process
+    outputs = model(**batch)
+    outputs.loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {name: outputs[name].detach() for name in ("itc_loss", "mlm_loss", "prefix_lm_loss")} | gradients
+
+
+def run_process(rank: int, folder: str):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(losses_and_gradients(part_of(make_batch(), rank == 0)), f"{folder}/{rank}.pt")
+    distributed.barrier()
+    os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
+
+
+@pytest.mark.slow
+def test_two_processes_with_unequal_numbers_of_words_give_the_losses_and_gradients_of_one(tmp_path):
+    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    expected = losses_and_gradients(make_batch())
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        mean = (first[name] + second[name]) / 2  # as data parallel training takes it
+        torch.testing.assert_close(mean, value, rtol=1e-3, atol=1e-5, msg=name)

@@ -109,7 +109,7 @@ def kept(output):
 def test_loss_is_the_weighted_log_likelihood_per_token():
     model = make_model()
     labels, index, weights = LABELS, QUESTION_INDEX, WEIGHTS
-    output = model(**inputs(), labels=labels, text_index=index, label_weights=weights)
+    output = model(**inputs(), labels=labels, text_index=index, loss_weights=weights)
     expected = -sum(
         weight * log_probability(model, row, tokens_of(answer))
         for row, answer, weight in zip(index.tolist(), labels, weights.tolist())
@@ -118,7 +118,7 @@ def test_loss_is_the_weighted_log_likelihood_per_token():
     torch.testing.assert_close(output.loss.item(), expected / num_tokens, rtol=1e-5, atol=0)
     assert output.logits.shape == (7, 3, 12)
     per_batch = model(
-        **inputs(), labels=labels, text_index=index, label_weights=weights, num_items_in_batch=torch.tensor(50)
+        **inputs(), labels=labels, text_index=index, loss_weights=weights, num_items_in_batch=torch.tensor(50)
     )
     torch.testing.assert_close(per_batch.loss.item(), expected / 50, rtol=1e-5, atol=0)
 
@@ -154,7 +154,7 @@ def test_gradient_accumulation_equals_the_larger_batch():
                 **batch,
                 labels=LABELS[part],
                 text_index=QUESTION_INDEX[part],
-                label_weights=WEIGHTS[part],
+                loss_weights=WEIGHTS[part],
                 num_items_in_batch=num_items,
             ).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
@@ -512,8 +512,8 @@ def test_bad_inputs_are_refused():
         model(**inputs(), prefix=model.model.encode_images(images()), labels=ANSWERS[:4])
     with pytest.raises(ValueError, match="6 rows of `labels` for 4 texts.*`text_index`"):
         model(**inputs(), labels=ANSWERS)
-    with pytest.raises(ValueError, match=r"`label_weights` must have shape \(4,\)"):
-        model(**inputs(), labels=ANSWERS[:4], label_weights=torch.ones(1))
+    with pytest.raises(ValueError, match=r"`loss_weights` must have shape \(4,\)"):
+        model(**inputs(), labels=ANSWERS[:4], loss_weights=torch.ones(1))
     with pytest.raises(ValueError, match=r"`k` must be at least 1 \(got 0\)"):
         model.rank_answers(ANSWERS, k=0, **inputs())
     with pytest.raises(ValueError, match="must begin with a token"):

@@ -15,15 +15,11 @@ from example_training import make_processor
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from loopback_hub import LoopbackHub
+from model_card import HEADS
 from safetensors.torch import load_file
 
-from modeling_trips import (
-    TripsConfig,
-    TripsForConditionalGeneration,
-    TripsForQuestionAnswering,
-    TripsModel,
-    TripsProcessor,
-)
+import modeling_trips
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,9 +194,9 @@ def run(*words: str | Path, env: dict[str, str], cwd: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_class", [TripsForQuestionAnswering, TripsForConditionalGeneration, TripsModel])
-def test_the_card_s_code_runs_as_it_stands_where_the_project_is_not(model_class, hub, tmp_path, clean_python):
-    folder = make_checkpoint(tmp_path / "checkpoint", model_class)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_card_s_code_runs_as_it_stands_where_the_project_is_not(head, hub, tmp_path, clean_python):
+    folder = make_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, head))
     HfApi().create_repo(REPO, private=True)
     HfApi().create_branch(REPO, branch="next")
     command = [ROOT / "examples" / "push_to_hub.py", "--model", folder, "--repo_id", REPO, "--revision", "next"]

@@ -7,7 +7,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    pipeline,
+    pipelines,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import modeling_trips
@@ -23,7 +31,7 @@ from modeling_trips import (
     TripsVisionModel,
     TripsVisualQuestionAnsweringPipeline,
 )
-from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines
+from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines, register
 
 
 # What no class of a checkpoint needs.
@@ -143,3 +151,21 @@ def test_pipelines_are_registered_on_import(checkpoints):
 def test_names_of_other_removed_tasks_are_still_refused():
     with pytest.raises(KeyError, match="summarization has been removed"):
         pipeline("summarization")
+
+
+def test_registering_again_changes_nothing():
+    asks = pipelines._resolve_deprecated_task
+    register()
+    assert pipelines._resolve_deprecated_task is asks
+
+
+def test_models_of_others_are_told_their_pipeline(checkpoints):
+    processor = TripsProcessor.from_pretrained(checkpoints["TripsForQuestionAnswering"])
+    blip = BlipForConditionalGeneration(
+        BlipConfig(
+            text_config={"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
+        )
+    )
+    with pytest.raises(ValueError, match="'image-to-text' takes TRIPS models, not a blip: try `image-text-to-text`"):
+        pipeline("image-to-text", model=blip, processor=processor)

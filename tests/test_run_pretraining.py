@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import PIL.Image
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from example_datasets import train_wordpiece_tokenizer
 from example_training import make_processor
 from pretraining_batches import PretrainingCollator
 from pretraining_training import PretrainingArguments, PretrainingTrainer
+from run_pretraining import PretrainingDataArguments, load_pairs
 from run_retrieval import number_of
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
@@ -225,6 +227,20 @@ def test_a_caption_of_one_word_is_not_cut(processor):
 def test_objectives_that_are_off_have_no_inputs(processor):
     batch = PretrainingCollator(processor, masks_words=False, cuts_captions=False)(make_rows(2))
     assert not {"mlm_input_ids", "mlm_labels", "prompt_input_ids", "labels"} & batch.keys()
+
+
+def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
+    """A local folder stands in for a data set on the Hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation"):
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        pairs = {"image": [{"bytes": encoded("red"), "path": None}], "caption": [split]}
+        Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs" / f"{split}-0.parquet")
+    args = PretrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, do_eval=False, use_cpu=True)
+    for split in (None, "validation"):
+        source = PretrainingDataArguments(dataset_name=str(tmp_path / "pairs"), streaming=True, train_split=split)
+        _, stream = load_pairs(source, args)
+        assert next(iter(stream))["caption"] == (split or "train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -191,10 +191,12 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
     weight = model.text_proj.weight
     weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()))
     trainer.train()
+    assert not model.itm_head.weight.requires_grad  # of weight 0
     losses = [model(**{name: value for name, value in batch.items() if name != "sources"}).loss for batch in batches]
     model.zero_grad()
     (sum(losses[:steps]) / steps).backward()
     torch.testing.assert_close(gradients[steps - 1], weight.grad, rtol=1e-4, atol=1e-6)
+    assert [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import NoNumbers, each_model, loss_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_trips import TripsConfig, TripsModel
@@ -51,6 +52,15 @@ def test_no_shape_depends_on_a_value(training):
     # 64 patches: 1 + ceil(.6 * 64) + 1 = 41 tokens after layer 1, then 1 + ceil(.6 * 40) + 1 = 26 after layer 3.
     assert output.vision_model_output.last_hidden_state.shape == (4, 26, 128)
     assert [layer.kept_indices.shape for layer in output.selection] == [(4, 39), (4, 24)]
+
+
+@each_model
+def test_nothing_waits_for_the_device(case):
+    """Of padded texts, in training, the backward pass included."""
+    model, inputs = case.make_model().train(), case.make_inputs(training=True)
+    assert not inputs["attention_mask"].all()
+    with NoNumbers():
+        loss_of(model(**inputs)).backward()
 
 
 class LargestSquare(TorchDispatchMode):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import ModelOutput
 
 from modeling_trips import (
@@ -96,6 +97,16 @@ CASES = [
         fusion_type="single_stream",
     ),
 ]
+
+
+class NoNumbers(TorchDispatchMode):
+    """Where code asks a device for a number, a GPU would have to finish all its work first."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("the device was asked for a number")
+        return function(*args, **(kwargs or {}))
+
 
 each_model = pytest.mark.parametrize("case", CASES, ids=str)
 each_generator = pytest.mark.parametrize("case", [case for case in CASES if case.model_class.can_generate()], ids=str)

@@ -119,7 +119,8 @@ class Setting:
         """All words masked, captions cut in the middle, and a teacher with ALBEF's queue."""
         prompts, labels = input_ids.chunk(2, dim=1)
         texts = {"mlm_input_ids": input_ids, "mlm_labels": input_ids, "prompt_input_ids": prompts, "labels": labels}
-        return {**texts, "teacher": MomentumTeacher(model), "teacher_weight": 0.4}
+        image_ids = torch.arange(self.batch_size, device=input_ids.device)
+        return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model), "teacher_weight": 0.4}
 
 
 def set_keep_rate(keep_rate: float, model: torch.nn.Module, inputs: dict):

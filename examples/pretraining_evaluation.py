@@ -26,7 +26,7 @@ def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
         trainer (`PretrainingTrainer`): its model, collator and batch size are used.
         dataset (`Dataset`): rows of captions, those of an image next to each other.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = trainer.model_to_evaluate()
     accelerator, loader = trainer.accelerator, trainer.get_eval_dataloader(dataset)
     rows, is_quiet = [], trainer.args.disable_tqdm or not trainer.args.should_log
     for batch in tqdm(loader, desc="Words and matching", disable=is_quiet):

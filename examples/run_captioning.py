@@ -2,7 +2,7 @@
 Train and evaluate TRIPS on image captioning. A prompt, the same for all images, selects the patches.
 
     accelerate launch examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
-    accelerate launch examples/run_captioning.py --keep_rate 1.0  # its unpruned twin
+    accelerate launch examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # its twin
     accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
         --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5

@@ -2,7 +2,7 @@
 Train and evaluate TRIPS on image-text retrieval: texts find images, images find texts.
 
     accelerate launch examples/run_retrieval.py                  # scenes of easy-VQA, the tiny preset: on a laptop
-    accelerate launch examples/run_retrieval.py --keep_rate 1.0  # its unpruned twin
+    accelerate launch examples/run_retrieval.py --keep_rate 1.0 --output_dir unpruned  # its twin
     accelerate launch examples/run_retrieval.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model_name_or_path albef_trips --rerank_k 128 --learning_rate 1e-5
 
@@ -37,7 +37,7 @@ from example_training import (
 from retrieval_evaluation import RECALL_AT, Ranking, RetrievalEvaluator, RetrievalResults
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import TripsForRetrieval, convert_to_rgb
+from modeling_trips import TripsForRetrieval, TripsPreTrainedModel, convert_to_rgb
 
 
 @dataclass
@@ -156,19 +156,27 @@ class RetrievalTrainer(ImageGroupedTrainer):
             self.losses.clear()
         super().log(logs, *args, **kwargs)
 
+    def model_to_evaluate(self) -> TripsPreTrainedModel:
+        """The model itself, on the device and, with --bf16_full_eval or --fp16_full_eval, in half precision."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        if self.is_in_train:
+            return model
+        model = model.to(self.args.device)  # `Trainer` leaves it where it was loaded if there is more to do
+        return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
+
+    @property
+    def full_eval_dtype(self) -> torch.dtype | None:
+        return torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+
     def search(self, dataset: Dataset) -> RetrievalResults:
         """Searches among all images and captions of a data set, in both directions."""
-        args, model = self.args, self.accelerator.unwrap_model(self.model).eval()
-        dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else torch.float32
-        if not self.is_in_train:  # `Trainer` may have left the model where it was loaded
-            model = model.to(args.device)
-            model = model if dtype == torch.float32 else model.to(dtype)
+        args, model = self.args, self.model_to_evaluate()
         evaluator = RetrievalEvaluator(
             model,
             self.processing_class,
             batch_size=args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
-            dtype=dtype,
+            dtype=self.full_eval_dtype or torch.float32,
             progress=not args.disable_tqdm,
         )
         image_rows, image_of_text = images_of(dataset)

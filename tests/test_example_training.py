@@ -249,6 +249,9 @@ def test_gradients_that_are_no_numbers_are_found_at_the_next_loss_and_their_chec
         def forward(self, x, labels):
             return {"loss": (self.weight * x).abs().sqrt().sum()}
 
+        def unused_parameters(self):
+            return []
+
     rows = [{"image_ids": ["a", "b"], "x": 1.0, "source": f"row {i}"} for i in range(4)]
     args = TripsTrainingArguments(
         output_dir=str(tmp_path), max_steps=4, save_steps=1, per_device_train_batch_size=1, auto_bf16=False

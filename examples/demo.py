@@ -23,7 +23,7 @@ from modeling_trips.visualization_trips import plot_selection
 OUTPUT = Path("demo")
 MODEL = OUTPUT / "model"
 # Eager attention: its backward pass is the faster one on a CPU at this size.
-RECIPE = "--attn_implementation eager --logging_steps 50 --save_strategy no".split()
+RECIPE = "--logging_steps 50 --save_strategy no".split()
 
 
 def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor, num_images: int = 3):

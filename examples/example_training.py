@@ -82,8 +82,16 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2. eager trains fastest on CPUs at small sizes."}
+        default=None,
+        metadata={
+            "help": "eager, sdpa, flash_attention_2. Default: sdpa; eager where there is no accelerator, since CPUs "
+            "train small models fastest with it."
+        },
     )
+
+    def __post_init__(self):
+        if self.attn_implementation is None and not torch.accelerator.is_available():
+            self.attn_implementation = "eager"
 
     def config_overrides(self) -> dict:
         """The fields of `TripsConfig` that were given."""

@@ -66,6 +66,7 @@ class PretrainingModelArguments(RetrievalModelArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
             raise ValueError("--vision_model_name_or_path and --text_model_name_or_path go together: give both.")
         if self.starts_from_parts and self.model_name_or_path is not None:

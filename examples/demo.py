@@ -22,7 +22,6 @@ from modeling_trips.visualization_trips import plot_selection
 
 OUTPUT = Path("demo")
 MODEL = OUTPUT / "model"
-# Eager attention: its backward pass is the faster one on a CPU at this size.
 RECIPE = "--logging_steps 50 --save_strategy no".split()
 
 

@@ -60,8 +60,8 @@ class PretrainingModelArguments(RetrievalModelArguments):
     honest_masking: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether masked captions and beginnings select patches for themselves (the default), or look at "
-            "those that the whole caption selects."
+            "help": "Whether masked captions and beginnings select patches for themselves, or look at those that the "
+            "whole caption selects (the default: no worse in trials, and cheaper)."
         },
     )
 

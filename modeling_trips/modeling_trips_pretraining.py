@@ -54,8 +54,8 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
 @auto_docstring(
     custom_intro="""
     TRIPS in pre-training (ALBEF's objectives, and mPLUG's prefix language modelling). The objectives share one pass of
-    the vision tower up to its first selection layer; from there on, every text selects for itself: the whole caption,
-    the masked one, the beginning of one.
+    the vision tower up to its first selection layer; from there on, every caption selects for itself, and for its
+    masked form and its beginning unless `config.honest_masking`.
     """
 )
 class TripsForPreTraining(TripsContrastiveModel):

@@ -124,9 +124,11 @@ class MomentumTeacher(nn.Module):
         shares_patches = guesses and not config.honest_masking
         image_embeds = text_embeds = image_states = mlm_logits = None
         prefix = teacher.model.encode_images(pixel_values)
-        if contrasts or shares_patches:
+        if contrasts:
             texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids)
             text_embeds = texts.pooler_output
+        elif shares_patches:
+            texts = teacher.model.text_model(input_ids, attention_mask, token_type_ids)
         if contrasts_pairs or shares_patches:
             true_pairs = teacher.look(texts.last_hidden_state, image_index, prefix)
             image_states = true_pairs.last_hidden_state if shares_patches else None

@@ -74,7 +74,7 @@ def test_the_loss_is_the_weighted_sum_of_what_each_objective_is_on_its_own():
 
 @torch.no_grad()
 def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_selects():
-    model, batch = make_model(), make_batch()
+    model, batch = make_model(honest_masking=True), make_batch()
     outputs = model(**batch)
     losses = []
     for row in range(5):
@@ -92,7 +92,7 @@ def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_select
 
 @torch.no_grad()
 def test_the_decoder_continues_as_that_of_captioning_does():
-    model, batch = make_model(), make_batch()
+    model, batch = make_model(honest_masking=True), make_batch()
     captioner = TripsForConditionalGeneration(model.config).eval()
     captioner.load_state_dict(model.state_dict(), strict=False)
     alone = captioner(
@@ -172,7 +172,7 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, co
 @torch.no_grad()
 def test_without_honest_masking_the_whole_caption_selects_for_the_masked_one():
     """Against the fused states of masked texts and of beginnings with the tokens that the whole captions left."""
-    model, batch = make_model(honest_masking=False), make_batch()
+    model, batch = make_model(), make_batch()
     captions = model.model(
         batch["input_ids"], batch["pixel_values"], batch["attention_mask"], image_index=batch["image_index"]
     ).vision_model_output.last_hidden_state
@@ -180,7 +180,8 @@ def test_without_honest_masking_the_whole_caption_selects_for_the_masked_one():
     texts = model.model.text_model(batch["mlm_input_ids"], batch["attention_mask"]).last_hidden_state
     fused = model.model.fusion_model(texts, captions, batch["attention_mask"]).last_hidden_state
     torch.testing.assert_close(outputs.mlm_logits, model.mlm_score(fused))
-    assert not torch.allclose(outputs.mlm_logits, make_model()(**batch).mlm_logits, atol=1e-3)
+    honest = make_model(honest_masking=True)(**batch)
+    assert not torch.allclose(outputs.mlm_logits, honest.mlm_logits, atol=1e-3)
 
     captioner = TripsForConditionalGeneration(model.config).eval()
     captioner.load_state_dict(model.state_dict(), strict=False)
@@ -194,8 +195,9 @@ def test_one_pass_per_pair_serves_all_objectives():
     """Without honesty and with the caption's own features, each caption looks once, for itself and its negatives."""
     passes = {}
     for name, fields in {
-        "honest": {},
-        "one": {"honest_negatives": False, "honest_masking": False, "contrastive_selection": "text"},
+        "honest": {"honest_masking": True},
+        "default": {},
+        "one": {"honest_negatives": False, "contrastive_selection": "text"},
     }.items():
         model, rows = make_model(**fields), []
         # The last layer runs behind the selection, on a row per text (or per image, for features without a text).
@@ -204,7 +206,7 @@ def test_one_pass_per_pair_serves_all_objectives():
         )
         model(**make_batch()).loss.backward()
         passes[name] = rows
-    assert passes == {"honest": [3, 5, 10, 5, 5], "one": [5]}
+    assert passes == {"honest": [3, 5, 10, 5, 5], "default": [5, 3, 10], "one": [5]}
 
 
 @torch.no_grad()

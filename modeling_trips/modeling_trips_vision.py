@@ -210,9 +210,10 @@ class TripsVisionModel(TripsPreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """As in the parent. The text gets a gradient from the weights of fused tokens alone."""
+        """As in the parent."""
         config = self.config
         fuses_by_text = config.selection_guidance == "text" and config.fuse_inattentive_tokens
+        # CODEPATH: the text gets a gradient from the weights of fused tokens alone, which unpruned models have not.
         if self.selection_projection is None or (fuses_by_text and config.selection_schedule):
             return []
         return list(self.selection_projection.parameters())

@@ -164,7 +164,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         grid_size = (
             prefix.grid_size if pixel_values is None else self.model.vision_model.embeddings.grid_of(pixel_values)
         )
-        centers = token_centers(outputs.selection, image_states.shape[1], grid_size).to(image_states.device)
+        centers = token_centers(outputs.selection, image_states.shape[1], grid_size, image_states.device)
         pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers)
         loss = l1_loss = giou_loss = None
         if labels is not None:

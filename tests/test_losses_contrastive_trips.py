@@ -4,11 +4,10 @@ should be and never of the same image, and two processes that give the loss and 
 """
 
 import math
-import os
 
 import pytest
 import torch
-from torch import multiprocessing
+from two_processes import results_of
 
 from modeling_trips.distributed_trips import distinct_image_ids, gather_with_gradient, mean_count, row_counts
 from modeling_trips.losses_contrastive_trips import (
@@ -221,22 +220,18 @@ def part_of_the_batch(rank, num_images, num_texts):
     return [tensor[:count] if rank == 0 else tensor[count:] for tensor, count in zip(make_batch(), counts)]
 
 
-def run_process(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def run_process(rank):
     results = [loss_and_gradients(*part_of_the_batch(rank, *split)) for split in SPLITS]
     own_rows = torch.arange(2 * rank + 1, dtype=torch.bfloat16)[:, None] + 10 * rank
     rows = gather_with_gradient(own_rows, *row_counts(own_rows))
     ids_of_process = distinct_image_ids(3 - rank, torch.device("cpu"))
     means = torch.stack([mean_count(torch.tensor(count * rank)) for count in (0, 1, 5)])
-    torch.save({"results": results, "rows": rows, "ids": ids_of_process, "means": means}, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
+    return {"results": results, "rows": rows, "ids": ids_of_process, "means": means}
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
-    outputs = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    outputs = results_of(run_process, tmp_path)
     loss, temperature, images, texts = loss_and_gradients(*make_batch())
     for results in zip(*(output["results"] for output in outputs)):
         losses, temperatures, images_by_rank, texts_by_rank = zip(*results)

@@ -1,14 +1,13 @@
 """Pre-training: each objective against a naive computation, the shared prefix, and what a weight of 0 leaves out."""
 
-import os
 from itertools import combinations
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import NoNumbers
-from torch import distributed, multiprocessing
 from torch.nn.functional import cross_entropy
+from two_processes import results_of
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsModel
 from modeling_trips.modeling_trips_pretraining import TripsForPreTraining
@@ -269,17 +268,13 @@ def losses_and_gradients(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name: outputs[name].detach() for name in ("itc_loss", "mlm_loss", "prefix_lm_loss")} | gradients
 
 
-def run_process(rank: int, folder: str):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(losses_and_gradients(part_of(make_batch(), rank == 0)), f"{folder}/{rank}.pt")
-    distributed.barrier()
-    os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
+def run_process(rank: int) -> dict[str, torch.Tensor]:
+    return losses_and_gradients(part_of(make_batch(), rank == 0))
 
 
 @pytest.mark.slow
 def test_two_processes_with_unequal_numbers_of_words_give_the_losses_and_gradients_of_one(tmp_path):
-    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = results_of(run_process, tmp_path)
     expected = losses_and_gradients(make_batch())
     assert first.keys() == second.keys() == expected.keys()
     for name, value in expected.items():

@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
-from example_datasets import Fault, load_task_dataset
-from example_tasks import TASKS
-from example_training import SourceArguments, write_whole
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from trips_examples.data.loading import Fault, load_task_dataset
+from trips_examples.data.tasks import TASKS
+from trips_examples.training.files import write_whole
+from trips_examples.training.options import SourceArguments
 
 
 @dataclass

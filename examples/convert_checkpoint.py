@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from example_training import make_processor
 from safetensors.torch import load_file
 from tokenizers import Regex, normalizers, processors
 from transformers import (
@@ -38,10 +37,18 @@ from transformers.models.vilt import modeling_vilt
 
 import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
-from modeling_trips.conversion_albef_trips import ALBEF_TASKS, albef_plan
-from modeling_trips.conversion_blip_trips import blip_plan, check_blip_architecture
-from modeling_trips.conversion_trips import ConversionError, ConversionPlan, ConversionReport, load_converted
-from modeling_trips.conversion_vilt_trips import vilt_plan
+from modeling_trips.conversion import (
+    ALBEF_TASKS,
+    ConversionError,
+    ConversionPlan,
+    ConversionReport,
+    albef_plan,
+    blip_plan,
+    check_blip_architecture,
+    load_converted,
+    vilt_plan,
+)
+from trips_examples.training.models import make_processor
 
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")

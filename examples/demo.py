@@ -12,12 +12,12 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from benchmark import Setting, measure
 from easy_vqa import get_test_image_paths, get_test_questions
-from run_vqa import main as run_vqa
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.visualization_trips import plot_selection
+from modeling_trips.inspection import plot_selection
+from modeling_trips.inspection.speed import Setting, measure
+from trips_examples.run_vqa import main as run_vqa
 
 
 OUTPUT = Path("demo")

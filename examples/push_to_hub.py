@@ -14,11 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from model_card import CardArguments, make_model_card
 from transformers import HfArgumentParser
 
 import modeling_trips
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips.publishing.model_card import CardArguments, make_model_card
 
 
 # All that a published model consists of; nothing else leaves this machine.

@@ -17,27 +17,17 @@ from pathlib import Path
 
 import evaluate
 import numpy as np
-import PIL.Image
-import torch
 from datasets import Dataset
-from example_collators import ImageBatchCollator, shift, without_long_texts
-from example_training import (
-    DataArguments,
-    ImageGroupedTrainer,
-    ModelArguments,
-    TripsTrainingArguments,
-    end_processes,
-    load_data,
-    load_model,
-    parse_arguments,
-    train_and_evaluate,
-    write_whole,
-)
 
 from modeling_trips import TripsForConditionalGeneration
-
-
-METRIC = str(Path(__file__).with_name("caption_metrics.py"))
+from trips_examples.data.collators import without_long_texts
+from trips_examples.data.task_collators import CaptionCollator
+from trips_examples.metrics import CAPTION_METRICS
+from trips_examples.training.files import write_whole
+from trips_examples.training.models import load_model
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
@@ -53,34 +43,6 @@ class CaptioningArguments(DataArguments):
         default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
     )
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "Write no group of so many tokens twice. 0: may."})
-
-
-@dataclass
-class CaptionCollator(ImageBatchCollator):
-    """
-    Rows of `example_tasks.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the
-    captions of an image that stand in one batch share all but the decoder (`text_index`).
-
-    Args:
-        prompt (`str`): the text of every image.
-    """
-
-    prompt: str = ""
-
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
-        labels = self.processor.encode_answers([row["caption"] for row in rows])
-        if not self.training:
-            prompts = [self.prompt] * len(rows)
-            inputs = self.processor(images=images, text=prompts, image_index=image_index, return_tensors="pt")
-            return {**inputs, "labels": labels}
-        inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt")
-        return {**inputs, "labels": labels, "text_index": torch.tensor(image_index)}
-
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """No flips: captions say what is on the left, and in which order."""
-        return [shift(image) for image in images], rows
 
 
 def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
@@ -107,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         argv, ModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
     )
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(CAPTION_METRICS)
     data = load_data("captions", data_args, training_args)
     texts, side = data_args.vocabulary(data, "caption"), data_args.half_scene_size("captions")
     model, processor = load_model(TripsForConditionalGeneration, model_args, texts, image_size=side)

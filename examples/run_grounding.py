@@ -15,30 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
-import PIL.Image
 import torch
 from datasets import Dataset
-from example_boxes import draw_boxes, mirrored_row, sheet
-from example_collators import ImageBatchCollator, image_size, read_image, without_long_texts
-from example_start import StartedTrainingArguments, start_from_questions
-from example_training import (
-    DataArguments,
-    ImageGroupedTrainer,
-    ModelArguments,
-    end_processes,
-    load_data,
-    load_model,
-    parse_arguments,
-    train_and_evaluate,
-    write_whole,
-)
-from selection_diagnostics import diagnose_selection
-from torchvision.transforms.v2 import functional as F
 
 from modeling_trips import TripsForVisualGrounding, convert_to_rgb
-
-
-METRIC = str(Path(__file__).with_name("grounding_accuracy.py"))
+from trips_examples.data.boxes import draw_boxes, sheet
+from trips_examples.data.collators import image_size, read_image, without_long_texts
+from trips_examples.data.task_collators import GroundingCollator
+from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.training.files import write_whole
+from trips_examples.training.models import load_model
+from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.start import StartedTrainingArguments, start_from_questions
+from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
@@ -53,28 +44,6 @@ class GroundingArguments(DataArguments):
     num_pictures: int = field(
         default=0, metadata={"help": "How many predictions to draw beside the true boxes, in predictions.png."}
     )
-
-
-@dataclass
-class GroundingCollator(ImageBatchCollator):
-    """Rows of `example_tasks.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
-
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
-        inputs = self.processor(
-            images=images, text=[row["expression"] for row in rows], image_index=image_index, return_tensors="pt"
-        )
-        sizes = [(images[index].height, images[index].width) for index in image_index]
-        return {**inputs, "labels": self.processor.encode_boxes([row["box"] for row in rows], sizes)}
-
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Half of the images flipped sideways, with the boxes and words of their rows."""
-        flips = torch.rand(len(images)) < 0.5
-        rows = [
-            mirrored_row(row, images[index].width) if flips[index] else row for row, index in zip(rows, image_index)
-        ]
-        return [F.horizontal_flip(image) if flip else image for image, flip in zip(images, flips)], rows
 
 
 def write_predictions(path: Path, dataset: Dataset, boxes: list[list[float]]):
@@ -106,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     texts, side = data_args.vocabulary(data, "expression"), data_args.half_scene_size("grounding")
     model, processor = load_model(TripsForVisualGrounding, model_args, texts, image_size=side)
     data = without_long_texts(data, "expression", processor, skip=data_args.skip_bad_rows)
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(GROUNDING_ACCURACY)
 
     def boxes_of(prediction) -> list[list[float]]:
         validation = data["validation"].select_columns(["image", "image_id", "source"])

@@ -15,54 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from datasets import Dataset
-from example_collators import ImageBatchCollator, distinct_images, without_long_texts
-from example_start import StartedTrainingArguments, start_from_questions
-from example_training import (
-    DataArguments,
-    ImageGroupedTrainer,
-    ModelArguments,
-    end_processes,
-    load_data,
-    load_model,
-    parse_arguments,
-    train_and_evaluate,
-    write_whole,
-)
-from selection_diagnostics import diagnose_selection
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
+from trips_examples.data.collators import without_long_texts
+from trips_examples.data.task_collators import Nlvr2Collator
+from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.training.files import write_whole
+from trips_examples.training.models import load_model
+from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.start import StartedTrainingArguments, start_from_questions
+from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
 class Nlvr2TrainingArguments(StartedTrainingArguments):
     num_train_epochs: float = field(default=10.0, metadata={"help": "How often to train on each row."})
-
-
-@dataclass
-class Nlvr2Collator(ImageBatchCollator):
-    """
-    Rows of `example_tasks.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
-    images `image_index[i, 0]` on the left and `image_index[i, 1]` on the right.
-    """
-
-    def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list[list[int]]]:
-        sides = [
-            {"image": image, "image_id": image_id, "source": row["source"]}
-            for row in rows
-            for image, image_id in zip(row["images"], row["image_ids"], strict=True)
-        ]
-        images, index = distinct_images(sides)
-        return images, [list(pair) for pair in zip(index[::2], index[1::2])]
-
-    def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:
-        inputs = self.processor(
-            images=images, text=[row["statement"] for row in rows], image_index=image_index, return_tensors="pt"
-        )
-        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -21,23 +21,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from datasets import DatasetDict
-from example_collators import without_long_texts
-from example_training import (
-    DataArguments,
-    end_processes,
-    load_data,
-    load_model,
-    make_processor,
-    parse_arguments,
-    train_and_evaluate,
-)
-from pretraining_batches import PretrainingCollator
-from pretraining_training import PretrainingArguments, PretrainingTrainer
-from run_retrieval import RetrievalModelArguments
-from streaming_datasets import PairStream, find_shards, hub_shards
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
+from trips_examples.data.collators import without_long_texts
+from trips_examples.data.pretraining import PretrainingCollator
+from trips_examples.data.shards import find_shards, hub_shards
+from trips_examples.data.streams import PairStream
+from trips_examples.training.models import load_model, make_processor
+from trips_examples.training.options import DataArguments
+from trips_examples.training.pretraining import PretrainingArguments, PretrainingTrainer
+from trips_examples.training.retrieval import RetrievalModelArguments
+from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 
 
 OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")

@@ -7,6 +7,8 @@ from .configuration_trips import (
     TripsTextConfig,
     TripsVisionConfig,
 )
+from .conversion.vision_text import from_vision_text_pretrained
+from .image_preparation_trips import convert_to_rgb
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
 from .modeling_trips_classification import (
     TripsForImagesAndTextClassification,
@@ -22,12 +24,15 @@ from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
 from .momentum_trips import MomentumTeacher
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
-from .processing_trips import TripsProcessor, convert_to_rgb
+from .processing_trips import TripsProcessor
 from .registration_trips import register
-from .version import __version__
 
+
+__version__ = "0.2.0.dev0"
 
 register()
+# A checkpoint carries no conversion: the package gives its models this way to begin.
+TripsPreTrainedModel.from_vision_text_pretrained = classmethod(from_vision_text_pretrained)
 
 
 __all__ = [

@@ -22,10 +22,10 @@ twice, are never taken for negatives.
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers.utils.generic import maybe_autocast
 
-from .distributed_trips import gather_with_gradient, mean_count, num_processes, row_counts
+from .losses_trips import mean_count, num_processes
 
 
 LOWEST_LOGIT = -1e9  # not minus infinity, which times a target of 0 is no number
@@ -219,3 +219,50 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     return (losses * weights).sum() / mean_count(weights.sum())
+
+
+def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
+    """For each of the tensors how many rows the processes have, in the order of their ranks. The host waits for it."""
+    counts = [len(tensor) for tensor in tensors]
+    if num_processes() == 1:
+        return [[count] for count in counts]
+    return torch.stack(_gather(torch.tensor(counts, device=tensors[0].device)), dim=1).tolist()
+
+
+def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """
+    The rows of all processes, in the order of their ranks; with one process, `tensor` itself. Each process gets the
+    gradient that its rows have in the losses of all.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(num_rows, ...)`)
+        counts (`list[int]`): the number of rows of each process, see `row_counts`.
+
+    Returns:
+        `torch.Tensor` of shape `(sum(counts), ...)`.
+    """
+    return _GatherWithGradient.apply(tensor, counts) if num_processes() > 1 else tensor
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """`torch.distributed.nn` has one too, but deprecated, and its successor is private."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        ctx.counts = counts
+        padding = tensor.new_empty(max(counts) - len(tensor), *tensor.shape[1:])
+        gathered = _gather(torch.cat((tensor, padding)))
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place, and not ours
+        distributed.all_reduce(gradient)
+        return gradient.split(ctx.counts)[distributed.get_rank()], None
+
+
+def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes, of one shape."""
+    gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
+    distributed.all_gather(gathered, tensor)
+    return gathered

@@ -14,7 +14,7 @@
 """The losses of TRIPS as pure functions on tensors. No function syncs with the host."""
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 
 # Areas below this count as it: a union or an enclosing box of no area divides nothing.
@@ -107,3 +107,22 @@ def masked_language_loss(
         soft_losses = -(guesses * log_probabilities).sum(dim=-1) * masked
         losses = teacher_weight * soft_losses + (1.0 - teacher_weight) * losses
     return losses.sum() / (masked.sum().clamp_min(1) if num_masked is None else num_masked)
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 if `torch.distributed` is not in use."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def mean_count(count: torch.Tensor) -> torch.Tensor:
+    """
+    The mean of a number of items (shape `()`) over the processes, at least one item in all of them.
+
+    A process that divides the sum over its items by it has a loss whose mean over the processes, as data parallel
+    training takes it, is the mean over all items, also if one process has more of them than another.
+    """
+    if num_processes() == 1:
+        return count.clamp_min(1)
+    total = count.clone()
+    distributed.all_reduce(total)
+    return total.clamp_min(1) / num_processes()

@@ -22,9 +22,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .distributed_trips import mean_count
 from .losses_contrastive_trips import contrastive_loss
-from .losses_trips import masked_language_loss
+from .losses_trips import masked_language_loss, mean_count
 from .modeling_trips_generation import label_loss, shift_right
 from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput, weighted_sum
 from .modeling_trips_text import TripsDecoder, TripsLMHead

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .distributed_trips import distinct_image_ids
 from .losses_contrastive_trips import (
     MatchingPairs,
     contrastive_loss,
@@ -32,6 +31,7 @@ from .losses_contrastive_trips import (
     matching_pairs,
     similarity,
 )
+from .losses_trips import num_processes
 from .modeling_trips import TripsModel, TripsPreTrainedModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix
 
@@ -441,3 +441,14 @@ def check_captions(
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
 
 __all__ = ["TripsContrastiveModel", "TripsForRetrieval", "TripsMatchingOutput", "TripsRetrievalOutput"]
+
+
+def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
+    """
+    Image ids for a batch in which no image is twice, in this process or in another.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images,)`.
+    """
+    rank = distributed.get_rank() if num_processes() > 1 else 0
+    return torch.arange(num_images, device=device) * num_processes() + rank

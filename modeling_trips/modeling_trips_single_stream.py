@@ -25,7 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import TripsJointLayer, bidirectional_mask, joint_padding_mask
+from .modeling_trips_layers import bidirectional_mask, joint_padding_mask
 from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModel,
@@ -35,6 +35,7 @@ from .modeling_trips_vision import (
     next_candidates,
     selection_of,
 )
+from .modeling_trips_vision_layers import TripsJointLayer
 
 
 NUM_MODALITIES = 2  # text, image

@@ -32,16 +32,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
-from .modeling_trips_layers import (
+from .modeling_trips_layers import TripsPreTrainedModel, bidirectional_mask, joint_padding_mask
+from .modeling_trips_text_layers import (
     TripsConnectedLayer,
     TripsCrossLayer,
-    TripsPreTrainedModel,
     TripsTextCrossAttention,
     TripsTextEmbeddings,
     TripsTextLayer,
     TripsTextSelfAttention,
-    bidirectional_mask,
-    joint_padding_mask,
 )
 
 

@@ -27,7 +27,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import TripsPreTrainedModel, TripsVisionAttention, TripsVisionLayer
+from .modeling_trips_layers import TripsPreTrainedModel
+from .modeling_trips_vision_layers import TripsVisionAttention, TripsVisionLayer
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")

@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from .distributed_trips import gather_with_gradient, num_processes, row_counts
-from .losses_contrastive_trips import distilled_loss
+from .losses_contrastive_trips import distilled_loss, gather_with_gradient, row_counts
+from .losses_trips import num_processes
 
 
 class TaughtBatch(NamedTuple):

@@ -15,7 +15,7 @@ from .modeling_trips import TripsModel
 from .modeling_trips_classification import TripsForImagesAndTextClassification
 from .modeling_trips_generation import TripsForConditionalGeneration
 from .modeling_trips_grounding import TripsForVisualGrounding
-from .modeling_trips_layers import class_before_sharding
+from .modeling_trips_layers import TripsPreTrainedModel, class_before_sharding
 from .modeling_trips_pretraining import TripsForPreTraining
 from .modeling_trips_question_answering import TripsForQuestionAnswering
 from .modeling_trips_retrieval import TripsForRetrieval
@@ -64,22 +64,6 @@ def register():
     AutoProcessor.register(TripsConfig, TripsProcessor, exist_ok=True)
     for task, (pipeline_class, auto_class) in PIPELINES.items():
         PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, pt_model=getattr(transformers, auto_class))
-    _allow_removed_tasks()
-
-
-def _allow_removed_tasks():
-    """Transformers 5 refuses the names of tasks that it dropped before it looks into its registry: ask that first."""
-    from transformers import pipelines
-
-    resolve = getattr(pipelines, "_resolve_deprecated_task", None)
-    if resolve is None or hasattr(resolve, "asks_registry_first"):  # nothing is refused, or this was done
-        return
-
-    def resolve_unless_registered(task: str) -> str:
-        return task if task in PIPELINE_REGISTRY.supported_tasks else resolve(task)
-
-    resolve_unless_registered.asks_registry_first = True
-    pipelines._resolve_deprecated_task = resolve_unless_registered
 
 
 def _reference(cls: type) -> str:
@@ -88,13 +72,16 @@ def _reference(cls: type) -> str:
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    """The `auto_map` of a checkpoint of `model_class`: the class for each Auto class that takes its configuration."""
-    config_class = model_class.config_class
+    """
+    The `auto_map` of a checkpoint of `model_class`: the class for each Auto class that takes its configuration. Models
+    are named as this module's, so that whichever is loaded brings the code of all, to be saved with it again.
+    """
+    config_class, here = model_class.config_class, __name__.rpartition(".")[2]
     references = {"AutoConfig": _reference(config_class)}
     for auto_class in MODELS:
         models = model_classes(auto_class, config_class)
         if models:
-            references[auto_class] = _reference(model_class if model_class in models else models[0])
+            references[auto_class] = f"{here}.{(model_class if model_class in models else models[0]).__name__}"
     if config_class is TripsConfig:
         references["AutoProcessor"] = _reference(TripsProcessor)
     return references
@@ -122,3 +109,6 @@ def describe_code(model: PreTrainedModel):
     pipelines = custom_pipelines(model_class)
     if pipelines:
         model.config.custom_pipelines = pipelines
+
+
+TripsPreTrainedModel.describe_code = describe_code  # a class cannot import the list that it is in

@@ -11,15 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from example_datasets import train_wordpiece_tokenizer  # noqa: E402
-from example_training import make_processor  # noqa: E402
 
 from modeling_trips import TripsConfig  # noqa: E402
 from modeling_trips.registration_trips import MODELS  # noqa: E402
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer  # noqa: E402
+from trips_examples.training.models import make_processor  # noqa: E402
 
 
 torch.set_num_threads(1)

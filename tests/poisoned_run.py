@@ -3,7 +3,8 @@
 import os
 
 import conftest  # noqa: F401  (import paths)
-import run_vqa
+
+from trips_examples import run_vqa
 
 
 class PoisonedCollator(run_vqa.VqaCollator):

@@ -108,6 +108,20 @@ class NoNumbers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class LargestSquare(TorchDispatchMode):
+    """Notes the sizes of results whose last two dimensions are equal to a number of tokens."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens, self.found = num_tokens, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-2:] == (self.num_tokens, self.num_tokens):
+            self.found.append(str(function))
+        return result
+
+
 each_model = pytest.mark.parametrize("case", CASES, ids=str)
 each_generator = pytest.mark.parametrize("case", [case for case in CASES if case.model_class.can_generate()], ids=str)
 

@@ -19,7 +19,7 @@ from transformers import (
     ViltForQuestionAnswering,
 )
 
-from modeling_trips.selection_hosts import apply_patch_selection
+from modeling_trips.hosts.apply import apply_patch_selection
 
 from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 

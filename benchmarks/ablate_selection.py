@@ -1,0 +1,147 @@
+"""
+Does the text pick better patches? Trains a task with each way of selecting them, and unpruned, over several seeds.
+
+    python examples/ablate_selection.py --output_json scenes.json -- \
+        --dataset_name easy_vqa_scenes --model_name_or_path demo/model --keep_rate 0.1
+    python examples/ablate_selection.py --script run_grounding.py --metric eval_accuracy --seeds 0 --output_json g.json
+
+What stands behind `--` goes to each run of the script, which is told besides it how to select
+(`--selection_guidance`, or `--keep_rate 1.0` for the unpruned twin), its `--seed` and its folder. A run that has ended
+is not run again, so that an interrupted ablation goes on where it was. Each run has its log in its folder.
+
+The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor that both must beat.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_trips.inspection.speed import provenance
+from trips_examples.training.files import write_whole
+
+
+EXAMPLES = Path(__file__).resolve().parent
+VARIANTS = {
+    "text": ["--selection_guidance", "text"],
+    "image": ["--selection_guidance", "image"],
+    "random": ["--selection_guidance", "random"],
+    "unpruned": ["--keep_rate", "1.0"],
+}
+
+
+@dataclass
+class AblationArguments:
+    script: str = field(default="run_vqa.py", metadata={"help": "Which script of examples/ trains and evaluates."})
+    metric: str = field(default="eval_accuracy", metadata={"help": "What of its eval_results.json is compared."})
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS), metadata={"help": f"Of {', '.join(VARIANTS)}."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each variant per seed."})
+    jobs: int = field(default=2, metadata={"help": "Runs side by side."})
+    num_threads: int = field(default=1, metadata={"help": "CPU threads of each run."})
+    output_dir: str = field(default="outputs/ablation", metadata={"help": "A folder per run goes in here."})
+    output_json: str | None = field(default=None, metadata={"help": "Write a row per run to this file."})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant and a seed."""
+
+    variant: str
+    seed: int
+    folder: Path
+    options: tuple[str, ...]  # of the script, but for the folder
+
+    @property
+    def is_done(self) -> bool:
+        return self.results_file.exists()
+
+    @property
+    def results_file(self) -> Path:
+        return self.folder / "ablation_run.json"
+
+
+def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
+    """Variant by variant within a seed, so that what is there early can be compared."""
+    unknown = set(args.variants) - VARIANTS.keys()
+    if unknown:
+        raise ValueError(f"--variants must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
+    return [
+        Run(
+            variant,
+            seed,
+            Path(args.output_dir) / f"{variant}-seed{seed}",
+            (args.script, *options, *VARIANTS[variant], "--seed", str(seed)),
+        )
+        for seed in args.seeds
+        for variant in args.variants
+    ]
+
+
+def execute(run: Run, args: AblationArguments):
+    """Trains and evaluates in a process of its own. A run that ended before with other options is an error."""
+    if run.is_done:
+        options = json.loads(run.results_file.read_text())["options"]
+        if options != list(run.options):
+            raise ValueError(f"{run.folder} holds a run with other options ({options}): choose another --output_dir.")
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    script, *options = run.options
+    command = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(run.folder)]
+    start = time.perf_counter()
+    with (run.folder / "log.txt").open("w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.num_threads)}
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if status != 0:
+        raise RuntimeError(f"The run failed with status {status}, see {run.folder / 'log.txt'}.")
+    row = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "options": list(run.options),
+        "minutes": round((time.perf_counter() - start) / 60, 2),
+        "num_threads": args.num_threads,
+        "jobs": args.jobs,
+        **json.loads((run.folder / "eval_results.json").read_text()),
+        **provenance("cpu"),
+    }
+    write_whole(run.results_file, json.dumps(row, indent=2) + "\n")
+
+
+def print_table(rows: list[dict], metric: str):
+    """Mean over the seeds and standard deviation, in Markdown."""
+    print(f"| selection | {metric}: mean | standard deviation | seeds | minutes per run |")
+    print("|---|---|---|---|---|")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        values = [row[metric] for row in own]
+        deviation = f"{stdev(values):.4f}" if len(values) > 1 else "-"
+        minutes = mean(row["minutes"] for row in own)
+        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(own)} | {minutes:.1f} |")
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    argv = sys.argv[1:] if argv is None else argv
+    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    (args,) = HfArgumentParser(AblationArguments, description=__doc__).parse_args_into_dataclasses(args=own)
+    runs = make_runs(args, options)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in tqdm(pool.map(lambda run: execute(run, args), runs), total=len(runs), desc="runs"):
+            pass
+    rows = [json.loads(run.results_file.read_text()) for run in runs]
+    if args.output_json is not None:
+        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+    print_table(rows, args.metric)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

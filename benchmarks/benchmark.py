@@ -1,0 +1,174 @@
+"""
+Measure what patch selection saves: TRIPS against its unpruned twin (the same weights at keep rate 1.0).
+
+    python examples/benchmark.py                     # base size, 224 and 384 px, three schedules
+    python examples/benchmark.py --mode forward training --plot speed.png --output_json speed.json
+    python examples/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
+    python examples/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
+    python examples/benchmark.py --mode pretraining --image_size 256 --schedule 5,10 --batch_size 4
+
+Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows
+down slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is
+the forward pass of text encoder, vision tower and fusion encoder, in `training` mode followed by the backward pass.
+
+In `pretraining` mode a step is the forward pass of all four objectives and of the momentum teacher, and the backward
+pass; the optimizer and the teacher's update, which are the same for both twins, are left out. The forward pass is also
+divided among the parts of the model and the teacher.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_trips import TripsConfig
+from modeling_trips.inspection.speed import MODES, Setting, measure
+from trips_examples.training.files import write_whole
+
+
+@dataclass
+class BenchmarkArguments:
+    preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
+    image_size: list[int] = field(default_factory=lambda: [224, 384], metadata={"help": "Pixels per side."})
+    batch_size: list[int] = field(default_factory=lambda: [8], metadata={"help": "Images per step."})
+    texts_per_image: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Texts that share an image's prefix through `image_index`."}
+    )
+    text_length: int = field(default=40, metadata={"help": "Tokens per text (the paper counts 40)."})
+    schedule: list[str] = field(
+        default_factory=lambda: ["5,10", "2,10", "2,4,8"], metadata={"help": "Selection layers, as in 5,10."}
+    )
+    keep_rate: list[float] = field(default_factory=lambda: [0.7], metadata={"help": "Keep rates to try."})
+    config_fields: str = field(
+        default="{}",
+        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"honest_negatives": false}'"""},
+    )
+    mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
+    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2."})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
+    compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
+    warmup: int = field(default=2, metadata={"help": "Steps of each twin before any is timed."})
+    repeats: int = field(default=10, metadata={"help": "Timed steps of each twin."})
+    output_json: str | None = field(default=None, metadata={"help": "Write one row per setting to this file."})
+    plot: str | None = field(default=None, metadata={"help": "Write a picture of the ratios to this file."})
+
+
+def settings_of(args: BenchmarkArguments) -> list[Setting]:
+    grid = itertools.product(
+        args.mode,
+        args.dtype,
+        args.image_size,
+        args.batch_size,
+        args.texts_per_image,
+        args.schedule,
+        args.keep_rate,
+    )
+    return [
+        Setting(
+            preset=args.preset,
+            image_size=image_size,
+            batch_size=batch_size,
+            texts_per_image=texts_per_image,
+            text_length=args.text_length,
+            selection_layers=[int(layer) for layer in schedule.split(",")],
+            keep_rate=keep_rate,
+            mode=mode,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            device=args.device,
+            num_threads=torch.get_num_threads(),
+            compile=args.compile,
+            config_fields=json.loads(args.config_fields),
+        )
+        for mode, dtype, image_size, batch_size, texts_per_image, schedule, keep_rate in grid
+    ]
+
+
+def label(row: dict) -> str:
+    layers = ",".join(map(str, row["selection_layers"]))
+    texts = "" if row["texts_per_image"] == 1 else f" x {row['texts_per_image']} texts"
+    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}{texts}, [{layers}] x {row['keep_rate']}"
+
+
+def print_table(rows: list[dict]):
+    width = max(len(label(row)) for row in rows)
+    print(f"{'setting':<{width}}  MACs ratio  time ratio  pairs/s  peak MiB (unpruned)  tokens per layer")
+    for row in rows:
+        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}"
+        twin_memory = "" if row["peak_memory_bytes"] is None else f"({row['unpruned_peak_memory_bytes'] / 2**20:.0f})"
+        print(
+            f"{label(row):<{width}}  {row['macs_ratio']:10.3f}  {row['time_ratio']:10.3f}  {row['throughput']:7.1f}  "
+            f"{memory + ' ' + twin_memory:>19}  {' '.join(map(str, row['tokens_per_layer']))}"
+        )
+    print_parts(rows)
+    print_verdict(rows)
+
+
+def print_parts(rows: list[dict]):
+    """How the forward pass of pre-training is divided, and what is left of each part."""
+    for row in rows:
+        if "macs_by_part" in row:
+            pruned, unpruned = row["macs_by_part"], row["unpruned_macs_by_part"]
+            total, twin_total = sum(pruned.values()), sum(unpruned.values())
+            print(f"{label(row)}: shares of the forward pass in MACs, pruned and unpruned, and pruned / unpruned")
+            for part, macs in pruned.items():
+                twin = unpruned[part]
+                ratio = f"{macs / twin:9.2f}" if twin else "        -"
+                print(f"  {part:<16} {macs / total:8.1%} {twin / twin_total:8.1%} {ratio}")
+
+
+def print_verdict(rows: list[dict]):
+    """Where pruning does not pay, or pays less than counted, in words."""
+    for row in rows:
+        if "speedup_over_repeating_images" in row:
+            speedup = row["speedup_over_repeating_images"]
+            print(f"{label(row)}: sharing each image is {speedup:.2f} times as fast as repeating it.")
+        if row["time_ratio"] >= 1.0:
+            print(f"{label(row)}: pruning does NOT pay here: {row['time_ratio']:.2f} of the unpruned time.")
+        elif row["time_ratio"] > 1.05 * row["macs_ratio"]:
+            excess = row["time_ratio"] / row["macs_ratio"]
+            print(f"{label(row)}: pruning pays less than counted: {excess:.2f} times the MACs ratio.")
+
+
+def plot_rows(rows: list[dict], path: str):
+    """Bars of the counted and the measured ratio, one pair per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
+    for offset, name, title in ((0.2, "macs_ratio", "counted MACs"), (-0.2, "time_ratio", "measured time")):
+        places = [len(rows) - i + offset for i in range(len(rows))]
+        bars = axes.barh(places, [row[name] for row in rows], height=0.38, label=title)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks([len(rows) - i for i in range(len(rows))], [label(row) for row in rows])
+    axes.set_xlim(0, 1.15 * max(1.0, *(row["time_ratio"] for row in rows)))
+    axes.set_xlabel("pruned / unpruned (lower is better)")
+    axes.set_title(f"TRIPS {rows[0]['preset']}, {rows[0]['device']}, {rows[0]['dtype']}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    rows = [measure(setting, args.warmup, args.repeats) for setting in tqdm(settings_of(args), desc="settings")]
+    print_table(rows)
+    if args.output_json is not None:
+        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+    if args.plot is not None:
+        plot_rows(rows, args.plot)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

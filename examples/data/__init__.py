@@ -1,0 +1,1 @@
+"""Data of the tasks: files, annotations, images, scenes, streams -> rows -> batches."""

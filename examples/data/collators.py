@@ -1,0 +1,187 @@
+"""From rows to batches: sampling by image, images decoded once per batch, augmentation, texts that are too long."""
+
+import io
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import datasets
+import PIL.Image
+import torch
+from torch.utils.data import Sampler
+from torchvision.transforms.v2 import functional as F
+
+from modeling_trips import TripsProcessor, convert_to_rgb
+from trips_examples.data.images import upright_size
+
+
+logger = logging.getLogger(__name__)
+
+
+class ImageGroupedSampler(Sampler[int]):
+    """
+    Rows in random order, but up to `group_size` rows of one image next to each other, so that they share its prefix.
+
+    Args:
+        image_ids (`Sequence[Hashable]`): the image (or the images) of each row.
+        group_size (`int`): how many rows of an image stay together. All rows are drawn once per epoch.
+        seed (`int`): with the epoch it determines the order, in every process alike.
+    """
+
+    def __init__(self, image_ids: Sequence[Hashable], group_size: int, seed: int = 0):
+        self.group_size, self.seed, self.epoch = group_size, seed, 0
+        rows_by_image = defaultdict(list)
+        for row, image_id in enumerate(image_ids):
+            rows_by_image[image_id].append(row)
+        self.rows_by_image = list(rows_by_image.values())
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows_by_image))
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}-{self.epoch}")
+        groups = []
+        for rows in self.rows_by_image:
+            rows = rng.sample(rows, len(rows))
+            groups += [rows[start : start + self.group_size] for start in range(0, len(rows), self.group_size)]
+        rng.shuffle(groups)
+        return chain.from_iterable(groups)
+
+
+@dataclass
+class ImageBatchCollator:
+    """
+    Rows of a data set whose images are not decoded -> inputs of a model. Each image is decoded and comes once, however
+    many rows are about it. A task's collator says in `encode` what the inputs are. Beside them a batch has `sources`,
+    where its rows are from, for errors; [`ImageGroupedTrainer`] takes them out again.
+
+    Args:
+        processor (`TripsProcessor`)
+        training (`bool`): whether the batches are to train on.
+        augment (`bool`): random flips and shifts in training, see `augmented`.
+
+    Raises:
+        `ValueError`: Where a batch cannot be made, naming its rows.
+    """
+
+    processor: TripsProcessor
+    training: bool = False
+    augment: bool = False
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        images, image_index = self.distinct_images(rows)
+        try:
+            if self.augment and self.training:
+                images, rows = self.augmented(images, image_index, rows)
+            inputs = self.encode(images, image_index, rows)
+        except ValueError as error:
+            raise ValueError(f"{error} The batch is: {', '.join(row['source'] for row in rows)}.") from error
+        return {**inputs, "sources": [row["source"] for row in rows]}
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """The inputs and labels of the model. Row i is about image `image_index[i]`."""
+        raise NotImplementedError
+
+    def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
+        """The images of the rows, each once, upright and RGB, and for each row the position of its own."""
+        return distinct_images(rows)
+
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """The images flipped and shifted, and the rows as they are: for tasks that do not depend on the place."""
+        return [flip_and_shift(image) for image in images], rows
+
+
+def distinct_images(rows: list[dict]) -> tuple[list[PIL.Image.Image], list[int]]:
+    """The images of rows with `image`, `image_id` and `source`, each once, and for each row its image's position."""
+    first_rows = {}
+    for row in rows:
+        first_rows.setdefault(row["image_id"], row)
+    position = {image_id: index for index, image_id in enumerate(first_rows)}
+    images = [convert_to_rgb(read_image(row)) for row in first_rows.values()]
+    return images, [position[row["image_id"]] for row in rows]
+
+
+def read_image(row: dict) -> PIL.Image.Image:
+    """The image of a row; where its `image` is not decoded, errors name the row."""
+    encoded = row["image"]
+    if isinstance(encoded, PIL.Image.Image):  # streams decode, to skip what is broken
+        return encoded
+    try:
+        image = PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+        image.load()
+    except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
+        raise ValueError(f"{row['source']}: cannot read the image {encoded['path'] or ''}: {error}.") from error
+    return image
+
+
+def image_size(row: dict) -> tuple[int, int]:
+    """(height, width) in pixels, upright, of the image of a row whose `image` column is not decoded."""
+    encoded = row["image"]
+    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+        return upright_size(image)[::-1]
+
+
+def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
+    """The image, flipped sideways or not, moved by up to `max_shift` of its size; its border fills what opens up."""
+    return shift(F.horizontal_flip(image) if torch.rand(()) < 0.5 else image, max_shift)
+
+
+def shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
+    """The image moved by up to `max_shift` of its size; its border fills what opens up."""
+    width, height = image.size
+    pad_x, pad_y = int(width * max_shift), int(height * max_shift)
+    padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")
+    top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
+    return F.crop(padded, top, left, height, width)
+
+
+def without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The data set with `image` or `images` left encoded: a collator decodes an image once for all of its rows."""
+    encoded = datasets.Image(decode=False)
+    for column, feature in (("image", encoded), ("images", datasets.Sequence(encoded))):
+        if column in dataset.column_names:
+            dataset = dataset.cast_column(column, feature)
+    return dataset
+
+
+def without_long_texts(
+    data: datasets.DatasetDict, column: str, processor: TripsProcessor, skip: bool
+) -> datasets.DatasetDict:
+    """
+    The rows whose texts fit the model, found before training starts.
+
+    Args:
+        data (`DatasetDict`): splits with the columns `source` and `column`.
+        column (`str`): the one of the texts.
+        processor (`TripsProcessor`)
+        skip (`bool`): whether to leave such rows out, with a warning that counts them, rather than to raise.
+
+    Raises:
+        ValueError: if some do not fit and `skip` is off, naming the first ones.
+    """
+    return datasets.DatasetDict(
+        {split: _without_long_texts(rows, column, processor, skip) for split, rows in data.items()}
+    )
+
+
+def _without_long_texts(dataset, column: str, processor: TripsProcessor, skip: bool) -> datasets.Dataset:
+    limit = processor.tokenizer.model_max_length
+    lengths = [len(ids) for ids in processor.tokenizer(list(dataset[column]))["input_ids"]]
+    bad = [row for row, length in enumerate(lengths) if length > limit]
+    if not bad:
+        return dataset
+    first = ", ".join(f"{dataset[row]['source']} ({lengths[row]} tokens)" for row in bad[:5])
+    message = f"{len(bad)} of {len(dataset)} {column}s have more than {limit} tokens: {first}"
+    if not skip:
+        raise ValueError(f"{message}. Shorten them, or skip them with --skip_bad_rows.")
+    logger.warning("Skipped: %s", message)
+    return dataset.select([row for row, length in enumerate(lengths) if length <= limit])

@@ -1,0 +1,153 @@
+"""Shards of image-text pairs: records, or what is wrong with one, in an order that never changes."""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Image, IterableDataset, load_dataset
+
+from trips_examples.data.formats import read_records
+
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class BadPair:
+    """A pair that cannot be used: where it is from, and why."""
+
+    source: str
+    error: str
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """A tar file of WebDataset (https://github.com/webdataset/webdataset): a pair is the files of one name."""
+
+    name: str
+
+    def __iter__(self) -> Iterator[dict | BadPair]:
+        from webdataset.tariterators import tarfile_samples
+
+        errors = []
+
+        def keep(error: Exception) -> bool:
+            errors.append(BadPair(self.name, f"broken tar file ({error.args[0] if error.args else error})"))
+            return True  # go on
+
+        for sample in tarfile_samples([{"url": self.name}], handler=keep):
+            yield from _emptied(errors)
+            yield _record_of_tar(sample)
+        yield from _emptied(errors)
+
+
+@dataclass(frozen=True)
+class FileShard:
+    """A JSON, JSONL, CSV or Parquet file, one pair per row. Paths of images are relative to `image_root`."""
+
+    name: str
+    image_root: str
+
+    def __iter__(self) -> Iterator[dict | BadPair]:
+        for number, record in read_records(Path(self.name)):
+            source = f"{Path(self.name).name} row {number}"
+            if isinstance(record, dict):
+                yield {**record, "source": source, "image_root": self.image_root}
+            else:
+                yield BadPair(source, str(record))
+
+
+@dataclass(frozen=True)
+class HubShard:
+    """One of the shards of a data set on the Hub that the library streams."""
+
+    name: str
+    dataset: IterableDataset
+    index: int
+
+    def __iter__(self) -> Iterator[dict | BadPair]:
+        rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
+        for number, record in enumerate(rows, start=1):
+            yield {**record, "source": f"{self.name} row {number}"}
+
+
+def _emptied(errors: list[BadPair]) -> Iterator[BadPair]:
+    while errors:
+        yield errors.pop(0)
+
+
+def _record_of_tar(sample: dict[str, Any]) -> dict | BadPair:
+    """The files `.jpg` (or of another suffix of images), `.txt` and `.json` of one name as a record."""
+    source = f"{sample['__url__']}/{sample['__key__']}"
+    record = {}
+    try:
+        if "json" in sample:
+            record = json.loads(sample["json"])
+            if not isinstance(record, dict):
+                return BadPair(source, ".json is not an object")
+        if "txt" in sample:
+            record["caption"] = sample["txt"].decode("utf-8")
+    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are its kinds
+        return BadPair(source, f"broken .json or .txt ({error})")
+    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+    return {**record, "source": source, "image": image}
+
+
+def find_shards(patterns: Sequence[str], image_root: str | None = None) -> list[TarShard | FileShard]:
+    """
+    The shards that patterns name, in order.
+
+    Args:
+        patterns (`Sequence[str]`): paths or URLs of tar files (`.tar`, `.tar.gz`), or paths of files with rows
+            (`.jsonl`, `.json`, `.csv`, `.parquet`), with braces as in `cc3m-{000..331}.tar`, or with `*`. Remote ones
+            are opened as the webdataset library does it, from `https://...`, `s3://...`, or `pipe:command`.
+        image_root (`str`, *optional*): folder that paths of images in rows are relative to. By default that of the
+            file they are in.
+
+    Raises:
+        FileNotFoundError: if a path names no file.
+    """
+    names, missing = [], []
+    for pattern in patterns:
+        for name in _expanded(pattern):
+            found = [name] if _is_remote(name) or Path(name).is_file() else sorted(glob.glob(name))
+            names += found
+            missing += [] if found else [name]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise FileNotFoundError(f"There are no files {shown}: mend --train_shards.")
+    return [
+        TarShard(name) if name.endswith(TAR_SUFFIXES) else FileShard(name, image_root or str(Path(name).parent))
+        for name in names
+    ]
+
+
+def _is_remote(name: str) -> bool:
+    return "://" in name or name.startswith("pipe:")
+
+
+def _expanded(pattern: str) -> list[str]:
+    if "{" not in pattern and not pattern.endswith(TAR_SUFFIXES):
+        return [pattern]
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise ImportError(
+            f"{pattern} needs the webdataset library, which is not installed: `pip install webdataset`."
+        ) from error
+    return expand_urls(pattern)
+
+
+def hub_shards(name: str, config_name: str | None = None, split: str = "train", **load_options) -> list[HubShard]:
+    """The shards of a data set on the Hub, nothing of which is downloaded before it is read."""
+    dataset = load_dataset(name, config_name, split=split, streaming=True, **load_options)
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return [HubShard(f"{name} {split} shard {index}", dataset, index) for index in range(dataset.num_shards)]

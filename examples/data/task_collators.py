@@ -1,0 +1,142 @@
+"""What each task makes of its rows: batches as its model takes them."""
+
+import hashlib
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from trips_examples.data.boxes import mirrored_row
+from trips_examples.data.collators import (
+    ImageBatchCollator,
+    distinct_images,
+    shift,
+)
+
+
+@dataclass
+class VqaCollator(ImageBatchCollator):
+    """
+    Rows of `example_tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct
+    answers of a question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In
+    evaluation the label is the most common answer.
+    """
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        inputs = self.processor(
+            images=images, text=[row["question"] for row in rows], image_index=image_index, return_tensors="pt"
+        )
+        return {**inputs, **(self.weighted_labels(rows) if self.training else self.single_labels(rows))}
+
+    def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        answers = [max(row["answers"], key=row["answers"].count) for row in rows]
+        return {"labels": self.processor.encode_answers(answers)}
+
+    def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        triples = [
+            (question, answer, row["answers"].count(answer) / len(row["answers"]))
+            for question, row in enumerate(rows)
+            for answer in dict.fromkeys(row["answers"])
+        ]
+        text_index, answers, weights = zip(*triples)
+        return {
+            "labels": self.processor.encode_answers(answers),
+            "text_index": torch.tensor(text_index),
+            "loss_weights": torch.tensor(weights),
+        }
+
+
+@dataclass
+class CaptionCollator(ImageBatchCollator):
+    """
+    Rows of `example_tasks.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the
+    captions of an image that stand in one batch share all but the decoder (`text_index`).
+
+    Args:
+        prompt (`str`): the text of every image.
+    """
+
+    prompt: str = ""
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        labels = self.processor.encode_answers([row["caption"] for row in rows])
+        if not self.training:
+            prompts = [self.prompt] * len(rows)
+            inputs = self.processor(images=images, text=prompts, image_index=image_index, return_tensors="pt")
+            return {**inputs, "labels": labels}
+        inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt")
+        return {**inputs, "labels": labels, "text_index": torch.tensor(image_index)}
+
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """No flips: captions say what is on the left, and in which order."""
+        return [shift(image) for image in images], rows
+
+
+@dataclass
+class GroundingCollator(ImageBatchCollator):
+    """Rows of `example_tasks.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        inputs = self.processor(
+            images=images, text=[row["expression"] for row in rows], image_index=image_index, return_tensors="pt"
+        )
+        sizes = [(images[index].height, images[index].width) for index in image_index]
+        return {**inputs, "labels": self.processor.encode_boxes([row["box"] for row in rows], sizes)}
+
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """Half of the images flipped sideways, with the boxes and words of their rows."""
+        flips = torch.rand(len(images)) < 0.5
+        rows = [
+            mirrored_row(row, images[index].width) if flips[index] else row for row, index in zip(rows, image_index)
+        ]
+        return [F.horizontal_flip(image) if flip else image for image, flip in zip(images, flips)], rows
+
+
+@dataclass
+class Nlvr2Collator(ImageBatchCollator):
+    """
+    Rows of `example_tasks.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
+    images `image_index[i, 0]` on the left and `image_index[i, 1]` on the right.
+    """
+
+    def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list[list[int]]]:
+        sides = [
+            {"image": image, "image_id": image_id, "source": row["source"]}
+            for row in rows
+            for image, image_id in zip(row["images"], row["image_ids"], strict=True)
+        ]
+        images, index = distinct_images(sides)
+        return images, [list(pair) for pair in zip(index[::2], index[1::2])]
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:
+        inputs = self.processor(
+            images=images, text=[row["statement"] for row in rows], image_index=image_index, return_tensors="pt"
+        )
+        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+@dataclass
+class RetrievalCollator(ImageBatchCollator):
+    """
+    Rows of the task "captions" -> inputs of [`TripsForRetrieval`] with its losses. Images are augmented by shifts
+    alone: captions may say what is left and what is right.
+    """
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        captions = [row["caption"] for row in rows]
+        inputs = self.processor(images=images, text=captions, image_index=image_index, return_tensors="pt")
+        image_ids = [number_of(image_id) for image_id in dict.fromkeys(row["image_id"] for row in rows)]
+        return {**inputs, "image_ids": torch.tensor(image_ids)}
+
+    def augmented(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]):
+        return [shift(image) for image in images], rows
+
+
+def number_of(image_id: str) -> int:
+    """A number below 2^63 for an image, the same in every process; those of two images differ but for a freak."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1

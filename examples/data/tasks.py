@@ -1,0 +1,217 @@
+"""What each task needs of its data: the columns that come out, and how they are read from a record."""
+
+import json
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Features, Image, Sequence, Value
+
+from trips_examples.data.formats import BadRowError
+
+
+# Schemas: one row per text. `image`: decoded to an RGB `PIL.Image` when a row is read. `image_id`: equal for rows that
+# share an image. `question_id`: the one given, or else the number of the row. `source`: where the row is from, as in
+# "train.jsonl row 17".
+
+VQA_FEATURES = Features(
+    {
+        "image": Image(mode="RGB"),
+        "image_id": Value("string"),
+        "question_id": Value("string"),
+        "question": Value("string"),
+        "answers": Sequence(Value("string")),  # those of the annotators, one or several
+        "source": Value("string"),
+    }
+)
+CAPTION_FEATURES = Features(
+    {
+        "image": Image(mode="RGB"),
+        "image_id": Value("string"),
+        "caption": Value("string"),
+        "source": Value("string"),
+    }
+)
+NLVR2_FEATURES = Features(
+    {
+        "images": Sequence(Image(mode="RGB")),  # left and right
+        "image_ids": Sequence(Value("string")),
+        "question_id": Value("string"),
+        "statement": Value("string"),
+        "label": Value("int64"),  # 1 where the statement is true, 0 where it is false
+        "source": Value("string"),
+    }
+)
+GROUNDING_FEATURES = Features(
+    {
+        "image": Image(mode="RGB"),
+        "image_id": Value("string"),
+        "question_id": Value("string"),
+        "expression": Value("string"),
+        "box": Sequence(Value("float32")),  # (x0, y0, x1, y1) in pixels of the image, x1 and y1 exclusive
+        "source": Value("string"),
+    }
+)
+
+# And `target_box`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where the answer is
+# that there is no such tile.
+SCENE_FEATURES = Features({**VQA_FEATURES, "target_box": Sequence(Value("int32"))})
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What a task needs of its data.
+
+    Args:
+        name (`str`): As users say it.
+        features (`Features`): The columns of its rows.
+        text (`str`): The column the model reads.
+        columns (`tuple[str, ...]`): The columns it reads of a record, besides those of the images.
+        needs (`str`): The columns that a record must have, in words.
+        read_texts (`Callable[[dict], list[dict]]`):
+            Makes rows of a record, as a rule one: all columns but those of the images and `source`. `question_id` is
+            left empty where the record has none.
+    """
+
+    name: str
+    features: Features
+    text: str
+    columns: tuple[str, ...]
+    needs: str
+    read_texts: Callable[[dict], list[dict]]
+
+    @property
+    def image_column(self) -> str:
+        return "image" if "image" in self.features else "images"
+
+
+# Texts: what each task reads from a record
+
+
+def text_of(value: Any, column: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadRowError(f"{column} is not text", reprlib.repr(value))
+    return str(value).strip()
+
+
+def _missing(column: str, record: dict) -> BadRowError:
+    return BadRowError(f"no {column}", f"its columns are {', '.join(map(str, record))}")
+
+
+def filled_text(record: dict, column: str) -> str:
+    text = text_of(record.get(column), column)
+    if not text:
+        raise _missing(column, record)
+    return text
+
+
+def list_of(value: Any, column: str) -> list:
+    """A list, or the cell of CSV that stands for one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRowError(f"{column} is not a JSON list", f"{reprlib.repr(value)}: {error}") from error
+    elif isinstance(value, str):
+        value = [text for text in value.split("|") if text.strip()]
+    if not isinstance(value, list):
+        raise BadRowError(f"{column} is not a list", reprlib.repr(value))
+    return value
+
+
+def _one_or_several(record: dict, one: str, several: str) -> list:
+    if values := record.get(several):
+        return list_of(values, several)
+    value = record.get(one)
+    return value if isinstance(value, list) else [value]
+
+
+def _question(record: dict) -> list[dict]:
+    question = filled_text(record, "question")
+    # VQAv2 has a dict per annotator, with the confidence and the number of the annotator beside the answer.
+    answers = _one_or_several(record, "answer", "answers")
+    texts = [text_of(each.get("answer") if isinstance(each, dict) else each, "an answer") for each in answers]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise _missing("answer", record)
+    return [{"question_id": text_of(record.get("question_id"), "question_id"), "question": question, "answers": texts}]
+
+
+def _captions(record: dict) -> list[dict]:
+    captions = [text_of(caption, "a caption") for caption in _one_or_several(record, "caption", "captions")]
+    if not any(captions):
+        raise _missing("caption", record)
+    if not all(captions):
+        raise BadRowError("an empty caption", f"number {captions.index('') + 1} of {len(captions)}")
+    return [{"caption": caption} for caption in captions]
+
+
+LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
+
+
+def _statement(record: dict) -> list[dict]:
+    statement = filled_text(record, "statement")
+    label = str("" if record.get("label") is None else record["label"]).strip().lower()
+    if not label:
+        raise _missing("label", record)
+    if label not in LABELS:
+        raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
+    question_id = text_of(record.get("question_id"), "question_id")
+    return [{"question_id": question_id, "statement": statement, "label": LABELS[label]}]
+
+
+def _expression(record: dict) -> list[dict]:
+    expression = filled_text(record, "expression")
+    if record.get("box") in (None, ""):
+        raise _missing("box", record)
+    try:
+        x0, y0, x1, y1 = box = [float(number) for number in list_of(record["box"], "box")]
+    except (TypeError, ValueError) as error:
+        raise BadRowError("box is not four numbers", reprlib.repr(record["box"])) from error
+    if not all(map(math.isfinite, box)):
+        raise BadRowError("box is not four numbers", str(box))
+    if x0 >= x1 or y0 >= y1:
+        raise BadRowError("box without area", f"[x0, y0, x1, y1] = {box}")
+    return [{"question_id": text_of(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
+
+
+_TASKS = [
+    Task(
+        name="vqa",
+        features=VQA_FEATURES,
+        text="question",
+        columns=("image_id", "question_id", "question", "answer", "answers"),
+        needs="image, question and answer",
+        read_texts=_question,
+    ),
+    Task(
+        name="captions",
+        features=CAPTION_FEATURES,
+        text="caption",
+        columns=("image_id", "caption", "captions"),
+        needs="image and caption",
+        read_texts=_captions,
+    ),
+    Task(
+        name="nlvr2",
+        features=NLVR2_FEATURES,
+        text="statement",
+        columns=("image_ids", "question_id", "statement", "label"),
+        needs="images (two), statement and label",
+        read_texts=_statement,
+    ),
+    Task(
+        name="grounding",
+        features=GROUNDING_FEATURES,
+        text="expression",
+        columns=("image_id", "question_id", "expression", "box"),
+        needs="image, expression and box",
+        read_texts=_expression,
+    ),
+]
+TASKS = {task.name: task for task in _TASKS}

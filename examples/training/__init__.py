@@ -1,0 +1,1 @@
+"""Runs: their options, models, trainers, and what guards them."""

@@ -1,0 +1,12 @@
+"""Files that are either whole or not there."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str):
+    """Writes a file under another name first, so that no part of it ever stands under its own; makes its folder."""
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

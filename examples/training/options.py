@@ -1,0 +1,218 @@
+"""The options that the scripts share, one dataclass per subject."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from datasets import DatasetDict
+from transformers import (
+    Seq2SeqTrainingArguments,
+)
+
+from modeling_trips import TripsConfig
+from trips_examples.data.loading import EMBEDDED_DATASETS
+from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
+from trips_examples.data.vocabulary import EMBEDDED_WORDS
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A TRIPS checkpoint of any task to start from, with its processor; weights of this task that it "
+            "lacks start at random, and are reported. Default: from scratch."
+        },
+    )
+    preset: str = field(
+        default="tiny", metadata={"help": f"Size of a model from scratch: one of {', '.join(TripsConfig.presets())}."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of a model from scratch. Default: a WordPiece trained on the training texts."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width in pixels. Default: the model's, or that of the scenes."}
+    )
+    selection_layers: list[int] | None = field(
+        default=None, metadata={"help": "ViT layers that select patches, numbered from 1: --selection_layers 5 10"}
+    )
+    keep_rate: list[float] | None = field(
+        default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
+    )
+    selection_guidance: str | None = field(default=None, metadata={"help": "What selects: text, image or random."})
+    fusion_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "How text and image meet: cross_attention (as in ALBEF), skip_connected (mPLUG) or single_stream "
+            "(ViLT). Default: the checkpoint's; cross_attention from scratch."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "eager, sdpa, flash_attention_2. Default: sdpa; eager where there is no accelerator, since CPUs "
+            "train small models fastest with it."
+        },
+    )
+
+    def __post_init__(self):
+        if self.attn_implementation is None and not torch.accelerator.is_available():
+            self.attn_implementation = "eager"
+
+    def config_overrides(self) -> dict:
+        """The fields of `TripsConfig` that were given."""
+        rate = self.keep_rate[0] if self.keep_rate is not None and len(self.keep_rate) == 1 else self.keep_rate
+        fields = {
+            "selection_layers": self.selection_layers,
+            "keep_rate": rate,
+            "selection_guidance": self.selection_guidance,
+            "fusion_type": self.fusion_type,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass
+class SourceArguments:
+    """Where the data of a task come from: what `load_task_dataset` asks for."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), or the name of "
+            "a data set on the Hub."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public "
+            "annotation file as it is."
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
+    train_annotations: str | None = field(
+        default=None, metadata={"help": "The second file of VQAv2 and RefCOCO. Default: that of the official name."}
+    )
+    validation_annotations: str | None = field(default=None, metadata={"help": "As train_annotations."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Of a file or Hub data set with several splits. Default: train."}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    grid: int | None = field(
+        default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
+    )
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
+    augment: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Random shifts of the images, and flips where texts do not say what is left. Default: for the "
+            "embedded data only."
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the data are made of easy-VQA's package, and not the user's."""
+        no_file = self.train_file is None and self.validation_file is None
+        return no_file and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
+
+    @property
+    def augments(self) -> bool:
+        """What `augment` is, or its default."""
+        return self.is_embedded if self.augment is None else self.augment
+
+    def scene_size(self, task: str) -> int | None:
+        """Side of the scenes in pixels, or None where the data are no scenes."""
+        is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
+        if not self.is_embedded or is_easy_vqa:
+            return None
+        return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
+
+    def half_scene_size(self, task: str) -> int | None:
+        """At half their size scenes still show colours and most shapes, and a model is four times as fast."""
+        side = self.scene_size(task)
+        return None if side is None else side // 2
+
+    def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
+        """What a tokenizer is trained on: the texts in these columns, or for embedded data those of every task."""
+        if self.is_embedded:
+            yield from EMBEDDED_WORDS
+            return
+        dataset = data["train"] if "train" in data else data["validation"]
+        for texts in chain.from_iterable(dataset[column] for column in columns):
+            yield from [texts] if isinstance(texts, str) else texts
+
+
+@dataclass
+class TripsTrainingArguments(Seq2SeqTrainingArguments):
+    """
+    `Seq2SeqTrainingArguments` whose defaults train the tiny preset from scratch on the embedded data. Fine-tuning a
+    larger model wants a learning rate of about 2e-5 and fewer texts per batch.
+    """
+
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
+    auto_bf16: bool = field(
+        default=True,
+        metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it (unless --fp16 is given)."},
+    )
+    num_train_epochs: float = field(default=6.0, metadata={"help": "How often to train on each row."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows per device and step."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of weights; biases and norms have none."})
+    texts_per_image: int = field(
+        default=4,
+        metadata={
+            "aliases": ["--questions_per_image"],
+            "help": "How many texts about an image may stand in a training batch; they share its computation.",
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
+    predict_with_generate: bool = field(
+        default=True,
+        metadata={"help": "Evaluate models that write on what they write, not on the true text's scores."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not needed: a loss that is NaN or infinite stops the run."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
+
+    def __post_init__(self):
+        if self.label_smoothing_factor != 0.0:
+            raise ValueError("--label_smoothing_factor: the losses of these models have no smoothing, leave it at 0.")
+        if not self.predict_with_generate:
+            raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.auto_bf16 and not self.fp16:
+            self.bf16 = self.bf16 or bf16_is_fast()
+        super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1 per process: `nn.DataParallel` would part images from their texts. Use `accelerate launch`."""
+        return min(super().n_gpu, 1)
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine's accelerator, or else its CPU, multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
+    return capabilities.get("avx512_bf16", False)

@@ -1,0 +1,74 @@
+"""Training and evaluation on questions, which models of other tasks begin with."""
+
+import json
+from pathlib import Path
+
+import evaluate
+import numpy as np
+from datasets import Dataset
+
+from modeling_trips import TripsForQuestionAnswering
+from trips_examples.data.collators import without_long_texts
+from trips_examples.data.task_collators import VqaCollator
+from trips_examples.metrics import VQA_ACCURACY
+from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.training.files import write_whole
+from trips_examples.training.models import load_model
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.runs import load_data, train_and_evaluate
+from trips_examples.training.trainer import ImageGroupedTrainer
+
+
+def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
+    """
+    Writes `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; prints the frequent answers.
+    """
+    columns = ("source", "question_id", "question", "answers")
+    rows = (
+        {**{name: row[name] for name in columns}, "prediction": answer}
+        for row, answer in zip(dataset.remove_columns("image"), answers, strict=True)
+    )
+    write_whole(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    result = metric.compute(predictions=answers, references=dataset["answers"], by_answer=True)
+    write_whole(folder / "accuracy_by_answer.json", json.dumps(result["by_answer"], indent=2) + "\n")
+    for answer, row in list(result["by_answer"].items())[:num_shown]:
+        print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
+
+
+def train_question_answering(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
+) -> dict[str, float]:
+    """Trains and evaluates as these say; returns the metrics."""
+    data = load_data("vqa", data_args, training_args)
+    texts, side = data_args.vocabulary(data, "question", "answers"), data_args.scene_size("vqa")
+    model, processor = load_model(TripsForQuestionAnswering, model_args, texts, image_size=side)
+    data = without_long_texts(data, "question", processor, skip=data_args.skip_bad_rows)
+    model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
+
+    metric = evaluate.load(VQA_ACCURACY)
+
+    def answers_of(prediction) -> list[str]:
+        sequences = prediction.predictions
+        return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
+
+    def accuracy(prediction) -> dict:
+        return metric.compute(predictions=answers_of(prediction), references=data["validation"]["answers"])
+
+    trainer = ImageGroupedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=VqaCollator(processor),
+        train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+
+    def evaluate_answers() -> dict[str, float]:
+        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        if trainer.is_world_process_zero():
+            write_evaluation(Path(training_args.output_dir), data["validation"], answers_of(output), metric)
+        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
+
+    return train_and_evaluate(trainer, evaluate_answers)

@@ -1,0 +1,87 @@
+"""The trainer that the scripts share."""
+
+import torch
+from torch.utils.data import Sampler
+from transformers import (
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+)
+
+from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
+from trips_examples.training.guard import LossGuard
+
+
+class SamplerCallback(TrainerCallback):
+    """Tells the sampler the epoch. Accelerate does not in the epoch that several processes resume in the middle of."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class ImageGroupedTrainer(Seq2SeqTrainer):
+    """
+    `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
+    loss that is NaN or infinite ([`LossGuard`]), and evaluates each row once, whether the model writes or not.
+    Parameters that get no gradient are frozen, so that data parallel training need not look for them.
+
+    Args:
+        train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
+        args, kwargs: as in `Seq2SeqTrainer`.
+    """
+
+    def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train_collator, self.train_sampler = train_collator, None
+        for parameter in self.model.unused_parameters():
+            parameter.requires_grad_(False)
+        self.add_callback(SamplerCallback(self))
+        self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if "image_id" in dataset.column_names:
+            image_ids = dataset["image_id"]
+        else:  # several images per row: grouped with the rows about the same ones
+            image_ids = [tuple(ids) for ids in dataset["image_ids"]]
+        self.train_sampler = ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
+        return self.train_sampler
+
+    def get_train_dataloader(self):
+        evaluation_collator, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluation_collator
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.loss_guard.check()
+        return output
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        sources = inputs.pop("sources", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.loss_guard.watch(loss, self.state.global_step + 1, sources)
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        self.loss_guard.check()
+        super()._save_checkpoint(model, trial)
+
+    def evaluation_loop(self, *args, **kwargs):
+        # `Seq2SeqTrainer` would keep the rows that fill up the last batch of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs.pop("sources", None)
+        if self.model.can_generate():
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+            self.model.generation_config.max_length = None  # it was set beside `max_new_tokens`, which warns
+            return result
+        return Trainer.prediction_step(self, model, inputs, *args, **kwargs)

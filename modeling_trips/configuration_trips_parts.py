@@ -1,0 +1,289 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configurations of the parts of TRIPS: vision tower, text encoder, fusion encoder, decoder."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+
+def _validate_heads(config):
+    if config.num_attention_heads < 1:
+        raise ValueError(f"`num_attention_heads` must be at least 1, got {config.num_attention_heads}.")
+    if config.hidden_size % config.num_attention_heads != 0:
+        raise ValueError(
+            f"`hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` "
+            f"({config.num_attention_heads})."
+        )
+
+
+def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"`{field}` must be a positive number or a pair (height, width) of them, got {size}.")
+    return pair
+
+
+@auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")
+@strict
+class TripsVisionConfig(PreTrainedConfig):
+    r"""
+    patch_embedding_type (`str`, *optional*, defaults to `"linear"`):
+        `"linear"`: one convolution of kernel and stride `patch_size` (ViT). `"convolutional"`: a stack of 3x3
+        convolutions of stride 2 with doubling channels and one 1x1 convolution (https://arxiv.org/abs/2106.14881);
+        `patch_size` must then be a power of two. The stem is batch-normalised: in training, its outputs depend on
+        the other images of the batch.
+    patch_bias (`bool`, *optional*, defaults to `True`):
+        Whether the patch embedding has a bias. CLIP has none.
+    use_pre_layernorm (`bool`, *optional*, defaults to `False`):
+        Whether the embeddings are normalised before the first layer, as in CLIP.
+    selection_layers (`list[int]`, *optional*, defaults to `[5, 10]`):
+        Layers that select patches, numbered from 1, ascending. An empty list is a plain ViT.
+    keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
+        Share of the candidate tokens that goes on after a selection layer, in (0, 1]: one rate, or one per layer.
+        1.0 turns a layer's selection off.
+    selection_guidance (`str`, *optional*, defaults to `"text"`):
+        What ranks the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`.
+    fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
+        Whether the tokens that are not kept go on as one fused token, or are dropped.
+    normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
+        Whether the weights of the fused token are rescaled to sum to 1.
+    selection_seed (`int`, *optional*, defaults to 0):
+        Seed of `"random"` guidance in evaluation; in training it draws from PyTorch's generator.
+    guidance_hidden_size (`int`, *optional*):
+        Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
+        `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
+
+    Example:
+
+    ```python
+    >>> from modeling_trips import TripsVisionConfig, TripsVisionModel
+
+    >>> configuration = TripsVisionConfig(selection_layers=[2, 4, 8], keep_rate=0.7)
+    >>> model = TripsVisionModel(configuration)
+    ```"""
+
+    model_type = "trips_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    patch_embedding_type: Literal["linear", "convolutional"] = "linear"
+    patch_bias: bool = True
+    use_pre_layernorm: bool = False
+    selection_layers: list[int] | tuple[int, ...] = (5, 10)
+    keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
+    selection_guidance: Literal["text", "image", "random"] = "text"
+    fuse_inattentive_tokens: bool = True
+    normalize_fusion_weights: bool = False
+    selection_seed: int = 0
+    guidance_hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.selection_layers = list(self.selection_layers)
+        self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
+        super().__post_init__(**kwargs)
+
+    @property
+    def keep_rates(self) -> list[float]:
+        """One keep rate per entry of `selection_layers`."""
+        if isinstance(self.keep_rate, (list, tuple)):
+            return list(self.keep_rate)
+        return [self.keep_rate] * len(self.selection_layers)
+
+    @property
+    def selection_schedule(self) -> dict[int, float]:
+        """Keep rate by layer number (from 1), of the layers that drop something: a rate of 1.0 selects nothing."""
+        return {layer: rate for layer, rate in zip(self.selection_layers, self.keep_rates) if rate < 1.0}
+
+    @property
+    def first_selection_layer(self) -> int | None:
+        """Number of the first layer that drops something, where the text-independent prefix ends; None without one."""
+        return min(self.selection_schedule, default=None)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _as_pair("patch_size", self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches (down, across) at the configured `image_size`."""
+        height, width = _as_pair("image_size", self.image_size)
+        patch_height, patch_width = self.patch_shape
+        return height // patch_height, width // patch_width
+
+    def validate_architecture(self):
+        _validate_heads(self)
+        height, width = _as_pair("image_size", self.image_size)
+        patch_height, patch_width = self.patch_shape
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
+            )
+        if self.patch_embedding_type == "convolutional":
+            self._validate_stem()
+
+    def _validate_stem(self):
+        height, width = self.patch_shape
+        if height != width or height == 1 or height & (height - 1) != 0:
+            raise ValueError(
+                "`patch_size` must be a power of two above 1 with `patch_embedding_type='convolutional'`, "
+                f"got {self.patch_size}."
+            )
+        if self.hidden_size < height // 2:
+            raise ValueError(
+                f"`hidden_size` must be at least {height // 2} with `patch_embedding_type='convolutional'` and "
+                f"`patch_size={self.patch_size}`, got {self.hidden_size}."
+            )
+
+    def validate_selection_layers(self):
+        layers = list(self.selection_layers)
+        outside = [layer for layer in layers if not 1 <= layer <= self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"`selection_layers` must lie in 1..{self.num_hidden_layers} (numbered from 1), got {layers}."
+            )
+        if layers != sorted(set(layers)):
+            raise ValueError(f"`selection_layers` must be ascending without repetition, got {layers}.")
+
+    def validate_keep_rate(self):
+        if len(self.keep_rates) != len(self.selection_layers):
+            raise ValueError(
+                f"`keep_rate` must be one number or one per selection layer: got {len(self.keep_rates)} rates "
+                f"({self.keep_rate}) for {len(self.selection_layers)} `selection_layers` ({self.selection_layers})."
+            )
+        rates = self.keep_rates or [self.keep_rate]  # a single rate is checked even if no layer uses it
+        if not all(0.0 < rate <= 1.0 for rate in rates if not isinstance(rate, (list, tuple))):
+            raise ValueError(f"`keep_rate` must lie in (0, 1], got {self.keep_rate}.")
+
+
+@auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")
+@strict
+class TripsTextConfig(PreTrainedConfig):
+    r"""
+    Example:
+
+    ```python
+    >>> from modeling_trips import TripsTextConfig, TripsTextModel
+
+    >>> model = TripsTextModel(TripsTextConfig(num_hidden_layers=6))
+    ```"""
+
+    model_type = "trips_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    is_decoder: bool = False
+
+    def validate_architecture(self):
+        _validate_heads(self)
+
+
+@auto_docstring(custom_intro="Configuration of a [`TripsFusionModel`]: text layers that attend to the image tokens.")
+@strict
+class TripsFusionConfig(TripsTextConfig):
+    r"""
+    encoder_hidden_size (`int`, *optional*):
+        Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the
+        width of its vision tower.
+    fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
+        How text and image meet. `"cross_attention"`: every layer changes the text alone, which attends to the image
+        tokens (ALBEF). `"skip_connected"`: so do `skip_stride` layers, then one attends over text and image tokens
+        joined and changes both, and so on (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: there is no
+        fusion encoder; text and patches go through the vision tower's layers together, from the first one on (ViLT,
+        https://arxiv.org/abs/2102.03334). [`TripsConfig`] then leaves the text encoder nothing but its embeddings.
+    skip_stride (`int`, *optional*, defaults to 3):
+        How many layers the image tokens skip before each layer that they go through, if `"skip_connected"`.
+    """
+
+    model_type = "trips_fusion"
+    base_config_key = "fusion_encoder_config"
+
+    encoder_hidden_size: int | None = None
+    fusion_type: Literal["cross_attention", "skip_connected", "single_stream"] = "cross_attention"
+    skip_stride: int = 3
+
+    @property
+    def connected_layers(self) -> list[int]:
+        """Numbers (from 1) of the layers that text and image tokens go through together."""
+        if self.fusion_type != "skip_connected":
+            return []
+        return list(range(self.skip_stride + 1, self.num_hidden_layers + 1, self.skip_stride + 1))
+
+    @property
+    def cross_attention_hidden_size(self) -> int:
+        """Width of the states that cross-attention reads: image tokens that join the text are made as wide as it."""
+        return (self.encoder_hidden_size if self.fusion_type != "skip_connected" else None) or self.hidden_size
+
+    def validate_skip_stride(self):
+        if self.skip_stride < 1:
+            raise ValueError(f"`skip_stride` must be at least 1, got {self.skip_stride}.")
+        if self.fusion_type == "skip_connected" and not self.connected_layers:
+            raise ValueError(
+                f"`skip_stride` ({self.skip_stride}) must be below the `num_hidden_layers` ({self.num_hidden_layers}) "
+                "of the fusion encoder, or text and image are never joined."
+            )
+
+
+@auto_docstring(
+    custom_intro="Configuration of a [`TripsDecoder`]: causal text layers that attend to the fused states."
+)
+@strict
+class TripsDecoderConfig(TripsTextConfig):
+    r"""
+    encoder_hidden_size (`int`, *optional*):
+        Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the width
+        of its fusion encoder.
+    """
+
+    model_type = "trips_decoder"
+    base_config_key = "decoder_config"
+
+    encoder_hidden_size: int | None = None
+    bos_token_id: int | None = 101
+    eos_token_id: int | list[int] | None = 102
+    is_decoder: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+
+    @property
+    def cross_attention_hidden_size(self) -> int:
+        """Width of the states that cross-attention reads."""
+        return self.encoder_hidden_size or self.hidden_size

@@ -1,0 +1,256 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+ALBEF's published checkpoints -> TRIPS: pre-trained, retrieval (Flickr30k, COCO, RefCOCO) and question answering.
+
+ALBEF (https://arxiv.org/abs/2107.07651) is TRIPS without selection: timm's ViT, and a BERT whose upper layers attend
+to the image between self-attention and feed-forward.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..configuration_trips import TripsConfig
+from .rules import (
+    ConversionError,
+    ConversionPlan,
+    Rule,
+    bert_layers,
+    count_layers,
+    lm_head_rules,
+    resampled,
+    size_of,
+    third,
+)
+
+
+# What a checkpoint was trained for -> the class that takes it. RefCOCO's is a retrieval model: it has no box head.
+ALBEF_TASKS = {
+    "pretraining": "TripsForPreTraining",
+    "retrieval": "TripsForRetrieval",
+    "question-answering": "TripsForQuestionAnswering",
+}
+
+NEVER_USED = {
+    r"(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\..*": "momentum copies",
+    r"(image|text|idx)_queue|queue_ptr": "queues of the contrastive loss",
+    r"(.*\.)?embeddings\.position_ids": "the numbers from 0 on",
+}
+
+PATCHES = "visual_encoder.patch_embed.proj.weight"
+POSITIONS = "visual_encoder.pos_embed"
+
+
+class Head(NamedTuple):
+    """What a task adds to the towers."""
+
+    rules: tuple[Rule, ...]
+    left_out: dict[str, str]
+    tied: bool = True
+    projection_dim: int = 256
+    num_decoder_layers: int | None = None
+    new: tuple[str, ...] = ()
+
+
+def detect_albef_task(keys: Iterable[str]) -> str:
+    """The task of a checkpoint, one of `ALBEF_TASKS`; a [`ConversionError`] if it is none of ALBEF's."""
+    signs = {"text_decoder.": "question-answering", "text_encoder.cls.": "pretraining", "vision_proj.": "retrieval"}
+    for sign, task in signs.items():
+        if any(key.startswith(sign) for key in keys):
+            return task
+    raise ConversionError(f"This is no checkpoint of ALBEF: no key begins with one of {', '.join(signs)}.")
+
+
+def albef_plan(
+    source: Mapping[str, torch.Tensor],
+    task: str | None = None,
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    pad_token_id: int = 0,
+    bos_token_id: int = 101,
+    eos_token_id: int = 102,
+    **selection,
+) -> ConversionPlan:
+    """
+    How a checkpoint of ALBEF becomes a TRIPS model. All sizes are read from the weights.
+
+    Args:
+        source (`dict[str, torch.Tensor]`): the checkpoint's state dict.
+        task (`str`, *optional*): one of `ALBEF_TASKS`; by default what the checkpoint was trained for. A pre-trained
+            one also serves `"retrieval"`, and `"question-answering"`: the decoder then starts from the fusion layers
+            and the masked-language head, as when ALBEF itself is fine-tuned.
+        image_size (`int`, *optional*): another resolution than the checkpoint's, whose positions are interpolated.
+        num_attention_heads (`int`, *optional*): of all parts, as the weights do not tell. By default heads are 64
+            wide, which makes ALBEF's 12.
+        pad_token_id, bos_token_id, eos_token_id (`int`): the tokenizer's [PAD], [CLS] and [SEP].
+        selection: the fields of [`TripsConfig`] that set the selection.
+
+    Raises:
+        ConversionError: if the weights are not ALBEF's, or their sizes cannot be read.
+    """
+    trained_for = detect_albef_task(source)
+    task = task or trained_for
+    if task not in ALBEF_TASKS:
+        raise ConversionError(f"`task` must be one of {', '.join(ALBEF_TASKS)}, got {task!r}.")
+    text = "text_encoder.bert" if any(key.startswith("text_encoder.bert.") for key in source) else "text_encoder"
+    num_text_layers, num_fusion_layers = _split_of_text_layers(source, text)
+    if task == "question-answering":
+        head = _answering_head(source, trained_for, text, num_text_layers, num_fusion_layers)
+    else:
+        head = _retrieval_head(source, task, text)
+    config = TripsConfig(
+        vision_config=_vision_fields(source, image_size, num_attention_heads),
+        text_config={
+            **_text_fields(source, text, num_attention_heads),
+            "num_hidden_layers": num_text_layers,
+            "pad_token_id": pad_token_id,
+        },
+        fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
+        decoder_config={
+            "num_hidden_layers": head.num_decoder_layers or num_fusion_layers,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+        },
+        tie_word_embeddings=head.tied,
+        projection_dim=head.projection_dim,
+        **selection,
+    )
+    rules = (
+        *_vision_rules(_grid(source), config.vision_config.grid_size),
+        Rule(r"model\.text_model\.(.*)", rf"{text}.\1"),
+        bert_layers(r"model\.fusion_model", text, first_layer=num_text_layers),
+        *head.rules,
+    )
+    return ConversionPlan(
+        model_class=ALBEF_TASKS[task],
+        config=config,
+        rules=rules,
+        left_out=NEVER_USED | head.left_out,
+        new=(r"model\.vision_model\.selection_projection\..*", *head.new),
+        sized_by=(PATCHES, POSITIONS, f"{text}.embeddings.word_embeddings.weight"),
+    )
+
+
+def _grid(source: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Patches (down, across) that the positions are for. ALBEF's images are square."""
+    _, num_positions, _ = size_of(source, POSITIONS, 3)
+    side = math.isqrt(num_positions - 1)
+    if num_positions != 1 + side**2:
+        raise ConversionError(
+            f"{POSITIONS} must have one position for [CLS] and a square of them, got {num_positions}."
+        )
+    return side, side
+
+
+def _num_heads(width: int, given: int | None) -> int:
+    if given is None and width % 64:
+        raise ConversionError(
+            f"The weights do not tell the number of attention heads, and {width} wide layers are not made of heads of "
+            "64: give `num_attention_heads`."
+        )
+    return given or width // 64
+
+
+def _vision_fields(source, image_size: int | None, num_attention_heads: int | None) -> dict:
+    hidden_size, num_channels, patch_height, patch_width = size_of(source, PATCHES, 4)
+    if patch_height != patch_width:
+        raise ConversionError(f"{PATCHES} must be for square patches, got {patch_height} x {patch_width}.")
+    intermediate_size, _ = size_of(source, "visual_encoder.blocks.0.mlp.fc1.weight", 2)
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": count_layers(source, "visual_encoder.blocks."),
+        "num_attention_heads": _num_heads(hidden_size, num_attention_heads),
+        "intermediate_size": intermediate_size,
+        "image_size": image_size or _grid(source)[0] * patch_height,
+        "patch_size": patch_height,
+        "num_channels": num_channels,
+        "layer_norm_eps": 1e-6,
+    }
+
+
+def _text_fields(source, text: str, num_attention_heads: int | None) -> dict:
+    vocab_size, hidden_size = size_of(source, f"{text}.embeddings.word_embeddings.weight", 2)
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_attention_heads": _num_heads(hidden_size, num_attention_heads),
+        "intermediate_size": size_of(source, f"{text}.encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "max_position_embeddings": size_of(source, f"{text}.embeddings.position_embeddings.weight", 2)[0],
+        "type_vocab_size": size_of(source, f"{text}.embeddings.token_type_embeddings.weight", 2)[0],
+        "layer_norm_eps": 1e-12,
+    }
+
+
+def _split_of_text_layers(source, text: str) -> tuple[int, int]:
+    """Number of BERT's layers below the first one with cross-attention, and from there on."""
+    prefix = f"{text}.encoder.layer."
+    crossing = re.compile(re.escape(prefix) + r"(\d+)\.crossattention\.")
+    numbers = [int(match[1]) for match in map(crossing.match, source) if match]
+    if not numbers:
+        raise ConversionError(f"{prefix}*.crossattention.* is missing from the source: it has no fusion layers.")
+    return min(numbers), count_layers(source, prefix) - min(numbers)
+
+
+def _vision_rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:
+    embeddings = r"model\.vision_model\.embeddings\."
+    layer, block = r"model\.vision_model\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."
+    return (
+        Rule(embeddings + "cls_token", "visual_encoder.cls_token"),
+        Rule(embeddings + "position_embeddings", POSITIONS, resampled(grid, new_grid)),
+        Rule(embeddings + r"patch_embeddings\.projection\.(.*)", r"visual_encoder.patch_embed.proj.\1"),
+        Rule(layer + r"layernorm_before\.(.*)", block + r"norm1.\2"),
+        Rule(layer + r"attention\.q_proj\.(.*)", block + r"attn.qkv.\2", third(0)),
+        Rule(layer + r"attention\.k_proj\.(.*)", block + r"attn.qkv.\2", third(1)),
+        Rule(layer + r"attention\.v_proj\.(.*)", block + r"attn.qkv.\2", third(2)),
+        Rule(layer + r"attention\.o_proj\.(.*)", block + r"attn.proj.\2"),
+        Rule(layer + r"layernorm_after\.(.*)", block + r"norm2.\2"),
+        Rule(layer + r"mlp\.(.*)", block + r"mlp.\2"),
+        Rule(r"model\.vision_model\.layernorm\.(.*)", r"visual_encoder.norm.\1"),
+    )
+
+
+def _retrieval_head(source, task: str, text: str) -> Head:
+    """Projections, temperature and matching head; for pre-training the masked-language head too, and a new decoder."""
+    projection_dim, _ = size_of(source, "vision_proj.weight", 2)
+    rules = (
+        Rule(r"(vision_proj|text_proj|itm_head)\.(.*)", r"\1.\2"),
+        Rule(r"temp\.weight", "temp", lambda temperature: temperature.reshape(-1)),
+    )
+    if task == "retrieval":
+        return Head(rules, {r"text_encoder\.cls\..*": "not part of this task"}, projection_dim=projection_dim)
+    embeddings = f"{text}.embeddings.word_embeddings.weight"
+    lm_rules, left_out, tied = lm_head_rules("mlm_score", "text_encoder.cls.predictions", embeddings, source)
+    return Head(rules + lm_rules, left_out, tied, projection_dim, new=(r"(decoder|lm_head)\..*",))
+
+
+def _answering_head(source, trained_for: str, text: str, num_text_layers: int, num_fusion_layers: int) -> Head:
+    """The decoder; that of a checkpoint without one starts from the fusion layers."""
+    if trained_for == "question-answering":
+        decoder, predictions = "text_decoder.bert", "text_decoder.cls.predictions"
+        rules = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)
+        num_layers = count_layers(source, f"{decoder}.encoder.layer.")
+    else:
+        decoder, predictions, num_layers = text, "text_encoder.cls.predictions", num_fusion_layers
+        rules = (
+            Rule(r"decoder\.embeddings\.(.*)", rf"{text}.embeddings.\1"),
+            bert_layers("decoder", text, num_text_layers),
+        )
+    embeddings = f"{decoder}.embeddings.word_embeddings.weight"
+    lm_rules, left_out, tied = lm_head_rules("lm_head", predictions, embeddings, source)
+    left_out |= {r"(vision_proj|text_proj|itm_head)\..*|temp": "not part of this task"}
+    return Head(rules + lm_rules, left_out, tied, num_decoder_layers=num_layers)

@@ -1,0 +1,101 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+ViLT (https://arxiv.org/abs/2102.03334), as Transformers has it, -> TRIPS: the single stream of any of ViLT's models.
+
+ViLT's heads are left out: those of TRIPS read the fused states themselves, not what ViLT's pooler makes of them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import ViltConfig
+
+from ..configuration_trips import TripsConfig, TripsVisionConfig
+from ..modeling_trips_single_stream import NUM_MODALITIES
+from .rules import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, resampled
+
+
+TEXT, VISION = (rf"(?:model\.)?{part}_model\." for part in ("text", "vision"))
+
+
+def vilt_plan(
+    source: Mapping[str, torch.Tensor],
+    vilt_config: ViltConfig,
+    model_class: str = "TripsModel",
+    image_size: int | None = None,
+    decoder_config: dict | None = None,
+    **selection,
+) -> ConversionPlan:
+    """
+    How a ViLT becomes a [`TripsModel`] with `fusion_type="single_stream"`, or a model with a head, which is new.
+    Without selection both compute the same for images of the configured size. ViLT also takes images of many sizes in
+    one batch, padded; TRIPS resizes all of them to one, and interpolates positions bicubically instead of bilinearly.
+
+    Args:
+        source (`dict[str, torch.Tensor]`): state dict of `ViltModel` or of a ViLT with a head.
+        vilt_config ([`ViltConfig`]): its configuration.
+        model_class (`str`, *optional*, defaults to `"TripsModel"`): name of the class that takes the weights.
+        image_size (`int`, *optional*): another resolution than the model's, whose positions are interpolated.
+        decoder_config (`dict`, *optional*): fields of the decoder of a head that writes.
+        selection: the fields of [`TripsConfig`] that set the selection.
+    """
+    pad_token_id = 0 if vilt_config.pad_token_id is None else vilt_config.pad_token_id  # BERT's
+    config = TripsConfig(
+        vision_config={
+            **fields_of(vilt_config, VISION_FIELDS),
+            "image_size": image_size or vilt_config.image_size,
+        },
+        text_config=fields_of(vilt_config, TEXT_FIELDS) | {"pad_token_id": pad_token_id},
+        decoder_config=decoder_config,
+        fusion_type="single_stream",
+        **selection,
+    )
+    vilt = "vilt." if any(key.startswith("vilt.") for key in source) else ""
+    grid = TripsVisionConfig(image_size=vilt_config.image_size, patch_size=vilt_config.patch_size).grid_size
+    return ConversionPlan(
+        model_class=model_class,
+        config=config,
+        rules=_rules(vilt, grid, config.vision_config.grid_size),
+        left_out={
+            rf"{vilt}pooler\..*": "the pooler, which TRIPS has not",
+            rf"{vilt}embeddings\.text_embeddings\.position_ids": "the numbers from 0 on",
+            r"(mlm_score|itm_score|classifier|rank_output)\..*": "ViLT's heads",
+        },
+        new=(rf"(?!{TEXT}|{VISION}).*",),
+    )
+
+
+def _rules(vilt: str, grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:
+    embeddings, layer, source = VISION + r"embeddings\.", VISION + r"layers\.(\d+)\.", vilt + r"encoder.layer.\1."
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+    return (
+        Rule(TEXT + r"embeddings\.(.*)", vilt + r"embeddings.text_embeddings.\1"),
+        Rule(embeddings + "position_embeddings", f"{vilt}embeddings.position_embeddings", resampled(grid, new_grid)),
+        Rule(embeddings + r"(cls_token|patch_embeddings\..*)", vilt + r"embeddings.\1"),
+        Rule(
+            VISION + r"modality_embeddings\.weight",
+            f"{vilt}embeddings.token_type_embeddings.weight",
+            lambda table: table[:NUM_MODALITIES],  # ViLT for NLVR2 has a third one, for the second image
+        ),
+        Rule(layer + r"attention\.o_proj\.(.*)", source + r"attention.output.dense.\2"),
+        Rule(
+            layer + r"attention\.([qkv]_proj)\.(.*)",
+            lambda match: f"{vilt}encoder.layer.{match[1]}.attention.attention.{names[match[2]]}.{match[3]}",
+        ),
+        Rule(layer + r"mlp\.fc1\.(.*)", source + r"intermediate.dense.\2"),
+        Rule(layer + r"mlp\.fc2\.(.*)", source + r"output.dense.\2"),
+        Rule(layer + r"(layernorm_(?:before|after)\..*)", source + r"\2"),
+        Rule(VISION + r"layernorm\.(.*)", vilt + r"layernorm.\1"),
+    )

@@ -1,0 +1,281 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A vision tower and a text encoder of Transformers -> TRIPS: ViT, DeiT or CLIP, and BERT, MiniLM or RoBERTa."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration_trips import TripsConfig, TripsVisionConfig
+from .rules import (
+    TEXT_FIELDS,
+    VISION_FIELDS,
+    ConversionError,
+    ConversionPlan,
+    ConversionReport,
+    Rule,
+    bert_layers,
+    fields_of,
+    load_converted,
+    resampled,
+)
+
+
+logger = logging.get_logger(__name__)
+
+VISION_TYPES = ("vit", "deit", "clip_vision_model", "clip")
+ROBERTA_TYPES = ("roberta", "xlm-roberta")
+TEXT_TYPES = ("bert", *ROBERTA_TYPES)
+
+# The parts of a model whose names have no "model." in front if the model is a bare `TripsModel`.
+VISION, TEXT, FUSION = (rf"(?:model\.)?{part}_model" for part in ("vision", "text", "fusion"))
+
+
+class Tower(NamedTuple):
+    """A model of Transformers without head: its configuration, and those of its weights that its checkpoint has."""
+
+    config: PreTrainedConfig
+    weights: dict[str, torch.Tensor]
+    keys_of_heads: list[str]
+
+
+def from_vision_text_pretrained(
+    cls,
+    vision: str | os.PathLike | PreTrainedModel,
+    text: str | os.PathLike | PreTrainedModel,
+    output_loading_info: bool = False,
+    **options,
+):
+    """
+    A model from a vision tower and a text encoder that were trained apart: a class method of every model of this
+    package. What neither has is new, and logged.
+
+    Args:
+        vision (`str` or `PreTrainedModel`): a ViT, DeiT or CLIP model: its name on the Hub, its folder, or itself.
+        text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise.
+        output_loading_info (`bool`, *optional*, defaults to `False`): whether to return a report, too.
+        options: those of [`load_vision_text`], such as `num_text_layers`, `num_fusion_layers` and `image_size`; and
+            the fields of [`TripsConfig`], such as `keep_rate`.
+
+    Returns:
+        The model in evaluation mode, or `(model, ConversionReport)`.
+
+    Raises:
+        TypeError: if this class is a part of a model.
+        ConversionError: if `vision` or `text` is of another kind, or its weights are not as expected.
+    """
+    if cls.config_class is not TripsConfig:
+        raise TypeError(f"{cls.__name__} is a part of a model: load it with `from_pretrained`.")
+    model, report = load_vision_text(cls, vision, text, **options)
+    return (model, report) if output_loading_info else model
+
+
+def load_vision_text(
+    model_class: type[PreTrainedModel],
+    vision: str | os.PathLike | PreTrainedModel,
+    text: str | os.PathLike | PreTrainedModel,
+    num_text_layers: int | None = None,
+    num_fusion_layers: int | None = None,
+    image_size: int | None = None,
+    decoder_from_text: bool = False,
+    decoder_config: dict | None = None,
+    **fields,
+) -> tuple[PreTrainedModel, ConversionReport]:
+    """
+    Makes a TRIPS model from a vision tower and a text encoder that were trained apart.
+
+    Args:
+        model_class (`type`): [`TripsModel`] or a model with a head.
+        vision (`str` or `PreTrainedModel`): a ViT, DeiT or CLIP model: its name on the Hub, its folder, or the model.
+            DeiT's distillation token is dropped, so its states become slightly different ones.
+        text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise. RoBERTa's padding must be on the right.
+        num_text_layers (`int`, *optional*): how many of the text encoder's lower layers see the text alone. By default
+            half of 12 or more layers, all of fewer.
+        num_fusion_layers (`int`, *optional*): the fusion layers start from the text encoder's next layers; those
+            beyond them are new, as is all cross-attention. By default as many as there are, or 6 if there are none.
+        image_size (`int`, *optional*): another resolution than the vision tower's, whose positions are interpolated.
+        decoder_from_text (`bool`, *optional*, defaults to `False`): whether the decoder of a head that writes starts
+            from the text encoder's embeddings and upper layers, or is new.
+        decoder_config (`dict`, *optional*): fields of the decoder. `bos_token_id` and `eos_token_id` must be the
+            tokenizer's: BERT's 101 and 102 by default, or what the text encoder's configuration says.
+        fields: other fields of [`TripsConfig`], such as the selection's.
+
+    Returns:
+        The model in evaluation mode and a report. What is new is logged as a warning, too.
+
+    Raises:
+        ConversionError: if a model is of another kind, or its weights are not as expected.
+    """
+    vision, text = _load(vision, "vision", VISION_TYPES), _load(text, "text", TEXT_TYPES)
+    num_layers = text.config.num_hidden_layers
+    if num_text_layers is None:
+        num_text_layers = num_layers // 2 if num_layers >= 12 else num_layers
+    if not 1 <= num_text_layers <= num_layers:
+        raise ConversionError(f"`num_text_layers` must be in 1..{num_layers}, got {num_text_layers}.")
+    if num_fusion_layers is None:
+        num_fusion_layers = num_layers - num_text_layers or 6
+    config = TripsConfig(
+        vision_config=_vision_fields(vision.config) | ({} if image_size is None else {"image_size": image_size}),
+        text_config=_text_fields(text.config) | {"num_hidden_layers": num_text_layers},
+        fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
+        decoder_config=_decoder_fields(text.config) | (decoder_config or {}),
+        **fields,
+    )
+    plan = _plan(model_class, vision.config, text.config, config, decoder_from_text)
+    source = {f"vision.{key}": value for key, value in vision.weights.items()}
+    source |= {f"text.{key}": value for key, value in text.weights.items()}
+    model = model_class(config)
+    report = load_converted(model, source, plan)
+    for part, tower in (("vision", vision), ("text", text)):
+        report.left_out.update({f"{part}.{key}": f"heads of the {part} model" for key in tower.keys_of_heads})
+    logger.warning(f"{plan.model_class} from a {vision.config.model_type} and a {text.config.model_type}:\n{report}")
+    return model.eval(), report
+
+
+def _plan(
+    model_class, vision: PreTrainedConfig, text: PreTrainedConfig, config: TripsConfig, decoder_from_text: bool
+) -> ConversionPlan:
+    left_out = {
+        r"vision\.pooler\..*|text\.pooler\..*": "poolers, which TRIPS has not",
+        r"vision\.embeddings\.distillation_token": "the distillation token, which TRIPS has not",
+        r"vision\.(text_model|text_projection|visual_projection|logit_scale)\b.*": "of CLIP, but not of its tower",
+    }
+    num_used = config.text_config.num_hidden_layers + config.fusion_encoder_config.num_hidden_layers
+    for number in range(num_used, text.num_hidden_layers):
+        left_out[rf"text\.encoder\.layer\.{number}\..*"] = "layers above those that are used"
+    return ConversionPlan(
+        model_class=model_class.__name__,
+        config=config,
+        rules=_vision_rules(vision, config) + _text_rules(text, config, decoder_from_text),
+        left_out=left_out,
+        new=(rf"{VISION}\.selection_projection\..*", rf"(?!{VISION}\.|{TEXT}\.).*"),
+    )
+
+
+def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: tuple[str, ...]) -> Tower:
+    in_memory = isinstance(source, PreTrainedModel)
+    config = source.config if in_memory else AutoConfig.from_pretrained(source)
+    if config.model_type not in model_types:
+        raise ConversionError(
+            f"`{part}` is a model of type {config.model_type!r}, but must be one of {', '.join(model_types)}."
+        )
+    missing, keys_of_heads = [], []
+    if not in_memory:
+        source, loaded = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        missing, keys_of_heads = loaded["missing_keys"], loaded["unexpected_keys"]
+    weights = {key: value for key, value in source.base_model.state_dict().items() if key not in missing}
+    if config.model_type == "clip":
+        weights = {key.removeprefix("vision_model."): value for key, value in weights.items()}
+        config = config.vision_config
+    return Tower(config, weights, sorted(keys_of_heads))
+
+
+def _vision_fields(config: PreTrainedConfig) -> dict:
+    fields = fields_of(config, VISION_FIELDS)
+    if config.model_type != "clip_vision_model":
+        return fields
+    return fields | {
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "patch_bias": False,
+        "use_pre_layernorm": True,
+    }
+
+
+def _text_fields(config: PreTrainedConfig) -> dict:
+    fields = fields_of(config, TEXT_FIELDS)
+    fields["max_position_embeddings"] -= _unused_positions(config)
+    return fields
+
+
+def _unused_positions(config: PreTrainedConfig) -> int:
+    """RoBERTa numbers positions from the one behind that of the padding token on; the rows up to there have no use."""
+    return config.pad_token_id + 1 if config.model_type in ROBERTA_TYPES else 0
+
+
+def _decoder_fields(config: PreTrainedConfig) -> dict:
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id")}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, ...]:
+    grid = TripsVisionConfig(image_size=source.image_size, patch_size=source.patch_size).grid_size
+    resample = resampled(grid, config.vision_config.grid_size)
+    if source.model_type == "clip_vision_model":
+        return _clip_rules(resample)
+
+    def positions(table: torch.Tensor) -> torch.Tensor:
+        # DeiT has the distillation token's between those of [CLS] and of the patches.
+        return resample(torch.cat((table[:, :1], table[:, 2:]), dim=1) if source.model_type == "deit" else table)
+
+    return (
+        Rule(rf"{VISION}\.embeddings\.position_embeddings", "vision.embeddings.position_embeddings", positions),
+        Rule(rf"{VISION}\.(embeddings\.(?:cls_token|patch_embeddings\..*)|layers\..*|layernorm\..*)", r"vision.\1"),
+    )
+
+
+def _clip_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule, ...]:
+    embeddings, layer = rf"{VISION}\.embeddings\.", rf"{VISION}\.layers\.(\d+)\."
+    source = r"vision.encoder.layers.\1."
+    return (
+        Rule(embeddings + "cls_token", "vision.embeddings.class_embedding", lambda token: token[None, None]),
+        Rule(
+            embeddings + "position_embeddings",
+            "vision.embeddings.position_embedding.weight",
+            lambda table: resample(table[None]),
+        ),
+        Rule(embeddings + r"patch_embeddings\.projection\.(.*)", r"vision.embeddings.patch_embedding.\1"),
+        Rule(rf"{VISION}\.pre_layernorm\.(.*)", r"vision.pre_layrnorm.\1"),
+        Rule(rf"{VISION}\.layernorm\.(.*)", r"vision.post_layernorm.\1"),
+        Rule(layer + r"layernorm_before\.(.*)", source + r"layer_norm1.\2"),
+        Rule(layer + r"layernorm_after\.(.*)", source + r"layer_norm2.\2"),
+        Rule(layer + r"attention\.o_proj\.(.*)", source + r"self_attn.out_proj.\2"),
+        Rule(layer + r"attention\.(.*)", source + r"self_attn.\2"),
+        Rule(layer + r"mlp\.(.*)", source + r"mlp.\2"),
+    )
+
+
+def _text_rules(source: PreTrainedConfig, config: TripsConfig, decoder_from_text: bool) -> tuple[Rule, ...]:
+    num_text_layers, num_layers = config.text_config.num_hidden_layers, source.num_hidden_layers
+    rules = _embedding_rules(TEXT, source)
+    rules += (bert_layers(TEXT, "text"), *_upper_layers(FUSION, num_text_layers, num_layers))
+    if decoder_from_text:
+        first_layer = max(num_layers - config.decoder_config.num_hidden_layers, 0)
+        rules += _embedding_rules("decoder", source)
+        rules += _upper_layers("decoder", first_layer, num_layers)
+        rules += (Rule(r"lm_head\.decoder\.weight", "text.embeddings.word_embeddings.weight"),)
+    return rules
+
+
+def _embedding_rules(target: str, source: PreTrainedConfig) -> tuple[Rule, ...]:
+    first = _unused_positions(source)
+    table = "text.embeddings.position_embeddings.weight"
+    return (
+        Rule(rf"{target}\.embeddings\.position_embeddings\.weight", table, lambda positions: positions[first:]),
+        Rule(rf"{target}\.embeddings\.(.*)", r"text.embeddings.\1"),
+    )
+
+
+def _upper_layers(target: str, first_layer: int, num_layers: int) -> tuple[Rule, ...]:
+    """Self-attention and feed-forward of the layers `first_layer` to the last, for the lowest layers of `target`."""
+    return tuple(
+        Rule(
+            rf"{target}\.encoder\.layer\.{number - first_layer}\.((?:attention|intermediate|output)\..*)",
+            rf"text.encoder.layer.{number}.\1",
+        )
+        for number in range(first_layer, num_layers)
+    )

@@ -1,0 +1,69 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Patch selection in timm's `VisionTransformer`. It needs timm."""
+
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+from .layers import Host, SelectionLayer, project_rows
+
+
+class TimmSelectionLayer(SelectionLayer, Block):
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm1(hidden_states)
+
+    def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
+        """Queries (part 0) or keys (part 1), which are stacked in one linear layer: `(..., num_heads, head_dim)`."""
+        width = self.attn.num_heads * self.attn.head_dim
+        rows = project_rows(self.attn.qkv, states, part * width, (part + 1) * width)
+        return rows.unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.attn.q_norm(self.project(states, 0))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.attn.k_norm(self.project(states, 1).transpose(1, 2))
+
+    @property
+    def scaling(self) -> float:
+        return self.attn.scale
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("Patch selection in timm's VisionTransformer has no `attn_mask` and no `is_causal`.")
+        normed = self.normed_tokens(x)
+        x = x + self.drop_path1(self.ls1(self.attn(normed)))
+        x = self.select(x, self.score(normed, None))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def describe_timm(model: VisionTransformer) -> Host:
+    for number, block in enumerate(model.blocks, start=1):
+        if isinstance(block, Block) and type(block.attn) is not Attention:
+            raise TypeError(
+                f"Layer {number} of this VisionTransformer has {type(block.attn).__name__} for its attention. Patch "
+                "selection knows timm.layers.Attention only."
+            )
+    return Host(
+        model.blocks,
+        Block,
+        TimmSelectionLayer,
+        num_selectable_layers=len(model.blocks),
+        num_prefix_tokens=model.num_prefix_tokens,
+        has_class_token=model.has_class_token,
+        no_text="its forward pass takes pixels only",
+    )
+
+
+__all__ = ["TimmSelectionLayer", "describe_timm"]

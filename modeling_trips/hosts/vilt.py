@@ -1,0 +1,226 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Patch selection in ViLT: text and patches go through one transformer, and the text's [CLS] picks the patches."""
+
+import torch
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.vilt.modeling_vilt import ViltEmbeddings, ViltEncoder, ViltLayer, ViltPreTrainedModel
+
+from ..modeling_trips_vision import TripsSelection
+from ..patch_selection import gather_tokens, keep_topk, num_kept_tokens, score_tokens
+from .layers import Host, SelectionLayer, StandIn
+
+
+# Every token of the sequence has a number, which goes through the layers in the place of the 0/1 padding mask:
+# 0 is padding, 1 a token that is no patch (text, [CLS], fused), 2 + i the patch i of the padded image's grid.
+PADDING, NO_PATCH, FIRST_PATCH = 0, 1, 2
+
+
+class ViltSelectionEmbeddings(StandIn, ViltEmbeddings):
+    """
+    Numbers the tokens, and puts the patches into the order of the grid: ViLT's own order is random.
+
+    ViltModel hands its encoder the embeddings and the mask, and no word of how many tokens are text. But a mask of
+    four dimensions it passes on untouched, so the numbers travel as `(batch_size, 1, text_length, seq_length)`: the
+    same row for each text token.
+    """
+
+    def visual_embed(self, pixel_values, pixel_mask, max_image_length=200):
+        states, mask, (patch_index, grid) = super().visual_embed(pixel_values, pixel_mask, max_image_length)
+        rows, columns = grid
+        numbers = FIRST_PATCH + patch_index[..., 0] * columns + patch_index[..., 1]
+        # Padding goes to the end.
+        order = numbers.masked_fill(mask[:, 1:] == 0, FIRST_PATCH + rows * columns).argsort(dim=1, stable=True)
+        numbers = (numbers * mask[:, 1:]).gather(1, order)
+        states = torch.cat([states[:, :1], gather_tokens(states[:, 1:], order)], dim=1)
+        return states, torch.cat([mask[:, :1], numbers], dim=1), (patch_index, grid)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        pixel_values,
+        pixel_mask,
+        inputs_embeds,
+        image_embeds,
+        image_token_type_idx=1,
+    ):
+        embeddings, numbers = super().forward(
+            input_ids,
+            attention_mask.long(),  # in half precision the numbers would be rounded
+            token_type_ids,
+            pixel_values,
+            pixel_mask,
+            inputs_embeds,
+            image_embeds,
+            image_token_type_idx,
+        )
+        text_length = attention_mask.shape[1]
+        numbers = numbers.long()
+        if image_embeds is not None:  # [CLS] and patches, embedded before: ViLT took the mask as it was given
+            present = numbers[:, text_length + 1 :]
+            patches = torch.arange(FIRST_PATCH, FIRST_PATCH + present.shape[1], device=numbers.device)
+            numbers = torch.cat([numbers[:, : text_length + 1], patches * (present != 0)], dim=1)
+        return embeddings, numbers[:, None, None].expand(-1, 1, text_length, -1)
+
+
+class ViltSelectionEncoder(StandIn, ViltEncoder):
+    """Keeps the mask as long as the sequence: a selection layer shortens both."""
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
+        text_length, token_numbers = attention_mask.shape[2], attention_mask[:, 0, 0]
+        mask = self.mask_of(hidden_states, token_numbers)
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer in self.layer:
+            if isinstance(layer, ViltSelectionLayer):
+                hidden_states, *attentions, token_numbers = layer(
+                    hidden_states, mask, output_attentions, token_numbers, text_length
+                )
+                mask = self.mask_of(hidden_states, token_numbers)
+            else:
+                hidden_states, *attentions = layer(hidden_states, mask, output_attentions)
+            all_hidden_states.append(hidden_states)
+            all_attentions += attentions
+        return BaseModelOutput(  # ViltModel indexes and slices it where a tuple is wanted
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+    def mask_of(self, hidden_states: torch.Tensor, token_numbers: torch.Tensor) -> torch.Tensor:
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=token_numbers != PADDING,
+            allow_is_bidirectional_skip=False,  # or it would look at the values to see whether any is padding
+        )
+
+
+class ViltSelectionLayer(SelectionLayer, ViltLayer):
+    """
+    Text and the image's [CLS] always stay. How many patches stay depends, row by row, on how many the image has, not
+    on how far the batch pads it: the shape is that of the longest row, and where a row keeps fewer, padding fills it.
+    """
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layernorm_before(hidden_states)
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        attention = self.attention.attention
+        return attention.query(states).unflatten(-1, (-1, attention.attention_head_size))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        attention = self.attention.attention
+        return attention.key(states).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+
+    @property
+    def scaling(self) -> float:
+        return self.attention.attention.attention_head_size**-0.5
+
+    def score(self, normed: torch.Tensor, token_numbers: torch.Tensor, text_length: int) -> torch.Tensor:
+        """Scores of the candidates; 0 for padding."""
+        guiding_position = 0 if self.selection.guidance == "text" else text_length  # [CLS] of the text or of the image
+        query = self.project_query(normed[:, guiding_position])
+        key = self.project_key(normed[:, text_length + 1 :])
+        # The mask rides along as one dimension more, in which the query is 1 and the key of padding very negative.
+        is_padding = token_numbers[:, None, text_length + 1 :, None] == PADDING
+        mask = torch.zeros_like(key[..., :1]).masked_fill(is_padding, torch.finfo(key.dtype).min)
+        query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
+        return score_tokens(query, torch.cat([key, mask], dim=-1), self.scaling)
+
+    def kept_positions(self, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
+        """As in the parent; `numbers` of shape `(batch_size, num_candidates)` are those of the candidates."""
+        num_kept = num_kept_tokens(scores.shape[1], self.selection.keep_rate)
+        if num_kept == scores.shape[1]:
+            return None
+        is_padding = numbers == PADDING
+        order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
+        is_attentive = order.argsort(dim=-1) < self.num_kept_of(numbers)
+        # A row that keeps fewer is filled up with padding, of which it always has enough, not with what it drops.
+        return keep_topk(2 * is_attentive.int() + is_padding.int(), num_kept)
+
+    def num_kept_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """
+        How many candidates each row keeps, by how many it has: `(batch_size, 1)`. It is what `num_kept_tokens` gives,
+        in fixed point: float32 is too coarse, not all devices have float64, and a table would sync with the host.
+        """
+        unit = 2**40
+        num_present = (numbers != PADDING).sum(dim=1, keepdim=True)
+        num_kept = num_present * round(self.selection.keep_rate * unit) - round(1e-6 * unit)
+        return (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
+
+    def shorten_numbers(self, numbers: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
+        """Numbers of the kept candidates and of the fused token, which is padding where nothing was dropped."""
+        parts = [numbers.gather(1, kept_positions)]
+        if self.selection.fuse_inattentive_tokens:
+            drops = (numbers != PADDING).sum(dim=1, keepdim=True) > self.num_kept_of(numbers)
+            parts.append(torch.where(drops, NO_PATCH, PADDING))
+        return torch.cat(parts, dim=1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        output_attentions: bool,
+        token_numbers: torch.Tensor,
+        text_length: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states, attention weights if wanted, and the numbers of the tokens that are left."""
+        normed = self.normed_tokens(hidden_states)
+        attn_output, *attentions = self.attention(normed, attention_mask, output_attentions=output_attentions)
+        hidden_states = attn_output + hidden_states
+        num_prefix_tokens = text_length + 1
+        prefix_numbers, numbers = token_numbers[:, :num_prefix_tokens], token_numbers[:, num_prefix_tokens:]
+        scores = self.score(normed, token_numbers, text_length)
+        kept_positions = self.kept_positions(scores, numbers)
+        if kept_positions is not None:
+            hidden_states = self.shorten(hidden_states, scores, kept_positions, num_prefix_tokens)
+            token_numbers = torch.cat([prefix_numbers, self.shorten_numbers(numbers, kept_positions)], dim=1)
+        layer_output = self.intermediate(self.layernorm_after(hidden_states))
+        return self.output(layer_output, hidden_states), *attentions, token_numbers
+
+    def selection_of(self, args, kwargs, output, candidate_indices) -> TripsSelection | None:
+        """As in the parent. -1 is a fused token, as everywhere; -2 is padding."""
+        hidden_states, _, _, token_numbers, text_length = args
+        numbers = token_numbers[:, text_length + 1 :]
+        scores = self.score(self.normed_tokens(hidden_states), token_numbers, text_length)
+        kept_positions = self.kept_positions(scores, numbers)
+        if kept_positions is None:
+            return None
+        candidate_indices = numbers - FIRST_PATCH
+        return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
+
+
+def describe_vilt(model: ViltPreTrainedModel) -> Host:
+    model = getattr(model, "vilt", model)
+    layers = model.encoder.layer
+    return Host(
+        layers,
+        ViltLayer,
+        ViltSelectionLayer,
+        num_selectable_layers=len(layers),
+        stand_ins=((model, "embeddings", ViltSelectionEmbeddings), (model, "encoder", ViltSelectionEncoder)),
+    )
+
+
+__all__ = ["ViltSelectionEmbeddings", "ViltSelectionEncoder", "ViltSelectionLayer", "describe_vilt"]

@@ -1,0 +1,138 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Patch selection in the vision towers of CLIP, SigLIP, BLIP and BridgeTower."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.blip.modeling_blip import BlipEncoderLayer
+from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerResidualAttention
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from .layers import Host, SelectionLayer, project_rows
+
+
+class SeparateProjections(SelectionLayer):
+    """Queries and keys come from linear layers of their own."""
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+
+class ClipSelectionLayer(SeparateProjections, CLIPEncoderLayer):
+    pass
+
+
+class SiglipSelectionLayer(SeparateProjections, SiglipEncoderLayer):
+    pass
+
+
+class BlipSelectionLayer(SelectionLayer, BlipEncoderLayer):
+    """Queries, keys and values are stacked in this order in one linear layer."""
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        query = project_rows(self.self_attn.qkv, states, 0, self.embed_dim)
+        return query.unflatten(-1, (-1, self.self_attn.head_dim))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        key = project_rows(self.self_attn.qkv, states, self.embed_dim, 2 * self.embed_dim)
+        return key.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+
+class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
+    """A layer over tokens first: `(seq_length, batch_size, hidden_size)`."""
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.ln_1(hidden_states).transpose(0, 1)
+
+    def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
+        weight = self.attn.in_proj_weight.chunk(3)[part]
+        bias = self.attn.in_proj_bias.chunk(3)[part]
+        return nn.functional.linear(states, weight, bias).unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.project(states, 0)
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.project(states, 1).transpose(1, 2)
+
+    @property
+    def scaling(self) -> float:
+        return self.attn.head_dim**-0.5
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        normed = self.normed_tokens(hidden_state)
+        residual_state = hidden_state + self.attention(normed.transpose(0, 1), None)
+        residual_state = self.select(residual_state.transpose(0, 1), self.score(normed, None)).transpose(0, 1)
+        hidden_state = self.ln_2(residual_state)
+        for layer in self.mlp.values():
+            hidden_state = layer(hidden_state)
+        return residual_state + hidden_state
+
+
+def _no_text_for_width(model: PreTrainedModel) -> str | None:
+    """Why the text cannot guide, where the towers differ in width. A lone vision tower takes what it is given."""
+    text_config = getattr(model.config, "text_config", None)
+    vision_config = getattr(model.config, "vision_config", model.config)
+    if text_config is None or text_config.hidden_size == vision_config.hidden_size:
+        return None
+    return (
+        f"its text is {text_config.hidden_size} wide and its vision tower {vision_config.hidden_size}, and selection "
+        "adds no projection"
+    )
+
+
+def describe_clip(model: PreTrainedModel) -> Host:
+    layers = getattr(model, "vision_model", model).encoder.layers
+    return Host(layers, CLIPEncoderLayer, ClipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
+
+
+def describe_siglip(model: PreTrainedModel) -> Host:
+    layers = getattr(model, "vision_model", model).encoder.layers
+    return Host(
+        layers,
+        SiglipEncoderLayer,
+        SiglipSelectionLayer,
+        len(layers),
+        num_prefix_tokens=0,
+        has_class_token=False,
+        no_text=_no_text_for_width(model),
+    )
+
+
+def describe_blip(model: PreTrainedModel) -> Host:
+    """A BLIP vision tower to which the text is given by the caller (`BlipVisionModel`, `BlipModel`)."""
+    layers = getattr(model, "vision_model", model).encoder.layers
+    return Host(layers, BlipEncoderLayer, BlipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
+
+
+def describe_bridgetower(model: PreTrainedModel) -> Host:
+    model = getattr(model, "bridgetower", model)
+    layers = model.vision_model.visual.transformer.resblocks
+    # From here on each layer's image tokens are added, token by token, to those of the cross-modal layers.
+    first_bridge = len(model.text_model.encoder.layer) - model.config.num_hidden_layers + 1
+    return Host(
+        layers,
+        BridgeTowerResidualAttention,
+        BridgeTowerSelectionLayer,
+        num_selectable_layers=first_bridge,
+        no_text="its model hands the vision layers nothing but image tokens",
+    )
+
+
+__all__ = ["BlipSelectionLayer", "describe_blip", "describe_bridgetower", "describe_clip", "describe_siglip"]

@@ -1,0 +1,108 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images of any kind -> what an image processor takes: pictures to 8-bit RGB, upright and opaque."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import ImageInput, load_image
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """
+    Converts a picture of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
+
+    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent colour of a palette) are
+    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`).
+
+    Args:
+        image (`PIL.Image.Image`):
+            Picture of any Pillow mode but "I" and "F".
+
+    Returns:
+        `PIL.Image.Image`: A new picture of mode "RGB". Its size is swapped where the EXIF orientation asks for it.
+
+    Raises:
+        `ValueError`: The picture has no pixels, or its mode is "I" or "F": those have no fixed range of grey values.
+    """
+    if 0 in image.size:
+        raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
+            '"I;16" (0 to 65535).'
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        # "La" (premultiplied) is the one mode that Pillow does not convert to "RGBA" in one step
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _flatten_images(images: ImageInput) -> list:
+    """Makes a flat list of one image, a list of images (nested or not) or a batch (a 4-dimensional array)."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in _flatten_images(item)]
+    return list(images) if getattr(images, "ndim", None) == 4 else [images]
+
+
+def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
+    """Reads a path or URL, converts pictures to RGB; arrays pass as they are, but grey (H, W) becomes (3, H, W)."""
+    if isinstance(image, (str, os.PathLike)):
+        if not os.path.isfile(image):
+            return load_image(os.fspath(image))
+        with Image.open(image) as opened:
+            return convert_to_rgb(opened)
+    if isinstance(image, Image.Image):
+        return convert_to_rgb(image)
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(image).__name__}")
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise ValueError(f"expected a shape (H, W), (H, W, C) or (C, H, W) without zeros, got {tuple(image.shape)}")
+    if image.ndim == 2:
+        return (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3)
+    return image
+
+
+def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size: int):
+    if isinstance(image, Image.Image):
+        width, height = image.size
+    else:
+        height, width = image.shape[1:] if image.shape[0] in (1, 3, 4) else image.shape[:2]
+    if min(height, width) < patch_size:
+        raise ValueError(
+            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}: "
+            "scale it up first if it is meant"
+        )
+
+
+def _prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
+    """Prepares every image; whatever goes wrong becomes a `ValueError` that names the image's position and path."""
+    prepared = []
+    for position, image in enumerate(_flatten_images(images)):
+        try:
+            prepared.append(_prepare_image(image))
+            _check_image_size(prepared[-1], patch_size)
+        except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
+            path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+            raise ValueError(f"`images[{position}]` {path or ''} cannot be used: {error}") from error
+    if not prepared:
+        raise ValueError("`images` is empty: pass at least one image, or None.")
+    return prepared

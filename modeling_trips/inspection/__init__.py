@@ -1,0 +1,15 @@
+"""Looking at a model: pictures of kept patches, diagnostics of its selection, its cost beside its unpruned twin."""
+
+from .diagnostics import kept_coverage, kept_patches, score_entropy, share_inside, text_sensitivity
+from .pictures import draw_kept_patches, plot_selection
+
+
+__all__ = [
+    "draw_kept_patches",
+    "kept_coverage",
+    "kept_patches",
+    "plot_selection",
+    "score_entropy",
+    "share_inside",
+    "text_sensitivity",
+]

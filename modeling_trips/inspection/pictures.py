@@ -1,0 +1,170 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Kept patches as pictures: which parts of the image a text made the model look at."""
+
+import os
+import textwrap
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from ..image_preparation_trips import convert_to_rgb
+
+
+def draw_kept_patches(
+    image: Image.Image,
+    boxes: torch.Tensor,
+    fade: float = 0.75,
+    outline: str | None = "#d9480f",
+    min_side: int = 256,
+) -> Image.Image:
+    """
+    Draws the image with its dropped patches faded to white and its kept ones as they are, outlined.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The original image, of any mode and size (see [`convert_to_rgb`]).
+        boxes (`torch.Tensor` of shape `(num_kept, 4)`):
+            Boxes (x0, y0, x1, y1) of the kept patches in pixels of the image, as [`TripsProcessor.patch_boxes`] gives.
+        fade (`float`, *optional*, defaults to 0.75):
+            How far dropped patches go to white: 0 leaves them, 1 makes them white.
+        outline (`str`, *optional*, defaults to `"#d9480f"`):
+            Pillow colour of the thin line around the kept area, inside it. `None` draws no line.
+        min_side (`int`, *optional*, defaults to 256):
+            Smaller images are enlarged by a whole factor, pixel by pixel, until their shorter side is that long.
+
+    Returns:
+        `PIL.Image.Image`: A new picture of mode "RGB": the image's size times a whole factor.
+
+    Raises:
+        `ValueError`: `fade` is not in [0, 1], or `boxes` have another shape.
+    """
+    if not 0 <= fade <= 1:
+        raise ValueError(f"`fade` must be in [0, 1], got {fade}.")
+    boxes = torch.as_tensor(boxes)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"`boxes` must have the shape (num_kept, 4), got {tuple(boxes.shape)}.")
+    image = convert_to_rgb(image)
+    factor = max(1, -(-min_side // min(image.size)))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    kept = _kept_mask(image.size, boxes * factor)
+    faded = Image.blend(image, Image.new("RGB", image.size, "white"), fade)
+    picture = Image.composite(image, faded, kept)
+    if outline is not None:
+        picture.paste(outline, mask=_edge_mask(kept, width=max(1, min(image.size) // 160)))
+    return picture
+
+
+def _kept_mask(size: tuple[int, int], boxes: torch.Tensor) -> Image.Image:
+    """A mask (mode "L") of (width, height) that is 255 inside the boxes. Neighbours leave no gap."""
+    mask = Image.new("L", size)
+    draw = ImageDraw.Draw(mask)
+    for x0, y0, x1, y1 in boxes.round().int().tolist():
+        if x0 < x1 and y0 < y1:
+            draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
+    return mask
+
+
+def _edge_mask(mask: Image.Image, width: int) -> Image.Image:
+    """The part of a mask within `width` pixels of its border. The border of the whole picture does not count."""
+    inner = mask
+    for _ in range(width):
+        inner = inner.filter(ImageFilter.MinFilter(3))
+    return ImageChops.subtract(mask, inner)
+
+
+def plot_selection(
+    image: Image.Image,
+    questions: list[str],
+    answers: list[str],
+    boxes_per_question: list[torch.Tensor] | list[list[torch.Tensor]],
+    num_patches: int | None = None,
+    path: str | os.PathLike | None = None,
+):
+    """
+    Plots the image beside what each question made the model keep of it. Needs matplotlib.
+
+    Columns are the original and the questions, each titled with its answer. Rows are the selection layers.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The original image, of any mode and size.
+        questions, answers (`list[str]`):
+            One question per column, and the model's answer to it.
+        boxes_per_question (`list[torch.Tensor]` or `list[list[torch.Tensor]]`):
+            For each question its kept boxes, of shape `(num_kept, 4)` (see [`draw_kept_patches`]), or a list of such
+            tensors, one per selection layer.
+        num_patches (`int`, *optional*):
+            Patches of the whole grid. If given, panels say "137 of 576 patches" rather than "137 patches".
+        path (`str` or `os.PathLike`, *optional*):
+            Where to write the figure; the suffix picks the format (.png, .pdf, .svg). The file appears whole or not
+            at all.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure. It is not registered with pyplot, so there is nothing to close.
+
+    Raises:
+        `ValueError`: There is no question, or questions, answers and boxes (or their numbers of layers) differ in
+        number.
+    """
+    layers = [boxes if isinstance(boxes, (list, tuple)) else [boxes] for boxes in boxes_per_question]
+    if not len(questions) == len(answers) == len(layers) > 0:
+        raise ValueError(
+            f"Got {len(questions)} questions, {len(answers)} answers and boxes for {len(layers)} questions: pass one "
+            "of each per question, and at least one question."
+        )
+    if len({len(boxes) for boxes in layers}) > 1:
+        raise ValueError(f"Questions have different numbers of selection layers: {[len(boxes) for boxes in layers]}.")
+    image = convert_to_rgb(image)
+    figure, axes = _blank_panels(image, num_rows=len(layers[0]), num_columns=1 + len(questions))
+    axes[0, 0].imshow(image)
+    axes[0, 0].set_title("original", fontsize=10)
+    total = f" of {num_patches}" if num_patches else ""
+    for column, (question, answer, rows) in enumerate(zip(questions, answers, layers, strict=True), start=1):
+        axes[0, column].set_title(f"{textwrap.fill(question, 32)}\n→ {answer}", fontsize=10)
+        for row, boxes in enumerate(rows):
+            axes[row, column].imshow(draw_kept_patches(image, boxes))
+            layer = f"selection {row + 1}: " if len(rows) > 1 else ""
+            axes[row, column].set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
+    if path is not None:
+        _save_whole(figure, Path(path))
+    return figure
+
+
+def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
+    """A figure with a grid of panels in the image's shape, without ticks or frames, and its axes (rows, columns)."""
+    from matplotlib.figure import Figure  # an extra
+
+    width = 3.0  # inches
+    size = (width * num_columns, (width * image.height / image.width + 0.7) * num_rows)
+    figure = Figure(figsize=size, dpi=150, layout="compressed")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    for panel in axes.flat:
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _save_whole(figure, path: Path):
+    """Writes to a temporary name beside `path` and renames, so that nobody ever reads half a picture."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["draw_kept_patches", "plot_selection"]

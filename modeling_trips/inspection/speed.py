@@ -1,0 +1,232 @@
+"""What patch selection saves: a model against its unpruned twin, counted and measured."""
+
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForPreTraining
+
+from modeling_trips import MomentumTeacher, TripsConfig, TripsForPreTraining, TripsModel
+
+
+MODES = ("forward", "training", "pretraining")
+
+
+@dataclass
+class Setting:
+    """One point of the benchmark."""
+
+    preset: str
+    image_size: int
+    batch_size: int
+    texts_per_image: int
+    text_length: int
+    selection_layers: list[int]
+    keep_rate: float
+    mode: str
+    dtype: str
+    attn_implementation: str
+    device: str
+    num_threads: int
+    compile: bool
+    config_fields: dict = field(default_factory=dict)
+
+    def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel | TripsForPreTraining:
+        config = TripsConfig.from_preset(
+            self.preset,
+            vision_config={"image_size": self.image_size},
+            selection_layers=self.selection_layers,
+            keep_rate=self.keep_rate,
+            **self.config_fields,
+        )
+        auto_class = AutoModelForPreTraining if self.mode == "pretraining" else AutoModel
+        with torch.device(device):
+            model = auto_class.from_config(config, attn_implementation=attn_implementation or self.attn_implementation)
+        return model.to(getattr(torch, self.dtype)).train(self.mode != "forward")
+
+    def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
+        """`share_images`: whether the texts of an image share its prefix, or the image comes once per text."""
+        num_texts = self.batch_size * self.texts_per_image
+        config, device = model.config, model.device
+        images = torch.zeros if device.type == "meta" else torch.randn
+        pixel_values = images(self.batch_size, 3, self.image_size, self.image_size, device=device, dtype=model.dtype)
+        image_index = torch.arange(self.batch_size, device=device).repeat_interleave(self.texts_per_image)
+        shape = (num_texts, self.text_length)
+        input_ids = torch.randint(config.text_config.vocab_size, shape, device=device)
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
+        if self.texts_per_image > 1 and share_images:
+            inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
+        return inputs | self.pretraining_inputs(model, input_ids) if self.mode == "pretraining" else inputs
+
+    def pretraining_inputs(self, model: TripsForPreTraining, input_ids: torch.Tensor) -> dict:
+        """All words masked, captions cut in the middle, and a teacher with ALBEF's queue."""
+        prompts, labels = input_ids.chunk(2, dim=1)
+        texts = {"mlm_input_ids": input_ids, "mlm_labels": input_ids, "prompt_input_ids": prompts, "labels": labels}
+        image_ids = torch.arange(self.batch_size, device=input_ids.device)
+        return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model), "teacher_weight": 0.4}
+
+
+def set_keep_rate(keep_rate: float, model: torch.nn.Module, inputs: dict):
+    """Of the model, and of its teacher if it has one."""
+    for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
+        module.config.keep_rate = keep_rate
+
+
+def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """The work that is measured, without inputs or outputs."""
+
+    def forward():
+        with torch.no_grad():
+            model(**inputs)
+
+    def forward_backward():
+        model(**inputs).last_hidden_state.float().square().mean().backward()
+
+    def pretraining():
+        model(**inputs).loss.backward()
+
+    return {"forward": forward, "training": forward_backward, "pretraining": pretraining}[setting.mode]
+
+
+def count_macs(setting: Setting, keep_rate: float) -> int:
+    """Multiply-accumulates of all matrix products and convolutions of one step, counted on the meta device."""
+    # Eager, since the counter sees the products inside; no dtype matters.
+    model = setting.make_model("meta", attn_implementation="eager")
+    inputs = setting.make_inputs(model)
+    set_keep_rate(keep_rate, model, inputs)
+    with FlopCounterMode(display=False) as counter:
+        make_step(setting, model, inputs)()
+    return counter.get_total_flops() // 2
+
+
+def macs_by_part(setting: Setting, keep_rate: float) -> dict[str, float]:
+    """
+    Multiply-accumulates of the forward pass of a pre-training step, by part: the layers of the vision tower that all
+    texts about an image share, those that are run for each text, text encoder, fusion encoder, decoder, heads and
+    losses, and all of the teacher. A backward pass doubles them once more, but not for the teacher.
+    """
+    model = setting.make_model("meta", attn_implementation="eager")
+    inputs = setting.make_inputs(model)
+    set_keep_rate(keep_rate, model, inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    student, teacher = type(model).__name__, MomentumTeacher.__name__
+    tower = f"{student}.model.vision_model"
+    first_selection = model.config.vision_config.first_selection_layer or len(model.model.vision_model.layers) + 1
+    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(first_selection - 1))]
+    shared += [f"{tower}.layers.{first_selection - 1}.attention"]  # its other half comes behind the selection
+    parts = {
+        "vision, shared": sum(macs.get(name, 0) for name in shared),
+        "text": macs[f"{student}.model.text_model"],
+        "fusion": macs[f"{student}.model.fusion_model"],
+        "decoder": macs[f"{student}.decoder"],
+        "teacher": macs[teacher],
+    }
+    vision = sum(macs.get(f"{tower}.layers.{number}", 0) for number in range(len(model.model.vision_model.layers)))
+    vision += macs[f"{tower}.embeddings"]
+    parts["vision, by text"] = vision - parts["vision, shared"]
+    parts["heads and losses"] = macs["Global"] - sum(parts.values())
+    return parts
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Seconds of one step, with the device's queue drained."""
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(step: Callable[[], None], device: str) -> int | None:
+    """
+    Peak bytes during one step: allocated by PyTorch on an accelerator; on Linux's CPU, resident in the whole process,
+    with weights and what the allocator holds back; None where it cannot be known.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    clear_refs = Path("/proc/self/clear_refs")
+    if device != "cpu" or not os.access(clear_refs, os.W_OK):
+        return None
+    clear_refs.write_text("5")  # resets the peak to the present size
+    step()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def measure(setting: Setting, warmup: int, repeats: int) -> dict:
+    """One row of results: the setting, its counts and its medians."""
+    model = setting.make_model(setting.device)
+    callable_model = torch.compile(model) if setting.compile else model
+    inputs = setting.make_inputs(model)
+    shared = make_step(setting, callable_model, inputs)
+    variants = {"pruned": (setting.keep_rate, shared), "unpruned": (1.0, shared)}
+    if setting.texts_per_image > 1:
+        repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
+        variants["repeated"] = (setting.keep_rate, repeated)
+
+    seconds = {name: [] for name in variants}
+    for round_number in range(warmup + repeats):
+        for name, (keep_rate, step) in variants.items():
+            set_keep_rate(keep_rate, model, inputs)
+            elapsed = timed(step, setting.device)
+            model.zero_grad(set_to_none=True)
+            if round_number >= warmup:
+                seconds[name].append(elapsed)
+    latency = {name: statistics.median(values) for name, values in seconds.items()}
+
+    memory = {}
+    for name, (keep_rate, step) in variants.items():
+        set_keep_rate(keep_rate, model, inputs)
+        memory[name] = peak_memory(step, setting.device)
+        model.zero_grad(set_to_none=True)
+    macs = {"pruned": count_macs(setting, setting.keep_rate), "unpruned": count_macs(setting, 1.0)}
+    num_texts = setting.batch_size * setting.texts_per_image
+    row = {
+        **asdict(setting),
+        **provenance(setting.device),
+        "macs": macs["pruned"],
+        "macs_ratio": macs["pruned"] / macs["unpruned"],
+        "time_ratio": latency["pruned"] / latency["unpruned"],
+        "latency": latency["pruned"],
+        "unpruned_latency": latency["unpruned"],
+        "throughput": num_texts / latency["pruned"],
+        "peak_memory_bytes": memory["pruned"],
+        "unpruned_peak_memory_bytes": memory["unpruned"],
+        "tokens_per_layer": tokens_per_layer(setting),
+    }
+    if setting.mode == "pretraining":
+        parts = {"macs_by_part": setting.keep_rate, "unpruned_macs_by_part": 1.0}
+        row |= {name: macs_by_part(setting, keep_rate) for name, keep_rate in parts.items()}
+    if "repeated" in latency:
+        row["speedup_over_repeating_images"] = latency["repeated"] / latency["pruned"]
+    return row
+
+
+def provenance(device: str) -> dict[str, str]:
+    """What the numbers depend on besides the setting."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    return {
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "torch_version": torch.__version__.split("+")[0],
+        "transformers_version": transformers.__version__,
+    }
+
+
+def tokens_per_layer(setting: Setting) -> list[int]:
+    """Tokens that leave each vision layer."""
+    setting = replace(setting, mode="forward")
+    model = setting.make_model("meta", attn_implementation="eager").eval()
+    outputs = model(**setting.make_inputs(model), output_hidden_states=True)
+    return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]

@@ -1,0 +1,93 @@
+"""`examples/ablate_selection.py`, and what an evaluation says about the selection (`selection_diagnostics.py`)."""
+
+import json
+
+import ablate_selection
+import PIL.Image
+import pytest
+from toy_tasks import OPTIONS, write_task
+
+from trips_examples import run_grounding
+
+
+BOXES = {"red": [10, 10, 50, 50], "blue": [70, 20, 110, 60]}  # in a picture of 120 x 60 pixels
+EXPRESSIONS = {"red": "red", "blue": "the blue square that is at the right of the other square, and at the bottom"}
+REGION = 40 * 40 / (120 * 60)
+
+
+def grounding_metrics(folder, *options: str) -> dict:
+    """What an evaluation finds on one picture that two expressions are about."""
+    image = PIL.Image.new("RGB", (120, 60), "gray")
+    for color, box in BOXES.items():
+        image.paste(color, box)
+    image.save(folder / "pair.png")
+    rows = [{"image": "pair.png", "expression": EXPRESSIONS[color], "box": box} for color, box in BOXES.items()]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    data = [f"--train_file={folder / 'rows.json'}", f"--validation_file={folder / 'rows.json'}"]
+    run_grounding.main([*data, *OPTIONS, "--do_train=False", f"--output_dir={folder / 'run'}", *options])
+    return json.loads((folder / "run" / "eval_results.json").read_text())
+
+
+def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
+    metrics = grounding_metrics(tmp_path, "--selection_layers=3", "--keep_rate=0.25")
+    assert {name for name in metrics if "layer" in name} == {
+        f"eval_layer3_{name}" for name in ("entropy", "coverage", "text_sensitivity", "inside")
+    }
+    assert metrics["eval_inside_at_random"] == pytest.approx(REGION)
+    assert 0.25 <= metrics["eval_layer3_coverage"] <= 1 and 0 <= metrics["eval_layer3_inside"] <= 1
+    assert metrics["eval_layer3_text_sensitivity"] > 0  # two expressions about one picture keep different patches
+
+
+def test_a_selection_by_the_image_does_not_feel_the_text(tmp_path):
+    metrics = grounding_metrics(tmp_path, "--selection_guidance=image")
+    assert metrics["eval_layer2_text_sensitivity"] == metrics["eval_layer3_text_sensitivity"] == 0
+
+
+def test_without_selection_there_is_nothing_to_describe(tmp_path):
+    assert not {name for name in grounding_metrics(tmp_path, "--keep_rate=1.0") if "layer" in name}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    data = write_task("grounding", tmp_path)
+    return [
+        "--script=run_grounding.py",
+        "--metric=eval_mean_iou",
+        "--variants",
+        "text",
+        "unpruned",
+        "--seeds=3",
+        f"--output_dir={tmp_path / 'runs'}",
+        f"--output_json={tmp_path / 'rows.json'}",
+        "--",
+        *data,
+        *OPTIONS,
+        "--keep_rate=0.5",
+    ]
+
+
+@pytest.mark.slow
+def test_each_variant_trains_once_and_is_compared(arguments, tmp_path, capsys):
+    rows = ablate_selection.main([*arguments, "--max_steps=1"])
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert [(row["variant"], row["seed"]) for row in rows] == [("text", 3), ("unpruned", 3)]
+    assert "eval_layer2_entropy" in rows[0] and "eval_layer2_entropy" not in rows[1]  # rate 1.0 wins over 0.5
+    assert f"| text | {rows[0]['eval_mean_iou']:.4f} | - | 1 |" in capsys.readouterr().out
+
+    model = tmp_path / "runs" / "text-seed3" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert ablate_selection.main([*arguments, "--max_steps=1"]) == rows
+    assert model.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"text-seed3 holds a run with other options .*choose another --output_dir"):
+        ablate_selection.main([*arguments, "--max_steps=2"])
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_stops_the_ablation_and_names_its_log(arguments):
+    with pytest.raises(RuntimeError, match=r"failed with status \d+, see .*text-seed3/log.txt"):
+        ablate_selection.main([*arguments, "--no_such_option=1"])
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(ValueError, match="must be of text, image, random, unpruned, got texts"):
+        ablate_selection.main(["--variants", "texts"])

@@ -1,0 +1,159 @@
+"""The benchmark: counted multiply-accumulates against a formula worked out by hand, tokens, rows and verdicts."""
+
+import json
+
+import benchmark
+import pytest
+
+from modeling_trips import TripsConfig
+from modeling_trips.inspection.speed import Setting, count_macs, macs_by_part, tokens_per_layer
+
+
+def setting(**changes) -> Setting:
+    fields = {
+        "preset": "tiny",
+        "image_size": 64,
+        "batch_size": 2,
+        "texts_per_image": 1,
+        "text_length": 6,
+        "selection_layers": [2, 3],
+        "keep_rate": 0.5,
+        "mode": "forward",
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "device": "cpu",
+        "num_threads": 1,
+        "compile": False,
+    }
+    return Setting(**{**fields, **changes})
+
+
+def macs_by_hand(tokens: list[tuple[int, int]], num_selections: int) -> int:
+    """
+    MACs of one image and text of the tiny preset: 128 wide, MLP of 512, 4 vision, 1 text and 2 fusion layers, 64
+    patches. `tokens`: those that enter the attention and the MLP of each vision layer.
+    """
+    d, mlp, text = 128, 512, 6
+    stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
+    vision = sum(4 * n * d * d + 2 * n * n * d + 2 * m * d * mlp for n, m in tokens)
+    # Each selection: the text's query and the weighted sum of n candidates (its product with their keys is no matmul).
+    selection = sum(d * d + (n - 1) * d for n, m in tokens if n != m)
+    assert sum(n != m for n, m in tokens) == num_selections
+    self_attention = 4 * text * d * d + 2 * text * text * d
+    image = tokens[-1][1]
+    cross_attention = 2 * text * d * d + 2 * image * d * d + 2 * text * image * d
+    feed_forward = 2 * text * d * mlp
+    return stem + vision + selection + 3 * (self_attention + feed_forward) + 2 * cross_attention
+
+
+def test_counted_macs_equal_the_formula():
+    # 64 patches: 1 + 32 + 1 tokens after layer 2, 1 + ceil(33 / 2) + 1 after layer 3.
+    pruned = macs_by_hand([(65, 65), (65, 34), (34, 19), (19, 19)], num_selections=2)
+    assert count_macs(setting(), 0.5) == 2 * pruned
+    unpruned = macs_by_hand([(65, 65)] * 4, num_selections=0)
+    assert count_macs(setting(), 1.0) == 2 * unpruned
+
+
+def test_a_shared_prefix_is_counted_once_per_image():
+    one = count_macs(setting(batch_size=1), 0.5)
+    three = count_macs(setting(batch_size=1, texts_per_image=3), 0.5)
+    assert one < three < 3 * one
+    # The unpruned vision tower does not depend on the text at all: only text and fusion are computed three times.
+    d, mlp, text, image = 128, 512, 6, 65
+    language = 3 * (4 * text * d * d + 2 * text * text * d + 2 * text * d * mlp)
+    language += 2 * (2 * text * d * d + 2 * image * d * d + 2 * text * image * d)
+    shared = setting(batch_size=1, texts_per_image=3)
+    assert count_macs(shared, 1.0) - count_macs(setting(batch_size=1), 1.0) == 2 * language
+
+
+def test_tokens_per_layer_are_those_of_the_schedule():
+    assert tokens_per_layer(setting()) == [65, 34, 19, 19]
+    base = setting(preset="base", image_size=224, selection_layers=[5, 10], keep_rate=0.7)
+    assert tokens_per_layer(base) == [197] * 4 + [140] * 5 + [100] * 3
+
+
+@pytest.mark.parametrize(
+    ("image_size", "layers", "ratio"),
+    [
+        (224, [5, 10], 0.79),
+        (384, [5, 10], 0.75),
+        (224, [2, 10], 0.73),
+        (384, [2, 10], 0.68),
+        (224, [2, 4, 8], 0.60),
+        (384, [2, 4, 8], 0.53),
+    ],
+)
+def test_counted_ratios_at_base_size(image_size, layers, ratio):
+    """Ratios worked out by hand for ViT-B/16, 6 text and 6 fusion layers, 40 text tokens (two decimals)."""
+    point = setting(
+        preset="base", image_size=image_size, selection_layers=layers, keep_rate=0.7, batch_size=1, text_length=40
+    )
+    assert count_macs(point, 0.7) / count_macs(point, 1.0) == pytest.approx(ratio, abs=0.0051)
+
+
+ONE_PASS = {"honest_negatives": False, "contrastive_selection": "text"}
+
+
+@pytest.mark.parametrize(("fields", "passes"), [({"honest_masking": True}, 6), ({}, 4), (ONE_PASS, 1)])
+def test_pre_training_is_divided_among_parts(fields, passes):
+    """By hand for the tiny preset: 65 tokens enter the vision tower, 34 its layer 3, 19 its layer 4."""
+    point = setting(mode="pretraining", config_fields=fields)
+    pruned, unpruned = macs_by_part(point, 0.5), macs_by_part(point, 1.0)
+    d, mlp, images = 128, 512, 2
+
+    def layer(tokens: int, tokens_of_mlp: int) -> int:
+        return 4 * tokens * d * d + 2 * tokens**2 * d + 2 * tokens_of_mlp * d * mlp
+
+    stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
+    shared = stem + layer(65, 65) + layer(65, 0)
+    by_text = layer(0, 34) + layer(34, 19) + layer(19, 19)
+    selections = 2 * d * d + (64 + 33) * d
+    assert pruned["vision, shared"] == pytest.approx(images * shared, rel=0.02)
+    assert pruned["vision, by text"] == pytest.approx(images * passes * (by_text + selections), rel=0.02)
+    # An unpruned tower knows no text: it is computed once for all of them.
+    assert unpruned["vision, shared"] == images * (stem + 4 * layer(65, 65)) and unpruned["vision, by text"] == 0
+    assert pruned["text"] == unpruned["text"] and pruned["fusion"] < unpruned["fusion"]
+    forward = sum(pruned.values())
+    assert 2.2 * (forward - pruned["teacher"]) < count_macs(point, 0.5) - pruned["teacher"] < 3 * forward
+
+
+def test_a_step_of_pre_training_is_measured_with_its_twin(tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    arguments = "--preset tiny --image_size 64 --schedule 2,3 --keep_rate 0.5 --batch_size 2 --text_length 6"
+    options = ["--mode=pretraining", f"--config_fields={json.dumps(ONE_PASS)}", "--repeats=1", "--warmup=0"]
+    benchmark.main([*arguments.split(), *options, "--output_json", str(path)])
+    (row,) = json.loads(path.read_text())
+    assert row["config_fields"] == ONE_PASS and row["macs_by_part"].keys() == row["unpruned_macs_by_part"].keys()
+    assert row["macs_ratio"] < 1 and row["tokens_per_layer"] == [65, 34, 19, 19]
+    assert "shares of the forward pass" in capsys.readouterr().out
+
+
+def test_command_line_writes_a_row_per_setting(tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    arguments = "--preset tiny --image_size 64 --schedule 2,3 1 --keep_rate 0.5 --batch_size 2 --text_length 6"
+    benchmark.main([*arguments.split(), "--repeats=1", "--warmup=0", "--output_json", str(path)])
+    rows = json.loads(path.read_text())
+    assert [row["selection_layers"] for row in rows] == [[2, 3], [1]]
+    assert rows[0]["macs_ratio"] == count_macs(setting(), 0.5) / count_macs(setting(), 1.0)
+    for row in rows:
+        assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
+        assert row["throughput"] == pytest.approx(2 / row["latency"])
+        assert row["peak_memory_bytes"] > 2**20
+    assert "[2,3] x 0.5" in capsys.readouterr().out
+
+
+def test_verdict_says_where_pruning_does_not_pay(capsys):
+    row = {**vars(setting()), "macs_ratio": 0.7, "time_ratio": 1.2}
+    benchmark.print_verdict([row])
+    assert "does NOT pay here: 1.20" in capsys.readouterr().out
+    benchmark.print_verdict([{**row, "time_ratio": 0.8}])
+    assert "pays less than counted: 1.14 times" in capsys.readouterr().out
+    benchmark.print_verdict([{**row, "time_ratio": 0.7}])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_twin_has_the_same_weights_and_selects_nothing():
+    model = setting().make_model("cpu").eval()
+    model.config.keep_rate = 1.0
+    assert model.vision_model.config.selection_schedule == {}
+    assert TripsConfig.from_preset("tiny", keep_rate=1.0).vision_config.selection_schedule == {}

@@ -1,0 +1,450 @@
+"""The annotation files of public data sets: small files of the very same form, loaded as users load them."""
+
+import json
+import pickle
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from trips_examples.data.annotations import AnnotationFile, read_annotations, read_plain_pickle
+from trips_examples.data.loading import load_task_dataset
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Images as COCO names and places them, 40 x 30 pixels."""
+    names = {
+        "train2014": ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000581857.jpg"],
+        "val2014": ["COCO_val2014_000000391895.jpg", "COCO_val2014_000000060623.jpg"],
+        "train2017": ["000000000139.jpg"],
+    }
+    for folder, files in names.items():
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for number, file in enumerate(files):
+            PIL.Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(tmp_path / "images" / folder / file)
+    return tmp_path
+
+
+def write(file, content):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def names_of(rows):
+    """The files of the images, with the folder they lie in."""
+    return [
+        re.sub(r".*/(.*/)", r"\1", path)
+        for path in rows.data.column("image").combine_chunks().field("path").to_pylist()
+    ]
+
+
+# VQAv2
+
+
+def vqa(folder, subtype="train2014", questions=None):
+    questions = questions or [
+        {"image_id": 9, "question": "What is it?", "question_id": 9000},
+        {"image_id": 9, "question": "How many?", "question_id": 9001},
+        {"image_id": 581857, "question": "Is it red?", "question_id": 581857002},
+    ]
+    file = write(
+        folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json",
+        {
+            "info": {},
+            "task_type": "Open-Ended",
+            "data_type": "mscoco",
+            "data_subtype": subtype,
+            "questions": questions,
+        },
+    )
+    answers = {9000: ["broccoli", "broccoli", "food"], 581857002: ["yes"], 9001: ["2", "two", "2"]}
+    annotations = [
+        {
+            "question_type": "what",
+            "multiple_choice_answer": given[0],
+            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(given, 1)],
+            "image_id": 9 if question_id < 10000 else 581857,
+            "answer_type": "other",
+            "question_id": question_id,
+        }
+        for question_id, given in answers.items()
+    ]
+    name = file.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    return file, write(folder / name, {"info": {}, "data_subtype": subtype, "annotations": annotations})
+
+
+def test_vqa_finds_its_annotations(coco):
+    file, _ = vqa(coco / "vqa")
+    rows = load_task_dataset("vqa", train_file=file, image_root=coco / "images")["train"]
+    assert names_of(rows) == [
+        f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009",) * 2 + ("000000581857",)
+    ]
+    assert rows["image_id"][:] == ["9", "9", "581857"]
+    assert rows["question_id"][:] == ["9000", "9001", "581857002"]
+    assert rows["question"][:] == ["What is it?", "How many?", "Is it red?"]
+    assert rows["answers"][:] == [["broccoli", "broccoli", "food"], ["2", "two", "2"], ["yes"]]
+    assert rows["source"][2] == "v2_OpenEnded_mscoco_train2014_questions.json row 3"
+
+
+def test_vqa_with_annotations_and_images_elsewhere(coco):
+    file, annotations = vqa(coco / "vqa")
+    annotations = annotations.rename(coco / "answers.json")
+    with pytest.raises(FileNotFoundError, match="--train_annotations.*v2_mscoco_train2014_annotations.json"):
+        load_task_dataset("vqa", train_file=file, image_root=coco / "images")
+    # All images in one folder, without those of the split
+    folder = coco / "images" / "train2014"
+    rows = load_task_dataset("vqa", train_file=file, train_annotations=annotations, image_root=folder)["train"]
+    assert names_of(rows)[2] == "train2014/COCO_train2014_000000581857.jpg"
+    with pytest.raises(ValueError, match="has no answers: --validation_annotations"):
+        load_task_dataset("vqa", validation_file=file, validation_annotations=file, image_root=folder)
+
+
+def test_vqa_question_without_answers_is_named(coco):
+    file, _ = vqa(coco / "vqa", questions=[{"image_id": 9, "question": "Why?", "question_id": 1}, {"image_id": 9}])
+    with pytest.raises(ValueError, match=r"row 1: no answer .*\n.*row 2: not as in .*VQAv2.*'question_id'"):
+        load_task_dataset("vqa", train_file=file, image_root=coco / "images")
+
+
+def test_vqa_test_dev_has_the_images_of_test(coco):
+    """Their questions have no answers: nothing to evaluate here, but the names must be right."""
+    file, annotations = vqa(coco / "vqa", "test-dev2015")
+    _, record = next(iter(read_annotations(AnnotationFile(file, "val", None, annotations), "vqa")))
+    assert record["image"] == ("test2015/COCO_test2015_000000000009.jpg", "COCO_test2015_000000000009.jpg")
+
+
+# Captions
+
+
+def test_coco_captions(coco):
+    images = [
+        {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg"},
+        {"id": 9, "file_name": "COCO_train2014_000000000009.jpg"},
+    ]
+    annotations = [
+        {"image_id": 9, "id": 1, "caption": "A plate."},
+        {"image_id": 581857, "id": 2, "caption": "A bear. "},
+        {"image_id": 9, "id": 3, "caption": "Some food."},
+    ]
+    file = write(coco / "captions_train2014.json", {"info": {}, "images": images, "annotations": annotations})
+    rows = load_task_dataset("captions", train_file=file, image_root=coco / "images")["train"]
+    assert rows["caption"][:] == ["A plate.", "A bear.", "Some food."]
+    assert rows["image_id"][:] == ["9", "581857", "9"]
+    assert names_of(rows)[1] == "train2014/COCO_train2014_000000581857.jpg"
+    write(file, {"images": images[:1], "annotations": annotations})
+    with pytest.raises(ValueError, match=r"2 of the 3 rows .*\n.*row 1: not as in .*COCO.*9"):
+        load_task_dataset("captions", train_file=file, image_root=coco / "images")
+
+
+def test_coco_2017_names_its_folder_in_the_address(coco):
+    url = "http://images.cocodataset.org/train2017/000000000139.jpg"
+    images = [{"id": 139, "file_name": "000000000139.jpg", "coco_url": url}]
+    content = {"images": images, "annotations": [{"image_id": 139, "caption": "A room."}]}
+    file = write(coco / "captions.json", content)
+    rows = load_task_dataset("captions", validation_file=file, image_root=coco / "images")["validation"]
+    assert names_of(rows) == ["train2017/000000000139.jpg"]
+
+
+def karpathy(file, splits, **more):
+    names = ["COCO_val2014_000000391895.jpg", "COCO_val2014_000000060623.jpg"]
+    images = [
+        {
+            "filename": names[i % 2],
+            "imgid": i,
+            "split": split,
+            "sentids": [2 * i, 2 * i + 1],
+            "sentences": [{"raw": f"Caption {2 * i + j}.", "tokens": ["caption"], "imgid": i} for j in (0, 1)],
+            **{key: value(i) for key, value in more.items()},
+        }
+        for i, split in enumerate(splits)
+    ]
+    return write(file, {"images": images, "dataset": "coco"})
+
+
+def test_karpathy_splits(coco):
+    more = {"filepath": lambda i: "val2014", "cocoid": lambda i: [391895, 60623][i % 2]}
+    file = karpathy(coco / "dataset_coco.json", ["test", "restval", "val", "train"], **more)
+    loaded = load_task_dataset("captions", train_file=file, validation_file=file, image_root=coco / "images")
+    train, validation = loaded["train"], loaded["validation"]
+    assert train["caption"][:] == ["Caption 2.", "Caption 3.", "Caption 6.", "Caption 7."]
+    assert train["image_id"][:] == ["60623"] * 4
+    assert train["source"][:] == ["dataset_coco.json row 2"] * 2 + ["dataset_coco.json row 4"] * 2
+    assert validation["caption"][:] == ["Caption 4.", "Caption 5."]
+    assert names_of(validation) == ["val2014/COCO_val2014_000000391895.jpg"] * 2
+    test = load_task_dataset("captions", validation_file=file, validation_split="test", image_root=coco / "images")
+    assert test["validation"]["caption"][:] == ["Caption 0.", "Caption 1."]
+    with pytest.raises(ValueError, match="no split 'dev', only test .1., train .2., val .1.: .*--validation_split"):
+        load_task_dataset("captions", validation_file=file, validation_split="dev", image_root=coco / "images")
+
+
+def test_karpathy_of_flickr30k(coco):
+    """It has neither folders nor numbers of COCO."""
+    file = karpathy(coco / "dataset_flickr30k.json", ["train"])
+    rows = load_task_dataset("captions", train_file=file, image_root=coco / "images" / "val2014")["train"]
+    assert rows["image_id"][:] == ["0", "0"]
+    assert names_of(rows)[0] == "val2014/COCO_val2014_000000391895.jpg"
+
+
+# NLVR2
+
+
+def nlvr2(file, lines):
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def nlvr2_line(identifier, label, **more):
+    urls = {"left_url": "http://a", "right_url": "http://b", "writer": 1, "synset": "dog", "query": "dogs1"}
+    return {
+        "validation": {"1": label},
+        "sentence": f"About {identifier}.",
+        "label": label,
+        "identifier": identifier,
+        **urls,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    "folders", [{"train": "train/55", "dev": "dev"}, {"train": "55", "dev": ""}, {"train": "", "dev": ""}]
+)
+def test_nlvr2(tmp_path, folders):
+    for split, stem in (("train", "train-10171-0"), ("dev", "dev-850-0")):
+        (tmp_path / folders[split]).mkdir(parents=True, exist_ok=True)
+        for side, width in ((0, 6), (1, 9)):
+            PIL.Image.new("RGBA", (width, 5)).save(tmp_path / folders[split] / f"{stem}-img{side}.png")
+    # The official files end with .json, and hold an object per line.
+    train = nlvr2(tmp_path / "train.json", [nlvr2_line("train-10171-0-1", "False", directory=55)])
+    dev = nlvr2(
+        tmp_path / "dev.json", [nlvr2_line(f"dev-850-0-{i}", label) for i, label in ((0, "True"), (1, "False"))]
+    )
+    loaded = load_task_dataset("nlvr2", train_file=train, validation_file=dev, image_root=tmp_path)
+    assert loaded["validation"]["label"][:] == [1, 0]
+    assert loaded["validation"]["question_id"][:] == ["dev-850-0-0", "dev-850-0-1"]
+    (row,) = loaded["train"]
+    assert (row["statement"], row["label"], row["source"]) == ("About train-10171-0-1.", 0, "train.json row 1")
+    assert [image.size for image in row["images"]] == [(6, 5), (9, 5)]
+    assert all(image_id.endswith(f"train-10171-0-img{side}.png") for side, image_id in enumerate(row["image_ids"]))
+
+
+def test_nlvr2_bad_rows_are_named(tmp_path):
+    PIL.Image.new("L", (4, 4)).save(tmp_path / "dev-1-0-img0.png")
+    lines = [nlvr2_line("dev-1-0-0", "True"), nlvr2_line("dev-1-0-1", "perhaps"), nlvr2_line(17, "True")]
+    with pytest.raises(ValueError) as raised:
+        load_task_dataset("nlvr2", train_file=nlvr2(tmp_path / "dev.json", lines))
+    assert re.search("row 1: missing image .*dev/dev-1-0-img1.png", str(raised.value))
+    assert "row 2: label is not 1, 0, true or false ('perhaps')" in str(raised.value)
+    assert "row 3: not as in NLVR2" in str(raised.value)
+
+
+# RefCOCO
+
+
+def refcoco(folder, protocol=0):
+    """Written as the official files are, by an old protocol."""
+    boxes = {1: [1.5, 2.0, 10.0, 20.5], 2: [0.0, 0.0, 40.0, 30.0]}
+    images = [{"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 40, "height": 30}]
+    annotations = [{"id": i, "image_id": 581857, "category_id": 1, "bbox": box} for i, box in boxes.items()]
+    write(folder / "instances.json", {"images": images, "annotations": annotations, "categories": []})
+    sentences = {11: ["the left one", "LEFT"], 12: ["the whole"], 13: ["it"]}
+    refs = [
+        {
+            "ref_id": ref_id,
+            "ann_id": ann_id,
+            "image_id": 581857,
+            "split": split,
+            "category_id": 1,
+            "file_name": f"COCO_train2014_000000581857_{ann_id}.jpg",
+            "sent_ids": [10 * ref_id + i for i in range(len(sentences[ref_id]))],
+            "sentences": [
+                {"raw": text.upper(), "sent": text.lower(), "tokens": text.split(), "sent_id": 10 * ref_id + i}
+                for i, text in enumerate(sentences[ref_id])
+            ],
+        }
+        for ref_id, ann_id, split in ((12, 2, "testA"), (11, 1, "train"), (13, 1, "val"))
+    ]
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
+    return folder / "refs(unc).p"
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_refcoco(coco, protocol):
+    (coco / "refcoco").mkdir()
+    file = refcoco(coco / "refcoco", protocol)
+    loaded = load_task_dataset(
+        "grounding", train_file=file, validation_file=file, validation_split="testA", image_root=coco / "images"
+    )
+    train, (test,) = loaded["train"], loaded["validation"]
+    assert train["expression"][:] == ["the left one", "left"]
+    assert train["box"][:] == [[1.5, 2.0, 11.5, 22.5]] * 2  # x, y, width, height -> corners
+    assert train["question_id"][:] == ["110", "111"]
+    assert train["source"][:] == ["refs(unc).p row 2"] * 2
+    assert (test["expression"], test["box"], test["image_id"]) == ("the whole", [0, 0, 40, 30], "581857")
+    assert test["image"].size == (40, 30)
+    validation = load_task_dataset("grounding", validation_file=file, image_root=coco / "images")["validation"]
+    assert validation["expression"][:] == ["it"]
+
+
+def test_refcoco_needs_its_boxes(coco):
+    (coco / "refcoco").mkdir()
+    file = refcoco(coco / "refcoco")
+    (coco / "refcoco" / "instances.json").rename(coco / "boxes.json")
+    with pytest.raises(FileNotFoundError, match="refs.unc..p goes with the boxes in instances.json: .*--train_annota"):
+        load_task_dataset("grounding", train_file=file, image_root=coco / "images")
+    given = {"train_annotations": coco / "boxes.json", "image_root": coco / "images"}
+    assert len(load_task_dataset("grounding", train_file=file, **given)["train"]) == 2
+    write(coco / "boxes.json", {"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]})
+    with pytest.raises(ValueError, match=r"row 2: not as in .*RefCOCO.*581857"):
+        load_task_dataset("grounding", train_file=file, **given)
+
+
+class Hostile:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_hostile_pickle_runs_nothing(tmp_path, protocol):
+    file = tmp_path / "refs(unc).p"
+    content = pickle.dumps([{"ref_id": 1, "sentences": Hostile(tmp_path / "made")}], protocol)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"refs.unc..p is not read: it refers to \w+.mkdir"):
+        load_task_dataset("grounding", train_file=file)
+    assert not (tmp_path / "made").exists()
+    pickle.loads(content)  # the same file, read as anyone would
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(1.5), np.zeros(2), {1, Ellipsis}, complex(1, 2), Hostile, len, AnnotationFile, range(3)],
+    ids=repr,
+)
+def test_no_class_or_function_is_unpickled(tmp_path, value):
+    (tmp_path / "file.p").write_bytes(pickle.dumps([value], 2))
+    with pytest.raises(ValueError, match="it refers to"):
+        read_plain_pickle(tmp_path / "file.p")
+
+
+def test_pickle_of_plain_data_is_read(tmp_path):
+    value = [{"a": [1, 2.5, "é", None, True]}, ("b",), 2**70, b"c"]
+    for protocol in (3, 4, 5):
+        (tmp_path / "file.p").write_bytes(pickle.dumps(value, protocol))
+        assert read_plain_pickle(tmp_path / "file.p") == value
+    (tmp_path / "file.p").write_bytes(b"(lp0\nS'caf\\xc3\\xa9'\np1\na.")  # as written by Python 2
+    assert read_plain_pickle(tmp_path / "file.p") == ["café"]
+
+
+def test_broken_and_other_pickles_are_named(tmp_path):
+    file = tmp_path / "refs.p"
+    for content, message in (
+        (b"no pickle", "refs.p is not read"),
+        (pickle.dumps([1]), "refs.p is a pickle, and not of"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_task_dataset("grounding", train_file=file)
+
+
+# ALBEF's lists
+
+
+def test_albef_captions(coco):
+    images = ["train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000391895.jpg"]
+    train = [{"image": images[0], "caption": f"Caption {i}.", "image_id": "coco_9"} for i in range(2)]
+    test = [{"image": images[1], "caption": ["One.", "Two.", "Three."]}]
+    loaded = load_task_dataset(
+        "captions",
+        train_file=write(coco / "coco_train.json", train),
+        validation_file=write(coco / "coco_test.json", test),
+        image_root=coco / "images",
+    )
+    assert loaded["train"]["image_id"][:] == ["coco_9"] * 2
+    assert loaded["validation"]["caption"][:] == ["One.", "Two.", "Three."]
+    assert len(set(loaded["validation"]["image_id"])) == 1
+    assert loaded["validation"]["source"][:] == ["coco_test.json row 1"] * 3
+
+
+def test_albef_questions(coco):
+    image = {"image": "train2014/COCO_train2014_000000000009.jpg", "question": "What?"}
+    records = [
+        {**image, "question_id": 5, "answer": ["red", "red", "blue"], "dataset": "vqa"},
+        {**image, "question_id": 6, "answer": "green", "dataset": "vg"},
+    ]
+    rows = load_task_dataset("vqa", train_file=write(coco / "vqa_train.json", records), image_root=coco / "images")[
+        "train"
+    ]
+    assert rows["answers"][:] == [["red", "red", "blue"], ["green"]]
+    assert rows["question_id"][:] == ["5", "6"]
+
+
+def test_albef_nlvr2(coco):
+    images = [f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009", "000000581857")]
+    records = [{"images": images, "sentence": "Both.", "label": "True"}]
+    (row,) = load_task_dataset("nlvr2", train_file=write(coco / "nlvr.json", records), image_root=coco / "images")[
+        "train"
+    ]
+    assert (row["statement"], row["label"]) == ("Both.", 1)
+    assert [np.asarray(image)[0, 0, 0] // 10 for image in row["images"]] == [0, 5]
+
+
+def test_albef_grounding_takes_boxes_from_the_refs(coco):
+    (coco / "refcoco").mkdir()
+    refs = refcoco(coco / "refcoco")
+    record = {"image": "train2014/COCO_train2014_000000581857.jpg", "text": "left", "ref_id": 11}
+    file = write(coco / "refcoco+_train.json", [record, {**record, "ref_id": 12}])
+    given = {"train_file": file, "image_root": coco / "images"}
+    rows = load_task_dataset("grounding", train_annotations=refs, **given)["train"]
+    assert rows["box"][:] == [[1.5, 2.0, 11.5, 22.5], [0, 0, 40, 30]]
+    assert rows["expression"][:] == ["left", "left"]
+    with pytest.raises(ValueError, match=r"row 1: no box .*refs.unc..p with --train_annotations"):
+        load_task_dataset("grounding", **given)
+    write(file, [record, {**record, "ref_id": 99}])
+    with pytest.raises(ValueError, match="1 of the 2 rows .*\n.*row 2: not as in ALBEF.*99"):
+        load_task_dataset("grounding", train_annotations=refs, **given)
+
+
+# What does not fit
+
+
+def test_files_for_another_task_are_named(coco):
+    file, _ = vqa(coco / "vqa")
+    with pytest.raises(
+        ValueError, match="is a file of VQAv2's questions, which is for the task 'vqa', not 'captions'"
+    ):
+        load_task_dataset("captions", train_file=file)
+    with pytest.raises(ValueError, match="is a split by Karpathy, which is for the task 'captions', not 'nlvr2'"):
+        load_task_dataset("nlvr2", train_file=karpathy(coco / "dataset_coco.json", ["train"]))
+
+
+def test_split_or_second_file_that_is_not_used_is_refused(coco):
+    file, annotations = vqa(coco / "vqa")
+    with pytest.raises(ValueError, match="VQAv2's questions, without splits: leave out --validation_split val"):
+        load_task_dataset("vqa", validation_file=file, validation_split="val")
+    dataset = karpathy(coco / "dataset_coco.json", ["train"])
+    with pytest.raises(ValueError, match="without a second file: leave out --train_annotations .*annotations.json"):
+        load_task_dataset("captions", train_file=dataset, train_annotations=annotations)
+    rows = write(coco / "rows.json", [{"image": "a", "question": "b", "answer": "c"}])
+    with pytest.raises(ValueError, match="a list of rows, without a second file"):
+        load_task_dataset("vqa", train_file=rows, train_annotations=annotations)
+    with pytest.raises(ValueError, match="train_annotations .*goes with train_file"):
+        load_task_dataset("vqa", validation_file=file, train_annotations=annotations)
+
+
+def test_public_file_that_is_not_whole_is_named(coco):
+    file, _ = vqa(coco / "vqa")
+    content = json.loads(file.read_text())
+    del content["data_subtype"]
+    with pytest.raises(
+        ValueError, match="questions.json is a file of VQAv2's questions, but not whole: .*data_subtype"
+    ):
+        load_task_dataset("vqa", train_file=write(file, content))

@@ -1,0 +1,366 @@
+"""easy-VQA and its scenes, checked against pixels."""
+
+import functools
+import io
+import re
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from trips_examples.data import scenes as example_scenes
+from trips_examples.data.scenes import (
+    DEFAULT_GRID,
+    EASY_VQA_COLORS,
+    EASY_VQA_SHAPES,
+    NLVR2_STATEMENTS,
+    _Scenes,
+    easy_vqa_attributes,
+    scene_records,
+    shape_box,
+)
+
+
+easy_vqa = pytest.importorskip("easy_vqa")
+
+RGB = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiles_are_read_once():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(example_scenes, "read_tiles", functools.cache(example_scenes.read_tiles))
+        yield
+
+
+# easy-VQA
+
+
+def color_and_shape(tile):
+    """What a tile shows, by its pixels alone: the colour there is most of, and the outer rows of what has it."""
+    masks = {color: (tile == rgb).all(-1) for color, rgb in RGB.items()}
+    color, mask = max(masks.items(), key=lambda item: item[1].sum())
+    ys, xs = np.nonzero(mask)
+    box = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    return color, "rectangle" if box[0].all() else "triangle" if box[-1].all() else "circle"
+
+
+@pytest.mark.parametrize(("split", "resolved"), [("train", 3578), ("test", 888)])
+def test_attributes_fit_the_pixels(split, resolved):
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    attributes = easy_vqa_attributes(split)
+    assert len(attributes) == resolved
+    for image_id in list(attributes)[::2]:
+        assert attributes[image_id] == color_and_shape(np.asarray(PIL.Image.open(paths[image_id]))), image_id
+
+
+def test_contradicting_questions_name_the_image(monkeypatch):
+    questions = (["what color is the shape?", "is there a red shape?"], ["red", "no"], [7, 7])
+    monkeypatch.setattr(easy_vqa, "get_test_questions", lambda: questions)
+    with pytest.raises(ValueError, match="test image 7 .*'is there a red shape\\?' with the answer 'no'"):
+        easy_vqa_attributes("test")
+
+
+# Scenes
+
+
+@pytest.fixture(scope="module", params=[("train", 2), ("test", 3)], ids=["train 2x2", "test 3x3"])
+def scenes(request):
+    split, grid = request.param
+    return split, grid, decoded(scene_records("vqa", split, num_scenes=60, grid=grid))
+
+
+def decoded(records):
+    return [{**record, "image": picture(record["image"])} for record in records]
+
+
+def picture(encoded):
+    assert encoded["path"] is None
+    return PIL.Image.open(io.BytesIO(encoded["bytes"])).convert("RGB")
+
+
+def tiles_of(image, grid):
+    """Pixels of the tiles by box."""
+    pixels = np.asarray(image)
+    assert pixels.shape == (grid * 64, grid * 64, 3)
+    origins = [(x, y) for y in range(0, grid * 64, 64) for x in range(0, grid * 64, 64)]
+    return {(x, y, x + 64, y + 64): pixels[y : y + 64, x : x + 64] for x, y in origins}
+
+
+def expected_answer(question, shown):
+    """Answer and box by the tiles' pixels; fails where the question does not name one tile."""
+    words = re.findall(r"\w+", question)
+    if match := re.fullmatch(r"is there a (\w+) (\w+)\?", question):
+        boxes = [box for box, tile in shown.items() if tile == match.groups()]
+        if not boxes:
+            assert any(color == match[1] for color, _ in shown.values()), question
+            return "no", None
+        answer = "yes"
+    else:
+        asked = {"shape": 1, "color": 0}[words[1]]
+        named = next(word for word in words[2:] if word in EASY_VQA_COLORS | EASY_VQA_SHAPES)
+        boxes = [box for box, tile in shown.items() if named in tile]
+        answer = shown[boxes[0]][asked]
+    assert len(boxes) == 1, f"{question} names {len(boxes)} tiles"
+    return answer, boxes[0]
+
+
+def test_scenes_answers_and_boxes_fit_the_pixels(scenes):
+    _, grid, rows = scenes
+    kinds = Counter()
+    shown_by_scene = {}
+    for row in rows:
+        if row["image_id"] not in shown_by_scene:
+            shown = {box: color_and_shape(tile) for box, tile in tiles_of(row["image"], grid).items()}
+            shown_by_scene[row["image_id"]] = shown
+        shown = shown_by_scene[row["image_id"]]
+        assert (row["answer"], row["target_box"]) == expected_answer(row["question"], shown), row
+        kinds[row["question"].split()[1]] += 1
+    assert len(kinds) == 3, kinds
+
+
+def test_scenes_ask_for_all_that_is_unique(scenes):
+    _, grid, rows = scenes
+    asked = {}
+    for row in rows:
+        asked.setdefault(row["image_id"], []).append(row["question"])
+    images = {row["image_id"]: row["image"] for row in rows}
+    for image_id, questions in asked.items():
+        shown = [color_and_shape(tile) for tile in tiles_of(images[image_id], grid).values()]
+        unique = sum(count == 1 for names in zip(*shown, strict=True) for count in Counter(names).values())
+        assert sum(question.startswith("what") for question in questions) == unique, image_id
+
+
+def test_scenes_tiles_are_from_the_split(scenes):
+    split, grid, rows = scenes
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    known = {PIL.Image.open(path).convert("RGB").tobytes() for path in paths.values()}
+    images = {row["image_id"]: row["image"] for row in rows}
+    assert len(images) == 60
+    for image_id, image in images.items():
+        pixels = {tile.tobytes() for tile in tiles_of(image, grid).values()}
+        assert len(pixels) == grid**2, f"{image_id} repeats a tile"
+        assert pixels <= known, f"{image_id} has a tile that is not of {split}"
+
+
+def test_scenes_presence_is_balanced(scenes):
+    _, _, rows = scenes
+    answers = Counter(row["answer"] for row in rows)
+    assert answers["yes"] == answers["no"] > 50
+
+
+@pytest.mark.parametrize("task", DEFAULT_GRID)
+def test_scenes_are_determined_by_their_arguments(task):
+    def drawn(split="test", num_scenes=3, **arguments):
+        return list(scene_records(task, split, num_scenes, **arguments))
+
+    base = drawn()
+    assert drawn() == base
+    assert drawn(num_scenes=5)[: len(base)] == base
+    for changed in (drawn(seed=1), drawn("train"), drawn(grid=3)):
+        assert changed[0] != base[0]
+
+
+@pytest.mark.parametrize("arguments", [{"grid": 0}, {"grid": 9}, {"num_scenes": 0}])
+def test_scenes_out_of_range(arguments):
+    with pytest.raises(ValueError, match="choose"):
+        scene_records("vqa", "test", **{"num_scenes": 1, **arguments})
+
+
+def test_box_of_a_shape_by_hand():
+    tile = PIL.Image.new("RGB", (64, 64), (240, 250, 245))
+    tile.paste((255, 0, 0), (10, 20, 13, 22))
+    tile.paste((247, 125, 122), (13, 20, 14, 22))  # mixed half and half
+    tile.paste((242, 200, 195), (9, 20, 10, 22))  # hardly its own
+    assert shape_box(tile) == (10, 20, 14, 22)
+
+
+def shown_in(image, grid):
+    """Colour and shape of each tile by its pixels, row by row."""
+    return [color_and_shape(tile) for tile in tiles_of(image, grid).values()]
+
+
+# Captions
+
+PLACES = {"top left": 0, "top right": 1, "bottom left": 2, "bottom right": 3}
+
+
+def described(caption):
+    """What a caption of a 2 x 2 scene says of each tile, row by row."""
+    names = re.findall(r"\ba (\w+) (\w+)", caption)
+    assert len(names) == 4, caption
+    if caption.startswith("a "):
+        cells = [PLACES[place] for place in re.findall(r"at the (\w+ \w+)", caption)]
+    elif caption.startswith("the top row has"):
+        cells = [0, 1, 2, 3]
+    else:
+        assert caption.startswith("the left column has"), caption
+        cells = [0, 2, 1, 3]
+    assert sorted(cells) == [0, 1, 2, 3]
+    return [name for _, name in sorted(zip(cells, names, strict=True))]
+
+
+def test_captions_fit_the_pixels():
+    starts, orders = Counter(), set()
+    for record in scene_records("captions", "test", 80):
+        shown = shown_in(picture(record["image"]), 2)
+        assert len(record["captions"]) == 3
+        for caption in record["captions"]:
+            assert described(caption) == shown
+            starts[caption.split()[1]] += 1
+        orders.add(tuple(re.findall(r"at the (\w+ \w+)", record["captions"][0])))
+    assert starts["top"] == starts["left"] == 80
+    assert len(orders) > 15  # of the 24
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 4000), ("test", 1000)])
+def test_captions_fit_one_scene_only(split, number, monkeypatch):
+    monkeypatch.setattr(_Scenes, "paste", lambda self, tiles: None)  # texts only
+    records = list(scene_records("captions", split, number))
+    captions = [caption for record in records for caption in record["captions"]]
+    assert len(set(captions)) == len(captions) == 3 * number
+    assert len({tuple(described(record["captions"][0])) for record in records}) == number
+
+
+def test_captions_of_a_larger_grid():
+    (record,) = scene_records("captions", "test", 1, grid=3)
+    (color, shape) = shown_in(picture(record["image"]), 3)[5]
+    tile, rows, columns = record["captions"]
+    assert f"a {color} {shape} in row 2 column 3" in tile
+    assert re.search(rf"row 2 has a \w+ \w+, a \w+ \w+ and a {color} {shape}(,|$)", rows)
+    assert re.search(rf"column 3 has a \w+ \w+, a {color} {shape} and a \w+ \w+$", columns)
+
+
+def test_captions_of_too_few_different_scenes():
+    with pytest.raises(
+        ValueError, match="13 test scenes of 1 x 1 tiles cannot be told apart .* only 24 .* at most 12"
+    ):
+        scene_records("captions", "test", 13, grid=1)
+    assert len({record["captions"][0] for record in scene_records("captions", "test", 12, grid=1)}) == 12
+
+
+# Statements about two images
+
+
+def holds(statement, left, right):
+    """Whether a statement is true of what two images show."""
+    kind, color, shape = re.fullmatch(r"(.*) ha(?:s|ve) a (?:(\w+) )?(\w+?)(?: or neither has)?", statement).groups()
+    has = [
+        any((color in (None, tile[0])) and (shape in ("shape", tile[1])) for tile in shown) for shown in (left, right)
+    ]
+    if statement.endswith("or neither has"):
+        return has[0] == has[1]
+    return {
+        "both images": has[0] and has[1],
+        "only the left image": has[0] and not has[1],
+        "only the right image": has[1] and not has[0],
+        "only one image": has[0] != has[1],
+    }[kind]
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+def test_statements_fit_the_pixels(grid):
+    kinds = Counter()
+    for record in scene_records("nlvr2", "test", 60, grid=grid):
+        left, right = (shown_in(picture(image), grid) for image in record["images"])
+        assert holds(record["statement"], left, right) == record["label"], record["statement"]
+        kinds[re.sub(r" a .*", "", record["statement"]) + record["statement"][-4:]] += 1
+    assert len(set(kinds)) >= 5
+
+
+def test_statements_alone_say_nothing(monkeypatch):
+    """Each statement comes with one pair that it is true of, and one that it is false of."""
+    monkeypatch.setattr(_Scenes, "paste", lambda self, tiles: None)
+    records = list(scene_records("nlvr2", "train", 2000))
+    pairs = list(zip(records[::2], records[1::2], strict=True))
+    assert len(pairs) == 2000
+    assert all(true["statement"] == false["statement"] for true, false in pairs)
+    assert all((true["label"], false["label"]) == (True, False) for true, false in pairs)
+    image_ids = [image_id for record in records for image_id in record["image_ids"]]
+    assert len(set(image_ids)) == 8000
+
+
+@pytest.mark.parametrize("statement", NLVR2_STATEMENTS)
+def test_one_image_says_what_the_table_claims(statement):
+    """The best guess from one image, exactly: the likelier label for each of what it may show, over both labels."""
+    right = Fraction(0)
+    true_pairs, false_pairs = NLVR2_STATEMENTS[statement]
+    for side in (0, 1):
+        for has in (True, False):
+            true, false = (
+                Fraction(sum(pair[side] == has for pair in pairs), len(pairs)) for pairs in (true_pairs, false_pairs)
+            )
+            right += max(true, false) / 4  # half of the pairs are true, and either image may be the one seen
+    expected = Fraction(1, 2) if "one image" in statement or "neither" in statement else Fraction(3, 4)
+    assert right == expected
+    for pairs, label in ((true_pairs, True), (false_pairs, False)):
+        named = statement.format("a red circle")
+        for left, right in pairs:
+            shown = [[("red", "circle")] if has else [("red", "triangle")] for has in (left, right)]
+            assert holds(named, *shown) == label
+
+
+def test_images_without_what_is_named_are_alike():
+    """Neither the colour nor the shape alone tells whether there is a red circle."""
+    seen = Counter()
+    for record in scene_records("nlvr2", "test", 150):
+        if match := re.search(r"a (\w+) (circle|rectangle|triangle)", record["statement"]):
+            for image in record["images"]:
+                ((color, shape),) = shown_in(picture(image), 1)
+                seen[(color == match[1]) + (shape == match[2])] += 1
+    assert seen[0] == 0 and seen[1] > 50 and seen[2] > 50
+
+
+# Grounding
+
+
+def test_boxes_fit_the_pixels():
+    """Against the pixels that have the named colour exactly: those at the edge are mixed, so a box may be larger."""
+    kinds = Counter()
+    for record in scene_records("grounding", "test", 60):
+        pixels = np.asarray(picture(record["image"]))
+        shown = shown_in(pixels, 2)
+        words = record["expression"].split()
+        if "at" in words:
+            cell, kind = PLACES[" ".join(words[-2:])], "place"
+        else:
+            names = set(words) & (EASY_VQA_COLORS | EASY_VQA_SHAPES)
+            (cell,) = [cell for cell, tile in enumerate(shown) if names <= set(tile)]
+            kind = len(names), "shape" in words
+        kinds[kind] += 1
+        mask = (pixels == RGB[shown[cell][0]]).all(-1)
+        mask[: 64 * (cell // 2)] = mask[64 * (cell // 2 + 1) :] = False
+        mask[:, : 64 * (cell % 2)] = mask[:, 64 * (cell % 2 + 1) :] = False
+        ys, xs = np.nonzero(mask)
+        exact = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        grown = (np.array(record["box"]) - exact) * [-1, -1, 1, 1]
+        assert ((grown >= 0) & (grown <= 2)).all(), (record["expression"], exact, record["box"])
+    assert kinds["place"] == 60
+    assert len(kinds) == 4 and min(kinds.values()) > 10, kinds
+
+
+def test_boxes_of_all_tiles_are_tight():
+    """Each side of the box touches the shape, and nothing outside is as much as half its colour."""
+    paths = easy_vqa.get_test_image_paths()
+    for image_id, (color, _) in list(easy_vqa_attributes("test").items())[::4]:
+        pixels = np.asarray(PIL.Image.open(paths[image_id]).convert("RGB"), dtype=float)
+        background = np.median(pixels, axis=(0, 1))
+        share = (np.abs(pixels - background) / np.abs(RGB[color] - background).max()).max(-1)
+        x0, y0, x1, y1 = shape_box(PIL.Image.open(paths[image_id]))
+        inside = share[y0:y1, x0:x1]
+        edges = [inside[0], inside[-1], inside[:, 0], inside[:, -1]]
+        assert all(edge.max() >= 0.49 for edge in edges), image_id
+        outside = share.copy()
+        outside[y0:y1, x0:x1] = 0
+        assert outside.max() <= 0.51, image_id

@@ -1,0 +1,304 @@
+"""Streams of pairs: every pair once per pass, exact resuming, sharing among readers, and pairs that cannot be used."""
+
+import io
+import json
+import logging
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from datasets import Dataset, Features, Image, Value
+from torch.utils.data import DataLoader
+from transformers import BertTokenizer
+
+from trips_examples.data.shards import FileShard, find_shards, hub_shards
+from trips_examples.data.streams import PairStream, Position
+
+
+pytest.importorskip("webdataset")
+
+
+def encoded(color: str = "red", suffix: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), color).save(buffer, suffix)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict[str, bytes | str | dict]]) -> Path:
+    """Samples by the suffixes of their files; `key` is their name."""
+    with tarfile.open(path, "w") as tar:
+        for number, sample in enumerate(samples):
+            key = sample.pop("key", f"{path.stem}-{number:04d}")
+            for suffix, content in sample.items():
+                content = json.dumps(content) if isinstance(content, dict) else content
+                content = content.encode() if isinstance(content, str) else content
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> str:
+    """A pattern of four shards with 5, 6, 7 and 8 pairs, whose captions are "shard-number"."""
+    folder = tmp_path_factory.mktemp("tars")
+    for shard in range(4):
+        samples = [{"png": encoded(), "txt": f"{shard}-{number}"} for number in range(5 + shard)]
+        write_tar(folder / f"pairs-{shard:03d}.tar", samples)
+    return f"{folder}/pairs-{{000..003}}.tar"
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "red.png").write_bytes(encoded())
+    lines = [json.dumps({"image": "red.png", "caption": f"0-{number}"}) for number in range(26)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return str(folder / "pairs.jsonl")
+
+
+ALL = {f"{shard}-{number}" for shard in range(4) for number in range(5 + shard)}
+
+
+def captions(rows) -> list[str]:
+    return [row["caption"] for row in rows]
+
+
+def take(stream: PairStream, count: int) -> list[dict]:
+    return list(islice(iter(stream), count))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def test_a_pass_has_every_pair_once_and_the_next_pass_another_order(tars):
+    rows = take(PairStream(find_shards([tars]), buffer_size=10), 52)
+    first, second = captions(rows[:26]), captions(rows[26:])
+    assert set(first) == set(second) == ALL
+    assert first != second and first != sorted(first)
+    assert all(row["image"].mode == "RGB" and row["image"].getpixel((0, 0)) == (255, 0, 0) for row in rows)
+    # Blocks of ten mix pairs of several shards.
+    assert len({caption[0] for caption in first[:10]}) > 1
+
+
+def test_the_order_depends_on_the_seed_alone(tars):
+    orders = [captions(take(PairStream(find_shards([tars]), seed=seed), 26)) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4, 7])
+def test_processes_share_the_pairs(tars, num_processes, caplog):
+    """Whole shards, or with more processes than shards, the records of each."""
+    passes = []
+    for index in range(num_processes):
+        stream = PairStream(find_shards([tars]), buffer_size=4, process_index=index, num_processes=num_processes)
+        rows = iter(stream)
+        passes.append([])
+        while (row := next(rows))["position"][1].pass_number == 0:
+            passes[-1].append(row["caption"])
+    assert all(passes) and Counter(sum(passes, [])) == Counter(ALL)
+    assert ("7 readers" in caplog.text) == (num_processes == 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+@pytest.mark.parametrize("source", ["tars", "rows_file"])
+@pytest.mark.parametrize(("index", "num_processes"), [(0, 1), (1, 2), (4, 6)])
+def test_a_stream_goes_on_behind_any_pair(source, index, num_processes, request):
+    def make_stream():
+        shards = find_shards([request.getfixturevalue(source)])
+        return PairStream(shards, seed=3, buffer_size=4, process_index=index, num_processes=num_processes)
+
+    rows = take(make_stream(), 40)
+    for done in range(1, 30):
+        stream = make_stream()
+        _, position = rows[done - 1]["position"]
+        stream.resume([Position(**json.loads(json.dumps(vars(position))))], num_batches=done)
+        assert captions(take(stream, 10)) == captions(rows[done : done + 10])
+
+
+@pytest.mark.parametrize("num_batches", [2, 5])
+def test_batches_of_several_workers_go_on_in_turn(tars, num_batches):
+    def batches(stream: PairStream, count: int) -> list[list[dict]]:
+        loader = DataLoader(stream, batch_size=3, num_workers=2, collate_fn=list)
+        return list(islice(iter(loader), count))
+
+    before = batches(PairStream(find_shards([tars]), buffer_size=4), num_batches + 6)
+    positions = [Position(), Position()]
+    for batch in before[:num_batches]:
+        worker, position = batch[-1]["position"]
+        positions[worker] = position
+    stream = PairStream(find_shards([tars]), buffer_size=4)
+    stream.resume(positions, num_batches)
+    after = batches(stream, 6)
+    assert [captions(batch) for batch in after] == [captions(batch) for batch in before[num_batches:]]
+
+
+def test_another_number_of_workers_cannot_go_on(tars):
+    stream = PairStream(find_shards([tars]))
+    stream.resume([Position(), Position()], num_batches=3)
+    with pytest.raises(ValueError, match="read by 2 workers, and cannot go on with 1: .*--dataloader_num_workers"):
+        iter(stream)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a pair is
+
+
+def test_images_of_any_kind_and_captions_in_text_or_json(tmp_path):
+    path = write_tar(
+        tmp_path / "mixed.tar",
+        [
+            {"jpg": encoded("blue", "JPEG"), "txt": " a blue square \n", "json": {"caption": "not this one"}},
+            {"webp": encoded("blue", "WEBP"), "json": {"caption": "from json", "url": "http://a/1.webp"}},
+            {"png": encoded("blue"), "json": {"text": "the same image", "url": "http://a/1.webp", "width": None}},
+            {"JPEG": encoded("blue", "JPEG"), "txt": "upper case", "cls": "7"},
+        ],
+    )
+    rows = {row["caption"]: row for row in take(PairStream(find_shards([str(path)])), 4)}
+    assert rows.keys() == {"a blue square", "from json", "the same image", "upper case"}
+    assert all(row["image"].getpixel((4, 4))[2] > 200 for row in rows.values())
+    ids = {caption: row["image_id"] for caption, row in rows.items()}
+    assert ids["from json"] == ids["the same image"] == "http://a/1.webp" and len(set(ids.values())) == 3
+    assert rows["a blue square"]["source"] == f"{path}/mixed-0000"
+
+
+def test_each_pass_takes_one_of_several_captions(tmp_path):
+    (tmp_path / "red.png").write_bytes(encoded())
+    rows = [{"image": "red.png", "caption": ["one", "two", " ", "three"]}]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    stream = PairStream(find_shards([str(tmp_path / "*.json")]))
+    drawn = captions(take(stream, 20))
+    assert set(drawn) == {"one", "two", "three"} and drawn == captions(take(stream, 20))
+
+
+def test_rows_about_one_path_are_about_one_image(rows_file, tmp_path):
+    rows = take(PairStream(find_shards([rows_file])), 3)
+    assert {row["image_id"] for row in rows} == {"red.png"}
+    assert {row["source"] for row in rows} <= {f"pairs.jsonl row {number}" for number in range(1, 27)}
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(Path(rows_file).read_text())
+    assert take(PairStream(find_shards([str(moved)], image_root=str(Path(rows_file).parent))), 1)
+
+
+@pytest.mark.parametrize("name", ["caption", "alt"])
+def test_a_streamed_data_set(tmp_path, name):
+    """Parquet files in place of a data set on the Hub, whose library streams both in the same way."""
+    features = Features({"image": Image(), name: Value("string"), "image_id": Value("int64")})
+    columns = {"image": [{"bytes": encoded(), "path": None}] * 6, "image_id": [5, 5, 6, 7, 8, 9]}
+    for shard in range(2):
+        texts = [f"{shard}-{number}" for number in range(6)]
+        Dataset.from_dict({**columns, name: texts}, features=features).to_parquet(tmp_path / f"{shard}.parquet")
+    shards = hub_shards(
+        "parquet", data_files={"train": str(tmp_path / "*.parquet")}, cache_dir=str(tmp_path / "cache")
+    )
+    assert len(shards) == 2
+    rows = take(PairStream(shards, caption_column=None if name == "caption" else "alt"), 12)
+    assert set(captions(rows)) == {f"{shard}-{number}" for shard in range(2) for number in range(6)}
+    assert {row["image_id"] for row in rows} == {"5", "6", "7", "8", "9"}
+
+
+def test_patterns_name_shards_and_missing_ones_are_named(tars, tmp_path):
+    folder = Path(tars).parent
+    assert [Path(shard.name).name for shard in find_shards([tars])] == [f"pairs-00{shard}.tar" for shard in range(4)]
+    assert find_shards([f"{folder}/*.tar"]) == find_shards([tars])
+    assert find_shards(["https://host/{0..1}.tar"])[1].name == "https://host/1.tar"
+    assert find_shards([f"{folder}/pairs-000.tar"], image_root="x") == find_shards([f"{folder}/pairs-000.tar"])
+    with pytest.raises(FileNotFoundError, match=r"no files .*pairs-004.tar, .*pairs-005.tar: mend --train_shards"):
+        find_shards([str(folder / "pairs-{000..005}.tar")])
+    (tmp_path / "rows.csv").write_text("image,caption\n")
+    assert find_shards([str(tmp_path / "*.csv")]) == [FileShard(str(tmp_path / "rows.csv"), str(tmp_path))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs that cannot be used
+
+
+def bad_tar(folder: Path, num_good: int) -> Path:
+    samples = [{"png": encoded(), "txt": f"good {number}"} for number in range(num_good)]
+    samples[2:2] = [
+        {"key": "torn", "png": encoded()[:50], "txt": "a torn image"},
+        {"key": "blank", "png": encoded(), "txt": "  "},
+        {"key": "alone", "png": encoded()},
+        {"key": "imageless", "txt": "no image"},
+        {"key": "broken", "png": encoded(), "json": "{"},
+        {"key": "latin", "png": encoded(), "txt": "caf\xe9".encode("latin-1")},
+        {"key": "listed", "png": encoded(), "json": "[]"},
+        {"key": "number", "png": encoded(), "json": {"caption": 7}},
+    ]
+    return write_tar(folder / "bad.tar", samples)
+
+
+def test_bad_pairs_are_skipped_counted_and_named(tmp_path):
+    path = bad_tar(tmp_path, num_good=30)
+    rows = take(PairStream(find_shards([str(path)]), max_bad_share=0.3, log_folder=tmp_path / "logs"), 31)
+    assert set(captions(rows)) == {f"good {number}" for number in range(30)}
+    _, position = rows[-1]["position"]
+    assert position.pass_number == 1 and position.bad >= 8 and position.seen - position.bad == 31
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.name == "bad_pairs-00000.jsonl"
+    errors = {Path(pair["source"]).name: pair["error"] for pair in map(json.loads, log.read_text().splitlines())}
+    assert errors.keys() == {"torn", "blank", "alone", "imageless", "broken", "latin", "listed", "number"}
+    assert "unreadable image" in errors["torn"] and errors["blank"] == "empty caption"
+    assert "no caption (its columns are image)" in errors["alone"] and "no image" in errors["imageless"]
+    assert "broken .json" in errors["broken"] and "utf-8" in errors["latin"]
+    assert errors["listed"] == ".json is not an object" and errors["number"] == "caption is not text"
+
+
+def test_too_many_bad_pairs_stop_the_stream(tmp_path):
+    path = bad_tar(tmp_path, num_good=30)
+    stream = PairStream(find_shards([str(path)]), log_folder=tmp_path)
+    with pytest.raises(ValueError, match=r"8 of the first 38 pairs .* --max_bad_share 0.05 .*bad_pairs-00000.jsonl"):
+        take(stream, 31)
+    # Not at the first of many: a few bad ones say nothing.
+    assert len(take(stream, 30)) == 30
+
+
+def test_a_torn_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
+    torn = tmp_path / "torn.tar"
+    torn.write_bytes(Path(tars.replace("{000..003}", "003")).read_bytes()[:5000])
+    shards = find_shards([str(torn), tars.replace("{000..003}", "000")])
+    rows = take(PairStream(shards, max_bad_share=0.5, log_folder=tmp_path), 7)
+    assert {"0-0", "0-4", "3-0"} <= set(captions(rows))
+    named = [json.loads(line) for line in (tmp_path / "bad_pairs-00000.jsonl").read_text().splitlines()]
+    assert any(pair["source"] == str(torn) and "broken tar file" in pair["error"] for pair in named)
+
+
+def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"image": "missing.png", "caption": "a"}\n{"caption": ')
+    stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), log_folder=tmp_path)
+    with pytest.raises(ValueError, match=r"no usable pair.*pairs.jsonl row 1: missing image .*missing.png"):
+        take(stream, 1)
+    lines = (tmp_path / "bad_pairs-00000.jsonl").read_text()
+    assert "pairs.jsonl row 2" in lines and "broken JSON" in lines
+
+
+def test_captions_that_do_not_fit_are_bad(tars, tmp_path):
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
+    tokenizer = BertTokenizer(vocab=words, model_max_length=4)
+    samples = [{"png": encoded(), "txt": "a a"}, {"png": encoded(), "txt": "a a a"}]
+    shards = find_shards([str(write_tar(tmp_path / "long.tar", samples))])
+    rows = take(PairStream(shards, tokenizer=tokenizer, max_bad_share=0.5, log_folder=tmp_path), 3)
+    assert set(captions(rows)) == {"a a"}
+    assert "caption of more than 4 tokens" in (tmp_path / "bad_pairs-00000.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"shards": []}, "at least one shard"), ({"buffer_size": 0}, "buffer_size"), ({"max_bad_share": 5}, "in .0, 1.")],
+)
+def test_options_that_make_no_sense_are_refused(tars, options, message):
+    with pytest.raises(ValueError, match=message):
+        PairStream(**{"shards": find_shards([tars]), **options})
+
+
+def test_the_library_is_quiet_about_good_shards(tars, caplog):
+    with caplog.at_level(logging.INFO):
+        take(PairStream(find_shards([tars])), 26)
+    assert caplog.text == ""

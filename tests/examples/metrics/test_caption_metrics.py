@@ -1,0 +1,108 @@
+"""Caption scores: hand-worked values, the scores of pycocoevalcap itself, and life without Java."""
+
+import math
+import stat
+
+import evaluate
+import pytest
+
+from trips_examples.metrics import CAPTION_METRICS
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return evaluate.load(CAPTION_METRICS)
+
+
+@pytest.fixture(scope="module")
+def module(metric):
+    from trips_examples.metrics import caption_metrics
+
+    return caption_metrics
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A Dog runs, fast.", "a dog runs fast"),
+        ("it isn't the dog's ball", "it is n't the dog 's ball"),
+        ("two t-shirts at 10:30 for 2.50", "two t-shirts at 10:30 for 2.50"),
+        ('"quoted" (words)!', "quoted words"),
+        ("", ""),
+    ],
+)
+def test_words_without_java(caption, words, module):
+    assert module.split_words(caption) == words
+
+
+def test_hand_worked_scores(metric):
+    """One image, no Java. Of the 4 words 4 are in the reference, of the 3 pairs 2, of the 2 triples 1, and no more."""
+    scores = metric.compute(predictions=["a cat sat down"], references=[["a cat sat up down there"]], use_java=False)
+    brevity = math.exp(1 - 6 / 4)
+    assert scores["bleu_1"] == pytest.approx(brevity, rel=1e-6)
+    assert scores["bleu_2"] == pytest.approx(brevity * math.sqrt(2 / 3), rel=1e-6)
+    assert scores["bleu_3"] == pytest.approx(brevity * (2 / 3 * 1 / 2) ** (1 / 3), rel=1e-6)
+    precision, recall = 4 / 4, 4 / 6  # the longest common subsequence is all four words
+    assert scores["rouge_l"] == pytest.approx((1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision))
+    assert "meteor" not in scores
+
+
+def test_the_best_of_several_references_counts_and_perfect_captions_score_highest(metric):
+    references = [["a red circle at the top", "something else entirely is here"], ["the blue square is below all"]]
+    perfect = metric.compute(
+        predictions=["a red circle at the top", references[1][0]], references=references, use_java=False
+    )
+    worse = metric.compute(
+        predictions=["a red square at the top", references[1][0]], references=references, use_java=False
+    )
+    for name in ("bleu_1", "bleu_4", "rouge_l"):
+        assert perfect[name] == pytest.approx(1.0) and worse[name] < 1.0
+    assert perfect["cider"] > worse["cider"] > 0
+
+
+def test_without_java_it_says_what_is_left_out_and_how_to_get_it(metric, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scores = metric.compute(predictions=["a cat"], references=[["a cat"]])
+    assert "meteor" not in scores and scores["bleu_1"] == pytest.approx(1.0)
+    assert "METEOR is left out" in caplog.text and "Install it" in caplog.text
+    # A `java` that only tells how to get one, as macOS has it
+    stub = tmp_path / "java"
+    stub.write_text("#!/bin/sh\necho get one elsewhere >&2\nexit 1\n")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    caplog.clear()
+    assert "meteor" not in metric.compute(predictions=["a cat"], references=[["a cat"]])
+    assert "METEOR is left out" in caplog.text
+
+
+def test_bad_input_is_named(metric):
+    with pytest.raises(ValueError, match="at least one"):
+        metric.compute(predictions=[], references=[])
+    with pytest.raises(ValueError, match="'a dog' .number 1. has no references"):
+        metric.compute(predictions=["a cat", "a dog"], references=[["a cat"], []])
+
+
+@pytest.mark.slow
+def test_with_java_scores_are_those_of_the_coco_evaluation(metric, module):
+    if not module.java_runs():
+        pytest.skip("Java does not run here")
+    from pycocoevalcap.eval import Bleu, Cider, Meteor, PTBTokenizer, Rouge
+
+    predictions = ["A dog runs, on the beach.", "two cats aren't here", ""]
+    references = [
+        ["a dog is running on a beach", "the dog's at the sea"],
+        ["two cats are not here"],
+        ["an empty room"],
+    ]
+    scores = metric.compute(predictions=predictions, references=references)
+    tokenizer = PTBTokenizer()
+    truths = tokenizer.tokenize({i: [{"caption": caption} for caption in each] for i, each in enumerate(references)})
+    candidates = tokenizer.tokenize({i: [{"caption": caption}] for i, caption in enumerate(predictions)})
+    expected = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
+    expected = {name: scorer.compute_score(truths, candidates)[0] for name, scorer in expected.items()}
+    expected["bleu_4"] = Bleu(4).compute_score(truths, candidates, verbose=0)[0][3]
+    for name, score in expected.items():
+        assert scores[name] == pytest.approx(score), name
+    assert 0 < scores["meteor"] < 1
+    # The rule without Java splits these as PTB does.
+    own = metric.compute(predictions=predictions, references=references, use_java=False)
+    assert own["bleu_4"] == pytest.approx(scores["bleu_4"]) and own["cider"] == pytest.approx(scores["cider"])

@@ -1,0 +1,221 @@
+"""check_data.py: every fault by file and row, in one run."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+from places import ROOT
+
+from trips_examples.check_data import main
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png", "c.jpg"):
+        PIL.Image.fromarray(pixels).save(tmp_path / name)
+    content = (tmp_path / "c.jpg").read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(content[:-300])
+    (tmp_path / "text.png").write_text("no image")
+    return tmp_path
+
+
+def write(file, records):
+    file.write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
+    return str(file)
+
+
+def run(folder, *arguments):
+    """The exit code and the report."""
+    report = folder / "report.json"
+    code = main([*arguments, "--output_json", str(report)])
+    return code, json.loads(report.read_text())
+
+
+def faults_of(report):
+    return [(fault["source"], fault["reason"]) for fault in report["faults"]]
+
+
+BOX = {"image": "a.png", "expression": "the dog", "box": [0, 0, 40, 30]}
+
+
+def test_every_fault_is_named(folder, capsys):
+    train = write(
+        folder / "train.jsonl",
+        [
+            BOX,
+            {**BOX, "image": "none.png"},
+            {**BOX, "image": "truncated.jpg"},
+            {**BOX, "image": "text.png"},
+            {**BOX, "expression": " "},
+            '{"image": "a.png"',
+            {**BOX, "box": [5, 5, 42, 30]},
+            {**BOX, "box": [5, 5, 5, 30]},
+            {**BOX, "box": [5, 5, "x", 30]},
+            {**BOX, "question_id": "q"},
+            {**BOX, "question_id": "q", "image": "b.png"},
+            {**BOX, "box": [-0.5, 0, 40.5, 30]},
+            {**BOX, "image_id": "i"},
+            {**BOX, "image_id": "i", "image": "b.png"},
+        ],
+    )
+    validation = write(folder / "val.jsonl", [BOX, {**BOX, "box": None}])
+    code, report = run(folder, "--task", "grounding", "--train_file", train, "--validation_file", validation)
+    assert code == 1
+    assert faults_of(report) == [
+        ("train.jsonl row 2", "missing image"),
+        ("train.jsonl row 3", "unreadable image"),
+        ("train.jsonl row 4", "unreadable image"),
+        ("train.jsonl row 5", "no expression"),
+        ("train.jsonl row 6", "broken JSON"),
+        ("train.jsonl row 7", "box outside the image"),
+        ("train.jsonl row 8", "box without area"),
+        ("train.jsonl row 9", "box is not four numbers"),
+        ("train.jsonl row 14", "image_id of two images"),
+        ("val.jsonl row 2", "no box"),
+        ("train.jsonl row 11", "question_id of two rows"),
+    ]
+    assert report["faults"][5]["detail"] == "[x0, y0, x1, y1] = [5.0, 5.0, 42.0, 30.0], the image is 40 x 30"
+    assert report["faults"][-1]["detail"] == "q: train.jsonl row 10 has it too"
+    assert report["splits"]["train"] == {"rows": 5, "images": 3, "different expressions": 1}
+    assert report["splits"]["validation"] == {"rows": 1, "images": 1, "different expressions": 1}
+    assert report["images_in_both_splits"] == 1
+    assert report["reasons"] == {"unreadable image": 2} | {
+        reason: 1 for _, reason in faults_of(report) if "unr" not in reason
+    }
+    printed = capsys.readouterr().out
+    assert "train.jsonl row 3: unreadable image (" in printed
+    assert "1 images: evaluation on them says little" in printed
+
+
+def test_what_is_right_is_said(folder, capsys):
+    train = write(folder / "train.jsonl", [BOX, {**BOX, "image": "c.jpg", "expression": "it"}])
+    code, report = run(folder, "--task", "grounding", "--train_file", train)
+    assert code == 0
+    assert report["splits"] == {"train": {"rows": 2, "images": 2, "different expressions": 2}}
+    assert (report["faults"], report["reasons"], report["images_in_both_splits"]) == ([], {}, 0)
+    assert "Nothing is wrong." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_boxes_are_those_of_the_upright_image(folder, suffix):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    PIL.Image.new("RGB", (64, 48)).save(folder / f"turned.{suffix}", exif=exif)
+    rows = [{**BOX, "image": f"turned.{suffix}", "box": box} for box in ([5, 50, 10, 60], [50, 5, 60, 10])]
+    _, report = run(folder, "--task", "grounding", "--train_file", write(folder / "train.jsonl", rows))
+    assert faults_of(report) == [("train.jsonl row 2", "box outside the image")]
+    assert report["faults"][0]["detail"].endswith("the image is 48 x 64")
+
+
+def test_labels_and_pairs(folder):
+    row = {"images": ["a.png", "b.png"], "statement": "both", "label": 1}
+    rows = [row, {**row, "label": 2}, {**row, "label": "true"}, {**row, "images": ["a.png"]}, {**row, "label": None}]
+    code, report = run(folder, "--task", "nlvr2", "--train_file", write(folder / "train.jsonl", rows))
+    assert code == 1
+    assert faults_of(report) == [
+        ("train.jsonl row 2", "label is not 1, 0, true or false"),
+        ("train.jsonl row 4", "not two images"),
+        ("train.jsonl row 5", "no label"),
+    ]
+    assert report["splits"]["train"] == {"rows": 2, "images": 2, "different statements": 1}
+
+
+def test_screen_has_the_first_and_the_report_all(folder, capsys):
+    rows = [{"image": "none.png", "caption": str(i)} for i in range(30)]
+    code, report = run(
+        folder, "--task", "captions", "--train_file", write(folder / "t.jsonl", rows), "--max_shown", "4"
+    )
+    assert code == 1
+    assert [source for source, _ in faults_of(report)] == [f"t.jsonl row {i}" for i in range(1, 31)] + ["train"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:5]] == [f"t.jsonl row {i}" for i in (1, 2, 3, 4)] + ["and 27 more"]
+    assert "wrong               30 missing image" in printed
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_other(folder):
+    broken = folder / "train.json"
+    broken.write_text("[{]")
+    validation = write(
+        folder / "val.jsonl", [{"image": "none.png", "caption": "a"}, {"image": "a.png", "caption": "b"}]
+    )
+    code, report = run(folder, "--task", "captions", "--train_file", str(broken), "--validation_file", validation)
+    assert code == 1
+    assert faults_of(report) == [(str(broken), "cannot be read"), ("val.jsonl row 1", "missing image")]
+    assert "train.json is no valid .json file" in report["faults"][0]["detail"]
+    assert report["splits"]["validation"]["rows"] == 1
+
+
+def test_options_that_contradict_are_named(folder):
+    code, report = run(folder, "--task", "captions", "--train_file", "a.json", "--dataset_name", "easy_vqa_scenes")
+    assert code == 1
+    assert "give one or the other" in report["faults"][0]["detail"]
+    code, report = run(folder, "--task", "captions", "--train_file", "a.json", "--validation_annotations", "b.json")
+    assert "validation_annotations (is 'b.json') goes with validation_file" in report["faults"][0]["detail"]
+
+
+def test_long_texts(folder, capsys):
+    texts = ["a red dog", "a red red red dog", "red"]
+    tokenizer = train_wordpiece_tokenizer(texts)
+    tokenizer.model_max_length = 5
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = [{"image": "a.png", "caption": text} for text in texts]
+    given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows), "--tokenizer_name"]
+    code, report = run(folder, *given, str(folder / "tokenizer"))  # [CLS] a red dog [SEP]
+    assert code == 1
+    assert report["faults"] == [{"source": "t.jsonl row 2", "reason": "more than 5 tokens", "detail": "caption has 7"}]
+    code, report = run(folder, *given, str(folder / "tokenizer"), "--max_text_length", "4")
+    assert [source for source, _ in faults_of(report)] == ["t.jsonl row 1", "t.jsonl row 2"]
+    with pytest.raises(SystemExit):
+        main([*given[:-1], "--max_text_length", "4"])
+    assert "give --tokenizer_name" in capsys.readouterr().err
+
+
+def test_encoded_images(folder, monkeypatch):
+    """In a table, as on the Hub and in Parquet, the images are decoded too."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    contents = {name: (folder / name).read_bytes() for name in ("a.png", "truncated.jpg", "text.png", "c.jpg")}
+    table = {
+        "image": [{"bytes": content, "path": name} for name, content in contents.items()] + [None],
+        "caption": ["one", "two", "three", "", "five"],
+    }
+    file = folder / "train-0.parquet"
+    datasets.Dataset.from_dict(table).to_parquet(file)
+    code, report = run(folder, "--task", "captions", "--train_file", str(file))
+    expected = [(2, "unreadable image"), (3, "unreadable image"), (4, "no caption"), (5, "no image")]
+    assert code == 1
+    assert faults_of(report) == [(f"train-0.parquet row {number}", reason) for number, reason in expected]
+    (folder / "repository").mkdir()
+    for split in ("train", "validation"):
+        file = folder / "repository" / f"{split}-0.parquet"
+        datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(file)
+    name = str(folder / "repository")
+    code, report = run(folder, "--task", "captions", "--dataset_name", name)
+    assert faults_of(report) == [
+        (f"{name} {split} row {n}", why) for split in ("train", "validation") for n, why in expected
+    ]
+    assert report["images_in_both_splits"] == 0  # images without an id or a path are taken for different ones
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vqa", "captions", "nlvr2", "grounding"])
+def test_embedded_data(folder, task):
+    code, report = run(folder, "--task", task)
+    assert code == 0
+    assert report["splits"]["train"]["images"] == {"nlvr2": 16000}.get(task, 4000)
+
+
+@pytest.mark.slow
+def test_exit_code_of_the_process(folder):
+    script = ROOT / "examples" / "check_data.py"
+    for image, code in (("a.png", 0), ("truncated.jpg", 1)):
+        file = write(folder / "train.jsonl", [{"image": image, "caption": "a"}])
+        command = [sys.executable, str(script), "--task", "captions", "--train_file", file]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == code, process.stderr
+        assert ("unreadable image" in process.stdout) == bool(code)

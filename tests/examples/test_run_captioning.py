@@ -1,0 +1,101 @@
+"""`examples/run_captioning.py`: batches that share an image, each image captioned once, and a run on toy captions."""
+
+import io
+
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset
+from toy_tasks import OPTIONS, predictions, write_task
+from transformers import GenerationConfig
+
+from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsProcessor
+from trips_examples import run_captioning
+from trips_examples.data.task_collators import CaptionCollator
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.run_captioning import one_row_per_image
+from trips_examples.training.models import make_processor
+
+
+CAPTIONS = ["all is red here", "a red image", "all is blue"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(train_wordpiece_tokenizer([*CAPTIONS, "a picture of"]), TripsConfig.from_preset("tiny"))
+
+
+def row(color: str, caption: str) -> dict:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64), color).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    return {"image": image, "image_id": color, "caption": caption, "source": f"toy row {caption}"}
+
+
+ROWS = [row("red", CAPTIONS[0]), row("blue", CAPTIONS[2]), row("red", CAPTIONS[1])]
+
+
+def test_captions_of_an_image_share_its_prompt_in_training(processor):
+    batch = CaptionCollator(processor, training=True, prompt="a picture of ")(ROWS)
+    words = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+    assert words == ["a picture of"] * 2  # one for each image
+    assert batch["text_index"].tolist() == [0, 1, 0] and "image_index" not in batch
+    assert processor.post_process_answers(batch["labels"].clamp(min=0)) == [CAPTIONS[0], CAPTIONS[2], CAPTIONS[1]]
+    assert batch["pixel_values"].shape[0] == 2
+
+
+def test_sharing_leaves_the_loss_as_it_is(processor):
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
+    model = TripsForConditionalGeneration(config).eval()
+    shared = CaptionCollator(processor, training=True, prompt="a picture of ")(ROWS)
+    alone = CaptionCollator(processor, prompt="a picture of ")(ROWS)
+    assert alone["input_ids"].shape[0] == 3 and alone["image_index"].tolist() == [0, 1, 0]
+    losses = [model(**{k: v for k, v in batch.items() if k != "sources"}).loss for batch in (shared, alone)]
+    torch.testing.assert_close(*losses)
+
+
+def test_augmentation_never_flips(processor):
+    """Captions say what is on the left: with red on the left, the right edge stays blue however it is shifted."""
+    image = PIL.Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (32, 0, 64, 64))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    rows = [{**ROWS[0], "image": {"bytes": buffer.getvalue(), "path": None}}]
+    edges = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        red, _, blue = CaptionCollator(processor, training=True, augment=True)(rows)["pixel_values"][0]
+        assert (red[:, 0] > blue[:, 0]).all() and (blue[:, -1] > red[:, -1]).all()
+        edges.add(int((red[0] > blue[0]).sum()))
+    assert len(edges) > 3  # but shifts
+
+
+def test_each_image_is_captioned_once_against_all_of_its_captions():
+    images, captions = one_row_per_image(Dataset.from_list(ROWS))
+    assert images["image_id"] == ["red", "blue"]
+    assert captions == [[CAPTIONS[0], CAPTIONS[1]], [CAPTIONS[2]]]
+
+
+def test_beam_options_stay_with_the_checkpoint_and_bad_ones_stop_before_training(tmp_path):
+    options = [*write_task("captions", tmp_path), *OPTIONS, "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
+    beams = ["--generation_num_beams=2", "--length_penalty=0.5", "--generation_max_length=6"]
+    run_captioning.main([*options, *beams, "--do_eval=False"])
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (config.num_beams, config.length_penalty, config.max_new_tokens) == (2, 0.5, 6)
+    with pytest.raises(ValueError, match="length_penalty"):
+        run_captioning.main([*options[:-1], f"--output_dir={tmp_path / 'bad'}", "--length_penalty=0.5"])
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+def test_learns_the_toy_data_and_leaves_a_model_that_captions(tmp_path):
+    options = [*write_task("captions", tmp_path), *OPTIONS, "--max_steps=120", "--per_device_train_batch_size=10"]
+    folder = tmp_path / "out"
+    metrics = run_captioning.main([*options, f"--output_dir={folder}"])
+    assert metrics["eval_bleu_4"] == pytest.approx(1.0, abs=1e-3) and metrics["eval_samples"] == 5
+    assert all(row["prediction"] in row["captions"] and len(row["captions"]) == 2 for row in predictions(folder))
+    model, processor = TripsForConditionalGeneration.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
+    image = PIL.Image.new("RGB", (64, 64), "green")
+    inputs = processor(image, "a picture of ", return_tensors="pt")
+    (caption,) = processor.post_process_answers(model.eval().generate(**inputs, num_beams=3))
+    assert caption in ("all is green here", "a green image")

@@ -1,0 +1,159 @@
+"""`examples/run_grounding.py`: flips of boxes and words, boxes through resizing, scores, and a run on toy pictures."""
+
+import io
+import json
+
+import evaluate
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset
+from toy_tasks import OPTIONS, predictions, write_task
+
+from modeling_trips import TripsConfig, TripsForVisualGrounding, TripsProcessor
+from trips_examples import run_grounding
+from trips_examples.data.boxes import draw_boxes, mirrored_row, swap_left_and_right
+from trips_examples.data.collators import image_size
+from trips_examples.data.task_collators import GroundingCollator
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.run_grounding import draw_predictions
+from trips_examples.training.models import make_processor
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(train_wordpiece_tokenizer(["the red left right square"]), TripsConfig.from_preset("tiny"))
+
+
+def encoded(image: PIL.Image.Image, **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def row(box: list[float], expression: str = "the left square", image_id: str = "a") -> dict:
+    """A picture of 100 x 50 pixels (width x height), red in the box and else black."""
+    image = PIL.Image.new("RGB", (100, 50))
+    image.paste("red", [round(number) for number in box])
+    source = f"toy row {image_id}"
+    return {"image": encoded(image), "image_id": image_id, "expression": expression, "box": box, "source": source}
+
+
+@pytest.mark.parametrize(
+    ("text", "swapped"),
+    [
+        ("the left one", "the right one"),
+        ("Right of the LEFT dog", "Left of the RIGHT dog"),
+        ("leftmost, right-hand, leftside", "rightmost, left-hand, rightside"),
+        ("a bright light, all that is leftover, rights", "a bright light, all that is leftover, rights"),
+        ("", ""),
+    ],
+)
+def test_left_and_right_are_swapped_where_they_are_words_of_place(text, swapped):
+    assert swap_left_and_right(text) == swapped
+    assert swap_left_and_right(swapped) == text
+
+
+def test_a_mirrored_row_is_true_of_the_mirrored_image():
+    mirrored = mirrored_row(row([10.0, 5.0, 30.0, 25.0]), width=100)
+    assert mirrored["box"] == [70.0, 5.0, 90.0, 25.0] and mirrored["expression"] == "the right square"
+    assert mirrored_row(mirrored, width=100) == row([10.0, 5.0, 30.0, 25.0])
+
+
+def red_box(pixels: torch.Tensor) -> list[float]:
+    """(center_x, center_y, width, height) of what is red in `pixel_values` (3, 64, 64), as shares of the image."""
+    ys, xs = torch.nonzero(pixels[0] > 0.5, as_tuple=True)
+    x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+    return [float(number) / 128 for number in (x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0))]
+
+
+def test_labels_are_where_the_pixels_are_after_resizing_and_flips(processor):
+    """Images are squashed from 100 x 50 to 64 x 64 pixels; the label is compared with the red pixels themselves."""
+    rows = [row([10, 5, 40, 25]), row([60, 20, 90, 45], "the right square", "b"), row([0, 0, 100, 20], "the", "c")]
+    collator = GroundingCollator(processor, training=True, augment=True)
+    vocabulary, texts = processor.tokenizer.get_vocab(), set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        batch = collator(rows)
+        for pixels, label in zip(batch["pixel_values"], batch["labels"]):
+            assert label.tolist() == pytest.approx(red_box(pixels), abs=0.02)
+        for label, ids in zip(batch["labels"][:2], batch["input_ids"]):
+            assert (vocabulary["left"] in ids) == (label[0] < 0.5)
+        texts.add(tuple(map(tuple, batch["input_ids"].tolist())))
+    assert len(texts) == 4  # each of the two that name a side was flipped, and was not
+
+
+def test_evaluation_and_training_without_augmentation_leave_images_as_they_are(processor):
+    for collator in (GroundingCollator(processor, augment=True), GroundingCollator(processor, training=True)):
+        for _ in range(4):
+            assert collator([row([10, 5, 40, 25])])["labels"][0].tolist() == pytest.approx([0.25, 0.3, 0.3, 0.4])
+
+
+def test_expressions_of_one_image_share_its_flip(processor):
+    rows = [row([10, 5, 40, 25]), row([10, 5, 40, 25], "the right square")]  # the same image
+    collator = GroundingCollator(processor, training=True, augment=True)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        batch = collator(rows)
+        assert len(batch["pixel_values"]) == 1 and batch["image_index"].tolist() == [0, 0]
+        assert batch["labels"][0].tolist() == batch["labels"][1].tolist()
+
+
+def test_a_box_out_of_its_image_is_named_by_its_row(processor):
+    with pytest.raises(ValueError, match="reaches out of the image.* The batch is: toy row a"):
+        GroundingCollator(processor)([row([10, 5, 120, 25])])
+
+
+def test_image_size_is_that_of_the_upright_image():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image = PIL.Image.new("RGB", (100, 50))
+    assert image_size({"image": encoded(image)}) == (50, 100)
+    assert image_size({"image": encoded(image, exif=exif)}) == (100, 50)
+
+
+def test_accuracy_counts_boxes_from_half_overlap_on():
+    metric = evaluate.load(GROUNDING_ACCURACY)
+    true_box = [0.0, 0.0, 10.0, 10.0]
+    # Overlaps of 1, 50 / 100 and 25 / 175, and none
+    boxes = [true_box, [0.0, 0.0, 10.0, 5.0], [5.0, 5.0, 15.0, 15.0], [20.0, 20.0, 30.0, 30.0]]
+    result = metric.compute(predictions=boxes, references=[true_box] * 4)
+    assert result["accuracy"] == 0.5 and result["mean_iou"] == pytest.approx((1 + 0.5 + 25 / 175) / 4)
+    assert metric.compute(predictions=boxes, references=[true_box] * 4, threshold=0.51)["accuracy"] == 0.25
+    with pytest.raises(ValueError, match="at least one"):
+        metric.compute(predictions=[], references=[])
+
+
+def test_pictures_show_both_boxes(tmp_path):
+    image = PIL.Image.new("RGB", (120, 60), "white")
+    picture = draw_boxes(image, [10, 10, 50, 50], [60, 20, 100, 50], side=240)
+    assert picture.size == (240, 120)
+    assert picture.getpixel((20, 60)) == (0x2B, 0x8A, 0x3E)  # the left edge of the true box, at twice the size
+    assert picture.getpixel((120, 60)) == (0xD9, 0x48, 0x0F)
+    rows = Dataset.from_list([row([10, 5, 40, 25], image_id=str(number)) for number in range(7)])
+    draw_predictions(tmp_path / "predictions.png", rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
+    assert PIL.Image.open(tmp_path / "predictions.png").size == (4 * 250, 2 * 270)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.png"]
+
+
+@pytest.mark.slow
+def test_learns_the_toy_data_and_leaves_a_model_that_points(tmp_path):
+    options = [*write_task("grounding", tmp_path), *OPTIONS, "--max_steps=200", "--per_device_train_batch_size=10"]
+    folder = tmp_path / "out"
+    metrics = run_grounding.main([*options, f"--output_dir={folder}", "--num_pictures=3"])
+    assert metrics["eval_accuracy"] == 1.0 and (folder / "predictions.png").exists()
+    rows = predictions(folder)
+    assert {row["source"] for row in rows} == {f"rows.jsonl row {number}" for number in range(1, 11)}
+    scores = evaluate.load(GROUNDING_ACCURACY).compute(
+        predictions=[row["prediction"] for row in rows], references=[row["box"] for row in rows]
+    )
+    assert scores["mean_iou"] == pytest.approx(metrics["eval_mean_iou"], abs=1e-3)
+    assert json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] == 1.0
+
+    model, processor = TripsForVisualGrounding.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
+    image = PIL.Image.open(tmp_path / "blue-left.png")
+    inputs = processor(image, "the blue square", return_tensors="pt")
+    box = processor.post_process_grounding(model.eval()(**inputs), [(60, 120)])
+    iou = evaluate.load(GROUNDING_ACCURACY).compute(predictions=box.tolist(), references=[[10.0, 10, 50, 50]])
+    assert iou["accuracy"] == 1.0

@@ -1,0 +1,240 @@
+"""`examples/run_retrieval.py` on a toy data set, as a user runs it: results, batches, two processes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset
+from places import ROOT
+
+from modeling_trips import TripsConfig, TripsForRetrieval, TripsProcessor
+from trips_examples import run_retrieval
+from trips_examples.data.task_collators import RetrievalCollator, number_of
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+from trips_examples.training.retrieval import RetrievalTrainer, RetrievalTrainingArguments, images_of
+
+
+SCRIPT = str(ROOT / "examples" / "run_retrieval.py")
+COLORS = ["red", "blue", "green", "white", "black", "yellow"]
+OPTIONS = [
+    "--per_device_train_batch_size=6",
+    "--per_device_eval_batch_size=4",
+    "--learning_rate=1e-3",
+    "--lr_scheduler_type=constant",
+    "--auto_bf16=False",
+    "--save_strategy=no",
+    "--disable_tqdm=True",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Options that name files: six images, two captions each."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for color in COLORS:
+        PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
+        lines.append(json.dumps({"image": f"{color}.png", "captions": [f"all is {color}", f"a {color} image"]}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return [f"--train_file={folder / 'captions.jsonl'}", f"--validation_file={folder / 'captions.jsonl'}"]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A model that knows the toy data, and its metrics."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["--max_steps=60", "--per_device_train_batch_size=12", "--logging_steps=20", "--texts_per_image=2"]
+    options += ["--eval_strategy=steps", "--eval_steps=30"]
+    return folder, run_retrieval.main([*data, *OPTIONS, *options, f"--output_dir={folder}", "--rerank_k=3"])
+
+
+def run(*words: str) -> str:
+    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_learns_the_toy_data_and_leaves_a_model_that_finds(trained):
+    folder, metrics = trained
+    for name in ("i2t_r1", "t2i_r1", "r_mean", "features_r_mean"):
+        assert metrics[f"eval_{name}"] > 0.9
+    assert metrics["eval_samples"] == 12 and metrics["eval_images"] == 6
+    assert json.loads((folder / "eval_results.json").read_text())["eval_t2i_r1"] == metrics["eval_t2i_r1"]
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [entry for entry in logs if "loss" in entry]
+    for entry in losses:  # both beside their sum
+        assert entry["loss"] == pytest.approx(entry["itc_loss"] + entry["itm_loss"], rel=1e-3)
+    assert len(losses) == 3 and losses[0]["itm_loss"] > losses[-1]["itm_loss"]
+    searches = [entry for entry in logs if "eval_r_mean" in entry]  # during training, too
+    assert [entry["step"] for entry in searches] == [30, 60]
+    assert searches[-1]["eval_r_mean"] == metrics["eval_r_mean"]
+
+    model, processor = TripsForRetrieval.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
+    image = PIL.Image.new("RGB", (64, 64), "green")
+    texts = [f"all is {color}" for color in COLORS]
+    inputs = processor(images=[image], text=texts, image_index=[0] * 6, return_tensors="pt")
+    with torch.no_grad():
+        assert COLORS[model.match(**inputs).itm_logits[:, 1].argmax()] == "green"
+
+
+def test_what_was_found_is_written_down(trained):
+    images, texts = lines_of(trained[0] / "found_images.jsonl"), lines_of(trained[0] / "found_texts.jsonl")
+    assert [row["caption"] for row in images[:2]] == ["all is black", "a black image"]  # sorted by image
+    assert {row["source"] for row in images} == {f"captions.jsonl row {row}" for row in range(1, 7)}
+    assert all(len(row["found"]) == 3 for row in [*images, *texts])
+    for row in images:
+        color = row["caption"].split()[2 if row["caption"].startswith("all") else 1]
+        names = [Path(image_id).stem for image_id in row["found"]]
+        assert names.index(color) + 1 == row["first_right"]
+
+
+def test_evaluation_alone_finds_the_same(data, trained, tmp_path):
+    again = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
+    metrics = run_retrieval.main([*data, *OPTIONS, *again])
+    for name in ("eval_r_mean", "eval_features_r_mean", "eval_reranked_pairs"):
+        assert metrics[name] == trained[1][name]
+    features = run_retrieval.main([*data, *OPTIONS, *again, "--rerank_k=0", "--bf16_full_eval"])
+    assert "eval_r_mean" not in features and features["eval_features_r_mean"] > 0.9
+
+
+def test_options_reach_the_model(data, tmp_path):
+    options = ["--itc_weight=0.5", "--itm_weight=2", "--honest_negatives=False", "--contrastive_selection=none"]
+    schedule = ["--selection_layers", "1", "4", "--keep_rate", "0.9", "0.5"]
+    run_retrieval.main([*data, *OPTIONS, *options, *schedule, "--max_steps=1", f"--output_dir={tmp_path}"])
+    config = TripsForRetrieval.from_pretrained(tmp_path).config
+    assert (config.itc_weight, config.itm_weight) == (0.5, 2)
+    assert config.honest_negatives is False and config.contrastive_selection == "none"
+    assert config.vision_config.selection_schedule == {1: 0.9, 4: 0.5}
+
+
+def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):
+    options = ["--itm_weight=0", "--max_steps=1", f"--output_dir={tmp_path}"]
+    metrics = run_retrieval.main([*data, *OPTIONS, *options])
+    assert "eval_features_r_mean" in metrics and "eval_r_mean" not in metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and the trainer
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(train_wordpiece_tokenizer(COLORS), TripsConfig.from_preset("tiny"))
+
+
+def caption_rows(*image_ids: str) -> list[dict]:
+    """Row i says the i-th colour; images of equal ids have one colour."""
+    rows = []
+    for row, image_id in enumerate(image_ids):
+        image = io.BytesIO()
+        PIL.Image.new("RGB", (64, 64), COLORS[ord(image_id) % len(COLORS)]).save(image, "PNG")
+        encoded = {"bytes": image.getvalue(), "path": None}
+        rows.append({"image": encoded, "image_id": image_id, "caption": COLORS[row], "source": f"row {row}"})
+    return rows
+
+
+def test_captions_of_an_image_share_it_and_its_id(processor):
+    batch = RetrievalCollator(processor)(caption_rows("b", "a", "b"))
+    assert batch["image_index"].tolist() == [0, 1, 0]
+    assert batch["pixel_values"].shape[0] == 2 and batch["input_ids"].shape[0] == 3
+    assert batch["image_ids"].tolist() == [number_of("b"), number_of("a")]
+
+
+def test_ids_are_the_same_in_every_process_and_fit_a_long():
+    numbers = [number_of(f"image {number}") for number in range(1000)]
+    assert len(set(numbers)) == 1000 and 0 <= min(numbers) and max(numbers) < 2**63
+    assert numbers[7] == 6143380914683439687  # today and tomorrow
+
+
+def test_images_of_captions_come_once():
+    rows, image_of_text = images_of(Dataset.from_dict({"image_id": ["b", "a", "b", "c", "a"]}))
+    assert rows == [0, 1, 3] and image_of_text.tolist() == [0, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
+    """Each of them contrasts within itself; their losses count alike."""
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, itm_weight=0.0)
+    config.vision_config.patch_embedding_type = "linear"  # no BatchNorm, no dropout: the same gradients again
+    model = TripsForRetrieval(config)
+    collator, batches, gradients = RetrievalCollator(processor, training=True), [], []
+    trainer = RetrievalTrainer(
+        model=model,
+        args=RetrievalTrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            max_grad_norm=0.0,
+            learning_rate=0.0,
+            auto_bf16=False,
+            do_eval=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(caption_rows(*"abcdef")),
+        train_collator=lambda rows: batches.append(collator(rows)) or dict(batches[-1]),
+        processing_class=processor,
+    )
+    weight = model.text_proj.weight
+    weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()))
+    trainer.train()
+    assert not model.itm_head.weight.requires_grad  # of weight 0
+    losses = [model(**{name: value for name, value in batch.items() if name != "sources"}).loss for batch in batches]
+    model.zero_grad()
+    (sum(losses[:steps]) / steps).backward()
+    torch.testing.assert_close(gradients[steps - 1], weight.grad, rtol=1e-4, atol=1e-6)
+    assert [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(data, trained, tmp_path):
+    # 6 images in batches of 4 are 2 batches, 12 captions 3: one process has more than the other.
+    options = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29715", SCRIPT, *data, *OPTIONS, *options)
+    for name in ("found_images.jsonl", "found_texts.jsonl"):
+        assert (tmp_path / name).read_text() == (trained[0] / name).read_text()
+    results, expected = (json.loads((path / "eval_results.json").read_text()) for path in (tmp_path, trained[0]))
+    for metrics in (results, expected):
+        assert metrics.pop("eval_reranked_pairs_per_second") > 0
+    assert results == {name: expected[name] for name in results}
+
+
+@pytest.mark.slow
+def test_two_processes_train(data, tmp_path):
+    # Of 3 captions a process may have 2 images or 3.
+    options = ["--max_steps=60", "--texts_per_image=2", "--rerank_k=2", f"--output_dir={tmp_path}"]
+    options += ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29716", SCRIPT, *data, *OPTIONS, *options)
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_r_mean"] > 0.7
+
+
+@pytest.mark.slow
+def test_sharded_training_refuses_to_evaluate_before_it_starts(data, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'examples/configs/fsdp2.yaml'}"]
+    launch += ["--num_processes=2", "--main_process_port=0", str(ROOT / "tests" / "fsdp_on_cpu.py"), SCRIPT]
+    with pytest.raises(AssertionError, match="Train with --do_eval False"):
+        run(*launch, *data, *OPTIONS, "--max_steps=1", "--use_cpu=True", f"--output_dir={tmp_path}")
+
+
+def test_help_explains_each_option():
+    output = run(SCRIPT, "--help")
+    for option in ("--rerank_k", "--honest_negatives", "--contrastive_selection", "--itm_weight", "--texts_per_image"):
+        assert option in output

@@ -1,0 +1,96 @@
+"""What holds for every run_*.py script: gradient accumulation is a larger batch, two processes evaluate as one."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_tasks import COLORS, OPTIONS, ROOT, SCRIPTS, predictions, run, write_task
+
+from modeling_trips import TripsConfig, TripsModel
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+
+
+METRICS = {"vqa": "accuracy", "captions": "bleu_4", "nlvr2": "accuracy", "grounding": "mean_iou"}
+each_task = pytest.mark.parametrize("task", SCRIPTS)
+
+
+def main_of(task: str):
+    return importlib.import_module(SCRIPTS[task]).main
+
+
+def losses_of(folder: Path) -> list[float]:
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in logs if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    """An untrained model to start every task from, without BatchNorm: its statistics are those of a batch."""
+    words = "what color is it ? all is here a an image both are the square picture of , ".split()
+    tokenizer = train_wordpiece_tokenizer([*words, *COLORS])
+    config = TripsConfig.from_preset(
+        "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}
+    )
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    TripsModel(config).save_pretrained(folder)
+    make_processor(tokenizer, config).save_pretrained(folder)
+    return f"--model_name_or_path={folder}"
+
+
+@each_task
+def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path):
+    """Micro-batches of 1 and of 4 of the same rows in the same order; captions and answers differ in length."""
+    data = write_task(task, tmp_path)
+    options = [*data, *OPTIONS, backbone, "--max_steps=2", "--optim=sgd", "--do_eval=False", "--texts_per_image=1"]
+    for name, size, times in (("whole", 4, 1), ("parts", 1, 4)):
+        sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={times}"]
+        main_of(task)([*options, *sizes, "--logging_steps=1", f"--output_dir={tmp_path / name}"])
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=2e-6, msg=name)
+    whole, parts = (losses_of(tmp_path / name) for name in ("whole", "parts"))
+    assert len(whole) == 2 and parts == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.slow
+@each_task
+def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
+    """5 or 10 rows in batches of 3 over 2 processes: rows come again to fill up the last batch, and must be cut."""
+    data = write_task(task, tmp_path)
+    options = [*data, *OPTIONS, backbone, "--do_train=False", "--per_device_eval_batch_size=3", "--use_cpu=True"]
+    one = main_of(task)([*options, f"--output_dir={tmp_path / 'one'}"])
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
+    run(*launch, str(ROOT / "examples" / f"{SCRIPTS[task]}.py"), *options, f"--output_dir={tmp_path / 'two'}")
+    rows = predictions(tmp_path / "one")
+    assert len(rows) == one["eval_samples"] == (5 if task in ("vqa", "captions") else 10)
+    rows_of_two = predictions(tmp_path / "two")
+    assert [row["source"] for row in rows_of_two] == [row["source"] for row in rows]
+    for row_of_two, row in zip(rows_of_two, rows):  # other batches, other rounding
+        if task == "grounding":
+            assert row_of_two["prediction"] == pytest.approx(row["prediction"], abs=0.02)
+        else:
+            assert row_of_two["prediction"] == row["prediction"]
+            if task == "nlvr2":
+                assert row_of_two["probability"] == pytest.approx(row["probability"], rel=1e-4)
+    two = json.loads((tmp_path / "two/eval_results.json").read_text())
+    name = f"eval_{METRICS[task]}"
+    assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@each_task
+def test_a_checkpoint_is_evaluated_without_training_data(task, backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java, which would take seconds to start
+    options = [write_task(task, tmp_path)[1], *OPTIONS, backbone, "--do_train=False", "--generation_max_length=5"]
+    metrics = main_of(task)([*options, f"--output_dir={tmp_path / 'out'}"])
+    assert f"eval_{METRICS[task]}" in metrics and not any(name.startswith("train") for name in metrics)

@@ -1,0 +1,200 @@
+"""`examples/run_vqa.py` on a toy data set, as a user runs it: results, resuming after a kill, two processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from places import ROOT
+from safetensors.torch import load_file
+
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from trips_examples import run_vqa
+
+
+SCRIPT = str(ROOT / "examples" / "run_vqa.py")
+COLORS = ["red", "blue", "green", "white"]
+OPTIONS = [
+    "--per_device_train_batch_size=4",
+    "--per_device_eval_batch_size=4",
+    "--learning_rate=1e-3",
+    "--lr_scheduler_type=constant",
+    "--auto_bf16=False",
+    "--augment=False",
+    "--disable_tqdm=True",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Options that name two files: 4 images, 3 questions each for training, 2 of them for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for color in COLORS:
+        PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
+        rows.append({"image": f"{color}.png", "question": "what color is it?", "answers": [color] * 9 + ["other"]})
+        rows.append({"image": f"{color}.png", "question": "is it red?", "answer": "yes" if color == "red" else "no"})
+        rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "yes" if color == "blue" else "no"})
+    train, validation = folder / "train.jsonl", folder / "validation.jsonl"
+    train.write_text("\n".join(map(json.dumps, rows)))
+    validation.write_text("\n".join(json.dumps(row) for row in rows if row["question"] != "is it blue?"))
+    return [f"--train_file={train}", f"--validation_file={validation}"]
+
+
+def command(data: list[str], output_dir: Path, *options: str) -> list[str]:
+    return [SCRIPT, *data, *OPTIONS, f"--output_dir={output_dir}", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str) -> str:
+    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
+    metrics = run_vqa.main(command(data, tmp_path, "--max_steps=100", "--per_device_train_batch_size=12")[1:])
+    assert metrics["eval_accuracy"] == 1.0
+    rows = predictions(tmp_path)
+    assert len(rows) == 8 and all(row["prediction"] == row["answers"][0] for row in rows)
+    assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
+    by_answer = json.loads((tmp_path / "accuracy_by_answer.json").read_text())
+    assert by_answer["no"] == {"accuracy": 1.0, "count": 3}
+
+    model, processor = TripsForQuestionAnswering.from_pretrained(tmp_path), TripsProcessor.from_pretrained(tmp_path)
+    image = PIL.Image.new("RGB", (64, 64), "green")
+    inputs = processor(images=image, text="what color is it?", return_tensors="pt")
+    assert processor.post_process_answers(model.generate(**inputs)) == ["green"]
+
+
+def test_selection_options_reach_the_model(data, tmp_path):
+    options = ["--selection_layers", "1", "4", "--keep_rate", "0.9", "0.5", "--max_steps=1", "--save_strategy=no"]
+    run_vqa.main(command(data, tmp_path, *options)[1:])
+    model = TripsForQuestionAnswering.from_pretrained(tmp_path)
+    assert model.config.vision_config.selection_schedule == {1: 0.9, 4: 0.5}
+    # A trained checkpoint evaluated with another schedule keeps its weights.
+    again = ["--do_train=False", f"--model_name_or_path={tmp_path}", "--keep_rate=1.0"]
+    metrics = run_vqa.main(command(data, tmp_path / "again", *again)[1:])
+    assert "eval_accuracy" in metrics and "train_loss" not in metrics
+
+
+def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog):
+    broken = tmp_path / "broken.jsonl"
+    source = Path(data[0].split("=")[1])
+    lines = source.read_text().splitlines()
+    lines[2] = json.dumps({"image": "missing.png", "question": "is it red?", "answer": "no"})
+    broken.write_text("\n".join(lines))
+    files = [f"--train_file={broken}", f"--image_root={source.parent}", "--do_eval=False", "--max_steps=1"]
+    with pytest.raises(ValueError, match="broken.jsonl row 3.*missing.png"):
+        run_vqa.main(command(files, tmp_path / "out")[1:])
+    run_vqa.main(command(files, tmp_path / "out", "--skip_bad_rows")[1:])
+    assert "Skipped 1 of the 12 rows of broken.jsonl" in caplog.text
+
+
+def test_a_missing_split_is_named_at_once(data, tmp_path):
+    with pytest.raises(ValueError, match="no validation split: give --validation_file, or turn --do_eval off"):
+        run_vqa.main(command(data[:1], tmp_path)[1:])
+    with pytest.raises(ValueError, match="no train split: give --train_file"):
+        run_vqa.main(command(data[1:], tmp_path)[1:])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_path):
+    options = ["--max_steps=12", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
+    alone = command(data, tmp_path / "alone", *options)
+    run(*alone)
+
+    killed = command(data, tmp_path / "killed", *options)
+    process = subprocess.Popen([sys.executable, *killed], env=environment(), stdout=subprocess.DEVNULL)
+    # The trainer state is written last: once it is there, the checkpoint is whole.
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/model.safetensors").exists()
+
+    last_step = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
+    printed = run(*killed, "--resume_from_checkpoint=last")
+    assert printed.count("'loss'") == 12 - last_step  # it went on, and did not begin again
+    expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "killed"))
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(data, tmp_path):
+    run_vqa.main(command(data, tmp_path / "model", "--max_steps=30", "--save_strategy=no")[1:])
+    # 8 questions in batches of 3 over 2 processes: the last batch is padded, and must be cut again.
+    options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
+    one = run_vqa.main(command(data, tmp_path / "one", *options)[1:])
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713"]
+    run(*launch, *command(data, tmp_path / "two", *options))
+    assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
+    assert json.loads((tmp_path / "two/eval_results.json").read_text())["eval_accuracy"] == one["eval_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
+    """12 questions in steps of 4, one epoch: the row comes in one of three steps, in the batch of one process."""
+    words = [str(ROOT / "tests" / "poisoned_run.py"), *data, *OPTIONS, f"--output_dir={tmp_path}", "--do_eval=False"]
+    words += ["--num_train_epochs=1", "--save_steps=1", f"--per_device_train_batch_size={4 // processes}"]
+    words += ["--questions_per_image=1"]
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+        if processes == 2
+        else []
+    )
+    poisoned = "train.jsonl row 7"
+    result = subprocess.run(
+        [sys.executable, *launch, *words],
+        env={**environment(), "POISONED": poisoned},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    errors = set(re.findall(r"FloatingPointError: (The loss of step .*)", result.stderr))
+    assert len(errors) == 1, result.stderr[-3000:]  # all processes tell the same
+    step, rows, rest = re.fullmatch(r"The loss of step (\d) is nan for the rows (.*?)\. (.*)", errors.pop()).groups()
+    assert len(rows.split(", ")) == 4 // processes and poisoned in rows.split(", ")
+    saved = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert saved == {f"checkpoint-{number}" for number in range(1, int(step))}
+    last = f"The last good checkpoint is {tmp_path}/checkpoint-{int(step) - 1}"
+    assert rest.startswith(last if saved else "There is no good checkpoint")
+
+
+@pytest.mark.slow
+def test_two_processes_train(data, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29714"]
+    options = [
+        "--max_steps=100",
+        "--save_strategy=no",
+        "--per_device_train_batch_size=6",
+        "--ddp_find_unused_parameters=False",
+    ]
+    run(*launch, *command(data, tmp_path, *options))
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] > 0.7
+
+
+def test_help_explains_each_option():
+    output = run(SCRIPT, "--help")
+    for option in ("--keep_rate", "--selection_layers", "--skip_bad_rows", "--questions_per_image", "--preset"):
+        assert option in output

@@ -1,0 +1,160 @@
+"""Several processes, with each configuration of examples/configs, train to the weights of one process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from places import ROOT, TESTS
+from safetensors.torch import load_file
+from tiny_models import CASES, each_model
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from modeling_trips import TripsConfig, TripsForQuestionAnswering
+from trips_examples import run_vqa
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+
+
+CONFIGS = ROOT / "examples" / "configs"
+
+
+def load_config(name: str) -> ClusterConfig:
+    return load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+
+
+def launch(name: str, *command: str) -> str:
+    """Two processes on this machine's CPU with a configuration from examples/configs; what they printed."""
+    shim = [str(TESTS / "fsdp_on_cpu.py")] if name == "fsdp2" else []
+    options = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0"]
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, *shim, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+
+
+def test_every_configuration_is_one_that_accelerate_reads():
+    types = {path.stem: str(load_config(path.stem).distributed_type) for path in CONFIGS.glob("*.yaml")}
+    deepspeed = "DistributedType.DEEPSPEED"
+    assert types == {
+        "ddp": "DistributedType.MULTI_GPU",
+        "fsdp2": "DistributedType.FSDP",
+        "zero2": deepspeed,
+        "zero3": deepspeed,
+    }
+
+
+def layers_to_wrap(case) -> list[str]:
+    """The names that fsdp2.yaml gives, or says to add on the command line, for the form of this case."""
+    if case.fusion_type == "single_stream":
+        said = re.search(r"--fsdp_transformer_layer_cls_to_wrap (\S+)", (CONFIGS / "fsdp2.yaml").read_text())
+        return said[1].split(",")
+    return load_config("fsdp2").fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+
+
+@each_model
+def test_fsdp_shards_all_layers_and_only_layers(case):
+    modules = list(case.make_model().modules())
+    classes = {type(module).__name__: type(module) for module in modules}
+    wrapped = tuple(classes[name] for name in layers_to_wrap(case))  # Accelerate refuses a name that is not there
+    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    assert [module for module in modules if isinstance(module, wrapped)] == layers
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configurations_name_their_stage_and_save_whole_models(stage):
+    config = load_config(f"zero{stage}").deepspeed_config
+    deepspeed = HfDeepSpeedConfig(str(ROOT / config["deepspeed_config_file"]))
+    assert deepspeed.get_value("zero_optimization.stage") == stage
+    gathers = deepspeed.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save", default=False)
+    assert gathers == (stage == 3) == config["zero3_init_flag"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "prefix"), [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDPTrips")])
+def test_two_processes_train_every_model_as_one(name, prefix):
+    """Under DDP no unused parameter is looked for, so that one without a gradient would be an error."""
+    printed = [line for line in launch(name, str(TESTS / "train_cases.py")).splitlines() if line.startswith(prefix)]
+    assert len(printed) == len(CASES)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    """Options of run_vqa.py: two images, three questions each, and an untrained model to start from."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for color in ("red", "blue"):
+        PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
+        rows.append({"image": f"{color}.png", "question": "what color is it?", "answer": color})
+        rows.append({"image": f"{color}.png", "question": "is it red?", "answer": "yes" if color == "red" else "no"})
+        rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = train_wordpiece_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
+    # No BatchNorm: its statistics are those of a process.
+    config = TripsConfig.from_preset(
+        "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}
+    )
+    torch.manual_seed(0)
+    TripsForQuestionAnswering(config).save_pretrained(folder / "model")
+    make_processor(tokenizer, config).save_pretrained(folder / "model")
+    return [
+        f"--model_name_or_path={folder / 'model'}",
+        f"--train_file={folder / 'rows.jsonl'}",
+        f"--validation_file={folder / 'rows.jsonl'}",
+        "--max_steps=6",
+        "--lr_scheduler_type=constant",
+        "--adam_epsilon=1e-4",  # or AdamW would make steps of the rounding errors of gradients that are zero
+        "--auto_bf16=False",
+        "--augment=False",
+        "--use_cpu=True",
+        "--ddp_find_unused_parameters=False",
+        "--save_strategy=no",
+        "--disable_tqdm=True",
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_process(options, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_vqa.main([*options, f"--output_dir={folder}", "--per_device_train_batch_size=6"])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_processes_train_and_answer_as_one(name, options, one_process, tmp_path):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    script = str(ROOT / "examples" / "run_vqa.py")
+    launch(name, script, *options, f"--output_dir={tmp_path}", "--per_device_train_batch_size=3")
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, one_process))
+    start = load_file(Path(options[0].partition("=")[2]) / "model.safetensors")
+    for key, weight in expected.items():
+        assert not torch.equal(weight, start[key]), key
+        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5, msg=key)
+    assert (tmp_path / "predictions.jsonl").read_text() == (one_process / "predictions.jsonl").read_text()
+    # The checkpoint brings the code of its class, whatever class the wrapping made of it.
+    code = {path.name for path in one_process.glob("*.py")}
+    assert code and code == {path.name for path in tmp_path.glob("*.py")}
+    configs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, one_process))
+    assert next(configs)["auto_map"] == next(configs)["auto_map"]

@@ -1,0 +1,53 @@
+"""What comes before NLVR2 and grounding on the embedded data: a model of the same options, trained on questions."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_tasks import write_task
+
+from modeling_trips import TripsConfig, TripsProcessor
+from trips_examples import run_grounding, run_nlvr2
+from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.start import StartedTrainingArguments, start_from_questions
+
+
+BRIEF = ["--max_train_samples=8", "--max_eval_samples=8", "--start_epochs=1", "--num_train_epochs=1", "--use_cpu=True"]
+# The task's own training leaves the weights as they are.
+FROZEN = [*BRIEF, "--learning_rate=0", "--auto_bf16=False", "--disable_tqdm=True", "--save_steps=1"]
+
+
+@pytest.mark.parametrize("script", [run_nlvr2, run_grounding], ids=["nlvr2", "grounding"])
+def test_the_task_starts_from_the_model_that_answers(script, tmp_path):
+    options = [*FROZEN, f"--output_dir={tmp_path}", "--keep_rate=0.25"]
+    script.main(options)
+    start, weights = load_file(tmp_path / "easy_vqa/model.safetensors"), load_file(tmp_path / "model.safetensors")
+    shared = {name for name in start if name in weights and "running" not in name and "batches" not in name}
+    assert len(shared) > 100
+    assert all(torch.equal(start[name], weights[name]) for name in shared)
+    processor = TripsProcessor.from_pretrained(tmp_path / "easy_vqa")
+    assert processor.image_processor.size == {"height": 32, "width": 32}
+    assert TripsConfig.from_pretrained(tmp_path / "easy_vqa").vision_config.keep_rate == 0.25
+
+    written = (tmp_path / "easy_vqa/model.safetensors").stat().st_mtime_ns
+    script.main([*options, "--resume_from_checkpoint=last"])
+    assert (tmp_path / "easy_vqa/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_deepspeed_is_told_what_to_do(tmp_path):
+    """It takes one model per launch. (A stand-in for its plugin: only whether there is one counts.)"""
+    args = StartedTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="give that model with --model_name_or_path, or .* --start_epochs 0"):
+        start_from_questions(ModelArguments(), DataArguments(), args)
+    args.start_epochs = 0.0
+    assert start_from_questions(ModelArguments(), DataArguments(), args) == ModelArguments()
+
+
+@pytest.mark.slow
+def test_no_start_from_a_checkpoint_for_own_data_or_where_none_is_asked_for(tmp_path):
+    own = write_task("nlvr2", tmp_path)
+    run_nlvr2.main([*FROZEN, *own, f"--output_dir={tmp_path / 'own'}"])
+    run_nlvr2.main([*FROZEN, f"--output_dir={tmp_path / 'checkpoint'}", f"--model_name_or_path={tmp_path / 'own'}"])
+    run_nlvr2.main([*FROZEN, f"--output_dir={tmp_path / 'scratch'}", "--start_epochs=0"])
+    for name in ("own", "checkpoint", "scratch"):
+        assert (tmp_path / name / "model.safetensors").exists() and not (tmp_path / name / "easy_vqa").exists()

@@ -1,0 +1,66 @@
+"""Diagnostics of the selection: hand-worked examples."""
+
+import math
+
+import pytest
+import torch
+
+from modeling_trips import TripsSelection
+from modeling_trips.inspection.diagnostics import (
+    kept_coverage,
+    kept_patches,
+    score_entropy,
+    share_inside,
+    text_sensitivity,
+)
+
+
+def selection_of(*kept: list[int], scores=None) -> TripsSelection:
+    return TripsSelection(kept_indices=torch.tensor(kept), scores=scores)
+
+
+def test_entropy_is_one_for_equal_scores_and_zero_for_a_single_winner():
+    scores = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    torch.testing.assert_close(score_entropy(selection_of([0], scores=scores)), torch.tensor([1.0, 0.0, 0.5]))
+
+
+def test_entropy_of_half_precision_scores_is_full_precision():
+    scores = torch.full((1, 100), 0.01, dtype=torch.bfloat16)
+    p = float(scores[0, 0])
+    expected = -100 * p * math.log(p) / math.log(100)
+    assert score_entropy(selection_of([0], scores=scores)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_kept_patches_are_marked_and_fused_tokens_are_none():
+    mask = kept_patches(selection_of([0, 3], [2, -1]), num_patches=4)
+    assert mask.tolist() == [[True, False, False, True], [False, False, True, False]]
+
+
+def test_coverage_counts_a_patch_once_however_many_keep_it():
+    assert kept_coverage(selection_of([0, 1], [1, 2], [1, -1]), num_patches=4) == 0.75
+
+
+def test_sensitivity_is_zero_where_all_texts_keep_the_same_and_one_where_none_is_shared():
+    same, other = selection_of([0, 1], [0, 1]), selection_of([0, 1], [2, 3])
+    image_index = torch.tensor([0, 0])
+    assert text_sensitivity(same, image_index, num_patches=4) == 0.0
+    assert text_sensitivity(other, image_index, num_patches=4) == 1.0
+
+
+def test_sensitivity_compares_the_texts_of_an_image_only():
+    # Image 0: {0, 1} and {1, 2} share 1 of 3; image 1: {3, 4} alone; image 2: {0, 1} twice.
+    selection = selection_of([0, 1], [3, 4], [1, 2], [0, 1], [0, 1])
+    sensitivity = text_sensitivity(selection, torch.tensor([0, 1, 0, 2, 2]), num_patches=5)
+    assert sensitivity == pytest.approx(1 - (1 / 3 + 1) / 2)
+
+
+def test_sensitivity_needs_two_texts_of_one_image():
+    with pytest.raises(ValueError, match="No two rows have the same image"):
+        text_sensitivity(selection_of([0], [1]), torch.tensor([0, 1]), num_patches=2)
+
+
+def test_share_inside_goes_by_the_patches_centres():
+    patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8], [0, 8, 8, 16]])
+    # Centres at x = 4, 12, 20 in the first row; the region begins right behind the first and ends right at the third.
+    assert share_inside(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
+    assert share_inside(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0

@@ -1,0 +1,160 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tests of the pictures of kept patches: exact pixels, and what the figure says."""
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_trips.inspection.pictures import draw_kept_patches, plot_selection
+
+
+COLOR = (100, 40, 200)
+FADED = (216, 201, 241)  # 0.25 * color + 0.75 * 255, rounded down: 216.25, 201.25, 241.25
+OUTLINE = (255, 0, 0)
+# The left column and the lower middle of a grid of 3 x 2 patches of 10 x 10 pixels
+BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 10, 10, 20], [10, 10, 20, 20]])
+
+
+@pytest.fixture
+def image():
+    return Image.new("RGB", (30, 20), COLOR)
+
+
+def colors(picture):
+    return {color for _, color in picture.getcolors()}
+
+
+def test_kept_pixels_stay_and_dropped_pixels_fade(image):
+    picture = draw_kept_patches(image, BOXES, outline=None, min_side=1)
+    assert (picture.mode, picture.size) == ("RGB", (30, 20))
+    for x in range(30):
+        for y in range(20):
+            kept = x < 10 or (x < 20 and y >= 10)
+            assert picture.getpixel((x, y)) == (COLOR if kept else FADED), (x, y)
+    assert image.getpixel((29, 0)) == COLOR
+
+
+def test_outline_runs_inside_the_kept_area_and_not_between_kept_patches(image):
+    picture = draw_kept_patches(image, BOXES, outline="red", min_side=1)
+    for outside, edge, inside in (
+        ((10, 5), (9, 5), (8, 5)),
+        ((15, 9), (15, 10), (15, 11)),
+        ((20, 15), (19, 15), (18, 15)),
+    ):
+        assert [picture.getpixel(at) for at in (outside, edge, inside)] == [FADED, OUTLINE, COLOR]
+    # between neighbours, and along the border of the picture
+    assert {picture.getpixel(at) for at in ((5, 9), (5, 10), (9, 15), (10, 15), (0, 5), (5, 0), (15, 19))} == {COLOR}
+
+
+def test_small_images_grow_pixel_by_pixel(image):
+    image.putpixel((29, 19), (1, 2, 3))
+    picture = draw_kept_patches(image, torch.tensor([[20.0, 10, 30, 20]]), outline=None, min_side=50)
+    assert picture.size == (90, 60)  # 3 is the smallest whole factor that makes 20 at least 50
+    assert {picture.getpixel((x, y)) for x in (87, 89) for y in (57, 59)} == {(1, 2, 3)}
+    assert picture.getpixel((86, 59)) == COLOR and picture.getpixel((59, 59)) == FADED
+    assert draw_kept_patches(image, BOXES).size == (390, 260)
+    assert draw_kept_patches(Image.new("RGB", (255, 400)), BOXES).size == (510, 800)
+    assert draw_kept_patches(Image.new("RGB", (256, 400)), BOXES).size == (256, 400)
+
+
+def test_fractional_boxes_leave_no_gap(image):
+    third = 20 / 3
+    boxes = torch.tensor([[0, row * third, 30, (row + 1) * third] for row in range(3)])
+    assert colors(draw_kept_patches(image, boxes, outline=None, min_side=1)) == {COLOR}
+
+
+def test_edges_of_boxes_are_rounded(image):
+    picture = draw_kept_patches(image, torch.tensor([[1.4, 1.6, 3.4, 3.6]]), outline=None, min_side=1)
+    kept = [(x, y) for x in range(30) for y in range(20) if picture.getpixel((x, y)) == COLOR]
+    assert kept == [(1, 2), (1, 3), (2, 2), (2, 3)]
+
+
+def test_fade_and_empty_selection(image):
+    nothing, empty = torch.zeros(0, 4), torch.tensor([[5.0, 5, 5, 5]])
+    for boxes in (nothing, empty):
+        assert colors(draw_kept_patches(image, boxes)) == {FADED}
+    assert colors(draw_kept_patches(image, nothing, fade=1)) == {(255, 255, 255)}
+    assert colors(draw_kept_patches(image, nothing, fade=0)) == {COLOR}
+
+
+def test_any_mode_is_drawn():
+    picture = draw_kept_patches(Image.new("LA", (8, 8), (77, 0)), torch.tensor([[0.0, 0, 8, 8]]))
+    assert picture.getpixel((100, 100)) == (255, 255, 255)
+
+
+def test_wrong_arguments_are_named(image):
+    with pytest.raises(ValueError, match=r"`fade` must be in \[0, 1\], got 1.5"):
+        draw_kept_patches(image, BOXES, fade=1.5)
+    with pytest.raises(ValueError, match=r"\(num_kept, 4\), got \(3, 3\)"):
+        draw_kept_patches(image, BOXES[:, :3])
+
+
+def labels(figure):
+    return [(panel.get_title(), panel.get_xlabel()) for panel in figure.axes]
+
+
+def test_figure_has_a_panel_per_question(image, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "selection.png"
+    figure = plot_selection(image, ["what is red ?", "where ?"], ["a cat", "left"], [BOXES, BOXES[:1]], 6, path)
+    assert labels(figure) == [
+        ("original", ""),
+        ("what is red ?\n→ a cat", "3 of 6 patches"),
+        ("where ?\n→ left", "1 of 6 patches"),
+    ]
+    assert [len(panel.images) for panel in figure.axes] == [1, 1, 1]
+    shown = figure.axes[2].images[0].get_array()
+    assert tuple(shown[60, 60]) == COLOR and tuple(shown[200, 60]) == FADED
+    assert [file.name for file in tmp_path.iterdir()] == ["selection.png"]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.width > picture.height
+
+
+def test_figure_has_a_row_per_selection_layer(image):
+    pytest.importorskip("matplotlib")
+    figure = plot_selection(image, ["what ?"], ["cat"], [[BOXES, BOXES[:1]]])
+    assert labels(figure) == [
+        ("original", ""),
+        ("what ?\n→ cat", "selection 1: 3 patches"),
+        ("", ""),
+        ("", "selection 2: 1 patches"),
+    ]
+
+
+def test_failed_write_leaves_the_old_figure_and_nothing_else(image, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "selection.unknown"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="unknown"):
+        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_rename_leaves_nothing(image, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "selection.png"
+    folder.mkdir()
+    with pytest.raises(OSError):
+        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_figure_needs_one_of_each_per_question(image):
+    with pytest.raises(ValueError, match="2 questions, 1 answers and boxes for 1"):
+        plot_selection(image, ["a", "b"], ["a"], [BOXES])
+    with pytest.raises(ValueError, match="at least one question"):
+        plot_selection(image, [], [], [])
+    with pytest.raises(ValueError, match=r"different numbers of selection layers: \[2, 1\]"):
+        plot_selection(image, ["a", "b"], ["a", "b"], [[BOXES, BOXES], [BOXES]])

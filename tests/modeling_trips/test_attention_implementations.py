@@ -1,0 +1,206 @@
+"""`attn_implementation`: every kernel gives the same outputs and keeps the same patches, and each layer uses it."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash_utils
+from tiny_models import CASES, each_generator, each_model, kept_by, main_output
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
+
+from modeling_trips.modeling_trips_text_layers import TripsTextSelfAttention
+from modeling_trips.modeling_trips_vision_layers import TripsVisionAttention
+
+
+def attention_layers(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, (TripsVisionAttention, TripsTextSelfAttention))]
+
+
+def assert_same_outputs(outputs, expected):
+    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=2e-5)
+    assert kept_by(outputs) == kept_by(expected)
+
+
+@each_model
+@torch.no_grad()
+def test_sdpa_equals_eager(case):
+    expected = case.make_model("eager")(**case.make_inputs())
+    assert_same_outputs(case.make_model("sdpa")(**case.make_inputs()), expected)
+
+
+@each_model
+@torch.no_grad()
+def test_flex_attention_equals_eager(case):
+    expected = case.make_model("eager")(**case.make_inputs())
+    with torch.compiler.set_stance("force_eager"):
+        assert_same_outputs(case.make_model("flex_attention")(**case.make_inputs()), expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_compiles():
+    torch._dynamo.reset()
+    case = next(case for case in CASES if case.model_class.can_generate())
+    expected = case.make_model("eager")(**case.make_inputs())
+    assert_same_outputs(case.make_model("flex_attention")(**case.make_inputs()), expected)
+
+
+@each_model
+@torch.no_grad()
+def test_each_part_may_have_its_own(case):
+    model = case.make_model({"vision_config": "eager", "text_config": "sdpa", "fusion_encoder_config": "eager"})
+    parts = (model.config.vision_config, model.config.text_config, model.config.fusion_encoder_config)
+    assert [part._attn_implementation for part in parts] == ["eager", "sdpa", "eager"]
+    assert_same_outputs(model(**case.make_inputs()), case.make_model("eager")(**case.make_inputs()))
+
+
+@each_model
+@torch.no_grad()
+def test_it_may_be_changed_later(case):
+    model = case.make_model("sdpa")
+    model.set_attn_implementation("eager")
+    assert {layer.config._attn_implementation for layer in attention_layers(model)} == {"eager"}
+    assert_same_outputs(model(**case.make_inputs()), case.make_model("eager")(**case.make_inputs()))
+
+
+@each_model
+def test_flash_attention_is_accepted_and_asks_for_its_package(case):
+    with pytest.raises(ImportError, match="FlashAttention2.*the package for FlashAttention2"):
+        case.make_model("flash_attention_2")
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="sdpa"):
+        CASES[0].make_model("no_such_kernel")
+
+
+@each_model
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_dropout_acts_in_training_only(case, attn_implementation):
+    model = case.make_model(attn_implementation, dropout=0.5, patch_embedding_type="linear")
+
+    inputs = case.make_inputs()
+
+    def run(training: bool, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return main_output(model.train(training)(**inputs))
+
+    assert torch.equal(run(False, 0), run(False, 1))
+    assert torch.equal(run(True, 0), run(True, 0))
+    assert not torch.allclose(run(True, 0), run(True, 1), atol=1e-2)
+
+
+@each_model
+@torch.no_grad()
+def test_flex_attention_refuses_dropout_in_training(case):
+    model = case.make_model("flex_attention", dropout=0.5)
+    with torch.compiler.set_stance("force_eager"):
+        model(**case.make_inputs())
+        with pytest.raises(ValueError, match="does not support `dropout`"):
+            model.train()(**case.make_inputs())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered functions
+
+
+@pytest.fixture
+def register() -> Iterator:
+    """Registers an attention function and the function that makes its masks; forgets them after the test."""
+    names = []
+
+    def register(name, attention_function, mask_function):
+        AttentionInterface.register(name, attention_function)
+        AttentionMaskInterface.register(name, mask_function)
+        names.append(name)
+
+    yield register
+    for name in names:
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
+
+
+@each_model
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_a_registered_function_is_called_by_each_layer(case, training, register):
+    calls = Counter()
+
+    def attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
+        calls[module] += 1
+        assert query.shape[1] == module.config.num_attention_heads and query.shape[3] == module.head_dim
+        assert scaling == module.head_dim**-0.5
+        assert dropout == (0.25 if training else 0.0)
+        if isinstance(module, TripsVisionAttention):
+            assert (attention_mask is None) == (case.fusion_type != "single_stream")
+        output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+        return output.transpose(1, 2), None
+
+    register("counted", attention, sdpa_mask)
+    model = case.make_model("counted", dropout=0.25).train(training)
+    model(**case.make_inputs(training=True))
+    assert calls.keys() == set(attention_layers(model))
+    if not case.draws:  # those that compare more than one pair per text pass some layers again
+        assert set(calls.values()) == {1}
+
+
+def flash(query, key, value, dropout_p=0.0, softmax_scale=None, causal=False):
+    """`flash_attn_func` in PyTorch: `(batch_size, seq_length, num_heads, head_dim)`, causal up to the last key."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    visible = visible.tril(key.shape[2] - query.shape[2]) if causal else visible
+    output = scaled_dot_product_attention(query, key, value, visible, dropout_p, scale=softmax_scale)
+    return output.transpose(1, 2)
+
+
+def flash_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    """`flash_attn_varlen_func` in PyTorch: sequences without padding, one after the other."""
+    outputs = []
+    for row in range(len(cu_seqlens_q) - 1):
+        queries = q[cu_seqlens_q[row] : cu_seqlens_q[row + 1]]
+        keys, values = (states[cu_seqlens_k[row] : cu_seqlens_k[row + 1]] for states in (k, v))
+        outputs.append(flash(queries[None], keys[None], values[None], dropout_p, softmax_scale, causal)[0])
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash_in_torch(register, monkeypatch) -> str:
+    """Transformers' own flash attention, masks and unpadding included, with the CUDA kernels replaced by PyTorch."""
+    functions = (flash, flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    register("flash_in_torch", flash_attention_forward, flash_attention_mask)
+    return "flash_in_torch"
+
+
+@each_model
+@pytest.mark.parametrize("padded", [True, False])
+@torch.no_grad()
+def test_flash_attentions_masks_and_layout_give_the_same(case, padded, flash_in_torch):
+    inputs = case.make_inputs()
+    if not padded:
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    assert_outputs_equal_but_for_padding(case, inputs, flash_in_torch)
+
+
+def assert_outputs_equal_but_for_padding(case, inputs, attn_implementation):
+    outputs, expected = (case.make_model(name)(**inputs) for name in (attn_implementation, "eager"))
+    assert kept_by(outputs) == kept_by(expected)
+    # The states of a text's padding have no meaning.
+    rows = inputs["attention_mask"].bool() if "last_hidden_state" in outputs else ...
+    torch.testing.assert_close(main_output(outputs)[rows], main_output(expected)[rows], rtol=1e-4, atol=2e-5)
+
+
+@each_generator
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_flash_attention_generates_the_same(case, num_beams, flash_in_torch):
+    inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
+    options = {"max_new_tokens": 6, "num_beams": num_beams}
+    sequences, expected = (case.make_model(name).generate(**inputs, **options) for name in (flash_in_torch, "eager"))
+    assert torch.equal(sequences, expected)

@@ -1,0 +1,114 @@
+"""Published checkpoints load and answer, bit for bit, where this project is not installed: from a folder and a Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from clean_environment import make_environment
+from huggingface_hub import HfApi
+from loopback_hub import LoopbackHub
+from PIL import Image
+from places import ROOT
+
+from modeling_trips.registration_trips import MODELS
+
+
+pytestmark = pytest.mark.slow
+STRANGER = ROOT / "tests/stranger.py"
+WITH_PROJECT = "import runpy, sys, modeling_trips; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "picture.png"
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (48, 80, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean_python(tmp_path_factory) -> list[str]:
+    """An interpreter that has what the running one has, but for this project."""
+    return [make_environment(tmp_path_factory.mktemp("clean")), "-I"]
+
+
+def run_stranger(python: list[str], source: str, checkpoints, image: Path, folder: Path, **environment) -> dict:
+    folder.mkdir()
+    result = subprocess.run(
+        [*python, STRANGER, source, image, folder],
+        input=json.dumps({head: list(MODELS) for head in checkpoints}),
+        env={**os.environ, "HF_HOME": str(folder / "home"), **environment},  # a fresh cache of remote code
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints, image, tmp_path_factory) -> dict:
+    """The results where the project is installed: its own classes serve the Auto classes."""
+    folder = tmp_path_factory.mktemp("project") / "results"
+    python = [sys.executable, "-c", WITH_PROJECT]
+    results = run_stranger(python, source_of(checkpoints), checkpoints, image, folder, PYTHONPATH=str(ROOT))
+    assert results.pop("project")
+    return results
+
+
+def source_of(checkpoints) -> str:
+    folder = next(iter(checkpoints.values())).parent
+    assert all(path == folder / name for name, path in checkpoints.items())
+    return f"{folder}/{{}}"
+
+
+def differences(actual, expected, where: str = "results") -> list[str]:
+    """Where two nested results are not equal, tensors bit by bit."""
+    if isinstance(expected, dict):
+        if actual.keys() != expected.keys():
+            return [f"{where}: {actual.keys() ^ expected.keys()}"]
+        return [found for key in expected for found in differences(actual[key], expected[key], f"{where}[{key!r}]")]
+    if isinstance(expected, (list, tuple)):
+        if len(actual) != len(expected):
+            return [f"{where}: {len(actual)} != {len(expected)} entries"]
+        pairs = enumerate(zip(actual, expected))
+        return [found for i, pair in pairs for found in differences(*pair, f"{where}[{i}]")]
+    same = torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected
+    return [] if same else [where]
+
+
+def assert_same_repository(again: Path, folder: Path):
+    """What was loaded from a folder and saved again holds all that the folder held."""
+    assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "tokenizer_config.json"):  # loading notes things in these two
+            assert (again / path.name).read_bytes() == path.read_bytes(), path
+    config, config_again = (json.loads((path / "config.json").read_text()) for path in (folder, again))
+    for name in ("architectures", "auto_map", "custom_pipelines"):
+        assert config_again[name] == config[name], folder
+
+
+def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, tmp_path):
+    results = run_stranger(clean_python, source_of(checkpoints), checkpoints, image, tmp_path / "results")
+    assert not results.pop("project")
+    assert differences(results, expected) == []
+    for head, folder in checkpoints.items():
+        assert_same_repository(tmp_path / "results" / head, folder)
+
+
+def test_a_hub_serves_strangers(checkpoints, image, expected, clean_python, tmp_path, monkeypatch):
+    with LoopbackHub(users={"hf_ada": "ada"}) as hub:
+        hub.connect(monkeypatch, tmp_path / "publisher", token="hf_ada")
+        api = HfApi(endpoint=hub.url, token="hf_ada")
+        for head, folder in checkpoints.items():
+            api.create_repo(f"ada/{head}")
+            api.upload_folder(repo_id=f"ada/{head}", folder_path=folder)
+        environment = hub.client_environment(tmp_path / "home")
+        results = run_stranger(clean_python, "ada/{}", checkpoints, image, tmp_path / "results", **environment)
+    assert not results.pop("project")
+    assert differences(results, expected) == []

@@ -1,0 +1,249 @@
+"""
+Tests of the contrastive and the matching loss: numbers worked by hand, negatives that are drawn as often as they
+should be and never of the same image, and two processes that give the loss and the gradients of one.
+"""
+
+import math
+
+import pytest
+import torch
+from two_processes import results_of
+
+from modeling_trips.losses_contrastive_trips import (
+    contrastive_loss,
+    contrastive_targets,
+    gather_with_gradient,
+    hard_negative_indices,
+    matching_loss,
+    matching_pairs,
+    row_counts,
+    similarity,
+)
+from modeling_trips.losses_trips import mean_count
+from modeling_trips.modeling_trips_retrieval import distinct_image_ids
+
+
+# Image i has the logits log(SCORES[i]) over the texts. By row, the probabilities are 1/4, 1/2, 1/4; 1/2, 1/4, 1/4;
+# 1/4, 1/4, 1/2. By column, 1/6, 4/6, 1/6; 2/5, 2/5, 1/5; 1/5, 2/5, 2/5.
+SCORES = torch.tensor([[1.0, 2.0, 1.0], [4.0, 2.0, 2.0], [1.0, 1.0, 2.0]])
+
+
+def ids(*values):
+    return torch.tensor(values)
+
+
+def make_batch():
+    """Four images, six texts and their image ids. Image 5 is in both halves, and so are texts of it."""
+    generator = torch.Generator().manual_seed(3)
+    images, texts = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (4, 6))
+    return images, texts, ids(5, 1, 5, 2), ids(5, 1, 1, 2, 5, 5)
+
+
+def loss_of(logits_per_image, image_ids, text_image_ids, temperature=1.0):
+    """Of any logits: the images are unit vectors, and so each text is its column of logits."""
+    images, texts = torch.eye(len(logits_per_image)), logits_per_image.T * temperature
+    return contrastive_loss(images, texts, temperature, image_ids, text_image_ids).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contrastive loss
+
+
+def test_two_orthogonal_pairs():
+    # Each looks at logits 1 and 0, of which the first is right.
+    assert loss_of(torch.eye(2), ids(0, 1), ids(0, 1)) == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.07, torch.tensor([0.5])], ids=str)
+def test_three_pairs_of_distinct_images(temperature):
+    per_image = (math.log(4) + math.log(4) + math.log(2)) / 3
+    per_text = (math.log(6) + math.log(5 / 2) + math.log(5 / 2)) / 3
+    loss = loss_of(SCORES.log(), ids(3, 1, 2), ids(3, 1, 2), temperature)
+    assert loss == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+
+
+def test_an_image_that_is_in_the_batch_twice_shares_its_texts():
+    per_image = (1.5 * math.log(2) + 1.5 * math.log(2) + math.log(2)) / 3
+    per_text = (0.5 * (math.log(6) + math.log(6 / 4)) + math.log(5 / 2) + math.log(5 / 2)) / 3
+    loss = loss_of(SCORES.log(), ids(7, 7, 9), ids(7, 7, 9))
+    assert loss == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+
+
+def test_several_captions_of_one_image():
+    logits = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 5.0]]).log()  # columns: 1/2, 1/2; 1/2, 1/2; 1/6, 5/6
+    per_image = (0.5 * (math.log(4) + math.log(2)) + math.log(8 / 5)) / 2
+    per_text = (math.log(2) + math.log(2) + math.log(6 / 5)) / 3
+    assert loss_of(logits, ids(4, 8), ids(4, 4, 8)) == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+
+
+def test_an_image_without_a_text_adds_nothing_of_its_own():
+    per_image = (math.log(4) + 0.5 * (math.log(4) + math.log(4)) + 0) / 3
+    per_text = (math.log(6) + math.log(5 / 2) + math.log(5 / 2)) / 3
+    assert loss_of(SCORES.log(), ids(0, 1, 2), ids(0, 1, 1)) == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+
+
+def test_images_and_texts_are_treated_alike():
+    images, texts = torch.randn(4, 8), torch.randn(6, 8)
+    image_ids, text_ids = ids(0, 1, 2, 2), ids(0, 0, 1, 2, 2, 1)
+    loss = contrastive_loss(images, texts, 0.5, image_ids, text_ids)
+    torch.testing.assert_close(loss, contrastive_loss(texts, images, 0.5, text_ids, image_ids))
+    order, text_order = torch.tensor([2, 0, 3, 1]), torch.tensor([5, 1, 0, 3, 2, 4])
+    shuffled = contrastive_loss(images[order], texts[text_order], 0.5, image_ids[order], text_ids[text_order])
+    torch.testing.assert_close(loss, shuffled)
+
+
+def test_gradients_reach_images_texts_and_temperature():
+    images, texts, image_ids, text_ids = make_batch()
+    inputs = [tensor.requires_grad_() for tensor in (images, texts, torch.tensor([0.7], dtype=torch.float64))]
+    torch.autograd.gradcheck(lambda *tensors: contrastive_loss(*tensors, image_ids, text_ids), inputs)
+
+
+def test_targets_share_out_the_right_candidates():
+    targets = contrastive_targets(ids(5, 6, 7), ids(6, 5, 6, 9))
+    assert targets.tolist() == [[0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 0]]
+
+
+def test_similarity_is_computed_in_full_precision():
+    queries, candidates = (torch.nn.functional.normalize(torch.randn(5, 64), dim=-1) for _ in range(2))
+    expected = (queries.double() @ candidates.double().T / 0.01).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(similarity(queries, candidates, 0.01), expected, rtol=1e-4, atol=1e-4)
+    assert similarity(queries.bfloat16(), candidates.bfloat16(), 0.01).dtype == torch.float32
+    assert similarity(queries.double(), candidates.double(), 0.01).dtype == torch.float64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hard negatives and the matching loss
+
+
+def shares_of(logits, same_image, num_draws=40_000):
+    """How often each candidate of one query is drawn."""
+    rows = logits.expand(num_draws, -1), same_image.expand(num_draws, -1)
+    indices, valid = hard_negative_indices(*rows)
+    assert valid.all()
+    return indices.bincount(minlength=len(logits)) / num_draws
+
+
+def test_negatives_are_drawn_by_the_softmax_of_the_others():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    shares = shares_of(logits, torch.tensor([True, False, False, False]))
+    assert shares[0] == 0
+    # Four standard deviations of a share of one half.
+    torch.testing.assert_close(shares, torch.tensor([0, 0.5, 0.25, 0.25]), rtol=0, atol=0.01)
+    shares = shares_of(logits, torch.tensor([False, False, True, False]))
+    torch.testing.assert_close(shares, torch.tensor([4 / 7, 2 / 7, 0, 1 / 7]), rtol=0, atol=0.01)
+
+
+def test_negatives_far_below_the_positive_are_still_drawn_by_their_odds():
+    # At a temperature of 0.001 logits are up to 2000 apart: these probabilities are 0 as floats.
+    logits = torch.tensor([1000.0, -1000.0, -1000.0 + math.log(3)])
+    shares = shares_of(logits, torch.tensor([True, False, False]))
+    torch.testing.assert_close(shares, torch.tensor([0, 0.25, 0.75]), rtol=0, atol=0.01)
+
+
+def test_a_query_without_a_negative_says_so():
+    same_image = torch.tensor([[True, True, True], [True, False, True]])
+    indices, valid = hard_negative_indices(torch.randn(2, 3), same_image)
+    assert valid.tolist() == [False, True]
+    assert 0 <= indices[0] < 3 and indices[1] == 1
+
+
+def test_draws_follow_the_generator():
+    arguments = torch.zeros(100, 50), torch.eye(100, 50, dtype=torch.bool)
+    state = torch.get_rng_state()
+    first, again, other = (hard_negative_indices(*arguments, torch.Generator().manual_seed(i))[0] for i in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)  # without one, PyTorch's own
+    assert torch.equal(hard_negative_indices(*arguments)[0], first)
+
+
+def test_matching_pairs_are_true_ones_then_negative_images_then_negative_texts():
+    # But for its own, text 0 fits image 2 best, text 1 image 2, text 2 image 1; image 0 text 1, 1 text 2, 2 text 0.
+    logits = 100 * torch.tensor([[9.0, 0.0, 2.0], [1.0, 9.0, 1.5], [0.0, 1.0, 9.0]])
+    pairs = matching_pairs(logits, torch.arange(3))
+    assert pairs.text_index.tolist() == [0, 1, 2, 0, 1, 2, 1, 2, 0]
+    assert pairs.image_index.tolist() == [0, 1, 2, 2, 2, 1, 0, 1, 2]
+    assert pairs.labels.tolist() == [1] * 3 + [0] * 6
+    assert pairs.weights.tolist() == [1.0] * 9
+
+
+def test_pairs_of_the_same_image_are_never_negatives():
+    image_ids = ids(3, 3, 1, 2, 1, 3)
+    logits = 20.0 * (image_ids[:, None] == image_ids)  # what must not be drawn fits best by far
+    for _ in range(500):
+        pairs = matching_pairs(logits, image_ids)
+        same_image = image_ids[pairs.text_index] == image_ids[pairs.image_index]
+        assert torch.equal(same_image, pairs.labels == 1)
+    assert pairs.weights.all()
+
+
+@pytest.mark.parametrize("num_pairs", [1, 3])
+def test_a_batch_of_one_image_has_no_negatives(num_pairs):
+    pairs = matching_pairs(torch.randn(num_pairs, num_pairs), torch.full((num_pairs,), 8))
+    assert pairs.weights.tolist() == [1.0] * num_pairs + [0.0] * 2 * num_pairs
+    logits = torch.randn(3 * num_pairs, 2)
+    expected = torch.nn.functional.cross_entropy(logits[:num_pairs], pairs.labels[:num_pairs])
+    torch.testing.assert_close(matching_loss(logits, pairs.labels, pairs.weights), expected)
+
+
+def test_matching_loss_is_the_mean_over_the_pairs_that_count():
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)], [9.0, -9.0]])
+    loss = matching_loss(logits, ids(1, 1, 0, 1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3) + math.log(4)) / 3, rel=1e-6)
+    rounded, arguments = logits.bfloat16(), (ids(1, 1, 0, 1), torch.ones(4))
+    assert torch.equal(matching_loss(rounded, *arguments), matching_loss(rounded.float(), *arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def test_one_process_gathers_nothing():
+    tensor = torch.randn(3, 2)
+    assert row_counts(tensor) == [[3]] and gather_with_gradient(tensor, [3]) is tensor
+    assert mean_count(torch.tensor(2)) == 2 and mean_count(torch.tensor(0)) == 1
+    assert distinct_image_ids(3, torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+def loss_and_gradients(images, texts, image_ids, text_image_ids):
+    images, texts = images.clone().requires_grad_(), texts.clone().requires_grad_()
+    temperature = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    loss = contrastive_loss(images, texts, temperature, image_ids, text_image_ids)
+    loss.backward()
+    return [loss.detach(), temperature.grad, images.grad, texts.grad]
+
+
+# How many images and texts of the batch the first process has.
+SPLITS = [(2, 3), (3, 2), (1, 5)]
+
+
+def part_of_the_batch(rank, num_images, num_texts):
+    counts = (num_images, num_texts, num_images, num_texts)
+    return [tensor[:count] if rank == 0 else tensor[count:] for tensor, count in zip(make_batch(), counts)]
+
+
+def run_process(rank):
+    results = [loss_and_gradients(*part_of_the_batch(rank, *split)) for split in SPLITS]
+    own_rows = torch.arange(2 * rank + 1, dtype=torch.bfloat16)[:, None] + 10 * rank
+    rows = gather_with_gradient(own_rows, *row_counts(own_rows))
+    ids_of_process = distinct_image_ids(3 - rank, torch.device("cpu"))
+    means = torch.stack([mean_count(torch.tensor(count * rank)) for count in (0, 1, 5)])
+    return {"results": results, "rows": rows, "ids": ids_of_process, "means": means}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
+    outputs = results_of(run_process, tmp_path)
+    loss, temperature, images, texts = loss_and_gradients(*make_batch())
+    for results in zip(*(output["results"] for output in outputs)):
+        losses, temperatures, images_by_rank, texts_by_rank = zip(*results)
+        torch.testing.assert_close(sum(losses) / 2, loss)
+        # Data parallel training takes the mean of what each process has for a weight: half of each row's gradient.
+        torch.testing.assert_close(sum(temperatures) / 2, temperature)
+        torch.testing.assert_close(torch.cat(images_by_rank) / 2, images)
+        torch.testing.assert_close(torch.cat(texts_by_rank) / 2, texts)
+        assert not torch.allclose(*losses)  # each has its own rows
+    assert [output["rows"].flatten().tolist() for output in outputs] == [[0, 10, 11, 12]] * 2
+    assert [output["ids"].tolist() for output in outputs] == [[0, 2, 4], [1, 3]]
+    assert [output["means"].tolist() for output in outputs] == [[0.5, 0.5, 2.5]] * 2  # none at all counts as one

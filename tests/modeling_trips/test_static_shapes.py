@@ -1,0 +1,71 @@
+"""The model's hot path is static: one graph without breaks, no host syncs, no full attention map."""
+
+import pytest
+import torch
+from tiny_models import LargestSquare, NoNumbers, each_model, loss_of
+
+from modeling_trips import TripsConfig, TripsModel
+
+
+def make_model(**options) -> TripsModel:
+    config = TripsConfig.from_preset("tiny", selection_layers=[1, 3], keep_rate=0.6, **options)
+    return TripsModel(config).eval()
+
+
+def make_inputs(num_texts: int = 4, num_images: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(5, 128, (num_texts, 6), generator=generator),
+        "pixel_values": torch.randn(num_images, 3, 64, 64, generator=generator),
+        "image_index": torch.randint(num_images, (num_texts,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("guidance", ["text", "image", "random"])
+def test_one_graph_serves_all_batches_of_a_shape(guidance):
+    torch._dynamo.reset()
+    model = make_model(selection_guidance=guidance)
+    graphs = []
+
+    def count_graphs(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    compiled = torch.compile(model, backend=count_graphs, fullgraph=True)
+    with torch.no_grad():
+        for seed in range(3):
+            inputs = make_inputs(seed=seed)
+            actual, expected = compiled(**inputs), model(**inputs)
+            torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-5)
+            for compiled_layer, layer in zip(actual.selection, expected.selection):
+                assert torch.equal(compiled_layer.kept_indices, layer.kept_indices)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_shape_depends_on_a_value(training):
+    """Meta tensors have no values, so that a host sync or a data-dependent shape raises on them."""
+    with torch.device("meta"):
+        model = make_model().train(training)
+    output = model(**{name: tensor.to("meta") for name, tensor in make_inputs().items()})
+    # 64 patches: 1 + ceil(.6 * 64) + 1 = 41 tokens after layer 1, then 1 + ceil(.6 * 40) + 1 = 26 after layer 3.
+    assert output.vision_model_output.last_hidden_state.shape == (4, 26, 128)
+    assert [layer.kept_indices.shape for layer in output.selection] == [(4, 39), (4, 24)]
+
+
+@each_model
+def test_nothing_waits_for_the_device(case):
+    """Of padded texts, in training, the backward pass included."""
+    model, inputs = case.make_model().train(), case.make_inputs(training=True)
+    assert not inputs["attention_mask"].all()
+    with NoNumbers():
+        loss_of(model(**inputs)).backward()
+
+
+@pytest.mark.parametrize(("attn_implementation", "forms_a_map"), [("sdpa", False), ("eager", True)])
+def test_no_attention_map_is_formed_with_fused_kernels(attn_implementation, forms_a_map):
+    model = make_model()
+    model.set_attn_implementation(attn_implementation)
+    with torch.no_grad(), LargestSquare(num_tokens=65) as mode:
+        model(**make_inputs())
+    assert bool(mode.found) == forms_a_map

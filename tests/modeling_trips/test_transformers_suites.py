@@ -1,0 +1,123 @@
+"""
+Tests that Transformers' own test suites pass: `ModelTesterMixin` on every model, `ProcessorTesterMixin` and
+`ConfigTester`. What they ask of this project is in tests/transformers_suites.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from xml.etree import ElementTree
+
+import pytest
+import transformers
+from places import ROOT
+from transformers_suites.source_tree import build_tree, download_source
+
+from modeling_trips.registration_trips import MODELS
+
+
+# The tests that the suites skip themselves, and what it is that TRIPS does not have. This project skips none of them.
+PART = "Trips(TextModel|VisionModel|SingleStreamModel|Decoder)"
+MODEL_NAMES = {model.__name__ for models in MODELS.values() for model in models}
+WRITERS = "|".join(model.__name__ for models in MODELS.values() for model in models if model.can_generate())
+NOT_APPLICABLE = {
+    r"\w+\.test_(model_rope_\w+|vision_axial_rope)": "rotary positions",
+    r"\w+\.test_resize_position_vector_embeddings": "a method that resizes the positions",
+    r"\w+\.test_(moe_models_\w+|output_router_logits_\w+|eager_matches_batched_and_grouped_\w+)": "experts",
+    r"\w+\.test_keep_in_fp32_modules\w*": "modules that stay in float32",
+    r"\w+\.test_sliding_window_mask": "a sliding window",
+    r"\w+\.test_tp_plan_matches_params": "a plan for tensor parallelism",
+    r"\w+\.test_reverse_loading_mapping": "weights that loading converts",
+    r"\w+\.test_causal_lm_loss_honors_shift_labels": "a language model without an encoder",
+    rf"{PART}\.test_(attn_implementation|sdpa_can_dispatch)_composite_models": "sub-models",
+    rf"{PART}\.test_internal_model_config_and_subconfig_are_same": "sub-models",
+    rf"{PART}\.test_can_set_attention_dynamically_composite_model": "sub-models",
+    rf"(?!{WRITERS})\w+\.test_encoder_decoder_loss_no_double_shift": "a loss of what a decoder writes",
+    r"Trips(Model\w*|For\w+)\.test_sdpa_can_dispatch_non_composite_models": "no sub-models",
+    rf"(?!{WRITERS}|TripsDecoder)\w+\.test_bc_cache_name_forward": "a cache",
+    r"TripsFor(Retrieval|PreTraining)\.test_inputs_embeds": "a text given as embeddings, as CLIP has not",
+    r"Trips(Vision|SingleStream)Model\.test_(inputs_embeds\w*|resize_\w*embeddings\w*)": "a vocabulary",
+    r"TripsDecoder\.test_(torch_save_load|can_load_from_already_mapped_keys)": "an Auto class",
+    r"TripsFor\w+\.test_can_capture_specific_layers_hidden_states": "hidden states of one stack alone",
+    r"TripsProcessor\.\w+_(video|videos|audio|audio_from_video|video_frame_sampling)(_\d)?": "videos and audio",
+    r"TripsProcessor\.test_(get_num_multimodal_tokens\w*|replacement_offsets)": "placeholder tokens for images",
+    r"TripsProcessor\.test_apply_chat_template_tool_calls_no_content": "tools",
+}
+NOT_HERE = r"test requires .+|test is slow"  # accelerators, flash attention, ...; those that are slow want one too
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    source = download_source(transformers.__version__, cache=ROOT / "build" / "transformers_source")
+    path = tmp_path_factory.mktemp("transformers") / "tree"
+    build_tree(source, path)
+    return path
+
+
+def run_suite(tree, file, *options):
+    """Runs a file of tests/transformers_suites, which must pass. Gives what passed, and what was skipped and why."""
+    report = tree / f"{file}.xml"
+    command = [sys.executable, "-m", "pytest", f"tests/models/trips/{file}", f"--junitxml={report}"]
+    command += ["--tb=short", "--disable-warnings", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
+    passed, skipped = [], {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname').rpartition('.')[2].removesuffix('Test')}.{case.get('name')}"
+        reason = case.find("skipped")
+        if reason is not None:
+            skipped[name] = reason.get("message")
+        elif len(case) == 0:
+            passed.append(name)
+    return passed, skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "least_passed"),
+    [
+        (
+            "model_suites.py",
+            dict.fromkeys((*MODEL_NAMES, "TripsModel_skip_connected", "TripsModel_single_stream"), 95),
+        ),
+        ("processor_suite.py", {"TripsProcessor": 35}),
+        ("config_suite.py", {"TripsConfig": 1}),
+    ],
+)
+def test_the_suites_of_transformers_pass(tree, file, least_passed):
+    passed, skipped = run_suite(tree, file)
+    counts = Counter(name.partition(".")[0] for name in passed)
+    assert {name: counts[name] for name in least_passed if counts[name] < least_passed[name]} == {}
+    unexplained = {
+        name: reason
+        for name, reason in skipped.items()
+        if not re.fullmatch(NOT_HERE, reason) and not any(re.fullmatch(test, name) for test in NOT_APPLICABLE)
+    }
+    assert unexplained == {}
+
+
+@pytest.mark.slow
+def test_saving_and_loading_hosts_of_patch_selection_passes_their_suites(tree):
+    passed, skipped = run_suite(tree, "host_suites.py", "-k", "save or load or safetensors")
+    tests = (
+        "test_save_load",
+        "test_torch_save_load",
+        "test_can_use_safetensors",
+        "test_load_save_without_tied_weights",
+    )
+    hosts = ("Vilt", "Blip", "BridgeTower", "CLIP", "Siglip")
+    assert {f"{host}.{test}" for host in hosts for test in tests} <= set(passed)
+    no_conversion = {name for name, reason in skipped.items() if not re.fullmatch(NOT_HERE, reason)}
+    assert {name.partition(".")[2] for name in no_conversion} <= {
+        "test_can_load_from_already_mapped_keys",
+        "test_reverse_loading_mapping",
+    }
+
+
+def test_source_that_cannot_be_downloaded_is_an_error_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match=r"transformers 5\.99\.0.*put transformers-5\.99\.0\.tar\.gz into"):
+        download_source("5.99.0", tmp_path)

@@ -1,0 +1,218 @@
+"""`examples/push_to_hub.py` against a Hub on loopback: what arrives and what does not, and the card's code runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from clean_environment import make_environment
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from loopback_hub import LoopbackHub
+from places import ROOT
+from safetensors.torch import load_file
+
+import modeling_trips
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor
+from modeling_trips.publishing.model_card import HEADS
+from trips_examples import push_to_hub
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+
+
+REPO = "ada/trips-test"
+LEFTOVERS = {"eval_results.json", "training_args.bin", "optimizer.pt", "predictions.jsonl", "other.py", ".env"}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with LoopbackHub(users={"hf_ada": "ada", "hf_bob": "bob"}) as hub:
+        hub.connect(monkeypatch, tmp_path / "home", token="hf_ada")
+        yield hub
+
+
+def make_checkpoint(folder: Path, model_class=TripsForQuestionAnswering) -> Path:
+    """What training leaves: a model and its processor, results, and much that is nobody else's business."""
+    tokenizer = train_wordpiece_tokenizer(["what color is it?", "red blue yes no"])
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+    model_class(config).save_pretrained(folder)
+    make_processor(tokenizer, config).save_pretrained(folder)
+    for name in LEFTOVERS:
+        (folder / name).write_text('{"eval_accuracy": 0.9971}')
+    return folder
+
+
+def published(folder: Path) -> set[str]:
+    """The files that are to be in the repository: what saving wrote, a card, and the Hub's own first file."""
+    return {path.name for path in folder.iterdir()} - LEFTOVERS | {"README.md", ".gitattributes"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return make_checkpoint(tmp_path / "checkpoint")
+
+
+def push(folder: Path, *options: str) -> str | None:
+    return push_to_hub.main(["--model", str(folder), "--repo_id", REPO, *options])
+
+
+def test_everything_arrives_in_one_commit_and_nothing_else_does(hub, checkpoint):
+    options = ["--datasets", "easy-VQA", "--tag", "v1.0", "--commit_message", "First version"]
+    address = push(checkpoint, *options)
+    repository = hub.repositories[REPO]
+    assert list(repository.titles.values()) == ["initial commit", "First version"]
+    sha = repository.branches["main"]
+    assert address == f"{hub.url}/{REPO}/commit/{sha}" and repository.tags == {"v1.0": sha}
+    assert repository.commits[sha].keys() == published(checkpoint)
+    sent, kept = huggingface_hub.snapshot_download(REPO), load_file(checkpoint / "model.safetensors")
+    weights = load_file(Path(sent) / "model.safetensors")
+    assert weights.keys() == kept.keys() and all(weights[name].equal(kept[name]) for name in kept)
+    info = HfApi().model_info(REPO)
+    assert not info.private and info.pipeline_tag == "visual-question-answering"
+    assert info.card_data.eval_results[0].metric_value == 0.9971
+
+
+def test_a_dry_run_shows_everything_and_sends_nothing(hub, checkpoint, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert push(checkpoint, "--dry_run", "--license", "mit") is None
+    printed = capsys.readouterr().out
+    assert hub.requests == []
+    listed = {name: size for size, name in re.findall(r"^ *([\d,]+)  (\S+\.\S+)$", printed, re.MULTILINE)}
+    assert listed.keys() == published(checkpoint) - {".gitattributes"}
+    assert listed["model.safetensors"] == f"{(checkpoint / 'model.safetensors').stat().st_size:,}"
+    assert "\nlicense: mit\n" in printed and "\n## Limits\n" in printed
+
+
+def test_a_private_repository_is_private_from_the_start(hub, checkpoint):
+    push(checkpoint, "--private")
+    assert HfApi().model_info(REPO).private
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi().model_info(REPO, token="hf_bob")
+
+
+def test_private_does_not_publish_into_a_public_repository(hub, checkpoint):
+    HfApi().create_repo(REPO)
+    with pytest.raises(ValueError, match="is public. Run `hf repos settings ada/trips-test --private`"):
+        push(checkpoint, "--private")
+    assert len(hub.repositories[REPO].commits) == 1
+
+
+def test_a_branch_gets_the_commit_and_main_stays(hub, checkpoint):
+    HfApi().create_repo(REPO)
+    with pytest.raises(ValueError, match="no such branch. Run `hf repos branch create ada/trips-test next`"):
+        push(checkpoint, "--revision", "next")
+    HfApi().create_branch(REPO, branch="next")
+    push(checkpoint, "--revision", "next")
+    assert HfApi().list_repo_files(REPO) == [".gitattributes"]
+    assert set(HfApi().list_repo_files(REPO, revision="next")) == published(checkpoint)
+
+
+def test_a_tag_that_exists_is_not_moved(hub, checkpoint):
+    push(checkpoint, "--tag", "v1")
+    before = dict(hub.repositories[REPO].branches)
+    with pytest.raises(ValueError, match="--tag v1: .* tags do not move"):
+        push(checkpoint, "--tag", "v1", "--license", "mit")
+    assert hub.repositories[REPO].branches == before
+
+
+@pytest.mark.parametrize("refused", ["PUT /store/", "POST /verify", f"POST /api/models/{REPO}/commit/"])
+def test_an_upload_that_fails_leaves_the_repository_as_it_was(hub, checkpoint, refused):
+    hub.refused = refused
+    with pytest.raises((HfHubHTTPError, RuntimeError)):
+        push(checkpoint)
+    assert HfApi().list_repo_files(REPO) == [".gitattributes"]
+    hub.refused = "nothing"
+    push(checkpoint)  # and the next attempt ends well
+    assert set(HfApi().list_repo_files(REPO)) == published(checkpoint)
+
+
+def test_a_new_version_replaces_the_old_one_and_leaves_the_owner_s_files(hub, checkpoint):
+    api = HfApi()
+    api.create_repo(REPO)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_code.py", "docs/a.png"):
+        api.upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id=REPO)
+    push(checkpoint)
+    assert set(api.list_repo_files(REPO)) == published(checkpoint) | {"docs/a.png"}
+    push(checkpoint)  # nothing new: no commit
+    assert len(hub.repositories[REPO].commits) == 6
+
+
+def test_mistakes_are_named_with_their_remedy(hub, checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--repo_id model: give the owner and the name"):
+        push_to_hub.main(["--model", str(checkpoint), "--repo_id", "model"])
+    with pytest.raises(ValueError, match="nowhere has no config.json"):
+        push(tmp_path / "nowhere")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="no token to publish with: run `hf auth login`"):
+        push(checkpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        push(checkpoint)
+    (checkpoint / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="has no processor: save the one that it was trained with there"):
+        push(checkpoint)
+    assert not hub.repositories
+
+
+def test_only_whole_models_with_all_their_weights_are_published(hub, checkpoint):
+    config = TripsConfig.from_pretrained(checkpoint)
+    TripsModel(config).save_pretrained(checkpoint)  # weights without a decoder
+    config.architectures = ["TripsForQuestionAnswering"]
+    config.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="not those of a TripsForQuestionAnswering: missing_keys .*decoder"):
+        push(checkpoint)
+    for architecture in ("BertModel", "TripsVisionModel", "convert_to_rgb"):
+        config.architectures = [architecture]
+        config.save_pretrained(checkpoint)
+        with pytest.raises(ValueError, match=f"is that of a {architecture}: only whole TRIPS models"):
+            push(checkpoint)
+    assert not hub.repositories
+
+
+def test_a_file_that_is_not_on_the_list_stops_everything(hub, checkpoint):
+    processor = TripsProcessor.from_pretrained(checkpoint)
+    processor.chat_template = {"default": "{{ messages }}", "private": "{{ messages }}"}
+    processor.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="additional_chat_templates/private.jinja"):
+        push(checkpoint)
+    assert not hub.repositories
+
+
+@pytest.fixture(scope="module")
+def clean_python(tmp_path_factory) -> Path:
+    """A Python that has what the project needs, but not the project."""
+    return make_environment(tmp_path_factory.mktemp("environment"))
+
+
+def run(*words: str | Path, env: dict[str, str], cwd: Path) -> str:
+    result = subprocess.run(words, env=os.environ | env, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_the_card_s_code_runs_as_it_stands_where_the_project_is_not(head, hub, tmp_path, clean_python):
+    folder = make_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, head))
+    HfApi().create_repo(REPO, private=True)
+    HfApi().create_branch(REPO, branch="next")
+    command = [ROOT / "examples" / "push_to_hub.py", "--model", folder, "--repo_id", REPO, "--revision", "next"]
+    environment = hub.client_environment(tmp_path / "publisher", token="hf_ada")
+    assert "Published: " in run(sys.executable, *command, env=environment, cwd=ROOT)
+
+    card = Path(huggingface_hub.hf_hub_download(REPO, "README.md", revision="next")).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    environment = hub.client_environment(tmp_path / "reader", token="hf_ada")
+    there = run(clean_python, "-I", "-c", code, env=environment, cwd=tmp_path)
+    environment = hub.client_environment(tmp_path / "author", token="hf_ada")
+    here = run(sys.executable, "-c", f"import modeling_trips\n{code}", env=environment, cwd=ROOT)
+    assert there == here and there.count("\n") >= 2  # scores and boxes to the last digit
+
+    environment = hub.client_environment(tmp_path / "stranger", token="hf_bob")
+    refused = subprocess.run(
+        [clean_python, "-I", "-c", code], env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode != 0 and f"{REPO} is not a local folder" in refused.stderr

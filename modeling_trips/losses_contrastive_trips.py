@@ -266,3 +266,14 @@ def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
     distributed.all_gather(gathered, tensor)
     return gathered
+
+
+def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
+    """
+    Image ids for a batch in which no image is twice, in this process or in another.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images,)`.
+    """
+    rank = distributed.get_rank() if num_processes() > 1 else 0
+    return torch.arange(num_images, device=device) * num_processes() + rank

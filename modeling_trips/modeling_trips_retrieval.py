@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
@@ -27,11 +27,11 @@ from .configuration_trips import TripsConfig
 from .losses_contrastive_trips import (
     MatchingPairs,
     contrastive_loss,
+    distinct_image_ids,
     matching_loss,
     matching_pairs,
     similarity,
 )
-from .losses_trips import num_processes
 from .modeling_trips import TripsModel, TripsPreTrainedModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix
 
@@ -441,14 +441,3 @@ def check_captions(
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
 
 __all__ = ["TripsContrastiveModel", "TripsForRetrieval", "TripsMatchingOutput", "TripsRetrievalOutput"]
-
-
-def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
-    """
-    Image ids for a batch in which no image is twice, in this process or in another.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images,)`.
-    """
-    rank = distributed.get_rank() if num_processes() > 1 else 0
-    return torch.arange(num_images, device=device) * num_processes() + rank

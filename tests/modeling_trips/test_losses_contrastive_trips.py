@@ -12,6 +12,7 @@ from two_processes import results_of
 from modeling_trips.losses_contrastive_trips import (
     contrastive_loss,
     contrastive_targets,
+    distinct_image_ids,
     gather_with_gradient,
     hard_negative_indices,
     matching_loss,
@@ -20,7 +21,6 @@ from modeling_trips.losses_contrastive_trips import (
     similarity,
 )
 from modeling_trips.losses_trips import mean_count
-from modeling_trips.modeling_trips_retrieval import distinct_image_ids
 
 
 # Image i has the logits log(SCORES[i]) over the texts. By row, the probabilities are 1/4, 1/2, 1/4; 1/2, 1/4, 1/4;

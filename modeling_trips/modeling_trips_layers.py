@@ -86,7 +86,7 @@ class TripsPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    # Notes in the configuration where a checkpoint's code is. `registration_trips`, which imports every class, sets it.
+    # Notes in the configuration where a checkpoint's code is: set by `registration_trips`, which imports every class.
     describe_code: ClassVar[Callable[[PreTrainedModel], None]]
 
     def unused_parameters(self) -> list[nn.Parameter]:

@@ -3,6 +3,9 @@ Pipelines for visual question answering and image captioning.
 
 Transformers 5 dropped the tasks `visual-question-answering` and `image-to-text`; here they are again, with the calls
 and the results that version 4 documented. Several questions about one image share its computation.
+
+Checkpoints name these classes in `custom_pipelines`, where `pipeline(task, model=..., trust_remote_code=True)` looks
+first. For a model that is loaded already, `pipeline` refuses the names of the tasks: call the class.
 """
 
 from collections.abc import Iterator, Sized
@@ -29,8 +32,10 @@ class TripsPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    default_task = ""
+
+    def __init__(self, *args, task: str = "", **kwargs):
+        super().__init__(*args, task=task or self.default_task, **kwargs)
         model_type = self.model.config.model_type
         if model_type != "trips":
             raise ValueError(
@@ -84,11 +89,13 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     >>> from transformers import pipeline
 
     >>> oracle = pipeline("visual-question-answering", model="org/trips-vqa", trust_remote_code=True)
+    >>> oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)  # or of a loaded model
     >>> oracle(image="picture.png", question="what color is the shape?", top_k=2)
     [{'score': 0.99, 'answer': 'teal'}, {'score': 0.004, 'answer': 'green'}]
     ```
     """
 
+    default_task = "visual-question-answering"
     _non_generation_params = ("top_k",)
 
     def _sanitize_parameters(self, timeout=None, top_k=None, answers=None, generate_kwargs=None, **kwargs):
@@ -192,10 +199,13 @@ class TripsImageToTextPipeline(TripsPipeline):
     >>> from transformers import pipeline
 
     >>> captioner = pipeline("image-to-text", model="org/trips-captioning", trust_remote_code=True)
+    >>> captioner = TripsImageToTextPipeline(model=model, processor=processor)  # or of a loaded model
     >>> captioner("picture.png", prompt="a picture of")
     [{'generated_text': 'a picture of a teal circle'}]
     ```
     """
+
+    default_task = "image-to-text"
 
     def _sanitize_parameters(self, timeout=None, prompt=None, generate_kwargs=None, **kwargs):
         options = {"timeout": timeout, "prompt": prompt}

@@ -29,6 +29,21 @@ from transformers.utils import ModelOutput, auto_docstring
 from .image_preparation_trips import _prepare_images
 
 
+# These models read one text about an image: that of one message, without anything around it.
+CHAT_TEMPLATE = """
+{%- if messages | length != 1 or messages[0]["role"] != "user" -%}
+    {{- raise_exception("This model reads one message of the user: an image with a question or a prompt.") -}}
+{%- endif -%}
+{%- set content = messages[0]["content"] -%}
+{%- if content is string -%}
+    {{- content -}}
+{%- else -%}
+    {%- for part in content if part["type"] == "text" -%}
+        {{- part["text"] -}}{%- if not loop.last %} {% endif -%}
+    {%- endfor -%}
+{%- endif -%}
+""".strip()
+
 # How far a box may reach beyond its image, in pixels: annotations are rounded.
 BOX_TOLERANCE = 1.0
 
@@ -132,12 +147,15 @@ class TripsProcessor(ProcessorMixin):
             ALBEF does: squashed to a square of 384 x 384 pixels (bicubic), CLIP's mean and standard deviation.
         patch_size (`int`, *optional*, defaults to 16):
             Side of the vision tower's square patches, in pixels of `pixel_values`. Must be the model's.
+        chat_template (`str`, *optional*):
+            Jinja template of chat messages. The default takes one message of the user with an image and a text, and
+            gives the text as it is.
         """
         if not isinstance(patch_size, int) or patch_size < 1:
             raise ValueError(f"`patch_size` must be a positive integer, got {patch_size!r}.")
         self.patch_size = patch_size
         image_processor = BlipImageProcessor() if image_processor is None else image_processor
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     @auto_docstring
     def __call__(

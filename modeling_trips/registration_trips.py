@@ -2,13 +2,12 @@
 The one list of what users load by name: the classes behind each Auto class, and the pipelines.
 
 A new class is entered here once. From the list come the registration on import, and the `auto_map` and
-`custom_pipelines` of every saved checkpoint. As this file imports all others, Transformers copies all of them into
-every saved checkpoint, so that it holds the code of every class.
+`custom_pipelines` of every saved checkpoint. As this file imports all others, and a checkpoint names its classes as
+this file's, Transformers copies all of them into every saved checkpoint, so that it holds the code of every class.
 """
 
 import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
 from .modeling_trips import TripsModel
@@ -41,8 +40,11 @@ MODELS = {
 
 # Task -> pipeline and the Auto class that loads its model.
 PIPELINES = {
-    "image-to-text": (TripsImageToTextPipeline, "AutoModelForImageTextToText"),
-    "visual-question-answering": (TripsVisualQuestionAnsweringPipeline, "AutoModelForVisualQuestionAnswering"),
+    pipeline_class.default_task: (pipeline_class, auto_class)
+    for pipeline_class, auto_class in (
+        (TripsImageToTextPipeline, "AutoModelForImageTextToText"),
+        (TripsVisualQuestionAnsweringPipeline, "AutoModelForVisualQuestionAnswering"),
+    )
 }
 
 
@@ -52,7 +54,7 @@ def model_classes(auto_class: str, config_class: type) -> tuple[type[PreTrainedM
 
 
 def register():
-    """Makes the Auto classes and `pipeline` know the classes of this project."""
+    """Makes the Auto classes know the classes of this project."""
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class in MODELS:
@@ -62,8 +64,6 @@ def register():
                     config_class, models if len(models) > 1 else models[0], exist_ok=True
                 )
     AutoProcessor.register(TripsConfig, TripsProcessor, exist_ok=True)
-    for task, (pipeline_class, auto_class) in PIPELINES.items():
-        PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, pt_model=getattr(transformers, auto_class))
 
 
 def _reference(cls: type) -> str:

@@ -53,6 +53,8 @@ def use_pipelines(source: str, image: str) -> dict:
     def run(task, head, *args, **options):
         return pipeline(task, model=source.format(head), trust_remote_code=True)(*args, **options)
 
+    question = [{"type": "image", "image": image}, {"type": "text", "text": TEXTS[0]}]
+    chat = [{"role": "user", "content": question}]
     answering, writing = "TripsForQuestionAnswering", "TripsForConditionalGeneration"
     return {
         "answers": run("visual-question-answering", answering, image, TEXTS, top_k=3),
@@ -62,6 +64,7 @@ def use_pipelines(source: str, image: str) -> dict:
             "zero-shot-image-classification", "TripsForRetrieval", image, candidate_labels=["red", "blue"]
         ),
         "stock answer": run("image-text-to-text", answering, image, text=TEXTS[0], return_full_text=False),
+        "chat answer": run("image-text-to-text", answering, text=chat),
     }
 
 

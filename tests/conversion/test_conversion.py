@@ -629,7 +629,7 @@ def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path
     loaded, loading = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
-    assert (tmp_path / "conversion_parts_trips.py").exists() and (tmp_path / "conversion_trips.py").exists()
+    assert (tmp_path / "registration_trips.py").exists()
 
 
 def test_a_part_of_a_model_is_not_made_of_two_towers():

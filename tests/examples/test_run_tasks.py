@@ -19,7 +19,7 @@ each_task = pytest.mark.parametrize("task", SCRIPTS)
 
 
 def main_of(task: str):
-    return importlib.import_module(SCRIPTS[task]).main
+    return importlib.import_module(f"trips_examples.{SCRIPTS[task]}").main
 
 
 def losses_of(folder: Path) -> list[float]:

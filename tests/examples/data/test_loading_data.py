@@ -544,7 +544,7 @@ def test_tokenizer_vocabulary_is_the_same_in_each_process():
     code = f"""
 import sys
 sys.path[:0] = {sys.path}
-from example_datasets import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 print(sorted(train_wordpiece_tokenizer({TEXTS}, 80).get_vocab().items()))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -8,11 +8,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from datasets import Dataset
+from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from modeling_trips import TripsForConditionalGeneration, TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
+from modeling_trips import (
+    TripsForConditionalGeneration,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsProcessor,
+    TripsVisualQuestionAnsweringPipeline,
+)
+from modeling_trips.registration_trips import PIPELINES
 
 
 QUESTIONS = ["what color is it?", "is it a circle?", "is it red?"]
@@ -32,7 +40,7 @@ def load(task: str, head: type, checkpoints):
     # Weights of this size give every question about every image an answer of its own, and answers that end.
     for parameter in model.parameters():
         parameter.data *= 2 if parameter.ndim > 1 else 1
-    return pipeline(task, model=model, processor=processor)
+    return PIPELINES[task][0](model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +182,7 @@ def test_answers_can_be_picked_from_a_list(oracle):
 def test_options_at_construction_hold_for_every_call(checkpoints):
     folder = checkpoints["TripsForQuestionAnswering"]
     model, processor = TripsForQuestionAnswering.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
-    oracle = pipeline("visual-question-answering", model=model, processor=processor, top_k=2, max_new_tokens=1)
+    oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor, top_k=2, max_new_tokens=1)
     answers = oracle(IMAGES[0], QUESTIONS[0])
     assert len(answers) == 2 and all(len(answer["answer"].split()) <= 1 for answer in answers)
     assert len(oracle(IMAGES[0], QUESTIONS[0], top_k=3)) == 3
@@ -210,6 +218,37 @@ def test_the_stock_pipeline_captions_and_answers(checkpoints, captioner, oracle)
     assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: what the checkpoint says, not 256 tokens
 
 
+def messages(image, *texts: str) -> list[dict]:
+    content = [{"type": "image", "image": image}, *({"type": "text", "text": text} for text in texts)]
+    return [{"role": "user", "content": content}]
+
+
+def test_the_stock_pipeline_takes_chat_messages(captioner, oracle):
+    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
+    chats = [messages(IMAGES[i], QUESTIONS[i]) for i in range(2)]
+    plain = stock(IMAGES[:2], text=QUESTIONS[:2], return_full_text=False, max_new_tokens=5)
+    for batch_size in (1, 2):
+        answers = stock(text=chats, batch_size=batch_size, return_full_text=False, max_new_tokens=5)
+        assert [row[0]["generated_text"] for row in answers] == [row["generated_text"] for row in plain]
+    (dialogue,) = stock(text=chats[0], max_new_tokens=5)
+    assert dialogue["generated_text"][-1] == {"role": "assistant", "content": plain[0]["generated_text"]}
+    parts = stock(text=messages(IMAGES[0], *QUESTIONS[0].split(" ", 1)), return_full_text=False, max_new_tokens=5)
+    assert parts[0]["generated_text"] == plain[0]["generated_text"]
+    stock = pipeline("image-text-to-text", model=captioner.model, processor=captioner.processor)
+    for chat, prompt in ((messages(IMAGES[0]), ""), (messages(IMAGES[0], "a picture of"), "a picture of")):
+        caption = stock(text=chat, return_full_text=False, max_new_tokens=5)[0]["generated_text"]
+        assert (
+            f"{prompt} {caption}".strip() == captioner(IMAGES[0], prompt=prompt, max_new_tokens=5)[0]["generated_text"]
+        )
+
+
+def test_a_conversation_is_refused(oracle):
+    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    with pytest.raises(TemplateError, match="one message of the user"):
+        stock(text=[*messages(IMAGES[0], QUESTIONS[0]), answer, *messages(IMAGES[0], QUESTIONS[1])])
+
+
 @torch.no_grad()
 def test_the_stock_pipeline_classifies_images_by_their_similarity_to_texts(checkpoints):
     folder = checkpoints["TripsForRetrieval"]
@@ -229,7 +268,7 @@ def test_the_stock_pipeline_classifies_images_by_their_similarity_to_texts(check
 def test_half_precision_models_get_images_of_their_type(checkpoints):
     folder = checkpoints["TripsForQuestionAnswering"]
     model = TripsForQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
-    oracle = pipeline("visual-question-answering", model=model, processor=TripsProcessor.from_pretrained(folder))
+    oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
     assert len(oracle(IMAGES[0], QUESTIONS, top_k=2)) == 3
 
 

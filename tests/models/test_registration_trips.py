@@ -1,6 +1,7 @@
 """The names users type: Auto classes with the project imported, and what a saved checkpoint says of its code."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,22 +23,17 @@ import modeling_trips
 from modeling_trips import (
     TripsConfig,
     TripsForConditionalGeneration,
-    TripsForQuestionAnswering,
     TripsImageToTextPipeline,
     TripsModel,
     TripsPreTrainedModel,
     TripsProcessor,
     TripsTextModel,
     TripsVisionModel,
-    TripsVisualQuestionAnsweringPipeline,
 )
-from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines, register
+from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines
 
 
-# What no class of a checkpoint needs.
-TOOLS = ("__init__", "version", "visualization", "diagnostics", "selection_hosts")
-TOOLS += ("conversion_albef", "conversion_blip", "conversion_vilt")
-CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py") if not path.name.startswith(TOOLS)}
+CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py") if path.name != "__init__.py"}
 HEADS = sorted({model for models in MODELS.values() for model in models if model.config_class is TripsConfig}, key=str)
 TIED = {
     name.removeprefix("model.") for head in HEADS for pair in (head._tied_weights_keys or {}).items() for name in pair
@@ -83,18 +79,18 @@ def test_a_checkpoint_names_a_class_for_every_auto_class(checkpoints, tmp_path, 
         assert auto_map.keys() == {"AutoConfig", "AutoProcessor", *MODELS}
         for reference in auto_map.values():
             module, class_name = reference.split(".")
-            assert f"class {class_name}(" in (folder / f"{module}.py").read_text()
+            assert re.search(rf"\b{class_name}\b", (folder / f"{module}.py").read_text())
         assert {path.name for path in folder.glob("*.py")} == CODE
     own = read_config(checkpoints["TripsForQuestionAnswering"])["auto_map"]["AutoModelForImageTextToText"]
-    assert own == "modeling_trips_question_answering.TripsForQuestionAnswering"
+    assert own == "registration_trips.TripsForQuestionAnswering"
 
 
 def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
     TripsVisionModel(TripsConfig.from_preset("tiny").vision_config).save_pretrained(tmp_path)
     config = read_config(tmp_path)
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_trips.TripsVisionConfig",
-        "AutoModel": "modeling_trips_vision.TripsVisionModel",
+        "AutoConfig": "configuration_trips_parts.TripsVisionConfig",
+        "AutoModel": "registration_trips.TripsVisionModel",
     }
     assert "custom_pipelines" not in config
 
@@ -136,27 +132,42 @@ def test_every_class_loads_from_every_checkpoint_and_reports_what_is_missing(che
         assert missing - TIED == state.keys() - saved.keys() - TIED, name
 
 
-def test_pipelines_are_registered_on_import(checkpoints):
-    for task, (pipeline_class, _) in PIPELINES.items():
-        assert PIPELINE_REGISTRY.check_task(task)[1]["impl"] is pipeline_class
-    model = TripsForQuestionAnswering.from_pretrained(checkpoints["TripsForQuestionAnswering"])
-    processor = TripsProcessor.from_pretrained(checkpoints["TripsForQuestionAnswering"])
-    for config in (model.config, TripsConfig.from_preset("tiny")):  # with `custom_pipelines`, and without
-        model.config = config
-        oracle = pipeline("visual-question-answering", model=model, processor=processor)
-        assert type(oracle) is TripsVisualQuestionAnsweringPipeline
-    assert type(pipeline("image-to-text", model=model, processor=processor)) is TripsImageToTextPipeline
+CALLS = {
+    "by name": lambda task, own, model, processor, folder: pipeline(task, model=folder, trust_remote_code=True),
+    "without the name": lambda task, own, model, processor, folder: pipeline(model=folder, trust_remote_code=True),
+    "by name and class": lambda task, own, model, processor, folder: pipeline(task, model=folder, pipeline_class=own),
+    "a loaded model": lambda task, own, model, processor, folder: own(model=model, processor=processor),
+    "a loaded model, by name": lambda task, own, model, processor, folder: pipeline(
+        task, model=model, config=model.config, processor=processor, pipeline_class=own
+    ),
+}
 
 
-def test_names_of_other_removed_tasks_are_still_refused():
-    with pytest.raises(KeyError, match="summarization has been removed"):
-        pipeline("summarization")
+@pytest.mark.parametrize("task", PIPELINES)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_documented_way_makes_the_pipeline(checkpoints, task, call):
+    own, auto_class = PIPELINES[task]
+    model_class = MODELS[auto_class][0]
+    folder = str(checkpoints[model_class.__name__])
+    model, processor = model_class.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
+    made = call(task, own, model, processor, folder)
+    assert (type(made).__name__, made.task) == (own.__name__, task)
+    assert made.model.config.architectures == [model_class.__name__] and made.processor.patch_size == 8
 
 
-def test_registering_again_changes_nothing():
-    asks = pipelines._resolve_deprecated_task
-    register()
-    assert pipelines._resolve_deprecated_task is asks
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(checkpoints):
+    folder = str(checkpoints["TripsForQuestionAnswering"])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("visual-question-answering", model=folder)
+
+
+def test_importing_this_package_leaves_transformers_as_it_was():
+    """Its own refusals of removed tasks stay, for models of others, too."""
+    for task in ("summarization", "visual-question-answering"):
+        with pytest.raises(KeyError, match=f"{task} has been removed"):
+            pipeline(task)
+    assert pipelines._resolve_deprecated_task.__module__ == pipelines.__name__
+    assert not PIPELINES.keys() & PIPELINE_REGISTRY.supported_tasks.keys()
 
 
 def test_models_of_others_are_told_their_pipeline(checkpoints):
@@ -168,4 +179,4 @@ def test_models_of_others_are_told_their_pipeline(checkpoints):
         )
     )
     with pytest.raises(ValueError, match="'image-to-text' takes TRIPS models, not a blip: try `image-text-to-text`"):
-        pipeline("image-to-text", model=blip, processor=processor)
+        TripsImageToTextPipeline(model=blip, processor=processor)

@@ -1,4 +1,17 @@
-"""Public annotation files as they are: VQAv2, COCO, Karpathy's, NLVR2, RefCOCO, ALBEF's lists."""
+"""Annotation files of public data sets as they are, as numbered records.
+
+Public formats are told by what is in the file, never by its name; their records come out in the columns that
+`loading.load_task_dataset` reads:
+
+| data set | file | task |
+|---|---|---|
+| VQAv2 | questions, with the file of annotations | `"vqa"` |
+| COCO | `captions_train2014.json` | `"captions"` |
+| COCO, Flickr8k, Flickr30k as split by Karpathy | `dataset_coco.json` | `"captions"` |
+| NLVR2 | `train.json` | `"nlvr2"` |
+| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` | `"grounding"` |
+| ALBEF's lists | captions, questions, NLVR2; RefCOCO with `refs(unc).p` | as their names say |
+"""
 
 import codecs
 import json
@@ -139,6 +152,9 @@ def _converted(items: Iterable[tuple[int, Any]], make_record: Callable[[Any], di
             yield number, BadRowError(f"not as in {name}", f"{type(error).__name__}: {error}")
 
 
+# VQAv2 (https://visualqa.org/vqa_v2_format.html)
+
+
 def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
     official_name = file.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
     annotations = file.second_file(official_name, "a file of annotations")
@@ -164,6 +180,9 @@ _VQA = _PublicFormat(
     _read_vqa,
     has_second_file=True,
 )
+
+
+# COCO (https://cocodataset.org/#format-data)
 
 
 def _read_coco_captions(document: dict, file: AnnotationFile) -> NumberedRecords:
@@ -193,6 +212,9 @@ _COCO = _PublicFormat(
 )
 
 
+# The splits of Karpathy (https://cs.stanford.edu/people/karpathy/deepimagesent/)
+
+
 def _read_karpathy(document: dict, file: AnnotationFile) -> NumberedRecords:
     def make_record(image: dict) -> dict:
         name, folder = image["filename"], image.get("filepath")
@@ -214,6 +236,9 @@ _KARPATHY = _PublicFormat(
     _read_karpathy,
     has_splits=True,
 )
+
+
+# RefCOCO, RefCOCO+, RefCOCOg (https://github.com/lichengunc/refer)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -284,6 +309,9 @@ _REFS = _PublicFormat(
 
 
 _DOCUMENTS = [_VQA, _COCO, _KARPATHY]
+
+
+# Lists of rows: our own columns, those of NLVR2 (https://github.com/lil-lab/nlvr), and those of ALBEF
 
 
 def _read_lists(file: AnnotationFile, task: str) -> NumberedRecords:

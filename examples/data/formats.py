@@ -1,17 +1,4 @@
-"""Files in, as numbered records: JSON, JSONL, CSV, Parquet, and the annotation files of public data sets as they are.
-
-Public formats are told by what is in the file, never by its name; their records come out in the columns that
-`example_datasets.load_task_dataset` reads:
-
-| data set | file | task |
-|---|---|---|
-| VQAv2 | questions, with the file of annotations | `"vqa"` |
-| COCO | `captions_train2014.json` | `"captions"` |
-| COCO, Flickr8k, Flickr30k as split by Karpathy | `dataset_coco.json` | `"captions"` |
-| NLVR2 | `train.json` | `"nlvr2"` |
-| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` | `"grounding"` |
-| ALBEF's lists | captions, questions, NLVR2; RefCOCO with `refs(unc).p` | as their names say |
-"""
+"""Files in, as numbered records: JSON, JSONL, CSV, Parquet."""
 
 import codecs
 import csv
@@ -37,9 +24,6 @@ class BadRowError(ValueError):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
         self.detail = detail
-
-
-# Files of any data
 
 
 NumberedRecords = Iterator[tuple[int, dict | BadRowError]]
@@ -101,21 +85,3 @@ def _read_csv(file: Path) -> NumberedRecords:
 def _read_parquet(file: Path) -> NumberedRecords:
     with pyarrow.parquet.ParquetFile(file) as table:
         yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), start=1)
-
-
-# Annotation files of public data sets
-
-
-# VQAv2 (https://visualqa.org/vqa_v2_format.html)
-
-
-# COCO (https://cocodataset.org/#format-data)
-
-
-# The splits of Karpathy (https://cs.stanford.edu/people/karpathy/deepimagesent/)
-
-
-# RefCOCO, RefCOCO+, RefCOCOg (https://github.com/lichengunc/refer)
-
-
-# Lists of rows: our own columns, those of NLVR2 (https://github.com/lil-lab/nlvr), and those of ALBEF

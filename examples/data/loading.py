@@ -1,9 +1,8 @@
 """Data sets in, one schema per task: files, the Hub, easy-VQA, and scenes made of its images.
 
 Whatever the origin, the data of a task come out as a `datasets.DatasetDict` whose splits, `train` and `validation`,
-have the columns of its schema, see `example_tasks`. Rows are checked where they are read, so that a bad one is
-reported by file and row before any training starts. Also here: a WordPiece tokenizer trained on the texts, for runs
-without a pretrained one.
+have the columns of its schema, see `tasks`. Rows are checked where they are read, so that a bad one is
+reported by file and row before any training starts.
 """
 
 import logging
@@ -71,7 +70,7 @@ def load_task_dataset(
         dataset_name (`str`, *optional*):
             `"easy_vqa"`: easy-VQA with its official split, whose test part is the split `validation`; for the task
             `"vqa"` only, whose default it is where no file is given. `"easy_vqa_scenes"`: scenes made of its images,
-            see `example_scenes.scene_records`; the default of the other tasks. Any other name: a data set of the Hub
+            see `scenes.scene_records`; the default of the other tasks. Any other name: a data set of the Hub
             with the columns of a file; its images are not checked, except that the boxes of `"grounding"` lie within
             them.
         dataset_config_name (`str`, *optional*):
@@ -90,7 +89,7 @@ def load_task_dataset(
             An `image` is a path, in Parquet also a struct of `bytes` and `path`. `image_id` (`image_ids` for
             `"nlvr2"`) and `question_id` are optional.
 
-            Or an annotation file of VQAv2, COCO, Flickr30k, NLVR2, RefCOCO or ALBEF as it is: see `example_formats`.
+            Or an annotation file of VQAv2, COCO, Flickr30k, NLVR2, RefCOCO or ALBEF as it is: see `annotations`.
             Rows then count from 1 in the list of questions, captions, images or refs.
         validation_file (`str` or `Path`, *optional*):
             As `train_file`. One of both is enough: the result then has that split only.
@@ -110,7 +109,7 @@ def load_task_dataset(
             Whether to skip the rows that cannot be used, with a warning that counts them, rather than to raise. Images
             are then decoded to the end, so that truncated ones are found too, and not only verified.
         grid (`int`, *optional*):
-            Tiles along each side of a scene, 1 to 8. Default: `example_scenes.DEFAULT_GRID`, by task.
+            Tiles along each side of a scene, 1 to 8. Default: `scenes.DEFAULT_GRID`, by task.
         train_scenes (`int`, *optional*, defaults to 4000):
             Number of scenes of the split `train`; for `"nlvr2"` of statements, each about two pairs of scenes.
         validation_scenes (`int`, *optional*, defaults to 1000):

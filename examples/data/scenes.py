@@ -1,7 +1,7 @@
 """easy-VQA, the data set inside the PyPI package of that name, and scenes made of its images, for every task.
 
 All is made in memory in seconds: no network, no cache on disk. What comes out are records, as from a file: the columns
-are those that `example_datasets.load_task_dataset` reads.
+are those that `loading.load_task_dataset` reads.
 """
 
 import functools

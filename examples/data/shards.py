@@ -13,8 +13,6 @@ from trips_examples.data.formats import read_records
 
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-
-
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 

@@ -33,20 +33,13 @@ from trips_examples.data.shards import IMAGE_SUFFIXES, BadPair, FileShard, HubSh
 
 logger = logging.getLogger(__name__)
 
+Shard = TarShard | FileShard | HubShard
+
 IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
 # Before so many pairs the share of bad ones is chance.
 FEWEST_TO_JUDGE = 100
-
-
-# Shards: records, or what is wrong with one, in an order that never changes
-
-
-Shard = TarShard | FileShard | HubShard
-
-
-# The stream
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class Position:
 class PairStream(TorchIterableDataset):
     """
     Yields rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`, as the captions of
-    `example_datasets` have them, and `position`, that of its reader behind the row. There is no end.
+    `tasks.CAPTION_FEATURES` has them, and `position`, that of its reader behind the row. There is no end.
 
     A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) and one or
     several captions, of which each pass takes one at random. Its `image_id`, or else `sha256`, `md5` or `url`, says

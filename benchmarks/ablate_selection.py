@@ -1,9 +1,9 @@
 """
 Does the text pick better patches? Trains a task with each way of selecting them, and unpruned, over several seeds.
 
-    python examples/ablate_selection.py --output_json scenes.json -- \
+    python benchmarks/ablate_selection.py --output_json scenes.json -- \
         --dataset_name easy_vqa_scenes --model_name_or_path demo/model --keep_rate 0.1
-    python examples/ablate_selection.py --script run_grounding.py --metric eval_accuracy --seeds 0 --output_json g.json
+    python benchmarks/ablate_selection.py --script run_grounding.py --metric eval_accuracy --output_json boxes.json
 
 What stands behind `--` goes to each run of the script, which is told besides it how to select
 (`--selection_guidance`, or `--keep_rate 1.0` for the unpruned twin), its `--seed` and its folder. A run that has ended

@@ -1,11 +1,11 @@
 """
 Measure what patch selection saves: TRIPS against its unpruned twin (the same weights at keep rate 1.0).
 
-    python examples/benchmark.py                     # base size, 224 and 384 px, three schedules
-    python examples/benchmark.py --mode forward training --plot speed.png --output_json speed.json
-    python examples/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
-    python examples/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
-    python examples/benchmark.py --mode pretraining --image_size 256 --schedule 5,10 --batch_size 4
+    python benchmarks/benchmark.py                     # base size, 224 and 384 px, three schedules
+    python benchmarks/benchmark.py --mode forward training --plot speed.png --output_json speed.json
+    python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
+    python benchmarks/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
+    python benchmarks/benchmark.py --mode pretraining --image_size 256 --schedule 5,10 --batch_size 4
 
 Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows
 down slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is

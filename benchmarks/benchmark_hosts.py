@@ -1,8 +1,8 @@
 """
 Measure what patch selection saves inside models of Transformers and timm: each host with it and without it.
 
-    python examples/benchmark_hosts.py                                  # all hosts, base size, 384 px
-    python examples/benchmark_hosts.py --hosts vilt blip_vqa --keep_rate 0.5 --output_json hosts.json
+    python benchmarks/benchmark_hosts.py                                  # all hosts, base size, 384 px
+    python benchmarks/benchmark_hosts.py --hosts vilt blip_vqa --keep_rate 0.5 --output_json hosts.json
 
 Weights are random. Passes with and without selection alternate in one run, after a warm-up, and medians are compared.
 Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`, in the same model. A pass is

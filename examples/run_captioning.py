@@ -1,31 +1,30 @@
-"""
+r"""
 Train and evaluate TRIPS on image captioning. A prompt, the same for all images, selects the patches.
 
-    accelerate launch examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
-    accelerate launch examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # its twin
+    python examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
+    python examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # its twin
     accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
         --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5
 
-The training loop is Transformers' `Seq2SeqTrainer`: see `--help` for all of its options. The scores need the extra
+The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here. The scores need the extra
 `captioning`, METEOR needs Java.
+
+Installed without its source, the script is `python -m trips_examples.run_captioning`.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import evaluate
-import numpy as np
-from datasets import Dataset
+from transformers import EvalPrediction
 
 from modeling_trips import TripsForConditionalGeneration
-from trips_examples.data.collators import without_long_texts
+from trips_examples.data.rows import one_row_per_image, without_long_texts
 from trips_examples.data.task_collators import CaptionCollator
 from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.training.files import write_whole
 from trips_examples.training.models import load_model
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -43,26 +42,6 @@ class CaptioningArguments(DataArguments):
         default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
     )
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "Write no group of so many tokens twice. 0: may."})
-
-
-def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
-    """The first row of each image, and all captions of each image."""
-    rows, captions = {}, {}
-    for index, (image_id, caption) in enumerate(zip(dataset["image_id"], dataset["caption"])):
-        rows.setdefault(image_id, index)
-        captions.setdefault(image_id, []).append(caption)
-    return dataset.select(list(rows.values())), list(captions.values())
-
-
-def write_predictions(path: Path, dataset: Dataset, references: list[list[str]], captions: list[str]):
-    """An object per image, with the true captions and the predicted one."""
-    lines = [
-        json.dumps({**row, "captions": truths, "prediction": caption}, ensure_ascii=False)
-        for row, truths, caption in zip(
-            dataset.select_columns(["source", "image_id"]), references, captions, strict=True
-        )
-    ]
-    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -84,12 +63,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model.generation_config.validate(strict=True)  # before training, not when it is saved
     images, references = one_row_per_image(data["validation"]) if "validation" in data else (None, [])
 
-    def captions_of(prediction) -> list[str]:
-        sequences = prediction.predictions
-        return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
-
-    def scores(prediction) -> dict[str, float]:
-        return metric.compute(predictions=captions_of(prediction), references=references)
+    def scores(prediction: EvalPrediction) -> dict[str, float]:
+        return metric.compute(predictions=texts_of(prediction.predictions, processor), references=references)
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -105,8 +80,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def evaluate_captions() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            path = Path(training_args.output_dir) / "predictions.jsonl"
-            write_predictions(path, images, references, captions_of(output))
+            captions = zip(references, texts_of(output.predictions, processor), strict=True)
+            rows = ({"captions": truths, "prediction": caption} for truths, caption in captions)
+            write_predictions(training_args.output_dir, images, ["source", "image_id"], rows)
         return {**output.metrics, "eval_samples": len(images)}
 
     return train_and_evaluate(trainer, evaluate_captions)

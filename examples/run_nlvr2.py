@@ -1,31 +1,29 @@
-"""
+r"""
 Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
 
-    accelerate launch examples/run_nlvr2.py                  # statements about easy-VQA, the tiny preset
-    accelerate launch examples/run_nlvr2.py --keep_rate 1.0 --output_dir unpruned  # its twin
+    python examples/run_nlvr2.py                  # statements about easy-VQA, the tiny preset
+    python examples/run_nlvr2.py --keep_rate 1.0 --output_dir unpruned  # its twin
     accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
         --model_name_or_path pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
         --num_train_epochs 10
 
-The training loop is Transformers' `Trainer`: see `--help` for all of its options.
+The training loop is Transformers' `Trainer`, whose options are options here.
+
+Installed without its source, the script is `python -m trips_examples.run_nlvr2`.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
-from datasets import Dataset
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
-from trips_examples.data.collators import without_long_texts
+from trips_examples.data.rows import without_long_texts
 from trips_examples.data.task_collators import Nlvr2Collator
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.files import write_whole
 from trips_examples.training.models import load_model
 from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.predictions import write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.start import StartedTrainingArguments, start_from_questions
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -38,17 +36,6 @@ class Nlvr2TrainingArguments(StartedTrainingArguments):
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
-
-
-def write_predictions(path: Path, dataset: Dataset, logits: np.ndarray):
-    """An object per statement, with the probability that it is true."""
-    columns = ("source", "question_id", "statement", "label")
-    probabilities = torch.from_numpy(logits).float().softmax(dim=-1)[:, 1].tolist()
-    lines = [
-        json.dumps({**row, "prediction": int(probability > 0.5), "probability": probability}, ensure_ascii=False)
-        for row, probability in zip(dataset.select_columns(list(columns)), probabilities, strict=True)
-    ]
-    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -76,8 +63,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            path = Path(training_args.output_dir) / "predictions.jsonl"
-            write_predictions(path, data["validation"], output.predictions)
+            probabilities = torch.from_numpy(output.predictions).float().softmax(dim=-1)[:, 1].tolist()
+            columns = ["source", "question_id", "statement", "label"]
+            predictions = ({"prediction": int(true > 0.5), "probability": true} for true in probabilities)
+            write_predictions(training_args.output_dir, data["validation"], columns, predictions)
         return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
 
     return train_and_evaluate(trainer, evaluate)

@@ -1,12 +1,14 @@
-"""
+r"""
 Train and evaluate TRIPS on visual question answering.
 
-    accelerate launch examples/run_vqa.py                  # easy-VQA, the tiny preset: runs on a laptop
-    accelerate launch examples/run_vqa.py --keep_rate 1.0 --output_dir unpruned  # its twin
+    python examples/run_vqa.py                  # easy-VQA, the tiny preset: runs on a laptop
+    python examples/run_vqa.py --keep_rate 1.0 --output_dir unpruned  # its twin
     accelerate launch examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl --image_root images \
         --preset base --tokenizer_name bert-base-uncased
 
-The training loop is Transformers' `Seq2SeqTrainer`: see `--help` for all of its options.
+The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
+
+Installed without its source, the script is `python -m trips_examples.run_vqa`.
 """
 
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments

@@ -21,39 +21,29 @@ from PIL import Image, ImageOps
 from transformers.image_utils import ImageInput, load_image
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
+def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
     """
-    Converts a picture of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
-
-    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent colour of a palette) are
-    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`).
+    Prepares every image of whatever a processor is given. Pictures, paths and URLs become RGB pictures; arrays and
+    tensors stay as they are, but grey ones of shape `(H, W)` become `(3, H, W)`.
 
     Args:
-        image (`PIL.Image.Image`):
-            Picture of any Pillow mode but "I" and "F".
-
-    Returns:
-        `PIL.Image.Image`: A new picture of mode "RGB". Its size is swapped where the EXIF orientation asks for it.
+        images (`ImageInput`): an image, a list of images (nested or not), or a batch `(num_images, ...)`.
+        patch_size (`int`): sides below it are an error.
 
     Raises:
-        `ValueError`: The picture has no pixels, or its mode is "I" or "F": those have no fixed range of grey values.
+        `ValueError`: Where one cannot be used, naming its position and path, or there is none.
     """
-    if 0 in image.size:
-        raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
-            '"I;16" (0 to 65535).'
-        )
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255 instead of scaling
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        # "La" (premultiplied) is the one mode that Pillow does not convert to "RGBA" in one step
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    prepared = []
+    for position, image in enumerate(_flatten_images(images)):
+        try:
+            prepared.append(_prepare_image(image))
+            _check_image_size(prepared[-1], patch_size)
+        except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
+            path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+            raise ValueError(f"`images[{position}]` {path or ''} cannot be used: {error}") from error
+    if not prepared:
+        raise ValueError("`images` is empty: pass at least one image, or None.")
+    return prepared
 
 
 def _flatten_images(images: ImageInput) -> list:
@@ -93,16 +83,36 @@ def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size
         )
 
 
-def _prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
-    """Prepares every image; whatever goes wrong becomes a `ValueError` that names the image's position and path."""
-    prepared = []
-    for position, image in enumerate(_flatten_images(images)):
-        try:
-            prepared.append(_prepare_image(image))
-            _check_image_size(prepared[-1], patch_size)
-        except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
-            path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
-            raise ValueError(f"`images[{position}]` {path or ''} cannot be used: {error}") from error
-    if not prepared:
-        raise ValueError("`images` is empty: pass at least one image, or None.")
-    return prepared
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """
+    Converts a picture of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
+
+    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent colour of a palette) are
+    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`).
+
+    Args:
+        image (`PIL.Image.Image`):
+            Picture of any Pillow mode but "I" and "F".
+
+    Returns:
+        `PIL.Image.Image`: A new picture of mode "RGB". Its size is swapped where the EXIF orientation asks for it.
+
+    Raises:
+        `ValueError`: The picture has no pixels, or its mode is "I" or "F": those have no fixed range of grey values.
+    """
+    if 0 in image.size:
+        raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
+            '"I;16" (0 to 65535).'
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        # "La" (premultiplied) is the one mode that Pillow does not convert to "RGBA" in one step
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -15,6 +15,8 @@
 The losses that pull a text and its image together and push others away, as pure functions that know no model:
 contrastive (ITC) over the batch of all processes, matching (ITM) on hard negatives drawn in the batch of each.
 
+Below them, how processes that train together see the rows of all; one process alone communicates nothing.
+
 "The same image" always means an equal image id, so that the captions of one image, and an image that is in the batch
 twice, are never taken for negatives.
 """

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The losses of TRIPS as pure functions on tensors. No function syncs with the host."""
+"""
+The losses of TRIPS as pure functions on tensors, and over how many items of all processes they are means. No function
+syncs with the host.
+"""
 
 import torch
 from torch import distributed, nn

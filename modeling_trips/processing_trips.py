@@ -26,7 +26,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import ModelOutput, auto_docstring
 
-from .image_preparation_trips import _prepare_images
+from .image_preparation_trips import prepare_images
 
 
 # These models read one text about an image: that of one message, without anything around it.
@@ -193,7 +193,7 @@ class TripsProcessor(ProcessorMixin):
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
-        images = None if images is None else _prepare_images(images, self.patch_size)
+        images = None if images is None else prepare_images(images, self.patch_size)
         _check_images_of_texts(images, text, image_index)
         inputs = super().__call__(images=images, text=text, **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]

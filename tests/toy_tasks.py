@@ -64,7 +64,7 @@ _ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "ground
 
 def run(*words: str) -> str:
     """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

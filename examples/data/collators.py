@@ -1,7 +1,5 @@
-"""From rows to batches: sampling by image, images decoded once per batch, augmentation, texts that are too long."""
+"""From rows to batches: sampling by image, images decoded once per batch, augmentation."""
 
-import io
-import logging
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -9,17 +7,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import datasets
 import PIL.Image
 import torch
 from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional as F
 
 from modeling_trips import TripsProcessor, convert_to_rgb
-from trips_examples.data.images import upright_size
-
-
-logger = logging.getLogger(__name__)
+from trips_examples.data.rows import read_image
 
 
 class ImageGroupedSampler(Sampler[int]):
@@ -110,26 +104,6 @@ def distinct_images(rows: list[dict]) -> tuple[list[PIL.Image.Image], list[int]]
     return images, [position[row["image_id"]] for row in rows]
 
 
-def read_image(row: dict) -> PIL.Image.Image:
-    """The image of a row; where its `image` is not decoded, errors name the row."""
-    encoded = row["image"]
-    if isinstance(encoded, PIL.Image.Image):  # streams decode, to skip what is broken
-        return encoded
-    try:
-        image = PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
-        image.load()
-    except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
-        raise ValueError(f"{row['source']}: cannot read the image {encoded['path'] or ''}: {error}.") from error
-    return image
-
-
-def image_size(row: dict) -> tuple[int, int]:
-    """(height, width) in pixels, upright, of the image of a row whose `image` column is not decoded."""
-    encoded = row["image"]
-    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
-        return upright_size(image)[::-1]
-
-
 def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
     """The image, flipped sideways or not, moved by up to `max_shift` of its size; its border fills what opens up."""
     return shift(F.horizontal_flip(image) if torch.rand(()) < 0.5 else image, max_shift)
@@ -142,46 +116,3 @@ def shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
     padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")
     top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
     return F.crop(padded, top, left, height, width)
-
-
-def without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The data set with `image` or `images` left encoded: a collator decodes an image once for all of its rows."""
-    encoded = datasets.Image(decode=False)
-    for column, feature in (("image", encoded), ("images", datasets.Sequence(encoded))):
-        if column in dataset.column_names:
-            dataset = dataset.cast_column(column, feature)
-    return dataset
-
-
-def without_long_texts(
-    data: datasets.DatasetDict, column: str, processor: TripsProcessor, skip: bool
-) -> datasets.DatasetDict:
-    """
-    The rows whose texts fit the model, found before training starts.
-
-    Args:
-        data (`DatasetDict`): splits with the columns `source` and `column`.
-        column (`str`): the one of the texts.
-        processor (`TripsProcessor`)
-        skip (`bool`): whether to leave such rows out, with a warning that counts them, rather than to raise.
-
-    Raises:
-        ValueError: if some do not fit and `skip` is off, naming the first ones.
-    """
-    return datasets.DatasetDict(
-        {split: _without_long_texts(rows, column, processor, skip) for split, rows in data.items()}
-    )
-
-
-def _without_long_texts(dataset, column: str, processor: TripsProcessor, skip: bool) -> datasets.Dataset:
-    limit = processor.tokenizer.model_max_length
-    lengths = [len(ids) for ids in processor.tokenizer(list(dataset[column]))["input_ids"]]
-    bad = [row for row, length in enumerate(lengths) if length > limit]
-    if not bad:
-        return dataset
-    first = ", ".join(f"{dataset[row]['source']} ({lengths[row]} tokens)" for row in bad[:5])
-    message = f"{len(bad)} of {len(dataset)} {column}s have more than {limit} tokens: {first}"
-    if not skip:
-        raise ValueError(f"{message}. Shorten them, or skip them with --skip_bad_rows.")
-    logger.warning("Skipped: %s", message)
-    return dataset.select([row for row, length in enumerate(lengths) if length <= limit])

@@ -8,19 +8,15 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from trips_examples.data.boxes import mirrored_row
-from trips_examples.data.collators import (
-    ImageBatchCollator,
-    distinct_images,
-    shift,
-)
+from trips_examples.data.collators import ImageBatchCollator, distinct_images, shift
 
 
 @dataclass
 class VqaCollator(ImageBatchCollator):
     """
-    Rows of `example_tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct
-    answers of a question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In
-    evaluation the label is the most common answer.
+    Rows of `tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct answers of a
+    question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In evaluation the
+    label is the most common answer.
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
@@ -50,8 +46,8 @@ class VqaCollator(ImageBatchCollator):
 @dataclass
 class CaptionCollator(ImageBatchCollator):
     """
-    Rows of `example_tasks.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the
-    captions of an image that stand in one batch share all but the decoder (`text_index`).
+    Rows of `tasks.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the captions of an
+    image that stand in one batch share all but the decoder (`text_index`).
 
     Args:
         prompt (`str`): the text of every image.
@@ -77,7 +73,7 @@ class CaptionCollator(ImageBatchCollator):
 
 @dataclass
 class GroundingCollator(ImageBatchCollator):
-    """Rows of `example_tasks.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
+    """Rows of `tasks.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.processor(
@@ -100,7 +96,7 @@ class GroundingCollator(ImageBatchCollator):
 @dataclass
 class Nlvr2Collator(ImageBatchCollator):
     """
-    Rows of `example_tasks.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
+    Rows of `tasks.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
     images `image_index[i, 0]` on the left and `image_index[i, 1]` on the right.
     """
 
@@ -123,8 +119,8 @@ class Nlvr2Collator(ImageBatchCollator):
 @dataclass
 class RetrievalCollator(ImageBatchCollator):
     """
-    Rows of the task "captions" -> inputs of [`TripsForRetrieval`] with its losses. Images are augmented by shifts
-    alone: captions may say what is left and what is right.
+    Rows of `tasks.CAPTION_FEATURES` -> inputs of [`TripsForRetrieval`] with its losses: of each image also a number
+    (`image_ids`), by which processes know an image that is in the batches of several.
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
@@ -133,7 +129,10 @@ class RetrievalCollator(ImageBatchCollator):
         image_ids = [number_of(image_id) for image_id in dict.fromkeys(row["image_id"] for row in rows)]
         return {**inputs, "image_ids": torch.tensor(image_ids)}
 
-    def augmented(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]):
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """No flips: captions say what is on the left, and in which order."""
         return [shift(image) for image in images], rows
 
 

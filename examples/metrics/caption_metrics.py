@@ -3,7 +3,7 @@
 With Java, captions are split into words by the PTB tokenizer of COCO's evaluation, and scores are those of
 `pycocoevalcap.eval.COCOEvalCap`. Without it METEOR is left out, and a simpler rule splits the words: scores of
 captions with unusual punctuation then differ a little from published ones. No network is needed, by import or by
-`evaluate.load("examples/caption_metrics.py")`.
+`evaluate.load("examples/metrics/caption_metrics.py")`.
 """
 
 import logging
@@ -49,7 +49,7 @@ Raises:
 
 Example:
 
->>> metric = evaluate.load("examples/caption_metrics.py")
+>>> metric = evaluate.load("examples/metrics/caption_metrics.py")
 >>> metric.compute(predictions=["a cat"], references=[["a black cat", "the cat"]], use_java=False)["bleu_1"]
 0.9999999...
 """

@@ -1,7 +1,7 @@
 """Accuracy of predicted boxes as an `evaluate` metric, as RefCOCO, RefCOCO+ and RefCOCOg are scored.
 
 A box is right where its intersection over union with the true box is at least a threshold, 0.5 unless asked for
-another. No network is needed, by import or by `evaluate.load("examples/grounding_accuracy.py")`.
+another. No network is needed, by import or by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
 """
 
 import datasets
@@ -36,7 +36,7 @@ Raises:
 
 Example:
 
->>> metric = evaluate.load("examples/grounding_accuracy.py")
+>>> metric = evaluate.load("examples/metrics/grounding_accuracy.py")
 >>> metric.compute(predictions=[[0, 0, 10, 10], [0, 0, 10, 10]], references=[[0, 0, 10, 8], [5, 0, 15, 10]])
 {'accuracy': 0.5, 'mean_iou': 0.5666666...}
 """

@@ -5,7 +5,7 @@ from transformers import Trainer
 
 from modeling_trips import TripsProcessor, TripsSelection
 from modeling_trips.inspection import kept_coverage, score_entropy, share_inside, text_sensitivity
-from trips_examples.data.collators import image_size
+from trips_examples.data.rows import image_size
 
 
 NUM_ROWS = 256

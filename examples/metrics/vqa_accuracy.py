@@ -4,7 +4,7 @@ The rule is that of Antol et al. 2015 (arXiv 1505.00468) as the evaluation scrip
 differ from that script. It normalises only the questions whose annotators disagree; here every prediction and every
 answer is normalised, so "two" also matches a unanimous "2". A question with one answer, which the script would score
 0 for lack of other annotators, counts as unanimous. Accuracies are fractions, neither percentages nor rounded. No
-network is needed, by import or by `evaluate.load("examples/vqa_accuracy.py")`.
+network is needed, by import or by `evaluate.load("examples/metrics/vqa_accuracy.py")`.
 """
 
 import functools
@@ -43,7 +43,7 @@ Raises:
 
 Example:
 
->>> metric = evaluate.load("examples/vqa_accuracy.py")
+>>> metric = evaluate.load("examples/metrics/vqa_accuracy.py")
 >>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
 {'accuracy': 0.5}
 """

@@ -1,6 +1,8 @@
 """Files that are either whole or not there."""
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -10,3 +12,8 @@ def write_whole(path: str | Path, text: str):
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json_lines(path: str | Path, rows: Iterable[dict]):
+    """Writes a JSON object per row, one per line, as `write_whole` does."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -4,11 +4,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from transformers import (
-    AutoTokenizer,
-    BlipImageProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, BlipImageProcessor, PreTrainedTokenizerBase
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer

@@ -6,9 +6,7 @@ from itertools import chain
 
 import torch
 from datasets import DatasetDict
-from transformers import (
-    Seq2SeqTrainingArguments,
-)
+from transformers import Seq2SeqTrainingArguments
 
 from modeling_trips import TripsConfig
 from trips_examples.data.loading import EMBEDDED_DATASETS

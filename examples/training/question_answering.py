@@ -1,34 +1,33 @@
-"""Training and evaluation on questions, which models of other tasks begin with."""
+"""
+Training and evaluation on questions. It is here, and not in run_vqa.py, since models of other tasks begin with it.
+"""
 
 import json
 from pathlib import Path
 
 import evaluate
-import numpy as np
 from datasets import Dataset
+from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
-from trips_examples.data.collators import without_long_texts
+from trips_examples.data.rows import without_long_texts
 from trips_examples.data.task_collators import VqaCollator
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_whole
 from trips_examples.training.models import load_model
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import load_data, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
+def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
     """
     Writes `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; prints the frequent answers.
     """
-    columns = ("source", "question_id", "question", "answers")
-    rows = (
-        {**{name: row[name] for name in columns}, "prediction": answer}
-        for row, answer in zip(dataset.remove_columns("image"), answers, strict=True)
-    )
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    columns = ["source", "question_id", "question", "answers"]
+    write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
     result = metric.compute(predictions=answers, references=dataset["answers"], by_answer=True)
     write_whole(folder / "accuracy_by_answer.json", json.dumps(result["by_answer"], indent=2) + "\n")
     for answer, row in list(result["by_answer"].items())[:num_shown]:
@@ -38,21 +37,17 @@ def write_evaluation(folder: Path, dataset: Dataset, answers: list[str], metric:
 def train_question_answering(
     model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
 ) -> dict[str, float]:
-    """Trains and evaluates as these say; returns the metrics."""
+    """Trains a model to answer questions, and evaluates it, as these options say; returns the metrics of both."""
     data = load_data("vqa", data_args, training_args)
     texts, side = data_args.vocabulary(data, "question", "answers"), data_args.scene_size("vqa")
     model, processor = load_model(TripsForQuestionAnswering, model_args, texts, image_size=side)
     data = without_long_texts(data, "question", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
-
     metric = evaluate.load(VQA_ACCURACY)
 
-    def answers_of(prediction) -> list[str]:
-        sequences = prediction.predictions
-        return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
-
-    def accuracy(prediction) -> dict:
-        return metric.compute(predictions=answers_of(prediction), references=data["validation"]["answers"])
+    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        answers = texts_of(prediction.predictions, processor)
+        return metric.compute(predictions=answers, references=data["validation"]["answers"])
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -68,7 +63,8 @@ def train_question_answering(
     def evaluate_answers() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            write_evaluation(Path(training_args.output_dir), data["validation"], answers_of(output), metric)
+            answers = texts_of(output.predictions, processor)
+            write_answers(Path(training_args.output_dir), data["validation"], answers, metric)
         return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
 
     return train_and_evaluate(trainer, evaluate_answers)

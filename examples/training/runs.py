@@ -8,17 +8,14 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 from datasets import DatasetDict
-from transformers import (
-    HfArgumentParser,
-    Trainer,
-    set_seed,
-)
+from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trips_examples.data.collators import without_decoding
 from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.rows import without_decoding
 from trips_examples.training.options import DataArguments, TripsTrainingArguments
+from trips_examples.training.parser import make_parser
 
 
 def parse_arguments(argv: list[str] | None, *classes: type, description: str) -> tuple[Any, ...]:
@@ -26,7 +23,7 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
     The options of a script, one object per class; `TripsTrainingArguments` or a subclass has to be the last class.
     Also sets up logging, where one process speaks for all, and the seed.
     """
-    parser = HfArgumentParser(classes, description=description)
+    parser = make_parser(*classes, description=description)
     arguments = parser.parse_args_into_dataclasses(args=argv)
     training_args = arguments[-1]
     level = logging.INFO if training_args.should_log else logging.WARNING
@@ -40,7 +37,7 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
 
 def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments) -> DatasetDict:
     """
-    The splits of a task (see `example_datasets`), as short as asked for, with images left encoded for the collators.
+    The splits of a task (see `load_task_dataset`), as short as asked for, with images left encoded for the collators.
 
     Raises:
         ValueError: if there are bad rows, or no split to train or evaluate on as asked.

@@ -2,11 +2,7 @@
 
 import torch
 from torch.utils.data import Sampler
-from transformers import (
-    Seq2SeqTrainer,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.training.guard import LossGuard

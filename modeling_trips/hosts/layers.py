@@ -76,7 +76,7 @@ class Host:
     has_class_token: bool = True
     # Why `guidance="text"` is impossible. None: it is possible.
     no_text: str | None = None
-    # Whether the model is to pass its own text to its vision tower, by the hook of `selection_hosts_blip.py`.
+    # Whether the model is to pass its own text to its vision tower, by the hook of `blip.py`.
     passes_its_text: bool = False
     # Further modules that need a stand-in: (parent, name, class of the stand-in).
     stand_ins: tuple[tuple[nn.Module, str, type[StandIn]], ...] = ()

@@ -1,6 +1,7 @@
-"""What goes with a checkpoint to the Hub: its model card."""
+"""A checkpoint on the Hub: its repository, and its model card."""
 
 from .model_card import CardArguments, make_model_card
+from .repository import build_repository, publish
 
 
-__all__ = ["CardArguments", "make_model_card"]
+__all__ = ["CardArguments", "build_repository", "make_model_card", "publish"]

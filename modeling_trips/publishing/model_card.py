@@ -104,7 +104,7 @@ class CardArguments:
     )
     speed: str | None = field(
         default=None,
-        metadata={"help": "Rows of this size and schedule, as examples/benchmark.py --output_json wrote them."},
+        metadata={"help": "Rows of this size and schedule, as benchmarks/benchmark.py --output_json wrote them."},
     )
 
     @property
@@ -143,7 +143,7 @@ def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> 
         raise ValueError(
             f"--speed {path}: none of its rows was measured at this model's size, {image_size[0]} x {image_size[1]} "
             f"pixels, selection layers {vision.selection_layers} and keep rate {vision.keep_rate}. Measure it with "
-            "examples/benchmark.py."
+            "benchmarks/benchmark.py."
         )
     return fitting
 

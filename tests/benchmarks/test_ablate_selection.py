@@ -1,4 +1,4 @@
-"""`examples/ablate_selection.py`, and what an evaluation says about the selection (`selection_diagnostics.py`)."""
+"""`benchmarks/ablate_selection.py`, and what an evaluation says about the selection (`metrics/selection.py`)."""
 
 import json
 

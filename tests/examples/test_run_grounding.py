@@ -13,7 +13,7 @@ from toy_tasks import OPTIONS, predictions, write_task
 from modeling_trips import TripsConfig, TripsForVisualGrounding, TripsProcessor
 from trips_examples import run_grounding
 from trips_examples.data.boxes import draw_boxes, mirrored_row, swap_left_and_right
-from trips_examples.data.collators import image_size
+from trips_examples.data.rows import image_size
 from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY

@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import re
-import subprocess
 import sys
 from collections import Counter
 
@@ -13,12 +12,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from test_scenes import color_and_shape
-from transformers import AutoTokenizer
 
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
 from trips_examples.data.tasks import SCENE_FEATURES, TASKS, VQA_FEATURES
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 # easy-VQA
@@ -509,48 +506,3 @@ def test_hub_checks_boxes_against_images(folder):
         table.cast_column("image", datasets.Image()).to_parquet(folder / "repository" / f"{split}-0.parquet")
     with pytest.raises(ValueError, match="1 of the 2 rows .*\n.*row 2: box outside the image .* is 32 x 32"):
         load_task_dataset("grounding", str(folder / "repository"), cache_dir=str(folder / "cache"))
-
-
-# Tokenizer
-
-TEXTS = ["What shape is the red shape?", "what color is the circle?", "is there a teal triangle?", "Café"] * 2
-
-
-def test_tokenizer_is_that_of_bert():
-    tokenizer = train_wordpiece_tokenizer(TEXTS, vocab_size=80)
-    assert len(train_wordpiece_tokenizer(TEXTS, vocab_size=60)) == 60 < len(tokenizer) <= 80
-    assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    assert tokenizer.pad_token_id == 0
-    ids = tokenizer("WHAT is the cafe?")["input_ids"]
-    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "what is the cafe?"
-    assert tokenizer.tokenize("the") == ["the"]
-    assert tokenizer.tokenize("xyz") == ["[UNK]"]
-    assert set(tokenizer.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
-
-
-def test_tokenizer_saves_and_loads(tmp_path):
-    tokenizer = train_wordpiece_tokenizer(TEXTS, vocab_size=80)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is type(tokenizer)
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    pair = ("Is the circle red?", "##s [SEP] Café")
-    assert loaded(*pair) == tokenizer(*pair)
-
-
-def test_tokenizer_vocabulary_is_the_same_in_each_process():
-    code = f"""
-import sys
-sys.path[:0] = {sys.path}
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-print(sorted(train_wordpiece_tokenizer({TEXTS}, 80).get_vocab().items()))
-"""
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == str(sorted(train_wordpiece_tokenizer(TEXTS, 80).get_vocab().items()))
-
-
-def test_tokenizer_of_nothing():
-    with pytest.raises(ValueError, match="2 texts without a character"):
-        train_wordpiece_tokenizer(["", " "])

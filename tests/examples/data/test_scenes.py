@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from trips_examples.data import scenes as example_scenes
+from trips_examples.data import scenes as scenes_module
 from trips_examples.data.scenes import (
     DEFAULT_GRID,
     EASY_VQA_COLORS,
@@ -40,7 +40,7 @@ RGB = {
 @pytest.fixture(scope="module", autouse=True)
 def tiles_are_read_once():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(example_scenes, "read_tiles", functools.cache(example_scenes.read_tiles))
+        monkeypatch.setattr(scenes_module, "read_tiles", functools.cache(scenes_module.read_tiles))
         yield
 
 

@@ -37,7 +37,7 @@ def launch(name: str, *command: str) -> str:
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *options, *shim, *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

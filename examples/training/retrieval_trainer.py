@@ -1,84 +1,15 @@
-"""Training and searching of retrieval, which pre-training goes on from."""
+"""The trainer of retrieval, which that of pre-training is made from."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
-import PIL.Image
 import torch
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import TripsPreTrainedModel, convert_to_rgb
-from trips_examples.data.collators import read_image
+from modeling_trips import TripsPreTrainedModel
+from trips_examples.data.rows import DecodedImages, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
-from trips_examples.training.options import ModelArguments, TripsTrainingArguments
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-@dataclass
-class RetrievalModelArguments(ModelArguments):
-    itc_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the contrastive loss. Default: the model's, 1."}
-    )
-    itm_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the matching loss. Default: the model's, 1."}
-    )
-    honest_negatives: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether the patches of a negative pair are selected by its own text (the default), or are those "
-            "of the image's true pair."
-        },
-    )
-    contrastive_selection: str | None = field(
-        default=None,
-        metadata={
-            "help": "What selects the patches of the image features that are compared: image (its own [CLS]; the "
-            "default), none (all patches go on), or text (the caption, in training only)."
-        },
-    )
-
-    def config_overrides(self) -> dict:
-        names = ("itc_weight", "itm_weight", "honest_negatives", "contrastive_selection")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**super().config_overrides(), **given}
-
-
-@dataclass
-class RetrievalTrainingArguments(TripsTrainingArguments):
-    num_train_epochs: float = field(default=5.0, metadata={"help": "How often to train on each caption."})
-    per_device_train_batch_size: int = field(default=48, metadata={"help": "Captions per device and step."})
-    per_device_eval_batch_size: int = field(
-        default=128, metadata={"help": "Images, captions or pairs per device and step of the evaluation."}
-    )
-    texts_per_image: int = field(
-        default=1,
-        metadata={"help": "How many captions of an image stand in a training batch together; they share its prefix."},
-    )
-    rerank_k: int = field(
-        default=16,
-        metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
-    )
-    rerank_by: str = field(
-        default="both",
-        metadata={
-            "help": "What ranks them: both (log-odds of a match plus similarity over temperature) or matching (the "
-            "log-odds alone)."
-        },
-    )
-
-
-class DecodedImages(torch.utils.data.Dataset):
-    """The images of rows, decoded when they are asked for."""
-
-    def __init__(self, rows: Dataset):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> PIL.Image.Image:
-        return convert_to_rgb(read_image(self.rows[row]))
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
@@ -148,12 +79,3 @@ class RetrievalTrainer(ImageGroupedTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
-    """The first row of each image, and for each row the position of its image among them."""
-    rows = {}
-    for row, image_id in enumerate(dataset["image_id"]):
-        rows.setdefault(image_id, row)
-    position = {image_id: index for index, image_id in enumerate(rows)}
-    return list(rows.values()), torch.tensor([position[image_id] for image_id in dataset["image_id"]])

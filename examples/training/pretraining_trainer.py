@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,60 +15,11 @@ from modeling_trips import MomentumTeacher
 from trips_examples.data.streams import PairStream, Position
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_whole
-from trips_examples.training.retrieval import RetrievalTrainer, RetrievalTrainingArguments
+from trips_examples.training.retrieval_trainer import RetrievalTrainer
 
 
 MAX_QUEUE_SIZE = 65536  # ALBEF's
-
 EPOCH_OF_A_STREAM = 1 / 30  # of all steps: ALBEF trains for 30 epochs
-
-
-@dataclass
-class PretrainingArguments(RetrievalTrainingArguments):
-    """`RetrievalTrainingArguments` with what pre-training adds."""
-
-    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to train on each caption."})
-    rerank_k: int = field(
-        default=0,
-        metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
-    )
-    vision_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of the vision tower (the paper: 1e-5). Default: --learning_rate."},
-    )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the words that are masked."})
-    momentum_teacher: bool = field(
-        default=True, metadata={"help": "Whether a momentum teacher softens targets and fills the queues."}
-    )
-    momentum: float = field(default=0.995, metadata={"help": "Share of the teacher that stays in each step."})
-    queue_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many features of past images, and of past texts, of all processes stay as candidates. "
-            "Default: 65,536, or a tenth of the training captions if that is less."
-        },
-    )
-    teacher_weight: float = field(
-        default=0.4, metadata={"help": "Share of the teacher in the targets, after it was ramped up from 0."}
-    )
-    teacher_ramp_steps: int | None = field(
-        default=None,
-        metadata={"help": "Steps of that ramp. Default: those of an epoch; of a stream, a 30th of all."},
-    )
-    teacher_start_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps before the teacher takes part, and contrast is within the batch. Features that are new "
-            "every few steps cannot wait in a queue: a model tells the queue's from the batch's by their age alone, "
-            "and learns nothing. Default: 0 for a model that starts from trained weights, else as teacher_ramp_steps."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("mlm_probability", "momentum", "teacher_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
 
 
 class TeacherCallback(TrainerCallback):
@@ -244,7 +195,7 @@ class PretrainingTrainer(RetrievalTrainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Retrieval by features, and what `pretraining_evaluation` measures."""
+        """Retrieval by features, and what [`word_and_matching_metrics`] measures."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {}
         if self.model.config.itc_weight > 0:

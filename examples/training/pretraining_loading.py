@@ -1,0 +1,92 @@
+"""What pre-training starts with: pairs, as splits or as a stream, and a model with its processor."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+
+from datasets import DatasetDict
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from modeling_trips import TripsForPreTraining, TripsProcessor
+from trips_examples.data.shards import find_shards, hub_shards
+from trips_examples.data.streams import PairStream
+from trips_examples.training.models import load_model, make_processor
+from trips_examples.training.pretraining_options import (
+    PretrainingArguments,
+    PretrainingDataArguments,
+    PretrainingModelArguments,
+)
+from trips_examples.training.runs import load_data
+
+
+OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
+
+
+def load_pairs(
+    args: PretrainingDataArguments, training_args: PretrainingArguments
+) -> tuple[DatasetDict, PairStream | None]:
+    """The splits that are loaded, and the stream in place of the training split, if there is one."""
+    if not args.is_stream:
+        return load_data("captions", args, training_args), None
+    if training_args.do_train and training_args.max_steps <= 0:
+        raise ValueError("A stream has no end: say with --max_steps how long to train.")
+    if training_args.do_eval and args.validation_file is None:
+        raise ValueError("There is nothing to evaluate on: give --validation_file, or turn --do_eval off.")
+    stream = open_stream(args, training_args)
+    if args.validation_file is None:
+        return DatasetDict(), stream
+    evaluation_args = copy.copy(training_args)
+    evaluation_args.do_train = False
+    files = replace(args, dataset_name=None, dataset_config_name=None, streaming=False, train_shards=None)
+    return load_data("captions", files, evaluation_args), stream
+
+
+def open_stream(args: PretrainingDataArguments, training_args: PretrainingArguments) -> PairStream:
+    """The part of this process in the stream of shards, files or a data set on the Hub."""
+    if args.train_shards is not None:
+        shards = find_shards(args.train_shards, args.image_root)
+    else:
+        shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
+    return PairStream(
+        shards,
+        seed=training_args.seed,
+        buffer_size=args.shuffle_buffer,
+        process_index=training_args.process_index,
+        num_processes=training_args.world_size,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        max_bad_share=args.max_bad_share,
+        log_folder=training_args.output_dir,
+    )
+
+
+def load_pretraining_model(
+    args: PretrainingModelArguments, texts: Iterable[str], image_size: int | None = None
+) -> tuple[TripsForPreTraining, TripsProcessor]:
+    """A checkpoint, a model from a vision tower and a text encoder, or one from scratch; with its processor."""
+    if args.starts_from_parts:
+        model, processor = load_parts(args)
+    else:
+        model, processor = load_model(TripsForPreTraining, args, texts, image_size=image_size)
+    if all(getattr(model.config, name) == 0 for name in OBJECTIVES):
+        raise ValueError(f"There is nothing to learn: give one of {', '.join(OBJECTIVES)} a weight.")
+    return model, processor
+
+
+def load_parts(args: PretrainingModelArguments) -> tuple[TripsForPreTraining, TripsProcessor]:
+    """A model of a vision tower and a text encoder that were trained apart; pixels are normalised as the former's."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.text_model_name_or_path)
+    model = TripsForPreTraining.from_vision_text_pretrained(
+        args.vision_model_name_or_path,
+        args.text_model_name_or_path,
+        image_size=args.image_size,
+        decoder_from_text=True,
+        decoder_config={"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id},
+        **args.config_overrides(),
+    )
+    if args.attn_implementation is not None:
+        model.set_attn_implementation(args.attn_implementation)
+    processor = make_processor(tokenizer, model.config)
+    source = AutoImageProcessor.from_pretrained(args.vision_model_name_or_path)
+    processor.image_processor.image_mean, processor.image_processor.image_std = source.image_mean, source.image_std
+    return model, processor

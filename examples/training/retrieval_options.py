@@ -1,0 +1,58 @@
+"""The options of retrieval, which pre-training adds to."""
+
+from dataclasses import dataclass, field
+
+from trips_examples.training.options import ModelArguments, TripsTrainingArguments
+
+
+@dataclass
+class RetrievalModelArguments(ModelArguments):
+    itc_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the contrastive loss. Default: the model's, 1."}
+    )
+    itm_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the matching loss. Default: the model's, 1."}
+    )
+    honest_negatives: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the patches of a negative pair are selected by its own text (the default), or are those "
+            "of the image's true pair."
+        },
+    )
+    contrastive_selection: str | None = field(
+        default=None,
+        metadata={
+            "help": "What selects the patches of the image features that are compared: image (its own [CLS]; the "
+            "default), none (all patches go on), or text (the caption, in training only)."
+        },
+    )
+
+    def config_overrides(self) -> dict:
+        names = ("itc_weight", "itm_weight", "honest_negatives", "contrastive_selection")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**super().config_overrides(), **given}
+
+
+@dataclass
+class RetrievalTrainingArguments(TripsTrainingArguments):
+    num_train_epochs: float = field(default=5.0, metadata={"help": "How often to train on each caption."})
+    per_device_train_batch_size: int = field(default=48, metadata={"help": "Captions per device and step."})
+    per_device_eval_batch_size: int = field(
+        default=128, metadata={"help": "Images, captions or pairs per device and step of the evaluation."}
+    )
+    texts_per_image: int = field(
+        default=1,
+        metadata={"help": "How many captions of an image stand in a training batch together; they share its prefix."},
+    )
+    rerank_k: int = field(
+        default=16,
+        metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
+    )
+    rerank_by: str = field(
+        default="both",
+        metadata={
+            "help": "What ranks them: both (log-odds of a match plus similarity over temperature) or matching (the "
+            "log-odds alone)."
+        },
+    )

@@ -1,0 +1,169 @@
+"""A trained model as a repository of the Hub: the folder that is published, and its upload in one commit."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+import modeling_trips
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+
+from .model_card import CardArguments, make_model_card
+
+
+# All that a published model consists of; nothing else leaves this machine.
+PUBLISHED = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "*.py",
+)
+
+
+def build_repository(
+    target: Path, folder: Path, repo_id: str, card_args: CardArguments, revision: str = "main"
+) -> list[Path]:
+    """
+    Writes what is to be published: weights, configuration, processor and code, saved afresh, and a model card.
+
+    Args:
+        target (`Path`): an empty folder to write into.
+        folder (`Path`): where a model and its processor were saved. An `eval_results.json` there goes into the card.
+        repo_id (`str`): where the card's code loads the checkpoint from.
+        card_args (`CardArguments`): what the card says besides.
+        revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
+
+    Returns:
+        `list[Path]`: the files, sorted.
+
+    Raises:
+        ValueError: if `folder` holds no whole TRIPS model with all its weights, or no processor; if saving them wrote
+            a file that is not to be published; or as `make_model_card` does.
+    """
+    model, processor = _load_model(folder), _load_processor(folder)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    results = _results_of(folder, card_args)
+    card = make_model_card(model, processor, repo_id, card_args, results=results, revision=revision)
+    card.save(target / "README.md")
+    files = sorted(path for path in target.rglob("*") if path.is_file())
+    names = [path.relative_to(target).as_posix() for path in files]
+    unknown = [name for name in names if not _is_published(name)]
+    if unknown:
+        raise ValueError(f"Saving the model and its processor wrote {unknown}, but only {PUBLISHED} are published.")
+    return files
+
+
+def publish(
+    files: list[Path],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    tag: str | None = None,
+    commit_message: str = "Publish model",
+) -> str:
+    """
+    Uploads files in one commit, which either appears whole or not at all, into a repository made if need be.
+
+    Files of an earlier version that are not part of this one are deleted in the same commit; what else there is in
+    the repository stays.
+
+    Args:
+        files (`list[Path]`): as `build_repository` returns them.
+        repo_id (`str`): where to, as in `"ada/trips-easy-vqa"`.
+        private (`bool`, *optional*, defaults to `False`): whether only its owner may see the repository.
+        revision (`str`, *optional*, defaults to `"main"`): the branch, which must exist.
+        tag (`str`, *optional*): a tag for the commit, which must not exist.
+        commit_message (`str`, *optional*, defaults to `"Publish model"`): the title of the commit.
+
+    Returns:
+        `str`: the address of the commit.
+
+    Raises:
+        ValueError: before anything is sent, if there is no token, the repository is public and `private` is asked for,
+            there is no such branch, or the tag is taken.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    if get_token() is None:
+        raise ValueError("There is no token to publish with: run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    _check_target(api, repo_id, private, revision, tag)
+    before = api.model_info(repo_id, revision=revision)
+    names = {path.name for path in files}
+    stale = [
+        file.rfilename for file in before.siblings if _is_published(file.rfilename) and file.rfilename not in names
+    ]
+    # `upload_folder` would split a long upload into several commits.
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path.name, path) for path in files] + [CommitOperationDelete(name) for name in stale],
+        commit_message=commit_message,
+        revision=revision,
+        parent_commit=before.sha,
+    )
+    if tag is not None:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    return commit.commit_url
+
+
+def _load_model(folder: Path) -> TripsPreTrainedModel:
+    """The model with the head that the folder's configuration names."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder that `save_pretrained` or a training wrote.")
+    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [None])[0]
+    model_class = getattr(modeling_trips, architecture or "", None)
+    if getattr(model_class, "config_class", None) is not TripsConfig:
+        raise ValueError(f"{folder}/config.json is that of a {architecture}: only whole TRIPS models are published.")
+    model, report = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ValueError(f"The weights in {folder} are not those of a {architecture}: {problem} {report[problem]}")
+    return model
+
+
+def _load_processor(folder: Path) -> TripsProcessor:
+    if not (folder / "processor_config.json").is_file():
+        raise ValueError(
+            f"{folder} has no processor: save the one that it was trained with there (`save_pretrained`)."
+        )
+    return TripsProcessor.from_pretrained(folder)
+
+
+def _results_of(folder: Path, args: CardArguments) -> Path | None:
+    """The file of measured metrics: the one given, or the one that training left in the folder."""
+    if args.results is not None:
+        return Path(args.results)
+    default = folder / "eval_results.json"
+    return default if default.is_file() else None
+
+
+def _is_published(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in PUBLISHED)
+
+
+def _check_target(api: HfApi, repo_id: str, private: bool, revision: str, tag: str | None):
+    """Finds out before the upload what would make it end halfway, or in the open."""
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} was to be private, exists and is public. Run `hf repos settings {repo_id} --private` first."
+        )
+    references = api.list_repo_refs(repo_id)
+    if revision not in [reference.name for reference in references.branches]:
+        raise ValueError(
+            f"{repo_id} has no branch {revision}. Run `hf repos branch create {repo_id} {revision}` first."
+        )
+    if tag in [reference.name for reference in references.tags]:
+        raise ValueError(
+            f"{repo_id} has a tag {tag} already, and tags do not move. Choose another name, or run "
+            f"`hf repos tag delete {repo_id} {tag}` first."
+        )

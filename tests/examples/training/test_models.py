@@ -1,0 +1,30 @@
+"""The model and the processor that a run starts with."""
+
+import PIL.Image
+import pytest
+from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
+
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import load_model, make_processor
+from trips_examples.training.options import ModelArguments
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(train_wordpiece_tokenizer(["is it red?"]), TripsConfig.from_preset("tiny"))
+
+
+@pytest.mark.parametrize("image_processor", [CLIPImageProcessor, DeiTImageProcessor, BlipImageProcessor])
+def test_another_image_size_shows_the_whole_image(image_processor, processor, tmp_path):
+    """Also where the checkpoint's processor would cut out the middle."""
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
+    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
+    TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path), image_size=96)
+    _, loaded = load_model(TripsForQuestionAnswering, args, [])
+    image = PIL.Image.new("RGB", (300, 200), "black")
+    image.paste("white", (0, 0, 150, 100))  # a quarter
+    pixels = loaded(images=image, text="red", return_tensors="pt")["pixel_values"][0, 0]
+    assert pixels.shape == (96, 96)
+    assert (pixels > 0).float().mean() == pytest.approx(0.25, abs=0.02)

@@ -1,0 +1,61 @@
+"""The options that the scripts share: what they refuse, and what they make of the embedded data."""
+
+from itertools import islice, product
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trips_examples.data.scenes import easy_vqa_records, scene_records
+from trips_examples.data.tasks import TASKS
+from trips_examples.data.vocabulary import EMBEDDED_WORDS, train_wordpiece_tokenizer
+from trips_examples.training.options import DataArguments, TripsTrainingArguments
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"predict_with_generate": False}])
+def test_options_that_would_be_ignored_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"--{next(iter(option))}"):
+        TripsTrainingArguments(output_dir=str(tmp_path), **option)
+
+
+def test_embedded_tasks_share_a_vocabulary_that_has_all_of_their_words():
+    tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
+    assert {word for word in EMBEDDED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
+    texts = {"a picture of "}
+    for record in easy_vqa_records("train"):
+        texts |= {record["question"], record["answer"]}
+    for task, grid in product(TASKS, (2, 3)):
+        for record in islice(scene_records(task, "train", 60, grid), 200):
+            columns = {"question", "answer", "statement", "expression"} & record.keys()
+            texts |= {record[column] for column in columns} | set(record.get("captions", []))
+    assert len(texts) > 500
+    tokens = tokenizer.tokenize(" ".join(texts))
+    assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
+
+
+def test_a_tokenizer_for_own_data_is_trained_on_their_texts():
+    rows = Dataset.from_list(
+        [{"question": "is it?", "answers": ["yes", "no"]}, {"question": "why?", "answers": ["so"]}]
+    )
+    args = DataArguments(train_file="train.json")
+    texts = ["is it?", "why?", "yes", "no", "so"]
+    assert list(args.vocabulary(DatasetDict(train=rows), "question", "answers")) == texts
+    assert list(args.vocabulary(DatasetDict(validation=rows), "question", "answers")) == texts
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "side"),
+    [
+        ("vqa", {}, None),
+        ("vqa", {"dataset_name": "easy_vqa_scenes"}, 128),
+        ("captions", {}, 128),
+        ("nlvr2", {}, 64),
+        ("nlvr2", {"grid": 3}, 192),
+        ("grounding", {"grid": 4}, 256),
+        ("grounding", {"train_file": "train.json"}, None),
+        ("captions", {"dataset_name": "someone/captions"}, None),
+    ],
+)
+def test_scenes_are_read_at_their_own_size(task, options, side):
+    arguments = DataArguments(**options)
+    assert arguments.scene_size(task) == side
+    assert arguments.half_scene_size(task) == (None if side is None else side / 2)

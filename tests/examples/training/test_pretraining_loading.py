@@ -1,0 +1,94 @@
+"""What pre-training starts with: streams, a vision tower and a text encoder; and what it refuses to start with."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from toy_pairs import command, encoded, file_options, stream_options, write_pairs, write_parts
+from transformers import AutoModel
+
+from modeling_trips import TripsForPreTraining, TripsProcessor
+from trips_examples import run_pretraining
+from trips_examples.training.pretraining_loading import OBJECTIVES, load_pairs
+from trips_examples.training.pretraining_options import PretrainingArguments, PretrainingDataArguments
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder) -> list[str]:
+    return file_options(folder)
+
+
+@pytest.fixture(scope="module")
+def stream(folder) -> list[str]:
+    return stream_options(folder)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> list[str]:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
+    """A local folder stands in for a data set on the Hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation"):
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        pairs = {"image": [{"bytes": encoded("red"), "path": None}], "caption": [split]}
+        Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs" / f"{split}-0.parquet")
+    args = PretrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, do_eval=False, use_cpu=True)
+    for split in (None, "validation"):
+        source = PretrainingDataArguments(dataset_name=str(tmp_path / "pairs"), streaming=True, train_split=split)
+        _, stream = load_pairs(source, args)
+        assert next(iter(stream))["caption"] == (split or "train")
+
+
+def test_from_a_vision_tower_and_a_text_encoder(files, parts, tmp_path):
+    options = ["--selection_layers", "2", "--keep_rate", "0.5", "--image_size=48", "--max_steps=1"]
+    options += ["--learning_rate=0", "--attn_implementation=eager"]
+    run_pretraining.main(command(files, tmp_path / "out", *parts, *options, "--save_strategy=no")[1:])
+    model = TripsForPreTraining.from_pretrained(tmp_path / "out")
+    vision, text = (AutoModel.from_pretrained(option.partition("=")[2]) for option in parts)
+    words = text.embeddings.word_embeddings.weight
+    assert torch.equal(model.model.vision_model.embeddings.cls_token, vision.embeddings.cls_token)
+    assert torch.equal(model.model.text_model.embeddings.word_embeddings.weight, words)
+    assert torch.equal(model.lm_head.decoder.weight, words)
+    assert model.config.vision_config.selection_schedule == {2: 0.5} and model.config.vision_config.image_size == 48
+    processor = TripsProcessor.from_pretrained(tmp_path / "out")
+    assert processor.image_processor.image_mean == (0.1, 0.2, 0.3)
+    assert processor.image_processor.size == {"height": 48, "width": 48}
+
+
+def test_something_has_to_be_learnt_and_a_stream_needs_a_tokenizer(files, stream, tmp_path):
+    off = [f"--{name}=0" for name in OBJECTIVES]
+    with pytest.raises(ValueError, match="nothing to learn: give one of itc_weight"):
+        run_pretraining.main(command(files, tmp_path, *off)[1:])
+    without = [option for option in stream if "tokenizer" not in option]
+    with pytest.raises(ValueError, match="give --tokenizer_name"):
+        run_pretraining.main(command(without, tmp_path, "--max_steps=1")[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_shards=a.tar"], "no end: say with --max_steps"),
+        (["--train_shards=a.tar", "--max_steps=1"], "nothing to evaluate on: give --validation_file"),
+        (["--train_shards=a.tar", "--max_steps=1", "--do_eval=False"], "no files a.tar: mend --train_shards"),
+        (["--train_shards=a.tar", "--train_file=b.jsonl"], "leave --train_file and --streaming out"),
+        (["--streaming"], "give --dataset_name"),
+        (["--vision_model_name_or_path=a"], "go together: give both"),
+        (["--vision_model_name_or_path=a", "--text_model_name_or_path=b", "--model_name_or_path=c"], "a whole model"),
+        (["--momentum=1.5"], r"--momentum must be in \[0, 1\]"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_pretraining.main([*options, f"--output_dir={tmp_path}"])

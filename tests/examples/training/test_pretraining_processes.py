@@ -1,0 +1,178 @@
+"""Pre-training in several processes and after a kill: it ends as one process that was left alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from places import ROOT
+from safetensors.torch import load_file
+from toy_pairs import TWO_PROCESSES, command, environment, file_options, run, stream_options, write_pairs, write_parts
+
+from trips_examples import run_pretraining
+
+
+STAND_INS = {
+    "scontrol": "echo 127.0.0.1",
+    "srun": """pids=()
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid"; done""",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder) -> list[str]:
+    return file_options(folder)
+
+
+@pytest.fixture(scope="module")
+def stream(folder) -> list[str]:
+    return stream_options(folder)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> list[str]:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def assert_equal(folder: Path, expected: Path, *names: str):
+    for name in names:
+        weights, weights_expected = load_file(folder / name), load_file(expected / name)
+        assert weights.keys() == weights_expected.keys()
+        for key, weight in weights_expected.items():
+            torch.testing.assert_close(weights[key], weight, rtol=0, atol=0, msg=f"{name}: {key}")
+
+
+def killed_and_resumed(words: list[str], folder: Path) -> str:
+    """Kills a run with its workers after its first whole checkpoint, resumes it, and returns what that printed."""
+    process = subprocess.Popen([sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoint-4/trainer_state.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    # torchrun gives its processes sessions of their own: they do not die with it.
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+    assert not (folder / "model.safetensors").exists()
+    return run(*words, "--resume_from_checkpoint=last")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "launch", "options"),
+    [
+        ("files", [], []),
+        ("files", TWO_PROCESSES, ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]),
+        ("stream", [], ["--dataloader_num_workers=2"]),
+        ("stream", TWO_PROCESSES, ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]),
+    ],
+    ids=["files", "files in two processes", "stream with two workers", "stream in two processes"],
+)
+def test_killed_and_resumed_ends_as_a_run_left_alone(source, launch, options, request, tmp_path):
+    """Weights, the teacher's weights and its queues; masks, cuts and hard negatives are drawn in between."""
+    data = request.getfixturevalue(source)
+    options = [*options, "--max_steps=12", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
+    run(*launch, *command(data, tmp_path / "alone", *options))
+    printed = killed_and_resumed([*launch, *command(data, tmp_path / "killed", *options)], tmp_path / "killed")
+    assert 0 < printed.count("'loss'") <= 8  # it went on, and did not begin again
+    last = ("model.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/momentum.safetensors")
+    assert_equal(tmp_path / "killed", tmp_path / "alone", *last)
+    queue = load_file(tmp_path / "alone" / last[-1])["texts.ids"]
+    assert (queue != -1).all()  # 72 texts went through a queue of 40
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(files, tmp_path):
+    """18 captions in batches of 3: one that is filled up for the last process would draw other masks."""
+    run_pretraining.main(command(files, tmp_path / "model", "--max_steps=1", "--do_eval=False")[1:])
+    options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
+    one = run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
+    run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options))
+    two = json.loads((tmp_path / "two/eval_results.json").read_text())
+    assert one.keys() == two.keys() and "eval_itm_accuracy" in one and "eval_features_i2t_r1" in one
+    two.pop("epoch"), one.pop("epoch")
+    assert two == pytest.approx(one)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
+    """Two "nodes" on this machine, with stand-ins for SLURM's commands; its other options are those of the script."""
+    for name, code in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "9725"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "1", "DATA": str(folder)}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = [f"--train_shards={folder}/pairs-{{0..2}}.tar", "--shuffle_buffer=4", *parts, "--image_size=32"]
+    options += ["--selection_layers", "2", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
+    options += ["--dataloader_num_workers=0", "--use_cpu=True", "--auto_bf16=False", "--logging_steps=1"]
+    script = ROOT / "examples/configs/slurm_multi_node.sh"
+    for step in (2, 4):  # the second time it goes on
+        result = subprocess.run(
+            ["bash", script, *options, f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"],
+            cwd=ROOT,
+            env={**environment(), **slurm, "PATH": path, "OUTPUT_DIR": str(tmp_path / "out"), "GPUS_PER_NODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-5000:]
+        assert result.stdout.count("'loss'") == 4  # each node says it
+    states = [json.loads((tmp_path / f"out/checkpoint-4/stream_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [state["num_processes"] for state in states] == [2, 2]
+    assert [position["seen"] for state in states for position in state["positions"]] == [12, 12]
+
+
+@pytest.mark.slow
+def test_queues_hold_what_all_processes_saw(files, tmp_path):
+    """One step of two processes with three texts each leaves the queues that one process with all six leaves."""
+    # No augmentation, dropout or hard negatives: nothing is drawn but the order, which is the same.
+    options = ["--max_steps=1", "--save_steps=1", "--do_eval=False", "--itm_weight=0", "--mlm_weight=0"]
+    options += ["--teacher_start_steps=0"]
+    run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
+    halves = ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]
+    run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options, *halves))
+    for part in ("images", "texts"):
+        found = []
+        for name in ("one", "two"):
+            queue = load_file(tmp_path / name / "checkpoint-1/momentum.safetensors")
+            ids, features = queue[f"{part}.ids"], queue[f"{part}.features"]
+            pairs = sorted(zip(ids.tolist(), features[:, 0].tolist()))[-int((ids != -1).sum()) :]
+            # Processes that have the same image bring one each.
+            found.append(sorted(dict(pairs).items()) if part == "images" else pairs)
+        assert len(found[0]) > 1 and [image for image, _ in found[0]] == [image for image, _ in found[1]]
+        assert [value for _, value in found[0]] == pytest.approx([value for _, value in found[1]], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_whole_teacher_follows_a_model_that_fsdp_shards(files, tmp_path):
+    options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--momentum=0.25", "--save_steps=1"]
+    run_pretraining.main(command(files, tmp_path / "start", *options, "--learning_rate=0")[1:])
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'examples/configs/fsdp2.yaml'}"]
+    launch += ["--num_processes=2", "--main_process_port=0", str(ROOT / "tests/fsdp_on_cpu.py")]
+    options += [f"--model_name_or_path={tmp_path / 'start'}", "--per_device_train_batch_size=3", "--use_cpu=True"]
+    run(*launch, *command(files, tmp_path / "out", *options))
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    teacher = load_file(tmp_path / "out/checkpoint-1/momentum.safetensors")
+    assert not torch.equal(start["itm_head.weight"], end["itm_head.weight"])
+    names = [name for name in start if f"model.{name}" in teacher and not name.endswith("num_batches_tracked")]
+    assert len(names) > 50
+    for name in names:
+        is_statistic = name.rpartition(".")[2].startswith("running_")  # copied, not averaged
+        expected = end[name] if is_statistic else 0.25 * start[name] + 0.75 * end[name]
+        torch.testing.assert_close(teacher[f"model.{name}"], expected, rtol=1e-4, atol=1e-5, msg=name)

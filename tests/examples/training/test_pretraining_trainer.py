@@ -1,0 +1,146 @@
+"""The trainer of pre-training: the teacher, learning rates by part, the queue, what is logged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from toy_pairs import make_rows, make_tokenizer
+
+from modeling_trips import TripsConfig, TripsForPreTraining
+from trips_examples.data.pretraining import PretrainingCollator
+from trips_examples.training.models import make_processor
+from trips_examples.training.pretraining_options import PretrainingArguments
+from trips_examples.training.pretraining_trainer import PretrainingTrainer
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
+
+
+def make_trainer(processor, folder: Path, rows: list[dict] | None = None, **options) -> PretrainingTrainer:
+    torch.manual_seed(0)
+    config_fields = options.pop("config_fields", {})
+    config = TripsConfig.from_preset(
+        "tiny", text_config={"vocab_size": len(processor.tokenizer)}, projection_dim=16, **config_fields
+    )
+    defaults = {"per_device_train_batch_size": 4, "auto_bf16": False, "queue_size": 16, "report_to": "none"}
+    defaults["teacher_start_steps"] = 0
+    return PretrainingTrainer(
+        model=TripsForPreTraining(config),
+        args=PretrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
+        train_dataset=Dataset.from_list(make_rows(20) if rows is None else rows),
+        train_collator=PretrainingCollator(processor, training=True),
+        processing_class=processor,
+    )
+
+
+def test_the_teacher_follows_each_step_of_the_optimizer(processor, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "no", "momentum": 0.75, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(processor, tmp_path, **options)
+    name, parameter = next(iter(trainer.model.named_parameters()))
+    history, expected = [], parameter.detach().clone()
+    original = trainer.teacher.update
+
+    def update(model, momentum):
+        history.append(dict(model.named_parameters())[name].detach().clone())
+        original(model, momentum)
+
+    trainer.teacher.update = update
+    trainer.train()
+    assert len(history) == 3 and not torch.equal(history[0], history[2])
+    for value in history:
+        expected = 0.75 * expected + 0.25 * value
+    torch.testing.assert_close(dict(trainer.teacher.model.named_parameters())[name], expected)
+
+
+def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=1, gradient_accumulation_steps=2)
+    assert trainer.epoch_steps == 3  # 20 rows in batches of 4, two of which are a step
+
+    def weights() -> list[float]:
+        found = []
+        for trainer.state.global_step in range(7):
+            found.append(trainer.current_teacher_weight())
+        return found
+
+    assert weights() == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4, 0.4])
+    trainer.args.teacher_start_steps, trainer.args.teacher_ramp_steps = None, 2
+    assert weights() == pytest.approx([0, 0, 0, 0, 0.2, 0.4, 0.4])
+    trainer.args.teacher_ramp_steps = 0
+    assert weights() == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4])
+
+
+def test_a_teacher_that_has_yet_to_take_part_is_the_model(processor, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "no", "warmup_steps": 0, "teacher_start_steps": 2}
+    trainer = make_trainer(processor, tmp_path, **options)
+    seen, forward = [], trainer.teacher.forward
+
+    def watched(*args):
+        weights = zip(trainer.teacher.model.parameters(), trainer.model.parameters())
+        seen.append((trainer.state.global_step, all(torch.equal(*pair) for pair in weights)))
+        return forward(*args)
+
+    trainer.teacher.forward = watched
+    trainer.train()
+    assert seen == [(2, True)]  # it was asked in the third step alone
+    assert not torch.equal(trainer.teacher.model.itm_head.weight, trainer.model.itm_head.weight)
+    assert (trainer.teacher.texts.ids != -1).sum() == 4
+
+
+def test_the_vision_tower_has_a_learning_rate_of_its_own(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=1, learning_rate=1e-4, vision_learning_rate=1e-5)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates, decays = {}, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))  # each is in one group
+            rates[name], decays[name] = group["lr"], group["weight_decay"]
+    assert not names
+    assert all(rate == (1e-5 if "vision_model." in name else 1e-4) for name, rate in rates.items())
+    plain = make_trainer(processor, tmp_path, max_steps=1)
+    names = {id(parameter): name for name, parameter in plain.model.named_parameters()}
+    for group in plain.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            assert decays[names[id(parameter)]] == group["weight_decay"] and group["lr"] == plain.args.learning_rate
+
+
+def test_the_queue_holds_a_tenth_of_the_captions_and_at_least_a_batch(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=1, queue_size=None)
+    assert trainer.queue_size == len(trainer.teacher.images.ids) == 4
+    trainer.train_dataset = range(300)
+    assert trainer.queue_size == 30
+    trainer.train_dataset = range(4_000_000)
+    assert trainer.queue_size == 65536
+
+
+@pytest.mark.parametrize("off", ["itc_weight", "prefix_lm_weight"])
+def test_parameters_of_objectives_that_are_off_are_frozen(processor, tmp_path, off):
+    options = {"max_steps": 1, "warmup_steps": 0, "save_strategy": "no"}
+    trainer = make_trainer(processor, tmp_path, config_fields={off: 0.0}, **options)
+    frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
+    start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    same = {name for name, value in trainer.model.named_parameters() if torch.equal(value, start[name])}
+    assert frozen and frozen == same
+
+
+def test_each_objective_is_logged(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=4, logging_steps=2, save_strategy="no")
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        parts = [entry[name] for name in ("itc_loss", "itm_loss", "mlm_loss", "prefix_lm_loss")]
+        assert sum(parts) == pytest.approx(entry["loss"], rel=1e-3)
+        assert entry["teacher_weight"] == pytest.approx(0.4 * min(1, entry["step"] / 5))
+
+
+def test_without_a_teacher_there_is_no_file_of_it(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=1, save_steps=1, momentum_teacher=False)
+    trainer.train()
+    assert trainer.teacher is None and not list(tmp_path.rglob("momentum.safetensors"))
+    only_matching = {"itc_weight": 0.0, "mlm_weight": 0.0}
+    assert make_trainer(processor, tmp_path, max_steps=1, config_fields=only_matching).teacher is None

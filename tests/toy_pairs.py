@@ -1,0 +1,117 @@
+"""Toy pairs for pre-training: images of one colour and captions that name it; and how to run the script on them."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import PIL.Image
+import torch
+from places import ROOT
+from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessor, ViTModel
+
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+
+
+SCRIPT = str(ROOT / "examples" / "run_pretraining.py")
+COLORS = ["red", "blue", "green", "white", "black", "yellow"]
+CAPTIONS = ["a {} picture", "all of it is {}", "{} from the left to the right"]
+OPTIONS = [
+    "--per_device_train_batch_size=6",
+    "--per_device_eval_batch_size=9",
+    "--learning_rate=1e-3",
+    "--lr_scheduler_type=constant",
+    "--auto_bf16=False",
+    "--queue_size=40",
+    "--disable_tqdm=True",
+]
+
+# Any free port.
+RENDEZVOUS = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", *RENDEZVOUS]
+
+
+def encoded(color: str) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_tokenizer() -> BertTokenizer:
+    return train_wordpiece_tokenizer([caption.format(color) for caption in CAPTIONS for color in COLORS])
+
+
+def write_pairs(folder: Path):
+    """Six images with three captions each: as rows of a file, and in three tar shards. A tokenizer, too."""
+    pairs = [(color, caption.format(color)) for color in COLORS for caption in CAPTIONS]
+    for color in COLORS:
+        (folder / f"{color}.png").write_bytes(encoded(color))
+    rows = [json.dumps({"image": f"{color}.png", "caption": caption}) for color, caption in pairs]
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    for shard in range(3):
+        with tarfile.open(folder / f"pairs-{shard}.tar", "w") as tar:
+            for number, (color, caption) in enumerate(pairs[shard::3]):
+                files = {"png": encoded(color), "txt": caption.encode(), "json": json.dumps({"url": color}).encode()}
+                for suffix, content in files.items():
+                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def file_options(folder: Path) -> list[str]:
+    """Trains and evaluates on the rows of `write_pairs`."""
+    return [f"--train_file={folder / 'pairs.jsonl'}", f"--validation_file={folder / 'pairs.jsonl'}"]
+
+
+def stream_options(folder: Path) -> list[str]:
+    """Trains on the shards of `write_pairs`."""
+    return [
+        f"--train_shards={folder}/pairs-{{0..2}}.tar",
+        "--shuffle_buffer=4",
+        f"--tokenizer_name={folder / 'tokenizer'}",
+        "--do_eval=False",
+    ]
+
+
+def write_parts(folder: Path) -> list[str]:
+    """Writes a ViT and a BERT, untrained, and returns the options that name them."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(num_hidden_layers=3, image_size=32, patch_size=8, **sizes)).save_pretrained(folder / "vit")
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder / "vit")
+    text = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40, **sizes)
+    BertModel(text).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    return [f"--vision_model_name_or_path={folder / 'vit'}", f"--text_model_name_or_path={folder / 'bert'}"]
+
+
+def make_rows(count: int, caption: str = "{} from the left to the right") -> list[dict]:
+    return [
+        {
+            "image": {"bytes": encoded(COLORS[number % 6]), "path": None},
+            "image_id": COLORS[number % 6],
+            "caption": caption.format(COLORS[number % 6]),
+            "source": f"toy row {number}",
+        }
+        for number in range(count)
+    ]
+
+
+def command(data: list[str], output_dir: Path, *options: str) -> list[str]:
+    return [SCRIPT, *data, *OPTIONS, f"--output_dir={output_dir}", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str) -> str:
+    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

@@ -81,7 +81,6 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             device=args.device,
-            num_threads=torch.get_num_threads(),
             compile=args.compile,
             config_fields=json.loads(args.config_fields),
         )

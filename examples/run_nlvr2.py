@@ -14,6 +14,7 @@ Installed without its source, the script is `python -m trips_examples.run_nlvr2`
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import EvalPrediction
 
@@ -36,6 +37,12 @@ class Nlvr2TrainingArguments(StartedTrainingArguments):
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
+
+
+def judgements_of(logits: np.ndarray) -> list[dict]:
+    """Of logits of shape `(num_statements, 2)`, for each statement whether it is true, and the probability of that."""
+    probabilities = torch.from_numpy(logits).float().softmax(dim=-1)[:, 1].tolist()
+    return [{"prediction": int(probability > 0.5), "probability": probability} for probability in probabilities]
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -63,9 +70,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            probabilities = torch.from_numpy(output.predictions).float().softmax(dim=-1)[:, 1].tolist()
             columns = ["source", "question_id", "statement", "label"]
-            predictions = ({"prediction": int(true > 0.5), "probability": true} for true in probabilities)
+            predictions = judgements_of(output.predictions)
             write_predictions(training_args.output_dir, data["validation"], columns, predictions)
         return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
 

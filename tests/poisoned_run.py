@@ -5,9 +5,10 @@ import os
 import conftest  # noqa: F401  (import paths)
 
 from trips_examples import run_vqa
+from trips_examples.training import question_answering
 
 
-class PoisonedCollator(run_vqa.VqaCollator):
+class PoisonedCollator(question_answering.VqaCollator):
     def weighted_labels(self, rows):
         labels = super().weighted_labels(rows)
         if any(row["source"] == os.environ["POISONED"] for row in rows):
@@ -16,5 +17,5 @@ class PoisonedCollator(run_vqa.VqaCollator):
 
 
 if __name__ == "__main__":
-    run_vqa.VqaCollator = PoisonedCollator
+    question_answering.VqaCollator = PoisonedCollator
     run_vqa.main()

@@ -1,4 +1,8 @@
-"""What patch selection saves: a model against its unpruned twin, counted and measured."""
+"""
+What patch selection saves, counted and measured: a model against its unpruned twin, the same weights at keep rate 1.0.
+
+Both take their steps in turns, so that a machine that slows down slows both, and medians are compared.
+"""
 
 import os
 import platform
@@ -22,7 +26,27 @@ MODES = ("forward", "training", "pretraining")
 
 @dataclass
 class Setting:
-    """One point of the benchmark."""
+    """
+    What is measured: a model from scratch, its inputs, and what is done with them.
+
+    Args:
+        preset (`str`): size of the model, see [`TripsConfig.presets`].
+        image_size (`int`): pixels per side.
+        batch_size (`int`): images per step.
+        texts_per_image (`int`): texts about each image, which share its prefix.
+        text_length (`int`): tokens per text.
+        selection_layers (`list[int]`): layers that select, numbered from 1.
+        keep_rate (`float`): share of the tokens that each of them keeps.
+        mode (`str`, *optional*, defaults to `"forward"`): one of `MODES`: the forward pass of text encoder, vision
+            tower and fusion encoder; that and its backward pass; or both of all pre-training objectives, with a
+            momentum teacher, but without the optimizer and the teacher's update.
+        dtype (`str`, *optional*, defaults to `"float32"`): of weights and images, as PyTorch names it.
+        attn_implementation (`str`, *optional*, defaults to `"sdpa"`): the attention that is timed.
+        device (`str`, *optional*, defaults to `"cpu"`): where it is timed.
+        num_threads (`int`, *optional*): the threads that PyTorch uses, for the record: nothing is set by it.
+        compile (`bool`, *optional*, defaults to `False`): whether the model is compiled.
+        config_fields (`dict`, *optional*): more fields of [`TripsConfig`].
+    """
 
     preset: str
     image_size: int
@@ -31,15 +55,16 @@ class Setting:
     text_length: int
     selection_layers: list[int]
     keep_rate: float
-    mode: str
-    dtype: str
-    attn_implementation: str
-    device: str
-    num_threads: int
-    compile: bool
+    mode: str = "forward"
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    device: str = "cpu"
+    num_threads: int = field(default_factory=torch.get_num_threads)
+    compile: bool = False
     config_fields: dict = field(default_factory=dict)
 
     def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel | TripsForPreTraining:
+        """A model with random weights, on a device (`"meta"` to count), in training mode unless `mode` is forward."""
         config = TripsConfig.from_preset(
             self.preset,
             vision_config={"image_size": self.image_size},
@@ -53,7 +78,14 @@ class Setting:
         return model.to(getattr(torch, self.dtype)).train(self.mode != "forward")
 
     def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
-        """`share_images`: whether the texts of an image share its prefix, or the image comes once per text."""
+        """
+        Random texts and images where the model is.
+
+        Args:
+            model (`TripsModel` or `TripsForPreTraining`): of `make_model`.
+            share_images (`bool`, *optional*, defaults to `True`): whether the texts of an image share its prefix, or
+                the image comes once per text.
+        """
         num_texts = self.batch_size * self.texts_per_image
         config, device = model.config, model.device
         images = torch.zeros if device.type == "meta" else torch.randn
@@ -75,13 +107,13 @@ class Setting:
 
 
 def set_keep_rate(keep_rate: float, model: torch.nn.Module, inputs: dict):
-    """Of the model, and of its teacher if it has one."""
+    """Sets the keep rate of a model, and of its teacher if it has one among its inputs."""
     for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
         module.config.keep_rate = keep_rate
 
 
 def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """The work that is measured, without inputs or outputs."""
+    """The work that is measured, as a function without arguments or results."""
 
     def forward():
         with torch.no_grad():
@@ -165,8 +197,41 @@ def peak_memory(step: Callable[[], None], device: str) -> int | None:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
+def provenance(device: str) -> dict[str, str]:
+    """What the numbers depend on besides the setting: names of the device and of the versions."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    return {
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "torch_version": torch.__version__.split("+")[0],
+        "transformers_version": transformers.__version__,
+    }
+
+
+def tokens_per_layer(setting: Setting) -> list[int]:
+    """How many tokens leave each vision layer, counted on the meta device."""
+    setting = replace(setting, mode="forward")
+    model = setting.make_model("meta", attn_implementation="eager").eval()
+    outputs = model(**setting.make_inputs(model), output_hidden_states=True)
+    return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]
+
+
 def measure(setting: Setting, warmup: int, repeats: int) -> dict:
-    """One row of results: the setting, its counts and its medians."""
+    """
+    Measures a model and its unpruned twin, and where texts share images also the model with its images repeated.
+
+    Args:
+        setting ([`Setting`])
+        warmup (`int`): steps of each before any is timed.
+        repeats (`int`): timed steps of each.
+
+    Returns:
+        `dict`: a row of results, which JSON can hold: the fields of the setting, what the numbers depend on besides
+        (`device_name`, versions), `macs` of a step (multiply-accumulates), `latency` (the median, in seconds),
+        `throughput` (texts per second), `peak_memory_bytes` (None where it cannot be known), `macs_ratio` and
+        `time_ratio` (pruned / unpruned), `tokens_per_layer`; the twin's `unpruned_latency` and
+        `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and `unpruned_macs_by_part`; with shared images
+        `speedup_over_repeating_images`.
+    """
     model = setting.make_model(setting.device)
     callable_model = torch.compile(model) if setting.compile else model
     inputs = setting.make_inputs(model)
@@ -212,21 +277,3 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
     if "repeated" in latency:
         row["speedup_over_repeating_images"] = latency["repeated"] / latency["pruned"]
     return row
-
-
-def provenance(device: str) -> dict[str, str]:
-    """What the numbers depend on besides the setting."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
-    return {
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "torch_version": torch.__version__.split("+")[0],
-        "transformers_version": transformers.__version__,
-    }
-
-
-def tokens_per_layer(setting: Setting) -> list[int]:
-    """Tokens that leave each vision layer."""
-    setting = replace(setting, mode="forward")
-    model = setting.make_model("meta", attn_implementation="eager").eval()
-    outputs = model(**setting.make_inputs(model), output_hidden_states=True)
-    return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]

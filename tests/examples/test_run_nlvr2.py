@@ -5,8 +5,7 @@ import io
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
-from toy_tasks import OPTIONS, predictions, write_task
+from toy_tasks import OPTIONS, write_task
 
 from modeling_trips import TripsConfig, TripsForImagesAndTextClassification, TripsProcessor
 from trips_examples import run_nlvr2
@@ -52,14 +51,12 @@ def test_a_broken_image_is_named_by_its_row(processor):
         Nlvr2Collator(processor)([row("green", "red", 0), bad])
 
 
-def test_predictions_hold_the_probability_of_true(processor, tmp_path):
-    rows = [{**row("red", "blue", label), "question_id": str(label)} for label in (1, 0, 1)]
+def test_predictions_hold_the_probability_of_true():
     logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]).numpy()
-    run_nlvr2.write_predictions(tmp_path / "predictions.jsonl", Dataset.from_list(rows), logits)
-    written = predictions(tmp_path)
-    assert [line["prediction"] for line in written] == [1, 0, 0]
-    assert [line["probability"] for line in written] == pytest.approx([0.8808, 0.2689, 0.0474], abs=1e-4)
-    assert [line["label"] for line in written] == [1, 0, 1]
+    judgements = run_nlvr2.judgements_of(logits)
+    assert [judgement["prediction"] for judgement in judgements] == [1, 0, 0]
+    probabilities = [judgement["probability"] for judgement in judgements]
+    assert probabilities == pytest.approx([0.8808, 0.2689, 0.0474], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from modeling_trips import TripsConfig
-from trips_examples.data.rows import images_of, one_row_per_image, without_long_texts
+from trips_examples.data.rows import images_of, without_long_texts
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 
@@ -28,9 +28,3 @@ def test_questions_that_do_not_fit_are_found_before_training(processor, caplog):
 def test_images_of_captions_come_once():
     rows, image_of_text = images_of(Dataset.from_dict({"image_id": ["b", "a", "b", "c", "a"]}))
     assert rows == [0, 1, 3] and image_of_text.tolist() == [0, 1, 0, 2, 1]
-
-
-def test_an_image_comes_with_all_of_its_captions():
-    rows = Dataset.from_dict({"image_id": ["b", "a", "b"], "caption": ["one", "two", "three"]})
-    images, captions = one_row_per_image(rows)
-    assert images["image_id"] == ["b", "a"] and captions == [["one", "three"], ["two"]]

@@ -1,4 +1,4 @@
-"""
+r"""
 Does the text pick better patches? Trains a task with each way of selecting them, and unpruned, over several seeds.
 
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
@@ -23,13 +23,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from modeling_trips.inspection.speed import provenance
 from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
 
 
-EXAMPLES = Path(__file__).resolve().parent
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 VARIANTS = {
     "text": ["--selection_guidance", "text"],
     "image": ["--selection_guidance", "image"],
@@ -131,7 +131,7 @@ def print_table(rows: list[dict], metric: str):
 def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    (args,) = HfArgumentParser(AblationArguments, description=__doc__).parse_args_into_dataclasses(args=own)
+    (args,) = make_parser(AblationArguments, description=__doc__).parse_args_into_dataclasses(args=own)
     runs = make_runs(args, options)
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in tqdm(pool.map(lambda run: execute(run, args), runs), total=len(runs), desc="runs"):

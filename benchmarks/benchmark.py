@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from modeling_trips import TripsConfig
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
 
 
 @dataclass
@@ -156,7 +156,7 @@ def plot_rows(rows: list[dict], path: str):
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    parser = make_parser(BenchmarkArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)

@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection, remove_patch_selection
 from modeling_trips.inspection.speed import provenance, timed
 from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
 
 
 @dataclass
@@ -213,7 +213,7 @@ def print_table(rows: list[dict]):
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = HfArgumentParser(HostBenchmarkArguments, description=__doc__)
+    parser = make_parser(HostBenchmarkArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     unknown = set(args.hosts) - set(CASES)
     if unknown:

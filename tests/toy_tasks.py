@@ -9,7 +9,6 @@ from pathlib import Path
 import PIL.Image
 
 
-ROOT = Path(__file__).resolve().parent.parent
 COLORS = ["red", "blue", "green", "white", "black"]
 SCRIPTS = {"vqa": "run_vqa", "captions": "run_captioning", "nlvr2": "run_nlvr2", "grounding": "run_grounding"}
 OPTIONS = [

@@ -8,6 +8,14 @@ from transformers import BertTokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
+# All words of easy-VQA and of scenes, of every task, and of the prompt of captions: models trained on any of them
+# share a vocabulary, so that one can start from another.
+EMBEDDED_WORDS = """
+    a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
+    neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
+    yes 1 2 3 4 5 6 7 8 , ?
+""".split()
+
 
 def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> BertTokenizer:
     """
@@ -47,12 +55,3 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> B
     )
     backend.train_from_iterator(texts, trainer)
     return BertTokenizer(vocab=backend.get_vocab(with_added_tokens=False))
-
-
-# All words of easy-VQA and of scenes, of every task, and of the prompt of captions: models trained on any of them
-# share a vocabulary, so that one can start from another.
-EMBEDDED_WORDS = """
-    a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
-    neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
-    yes 1 2 3 4 5 6 7 8 , ?
-""".split()

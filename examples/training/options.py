@@ -16,6 +16,8 @@ from trips_examples.data.vocabulary import EMBEDDED_WORDS
 
 @dataclass
 class ModelArguments:
+    """What the model is made from, and how it selects patches."""
+
     model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -109,6 +111,8 @@ class SourceArguments:
 
 @dataclass
 class DataArguments(SourceArguments):
+    """`SourceArguments`, and what becomes of the rows on their way to the model."""
+
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     augment: bool | None = field(
         default=None,

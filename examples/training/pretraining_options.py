@@ -8,6 +8,8 @@ from trips_examples.training.retrieval_options import RetrievalModelArguments, R
 
 @dataclass
 class PretrainingModelArguments(RetrievalModelArguments):
+    """`RetrievalModelArguments` for a model with all objectives, which may also start from parts trained apart."""
+
     vision_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A ViT, DeiT or CLIP to start the vision tower from. Goes with the next one."},
@@ -57,6 +59,8 @@ class PretrainingModelArguments(RetrievalModelArguments):
 
 @dataclass
 class PretrainingDataArguments(DataArguments):
+    """`DataArguments` for pairs, which may also be a stream."""
+
     train_shards: list[str] | None = field(
         default=None,
         metadata={

@@ -7,6 +7,8 @@ from trips_examples.training.options import ModelArguments, TripsTrainingArgumen
 
 @dataclass
 class RetrievalModelArguments(ModelArguments):
+    """`ModelArguments` with the losses of retrieval."""
+
     itc_weight: float | None = field(
         default=None, metadata={"help": "Weight of the contrastive loss. Default: the model's, 1."}
     )
@@ -36,6 +38,8 @@ class RetrievalModelArguments(ModelArguments):
 
 @dataclass
 class RetrievalTrainingArguments(TripsTrainingArguments):
+    """`TripsTrainingArguments` with how the evaluation searches."""
+
     num_train_epochs: float = field(default=5.0, metadata={"help": "How often to train on each caption."})
     per_device_train_batch_size: int = field(default=48, metadata={"help": "Captions per device and step."})
     per_device_eval_batch_size: int = field(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import load_file
-from toy_tasks import COLORS, OPTIONS, ROOT, SCRIPTS, predictions, run, write_task
+from toy_tasks import COLORS, OPTIONS, SCRIPTS, predictions, run, write_task
 
 from modeling_trips import TripsConfig, TripsModel
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer

@@ -30,6 +30,9 @@ def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np
         images (`ImageInput`): an image, a list of images (nested or not), or a batch `(num_images, ...)`.
         patch_size (`int`): sides below it are an error.
 
+    Returns:
+        `list`: one picture, array or tensor for each image, in order.
+
     Raises:
         `ValueError`: Where one cannot be used, naming its position and path, or there is none.
     """

@@ -10,7 +10,7 @@ help:
 	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
-	@echo "make quality   ruff and mlinter"
+	@echo "make quality   ruff, mlinter and mypy"
 	@echo "make clean     remove the environment and what the demo wrote"
 
 $(VENV)/.installed: pyproject.toml
@@ -33,6 +33,8 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter --no-progress modeling_trips
+	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

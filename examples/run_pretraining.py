@@ -16,7 +16,7 @@ starts from (`--model_name_or_path`). See `--help` for all options.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from modeling_trips import TripsForPreTraining, TripsProcessor
 from trips_examples.data.collators import without_long_texts
 from trips_examples.data.pretraining import PretrainingCollator
 from trips_examples.data.shards import find_shards, hub_shards
-from trips_examples.data.streams import PairStream
+from trips_examples.data.streams import PairStream, Shard
 from trips_examples.training.models import load_model, make_processor
 from trips_examples.training.options import DataArguments
 from trips_examples.training.pretraining import PretrainingArguments, PretrainingTrainer
@@ -133,7 +133,7 @@ def load_pairs(
     if training_args.do_eval and args.validation_file is None:
         raise ValueError("There is nothing to evaluate on: give --validation_file, or turn --do_eval off.")
     if args.train_shards is not None:
-        shards = find_shards(args.train_shards, args.image_root)
+        shards: Sequence[Shard] = find_shards(args.train_shards, args.image_root)
     else:
         shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
     stream = PairStream(

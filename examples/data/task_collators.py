@@ -31,7 +31,7 @@ class VqaCollator(ImageBatchCollator):
 
     def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]
-        return {"labels": self.processor.encode_answers(answers)}
+        return {"labels": self.processor.encode_answers(list(answers))}
 
     def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         triples = [
@@ -41,7 +41,7 @@ class VqaCollator(ImageBatchCollator):
         ]
         text_index, answers, weights = zip(*triples)
         return {
-            "labels": self.processor.encode_answers(answers),
+            "labels": self.processor.encode_answers(list(answers)),
             "text_index": torch.tensor(text_index),
             "loss_weights": torch.tensor(weights),
         }

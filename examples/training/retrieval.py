@@ -84,7 +84,7 @@ class DecodedImages(torch.utils.data.Dataset):
 class RetrievalTrainer(ImageGroupedTrainer):
     """A trainer that evaluates by searching, also during training, and logs both losses."""
 
-    logged_losses = ("itc_loss", "itm_loss")
+    logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -216,7 +216,8 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
 
 def provenance(device: str) -> dict[str, str]:
     """What the numbers depend on besides the setting."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    cpu = capabilities.get("cpu_name") or platform.machine()
     return {
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "torch_version": torch.__version__.split("+")[0],

@@ -1,4 +1,4 @@
-# A fresh machine needs git, make and Python 3.10 or later. Everything else goes into $(VENV).
+# A fresh machine needs git, make and Python 3.11 or later. Everything else goes into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ help:
 	@echo "make clean     remove the environment and what the demo wrote"
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or later is needed, this is ' + sys.version) if sys.version_info < (3, 10) else None"
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, this is ' + sys.version) if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV) || (echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[dev]"

@@ -31,7 +31,7 @@ class VqaCollator(ImageBatchCollator):
 
     def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]
-        return {"labels": self.processor.encode_answers(list(answers))}
+        return {"labels": self.processor.encode_answers(answers)}
 
     def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         triples = [

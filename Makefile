@@ -1,8 +1,11 @@
-# A fresh machine needs git, make and Python 3.10 or later. Everything else goes into $(VENV).
+# A fresh machine needs git, make and Python 3.11 or later. Everything else goes into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Whole files go to a process, since the tests of a file share what is dear to make: trainings, environments.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test test-slow quality clean
 
@@ -10,11 +13,12 @@ help:
 	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
-	@echo "make quality   ruff and mlinter"
+	@echo "               WORKERS=1 for either: one process; 2 by default"
+	@echo "make quality   ruff, mlinter and mypy"
 	@echo "make clean     remove the environment and what the demo wrote"
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or later is needed, this is ' + sys.version) if sys.version_info < (3, 10) else None"
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, this is ' + sys.version) if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV) || (echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[dev]"
@@ -24,15 +28,17 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter --no-progress modeling_trips
+	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

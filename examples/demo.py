@@ -9,6 +9,7 @@ kept, and time the model against its unpruned twin.
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -57,7 +58,7 @@ def draw_selection(model: TripsForQuestionAnswering, processor: TripsProcessor, 
 
 def measure_speed(model: TripsForQuestionAnswering, texts_per_image: int) -> dict:
     """Text encoder, vision tower and fusion encoder of this size and schedule against their unpruned twin."""
-    vision = model.config.vision_config
+    vision: Any = model.config.vision_config  # a preset's sizes and rates are single numbers
     setting = Setting(
         preset="tiny",
         image_size=vision.image_size,

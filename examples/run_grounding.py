@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
         validation = data["validation"].select_columns(["image", "image_id", "source"])
         sizes = {row["image_id"]: image_size(row) for row in validation}
-        sizes = [sizes[image_id] for image_id in validation["image_id"]]
-        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes).tolist()
+        in_order = [sizes[image_id] for image_id in validation["image_id"]]
+        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), in_order).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=boxes_of(prediction), references=data["validation"]["box"])

@@ -14,7 +14,7 @@
 """TRIPS configuration: a vision, a text, a fusion and a decoder part. Patch selection belongs to the vision part."""
 
 import copy
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -110,7 +110,7 @@ class TripsConfig(PreTrainedConfig):
     ```"""
 
     model_type = "trips"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, type[PreTrainedConfig]]] = {
         "vision_config": TripsVisionConfig,
         "text_config": TripsTextConfig,
         "fusion_encoder_config": TripsFusionConfig,
@@ -270,7 +270,7 @@ for _part, _names in FORWARDED_FIELDS.items():
         setattr(TripsConfig, _name, _forwarded(_part, _name))
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vision_config": {
             "hidden_size": 128,

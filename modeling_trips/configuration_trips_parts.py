@@ -177,7 +177,7 @@ class TripsVisionConfig(PreTrainedConfig):
                 f"`keep_rate` must be one number or one per selection layer: got {len(self.keep_rates)} rates "
                 f"({self.keep_rate}) for {len(self.selection_layers)} `selection_layers` ({self.selection_layers})."
             )
-        rates = self.keep_rates or [self.keep_rate]  # a single rate is checked even if no layer uses it
+        rates: list = self.keep_rates or [self.keep_rate]  # a single rate is checked even if no layer uses it
         if not all(0.0 < rate <= 1.0 for rate in rates if not isinstance(rate, (list, tuple))):
             raise ValueError(f"`keep_rate` must lie in (0, 1], got {self.keep_rate}.")
 

@@ -69,7 +69,7 @@ def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: in
 class TripsPreTrainedModel(PreTrainedModel):
     config: TripsConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "TripsVisionEmbeddings",

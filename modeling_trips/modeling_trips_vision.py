@@ -184,7 +184,7 @@ class TripsVisionEmbeddings(nn.Module):
 class TripsVisionModel(TripsPreTrainedModel):
     config: TripsVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: tuple[str, ...] = ("image",)
     _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": TripsVisionLayer, "attentions": TripsVisionAttention}
     layer_class = TripsVisionLayer

@@ -208,7 +208,7 @@ class TripsProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As in Transformers, but the processor stays as it was: an `auto_map` is for the files alone."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        vars(self).pop("auto_map", None)
+        self.__dict__.pop("auto_map", None)
         return files
 
     def _check_text_lengths(self, lengths: list[int], max_length: int | None, name: str = "text"):
@@ -411,7 +411,7 @@ class TripsProcessor(ProcessorMixin):
         rows = [[[across, down] * 2 for down, across in frame] for frame in frames]
         return torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 4).unbind(dim=1)
 
-    def _pixel_frame(self, image_size: tuple[int, int], **options) -> tuple[tuple[int, int], ...]:
+    def _pixel_frame(self, image_size: tuple[int, int], **options) -> tuple[tuple[int, ...], ...]:
         """How `pixel_values` lie on an image: (height, width) after the resize, (top, left) and size of the crop."""
         processor = self.image_processor
         resized = image_size
@@ -423,9 +423,10 @@ class TripsProcessor(ProcessorMixin):
         if not options.get("do_center_crop", getattr(processor, "do_center_crop", None)):
             return resized, (0, 0), resized
         crop = get_size_dict(options.get("crop_size", processor.crop_size), param_name="crop_size")
-        crop = crop["height"], crop["width"]
+        crop_size = crop["height"], crop["width"]
         # int() rounds towards zero, as the image processors do; a crop larger than the image starts left of it
-        return resized, tuple(int((length - kept) / 2) for length, kept in zip(resized, crop, strict=True)), crop
+        corner = tuple(int((length - kept) / 2) for length, kept in zip(resized, crop_size, strict=True))
+        return resized, corner, crop_size
 
 
 TripsProcessor.register_for_auto_class()

@@ -6,6 +6,8 @@ import sys
 import venv
 from pathlib import Path
 
+from filelock import FileLock
+
 
 ROOT = Path(__file__).resolve().parent.parent
 # Runs in the new environment and prints where it would import the project from.
@@ -50,8 +52,15 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
         inherited.insert(0, str(ROOT))
     recipe = json.dumps({"python": sys.version, "packages": packages, "inherited": inherited}, indent=2)
     finished = folder / "recipe.json"
-    if finished.is_file() and finished.read_text() == recipe:
-        return python
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # another process may be building it
+        if not finished.is_file() or finished.read_text() != recipe:
+            _build(folder, python, inherited, packages, exclude_project)
+            finished.write_text(recipe)
+    return python
+
+
+def _build(folder: Path, python: Path, inherited: list[str], packages: list[str] | None, exclude_project: bool):
     venv.create(folder, clear=True, symlinks=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
     (site_packages / "inherited.pth").write_text("\n".join(inherited) + "\n")
@@ -64,5 +73,3 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
                 f"The environment in {folder} would still import the project ({', '.join(found.splitlines())}). "
                 "Install it as editable in the running environment: pip install -e ."
             )
-    finished.write_text(recipe)
-    return python

@@ -9,7 +9,7 @@ import io
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,8 +45,8 @@ def _read_easy_vqa(split: str) -> _EasyVqaSplit:
             "The data set easy-VQA is in the package easy-vqa, which is not installed: `pip install easy-vqa`."
         ) from error
     if split == "train":
-        return _EasyVqaSplit(*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
-    return _EasyVqaSplit(*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
+        return _EasyVqaSplit._make([*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()])
+    return _EasyVqaSplit._make([*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()])
 
 
 def easy_vqa_records(split: str) -> Iterator[dict]:
@@ -85,7 +85,7 @@ def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
         `ValueError`: Where the questions about an image contradict each other.
     """
     data = _read_easy_vqa(split)
-    left = dict.fromkeys(sorted(data.image_paths), (EASY_VQA_COLORS, EASY_VQA_SHAPES))
+    left: dict[int, tuple[set[str], ...]] = dict.fromkeys(sorted(data.image_paths), (EASY_VQA_COLORS, EASY_VQA_SHAPES))
     for question, answer, image_id in zip(data.questions, data.answers, data.image_ids, strict=True):
         words = set(re.findall(r"\w+", question))
         denied = (answer == "no") != bool(words & {"no", "not"})
@@ -96,7 +96,9 @@ def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
                 f"in {question!r} with the answer {answer!r}: install the package easy-vqa anew."
             )
     return {
-        image_id: (*colors, *shapes) for image_id, (colors, shapes) in left.items() if len(colors) == len(shapes) == 1
+        image_id: (min(colors), min(shapes))
+        for image_id, (colors, shapes) in left.items()
+        if len(colors) == len(shapes) == 1
     }
 
 
@@ -226,7 +228,7 @@ def _place(cell: int, grid: int) -> str:
     return f"in row {row + 1} column {column + 1}"
 
 
-def _listed(items: list[str]) -> str:
+def _listed(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 

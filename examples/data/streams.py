@@ -161,7 +161,7 @@ class _Reader:
                     row = self._row(records[offset], start.pass_number)
                     is_bad = isinstance(row, BadPair)
                     position = replace(start, offset=offset + 1, seen=position.seen + 1, bad=position.bad + is_bad)
-                    if is_bad:
+                    if isinstance(row, BadPair):
                         self._note(row, position)
                     else:
                         yield {**row, "position": (worker, position)}

@@ -37,7 +37,7 @@ class VqaCollator(ImageBatchCollator):
         ]
         text_index, answers, weights = zip(*triples)
         return {
-            "labels": self.processor.encode_answers(answers),
+            "labels": self.processor.encode_answers(list(answers)),
             "text_index": torch.tensor(text_index),
             "loss_weights": torch.tensor(weights),
         }

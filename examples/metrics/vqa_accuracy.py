@@ -163,7 +163,7 @@ class VqaAccuracy(evaluate.Metric):
         if not predictions:
             raise ValueError("VQA accuracy of no predictions is undefined: give at least one prediction.")
         scores = [vqa_score(*pair) for pair in zip(predictions, references, strict=True)]
-        result = {"accuracy": _mean(scores)}
+        result: dict = {"accuracy": _mean(scores)}
         if by_answer:
             result["by_answer"] = _accuracy_by_answer(scores, references)
         return result

@@ -83,7 +83,9 @@ def _make_model(model_class, args: ModelArguments, texts: Iterable[str], config_
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:
     """A processor for a model from scratch: images are resized to the model's size, with CLIP's mean and deviation."""
-    size, patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    (rows, columns), (patch_height, patch_width) = config.vision_config.grid_size, config.vision_config.patch_shape
+    if patch_height != patch_width:
+        raise ValueError(f"`patch_size`: processors cut square patches, not {patch_height} x {patch_width} pixels.")
     tokenizer.model_max_length = config.text_config.max_position_embeddings
-    image_processor = BlipImageProcessor(size={"height": size, "width": size})
-    return TripsProcessor(image_processor, tokenizer, patch_size=patch_size)
+    image_processor = BlipImageProcessor(size={"height": rows * patch_height, "width": columns * patch_width})
+    return TripsProcessor(image_processor, tokenizer, patch_size=patch_height)

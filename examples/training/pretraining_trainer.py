@@ -182,7 +182,7 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def _resume_stream(self, folder: Path):
         path = self._stream_file(folder)
-        state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"num_processes": "other"}
+        state: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"num_processes": "other"}
         if state["num_processes"] != self.args.world_size:
             raise ValueError(
                 f"{folder} is of a run with {state['num_processes']} processes, and its stream cannot go on with "

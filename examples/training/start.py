@@ -55,7 +55,7 @@ def start_from_questions(
     folder = Path(training_args.output_dir) / "easy_vqa"
     if training_args.resume_from_checkpoint is None or not (folder / "train_results.json").exists():
         logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", training_args.start_epochs, folder)
-        questions_args = replace(
+        questions_args = replace(  # type: ignore[call-arg]  # of fields that Transformers declares
             training_args,
             output_dir=str(folder),
             do_train=True,

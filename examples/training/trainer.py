@@ -32,7 +32,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
 
     def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
         super().__init__(*args, **kwargs)
-        self.train_collator, self.train_sampler = train_collator, None
+        self.train_collator = train_collator
+        self.train_sampler: ImageGroupedSampler | None = None
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))

@@ -242,7 +242,7 @@ def _answering_head(source, trained_for: str, text: str, num_text_layers: int, n
     """The decoder; that of a checkpoint without one starts from the fusion layers."""
     if trained_for == "question-answering":
         decoder, predictions = "text_decoder.bert", "text_decoder.cls.predictions"
-        rules = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)
+        rules: tuple[Rule, ...] = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)
         num_layers = count_layers(source, f"{decoder}.encoder.layer.")
     else:
         decoder, predictions, num_layers = text, "text_encoder.cls.predictions", num_fusion_layers

@@ -168,14 +168,13 @@ def _plan(
 
 
 def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: tuple[str, ...]) -> Tower:
-    in_memory = isinstance(source, PreTrainedModel)
-    config = source.config if in_memory else AutoConfig.from_pretrained(source)
+    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
     if config.model_type not in model_types:
         raise ConversionError(
             f"`{part}` is a model of type {config.model_type!r}, but must be one of {', '.join(model_types)}."
         )
     missing, keys_of_heads = [], []
-    if not in_memory:
+    if not isinstance(source, PreTrainedModel):
         source, loaded = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
         missing, keys_of_heads = loaded["missing_keys"], loaded["unexpected_keys"]
     weights = {key: value for key, value in source.base_model.state_dict().items() if key not in missing}

@@ -48,15 +48,15 @@ class StandIn(nn.Module):
     def of(cls, host_module: nn.Module, **attributes) -> "StandIn":
         """Stands in for `host_module`, with `attributes` of its own."""
         stand_in = cls.__new__(cls)
-        vars(stand_in).update(vars(host_module))
+        stand_in.__dict__.update(vars(host_module))
         # Not registered as a sub-module, or every parameter would appear twice.
-        vars(stand_in).update(attributes, host_module=host_module, own_attributes=tuple(attributes))
+        stand_in.__dict__.update(attributes, host_module=host_module, own_attributes=tuple(attributes))
         return stand_in
 
     def give_back(self) -> nn.Module:
         """The host's module, with what has been set meanwhile, such as train or eval."""
         own = {*self.own_attributes, "own_attributes", "host_module", "_compiled_call_impl"}
-        vars(self.host_module).update((name, value) for name, value in vars(self).items() if name not in own)
+        self.host_module.__dict__.update((name, value) for name, value in vars(self).items() if name not in own)
         return self.host_module
 
 

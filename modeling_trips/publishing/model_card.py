@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+import modeling_trips
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
 
@@ -190,6 +191,11 @@ def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
     ]
 
 
+def published_code() -> list[Path]:
+    """The files that every saved checkpoint carries: those of the package itself, without its folders of tools."""
+    return [path for path in Path(modeling_trips.__file__).parent.glob("*.py") if path.name != "__init__.py"]
+
+
 def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: dict[str, float]) -> ModelCardData:
     """The card's YAML. `model-index` needs to know on what the metrics were measured."""
     head, evaluated_on = head_of(config), args.evaluated_on
@@ -244,6 +250,7 @@ def make_model_card(
     Raises:
         ValueError: if `results` holds no metric, or no row of `args.speed` fits the model.
     """
+    code = published_code()
     config, name = model.config, repo_id.split("/")[-1]
     head, auto_class = head_of(config), auto_class_of(config)
     metrics, num_examples = read_metrics(results) if results else ({}, None)
@@ -266,6 +273,8 @@ def make_model_card(
         imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if head.has_pipeline else []),
         options="trust_remote_code=True" + ("" if revision == "main" else f', revision="{revision}"'),
         transformers_version=transformers.__version__,
+        num_code_files=len(code),
+        num_code_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code),
         num_parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
         image_size=image_size,

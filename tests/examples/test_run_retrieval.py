@@ -128,7 +128,7 @@ def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):
 def test_two_processes_evaluate_as_one(data, trained, tmp_path):
     # 6 images in batches of 4 are 2 batches, 12 captions 3: one process has more than the other.
     options = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
-    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29715", SCRIPT, *data, *OPTIONS, *options)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *data, *OPTIONS, *options)
     for name in ("found_images.jsonl", "found_texts.jsonl"):
         assert (tmp_path / name).read_text() == (trained[0] / name).read_text()
     results, expected = (json.loads((path / "eval_results.json").read_text()) for path in (tmp_path, trained[0]))
@@ -142,7 +142,7 @@ def test_two_processes_train(data, tmp_path):
     # Of 3 captions a process may have 2 images or 3.
     options = ["--max_steps=60", "--texts_per_image=2", "--rerank_k=2", f"--output_dir={tmp_path}"]
     options += ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]
-    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29716", SCRIPT, *data, *OPTIONS, *options)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *data, *OPTIONS, *options)
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_r_mean"] > 0.7
 
 

@@ -145,7 +145,7 @@ def test_two_processes_evaluate_as_one(data, tmp_path):
     # 8 questions in batches of 3 over 2 processes: the last batch is padded, and must be cut again.
     options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
     one = run_vqa.main(command(data, tmp_path / "one", *options)[1:])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run(*launch, *command(data, tmp_path / "two", *options))
     assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
     assert json.loads((tmp_path / "two/eval_results.json").read_text())["eval_accuracy"] == one["eval_accuracy"]
@@ -183,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train(data, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29714"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = [
         "--max_steps=100",
         "--save_strategy=no",

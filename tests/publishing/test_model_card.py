@@ -147,6 +147,13 @@ def test_the_facts_are_those_of_the_checkpoint(tmp_path):
     assert "fused into one token" in text and "the text's [CLS] token" in text
 
 
+def test_what_is_to_be_trusted_is_counted(tmp_path):
+    text = make_card(tmp_path).text
+    code = [path.read_bytes() for path in tmp_path.glob("*.py")]
+    num_lines = sum(file.count(b"\n") for file in code)
+    assert f"{num_lines:,} lines in {len(code)} files: read them" in text
+
+
 def test_a_checkpoint_that_keeps_everything_says_so(tmp_path):
     text = make_card(tmp_path, keep_rate=1.0, selection_guidance="image").text
     assert "No layer of this checkpoint drops anything." in text and "the image's own [CLS] token" in text

@@ -1,0 +1,65 @@
+"""Who imports what of the project, read from the source: imports inside functions count, too."""
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+from places import ROOT
+
+
+ROOTS = {"modeling_trips": ROOT / "modeling_trips", "trips_examples": ROOT / "examples"}
+
+
+class Module(NamedTuple):
+    """A module of the project: what it is imported as, its file and source, and the names it imports, by module."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+    imports: dict[str, set[str]]
+
+    @property
+    def room(self) -> Path:
+        return self.path.parent
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is of the files that a checkpoint carries."""
+        return self.room == ROOTS["modeling_trips"] and self.path.name != "__init__.py"
+
+
+def modules() -> dict[str, Module]:
+    """Those of the package, the examples and the benchmarks, by name."""
+    paths = {_name(package, path): path for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))}
+    paths |= {path.stem: path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
+    trees = {name: ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
+    return {name: Module(name, path, trees[name], _imports(name, path, trees)) for name, path in paths.items()}
+
+
+def _name(package: str, path: Path) -> str:
+    parts = path.relative_to(ROOTS[package]).with_suffix("").parts
+    return ".".join((package, *(part for part in parts if part != "__init__")))
+
+
+def _imports(name: str, path: Path, trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(trees[name]):
+        for module, imported in _imported(
+            node, name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        ):
+            inner = f"{module}.{imported}"  # `from package import module` imports the module
+            target = inner if inner in trees else module
+            if target in trees:
+                found.setdefault(target, set()).add(imported)
+    return found
+
+
+def _imported(node: ast.AST, package: list[str]) -> list[tuple[str, str]]:
+    """The (module, name) pairs that a statement imports, if it imports anything."""
+    if isinstance(node, ast.Import):
+        return [(alias.name, "") for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    parents = package[: len(package) - node.level + 1] if node.level else []
+    module = ".".join([*parents, *filter(None, [node.module])])
+    return [(module, alias.name) for alias in node.names]

@@ -1,0 +1,93 @@
+"""The rooms, and who may import whom: docs describe them, these tests keep them."""
+
+import ast
+from graphlib import TopologicalSorter
+from statistics import median
+
+import pytest
+from import_graph import modules
+from places import ROOT
+
+
+MODULES = modules()
+FLAT = {name.removeprefix("modeling_trips.") for name in MODULES if name.count(".") == 1 and MODULES[name].is_flat}
+SCRIPTS = {name for name, module in MODULES.items() if module.path.parent == ROOT / "examples" and "." in name}
+PACKAGES_OF_EXAMPLES = {name for name in MODULES if name.startswith("trips_examples.")} - SCRIPTS
+
+# What the files at the bottom of a checkpoint's code may import of it; the heads stand on all of these.
+BASE = {"configuration_trips", "modeling_trips_layers"}
+ARROWS = {
+    "patch_selection": set(),
+    "losses_trips": set(),
+    "image_preparation_trips": set(),
+    "configuration_trips_parts": set(),
+    "configuration_trips": {"configuration_trips_parts"},
+    "processing_trips": {"image_preparation_trips"},
+    "pipeline_trips": set(),
+    "modeling_trips_layers": {"configuration_trips"},
+    "modeling_trips_vision_layers": BASE | {"patch_selection"},
+    "modeling_trips_text_layers": BASE,
+    "modeling_trips_vision": BASE | {"modeling_trips_vision_layers", "patch_selection"},
+    "modeling_trips_text": BASE | {"modeling_trips_text_layers"},
+}
+
+
+def imports_of(names) -> set[tuple[str, str]]:
+    return {(name, target) for name in names for target in MODULES[name].imports}
+
+
+def test_no_module_imports_itself_in_the_end():
+    tuple(TopologicalSorter({name: module.imports for name, module in MODULES.items()}).static_order())
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_arrows_go_down(name):
+    targets = {target.removeprefix("modeling_trips.") for target in MODULES[f"modeling_trips.{name}"].imports}
+    assert targets <= ARROWS[name]
+
+
+def test_a_checkpoint_carries_whole_what_it_imports():
+    """Transformers copies what is imported as `from .sibling import name`; it finds nothing else of the project."""
+    for name in FLAT:
+        for node in ast.walk(MODULES[f"modeling_trips.{name}"].tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in FLAT, f"{name}.py, line {node.lineno}"
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                sources = [getattr(node, "module", None) or alias.name for alias in node.names]
+                roots = {source.partition(".")[0] for source in sources}
+                assert not roots & {"modeling_trips", "trips_examples"}, f"{name}.py, line {node.lineno}"
+
+
+def test_the_list_of_all_classes_is_imported_at_the_top_alone():
+    assert [name for name, target in imports_of(MODULES) if target.endswith(".registration_trips")] == [
+        "modeling_trips"
+    ]
+
+
+def test_rooms_use_what_other_rooms_show():
+    for module in MODULES.values():
+        for target, names in module.imports.items():
+            private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+            assert not private or MODULES[target].room == module.room, (module.name, target, private)
+
+
+def test_the_package_knows_no_example_and_the_packages_of_examples_know_no_script():
+    assert SCRIPTS and PACKAGES_OF_EXAMPLES
+    package = {name for name in MODULES if name.partition(".")[0] == "modeling_trips"}
+    assert {target for _, target in imports_of(package)} <= package
+    assert {target for _, target in imports_of(PACKAGES_OF_EXAMPLES)} <= package | PACKAGES_OF_EXAMPLES
+    benchmarks = set(MODULES) - package - SCRIPTS - PACKAGES_OF_EXAMPLES - {"trips_examples"}
+    assert {target for _, target in imports_of(benchmarks)} <= package | PACKAGES_OF_EXAMPLES | benchmarks
+
+
+def test_rooms_are_small():
+    assert len(list((ROOT / "modeling_trips").glob("*.py"))) <= 25
+    assert len(SCRIPTS) <= 14
+    lengths = {name: len(module.path.read_text("utf-8").splitlines()) for name, module in MODULES.items()}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_functions_are_small():
+    package = [module.tree for name, module in MODULES.items() if name.partition(".")[0] == "modeling_trips"]
+    functions = [node for tree in package for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert median(node.end_lineno - node.lineno + 1 for node in functions) <= 9

@@ -5,57 +5,68 @@ Check a data set before a day of training: every image is decoded, every row is 
     python examples/check_data.py --task grounding --train_file "refs(unc).p" --image_root coco --output_json all.json
     python examples/check_data.py --task vqa --dataset_name org/data --tokenizer_name bert-base-uncased
 
-All that is wrong is listed by file and row: images that are missing or broken, texts that are empty or longer than the
-tokenizer allows, boxes outside their image or without area, labels that are neither true nor false, ids that stand for
-two things. The exit code is 1 if anything is wrong.
+All that is wrong is listed by file and row: whatever a script, or a stream of pre-training, would stop at or skip, and
+ids that stand for two things. What has to do with the model needs to know it: texts that are too long, and words that
+the tokenizer does not know, are found with --tokenizer_name, images smaller than a patch with the --patch_size of the
+model; a TRIPS checkpoint as --tokenizer_name tells both. The exit code is 1 if anything is wrong.
 """
 
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from datasets import Dataset, DatasetDict
-from datasets.utils import tqdm
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, HfArgumentParser
 
-from trips_examples.data.loading import Fault, load_task_dataset
+from modeling_trips import TripsProcessor
+from trips_examples.data.faults import BadRows, Fault
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.source import DataSource
 from trips_examples.data.tasks import TASKS
+from trips_examples.data.texts import TextCheck
 from trips_examples.training.files import write_whole
-from trips_examples.training.options import SourceArguments
 
 
 @dataclass
-class CheckArguments(SourceArguments):
+class CheckArguments(DataSource):
     task: str = field(kw_only=True, metadata={"help": "What the data are for.", "choices": list(TASKS)})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer, or a checkpoint with one: texts too long for it are listed."}
+        default=None, metadata={"help": "A tokenizer, or a checkpoint with one: texts that do not fit it are listed."}
     )
     max_text_length: int | None = field(
         default=None, metadata={"help": "Tokens a text may have. Default: what the tokenizer allows."}
     )
+    patch_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the model's patches: smaller images are listed. Default: the checkpoint's, or 16."},
+    )
     max_shown: int = field(default=20, metadata={"help": "How many faults to print; the report has all of them."})
     output_json: str | None = field(default=None, metadata={"help": "Where to write the report."})
+
+    @property
+    def model_patch_size(self) -> int:
+        if self.patch_size is not None:
+            return self.patch_size
+        config = {} if self.tokenizer_name is None else TripsProcessor.get_processor_dict(self.tokenizer_name)[0]
+        return config.get("patch_size", 16)
 
 
 def load_splits(args: CheckArguments, faults: list[Fault]) -> DatasetDict:
     """The rows that can be used. A file that cannot be read at all is a fault, and does not keep the other from it."""
-    whole = ("dataset_name", "dataset_config_name", "image_root", "grid")
-    options = {name: getattr(args, name) for name in whole}
-    by_split = {
-        split: {name: getattr(args, name) for name in (f"{split}_file", f"{split}_annotations", f"{split}_split")}
-        for split in ("train", "validation")
-    }
-    # Both files at once would stop at the first that cannot be read.
-    apart = args.train_file is not None and args.validation_file is not None
-    parts = list(by_split.values()) if apart else [by_split["train"] | by_split["validation"]]
+    parts = [args]
+    if args.train_file is not None and args.validation_file is not None:  # both would stop at the first
+        no_train = {"train_file": None, "train_annotations": None, "train_split": None}
+        no_validation = {"validation_file": None, "validation_annotations": None, "validation_split": None}
+        parts = [replace(args, **no_validation), replace(args, **no_train)]
+    bad_rows = BadRows(image_check="decode", patch_size=args.model_patch_size, collected=faults)
     data = {}
     for part in parts:
         try:
-            data |= load_task_dataset(args.task, image_check="decode", faults=faults, **part, **options)
+            data |= load_task_dataset(args.task, part, bad_rows)
         except (ValueError, OSError, ImportError) as error:
-            names = filter(None, (*part.values(), args.dataset_name, args.task))
+            names = filter(None, (part.train_file, part.validation_file, args.dataset_name, args.task))
             faults.append(Fault(next(names), "cannot be read", str(error)))
     return DatasetDict(data)
 
@@ -70,15 +81,6 @@ def duplicate_ids(dataset: Dataset) -> Iterator[Fault]:
             yield Fault(source, "question_id of two rows", f"{question_id}: {first[question_id]} has it too")
 
 
-def long_texts(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[Fault]:
-    """Rows whose text has more tokens than `limit`."""
-    for batch in tqdm(dataset.select_columns([column, "source"]).iter(1000), desc="Tokenizing", unit="000 rows"):
-        lengths = map(len, tokenizer(batch[column], verbose=False)["input_ids"])
-        for source, length in zip(batch["source"], lengths, strict=True):
-            if length > limit:
-                yield Fault(source, f"more than {limit} tokens", f"{column} has {length}")
-
-
 def image_ids(dataset: Dataset) -> set[str]:
     if "image_id" in dataset.column_names:
         return set(dataset["image_id"])
@@ -86,7 +88,10 @@ def image_ids(dataset: Dataset) -> set[str]:
 
 
 def check(args: CheckArguments) -> dict:
-    """The report: `splits` (rows, images and different texts that can be used), `reasons` (counts), `faults`."""
+    """
+    The report: `splits` (rows, images and different texts that can be used), `reasons` (counts), `faults`, and
+    `unknown_words` (what is no fault, and yet to be known).
+    """
     faults: list[Fault] = []
     data = load_splits(args, faults)
     text = TASKS[args.task].text
@@ -94,11 +99,13 @@ def check(args: CheckArguments) -> dict:
         faults += duplicate_ids(dataset)
         if len(dataset) == 0:
             faults.append(Fault(split, "no row that can be used", f"needed: {TASKS[args.task].needs}"))
+    unknown = []
     if args.tokenizer_name is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
-        limit = args.max_text_length or tokenizer.model_max_length
-        for dataset in data.values():
-            faults += long_texts(dataset, text, tokenizer, limit)
+        for split, dataset in data.items():
+            texts = TextCheck(dataset, args.task, tokenizer, args.max_text_length)
+            faults += texts.faults.values()
+            unknown += [f"{split}: {line}" for line in texts.describe_unknown()]
     images = {split: image_ids(dataset) for split, dataset in data.items()}
     splits = {
         split: {"rows": len(dataset), "images": len(images[split]), f"different {text}s": len(set(dataset[text]))}
@@ -108,6 +115,7 @@ def check(args: CheckArguments) -> dict:
         "task": args.task,
         "splits": splits,
         "images_in_both_splits": len(set.intersection(*images.values())) if len(images) > 1 else 0,
+        "unknown_words": unknown,
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
         "faults": [asdict(fault) for fault in faults],
     }
@@ -125,6 +133,8 @@ def print_report(report: dict, max_shown: int):
         print(f"{split:<12}" + "".join(f"{count:>10,} {name}" for name, count in counts.items()))
     if report["images_in_both_splits"]:
         print(f"{'both':<12}{report['images_in_both_splits']:>10,} images: evaluation on them says little")
+    for line in report["unknown_words"]:
+        print(f"{'unknown':<12}{line}")
     for reason, count in report["reasons"].items():
         print(f"{'wrong':<12}{count:>10,} {reason}")
     if not report["faults"]:

@@ -19,10 +19,11 @@ import evaluate
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForConditionalGeneration
-from trips_examples.data.rows import one_row_per_image, without_long_texts
+from trips_examples.data.rows import one_row_per_image
 from trips_examples.data.task_collators import CaptionCollator
+from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.training.models import load_model
+from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
@@ -49,10 +50,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, ModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
     )
     metric = evaluate.load(CAPTION_METRICS)
-    data = load_data("captions", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "caption"), data_args.half_scene_size("captions")
-    model, processor = load_model(TripsForConditionalGeneration, model_args, texts, image_size=side)
-    data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
+    start = ModelStart(TripsForConditionalGeneration, model_args, image_size=data_args.half_scene_size("captions"))
+    data = load_data("captions", data_args, training_args, start.patch_size)
+    model, processor = start.finish(data_args.vocabulary(data, "caption"))
+    data = with_fitting_texts(data, "captions", processor.tokenizer, skip=data_args.skip_bad_rows)
     model.generation_config.update(
         max_new_tokens=training_args.generation_max_length or model.config.decoder_config.max_position_embeddings,
         max_length=None,

@@ -19,11 +19,12 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding
-from trips_examples.data.rows import image_size, without_long_texts
+from trips_examples.data.rows import image_size
 from trips_examples.data.task_collators import GroundingCollator
+from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import load_model
+from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.predictions import draw_predicted_boxes, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
@@ -49,11 +50,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         argv, ModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
     )
+    data_args.check("grounding")  # before a start model is trained
     model_args = start_from_questions(model_args, data_args, training_args)
-    data = load_data("grounding", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "expression"), data_args.half_scene_size("grounding")
-    model, processor = load_model(TripsForVisualGrounding, model_args, texts, image_size=side)
-    data = without_long_texts(data, "expression", processor, skip=data_args.skip_bad_rows)
+    start = ModelStart(TripsForVisualGrounding, model_args, image_size=data_args.half_scene_size("grounding"))
+    data = load_data("grounding", data_args, training_args, start.patch_size)
+    model, processor = start.finish(data_args.vocabulary(data, "expression"))
+    data = with_fitting_texts(data, "grounding", processor.tokenizer, skip=data_args.skip_bad_rows)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:

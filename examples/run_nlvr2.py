@@ -19,10 +19,10 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
-from trips_examples.data.rows import without_long_texts
 from trips_examples.data.task_collators import Nlvr2Collator
+from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import load_model
+from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.predictions import write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         argv, ModelArguments, DataArguments, Nlvr2TrainingArguments, description=__doc__
     )
+    data_args.check("nlvr2")  # before a start model is trained
     model_args = start_from_questions(model_args, data_args, training_args)
-    data = load_data("nlvr2", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "statement"), data_args.half_scene_size("nlvr2")
-    model, processor = load_model(
-        TripsForImagesAndTextClassification, model_args, texts, image_size=side, num_images=2, num_labels=2
-    )
-    data = without_long_texts(data, "statement", processor, skip=data_args.skip_bad_rows)
+    side = data_args.half_scene_size("nlvr2")
+    start = ModelStart(TripsForImagesAndTextClassification, model_args, image_size=side, num_images=2, num_labels=2)
+    data = load_data("nlvr2", data_args, training_args, start.patch_size)
+    model, processor = start.finish(data_args.vocabulary(data, "statement"))
+    data = with_fitting_texts(data, "nlvr2", processor.tokenizer, skip=data_args.skip_bad_rows)
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,

@@ -20,8 +20,8 @@ Installed without its source, the script is `python -m trips_examples.run_pretra
 from functools import partial
 
 from trips_examples.data.pretraining import PretrainingCollator
-from trips_examples.data.rows import without_long_texts
-from trips_examples.training.pretraining_loading import load_pairs, load_pretraining_model
+from trips_examples.data.texts import with_fitting_texts
+from trips_examples.training.pretraining_loading import PretrainingStart, load_pairs
 from trips_examples.training.pretraining_options import (
     PretrainingArguments,
     PretrainingDataArguments,
@@ -35,14 +35,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         argv, PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments, description=__doc__
     )
-    data, stream = load_pairs(data_args, training_args)
-    if stream is not None and model_args.needs_tokenizer:
-        raise ValueError("A stream has no end to train a tokenizer on: give --tokenizer_name.")
-    side = data_args.half_scene_size("captions")
-    model, processor = load_pretraining_model(model_args, data_args.vocabulary(data, "caption"), side)
-    data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
-    if stream is not None:
-        stream.tokenizer = processor.tokenizer  # captions that are too long are skipped
+    start = PretrainingStart(model_args, data_args.half_scene_size("captions"))
+    tokenizer = None if start.processor is None else start.processor.tokenizer
+    data, stream = load_pairs(data_args, training_args, start.patch_size, tokenizer)
+    model, processor = start.finish(data_args.vocabulary(data, "caption"))
+    data = with_fitting_texts(data, "captions", processor.tokenizer, skip=data_args.skip_bad_rows)
     make_collator = partial(
         PretrainingCollator,
         processor,

@@ -15,10 +15,10 @@ Installed without its source, the script is `python -m trips_examples.run_retrie
 """
 
 from modeling_trips import TripsForRetrieval
-from trips_examples.data.rows import without_long_texts
 from trips_examples.data.task_collators import RetrievalCollator
+from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.retrieval import RECALL_AT
-from trips_examples.training.models import load_model
+from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments
 from trips_examples.training.predictions import write_rankings
 from trips_examples.training.retrieval_options import RetrievalModelArguments, RetrievalTrainingArguments
@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         argv, RetrievalModelArguments, DataArguments, RetrievalTrainingArguments, description=__doc__
     )
-    data = load_data("captions", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "caption"), data_args.half_scene_size("captions")
-    model, processor = load_model(TripsForRetrieval, model_args, texts, image_size=side)
-    data = without_long_texts(data, "caption", processor, skip=data_args.skip_bad_rows)
+    start = ModelStart(TripsForRetrieval, model_args, image_size=data_args.half_scene_size("captions"))
+    data = load_data("captions", data_args, training_args, start.patch_size)
+    model, processor = start.finish(data_args.vocabulary(data, "caption"))
+    data = with_fitting_texts(data, "captions", processor.tokenizer, skip=data_args.skip_bad_rows)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,

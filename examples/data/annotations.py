@@ -1,7 +1,6 @@
-"""Annotation files of public data sets as they are, as numbered records.
+"""Public annotation files as they are, told by what is in the file, never by its name.
 
-Public formats are told by what is in the file, never by its name; their records come out in the columns that
-`loading.load_task_dataset` reads:
+Their records come out in the columns that `load_task_dataset` reads:
 
 | data set | file | task |
 |---|---|---|
@@ -14,7 +13,6 @@ Public formats are told by what is in the file, never by its name; their records
 """
 
 import codecs
-import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trips_examples.data.formats import BadRowError, NumberedRecords, read_records
+from trips_examples.data.faults import BadRowError
+from trips_examples.data.formats import NumberedRecords, existing_file, parsed_json, read_records
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,18 @@ class AnnotationFile:
     default_split: str
     split: str | None = None
     annotations: Path | None = None
+
+    @classmethod
+    def of(
+        cls, path: str | None, annotations: str | None, default_split: str, split: str | None
+    ) -> "AnnotationFile | None":
+        """The file at a path, if there is one; a second file alone is an error."""
+        if path is not None:
+            return cls(Path(path), default_split, split, None if annotations is None else Path(annotations))
+        if annotations is not None:
+            name = {"val": "validation"}.get(default_split, default_split)
+            raise ValueError(f"{name}_annotations (is {str(annotations)!r}) goes with {name}_file: give both.")
+        return None
 
     def option(self, what: str) -> str:
         return f"--{'train' if self.default_split == 'train' else 'validation'}_{what}"
@@ -86,8 +97,7 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
         `FileNotFoundError`: Where the file, or the second one it goes with, does not exist.
         `ValueError`: Where it cannot be read, or holds no data for the task or no such split.
     """
-    if not file.path.is_file():
-        raise FileNotFoundError(f"There is no file {file.path}.")
+    existing_file(file.path)
     if file.path.suffix.lower() in (".p", ".pkl", ".pickle"):
         known, content = [_REFS], read_plain_pickle(file.path)
     else:
@@ -121,19 +131,19 @@ def _document(file: Path) -> dict | None:
     """The content of a file that is one JSON object as a whole."""
     if file.suffix.lower() != ".json":
         return None
-    content = file.read_bytes()
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not content.lstrip().startswith(b"{"):
         return None
     try:
-        return json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return parsed_json(content)
+    except BadRowError:
         return None  # perhaps JSON lines: reading the records says what is wrong
 
 
 def _load_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parsed_json(file.read_bytes())
+    except BadRowError as error:
         raise ValueError(f"{file} is no valid JSON file: {error}.") from error
 
 
@@ -150,9 +160,6 @@ def _converted(items: Iterable[tuple[int, Any]], make_record: Callable[[Any], di
             yield number, error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             yield number, BadRowError(f"not as in {name}", f"{type(error).__name__}: {error}")
-
-
-# VQAv2 (https://visualqa.org/vqa_v2_format.html)
 
 
 def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
@@ -182,9 +189,6 @@ _VQA = _PublicFormat(
 )
 
 
-# COCO (https://cocodataset.org/#format-data)
-
-
 def _read_coco_captions(document: dict, file: AnnotationFile) -> NumberedRecords:
     images = {image["id"]: image for image in document["images"]}
 
@@ -212,9 +216,6 @@ _COCO = _PublicFormat(
 )
 
 
-# The splits of Karpathy (https://cs.stanford.edu/people/karpathy/deepimagesent/)
-
-
 def _read_karpathy(document: dict, file: AnnotationFile) -> NumberedRecords:
     def make_record(image: dict) -> dict:
         name, folder = image["filename"], image.get("filepath")
@@ -236,9 +237,6 @@ _KARPATHY = _PublicFormat(
     _read_karpathy,
     has_splits=True,
 )
-
-
-# RefCOCO, RefCOCO+, RefCOCOg (https://github.com/lichengunc/refer)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -309,9 +307,6 @@ _REFS = _PublicFormat(
 
 
 _DOCUMENTS = [_VQA, _COCO, _KARPATHY]
-
-
-# Lists of rows: our own columns, those of NLVR2 (https://github.com/lil-lab/nlvr), and those of ALBEF
 
 
 def _read_lists(file: AnnotationFile, task: str) -> NumberedRecords:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional as F
 
-from modeling_trips import TripsProcessor, convert_to_rgb
+from modeling_trips import TripsProcessor
 from trips_examples.data.rows import read_image
 
 
@@ -76,7 +76,8 @@ class ImageBatchCollator:
                 images, rows = self.augmented(images, image_index, rows)
             inputs = self.encode(images, image_index, rows)
         except ValueError as error:
-            raise ValueError(f"{error} The batch is: {', '.join(row['source'] for row in rows)}.") from error
+            sources = ", ".join(row["source"] for row in rows)
+            raise ValueError(f"{str(error).rstrip('.')}. The batch is: {sources}.") from error
         return {**inputs, "sources": [row["source"] for row in rows]}
 
     def encode(self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -85,7 +86,7 @@ class ImageBatchCollator:
 
     def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
         """The images of the rows, each once, upright and RGB, and for each row the position of its own."""
-        return distinct_images(rows)
+        return distinct_images(rows, self.processor.patch_size)
 
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]
@@ -94,14 +95,13 @@ class ImageBatchCollator:
         return [flip_and_shift(image) for image in images], rows
 
 
-def distinct_images(rows: list[dict]) -> tuple[list[PIL.Image.Image], list[int]]:
+def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.Image], list[int]]:
     """The images of rows with `image`, `image_id` and `source`, each once, and for each row its image's position."""
     first_rows = {}
     for row in rows:
         first_rows.setdefault(row["image_id"], row)
     position = {image_id: index for index, image_id in enumerate(first_rows)}
-    images = [convert_to_rgb(read_image(row)) for row in first_rows.values()]
-    return images, [position[row["image_id"]] for row in rows]
+    return [read_image(row, patch_size) for row in first_rows.values()], [position[row["image_id"]] for row in rows]
 
 
 def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +11,42 @@ from typing import Any
 
 import pyarrow.parquet
 
-
-class BadRowError(ValueError):
-    """
-    A row that cannot be used.
-
-    Args:
-        reason (`str`): What is wrong, in words that are the same for all rows with the same fault.
-        detail (`str`, *optional*, defaults to `""`): The value at fault.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+from trips_examples.data.faults import BadRowError
 
 
 NumberedRecords = Iterator[tuple[int, dict | BadRowError]]
+
+LIST_OR_LINES = "a list of objects, or one object per line, is expected"
+
+
+def existing_file(path: Path) -> Path:
+    """The path, if there is a file; raises a `FileNotFoundError` if not."""
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: give a file.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    return path
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """
+    Reads JSON.
+
+    Raises:
+        `BadRowError`: Where it is none, or not one that can be read: not UTF-8, nested too deeply, a number of
+        thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"at column {error.colno}" if error.lineno == 1 else f"at line {error.lineno} column {error.colno}"
+        raise BadRowError("broken JSON", f"{error.msg} {place}") from error
+    except UnicodeDecodeError as error:
+        raise BadRowError("not UTF-8", str(error)) from error
+    except RecursionError as error:
+        raise BadRowError("broken JSON", "nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadRowError("broken JSON", str(error).partition(";")[0]) from error
 
 
 def read_records(file: Path) -> NumberedRecords:
@@ -38,14 +58,14 @@ def read_records(file: Path) -> NumberedRecords:
         `FileNotFoundError`: Where there is no such file.
         `ValueError`: Where the file as a whole cannot be read.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
+    existing_file(file)
     readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
     if (suffix := file.suffix.lower()) not in readers:
         raise ValueError(f"{file} ends with {suffix!r}: convert it to one of {', '.join(readers)}.")
     try:
         yield from readers[suffix](file)
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
+    # Of a broken Parquet file pyarrow raises errors of several kinds, OSError among them.
+    except (BadRowError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no valid {suffix} file: {error}. Mend or convert it.") from error
 
 
@@ -54,10 +74,24 @@ def _as_record(value: Any) -> dict | BadRowError:
 
 
 def _read_json(file: Path) -> NumberedRecords:
-    content = file.read_bytes()
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _read_json_lines(file)
-    return ((number, _as_record(value)) for number, value in enumerate(json.loads(content), start=1))
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.lstrip().startswith(b"["):
+        return ((number, _as_record(value)) for number, value in enumerate(parsed_json(content), start=1))
+    _refuse_one_object(content)
+    return _read_json_lines(file)
+
+
+def _refuse_one_object(content: bytes):
+    """Raises where all of a file is one object that is no record: one over several lines, or one of columns."""
+    if re.search(rb"\}\s*\{", content):
+        return  # one per line, as a rule: do not read them all
+    try:
+        value = parsed_json(content)
+    except BadRowError:
+        return
+    lines = len(content.strip().splitlines())
+    if isinstance(value, dict) and (lines > 1 or all(isinstance(each, (dict, list)) for each in value.values())):
+        raise BadRowError(f"one JSON object, where {LIST_OR_LINES}", f"it has {reprlib.repr(list(value))}")
 
 
 def _read_json_lines(file: Path) -> NumberedRecords:
@@ -66,11 +100,10 @@ def _read_json_lines(file: Path) -> NumberedRecords:
             if not line.strip():
                 continue
             try:
-                yield number, _as_record(json.loads(line))
-            except json.JSONDecodeError as error:
-                yield number, BadRowError("broken JSON", f"{error.msg} at column {error.colno}")
-            except UnicodeDecodeError as error:
-                yield number, BadRowError("not UTF-8", str(error))
+                yield number, _as_record(parsed_json(line))
+            except BadRowError as error:
+                is_part = line.strip() in (b"{", b"[") or line.startswith((b" ", b"\t"))
+                yield number, BadRowError(error.reason, f"{error.detail}: {LIST_OR_LINES}") if is_part else error
 
 
 def _read_csv(file: Path) -> NumberedRecords:

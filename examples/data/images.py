@@ -1,18 +1,25 @@
 """Where the images of records are, and whether they can be read: files, encoded images, tables that hold them."""
 
+import contextlib
 import functools
 import io
+import os
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import PIL.ExifTags
 import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, Features, Image, Sequence
 
-from trips_examples.data.formats import BadRowError
-from trips_examples.data.tasks import Task, filled_text, list_of
+from modeling_trips import convert_to_rgb
+from trips_examples.data.faults import BadRowError
+from trips_examples.data.tasks import Task, filled_text, is_missing, list_of, missing
+
+
+JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 
 
 class Found(NamedTuple):
@@ -24,15 +31,19 @@ class Found(NamedTuple):
 
 
 def _image_values(record: dict, task: Task) -> list:
-    if task.image_column == "image":
-        return [record.get("image")]
-    if record.get("images"):
+    """The images of a record, none of them missing."""
+    if task.image_column == "images" and not is_missing(record.get("images")):
         values = list_of(record["images"], "images")
-    else:
-        values = [record.get("left_image"), record.get("right_image")]
-    if len(values) != 2:
-        raise BadRowError("not two images", reprlib.repr(values))
-    return values
+        if len(values) != 2:
+            raise BadRowError("not two images", reprlib.repr(values))
+        if any(map(is_missing, values)):
+            raise BadRowError("no image", f"images is {reprlib.repr(values)}")
+        return values
+    columns = ["image"] if task.image_column == "image" else ["left_image", "right_image"]
+    for column in columns:
+        if is_missing(record.get(column)):
+            raise missing(column, record)
+    return [record[column] for column in columns]
 
 
 class ImageFinder:
@@ -42,53 +53,124 @@ class ImageFinder:
     Args:
         task (`Task`)
         root (`Path`): Folder that paths are relative to.
-        check (`str`, *optional*): How to check them, see `inspect_image`.
+        check (`str`, *optional*), patch_size (`int`): How to check them, see `inspect_image`.
     """
 
-    def __init__(self, task: Task, root: Path, check: str | None):
-        if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder {root}: image_root is the one the images are in.")
-        self.task, self.root, self.check = task, root, check
-        # Texts share images.
-        self.inspect_once = functools.cache(functools.partial(inspect_image, check=check))
+    def __init__(self, task: Task, root: Path, check: str | None, patch_size: int):
+        self.task, self.root = task, root
+        self.inspect = functools.partial(inspect_image, check=check, patch_size=patch_size)
+        self.inspect_once = functools.cache(self.inspect)  # texts share images
 
     def __call__(self, number: int, record: dict) -> list[Found]:
         return [self.find(value) for value in _image_values(record, self.task)]
 
     def find(self, value: Any) -> Found:
-        if isinstance(value, dict) and value.get("bytes") is not None:
-            return Found(value, None, _size(inspect_image(value["bytes"], self.check)))
-        if isinstance(value, tuple):  # of places, the likeliest first
-            value = next((path for path in value if (self.root / path).is_file()), value[0])
-        path = str(self.root / filled_text({"image": value}, "image"))
+        value = path_or_bytes(value)
+        if isinstance(value, bytes):
+            return Found({"bytes": value, "path": None}, None, _size(self.inspect(value)))
+        values = value if isinstance(value, tuple) else (value,)  # of places, the likeliest first
+        places = [str(self.root / filled_text({"image": value}, "image")) for value in values]
+        path = next(filter(os.path.isfile, places), places[0])
         return Found(path, path, _size(self.inspect_once(path)))
 
 
-def inspect_image(image: str | bytes, check: str | None) -> tuple[int, int] | BadRowError | None:
+def path_or_bytes(image: Any) -> Any:
+    """Of an image as the datasets library encodes it, a dictionary, its bytes or else its path; others as they are."""
+    if isinstance(image, dict) and image.keys() & {"bytes", "path"}:
+        return image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image
+
+
+def inspect_image(image: str | bytes, check: str | None, patch_size: int = 1) -> tuple[int, int] | BadRowError | None:
     """
     The width and height of an image, upright, by its path or encoded, or what is wrong with it. By `check`,
-    `"header"` reads no more than these, `"verify"` looks for damage without decoding it, `"decode"` finds truncated
-    images too, and None looks at nothing.
+    `"header"` reads no more than these, `"verify"` looks for damage without decoding it, `"decode"` makes of it what
+    the models see, and None looks at nothing.
     """
     if check is None:
         return None
+    try:
+        if check == "decode":
+            return decode_image(image, patch_size).size
+        with open_image(image) as opened:
+            size = usable_size(opened, patch_size)
+            if check == "verify":
+                _verify(opened, image)
+        return size
+    except BadRowError as error:
+        return error
+
+
+def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
+    """
+    An image as the models see it, RGB and upright, by its path or encoded.
+
+    Raises:
+        `BadRowError`: Where it is missing, cannot be read, or is lower or narrower than `patch_size` pixels.
+    """
+    with open_image(image) as opened:
+        usable_size(opened, patch_size)
+        return convert_to_rgb(opened)
+
+
+@contextlib.contextmanager
+def open_image(image: str | bytes) -> Iterator[PIL.Image.Image]:
+    """The opened image; whatever goes wrong until it is closed becomes a `BadRowError` that names it."""
     name = image if isinstance(image, str) else f"{len(image)} bytes"
     try:
         with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
-            size = upright_size(opened)
-            {"header": lambda: None, "verify": opened.verify, "decode": opened.load}[check]()
-    except FileNotFoundError:
-        return BadRowError("missing image", name)
+            yield opened
+    except BadRowError as error:
+        raise BadRowError(error.reason, f"{name}: {error.detail}") from error
+    except FileNotFoundError as error:
+        raise BadRowError("missing image", name) from error
     # What else a broken file raises is up to the Pillow plugin of its format.
     except Exception as error:
-        return BadRowError("unreadable image", f"{name}: {error}")
+        raise BadRowError("unreadable image", f"{name}: {error}") from error
+
+
+def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
+    """
+    Width and height of an opened image as its EXIF data turn it. Reads the header only.
+
+    Raises:
+        `BadRowError`: Where no model can use the image, for what its header says.
+    """
+    if image.mode in ("I", "F"):
+        raise BadRowError(
+            "image without a fixed range of grey values",
+            f'mode "{image.mode}": scale it to mode "L" (0 to 255) or "I;16" (0 to 65535)',
+        )
+    width, height = size = upright_size(image)
+    if min(size) < patch_size:
+        raise BadRowError("image smaller than a patch", f"{width} x {height}, a patch is {patch_size} x {patch_size}")
     return size
 
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image as its EXIF data turn it. Reads the header only."""
+    """Width and height of an opened image as its EXIF data turn it."""
     exif = PIL.Image.Image.getexif(image)  # that of PNG would decode the image, to find what stands at its end
     return image.size[::-1] if exif.get(PIL.ExifTags.Base.Orientation, 1) >= 5 else image.size
+
+
+def _verify(opened: PIL.Image.Image, image: str | bytes):
+    """Looks for damage, for as much as can be seen without decoding; an image that was verified is no longer open."""
+    if opened.format == "JPEG":
+        with open(image, "rb") if isinstance(image, str) else io.BytesIO(image) as content:
+            if not _is_whole_jpeg(content):
+                raise BadRowError("unreadable image", "image file is truncated")
+    opened.verify()
+
+
+def _is_whole_jpeg(content: BinaryIO) -> bool:
+    """Whether there is an end marker, behind the start of the scan: before it thumbnails have theirs."""
+    content.seek(-2, io.SEEK_END)
+    if content.read() == JPEG_END:
+        return True
+    content.seek(2)  # behind the start marker
+    while (marker := content.read(2))[:1] == b"\xff" and marker != JPEG_SCAN:
+        content.seek(int.from_bytes(content.read(2), "big") - 2, io.SEEK_CUR)
+    return JPEG_END in content.read()
 
 
 def _size(inspected: tuple[int, int] | BadRowError | None) -> tuple[int, int] | None:
@@ -105,20 +187,21 @@ def has_encoded_images(file: Path, task: Task) -> bool:
         return False
     try:
         schema = pyarrow.parquet.read_schema(file)
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, OSError):
         return False  # reading the records says so
     columns = [task.image_column] if task.image_column in schema.names else ["left_image"]
     types = [schema.field(column).type for column in columns if column in schema.names]
     types = [getattr(type, "value_type", type) for type in types]  # of lists, what they hold
-    return any(map(pyarrow.types.is_struct, types))
+    is_encoded = (pyarrow.types.is_struct, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
+    return any(matches(type) for type in types for matches in is_encoded)
 
 
 def images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
     """The column of the images alone, as the schema has it."""
     column, pair = task.image_column, ["left_image", "right_image"]
     has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
-    if missing := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
-        raise ValueError(f"{name} has no columns {sorted(missing)}, only {table.column_names}: rename them.")
+    if absent := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
+        raise ValueError(f"{name} has no columns {sorted(absent)}, only {table.column_names}: rename them.")
     if not has_pair:
         return table.select_columns(column).cast_column(column, task.features[column])
     sides = table.select_columns(pair)
@@ -139,22 +222,20 @@ class TableImageFinder:
     Args:
         images (`Dataset`): See `images_of_table`.
         task (`Task`)
-        check (`str`, *optional*): How to check them, see `inspect_image`.
+        check (`str`, *optional*), patch_size (`int`): How to check them, see `inspect_image`.
     """
 
-    def __init__(self, images: Dataset, task: Task, check: str | None):
-        self.column, self.check = task.image_column, check
+    def __init__(self, images: Dataset, task: Task, check: str | None, patch_size: int):
+        self.column, self.check, self.patch_size = task.image_column, check, patch_size
         encoded = Image(decode=False)
         self.images = images.cast_column(self.column, encoded if self.column == "image" else Sequence(encoded))
 
     def __call__(self, number: int, record: dict) -> list[Found]:
-        if self.check is None:
-            return [Found(None, None, None)] * (1 if self.column == "image" else 2)
         value = self.images[number - 1][self.column]
         images = value if isinstance(value, list) else [value]
         if len(images) != (1 if self.column == "image" else 2):
             raise BadRowError("not two images", f"{len(images)} of them")
-        encoded = [image and (image["path"] if image["bytes"] is None else image["bytes"]) for image in images]
+        encoded = list(map(path_or_bytes, images))
         if None in encoded:
-            raise BadRowError("no image")
-        return [Found(None, None, _size(inspect_image(image, self.check))) for image in encoded]
+            raise missing(self.column.removesuffix("s"), record)
+        return [Found(None, None, _size(inspect_image(image, self.check, self.patch_size))) for image in encoded]

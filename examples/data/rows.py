@@ -1,17 +1,11 @@
-"""Rows before they are batches: their images read, those about one image found, texts that are too long left out."""
-
-import io
-import logging
+"""Rows before they are batches: their images read, those about one image found."""
 
 import PIL.Image
 import torch
-from datasets import Dataset, DatasetDict, Image, Sequence
+from datasets import Dataset, Image, Sequence
 
-from modeling_trips import TripsProcessor, convert_to_rgb
-from trips_examples.data.images import upright_size
-
-
-logger = logging.getLogger(__name__)
+from trips_examples.data.faults import BadRowError, Fault
+from trips_examples.data.images import decode_image, open_image, path_or_bytes, upright_size, usable_size
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
@@ -23,23 +17,30 @@ def without_decoding(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def read_image(row: dict) -> PIL.Image.Image:
-    """The image of a row; where its `image` is not decoded, errors name the row."""
-    encoded = row["image"]
-    if isinstance(encoded, PIL.Image.Image):  # streams decode, to skip what is broken
-        return encoded
+def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
+    """
+    The image of a row as the models see it, RGB and upright.
+
+    Args:
+        row (`dict`): With `source` and `image`: not decoded, or, of a stream, decoded already.
+        patch_size (`int`, *optional*, defaults to 1): Side in pixels that the image needs at least.
+
+    Raises:
+        `ValueError`: Where it cannot be used, naming the row.
+    """
+    image = row["image"]
     try:
-        image = PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
-        image.load()
-    except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
-        raise ValueError(f"{row['source']}: cannot read the image {encoded['path'] or ''}: {error}.") from error
-    return image
+        if isinstance(image, PIL.Image.Image):  # streams decode, to skip what is broken
+            usable_size(image, patch_size)
+            return image
+        return decode_image(path_or_bytes(image), patch_size)
+    except BadRowError as error:
+        raise ValueError(f"{Fault(row['source'], error.reason, error.detail)}.") from error
 
 
 def image_size(row: dict) -> tuple[int, int]:
     """(height, width) in pixels, upright, of the image of a row whose `image` column is not decoded."""
-    encoded = row["image"]
-    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+    with open_image(path_or_bytes(row["image"])) as image:
         return upright_size(image)[::-1]
 
 
@@ -53,7 +54,7 @@ class DecodedImages(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> PIL.Image.Image:
-        return convert_to_rgb(read_image(self.rows[row]))
+        return read_image(self.rows[row])
 
 
 def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
@@ -72,33 +73,3 @@ def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
     for image, caption in zip(image_of_row.tolist(), dataset["caption"]):
         captions[image].append(caption)
     return dataset.select(rows), captions
-
-
-def without_long_texts(data: DatasetDict, column: str, processor: TripsProcessor, skip: bool) -> DatasetDict:
-    """
-    The rows whose texts fit the model, found before training starts.
-
-    Args:
-        data (`DatasetDict`): splits with the columns `source` and `column`.
-        column (`str`): the one of the texts.
-        processor (`TripsProcessor`)
-        skip (`bool`): whether to leave such rows out, with a warning that counts them, rather than to raise.
-
-    Raises:
-        ValueError: if some do not fit and `skip` is off, naming the first ones.
-    """
-    return DatasetDict({split: _without_long_texts(rows, column, processor, skip) for split, rows in data.items()})
-
-
-def _without_long_texts(dataset: Dataset, column: str, processor: TripsProcessor, skip: bool) -> Dataset:
-    limit = processor.tokenizer.model_max_length
-    lengths = [len(ids) for ids in processor.tokenizer(list(dataset[column]))["input_ids"]]
-    bad = [row for row, length in enumerate(lengths) if length > limit]
-    if not bad:
-        return dataset
-    first = ", ".join(f"{dataset[row]['source']} ({lengths[row]} tokens)" for row in bad[:5])
-    message = f"{len(bad)} of {len(dataset)} {column}s have more than {limit} tokens: {first}"
-    if not skip:
-        raise ValueError(f"{message}. Shorten them, or skip them with --skip_bad_rows.")
-    logger.warning("Skipped: %s", message)
-    return dataset.select([row for row, length in enumerate(lengths) if length <= limit])

@@ -1,7 +1,7 @@
 """easy-VQA, the data set inside the PyPI package of that name, and scenes made of its images, for every task.
 
 All is made in memory in seconds: no network, no cache on disk. What comes out are records, as from a file: the columns
-are those that `loading.load_task_dataset` reads.
+are those that `load_task_dataset` reads.
 """
 
 import functools
@@ -195,6 +195,13 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
     Raises:
         `ValueError`: Where `grid` or `num_scenes` is out of its range.
     """
+    check_scenes(task, split, num_scenes, grid)
+    grid = DEFAULT_GRID[task] if grid is None else grid
+    return _RECORDS[task](_Scenes(split, read_tiles(split), grid, random.Random(f"{seed} {split}")), num_scenes)
+
+
+def check_scenes(task: str, split: str, num_scenes: int, grid: int | None):
+    """Raises a `ValueError` where `scene_records` cannot make such scenes."""
     grid = DEFAULT_GRID[task] if grid is None else grid
     if not 1 <= grid <= MAX_GRID:
         raise ValueError(f"grid is {grid}: choose 1 to {MAX_GRID} tiles along each side of a scene.")
@@ -206,7 +213,6 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
             f"{num_scenes} {split} scenes of {grid} x {grid} tiles cannot be told apart by captions, there are only "
             f"{different} different ones: choose a larger grid, or at most {different // 2} scenes."
         )
-    return _RECORDS[task](_Scenes(split, read_tiles(split), grid, random.Random(f"{seed} {split}")), num_scenes)
 
 
 def read_tiles(split: str) -> list[Tile]:

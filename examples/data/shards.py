@@ -1,7 +1,6 @@
 """Shards of image-text pairs: records, or what is wrong with one, in an order that never changes."""
 
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 from datasets import Image, IterableDataset, load_dataset
 
-from trips_examples.data.formats import read_records
+from trips_examples.data.faults import BadRowError, printable
+from trips_examples.data.formats import parsed_json, read_records
 
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -53,12 +53,15 @@ class FileShard:
     image_root: str
 
     def __iter__(self) -> Iterator[dict | BadPair]:
-        for number, record in read_records(Path(self.name)):
-            source = f"{Path(self.name).name} row {number}"
-            if isinstance(record, dict):
-                yield {**record, "source": source, "image_root": self.image_root}
-            else:
-                yield BadPair(source, str(record))
+        try:
+            for number, record in read_records(Path(self.name)):
+                source = f"{Path(self.name).name} row {number}"
+                if isinstance(record, dict):
+                    yield {**record, "source": source, "image_root": self.image_root}
+                else:
+                    yield BadPair(source, str(record))
+        except (ValueError, OSError) as error:  # of the file as a whole: as a tar file that is torn
+            yield BadPair(self.name, printable(str(error)))
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,19 @@ def _emptied(errors: list[BadPair]) -> Iterator[BadPair]:
 
 def _record_of_tar(sample: dict[str, Any]) -> dict | BadPair:
     """The files `.jpg` (or of another suffix of images), `.txt` and `.json` of one name as a record."""
-    source = f"{sample['__url__']}/{sample['__key__']}"
+    source = printable(f"{sample['__url__']}/{sample['__key__']}")
     record = {}
     try:
         if "json" in sample:
-            record = json.loads(sample["json"])
+            record = parsed_json(sample["json"])
             if not isinstance(record, dict):
                 return BadPair(source, ".json is not an object")
         if "txt" in sample:
             record["caption"] = sample["txt"].decode("utf-8")
-    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are its kinds
-        return BadPair(source, f"broken .json or .txt ({error})")
+    except BadRowError as error:
+        return BadPair(source, f"broken .json ({error})")
+    except UnicodeDecodeError as error:
+        return BadPair(source, f"broken .txt ({error})")
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     return {**record, "source": source, "image": image}
 

@@ -8,10 +8,10 @@ seed and by a [`Position`] of six numbers, which every pair carries. A run that 
 last batch goes on with the very next pair, without reading again what it has seen (but for the current block).
 
 Images are decoded as they leave the shuffled block, so that a block holds them compressed. A pair that cannot be used
-is skipped, counted, and named in `bad_pairs-*.jsonl`; too many of them stop the run.
+stops the run. Where that is asked for it is skipped, counted, and named in `bad_pairs-*.jsonl`; too many of them stop
+the run.
 """
 
-import io
 import json
 import logging
 import random
@@ -19,27 +19,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import PIL.Image
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from modeling_trips import convert_to_rgb
-from trips_examples.data.formats import BadRowError
+from trips_examples.data.faults import BadRowError
+from trips_examples.data.images import decode_image, path_or_bytes
 from trips_examples.data.shards import IMAGE_SUFFIXES, BadPair, FileShard, HubShard, TarShard
+from trips_examples.data.tasks import caption_texts, filled_text, is_missing, list_of, text_of
+from trips_examples.data.texts import check_length, count_tokens
 
 
 logger = logging.getLogger(__name__)
 
-Shard = TarShard | FileShard | HubShard
-
 IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
 # Before so many pairs the share of bad ones is chance.
 FEWEST_TO_JUDGE = 100
+
+Shard = TarShard | FileShard | HubShard
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Position:
 class PairStream(TorchIterableDataset):
     """
     Yields rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`, as the captions of
-    `tasks.CAPTION_FEATURES` has them, and `position`, that of its reader behind the row. There is no end.
+    a file have them, and `position`, that of its reader behind the row. There is no end.
 
     A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) and one or
     several captions, of which each pass takes one at random. Its `image_id`, or else `sha256`, `md5` or `url`, says
@@ -75,8 +75,11 @@ class PairStream(TorchIterableDataset):
         process_index, num_processes (`int`, *optional*): of this process, among those that train.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): captions with more tokens than it allows are bad.
-        max_bad_share (`float`, *optional*, defaults to 0.05): a larger share of bad pairs stops the run.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): captions without tokens, or with more than it allows, are
+            bad.
+        patch_size (`int`, *optional*, defaults to 1): side in pixels that images need at least.
+        max_bad_share (`float`, *optional*, defaults to 0.0): bad pairs are skipped, and a larger share of them stops
+            the run; at 0 the first one does.
         log_folder (`str` or `Path`, *optional*): where bad pairs are named, in a file per reader, in the first pass.
 
     Raises:
@@ -93,7 +96,8 @@ class PairStream(TorchIterableDataset):
         image_column: str | None = None,
         caption_column: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        max_bad_share: float = 0.05,
+        patch_size: int = 1,
+        max_bad_share: float = 0.0,
         log_folder: str | Path | None = None,
     ):
         if not shards:
@@ -106,7 +110,7 @@ class PairStream(TorchIterableDataset):
         self.process_index, self.num_processes = process_index, num_processes
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.caption_columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-        self.tokenizer, self.max_bad_share = tokenizer, max_bad_share
+        self.tokenizer, self.patch_size, self.max_bad_share = tokenizer, patch_size, max_bad_share
         self.log_folder = None if log_folder is None else Path(log_folder)
         self.positions: list[Position] = []
         self.first_worker = 0
@@ -201,28 +205,28 @@ class _Reader:
         """A record as a row of the stream, its image decoded, or what is wrong with it."""
         if isinstance(record, BadPair):
             return record
+        source, image_root = record["source"], record.get("image_root", "")
+        columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
         try:
-            caption = self._caption(record, pass_number)
-            encoded = _value(record, self.stream.image_columns, "image")
-            image = _decoded(encoded, record.get("image_root", ""))
+            caption = self._caption(columns, f"{pass_number}-{source}")
+            encoded = _encoded_image(columns, self.stream.image_columns)
+            place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
+            image = decode_image(place, self.stream.patch_size)
+            image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:
-            return BadPair(record["source"], str(error))
-        default_id = encoded if isinstance(encoded, str) else record["source"]
-        image_id = next((str(record[name]) for name in ID_COLUMNS if record.get(name) is not None), default_id)
-        return {"image": image, "image_id": image_id, "caption": caption, "source": record["source"]}
+            return BadPair(source, str(error))
+        default_id = source if isinstance(encoded, bytes) else encoded
+        return {"image": image, "image_id": image_id or default_id, "caption": caption, "source": source}
 
-    def _caption(self, record: dict, pass_number: int) -> str:
-        value = _value(record, self.stream.caption_columns, "caption")
-        texts = value if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            raise BadRowError("caption is not text")
-        texts = [text.strip() for text in texts if text.strip()]
-        if not texts:
-            raise BadRowError("empty caption")
-        text = random.Random(f"{self.stream.seed}-{pass_number}-{record['source']}").choice(texts)
-        tokenizer = self.stream.tokenizer
-        if tokenizer is not None and len(tokenizer(text)["input_ids"]) > tokenizer.model_max_length:
-            raise BadRowError(f"caption of more than {tokenizer.model_max_length} tokens")
+    def _caption(self, columns: dict, seed: str) -> str:
+        name = _first_filled(columns, self.stream.caption_columns)
+        value = columns.get(name)
+        captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
+        texts = caption_texts(captions, columns)
+        text = random.Random(f"{self.stream.seed}-{seed}").choice(texts)
+        if (tokenizer := self.stream.tokenizer) is not None:
+            (count,) = count_tokens([text], tokenizer)
+            check_length(count, tokenizer.num_special_tokens_to_add(), tokenizer.model_max_length, "caption")
         return text
 
     def _note(self, pair: BadPair, position: Position):
@@ -231,6 +235,8 @@ class _Reader:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
+        if self.stream.max_bad_share == 0:
+            raise ValueError(f"{pair.source}: {pair.error}. Mend it, or skip such pairs with --skip_bad_rows.")
         self._judge(position, fewest=FEWEST_TO_JUDGE)
 
     def _judge(self, position: Position, fewest: int):
@@ -254,25 +260,11 @@ class _Reader:
         return None if folder is None else folder / f"bad_pairs-{self.number:05d}.jsonl"
 
 
-def _value(record: dict, names: Iterable[str], what: str) -> Any:
-    for name in names:
-        if record.get(name) is not None:
-            return record[name]
-    columns = ", ".join(name for name in record if name not in ("source", "image_root"))
-    raise BadRowError(f"no {what}", f"its columns are {columns}")
+def _first_filled(columns: dict, names: Iterable[str]) -> str | None:
+    return next((name for name in names if not is_missing(columns.get(name))), None)
 
 
-def _decoded(value: Any, image_root: str) -> PIL.Image.Image:
-    """The image, upright and RGB, of a path, of encoded bytes, or of a dictionary with one of both."""
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if not isinstance(value, (str, bytes)):
-        raise BadRowError("image is neither a path nor bytes")
-    opened = io.BytesIO(value) if isinstance(value, bytes) else Path(image_root) / value
-    try:
-        with PIL.Image.open(opened) as image:
-            return convert_to_rgb(image)
-    except FileNotFoundError as error:
-        raise BadRowError("missing image", str(opened)) from error
-    except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
-        raise BadRowError("unreadable image", str(error)) from error
+def _encoded_image(columns: dict, names: Iterable[str]) -> str | bytes:
+    """The path or the encoded bytes of a record's image, which may be a dictionary with one of both."""
+    image = path_or_bytes(columns.get(_first_filled(columns, names)))
+    return image if isinstance(image, bytes) else filled_text({**columns, "image": image}, "image")

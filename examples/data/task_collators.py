@@ -106,7 +106,7 @@ class Nlvr2Collator(ImageBatchCollator):
             for row in rows
             for image, image_id in zip(row["images"], row["image_ids"], strict=True)
         ]
-        images, index = distinct_images(sides)
+        images, index = distinct_images(sides, self.processor.patch_size)
         return images, [list(pair) for pair in zip(index[::2], index[1::2])]
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:

@@ -1,6 +1,5 @@
 """What each task needs of its data: the columns that come out, and how they are read from a record."""
 
-import json
 import math
 import reprlib
 from collections.abc import Callable
@@ -9,16 +8,17 @@ from typing import Any
 
 from datasets import Features, Image, Sequence, Value
 
-from trips_examples.data.formats import BadRowError
+from trips_examples.data.faults import BadRowError, printable
+from trips_examples.data.formats import parsed_json
 
 
-# Schemas: one row per text. `image`: decoded to an RGB `PIL.Image` when a row is read. `image_id`: equal for rows that
-# share an image. `question_id`: the one given, or else the number of the row. `source`: where the row is from, as in
-# "train.jsonl row 17".
+# Schemas: one row per text. `image`: decoded when a row is read, to a `PIL.Image` of the mode it is stored in, of
+# which a processor, and `convert_to_rgb`, make what the models see. `image_id`: equal for rows that share an image.
+# `question_id`: the one given, or else the number of the row. `source`: where it is from, as in "train.jsonl row 17".
 
 VQA_FEATURES = Features(
     {
-        "image": Image(mode="RGB"),
+        "image": Image(),
         "image_id": Value("string"),
         "question_id": Value("string"),
         "question": Value("string"),
@@ -28,7 +28,7 @@ VQA_FEATURES = Features(
 )
 CAPTION_FEATURES = Features(
     {
-        "image": Image(mode="RGB"),
+        "image": Image(),
         "image_id": Value("string"),
         "caption": Value("string"),
         "source": Value("string"),
@@ -36,7 +36,7 @@ CAPTION_FEATURES = Features(
 )
 NLVR2_FEATURES = Features(
     {
-        "images": Sequence(Image(mode="RGB")),  # left and right
+        "images": Sequence(Image()),  # left and right
         "image_ids": Sequence(Value("string")),
         "question_id": Value("string"),
         "statement": Value("string"),
@@ -46,7 +46,7 @@ NLVR2_FEATURES = Features(
 )
 GROUNDING_FEATURES = Features(
     {
-        "image": Image(mode="RGB"),
+        "image": Image(),
         "image_id": Value("string"),
         "question_id": Value("string"),
         "expression": Value("string"),
@@ -74,6 +74,7 @@ class Task:
         read_texts (`Callable[[dict], list[dict]]`):
             Makes rows of a record, as a rule one: all columns but those of the images and `source`. `question_id` is
             left empty where the record has none.
+        written (`str`, *optional*): A column of texts that the model does not read, but learns to write.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Task:
     columns: tuple[str, ...]
     needs: str
     read_texts: Callable[[dict], list[dict]]
+    written: str | None = None
 
     @property
     def image_column(self) -> str:
@@ -92,21 +94,31 @@ class Task:
 
 
 def text_of(value: Any, column: str) -> str:
-    if value is None:
+    """The text of a value, without spaces around it; `""` where there is none, or nothing in it that can be seen."""
+    if is_missing(value):
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadRowError(f"{column} is not text", reprlib.repr(value))
-    return str(value).strip()
+    text = str(value).strip()
+    if text != printable(text):
+        raise BadRowError(f"{column} is not valid Unicode", f"{reprlib.repr(text)} has half of a surrogate pair")
+    return text if any(character.isprintable() and not character.isspace() for character in text) else ""
 
 
-def _missing(column: str, record: dict) -> BadRowError:
-    return BadRowError(f"no {column}", f"its columns are {', '.join(map(str, record))}")
+def is_missing(value: Any) -> bool:
+    """None, and what it becomes in CSV (empty) and in pandas (NaN)."""
+    return value in (None, "", []) or value != value
+
+
+def missing(column: str, record: dict) -> BadRowError:
+    filled = [str(name) for name, value in record.items() if not is_missing(value)]
+    return BadRowError(f"no {column}", f"it has {', '.join(filled) or 'nothing'}")
 
 
 def filled_text(record: dict, column: str) -> str:
     text = text_of(record.get(column), column)
     if not text:
-        raise _missing(column, record)
+        raise missing(column, record)
     return text
 
 
@@ -114,9 +126,9 @@ def list_of(value: Any, column: str) -> list:
     """A list, or the cell of CSV that stands for one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRowError(f"{column} is not a JSON list", f"{reprlib.repr(value)}: {error}") from error
+            value = parsed_json(value)
+        except BadRowError as error:
+            raise BadRowError(f"{column} is not a JSON list", f"{reprlib.repr(value)}: {error.detail}") from error
     elif isinstance(value, str):
         value = [text for text in value.split("|") if text.strip()]
     if not isinstance(value, list):
@@ -125,8 +137,8 @@ def list_of(value: Any, column: str) -> list:
 
 
 def _one_or_several(record: dict, one: str, several: str) -> list:
-    if values := record.get(several):
-        return list_of(values, several)
+    if not is_missing(record.get(several)):
+        return list_of(record[several], several)
     value = record.get(one)
     return value if isinstance(value, list) else [value]
 
@@ -138,44 +150,57 @@ def _question(record: dict) -> list[dict]:
     texts = [text_of(each.get("answer") if isinstance(each, dict) else each, "an answer") for each in answers]
     texts = [text for text in texts if text]
     if not texts:
-        raise _missing("answer", record)
+        raise missing("answer", record)
     return [{"question_id": text_of(record.get("question_id"), "question_id"), "question": question, "answers": texts}]
 
 
 def _captions(record: dict) -> list[dict]:
-    captions = [text_of(caption, "a caption") for caption in _one_or_several(record, "caption", "captions")]
-    if not any(captions):
-        raise _missing("caption", record)
-    if not all(captions):
-        raise BadRowError("an empty caption", f"number {captions.index('') + 1} of {len(captions)}")
-    return [{"caption": caption} for caption in captions]
+    captions = _one_or_several(record, "caption", "captions")
+    return [{"caption": text} for text in caption_texts(captions, record)]
 
 
-LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
+def caption_texts(captions: list, record: dict) -> list[str]:
+    """The texts of the captions of a record, none of them empty."""
+    texts = [text_of(caption, "a caption") for caption in captions]
+    if not any(texts):
+        raise missing("caption", record)
+    if not all(texts):
+        raise BadRowError("an empty caption", f"number {texts.index('') + 1} of {len(texts)}")
+    return texts
+
+
+LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}  # pandas makes floats where a label is missing
 
 
 def _statement(record: dict) -> list[dict]:
     statement = filled_text(record, "statement")
-    label = str("" if record.get("label") is None else record["label"]).strip().lower()
+    label = record.get("label")
+    label = (str(label) if isinstance(label, bool) else text_of(label, "label")).lower()
     if not label:
-        raise _missing("label", record)
+        raise missing("label", record)
     if label not in LABELS:
         raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
     question_id = text_of(record.get("question_id"), "question_id")
     return [{"question_id": question_id, "statement": statement, "label": LABELS[label]}]
 
 
+def has_area(box: list[float], smallest_side: float = 0.01) -> bool:
+    """Whether (x0, y0, x1, y1) in pixels is more than a line; less than a hundredth is lost in float32."""
+    x0, y0, x1, y1 = box
+    return x1 - x0 >= smallest_side and y1 - y0 >= smallest_side
+
+
 def _expression(record: dict) -> list[dict]:
     expression = filled_text(record, "expression")
-    if record.get("box") in (None, ""):
-        raise _missing("box", record)
+    if is_missing(record.get("box")):
+        raise missing("box", record)
     try:
-        x0, y0, x1, y1 = box = [float(number) for number in list_of(record["box"], "box")]
-    except (TypeError, ValueError) as error:
+        box = [float(number) for number in list_of(record["box"], "box")]
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadRowError("box is not four numbers", reprlib.repr(record["box"])) from error
-    if not all(map(math.isfinite, box)):
+    if len(box) != 4 or not all(map(math.isfinite, box)):
         raise BadRowError("box is not four numbers", str(box))
-    if x0 >= x1 or y0 >= y1:
+    if not has_area(box):
         raise BadRowError("box without area", f"[x0, y0, x1, y1] = {box}")
     return [{"question_id": text_of(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
 
@@ -188,6 +213,7 @@ _TASKS = [
         columns=("image_id", "question_id", "question", "answer", "answers"),
         needs="image, question and answer",
         read_texts=_question,
+        written="answers",
     ),
     Task(
         name="captions",

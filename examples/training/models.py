@@ -14,71 +14,99 @@ from trips_examples.training.options import ModelArguments
 logger = logging.getLogger(__name__)
 
 
-def load_model(
-    model_class: type[TripsPreTrainedModel],
-    args: ModelArguments,
-    texts: Iterable[str],
-    image_size: int | None = None,
-    **config_fields,
-) -> tuple[TripsPreTrainedModel, TripsProcessor]:
+class ModelStart:
     """
-    A checkpoint and its processor, or a model from scratch with a tokenizer to go with it.
+    What a run starts with: a checkpoint and its processor, or a model from scratch with a tokenizer to go with it. All
+    that needs no texts happens here, so that wrong options are told before any data are read; `finish` does the rest.
 
     Args:
         model_class (`type[TripsPreTrainedModel]`): the task's.
         args (`ModelArguments`)
-        texts (`Iterable[str]`): what a tokenizer is trained on, if there is none. Not read otherwise.
         image_size (`int`, *optional*): side in pixels that images get where `args` has no other.
         config_fields: fields of `TripsConfig` that the task fixes.
+
+    Attributes:
+        config (`TripsConfig`): the model's, but for the vocabulary, if a tokenizer is to be trained.
+        model, processor: those of the run, or None until a tokenizer is trained.
+
+    Raises:
+        `ValueError`, `OSError`: Where options make no model, or there is no such checkpoint or tokenizer.
     """
-    if args.image_size is None:
-        args = replace(args, image_size=image_size)
-    if args.model_name_or_path is not None:
-        model, processor = _load_checkpoint(model_class, args, config_fields)
-    else:
-        model, processor = _make_model(model_class, args, texts, config_fields)
-    logger.info("%s parameters, %s", f"{model.num_parameters():,}", model.config.vision_config.selection_schedule)
-    return model, processor
 
-
-def _load_checkpoint(model_class, args: ModelArguments, config_fields: dict):
-    model = model_class.from_pretrained(
-        args.model_name_or_path,
-        attn_implementation=args.attn_implementation,
-        **args.config_overrides(),
+    def __init__(
+        self,
+        model_class: type[TripsPreTrainedModel],
+        args: ModelArguments,
+        image_size: int | None = None,
         **config_fields,
-    )
-    processor = TripsProcessor.from_pretrained(args.model_name_or_path)
-    if args.image_size is not None:
-        side = {"height": args.image_size, "width": args.image_size}
-        processor.image_processor.size = side
-        if getattr(processor.image_processor, "do_center_crop", False):  # as CLIP's do: of the whole image, then
-            processor.image_processor.crop_size = dict(side)
-    return model, processor
+    ):
+        self.model_class, self.args, self.config_fields = model_class, args, config_fields
+        if args.image_size is None:
+            self.args = replace(args, image_size=image_size)
+        self.model, self.processor = None, None
+        if args.model_name_or_path is not None:
+            self._load_checkpoint()
+        elif args.tokenizer_name is not None:
+            self._make_model(AutoTokenizer.from_pretrained(args.tokenizer_name))
+        else:
+            self.config = self._make_config()
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.vision_config.patch_size
+
+    def finish(self, texts: Iterable[str]) -> tuple[TripsPreTrainedModel, TripsProcessor]:
+        """The model and the processor. `texts` are what a tokenizer is trained on, and not read if there is one."""
+        if self.model is None:
+            self._make_model(train_wordpiece_tokenizer(texts))
+        schedule = self.model.config.vision_config.selection_schedule
+        logger.info("%s parameters, %s", f"{self.model.num_parameters():,}", schedule)
+        return self.model, self.processor
+
+    def _load_checkpoint(self):
+        args = self.args
+        self.processor = TripsProcessor.from_pretrained(args.model_name_or_path)
+        if args.image_size is not None:
+            set_image_size(self.processor, args.image_size)
+        self.model = self.model_class.from_pretrained(
+            args.model_name_or_path,
+            attn_implementation=args.attn_implementation,
+            **args.config_overrides(),
+            **self.config_fields,
+        )
+        self.config = self.model.config
+
+    def _make_config(self, **vocabulary) -> TripsConfig:
+        return TripsConfig.from_preset(
+            self.args.preset,
+            vision_config={} if self.args.image_size is None else {"image_size": self.args.image_size},
+            **vocabulary,
+            **self.args.config_overrides(),
+            **self.config_fields,
+        )
+
+    def _make_model(self, tokenizer: PreTrainedTokenizerBase):
+        for name in ("pad_token", "cls_token", "sep_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(
+                    f"--tokenizer_name {self.args.tokenizer_name}: it has no `{name}`. Take a BERT-like tokenizer."
+                )
+        self.config = self._make_config(
+            text_config={"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+            decoder_config={"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id},
+        )
+        self.model = self.model_class._from_config(self.config, attn_implementation=self.args.attn_implementation)
+        self.processor = make_processor(tokenizer, self.config)
 
 
-def _make_model(model_class, args: ModelArguments, texts: Iterable[str], config_fields: dict):
-    if args.tokenizer_name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
-    else:
-        tokenizer = train_wordpiece_tokenizer(texts)
-    for name in ("pad_token", "cls_token", "sep_token"):
-        if getattr(tokenizer, name) is None:
-            raise ValueError(
-                f"--tokenizer_name {args.tokenizer_name}: it has no `{name}`. Take a BERT-like tokenizer."
-            )
-    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-    config = TripsConfig.from_preset(
-        args.preset,
-        text_config=vocabulary,
-        decoder_config=ends,
-        vision_config={} if args.image_size is None else {"image_size": args.image_size},
-        **args.config_overrides(),
-        **config_fields,
-    )
-    model = model_class._from_config(config, attn_implementation=args.attn_implementation)
-    return model, make_processor(tokenizer, config)
+def set_image_size(processor: TripsProcessor, side: int):
+    """Makes a processor squash whole images to squares of this side."""
+    if side < 1 or side % processor.patch_size:
+        raise ValueError(f"--image_size {side} must be a multiple of the model's patch size, {processor.patch_size}.")
+    size = {"height": side, "width": side}
+    processor.image_processor.size = size
+    if getattr(processor.image_processor, "do_center_crop", False):  # as CLIP's do: of the whole image, then
+        processor.image_processor.crop_size = dict(size)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:

@@ -9,8 +9,8 @@ from datasets import DatasetDict
 from transformers import Seq2SeqTrainingArguments
 
 from modeling_trips import TripsConfig
-from trips_examples.data.loading import EMBEDDED_DATASETS
 from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
+from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
 
 
@@ -74,44 +74,8 @@ class ModelArguments:
 
 
 @dataclass
-class SourceArguments:
-    """Where the data of a task come from: what `load_task_dataset` asks for."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), or the name of "
-            "a data set on the Hub."
-        },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public "
-            "annotation file as it is."
-        },
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
-    train_annotations: str | None = field(
-        default=None, metadata={"help": "The second file of VQAv2 and RefCOCO. Default: that of the official name."}
-    )
-    validation_annotations: str | None = field(default=None, metadata={"help": "As train_annotations."})
-    train_split: str | None = field(
-        default=None, metadata={"help": "Of a file or Hub data set with several splits. Default: train."}
-    )
-    validation_split: str | None = field(
-        default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
-    )
-    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
-    grid: int | None = field(
-        default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
-    )
-
-
-@dataclass
-class DataArguments(SourceArguments):
-    """`SourceArguments`, and what becomes of the rows on their way to the model."""
+class DataArguments(DataSource):
+    """`DataSource`, and what becomes of the rows on their way to the model."""
 
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     augment: bool | None = field(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from modeling_trips import TripsProcessor, convert_to_rgb
+from modeling_trips import TripsProcessor
 from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.rows import images_of, read_image
 from trips_examples.metrics.retrieval import Ranking, RetrievalResults
@@ -48,7 +48,7 @@ def draw_predicted_boxes(folder: str | Path, dataset: Dataset, boxes: list[list[
     """Draws `predictions.png`: a sheet of predicted boxes beside the true ones, evenly spread over the data set."""
     step = max(1, len(dataset) // num_pictures)
     rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
-    pictures = [draw_boxes(convert_to_rgb(read_image(row)), row["box"], box) for row, box in zip(rows, boxes[::step])]
+    pictures = [draw_boxes(read_image(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
     partial = Path(folder, "partial-predictions.png")
     sheet(pictures, rows["expression"]).save(partial)
     partial.replace(Path(folder, "predictions.png"))

@@ -1,16 +1,15 @@
 """What pre-training starts with: pairs, as splits or as a stream, and a model with its processor."""
 
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
 
 from datasets import DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
 from trips_examples.data.shards import find_shards, hub_shards
 from trips_examples.data.streams import PairStream
-from trips_examples.training.models import load_model, make_processor
+from trips_examples.training.models import ModelStart, make_processor
 from trips_examples.training.pretraining_options import (
     PretrainingArguments,
     PretrainingDataArguments,
@@ -23,30 +22,43 @@ OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
 
 
 def load_pairs(
-    args: PretrainingDataArguments, training_args: PretrainingArguments
+    args: PretrainingDataArguments,
+    training_args: PretrainingArguments,
+    patch_size: int,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[DatasetDict, PairStream | None]:
-    """The splits that are loaded, and the stream in place of the training split, if there is one."""
+    """
+    The splits that are loaded, and the stream in place of the training split, if there is one. A stream leaves out
+    images that are smaller than a patch, and captions that do not fit the tokenizer.
+    """
     if not args.is_stream:
-        return load_data("captions", args, training_args), None
+        return load_data("captions", args, training_args, patch_size), None
     if training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("A stream has no end: say with --max_steps how long to train.")
     if training_args.do_eval and args.validation_file is None:
         raise ValueError("There is nothing to evaluate on: give --validation_file, or turn --do_eval off.")
-    stream = open_stream(args, training_args)
+    stream = open_stream(args, training_args, patch_size, tokenizer)
     if args.validation_file is None:
         return DatasetDict(), stream
     evaluation_args = copy.copy(training_args)
     evaluation_args.do_train = False
     files = replace(args, dataset_name=None, dataset_config_name=None, streaming=False, train_shards=None)
-    return load_data("captions", files, evaluation_args), stream
+    return load_data("captions", files, evaluation_args, patch_size), stream
 
 
-def open_stream(args: PretrainingDataArguments, training_args: PretrainingArguments) -> PairStream:
+def open_stream(
+    args: PretrainingDataArguments,
+    training_args: PretrainingArguments,
+    patch_size: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PairStream:
     """The part of this process in the stream of shards, files or a data set on the Hub."""
     if args.train_shards is not None:
         shards = find_shards(args.train_shards, args.image_root)
     else:
         shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
+    if tokenizer is None:
+        raise ValueError("A stream has no end to train a tokenizer on: give --tokenizer_name.")
     return PairStream(
         shards,
         seed=training_args.seed,
@@ -55,22 +67,24 @@ def open_stream(args: PretrainingDataArguments, training_args: PretrainingArgume
         num_processes=training_args.world_size,
         image_column=args.image_column,
         caption_column=args.caption_column,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
         max_bad_share=args.max_bad_share,
         log_folder=training_args.output_dir,
     )
 
 
-def load_pretraining_model(
-    args: PretrainingModelArguments, texts: Iterable[str], image_size: int | None = None
-) -> tuple[TripsForPreTraining, TripsProcessor]:
-    """A checkpoint, a model from a vision tower and a text encoder, or one from scratch; with its processor."""
-    if args.starts_from_parts:
-        model, processor = load_parts(args)
-    else:
-        model, processor = load_model(TripsForPreTraining, args, texts, image_size=image_size)
-    if all(getattr(model.config, name) == 0 for name in OBJECTIVES):
-        raise ValueError(f"There is nothing to learn: give one of {', '.join(OBJECTIVES)} a weight.")
-    return model, processor
+class PretrainingStart(ModelStart):
+    """[`ModelStart`] that may also start from a vision tower and a text encoder that were trained apart."""
+
+    def __init__(self, args: PretrainingModelArguments, image_size: int | None = None):
+        if args.starts_from_parts:
+            self.model, self.processor = load_parts(args)
+            self.config = self.model.config
+        else:
+            super().__init__(TripsForPreTraining, args, image_size)
+        if all(getattr(self.config, name) == 0 for name in OBJECTIVES):
+            raise ValueError(f"There is nothing to learn: give one of {', '.join(OBJECTIVES)} a weight.")
 
 
 def load_parts(args: PretrainingModelArguments) -> tuple[TripsForPreTraining, TripsProcessor]:

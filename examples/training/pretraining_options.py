@@ -45,12 +45,6 @@ class PretrainingModelArguments(RetrievalModelArguments):
     def starts_from_weights(self) -> bool:
         return self.starts_from_parts or self.model_name_or_path is not None
 
-    @property
-    def needs_tokenizer(self) -> bool:
-        """Whether a tokenizer has to be trained."""
-        sources = (self.model_name_or_path, self.tokenizer_name, self.text_model_name_or_path)
-        return all(source is None for source in sources)
-
     def config_overrides(self) -> dict:
         names = ("mlm_weight", "prefix_lm_weight", "honest_masking")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -75,13 +69,19 @@ class PretrainingDataArguments(DataArguments):
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Pairs of a stream that are shuffled at a time, in each worker."}
     )
-    max_bad_share: float = field(
-        default=0.05, metadata={"help": "A stream stops at a larger share of pairs that cannot be used."}
+    max_bad_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Skip and count the pairs of a stream that cannot be used, and stop at a larger share of them. "
+            "Default: 0.05 with --skip_bad_rows, else 0: the first one stops it."
+        },
     )
 
     def __post_init__(self):
         if self.train_shards is not None and (self.train_file is not None or self.streaming):
             raise ValueError("--train_shards is a source of its own: leave --train_file and --streaming out.")
+        if self.max_bad_share is None:
+            self.max_bad_share = 0.05 if self.skip_bad_rows else 0.0
         if self.streaming and self.dataset_name is None:
             raise ValueError("--streaming streams a data set of the Hub: give --dataset_name.")
 

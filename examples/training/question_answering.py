@@ -10,12 +10,12 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
-from trips_examples.data.rows import without_long_texts
 from trips_examples.data.task_collators import VqaCollator
+from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_whole
-from trips_examples.training.models import load_model
+from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import load_data, train_and_evaluate
@@ -38,10 +38,10 @@ def train_question_answering(
     model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
 ) -> dict[str, float]:
     """Trains a model to answer questions, and evaluates it, as these options say; returns the metrics of both."""
-    data = load_data("vqa", data_args, training_args)
-    texts, side = data_args.vocabulary(data, "question", "answers"), data_args.scene_size("vqa")
-    model, processor = load_model(TripsForQuestionAnswering, model_args, texts, image_size=side)
-    data = without_long_texts(data, "question", processor, skip=data_args.skip_bad_rows)
+    start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.scene_size("vqa"))
+    data = load_data("vqa", data_args, training_args, start.patch_size)
+    model, processor = start.finish(data_args.vocabulary(data, "question", "answers"))
+    data = with_fitting_texts(data, "vqa", processor.tokenizer, skip=data_args.skip_bad_rows)
     model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
     metric = evaluate.load(VQA_ACCURACY)
 

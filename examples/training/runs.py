@@ -1,7 +1,7 @@
 """The order of a run: options, data, training, evaluation, the end."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import without_decoding
 from trips_examples.training.options import DataArguments, TripsTrainingArguments
@@ -35,32 +36,19 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
     return arguments
 
 
-def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments) -> DatasetDict:
+def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments, patch_size: int) -> DatasetDict:
     """
     The splits of a task (see `load_task_dataset`), as short as asked for, with images left encoded for the collators.
 
     Raises:
         ValueError: if there are bad rows, or no split to train or evaluate on as asked.
     """
-    data = load_task_dataset(
-        task,
-        args.dataset_name,
-        args.dataset_config_name,
-        train_file=args.train_file,
-        validation_file=args.validation_file,
-        train_annotations=args.train_annotations,
-        validation_annotations=args.validation_annotations,
-        train_split=args.train_split,
-        validation_split=args.validation_split,
-        image_root=args.image_root,
-        skip_bad_rows=args.skip_bad_rows,
-        grid=args.grid,
-        seed=training_args.seed,
-    )
-    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
-        if wanted and split not in data:
-            action = {"train": "--do_train", "validation": "--do_eval"}[split]
-            raise ValueError(f"There is no {split} split: give --{split}_file, or turn {action} off ({action} False).")
+    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
+    if args.files:  # before they are read
+        _check_splits(args.files, wanted)
+    bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=patch_size)
+    data = load_task_dataset(task, args, bad_rows, seed=training_args.seed)
+    _check_splits(data, wanted)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     for split, limit in limits.items():
         if limit is not None and split in data:
@@ -68,6 +56,13 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
     if "validation" in data and "image_id" in data["validation"].column_names:
         data["validation"] = data["validation"].sort("image_id")  # rows of one image share its computation
     return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
+
+
+def _check_splits(splits: Container[str], wanted: dict[str, bool]):
+    actions = {"train": "--do_train", "validation": "--do_eval"}
+    for split, action in actions.items():
+        if wanted[split] and split not in splits:
+            raise ValueError(f"There is no {split} split: give --{split}_file, or turn {action} off ({action} False).")
 
 
 def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:

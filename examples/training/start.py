@@ -18,16 +18,19 @@ from trips_examples.training.question_answering import train_question_answering
 
 logger = logging.getLogger(__name__)
 
+START_EPOCHS = 6.0
+
 
 @dataclass
 class StartedTrainingArguments(TripsTrainingArguments):
     """`TripsTrainingArguments` for a task that begins from a model which knows words and shapes."""
 
-    start_epochs: float = field(
-        default=6.0,
+    start_epochs: float | None = field(
+        default=None,
         metadata={
-            "help": "How often a model from scratch sees easy-VQA's questions before it trains on embedded scenes. 0: "
-            "never. That model is kept in easy_vqa in the output folder; a run that resumes does not train it again."
+            "help": "How often a model from scratch sees easy-VQA's questions before it trains on embedded scenes. "
+            "Default: 6; none in a short trial with --max_steps. That model is kept in easy_vqa in the output folder; "
+            "a run that resumes does not train it again."
         },
     )
     num_train_epochs: float = field(default=5.0, metadata={"help": "How often to train on each row."})
@@ -45,7 +48,19 @@ def start_from_questions(
     Returns:
         `ModelArguments`: those of a start from that model, or `model_args`.
     """
-    if model_args.model_name_or_path is not None or not data_args.is_embedded or training_args.start_epochs == 0:
+    if model_args.model_name_or_path is not None or not data_args.is_embedded or not training_args.do_train:
+        return model_args
+    if training_args.start_epochs is None and training_args.max_steps > 0:
+        logger.warning(
+            "A short trial (--max_steps %d): it skips the %g epochs on easy-VQA's questions that a whole run begins "
+            "with, and so learns little. --start_epochs %g does not skip them.",
+            training_args.max_steps,
+            START_EPOCHS,
+            START_EPOCHS,
+        )
+        return model_args
+    epochs = START_EPOCHS if training_args.start_epochs is None else training_args.start_epochs
+    if epochs == 0:
         return model_args
     if training_args.deepspeed_plugin is not None:
         raise ValueError(
@@ -54,13 +69,13 @@ def start_from_questions(
         )
     folder = Path(training_args.output_dir) / "easy_vqa"
     if training_args.resume_from_checkpoint is None or not (folder / "train_results.json").exists():
-        logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", training_args.start_epochs, folder)
+        logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", epochs, folder)
         questions_args = replace(  # type: ignore[call-arg]  # of fields that Transformers declares
             training_args,
             output_dir=str(folder),
             do_train=True,
             do_eval=False,
-            num_train_epochs=training_args.start_epochs,
+            num_train_epochs=epochs,
             max_steps=-1,
             per_device_train_batch_size=TripsTrainingArguments.per_device_train_batch_size,
             learning_rate=TripsTrainingArguments.learning_rate,

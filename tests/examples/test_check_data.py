@@ -176,6 +176,27 @@ def test_long_texts(folder, capsys):
     assert "give --tokenizer_name" in capsys.readouterr().err
 
 
+def test_unknown_words_are_told_and_no_fault(folder, capsys):
+    train_wordpiece_tokenizer(["what color is it? red"]).save_pretrained(folder / "tokenizer")
+    rows = [{"image": "a.png", "question": "what color is it?", "answer": answer} for answer in ("red", "zyx")]
+    given = ["--task", "vqa", "--train_file", write(folder / "t.jsonl", rows)]
+    code, report = run(folder, *given, "--tokenizer_name", str(folder / "tokenizer"))
+    assert code == 0 and report["faults"] == []
+    told = "train: 1 different answers hold words that the tokenizer does not know, e.g. 'zyx'"
+    assert report["unknown_words"] == [told] and told in capsys.readouterr().out
+
+
+def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
+    for name, side in (("p7", 7), ("p8", 8), ("p15", 15), ("p16", 16)):
+        PIL.Image.new("RGB", (64, side)).save(folder / f"{name}.png")
+    rows = [{"image": f"{name}.png", "caption": "a"} for name in ("p7", "p8", "p15", "p16")]
+    given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows)]
+    checkpoint = ["--tokenizer_name", str(checkpoints["TripsForRetrieval"])]  # patches of 8
+    for options, bad in (([], (1, 2, 3)), (["--patch_size", "9"], (1, 2)), (checkpoint, (1,))):
+        _, report = run(folder, *given, *options)
+        assert faults_of(report) == [(f"t.jsonl row {row}", "image smaller than a patch") for row in bad]
+
+
 def test_encoded_images(folder, monkeypatch):
     """In a table, as on the Hub and in Parquet, the images are decoded too."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")

@@ -47,7 +47,7 @@ def test_collator_decodes_each_image_once_and_keeps_left_and_right(processor):
 def test_a_broken_image_is_named_by_its_row(processor):
     bad = row("red", "blue", 1)
     bad["images"][1] = {"bytes": bad["images"][1]["bytes"][:50], "path": None}
-    with pytest.raises(ValueError, match="toy row red-blue: cannot read the image"):
+    with pytest.raises(ValueError, match="toy row red-blue: unreadable image"):
         Nlvr2Collator(processor)([row("green", "red", 0), bad])
 
 

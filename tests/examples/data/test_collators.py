@@ -88,10 +88,10 @@ def test_evaluation_label_is_the_most_common_answer(processor):
 def test_errors_name_the_row(processor):
     bad = row("a", 0, ["red"])
     bad["image"]["bytes"] = bad["image"]["bytes"][:60]
-    with pytest.raises(ValueError, match="toy row a-0.*cannot read the image"):
+    with pytest.raises(ValueError, match=r"^toy row a-0: unreadable image \(60 bytes: .*truncated.*\)\.$"):
         VqaCollator(processor)([bad])
     long = {**row("a", 0, ["red"]), "question": "red " * 100}
-    with pytest.raises(ValueError, match=r"text\[1\].*toy row b-1, toy row a-0"):
+    with pytest.raises(ValueError, match=r"text\[1\].* The batch is: toy row b-1, toy row a-0\.$"):
         VqaCollator(processor)([row("b", 1, ["no"]), long])
 
 
@@ -125,3 +125,20 @@ def test_rotated_photos_are_upright_before_they_are_augmented(processor):
         torch.manual_seed(seed)
         red, _, blue = collator(rows)["pixel_values"][0]
         assert (red[:20] > blue[:20]).all() and (red[-20:] < blue[-20:]).all()
+
+
+def test_an_image_that_cannot_be_used_is_named_by_its_row_alone(processor):
+    """Not by its batch: of 64 rows one is to be found."""
+    thin = {"bytes": None, "path": None}
+    for image, fault in (
+        (PIL.Image.new("RGB", (640, 7)), r"image smaller than a patch \(\d+ bytes: 640 x 7, a patch is 8 x 8\)"),
+        (
+            PIL.Image.new("F", (64, 64)),
+            r'image without a fixed range of grey values \(\d+ bytes: mode "F": scale it .*\)',
+        ),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, "TIFF")
+        bad = {**row("b", 1, ["no"]), "image": {**thin, "bytes": buffer.getvalue()}}
+        with pytest.raises(ValueError, match=rf"^toy row b-1: {fault}\.$"):
+            VqaCollator(processor)([row("a", 0, ["red"]), bad, row("c", 0, ["red"])])

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
+from loading import load
 
 from trips_examples.data.annotations import AnnotationFile, read_annotations, read_plain_pickle
-from trips_examples.data.loading import load_task_dataset
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def vqa(folder, subtype="train2014", questions=None):
 
 def test_vqa_finds_its_annotations(coco):
     file, _ = vqa(coco / "vqa")
-    rows = load_task_dataset("vqa", train_file=file, image_root=coco / "images")["train"]
+    rows = load("vqa", train_file=file, image_root=coco / "images")["train"]
     assert names_of(rows) == [
         f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009",) * 2 + ("000000581857",)
     ]
@@ -93,19 +93,19 @@ def test_vqa_with_annotations_and_images_elsewhere(coco):
     file, annotations = vqa(coco / "vqa")
     annotations = annotations.rename(coco / "answers.json")
     with pytest.raises(FileNotFoundError, match="--train_annotations.*v2_mscoco_train2014_annotations.json"):
-        load_task_dataset("vqa", train_file=file, image_root=coco / "images")
+        load("vqa", train_file=file, image_root=coco / "images")
     # All images in one folder, without those of the split
     folder = coco / "images" / "train2014"
-    rows = load_task_dataset("vqa", train_file=file, train_annotations=annotations, image_root=folder)["train"]
+    rows = load("vqa", train_file=file, train_annotations=annotations, image_root=folder)["train"]
     assert names_of(rows)[2] == "train2014/COCO_train2014_000000581857.jpg"
     with pytest.raises(ValueError, match="has no answers: --validation_annotations"):
-        load_task_dataset("vqa", validation_file=file, validation_annotations=file, image_root=folder)
+        load("vqa", validation_file=file, validation_annotations=file, image_root=folder)
 
 
 def test_vqa_question_without_answers_is_named(coco):
     file, _ = vqa(coco / "vqa", questions=[{"image_id": 9, "question": "Why?", "question_id": 1}, {"image_id": 9}])
     with pytest.raises(ValueError, match=r"row 1: no answer .*\n.*row 2: not as in .*VQAv2.*'question_id'"):
-        load_task_dataset("vqa", train_file=file, image_root=coco / "images")
+        load("vqa", train_file=file, image_root=coco / "images")
 
 
 def test_vqa_test_dev_has_the_images_of_test(coco):
@@ -129,13 +129,13 @@ def test_coco_captions(coco):
         {"image_id": 9, "id": 3, "caption": "Some food."},
     ]
     file = write(coco / "captions_train2014.json", {"info": {}, "images": images, "annotations": annotations})
-    rows = load_task_dataset("captions", train_file=file, image_root=coco / "images")["train"]
+    rows = load("captions", train_file=file, image_root=coco / "images")["train"]
     assert rows["caption"][:] == ["A plate.", "A bear.", "Some food."]
     assert rows["image_id"][:] == ["9", "581857", "9"]
     assert names_of(rows)[1] == "train2014/COCO_train2014_000000581857.jpg"
     write(file, {"images": images[:1], "annotations": annotations})
     with pytest.raises(ValueError, match=r"2 of the 3 rows .*\n.*row 1: not as in .*COCO.*9"):
-        load_task_dataset("captions", train_file=file, image_root=coco / "images")
+        load("captions", train_file=file, image_root=coco / "images")
 
 
 def test_coco_2017_names_its_folder_in_the_address(coco):
@@ -143,7 +143,7 @@ def test_coco_2017_names_its_folder_in_the_address(coco):
     images = [{"id": 139, "file_name": "000000000139.jpg", "coco_url": url}]
     content = {"images": images, "annotations": [{"image_id": 139, "caption": "A room."}]}
     file = write(coco / "captions.json", content)
-    rows = load_task_dataset("captions", validation_file=file, image_root=coco / "images")["validation"]
+    rows = load("captions", validation_file=file, image_root=coco / "images")["validation"]
     assert names_of(rows) == ["train2017/000000000139.jpg"]
 
 
@@ -166,23 +166,23 @@ def karpathy(file, splits, **more):
 def test_karpathy_splits(coco):
     more = {"filepath": lambda i: "val2014", "cocoid": lambda i: [391895, 60623][i % 2]}
     file = karpathy(coco / "dataset_coco.json", ["test", "restval", "val", "train"], **more)
-    loaded = load_task_dataset("captions", train_file=file, validation_file=file, image_root=coco / "images")
+    loaded = load("captions", train_file=file, validation_file=file, image_root=coco / "images")
     train, validation = loaded["train"], loaded["validation"]
     assert train["caption"][:] == ["Caption 2.", "Caption 3.", "Caption 6.", "Caption 7."]
     assert train["image_id"][:] == ["60623"] * 4
     assert train["source"][:] == ["dataset_coco.json row 2"] * 2 + ["dataset_coco.json row 4"] * 2
     assert validation["caption"][:] == ["Caption 4.", "Caption 5."]
     assert names_of(validation) == ["val2014/COCO_val2014_000000391895.jpg"] * 2
-    test = load_task_dataset("captions", validation_file=file, validation_split="test", image_root=coco / "images")
+    test = load("captions", validation_file=file, validation_split="test", image_root=coco / "images")
     assert test["validation"]["caption"][:] == ["Caption 0.", "Caption 1."]
     with pytest.raises(ValueError, match="no split 'dev', only test .1., train .2., val .1.: .*--validation_split"):
-        load_task_dataset("captions", validation_file=file, validation_split="dev", image_root=coco / "images")
+        load("captions", validation_file=file, validation_split="dev", image_root=coco / "images")
 
 
 def test_karpathy_of_flickr30k(coco):
     """It has neither folders nor numbers of COCO."""
     file = karpathy(coco / "dataset_flickr30k.json", ["train"])
-    rows = load_task_dataset("captions", train_file=file, image_root=coco / "images" / "val2014")["train"]
+    rows = load("captions", train_file=file, image_root=coco / "images" / "val2014")["train"]
     assert rows["image_id"][:] == ["0", "0"]
     assert names_of(rows)[0] == "val2014/COCO_val2014_000000391895.jpg"
 
@@ -220,7 +220,7 @@ def test_nlvr2(tmp_path, folders):
     dev = nlvr2(
         tmp_path / "dev.json", [nlvr2_line(f"dev-850-0-{i}", label) for i, label in ((0, "True"), (1, "False"))]
     )
-    loaded = load_task_dataset("nlvr2", train_file=train, validation_file=dev, image_root=tmp_path)
+    loaded = load("nlvr2", train_file=train, validation_file=dev, image_root=tmp_path)
     assert loaded["validation"]["label"][:] == [1, 0]
     assert loaded["validation"]["question_id"][:] == ["dev-850-0-0", "dev-850-0-1"]
     (row,) = loaded["train"]
@@ -233,7 +233,7 @@ def test_nlvr2_bad_rows_are_named(tmp_path):
     PIL.Image.new("L", (4, 4)).save(tmp_path / "dev-1-0-img0.png")
     lines = [nlvr2_line("dev-1-0-0", "True"), nlvr2_line("dev-1-0-1", "perhaps"), nlvr2_line(17, "True")]
     with pytest.raises(ValueError) as raised:
-        load_task_dataset("nlvr2", train_file=nlvr2(tmp_path / "dev.json", lines))
+        load("nlvr2", train_file=nlvr2(tmp_path / "dev.json", lines))
     assert re.search("row 1: missing image .*dev/dev-1-0-img1.png", str(raised.value))
     assert "row 2: label is not 1, 0, true or false ('perhaps')" in str(raised.value)
     assert "row 3: not as in NLVR2" in str(raised.value)
@@ -273,7 +273,7 @@ def refcoco(folder, protocol=0):
 def test_refcoco(coco, protocol):
     (coco / "refcoco").mkdir()
     file = refcoco(coco / "refcoco", protocol)
-    loaded = load_task_dataset(
+    loaded = load(
         "grounding", train_file=file, validation_file=file, validation_split="testA", image_root=coco / "images"
     )
     train, (test,) = loaded["train"], loaded["validation"]
@@ -283,7 +283,7 @@ def test_refcoco(coco, protocol):
     assert train["source"][:] == ["refs(unc).p row 2"] * 2
     assert (test["expression"], test["box"], test["image_id"]) == ("the whole", [0, 0, 40, 30], "581857")
     assert test["image"].size == (40, 30)
-    validation = load_task_dataset("grounding", validation_file=file, image_root=coco / "images")["validation"]
+    validation = load("grounding", validation_file=file, image_root=coco / "images")["validation"]
     assert validation["expression"][:] == ["it"]
 
 
@@ -292,12 +292,12 @@ def test_refcoco_needs_its_boxes(coco):
     file = refcoco(coco / "refcoco")
     (coco / "refcoco" / "instances.json").rename(coco / "boxes.json")
     with pytest.raises(FileNotFoundError, match="refs.unc..p goes with the boxes in instances.json: .*--train_annota"):
-        load_task_dataset("grounding", train_file=file, image_root=coco / "images")
+        load("grounding", train_file=file, image_root=coco / "images")
     given = {"train_annotations": coco / "boxes.json", "image_root": coco / "images"}
-    assert len(load_task_dataset("grounding", train_file=file, **given)["train"]) == 2
+    assert len(load("grounding", train_file=file, **given)["train"]) == 2
     write(coco / "boxes.json", {"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]})
     with pytest.raises(ValueError, match=r"row 2: not as in .*RefCOCO.*581857"):
-        load_task_dataset("grounding", train_file=file, **given)
+        load("grounding", train_file=file, **given)
 
 
 class Hostile:
@@ -318,7 +318,7 @@ def test_hostile_pickle_runs_nothing(tmp_path, protocol):
     content = pickle.dumps([{"ref_id": 1, "sentences": Hostile(tmp_path / "made")}], protocol)
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"refs.unc..p is not read: it refers to \w+.mkdir"):
-        load_task_dataset("grounding", train_file=file)
+        load("grounding", train_file=file)
     assert not (tmp_path / "made").exists()
     pickle.loads(content)  # the same file, read as anyone would
     assert (tmp_path / "made").exists()
@@ -352,7 +352,7 @@ def test_broken_and_other_pickles_are_named(tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            load_task_dataset("grounding", train_file=file)
+            load("grounding", train_file=file)
 
 
 # ALBEF's lists
@@ -362,7 +362,7 @@ def test_albef_captions(coco):
     images = ["train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000391895.jpg"]
     train = [{"image": images[0], "caption": f"Caption {i}.", "image_id": "coco_9"} for i in range(2)]
     test = [{"image": images[1], "caption": ["One.", "Two.", "Three."]}]
-    loaded = load_task_dataset(
+    loaded = load(
         "captions",
         train_file=write(coco / "coco_train.json", train),
         validation_file=write(coco / "coco_test.json", test),
@@ -380,9 +380,7 @@ def test_albef_questions(coco):
         {**image, "question_id": 5, "answer": ["red", "red", "blue"], "dataset": "vqa"},
         {**image, "question_id": 6, "answer": "green", "dataset": "vg"},
     ]
-    rows = load_task_dataset("vqa", train_file=write(coco / "vqa_train.json", records), image_root=coco / "images")[
-        "train"
-    ]
+    rows = load("vqa", train_file=write(coco / "vqa_train.json", records), image_root=coco / "images")["train"]
     assert rows["answers"][:] == [["red", "red", "blue"], ["green"]]
     assert rows["question_id"][:] == ["5", "6"]
 
@@ -390,9 +388,7 @@ def test_albef_questions(coco):
 def test_albef_nlvr2(coco):
     images = [f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009", "000000581857")]
     records = [{"images": images, "sentence": "Both.", "label": "True"}]
-    (row,) = load_task_dataset("nlvr2", train_file=write(coco / "nlvr.json", records), image_root=coco / "images")[
-        "train"
-    ]
+    (row,) = load("nlvr2", train_file=write(coco / "nlvr.json", records), image_root=coco / "images")["train"]
     assert (row["statement"], row["label"]) == ("Both.", 1)
     assert [np.asarray(image)[0, 0, 0] // 10 for image in row["images"]] == [0, 5]
 
@@ -403,14 +399,14 @@ def test_albef_grounding_takes_boxes_from_the_refs(coco):
     record = {"image": "train2014/COCO_train2014_000000581857.jpg", "text": "left", "ref_id": 11}
     file = write(coco / "refcoco+_train.json", [record, {**record, "ref_id": 12}])
     given = {"train_file": file, "image_root": coco / "images"}
-    rows = load_task_dataset("grounding", train_annotations=refs, **given)["train"]
+    rows = load("grounding", train_annotations=refs, **given)["train"]
     assert rows["box"][:] == [[1.5, 2.0, 11.5, 22.5], [0, 0, 40, 30]]
     assert rows["expression"][:] == ["left", "left"]
     with pytest.raises(ValueError, match=r"row 1: no box .*refs.unc..p with --train_annotations"):
-        load_task_dataset("grounding", **given)
+        load("grounding", **given)
     write(file, [record, {**record, "ref_id": 99}])
     with pytest.raises(ValueError, match="1 of the 2 rows .*\n.*row 2: not as in ALBEF.*99"):
-        load_task_dataset("grounding", train_annotations=refs, **given)
+        load("grounding", train_annotations=refs, **given)
 
 
 # What does not fit
@@ -421,23 +417,23 @@ def test_files_for_another_task_are_named(coco):
     with pytest.raises(
         ValueError, match="is a file of VQAv2's questions, which is for the task 'vqa', not 'captions'"
     ):
-        load_task_dataset("captions", train_file=file)
+        load("captions", train_file=file)
     with pytest.raises(ValueError, match="is a split by Karpathy, which is for the task 'captions', not 'nlvr2'"):
-        load_task_dataset("nlvr2", train_file=karpathy(coco / "dataset_coco.json", ["train"]))
+        load("nlvr2", train_file=karpathy(coco / "dataset_coco.json", ["train"]))
 
 
 def test_split_or_second_file_that_is_not_used_is_refused(coco):
     file, annotations = vqa(coco / "vqa")
     with pytest.raises(ValueError, match="VQAv2's questions, without splits: leave out --validation_split val"):
-        load_task_dataset("vqa", validation_file=file, validation_split="val")
+        load("vqa", validation_file=file, validation_split="val")
     dataset = karpathy(coco / "dataset_coco.json", ["train"])
     with pytest.raises(ValueError, match="without a second file: leave out --train_annotations .*annotations.json"):
-        load_task_dataset("captions", train_file=dataset, train_annotations=annotations)
+        load("captions", train_file=dataset, train_annotations=annotations)
     rows = write(coco / "rows.json", [{"image": "a", "question": "b", "answer": "c"}])
     with pytest.raises(ValueError, match="a list of rows, without a second file"):
-        load_task_dataset("vqa", train_file=rows, train_annotations=annotations)
+        load("vqa", train_file=rows, train_annotations=annotations)
     with pytest.raises(ValueError, match="train_annotations .*goes with train_file"):
-        load_task_dataset("vqa", validation_file=file, train_annotations=annotations)
+        load("vqa", validation_file=file, train_annotations=annotations)
 
 
 def test_public_file_that_is_not_whole_is_named(coco):
@@ -447,4 +443,4 @@ def test_public_file_that_is_not_whole_is_named(coco):
     with pytest.raises(
         ValueError, match="questions.json is a file of VQAv2's questions, but not whole: .*data_subtype"
     ):
-        load_task_dataset("vqa", train_file=write(file, content))
+        load("vqa", train_file=write(file, content))

@@ -171,7 +171,7 @@ def test_images_of_any_kind_and_captions_in_text_or_json(tmp_path):
 
 def test_each_pass_takes_one_of_several_captions(tmp_path):
     (tmp_path / "red.png").write_bytes(encoded())
-    rows = [{"image": "red.png", "caption": ["one", "two", " ", "three"]}]
+    rows = [{"image": "red.png", "caption": ["one", "two", "three"]}]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     stream = PairStream(find_shards([str(tmp_path / "*.json")]))
     drawn = captions(take(stream, 20))
@@ -230,7 +230,7 @@ def bad_tar(folder: Path, num_good: int) -> Path:
         {"key": "broken", "png": encoded(), "json": "{"},
         {"key": "latin", "png": encoded(), "txt": "caf\xe9".encode("latin-1")},
         {"key": "listed", "png": encoded(), "json": "[]"},
-        {"key": "number", "png": encoded(), "json": {"caption": 7}},
+        {"key": "number", "png": encoded(), "json": {"caption": {"en": "a"}}},
     ]
     return write_tar(folder / "bad.tar", samples)
 
@@ -245,15 +245,39 @@ def test_bad_pairs_are_skipped_counted_and_named(tmp_path):
     assert log.name == "bad_pairs-00000.jsonl"
     errors = {Path(pair["source"]).name: pair["error"] for pair in map(json.loads, log.read_text().splitlines())}
     assert errors.keys() == {"torn", "blank", "alone", "imageless", "broken", "latin", "listed", "number"}
-    assert "unreadable image" in errors["torn"] and errors["blank"] == "empty caption"
-    assert "no caption (its columns are image)" in errors["alone"] and "no image" in errors["imageless"]
+    assert "unreadable image" in errors["torn"] and errors["blank"] == "no caption (it has caption, image)"
+    assert errors["alone"] == "no caption (it has image)" and errors["imageless"] == "no image (it has caption)"
     assert "broken .json" in errors["broken"] and "utf-8" in errors["latin"]
-    assert errors["listed"] == ".json is not an object" and errors["number"] == "caption is not text"
+    assert errors["listed"] == ".json is not an object" and errors["number"] == "a caption is not text ({'en': 'a'})"
+
+
+def test_the_first_bad_pair_stops_a_stream_that_was_not_asked_to_skip(tmp_path):
+    (tmp_path / "red.png").write_bytes(encoded())
+    lines = ['{"image": "red.png", "caption": "a"}', '{"image": "red.png", "caption": ""}'] * 3
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    match = (
+        r"^pairs.jsonl row [246]: no caption \(it has image\)\. Mend it, or skip such pairs with --skip_bad_rows\.$"
+    )
+    with pytest.raises(ValueError, match=match):
+        take(PairStream(find_shards([str(tmp_path / "pairs.jsonl")])), 4)
+
+
+def test_a_shard_that_is_no_file_of_its_kind_is_named_and_the_next_one_is_read(tars, tmp_path):
+    """As a torn tar file is."""
+    (tmp_path / "broken.json").write_text("[{]")
+    (tmp_path / "broken.parquet").write_text("x")
+    shards = find_shards([f"{tmp_path}/*", tars.replace("{000..003}", "000")])
+    rows = take(PairStream(shards, max_bad_share=0.5, log_folder=tmp_path), 5)
+    assert set(captions(rows)) == {f"0-{number}" for number in range(5)}
+    named = [json.loads(line) for line in (tmp_path / "bad_pairs-00000.jsonl").read_text().splitlines()]
+    errors = {Path(pair["source"]).name: pair["error"] for pair in named}
+    assert "broken.json is no valid .json file: broken JSON" in errors["broken.json"]
+    assert "broken.parquet is no valid .parquet file" in errors["broken.parquet"]
 
 
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):
     path = bad_tar(tmp_path, num_good=30)
-    stream = PairStream(find_shards([str(path)]), log_folder=tmp_path)
+    stream = PairStream(find_shards([str(path)]), max_bad_share=0.05, log_folder=tmp_path)
     with pytest.raises(ValueError, match=r"8 of the first 38 pairs .* --max_bad_share 0.05 .*bad_pairs-00000.jsonl"):
         take(stream, 31)
     # Not at the first of many: a few bad ones say nothing.
@@ -272,7 +296,7 @@ def test_a_torn_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
 
 def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "missing.png", "caption": "a"}\n{"caption": ')
-    stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), log_folder=tmp_path)
+    stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), max_bad_share=1.0, log_folder=tmp_path)
     with pytest.raises(ValueError, match=r"no usable pair.*pairs.jsonl row 1: missing image .*missing.png"):
         take(stream, 1)
     lines = (tmp_path / "bad_pairs-00000.jsonl").read_text()
@@ -286,7 +310,7 @@ def test_captions_that_do_not_fit_are_bad(tars, tmp_path):
     shards = find_shards([str(write_tar(tmp_path / "long.tar", samples))])
     rows = take(PairStream(shards, tokenizer=tokenizer, max_bad_share=0.5, log_folder=tmp_path), 3)
     assert set(captions(rows)) == {"a a"}
-    assert "caption of more than 4 tokens" in (tmp_path / "bad_pairs-00000.jsonl").read_text()
+    assert "more than 4 tokens (caption has 5)" in (tmp_path / "bad_pairs-00000.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

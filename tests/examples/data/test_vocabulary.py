@@ -1,4 +1,4 @@
-"""The WordPiece tokenizer that is trained on texts."""
+"""The tokenizer that is trained on texts."""
 
 import subprocess
 import sys

@@ -6,7 +6,7 @@ from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProces
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-from trips_examples.training.models import load_model, make_processor
+from trips_examples.training.models import ModelStart, make_processor
 from trips_examples.training.options import ModelArguments
 
 
@@ -22,7 +22,7 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
     TripsForQuestionAnswering(config).save_pretrained(tmp_path)
     TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
     args = ModelArguments(model_name_or_path=str(tmp_path), image_size=96)
-    _, loaded = load_model(TripsForQuestionAnswering, args, [])
+    _, loaded = ModelStart(TripsForQuestionAnswering, args).finish([])
     image = PIL.Image.new("RGB", (300, 200), "black")
     image.paste("white", (0, 0, 150, 100))  # a quarter
     pixels = loaded(images=image, text="red", return_tensors="pt")["pixel_values"][0, 0]

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
-from toy_pairs import command, encoded, file_options, stream_options, write_pairs, write_parts
+from toy_pairs import command, encoded, file_options, make_tokenizer, stream_options, write_pairs, write_parts
 from transformers import AutoModel
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
@@ -47,7 +47,7 @@ def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
     args = PretrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, do_eval=False, use_cpu=True)
     for split in (None, "validation"):
         source = PretrainingDataArguments(dataset_name=str(tmp_path / "pairs"), streaming=True, train_split=split)
-        _, stream = load_pairs(source, args)
+        _, stream = load_pairs(source, args, patch_size=8, tokenizer=make_tokenizer())
         assert next(iter(stream))["caption"] == (split or "train")
 
 

@@ -43,6 +43,13 @@ def test_deepspeed_is_told_what_to_do(tmp_path):
     assert start_from_questions(ModelArguments(), DataArguments(), args) == ModelArguments()
 
 
+def test_a_short_trial_skips_the_start_and_says_so(tmp_path, caplog):
+    options = [f"--output_dir={tmp_path}", "--max_steps=1", "--train_scenes=4", "--validation_scenes=2"]
+    run_nlvr2.main([*options, *(option for option in FROZEN if "epochs" not in option)])
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "easy_vqa").exists()
+    assert "A short trial (--max_steps 1): it skips the 6 epochs on easy-VQA's questions" in caplog.text
+
+
 @pytest.mark.slow
 def test_no_start_from_a_checkpoint_for_own_data_or_where_none_is_asked_for(tmp_path):
     own = write_task("nlvr2", tmp_path)

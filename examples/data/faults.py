@@ -1,0 +1,86 @@
+"""Bad rows: what is wrong with one, and what becomes of those of a split."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+
+logger = logging.getLogger(__name__)
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates, which no file and no screen takes, written out as `\\ud800`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class BadRowError(ValueError):
+    """
+    A row that cannot be used.
+
+    Args:
+        reason (`str`): What is wrong, in words that are the same for all rows with the same fault.
+        detail (`str`, *optional*, defaults to `""`): The value at fault.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, printable(detail)
+        super().__init__(f"{self.reason} ({self.detail})" if detail else reason)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a row: where the row is from, a reason that rows share, the value at fault."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {BadRowError(self.reason, self.detail)}"
+
+
+@dataclass(frozen=True)
+class BadRows:
+    """
+    How closely to look for bad rows, and what becomes of them.
+
+    Args:
+        skip (`bool`, *optional*, defaults to `False`):
+            Whether to leave them out, with a warning that counts them, rather than to raise.
+        image_check (`str`, *optional*):
+            How to check images: `"header"`, `"verify"` or `"decode"`, see `inspect_image`. Default: `"decode"` where
+            rows are skipped, else `"verify"`. Scenes and easy-VQA are not checked unless it is given.
+        patch_size (`int`, *optional*, defaults to 1):
+            Side of the model's patches in pixels: images that are lower or narrower cannot be used.
+        collected (`list[Fault]`, *optional*):
+            Takes what is wrong with the rows, which is then not raised: the splits have the other rows.
+    """
+
+    skip: bool = False
+    image_check: str | None = None
+    patch_size: int = 1
+    collected: list[Fault] | None = None
+
+    def settle(self, faults: list[Fault], name: str, total: int):
+        """
+        Does with the faults of a split of `total` rows what is to become of them.
+
+        Raises:
+            `ValueError`: Where they are neither collected nor skipped, naming the first few.
+        """
+        if self.collected is not None:
+            self.collected.extend(faults)
+        elif faults and not self.skip:
+            raise ValueError(_described(faults, name, total))
+        elif faults:
+            reasons = Counter(fault.reason for fault in faults)
+            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
+
+
+def _described(faults: list[Fault], name: str, total: int, shown: int = 5) -> str:
+    lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:"]
+    lines += [f"  {fault}" for fault in faults[:shown]]
+    if len(faults) > shown:
+        lines.append(f"  and {len(faults) - shown} more")
+    return "\n".join([*lines, "Mend them, or leave them out with --skip_bad_rows."])

@@ -1,0 +1,132 @@
+"""Where the data of a task come from: the object that users fill in, and what can be wrong with it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trips_examples.data.annotations import AnnotationFile
+from trips_examples.data.formats import existing_file
+from trips_examples.data.scenes import check_scenes
+
+
+EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
+
+
+@dataclass
+class DataSource:
+    """
+    Where the data of a task come from: files, a data set of the Hub, or what is made of easy-VQA. The scripts have a
+    field of this as an option, with the help below.
+
+    **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. Rows count from 1:
+    the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. Where a list
+    is wanted, a cell of CSV holds a JSON list, or several texts separated by `|`. Columns by task:
+
+    - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
+    - `"captions"`: `image`, and `caption` (one) or `captions` (a list: a row is made of each)
+    - `"nlvr2"`: `images` (two) or `left_image` and `right_image`; `statement`; `label` (1, 0, true or false)
+    - `"grounding"`: `image`, `expression`, `box` ([x0, y0, x1, y1] in pixels, at most one pixel outside the image, and
+      cut to it)
+
+    An `image` is a path, in Parquet also the encoded image, as bytes or as a struct of `bytes` and `path`. `image_id`
+    (`image_ids` for `"nlvr2"`) and `question_id` are optional. Or a file is an annotation file of VQAv2, COCO,
+    Flickr30k, NLVR2, RefCOCO or ALBEF as it is, see `annotations`. Rows then count from 1 in the list of questions,
+    captions, images or refs. `train_file` or `validation_file` alone will do: there is that split only. Second files
+    are VQAv2's annotations, RefCOCO's `instances.json`, or RefCOCO's `refs(unc).p` for a list of ALBEF.
+
+    **The Hub** has data sets with the same columns, named by `dataset_name`.
+
+    **Embedded**: `dataset_name="easy_vqa"` is easy-VQA with its official split, whose test part is the split
+    `validation`, for the task `"vqa"` only, whose default it is. `"easy_vqa_scenes"`, the default of the other tasks,
+    are scenes made of its images, see `scene_records`; for `"nlvr2"` the numbers are those of statements.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), or the name of "
+            "a data set on the Hub."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public "
+            "annotation file as it is."
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
+    train_annotations: str | None = field(
+        default=None, metadata={"help": "The second file of VQAv2 and RefCOCO. Default: that of the official name."}
+    )
+    validation_annotations: str | None = field(default=None, metadata={"help": "As train_annotations."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Of a file or Hub data set with several splits. Default: train."}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that image paths are relative to. Default: that of their file."}
+    )
+    grid: int | None = field(
+        default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
+    )
+    train_scenes: int = field(default=4000, metadata={"help": "How many easy_vqa_scenes to train on."})
+    validation_scenes: int = field(default=1000, metadata={"help": "How many easy_vqa_scenes to evaluate on."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for tables with images. Default: that of the datasets library."}
+    )
+
+    @property
+    def splits(self) -> dict[str, str | None]:
+        """What to take for each of our splits, where that is given."""
+        return {"train": self.train_split, "validation": self.validation_split}
+
+    @property
+    def files(self) -> dict[str, AnnotationFile]:
+        """The file of each split that has one."""
+        files = {
+            "train": AnnotationFile.of(self.train_file, self.train_annotations, "train", self.train_split),
+            "validation": AnnotationFile.of(
+                self.validation_file, self.validation_annotations, "val", self.validation_split
+            ),
+        }
+        return {split: file for split, file in files.items() if file is not None}
+
+    def name_for(self, task: str) -> str:
+        """The name of a data set that is not in files."""
+        return self.dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
+
+    def check(self, task: str):
+        """
+        Finds what is wrong with this before anything is read.
+
+        Raises:
+            `ValueError`: Where fields contradict each other or the task.
+            `FileNotFoundError`: Where a file or `image_root` does not exist.
+        """
+        files = self.files
+        if files and self.dataset_name is not None:
+            raise ValueError(
+                f"dataset_name is {self.dataset_name!r}, and there are files as well ({sorted(files)}): give one or "
+                "the other."
+            )
+        if self.image_root is not None and not files:
+            root = str(self.image_root)
+            raise ValueError(f"image_root (is {root!r}) goes with train_file or validation_file: give one.")
+        for file in files.values():
+            existing_file(file.path)
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            raise FileNotFoundError(f"There is no folder {self.image_root}: image_root is the one the images are in.")
+        if not files and self.name_for(task) in EMBEDDED_DATASETS:
+            self._check_embedded(self.name_for(task), task)
+
+    def _check_embedded(self, name: str, task: str):
+        if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
+            raise ValueError(f"{' and '.join(chosen)}: {name} has its own splits, leave them out.")
+        if name == "easy_vqa" and task != "vqa":
+            raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
+        if name == "easy_vqa_scenes":
+            check_scenes(task, "train", self.train_scenes, self.grid)
+            check_scenes(task, "test", self.validation_scenes, self.grid)

@@ -1,0 +1,162 @@
+"""From a record to rows of a task's schema, and from all records to a split."""
+
+import reprlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, Features, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils import tqdm
+
+from trips_examples.data.annotations import AnnotationFile, read_annotations
+from trips_examples.data.faults import BadRowError, BadRows, Fault
+from trips_examples.data.images import Found, ImageFinder, TableImageFinder, has_encoded_images, images_of_table
+from trips_examples.data.tasks import SCENE_FEATURES, Task, has_area, is_missing, list_of, text_of
+
+
+class RowMaker:
+    """
+    Makes the rows of a split.
+
+    Args:
+        task (`Task`)
+        name (`str`): Of the split, for `source` and errors.
+        find_images (`Callable[[int, dict], list[Found]]`): Given a record's number and the record.
+    """
+
+    def __init__(self, task: Task, name: str, find_images: Callable[[int, dict], list[Found]]):
+        self.task, self.name, self.find_images = task, name, find_images
+        self.path_of_id: dict[str, str] = {}
+
+    def __call__(self, number: int, record: dict) -> list[dict]:
+        texts = self.task.read_texts(record)
+        found = self.find_images(number, record)
+        images, image_ids = [image for image, _, _ in found], self.image_ids(number, record, found)
+        if self.task.image_column == "image":
+            shared = {"image": images[0], "image_id": image_ids[0]}
+        else:
+            shared = {"images": images, "image_ids": image_ids}
+        shared["source"] = f"{self.name} row {number}"
+        for row in texts:
+            if "question_id" in row:
+                row["question_id"] = row["question_id"] or str(number)
+            if "box" in row and found[0].size is not None:
+                row["box"] = _within(row["box"], found[0].size)
+        return [{**shared, **row} for row in texts]
+
+    def image_ids(self, number: int, record: dict, found: list[Found]) -> list[str]:
+        if self.task.image_column == "image":
+            given, defaults = [record.get("image_id")], [f"{self.name} {number}"]
+        else:
+            given = record.get("image_ids")
+            given = [None, None] if is_missing(given) else list_of(given, "image_ids")
+            defaults = [f"{self.name} {number} left", f"{self.name} {number} right"]
+        if len(given) != len(found):
+            raise BadRowError("not two image_ids", reprlib.repr(given))
+        ids = [text_of(value, "image_id") for value in given]
+        ids = [id or image.path or default for id, image, default in zip(ids, found, defaults)]
+        for id, image in zip(ids, found):
+            if self.path_of_id.setdefault(id, image.path) != image.path:
+                raise BadRowError("image_id of two images", f"{id}: {self.path_of_id[id]} and {image.path}")
+        return ids
+
+
+def _within(box: list[float], size: tuple[int, int], tolerance: float = 1.0) -> list[float]:
+    """The box cut to the image: data sets round corners, so that some are off by less than a pixel."""
+    limits = [*size, *size]
+    if any(not -tolerance <= value <= limit + tolerance for value, limit in zip(box, limits)):
+        raise BadRowError("box outside the image", f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}")
+    cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
+    if not has_area(cut):
+        raise BadRowError("box outside the image", f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}")
+    return cut
+
+
+@dataclass(frozen=True)
+class SplitReader:
+    """
+    Reads the splits of a task.
+
+    Args:
+        task (`Task`)
+        bad_rows (`BadRows`): What becomes of rows that cannot be used.
+        cache_dir (`str`, *optional*): Folder for tables with images.
+    """
+
+    task: Task
+    bad_rows: BadRows
+    cache_dir: str | None = None
+
+    @property
+    def image_check(self) -> str:
+        return self.bad_rows.image_check or ("decode" if self.bad_rows.skip else "verify")
+
+    def read_file(self, file: AnnotationFile, image_root: str | Path | None) -> Dataset:
+        name = file.path.name
+        if has_encoded_images(file.path, self.task):
+            return self.read_table(self._parquet(file.path), name)
+        folder = file.path.parent if image_root is None else Path(image_root)
+        find_images = ImageFinder(self.task, folder, self.image_check, self.bad_rows.patch_size)
+        make_rows = RowMaker(self.task, name, find_images)
+        return _as_dataset(self.good_rows(read_annotations(file, self.task.name), make_rows, name), self.task.features)
+
+    def _parquet(self, file: Path) -> Dataset:
+        try:
+            return load_dataset("parquet", data_files=str(file), split="train", cache_dir=self.cache_dir)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{file} is no valid .parquet file: {error.__cause__}. Mend or convert it.") from error
+
+    def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
+        check, patch_size = self.bad_rows.image_check, self.bad_rows.patch_size
+        make_known_rows = RowMaker(self.task, name, ImageFinder(self.task, Path(), check, patch_size))
+
+        def make_rows(number: int, record: dict) -> list[dict]:
+            extra = {"target_box": record["target_box"]} if "target_box" in record else {}
+            return [{**row, **extra} for row in make_known_rows(number, record)]
+
+        rows = self.good_rows(enumerate(records, start=1), make_rows, name)
+        return _as_dataset(rows, SCENE_FEATURES if rows and "target_box" in rows[0] else self.task.features)
+
+    def read_table(self, table: Dataset, name: str) -> Dataset:
+        images = images_of_table(table, self.task, name)
+        find_images = TableImageFinder(images, self.task, self.image_check, self.bad_rows.patch_size)
+        make_known_rows = RowMaker(self.task, name, find_images)
+        indices = []
+
+        def make_rows(number: int, record: dict) -> list[dict]:
+            rows = make_known_rows(number, record)
+            indices.extend([number - 1] * len(rows))
+            return rows
+
+        # The images stay where they are: only the texts are read.
+        texts = table.select_columns([column for column in table.column_names if column in self.task.columns])
+        rows = self.good_rows(enumerate(texts, start=1), make_rows, name)
+        features = {name: feature for name, feature in self.task.features.items() if name != self.task.image_column}
+        rows = _as_dataset(rows, Features(features))
+        return concatenate_datasets([images.select(indices), rows], axis=1).select_columns(list(self.task.features))
+
+    def good_rows(
+        self,
+        records: Iterable[tuple[int, dict | BadRowError]],
+        make_rows: Callable[[int, dict], list[dict]],
+        name: str,
+    ) -> list[dict]:
+        """All `make_rows(number, record)`. A record may be an error already: a line that is no JSON."""
+        rows, faults, total = [], [], 0
+        for number, record in tqdm(records, desc=f"Reading {name}", unit=" rows"):
+            total += 1
+            try:
+                if isinstance(record, BadRowError):
+                    raise record
+                rows += make_rows(number, record)
+            except BadRowError as error:
+                faults.append(Fault(f"{name} row {number}", error.reason, error.detail))
+        self.bad_rows.settle(faults, name, total)
+        if not rows and self.bad_rows.collected is None:
+            raise ValueError(f"{name} has no row that can be used: it needs the columns {self.task.needs}.")
+        return rows
+
+
+def _as_dataset(rows: list[dict], features: Features) -> Dataset:
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)

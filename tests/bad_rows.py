@@ -1,0 +1,197 @@
+"""Every kind of row that cannot be used, by task: the record, and the reason that all who read it give."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+
+
+PATCH_SIZE = 8
+WORDS = ["what color is it? red two dogs on grass left both are the dog"]
+GOOD = {
+    "vqa": {"image": "good.png", "question": "what color is it?", "answer": "red"},
+    "captions": {"image": "good.png", "caption": "two dogs on grass"},
+    "nlvr2": {"images": ["good.png", "good.jpg"], "statement": "both are red", "label": True},
+    "grounding": {"image": "good.png", "expression": "the dog", "box": [4, 4, 20, 20]},
+}
+TEXT = {"vqa": "question", "captions": "caption", "nlvr2": "statement", "grounding": "expression"}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """
+    A kind of bad row: a record, or a line that is none, and the reason. `found` says at the latest by what it is:
+    `"reading"` the file, the `"tokenizer"`, or `"decoding"` the image, which a run does in its batches unless it was
+    asked to skip bad rows. `file` is the name of the image that is bad, where there is one.
+    """
+
+    record: dict | str
+    reason: str
+    found: str = "reading"
+    file: str | None = None
+
+    @property
+    def line(self) -> str:
+        return self.record if isinstance(self.record, str) else json.dumps(self.record)
+
+
+def write_images(folder: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(pixels)
+    for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.bmp", "cut.tiff", "cut.png", "cut.webp"):
+        image.save(folder / name)
+    for path in folder.glob("cut.*"):
+        path.write_bytes(path.read_bytes()[:-200])
+    flipped = bytearray((folder / "good.png").read_bytes())
+    flipped[-40] ^= 1
+    (folder / "flipped.png").write_bytes(flipped)
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    PIL.Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    PIL.Image.new("RGB", (640, PATCH_SIZE - 1)).save(folder / "banner.png")
+    PIL.Image.new("F", (40, 32)).save(folder / "mode_f.tiff")
+    PIL.Image.new("I", (40, 32)).save(folder / "mode_i.tiff")
+
+
+def bad_rows(task: str) -> list[BadRow]:
+    return [*_LINES, *_bad_images(task), *_bad_texts(task), *_OF_TASK[task]]
+
+
+_LINES = [
+    BadRow('{"image": "good.png", "question', "broken JSON"),
+    BadRow("[" * 100_000, "broken JSON"),
+    BadRow('{"image": ' + "9" * 6000 + "}", "broken JSON"),
+    BadRow("3", "not a JSON object"),
+    BadRow('["image"]', "not a JSON object"),
+]
+
+
+def _bad_images(task: str) -> list[BadRow]:
+    return [
+        *(BadRow(_with_image(task, image), reason) for image, reason in _NO_FILES),
+        *(BadRow(_with_image(task, file), reason, found, file) for file, reason, found in _FILES),
+    ]
+
+
+def _with_image(task: str, image: Any) -> dict:
+    if task == "nlvr2":
+        return {**GOOD[task], "images": ["good.png", image]}
+    return {**GOOD[task], "image": image}
+
+
+_NO_FILES = [
+    (None, "no image"),
+    ("", "no image"),
+    ({"url": "x"}, "image is not text"),
+    ({"bytes": None, "path": "none.png"}, "missing image"),
+    ("\ud800.png", "image is not valid Unicode"),
+    ("none.png", "missing image"),
+    ("nul\0.png", "unreadable image"),
+    ("folder.png", "unreadable image"),
+]
+_FILES = [
+    ("text.png", "unreadable image", "reading"),
+    ("empty.png", "unreadable image", "reading"),
+    ("cut.png", "unreadable image", "reading"),
+    ("flipped.png", "unreadable image", "reading"),
+    ("cut.jpg", "unreadable image", "reading"),
+    ("cut.webp", "unreadable image", "reading"),
+    ("cut.gif", "unreadable image", "decoding"),
+    ("cut.bmp", "unreadable image", "decoding"),
+    ("cut.tiff", "unreadable image", "decoding"),
+    ("pixel.png", "image smaller than a patch", "reading"),
+    ("banner.png", "image smaller than a patch", "reading"),
+    ("mode_f.tiff", "image without a fixed range of grey values", "reading"),
+    ("mode_i.tiff", "image without a fixed range of grey values", "reading"),
+]
+
+
+def _bad_texts(task: str) -> list[BadRow]:
+    text = TEXT[task]
+    name = "a caption" if task == "captions" else text
+
+    def of(value: Any, reason: str, found: str = "reading") -> BadRow:
+        return BadRow({**GOOD[task], text: value}, reason, found)
+
+    return [
+        BadRow({name: value for name, value in GOOD[task].items() if name != text}, f"no {text}"),
+        of(None, f"no {text}"),
+        of(" \n", f"no {text}"),
+        of("\x00\x01", f"no {text}"),
+        of("\u200b", f"no {text}"),
+        of(float("nan"), f"no {text}"),
+        of(True, f"{name} is not text"),
+        of({"0": "a"}, f"{name} is not text"),
+        of("half a \ud83d", f"{name} is not valid Unicode"),
+        of("\ufffd", f"{text} without tokens", "tokenizer"),
+        of("red " * 63, "more than 64 tokens", "tokenizer"),
+    ]
+
+
+def _id(task: str, value: Any, reason: str) -> BadRow:
+    return BadRow({**GOOD[task], "image_id": value}, reason)
+
+
+_QUESTION, _CAPTION, _STATEMENT, _EXPRESSION = (GOOD[task] for task in ("vqa", "captions", "nlvr2", "grounding"))
+_OF_TASK = {
+    "vqa": [
+        BadRow({"image": "good.png", "question": "what?"}, "no answer"),
+        BadRow({**_QUESTION, "answer": [" ", ""]}, "no answer"),
+        BadRow({**_QUESTION, "answer": True}, "an answer is not text"),
+        BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
+        BadRow({**_QUESTION, "answers": 5}, "answers is not a list"),
+        BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
+        BadRow({**_QUESTION, "answers": ["red", "\udfff"]}, "an answer is not valid Unicode"),
+        BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
+        BadRow({**_QUESTION, "answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
+        BadRow({**_QUESTION, "question_id": {"a": 1}}, "question_id is not text"),
+        _id("vqa", ["a"], "image_id is not text"),
+    ],
+    "captions": [
+        BadRow({**_CAPTION, "captions": ["two dogs", " "]}, "an empty caption"),
+        BadRow({**_CAPTION, "captions": ["two dogs", 5, None]}, "an empty caption"),
+        BadRow({**_CAPTION, "captions": "[two dogs"}, "captions is not a JSON list"),
+        BadRow({**_CAPTION, "captions": {"raw": "two"}}, "captions is not a list"),
+        _id("captions", {"a": 1}, "image_id is not text"),
+        _id("captions", "\ud800", "image_id is not valid Unicode"),
+    ],
+    "nlvr2": [
+        BadRow({**_STATEMENT, "images": ["good.png"]}, "not two images"),
+        BadRow({**_STATEMENT, "images": "good.png"}, "not two images"),
+        BadRow({**_STATEMENT, "images": 5}, "images is not a list"),
+        BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no right_image"),
+        BadRow({**_STATEMENT, "image_ids": ["x"]}, "not two image_ids"),
+        BadRow({**_STATEMENT, "image_ids": ["x", "x"]}, "image_id of two images"),
+        BadRow({**_STATEMENT, "label": None}, "no label"),
+        BadRow({**_STATEMENT, "label": float("nan")}, "no label"),
+        BadRow({**_STATEMENT, "label": 2}, "label is not 1, 0, true or false"),
+        BadRow({**_STATEMENT, "label": 0.5}, "label is not 1, 0, true or false"),
+        BadRow({**_STATEMENT, "label": [1]}, "label is not text"),
+    ],
+    "grounding": [
+        BadRow({**_EXPRESSION, "box": None}, "no box"),
+        BadRow({**_EXPRESSION, "box": []}, "no box"),
+        BadRow({**_EXPRESSION, "box": 5}, "box is not four numbers"),
+        BadRow({**_EXPRESSION, "box": [0, 0, 1]}, "box is not four numbers"),
+        BadRow({**_EXPRESSION, "box": [0, 0, 1, [1]]}, "box is not four numbers"),
+        BadRow({**_EXPRESSION, "box": [0, 0, "nan", 1]}, "box is not four numbers"),
+        BadRow({**_EXPRESSION, "box": [0, 0, 10**400, 1]}, "box is not four numbers"),
+        BadRow({**_EXPRESSION, "box": [2, 0, 2, 1]}, "box without area"),
+        BadRow({**_EXPRESSION, "box": [0, 0, 1e-9, 1]}, "box without area"),
+        BadRow({**_EXPRESSION, "box": [0, 0, 42, 30]}, "box outside the image"),
+        BadRow({**_EXPRESSION, "box": [40, 0, 40.5, 30]}, "box outside the image"),
+    ],
+}
+
+
+def tokenizer():
+    """One that knows none of the characters of the texts above that are to have no tokens."""
+    trained = train_wordpiece_tokenizer(WORDS)
+    trained.model_max_length = 64
+    return trained

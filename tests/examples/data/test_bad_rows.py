@@ -1,0 +1,162 @@
+"""One rule for bad rows: whoever reads a row says the same of it, before training where it can be known."""
+
+import json
+import logging
+from itertools import islice
+
+import pytest
+from bad_rows import GOOD, PATCH_SIZE, bad_rows, tokenizer, write_images
+from datasets import Dataset
+
+from modeling_trips import TripsConfig
+from trips_examples import check_data
+from trips_examples.data.faults import BadRows
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.rows import without_decoding
+from trips_examples.data.shards import find_shards
+from trips_examples.data.source import DataSource
+from trips_examples.data.streams import PairStream
+from trips_examples.data.task_collators import (
+    CaptionCollator,
+    GroundingCollator,
+    Nlvr2Collator,
+    RetrievalCollator,
+    VqaCollator,
+)
+from trips_examples.data.tasks import TASKS
+from trips_examples.data.texts import with_fitting_texts
+from trips_examples.training.models import make_processor
+
+
+COLLATORS = {
+    "vqa": [VqaCollator],
+    "captions": [CaptionCollator, RetrievalCollator],
+    "nlvr2": [Nlvr2Collator],
+    "grounding": [GroundingCollator],
+}
+each_task = pytest.mark.parametrize("task", TASKS)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(tokenizer(), TripsConfig.from_preset("tiny"))
+
+
+def write(folder, task, rows) -> str:
+    """A file whose row 1 is good, and row 2 the first of the bad ones."""
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join([json.dumps(GOOD[task]), *(row.line for row in rows)]))
+    return str(file)
+
+
+def said(faults) -> dict[str, str]:
+    """The reason by source."""
+    return {fault.source: fault.reason for fault in faults}
+
+
+def expected(rows, *found: str) -> dict[str, str]:
+    return {f"rows.jsonl row {number}": row.reason for number, row in enumerate(rows, start=2) if row.found in found}
+
+
+def collate(processor, task, dataset):
+    """Every row in a batch of its own; what stops a batch, by source."""
+    stopped = {}
+    for collator in COLLATORS[task]:
+        for training in (False, True):
+            for row in without_decoding(dataset):
+                try:
+                    collator(processor, training=training, augment=training)([row])
+                except ValueError as error:
+                    stopped[row["source"]] = str(error)
+    return stopped
+
+
+@each_task
+def test_a_run_names_them_before_training_or_in_the_batch(task, folder, processor):
+    rows = bad_rows(task)
+    source = DataSource(train_file=write(folder, task, rows))
+    faults = []
+    data = load_task_dataset(task, source, BadRows(patch_size=PATCH_SIZE, collected=faults))
+    assert said(faults) == expected(rows, "reading")
+    with pytest.raises(ValueError, match=f"{len(faults)} of the {len(rows) + 1} rows of rows.jsonl") as raised:
+        load_task_dataset(task, source, BadRows(patch_size=PATCH_SIZE))
+    assert [line.strip() for line in str(raised.value).splitlines()[1:6]] == list(map(str, faults[:5]))
+
+    unfit = expected(rows, "tokenizer")
+    with pytest.raises(ValueError, match=f"{len(unfit)} of the .* rows of train") as raised:
+        with_fitting_texts(data, task, processor.tokenizer, skip=False)
+    assert all(f"{source}: {reason} (" in str(raised.value) for source, reason in unfit.items())
+
+    data = with_fitting_texts(data, task, processor.tokenizer, skip=True)
+    stopped = collate(processor, task, data["train"])
+    assert stopped.keys() == expected(rows, "decoding").keys()
+    assert all(error.startswith(f"{source}: unreadable image (") for source, error in stopped.items())
+
+
+@each_task
+def test_a_run_that_may_skip_skips_and_counts_them_all(task, folder, processor, caplog):
+    rows = bad_rows(task)
+    source = DataSource(train_file=write(folder, task, rows))
+    with caplog.at_level(logging.WARNING):
+        data = load_task_dataset(task, source, BadRows(skip=True, patch_size=PATCH_SIZE))
+        data = with_fitting_texts(data, task, processor.tokenizer, skip=True)
+    assert data["train"]["source"][:] == ["rows.jsonl row 1"]
+    assert collate(processor, task, data["train"]) == {}
+    read, unfit = (len(expected(rows, *found)) for found in (("reading", "decoding"), ("tokenizer",)))
+    assert f"Skipped {read} of the {len(rows) + 1} rows of rows.jsonl (" in caplog.text
+    assert f"Skipped {unfit} of the {unfit + 1} rows of train (" in caplog.text
+
+
+@each_task
+def test_check_data_names_them_all_in_the_same_words(task, folder, processor):
+    rows = bad_rows(task)
+    processor.save_pretrained(folder / "checkpoint")
+    given = ["--task", task, "--train_file", write(folder, task, rows), "--tokenizer_name", str(folder / "checkpoint")]
+    report = folder / "report.json"
+    assert check_data.main([*given, "--output_json", str(report)]) == 1
+    faults = {fault["source"]: fault["reason"] for fault in json.loads(report.read_text())["faults"]}
+    assert faults == expected(rows, "reading", "tokenizer", "decoding")
+
+
+def test_a_stream_names_them_all_in_the_same_words(folder, processor):
+    rows = bad_rows("captions")
+    stream = PairStream(
+        find_shards([write(folder, "captions", rows)]),
+        tokenizer=processor.tokenizer,
+        patch_size=PATCH_SIZE,
+        max_bad_share=1.0,
+        log_folder=folder,
+    )
+    pairs = list(islice(stream, 2))  # the second pass begins when all have been seen
+    assert [pair["source"] for pair in pairs] == ["rows.jsonl row 1"] * 2
+    lines = (folder / "bad_pairs-00000.jsonl").read_text().splitlines()
+    named = {pair["source"]: pair["error"].partition(" (")[0] for pair in map(json.loads, lines)}
+    assert named == expected(rows, "reading", "tokenizer", "decoding")
+
+
+@each_task
+def test_images_in_a_table_are_looked_at_as_closely(task, folder):
+    """Of Parquet files with encoded images, and so of the Hub, whose tables are read in the same way."""
+    column = TASKS[task].image_column
+    rows = [row for row in bad_rows(task) if row.file is not None]
+
+    def with_encoded_images(record):
+        names = record[column] if isinstance(record[column], list) else [record[column]]
+        images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in names]
+        return {**record, column: images if task == "nlvr2" else images[0]}
+
+    file = folder / "rows.parquet"
+    Dataset.from_list(
+        [with_encoded_images(record) for record in [GOOD[task], *(row.record for row in rows)]]
+    ).to_parquet(file)
+    source = DataSource(train_file=str(file), cache_dir=str(folder / "cache"))
+    for check, found in (("verify", ["reading"]), ("decode", ["reading", "decoding"])):
+        faults = []
+        load_task_dataset(task, source, BadRows(image_check=check, patch_size=PATCH_SIZE, collected=faults))
+        assert {fault.source.replace("parquet", "jsonl"): fault.reason for fault in faults} == expected(rows, *found)

@@ -1,0 +1,79 @@
+"""easy-VQA and its scenes as rows, checked against pixels."""
+
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from loading import load
+from test_scenes import color_and_shape
+
+from trips_examples.data.scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
+from trips_examples.data.tasks import SCENE_FEATURES, TASKS, VQA_FEATURES
+
+
+@pytest.fixture(scope="module")
+def easy_vqa_dataset():
+    pytest.importorskip("easy_vqa")
+    return load("vqa")
+
+
+def test_easy_vqa_has_its_official_split(easy_vqa_dataset):
+    assert list(easy_vqa_dataset) == ["train", "validation"]
+    counts = {"train": (38575, 4000), "validation": (9673, 1000)}
+    for split, (questions, images) in counts.items():
+        rows = easy_vqa_dataset[split]
+        assert (len(rows), len(set(rows["image_id"]))) == (questions, images)
+        assert {answer for answers in rows["answers"] for answer in answers} == {
+            *EASY_VQA_COLORS,
+            *EASY_VQA_SHAPES,
+            "yes",
+            "no",
+        }
+    assert not set(easy_vqa_dataset["train"]["image_id"]) & set(easy_vqa_dataset["validation"]["image_id"])
+
+
+def test_easy_vqa_row(easy_vqa_dataset):
+    rows = easy_vqa_dataset["validation"]
+    assert rows.features == VQA_FEATURES
+    row = rows[2]
+    assert row["source"] == "easy_vqa test row 3"
+    assert (row["image"].size, row["image"].mode) == ((64, 64), "RGB")
+
+
+def test_easy_vqa_answers_fit_the_pixels(easy_vqa_dataset):
+    """Also that each question has got the image it is about."""
+    rows = easy_vqa_dataset["train"].select(range(0, 38575, 97))
+    seen = Counter()
+    for row in rows:
+        color, shape = color_and_shape(np.asarray(row["image"]))
+        if row["answers"][0] in {"yes", "no"}:
+            negated = bool(re.search(r"\b(no|not)\b", row["question"]))
+            named = bool({color, shape} & set(re.findall(r"\w+", row["question"])))
+            assert row["answers"] == ["yes" if named != negated else "no"], row
+        else:
+            assert row["answers"][0] in {color, shape}, row
+        seen[row["answers"][0]] += 1
+    assert len(seen) == 13
+
+
+def test_missing_easy_vqa_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(ImportError, match="pip install easy-vqa"):
+        load("vqa", "easy_vqa")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scenes_of_each_task(task):
+    pytest.importorskip("easy_vqa")
+    loaded = load(task, "easy_vqa_scenes", train_scenes=3, validation_scenes=2, seed=5)
+    assert list(loaded) == ["train", "validation"]
+    for split, part, number in (("train", "train", 3), ("validation", "test", 2)):
+        rows, records = loaded[split], list(scene_records(task, part, number, seed=5))
+        assert rows.features == (SCENE_FEATURES if task == "vqa" else TASKS[task].features)
+        texts = [row[TASKS[task].text] for row in rows]
+        several = [record.get("captions") or [record[TASKS[task].text]] for record in records]
+        assert texts == sum(several, [])
+        number = 1 + len(texts) // (3 if task == "captions" else 1) - 1
+        assert rows[-1]["source"] == f"easy_vqa_scenes {part} row {number}"

@@ -1,0 +1,71 @@
+"""Wrong options are told before any data are read: the file of every run here has a row that would stop it, too."""
+
+import importlib
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+
+SCRIPTS = ["run_vqa", "run_captioning", "run_retrieval", "run_nlvr2", "run_grounding", "run_pretraining"]
+
+
+# Transformers' configurations raise errors of the last kind.
+ERRORS = (ValueError, OSError, StrictDataclassError)
+
+
+@pytest.fixture
+def options(tmp_path) -> list[str]:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "none.png"}))
+    return [
+        f"--train_file={tmp_path / 'rows.jsonl'}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--do_eval=False",
+        "--max_steps=1",
+        "--use_cpu=True",
+    ]
+
+
+def error_of(script: str, options: list[str]) -> str:
+    with pytest.raises(ERRORS) as raised:
+        importlib.import_module(f"trips_examples.{script}").main(options)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_looks_at_the_model_before_the_data(script, options):
+    assert "rows.jsonl row 1: no " in error_of(script, options)
+    assert "keep_rate" in error_of(script, [*options, "--keep_rate=2"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--selection_layers=9", "selection_layers"),
+        ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
+        ("--fusion_type=none", "fusion_type"),
+        ("--preset=huge", "huge"),
+        ("--tokenizer_name=nowhere", "find them in the cached files"),
+        ("--model_name_or_path=nowhere", "nowhere"),
+        ("--image_root=nowhere", "no folder nowhere"),
+        ("--validation_file=nowhere.json", "no file nowhere.json"),
+        ("--validation_annotations=nowhere.json", "goes with validation_file"),
+        ("--dataset_name=easy_vqa", "give one or the other"),
+        ("--do_eval=True", "no validation split: give --validation_file"),
+    ],
+)
+def test_wrong_options_come_first(option, message, options):
+    with pytest.raises(ERRORS, match=message):
+        importlib.import_module("trips_examples.run_vqa").main([*options, option])
+
+
+def test_an_image_size_that_the_checkpoint_cannot_take_comes_first(options, checkpoints):
+    checkpoint = f"--model_name_or_path={checkpoints['TripsForQuestionAnswering']}"
+    message = "--image_size 50 must be a multiple of the model's patch size, 8"
+    assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])
+
+
+def test_scenes_that_cannot_be_made_come_before_the_start_model(tmp_path):
+    options = [f"--output_dir={tmp_path}", "--grid=9", "--use_cpu=True"]
+    assert "grid is 9: choose 1 to 8" in error_of("run_nlvr2", options)
+    assert not (tmp_path / "easy_vqa").exists()

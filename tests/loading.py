@@ -1,0 +1,54 @@
+"""`load_task_dataset` with the fields of its arguments by name; records written in each format."""
+
+import csv
+import json
+
+import datasets
+from datasets import DatasetDict
+
+from trips_examples.data.faults import BadRows
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.source import DataSource
+
+
+def load(
+    task: str, dataset_name: str | None = None, skip_bad_rows: bool = False, seed: int = 0, **source
+) -> DatasetDict:
+    return load_task_dataset(task, DataSource(dataset_name, **source), BadRows(skip=skip_bad_rows), seed)
+
+
+def write(file, records):
+    columns = ["image", "question", "answer", "answers", "image_id", "question_id"]
+    if file.suffix == ".json":
+        file.write_text(json.dumps(records, indent=1))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    elif file.suffix == ".csv":
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, columns)
+            writer.writeheader()
+            writer.writerows({k: "|".join(v) if isinstance(v, list) else v for k, v in r.items()} for r in records)
+    else:
+        as_text = {"image", "question", "answer", "image_id", "question_id"}
+        table = {c: [str(r[c]) if c in as_text & r.keys() else r.get(c) for r in records] for c in columns}
+        datasets.Dataset.from_dict(table).to_parquet(file)
+    return file
+
+
+def write_columns(file, records, columns):
+    """As `write`, with lists as JSON in CSV."""
+    if file.suffix == ".csv":
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, columns)
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items()} for r in records)
+    elif file.suffix == ".parquet":
+        texts = [{k: v if isinstance(v, list) or v is None else str(v) for k, v in r.items()} for r in records]
+        datasets.Dataset.from_dict({c: [r.get(c) for r in texts] for c in columns}).to_parquet(file)
+    else:
+        write(file, records)
+    return file
+
+
+def encoded(path):
+    return {"bytes": path.read_bytes(), "path": path.name}

@@ -98,12 +98,20 @@ def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog
     source = Path(data[0].split("=")[1])
     lines = source.read_text().splitlines()
     lines[2] = json.dumps({"image": "missing.png", "question": "is it red?", "answer": "no"})
+    PIL.Image.new("RGB", (64, 7)).save(tmp_path / "banner.png")  # the tiny preset has patches of 8
+    lines[4] = json.dumps({"image": str(tmp_path / "banner.png"), "question": "is it red?", "answer": "no"})
+    lines[5] = json.dumps({"image": "red.png", "question": "is it \ud800?", "answer": "no"})
+    lines[6] = json.dumps({"image": "red.png", "question": "is it red?", "answer": "no " * 70})
     broken.write_text("\n".join(lines))
     files = [f"--train_file={broken}", f"--image_root={source.parent}", "--do_eval=False", "--max_steps=1"]
-    with pytest.raises(ValueError, match="broken.jsonl row 3.*missing.png"):
+    message = (
+        "3 of the 12 rows .*row 3: missing image .*row 5: image smaller than a patch .*row 6: question is not valid"
+    )
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         run_vqa.main(command(files, tmp_path / "out")[1:])
     run_vqa.main(command(files, tmp_path / "out", "--skip_bad_rows")[1:])
-    assert "Skipped 1 of the 12 rows of broken.jsonl" in caplog.text
+    assert "Skipped 3 of the 12 rows of broken.jsonl" in caplog.text
+    assert "Skipped 1 of the 9 rows of train (more than 64 tokens: 1)" in caplog.text
 
 
 def test_a_missing_split_is_named_at_once(data, tmp_path):

@@ -92,3 +92,10 @@ def test_something_has_to_be_learnt_and_a_stream_needs_a_tokenizer(files, stream
 def test_options_that_do_not_go_together_are_refused(options, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_pretraining.main([*options, f"--output_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "share"), [({}, 0.0), ({"skip_bad_rows": True}, 0.05), ({"max_bad_share": 0.3}, 0.3)]
+)
+def test_pairs_are_skipped_where_that_is_asked_for(options, share):
+    assert PretrainingDataArguments(**options).max_bad_share == share

@@ -92,7 +92,7 @@ def without_long_texts(data: DatasetDict, column: str, processor: TripsProcessor
 
 def _without_long_texts(dataset: Dataset, column: str, processor: TripsProcessor, skip: bool) -> Dataset:
     limit = processor.tokenizer.model_max_length
-    lengths = [len(ids) for ids in processor.tokenizer(list(dataset[column]))["input_ids"]]
+    lengths = [len(ids) for ids in processor.tokenizer(processor.clean_text(list(dataset[column])))["input_ids"]]
     bad = [row for row, length in enumerate(lengths) if length > limit]
     if not bad:
         return dataset

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from transformers import AutoTokenizer, BlipImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips.conversion.processors import make_processor
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.options import ModelArguments
 
@@ -79,13 +80,3 @@ def _make_model(model_class, args: ModelArguments, texts: Iterable[str], config_
     )
     model = model_class._from_config(config, attn_implementation=args.attn_implementation)
     return model, make_processor(tokenizer, config)
-
-
-def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:
-    """A processor for a model from scratch: images are resized to the model's size, with CLIP's mean and deviation."""
-    (rows, columns), (patch_height, patch_width) = config.vision_config.grid_size, config.vision_config.patch_shape
-    if patch_height != patch_width:
-        raise ValueError(f"`patch_size`: processors cut square patches, not {patch_height} x {patch_width} pixels.")
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
-    image_processor = BlipImageProcessor(size={"height": rows * patch_height, "width": columns * patch_width})
-    return TripsProcessor(image_processor, tokenizer, patch_size=patch_height)

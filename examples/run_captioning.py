@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     start = ModelStart(TripsForConditionalGeneration, model_args, image_size=data_args.half_scene_size("captions"))
     data = load_data("captions", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
-    data = with_fitting_texts(data, "captions", processor.tokenizer, skip=data_args.skip_bad_rows)
+    data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(
         max_new_tokens=training_args.generation_max_length or model.config.decoder_config.max_position_embeddings,
         max_length=None,

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     start = ModelStart(TripsForVisualGrounding, model_args, image_size=data_args.half_scene_size("grounding"))
     data = load_data("grounding", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "expression"))
-    data = with_fitting_texts(data, "grounding", processor.tokenizer, skip=data_args.skip_bad_rows)
+    data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:

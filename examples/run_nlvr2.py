@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     start = ModelStart(TripsForImagesAndTextClassification, model_args, image_size=side, num_images=2, num_labels=2)
     data = load_data("nlvr2", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "statement"))
-    data = with_fitting_texts(data, "nlvr2", processor.tokenizer, skip=data_args.skip_bad_rows)
+    data = with_fitting_texts(data, "nlvr2", processor, skip=data_args.skip_bad_rows)
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,

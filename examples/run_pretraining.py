@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = None if start.processor is None else start.processor.tokenizer
     data, stream = load_pairs(data_args, training_args, start.patch_size, tokenizer)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
-    data = with_fitting_texts(data, "captions", processor.tokenizer, skip=data_args.skip_bad_rows)
+    data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     make_collator = partial(
         PretrainingCollator,
         processor,

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     start = ModelStart(TripsForRetrieval, model_args, image_size=data_args.half_scene_size("captions"))
     data = load_data("captions", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
-    data = with_fitting_texts(data, "captions", processor.tokenizer, skip=data_args.skip_bad_rows)
+    data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,

@@ -89,6 +89,10 @@ class TripsConfig(PreTrainedConfig):
         `"none"` (nothing: all patches go on, at the cost of an unpruned vision tower), or `"text"` (in training the
         image's caption, which spares a pass when pairs are matched, too; where there is no text, as in an index of
         images, it is `"image"`).
+    answer_ranking (`str`, *optional*, defaults to `"likelihood"`):
+        What [`TripsForQuestionAnswering.rank_answers`] ranks by: `"likelihood"`, or `"albef"`, where the first token's
+        log-probability counts twice, as in ALBEF's `rank_answer` (its models/model_vqa.py), with which its accuracies
+        were measured. Converted checkpoints of ALBEF have the latter.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     bbox_loss_coefficient (`float`, *optional*, defaults to 5.0):
@@ -143,6 +147,7 @@ class TripsConfig(PreTrainedConfig):
     honest_negatives: bool = True
     honest_masking: bool = False
     contrastive_selection: Literal["image", "none", "text"] = "image"
+    answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     num_images: int = 2
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0

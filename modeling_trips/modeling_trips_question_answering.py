@@ -29,7 +29,8 @@ class TripsAnswerRanking(ModelOutput):
     answer_indices (`torch.LongTensor` of shape `(num_texts, k)`):
         Rows of `answer_ids`, the best first.
     scores (`torch.FloatTensor` of shape `(num_texts, k)`):
-        Log-likelihood of each of these answers: the sum over its tokens.
+        Log-likelihood of each of these answers: the sum over its tokens. With `config.answer_ranking="albef"` the
+        first token's log-probability is in it twice.
     selection (`tuple(TripsSelection)`):
         What each selection layer kept.
     """
@@ -57,8 +58,8 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         **inputs,
     ) -> TripsAnswerRanking:
         """
-        Ranks given answers by their likelihood, in ALBEF's two stages: the `k` answers with the most likely first
-        token are scored in full. Call `eval()` first, as for `generate`.
+        Ranks given answers by their likelihood, or as ALBEF does (see `config.answer_ranking`), in ALBEF's two stages:
+        the `k` answers with the most likely first token are scored in full. Call `eval()` first, as for `generate`.
 
         Args:
             answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): the answers as labels, that is
@@ -97,7 +98,11 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
             text_index = torch.arange(num_texts, device=labels.device).repeat_interleave(chunk.shape[1])
             chunk_scores = self.score_labels(labels[chunk.flatten()], encoder_outputs, attention_mask, text_index)
             scores.append(chunk_scores.view(chunk.shape))
-        scores, order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True)
+        scores = torch.cat(scores, dim=1)
+        # CODEPATH: ALBEF adds the first stage's score to the whole answer's, which contains it (models/model_vqa.py)
+        if self.config.answer_ranking == "albef":
+            scores = scores + first_token_scores.gather(1, candidates)
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
         return TripsAnswerRanking(candidates.gather(1, order), scores, encoder_outputs.selection)
 
 

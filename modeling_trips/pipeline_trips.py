@@ -128,7 +128,8 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
                 Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
-            `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability.
+            `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability
+            (times its first token's, if `answers` are ranked with `config.answer_ranking="albef"`).
             A list of them for several images or questions, in the order question by question, then image by image.
             An iterator for a dataset or a generator.
 

@@ -27,6 +27,7 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import ModelOutput, auto_docstring
 
 from .image_preparation_trips import prepare_images
+from .text_preparation_trips import TEXT_CLEANINGS
 
 
 # These models read one text about an image: that of one message, without anything around it.
@@ -140,20 +141,33 @@ class TripsProcessor(ProcessorMixin):
     # Without an explicit `truncation=False` a tokenizer that gets `max_length` alone cuts texts
     text_kwargs = {"padding": True, "truncation": False}
 
-    def __init__(self, image_processor=None, tokenizer=None, patch_size: int = 16, chat_template=None):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size: int = 16,
+        text_cleaning: str | None = None,
+        chat_template=None,
+    ):
         r"""
         image_processor (`BaseImageProcessor`, *optional*):
             Any image processor of Transformers. The default is a [`BlipImageProcessor`], which prepares images as
             ALBEF does: squashed to a square of 384 x 384 pixels (bicubic), CLIP's mean and standard deviation.
         patch_size (`int`, *optional*, defaults to 16):
             Side of the vision tower's square patches, in pixels of `pixel_values`. Must be the model's.
+        text_cleaning (`str`, *optional*):
+            What becomes of texts (but not of answers) before they are tokenized. By default nothing;
+            `"albef_question"` and `"albef_caption"` take out punctuation as ALBEF does: converted checkpoints need it.
         chat_template (`str`, *optional*):
             Jinja template of chat messages. The default takes one message of the user with an image and a text, and
             gives the text as it is.
         """
         if not isinstance(patch_size, int) or patch_size < 1:
             raise ValueError(f"`patch_size` must be a positive integer, got {patch_size!r}.")
+        if text_cleaning not in (None, *TEXT_CLEANINGS):
+            raise ValueError(f"`text_cleaning` must be None or one of {[*TEXT_CLEANINGS]}, got {text_cleaning!r}.")
         self.patch_size = patch_size
+        self.text_cleaning = text_cleaning
         image_processor = BlipImageProcessor() if image_processor is None else image_processor
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
@@ -195,7 +209,7 @@ class TripsProcessor(ProcessorMixin):
             image_index = image_index.tolist()
         images = None if images is None else prepare_images(images, self.patch_size)
         _check_images_of_texts(images, text, image_index)
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images, text=self.clean_text(text), **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         if text is not None:
             masks = _padding_masks(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
@@ -204,6 +218,12 @@ class TripsProcessor(ProcessorMixin):
         if image_index is not None:
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
         return inputs
+
+    def clean_text(self, text: str | list[str] | None) -> str | list[str] | None:
+        """What of one text or several is tokenized, according to `text_cleaning`; a call does this by itself."""
+        if isinstance(text, list):
+            return [self.clean_text(one) for one in text]
+        return TEXT_CLEANINGS[self.text_cleaning](text) if self.text_cleaning and isinstance(text, str) else text
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As in Transformers, but the processor stays as it was: an `auto_map` is for the files alone."""

@@ -236,3 +236,23 @@ class Albef:
             attention_mask[:, None, None].bool(),
         )
         return self.predict("text_decoder", states)
+
+    def rank_answers(self, input_ids, attention_mask, pixel_values, answer_ids, k):
+        """
+        ALBEF's `rank_answer` (models/model_vqa.py): answers and their probabilities among the k, the best first.
+        `answer_ids` begin with the start token and are padded with 0. The k answers with the likeliest first token go
+        on; the log-probability of this token is added to that of the whole answer, which has it already.
+        """
+        start_ids = answer_ids[:1, :1].expand(len(input_ids), 1)
+        first = self.decoder_logits(input_ids, attention_mask, pixel_values, start_ids)[:, 0].log_softmax(-1)
+        first, candidates = first[:, answer_ids[:, 1]].topk(k)
+        scores = []
+        for row, ids in enumerate(answer_ids[candidates]):
+            question = [
+                inputs[row].expand(k, *inputs[row].shape) for inputs in (input_ids, attention_mask, pixel_values)
+            ]
+            log_probs = self.decoder_logits(*question, answer_ids=ids).log_softmax(-1)
+            of_tokens = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+            scores.append(first[row] + (of_tokens * (ids[:, 1:] != 0)).sum(1))
+        probabilities, order = torch.stack(scores).softmax(-1).topk(k)
+        return candidates.gather(1, order), probabilities

@@ -41,5 +41,6 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         torch.manual_seed(0)
         folders[head.__name__] = folder / head.__name__
         head(config).save_pretrained(folders[head.__name__])
-        make_processor(tokenizer, config).save_pretrained(folders[head.__name__])
+        text_cleaning = "albef_question" if head.__name__ == "TripsForQuestionAnswering" else None
+        make_processor(tokenizer, config, text_cleaning).save_pretrained(folders[head.__name__])
     return folders

@@ -1,13 +1,14 @@
 """What a tokenizer makes of the texts of a split: too many tokens, none, or ones that it does not know."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from modeling_trips import TripsProcessor
 from trips_examples.data.faults import BadRowError, BadRows, Fault
 from trips_examples.data.tasks import TASKS
 
@@ -45,6 +46,7 @@ class TextCheck:
         task (`str`)
         tokenizer (`PreTrainedTokenizerBase`)
         limit (`int`, *optional*): Tokens a text may have, with special ones. Default: the tokenizer's.
+        clean (`Callable[[list[str]], list[str]]`, *optional*): What a processor takes out of texts that are read.
 
     Attributes:
         faults (`dict[int, Fault]`): What is wrong with a row, by its place in the split.
@@ -52,21 +54,36 @@ class TextCheck:
             know. Such an answer can be learnt by no model, and such a word is not seen.
     """
 
-    def __init__(self, dataset: Dataset, task: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        task: str,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int | None = None,
+        clean: Callable[[list[str]], list[str]] = list,
+    ):
         self.faults, self.unknown = {}, {}
         limit = tokenizer.model_max_length if limit is None else limit
         read, written = TASKS[task].text, TASKS[task].written
-        self._check(dataset, read, tokenizer, tokenizer.num_special_tokens_to_add(), limit)
+        self._check(dataset, read, tokenizer, tokenizer.num_special_tokens_to_add(), limit, clean)
         if written is not None:
             self._check(dataset, written, tokenizer, 1, limit)  # [SEP], where it ends
 
-    def _check(self, dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, num_special: int, limit: int):
+    def _check(
+        self,
+        dataset: Dataset,
+        column: str,
+        tokenizer: PreTrainedTokenizerBase,
+        num_special: int,
+        limit: int,
+        clean: Callable[[list[str]], list[str]] = list,
+    ):
         rows = [[texts] if isinstance(texts, str) else texts for texts in dataset[column]]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
         counts = {}
         for start in tqdm(range(0, len(different), 1000), desc=f"Tokenizing {column}", unit="000 texts"):
             batch = different[start : start + 1000]
-            counts |= zip(batch, count_tokens(batch, tokenizer))
+            counts |= zip(batch, count_tokens(clean(batch), tokenizer))
         self.unknown[column] = [text for text, count in counts.items() if count.has_unknown]
         for place, (texts, source) in enumerate(zip(rows, dataset["source"])):
             try:
@@ -83,14 +100,14 @@ class TextCheck:
                 yield f"{len(texts)} different {what} hold words that the tokenizer does not know, e.g. {examples}"
 
 
-def with_fitting_texts(data: DatasetDict, task: str, tokenizer: PreTrainedTokenizerBase, skip: bool) -> DatasetDict:
+def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, skip: bool) -> DatasetDict:
     """
     The rows whose texts fit the model, found before training starts; words that it does not know are warned of.
 
     Args:
         data (`DatasetDict`): Splits of the task.
         task (`str`)
-        tokenizer (`PreTrainedTokenizerBase`)
+        processor (`TripsProcessor`)
         skip (`bool`): Whether to leave other rows out, with a warning that counts them, rather than to raise.
 
     Raises:
@@ -98,7 +115,7 @@ def with_fitting_texts(data: DatasetDict, task: str, tokenizer: PreTrainedTokeni
     """
     fitting = {}
     for split, dataset in data.items():
-        check = TextCheck(dataset, task, tokenizer)
+        check = TextCheck(dataset, task, processor.tokenizer, clean=processor.clean_text)
         BadRows(skip).settle(list(check.faults.values()), split, len(dataset))
         for line in check.describe_unknown():
             logger.warning(f"{split}: {line}.")

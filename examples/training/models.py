@@ -4,9 +4,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from transformers import AutoTokenizer, BlipImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips.conversion.processors import make_processor
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.options import ModelArguments
 
@@ -107,13 +108,3 @@ def set_image_size(processor: TripsProcessor, side: int):
     processor.image_processor.size = size
     if getattr(processor.image_processor, "do_center_crop", False):  # as CLIP's do: of the whole image, then
         processor.image_processor.crop_size = dict(size)
-
-
-def make_processor(tokenizer: PreTrainedTokenizerBase, config: TripsConfig) -> TripsProcessor:
-    """A processor for a model from scratch: images are resized to the model's size, with CLIP's mean and deviation."""
-    (rows, columns), (patch_height, patch_width) = config.vision_config.grid_size, config.vision_config.patch_shape
-    if patch_height != patch_width:
-        raise ValueError(f"`patch_size`: processors cut square patches, not {patch_height} x {patch_width} pixels.")
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
-    image_processor = BlipImageProcessor(size={"height": rows * patch_height, "width": columns * patch_width})
-    return TripsProcessor(image_processor, tokenizer, patch_size=patch_height)

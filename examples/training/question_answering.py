@@ -41,7 +41,7 @@ def train_question_answering(
     start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.scene_size("vqa"))
     data = load_data("vqa", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "question", "answers"))
-    data = with_fitting_texts(data, "vqa", processor.tokenizer, skip=data_args.skip_bad_rows)
+    data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
     metric = evaluate.load(VQA_ACCURACY)
 

@@ -25,14 +25,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..configuration_trips import TripsConfig
 from .rules import (
     ConversionError,
     ConversionPlan,
     Rule,
     bert_layers,
-    count_layers,
     lm_head_rules,
+    make_config,
     resampled,
     size_of,
     third,
@@ -56,6 +55,21 @@ PATCHES = "visual_encoder.patch_embed.proj.weight"
 POSITIONS = "visual_encoder.pos_embed"
 
 
+class AlbefDepths(NamedTuple):
+    """
+    Numbers of layers: of the vision tower, of the text encoder below and from its first cross-attention on, and of the
+    decoder. The defaults are those of all files of ALBEF's authors.
+    """
+
+    vision: int = 12
+    text: int = 6
+    fusion: int = 6
+    decoder: int = 6
+
+
+ALBEF_DEPTHS = AlbefDepths()
+
+
 class Head(NamedTuple):
     """What a task adds to the towers."""
 
@@ -68,12 +82,23 @@ class Head(NamedTuple):
 
 
 def detect_albef_task(keys: Iterable[str]) -> str:
-    """The task of a checkpoint, one of `ALBEF_TASKS`; a [`ConversionError`] if it is none of ALBEF's."""
+    """The task of a checkpoint, one of `ALBEF_TASKS`; a [`ConversionError`] if it is of another task or model."""
+    keys = list(keys)
+    if any(key.startswith("cls_head.") for key in keys):
+        # Of NLVR2, ALBEF doubles the layers that see an image: one for each of two.
+        task = "NLVR2" if any(".encoder.layer.17." in key for key in keys) else "visual entailment"
+        raise ConversionError(
+            f"This is ALBEF's checkpoint for {task}, whose classifier `cls_head` no TRIPS model has. Convert ALBEF's "
+            "pre-trained checkpoint and fine-tune it instead."
+        )
     signs = {"text_decoder.": "question-answering", "text_encoder.cls.": "pretraining", "vision_proj.": "retrieval"}
     for sign, task in signs.items():
         if any(key.startswith(sign) for key in keys):
             return task
-    raise ConversionError(f"This is no checkpoint of ALBEF: no key begins with one of {', '.join(signs)}.")
+    raise ConversionError(
+        f"This is no checkpoint of ALBEF: no key begins with one of {', '.join(signs)}. Give a file of its "
+        f"authors for {', '.join(ALBEF_TASKS)}."
+    )
 
 
 def albef_plan(
@@ -81,13 +106,15 @@ def albef_plan(
     task: str | None = None,
     image_size: int | None = None,
     num_attention_heads: int | None = None,
+    depths: tuple[int, int, int, int] = ALBEF_DEPTHS,
     pad_token_id: int = 0,
     bos_token_id: int = 101,
     eos_token_id: int = 102,
     **selection,
 ) -> ConversionPlan:
     """
-    How a checkpoint of ALBEF becomes a TRIPS model. All sizes are read from the weights.
+    How a checkpoint of ALBEF becomes a TRIPS model. All widths are read from the weights; the numbers of layers are
+    known, so that a file that lost some is not taken for a smaller model.
 
     Args:
         source (`dict[str, torch.Tensor]`): the checkpoint's state dict.
@@ -97,43 +124,52 @@ def albef_plan(
         image_size (`int`, *optional*): another resolution than the checkpoint's, whose positions are interpolated.
         num_attention_heads (`int`, *optional*): of all parts, as the weights do not tell. By default heads are 64
             wide, which makes ALBEF's 12.
+        depths (`tuple`, *optional*, defaults to `(12, 6, 6, 6)`): the numbers of layers of [`AlbefDepths`],
+            where they are not those of ALBEF's own files.
         pad_token_id, bos_token_id, eos_token_id (`int`): the tokenizer's [PAD], [CLS] and [SEP].
         selection: the fields of [`TripsConfig`] that set the selection.
 
     Raises:
-        ConversionError: if the weights are not ALBEF's, or their sizes cannot be read.
+        ConversionError: if the weights are not ALBEF's, have other layers, or their sizes cannot be read.
     """
     trained_for = detect_albef_task(source)
     task = task or trained_for
     if task not in ALBEF_TASKS:
         raise ConversionError(f"`task` must be one of {', '.join(ALBEF_TASKS)}, got {task!r}.")
     text = "text_encoder.bert" if any(key.startswith("text_encoder.bert.") for key in source) else "text_encoder"
-    num_text_layers, num_fusion_layers = _split_of_text_layers(source, text)
+    depths = AlbefDepths(*depths)
+    if min(depths) < 1:
+        raise ConversionError(f"`depths` must be at least 1 each, got {tuple(depths)}.")
+    _check_layers(source, text, depths)
     if task == "question-answering":
-        head = _answering_head(source, trained_for, text, num_text_layers, num_fusion_layers)
+        head = _answering_head(source, trained_for, text, depths)
     else:
         head = _retrieval_head(source, task, text)
-    config = TripsConfig(
-        vision_config=_vision_fields(source, image_size, num_attention_heads),
+    config = make_config(
+        vision_config={
+            **_vision_fields(source, image_size, num_attention_heads),
+            "num_hidden_layers": depths.vision,
+        },
         text_config={
             **_text_fields(source, text, num_attention_heads),
-            "num_hidden_layers": num_text_layers,
+            "num_hidden_layers": depths.text,
             "pad_token_id": pad_token_id,
         },
-        fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
+        fusion_encoder_config={"num_hidden_layers": depths.fusion},
         decoder_config={
-            "num_hidden_layers": head.num_decoder_layers or num_fusion_layers,
+            "num_hidden_layers": head.num_decoder_layers or depths.fusion,
             "bos_token_id": bos_token_id,
             "eos_token_id": eos_token_id,
         },
         tie_word_embeddings=head.tied,
         projection_dim=head.projection_dim,
+        answer_ranking="albef",
         **selection,
     )
     rules = (
         *_vision_rules(_grid(source), config.vision_config.grid_size),
         Rule(r"model\.text_model\.(.*)", rf"{text}.\1"),
-        bert_layers(r"model\.fusion_model", text, first_layer=num_text_layers),
+        bert_layers(r"model\.fusion_model", text, first_layer=depths.text),
         *head.rules,
     )
     return ConversionPlan(
@@ -158,12 +194,14 @@ def _grid(source: Mapping[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def _num_heads(width: int, given: int | None) -> int:
-    if given is None and width % 64:
+    if given is not None:
+        return given
+    if width % 64:
         raise ConversionError(
             f"The weights do not tell the number of attention heads, and {width} wide layers are not made of heads of "
             "64: give `num_attention_heads`."
         )
-    return given or width // 64
+    return width // 64
 
 
 def _vision_fields(source, image_size: int | None, num_attention_heads: int | None) -> dict:
@@ -173,7 +211,6 @@ def _vision_fields(source, image_size: int | None, num_attention_heads: int | No
     intermediate_size, _ = size_of(source, "visual_encoder.blocks.0.mlp.fc1.weight", 2)
     return {
         "hidden_size": hidden_size,
-        "num_hidden_layers": count_layers(source, "visual_encoder.blocks."),
         "num_attention_heads": _num_heads(hidden_size, num_attention_heads),
         "intermediate_size": intermediate_size,
         "image_size": image_size or _grid(source)[0] * patch_height,
@@ -196,14 +233,44 @@ def _text_fields(source, text: str, num_attention_heads: int | None) -> dict:
     }
 
 
-def _split_of_text_layers(source, text: str) -> tuple[int, int]:
-    """Number of BERT's layers below the first one with cross-attention, and from there on."""
-    prefix = f"{text}.encoder.layer."
-    crossing = re.compile(re.escape(prefix) + r"(\d+)\.crossattention\.")
-    numbers = [int(match[1]) for match in map(crossing.match, source) if match]
-    if not numbers:
-        raise ConversionError(f"{prefix}*.crossattention.* is missing from the source: it has no fusion layers.")
-    return min(numbers), count_layers(source, prefix) - min(numbers)
+def _check_layers(source: Mapping[str, torch.Tensor], text: str, depths: AlbefDepths):
+    """Raises unless the source has exactly the layers of `depths`."""
+    num_text_layers = depths.text + depths.fusion
+    expected = {
+        "visual_encoder.blocks.*": range(depths.vision),
+        f"{text}.encoder.layer.*": range(num_text_layers),
+        f"{text}.encoder.layer.*.crossattention": range(depths.text, num_text_layers),
+        "text_decoder.bert.encoder.layer.*": range(depths.decoder),
+    }
+    if not any(key.startswith("text_decoder.") for key in source):
+        del expected["text_decoder.bert.encoder.layer.*"]
+    found = {name: _layer_numbers(source, name) for name in expected}
+    lines = [
+        f"    {name}: {_spans(found[name])} instead of {numbers[0]}-{numbers[-1]}"
+        for name, numbers in expected.items()
+        if len(found[name]) != len(numbers) or not all(number in numbers for number in found[name])
+    ]
+    if lines:
+        raise ConversionError(
+            "The layers found are not those expected:\n"
+            + "\n".join(lines)
+            + "\nIs the source complete? If its model was made with other numbers of layers than "
+            + ", ".join(f"{number} ({part})" for part, number in depths._asdict().items())
+            + ", give them as `depths`."
+        )
+
+
+def _layer_numbers(keys: Iterable[str], name: str) -> set[int]:
+    """Which numbers the keys that begin with `name` have in place of its star."""
+    pattern = re.compile(re.escape(name).replace(r"\*", "([0-9]{1,9})") + r"\.")
+    return {int(match[1]) for match in map(pattern.match, keys) if match}
+
+
+def _spans(numbers: set[int]) -> str:
+    """Numbers in short: "0-4, 7", or "none"."""
+    starts = sorted(number for number in numbers if number - 1 not in numbers)
+    ends = sorted(number for number in numbers if number + 1 not in numbers)
+    return ", ".join(f"{start}-{end}" if start < end else f"{start}" for start, end in zip(starts, ends)) or "none"
 
 
 def _vision_rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:
@@ -238,17 +305,17 @@ def _retrieval_head(source, task: str, text: str) -> Head:
     return Head(rules + lm_rules, left_out, tied, projection_dim, new=(r"(decoder|lm_head)\..*",))
 
 
-def _answering_head(source, trained_for: str, text: str, num_text_layers: int, num_fusion_layers: int) -> Head:
+def _answering_head(source, trained_for: str, text: str, depths: AlbefDepths) -> Head:
     """The decoder; that of a checkpoint without one starts from the fusion layers."""
     if trained_for == "question-answering":
         decoder, predictions = "text_decoder.bert", "text_decoder.cls.predictions"
         rules: tuple[Rule, ...] = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)
-        num_layers = count_layers(source, f"{decoder}.encoder.layer.")
+        num_layers = depths.decoder
     else:
-        decoder, predictions, num_layers = text, "text_encoder.cls.predictions", num_fusion_layers
+        decoder, predictions, num_layers = text, "text_encoder.cls.predictions", depths.fusion
         rules = (
             Rule(r"decoder\.embeddings\.(.*)", rf"{text}.embeddings.\1"),
-            bert_layers("decoder", text, num_text_layers),
+            bert_layers("decoder", text, depths.text),
         )
     embeddings = f"{decoder}.embeddings.word_embeddings.weight"
     lm_rules, left_out, tied = lm_head_rules("lm_head", predictions, embeddings, source)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import torch
 from transformers import BlipConfig
 
-from ..configuration_trips import TripsConfig, TripsVisionConfig
+from ..configuration_trips import TripsVisionConfig
 from .rules import (
     TEXT_FIELDS,
     VISION_FIELDS,
@@ -32,6 +32,7 @@ from .rules import (
     Rule,
     fields_of,
     lm_head_rules,
+    make_config,
     resampled,
     third,
 )
@@ -78,7 +79,7 @@ def blip_plan(
             "`selection_guidance` cannot be 'text': BLIP has no layers that see the text alone, before the image."
         )
     vision, text = blip_config.vision_config, blip_config.text_config
-    config = TripsConfig(
+    config = make_config(
         vision_config={
             **fields_of(vision, VISION_FIELDS),
             "image_size": image_size or vision.image_size,

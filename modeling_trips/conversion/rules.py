@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -62,8 +63,12 @@ TEXT_FIELDS = (
 )
 
 
+# Beyond float16's range. Trained weights are orders of magnitude smaller; those of a damaged file are not.
+LARGEST_VALUE = torch.finfo(torch.float16).max
+
+
 class ConversionError(ValueError):
-    """Names every key that is missing, too many, or of the wrong shape."""
+    """Names every key that is missing, too many, of the wrong shape, or without the values of a weight."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,12 @@ class ConversionReport:
         if self.zero:
             lines.append(f"set to zero: {_summary(self.zero, model)}")
         lines.append(f"new: {_summary(self.new, model)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
+
+
+def printable(name: str) -> str:
+    """A name from a file, without what a terminal would obey."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _summary(keys: list[str], all_keys: Iterable[str], limit: int = 12) -> str:
@@ -148,7 +158,7 @@ def _join_layers(entries: Iterable[str]) -> list[str]:
     """Entries that differ in their first number alone become one: `layer.{0,1}.norm.*`."""
     numbers = defaultdict(list)
     for entry in entries:
-        before, number, after = re.match(r"(.*?\.(?=\d+\.)|.*)(\d*)(.*)", entry).groups()
+        before, number, after = re.match(r"(?s)(.*?\.(?=\d+\.)|.*)(\d*)(.*)", entry).groups()
         numbers[before, after].append(number)
     return [
         before + (found[0] if len(found) == 1 else f"{{{','.join(sorted(found, key=int))}}}") + after
@@ -189,7 +199,8 @@ def convert_weights(
 
     Raises:
         ConversionError: unless every source key is used or left out by name, every target is filled or new by name,
-            and all shapes fit. It lists all keys that do not.
+            all shapes fit, and all values are those of trained weights: floating point, finite and not beyond float16.
+            It lists all keys that do not.
     """
     sources = key_map(targets, plan.rules)
     used = {key for key, _ in sources.values()}
@@ -214,6 +225,9 @@ def convert_weights(
             "in the source, but neither used nor left out by name": [key for key in unused if left_out[key] is None],
             "in the model, but neither filled nor new": sorted(targets.keys() - sources.keys() - {*zero, *new}),
             "of another shape": misshapen,
+            "whose values are no trained weights': the file is damaged, or of another kind": [
+                f"{key}: {fault}" for key in sorted(used & source.keys()) if (fault := _fault_of_values(source[key]))
+            ],
         },
         plan.sized_by,
         source,
@@ -231,8 +245,23 @@ def _changed(tensor: torch.Tensor, change: Callable | None, shape: torch.Size) -
     return changed
 
 
+def _fault_of_values(weight: torch.Tensor) -> str | None:
+    """What no trained weight is: whole numbers, not finite, or absurdly large."""
+    if not weight.is_floating_point():
+        return f"{weight.dtype} instead of floating point"
+    if weight.numel() == 0:
+        return "empty"
+    lowest, highest = weight.float().aminmax()  # both are NaN where one value is
+    largest = max(-lowest.item(), highest.item())
+    if lowest.isnan():
+        return "NaN"
+    return f"{largest:g}" if largest > LARGEST_VALUE else None
+
+
 def _raise_problems(problems: dict[str, list[str]], sized_by: Iterable[str], source: Mapping[str, torch.Tensor]):
-    lines = [f"{what} ({len(keys)}):\n    " + "\n    ".join(keys) for what, keys in problems.items() if keys]
+    lines = [
+        f"{what} ({len(keys)}):\n    " + "\n    ".join(map(printable, keys)) for what, keys in problems.items() if keys
+    ]
     if not lines:
         return
     sizes = ", ".join(f"{key} {tuple(source[key].shape)}" for key in sized_by if key in source)
@@ -245,8 +274,29 @@ def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: C
     Fills `model`, made from `plan.config`, in place; raises as `convert_weights`. What is tied to a weight that is
     filled is not new.
     """
+    return _fill(model, *convert_weights(source, plan, _shapes(model)))
+
+
+def make_converted(
+    model_class: type[nn.Module], source: Mapping[str, torch.Tensor], plan: ConversionPlan
+) -> tuple[nn.Module, ConversionReport]:
+    """
+    Makes a model from `plan.config` and fills it as `load_converted` does, but only once all weights are known to fit:
+    sizes that are read from a stranger's file may ask for more memory than there is.
+    """
+    with torch.device("meta"):
+        shapes = _shapes(model_class(plan.config))
+    converted = convert_weights(source, plan, shapes)
+    model = model_class(plan.config)
+    return model, _fill(model, *converted)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], report: ConversionReport) -> ConversionReport:
     state = model.state_dict()
-    weights, report = convert_weights(source, plan, {name: value.shape for name, value in state.items()})
     model.load_state_dict(weights, strict=False)  # not strict: the new weights keep their initial values
     places = {state[name].data_ptr() for name in weights}
     tied = [name for name in report.new if state[name].data_ptr() in places]
@@ -277,21 +327,23 @@ def fields_of(config: PreTrainedConfig, names: Iterable[str]) -> dict:
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
+def make_config(**fields) -> TripsConfig:
+    """As [`TripsConfig`], but what it refuses is a [`ConversionError`]."""
+    try:
+        return TripsConfig(**fields)
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConversionError(f"There is no TRIPS model of these sizes and options: {error}") from error
+
+
 def size_of(source: Mapping[str, torch.Tensor], key: str, num_dimensions: int) -> tuple[int, ...]:
     """Shape of a weight that a model's sizes are read from."""
     if key not in source:
         raise ConversionError(f"{key} is missing from the source: the model's sizes are read from it.")
     if source[key].ndim != num_dimensions:
         raise ConversionError(f"{key} must have {num_dimensions} dimensions, got shape {tuple(source[key].shape)}.")
+    if source[key].numel() == 0:
+        raise ConversionError(f"{key} is empty: it has shape {tuple(source[key].shape)}.")
     return tuple(source[key].shape)
-
-
-def count_layers(keys: Iterable[str], prefix: str) -> int:
-    """Number of layers whose keys begin with `prefix` and a number."""
-    numbers = [int(match[1]) for match in (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in keys) if match]
-    if not numbers:
-        raise ConversionError(f"{prefix}* is missing from the source: it has no such layers.")
-    return 1 + max(numbers)
 
 
 def bert_layers(target: str, source: str, first_layer: int = 0) -> Rule:
@@ -317,11 +369,11 @@ def lm_head_rules(
         The rules, the source keys to leave out, and whether the weights are tied.
     """
     weight, bias, bias_again = (f"{predictions}.{name}" for name in ("decoder.weight", "decoder.bias", "bias"))
-    tied = weight not in source or (embeddings in source and torch.equal(source[weight], source[embeddings]))
+    tied = weight not in source or (embeddings in source and _same(source[weight], source[embeddings]))
     left_out = {re.escape(weight): "equal to the word embeddings, which it is tied to"} if tied else {}
     if bias in source and bias_again in source:
         # Both name one parameter, and BERT's own loading fills it from the former last.
-        same = torch.equal(source[bias], source[bias_again])
+        same = _same(source[bias], source[bias_again])
         left_out[re.escape(bias_again)] = f"{'equal to' if same else 'overwritten by'} the bias that is used"
     rules = (
         Rule(rf"{head}\.(dense|LayerNorm)\.(.*)", rf"{predictions}.transform.\1.\2"),
@@ -329,3 +381,10 @@ def lm_head_rules(
         Rule(rf"{head}\.decoder\.bias", bias if bias in source else bias_again),
     )
     return rules, left_out, tied
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two weights are equal bit by bit. NaN equals NaN here: damaged weights are as tied as others."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(*(weight.flatten().contiguous().view(torch.uint8) for weight in (first, second)))

@@ -22,9 +22,9 @@ from collections.abc import Mapping
 import torch
 from transformers import ViltConfig
 
-from ..configuration_trips import TripsConfig, TripsVisionConfig
+from ..configuration_trips import TripsVisionConfig
 from ..modeling_trips_single_stream import NUM_MODALITIES
-from .rules import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, resampled
+from .rules import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, make_config, resampled
 
 
 TEXT, VISION = (rf"(?:model\.)?{part}_model\." for part in ("text", "vision"))
@@ -52,7 +52,7 @@ def vilt_plan(
         selection: the fields of [`TripsConfig`] that set the selection.
     """
     pad_token_id = 0 if vilt_config.pad_token_id is None else vilt_config.pad_token_id  # BERT's
-    config = TripsConfig(
+    config = make_config(
         vision_config={
             **fields_of(vilt_config, VISION_FIELDS),
             "image_size": image_size or vilt_config.image_size,

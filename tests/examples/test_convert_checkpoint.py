@@ -7,52 +7,29 @@ import numpy as np
 import pytest
 import torch
 from albef_reference import TINY, Albef, random_checkpoint
+from convert_cases import TEXTS, convert, make_tokenizer
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    BertConfig,
-    BlipConfig,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
     PreTrainedTokenizerFast,
-    ViltConfig,
-    ViltForImageAndTextRetrieval,
-    ViltForImagesAndTextClassification,
-    ViltForMaskedLM,
-    ViltForQuestionAnswering,
-    ViltForTokenClassification,
-    ViltImageProcessor,
-    ViltModel,
 )
 
 from modeling_trips import (
-    TripsForConditionalGeneration,
-    TripsForImagesAndTextClassification,
     TripsForQuestionAnswering,
     TripsForRetrieval,
-    TripsForVisualGrounding,
-    TripsModel,
     TripsProcessor,
 )
+from modeling_trips.conversion.processors import load_albef_tokenizer
 from modeling_trips.conversion.rules import ConversionError
-from trips_examples import convert_checkpoint
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-
-
-TEXTS = [
-    "What's the man-made thing on the left/right side?",
-    "Is it (really) a RED circle; or not...",
-    'a <Person> says "hello" #2: yes!',
-    "Café * plain ~ text",
-]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_wordpiece_tokenizer([*TEXTS, "a person", "whats its"])
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +54,6 @@ def arguments(tmp_path, tokenizer, sizes):
         "tokenizer": tmp_path / "bert",
         "num_attention_heads": sizes.num_heads,
     }
-
-
-def convert(arguments, **others):
-    argv = []
-    for name, value in {**arguments, **others}.items():
-        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return convert_checkpoint.main(argv)
 
 
 def weights_of(arguments):
@@ -131,22 +101,87 @@ def test_images_are_prepared_as_albef_does(arguments):
     np.testing.assert_allclose(actual, expected.transpose(2, 0, 1), atol=0.04)  # two grey levels
 
 
-def clean(text: str) -> str:
-    """A caption as ALBEF tokenizes it: in lower case, words parted at hyphens and slashes, no other punctuation."""
-    letters = [letter for letter in text.lower().replace("<person>", "person") if letter not in ",.'!?\"()*#:;~"]
-    return " ".join("".join(" " if letter in "-/" else letter for letter in letters).split())
+def clean(text: str, task: str) -> str:
+    """A text as ALBEF tokenizes it: in lower case, words parted at hyphens and slashes, no other punctuation."""
+    letters = [letter for letter in text.lower() if letter not in ",.'!?\"()*#:;~"]
+    text = " ".join("".join(" " if letter in "-/" else letter for letter in letters).split())
+    return text if task == "question-answering" else text.replace("<person>", "person")
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_are_prepared_as_albef_does(arguments, tokenizer, text):
+@pytest.mark.parametrize("task", ["question-answering", "retrieval"])
+def test_texts_are_prepared_as_albef_does(arguments, tokenizer, sizes, task, text):
+    torch.save({"model": random_checkpoint(task, sizes)}, arguments["checkpoint"])
     convert(arguments)
     processor = TripsProcessor.from_pretrained(arguments["output_dir"])
-    words = tokenizer(clean(text), add_special_tokens=False)["input_ids"]
+    words = tokenizer(clean(text, task), add_special_tokens=False)["input_ids"]
     assert tokenizer.unk_token_id not in words
     # ALBEF's own tokenizer puts no [SEP] after a text.
     assert processor(text=text)["input_ids"] == [tokenizer.cls_token_id, *words]
     assert processor.tokenizer(text, "red")["input_ids"][-1] == tokenizer.sep_token_id
     assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"]
+
+
+ANSWERS = [
+    *("2.5", "10:30", "?", "t-shirt", "don't walk", "1/2", "o'clock", "$5.99", "3,000", "u.s.a."),
+    *("25", "1030", "t shirt", "dont walk", "1 2", "oclock", "$599", "3000", "usa"),
+]
+
+
+def test_answers_keep_their_punctuation(arguments, sizes):
+    tokenizer = train_wordpiece_tokenizer(ANSWERS)
+    tokenizer.save_pretrained(arguments["tokenizer"])
+    weights = random_checkpoint("question-answering", sizes._replace(vocab=len(tokenizer)))
+    torch.save(weights, arguments["checkpoint"])
+    convert(arguments)
+    processor = TripsProcessor.from_pretrained(arguments["output_dir"])
+    labels = processor.encode_answers(ANSWERS)
+    for answer, row in zip(ANSWERS, labels.tolist()):
+        expected = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
+        assert row == expected + [-100] * (len(row) - len(expected)), answer
+    assert len({tuple(row) for row in labels.tolist()}) == len(ANSWERS)
+    assert processor.encode_answers(["T-Shirt"]).tolist() == processor.encode_answers(["t-shirt"]).tolist()
+    config = json.loads((arguments["output_dir"] / "processor_config.json").read_text())
+    assert config["text_cleaning"] == "albef_question"
+
+
+def test_a_checkpoint_whose_tokenizer_cleans_still_loads(arguments, tokenizer):
+    """As earlier versions converted: all texts are cleaned by the tokenizer's file, and no field says so."""
+    convert(arguments)
+    folder = arguments["output_dir"]
+    own = tokenizer.backend_tokenizer.normalizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"""[,.'!?"()*#:;~]"""), ""),
+            normalizers.Replace(Regex("[-/]"), " "),
+            normalizers.Replace("<person>", "person"),
+            own,
+        ]
+    )
+    tokenizer.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    fields = json.loads(path.read_text())
+    del fields["text_cleaning"]
+    path.write_text(json.dumps(fields))
+    processor = TripsProcessor.from_pretrained(folder)
+    for text in TEXTS:
+        assert processor(text=text)["input_ids"] == processor(text=clean(text, "retrieval"))["input_ids"]
+
+
+def test_truncation_that_a_tokenizers_file_holds_is_none_of_the_models(arguments, tokenizer):
+    cut = PreTrainedTokenizerFast.from_pretrained(arguments["tokenizer"])
+    cut.backend_tokenizer.enable_truncation(3)
+    cut.backend_tokenizer.enable_padding(length=9)
+    cut.save_pretrained(arguments["tokenizer"])
+    convert(arguments)
+    processor = TripsProcessor.from_pretrained(arguments["output_dir"])
+    expected = tokenizer("what is the red circle", add_special_tokens=False)["input_ids"]
+    assert processor(text="what is the red circle")["input_ids"][1:] == expected
+    assert processor.encode_answers(["what is the red circle"])[0, :-1].tolist() == expected
+    stored = json.loads((arguments["output_dir"] / "tokenizer.json").read_text())
+    assert stored["truncation"] is None and stored["padding"] is None
 
 
 def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path):
@@ -157,7 +192,7 @@ def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path
     cased.backend_tokenizer.pre_tokenizer = WhitespaceSplit()  # and no normalizer
     cased.save_pretrained(tmp_path)
     expected = [tokenizer.cls_token_id, *(vocabulary[word] for word in ("red", "circle"))]
-    assert convert_checkpoint.albef_tokenizer(str(tmp_path))("RED - Circle!")["input_ids"] == expected
+    assert load_albef_tokenizer(str(tmp_path))("RED Circle")["input_ids"] == expected
 
 
 @pytest.mark.parametrize("name", ["plain.pth", "weights.safetensors"])
@@ -203,6 +238,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(arguments, tmp_path):
     torch.save({"state": {"a": torch.ones(1)}, "epoch": 3}, arguments["checkpoint"])
     with pytest.raises(ValueError, match="no entry `model`, and is no state dict itself: it holds state, epoch"):
         convert(arguments)
+    torch.save({"fc.weight": torch.ones(1)}, arguments["checkpoint"])
+    with pytest.raises(ConversionError, match=r"vqa.pth: This is no checkpoint of ALBEF"):
+        convert(arguments)
     with pytest.raises(ValueError, match=r"missing.pth: there is no such file"):
         convert(arguments, checkpoint=tmp_path / "missing.pth")
 
@@ -226,6 +264,18 @@ def test_a_failed_conversion_leaves_nothing_behind(arguments, tmp_path, monkeypa
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_model_of_other_depths_converts_if_they_are_given(arguments, sizes):
+    small = sizes._replace(num_vision_layers=3, num_text_layers=3, first_fusion_layer=1, num_decoder_layers=1)
+    torch.save({"model": random_checkpoint("question-answering", small)}, arguments["checkpoint"])
+    with pytest.raises(ConversionError, match=r"vqa.pth: The layers found are not those expected:\n +visual_.*: 0-2"):
+        convert(arguments)
+    convert(arguments, depths=[3, 1, 2, 1], selection_layers=[2])
+    model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])
+    assert model.config.vision_config.num_hidden_layers == 3 and model.config.answer_ranking == "albef"
+    with pytest.raises(ValueError, match="--depths takes 4 numbers, got"):
+        convert(arguments, output_dir=arguments["output_dir"] / "again", depths=[3, 1])
+
+
 def test_an_existing_folder_is_not_overwritten(arguments):
     convert(arguments)
     with pytest.raises(ValueError, match="--output_dir .*out exists"):
@@ -238,188 +288,3 @@ def test_a_retrieval_checkpoint_becomes_a_retrieval_model(arguments, sizes):
     model = TripsForRetrieval.from_pretrained(arguments["output_dir"])
     assert torch.equal(model.itm_head.weight, weights_of(arguments)["itm_head.weight"])
     assert model.vision_proj.out_features == sizes.projection
-
-
-# BLIP
-
-
-@pytest.fixture
-def blip_folder(tmp_path, tokenizer):
-    layers = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
-    text = {"vocab_size": len(tokenizer), "bos_token_id": 4, "sep_token_id": 3, "max_position_embeddings": 32}
-    config = BlipConfig(
-        text_config={**layers, **text},
-        vision_config={**layers, "image_size": 16, "patch_size": 4},
-        initializer_range=0.3,
-    )
-    BlipForQuestionAnswering(config).save_pretrained(tmp_path / "blip")
-    tokenizer.save_pretrained(tmp_path / "blip")
-    return tmp_path / "blip"
-
-
-@torch.no_grad()
-def test_a_folder_of_blip_converts_with_its_own_tokenizer(blip_folder, tmp_path):
-    convert({"checkpoint": blip_folder, "output_dir": tmp_path / "out", "selection_layers": [2], "keep_rate": 1.0})
-    model = TripsForQuestionAnswering.from_pretrained(tmp_path / "out")
-    processor = TripsProcessor.from_pretrained(tmp_path / "out")
-    inputs = processor(images=Image.new("RGB", (16, 16), "teal"), text="is it red?", return_tensors="pt")
-    assert inputs["input_ids"][0, -1] == 3  # BLIP's tokenizer as it is
-    blip = BlipForQuestionAnswering.from_pretrained(blip_folder)
-    written = blip.generate(inputs["input_ids"], inputs["pixel_values"], max_new_tokens=4)
-    assert model.generate(**inputs, max_new_tokens=4).tolist() == written.tolist()
-
-
-def test_other_models_of_blip_and_options_for_albef_are_refused(blip_folder, tmp_path):
-    arguments = {"checkpoint": blip_folder, "output_dir": tmp_path / "out"}
-    with pytest.raises(ValueError, match="--num_attention_heads and --task are for ALBEF"):
-        convert(arguments, num_attention_heads=4)
-    config = BlipConfig.from_pretrained(blip_folder)
-    BlipForImageTextRetrieval(config).save_pretrained(tmp_path / "retrieval")
-    with pytest.raises(ConversionError, match="A BlipForImageTextRetrieval cannot become a TRIPS model"):
-        convert(arguments, checkpoint=tmp_path / "retrieval")
-
-
-# ViLT
-
-
-VILT_CLASSES = [
-    ViltModel,
-    ViltForMaskedLM,
-    ViltForQuestionAnswering,
-    ViltForImageAndTextRetrieval,
-    ViltForImagesAndTextClassification,
-    ViltForTokenClassification,
-]
-
-
-@pytest.fixture
-def vilt_arguments(tmp_path, tokenizer):
-    save_vilt(tmp_path / "vilt", tokenizer)
-    return {"checkpoint": tmp_path / "vilt", "output_dir": tmp_path / "out", "selection_layers": [2]}
-
-
-def save_vilt(folder, tokenizer, model_class=ViltForMaskedLM):
-    is_nlvr2 = model_class is ViltForImagesAndTextClassification
-    config = ViltConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        image_size=16,
-        patch_size=4,
-        num_images=2 if is_nlvr2 else -1,
-        modality_type_vocab_size=3 if is_nlvr2 else 2,
-    )
-    vilt = model_class(config)
-    for parameter in vilt.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    vilt.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ViltImageProcessor(size={"shortest_edge": 16}, size_divisor=4).save_pretrained(folder)
-
-
-def change_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def add_weights(folder, *names):
-    path = folder / "model.safetensors"
-    weights = {key: value.clone() for key, value in load_file(path).items()}
-    save_file(weights | {name: torch.ones(2) for name in names}, path, metadata={"format": "pt"})
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("model_class", VILT_CLASSES)
-def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tokenizer, model_class):
-    folder = vilt_arguments["checkpoint"]
-    save_vilt(folder, tokenizer, model_class)
-    report = convert(vilt_arguments, keep_rate=1.0)
-    assert report.new == [] and set(load_file(folder / "model.safetensors")) <= {*report.used, *report.left_out}
-    model, loading = TripsModel.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
-    assert not any(loading.values()) and model.config.fusion_type == "single_stream"
-    processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
-    images = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)) for seed in (0, 1)]
-    inputs = processor(images=images, text=["is it red?", "is it a red circle or a person?"], return_tensors="pt")
-    pixels = ViltImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(inputs["pixel_values"], pixels)
-    # ViLT draws an order of the patches: the states of the others are the same for all of them.
-    states = ViltModel.from_pretrained(folder)(**inputs).last_hidden_state
-    text_length = inputs["input_ids"].shape[1]
-    outputs = model(**inputs)
-    assert outputs.last_hidden_state.std() > 0.05
-    torch.testing.assert_close(outputs.last_hidden_state, states[:, :text_length], atol=1e-5, rtol=0)
-    image_states = outputs.vision_model_output.last_hidden_state
-    torch.testing.assert_close(image_states[:, 0], states[:, text_length], atol=1e-5, rtol=0)
-    torch.testing.assert_close(image_states.sum(dim=1), states[:, text_length:].sum(dim=1), atol=1e-4, rtol=0)
-
-
-def test_the_processor_is_vilts(vilt_arguments, tokenizer):
-    convert(vilt_arguments)
-    processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
-    assert processor.image_processor.image_mean == processor.image_processor.image_std == (0.5, 0.5, 0.5)
-    assert processor.image_processor.size == {"height": 16, "width": 16} and processor.patch_size == 4
-    assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert processor.tokenizer.model_max_length == 32
-    assert processor(text=TEXTS)["input_ids"] == tokenizer(TEXTS, padding=True)["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("model_class", "parts"),
-    [
-        (TripsForQuestionAnswering, {"decoder", "lm_head"}),
-        (TripsForConditionalGeneration, {"decoder", "lm_head"}),
-        (TripsForImagesAndTextClassification, {"classifier"}),
-        (TripsForVisualGrounding, {"box_head"}),
-    ],
-)
-def test_heads_of_a_single_stream_load_from_a_converted_vilt(vilt_arguments, tokenizer, model_class, parts):
-    convert(vilt_arguments)
-    model, loading = model_class.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
-    assert {key.partition(".")[0] for key in loading["missing_keys"]} == parts and not loading["unexpected_keys"]
-    assert model.config.decoder_start_token_id == tokenizer.cls_token_id
-    assert model.config.decoder_config.eos_token_id == tokenizer.sep_token_id
-    assert model.config.pad_token_id == tokenizer.pad_token_id
-
-
-def test_selection_and_resolution_are_set_for_a_vilt(vilt_arguments):
-    convert(vilt_arguments, selection_layers=[1, 3], keep_rate=[0.5, 0.6], selection_guidance="image", image_size=20)
-    model = TripsModel.from_pretrained(vilt_arguments["output_dir"])
-    assert (model.config.selection_layers, model.config.keep_rate) == ([1, 3], [0.5, 0.6])
-    assert model.config.selection_guidance == "image"
-    assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 32)
-    processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
-    assert processor.image_processor.size == {"height": 20, "width": 20}
-
-
-@pytest.mark.parametrize("architectures", [None, ["ViltForMaskedLM"], ["ViltForPreTraining"]])
-def test_heads_of_older_versions_of_vilt_are_left_out(vilt_arguments, architectures):
-    add_weights(vilt_arguments["checkpoint"], "mlm_score.bias", "itm_score.fc.weight")
-    change_config(vilt_arguments["checkpoint"], architectures=architectures)
-    report = convert(vilt_arguments)
-    heads = {key for key, why in report.left_out.items() if why == "ViLT's heads"}
-    assert {"mlm_score.bias", "itm_score.fc.weight", "mlm_score.transform.dense.weight"} <= heads
-
-
-def test_a_weight_that_is_no_vilts_is_refused_by_name(vilt_arguments):
-    add_weights(vilt_arguments["checkpoint"], "vilt.adapter.weight")
-    with pytest.raises(ConversionError, match=r"left out by name \(1\):\n +vilt.adapter.weight"):
-        convert(vilt_arguments)
-    assert not vilt_arguments["output_dir"].exists()
-
-
-@pytest.mark.parametrize("option", [{"task": "question-answering"}, {"num_attention_heads": 4}])
-def test_options_for_albef_are_refused_for_a_vilt(vilt_arguments, option):
-    with pytest.raises(ValueError, match="--num_attention_heads and --task are for ALBEF: ViLT's configuration"):
-        convert(vilt_arguments, **option)
-
-
-@pytest.mark.parametrize("model_type", ["bert", "a-type-of-its-own"])
-def test_a_model_of_another_type_is_refused_by_name(tmp_path, model_type):
-    BertConfig().save_pretrained(tmp_path)
-    change_config(tmp_path, model_type=model_type)
-    known = r"files of ALBEF \(.pth, .pt, .bin, .safetensors\), and models of type blip, vilt"
-    with pytest.raises(ConversionError, match=f"is a model of type '{model_type}'. What is known: {known}"):
-        convert({"checkpoint": tmp_path, "output_dir": tmp_path / "out"})

@@ -90,10 +90,10 @@ def test_a_run_names_them_before_training_or_in_the_batch(task, folder, processo
 
     unfit = expected(rows, "tokenizer")
     with pytest.raises(ValueError, match=f"{len(unfit)} of the .* rows of train") as raised:
-        with_fitting_texts(data, task, processor.tokenizer, skip=False)
+        with_fitting_texts(data, task, processor, skip=False)
     assert all(f"{source}: {reason} (" in str(raised.value) for source, reason in unfit.items())
 
-    data = with_fitting_texts(data, task, processor.tokenizer, skip=True)
+    data = with_fitting_texts(data, task, processor, skip=True)
     stopped = collate(processor, task, data["train"])
     assert stopped.keys() == expected(rows, "decoding").keys()
     assert all(error.startswith(f"{source}: unreadable image (") for source, error in stopped.items())
@@ -105,7 +105,7 @@ def test_a_run_that_may_skip_skips_and_counts_them_all(task, folder, processor, 
     source = DataSource(train_file=write(folder, task, rows))
     with caplog.at_level(logging.WARNING):
         data = load_task_dataset(task, source, BadRows(skip=True, patch_size=PATCH_SIZE))
-        data = with_fitting_texts(data, task, processor.tokenizer, skip=True)
+        data = with_fitting_texts(data, task, processor, skip=True)
     assert data["train"]["source"][:] == ["rows.jsonl row 1"]
     assert collate(processor, task, data["train"]) == {}
     read, unfit = (len(expected(rows, *found)) for found in (("reading", "decoding"), ("tokenizer",)))

@@ -141,7 +141,7 @@ def test_rows_that_are_read_make_batches(task, folder, processor):
         file.write_text("\n".join(map(json.dumps, [GOOD[task], *rows])))
         data = read(task, file, folder)
         assert len(data["train"]) >= 1
-        data = with_fitting_texts(data, task, processor.tokenizer, skip=True)
+        data = with_fitting_texts(data, task, processor, skip=True)
         assert collate(processor, task, data["train"]) == {}
 
     check()

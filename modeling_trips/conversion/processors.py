@@ -1,0 +1,72 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The processors of converted models: tokenizers as those models had them, images of the size they take."""
+
+from tokenizers import normalizers, processors
+from transformers import AutoTokenizer, BlipImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..configuration_trips import TripsConfig
+from ..processing_trips import TripsProcessor
+
+
+def make_processor(
+    tokenizer: PreTrainedTokenizerBase, config: TripsConfig, text_cleaning: str | None = None
+) -> TripsProcessor:
+    """A processor for a model: images are resized to the model's size, with CLIP's mean and deviation."""
+    (rows, columns), (patch_height, patch_width) = config.vision_config.grid_size, config.vision_config.patch_shape
+    if patch_height != patch_width:
+        raise ValueError(f"`patch_size`: processors cut square patches, not {patch_height} x {patch_width} pixels.")
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    image_processor = BlipImageProcessor(size={"height": rows * patch_height, "width": columns * patch_width})
+    return TripsProcessor(image_processor, tokenizer, patch_size=patch_height, text_cleaning=text_cleaning)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer by name or folder, without the truncation that its file may hold: what it was last used for is none of
+    the model's limits.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.init_kwargs.pop("max_length", None)
+    return tokenizer
+
+
+def load_albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """
+    The tokenizer of an uncased BERT as ALBEF uses it: no [SEP] follows a text. What ALBEF takes out of questions and
+    captions beforehand is for the processor: answers keep their punctuation.
+
+    Raises:
+        ValueError: if it lacks a special token of BERT.
+    """
+    tokenizer = load_tokenizer(name)
+    special_tokens = {
+        f"{key}_token": getattr(tokenizer, f"{key}_token") for key in ("pad", "unk", "cls", "sep", "mask")
+    }
+    absent = [key for key, token in special_tokens.items() if token is None]
+    if absent:
+        raise ValueError(f"The tokenizer {name} has no {', '.join(absent)}: give the tokenizer of a BERT.")
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    first, end = special_tokens["cls_token"], special_tokens["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A",
+        pair=f"{first} $A {end} $B:1 {end}:1",
+        special_tokens=[(first, tokenizer.cls_token_id), (end, tokenizer.sep_token_id)],
+    )
+    # Not the class it was loaded as: BertTokenizer would put its own rules back when it is loaded again.
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)

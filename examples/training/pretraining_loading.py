@@ -1,6 +1,7 @@
 """What pre-training starts with: pairs, as splits or as a stream, and a model with its processor."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 from datasets import DatasetDict
@@ -8,7 +9,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
 from trips_examples.data.shards import find_shards, hub_shards
-from trips_examples.data.streams import PairStream
+from trips_examples.data.streams import PairStream, Shard
 from trips_examples.training.models import ModelStart, make_processor
 from trips_examples.training.pretraining_options import (
     PretrainingArguments,
@@ -54,7 +55,7 @@ def open_stream(
 ) -> PairStream:
     """The part of this process in the stream of shards, files or a data set on the Hub."""
     if args.train_shards is not None:
-        shards = find_shards(args.train_shards, args.image_root)
+        shards: Sequence[Shard] = find_shards(args.train_shards, args.image_root)
     else:
         shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
     if tokenizer is None:

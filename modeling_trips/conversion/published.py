@@ -110,20 +110,20 @@ def _read_albef(
     **selection,
 ) -> _Source:
     weights = read_weights(checkpoint)
-    tokenizer = load_albef_tokenizer(tokenizer or "bert-base-uncased")
+    own_tokenizer = load_albef_tokenizer(tokenizer or "bert-base-uncased")
     plan = albef_plan(
         weights,
         task,
         image_size,
         num_attention_heads,
         depths,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=own_tokenizer.pad_token_id,
+        bos_token_id=own_tokenizer.cls_token_id,
+        eos_token_id=own_tokenizer.sep_token_id,
         **selection,
     )
     text_cleaning = "albef_question" if plan.model_class == "TripsForQuestionAnswering" else "albef_caption"
-    return _Source(weights, plan, make_processor(tokenizer, plan.config, text_cleaning))
+    return _Source(weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning))
 
 
 def _read_blip(
@@ -137,22 +137,22 @@ def _read_blip(
     weights, unexpected = _load(BlipForQuestionAnswering, checkpoint)
     if unexpected:
         raise ConversionError(f"{checkpoint} has weights of no BLIP: {unexpected}.")
-    tokenizer = load_tokenizer(tokenizer or checkpoint)
+    own_tokenizer = load_tokenizer(tokenizer or checkpoint)
     plan = blip_plan(weights, config, image_size, **options)
-    return _Source(weights, plan, make_processor(tokenizer, plan.config))
+    return _Source(weights, plan, make_processor(own_tokenizer, plan.config))
 
 
 def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | None = None, **options) -> _Source:
     _check_not_for_albef(options, "ViLT's configuration has the rest, and what it becomes serves every task.")
-    tokenizer = load_tokenizer(tokenizer or checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint, pad_token_id=tokenizer.pad_token_id)
+    own_tokenizer = load_tokenizer(tokenizer or checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, pad_token_id=own_tokenizer.pad_token_id)
     # "ViltForPreTraining", for one, stands in checkpoints but not in Transformers.
     model_class = getattr(modeling_vilt, (config.architectures or ["ViltModel"])[0], modeling_vilt.ViltModel)
     weights, unexpected = _load(model_class, checkpoint)
     weights |= {key: torch.empty(0) for key in unexpected}  # an error, unless the plan leaves them out by name
-    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    ends = {"bos_token_id": own_tokenizer.cls_token_id, "eos_token_id": own_tokenizer.sep_token_id}
     plan = vilt_plan(weights, config, image_size=image_size, decoder_config=ends, **options)
-    processor, own = make_processor(tokenizer, plan.config), AutoImageProcessor.from_pretrained(checkpoint)
+    processor, own = make_processor(own_tokenizer, plan.config), AutoImageProcessor.from_pretrained(checkpoint)
     processor.image_processor.image_mean, processor.image_processor.image_std = own.image_mean, own.image_std
     return _Source(weights, plan, processor)
 

@@ -199,7 +199,8 @@ def peak_memory(step: Callable[[], None], device: str) -> int | None:
 
 def provenance(device: str) -> dict[str, str]:
     """What the numbers depend on besides the setting: names of the device and of the versions."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    cpu = capabilities.get("cpu_name") or platform.machine()
     return {
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "torch_version": torch.__version__.split("+")[0],

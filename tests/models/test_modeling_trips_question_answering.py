@@ -1,104 +1,30 @@
-"""
-Tests of question answering: the loss, greedy and beam generation, and the ranking of given answers against independent
-computations; a question's answer depends on nothing but the question and its image; ten samples can be learned.
-"""
-
-import itertools
+"""Tests of question answering: the loss against independent computations; a question's answer depends on nothing
+but the question and its image; checkpoints, kernels, number formats; ten samples can be learned."""
 
 import pytest
 import torch
-
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel
-from modeling_trips.modeling_trips_generation import label_loss, token_nll
-
-
-PAD, START, END = 0, 1, 2
-QUESTIONS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
-MASK = (QUESTIONS != PAD).long()
-IMAGE_INDEX = torch.tensor([1, 0, 1, 0])
-# Six answers; the first two, and the two after, begin with the same token.
-ANSWERS = torch.tensor(
-    [[5, 6, END], [5, 7, END], [8, END, -100], [8, 3, END], [4, END, -100], [6, 6, END]],
+from tiny_question_answering import (
+    ANSWERS,
+    END,
+    IMAGE_INDEX,
+    LABELS,
+    MASK,
+    PAD,
+    QUESTION_INDEX,
+    QUESTIONS,
+    START,
+    WEIGHTS,
+    images,
+    inputs,
+    inputs_of,
+    kept,
+    log_probability,
+    make_model,
+    tokens_of,
 )
-# Seven answers to four questions, with weights.
-LABELS = ANSWERS[[0, 3, 5, 2, 1, 4, 0]]
-QUESTION_INDEX = torch.tensor([0, 0, 1, 2, 2, 2, 3])
-WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.1, 0.6, 0.3, 1.0])
 
-
-def make_config(vocab_size=12, **selection):
-    return TripsConfig(
-        vision_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": 16,
-            "patch_size": 4,
-            "initializer_range": 0.4,
-            **{"selection_layers": [2, 3], "keep_rate": 0.5, **selection},
-        },
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 24,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "max_position_embeddings": 12,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "initializer_range": 0.4,
-        },
-        fusion_encoder_config={"num_hidden_layers": 1},
-        decoder_config={"num_hidden_layers": 2, "bos_token_id": START, "eos_token_id": END},
-        initializer_range=0.4,
-    )
-
-
-def make_model(attn_implementation="sdpa", **fields):
-    torch.manual_seed(0)
-    config = make_config(**fields)
-    return TripsForQuestionAnswering._from_config(config, attn_implementation=attn_implementation).eval()
-
-
-def images(count=2):
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def inputs():
-    """Four questions about two images."""
-    return {
-        "input_ids": QUESTIONS,
-        "attention_mask": MASK,
-        "pixel_values": images(),
-        "image_index": IMAGE_INDEX,
-    }
-
-
-def inputs_of(row):
-    """One of them alone, without padding and without an index."""
-    return {
-        "input_ids": QUESTIONS[row : row + 1, : int(MASK[row].sum())],
-        "pixel_values": images()[IMAGE_INDEX[row]][None],
-    }
-
-
-def log_probability(model, row, answer):
-    """Of an answer (a list of ids) to question `row`: token after token, each on its own run of the whole model."""
-    total, written = 0.0, [START]
-    for token in answer:
-        logits = model(**inputs_of(row), decoder_input_ids=torch.tensor([written])).logits[0, -1]
-        total += logits.double().log_softmax(-1)[token].item()
-        written.append(token)
-    return total
-
-
-def tokens_of(answer):
-    return [token for token in answer.tolist() if token not in (-100, PAD)]
-
-
-def kept(output):
-    return [entry.kept_indices.tolist() for entry in output.selection]
+from modeling_trips import TripsForQuestionAnswering, TripsModel
+from modeling_trips.modeling_trips_generation import label_loss, token_nll
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,174 +124,6 @@ def test_embeddings_are_tied_and_trained_as_one(tmp_path):
     loaded = TripsForQuestionAnswering.from_pretrained(tmp_path)
     assert loaded.lm_head.decoder.weight is loaded.decoder.embeddings.word_embeddings.weight
     assert torch.equal(loaded.lm_head.decoder.weight, embedding)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-
-
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_generation_with_a_cache_equals_without(attn_implementation, num_beams):
-    model = make_model(attn_implementation)
-    options = {"max_new_tokens": 6, "num_beams": num_beams, "return_dict_in_generate": True, "output_scores": True}
-    cached = model.generate(**inputs(), **options, use_cache=True)
-    plain = model.generate(**inputs(), **options, use_cache=False)
-    assert torch.equal(cached.sequences, plain.sequences)
-    torch.testing.assert_close(cached.scores, plain.scores, rtol=1e-4, atol=1e-5)
-    assert len({tuple(row) for row in cached.sequences.tolist()}) > 1
-
-
-@torch.no_grad()
-def test_greedy_generation_takes_the_likeliest_token_each_time():
-    model = make_model()
-    sequences = model.generate(**inputs(), max_new_tokens=5)
-    for row in range(4):
-        written = [START]
-        while len(written) < 6 and written[-1] != END:
-            logits = model(**inputs_of(row), decoder_input_ids=torch.tensor([written])).logits[0, -1]
-            written.append(logits.argmax().item())
-        assert tokens_of(sequences[row]) == written
-
-
-@torch.no_grad()
-def test_beam_search_with_enough_beams_is_the_exhaustive_search():
-    length = 3
-    model = make_model(vocab_size=10)
-    others = [token for token in range(10) if token != END]
-    answers = []
-    for stop in range(length):
-        answers += [(*prefix, END) for prefix in itertools.product(others, repeat=stop)]
-    answers += itertools.product(others, repeat=length)  # cut off before the end token
-    ids = torch.full((len(answers), length), -100)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer)] = torch.tensor(answer)
-    assert len(answers) == 1 + 9 + 81 + 729
-    output = model.generate(
-        **inputs(),
-        max_new_tokens=length,
-        num_beams=90,  # as many as there are unfinished prefixes, and more
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    for row in range(4):
-        logits = model(
-            **inputs_of(row),
-            labels=ids,
-            text_index=torch.zeros(len(ids), dtype=torch.long),
-        ).logits
-        scores = -token_nll(logits, ids).sum(-1)
-        assert tuple(output.sequences[row, 1:].tolist())[: len(answers[scores.argmax()])] == answers[scores.argmax()]
-        torch.testing.assert_close(output.sequences_scores[row], scores.max(), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_generation_from_a_prefix_equals_from_pixels():
-    model = make_model()
-    prefix = model.model.encode_images(images())
-    with_prefix = {name: value for name, value in inputs().items() if name != "pixel_values"}
-    for num_beams in (1, 3):
-        expected = model.generate(**inputs(), max_new_tokens=6, num_beams=num_beams)
-        output = model.generate(**with_prefix, prefix=prefix, max_new_tokens=6, num_beams=num_beams)
-        assert torch.equal(output, expected)
-    ranking = model.rank_answers(ANSWERS, **with_prefix, prefix=prefix)
-    assert torch.equal(ranking.answer_indices, model.rank_answers(ANSWERS, **inputs()).answer_indices)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_encoded_once_and_generated_twice(num_beams):
-    model = make_model()
-    expected = model.generate(**inputs(), num_beams=num_beams, max_new_tokens=4)
-    encoder_outputs = model.model(**inputs())
-    for _ in range(2):
-        generated = model.generate(
-            QUESTIONS,
-            encoder_outputs=encoder_outputs,
-            attention_mask=MASK,
-            num_beams=num_beams,
-            max_new_tokens=4,
-        )
-        assert torch.equal(generated, expected)
-    assert len(encoder_outputs.last_hidden_state) == 4
-
-
-@torch.no_grad()
-def test_encoder_outputs_may_be_a_tuple():
-    model, start = make_model(), torch.full((4, 1), START)
-    expected = model(**inputs(), decoder_input_ids=start).logits
-    encoder_outputs = model.model(**inputs(), return_dict=False)
-    assert isinstance(encoder_outputs, tuple)
-    actual = model(attention_mask=MASK, encoder_outputs=encoder_outputs, decoder_input_ids=start).logits
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("answers_per_step", [1, 2, 5])
-def test_ranking_in_steps_changes_nothing(answers_per_step):
-    model = make_model()
-    expected = model.rank_answers(ANSWERS, answers_per_step=100, **inputs())
-    actual = model.rank_answers(ANSWERS, answers_per_step=answers_per_step, **inputs())
-    assert torch.equal(actual.answer_indices, expected.answer_indices)
-    torch.testing.assert_close(actual.scores, expected.scores)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranking
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("k", [6, 128])
-def test_ranking_all_answers_is_by_their_likelihood(k):
-    model = make_model()
-    ranking = model.rank_answers(ANSWERS, k=k, **inputs())
-    for row in range(4):
-        scores = torch.tensor([log_probability(model, row, tokens_of(answer)) for answer in ANSWERS])
-        assert ranking.answer_indices[row].tolist() == scores.argsort(descending=True).tolist()
-        expected_scores = scores.sort(descending=True).values
-        torch.testing.assert_close(ranking.scores[row], expected_scores, rtol=1e-5, atol=1e-5)
-    assert len({tuple(row) for row in ranking.answer_indices.tolist()}) > 1
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("k", [1, 2])
-def test_ranking_in_two_stages(k):
-    # All first tokens differ, so that the first stage has no ties.
-    answers = torch.tensor([[5, END, -100], [7, END, -100], [8, 7, END], [4, END, -100], [6, 4, END]])
-    model = make_model()
-    ranking = model.rank_answers(answers, k=k, **inputs())
-    differs = False
-    for row in range(4):
-        first = model(**inputs_of(row), decoder_input_ids=torch.tensor([[START]])).logits[0, 0].softmax(-1)
-        by_first = sorted(range(5), key=lambda i: -first[answers[i, 0]].item())
-        scores = {i: log_probability(model, row, tokens_of(answers[i])) for i in range(5)}
-        expected = sorted(by_first[:k], key=lambda i: -scores[i])
-        assert ranking.answer_indices[row].tolist() == expected
-        differs |= set(expected) != set(sorted(scores, key=lambda i: -scores[i])[:k])
-    assert differs  # from scoring all answers in full
-
-
-@torch.no_grad()
-def test_of_answers_with_the_same_first_token_the_first_listed_go_on():
-    answers = torch.tensor([[first, second, END] for first in (5, 6) for second in range(3, 12)])
-    model = make_model()
-    ranking = model.rank_answers(answers, k=4, **inputs())
-    for row in range(4):
-        first = model(**inputs_of(row), decoder_input_ids=torch.tensor([[START]])).logits[0, 0]
-        start = 0 if first[5] > first[6] else 9
-        assert sorted(ranking.answer_indices[row].tolist()) == [start, start + 1, start + 2, start + 3]
-
-
-@torch.no_grad()
-def test_ways_of_marking_the_padding_of_answers_are_equal():
-    model = make_model()
-    expected = model.rank_answers(ANSWERS, **inputs())
-    padded = ANSWERS.masked_fill(ANSWERS == -100, PAD)
-    masked = ANSWERS.masked_fill(ANSWERS == -100, 9), ANSWERS != -100
-    for output in (model.rank_answers(padded, **inputs()), model.rank_answers(*masked, **inputs())):
-        assert torch.equal(output.answer_indices, expected.answer_indices)
-        torch.testing.assert_close(output.scores, expected.scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""The benchmark of hosts: what it counts is what a formula says, and its models have base size."""
+
+import time
+
+import benchmark_hosts
+import pytest
+import torch
+import transformers
+from tiny_hosts import RATE, make_timm
+
+from modeling_trips.hosts.apply import apply_patch_selection
+
+
+@pytest.mark.parametrize("clock", ["wall", "process"])
+def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
+    """One layer after another of a ViT of width 32 with 17 tokens, of which 14 go on after layer 1 and 12 after 2."""
+    case = benchmark_hosts.Case(
+        lambda image_size: make_timm(img_size=image_size), selection_layers=(1, 2), takes_text=False
+    )
+    monkeypatch.setitem(benchmark_hosts.CASES, "tiny", case)
+    path = tmp_path / "hosts.json"
+    arguments = [
+        "--hosts",
+        "tiny",
+        "--image_size",
+        "32",
+        "--repeats",
+        "2",
+        "--clock",
+        clock,
+        "--output_json",
+        str(path),
+    ]
+    (row,) = benchmark_hosts.main(arguments)
+    d, mlp = 32, 128
+
+    def macs(tokens: list[tuple[int, int]]) -> int:
+        layers = sum(4 * n * d * d + 2 * n * n * d + 2 * m * d * mlp for n, m in tokens)
+        # Each selection: the keys of n - 1 candidates once more, the query of [CLS], the weighted sum.
+        selection = sum((n - 1) * d * d + d * d + (n - 1) * d for n, m in tokens if n != m)
+        return 16 * 3 * 8 * 8 * d + layers + selection + 5 * d
+
+    assert row["unpruned_macs"] == 2 * macs([(17, 17)] * 3)
+    assert row["macs"] == 2 * macs([(17, 14), (14, 12), (12, 12)])
+    assert (row["unpruned_image_tokens"], row["image_tokens"]) == (17, 12)
+    assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
+    assert path.exists()
+    with pytest.raises(ValueError, match="--hosts must be of vilt, .*, got word2vec"):
+        benchmark_hosts.main(["--hosts", "word2vec"])
+    with pytest.raises(ValueError, match="--clock must be of wall, process, and wall on cuda: got process"):
+        benchmark_hosts.main(["--clock", "process", "--device", "cuda"])
+
+
+def test_processor_time_does_not_count_waiting():
+    assert benchmark_hosts.processor_time(lambda: time.sleep(0.2), "cpu") < 0.1
+    assert benchmark_hosts.processor_time(lambda: sum(range(10**6)), "cpu") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in benchmark_hosts.CASES if name != "vilt"])
+def test_every_host_of_the_benchmark_has_base_size(name):
+    case = benchmark_hosts.CASES[name]
+    with torch.device("meta"):
+        model = case.make_model(384)
+    apply_patch_selection(model, case.selection_layers, RATE, case.guidance)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 85e6
+    assert transformers.__version__

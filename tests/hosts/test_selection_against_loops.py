@@ -1,0 +1,249 @@
+"""Patch selection inside models of Transformers and timm, against loops over tokens."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+from tiny_hosts import (
+    HOSTS,
+    INPUT_IDS,
+    KEPT,
+    LAYERS,
+    PAIRS,
+    PIXEL_MASK,
+    PIXELS,
+    RATE,
+    make_timm,
+)
+from torch import nn
+
+from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection
+
+
+def naive_tower(tokens, layers, num_heads, num_prefix, guide, schedule):
+    """
+    One image through pre-norm layers with selection, token by token, with the whole attention map.
+
+    Args:
+        tokens: tensor (n, width). The first `num_prefix` always stay.
+        layers: per layer a dict with norm1, norm2 (callables), q, k, v, out ((weight, bias) pairs), mlp (callable) and
+            optionally q_norm, k_norm, scale1, scale2 (callables).
+        guide: the position of the guiding token, None for the mean of all queries, or a vector.
+        schedule: keep rate by layer number.
+
+    Returns:
+        The tokens after the last layer, and per selection layer the kept candidates' original numbers, -1 if fused.
+    """
+
+    def same(x):
+        return x
+
+    numbers, kept_numbers = list(range(len(tokens) - num_prefix)), []
+    for number, layer in enumerate(layers, start=1):
+        normed = torch.stack([layer["norm1"](token) for token in tokens])
+        width = len(normed[0]) // num_heads
+
+        def heads(state, name, layer=layer, width=width):
+            weight, bias = layer[name]
+            vectors = (weight @ state + bias).split(width)
+            return [layer.get(f"{name}_norm", same)(vector) for vector in vectors]
+
+        queries, keys, values = ([heads(state, name) for state in normed] for name in "qkv")
+        updated = []
+        for i in range(len(tokens)):
+            attended = []
+            for head in range(num_heads):
+                row = torch.stack([queries[i][head] @ key[head] / math.sqrt(width) for key in keys]).softmax(0)
+                attended.append(sum(weight * value[head] for weight, value in zip(row, values)))
+            weight, bias = layer["out"]
+            updated.append(tokens[i] + layer.get("scale1", same)(weight @ torch.cat(attended) + bias))
+        tokens = torch.stack(updated)
+        if number in schedule:
+            if isinstance(guide, torch.Tensor):
+                query = heads(guide, "q")
+            elif guide is None:
+                query = [sum(q[head] for q in queries) / len(queries) for head in range(num_heads)]
+            else:
+                query = queries[guide]
+            scores = torch.zeros(len(tokens) - num_prefix, dtype=tokens.dtype)
+            for head in range(num_heads):
+                logits = torch.stack([query[head] @ key[head] / math.sqrt(width) for key in keys[num_prefix:]])
+                scores = scores + logits.softmax(0) / num_heads
+            num_kept = math.ceil(Fraction(str(schedule[number])) * len(scores))
+            if num_kept < len(scores):
+                ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+                kept, dropped = sorted(ranked[:num_kept]), ranked[num_kept:]
+                fused = sum(scores[i] * tokens[num_prefix + i] for i in dropped)
+                tokens = torch.stack([*tokens[:num_prefix], *(tokens[num_prefix + i] for i in kept), fused])
+                numbers = [*(numbers[i] for i in kept), -1]
+                kept_numbers.append(numbers[:-1])
+        mlp = torch.stack([layer.get("scale2", same)(layer["mlp"](layer["norm2"](token))) for token in tokens])
+        tokens = tokens + mlp
+    return tokens, kept_numbers
+
+
+def pair(linear):
+    return linear.weight, linear.bias
+
+
+def stacked(weight, bias):
+    return dict(zip("qkv", zip(weight.chunk(3), bias.chunk(3))))
+
+
+def parts_of(layer: nn.Module) -> dict:
+    """Where each host keeps the parts of a layer (the host's own layer, without selection)."""
+    name = type(layer).__name__
+    if name in ("CLIPEncoderLayer", "SiglipEncoderLayer"):
+        attention = layer.self_attn
+        parts = {"q": pair(attention.q_proj), "k": pair(attention.k_proj), "v": pair(attention.v_proj)}
+        parts["out"] = pair(attention.out_proj)
+        return {**parts, "norm1": layer.layer_norm1, "norm2": layer.layer_norm2, "mlp": layer.mlp}
+    if name == "BlipEncoderLayer":
+        parts = {**stacked(*pair(layer.self_attn.qkv)), "out": pair(layer.self_attn.projection)}
+        return {**parts, "norm1": layer.layer_norm1, "norm2": layer.layer_norm2, "mlp": layer.mlp}
+    if name == "BridgeTowerResidualAttention":
+        parts = {**stacked(layer.attn.in_proj_weight, layer.attn.in_proj_bias), "out": pair(layer.attn.out_proj)}
+        mlp = nn.Sequential(*layer.mlp.values())
+        return {**parts, "norm1": layer.ln_1, "norm2": layer.ln_2, "mlp": mlp}
+    if name == "ViltLayer":
+        attention = layer.attention.attention
+        parts = {"q": pair(attention.query), "k": pair(attention.key), "v": pair(attention.value)}
+        mlp = nn.Sequential(layer.intermediate, layer.output.dense)
+        parts |= {"out": pair(layer.attention.output.dense), "mlp": mlp}
+        return {**parts, "norm1": layer.layernorm_before, "norm2": layer.layernorm_after}
+    parts = {**stacked(*pair(layer.attn.qkv)), "out": pair(layer.attn.proj)}
+    parts |= {"q_norm": layer.attn.q_norm, "k_norm": layer.attn.k_norm, "scale1": layer.ls1, "scale2": layer.ls2}
+    return {**parts, "norm1": layer.norm1, "norm2": layer.norm2, "mlp": layer.mlp}
+
+
+def check_against_loops(tokens, layers, guides, num_prefix, run: Callable[[], torch.Tensor], apply: Callable):
+    """`tokens` enter the layers; `run` gives what comes out of the last; `apply` selects. All in float64."""
+    model_layers = [parts_of(layer) for layer in layers]
+    num_heads = 1 if type(layers[0]).__name__ == "BridgeTowerResidualAttention" else 2
+    expected = [
+        naive_tower(row, model_layers, num_heads, num_prefix, guide, dict.fromkeys(LAYERS, RATE))
+        for row, guide in zip(tokens, guides)
+    ]
+    model = apply()
+    with record_patch_selection(model) as selections:
+        actual = run()
+    torch.testing.assert_close(actual, torch.stack([states for states, _ in expected]), rtol=0, atol=1e-9)
+    for i, selection in enumerate(selections):
+        assert selection.kept_indices.tolist() == [kept[i] for _, kept in expected]
+        assert selection.kept_indices.shape[1] == KEPT[i]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", ["text", "image"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_clip_and_siglip_agree_with_loops(name, guidance):
+    model = HOSTS[name].make_model().double()
+    tower, pixels, num_prefix = model.vision_model, PIXELS.double(), int(name == "clip")
+    tokens = tower.embeddings(pixels)
+    tokens = tower.pre_layrnorm(tokens) if name == "clip" else tokens
+    texts = torch.randn(3, 32, dtype=torch.float64)
+    guides, given = (texts, {"text_embeds": texts}) if guidance == "text" else ([0 if num_prefix else None] * 3, {})
+
+    def apply():
+        apply_patch_selection(model, LAYERS, RATE, guidance)
+        return model
+
+    def run():
+        output = model.get_image_features(pixels, output_hidden_states=True, **given)
+        return output.hidden_states[-1]
+
+    check_against_loops(tokens, tower.encoder.layers, guides, num_prefix, run, apply)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_blip_agrees_with_loops(guidance):
+    """The text's guide is the [CLS] that the contrastive path shows: the text encoder without cross-attention."""
+    model = HOSTS["blip_retrieval"].make_model().double()
+    tower, inputs = model.vision_model, {**PAIRS, "pixel_values": PIXELS.double()}
+    text_states = model(**inputs, use_itm_head=False).question_embeds
+    guides = text_states[:, 0] if guidance == "text" else [0] * 3
+
+    def apply():
+        apply_patch_selection(model, LAYERS, RATE, guidance)
+        return model
+
+    def run():
+        return model(**inputs, output_hidden_states=True).hidden_states[-1]
+
+    check_against_loops(tower.embeddings(inputs["pixel_values"]), tower.encoder.layers, guides, 1, run, apply)
+
+
+@torch.no_grad()
+def test_bridgetower_agrees_with_loops():
+    model = HOSTS["bridgetower"].make_model().double()
+    inputs = {**PAIRS, "pixel_values": PIXELS.double()}
+    visual = model.vision_model.visual
+    tokens = visual.forward_pre(inputs["pixel_values"]).transpose(0, 1)
+
+    def apply():
+        apply_patch_selection(model, LAYERS, RATE, "image")
+        return model
+
+    def run():
+        return model(**inputs).hidden_states[1][-1].transpose(0, 1)
+
+    check_against_loops(tokens, visual.transformer.resblocks, [0] * 3, 1, run, apply)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reg_tokens": 2, "qk_norm": True, "init_values": 0.5}, {"class_token": False, "global_pool": "avg"}],
+    ids=["plain", "registers, norms and scales", "no class token"],
+)
+def test_timm_agrees_with_loops(options):
+    torch.manual_seed(0)
+    model = make_timm(**options).double().eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.norm = nn.Identity()
+    tokens = model._pos_embed(model.patch_embed(PIXELS.double()))
+    guides = [0 if model.has_class_token else None] * 3
+
+    def apply():
+        apply_patch_selection(model, LAYERS, RATE, "image")
+        return model
+
+    def run():
+        return model.forward_features(PIXELS.double())
+
+    check_against_loops(tokens, model.blocks, guides, model.num_prefix_tokens, run, apply)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_vilt_agrees_with_loops_over_each_pair_without_its_padding(guidance):
+    model = HOSTS["vilt"].make_model().double()
+    host = HOSTS["vilt"]
+    inputs = {**host.inputs, "pixel_values": PIXELS.double()}
+    tower, text_mask = model.vilt, inputs["attention_mask"]
+    torch.manual_seed(0)
+    states, mask = tower.embeddings(INPUT_IDS, text_mask, None, inputs["pixel_values"], PIXEL_MASK, None, None)
+    torch.manual_seed(0)
+    _, _, (patch_index, grid) = tower.embeddings.visual_embed(inputs["pixel_values"], PIXEL_MASK, -1)
+    layers = [parts_of(layer) for layer in tower.encoder.layer]
+    apply_patch_selection(model, LAYERS, RATE, guidance)
+    with record_patch_selection(model) as selections:
+        actual = tower(**inputs).last_hidden_state
+    assert [selection.kept_indices.shape[1] for selection in selections] == KEPT
+    for row in range(3):
+        length = int(text_mask[row].sum())
+        patches = patch_index[row, :, 0] * grid[1] + patch_index[row, :, 1]
+        present = [i for i in patches.argsort().tolist() if mask[row, 6 + i]]  # in the order of the grid
+        tokens = torch.cat([states[row, :length], states[row, 5:6], states[row, 6:][present]])
+        guide = 0 if guidance == "text" else length
+        expected, kept = naive_tower(tokens, layers, 2, length + 1, guide, dict.fromkeys(LAYERS, RATE))
+        expected = tower.layernorm(expected)
+        torch.testing.assert_close(actual[row, :length], expected[:length], rtol=0, atol=1e-9)
+        torch.testing.assert_close(actual[row, 5], expected[length], rtol=0, atol=1e-9)
+        for selection, positions in zip(selections, kept):
+            indices = [-1 if i < 0 else int(patches[present[i]]) for i in positions]
+            assert [i for i in selection.kept_indices[row].tolist() if i != -2] == indices

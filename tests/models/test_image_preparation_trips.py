@@ -1,0 +1,184 @@
+"""Every kind of image becomes `pixel_values`, and what cannot is refused by name."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_processors import encoded, make_processor
+from transformers import ViTImageProcessor
+
+from modeling_trips.image_preparation_trips import convert_to_rgb
+
+
+@pytest.fixture
+def processor():
+    return make_processor()
+
+
+@pytest.fixture
+def image():
+    pixels = np.random.default_rng(0).integers(0, 256, size=(20, 30, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# --- convert_to_rgb -------------------------------------------------------------------------------------------------
+
+
+def palette_image(transparency=None):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.new("L", (2, 2), 77), (77, 77, 77)),
+        (Image.new("LA", (2, 2), (77, 255)), (77, 77, 77)),
+        (Image.new("LA", (2, 2), (77, 0)), (255, 255, 255)),
+        (Image.new("La", (2, 2), (0, 0)), (255, 255, 255)),
+        (palette_image(), (10, 20, 30)),
+        (palette_image(transparency=0), (10, 20, 30)),
+        (palette_image(transparency=1), (255, 255, 255)),
+        (Image.new("PA", (2, 2), (0, 0)), (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (10, 20, 30)), (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), (255, 255, 255)),
+        # 51 / 255 is a fifth: 0.2 * 10 + 0.8 * 255 = 206, and so on
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 51)), (206, 208, 210)),
+        (Image.new("RGBa", (2, 2), (0, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBX", (2, 2), (10, 20, 30, 0)), (10, 20, 30)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("YCbCr", (2, 2), (100, 128, 128)), (100, 100, 100)),
+        (Image.new("HSV", (2, 2), (0, 255, 255)), (255, 0, 0)),
+        (Image.new("I;16", (2, 2), 65535), (255, 255, 255)),
+        (Image.new("I;16B", (2, 2), 257 * 100), (100, 100, 100)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+)
+def test_every_mode_becomes_rgb(image, expected):
+    mode = image.mode
+    converted = convert_to_rgb(image)
+    assert (converted.mode, converted.size) == ("RGB", (2, 2))
+    assert converted.getpixel((1, 1)) == expected
+    assert image.mode == mode and converted is not image
+
+
+def test_16_bit_grey_is_scaled_and_rounded():
+    values = np.array([[0, 128, 129, 257], [385, 386, 32768, 65535]], dtype=np.uint16)
+    # through a file: this is the mode in which Pillow opens a 16-bit PNG
+    image = Image.open(encoded(Image.fromarray(values), "PNG"))
+    assert np.asarray(convert_to_rgb(image))[..., 0].tolist() == [[0, 0, 1, 1], [1, 2, 128, 255]]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_modes_without_a_range_are_refused(mode, processor):
+    with pytest.raises(ValueError, match=f'Mode "{mode}" has no fixed range'):
+        convert_to_rgb(Image.new(mode, (2, 2)))
+    with pytest.raises(ValueError, match=r"`images\[1\]`.*no fixed range"):
+        processor(images=[Image.new("RGB", (16, 16)), Image.new(mode, (16, 16))])
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (3, 2), "black")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn clockwise by a quarter to see it upright": the top left corner goes to the top right
+    rotated = convert_to_rgb(Image.open(encoded(image, "PNG", exif=exif)))
+    assert rotated.size == (2, 3)
+    assert rotated.getpixel((1, 0)) == (255, 0, 0)
+    assert rotated.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_image_without_pixels_is_refused(processor):
+    with pytest.raises(ValueError, match=r"`images\[0\]`.*no pixels.*\(0, 5\)"):
+        processor(images=Image.new("RGB", (0, 5)))
+    with pytest.raises(ValueError, match=r"`images\[0\]`.*\(3, 0, 5\)"):
+        processor(images=np.zeros((3, 0, 5), dtype=np.uint8))
+
+
+# --- images -> pixel_values -----------------------------------------------------------------------------------------
+
+
+def test_pixel_values_are_the_image_processors(processor, image):
+    pixel_values = processor(images=[image, image], return_tensors="pt").pixel_values
+    expected = processor.image_processor(images=[image, image], return_tensors="pt").pixel_values
+    assert pixel_values.shape == (2, 3, 32, 32) and pixel_values.dtype == torch.float32
+    assert torch.equal(pixel_values, expected)
+
+
+def test_rgba_reaches_the_model_on_white(image):
+    # ViT's image processor does not convert to RGB by itself
+    processor = make_processor(ViTImageProcessor(size={"height": 32, "width": 32}))
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    white = Image.new("RGB", (16, 16), "white")
+    pixel_values = processor(images=[clear, white], return_tensors="pt").pixel_values
+    assert pixel_values.shape == (2, 3, 32, 32)
+    assert torch.equal(pixel_values[0], pixel_values[1])
+
+
+@pytest.mark.parametrize("make", [np.array, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"])
+def test_arrays_give_the_same_as_pictures(processor, image, make):
+    grey = image.convert("L")
+    expected = processor(images=[image, grey], return_tensors="pt").pixel_values
+    assert torch.equal(processor(images=[make(image), make(grey)], return_tensors="pt").pixel_values, expected)
+    assert torch.equal(processor(images=make(grey), return_tensors="pt").pixel_values, expected[1:])
+    batch = torch.as_tensor(np.stack([make(image)] * 2))
+    assert torch.equal(processor(images=batch, return_tensors="pt").pixel_values, expected[[0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: Image.new("RGB", (300, 15)), "15 x 300"),
+        (lambda: np.zeros((40, 15), dtype=np.uint8), "40 x 15"),
+        (lambda: np.zeros((15, 40, 3), dtype=np.uint8), "15 x 40"),
+        (lambda: torch.zeros(3, 1, 3), "1 x 3"),
+    ],
+    ids=["picture", "grey array", "channels last", "channels first"],
+)
+def test_an_image_smaller_than_a_patch_is_named(processor, image, make, size):
+    processor(images=[image, np.zeros((16, 16, 3), dtype=np.uint8), torch.zeros(3, 16, 40)])
+    with pytest.raises(ValueError, match=rf"`images\[1\]` .*{size} pixels .*fewer than one patch of 16 x 16"):
+        processor(images=[image, make()])
+
+
+def test_paths_give_the_same_as_pictures(processor, tmp_path):
+    path = tmp_path / "half_clear.png"
+    image = Image.new("RGBA", (16, 16), (10, 20, 30, 51))
+    image.save(path)
+    expected = processor(images=image, return_tensors="pt").pixel_values
+    for given in (path, str(path), [str(path)]):
+        assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
+
+
+def test_missing_path_is_named(processor, image):
+    with pytest.raises(ValueError, match=r"`images\[1\]` /nowhere/cat\.png cannot be used"):
+        processor(images=[image, "/nowhere/cat.png"])
+
+
+def test_truncated_jpeg_is_named(processor, image, tmp_path):
+    whole = encoded(image.resize((200, 200)), "JPEG").getvalue()
+    path = tmp_path / "half.jpg"
+    path.write_bytes(whole[: len(whole) // 2])
+    for given in (str(path), Image.open(path)):
+        with pytest.raises(ValueError, match=rf"`images\[1\]` {re.escape(str(path))} cannot be used.*truncated"):
+            processor(images=[image, given])
+
+
+@pytest.mark.parametrize("wrong", [3, {"image": 1}, np.zeros((2, 2, 2, 2, 2))], ids=["int", "dict", "5d"])
+def test_other_things_are_no_images(processor, image, wrong):
+    with pytest.raises(ValueError, match=r"`images\[1\]`.*expected a"):
+        processor(images=[image, wrong])
+
+
+def test_no_images_at_all(processor):
+    with pytest.raises(ValueError, match="`images` is empty"):
+        processor(images=[])
+    with pytest.raises(ValueError, match="at least one input"):
+        processor()

@@ -1,0 +1,219 @@
+"""The single stream is ViLT's transformer, whose checkpoints start it; its own are saved and loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_single_stream import HEADS, IDS, INDEX, MASK, images, kept, make_config, make_model, randomize
+from transformers import (
+    AutoModel,
+    ViltConfig,
+    ViltForImagesAndTextClassification,
+    ViltForQuestionAnswering,
+    ViltModel,
+)
+
+import modeling_trips
+from modeling_trips import (
+    TripsForImagesAndTextClassification,
+    TripsForQuestionAnswering,
+    TripsForVisualGrounding,
+    TripsModel,
+    TripsSingleStreamModel,
+    TripsVisionModel,
+)
+from modeling_trips.conversion.rules import load_converted
+from modeling_trips.conversion.vilt import vilt_plan
+from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It is ViLT
+
+
+def make_vilt(model_class=ViltModel, **fields):
+    config = ViltConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=4,
+        max_position_embeddings=12,
+        layer_norm_eps=1e-5,
+        **fields,
+    )
+    return randomize(model_class(config))
+
+
+def from_vilt(vilt, model_class=TripsModel, **selection):
+    plan = vilt_plan(vilt.state_dict(), vilt.config, model_class.__name__, **selection)
+    model = model_class(plan.config)
+    return model.eval(), load_converted(model, vilt.state_dict(), plan)
+
+
+def run_vilt(vilt):
+    """The states of text and image, the patches in the order of the grid: ViLT draws an order."""
+    torch.manual_seed(0)
+    states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
+    torch.manual_seed(0)
+    _, _, (places, _) = vilt.embeddings.visual_embed(images(4), torch.ones(4, 16, 16), max_image_length=-1)
+    order = (places[..., 0] * 4 + places[..., 1]).argsort(dim=1)
+    text, class_token, patches = states.split((5, 1, states.shape[1] - 6), dim=1)
+    return text, torch.cat((class_token, patches.gather(1, order.unsqueeze(-1).expand(-1, -1, 16))), dim=1)
+
+
+@torch.no_grad()
+def test_without_selection_it_is_vilt():
+    vilt = make_vilt()
+    text, image = run_vilt(vilt)
+    for selection in ({"keep_rate": 1.0, "selection_layers": [2, 3]}, {"selection_layers": []}):
+        model, report = from_vilt(vilt, **selection)
+        assert not report.new and report.left_out.keys() == {"pooler.dense.weight", "pooler.dense.bias"}
+        output = model(IDS, images(4), MASK)
+        torch.testing.assert_close(output.last_hidden_state, text, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.vision_model_output.last_hidden_state, image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.vision_model_output.pooler_output, image[:, 0], rtol=0, atol=1e-5)
+        assert output.selection == ()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("guidance", ["text", "image"])
+@torch.no_grad()
+def test_with_selection_it_is_vilt_with_patch_selection(guidance, fuse):
+    vilt = make_vilt()
+    schedule = {"selection_layers": [2, 3], "keep_rate": 0.5}
+    model, _ = from_vilt(vilt, selection_guidance=guidance, fuse_inattentive_tokens=fuse, **schedule)
+    output = model(IDS, images(4), MASK)
+    apply_patch_selection(vilt, **schedule, guidance=guidance, fuse_inattentive_tokens=fuse)
+    with record_patch_selection(vilt) as selections:
+        states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
+    assert kept(output) == [entry.kept_indices.tolist() for entry in selections]
+    for entry, expected in zip(output.selection, selections):
+        assert torch.equal(entry.candidate_indices, expected.candidate_indices)
+        torch.testing.assert_close(entry.scores, expected.scores, rtol=0, atol=1e-5)
+    joint = torch.cat((output.last_hidden_state, output.vision_model_output.last_hidden_state), dim=1)
+    torch.testing.assert_close(joint, states, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_vilt_with_a_head_starts_any_head(model_class):
+    vilt = make_vilt(ViltForQuestionAnswering, num_labels=3)
+    model, report = from_vilt(vilt, model_class, selection_layers=[2], decoder_config={"num_hidden_layers": 1})
+    assert {name.partition(".")[0] for name in report.left_out} == {"vilt", "classifier"}  # of ViLT itself: the pooler
+    assert {name.partition(".")[0] for name in report.new} <= {"decoder", "lm_head", "classifier", "box_head"}
+    expected = run_vilt(vilt.vilt)[0]
+    model.model.vision_model.config.keep_rate = 1.0
+    torch.testing.assert_close(model.model(IDS, images(4), MASK).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_vilt_of_nlvr2_loses_the_embedding_of_its_second_image():
+    vilt = make_vilt(ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3)
+    model, _ = from_vilt(vilt, selection_layers=[2], image_size=20)
+    table = vilt.vilt.embeddings.token_type_embeddings.weight
+    assert torch.equal(model.vision_model.modality_embeddings.weight, table[:2])
+    assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads, saving and loading
+
+
+def head_inputs(model_class):
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "pixel_values": images(4)}
+    if model_class is TripsForImagesAndTextClassification:
+        return {**inputs, "pixel_values": images(8), "labels": torch.tensor([0, 1, 1, 0])}
+    if model_class is TripsForVisualGrounding:
+        return {**inputs, "labels": torch.tensor([[0.5, 0.5, 0.2, 0.4]] * 4)}
+    return {**inputs, "labels": torch.tensor([[5, 2]] * 4)}
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_heads_are_trained_saved_and_loaded_by_auto_classes(model_class, tmp_path):
+    model = make_model(model_class=model_class)
+    output = model(**head_inputs(model_class))
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    auto_class = next(
+        name for name, models in modeling_trips.registration_trips.MODELS.items() if model_class in models
+    )
+    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path)
+    assert torch.equal(loaded(**head_inputs(model_class)).loss, output.loss)
+    base, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(base) is TripsModel and not report["missing_keys"]
+    inputs = IDS, images(4), MASK
+    assert torch.equal(base(*inputs).last_hidden_state, model.model(*inputs).last_hidden_state)
+    part, report = TripsSingleStreamModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    part.save_pretrained(tmp_path / "part")
+    assert type(AutoModel.from_pretrained(tmp_path / "part")) is TripsSingleStreamModel
+    assert load_file(tmp_path / "part" / "model.safetensors").keys() == part.state_dict().keys()
+
+
+LOAD_AS_A_STRANGER = """
+import sys
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+whole, part = (AutoModel.from_pretrained(folder, trust_remote_code=True).eval() for folder in sys.argv[1:3])
+assert "modeling_trips" not in sys.modules
+results = {f"part.{name}": value for name, value in part.state_dict().items()}
+results["states"] = whole(**load_file(sys.argv[3])).last_hidden_state.detach().contiguous()
+save_file(results, sys.argv[4])
+"""
+
+
+def test_a_checkpoint_holds_its_code(tmp_path):
+    model, inputs = make_model(), {"input_ids": IDS, "pixel_values": images(4), "attention_mask": MASK}
+    paths = [str(tmp_path / name) for name in ("whole", "part", "inputs.safetensors", "results.safetensors")]
+    model.save_pretrained(paths[0])
+    model.vision_model.save_pretrained(paths[1])
+    save_file(inputs, paths[2])
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_AS_A_STRANGER, *paths]  # another process: this one knows the classes
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = load_file(paths[3])
+    assert torch.equal(results.pop("states"), model(**inputs).last_hidden_state)
+    expected = {f"part.{name}": value for name, value in model.vision_model.state_dict().items()}
+    assert results.keys() == expected.keys()
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+def test_statements_about_two_images_are_those_about_each():
+    model = make_model(model_class=TripsForImagesAndTextClassification)
+    output = model(IDS, images(8), MASK)
+    for image in range(2):
+        alone = model.model(IDS, images(8)[image::2], MASK)
+        assert [rows[image::2] for rows in kept(output)] == kept(alone)
+
+
+def test_answers_are_written_from_the_fused_states():
+    model = make_model(model_class=TripsForQuestionAnswering)
+    answers = model.generate(IDS, pixel_values=images(2), attention_mask=MASK, image_index=INDEX, max_new_tokens=4)
+    outputs = model.model(IDS, images(2), MASK, image_index=INDEX)
+    given = model.generate(attention_mask=MASK, encoder_outputs=outputs, max_new_tokens=4)
+    assert torch.equal(answers, given)
+
+
+def test_a_vision_tower_gives_a_single_stream_all_but_the_embeddings_of_modalities(tmp_path):
+    tower = randomize(TripsVisionModel(make_config().vision_config))
+    tower.save_pretrained(tmp_path)
+    stream, report = TripsSingleStreamModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {"modality_embeddings.weight"} and not report["unexpected_keys"]
+    weights = stream.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in tower.state_dict().items())
+
+
+def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    unpruned, report = TripsModel.from_pretrained(tmp_path, keep_rate=1.0, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert unpruned(IDS, images(4), MASK).vision_model_output.last_hidden_state.shape[1] == 17

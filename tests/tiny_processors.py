@@ -1,0 +1,26 @@
+"""A processor with a vocabulary of twelve words and images of 32 x 32 pixels."""
+
+import io
+
+from transformers import BertTokenizer, BlipImageProcessor
+
+from modeling_trips.processing_trips import TripsProcessor
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "red", "this", "?", "a", "cat"]
+VOCABULARY = {word: index for index, word in enumerate(WORDS)}
+PAD, CLS, SEP = VOCABULARY["[PAD]"], VOCABULARY["[CLS]"], VOCABULARY["[SEP]"]
+
+
+def make_processor(image_processor=None, patch_size=16, **tokenizer_kwargs):
+    tokenizer = BertTokenizer(vocab=VOCABULARY, **{"model_max_length": 12, **tokenizer_kwargs})
+    if image_processor is None:
+        image_processor = BlipImageProcessor(size={"height": 32, "width": 32})
+    return TripsProcessor(image_processor, tokenizer, patch_size=patch_size)
+
+
+def encoded(image, image_format, **kwargs) -> io.BytesIO:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **kwargs)
+    buffer.seek(0)
+    return buffer

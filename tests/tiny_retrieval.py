@@ -1,0 +1,98 @@
+"""A tiny model for retrieval, six captions of four images, and what its losses are compared by."""
+
+import torch
+
+from modeling_trips import TripsConfig
+from modeling_trips.losses_contrastive_trips import matching_pairs
+from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
+
+
+# Six captions of four images, two of which (0 and 3) are the same picture.
+TEXTS = torch.tensor(
+    [[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2], [1, 6, 2, 0, 0]]
+)
+MASK = (TEXTS != 0).long()
+IMAGE_INDEX = torch.tensor([1, 0, 1, 2, 3, 0])
+IMAGE_IDS = torch.tensor([7, 4, 5, 7])
+PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
+
+
+def make_config(dropout=0.0, selection_guidance="text", **fields):
+    return TripsConfig(
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "image_size": 16,
+            "patch_size": 4,
+            "initializer_range": 0.4,
+            "selection_layers": [2, 3],
+            "keep_rate": 0.5,
+            "selection_guidance": selection_guidance,
+        },
+        text_config={
+            "vocab_size": 20,
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 12,
+            "hidden_dropout_prob": dropout,
+            "attention_probs_dropout_prob": dropout,
+            "initializer_range": 0.4,
+        },
+        fusion_encoder_config={"num_hidden_layers": 1},
+        decoder_config={"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},
+        initializer_range=0.4,
+        **{"projection_dim": 8, **fields},
+    )
+
+
+def make_model(**fields):
+    torch.manual_seed(0)
+    return TripsForRetrieval(make_config(**fields)).eval()
+
+
+def images(count=4):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def captions():
+    """The six captions and their images."""
+    return {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_index": IMAGE_INDEX}
+
+
+def run(model, seed=0, **inputs):
+    """With losses; the seed decides which negatives are drawn."""
+    torch.manual_seed(seed)
+    return model(**{**captions(), "image_ids": IMAGE_IDS, **inputs})
+
+
+def pairs_of(output, seed=0):
+    """The pairs that `run` drew."""
+    torch.manual_seed(seed)
+    return matching_pairs(output.logits_per_text[:, IMAGE_INDEX], PAIR_IDS)
+
+
+def matched_alone(model, text, image):
+    """One text without its padding, one image: through the whole model."""
+    states = model.model(TEXTS[text : text + 1, : int(MASK[text].sum())], images()[image : image + 1])
+    return model.itm_head(states.last_hidden_state[0, 0])
+
+
+def kept(output):
+    return [entry.kept_indices.tolist() for entry in output.selection]
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def calls_of(module, run_model):
+    """The number of rows of each call of `module` while `run_model` runs."""
+    rows = []
+    handle = module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    run_model()
+    handle.remove()
+    return rows

@@ -1,0 +1,42 @@
+"""A tiny vision tower whose parameters are all drawn at random, and its inputs."""
+
+import torch
+
+from modeling_trips import TripsVisionConfig, TripsVisionModel
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+GRID = {"image_size": [12, 8], "patch_size": 4}  # 3 x 2 patches
+CLIP_STYLE = {"use_pre_layernorm": True, "hidden_act": "quick_gelu", "patch_bias": False, "layer_norm_eps": 1e-5}
+
+
+def make_model(seed=0, attn_implementation="sdpa", **fields):
+    """A tower whose parameters are all drawn at random, biases and norms too, so that each of them matters."""
+    config = TripsVisionConfig(**{**SIZES, **GRID, "selection_layers": [2], "keep_rate": 0.5, **fields})
+    model = TripsVisionModel._from_config(config, attn_implementation=attn_implementation).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name and "weight" in name else 0.4 * noise)
+    return model
+
+
+def images(count=2, size=(12, 8), seed=1, dtype=torch.float32):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def texts(count=2, width=8, seed=2, dtype=torch.float32):
+    return 2 * torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_same_selection(selection, other, **tolerance):
+    assert len(selection) == len(other)
+    for ours, theirs in zip(selection, other):
+        assert torch.equal(ours.kept_indices, theirs.kept_indices)
+        assert torch.equal(ours.candidate_indices, theirs.candidate_indices)
+        torch.testing.assert_close(ours.scores, theirs.scores, **tolerance)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -20,7 +20,13 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from .configuration_trips_parts import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig, TripsVisionConfig
+from .configuration_trips_parts import (
+    TripsDecoderConfig,
+    TripsFusionConfig,
+    TripsTextConfig,
+    TripsVisionConfig,
+    validate_numbers,
+)
 
 
 SELECTION_FIELDS = (
@@ -223,14 +229,8 @@ class TripsConfig(PreTrainedConfig):
         elif getattr(config, field) != width:
             raise ValueError(f"`{part}.{field}` ({getattr(config, field)}) must be {width}, the width of its source.")
 
-    def validate_objective_weights(self):
-        for name in ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
-
-    def validate_num_images(self):
-        if self.num_images < 1:
-            raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
+    def validate_numbers(self):
+        validate_numbers(self)
 
     def validate_fusion_width(self):
         if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
@@ -253,6 +253,21 @@ class TripsConfig(PreTrainedConfig):
                     f"`{field}` must be {needed} with `fusion_type='single_stream'`, where text and patches go "
                     f"through the vision tower's layers together, got {value}."
                 )
+
+    def check_start_token(self):
+        """
+        For the heads that write; all others may have any start token, as the defaults of the decoder are BERT's.
+
+        Raises:
+            ValueError: if the start token is outside of the decoder's vocabulary.
+        """
+        start, vocab_size = self.decoder_start_token_id, self.decoder_config.vocab_size
+        if start is not None and not 0 <= start < vocab_size:
+            raise ValueError(
+                f"`decoder_start_token_id` ({start}) is outside of the vocabulary of {vocab_size} tokens. Give the "
+                "tokenizer's [CLS] and [SEP] as `bos_token_id` and `eos_token_id` in `decoder_config`; a checkpoint "
+                "needs the former as `decoder_start_token_id`, too."
+            )
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.decoder_config if decoder else self.text_config

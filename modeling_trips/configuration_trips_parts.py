@@ -13,16 +13,56 @@
 # limitations under the License.
 """Configurations of the parts of TRIPS: vision tower, text encoder, fusion encoder, decoder."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
 
-def _validate_heads(config):
-    if config.num_attention_heads < 1:
-        raise ValueError(f"`num_attention_heads` must be at least 1, got {config.num_attention_heads}.")
+# The least value that a number may have, in any configuration that has such a field.
+LEAST_VALUES = {
+    "hidden_size": 1,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "num_channels": 1,
+    "vocab_size": 1,
+    "max_position_embeddings": 1,
+    "type_vocab_size": 1,
+    "hidden_dropout_prob": 0,
+    "attention_probs_dropout_prob": 0,
+    "layer_norm_eps": 0,
+    "initializer_range": 0,
+    "projection_dim": 1,
+    "num_images": 1,
+    "itc_weight": 0,
+    "itm_weight": 0,
+    "mlm_weight": 0,
+    "prefix_lm_weight": 0,
+    "bbox_loss_coefficient": 0,
+    "giou_loss_coefficient": 0,
+}
+
+
+def validate_numbers(config: PreTrainedConfig):
+    """Raises a `ValueError` on a field that is below its `LEAST_VALUES`, infinite, or not a number."""
+    for name, least in LEAST_VALUES.items():
+        value = getattr(config, name, least)
+        if not least <= value < math.inf:  # NaN is not either
+            raise ValueError(f"`{name}` must be a number of at least {least}, got {value}.")
+
+
+def _validate_layers(config: PreTrainedConfig):
+    """What all kinds of layers have: widths, heads, dropout, and an activation."""
+    validate_numbers(config)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if getattr(config, name) > 1:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(config, name)}.")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
     if config.hidden_size % config.num_attention_heads != 0:
         raise ValueError(
             f"`hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` "
@@ -45,7 +85,7 @@ class TripsVisionConfig(PreTrainedConfig):
         `"linear"`: one convolution of kernel and stride `patch_size` (ViT). `"convolutional"`: a stack of 3x3
         convolutions of stride 2 with doubling channels and one 1x1 convolution (https://arxiv.org/abs/2106.14881);
         `patch_size` must then be a power of two. The stem is batch-normalised: in training, its outputs depend on
-        the other images of the batch.
+        the other images of the batch, unless it is frozen.
     patch_bias (`bool`, *optional*, defaults to `True`):
         Whether the patch embedding has a bias. CLIP has none.
     use_pre_layernorm (`bool`, *optional*, defaults to `False`):
@@ -138,7 +178,7 @@ class TripsVisionConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     def validate_architecture(self):
-        _validate_heads(self)
+        _validate_layers(self)
         height, width = _as_pair("image_size", self.image_size)
         patch_height, patch_width = self.patch_shape
         if height % patch_height or width % patch_width:
@@ -213,7 +253,13 @@ class TripsTextConfig(PreTrainedConfig):
     is_decoder: bool = False
 
     def validate_architecture(self):
-        _validate_heads(self)
+        _validate_layers(self)
+
+    def validate_token_ids(self):
+        """Only padding is refused: no model can be made with it. The rest is a warning, as in Transformers."""
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}).")
+        super().validate_token_ids()
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsFusionModel`]: text layers that attend to the image tokens.")

@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images of any kind -> what an image processor takes: pictures to 8-bit RGB, upright and opaque."""
+"""Images of any kind -> what an image processor takes: pictures to 8-bit RGB, upright, opaque; one for each text."""
 
+import operator
 import os
 
 import numpy as np
@@ -42,8 +43,9 @@ def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np
             prepared.append(_prepare_image(image))
             _check_image_size(prepared[-1], patch_size)
         except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
-            path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
-            raise ValueError(f"`images[{position}]` {path or ''} cannot be used: {error}") from error
+            path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+            name = f"`images[{position}]` {path!s:.200}".rstrip()
+            raise ValueError(f"{name} cannot be used: {str(error).rstrip('.')}.") from error
     if not prepared:
         raise ValueError("`images` is empty: pass at least one image, or None.")
     return prepared
@@ -59,10 +61,10 @@ def _flatten_images(images: ImageInput) -> list:
 def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
     """Reads a path or URL, converts pictures to RGB; arrays pass as they are, but grey (H, W) becomes (3, H, W)."""
     if isinstance(image, (str, os.PathLike)):
-        if not os.path.isfile(image):
-            return load_image(os.fspath(image))
-        with Image.open(image) as opened:
-            return convert_to_rgb(opened)
+        if os.path.exists(image):
+            with Image.open(image) as opened:
+                return convert_to_rgb(opened)
+        return _load_string(os.fspath(image))
     if isinstance(image, Image.Image):
         return convert_to_rgb(image)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
@@ -72,6 +74,16 @@ def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
     if image.ndim == 2:
         return (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3)
     return image
+
+
+def _load_string(image: str) -> Image.Image:
+    """Of a string that is no path: the picture behind a URL, or in base64."""
+    try:
+        return load_image(image)
+    except Exception as error:
+        if image.startswith(("http://", "https://", "data:")):
+            raise
+        raise FileNotFoundError("there is no such file, and it is no URL and no picture in base64") from error
 
 
 def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size: int):
@@ -119,3 +131,41 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
+    """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
+    texts = [text] if isinstance(text, str) else text
+    if texts is not None and not (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
+        raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.200}.")
+    if texts == []:
+        raise ValueError("`text` is empty: pass at least one text, or None.")
+    if images is None or texts is None:
+        if image_index is not None:
+            raise ValueError("`image_index` says which image each text is about: pass both `images` and `text`.")
+        return
+    num_images, num_texts = len(images), len(texts)
+    if image_index is None:
+        if num_images != num_texts:
+            raise ValueError(
+                f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, where "
+                "text i is about image image_index[i]."
+            )
+        return
+    try:
+        rows = [[operator.index(index) for index in _as_list(entry)] for entry in image_index]
+    except TypeError as error:
+        raise ValueError(
+            f"`image_index` must be a list of integers, or of lists of them, got {image_index!r:.200}."
+        ) from error
+    if len(rows) != num_texts:
+        raise ValueError(f"`image_index` must have one entry per text: got {len(rows)} for {num_texts} texts.")
+    for position, row in enumerate(rows):
+        if not all(0 <= index < num_images for index in row):
+            raise ValueError(
+                f"`image_index[{position}]` is {image_index[position]}, but must be in [0, {num_images - 1}]."
+            )
+
+
+def _as_list(entry) -> list | tuple:
+    return entry if isinstance(entry, (list, tuple)) else [entry]

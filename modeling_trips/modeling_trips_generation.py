@@ -28,7 +28,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .configuration_trips import TripsConfig
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
+from .modeling_trips_vision import TripsSelection, TripsVisionPrefix, check_image_index
 
 
 # How many tokens `generate` writes unless a checkpoint or a call says otherwise: enough for a caption.
@@ -59,6 +59,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
+        config.check_start_token()
         self.model = TripsModel(config)
         decoder = TripsDecoder(config.decoder_config)
         self.lm_head = TripsLMHead(config.decoder_config)
@@ -87,6 +88,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
         self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict):
+        super()._validate_model_kwargs(model_kwargs)
+        index, prefix = model_kwargs.get("image_index"), model_kwargs.get("prefix")
+        images = model_kwargs.get("pixel_values") if prefix is None else prefix.hidden_states
+        # Of another device than the CPU, the values are known only when it has finished all its work.
+        if index is not None and images is not None and index.device.type == "cpu":
+            check_image_index(index, num_images=len(images))
 
     def _expand_inputs_for_generation(self, *args, **model_kwargs):
         if model_kwargs.get("encoder_outputs") is not None:  # the library expands them in place: spare the caller's

@@ -65,6 +65,9 @@ class TripsForPreTraining(TripsContrastiveModel):
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
+        # CODEPATH: without prefix language modelling nothing is written.
+        if config.prefix_lm_weight > 0:
+            config.check_start_token()
         self.mlm_score = TripsLMHead(config.text_config)
         decoder = TripsDecoder(config.decoder_config)
         self.lm_head = TripsLMHead(config.decoder_config)

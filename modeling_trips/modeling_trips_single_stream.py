@@ -32,6 +32,7 @@ from .modeling_trips_vision import (
     TripsVisionModelOutput,
     TripsVisionPrefix,
     check_counts,
+    check_image_source,
     next_candidates,
     selection_of,
 )
@@ -151,8 +152,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         prefix (`TripsVisionPrefix`, *optional*):
             Result of `encode_prefix`, in place of `pixel_values`.
         """
-        if (pixel_values is None) == (prefix is None):
-            raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
+        check_image_source(pixel_values, prefix)
         image_states = (self.encode_prefix(pixel_values, **kwargs) if prefix is None else prefix).hidden_states
         check_counts(text_states.shape[0], image_states.shape[0], image_index)
         if image_index is not None:

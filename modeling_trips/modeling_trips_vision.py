@@ -88,6 +88,17 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     selection: tuple[TripsSelection, ...] | None = None
 
 
+class TripsBatchNorm(nn.BatchNorm2d):
+    """Statistics of a frozen norm stay, too: adapters that are trained on a frozen model do not hold them."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad or not self.training:
+            return super().forward(hidden_states)
+        return nn.functional.batch_norm(
+            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
 class TripsConvolutionalStem(nn.Module):
     """
     3x3 convolutions of stride 2, each with twice the channels of the one before, batch-normalised, that take an image
@@ -102,7 +113,7 @@ class TripsConvolutionalStem(nn.Module):
             nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
             for in_width, width in zip([config.num_channels, *widths], widths)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.norms = nn.ModuleList(TripsBatchNorm(width) for width in widths)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         for convolution, norm in zip(self.convolutions, self.norms):
@@ -292,8 +303,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         select_patches (`bool`, *optional*, defaults to `True`):
             Whether the selection layers select. Without, all patches go on: a plain ViT.
         """
-        if (pixel_values is None) == (prefix is None):
-            raise ValueError("Specify exactly one of `pixel_values` and `prefix`.")
+        check_image_source(pixel_values, prefix)
         if prefix is None:
             prefix = self.encode_prefix(pixel_values, **kwargs)
         if prefix.first_selection_layer != self.config.first_selection_layer:
@@ -334,6 +344,12 @@ def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.Lon
     return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=-1)
 
 
+def check_image_source(pixel_values: torch.Tensor | None, prefix: TripsVisionPrefix | None):
+    if (pixel_values is None) == (prefix is None):
+        found = "neither: give an image" if prefix is None else "both"
+        raise ValueError(f"Specify exactly one of `pixel_values` and `prefix`, got {found}.")
+
+
 def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
     if image_index is None and num_texts != num_images:
         raise ValueError(
@@ -343,6 +359,16 @@ def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor 
     if image_index is not None and tuple(image_index.shape) != (num_texts,):
         raise ValueError(
             f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
+        )
+
+
+def check_image_index(image_index: torch.LongTensor, num_images: int):
+    """Its values: not within a forward pass, where no shape or branch may depend on them."""
+    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
+    if len(outside):
+        position = outside[0, 0].item()
+        raise ValueError(
+            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
         )
 
 

@@ -9,16 +9,38 @@ first. For a model that is loaded already, `pipeline` refuses the names of the t
 """
 
 from collections.abc import Iterator, Sized
-from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 
 NUM_RANKED_ANSWERS = 128  # how many of a given list are scored in full, as in ALBEF
+
+
+def _torch_dataset(inputs):
+    """A data set or column of the library `datasets` as a dataset of PyTorch; all else as it is."""
+    # By name: `datasets` is an extra, and nothing of it can be there without it.
+    from_datasets = type(inputs).__module__.partition(".")[0] == "datasets"
+    return Subset(inputs, range(len(inputs))) if from_datasets and isinstance(inputs, Sized) else inputs
+
+
+def without_rest(labels: torch.LongTensor, end_token_id: int | list[int] | None) -> torch.LongTensor:
+    """Generated tokens as labels: -100 behind the first end token of each row."""
+    is_end = torch.isin(labels, labels.new_tensor([] if end_token_id is None else end_token_id)).long()
+    return labels.masked_fill(is_end.cumsum(dim=-1) > is_end, -100)
+
+
+def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
+    """Texts with their probabilities -> answers, the best first: equal texts as one; no empty one beside others."""
+    scores = {}
+    for text, score in pairs:
+        scores[text] = scores.get(text, 0.0) + score
+    if len(scores) > 1:
+        scores.pop("", None)
+    return [{"score": scores[text], "answer": text} for text in sorted(scores, key=scores.get, reverse=True)]
 
 
 class TripsPipeline(Pipeline):
@@ -42,14 +64,21 @@ class TripsPipeline(Pipeline):
                 f"The pipeline {self.task!r} takes TRIPS models, not a {model_type}: try `image-text-to-text`."
             )
 
-    def make_item(self, image, texts: str | list[str], timeout: float | None = None) -> dict:
+    def __call__(self, inputs, **kwargs):
+        """As in Transformers. An empty list has no results; what `datasets` loads counts as a dataset, too."""
+        inputs = _torch_dataset(inputs)
+        return [] if isinstance(inputs, (list, tuple)) and not inputs else super().__call__(inputs, **kwargs)
+
+    def make_item(
+        self, image, texts: str | list[str], timeout: float | None = None, truncation: bool | str = False
+    ) -> dict:
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:
                 image = load_image(image, timeout=timeout)
             except Exception as error:  # the network and Pillow raise many kinds
                 raise ValueError(f"The image {image} cannot be used: {error}") from error
         single = isinstance(texts, str)
-        return {"image": image, "texts": [texts] if single else texts, "single": single}
+        return {"image": image, "texts": [texts] if single else texts, "single": single, "truncation": truncation}
 
     def collate(self, items: list[dict]) -> dict:
         """A batch: the model's inputs, and which of its texts belong to which item."""
@@ -58,6 +87,7 @@ class TripsPipeline(Pipeline):
             images=[item["image"] for item in items],
             text=[text for item in items for text in item["texts"]],
             image_index=[position for position, count in enumerate(num_texts) for _ in range(count)],
+            truncation=items[0]["truncation"],  # one option for all of a call
             return_tensors="pt",
         )
         single = [item["single"] for item in items]
@@ -98,8 +128,11 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     default_task = "visual-question-answering"
     _non_generation_params = ("top_k",)
 
-    def _sanitize_parameters(self, timeout=None, top_k=None, answers=None, generate_kwargs=None, **kwargs):
-        preprocess_params = {} if timeout is None else {"timeout": timeout}
+    def _sanitize_parameters(
+        self, timeout=None, truncation=None, top_k=None, answers=None, generate_kwargs=None, **kwargs
+    ):
+        options = {"timeout": timeout, "truncation": truncation}
+        preprocess_params = {name: value for name, value in options.items() if value is not None}
         forward_params = {**kwargs, **(generate_kwargs or {})}
         if top_k is not None:
             forward_params["top_k"] = top_k
@@ -116,14 +149,16 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             question (`str` or `list[str]`, *optional*):
                 One question or several. Several are asked about each image, and share its computation.
             top_k (`int`, *optional*, defaults to 5):
-                How many answers are returned for each question: those that a beam search of this width finds. 1 is
-                the fastest.
+                How many answers are returned for each question at most: those that a beam search of this width finds,
+                equal ones as one. 1 is the fastest.
             answers (`list[str]`, *optional*):
                 Picks the answers from this list (see [`TripsForQuestionAnswering.rank_answers`]).
             batch_size (`int`, *optional*, defaults to 1):
                 How many images go through the model at once.
             timeout (`float`, *optional*):
                 Seconds to wait for an image from the web; forever by default.
+            truncation (`bool`, *optional*, defaults to `False`):
+                Whether a question that is too long for the model is cut, or refused.
             kwargs:
                 Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
@@ -134,8 +169,10 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             An iterator for a dataset or a generator.
 
         Raises:
-            ValueError: if an image cannot be read, or a question is missing, empty or too long for the model.
+            ValueError: if an image cannot be read, a question is missing, empty or too long for the model, or options
+                of `generate` come with `answers`.
         """
+        image = _torch_dataset(image)
         if question is None:
             return super().__call__(image, **kwargs)
         if not isinstance(image, (list, tuple, Dataset)):
@@ -145,28 +182,27 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             return by_image
         return [answers[position] for position in range(len(question)) for answers in by_image]
 
-    def preprocess(self, inputs: dict, timeout: float | None = None) -> dict:
+    def preprocess(self, inputs: dict, **options) -> dict:
         if not isinstance(inputs, dict) or not {"image", "question"} <= inputs.keys():
             raise ValueError(f"Give an image and a question: a dict with 'image' and 'question', not {inputs!r:.200}")
         image, question = inputs["image"], inputs["question"]
         questions = [question] if isinstance(question, str) else question
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
             raise ValueError(f"A question, or one of a list, is empty or no text: {question!r}, about {image!r:.200}.")
-        return self.make_item(image, question, timeout)
+        return self.make_item(image, question, **options)
 
     def _forward(self, batch: dict, top_k: int = 5, answers: list[str] | None = None, **generate_kwargs) -> dict:
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
-        find = self._write_answers if answers is None else partial(self._rank_answers, answers)
-        texts, scores = find(batch["inputs"], top_k, **generate_kwargs)
-        return {
-            "outputs": [
-                [{"score": score, "answer": text} for score, text in zip(*row)] for row in zip(scores.tolist(), texts)
-            ]
-        }
+        if answers is None:
+            return {"outputs": self._write_answers(batch["inputs"], top_k, **generate_kwargs)}
+        if generate_kwargs:
+            names = ", ".join(f"`{name}`" for name in generate_kwargs)
+            raise ValueError(f"{names}: an option of `generate` does not go with `answers`, which are not written.")
+        return {"outputs": self._rank_answers(answers, batch["inputs"], top_k)}
 
-    def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs):
-        """The `top_k` sequences of a beam search, as lists of texts, and their probabilities."""
+    def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> list[list[dict]]:
+        """For each question the answers among the `top_k` sequences of a beam search."""
         attention_mask = inputs["attention_mask"]
         encoder_outputs = self.model.get_encoder()(**inputs)
         sequences = self.model.generate(
@@ -176,20 +212,19 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             num_return_sequences=top_k,
             **generate_kwargs,
         )
-        labels = sequences[:, 1:].masked_fill(sequences[:, 1:] == self.model.config.pad_token_id, -100)
+        end_token_id = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
+        labels = without_rest(sequences[:, 1:], end_token_id)
         text_index = torch.arange(len(attention_mask), device=labels.device).repeat_interleave(top_k)
         scores = self.model.score_labels(labels, encoder_outputs, attention_mask, text_index)
-        scores, order = scores.view(-1, top_k).sort(dim=-1, descending=True)
-        order = order + top_k * torch.arange(len(order), device=order.device).unsqueeze(1)
-        texts = self.processor.post_process_answers(sequences)
-        return [[texts[index] for index in row] for row in order.tolist()], scores.exp()
+        pairs = list(zip(self.processor.post_process_answers(sequences), scores.exp().tolist()))
+        return [best_answers(pairs[start : start + top_k]) for start in range(0, len(pairs), top_k)]
 
-    def _rank_answers(self, answers: list[str], inputs, top_k: int):
-        """The `top_k` of the given answers for each question, as lists of texts, and their probabilities."""
+    def _rank_answers(self, answers: list[str], inputs, top_k: int) -> list[list[dict]]:
+        """For each question the `top_k` best of the given answers."""
         answer_ids = self.processor.encode_answers(answers).to(self.device)
         ranking = self.model.rank_answers(answer_ids, k=max(top_k, NUM_RANKED_ANSWERS), **inputs)
-        best = ranking.answer_indices[:, :top_k].tolist()
-        return [[answers[index] for index in row] for row in best], ranking.scores[:, :top_k].exp()
+        rows = zip(ranking.answer_indices[:, :top_k].tolist(), ranking.scores[:, :top_k].exp().tolist())
+        return [[{"score": score, "answer": answers[index]} for index, score in zip(*row)] for row in rows]
 
 
 class TripsImageToTextPipeline(TripsPipeline):
@@ -208,8 +243,10 @@ class TripsImageToTextPipeline(TripsPipeline):
 
     default_task = "image-to-text"
 
-    def _sanitize_parameters(self, timeout=None, prompt=None, generate_kwargs=None, **kwargs):
-        options = {"timeout": timeout, "prompt": prompt}
+    def _sanitize_parameters(self, timeout=None, truncation=None, prompt=None, generate_kwargs=None, **kwargs):
+        if not isinstance(prompt, (str, type(None))):
+            raise ValueError(f"`prompt` must be one text, which is that of all images, got {prompt!r:.200}.")
+        options = {"timeout": timeout, "truncation": truncation, "prompt": prompt}
         preprocess_params = {name: value for name, value in options.items() if value is not None}
         postprocess_params = {} if prompt is None else {"prompt": prompt}
         return preprocess_params, {**kwargs, **(generate_kwargs or {})}, postprocess_params
@@ -221,6 +258,7 @@ class TripsImageToTextPipeline(TripsPipeline):
             prompt (`str`, *optional*): how the caption begins. It selects the patches, too.
             batch_size (`int`, *optional*, defaults to 1): how many images go through the model at once.
             timeout (`float`, *optional*): seconds to wait for an image from the web; forever by default.
+            truncation (`bool`, *optional*, defaults to `False`): whether a prompt that is too long is cut, or refused.
             kwargs: options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
 
         Returns:
@@ -232,8 +270,8 @@ class TripsImageToTextPipeline(TripsPipeline):
         """
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image, prompt: str = "", timeout: float | None = None) -> dict:
-        return self.make_item(image, prompt, timeout)
+    def preprocess(self, image, prompt: str = "", **options) -> dict:
+        return self.make_item(image, prompt, **options)
 
     def _forward(self, batch: dict, num_return_sequences: int = 1, **generate_kwargs) -> dict:
         sequences = self.model.generate(

@@ -24,9 +24,9 @@ from transformers.image_transforms import center_to_corners_format, corners_to_c
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import ModelOutput, auto_docstring
+from transformers.utils import ModelOutput, auto_docstring, logging
 
-from .image_preparation_trips import prepare_images
+from .image_preparation_trips import check_images_of_texts, prepare_images
 from .text_preparation_trips import TEXT_CLEANINGS
 
 
@@ -45,30 +45,10 @@ CHAT_TEMPLATE = """
 {%- endif -%}
 """.strip()
 
+logger = logging.get_logger(__name__)
+
 # How far a box may reach beyond its image, in pixels: annotations are rounded.
 BOX_TOLERANCE = 1.0
-
-
-def _check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
-    """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
-    if images is None or text is None:
-        if image_index is not None:
-            raise ValueError("`image_index` says which image each text is about: pass both `images` and `text`.")
-        return
-    num_images, num_texts = len(images), 1 if isinstance(text, str) else len(text)
-    if image_index is None:
-        if num_images != num_texts:
-            raise ValueError(
-                f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, where "
-                "text i is about image image_index[i]."
-            )
-        return
-    if len(image_index) != num_texts:
-        raise ValueError(f"`image_index` must have one entry per text: got {len(image_index)} for {num_texts} texts.")
-    for position, entry in enumerate(image_index):
-        for index in entry if isinstance(entry, (list, tuple)) else [entry]:
-            if not 0 <= index < num_images:
-                raise ValueError(f"`image_index[{position}]` is {entry}, but must be in [0, {num_images - 1}].")
 
 
 def _padding_masks(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[np.ndarray]:
@@ -203,18 +183,24 @@ class TripsProcessor(ProcessorMixin):
         Raises:
             `ValueError`: An image that cannot be read, or is lower or narrower than a patch; a text with more tokens
             than `max_length` or the tokenizer's `model_max_length`, or padded on the left; as many images as texts are
-            needed but not there; an `image_index` that is out of range. Each message names the position of the item.
+            needed but not there; an `image_index` that is out of range; an argument of another type. Each message
+            names the position of the item.
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
         images = None if images is None else prepare_images(images, self.patch_size)
-        _check_images_of_texts(images, text, image_index)
+        check_images_of_texts(images, text, image_index)
         cleaned = self.clean_texts([text])[0] if isinstance(text, str) else text and self.clean_texts(list(text))
         inputs = super().__call__(images=images, text=cleaned, **kwargs)
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         if text is not None:
             masks = _padding_masks(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
-            self._check_text_lengths([int(mask.sum()) for mask in masks], text_kwargs.get("max_length"))
+            self._check_lengths(
+                [int(mask.sum()) for mask in masks],
+                text_kwargs.get("max_length"),
+                name="text",
+                remedy="Shorten it, or pass `truncation=True` to cut it",
+            )
             _check_padding_side(masks)
         if image_index is not None:
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
@@ -230,14 +216,14 @@ class TripsProcessor(ProcessorMixin):
         self.__dict__.pop("auto_map", None)
         return files
 
-    def _check_text_lengths(self, lengths: list[int], max_length: int | None, name: str = "text"):
+    def _check_lengths(self, lengths: list[int], max_length: int | None, name: str, remedy: str):
         """Raises on a text longer than the model takes: it would overrun the model's position table."""
         limit = min(self.tokenizer.model_max_length, max_length or self.tokenizer.model_max_length)
         for position, length in enumerate(lengths):
             if length > limit:
                 raise ValueError(
                     f"`{name}[{position}]` has {length} tokens with the special ones, but only {limit} are allowed. "
-                    "Shorten it, or pass `truncation=True` to cut it."
+                    f"{remedy}."
                 )
 
     def encode_answers(self, answers: list[str]) -> torch.LongTensor:
@@ -245,21 +231,29 @@ class TripsProcessor(ProcessorMixin):
         Turns answers into the `labels` of a model that writes them, or the `answer_ids` of `rank_answers`.
 
         Args:
-            answers (`list[str]`): One or more answers, none of them empty.
+            answers (`list[str]`): One or more answers, none of them empty. Those with words that the tokenizer does
+                not know are warned of, each once: what they hold of them is its unknown token, which no model can
+                write and no ranking can tell from another.
 
         Returns:
             `torch.LongTensor` of shape `(num_answers, answer_length)`: token ids without a start token, ending with
             the tokenizer's [SEP], padded with -100.
 
         Raises:
-            `ValueError`: An answer without tokens, or with more than the tokenizer's `model_max_length`.
+            `ValueError`: No list of texts; an answer without tokens, or with more than the tokenizer's
+            `model_max_length`.
         """
-        rows = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-        for position, row in enumerate(rows):
+        answers = answers if isinstance(answers, str) else list(answers)
+        if not answers or isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"`answers` must be a list of at least one text, got {answers!r:.200}.")
+        rows = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        for position, (answer, row) in enumerate(zip(answers, rows)):
             if not row:
-                raise ValueError(f"`answers[{position}]` ({answers[position]!r}) has no tokens.")
+                raise ValueError(f"`answers[{position}]` ({answer!r}) has no tokens.")
+            if self.tokenizer.unk_token_id in row:
+                logger.warning_once(f"The answer {answer!r} holds words that the tokenizer does not know.")
         rows = [torch.tensor([*row, self.tokenizer.sep_token_id]) for row in rows]
-        self._check_text_lengths([len(row) for row in rows], None, name="answers")
+        self._check_lengths([len(row) for row in rows], None, name="answers", remedy="Shorten it")
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def post_process_answers(self, sequences: torch.LongTensor | list[list[int]]) -> list[str]:

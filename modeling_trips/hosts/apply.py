@@ -26,8 +26,10 @@ Patch selection inside models of Transformers and timm: ViLT, BLIP, BridgeTower,
 No parameter is added, renamed or copied: checkpoints saved under selection load without it, and the other way round.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import nn
@@ -229,18 +231,22 @@ def find_host(model: nn.Module) -> Host:
 
 def _checked_schedule(host: Host, selection_layers: Sequence[int], keep_rate) -> dict[int, float]:
     """Keep rate by layer number, of the layers that drop something."""
-    layers = list(selection_layers)
+    try:
+        layers = [operator.index(layer) for layer in selection_layers]
+    except TypeError as error:
+        raise ValueError(f"`selection_layers` must be a list of integers, got {selection_layers!r}.") from error
     last = host.num_selectable_layers
     if layers != sorted(set(layers)) or not all(1 <= layer <= last for layer in layers):
         raise ValueError(
             f"`selection_layers` must be ascending without repetition and lie in 1..{last}, got {layers}."
             + ("" if last == len(host.layers) else f" Layers {last + 1} on are tied, token by token, to others.")
         )
-    rates = list(keep_rate) if isinstance(keep_rate, Sequence) else [keep_rate] * len(layers)
+    several = isinstance(keep_rate, Sequence) and not isinstance(keep_rate, str)
+    rates = list(keep_rate) if several else [keep_rate] * len(layers)
     if len(rates) != len(layers):
         raise ValueError(f"`keep_rate` must be one number or one per selection layer: got {rates} for {layers}.")
-    if not all(0.0 < rate <= 1.0 for rate in rates):
-        raise ValueError(f"`keep_rate` must lie in (0, 1], got {keep_rate}.")
+    if not all(isinstance(rate, Real) and 0.0 < rate <= 1.0 for rate in rates):
+        raise ValueError(f"`keep_rate` must lie in (0, 1], got {keep_rate!r}.")
     return {layer: rate for layer, rate in zip(layers, rates) if rate < 1.0}
 
 

@@ -50,6 +50,12 @@ def test_a_model_that_is_not_supported_gets_the_list_of_those_that_are(make_mode
         ([1, 2], [0.7], "one number or one per selection layer"),
         ([1, 2], [0.7, 0.0], r"\(0, 1\], got \[0.7, 0.0\]"),
         ([1], 1.5, r"\(0, 1\], got 1.5"),
+        (2, 0.7, "`selection_layers` must be a list of integers, got 2"),
+        ([2.0], 0.7, r"`selection_layers` must be a list of integers, got \[2.0\]"),
+        ("2", 0.7, "`selection_layers` must be a list of integers, got '2'"),
+        ([1], "x", r"`keep_rate` must lie in \(0, 1\], got 'x'"),
+        ([1], None, r"`keep_rate` must lie in \(0, 1\], got None"),
+        ([1, 2], [0.7, "x"], r"`keep_rate` must lie in \(0, 1\], got \[0.7, 'x'\]"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused_and_changes_nothing(layers, rate, message):

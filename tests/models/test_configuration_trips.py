@@ -3,7 +3,16 @@
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_trips import TripsConfig, TripsModel, TripsTextConfig, TripsVisionConfig
+from modeling_trips import (
+    TripsConfig,
+    TripsForConditionalGeneration,
+    TripsForPreTraining,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsModel,
+    TripsTextConfig,
+    TripsVisionConfig,
+)
 
 
 SMALL = {
@@ -63,6 +72,33 @@ WRONG_VISION_VALUES = [
         ["`patch_size`", "power of two", "got 12"],
     ),
 ]
+NOT_A_NUMBER = float("nan")
+# Fields that several parts have, or the whole; the part that is made of them.
+NONSENSE = [
+    (TripsVisionConfig, {"hidden_size": 0}, ["`hidden_size`", "at least 1", "got 0"]),
+    (TripsTextConfig, {"hidden_size": -8}, ["`hidden_size`", "at least 1", "got -8"]),
+    (TripsTextConfig, {"num_hidden_layers": -1}, ["`num_hidden_layers`", "at least 0", "got -1"]),
+    (TripsVisionConfig, {"num_channels": 0}, ["`num_channels`", "at least 1", "got 0"]),
+    (TripsVisionConfig, {"intermediate_size": 0}, ["`intermediate_size`", "at least 1", "got 0"]),
+    (TripsTextConfig, {"vocab_size": 0}, ["`vocab_size`", "at least 1", "got 0"]),
+    (TripsTextConfig, {"max_position_embeddings": 0}, ["`max_position_embeddings`", "at least 1", "got 0"]),
+    (TripsTextConfig, {"type_vocab_size": 0}, ["`type_vocab_size`", "at least 1", "got 0"]),
+    (TripsTextConfig, {"hidden_dropout_prob": 2.0}, ["`hidden_dropout_prob`", "[0, 1]", "got 2.0"]),
+    (TripsVisionConfig, {"hidden_dropout_prob": -0.1}, ["`hidden_dropout_prob`", "at least 0", "got -0.1"]),
+    (TripsVisionConfig, {"attention_probs_dropout_prob": NOT_A_NUMBER}, ["`attention_probs_dropout_prob`", "got nan"]),
+    (TripsTextConfig, {"layer_norm_eps": -1e-6}, ["`layer_norm_eps`", "at least 0", "got -1e-06"]),
+    (TripsTextConfig, {"hidden_act": "foo"}, ["`hidden_act`", "gelu", "got 'foo'"]),
+    (TripsVisionConfig, {"hidden_act": "foo"}, ["`hidden_act`", "gelu", "got 'foo'"]),
+    (TripsTextConfig, {"vocab_size": 20, "pad_token_id": 20}, ["`pad_token_id` (20)", "below `vocab_size` (20)"]),
+    (TripsConfig, {"projection_dim": 0}, ["`projection_dim`", "at least 1", "got 0"]),
+    (TripsConfig, {"projection_dim": -3}, ["`projection_dim`", "at least 1", "got -3"]),
+    (TripsConfig, {"itc_weight": NOT_A_NUMBER}, ["`itc_weight`", "at least 0", "got nan"]),
+    (TripsConfig, {"itm_weight": float("inf")}, ["`itm_weight`", "got inf"]),
+    (TripsConfig, {"prefix_lm_weight": -1}, ["`prefix_lm_weight`", "at least 0", "got -1"]),
+    (TripsConfig, {"bbox_loss_coefficient": -1}, ["`bbox_loss_coefficient`", "at least 0", "got -1"]),
+    (TripsConfig, {"giou_loss_coefficient": NOT_A_NUMBER}, ["`giou_loss_coefficient`", "at least 0", "got nan"]),
+    (TripsConfig, {"num_images": 0}, ["`num_images`", "at least 1", "got 0"]),
+]
 # Refused too, but without naming the field: see the mark.
 UNNAMED_VISION_VALUES = [
     ({"num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
@@ -98,6 +134,11 @@ def assert_refused(make, words):
 @pytest.mark.parametrize("fields, words", WRONG_VISION_VALUES, ids=lambda value: str(value)[:40])
 def test_wrong_value_is_refused_when_the_vision_config_is_made(fields, words):
     assert_refused(lambda: TripsVisionConfig(**fields), words)
+
+
+@pytest.mark.parametrize("config_class, fields, words", NONSENSE, ids=lambda value: str(value)[:40])
+def test_nonsense_is_refused_when_a_config_is_made(config_class, fields, words):
+    assert_refused(lambda: config_class(**fields), words)
 
 
 @pytest.mark.parametrize("fields, words", UNNAMED_VISION_VALUES, ids=lambda value: str(value)[:40])
@@ -220,6 +261,30 @@ def test_selection_fields_can_be_overridden_in_from_pretrained(checkpoint):
     assert model.vision_model.config.selection_guidance == "image"
     assert model.vision_model.config.fuse_inattentive_tokens is False
     assert model.vision_model.config.selection_schedule == {2: 0.7}
+
+
+@pytest.fixture(scope="module")
+def old_checkpoint(tmp_path_factory):
+    """Of pre-training without writing, with BERT's start token, which its twelve words do not reach."""
+    path = tmp_path_factory.mktemp("old_checkpoint")
+    parts = {**SMALL, "decoder_config": {"num_hidden_layers": 1}}
+    TripsForPreTraining(TripsConfig(**parts, prefix_lm_weight=0)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("head", [TripsForQuestionAnswering, TripsForConditionalGeneration, TripsForPreTraining])
+def test_a_start_token_out_of_the_vocabulary_is_refused_by_heads_that_write(old_checkpoint, head):
+    words = ["`decoder_start_token_id` (101)", "vocabulary of 12 tokens", "`bos_token_id`"]
+    assert_refused(lambda: head(TripsConfig.from_pretrained(old_checkpoint, prefix_lm_weight=1.0)), words)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}  # what the error advises
+    loaded = head.from_pretrained(old_checkpoint, decoder_config=ends, decoder_start_token_id=1)
+    assert (loaded.config.decoder_start_token_id, loaded.config.decoder_config.eos_token_id) == (1, 2)
+    assert loaded.config.decoder_config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("head", [TripsModel, TripsForRetrieval, TripsForPreTraining])
+def test_heads_that_do_not_write_load_with_any_start_token(old_checkpoint, head):
+    assert head.from_pretrained(old_checkpoint).config.decoder_start_token_id == 101
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every kind of image becomes `pixel_values`, and what cannot is refused by name."""
 
+import base64
 import re
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_arrays_give_the_same_as_pictures(processor, image, make):
 )
 def test_an_image_smaller_than_a_patch_is_named(processor, image, make, size):
     processor(images=[image, np.zeros((16, 16, 3), dtype=np.uint8), torch.zeros(3, 16, 40)])
-    with pytest.raises(ValueError, match=rf"`images\[1\]` .*{size} pixels .*fewer than one patch of 16 x 16"):
+    with pytest.raises(ValueError, match=rf"`images\[1\]` cannot .*{size} pixels .*fewer than one patch of 16 x 16"):
         processor(images=[image, make()])
 
 
@@ -158,8 +159,24 @@ def test_paths_give_the_same_as_pictures(processor, tmp_path):
 
 
 def test_missing_path_is_named(processor, image):
-    with pytest.raises(ValueError, match=r"`images\[1\]` /nowhere/cat\.png cannot be used"):
-        processor(images=[image, "/nowhere/cat.png"])
+    for path in ("/nowhere/cat.png", "nope.jpg"):
+        with pytest.raises(ValueError, match=rf"`images\[1\]` {path} cannot be used: there is no such file"):
+            processor(images=[image, path])
+
+
+def test_a_folder_is_named(processor, tmp_path):
+    with pytest.raises(ValueError, match=rf"`images\[0\]` {tmp_path} cannot be used: .*[Ii]s a directory"):
+        processor(images=tmp_path)
+
+
+def test_base64_gives_the_same_as_the_picture(processor, image):
+    text = base64.b64encode(encoded(image, "PNG").getvalue()).decode()
+    expected = processor(images=image, return_tensors="pt").pixel_values
+    for given in (text, f"data:image/png;base64,{text}"):
+        assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
+    with pytest.raises(ValueError, match=r"`images\[0\]` data:image/png.* cannot be used") as error:
+        processor(images=f"data:image/png;base64,{text[: len(text) // 8]}")
+    assert "no such file" not in str(error.value)
 
 
 def test_truncated_jpeg_is_named(processor, image, tmp_path):

@@ -266,7 +266,9 @@ def test_bad_inputs_are_refused():
         model(QUESTIONS, images(4)[..., :15], MASK, labels=ANSWERS[:4])
     with pytest.raises(ValueError, match="13 tokens, `max_position_embeddings` allows 12"):
         model(QUESTIONS, images(4), MASK, labels=torch.full((4, 13), 5))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`, got neither: give an image"):
+        model(QUESTIONS, labels=ANSWERS[:4])
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`, got both"):
         model(**inputs(), prefix=model.model.encode_images(images()), labels=ANSWERS[:4])
     with pytest.raises(ValueError, match="6 rows of `labels` for 4 texts.*`text_index`"):
         model(**inputs(), labels=ANSWERS)
@@ -278,6 +280,17 @@ def test_bad_inputs_are_refused():
         model.rank_answers(torch.full((2, 3), -100), **inputs())
     with pytest.raises(ValueError, match="Give `labels` or `decoder_input_ids`, or call `generate`"):
         model(**inputs())
+
+
+@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("wrong", [2, -1])
+def test_generating_for_an_image_that_is_not_there_is_refused(as_prefix, wrong):
+    model, batch = make_model(), inputs()
+    batch["image_index"] = torch.tensor([1, 0, wrong, 0])
+    if as_prefix:
+        batch["prefix"] = model.model.encode_images(batch.pop("pixel_values"))
+    with pytest.raises(ValueError, match=rf"`image_index\[2\]` is {wrong}, but must be in \[0, 1\]"):
+        model.generate(**batch, max_new_tokens=2)
 
 
 def test_generating_more_than_the_positions_is_refused():

@@ -7,7 +7,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import pipeline
@@ -20,6 +21,7 @@ from modeling_trips import (
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
 )
+from modeling_trips.pipeline_trips import best_answers, without_rest
 from modeling_trips.registration_trips import PIPELINES
 
 
@@ -32,6 +34,7 @@ def make_image(seed: int) -> Image.Image:
 
 
 IMAGES = [make_image(seed) for seed in range(3)]
+PICTURES = Features({"image": ImageFeature(), "question": Value("string")})
 
 
 def load(task: str, head: type, checkpoints):
@@ -82,6 +85,38 @@ def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
     assert_same(answers, direct_answers(oracle, IMAGES[0], QUESTIONS[0], 3, max_new_tokens=4))
     assert answers[0]["score"] > answers[1]["score"] > answers[2]["score"] > 0
     assert len(oracle(IMAGES[0], QUESTIONS[0])) == 5
+
+
+@torch.no_grad()
+def test_beams_of_all_kinds_are_answers_once_each(oracle):
+    """As many beams as tokens: some begin with padding, and some say nothing or what others say."""
+    inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[0], return_tensors="pt")
+    config, width = oracle.model.config, oracle.model.config.decoder_config.vocab_size
+    sequences = oracle.model.generate(**inputs, num_beams=width, num_return_sequences=width, max_new_tokens=2)
+    assert (sequences[:, 1] == config.pad_token_id).any()
+    texts = oracle.processor.post_process_answers(sequences)
+    assert "" in texts and len(set(texts)) < len(texts)
+    expected = dict.fromkeys(texts, 0.0)
+    for text, (_, *tokens) in zip(texts, sequences.tolist()):
+        probability, written = 1.0, [config.decoder_start_token_id]
+        while tokens and written[-1] != config.decoder_config.eos_token_id:
+            logits = oracle.model(**inputs, decoder_input_ids=torch.tensor([written])).logits[0, -1]
+            written.append(tokens.pop(0))
+            probability *= logits.softmax(-1)[written[-1]].item()
+        expected[text] += probability
+    del expected[""]
+    answers = oracle(IMAGES[0], QUESTIONS[0], top_k=width, max_new_tokens=2)
+    assert {answer["answer"]: answer["score"] for answer in answers} == pytest.approx(expected, rel=1e-3)
+    scores = [answer["score"] for answer in answers]
+    assert len(answers) == len(expected) and scores == sorted(scores, reverse=True) and sum(scores) <= 1
+
+
+def test_a_model_that_says_nothing_answers_nothing():
+    labels = torch.tensor([[0, 5, 2, 0], [2, 0, 0, 0], [5, 0, 3, 2]])
+    assert without_rest(labels, 2).tolist() == [[0, 5, 2, -100], [2, -100, -100, -100], [5, 0, 3, 2]]
+    assert without_rest(labels, [3, 5]).tolist() == [[0, 5, -100, -100], [2, 0, 0, 0], [5, -100, -100, -100]]
+    assert torch.equal(without_rest(labels, None), labels)
+    assert best_answers([("", 0.5), ("", 0.25)]) == [{"score": 0.75, "answer": ""}]
 
 
 @torch.no_grad()
@@ -304,8 +339,49 @@ def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, kind
         (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "`top_k` must be at least 1, got 0"),
         (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"`answers\[1\]` \(''\) has no tokens"),
         (lambda oracle: oracle(IMAGES[0], "red?", max_tokens=3), "max_tokens"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers="red"), "`answers` must be a list .*, got 'red'"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers=[]), r"`answers` must be a list .*, got \[\]"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red"], num_beams=2), "`num_beams`.*not go with `answers`"),
     ],
 )
 def test_bad_input_is_refused_by_name(oracle, call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(oracle)
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], 5])
+def test_a_prompt_is_one_text(captioner, prompt):
+    with pytest.raises(ValueError, match="`prompt` must be one text"):
+        captioner(IMAGES[:2], prompt=prompt)
+
+
+def test_no_images_have_no_results(oracle, captioner):
+    assert oracle([], "red?") == oracle([], QUESTIONS) == oracle([]) == captioner([]) == []
+
+
+def test_the_stock_pipeline_says_that_an_image_is_missing(oracle):
+    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
+    with pytest.raises(ValueError, match="give an image"):
+        stock(text="red?")
+
+
+def test_long_texts_are_cut_on_request(oracle, captioner):
+    long, fits = ["red " * length for length in (100, oracle.processor.tokenizer.model_max_length - 2)]
+    options = {"truncation": True, "max_new_tokens": 3}
+    assert_same(oracle(IMAGES[0], long, **options), oracle(IMAGES[0], fits, max_new_tokens=3))
+    by_hand = captioner(IMAGES[0], prompt=fits, max_new_tokens=3)[0]["generated_text"].removeprefix(fits.rstrip())
+    assert captioner(IMAGES[0], prompt=long, **options)[0]["generated_text"] == long.rstrip() + by_hand
+
+
+def test_data_sets_of_datasets_are_data_sets(oracle, captioner):
+    dataset = Dataset.from_dict({"image": IMAGES, "question": QUESTIONS}, features=PICTURES)
+    options = {"top_k": 1, "max_new_tokens": 3}
+    pairs = [oracle(image, question, **options) for image, question in zip(IMAGES, QUESTIONS)]
+    stream = oracle(dataset, batch_size=2, **options)
+    assert not isinstance(stream, list)
+    for answers, expected in zip(stream, pairs, strict=True):
+        assert_same(answers, expected)
+    for answers, image in zip(oracle(dataset["image"], "red?", **options), IMAGES, strict=True):
+        assert_same(answers, oracle(image, "red?", **options))
+    captions = list(captioner(dataset["image"], batch_size=2, max_new_tokens=3))
+    assert captions == captioner(IMAGES, max_new_tokens=3)

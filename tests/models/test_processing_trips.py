@@ -88,10 +88,17 @@ def test_padding_on_the_left_is_refused(return_tensors):
     assert list(rows[1]) == [CLS, VOCABULARY["cat"], SEP, PAD, PAD]
 
 
-@pytest.mark.parametrize("text", [("red", "cat"), ["red", 5], [["red"], ["cat"]]])
+@pytest.mark.parametrize("text", [("red", "cat"), ["red", 5], [["red"], ["cat"]], b"what", 5, {"red": "cat"}])
 def test_texts_must_be_strings(processor, image, text):
-    with pytest.raises(ValueError, match="must be a string or list of strings"):
+    with pytest.raises(ValueError, match="`text` must be a string or a list of strings, got") as error:
         processor(images=[image, image], text=text)
+    assert repr(text) in str(error.value)
+
+
+def test_no_texts_at_all(processor, image):
+    for images in ({}, {"images": image}):
+        with pytest.raises(ValueError, match="`text` is empty"):
+            processor(text=[], **images)
 
 
 def test_tokenizer_and_image_kwargs_reach_their_processors(processor, image):
@@ -148,6 +155,14 @@ def test_image_index_is_validated(processor, image, image_index, message):
         processor(images=[image] * 2, text=["a"] * 3, image_index=image_index)
 
 
+@pytest.mark.parametrize(
+    "image_index", [0, "01", ["0", "1"], [0, None], [0, 1.0], [[0], ["1"]], np.array(0), torch.tensor([0.0, 1.0])]
+)
+def test_image_index_must_be_integers(processor, image, image_index):
+    with pytest.raises(ValueError, match="`image_index` must be a list of integers, or of lists of them, got"):
+        processor(images=[image] * 2, text=["a"] * 2, image_index=image_index)
+
+
 def test_image_index_needs_both(processor, image):
     for inputs in ({"images": image}, {"text": "red"}):
         with pytest.raises(ValueError, match="pass both"):
@@ -175,11 +190,27 @@ def test_answers_become_labels_by_hand(processor):
 
 @pytest.mark.parametrize(
     ("answers", "message"),
-    [(["red", " "], r"`answers\[1\]` \(' '\) has no tokens"), (["red", "cat " * 12], r"`answers\[1\]` has 13 tokens")],
+    [
+        (["red", " "], r"`answers\[1\]` \(' '\) has no tokens"),
+        (["red", "cat " * 12], r"`answers\[1\]` has 13 tokens .* only 12 are allowed\. Shorten it\.$"),
+        ("red", r"`answers` must be a list of at least one text, got 'red'"),  # not its letters
+        ("", r"`answers` must be a list of at least one text, got ''"),
+        ([], r"`answers` must be a list of at least one text, got \[\]"),
+        (["red", 5], r"`answers` must be a list of at least one text, got \['red', 5\]"),
+    ],
 )
 def test_answers_that_cannot_be_labels_are_refused(processor, answers, message):
     with pytest.raises(ValueError, match=message):
         processor.encode_answers(answers)
+
+
+def test_answers_that_no_model_can_write_are_warned_of_once(processor, caplog):
+    first, second, known = processor.encode_answers(["a zebra", "a quiz", "a cat"]).tolist()
+    assert first == second != known
+    processor.encode_answers(["a zebra", "red"])
+    assert [record.message for record in caplog.records] == [
+        f"The answer {answer!r} holds words that the tokenizer does not know." for answer in ("a zebra", "a quiz")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -82,40 +82,34 @@ def assert_same(actual: list[dict], expected: list[dict]):
 @torch.no_grad()
 def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
     answers = oracle(IMAGES[0], QUESTIONS[0], top_k=3, max_new_tokens=4)
-    assert_same(answers, direct_answers(oracle, IMAGES[0], QUESTIONS[0], 3, max_new_tokens=4))
-    assert answers[0]["score"] > answers[1]["score"] > answers[2]["score"] > 0
-    assert len(oracle(IMAGES[0], QUESTIONS[0])) == 5
+    by_hand = direct_answers(oracle, IMAGES[0], QUESTIONS[0], 3, max_new_tokens=4)
+    assert_same(answers, [answer for answer in by_hand if answer["answer"]])
+    assert answers[0]["score"] > answers[1]["score"] > 0
+    assert oracle(IMAGES[0], QUESTIONS[0]) == oracle(IMAGES[0], QUESTIONS[0], top_k=5)
 
 
 @torch.no_grad()
-def test_beams_of_all_kinds_are_answers_once_each(oracle):
-    """As many beams as tokens: some begin with padding, and some say nothing or what others say."""
+def test_all_first_words_have_the_probabilities_that_the_model_gives_them(oracle):
+    """As many beams as tokens, one token each: padding is one of them. Those that say nothing are no answers."""
     inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[0], return_tensors="pt")
-    config, width = oracle.model.config, oracle.model.config.decoder_config.vocab_size
-    sequences = oracle.model.generate(**inputs, num_beams=width, num_return_sequences=width, max_new_tokens=2)
-    assert (sequences[:, 1] == config.pad_token_id).any()
-    texts = oracle.processor.post_process_answers(sequences)
-    assert "" in texts and len(set(texts)) < len(texts)
-    expected = dict.fromkeys(texts, 0.0)
-    for text, (_, *tokens) in zip(texts, sequences.tolist()):
-        probability, written = 1.0, [config.decoder_start_token_id]
-        while tokens and written[-1] != config.decoder_config.eos_token_id:
-            logits = oracle.model(**inputs, decoder_input_ids=torch.tensor([written])).logits[0, -1]
-            written.append(tokens.pop(0))
-            probability *= logits.softmax(-1)[written[-1]].item()
-        expected[text] += probability
-    del expected[""]
-    answers = oracle(IMAGES[0], QUESTIONS[0], top_k=width, max_new_tokens=2)
+    width, start = oracle.model.config.decoder_config.vocab_size, oracle.model.config.decoder_start_token_id
+    logits = oracle.model(**inputs, decoder_input_ids=torch.tensor([[start]])).logits[0, 0]
+    words = oracle.processor.post_process_answers([[token] for token in range(width)])
+    expected = {word: score for word, score in zip(words, logits.softmax(-1).tolist()) if word}
+    assert len(expected) == width - len(oracle.processor.tokenizer.all_special_ids)
+    answers = oracle(IMAGES[0], QUESTIONS[0], top_k=width, max_new_tokens=1)
     assert {answer["answer"]: answer["score"] for answer in answers} == pytest.approx(expected, rel=1e-3)
     scores = [answer["score"] for answer in answers]
-    assert len(answers) == len(expected) and scores == sorted(scores, reverse=True) and sum(scores) <= 1
+    assert len(answers) == len(expected) and scores == sorted(scores, reverse=True)
 
 
-def test_a_model_that_says_nothing_answers_nothing():
+def test_beams_become_answers_by_hand():
     labels = torch.tensor([[0, 5, 2, 0], [2, 0, 0, 0], [5, 0, 3, 2]])
     assert without_rest(labels, 2).tolist() == [[0, 5, 2, -100], [2, -100, -100, -100], [5, 0, 3, 2]]
     assert without_rest(labels, [3, 5]).tolist() == [[0, 5, -100, -100], [2, 0, 0, 0], [5, -100, -100, -100]]
     assert torch.equal(without_rest(labels, None), labels)
+    pairs = [("", 0.5), ("no", 0.125), ("yes", 0.0625), ("yes", 0.125)]  # of one question
+    assert best_answers(pairs) == [{"score": 0.1875, "answer": "yes"}, {"score": 0.125, "answer": "no"}]
     assert best_answers([("", 0.5), ("", 0.25)]) == [{"score": 0.75, "answer": ""}]
 
 
@@ -219,8 +213,8 @@ def test_options_at_construction_hold_for_every_call(checkpoints):
     model, processor = TripsForQuestionAnswering.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
     oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor, top_k=2, max_new_tokens=1)
     answers = oracle(IMAGES[0], QUESTIONS[0])
-    assert len(answers) == 2 and all(len(answer["answer"].split()) <= 1 for answer in answers)
-    assert len(oracle(IMAGES[0], QUESTIONS[0], top_k=3)) == 3
+    assert answers == oracle(IMAGES[0], QUESTIONS[0], top_k=2, max_new_tokens=1)
+    assert len(answers) < len(oracle(IMAGES[0], QUESTIONS[0], top_k=6))
 
 
 def test_captions_are_what_the_model_writes_after_the_prompt(captioner):

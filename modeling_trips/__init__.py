@@ -8,7 +8,7 @@ from .configuration_trips import (
     TripsVisionConfig,
 )
 from .conversion.vision_text import from_vision_text_pretrained
-from .image_preparation_trips import convert_to_rgb
+from .input_preparation_trips import convert_to_rgb
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
 from .modeling_trips_classification import (
     TripsForImagesAndTextClassification,

@@ -26,8 +26,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import ModelOutput, auto_docstring, logging
 
-from .image_preparation_trips import check_images_of_texts, prepare_images
-from .text_preparation_trips import TEXT_CLEANINGS
+from .input_preparation_trips import TEXT_CLEANINGS, check_images_of_texts, prepare_images
 
 
 # These models read one text about an image: that of one message, without anything around it.

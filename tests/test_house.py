@@ -19,10 +19,10 @@ BASE = {"configuration_trips", "modeling_trips_layers"}
 ARROWS = {
     "patch_selection": set(),
     "losses_trips": set(),
-    "image_preparation_trips": set(),
+    "input_preparation_trips": set(),
     "configuration_trips_parts": set(),
     "configuration_trips": {"configuration_trips_parts"},
-    "processing_trips": {"image_preparation_trips"},
+    "processing_trips": {"input_preparation_trips"},
     "pipeline_trips": set(),
     "modeling_trips_layers": {"configuration_trips"},
     "modeling_trips_vision_layers": BASE | {"patch_selection"},

@@ -245,7 +245,7 @@ def _checked_schedule(host: Host, selection_layers: Sequence[int], keep_rate) ->
     rates = list(keep_rate) if several else [keep_rate] * len(layers)
     if len(rates) != len(layers):
         raise ValueError(f"`keep_rate` must be one number or one per selection layer: got {rates} for {layers}.")
-    if not all(isinstance(rate, Real) and 0.0 < rate <= 1.0 for rate in rates):
+    if not all(isinstance(rate, Real) and 0.0 < float(rate) <= 1.0 for rate in rates):
         raise ValueError(f"`keep_rate` must lie in (0, 1], got {keep_rate!r}.")
     return {layer: rate for layer, rate in zip(layers, rates) if rate < 1.0}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from ..image_preparation_trips import convert_to_rgb
+from ..input_preparation_trips import convert_to_rgb
 
 
 def draw_kept_patches(

@@ -11,10 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images of any kind -> what an image processor takes: pictures to 8-bit RGB, upright, opaque; one for each text."""
+"""
+What a processor makes of its inputs before they become tensors: pictures of any kind to 8-bit RGB, upright and opaque;
+and texts without what ALBEF takes out of questions and captions, but not of answers (its dataset/utils.py). Lower case
+is left to the tokenizer, which knows special tokens.
+"""
 
 import operator
 import os
+import re
 
 import numpy as np
 import torch
@@ -169,3 +174,22 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
 
 def _as_list(entry) -> list | tuple:
     return entry if isinstance(entry, (list, tuple)) else [entry]
+
+
+# Texts
+
+
+PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")
+
+
+def clean_question(text: str) -> str:
+    """ALBEF's `pre_question`: no punctuation; hyphens and slashes part words."""
+    return re.sub("[-/]", " ", PUNCTUATION.sub("", text))
+
+
+def clean_caption(text: str) -> str:
+    """ALBEF's `pre_caption`: as a question, and `<person>`, which stands for a name, is a word."""
+    return re.sub("<person>", "person", clean_question(text), flags=re.IGNORECASE)
+
+
+TEXT_CLEANINGS = {"albef_question": clean_question, "albef_caption": clean_caption}

@@ -191,3 +191,9 @@ def mean_count(count: torch.Tensor) -> torch.Tensor:
     total = count.clone()
     distributed.all_reduce(total)
     return total.clamp_min(1) / num_processes()
+
+
+def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
+    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
+    return sum(losses) if losses else None

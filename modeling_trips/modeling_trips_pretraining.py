@@ -23,9 +23,9 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_trips import TripsConfig
 from .losses_contrastive_trips import contrastive_loss
-from .losses_trips import masked_language_loss, mean_count
+from .losses_trips import masked_language_loss, mean_count, weighted_sum
 from .modeling_trips_generation import label_loss, shift_right
-from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput, weighted_sum
+from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput
 from .modeling_trips_text import TripsDecoder, TripsLMHead
 from .modeling_trips_vision import TripsVisionModelOutput, TripsVisionPrefix
 from .momentum_trips import MomentumTeacher

@@ -26,12 +26,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from .configuration_trips import TripsConfig
 from .losses_contrastive_trips import (
     MatchingPairs,
+    check_captions,
     contrastive_loss,
-    distinct_image_ids,
     matching_loss,
     matching_pairs,
     similarity,
 )
+from .losses_trips import weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, repeated
 
@@ -424,35 +425,6 @@ def _select_texts(
     index: torch.LongTensor, text_states: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     return text_states[index], attention_mask[index] if attention_mask is not None else None
-
-
-def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
-    """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
-    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
-    return sum(losses) if losses else None
-
-
-def check_captions(
-    text_states: torch.Tensor,
-    num_images: int,
-    image_index: torch.LongTensor | None,
-    image_ids: torch.LongTensor | None,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`image_index` and `image_ids` for the losses, with their defaults."""
-    num_texts, device = len(text_states), text_states.device
-    if image_index is None and num_texts != num_images:
-        raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
-            "which image each text is a caption of."
-        )
-    for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
-        if value is not None and tuple(value.shape) != (count,):
-            raise ValueError(f"`{name}` must have shape ({count},), got {tuple(value.shape)}.")
-    if image_index is None:
-        image_index = torch.arange(num_texts, device=device)
-    if image_ids is None:
-        image_ids = distinct_image_ids(num_images, device)
-    return image_index.to(device), image_ids.to(device)
 
 
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")

@@ -21,6 +21,10 @@ from transformers import HfArgumentParser
 from modeling_trips.conversion import ALBEF_TASKS, AlbefDepths, ConversionReport
 from modeling_trips.conversion.files import WEIGHT_FILES, whole_folder
 from modeling_trips.conversion.published import convert_published
+from trips_examples.training.options import one_or_several
+
+
+PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
 
 
 @dataclass
@@ -60,7 +64,10 @@ class ConvertArguments:
     keep_rate: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
     )
-    selection_guidance: str | None = field(default=None, metadata={"help": "What selects: text, image or random."})
+    selection_guidance: list[str] | None = field(
+        default=None,
+        metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
+    )
 
     def __post_init__(self):
         if Path(self.output_dir).exists():
@@ -74,9 +81,7 @@ class ConvertArguments:
         """Those of `convert_published` that were given."""
         fields = {name: value for name, value in vars(self).items() if value is not None}
         del fields["checkpoint"], fields["output_dir"]
-        if len(fields.get("keep_rate", [])) == 1:
-            fields["keep_rate"] = fields["keep_rate"][0]
-        return fields
+        return fields | {name: one_or_several(fields[name]) for name in PER_LAYER if name in fields}
 
 
 def main(argv: list[str] | None = None) -> ConversionReport:

@@ -22,6 +22,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
 
+GUIDANCES = ("text", "image", "random")
+
 # The least value that a number may have, in any configuration that has such a field.
 LEAST_VALUES = {
     "hidden_size": 1,
@@ -42,6 +44,7 @@ LEAST_VALUES = {
     "itm_weight": 0,
     "mlm_weight": 0,
     "prefix_lm_weight": 0,
+    "selection_loss_weight": 0,
     "bbox_loss_coefficient": 0,
     "giou_loss_coefficient": 0,
 }
@@ -95,8 +98,10 @@ class TripsVisionConfig(PreTrainedConfig):
     keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
         Share of the candidate tokens that goes on after a selection layer, in (0, 1]: one rate, or one per layer.
         1.0 turns a layer's selection off.
-    selection_guidance (`str`, *optional*, defaults to `"text"`):
-        What ranks the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`.
+    selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`):
+        What ranks the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
+        all selection layers, or one per layer. All texts of an image share its computation up to the first layer that
+        a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept go on as one fused token, or are dropped.
     normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
@@ -137,7 +142,7 @@ class TripsVisionConfig(PreTrainedConfig):
     use_pre_layernorm: bool = False
     selection_layers: list[int] | tuple[int, ...] = (5, 10)
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
-    selection_guidance: Literal["text", "image", "random"] = "text"
+    selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
     normalize_fusion_weights: bool = False
     selection_seed: int = 0
@@ -161,9 +166,27 @@ class TripsVisionConfig(PreTrainedConfig):
         return {layer: rate for layer, rate in zip(self.selection_layers, self.keep_rates) if rate < 1.0}
 
     @property
+    def selection_guidances(self) -> list[str]:
+        """One guidance per entry of `selection_layers`."""
+        if isinstance(self.selection_guidance, (list, tuple)):
+            return list(self.selection_guidance)
+        return [self.selection_guidance] * len(self.selection_layers)
+
+    @property
+    def guidance_schedule(self) -> dict[int, str]:
+        """Guidance by layer number (from 1), of the layers that drop something."""
+        guidances = dict(zip(self.selection_layers, self.selection_guidances))
+        return {layer: guidances[layer] for layer in self.selection_schedule}
+
+    @property
     def first_selection_layer(self) -> int | None:
-        """Number of the first layer that drops something, where the text-independent prefix ends; None without one."""
+        """Number of the first layer that drops something; None without one."""
         return min(self.selection_schedule, default=None)
+
+    @property
+    def first_text_layer(self) -> int | None:
+        """Number of the first layer that a text guides, where the text-independent prefix ends; None without one."""
+        return min((layer for layer, guidance in self.guidance_schedule.items() if guidance == "text"), default=None)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -210,6 +233,19 @@ class TripsVisionConfig(PreTrainedConfig):
             )
         if layers != sorted(set(layers)):
             raise ValueError(f"`selection_layers` must be ascending without repetition, got {layers}.")
+
+    def validate_selection_guidance(self):
+        guidances = self.selection_guidances or [self.selection_guidance]  # checked even if no layer uses it
+        if any(guidance not in GUIDANCES for guidance in guidances if isinstance(guidance, str)):
+            raise ValueError(
+                f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, or a list of them, got "
+                f"{self.selection_guidance!r}."
+            )
+        if len(self.selection_guidances) != len(self.selection_layers):
+            raise ValueError(
+                f"`selection_guidance` must be one for all or one per selection layer: got {self.selection_guidance} "
+                f"for the `selection_layers` {self.selection_layers}."
+            )
 
     def validate_keep_rate(self):
         if len(self.keep_rates) != len(self.selection_layers):

@@ -279,3 +279,26 @@ def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTenso
     """
     rank = distributed.get_rank() if num_processes() > 1 else 0
     return torch.arange(num_images, device=device) * num_processes() + rank
+
+
+def check_captions(
+    text_states: torch.Tensor,
+    num_images: int,
+    image_index: torch.LongTensor | None,
+    image_ids: torch.LongTensor | None,
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """`image_index` and `image_ids` for the losses, with their defaults."""
+    num_texts, device = len(text_states), text_states.device
+    if image_index is None and num_texts != num_images:
+        raise ValueError(
+            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
+            "which image each text is a caption of."
+        )
+    for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
+        if value is not None and tuple(value.shape) != (count,):
+            raise ValueError(f"`{name}` must have shape ({count},), got {tuple(value.shape)}.")
+    if image_index is None:
+        image_index = torch.arange(num_texts, device=device)
+    if image_ids is None:
+        image_ids = distinct_image_ids(num_images, device)
+    return image_index.to(device), image_ids.to(device)

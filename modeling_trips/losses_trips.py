@@ -22,6 +22,7 @@ from torch import distributed, nn
 
 # Areas below this count as it: a union or an enclosing box of no area divides nothing.
 SMALLEST_AREA = 1e-12
+SMALLEST_ATTENTION = 1e-6  # to a region, before its logarithm is taken
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -112,6 +113,67 @@ def masked_language_loss(
     return losses.sum() / (masked.sum().clamp_min(1) if num_masked is None else num_masked)
 
 
+def region_shares(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """
+    How much of each patch lies in a region.
+
+    Args:
+        regions (`torch.Tensor` of shape `(num_texts, 4)`): boxes (center_x, center_y, width, height) in [0, 1] of the
+            image. A text without a region has a box of no area.
+        grid_size (`tuple(int, int)`): patches down and across.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_patches)`, float32 in [0, 1], patches in row-major order.
+    """
+    center_x, center_y, width, height = regions.float().unbind(-1)
+
+    def overlaps(center: torch.Tensor, length: torch.Tensor, count: int) -> torch.Tensor:
+        edges = torch.arange(count + 1, device=regions.device) / count
+        start, end = (center - length / 2)[:, None], (center + length / 2)[:, None]
+        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0) * count
+
+    rows, columns = grid_size
+    return (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
+
+
+def shares_of_candidates(shares: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
+    """
+    How much of each candidate lies in a region: of a patch as `region_shares` says; of a fused token, the part of the
+    region that no candidate shows, since it is behind it.
+
+    Args:
+        shares (`torch.Tensor` of shape `(num_texts, num_patches)`)
+        candidate_indices (`torch.LongTensor` of shape `(num_texts, num_candidates)`): -1 for a fused token.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_candidates)`.
+    """
+    is_patch = candidate_indices >= 0
+    shown = shares.gather(1, candidate_indices.clamp(min=0)) * is_patch
+    hidden = 1 - shown.sum(dim=-1) / shares.sum(dim=-1).clamp(min=SMALLEST_AREA)
+    return shown.where(is_patch, hidden[:, None])
+
+
+def region_selection_loss(
+    scores: torch.Tensor, candidate_indices: torch.LongTensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """
+    `-log` of the attention that the text pays to what lies in its region: it teaches the text to choose, which top-k
+    has no gradient for.
+
+    Args:
+        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): of a selection layer.
+        shares (`torch.Tensor` of shape `(num_texts, num_patches)`): see `region_shares`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts,)`, float32. It is 0 for a text without a region.
+    """
+    shares = shares_of_candidates(shares, candidate_indices)
+    largest = shares.amax(dim=-1)
+    inside = (scores.float() * shares).sum(dim=-1) / largest.clamp(min=SMALLEST_AREA)
+    return -inside.clamp(min=SMALLEST_ATTENTION).log() * (largest > 0)
+
+
 def num_processes() -> int:
     """How many processes train together; 1 if `torch.distributed` is not in use."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
@@ -129,3 +191,9 @@ def mean_count(count: torch.Tensor) -> torch.Tensor:
     total = count.clone()
     distributed.all_reduce(total)
     return total.clamp_min(1) / num_processes()
+
+
+def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
+    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
+    return sum(losses) if losses else None

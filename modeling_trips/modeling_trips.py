@@ -21,10 +21,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
+from .losses_trips import region_selection_loss, region_shares
 from .modeling_trips_layers import TripsPreTrainedModel
 from .modeling_trips_single_stream import TripsSingleStreamModel
 from .modeling_trips_text import TripsFusionModel, TripsTextModel
-from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
+from .modeling_trips_vision import (
+    TripsSelection,
+    TripsVisionModel,
+    TripsVisionModelOutput,
+    TripsVisionPrefix,
+    repeated,
+)
 
 
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
@@ -37,6 +44,8 @@ class TripsModelOutput(ModelOutput):
         What each selection layer kept, in the order of the layers.
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
+    selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
+        How far each text's choice of patches is from its region; 0 without one. In training, if regions are given.
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t (but in a single stream).
     vision_model_output (`TripsVisionModelOutput`):
@@ -48,6 +57,7 @@ class TripsModelOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    selection_losses: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: TripsVisionModelOutput | None = None
 
@@ -98,6 +108,7 @@ class TripsModel(TripsPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
+        regions: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -106,7 +117,7 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): the `last_hidden_state` of
                 `text_model`. A text that is to meet several images is repeated.
-            attention_mask, pixel_values, image_index, prefix: as in `forward`.
+            attention_mask, pixel_values, image_index, prefix, regions: as in `forward`.
 
         Returns:
             [`TripsModelOutput`] without `text_model_output`.
@@ -120,18 +131,45 @@ class TripsModel(TripsPreTrainedModel):
                 selection=joint.selection,
                 hidden_states=joint.hidden_states,
                 attentions=joint.attentions,
+                selection_losses=self.selection_losses(joint.selection, regions, pixel_values, prefix),
                 vision_model_output=joint,
             )
-        vision_output = self.vision_model(text_embeds=text_states[:, 0], **images, **kwargs)
-        fused = self.fusion_model(text_states, vision_output.last_hidden_state, attention_mask, **kwargs)
+        # What no text has touched is projected to keys and values once per image.
+        vision_output = self.vision_model(text_embeds=text_states[:, 0], repeat_images=False, **images, **kwargs)
+        fused = self.fusion_model(
+            text_states, vision_output.last_hidden_state, attention_mask, vision_output.image_index, **kwargs
+        )
+        vision_output = repeated(vision_output)
         return TripsModelOutput(
             last_hidden_state=fused.last_hidden_state,
             selection=vision_output.selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
+            selection_losses=self.selection_losses(vision_output.selection, regions, pixel_values, prefix),
             vision_model_output=vision_output,
         )
+
+    def grid_of(self, pixel_values: torch.Tensor | None, prefix: TripsVisionPrefix | None) -> tuple[int, int]:
+        """Patches of each image, down and across."""
+        return prefix.grid_size if pixel_values is None else self.vision_model.embeddings.grid_of(pixel_values)
+
+    def selection_losses(
+        self,
+        selection: tuple[TripsSelection, ...],
+        regions: torch.FloatTensor | None,
+        pixel_values: torch.Tensor | None,
+        prefix: TripsVisionPrefix | None,
+    ) -> torch.Tensor | None:
+        """The mean over the layers that a text guides, `(num_texts,)`; `None` where there is nothing to teach."""
+        guidances = self.config.vision_config.guidance_schedule.values()
+        by_text = [layer for layer, guidance in zip(selection, guidances) if guidance == "text"]
+        # CODEPATH: a weight of 0 turns the loss off; in evaluation, nothing is taught.
+        if regions is None or not by_text or not self.training or self.config.selection_loss_weight == 0:
+            return None
+        shares = region_shares(regions, self.grid_of(pixel_values, prefix))
+        losses = [region_selection_loss(layer.scores, layer.candidate_indices, shares) for layer in by_text]
+        return torch.stack(losses).mean(dim=0)
 
     @can_return_tuple
     @auto_docstring
@@ -144,6 +182,7 @@ class TripsModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        regions: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
@@ -151,9 +190,15 @@ class TripsModel(TripsPreTrainedModel):
             Text i looks at image `image_index[i]`. By default text i looks at image i.
         prefix (`TripsVisionPrefix`, *optional*):
             Result of `encode_images`, in place of `pixel_values`.
+        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            What each text is about: boxes (center_x, center_y, width, height) in [0, 1] of the image in
+            `pixel_values`, as [`TripsProcessor.encode_boxes`] makes them; one of no area where it is not known. In
+            training they teach the texts to choose their patches, see `selection_loss_weight`.
         """
         text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        outputs = self.fuse(text_output.last_hidden_state, attention_mask, pixel_values, image_index, prefix, **kwargs)
+        outputs = self.fuse(
+            text_output.last_hidden_state, attention_mask, pixel_values, image_index, prefix, regions, **kwargs
+        )
         outputs.text_model_output = text_output
         return outputs
 

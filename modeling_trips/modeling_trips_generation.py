@@ -41,10 +41,13 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The part of `loss` that teaches texts to choose, before its weight. In training, if `regions` are given.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
 
+    selection_loss: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
 
 
@@ -140,6 +143,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
+        regions: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
@@ -155,10 +159,20 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
             Row j of `labels` follows text `text_index[j]`, so that the answers to one question, or the captions of one
             image, share all but the decoder. By default row j follows text j.
+        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            What each text is about, see [`TripsModel`].
         """
         if encoder_outputs is None:
             encoder_outputs = self.model(
-                input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
+                input_ids,
+                pixel_values,
+                attention_mask,
+                token_type_ids,
+                image_index,
+                prefix,
+                inputs_embeds,
+                regions,
+                **kwargs,
             )
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
@@ -185,11 +199,17 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(decoded.last_hidden_state)
-        loss = None
+        loss = selection_loss = None
         if labels is not None:
             loss = label_loss(logits, labels, loss_weights, kwargs.get("num_items_in_batch"))
+            losses = encoder_outputs.get("selection_losses")
+            if losses is not None:
+                losses = losses if text_index is None else losses[text_index]
+                selection_loss = mean_over_labels(losses, labels, kwargs.get("num_items_in_batch"))
+                loss = loss + self.config.selection_loss_weight * selection_loss
         return TripsSeq2SeqLMOutput(
             loss=loss,
+            selection_loss=selection_loss,
             logits=logits,
             cache=decoded.cache,
             decoder_hidden_states=decoded.hidden_states,
@@ -252,6 +272,17 @@ def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
     """Negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 where the label is -100."""
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+
+
+def mean_over_labels(
+    losses: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The mean over the label tokens of what each row of labels costs as a whole, `(num_labels,)`: as `label_loss`
+    counts, so that gradient accumulation and several processes give the gradient of the whole batch.
+    """
+    num_tokens = (labels != -100).sum(dim=-1)
+    return (losses * num_tokens).sum() / (num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def label_loss(

@@ -32,11 +32,14 @@ from .modeling_trips_vision import TripsSelection, TripsVisionPrefix, next_candi
 class TripsVisualGroundingOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`.
+        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`, and in training
+        `config.selection_loss_weight * selection_loss`.
     l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         L1 distance of predicted box and label, summed over the four numbers, per box.
     giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         1 - generalised IoU of predicted box and label, per box.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Teaches the texts to choose the patches in their boxes. In training, where a text guides.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
         Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
         [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
@@ -47,6 +50,7 @@ class TripsVisualGroundingOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     l1_loss: torch.FloatTensor | None = None
     giou_loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
     pred_boxes: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -158,22 +162,32 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
         """
         outputs = self.model(
-            input_ids, pixel_values, attention_mask, token_type_ids, image_index, prefix, inputs_embeds, **kwargs
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            image_index,
+            prefix,
+            inputs_embeds,
+            regions=labels,
+            **kwargs,
         )
         image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
-        grid_size = (
-            prefix.grid_size if pixel_values is None else self.model.vision_model.embeddings.grid_of(pixel_values)
-        )
+        grid_size = self.model.grid_of(pixel_values, prefix)
         centers = token_centers(outputs.selection, image_states.shape[1], grid_size, image_states.device)
         pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers)
-        loss = l1_loss = giou_loss = None
+        loss = l1_loss = giou_loss = selection_loss = None
         if labels is not None:
             l1_loss, giou_loss = box_losses(pred_boxes, labels, kwargs.get("num_items_in_batch"))
             loss = self.config.bbox_loss_coefficient * l1_loss + self.config.giou_loss_coefficient * giou_loss
+            if outputs.selection_losses is not None:
+                selection_loss = mean_over_boxes(outputs.selection_losses, kwargs.get("num_items_in_batch"))
+                loss = loss + self.config.selection_loss_weight * selection_loss
         return TripsVisualGroundingOutput(
             loss=loss,
             l1_loss=l1_loss,
             giou_loss=giou_loss,
+            selection_loss=selection_loss,
             pred_boxes=pred_boxes,
             selection=outputs.selection,
             hidden_states=outputs.hidden_states,
@@ -197,10 +211,14 @@ def box_losses(
             f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
         )
     labels = labels.to(pred_boxes)
-    num_boxes = len(labels) if num_items_in_batch is None else num_items_in_batch / 4
     l1_losses = box_l1_loss(pred_boxes, labels)
     giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
-    return l1_losses.sum() / num_boxes, giou_losses.sum() / num_boxes
+    return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
+
+
+def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
+    """The mean over boxes of what each costs, `(num_texts,)`; over those of the whole batch where they are counted."""
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
 
 
 TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")

@@ -23,11 +23,11 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_trips import TripsConfig
 from .losses_contrastive_trips import contrastive_loss
-from .losses_trips import masked_language_loss, mean_count
+from .losses_trips import masked_language_loss, mean_count, weighted_sum
 from .modeling_trips_generation import label_loss, shift_right
-from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput, weighted_sum
+from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsVisionPrefix
+from .modeling_trips_vision import TripsVisionModelOutput, TripsVisionPrefix
 from .momentum_trips import MomentumTeacher
 
 
@@ -139,18 +139,18 @@ class TripsForPreTraining(TripsContrastiveModel):
             raise ValueError(
                 "The teacher's queues hold images of past batches: say with `image_ids` which images are the same."
             )
-        prefix = self.model.encode_images(pixel_values, **kwargs)
+        prefix = self.encode_trunk(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         find_contrastive_loss, teacher_logits = contrastive_loss, None
         if teacher is not None:
             taught = teacher(pixel_values, input_ids, attention_mask, token_type_ids, image_index, mlm_input_ids)
             teacher_logits = taught.mlm_logits
             find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
-        true_pairs = image_states = None
+        true_pairs = seen = None
         # CODEPATH: see `honest_masking`.
         if not config.honest_masking and (config.mlm_weight > 0 or config.prefix_lm_weight > 0):
             true_pairs = self.look(text_outputs.last_hidden_state, image_index, prefix, **kwargs)
-            image_states = true_pairs.last_hidden_state
+            seen = true_pairs
         outputs = self.pair_losses(
             text_outputs,
             prefix,
@@ -165,14 +165,14 @@ class TripsForPreTraining(TripsContrastiveModel):
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
             mlm_logits = self.guess_words(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, image_states, **kwargs
+                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, seen, **kwargs
             )
             num_masked = mean_count((mlm_labels != -100).sum())
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continue_texts(
-                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, image_states, **kwargs
+                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, seen, **kwargs
             )
             num_tokens = mean_count((labels != -100).sum())  # there may be none: each text is too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
@@ -191,16 +191,15 @@ class TripsForPreTraining(TripsContrastiveModel):
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
-        image_states: torch.FloatTensor | None = None,
+        seen: TripsVisionModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`; the
-        images are `pixel_values`, the `prefix` that `model.encode_images` makes of them, or the `image_states` that
-        each text sees, `(num_texts, image_length, hidden_size)`.
+        images are the `prefix` that `model.encode_images` makes of them, or what `look` has `seen` for other texts.
         """
         fused = self._fused(
-            mlm_input_ids, attention_mask, image_index, prefix, image_states, token_type_ids=token_type_ids, **kwargs
+            mlm_input_ids, attention_mask, image_index, prefix, seen, token_type_ids=token_type_ids, **kwargs
         )
         return self.mlm_score(fused)
 
@@ -211,7 +210,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         image_index: torch.LongTensor | None,
         prefix: TripsVisionPrefix,
         labels: torch.LongTensor,
-        image_states: torch.FloatTensor | None = None,
+        seen: TripsVisionModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
@@ -219,7 +218,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         before it. Arguments as in `forward` and `guess_words`.
         """
         fused = self._fused(
-            prompt_input_ids, prompt_attention_mask, image_index, prefix, image_states, token_type_ids=None, **kwargs
+            prompt_input_ids, prompt_attention_mask, image_index, prefix, seen, token_type_ids=None, **kwargs
         )
         decoded = self.decoder(
             shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id),
@@ -236,13 +235,13 @@ class TripsForPreTraining(TripsContrastiveModel):
         attention_mask: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         prefix: TripsVisionPrefix | None,
-        image_states: torch.FloatTensor | None,
+        seen: TripsVisionModelOutput | None,
         token_type_ids: torch.LongTensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """The fused states of texts that select patches for themselves, or that look at `image_states`."""
+        """The fused states of texts that select patches for themselves, or that take what others have `seen`."""
         # CODEPATH: see `honest_masking`.
-        if image_states is None:
+        if seen is None:
             return self.model(
                 input_ids,
                 attention_mask=attention_mask,
@@ -253,7 +252,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             ).last_hidden_state
         texts = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
         return self.model.fusion_model(
-            texts.last_hidden_state, image_states, attention_mask, **kwargs
+            texts.last_hidden_state, seen.last_hidden_state, attention_mask, seen.image_index, **kwargs
         ).last_hidden_state
 
 

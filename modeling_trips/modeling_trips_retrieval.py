@@ -26,14 +26,15 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from .configuration_trips import TripsConfig
 from .losses_contrastive_trips import (
     MatchingPairs,
+    check_captions,
     contrastive_loss,
-    distinct_image_ids,
     matching_loss,
     matching_pairs,
     similarity,
 )
+from .losses_trips import weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
-from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix
+from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, repeated
 
 
 # ALBEF's temperature: where it starts, and the bounds of what is used.
@@ -165,6 +166,12 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             if projection is not None and self.config.contrastive_selection != "text":
                 unused += projection.parameters()
         return unused
+
+    def encode_trunk(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
+        """The prefix that all losses go on from."""
+        # CODEPATH: see `contrastive_selection`. Features of all patches cannot be made of what dropped some.
+        select_patches = self.config.contrastive_selection != "none"
+        return self.model.encode_images(pixel_values, select_patches=select_patches, **kwargs)
 
     @can_return_tuple
     @auto_docstring
@@ -305,10 +312,10 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             pairs = matching_pairs(pair_logits, pair_ids)
             image_states = self._image_states(pairs, true_pairs, text_states, image_index, prefix, **kwargs)
             texts = _select_texts(pairs.text_index, text_states, attention_mask)
-            fused = self.model.fusion_model(texts[0], image_states, texts[1], **kwargs)
+            fused = self.model.fusion_model(texts[0], image_states[0], texts[1], image_states[1], **kwargs)
             itm_logits = self.itm_head(fused.last_hidden_state[:, 0])
             itm_loss = matching_loss(itm_logits, pairs.labels, pairs.weights)
-            outputs = {**outputs, "itm_logits": itm_logits, "selection": true_pairs.selection}
+            outputs = {**outputs, "itm_logits": itm_logits, "selection": repeated(true_pairs).selection}
         loss = weighted_sum((config.itc_weight, itc_loss), (config.itm_weight, itm_loss))
         return {**outputs, "loss": loss, "itc_loss": itc_loss, "itm_loss": itm_loss}
 
@@ -319,8 +326,13 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         prefix: TripsVisionPrefix,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
-        """Text i looks at image `image_index[i]`, by default at image i."""
-        return self.model.vision_model(text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, **kwargs)
+        """
+        Text i looks at image `image_index[i]`, by default at image i. Where no text guides, the output has a row per
+        image, and `image_index`.
+        """
+        return self.model.vision_model(
+            text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, repeat_images=False, **kwargs
+        )
 
     def features_of_pairs(
         self, true_pairs: TripsVisionModelOutput, image_index: torch.LongTensor, num_images: int
@@ -329,8 +341,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         captions = torch.arange(len(image_index), device=image_index.device)
         nowhere = torch.full((num_images,), len(captions), device=image_index.device)
         first_captions = nowhere.scatter_reduce(0, image_index, captions, "amin")
-        features = _normalized(self.vision_proj(true_pairs.pooler_output[first_captions]))
-        return TripsVisionModelOutput(pooler_output=features, selection=true_pairs.selection)
+        pairs = repeated(true_pairs)
+        features = _normalized(self.vision_proj(pairs.pooler_output[first_captions]))
+        return TripsVisionModelOutput(pooler_output=features, selection=pairs.selection)
 
     def _image_states(
         self,
@@ -340,17 +353,22 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index: torch.LongTensor,
         prefix: TripsVisionPrefix,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """What each of the pairs sees of its image, `(3 * num_texts, image_length, hidden_size)`."""
+    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
+        """
+        What the pairs see of their images, `(3 * num_texts, image_length, hidden_size)`; where no text guides, one row
+        per image, and each pair's.
+        """
+        if true_pairs.image_index is not None:
+            return true_pairs.last_hidden_state, image_index[pairs.image_index]
         # CODEPATH: the patches of a negative pair are selected by its own text. Taking the tokens that the image has
         # in its true pair is cheaper, but the patches that were kept then tell which pair is true.
         if not self.config.honest_negatives:
-            return true_pairs.last_hidden_state[pairs.image_index]
+            return true_pairs.last_hidden_state, pairs.image_index
         negatives = slice(len(image_index), None)
         negative_pairs = self.look(
             text_states[pairs.text_index[negatives]], image_index[pairs.image_index[negatives]], prefix, **kwargs
         )
-        return torch.cat((true_pairs.last_hidden_state, negative_pairs.last_hidden_state))
+        return torch.cat((true_pairs.last_hidden_state, negative_pairs.last_hidden_state)), None
 
 
 @auto_docstring(
@@ -391,7 +409,7 @@ class TripsForRetrieval(TripsContrastiveModel):
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         if return_loss:
-            prefix = self.model.encode_images(pixel_values, **kwargs)  # both losses go on from here
+            prefix = self.encode_trunk(pixel_values, **kwargs)
             outputs = self.pair_losses(text_outputs, prefix, attention_mask, image_index, image_ids, **kwargs)
             if outputs["loss"] is None:
                 raise ValueError("`itc_weight` and `itm_weight` are both 0: there is no loss. Give one a weight.")
@@ -407,35 +425,6 @@ def _select_texts(
     index: torch.LongTensor, text_states: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     return text_states[index], attention_mask[index] if attention_mask is not None else None
-
-
-def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
-    """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
-    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
-    return sum(losses) if losses else None
-
-
-def check_captions(
-    text_states: torch.Tensor,
-    num_images: int,
-    image_index: torch.LongTensor | None,
-    image_ids: torch.LongTensor | None,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`image_index` and `image_ids` for the losses, with their defaults."""
-    num_texts, device = len(text_states), text_states.device
-    if image_index is None and num_texts != num_images:
-        raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
-            "which image each text is a caption of."
-        )
-    for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
-        if value is not None and tuple(value.shape) != (count,):
-            raise ValueError(f"`{name}` must have shape ({count},), got {tuple(value.shape)}.")
-    if image_index is None:
-        image_index = torch.arange(num_texts, device=device)
-    if image_ids is None:
-        image_ids = distinct_image_ids(num_images, device)
-    return image_index.to(device), image_ids.to(device)
 
 
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")

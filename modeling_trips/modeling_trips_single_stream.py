@@ -119,10 +119,15 @@ class TripsSingleStreamModel(TripsVisionModel):
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
         num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
+        schedule, guidances = self.config.selection_schedule, self.config.guidance_schedule
         for number, layer in enumerate(self.layers, start=1):
-            keep_rate = self.config.selection_schedule.get(number, 1.0)
             hidden_states, scores, kept_positions = layer(
-                hidden_states, text_length, mask, keep_rate=keep_rate, **kwargs
+                hidden_states,
+                text_length,
+                mask,
+                keep_rate=schedule.get(number, 1.0),
+                guidance=guidances.get(number, "text"),
+                **kwargs,
             )
             if kept_positions is not None:
                 selections.append(selection_of(scores, kept_positions, candidate_indices))

@@ -77,15 +77,21 @@ class TripsSkipConnectedStack(nn.Module):
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         joint_attention_mask: torch.Tensor | None,
+        encoder_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         for layer in self.layer:
             if isinstance(layer, TripsConnectedLayer):
+                if encoder_index is not None:  # from here on, each text has image tokens of its own
+                    encoder_hidden_states = encoder_hidden_states.index_select(0, encoder_index)
+                    encoder_index = None
                 hidden_states, encoder_hidden_states = layer(
                     hidden_states, encoder_hidden_states, joint_attention_mask, **kwargs
                 )
             else:
-                hidden_states = layer(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+                hidden_states = layer(
+                    hidden_states, encoder_hidden_states, attention_mask, encoder_index=encoder_index, **kwargs
+                )
         return hidden_states
 
 
@@ -181,8 +187,14 @@ class TripsFusionModel(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
+        encoder_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithCrossAttentions:
+        r"""
+        encoder_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i reads row `encoder_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
+            have in common are projected to keys and values once. By default row i.
+        """
         masks = [bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)]
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
@@ -196,7 +208,9 @@ class TripsFusionModel(TripsPreTrainedModel):
                 inputs_embeds=inputs_embeds[:, :1].expand(-1, joint_length, -1),  # looked at for its shape
             )
             masks.append(joint_mask)
-        hidden_states = self.encoder(inputs_embeds, encoder_hidden_states, *masks, **kwargs)
+        hidden_states = self.encoder(
+            inputs_embeds, encoder_hidden_states, *masks, encoder_index=encoder_index, **kwargs
+        )
         return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
 
 

@@ -105,10 +105,14 @@ class TripsTextSelfAttention(nn.Module):
         source_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        source_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`source_index`: row i reads row `source_index[i]` of `source_states`, by default row i."""
         query = self.split_heads(self.query(hidden_states))
         key, value = self.key_value(source_states, cache)
+        if source_index is not None:
+            key, value = (states.index_select(0, source_index.to(states.device)) for states in (key, value))
         attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
 
@@ -218,9 +222,10 @@ class TripsTextAttention(nn.Module):
         source_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        source_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self(hidden_states, source_states, attention_mask, cache, **kwargs)
+        attn_output, _ = self.self(hidden_states, source_states, attention_mask, cache, source_index, **kwargs)
         return self.output(attn_output, hidden_states)
 
 
@@ -267,11 +272,13 @@ class TripsCrossLayer(TripsTextLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        encoder_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """`encoder_index`: row i reads row `encoder_index[i]` of `encoder_hidden_states`, by default row i."""
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
         hidden_states = self.crossattention(
-            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, **kwargs
+            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, encoder_index, **kwargs
         )
         return self.output(self.intermediate(hidden_states), hidden_states)
 

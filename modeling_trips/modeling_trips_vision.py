@@ -53,15 +53,19 @@ class TripsSelection(ModelOutput):
 @dataclass
 class TripsVisionPrefix(ModelOutput):
     r"""
-    hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_patches, hidden_size)`):
-        [CLS] and patches after the attention half of the first selection layer; after the last layer if no layer
-        selects.
+    hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_candidates, hidden_size)`):
+        [CLS] and candidates after the attention half of the first layer that a text guides; after the last layer if
+        there is none.
     class_query (`torch.FloatTensor` of shape `(num_images, num_heads, head_dim)`, *optional*):
-        The query of [CLS] in the first selection layer: the guidance where no text is given.
-    key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_patches, head_dim)`, *optional*):
-        The keys of the first selection layer, which the guiding query is scored against.
-    first_selection_layer (`int`, *optional*):
-        Number of that layer (from 1); `None` if no layer selects.
+        The query of [CLS] in that layer: the guidance where no text is given.
+    key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_candidates, head_dim)`, *optional*):
+        The keys of that layer, which the guiding query is scored against.
+    candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`):
+        The original index of each candidate, -1 for a fused token.
+    selection (`tuple(TripsSelection)`):
+        What the selection layers before it kept.
+    next_layer (`int`, *optional*):
+        Number of that layer (from 1); `None` if there is none.
     grid_size (`tuple(int, int)`):
         Patches of each image, down and across.
     """
@@ -69,7 +73,9 @@ class TripsVisionPrefix(ModelOutput):
     hidden_states: torch.FloatTensor | None = None
     class_query: torch.FloatTensor | None = None
     key: torch.FloatTensor | None = None
-    first_selection_layer: int | None = None
+    candidate_indices: torch.LongTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    next_layer: int | None = None
     grid_size: tuple[int, int] | None = None
 
 
@@ -80,12 +86,14 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     selection (`tuple(TripsSelection)`):
         One entry per selection layer with a keep rate below 1, in the order of the layers.
     hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
-        They get shorter behind each selection layer. With `image_index` they have one row per image where the text
-        plays no part yet (in the prefix, and everywhere unless the guidance is `"text"`), and one per text after. With
-        `prefix`, they begin where it ends.
+        They get shorter behind each selection layer. With `image_index` they have one row per image up to the first
+        layer that a text guides, and one per text after. With `prefix`, they begin where it ends.
+    image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+        The row of each text, where all texts of an image have one in common: see `repeat_images` of the model.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
+    image_index: torch.LongTensor | None = None
 
 
 class TripsBatchNorm(nn.BatchNorm2d):
@@ -223,21 +231,24 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """As in the parent."""
-        config = self.config
-        fuses_by_text = config.selection_guidance == "text" and config.fuse_inattentive_tokens
+        fuses_by_text = self.config.first_text_layer is not None and self.config.fuse_inattentive_tokens
         # CODEPATH: the text gets a gradient from the weights of fused tokens alone, which unpruned models have not.
-        if self.selection_projection is None or (fuses_by_text and config.selection_schedule):
+        if self.selection_projection is None or fuses_by_text:
             return []
         return list(self.selection_projection.parameters())
 
-    def encode_prefix(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
+    def encode_prefix(
+        self, pixel_values: torch.Tensor, select_patches: bool = True, **kwargs: Unpack[TransformersKwargs]
+    ) -> TripsVisionPrefix:
         """
-        All that does not depend on the text: the layers before the first selection layer and the attention half of
-        that one; the whole tower if no layer selects. Computed once, it serves any number of texts.
+        All that does not depend on the text: the layers before the first one that a text guides, the selections of
+        those that the image guides included, and the attention half of that layer; the whole tower if there is none.
+        Computed once, it serves any number of texts.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): height and width are
                 multiples of the patch size; positions are interpolated if they are not the configured `image_size`.
+            select_patches (`bool`, *optional*, defaults to `True`): without, the prefix ends before any selection.
 
         Returns:
             [`TripsVisionPrefix`], for `forward` at the same selection schedule.
@@ -248,38 +259,55 @@ class TripsVisionModel(TripsPreTrainedModel):
         hidden_states, grid_size = self.embeddings(pixel_values), self.embeddings.grid_of(pixel_values)
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
-        first_selection = self.config.first_selection_layer
-        for number, layer in enumerate(self.layers, start=1):
-            if number == first_selection:
-                _, hidden_states, class_query, key = layer(hidden_states, attention_only=True, **kwargs)
-                return TripsVisionPrefix(hidden_states, class_query, key, number, grid_size)
-            hidden_states, _, _ = layer(hidden_states, **kwargs)
-        return TripsVisionPrefix(hidden_states, grid_size=grid_size)
-
-    def encode_rest(
-        self,
-        prefix: TripsVisionPrefix,
-        text_embeds: torch.Tensor | None,
-        select_patches: bool = True,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
-        """From the first selection on: row i of `prefix` under the guidance of row i of `text_embeds`."""
-        schedule = self.config.selection_schedule if select_patches else {}
-        first_selection = prefix.first_selection_layer or len(self.layers) + 1
-        hidden_states, class_query, key = prefix.hidden_states, prefix.class_query, prefix.key
-        selections = []
         num_images, seq_length = hidden_states.shape[:2]
         candidate_indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
-        for number, layer in enumerate(self.layers[first_selection - 1 :], start=first_selection):
-            hidden_states, scores, kept_positions = layer(
-                hidden_states, text_embeds, class_query, key, keep_rate=schedule.get(number, 1.0), **kwargs
+        next_layer = self.config.first_text_layer if select_patches else self.config.first_selection_layer
+        numbers = range(1, next_layer or len(self.layers) + 1)
+        hidden_states, candidate_indices, selection = self.run_layers(
+            numbers, hidden_states, candidate_indices, **kwargs
+        )
+        class_query = key = None
+        if next_layer is not None:
+            _, hidden_states, class_query, key = self.layers[next_layer - 1](
+                hidden_states, attention_only=True, **kwargs
             )
-            class_query = key = None  # only the first of these layers had its attention computed before
+        return TripsVisionPrefix(
+            hidden_states, class_query, key, candidate_indices, selection, next_layer=next_layer, grid_size=grid_size
+        )
+
+    def run_layers(
+        self,
+        numbers: range,
+        hidden_states: torch.Tensor,
+        candidate_indices: torch.LongTensor,
+        text_embeds: torch.Tensor | None = None,
+        class_query: torch.Tensor | None = None,
+        key: torch.Tensor | None = None,
+        select_patches: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.LongTensor, tuple[TripsSelection, ...]]:
+        """
+        The layers `numbers`, row i under the guidance of row i of `text_embeds`. With `class_query` and `key`, the
+        attention half of the first of them was computed before. Returns hidden states, the original indices of the
+        candidates behind [CLS], and what was selected.
+        """
+        schedule = self.config.selection_schedule if select_patches else {}
+        guidances, selections = self.config.guidance_schedule, []
+        for number in numbers:
+            hidden_states, scores, kept_positions = self.layers[number - 1](
+                hidden_states,
+                text_embeds,
+                class_query,
+                key,
+                keep_rate=schedule.get(number, 1.0),
+                guidance=guidances.get(number, "text"),
+                **kwargs,
+            )
+            class_query = key = None
             if kept_positions is not None:
-                selection = selection_of(scores, kept_positions, candidate_indices)
-                selections.append(selection)
-                candidate_indices = next_candidates(selection, num_candidates=hidden_states.shape[1] - 1)
-        return hidden_states, tuple(selections)
+                selections.append(selection_of(scores, kept_positions, candidate_indices))
+                candidate_indices = next_candidates(selections[-1], num_candidates=hidden_states.shape[1] - 1)
+        return hidden_states, candidate_indices, tuple(selections)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -291,6 +319,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
         select_patches: bool = True,
+        repeat_images: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         r"""
@@ -302,32 +331,67 @@ class TripsVisionModel(TripsPreTrainedModel):
             Result of `encode_prefix`, in place of `pixel_values`.
         select_patches (`bool`, *optional*, defaults to `True`):
             Whether the selection layers select. Without, all patches go on: a plain ViT.
+        repeat_images (`bool`, *optional*, defaults to `True`):
+            Whether each text has a row of its own where no text plays a part. Without, there is one per image, and
+            `image_index` of the output says which is each text's.
         """
         check_image_source(pixel_values, prefix)
         if prefix is None:
-            prefix = self.encode_prefix(pixel_values, **kwargs)
-        if prefix.first_selection_layer != self.config.first_selection_layer:
-            raise ValueError(
-                f"`prefix` was encoded with {prefix.first_selection_layer} as the first selection layer, but the "
-                f"schedule is now {self.config.selection_schedule}: encode it again."
-            )
+            prefix = self.encode_prefix(pixel_values, select_patches, **kwargs)
+        self.check_prefix(prefix, select_patches)
         if text_embeds is not None:
             check_counts(text_embeds.shape[0], prefix.hidden_states.shape[0], image_index)
-        # CODEPATH: the published models are guided by the text; "image" and "random" are the ablations of the paper.
-        if self.config.selection_guidance != "text":
+        # CODEPATH: a text plays a part only where it guides a layer.
+        if self.config.first_text_layer is None or not select_patches:
             text_embeds = None
         if text_embeds is not None and image_index is not None:
-            prefix = _select_rows(prefix, image_index)
+            prefix, image_index = select_rows(prefix, image_index), None
         if text_embeds is not None and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        hidden_states, selection = self.encode_rest(prefix, text_embeds, select_patches, **kwargs)
-        hidden_states = self.layernorm(hidden_states)
-        if text_embeds is None and image_index is not None:  # no text was needed so far: each image was computed once
-            hidden_states = hidden_states.index_select(0, image_index.to(hidden_states.device))
-            selection = tuple(_select_rows(entry, image_index) for entry in selection)
-        return TripsVisionModelOutput(
-            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0], selection=selection
+        hidden_states, _, selection = self.run_layers(
+            range(prefix.next_layer or len(self.layers) + 1, len(self.layers) + 1),
+            prefix.hidden_states,
+            prefix.candidate_indices,
+            text_embeds,
+            prefix.class_query,
+            prefix.key,
+            select_patches,
+            **kwargs,
         )
+        hidden_states = self.layernorm(hidden_states)
+        output = TripsVisionModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            selection=(prefix.selection or ()) + selection,
+            image_index=image_index,
+        )
+        return repeated(output) if repeat_images else output
+
+    def check_prefix(self, prefix: TripsVisionPrefix, select_patches: bool):
+        """Raises a `ValueError` if `prefix` ends elsewhere than where the schedule and `select_patches` want it."""
+        config = self.config
+        if prefix.next_layer not in (config.first_selection_layer, config.first_text_layer):
+            raise ValueError(
+                f"`prefix` was encoded up to layer {prefix.next_layer}, but the schedule is now "
+                f"{config.selection_schedule}, guided by {config.guidance_schedule}: encode it again."
+            )
+        if prefix.selection and not select_patches:
+            raise ValueError("Patches were dropped in `prefix`: encode it again with `select_patches=False`.")
+
+
+def repeated(output: TripsVisionModelOutput) -> TripsVisionModelOutput:
+    """The output with a row for each text, where rows are of images."""
+    index = output.image_index
+    if index is None:
+        return output
+    last_hidden_state = select_rows(output.last_hidden_state, index)
+    return TripsVisionModelOutput(
+        last_hidden_state=last_hidden_state,
+        pooler_output=last_hidden_state[:, 0],
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+        selection=select_rows(output.selection, index),
+    )
 
 
 def selection_of(
@@ -372,13 +436,13 @@ def check_image_index(image_index: torch.LongTensor, num_images: int):
         )
 
 
-def _select_rows(output: ModelOutput, index: torch.LongTensor) -> ModelOutput:
-    """The rows `index` of each tensor in a model output; what is not a tensor stays."""
-
-    def rows_of(value):
-        return value.index_select(0, index.to(value.device)) if isinstance(value, torch.Tensor) else value
-
-    return type(output)(**{name: rows_of(value) for name, value in output.items()})
+def select_rows(value, index: torch.LongTensor):
+    """The rows `index` of a tensor, or of each in a model output or a tuple of them; what is no tensor stays."""
+    if isinstance(value, torch.Tensor):
+        return value.index_select(0, index.to(value.device))
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: select_rows(item, index) for name, item in value.items()})
+    return tuple(select_rows(item, index) for item in value) if isinstance(value, tuple) else value
 
 
 TripsVisionModel.register_for_auto_class("AutoModel")

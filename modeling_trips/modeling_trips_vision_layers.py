@@ -113,10 +113,10 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         return hidden_states + self.dropout(attn_output), query, key
 
-    def score(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def score(self, query: torch.Tensor, key: torch.Tensor, guidance: str) -> torch.Tensor:
         """Scores of the candidates, whose keys are `key`, by the guiding token's `query`; or random ones."""
         # CODEPATH: "random" is the floor that every way of selecting must beat.
-        if self.config.selection_guidance == "random":
+        if guidance == "random":
             return random_scores(key.shape[0], key.shape[2], self.training, key.device, self.config.selection_seed)
         return score_tokens(query, key, self.attention.scaling)
 
@@ -143,6 +143,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         class_query: torch.Tensor | None = None,
         key: torch.Tensor | None = None,
         keep_rate: float = 1.0,
+        guidance: str = "text",
         attention_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
@@ -155,6 +156,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             key (`torch.Tensor` of shape `(batch_size, num_heads, seq_length, head_dim)`, *optional*): all keys. With
                 it the attention half is not computed again.
             keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
+            guidance (`str`, *optional*, defaults to `"text"`): what ranks them: `"text"`, `"image"` or `"random"`.
             attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
 
         Returns:
@@ -169,10 +171,10 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         scores = None
         if keep_rate < 1.0:
             query = class_query
-            # CODEPATH: without a text, and in the ablation "image", the image's own [CLS] guides.
-            if self.config.selection_guidance == "text" and text_embeds is not None:
+            # CODEPATH: the image's own [CLS] guides where a text does not, or is not given.
+            if guidance == "text" and text_embeds is not None:
                 query = self.attention.q_proj(text_embeds).view(class_query.shape)
-            scores = self.score(query, key[:, :, 1:])
+            scores = self.score(query, key[:, :, 1:], guidance)
         return self.select_and_transform(hidden_states, scores, keep_rate)
 
 
@@ -188,6 +190,7 @@ class TripsJointLayer(TripsVisionLayer):
         text_length: int,
         attention_mask: torch.Tensor | None = None,
         keep_rate: float = 1.0,
+        guidance: str = "text",
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
@@ -196,6 +199,7 @@ class TripsJointLayer(TripsVisionLayer):
             text_length (`int`): number of text tokens, padding included.
             attention_mask (`torch.Tensor`, *optional*): hides the padding, in the form of the attention in use.
             keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
+            guidance (`str`, *optional*, defaults to `"text"`): as in [`TripsVisionLayer`].
 
         Returns:
             `(hidden_states, scores, kept_positions)`, the last two `None` if nothing is selected.
@@ -203,7 +207,7 @@ class TripsJointLayer(TripsVisionLayer):
         hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
         scores = None
         if keep_rate < 1.0:
-            # CODEPATH: the text's [CLS] guides; in the ablation "image" it is the image's, behind the text.
-            guide = 0 if self.config.selection_guidance == "text" else text_length
-            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :])
+            # CODEPATH: the text's [CLS] comes first, the image's own behind the text.
+            guide = 0 if guidance == "text" else text_length
+            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :], guidance)
         return self.select_and_transform(hidden_states, scores, keep_rate)

@@ -49,6 +49,7 @@ class NaiveVisionTower:
     Args:
         weights: state dict of a `TripsVisionModel` with a linear patch embedding, in float64.
         schedule: keep rate by layer number, from 1.
+        guidance: for all selection layers, or by layer number.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class NaiveVisionTower:
 
             if self.schedule.get(number, 1.0) < 1.0:
                 guide = query[0]
-                if self.guidance == "text" and text is not None:
+                guidance = self.guidance if isinstance(self.guidance, str) else self.guidance[number]
+                if guidance == "text" and text is not None:
                     guide = self.heads(self.linear(f"{name}.attention.q_proj", text))
                 per_head = [
                     self.softmax_over(guide[head], [one[head] for one in key[1:]]) for head in range(self.num_heads)

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_trips import TripsForRetrieval, TripsProcessor, TripsVisionPrefix
+from modeling_trips.modeling_trips_vision import select_rows
 
 
 RECALL_AT = (1, 5, 10)
@@ -182,7 +183,7 @@ class RetrievalEvaluator:
         image_rows = torch.searchsorted(torch.tensor(images), pairs[:, 0].contiguous())
         for rows, numbers in zip(image_rows.split(self.batch_size), pairs[:, 1].split(self.batch_size)):
             # No more images than this step has: without a text's guidance, the rest of the tower runs on each of them.
-            part = _rows_of(prefix, rows[0], rows[-1] + 1)
+            part = select_rows(prefix, torch.arange(rows[0], rows[-1] + 1))
             scores.append(self._match_step(part, rows - rows[0], texts, numbers))
             bar.update(len(numbers))
         return torch.cat(scores)
@@ -350,12 +351,6 @@ def _keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor
     of_images = torch.arange(num_images)[:, None] * num_texts + found_texts.candidates
     of_texts = found_images.candidates * num_texts + torch.arange(num_texts)[:, None]
     return of_images, of_texts
-
-
-def _rows_of(prefix: TripsVisionPrefix, start: int, end: int) -> TripsVisionPrefix:
-    """Some of the images."""
-    fields = {name: value[start:end] if torch.is_tensor(value) else value for name, value in prefix.items()}
-    return TripsVisionPrefix(**fields)
 
 
 def _first(right: torch.BoolTensor) -> torch.LongTensor:

@@ -41,7 +41,10 @@ class ModelArguments:
     keep_rate: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
     )
-    selection_guidance: str | None = field(default=None, metadata={"help": "What selects: text, image or random."})
+    selection_guidance: list[str] | None = field(
+        default=None,
+        metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
+    )
     fusion_type: str | None = field(
         default=None,
         metadata={
@@ -63,14 +66,18 @@ class ModelArguments:
 
     def config_overrides(self) -> dict:
         """The fields of `TripsConfig` that were given."""
-        rate = self.keep_rate[0] if self.keep_rate is not None and len(self.keep_rate) == 1 else self.keep_rate
         fields = {
             "selection_layers": self.selection_layers,
-            "keep_rate": rate,
-            "selection_guidance": self.selection_guidance,
+            "keep_rate": one_or_several(self.keep_rate),
+            "selection_guidance": one_or_several(self.selection_guidance),
             "fusion_type": self.fusion_type,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def one_or_several(values: list | None):
+    """What an option of one value, or one per selection layer, stands for."""
+    return values[0] if values is not None and len(values) == 1 else values
 
 
 @dataclass

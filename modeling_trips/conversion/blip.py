@@ -74,7 +74,7 @@ def blip_plan(
         ConversionError: if the guidance is to be the text.
     """
     selection = {"selection_guidance": "image"} | selection
-    if selection["selection_guidance"] == "text":
+    if "text" in selection["selection_guidance"]:  # as the one for all layers, or as one of several
         raise ConversionError(
             "`selection_guidance` cannot be 'text': BLIP has no layers that see the text alone, before the image."
         )

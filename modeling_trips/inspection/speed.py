@@ -153,9 +153,9 @@ def macs_by_part(setting: Setting, keep_rate: float) -> dict[str, float]:
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     student, teacher = type(model).__name__, MomentumTeacher.__name__
     tower = f"{student}.model.vision_model"
-    first_selection = model.config.vision_config.first_selection_layer or len(model.model.vision_model.layers) + 1
-    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(first_selection - 1))]
-    shared += [f"{tower}.layers.{first_selection - 1}.attention"]  # its other half comes behind the selection
+    end_of_prefix = model.config.vision_config.first_text_layer or len(model.model.vision_model.layers) + 1
+    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_prefix - 1))]
+    shared += [f"{tower}.layers.{end_of_prefix - 1}.attention"]  # its other half comes behind the selection
     parts = {
         "vision, shared": sum(macs.get(name, 0) for name in shared),
         "text": macs[f"{student}.model.text_model"],

@@ -185,9 +185,16 @@ def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[t
 
 def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
     """One row per layer that drops something; `tokens[n]` leave layer n."""
+    vision = config.vision_config
     return [
-        {"layer": layer, "keep_rate": rate, "tokens_before": tokens[layer - 1], "tokens_after": tokens[layer]}
-        for layer, rate in config.vision_config.selection_schedule.items()
+        {
+            "layer": layer,
+            "guidance": GUIDANCES[vision.guidance_schedule[layer]],
+            "keep_rate": rate,
+            "tokens_before": tokens[layer - 1],
+            "tokens_after": tokens[layer],
+        }
+        for layer, rate in vision.selection_schedule.items()
     ]
 
 
@@ -280,7 +287,7 @@ def make_model_card(
         image_size=image_size,
         patches=[pixels // patch for pixels, patch in zip(image_size, config.vision_config.patch_shape)],
         text_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
-        guidance=GUIDANCES[config.vision_config.selection_guidance],
+        guidance=" or ".join(GUIDANCES[guidance] for guidance in sorted({*config.vision_config.selection_guidances})),
         selection=describe_selection(config, tokens),
         train_datasets=args.train_datasets,
         languages=", ".join(args.language or []),

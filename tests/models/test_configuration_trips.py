@@ -58,6 +58,8 @@ WRONG_VISION_VALUES = [
     ({"selection_layers": [10, 5]}, ["`selection_layers`", "ascending", "[10, 5]"]),
     ({"selection_layers": [1.5]}, ["selection_layers", "[1.5]", "int"]),
     ({"selection_guidance": "words"}, ["selection_guidance", "words", "'text', 'image', 'random'"]),
+    ({"selection_guidance": ["text", "words"]}, ["selection_guidance", "words", "'text', 'image', 'random'"]),
+    ({"selection_guidance": ["text"]}, ["`selection_guidance`", "one per selection layer", "['text']", "[5, 10]"]),
     ({"num_attention_heads": 7}, ["`num_attention_heads`", "(7)", "divisible", "`hidden_size` (768)"]),
     ({"image_size": 225}, ["`image_size` (225)", "multiple", "`patch_size` (16)"]),
     ({"image_size": (224, 230)}, ["`image_size` ((224, 230))", "multiple", "`patch_size` (16)"]),

@@ -98,7 +98,15 @@ def test_order_of_the_questions_changes_nothing():
 @pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
 @pytest.mark.parametrize(
     "selection",
-    [{}, {"selection_guidance": "image"}, {"selection_layers": []}, {"selection_layers": [1]}, {"keep_rate": 1.0}],
+    [
+        {},
+        {"selection_guidance": "image"},
+        {"selection_guidance": ["image", "text"]},
+        {"selection_guidance": ["text", "image"]},
+        {"selection_layers": []},
+        {"selection_layers": [1]},
+        {"keep_rate": 1.0},
+    ],
     ids=str,
 )
 def test_image_index_equals_repeated_images(selection, as_prefix):

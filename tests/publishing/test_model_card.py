@@ -139,7 +139,7 @@ def test_what_is_not_known_is_said_to_be_unknown(tmp_path):
 def test_the_facts_are_those_of_the_checkpoint(tmp_path):
     # At 96 pixels: 144 patches and [CLS]; ceil(.9 * 144) = 130 and a fused one; ceil(.5 * 131) = 66 and a fused one.
     text = make_card(tmp_path, image_size=96, selection_layers=[1, 4], keep_rate=[0.9, 0.5]).text
-    assert "| 1 | 0.9 | 145 | 132 |\n| 4 | 0.5 | 132 | 68 |" in text
+    assert "| 1 | the text's [CLS] token | 0.9 | 145 | 132 |\n| 4 | the text's [CLS] token | 0.5 | 132 | 68 |" in text
     assert "resized to 96 x 96 pixels (height x width), 12 x 12 patches" in text
     with torch.device("meta"):
         expected = TripsForQuestionAnswering(TripsConfig.from_pretrained(tmp_path)).num_parameters()

@@ -1,0 +1,111 @@
+"""The loss that teaches texts to choose: exact examples, what it pulls at, and how batches add up."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
+
+from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
+from modeling_trips.losses_trips import region_selection_loss, region_shares, shares_of_candidates
+
+
+def test_shares_of_patches_by_hand():
+    # The region is x from 0.25 to 0.75, y from 0 to 0.25, in a grid of 2 rows and 4 columns.
+    shares = region_shares(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
+    assert shares[0].tolist() == [0, 0.5, 0.5, 0, 0, 0, 0, 0]
+    assert shares[1].tolist() == [0] * 8  # no region
+
+
+def test_a_fused_token_counts_for_what_is_behind_it():
+    shares = torch.tensor([[1.0, 0.5, 0.0, 0.5]])
+    candidates = torch.tensor([[0, 2, -1]])  # patches 1 and 3 were fused: half of the region
+    assert shares_of_candidates(shares, candidates).tolist() == [[1.0, 0.0, 0.5]]
+    assert shares_of_candidates(shares * 0, candidates).tolist()[0][:2] == [0.0, 0.0]
+
+
+def test_the_loss_by_hand():
+    scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    candidates = torch.arange(4)[None]
+    whole = region_selection_loss(scores, candidates, torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    assert whole.item() == pytest.approx(-math.log(0.375))
+    # A region within one patch: what counts is that patch, however little of it the region is.
+    within = region_selection_loss(scores, candidates, torch.tensor([[0.0, 0.1, 0.0, 0.0]]))
+    assert within.item() == pytest.approx(-math.log(0.25))
+    assert region_selection_loss(scores, candidates, torch.zeros(1, 4)).item() == 0.0
+
+
+def make_model(model_class, **fields):
+    torch.manual_seed(0)
+    config = make_config(selection_layers=[1, 3], **fields)
+    return model_class._from_config(config, attn_implementation="sdpa").train()
+
+
+def batch(rows=slice(0, 4)):
+    inputs = {"input_ids": TEXTS, "attention_mask": (TEXTS != 0).long(), "pixel_values": IMAGES[:, 0]}
+    return {name: value[rows] for name, value in {**inputs, "labels": ANSWERS, "regions": BOXES}.items()}
+
+
+def test_it_is_a_part_of_the_loss_in_training_alone():
+    model = make_model(TripsForQuestionAnswering)
+    with_regions = model(**batch())
+    without = model(**{**batch(), "regions": None})
+    assert without.selection_loss is None and with_regions.selection_loss > 0
+    difference = (with_regions.loss - without.loss) / model.config.selection_loss_weight
+    torch.testing.assert_close(difference, with_regions.selection_loss)
+    assert model.eval()(**batch()).selection_loss is None
+    model.train().config.selection_loss_weight = 0
+    assert model(**batch()).selection_loss is None
+
+
+@pytest.mark.parametrize("guidance", ["image", "random"])
+def test_only_texts_are_taught(guidance):
+    assert make_model(TripsForQuestionAnswering, selection_guidance=guidance)(**batch()).selection_loss is None
+    taught = make_model(TripsForQuestionAnswering, selection_guidance=[guidance, "text"])(**batch())
+    scores, candidates = taught.selection[1].scores, taught.selection[1].candidate_indices
+    expected = region_selection_loss(scores, candidates, region_shares(BOXES[:4], (8, 8)))
+    num_tokens = (ANSWERS[:4] != -100).sum(dim=1)
+    torch.testing.assert_close(taught.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
+
+
+def test_the_text_learns_to_look_into_its_region():
+    """Top-k has no gradient, and the weights of one fused token teach little: with the loss, all attention moves."""
+    model = make_model(TripsForQuestionAnswering)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    inputs, inside = batch(), region_shares(BOXES[:4], (8, 8)) > 0
+    attention = []
+    for _ in range(60):
+        outputs = model(**inputs)
+        attention.append((outputs.selection[0].scores * inside).sum(dim=1).mean().item())
+        optimizer.zero_grad()
+        outputs.selection_loss.backward()
+        optimizer.step()
+    assert attention[0] < 0.4 and attention[-1] > 0.9
+
+
+def test_parts_of_a_batch_add_up_to_its_loss():
+    model = make_model(TripsForQuestionAnswering)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    num_items = (ANSWERS[:4] != -100).sum()
+    whole = model(**batch()).loss
+    parts = [model(**batch(rows), num_items_in_batch=num_items).loss for rows in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_the_box_to_be_found_is_the_region():
+    model = make_model(TripsForVisualGrounding)
+    inputs = {**batch(), "labels": BOXES[:4]}
+    del inputs["regions"]
+    outputs = model(**inputs)
+    shares = region_shares(BOXES[:4], (8, 8))
+    by_layer = [region_selection_loss(layer.scores, layer.candidate_indices, shares) for layer in outputs.selection]
+    torch.testing.assert_close(outputs.selection_loss, torch.stack(by_layer).mean())
+    losses = 5 * outputs.l1_loss + 2 * outputs.giou_loss + 0.5 * outputs.selection_loss
+    torch.testing.assert_close(outputs.loss, losses)
+    parts = [
+        model(**{name: value[rows] for name, value in inputs.items()}, num_items_in_batch=4 * 4).selection_loss
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    assert sum(parts) > 0 and model.eval()(**inputs).selection_loss is None

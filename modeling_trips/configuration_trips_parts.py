@@ -235,8 +235,9 @@ class TripsVisionConfig(PreTrainedConfig):
             raise ValueError(f"`selection_layers` must be ascending without repetition, got {layers}.")
 
     def validate_selection_guidance(self):
-        guidances = self.selection_guidances or [self.selection_guidance]  # checked even if no layer uses it
-        if any(guidance not in GUIDANCES for guidance in guidances if isinstance(guidance, str)):
+        single = [self.selection_guidance] if isinstance(self.selection_guidance, str) else []
+        # A single one is checked even if no layer uses it.
+        if any(guidance not in GUIDANCES for guidance in single + self.selection_guidances):
             raise ValueError(
                 f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, or a list of them, got "
                 f"{self.selection_guidance!r}."

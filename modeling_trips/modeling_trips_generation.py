@@ -27,8 +27,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_trips import TripsConfig
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
+from .modeling_trips_layers import check_image_index
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsSelection, TripsVisionPrefix, check_image_index
+from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
 
 
 # How many tokens `generate` writes unless a checkpoint or a call says otherwise: enough for a caption.

@@ -124,4 +124,32 @@ def _named_as_registered(cls: type[TripsPreTrainedModel]) -> Iterator[None]:
         cls.__module__, cls.__name__ = names
 
 
+def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
+    if image_index is None and num_texts != num_images:
+        raise ValueError(
+            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
+            "which image each text looks at."
+        )
+    if image_index is not None and tuple(image_index.shape) != (num_texts,):
+        raise ValueError(
+            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
+        )
+
+
+def check_image_index(image_index: torch.LongTensor, num_images: int):
+    """Its values: not within a forward pass, where no shape or branch may depend on them."""
+    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
+    if len(outside):
+        position = outside[0, 0].item()
+        raise ValueError(
+            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
+        )
+
+
+def check_image_source(pixel_values: torch.Tensor | None, prefix: object | None):
+    if (pixel_values is None) == (prefix is None):
+        found = "neither: give an image" if prefix is None else "both"
+        raise ValueError(f"Specify exactly one of `pixel_values` and `prefix`, got {found}.")
+
+
 __all__ = ["TripsPreTrainedModel", "class_before_sharding"]

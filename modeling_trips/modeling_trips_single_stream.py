@@ -25,14 +25,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import bidirectional_mask, joint_padding_mask
+from .modeling_trips_layers import bidirectional_mask, check_counts, check_image_source, joint_padding_mask
 from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModel,
     TripsVisionModelOutput,
     TripsVisionPrefix,
-    check_counts,
-    check_image_source,
     next_candidates,
     selection_of,
 )

@@ -27,7 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import TripsPreTrainedModel
+from .modeling_trips_layers import TripsPreTrainedModel, check_counts, check_image_source
 from .modeling_trips_vision_layers import TripsVisionAttention, TripsVisionLayer
 
 
@@ -406,34 +406,6 @@ def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.Lon
     """Original indices of the candidates behind a selection layer: those that it kept, and -1 for a fused token."""
     num_kept = selection.kept_indices.shape[1]
     return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=-1)
-
-
-def check_image_source(pixel_values: torch.Tensor | None, prefix: TripsVisionPrefix | None):
-    if (pixel_values is None) == (prefix is None):
-        found = "neither: give an image" if prefix is None else "both"
-        raise ValueError(f"Specify exactly one of `pixel_values` and `prefix`, got {found}.")
-
-
-def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
-    if image_index is None and num_texts != num_images:
-        raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
-            "which image each text looks at."
-        )
-    if image_index is not None and tuple(image_index.shape) != (num_texts,):
-        raise ValueError(
-            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
-        )
-
-
-def check_image_index(image_index: torch.LongTensor, num_images: int):
-    """Its values: not within a forward pass, where no shape or branch may depend on them."""
-    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
-    if len(outside):
-        position = outside[0, 0].item()
-        raise ValueError(
-            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
-        )
 
 
 def select_rows(value, index: torch.LongTensor):

@@ -22,9 +22,13 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, BlipForQuestionAnswering, PreTrainedConfig, PreTrainedModel
 from transformers.models.vilt import modeling_vilt
 
+from ..modeling_trips import TripsModel
+from ..modeling_trips_grounding import TripsForVisualGrounding
 from ..modeling_trips_layers import TripsPreTrainedModel
+from ..modeling_trips_pretraining import TripsForPreTraining
+from ..modeling_trips_question_answering import TripsForQuestionAnswering
+from ..modeling_trips_retrieval import TripsForRetrieval
 from ..processing_trips import TripsProcessor
-from ..registration_trips import MODELS
 from .albef import ALBEF_DEPTHS, albef_plan
 from .blip import blip_plan, check_blip_architecture
 from .files import WEIGHT_FILES, read_weights
@@ -72,8 +76,7 @@ def convert_published(checkpoint: str, **options) -> Converted:
                 f"The tokenizer has {num_tokens} tokens, but the checkpoint was trained with {vocab_size}: give its "
                 "own as `tokenizer`."
             )
-        classes = {model.__name__: model for models in MODELS.values() for model in models}
-        model, report = make_converted(classes[plan.model_class], weights, plan)
+        model, report = make_converted(MODEL_CLASSES[plan.model_class], weights, plan)
     return Converted(model, processor, report)
 
 
@@ -157,6 +160,16 @@ def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | 
     return _Source(weights, plan, processor)
 
 
+MODEL_CLASSES = {
+    model_class.__name__: model_class
+    for model_class in (
+        TripsModel,
+        TripsForPreTraining,
+        TripsForQuestionAnswering,
+        TripsForRetrieval,
+        TripsForVisualGrounding,
+    )
+}
 READERS = {"blip": _read_blip, "vilt": _read_vilt}
 
 

@@ -21,12 +21,16 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, HfArgumentParser
 
 from modeling_trips import TripsProcessor
+from trips_examples.data.boxes import hidden_boxes
 from trips_examples.data.faults import BadRows, Fault
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.source import DataSource
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.texts import TextCheck
 from trips_examples.training.files import write_whole
+
+
+DEFAULT_PATCH_SIZE = 16  # of TripsProcessor
 
 
 @dataclass
@@ -45,22 +49,25 @@ class CheckArguments(DataSource):
     max_shown: int = field(default=20, metadata={"help": "How many faults to print; the report has all of them."})
     output_json: str | None = field(default=None, metadata={"help": "Where to write the report."})
 
-    @property
-    def model_patch_size(self) -> int:
-        if self.patch_size is not None:
-            return self.patch_size
-        config = {} if self.tokenizer_name is None else TripsProcessor.get_processor_dict(self.tokenizer_name)[0]
-        return config.get("patch_size", 16)
+
+def load_processor(args: CheckArguments) -> TripsProcessor | None:
+    """That of the checkpoint, or one with the tokenizer, if there is either."""
+    if (name := args.tokenizer_name) is None:
+        return None
+    is_checkpoint = TripsProcessor.get_processor_dict(name)[0].get("processor_class") == "TripsProcessor"
+    if is_checkpoint:
+        return TripsProcessor.from_pretrained(name)
+    return TripsProcessor(tokenizer=AutoTokenizer.from_pretrained(name))
 
 
-def load_splits(args: CheckArguments, faults: list[Fault]) -> DatasetDict:
+def load_splits(args: CheckArguments, patch_size: int, faults: list[Fault]) -> DatasetDict:
     """The rows that can be used. A file that cannot be read at all is a fault, and does not keep the other from it."""
     parts = [args]
     if args.train_file is not None and args.validation_file is not None:  # both would stop at the first
         no_train = {"train_file": None, "train_annotations": None, "train_split": None}
         no_validation = {"validation_file": None, "validation_annotations": None, "validation_split": None}
         parts = [replace(args, **no_validation), replace(args, **no_train)]
-    bad_rows = BadRows(image_check="decode", patch_size=args.model_patch_size, collected=faults)
+    bad_rows = BadRows(image_check="decode", patch_size=patch_size, collected=faults)
     data = {}
     for part in parts:
         try:
@@ -93,18 +100,20 @@ def check(args: CheckArguments) -> dict:
     `unknown_words` (what is no fault, and yet to be known).
     """
     faults: list[Fault] = []
-    data = load_splits(args, faults)
+    processor = load_processor(args)  # of a tokenizer alone, or without one, for patches of 16 pixels
+    patch_size = args.patch_size or (DEFAULT_PATCH_SIZE if processor is None else processor.patch_size)
+    data = load_splits(args, patch_size, faults)
     text = TASKS[args.task].text
     for split, dataset in data.items():
         faults += duplicate_ids(dataset)
         if len(dataset) == 0:
             faults.append(Fault(split, "no row that can be used", f"needed: {TASKS[args.task].needs}"))
     unknown = []
-    if args.tokenizer_name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+    if processor is not None:
         for split, dataset in data.items():
-            texts = TextCheck(dataset, args.task, tokenizer, args.max_text_length)
+            texts = TextCheck(dataset, args.task, processor, args.max_text_length)
             faults += texts.faults.values()
+            faults += hidden_boxes(dataset, processor).values() if args.task == "grounding" else []
             unknown += [f"{split}: {line}" for line in texts.describe_unknown()]
     images = {split: image_ids(dataset) for split, dataset in data.items()}
     splits = {

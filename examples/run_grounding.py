@@ -19,6 +19,7 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding
+from trips_examples.data.boxes import with_visible_boxes
 from trips_examples.data.rows import image_size
 from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.texts import with_fitting_texts
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = load_data("grounding", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "expression"))
     data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
+    data = with_visible_boxes(data, processor, skip=data_args.skip_bad_rows)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:

@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments, description=__doc__
     )
     start = PretrainingStart(model_args, data_args.half_scene_size("captions"))
-    tokenizer = None if start.processor is None else start.processor.tokenizer
-    data, stream = load_pairs(data_args, training_args, start.patch_size, tokenizer)
+    data, stream = load_pairs(data_args, training_args, start.patch_size, start.processor)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     make_collator = partial(

@@ -1,15 +1,53 @@
-"""Boxes in pictures: mirrored with what is said about them, and drawn."""
+"""Boxes in pictures: seen by the model or not, mirrored with what is said about them, and drawn."""
 
 import re
 from collections.abc import Sequence
 
 import PIL.Image
 import PIL.ImageDraw
+from datasets import Dataset, DatasetDict
+
+from modeling_trips import TripsProcessor
+from trips_examples.data.faults import BadRows, Fault
+from trips_examples.data.rows import image_size, without_decoding
 
 
 TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#d9480f"
 
 _OPPOSITES = {"left": "right", "right": "left"}
+
+
+def hidden_boxes(dataset: Dataset, processor: TripsProcessor) -> dict[int, Fault]:
+    """
+    Boxes that no model sees, since the processor cuts out the middle of images, as CLIP's does: what is wrong with
+    their rows, by place in the data set. Other processors show whole images.
+    """
+    if not getattr(processor.image_processor, "do_center_crop", False):
+        return {}
+    faults = {}
+    for place, row in enumerate(without_decoding(dataset)):
+        try:
+            processor.encode_boxes([row["box"]], [image_size(row)])
+        except ValueError:
+            faults[place] = Fault(row["source"], "box outside the center crop", f"[x0, y0, x1, y1] = {row['box']}")
+    return faults
+
+
+def with_visible_boxes(data: DatasetDict, processor: TripsProcessor, skip: bool) -> DatasetDict:
+    """
+    The rows whose boxes the model sees, found before training starts.
+
+    Raises:
+        `ValueError`: Where some are not seen and `skip` is off, naming the first few.
+    """
+    visible = {}
+    for split, dataset in data.items():
+        faults = hidden_boxes(dataset, processor)
+        BadRows(skip).settle(list(faults.values()), split, len(dataset))
+        if faults:
+            dataset = dataset.select([place for place in range(len(dataset)) if place not in faults])
+        visible[split] = dataset
+    return DatasetDict(visible)
 
 
 def mirrored_row(row: dict, width: int) -> dict:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerBase
 
+from modeling_trips import TripsProcessor
 from trips_examples.data.faults import BadRowError
 from trips_examples.data.images import decode_image, path_or_bytes
 from trips_examples.data.shards import IMAGE_SUFFIXES, BadPair, FileShard, HubShard, TarShard
@@ -75,9 +75,8 @@ class PairStream(TorchIterableDataset):
         process_index, num_processes (`int`, *optional*): of this process, among those that train.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): captions without tokens, or with more than it allows, are
-            bad.
-        patch_size (`int`, *optional*, defaults to 1): side in pixels that images need at least.
+        processor (`TripsProcessor`, *optional*): the model's. Captions of which it makes no tokens or too many are
+            bad, and so are images smaller than one of its patches.
         max_bad_share (`float`, *optional*, defaults to 0.0): bad pairs are skipped, and a larger share of them stops
             the run; at 0 the first one does.
         log_folder (`str` or `Path`, *optional*): where bad pairs are named, in a file per reader, in the first pass.
@@ -95,8 +94,7 @@ class PairStream(TorchIterableDataset):
         num_processes: int = 1,
         image_column: str | None = None,
         caption_column: str | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        patch_size: int = 1,
+        processor: TripsProcessor | None = None,
         max_bad_share: float = 0.0,
         log_folder: str | Path | None = None,
     ):
@@ -110,7 +108,7 @@ class PairStream(TorchIterableDataset):
         self.process_index, self.num_processes = process_index, num_processes
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.caption_columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-        self.tokenizer, self.patch_size, self.max_bad_share = tokenizer, patch_size, max_bad_share
+        self.processor, self.max_bad_share = processor, max_bad_share
         self.log_folder = None if log_folder is None else Path(log_folder)
         self.positions: list[Position] = []
         self.first_worker = 0
@@ -211,7 +209,7 @@ class _Reader:
             caption = self._caption(columns, f"{pass_number}-{source}")
             encoded = _encoded_image(columns, self.stream.image_columns)
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
-            image = decode_image(place, self.stream.patch_size)
+            image = decode_image(place, 1 if self.stream.processor is None else self.stream.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:
             return BadPair(source, str(error))
@@ -224,8 +222,9 @@ class _Reader:
         captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
         texts = caption_texts(captions, columns)
         text = random.Random(f"{self.stream.seed}-{seed}").choice(texts)
-        if (tokenizer := self.stream.tokenizer) is not None:
-            (count,) = count_tokens([text], tokenizer)
+        if (processor := self.stream.processor) is not None:
+            tokenizer = processor.tokenizer
+            (count,) = count_tokens(processor.clean_texts([text]), tokenizer)
             check_length(count, tokenizer.num_special_tokens_to_add(), tokenizer.model_max_length, "caption")
         return text
 

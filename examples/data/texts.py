@@ -44,9 +44,8 @@ class TextCheck:
     Args:
         dataset (`Dataset`): Rows of the task.
         task (`str`)
-        tokenizer (`PreTrainedTokenizerBase`)
+        processor (`TripsProcessor`)
         limit (`int`, *optional*): Tokens a text may have, with special ones. Default: the tokenizer's.
-        clean (`Callable[[list[str]], list[str]]`, *optional*): What a processor takes out of texts that are read.
 
     Attributes:
         faults (`dict[int, Fault]`): What is wrong with a row, by its place in the split.
@@ -54,41 +53,26 @@ class TextCheck:
             know. Such an answer can be learnt by no model, and such a word is not seen.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        task: str,
-        tokenizer: PreTrainedTokenizerBase,
-        limit: int | None = None,
-        clean: Callable[[list[str]], list[str]] = list,
-    ):
+    def __init__(self, dataset: Dataset, task: str, processor: TripsProcessor, limit: int | None = None):
+        self.dataset, self.tokenizer = dataset, processor.tokenizer
+        self.limit = processor.tokenizer.model_max_length if limit is None else limit
         self.faults, self.unknown = {}, {}
-        limit = tokenizer.model_max_length if limit is None else limit
-        read, written = TASKS[task].text, TASKS[task].written
-        self._check(dataset, read, tokenizer, tokenizer.num_special_tokens_to_add(), limit, clean)
-        if written is not None:
-            self._check(dataset, written, tokenizer, 1, limit)  # [SEP], where it ends
+        self._check(TASKS[task].text, processor.tokenizer.num_special_tokens_to_add(), processor.clean_texts)
+        if TASKS[task].written is not None:
+            self._check(TASKS[task].written, 1, list)  # as it is, with a [SEP] where it ends
 
-    def _check(
-        self,
-        dataset: Dataset,
-        column: str,
-        tokenizer: PreTrainedTokenizerBase,
-        num_special: int,
-        limit: int,
-        clean: Callable[[list[str]], list[str]] = list,
-    ):
-        rows = [[texts] if isinstance(texts, str) else texts for texts in dataset[column]]
+    def _check(self, column: str, num_special: int, clean: Callable[[list[str]], list[str]]):
+        rows = [[texts] if isinstance(texts, str) else texts for texts in self.dataset[column]]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
         counts = {}
         for start in tqdm(range(0, len(different), 1000), desc=f"Tokenizing {column}", unit="000 texts"):
             batch = different[start : start + 1000]
-            counts |= zip(batch, count_tokens(clean(batch), tokenizer))
+            counts |= zip(batch, count_tokens(clean(batch), self.tokenizer))
         self.unknown[column] = [text for text, count in counts.items() if count.has_unknown]
-        for place, (texts, source) in enumerate(zip(rows, dataset["source"])):
+        for place, (texts, source) in enumerate(zip(rows, self.dataset["source"])):
             try:
                 for text in texts:
-                    check_length(counts[text], num_special, limit, column)
+                    check_length(counts[text], num_special, self.limit, column)
             except BadRowError as error:
                 self.faults.setdefault(place, Fault(source, error.reason, error.detail))
 
@@ -115,7 +99,7 @@ def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, 
     """
     fitting = {}
     for split, dataset in data.items():
-        check = TextCheck(dataset, task, processor.tokenizer, clean=processor.clean_texts)
+        check = TextCheck(dataset, task, processor)
         BadRows(skip).settle(list(check.faults.values()), split, len(dataset))
         for line in check.describe_unknown():
             logger.warning(f"{split}: {line}.")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from datasets import DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
 from trips_examples.data.shards import find_shards, hub_shards
@@ -26,11 +26,11 @@ def load_pairs(
     args: PretrainingDataArguments,
     training_args: PretrainingArguments,
     patch_size: int,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: TripsProcessor | None,
 ) -> tuple[DatasetDict, PairStream | None]:
     """
     The splits that are loaded, and the stream in place of the training split, if there is one. A stream leaves out
-    images that are smaller than a patch, and captions that do not fit the tokenizer.
+    images and captions that do not fit the processor.
     """
     if not args.is_stream:
         return load_data("captions", args, training_args, patch_size), None
@@ -38,7 +38,7 @@ def load_pairs(
         raise ValueError("A stream has no end: say with --max_steps how long to train.")
     if training_args.do_eval and args.validation_file is None:
         raise ValueError("There is nothing to evaluate on: give --validation_file, or turn --do_eval off.")
-    stream = open_stream(args, training_args, patch_size, tokenizer)
+    stream = open_stream(args, training_args, processor)
     if args.validation_file is None:
         return DatasetDict(), stream
     evaluation_args = copy.copy(training_args)
@@ -50,15 +50,14 @@ def load_pairs(
 def open_stream(
     args: PretrainingDataArguments,
     training_args: PretrainingArguments,
-    patch_size: int,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: TripsProcessor | None,
 ) -> PairStream:
     """The part of this process in the stream of shards, files or a data set on the Hub."""
     if args.train_shards is not None:
         shards: Sequence[Shard] = find_shards(args.train_shards, args.image_root)
     else:
         shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
-    if tokenizer is None:
+    if processor is None:
         raise ValueError("A stream has no end to train a tokenizer on: give --tokenizer_name.")
     return PairStream(
         shards,
@@ -68,8 +67,7 @@ def open_stream(
         num_processes=training_args.world_size,
         image_column=args.image_column,
         caption_column=args.caption_column,
-        tokenizer=tokenizer,
-        patch_size=patch_size,
+        processor=processor,
         max_bad_share=args.max_bad_share,
         log_folder=training_args.output_dir,
     )

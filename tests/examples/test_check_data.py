@@ -9,8 +9,15 @@ import numpy as np
 import PIL.Image
 import pytest
 from places import ROOT
+from transformers import CLIPImageProcessor
 
+from modeling_trips import TripsProcessor
 from trips_examples.check_data import main
+from trips_examples.data.boxes import with_visible_boxes
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.rows import without_decoding
+from trips_examples.data.source import DataSource
+from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
@@ -195,6 +202,26 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
     for options, bad in (([], (1, 2, 3)), (["--patch_size", "9"], (1, 2)), (checkpoint, (1,))):
         _, report = run(folder, *given, *options)
         assert faults_of(report) == [(f"t.jsonl row {row}", "image smaller than a patch") for row in bad]
+
+
+def test_boxes_that_a_center_crop_cuts_away(folder, caplog):
+    """The middle of an image of 40 x 30 pixels is all that a processor such as CLIP's shows: x from 5 to 35."""
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 60}, crop_size={"height": 60, "width": 60})
+    processor = TripsProcessor(image_processor, train_wordpiece_tokenizer(["the dog"]), patch_size=8)
+    processor.tokenizer.model_max_length = 64
+    processor.save_pretrained(folder / "checkpoint")
+    train = write(folder / "t.jsonl", [{**BOX, "box": box} for box in ([0, 0, 6, 30], [0, 0, 4, 30], [36, 0, 40, 30])])
+    given = ["--task", "grounding", "--train_file", train, "--tokenizer_name", str(folder / "checkpoint")]
+    _, report = run(folder, *given)
+    assert faults_of(report) == [(f"t.jsonl row {row}", "box outside the center crop") for row in (2, 3)]
+    data = load_task_dataset("grounding", DataSource(train_file=train))
+    with pytest.raises(ValueError, match="2 of the 3 rows of train .*\n.*t.jsonl row 2: box outside the center crop"):
+        with_visible_boxes(data, processor, skip=False)
+    rows = with_visible_boxes(data, processor, skip=True)["train"]
+    assert rows["source"][:] == ["t.jsonl row 1"] and "box outside the center crop: 2" in caplog.text
+    GroundingCollator(processor)(list(without_decoding(rows)))
+    with pytest.raises(ValueError, match="no part that `pixel_values` show"):  # as it would stop a run
+        GroundingCollator(processor)(list(without_decoding(data["train"])))
 
 
 def test_encoded_images(folder, monkeypatch):

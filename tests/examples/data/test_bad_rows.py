@@ -128,8 +128,7 @@ def test_a_stream_names_them_all_in_the_same_words(folder, processor):
     rows = bad_rows("captions")
     stream = PairStream(
         find_shards([write(folder, "captions", rows)]),
-        tokenizer=processor.tokenizer,
-        patch_size=PATCH_SIZE,
+        processor=processor,
         max_bad_share=1.0,
         log_folder=folder,
     )

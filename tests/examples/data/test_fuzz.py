@@ -154,8 +154,7 @@ def test_pairs_of_a_stream_are_read_or_named(folder, processor):
         file = folder / "pairs.jsonl"
         file.write_text("\n".join(map(json.dumps, [GOOD["captions"], *rows])))
         log = folder / "log"
-        options = {"tokenizer": processor.tokenizer, "patch_size": PATCH_SIZE, "max_bad_share": 1.0}
-        pairs = iter(PairStream(find_shards([str(file)]), log_folder=log, **options))
+        pairs = iter(PairStream(find_shards([str(file)]), processor=processor, max_bad_share=1.0, log_folder=log))
         seen = []
         while (pair := next(pairs))["position"][1].pass_number == 0:
             seen.append(pair)

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
+from modeling_trips import TripsProcessor
 from trips_examples.data.shards import FileShard, find_shards, hub_shards
 from trips_examples.data.streams import PairStream, Position
 
@@ -305,10 +306,10 @@ def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
 
 def test_captions_that_do_not_fit_are_bad(tars, tmp_path):
     words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
-    tokenizer = BertTokenizer(vocab=words, model_max_length=4)
+    processor = TripsProcessor(tokenizer=BertTokenizer(vocab=words, model_max_length=4), patch_size=8)
     samples = [{"png": encoded(), "txt": "a a"}, {"png": encoded(), "txt": "a a a"}]
     shards = find_shards([str(write_tar(tmp_path / "long.tar", samples))])
-    rows = take(PairStream(shards, tokenizer=tokenizer, max_bad_share=0.5, log_folder=tmp_path), 3)
+    rows = take(PairStream(shards, processor=processor, max_bad_share=0.5, log_folder=tmp_path), 3)
     assert set(captions(rows)) == {"a a"}
     assert "more than 4 tokens (caption has 5)" in (tmp_path / "bad_pairs-00000.jsonl").read_text()
 

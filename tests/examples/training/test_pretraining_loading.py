@@ -47,7 +47,8 @@ def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
     args = PretrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, do_eval=False, use_cpu=True)
     for split in (None, "validation"):
         source = PretrainingDataArguments(dataset_name=str(tmp_path / "pairs"), streaming=True, train_split=split)
-        _, stream = load_pairs(source, args, patch_size=8, tokenizer=make_tokenizer())
+        processor = TripsProcessor(tokenizer=make_tokenizer(), patch_size=8)
+        _, stream = load_pairs(source, args, patch_size=8, processor=processor)
         assert next(iter(stream))["caption"] == (split or "train")
 
 

@@ -16,7 +16,7 @@ Installed without its source, the script is `python -m trips_examples.run_captio
 from dataclasses import dataclass, field
 
 import evaluate
-from transformers import EvalPrediction
+from transformers import EvalPrediction, GenerationConfig
 
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.rows import one_row_per_image
@@ -51,17 +51,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     metric = evaluate.load(CAPTION_METRICS)
     start = ModelStart(TripsForConditionalGeneration, model_args, image_size=data_args.half_scene_size("captions"))
+    writing = {
+        "max_new_tokens": training_args.generation_max_length or start.config.decoder_config.max_position_embeddings,
+        "num_beams": training_args.generation_num_beams or 1,
+        "length_penalty": data_args.length_penalty,
+        "no_repeat_ngram_size": data_args.no_repeat_ngram_size,
+    }
+    GenerationConfig(**writing).validate(strict=True)  # before data are read
     data = load_data("captions", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
-    model.generation_config.update(
-        max_new_tokens=training_args.generation_max_length or model.config.decoder_config.max_position_embeddings,
-        max_length=None,
-        num_beams=training_args.generation_num_beams or 1,
-        length_penalty=data_args.length_penalty,
-        no_repeat_ngram_size=data_args.no_repeat_ngram_size,
-    )
-    model.generation_config.validate(strict=True)  # before training, not when it is saved
+    model.generation_config.update(max_length=None, **writing)
+    model.generation_config.validate(
+        strict=True
+    )  # with the checkpoint's, and not when it is saved
     images, references = one_row_per_image(data["validation"]) if "validation" in data else (None, [])
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:

@@ -59,6 +59,10 @@ def test_wrong_options_come_first(option, message, options):
         importlib.import_module("trips_examples.run_vqa").main([*options, option])
 
 
+def test_how_to_write_is_looked_at_before_the_data(options):
+    assert "length_penalty" in error_of("run_captioning", [*options, "--length_penalty=0.5"])  # without beams
+
+
 def test_an_image_size_that_the_checkpoint_cannot_take_comes_first(options, checkpoints):
     checkpoint = f"--model_name_or_path={checkpoints['TripsForQuestionAnswering']}"
     message = "--image_size 50 must be a multiple of the model's patch size, 8"

@@ -51,6 +51,9 @@ def _imports(name: str, path: Path, trees: dict[str, ast.Module]) -> dict[str, s
             target = inner if inner in trees else module
             if target in trees:
                 found.setdefault(target, set()).add(imported)
+                room = target.rpartition(".")[0]  # of whose `__init__` Python runs all first
+                if "." in room and not name.startswith(room):
+                    found.setdefault(room, set())
     return found
 
 

@@ -162,8 +162,8 @@ class TripsModel(TripsPreTrainedModel):
         prefix: TripsVisionPrefix | None,
     ) -> torch.Tensor | None:
         """The mean over the layers that a text guides, `(num_texts,)`; `None` where there is nothing to teach."""
-        guidances = self.config.vision_config.guidance_schedule.values()
-        by_text = [layer for layer, guidance in zip(selection, guidances) if guidance == "text"]
+        guidances = self.vision_model.config.guidance_schedule
+        by_text = [layer for layer, guidance in zip(selection, guidances.values()) if guidance == "text"]
         # CODEPATH: a weight of 0 turns the loss off; in evaluation, nothing is taught.
         if regions is None or not by_text or not self.training or self.config.selection_loss_weight == 0:
             return None

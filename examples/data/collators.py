@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
@@ -104,15 +104,46 @@ def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.I
     return [read_image(row, patch_size) for row in first_rows.values()], [position[row["image_id"]] for row in rows]
 
 
-def flip_and_shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
-    """The image, flipped sideways or not, moved by up to `max_shift` of its size; its border fills what opens up."""
-    return shift(F.horizontal_flip(image) if torch.rand(()) < 0.5 else image, max_shift)
+class Move(NamedTuple):
+    """How an image is augmented: flipped sideways or not, then moved to the left and upwards by so many pixels."""
+
+    flips: bool
+    left: int
+    up: int
 
 
-def shift(image: PIL.Image.Image, max_shift: float = 0.125) -> PIL.Image.Image:
-    """The image moved by up to `max_shift` of its size; its border fills what opens up."""
-    width, height = image.size
-    pad_x, pad_y = int(width * max_shift), int(height * max_shift)
+def draw_move(size: tuple[int, int], max_shift: float = 0.125) -> Move:
+    """A flip or none, and a shift by up to `max_shift` of an image's `size` (width, height)."""
+    flips = bool(torch.rand(()) < 0.5)
+    pad_x, pad_y = (int(length * max_shift) for length in size)
+    up, left = (int(torch.randint(2 * pad + 1, ())) - pad for pad in (pad_y, pad_x))
+    return Move(flips, left, up)
+
+
+def move_image(image: PIL.Image.Image, move: Move) -> PIL.Image.Image:
+    """The image moved; its border fills what opens up."""
+    image = F.horizontal_flip(image) if move.flips else image
+    pad_x, pad_y = abs(move.left), abs(move.up)
     padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")
-    top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
-    return F.crop(padded, top, left, height, width)
+    return F.crop(padded, pad_y + move.up, pad_x + move.left, image.height, image.width)
+
+
+def move_box(box: Sequence[float], move: Move, size: tuple[int, int]) -> list[float]:
+    """A box (x0, y0, x1, y1) in an image of `size` (width, height) moved with it, and cut to it: it may get empty."""
+    x0, y0, x1, y1 = box
+    width, height = size
+    if move.flips:
+        x0, x1 = width - x1, width - x0
+    across = [min(max(x - move.left, 0), width) for x in (x0, x1)]
+    down = [min(max(y - move.up, 0), height) for y in (y0, y1)]
+    return [across[0], down[0], across[1], down[1]]
+
+
+def flip_and_shift(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image, flipped sideways or not, moved by up to an eighth of its size."""
+    return move_image(image, draw_move(image.size))
+
+
+def shift(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image moved by up to an eighth of its size."""
+    return move_image(image, draw_move(image.size)._replace(flips=False))

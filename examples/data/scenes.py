@@ -57,15 +57,17 @@ def easy_vqa_records(split: str) -> Iterator[dict]:
         split (`str`): `"train"` or `"test"`, as officially split.
 
     Yields:
-        `dict`: `image` (a path), `image_id`, `question` and `answer`.
+        `dict`: `image` (a path), `image_id`, `question` and `answer`; and `target_box`, (x0, y0, x1, y1) in pixels of
+        the shape that all questions are about, x1 and y1 exclusive.
 
     Raises:
         `ImportError`: Where the package easy-vqa is missing.
     """
     data = _read_easy_vqa(split)
+    box_of = functools.cache(lambda image_id: shape_box(PIL.Image.open(data.image_paths[image_id]).convert("RGB")))
     for question, answer, image_id in zip(data.questions, data.answers, data.image_ids, strict=True):
         image = {"image": data.image_paths[image_id], "image_id": f"{split} {image_id}"}
-        yield {**image, "question": question, "answer": answer}
+        yield {**image, "question": question, "answer": answer, "target_box": list(box_of(image_id))}
 
 
 def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:

@@ -8,7 +8,14 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from trips_examples.data.boxes import mirrored_row
-from trips_examples.data.collators import ImageBatchCollator, distinct_images, shift
+from trips_examples.data.collators import (
+    ImageBatchCollator,
+    distinct_images,
+    draw_move,
+    move_box,
+    move_image,
+    shift,
+)
 
 
 @dataclass
@@ -16,14 +23,40 @@ class VqaCollator(ImageBatchCollator):
     """
     Rows of `tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct answers of a
     question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In evaluation the
-    label is the most common answer.
+    label is the most common answer. Where rows say what they are about (`target_box`), training gets `regions`.
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.processor(
             images=images, text=[row["question"] for row in rows], image_index=image_index, return_tensors="pt"
         )
-        return {**inputs, **(self.weighted_labels(rows) if self.training else self.single_labels(rows))}
+        if not self.training:
+            return {**inputs, **self.single_labels(rows)}
+        sizes = [(images[index].height, images[index].width) for index in image_index]
+        return {**inputs, **self.weighted_labels(rows), **self.regions(rows, sizes)}
+
+    def regions(self, rows: list[dict], sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Boxes of what the rows are about, in images of `sizes` (height, width); empty ones where it is unknown."""
+        if "target_box" not in rows[0]:
+            return {}
+        regions, known = torch.zeros(len(rows), 4), [place for place, row in enumerate(rows) if _has_region(row)]
+        boxes, sizes = [rows[place]["target_box"] for place in known], [sizes[place] for place in known]
+        if known:
+            regions[known] = self.processor.encode_boxes(boxes, sizes)
+        return {"regions": regions}
+
+    def augmented(
+        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
+    ) -> tuple[list[PIL.Image.Image], list[dict]]:
+        """The images flipped and shifted, with the boxes of what their rows are about."""
+        moves = [draw_move(image.size) for image in images]
+        rows = [
+            {**row, "target_box": move_box(row["target_box"], moves[index], images[index].size)}
+            if _has_region(row)
+            else row
+            for row, index in zip(rows, image_index)
+        ]
+        return [move_image(image, move) for image, move in zip(images, moves)], rows
 
     def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]
@@ -41,6 +74,11 @@ class VqaCollator(ImageBatchCollator):
             "text_index": torch.tensor(text_index),
             "loss_weights": torch.tensor(weights),
         }
+
+
+def _has_region(row: dict) -> bool:
+    x0, y0, x1, y1 = row.get("target_box") or (0, 0, 0, 0)
+    return x0 < x1 and y0 < y1
 
 
 @dataclass

@@ -55,8 +55,8 @@ GROUNDING_FEATURES = Features(
     }
 )
 
-# And `target_box`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where the answer is
-# that there is no such tile.
+# And `target_box`: (x0, y0, x1, y1) in pixels of what is asked about, x1 and y1 exclusive: the shape of easy-VQA, the
+# tile of a scene; None where the answer is that there is no such tile.
 SCENE_FEATURES = Features({**VQA_FEATURES, "target_box": Sequence(Value("int32"))})
 
 

@@ -1,7 +1,5 @@
 """The trainer of retrieval, which that of pre-training is made from."""
 
-from collections import defaultdict
-
 import torch
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -19,26 +17,11 @@ class RetrievalTrainer(ImageGroupedTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.losses = defaultdict(list)
         if self.args.do_eval and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "The evaluation needs the whole model in each process. Train with --do_eval False, and evaluate what "
                 "was saved without FSDP or ZeRO-3: --model_name_or_path OUTPUT --do_train False."
             )
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        for name in self.logged_losses:
-            if outputs.get(name) is not None:
-                self.losses[name].append(outputs[name].detach())
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs):
-        if "loss" in logs:
-            means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
-            logs = {**logs, **{name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}}
-            self.losses.clear()
-        super().log(logs, *args, **kwargs)
 
     def model_to_evaluate(self) -> TripsPreTrainedModel:
         """The model itself, on the device and, with --bf16_full_eval or --fp16_full_eval, in half precision."""

@@ -1,5 +1,7 @@
 """The trainer that the scripts share."""
 
+from collections import defaultdict
+
 import torch
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
@@ -23,16 +25,20 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     """
     `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
     loss that is NaN or infinite ([`LossGuard`]), and evaluates each row once, whether the model writes or not.
-    Parameters that get no gradient are frozen, so that data parallel training need not look for them.
+    Parameters that get no gradient are frozen, so that data parallel training need not look for them. The parts of the
+    loss that a model tells (`logged_losses`) are logged beside it.
 
     Args:
         train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
         args, kwargs: as in `Seq2SeqTrainer`.
     """
 
+    logged_losses: tuple[str, ...] = ("selection_loss",)
+
     def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+        self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
@@ -65,6 +71,20 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loss_guard.watch(loss, self.state.global_step + 1, sources)
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        for name in self.logged_losses:
+            if outputs.get(name) is not None:
+                self.losses[name].append(outputs[name].detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs:
+            means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
+            logs = {**logs, **{name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}}
+            self.losses.clear()
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         self.loss_guard.check()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_trips import TripsConfig
-from trips_examples.data.collators import ImageGroupedSampler, flip_and_shift
+from trips_examples.data.collators import ImageGroupedSampler, Move, draw_move, flip_and_shift, move_box, move_image
 from trips_examples.data.task_collators import VqaCollator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
@@ -108,6 +108,36 @@ def test_flip_and_shift_moves_the_image_by_at_most_an_eighth_and_repeats_its_bor
         assert abs(y - 16) <= 4 and min(abs(x - 32), abs(x - 31)) <= 8
         places.add((y, x))
     assert len(places) > 15
+
+
+def test_a_box_moves_with_its_image():
+    image = PIL.Image.new("L", (64, 32), 255)
+    box = [10, 4, 20, 12]
+    image.paste(0, tuple(box))
+    for seed in range(30):
+        torch.manual_seed(seed)
+        move = draw_move(image.size)
+        moved = np.asarray(move_image(image, move)) == 0
+        rows, columns = np.where(moved)
+        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert move_box(box, move, image.size) == edges
+    assert move_box([0, 0, 6, 6], Move(flips=False, left=8, up=0), image.size) == [0, 0, 0, 6]  # out of sight
+
+
+def test_training_is_told_where_a_question_is_about(processor):
+    rows = [
+        {**row("a", 0, ["red"]), "target_box": [0, 0, 32, 16]},
+        {**row("a", 1, ["yes"]), "target_box": None},
+        {**row("b", 2, ["circle"]), "target_box": [16, 16, 48, 48]},
+    ]
+    regions = VqaCollator(processor, training=True)(rows)["regions"]
+    assert regions.tolist() == [[0.25, 0.125, 0.5, 0.25], [0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]]
+    assert "regions" not in VqaCollator(processor)(rows)
+    assert "regions" not in VqaCollator(processor, training=True)([row("a", 0, ["red"])])
+    moved = VqaCollator(processor, training=True, augment=True)
+    torch.manual_seed(0)
+    assert moved(rows)["regions"][1].tolist() == [0, 0, 0, 0]
+    assert {tuple(moved(rows)["regions"][2].tolist()) for _ in range(20)} != {(0.5, 0.5, 0.5, 0.5)}
 
 
 def test_rotated_photos_are_upright_before_they_are_augmented(processor):

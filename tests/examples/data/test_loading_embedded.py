@@ -10,7 +10,7 @@ from loading import load
 from test_scenes import color_and_shape
 
 from trips_examples.data.scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
-from trips_examples.data.tasks import SCENE_FEATURES, TASKS, VQA_FEATURES
+from trips_examples.data.tasks import SCENE_FEATURES, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,12 @@ def test_easy_vqa_has_its_official_split(easy_vqa_dataset):
 
 def test_easy_vqa_row(easy_vqa_dataset):
     rows = easy_vqa_dataset["validation"]
-    assert rows.features == VQA_FEATURES
+    assert rows.features == SCENE_FEATURES
     row = rows[2]
+    x0, y0, x1, y1 = row["target_box"]  # of the shape: all in its colour, but for the edge
+    shape = np.asarray(row["image"].crop((x0 + 1, y0 + 1, x1 - 1, y1 - 1)))
+    background = np.asarray(row["image"])[0, 0]
+    assert (np.abs(shape.astype(int) - background).sum(axis=-1) > 0).mean() > 0.5
     assert row["source"] == "easy_vqa test row 3"
     assert (row["image"].size, row["image"].mode) == ((64, 64), "RGB")
 

@@ -358,7 +358,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         What the pairs see of their images, `(3 * num_texts, image_length, hidden_size)`; where no text guides, one row
         per image, and each pair's.
         """
-        if true_pairs.image_index is not None:
+        # CODEPATH: what no text guides is the same for all texts of an image, and known already.
+        if self.model.vision_model.config.first_text_layer is None:
             return true_pairs.last_hidden_state, image_index[pairs.image_index]
         # CODEPATH: the patches of a negative pair are selected by its own text. Taking the tokens that the image has
         # in its true pair is cheaper, but the patches that were kept then tell which pair is true.

@@ -14,8 +14,9 @@ Their records come out in the columns that `load_task_dataset` reads:
 
 import codecs
 import pickle
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _converted(items: Iterable[tuple[int, Any]], make_record: Callable[[Any], di
             yield number, item if isinstance(item, BadRowError) else make_record(item)
         except BadRowError as error:
             yield number, error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             yield number, BadRowError(f"not as in {name}", f"{type(error).__name__}: {error}")
 
 
@@ -291,9 +292,18 @@ def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
         ref, sentence = ref_and_sentence
         return {**instances.record(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
 
-    items = file.of_split(refs, lambda ref: ref["split"])
-    sentences = ((number, (ref, sentence)) for number, ref in items for sentence in ref["sentences"])
-    return _converted(sentences, make_record, _REFS.name)
+    refs_of_split = file.of_split(refs, lambda ref: ref["split"])
+    return _converted(_sentences(refs_of_split), make_record, _REFS.name)
+
+
+def _sentences(refs: list[tuple[int, dict]]) -> Iterator[tuple[int, tuple[dict, dict] | BadRowError]]:
+    """Each sentence with its ref and the number of that."""
+    for number, ref in refs:
+        sentences = ref.get("sentences")
+        if not isinstance(sentences, list) or not sentences:
+            yield number, BadRowError("no expression", f"its sentences are {reprlib.repr(sentences)}")
+            continue
+        yield from ((number, (ref, sentence)) for sentence in sentences)
 
 
 _REFS = _PublicFormat(

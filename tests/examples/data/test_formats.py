@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from loading import load
 
-from trips_examples.data.annotations import AnnotationFile, read_annotations, read_plain_pickle
+from trips_examples.data.annotations import AnnotationFile, read_annotations
 
 
 @pytest.fixture
@@ -300,59 +300,14 @@ def test_refcoco_needs_its_boxes(coco):
         load("grounding", train_file=file, **given)
 
 
-class Hostile:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_hostile_pickle_runs_nothing(tmp_path, protocol):
-    file = tmp_path / "refs(unc).p"
-    content = pickle.dumps([{"ref_id": 1, "sentences": Hostile(tmp_path / "made")}], protocol)
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"refs.unc..p is not read: it refers to \w+.mkdir"):
-        load("grounding", train_file=file)
-    assert not (tmp_path / "made").exists()
-    pickle.loads(content)  # the same file, read as anyone would
-    assert (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize(
-    "value",
-    [np.float64(1.5), np.zeros(2), {1, Ellipsis}, complex(1, 2), Hostile, len, AnnotationFile, range(3)],
-    ids=repr,
-)
-def test_no_class_or_function_is_unpickled(tmp_path, value):
-    (tmp_path / "file.p").write_bytes(pickle.dumps([value], 2))
-    with pytest.raises(ValueError, match="it refers to"):
-        read_plain_pickle(tmp_path / "file.p")
-
-
-def test_pickle_of_plain_data_is_read(tmp_path):
-    value = [{"a": [1, 2.5, "é", None, True]}, ("b",), 2**70, b"c"]
-    for protocol in (3, 4, 5):
-        (tmp_path / "file.p").write_bytes(pickle.dumps(value, protocol))
-        assert read_plain_pickle(tmp_path / "file.p") == value
-    (tmp_path / "file.p").write_bytes(b"(lp0\nS'caf\\xc3\\xa9'\np1\na.")  # as written by Python 2
-    assert read_plain_pickle(tmp_path / "file.p") == ["café"]
-
-
-def test_broken_and_other_pickles_are_named(tmp_path):
-    file = tmp_path / "refs.p"
-    for content, message in (
-        (b"no pickle", "refs.p is not read"),
-        (pickle.dumps([1]), "refs.p is a pickle, and not of"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            load("grounding", train_file=file)
+@pytest.mark.parametrize("sentences", [[], None, "it"])
+def test_a_ref_without_sentences_is_named(coco, sentences):
+    file = refcoco(coco)
+    refs = pickle.loads(file.read_bytes())
+    refs[1]["sentences"] = sentences
+    file.write_bytes(pickle.dumps([*refs, {**refs[0], "split": "train"}]))
+    with pytest.raises(ValueError, match=r"1 of the 2 rows .*\n.*row 2: no expression .its sentences are"):
+        load("grounding", train_file=file, image_root=coco / "images")
 
 
 # ALBEF's lists

@@ -1,4 +1,4 @@
-"""Docstrings of this project and of Transformers are Markdown with Google's sections; Sphinx reads reStructuredText."""
+"""Docstrings here and in Transformers are Markdown with Google's sections; Sphinx reads reStructuredText."""
 
 import re
 import textwrap
@@ -6,8 +6,12 @@ import textwrap
 import modeling_trips
 
 
-TIP = re.compile(r"^ *<Tip.*?</Tip>\n", re.DOTALL | re.MULTILINE)  # the same one in every `forward` of Transformers
-GLOSSARY = re.compile(r"^ *\[What are .*\]\(\.\./glossary#.*\)\n", re.MULTILINE)  # of Transformers' own site
+# What Transformers says alike in every class and every `forward`, or of its own site.
+BOILERPLATE = re.compile(
+    r"^ *(?:<Tip.*?</Tip>|This model inherits from \[.*?load the model weights\."
+    r"|\[What are [^\n]*\]\(\.\./glossary#.*?\))\n",
+    re.DOTALL | re.MULTILINE,
+)
 CODE = re.compile(r"^( *)```(\w*)\n(.*?)\n *```$", re.DOTALL | re.MULTILINE)
 SECTION = re.compile(r"(?<=\S\n)(?=( *)(?:Args|Parameters|Returns|Raises):\n\1 +\S)")
 RAISES = re.compile(r"^( *)Raises:\n((?:\1 +.*\n?|\n)*)", re.MULTILINE)
@@ -21,7 +25,7 @@ INLINE = re.compile(
 
 def as_rst(docstring: str) -> str:
     """A docstring in reStructuredText, with the sections (`Args:`, `Returns:`, ...) as they were."""
-    docstring = SECTION.sub("\n", GLOSSARY.sub("", TIP.sub("", docstring)))
+    docstring = SECTION.sub("\n", BOILERPLATE.sub("", docstring))
     # An error may go on in the next line; napoleon takes each line of the same depth for another error.
     docstring = RAISES.sub(lambda match: f"{match[1]}Raises:\n{CONTINUATION.sub('    ', match[2])}", docstring)
     parts, end = [], 0
@@ -41,11 +45,11 @@ def _inline(match: re.Match) -> str:
     if match["text"] is not None:
         is_address = match["address"].startswith("http")
         return f"`{match['text']} <{match['address']}>`__" if is_address else match["text"]
-    name = (match["reference"] or match["literal"]).lstrip("~")
-    first = name.split(".")[-1 if name.startswith("modeling_trips") else 0]
-    if match["reference"] is not None and first in modeling_trips.__all__:
-        return f":py:obj:`~modeling_trips.{name.removeprefix(f'{name.rpartition(first)[0]}')}`"
-    return f"``{name}``"
+    reference = (match["reference"] or match["literal"]).lstrip("~")
+    name = re.sub(r"^(?:modeling_trips\w*\.)+", "", reference)
+    if match["reference"] is not None and name.split(".")[0] in modeling_trips.__all__:
+        return f":py:obj:`~modeling_trips.{name}`"
+    return f"``{reference}``"
 
 
 def docstring_as_rst(app, what, name, obj, options, lines: list[str]):

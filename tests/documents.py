@@ -1,4 +1,4 @@
-"""The documents that people read, taken apart: their links, anchors, code, commands, and the parts of them in code type."""
+"""The documents that people read, taken apart: links, anchors, blocks of code, commands, words in code type."""
 
 import re
 import shlex

@@ -9,7 +9,9 @@ from albef_reference import TINY, random_checkpoint
 from documents import DOCUMENTS, NOT_RUN, PAGES, README
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering
+from modeling_trips.hosts.apply import HOSTS
 from trips_examples import convert_checkpoint
+from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 
@@ -25,6 +27,16 @@ def demo_model(tmp_path, monkeypatch):
     TripsForQuestionAnswering(config).save_pretrained(tmp_path / "demo/model")
     make_processor(tokenizer, config).save_pretrained(tmp_path / "demo/model")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What blocks add to them is gone afterwards."""
+    before = [(registry, dict(registry)) for registry in (TASKS, HOSTS)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
 
 
 def page_named(name: str):

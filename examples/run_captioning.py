@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(max_length=None, **writing)
-    model.generation_config.validate(
-        strict=True
-    )  # with the checkpoint's, and not when it is saved
+    model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
     images, references = one_row_per_image(data["validation"]) if "validation" in data else (None, [])
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:

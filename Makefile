@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-slow quality clean
+.PHONY: help demo test test-slow quality docs clean
 
 help:
 	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "               WORKERS=1 for either: one process; 2 by default"
 	@echo "make quality   ruff, mlinter and mypy"
+	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make clean     remove the environment and what the demo wrote"
 
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +40,9 @@ quality: $(VENV)/.installed
 	$(BIN)/mlinter --no-progress modeling_trips
 	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -E -W --keep-going -b html docs build/docs
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

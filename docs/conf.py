@@ -1,0 +1,39 @@
+"""How `make docs` builds the site: Sphinx with MyST for the pages, autodoc for those of the API. Offline."""
+
+import sys
+from pathlib import Path
+
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from docstrings import docstring_as_rst  # noqa: E402
+
+import modeling_trips  # noqa: E402
+
+
+project = "TRIPS for Transformers"
+author = "The TRIPS for Transformers authors"
+project_copyright = f"2026 {author}"
+version = release = modeling_trips.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["results/README.md"]
+myst_enable_extensions = ["attrs_inline"]
+myst_heading_anchors = 4  # GitHub's, so that a link works there and here
+myst_links_external_new_tab = False
+
+html_theme = "furo"
+html_title = f"{project} {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide_tables.css"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say more: shapes, defaults
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon, whose sections stay

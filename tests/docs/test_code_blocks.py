@@ -1,0 +1,90 @@
+"""The documents' Python blocks run as they stand, page by page; the conversion of the weights' page runs, too."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from albef_reference import TINY, random_checkpoint
+from documents import DOCUMENTS, NOT_RUN, PAGES, README
+
+from modeling_trips import TripsConfig, TripsForQuestionAnswering
+from modeling_trips.hosts.apply import HOSTS
+from trips_examples import convert_checkpoint
+from trips_examples.data.tasks import TASKS
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+
+
+WITH_PYTHON = [document for document in DOCUMENTS if document.blocks("python")]
+
+
+@pytest.fixture
+def demo_model(tmp_path, monkeypatch):
+    """The folder that `make demo` leaves, with an untrained model in it, in the current directory."""
+    tokenizer = train_wordpiece_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+    TripsForQuestionAnswering(config).save_pretrained(tmp_path / "demo/model")
+    make_processor(tokenizer, config).save_pretrained(tmp_path / "demo/model")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What blocks add to them is gone afterwards."""
+    before = [(registry, dict(registry)) for registry in (TASKS, HOSTS)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
+def page_named(name: str):
+    return next(page for page in PAGES if str(page) == name)
+
+
+def run(document) -> dict:
+    """The names that the blocks leave. Of a block that is marked as not run, the imports of this project are made."""
+    namespace = {"__name__": "__main__"}
+    for block in document.blocks("python"):
+        code = compile(block, str(document), "exec")
+        if block.startswith(NOT_RUN):
+            imports = re.findall(r"^from (?:modeling_trips|trips_examples).*$", block, re.MULTILINE)
+            code = compile("\n".join(imports), str(document), "exec")
+        exec(code, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON, ids=str)
+def test_python_blocks_run_as_they_stand(document, demo_model):
+    run(document)
+
+
+def test_most_blocks_are_run():
+    blocks = [block for document in DOCUMENTS for block in document.blocks("python")]
+    assert len(blocks) >= 12 and README.blocks("python")
+    assert sum(block.startswith(NOT_RUN) for block in blocks) == 1
+
+
+def test_what_the_blocks_say_is_so(demo_model, tmp_path):
+    used = run(page_named("docs/use.md"))
+    assert len(used["boxes"]) == 2 and (tmp_path / "kept.png").stat().st_size > 1000
+    assert used["unpruned"].config.keep_rate == 1.0 and used["faster"].config.keep_rate == [0.5, 0.7]
+    assert used["vilt"].config.fusion_type == "single_stream"
+    assert run(page_named("docs/weights.md"))["retriever"].config.keep_rate == 0.7
+    kept = run(page_named("docs/hosts.md"))["kept"]
+    assert [layer.kept_indices.shape[1] for layer in kept] == [101, 72]  # ceil(.7 * 144), ceil(.7 * 102)
+
+
+def test_the_conversion_runs_as_it_stands(tmp_path, monkeypatch):
+    """Of a file with ALBEF's names and small weights; and with a tokenizer from here, as the default is on the Hub."""
+    tokenizer = train_wordpiece_tokenizer(["what color is it?"])
+    sizes = TINY._replace(width=64, num_heads=1, vocab=len(tokenizer))
+    torch.save({"model": random_checkpoint("question-answering", sizes)}, tmp_path / "vqa.pth")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = page_named("docs/weights.md").text
+    (command,) = re.findall(r"^python examples/convert_checkpoint.py (.*vqa\.pth.*)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint.main([*shlex.split(command), "--tokenizer", "tokenizer"])
+    config = TripsForQuestionAnswering.from_pretrained("albef-vqa").config
+    assert (config.selection_layers, config.keep_rate) == ([5, 10], 0.7)

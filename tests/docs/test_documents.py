@@ -1,0 +1,168 @@
+"""What the documents say is there: links lead somewhere; scripts, options, targets, paths and messages exist."""
+
+import importlib
+import importlib.util
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from documents import DOCUMENTS, README, Document
+from places import EXAMPLES, ROOT
+from transformers import HfArgumentParser
+
+from modeling_trips import TripsConfig
+
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+# What the changelog calls by its name of old is not there any more.
+each_current_document = pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if document.path.name != "CHANGELOG.md"], ids=str
+)
+SCRIPTS = {path.stem: path for folder in (EXAMPLES, ROOT / "benchmarks") for path in folder.glob("*.py")}
+TRAINED_BY_DEMO = "run_vqa"
+
+
+def test_the_readme_is_one_screen():
+    assert len(README.text.splitlines()) <= 150
+
+
+@each_document
+def test_links_lead_somewhere(document):
+    for link in document.links:
+        name, _, anchor = link.partition("#")
+        target = (document.path.parent / name).resolve() if name else document.path
+        assert target.exists(), link
+        assert not anchor or anchor in Document(target).anchors, link
+
+
+@each_document
+def test_targets_of_make_exist(document):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", document.text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@cache
+def options_of(script: str) -> set[str]:
+    """All that `script` takes, from the parser that it makes. The demo passes its options on."""
+    spec = importlib.util.spec_from_file_location(
+        f"documented_{script}", SCRIPTS[TRAINED_BY_DEMO if script == "demo" else script]
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    options = set()
+
+    def note(parser, *args, **kwargs):
+        options.update(option for action in parser._actions for option in action.option_strings)
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", note)
+        module.main([])
+    return options
+
+
+@cache
+def all_options() -> set[str]:
+    launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    return launcher.union(*(options_of(script) for script in SCRIPTS if script not in ("__init__",)))
+
+
+def script_of(words: list[str]) -> tuple[str, int] | None:
+    """The script that a command runs, and where in the command it stands."""
+    for place, word in enumerate(words):
+        name = word.removeprefix("trips_examples.")
+        if word.endswith(".py") or (words[place - 1] == "-m" and name != word):
+            return Path(name).stem, place
+    return None
+
+
+@each_document
+def test_commands_take_their_options(document):
+    for words in document.commands:
+        found = script_of(words)
+        if found is None:
+            continue
+        script, place = found
+        if words[place].endswith(".py"):
+            assert (ROOT / words[place]).is_file(), words[place]
+        own, _, passed_on = " ".join(words[place + 1 :]).partition(" -- ")
+        options = {word.partition("=")[0] for word in own.split() if word.startswith("--")}
+        assert options <= options_of(script), words
+        ablated = re.search(r"--script (\w+)", own)
+        further = {word for word in passed_on.split() if word.startswith("--")}
+        assert further <= options_of(ablated[1] if ablated else TRAINED_BY_DEMO), words
+        launcher = {word for word in words[:place] if word.startswith("--")}
+        assert launcher <= {option for action in launch_command_parser()._actions for option in action.option_strings}
+
+
+@each_current_document
+def test_options_in_the_text_exist(document):
+    for span in document.code_spans:
+        if span.startswith("--"):
+            options = {word for word in span.split() if word.startswith("--")}
+            assert options <= all_options(), span
+
+
+@each_current_document
+def test_paths_in_the_text_exist(document):
+    for span in document.code_spans:
+        if re.match(r"(examples|benchmarks|modeling_trips|docs|tests)/[\w./*]*$", span):
+            assert list(ROOT.glob(span.rstrip("/"))), span
+
+
+@each_current_document
+def test_names_in_the_text_can_be_imported(document):
+    for span in document.code_spans:
+        if match := re.match(r"((?:modeling_trips|trips_examples)(?:\.\w+)+)(?:\(.*)?$", span):
+            assert can_be_imported(match[1]), span
+
+
+def can_be_imported(name: str) -> bool:
+    """Whether it is a module, or what a module has."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return hasattr(importlib.import_module(module), attribute)
+
+
+def test_fields_of_the_configuration_exist():
+    """Those that `docs/use.md` lists."""
+    (use,) = [document for document in DOCUMENTS if str(document) == "docs/use.md"]
+    fields = re.findall(r"^\| `(\w+)` \|", use.text, re.MULTILINE)
+    config = TripsConfig()
+    assert {"selection_layers", "keep_rate"} <= set(fields)
+    assert all(hasattr(config, field) for field in fields if not field.startswith("Trips")), fields
+
+
+def test_messages_that_troubleshooting_quotes_are_raised_somewhere():
+    """Cells that are nothing but code, shortened by "..."; literals that go over several lines are joined."""
+    (page,) = [document for document in DOCUMENTS if document.path.name == "troubleshooting.md"]
+    code = "".join(
+        path.read_text() for folder in ("modeling_trips", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+    )
+    code = re.sub(r"[\"']\n\s*\+?\s*f?[\"']", "", code)
+    quotes = re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)? \|", page.text, re.MULTILINE)
+    parts = [part for row in quotes for quote in row for part in quote.split("...") if part.strip()]
+    assert len(parts) > 40
+    assert [part for part in parts if part.strip() not in code] == []
+
+
+def test_the_citation_has_what_the_format_demands():
+    """Required by the Citation File Format 1.2.0: https://github.com/citation-file-format/citation-file-format."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert {"title", "message", "authors"} <= citation.keys()
+    for work in (citation["preferred-citation"], *citation["references"]):
+        assert {"type", "title", "authors"} <= work.keys()
+        assert all({"family-names", "given-names"} == author.keys() for author in work["authors"])
+        if work["type"] == "article":  # the README has it, too
+            entry = re.sub(r"\s+", " ", README.blocks("bibtex")[0])
+            names = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in work["authors"])
+            assert f"title={{{work['title']}}}" in entry and f"author={{{names}}}" in entry
+            assert f"journal={{{work['journal']}}}" in entry and f"year={{{work['year']}}}" in entry

@@ -1,0 +1,73 @@
+"""
+A newcomer's path: the README's commands, from a clone to an answer, to a training on data of one's own, to a published
+model, each typed as it stands in a fresh environment. The Hub is on this machine, and the demo is shortened.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+
+import PIL.Image
+import pytest
+from documents import README
+from loopback_hub import LoopbackHub
+from places import ROOT
+
+
+SHORTER = {"python examples/demo.py": " --max_steps 12 --max_eval_samples 64"}
+
+
+def path_of_the_readme() -> list[str]:
+    (block,) = [block for block in README.blocks("bash") if "push_to_hub" in block]
+    return [line.partition("  #")[0] for line in block.splitlines()]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository, with the newcomer's pictures, questions and answers in it."""
+    clone, names = tmp_path / "clone", (".git", ".venv", "build", "outputs", "demo", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*names))
+    (clone / "images").mkdir()
+    colors = ("red", "green", "blue")
+    for color in colors:
+        PIL.Image.new("RGB", (48, 36), color).save(clone / f"images/{color}.png")
+    row = json.loads(re.search(r"`(\{\"image\".*?\})`", README.text)[1])  # as the README says that they look
+    rows = [{**row, "image": f"images/{color}.png", "answer": color} for color in colors]
+    for split in ("train", "val"):
+        (clone / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return clone
+
+
+def test_the_path_is_short():
+    commands = path_of_the_readme()
+    assert sum(1 + command.count(" && ") for command in commands) <= 10
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "VIRTUAL"))
+    }
+    # What pip would fetch is there already; that the project is, too, does not count in an environment of its own.
+    environment |= {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    with LoopbackHub(users={"hf_ada": "ada"}) as hub:
+        environment |= hub.client_environment(tmp_path / "home", token="hf_ada")
+        output = {}
+        for command in path_of_the_readme():
+            activate = "" if "activate" in command else ". .venv/bin/activate && "
+            result = subprocess.run(
+                ["bash", "-c", f"{activate}{command}{SHORTER.get(command, '')}"],
+                cwd=clone, env=environment, capture_output=True, text=True,
+            )  # fmt: skip
+            assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+            output[command] = result.stdout
+    said = "".join(output.values())
+    assert "Answers to test questions:" in said and "Nothing is wrong." in said
+    assert "Dry run: nothing was sent to ada/mine." in said and "Published: " in said
+    published = hub.repositories["ada/mine"]
+    assert {"model.safetensors", "config.json", "README.md"} <= published.commits[published.branches["main"]].keys()
+    assert "TripsModel(" in output[path_of_the_readme()[-1]]  # loaded from the Hub, with its code

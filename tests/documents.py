@@ -1,0 +1,66 @@
+"""The documents that people read, taken apart: links, anchors, blocks of code, commands, words in code type."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mdit_py_plugins.anchors import anchors_plugin
+from places import ROOT
+
+
+# Where a Python block begins so, the tests only compile it and make its imports of this project.
+NOT_RUN = "# Not run by the tests: "
+
+
+@dataclass(frozen=True)
+class Document:
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path.relative_to(ROOT))
+
+    @cached_property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @cached_property
+    def tokens(self) -> list[Token]:
+        markdown = MarkdownIt("commonmark").enable("table").use(anchors_plugin, max_level=6)  # GitHub's anchors
+        return [part for token in markdown.parse(self.text) for part in (token, *(token.children or ()))]
+
+    @property
+    def anchors(self) -> set[str]:
+        return {token.attrs["id"] for token in self.tokens if token.type == "heading_open"}
+
+    @property
+    def links(self) -> list[str]:
+        """Of links and pictures, but for those into the web."""
+        links = [token.attrGet("href") or token.attrGet("src") for token in self.tokens]
+        return [link for link in links if link and not link.startswith(("http://", "https://"))]
+
+    @property
+    def code_spans(self) -> list[str]:
+        return [token.content for token in self.tokens if token.type == "code_inline"]
+
+    def blocks(self, language: str) -> list[str]:
+        return [token.content for token in self.tokens if token.type == "fence" and token.info == language]
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """What is typed: the lines of blocks, and the code spans that begin as one of them would; without comments."""
+        spans = [span for span in self.code_spans if re.match(r"(python|make|accelerate launch|pip install) ", span)]
+        lines = "\n".join(self.blocks("bash")).replace("\\\n", " ").splitlines()
+        return [words for line in [*lines, *spans] if (words := shlex.split(line, comments=True))]
+
+
+README = Document(ROOT / "README.md")
+PAGES = [Document(path) for path in sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    README,
+    *(Document(ROOT / name) for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")),
+    *PAGES,
+]

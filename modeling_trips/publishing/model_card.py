@@ -103,6 +103,7 @@ class CardArguments:
     results: str | None = field(
         default=None, metadata={"help": "Metrics as `Trainer` saves them. Default: eval_results.json of the folder."}
     )
+    command: str | None = field(default=None, metadata={"help": "The command that made it."})
     speed: str | None = field(
         default=None,
         metadata={"help": "Rows of this size and schedule, as benchmarks/benchmark.py --output_json wrote them."},
@@ -234,6 +235,12 @@ def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: 
     )
 
 
+def load_options(revision: str, with_code: bool) -> str:
+    """How the arguments of the card's calls go on behind the repository."""
+    options = [", trust_remote_code=True"] if with_code else []
+    return "".join(options if revision == "main" else [*options, f', revision="{revision}"'])
+
+
 def make_model_card(
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
@@ -241,6 +248,7 @@ def make_model_card(
     args: CardArguments,
     results: Path | None = None,
     revision: str = "main",
+    with_code: bool = True,
 ) -> ModelCard:
     """
     Args:
@@ -250,6 +258,8 @@ def make_model_card(
         args (`CardArguments`): what the configuration does not know.
         results (`Path`, *optional*): an `eval_results.json`. None: the accuracy was not measured.
         revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
+        with_code (`bool`, *optional*, defaults to `True`): whether the checkpoint holds the code of its classes, as
+            saving and pushing leave it, or loads where this project is installed.
 
     Returns:
         `ModelCard`
@@ -260,6 +270,8 @@ def make_model_card(
     code = published_code()
     config, name = model.config, repo_id.split("/")[-1]
     head, auto_class = head_of(config), auto_class_of(config)
+    if not with_code:
+        head = head._replace(has_pipeline=False)  # by the tasks' names, Transformers finds them in checkpoints alone
     metrics, num_examples = read_metrics(results) if results else ({}, None)
     image_size, tokens = look_once(model, processor)
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
@@ -278,7 +290,9 @@ def make_model_card(
         has_decoder=hasattr(model, "decoder"),
         auto_class=auto_class,
         imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if head.has_pipeline else []),
-        options="trust_remote_code=True" + ("" if revision == "main" else f', revision="{revision}"'),
+        options=load_options(revision, with_code),
+        with_code=with_code,
+        command=args.command,
         transformers_version=transformers.__version__,
         num_code_files=len(code),
         num_code_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code),

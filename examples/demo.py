@@ -51,7 +51,7 @@ class DemoArguments:
 
 def describe_duration(seconds: float) -> str:
     minutes = seconds * (1 + SHARE_AFTER_TRAINING) / 60
-    return f"The demo will take about {minutes:.1f} more minutes here, with {torch.get_num_threads()} threads."
+    return f"The demo will take about {minutes:.1f} more minutes here (threads: {torch.get_num_threads()})."
 
 
 def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor, num_images: int = 3):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 
@@ -29,4 +30,4 @@ class DurationEstimate(TrainerCallback):
             self.start = time.perf_counter()
         if done == self.warmup + self.timed and state.is_world_process_zero:
             seconds_per_step = (time.perf_counter() - self.start) / self.timed
-            print(self.describe(seconds_per_step * (state.max_steps - state.global_step)), flush=True)
+            tqdm.write(self.describe(seconds_per_step * (state.max_steps - state.global_step)))  # above the bar

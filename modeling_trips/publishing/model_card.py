@@ -204,10 +204,11 @@ def published_code() -> list[Path]:
     return [path for path in Path(modeling_trips.__file__).parent.glob("*.py") if path.name != "__init__.py"]
 
 
-def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: dict[str, float]) -> ModelCardData:
+def make_metadata(
+    name: str, head: Head, args: CardArguments, metrics: dict[str, float], with_code: bool
+) -> ModelCardData:
     """The card's YAML. `model-index` needs to know on what the metrics were measured."""
-    head, evaluated_on = head_of(config), args.evaluated_on
-    results = []
+    evaluated_on, results = args.evaluated_on, []
     if metrics and evaluated_on is None:
         logger.warning("The metrics go into the text only: name what they were measured on with --eval_dataset.")
     elif metrics:
@@ -227,7 +228,7 @@ def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: 
         language=args.language,
         library_name="transformers",
         pipeline_tag=head.task if head.has_pipeline else None,
-        tags=["trips", "token-pruning", "vision-language", "custom_code"],
+        tags=["trips", "token-pruning", "vision-language", *(["custom_code"] if with_code else [])],
         datasets=[dataset.hub_id for dataset in args.train_datasets if dataset.hub_id] or None,
         metrics=list(metrics) or None,
         model_name=name if results else None,
@@ -277,7 +278,7 @@ def make_model_card(
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
     measured_on.append(f"{num_examples:,} examples" if num_examples else "unknown number of examples")
     return ModelCard.from_template(
-        make_metadata(name, config, args, metrics),
+        make_metadata(name, head, args, metrics, with_code),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,

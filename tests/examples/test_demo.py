@@ -15,7 +15,7 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     options = "--max_steps 16 --max_train_samples 512 --max_eval_samples 64 --publish_to shipped/tiny".split()
     demo.main(options)
     printed = capsys.readouterr().out
-    assert printed.count("The demo will take about 0.0 more minutes here, with 1 thread") == 1
+    assert printed.count("The demo will take about 0.0 more minutes here (threads: 1).") == 1
     assert printed.count("image 0: ") == 4
     assert "Accuracy on easy-VQA's test split: " in printed
     assert "one question per image: " in printed and "0.66 of its multiply-accumulates" in printed

@@ -5,6 +5,8 @@ twin. Needs no network; the model that comes with this project knows the questio
     python examples/ask.py                                      # what `make try` runs: a test picture of easy-VQA
     python examples/ask.py --image picture.png --question "what color is the shape?" "is there a circle?"
     python examples/ask.py --model demo/model                   # after `make demo`
+
+Installed without its source, the script is `python -m trips_examples.ask`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -17,7 +19,6 @@ import PIL.Image
 import torch
 import transformers
 from easy_vqa import get_test_image_paths
-from transformers import HfArgumentParser
 
 from modeling_trips import (
     TripsForQuestionAnswering,
@@ -27,6 +28,7 @@ from modeling_trips import (
 )
 from modeling_trips.inspection import plot_selection
 from modeling_trips.inspection.speed import timed
+from trips_examples.training.parser import make_parser
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-easy-vqa"
@@ -92,7 +94,7 @@ def seconds_of(models: list[TripsForQuestionAnswering], inputs: dict, repeats: i
 
 
 def main(argv: list[str] | None = None):
-    (args,) = HfArgumentParser(AskArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = make_parser(AskArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
     image = read_image(args.image)
     model = TripsForQuestionAnswering.from_pretrained(args.model).eval()

@@ -7,9 +7,10 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-slow quality docs clean
+.PHONY: help try demo test test-slow quality docs clean
 
 help:
+	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
 	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
@@ -24,6 +25,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@
+
+try: $(VENV)/.installed
+	$(BIN)/python examples/ask.py
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py

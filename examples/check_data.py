@@ -11,6 +11,8 @@ the tokenizer does not know, are found with --tokenizer_name, images smaller tha
 model; a TRIPS checkpoint as --tokenizer_name tells both. The exit code is 1 if anything is wrong.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 import json
 import sys
 from collections import Counter

@@ -12,6 +12,8 @@ single stream, from which every head starts but those of retrieval and pre-train
 by name; anything else is an error.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

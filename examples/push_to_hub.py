@@ -10,6 +10,8 @@ Installed without its source, the script is `python -m trips_examples.push_to_hu
 `modeling_trips.publishing.build_repository` and `publish`.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path

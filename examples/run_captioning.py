@@ -13,6 +13,8 @@ The training loop is Transformers' `Seq2SeqTrainer`, whose options are options h
 Installed without its source, the script is `python -m trips_examples.run_captioning`.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 from dataclasses import dataclass, field
 
 import evaluate

@@ -12,6 +12,8 @@ The training loop is Transformers' `Trainer`, whose options are options here.
 Installed without its source, the script is `python -m trips_examples.run_grounding`.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 from dataclasses import dataclass, field
 
 import evaluate

@@ -14,6 +14,8 @@ whose options are options here.
 Installed without its source, the script is `python -m trips_examples.run_retrieval`.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.task_collators import RetrievalCollator
 from trips_examples.data.texts import with_fitting_texts

@@ -3,11 +3,12 @@ Training and evaluation on questions. It is here, and not in run_vqa.py, since m
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import evaluate
 from datasets import Dataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 
 from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.task_collators import VqaCollator
@@ -35,7 +36,10 @@ def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: ev
 
 
 def train_question_answering(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TripsTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Trains a model to answer questions, and evaluates it, as these options say; returns the metrics of both."""
     start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.scene_size("vqa"))
@@ -58,6 +62,7 @@ def train_question_answering(
         train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
         compute_metrics=accuracy,
+        callbacks=list(callbacks),
     )
 
     def evaluate_answers() -> dict[str, float]:

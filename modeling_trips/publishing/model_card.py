@@ -103,6 +103,7 @@ class CardArguments:
     results: str | None = field(
         default=None, metadata={"help": "Metrics as `Trainer` saves them. Default: eval_results.json of the folder."}
     )
+    command: str | None = field(default=None, metadata={"help": "The command that made it."})
     speed: str | None = field(
         default=None,
         metadata={"help": "Rows of this size and schedule, as benchmarks/benchmark.py --output_json wrote them."},
@@ -203,10 +204,11 @@ def published_code() -> list[Path]:
     return [path for path in Path(modeling_trips.__file__).parent.glob("*.py") if path.name != "__init__.py"]
 
 
-def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: dict[str, float]) -> ModelCardData:
+def make_metadata(
+    name: str, head: Head, args: CardArguments, metrics: dict[str, float], with_code: bool
+) -> ModelCardData:
     """The card's YAML. `model-index` needs to know on what the metrics were measured."""
-    head, evaluated_on = head_of(config), args.evaluated_on
-    results = []
+    evaluated_on, results = args.evaluated_on, []
     if metrics and evaluated_on is None:
         logger.warning("The metrics go into the text only: name what they were measured on with --eval_dataset.")
     elif metrics:
@@ -226,12 +228,18 @@ def make_metadata(name: str, config: TripsConfig, args: CardArguments, metrics: 
         language=args.language,
         library_name="transformers",
         pipeline_tag=head.task if head.has_pipeline else None,
-        tags=["trips", "token-pruning", "vision-language", "custom_code"],
+        tags=["trips", "token-pruning", "vision-language", *(["custom_code"] if with_code else [])],
         datasets=[dataset.hub_id for dataset in args.train_datasets if dataset.hub_id] or None,
         metrics=list(metrics) or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
+
+
+def load_options(revision: str, with_code: bool) -> str:
+    """How the arguments of the card's calls go on behind the repository."""
+    options = [", trust_remote_code=True"] if with_code else []
+    return "".join(options if revision == "main" else [*options, f', revision="{revision}"'])
 
 
 def make_model_card(
@@ -241,6 +249,7 @@ def make_model_card(
     args: CardArguments,
     results: Path | None = None,
     revision: str = "main",
+    with_code: bool = True,
 ) -> ModelCard:
     """
     Args:
@@ -250,6 +259,8 @@ def make_model_card(
         args (`CardArguments`): what the configuration does not know.
         results (`Path`, *optional*): an `eval_results.json`. None: the accuracy was not measured.
         revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
+        with_code (`bool`, *optional*, defaults to `True`): whether the checkpoint holds the code of its classes, as
+            saving and pushing leave it, or loads where this project is installed.
 
     Returns:
         `ModelCard`
@@ -260,12 +271,14 @@ def make_model_card(
     code = published_code()
     config, name = model.config, repo_id.split("/")[-1]
     head, auto_class = head_of(config), auto_class_of(config)
+    if not with_code:
+        head = head._replace(has_pipeline=False)  # by the tasks' names, Transformers finds them in checkpoints alone
     metrics, num_examples = read_metrics(results) if results else ({}, None)
     image_size, tokens = look_once(model, processor)
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
     measured_on.append(f"{num_examples:,} examples" if num_examples else "unknown number of examples")
     return ModelCard.from_template(
-        make_metadata(name, config, args, metrics),
+        make_metadata(name, head, args, metrics, with_code),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
@@ -278,7 +291,9 @@ def make_model_card(
         has_decoder=hasattr(model, "decoder"),
         auto_class=auto_class,
         imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if head.has_pipeline else []),
-        options="trust_remote_code=True" + ("" if revision == "main" else f', revision="{revision}"'),
+        options=load_options(revision, with_code),
+        with_code=with_code,
+        command=args.command,
         transformers_version=transformers.__version__,
         num_code_files=len(code),
         num_code_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code),

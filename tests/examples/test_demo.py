@@ -2,15 +2,20 @@
 
 import PIL.Image
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from modeling_trips import TripsForQuestionAnswering
 from trips_examples import demo
 
 
 @pytest.mark.slow
-def test_demo_answers_draws_and_measures(tmp_path, monkeypatch, capsys):
+def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    demo.main(["--max_steps", "3", "--max_train_samples", "512", "--max_eval_samples", "64"])
+    options = "--max_steps 16 --max_train_samples 512 --max_eval_samples 64 --publish_to shipped/tiny".split()
+    demo.main(options)
     printed = capsys.readouterr().out
+    assert printed.count("The demo will take about 0.0 more minutes here (threads: 1).") == 1
     assert printed.count("image 0: ") == 4
     assert "Accuracy on easy-VQA's test split: " in printed
     assert "one question per image: " in printed and "0.66 of its multiply-accumulates" in printed
@@ -18,3 +23,14 @@ def test_demo_answers_draws_and_measures(tmp_path, monkeypatch, capsys):
     # One row of panels per selection layer: the picture shows the original and two questions.
     with PIL.Image.open(tmp_path / "demo/kept_patches.png") as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10**6)) > 20
+
+    # What is shipped is the trained model, rounded to bfloat16, and its card says so.
+    shipped = TripsForQuestionAnswering.from_pretrained("shipped/tiny")
+    trained = load_file("demo/model/model.safetensors")
+    for name, weight in load_file("shipped/tiny/model.safetensors").items():
+        assert weight.dtype == (torch.bfloat16 if trained[name].is_floating_point() else torch.int64), name
+        assert torch.equal(weight, trained[name].to(weight.dtype)), name
+        assert torch.equal(shipped.state_dict()[name], weight.to(trained[name].dtype)), name
+    card = (tmp_path / "shipped/tiny/README.md").read_text()
+    assert f"Made by `python examples/demo.py {' '.join(options)}`." in card
+    assert "| easy-VQA, test, 64 examples | 0." in card and "| weights | bfloat16 |" in card

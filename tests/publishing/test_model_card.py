@@ -224,6 +224,15 @@ def test_a_branch_is_named_in_the_code(tmp_path):
     assert card.text.count('trust_remote_code=True, revision="next")') == 4
 
 
+def test_a_checkpoint_without_code_needs_the_project_and_offers_no_pipeline(tmp_path):
+    args = CardArguments(command="python train.py --seed 1")
+    card = make_model_card(*make_checkpoint(tmp_path), "folder/model", args, with_code=False)
+    assert "trust_remote_code" not in card.text and "pipeline(" not in card.text
+    assert "\nimport modeling_trips" in code_of(card) and "install TRIPS for Transformers" in card.text
+    assert card.data.pipeline_tag is None and card.data.tags == ["trips", "token-pruning", "vision-language"]
+    assert "\nMade by `python train.py --seed 1`.\n" in card.text
+
+
 def test_speed_is_that_of_rows_of_this_size_and_schedule(tmp_path):
     args = CardArguments(speed=str(SPEED))
     text = make_card(tmp_path, args, selection_layers=[2, 3], keep_rate=0.5).text

@@ -1,0 +1,49 @@
+"""A checkpoint that comes with this project: half the bytes, none of the code."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from trips_examples.training.files import write_whole
+
+
+WEIGHTS = "model.safetensors"
+CODE = ("auto_map", "custom_pipelines")  # where configurations say what code a checkpoint carries
+
+
+def without_code(fields: Any) -> Any:
+    """The fields of a configuration, and of those inside it, but for `CODE`."""
+    if not isinstance(fields, dict):
+        return fields
+    return {name: without_code(value) for name, value in fields.items() if name not in CODE}
+
+
+def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsProcessor]:
+    """
+    Writes the model and the processor of `source` into `target`. The weights are stored as bfloat16, and load as
+    float32, with which CPUs are faster. They load where this project is installed.
+
+    Returns:
+        The model, in bfloat16, and the processor, for a card.
+    """
+    model = TripsForQuestionAnswering.from_pretrained(source, dtype=torch.bfloat16)
+    processor = TripsProcessor.from_pretrained(source)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for path in Path(folder).glob("*.json"):
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "config.json":
+                fields["dtype"] = "float32"
+            write_whole(target / path.name, json.dumps(without_code(fields), indent=2, ensure_ascii=False) + "\n")
+        partial = target / f"{WEIGHTS}.partial"
+        shutil.copyfile(Path(folder) / WEIGHTS, partial)
+        os.replace(partial, target / WEIGHTS)
+    return model, processor

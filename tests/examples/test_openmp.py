@@ -1,0 +1,36 @@
+"""How threads wait in the scripts, as OpenMP itself says when torch loads it, in real processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from places import EXAMPLES
+
+
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "__init__.py")
+
+
+def openmp_settings(*words: str, **environment: str) -> str:
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "TRUE", **environment}
+    environment = {name: value for name, value in environment.items() if value}
+    result = subprocess.run([sys.executable, *words, "--help"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "usage: " in result.stdout
+    return result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_threads_of_a_script_sleep_while_they_wait(script):
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in openmp_settings(str(script), OMP_WAIT_POLICY="")
+
+
+@pytest.mark.slow
+def test_threads_of_an_installed_script_too():
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in openmp_settings("-m", "trips_examples.run_vqa", OMP_WAIT_POLICY="")
+
+
+@pytest.mark.slow
+def test_what_the_user_chose_stays():
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in openmp_settings(str(EXAMPLES / "run_vqa.py"), OMP_WAIT_POLICY="active")

@@ -186,7 +186,8 @@ class TripsVisionConfig(PreTrainedConfig):
     @property
     def first_text_layer(self) -> int | None:
         """Number of the first layer that a text guides, where the text-independent prefix ends; None without one."""
-        return min((layer for layer, guidance in self.guidance_schedule.items() if guidance == "text"), default=None)
+        layers = [layer for layer, guidance in self.guidance_schedule.items() if guidance == "text"]
+        return layers[0] if layers else None
 
     @property
     def patch_shape(self) -> tuple[int, int]:

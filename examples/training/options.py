@@ -45,6 +45,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
     )
+    selection_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss that teaches texts to choose their patches, where the data say what a text is "
+            "about. Default: the model's, 0.5. 0: the choice is learnt through the fused token alone."
+        },
+    )
     fusion_type: str | None = field(
         default=None,
         metadata={
@@ -70,6 +77,7 @@ class ModelArguments:
             "selection_layers": self.selection_layers,
             "keep_rate": one_or_several(self.keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
+            "selection_loss_weight": self.selection_loss_weight,
             "fusion_type": self.fusion_type,
         }
         return {name: value for name, value in fields.items() if value is not None}

@@ -21,7 +21,13 @@ TASKS = ["question-answering", "retrieval", "pretraining"]
 
 
 def convert_albef(source, sizes=TINY, **options):
-    options = {"num_attention_heads": sizes.num_heads, "keep_rate": 1.0, **options}
+    options = {
+        "num_attention_heads": sizes.num_heads,
+        "keep_rate": 1.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **options,
+    }
     plan = albef_plan(source, **options)
     model = getattr(modeling_trips, plan.model_class)(plan.config).eval()
     return model, load_converted(model, source, plan)

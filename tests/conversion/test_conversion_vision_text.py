@@ -167,7 +167,8 @@ def test_towers_are_found_by_path_and_all_that_is_new_is_told(tmp_path, caplog):
 
 def test_of_a_head_that_is_tied_to_the_text_encoder_only_the_rest_is_new():
     text = make_text("bert")
-    model, report = join(make_vision("vit"), text, TripsForPreTraining, num_text_layers=3)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    model, report = join(make_vision("vit"), text, TripsForPreTraining, num_text_layers=3, decoder_config=ends)
     words = text.state_dict()["embeddings.word_embeddings.weight"]
     assert torch.equal(model.mlm_score.decoder.weight, words)
     assert "mlm_score.decoder.weight" in report.filled and "mlm_score.decoder.bias" in report.new

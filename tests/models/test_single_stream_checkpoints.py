@@ -104,7 +104,8 @@ def test_with_selection_it_is_vilt_with_patch_selection(guidance, fuse):
 @pytest.mark.parametrize("model_class", HEADS)
 def test_vilt_with_a_head_starts_any_head(model_class):
     vilt = make_vilt(ViltForQuestionAnswering, num_labels=3)
-    model, report = from_vilt(vilt, model_class, selection_layers=[2], decoder_config={"num_hidden_layers": 1})
+    decoder = {"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
+    model, report = from_vilt(vilt, model_class, selection_layers=[2], decoder_config=decoder)
     assert {name.partition(".")[0] for name in report.left_out} == {"vilt", "classifier"}  # of ViLT itself: the pooler
     assert {name.partition(".")[0] for name in report.new} <= {"decoder", "lm_head", "classifier", "box_head"}
     expected = run_vilt(vilt.vilt)[0]

@@ -126,6 +126,11 @@ def main(argv: list[str]):
     answers = [best["answer"] for best in answers_of(model, processor, image, questions)]
     draw_selection(model, processor, image, questions, answers, picture)
     print(f"\nAccuracy on easy-VQA's test split: {metrics['eval_accuracy']:.2%} (always answering yes: 37.33%)")
+    for layer, rate in model.config.vision_config.selection_schedule.items():
+        if shown := metrics.get(f"eval_layer{layer}_shown"):
+            print(
+                f"Layer {layer} keeps {rate:.0%} of its tokens; these show {shown:.1%} of the shape that is asked about"
+            )
     for texts_per_image, title in ((1, "one question per image"), (4, "four questions that share their image")):
         speed = measure_speed(model, texts_per_image)
         print(

@@ -4,7 +4,7 @@ import torch
 from transformers import Trainer
 
 from modeling_trips import TripsProcessor, TripsSelection
-from modeling_trips.inspection import kept_coverage, score_entropy, share_inside, text_sensitivity
+from modeling_trips.inspection import kept_coverage, score_entropy, share_inside, share_shown, text_sensitivity
 from trips_examples.data.rows import image_size
 
 
@@ -24,8 +24,8 @@ def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, floa
 
     Returns:
         `dict[str, float]`: for selection layer L `{prefix}_layer{L}_entropy`, `_coverage`, `_text_sensitivity` (where
-        texts share images) and `_inside` (where the data has regions; `{prefix}_inside_at_random` is what patches
-        drawn at random would give). Empty where nothing is selected.
+        texts share images) and, where the data has regions, `_inside` (`{prefix}_inside_at_random` is what patches
+        drawn at random would give) and `_shown`. Empty where nothing is selected.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
@@ -58,8 +58,13 @@ def _inside(
     boxes = processor.patch_boxes([selection.kept_indices[number] for number in about], sizes)
     regions = [torch.tensor(rows[number][column], dtype=torch.float32) for number in about]
     shares = [share_inside(kept, region) for kept, region in zip(boxes, regions)]
+    shown = [share_shown(kept, region) for kept, region in zip(boxes, regions)]
     areas = [
         ((region[2] - region[0]) * (region[3] - region[1])).item() / (height * width)
         for region, (height, width) in zip(regions, sizes)
     ]
-    return {f"{name}_inside": sum(shares) / len(shares), f"{prefix}_inside_at_random": sum(areas) / len(areas)}
+    return {
+        f"{name}_inside": sum(shares) / len(shares),
+        f"{name}_shown": sum(shown) / len(shown),
+        f"{prefix}_inside_at_random": sum(areas) / len(areas),
+    }

@@ -1,6 +1,6 @@
 """Looking at a model: pictures of kept patches, diagnostics of its selection, its cost beside its unpruned twin."""
 
-from .diagnostics import kept_coverage, kept_patches, score_entropy, share_inside, text_sensitivity
+from .diagnostics import kept_coverage, kept_patches, score_entropy, share_inside, share_shown, text_sensitivity
 from .pictures import draw_kept_patches, plot_selection
 
 
@@ -11,5 +11,6 @@ __all__ = [
     "plot_selection",
     "score_entropy",
     "share_inside",
+    "share_shown",
     "text_sensitivity",
 ]

@@ -97,4 +97,19 @@ def share_inside(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     return inside.all(dim=-1).sum().item() / max(1, len(patch_boxes))
 
 
-__all__ = ["kept_coverage", "kept_patches", "score_entropy", "share_inside", "text_sensitivity"]
+def share_shown(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
+    """
+    Share of a region's area that kept patches show. At random it is the share of the patches that are kept.
+
+    Args:
+        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): as in `share_inside`; patches do not overlap.
+        region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) of some area, in the same pixels.
+
+    Returns:
+        `float` in [0, 1].
+    """
+    sides = torch.minimum(patch_boxes[:, 2:], region[2:]) - torch.maximum(patch_boxes[:, :2], region[:2])
+    return (sides.clamp(min=0).prod(dim=-1).sum() / (region[2:] - region[:2]).prod()).item()
+
+
+__all__ = ["kept_coverage", "kept_patches", "score_entropy", "share_inside", "share_shown", "text_sensitivity"]

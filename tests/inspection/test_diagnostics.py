@@ -11,6 +11,7 @@ from modeling_trips.inspection.diagnostics import (
     kept_patches,
     score_entropy,
     share_inside,
+    share_shown,
     text_sensitivity,
 )
 
@@ -64,3 +65,11 @@ def test_share_inside_goes_by_the_patches_centres():
     # Centres at x = 4, 12, 20 in the first row; the region begins right behind the first and ends right at the third.
     assert share_inside(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
     assert share_inside(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
+
+
+def test_share_shown_goes_by_areas():
+    patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]])
+    # 4 x 8 pixels of the region of 16 x 8 in the second patch; 12 x 8 of it are in patches that were not kept.
+    assert share_shown(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.25
+    assert share_shown(patches, torch.tensor([0.0, 0.0, 8.0, 16.0])) == 1.0
+    assert share_shown(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0

@@ -128,9 +128,7 @@ def main(argv: list[str]):
     print(f"\nAccuracy on easy-VQA's test split: {metrics['eval_accuracy']:.2%} (always answering yes: 37.33%)")
     for layer, rate in model.config.vision_config.selection_schedule.items():
         if shown := metrics.get(f"eval_layer{layer}_shown"):
-            print(
-                f"Layer {layer} keeps {rate:.0%} of its tokens; these show {shown:.1%} of the shape that is asked about"
-            )
+            print(f"Layer {layer} keeps {rate:.0%} of its tokens: {shown:.1%} of the shape asked about")
     for texts_per_image, title in ((1, "one question per image"), (4, "four questions that share their image")):
         speed = measure_speed(model, texts_per_image)
         print(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from albef_reference import TINY, random_checkpoint
 from documents import DOCUMENTS, NOT_RUN, PAGES, README
+from places import EXAMPLES
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering
 from modeling_trips.hosts.apply import HOSTS
@@ -21,7 +22,8 @@ WITH_PYTHON = [document for document in DOCUMENTS if document.blocks("python")]
 
 @pytest.fixture
 def demo_model(tmp_path, monkeypatch):
-    """The folder that `make demo` leaves, with an untrained model in it, in the current directory."""
+    """The clone's examples, and the folder that `make demo` leaves, with an untrained model, in the current directory."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
     tokenizer = train_wordpiece_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
     TripsForQuestionAnswering(config).save_pretrained(tmp_path / "demo/model")

@@ -51,6 +51,7 @@ def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
     # What pip would fetch is there already; that the project is, too, does not count in an environment of its own.
     environment |= {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # `hf`, which comes with what is there already
     with LoopbackHub(users={"hf_ada": "ada"}) as hub:
         environment |= hub.client_environment(tmp_path / "home", token="hf_ada")
         output = {}

@@ -12,7 +12,7 @@ SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "__init_
 
 
 def openmp_settings(*words: str, **environment: str) -> str:
-    environment = {**os.environ, "OMP_DISPLAY_ENV": "TRUE", **environment}
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE", **environment}
     environment = {name: value for name, value in environment.items() if value}
     result = subprocess.run([sys.executable, *words, "--help"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -23,7 +23,8 @@ def openmp_settings(*words: str, **environment: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_threads_of_a_script_sleep_while_they_wait(script):
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in openmp_settings(str(script), OMP_WAIT_POLICY="")
+    settings = openmp_settings(str(script), OMP_WAIT_POLICY="")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in settings and "GOMP_SPINCOUNT = '3000'" in settings
 
 
 @pytest.mark.slow

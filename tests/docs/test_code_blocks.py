@@ -22,7 +22,7 @@ WITH_PYTHON = [document for document in DOCUMENTS if document.blocks("python")]
 
 @pytest.fixture
 def demo_model(tmp_path, monkeypatch):
-    """In the current directory: the examples, and the folder that `make demo` leaves, with an untrained model in it."""
+    """In the current directory: the examples, and the folder that `make demo` leaves, with an untrained model."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
     tokenizer = train_wordpiece_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})

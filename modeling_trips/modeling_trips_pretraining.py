@@ -146,11 +146,10 @@ class TripsForPreTraining(TripsContrastiveModel):
             taught = teacher(pixel_values, input_ids, attention_mask, token_type_ids, image_index, mlm_input_ids)
             teacher_logits = taught.mlm_logits
             find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
-        true_pairs = seen = None
+        true_pairs = None
         # CODEPATH: see `honest_masking`.
         if not config.honest_masking and (config.mlm_weight > 0 or config.prefix_lm_weight > 0):
             true_pairs = self.look(text_outputs.last_hidden_state, image_index, prefix, **kwargs)
-            seen = true_pairs
         outputs = self.pair_losses(
             text_outputs,
             prefix,
@@ -165,14 +164,14 @@ class TripsForPreTraining(TripsContrastiveModel):
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
             mlm_logits = self.guess_words(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, seen, **kwargs
+                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, true_pairs, **kwargs
             )
             num_masked = mean_count((mlm_labels != -100).sum())
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continue_texts(
-                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, seen, **kwargs
+                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, true_pairs, **kwargs
             )
             num_tokens = mean_count((labels != -100).sum())  # there may be none: each text is too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)

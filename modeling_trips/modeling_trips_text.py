@@ -83,7 +83,9 @@ class TripsSkipConnectedStack(nn.Module):
         for layer in self.layer:
             if isinstance(layer, TripsConnectedLayer):
                 if encoder_index is not None:  # from here on, each text has image tokens of its own
-                    encoder_hidden_states = encoder_hidden_states.index_select(0, encoder_index)
+                    encoder_hidden_states = encoder_hidden_states.index_select(
+                        0, encoder_index.to(encoder_hidden_states.device)
+                    )
                     encoder_index = None
                 hidden_states, encoder_hidden_states = layer(
                     hidden_states, encoder_hidden_states, joint_attention_mask, **kwargs

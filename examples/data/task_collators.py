@@ -16,6 +16,7 @@ from trips_examples.data.collators import (
     move_image,
     shift,
 )
+from trips_examples.data.tasks import has_area
 
 
 @dataclass
@@ -77,8 +78,7 @@ class VqaCollator(ImageBatchCollator):
 
 
 def _has_region(row: dict) -> bool:
-    x0, y0, x1, y1 = row.get("target_box") or (0, 0, 0, 0)
-    return x0 < x1 and y0 < y1
+    return bool(row.get("target_box")) and has_area(row["target_box"])
 
 
 @dataclass

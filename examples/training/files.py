@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_whole(path: str | Path, text: str):
+def write_whole(path: str | Path, content: str | bytes):
     """Writes a file under another name first, so that no part of it ever stands under its own; makes its folder."""
     partial = Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(partial, path)
 
 

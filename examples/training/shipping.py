@@ -1,8 +1,6 @@
 """A checkpoint that comes with this project: half the bytes, none of the code."""
 
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsPr
     """
     model = TripsForQuestionAnswering.from_pretrained(source, dtype=torch.bfloat16)
     processor = TripsProcessor.from_pretrained(source)
-    target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -43,7 +40,5 @@ def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsPr
             if path.name == "config.json":
                 fields["dtype"] = "float32"
             write_whole(target / path.name, json.dumps(without_code(fields), indent=2, ensure_ascii=False) + "\n")
-        partial = target / f"{WEIGHTS}.partial"
-        shutil.copyfile(Path(folder) / WEIGHTS, partial)
-        os.replace(partial, target / WEIGHTS)
+        write_whole(target / WEIGHTS, (Path(folder) / WEIGHTS).read_bytes())
     return model, processor

@@ -1,33 +1,15 @@
 """Pre-training as a user runs it: it learns from files and from a stream, and leaves a model for other scripts."""
 
 import json
-from pathlib import Path
 
 import PIL.Image
 import pytest
 from safetensors.torch import load_file
-from toy_pairs import CAPTIONS, COLORS, SCRIPT, command, file_options, run, stream_options, write_pairs
+from toy_pairs import CAPTIONS, COLORS, SCRIPT, command, run
 
 from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from trips_examples import run_pretraining
 from trips_examples.data.task_collators import number_of
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(folder) -> list[str]:
-    return file_options(folder)
-
-
-@pytest.fixture(scope="module")
-def stream(folder) -> list[str]:
-    return stream_options(folder)
 
 
 @pytest.mark.slow

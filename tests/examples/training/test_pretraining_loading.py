@@ -1,35 +1,16 @@
 """What pre-training starts with: streams, a vision tower and a text encoder; and what it refuses to start with."""
 
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
 from datasets import Dataset
-from toy_pairs import command, encoded, file_options, make_tokenizer, stream_options, write_pairs, write_parts
+from toy_pairs import command, encoded, make_tokenizer, write_parts
 from transformers import AutoModel
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
 from trips_examples import run_pretraining
 from trips_examples.training.pretraining_loading import OBJECTIVES, load_pairs
 from trips_examples.training.pretraining_options import PretrainingArguments, PretrainingDataArguments
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(folder) -> list[str]:
-    return file_options(folder)
-
-
-@pytest.fixture(scope="module")
-def stream(folder) -> list[str]:
-    return stream_options(folder)
 
 
 @pytest.fixture(scope="module")

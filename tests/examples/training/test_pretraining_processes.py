@@ -12,7 +12,7 @@ import pytest
 import torch
 from places import ROOT
 from safetensors.torch import load_file
-from toy_pairs import TWO_PROCESSES, command, environment, file_options, run, stream_options, write_pairs, write_parts
+from toy_pairs import TWO_PROCESSES, command, environment, run, write_parts
 
 from trips_examples import run_pretraining
 
@@ -25,23 +25,6 @@ for node in 0 1; do
 done
 for pid in "${pids[@]}"; do wait "$pid"; done""",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(folder) -> list[str]:
-    return file_options(folder)
-
-
-@pytest.fixture(scope="module")
-def stream(folder) -> list[str]:
-    return stream_options(folder)
 
 
 @pytest.fixture(scope="module")

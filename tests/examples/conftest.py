@@ -1,0 +1,23 @@
+"""What several tests of pre-training train on."""
+
+from pathlib import Path
+
+import pytest
+from toy_pairs import file_options, stream_options, write_pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder) -> list[str]:
+    return file_options(folder)
+
+
+@pytest.fixture(scope="module")
+def stream(folder) -> list[str]:
+    return stream_options(folder)

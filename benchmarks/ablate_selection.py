@@ -4,16 +4,21 @@ Does the text pick better patches? Trains a task with each way of selecting them
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
         --dataset_name easy_vqa_scenes --model_name_or_path demo/model --keep_rate 0.1
     python benchmarks/ablate_selection.py --script run_grounding.py --metric eval_accuracy --output_json boxes.json
+    python benchmarks/ablate_selection.py --variants_file benchmarks/variants/rates.json --output_json rates.json -- \
+        --dataset_name easy_vqa_scenes --model_name_or_path outputs/scenes
 
 What stands behind `--` goes to each run of the script, which is told besides it how to select
-(`--selection_guidance`, or `--keep_rate 1.0` for the unpruned twin), its `--seed` and its folder. A run that has ended
-is not run again, so that an interrupted ablation goes on where it was. Each run has its log in its folder.
+(`--selection_guidance`, or `--keep_rate 1.0` for the unpruned twin; or what `--variants_file` says), its `--seed` and
+its folder. A run that has ended is not run again, so that an interrupted ablation goes on where it was. Each run has
+its log in its folder. With `--eval_strategy epoch` the rows hold how each run learnt.
 
-The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor that both must beat.
+The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor that both must beat. Draw the
+rows with plot_ablation.py.
 """
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -42,9 +47,14 @@ VARIANTS = {
 class AblationArguments:
     script: str = field(default="run_vqa.py", metadata={"help": "Which script of examples/ trains and evaluates."})
     metric: str = field(default="eval_accuracy", metadata={"help": "What of its eval_results.json is compared."})
-    variants: list[str] = field(
-        default_factory=lambda: list(VARIANTS), metadata={"help": f"Of {', '.join(VARIANTS)}."}
+    variants_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON: an object with the options of each variant by its name. Default: "
+            f"{', '.join(VARIANTS)}, each at the keep rate behind `--`."
+        },
     )
+    variants: list[str] | None = field(default=None, metadata={"help": "Run these only. Default: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each variant per seed."})
     jobs: int = field(default=2, metadata={"help": "Runs side by side."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads of each run."})
@@ -70,20 +80,32 @@ class Run:
         return self.folder / "ablation_run.json"
 
 
+def read_variants(path: str | None) -> dict[str, list[str]]:
+    """The options of each variant by its name."""
+    if path is None:
+        return VARIANTS
+    variants = json.loads(Path(path).read_text())
+    if not isinstance(variants, dict) or not all(isinstance(options, str) for options in variants.values()):
+        raise ValueError(f'{path} must hold an object of strings, as in {{"text": "--selection_guidance text"}}.')
+    return {name: shlex.split(options) for name, options in variants.items()}
+
+
 def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     """Variant by variant within a seed, so that what is there early can be compared."""
-    unknown = set(args.variants) - VARIANTS.keys()
+    variants = read_variants(args.variants_file)
+    chosen = list(variants) if args.variants is None else args.variants
+    unknown = set(chosen) - variants.keys()
     if unknown:
-        raise ValueError(f"--variants must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
+        raise ValueError(f"--variants must be of {', '.join(variants)}, got {', '.join(sorted(unknown))}.")
     return [
         Run(
             variant,
             seed,
-            Path(args.output_dir) / f"{variant}-seed{seed}",
-            (args.script, *options, *VARIANTS[variant], "--seed", str(seed)),
+            Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}",
+            (args.script, *options, *variants[variant], "--seed", str(seed)),
         )
         for seed in args.seeds
-        for variant in args.variants
+        for variant in chosen
     ]
 
 
@@ -111,9 +133,16 @@ def execute(run: Run, args: AblationArguments):
         "num_threads": args.num_threads,
         "jobs": args.jobs,
         **json.loads((run.folder / "eval_results.json").read_text()),
+        "history": learning_curve(run.folder, args.metric),
         **provenance("cpu"),
     }
     write_whole(run.results_file, json.dumps(row, indent=2) + "\n")
+
+
+def learning_curve(folder: Path, metric: str) -> list[dict]:
+    """The metric by epoch and step, where training was interrupted to evaluate."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{name: entry[name] for name in ("epoch", "step", metric)} for entry in log if metric in entry]
 
 
 def print_table(rows: list[dict], metric: str):

@@ -28,7 +28,7 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.options import DataArguments, TaughtModelArguments
 from trips_examples.training.predictions import draw_predicted_boxes, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.start import StartedTrainingArguments, start_from_questions
@@ -51,7 +51,7 @@ class GroundingArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
+        argv, TaughtModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
     )
     data_args.check("grounding")  # before a start model is trained
     model_args = start_from_questions(model_args, data_args, training_args)
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=GroundingCollator(processor),
         train_collator=GroundingCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
+        selection_teacher=model_args.make_selection_teacher(training_args.device),
         compute_metrics=accuracy,
     )
 

@@ -174,6 +174,27 @@ def region_selection_loss(
     return -inside.clamp(min=SMALLEST_ATTENTION).log() * (largest > 0)
 
 
+def target_selection_loss(
+    scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """
+    Cross-entropy of the attention that the text pays to the candidates, to where a teacher looks. What of that is at
+    patches which are no candidates is behind the fused token.
+
+    Args:
+        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): of a selection layer.
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): each row sums to 1; one of zeros teaches nothing.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts,)`, float32.
+    """
+    is_patch = candidate_indices >= 0
+    shown = targets.float().gather(1, candidate_indices.clamp(min=0)) * is_patch
+    hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
+    shown = shown.where(is_patch, hidden[:, None])
+    return -(shown * scores.float().clamp(min=SMALLEST_ATTENTION).log()).sum(dim=-1)
+
+
 def num_processes() -> int:
     """How many processes train together; 1 if `torch.distributed` is not in use."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

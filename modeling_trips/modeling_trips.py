@@ -21,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .losses_trips import region_selection_loss, region_shares
+from .losses_trips import region_selection_loss, region_shares, target_selection_loss
 from .modeling_trips_layers import TripsPreTrainedModel
 from .modeling_trips_single_stream import TripsSingleStreamModel
 from .modeling_trips_text import TripsFusionModel, TripsTextModel
@@ -109,6 +109,7 @@ class TripsModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
         regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -117,7 +118,7 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): the `last_hidden_state` of
                 `text_model`. A text that is to meet several images is repeated.
-            attention_mask, pixel_values, image_index, prefix, regions: as in `forward`.
+            attention_mask, pixel_values, image_index, prefix, regions, patch_targets: as in `forward`.
 
         Returns:
             [`TripsModelOutput`] without `text_model_output`.
@@ -131,7 +132,7 @@ class TripsModel(TripsPreTrainedModel):
                 selection=joint.selection,
                 hidden_states=joint.hidden_states,
                 attentions=joint.attentions,
-                selection_losses=self.selection_losses(joint.selection, regions, pixel_values, prefix),
+                selection_losses=self.selection_losses(joint.selection, regions, patch_targets, pixel_values, prefix),
                 vision_model_output=joint,
             )
         # What no text has touched is projected to keys and values once per image.
@@ -146,7 +147,9 @@ class TripsModel(TripsPreTrainedModel):
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
-            selection_losses=self.selection_losses(vision_output.selection, regions, pixel_values, prefix),
+            selection_losses=self.selection_losses(
+                vision_output.selection, regions, patch_targets, pixel_values, prefix
+            ),
             vision_model_output=vision_output,
         )
 
@@ -158,18 +161,19 @@ class TripsModel(TripsPreTrainedModel):
         self,
         selection: tuple[TripsSelection, ...],
         regions: torch.FloatTensor | None,
+        patch_targets: torch.FloatTensor | None,
         pixel_values: torch.Tensor | None,
         prefix: TripsVisionPrefix | None,
     ) -> torch.Tensor | None:
         """The mean over the layers that a text guides, `(num_texts,)`; `None` where there is nothing to teach."""
         guidances = self.vision_model.config.guidance_schedule
         by_text = [layer for layer, guidance in zip(selection, guidances.values()) if guidance == "text"]
+        is_taught = self.training and self.config.selection_loss_weight > 0
         # CODEPATH: a weight of 0 turns the loss off; in evaluation, nothing is taught.
-        if regions is None or not by_text or not self.training or self.config.selection_loss_weight == 0:
+        if not (is_taught and by_text) or (regions is None and patch_targets is None):
             return None
-        shares = region_shares(regions, self.grid_of(pixel_values, prefix))
-        losses = [region_selection_loss(layer.scores, layer.candidate_indices, shares) for layer in by_text]
-        return torch.stack(losses).mean(dim=0)
+        grid_size = self.grid_of(pixel_values, prefix)
+        return torch.stack([choice_loss(layer, regions, patch_targets, grid_size) for layer in by_text]).mean(dim=0)
 
     @can_return_tuple
     @auto_docstring
@@ -183,6 +187,7 @@ class TripsModel(TripsPreTrainedModel):
         prefix: TripsVisionPrefix | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
@@ -194,13 +199,40 @@ class TripsModel(TripsPreTrainedModel):
             What each text is about: boxes (center_x, center_y, width, height) in [0, 1] of the image in
             `pixel_values`, as [`TripsProcessor.encode_boxes`] makes them; one of no area where it is not known. In
             training they teach the texts to choose their patches, see `selection_loss_weight`.
+        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+            Where a teacher looks for each text, patches in row-major order: each row sums to 1. They teach those texts
+            whose region is not known.
         """
         text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         outputs = self.fuse(
-            text_output.last_hidden_state, attention_mask, pixel_values, image_index, prefix, regions, **kwargs
+            text_output.last_hidden_state,
+            attention_mask,
+            pixel_values,
+            image_index,
+            prefix,
+            regions,
+            patch_targets,
+            **kwargs,
         )
         outputs.text_model_output = text_output
         return outputs
+
+
+def choice_loss(
+    selection: TripsSelection,
+    regions: torch.FloatTensor | None,
+    patch_targets: torch.FloatTensor | None,
+    grid_size: tuple[int, int],
+) -> torch.Tensor:
+    """How far a layer's choice is from each text's region, or where it has none, from its target: `(num_texts,)`."""
+    scores, candidates = selection.scores, selection.candidate_indices
+    losses = torch.zeros(len(scores), device=scores.device)
+    if patch_targets is not None:
+        losses = target_selection_loss(scores, candidates, patch_targets)
+    if regions is not None:
+        shares = region_shares(regions, grid_size)
+        losses = region_selection_loss(scores, candidates, shares).where(shares.amax(dim=-1) > 0, losses)
+    return losses
 
 
 TripsModel.register_for_auto_class("AutoModel")

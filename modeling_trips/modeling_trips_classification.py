@@ -32,7 +32,10 @@ from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
 class TripsForImagesAndTextClassificationOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        Cross-entropy of the labels, per text.
+        Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        How far the texts' choice of patches is from their regions or targets: the mean over texts and images. In
+        training, if either is given.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
         Scores of the classes, before the softmax.
     selection (`tuple(TripsSelection)`):
@@ -41,6 +44,7 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
     """
 
     loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -98,6 +102,8 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         prefix: TripsVisionPrefix | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsForImagesAndTextClassificationOutput:
         r"""
@@ -111,6 +117,10 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             The class of each text, in `[0, config.num_labels)`; -100 is ignored.
+        regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
+            What each text is about in each of its images, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
         """
         text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         num_texts = text_output.last_hidden_state.shape[0]
@@ -120,15 +130,24 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
         if attention_mask is not None:
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
-        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, prefix, **kwargs)
+        regions = None if regions is None else regions.flatten(0, 1)
+        fused = self.model.fuse(
+            text_states, attention_mask, pixel_values, image_index, prefix, regions, patch_targets, **kwargs
+        )
 
         logits = self.classifier(fused.last_hidden_state[:, 0].reshape(num_texts, -1))
-        loss = None
+        loss = selection_loss = None
         if labels is not None:
-            labels = labels.to(logits.device)
-            loss = fixed_cross_entropy(logits.float(), labels, kwargs.get("num_items_in_batch"))
+            labels, num_items = labels.to(logits.device), kwargs.get("num_items_in_batch")
+            loss = fixed_cross_entropy(logits.float(), labels, num_items)
+            if fused.selection_losses is not None:
+                losses = fused.selection_losses.view(num_texts, self.num_images).mean(dim=1)
+                counts = labels != -100
+                selection_loss = (losses * counts).sum() / (counts.sum() if num_items is None else num_items)
+                loss = loss + self.config.selection_loss_weight * selection_loss
         return TripsForImagesAndTextClassificationOutput(
             loss=loss,
+            selection_loss=selection_loss,
             logits=logits,
             selection=fused.selection,
             hidden_states=fused.hidden_states,

@@ -145,6 +145,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         loss_weights: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
@@ -162,6 +163,8 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             image, share all but the decoder. By default row j follows text j.
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
             What each text is about, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`].
         """
         if encoder_outputs is None:
             encoder_outputs = self.model(
@@ -173,6 +176,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
                 prefix,
                 inputs_embeds,
                 regions,
+                patch_targets,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, ModelOutput):

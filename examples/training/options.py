@@ -12,6 +12,7 @@ from modeling_trips import TripsConfig
 from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
 from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
+from trips_examples.training.selection_teacher import SelectionTeacher
 
 
 @dataclass
@@ -81,6 +82,28 @@ class ModelArguments:
             "fusion_type": self.fusion_type,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass
+class TaughtModelArguments(ModelArguments):
+    """`ModelArguments` for the tasks whose texts a teacher may show where to look."""
+
+    selection_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A TRIPS checkpoint that, unpruned, shows the texts where to look, for data that do not say what a "
+            "text is about; start: the one that the run starts from. A forward pass more per step. Default: none."
+        },
+    )
+
+    def make_selection_teacher(self, device: torch.device) -> SelectionTeacher | None:
+        if self.selection_teacher is None:
+            return None
+        if self.selection_teacher != "start":
+            return SelectionTeacher(self.selection_teacher, device)
+        if self.model_name_or_path is None:
+            raise ValueError("--selection_teacher start: the run starts from nothing. Give --model_name_or_path.")
+        return SelectionTeacher(self.model_name_or_path, device)
 
 
 def one_or_several(values: list | None):

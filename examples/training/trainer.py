@@ -8,6 +8,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.training.guard import LossGuard
+from trips_examples.training.selection_teacher import SelectionTeacher
 
 
 class SamplerCallback(TrainerCallback):
@@ -30,14 +31,22 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
 
     Args:
         train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
+        selection_teacher ([`SelectionTeacher`], *optional*): says in training where texts should look.
         args, kwargs: as in `Seq2SeqTrainer`.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss",)
 
-    def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
+    def __init__(
+        self,
+        *args,
+        train_collator: ImageBatchCollator,
+        selection_teacher: SelectionTeacher | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+        self.selection_teacher = selection_teacher
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in self.model.unused_parameters():
@@ -73,6 +82,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if model.training and self.selection_teacher is not None:
+            inputs = {**inputs, "patch_targets": self.selection_teacher.patch_targets(inputs)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:

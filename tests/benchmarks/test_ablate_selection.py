@@ -68,7 +68,9 @@ def arguments(tmp_path):
 
 @pytest.mark.slow
 def test_each_variant_trains_once_and_is_compared(arguments, tmp_path, capsys):
-    rows = ablate_selection.main([*arguments, "--max_steps=1"])
+    rows = ablate_selection.main([*arguments, "--max_steps=1", "--eval_strategy=steps", "--eval_steps=1"])
+    (learnt,) = rows[0]["history"]
+    assert learnt["step"] == 1 and learnt["eval_mean_iou"] == pytest.approx(rows[0]["eval_mean_iou"])
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert [(row["variant"], row["seed"]) for row in rows] == [("text", 3), ("unpruned", 3)]
     assert "eval_layer2_entropy" in rows[0] and "eval_layer2_entropy" not in rows[1]  # rate 1.0 wins over 0.5
@@ -76,7 +78,7 @@ def test_each_variant_trains_once_and_is_compared(arguments, tmp_path, capsys):
 
     model = tmp_path / "runs" / "text-seed3" / "model.safetensors"
     before = model.stat().st_mtime_ns
-    assert ablate_selection.main([*arguments, "--max_steps=1"]) == rows
+    assert ablate_selection.main([*arguments, "--max_steps=1", "--eval_strategy=steps", "--eval_steps=1"]) == rows
     assert model.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"text-seed3 holds a run with other options .*choose another --output_dir"):
         ablate_selection.main([*arguments, "--max_steps=2"])
@@ -91,3 +93,17 @@ def test_a_run_that_fails_stops_the_ablation_and_names_its_log(arguments):
 def test_unknown_variants_are_refused():
     with pytest.raises(ValueError, match="must be of text, image, random, unpruned, got texts"):
         ablate_selection.main(["--variants", "texts"])
+
+
+def test_variants_come_from_a_file(tmp_path):
+    path = tmp_path / "variants.json"
+    path.write_text(json.dumps({"text 0.25": "--keep_rate 0.25", "late": "--selection_guidance image text"}))
+    args = ablate_selection.AblationArguments(variants_file=str(path), seeds=[1], output_dir="runs")
+    runs = ablate_selection.make_runs(args, ["--max_steps=1"])
+    assert [(run.variant, run.folder.name, run.options) for run in runs] == [
+        ("text 0.25", "text-0.25-seed1", ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.25", "--seed", "1")),
+        ("late", "late-seed1", ("run_vqa.py", "--max_steps=1", "--selection_guidance", "image", "text", "--seed", "1")),
+    ]
+    path.write_text('{"text": ["--keep_rate", "0.25"]}')
+    with pytest.raises(ValueError, match="variants.json must hold an object of strings"):
+        ablate_selection.make_runs(args, [])

@@ -6,8 +6,17 @@ import pytest
 import torch
 from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
 
-from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
-from modeling_trips.losses_trips import region_selection_loss, region_shares, shares_of_candidates
+from modeling_trips import (
+    TripsForImagesAndTextClassification,
+    TripsForQuestionAnswering,
+    TripsForVisualGrounding,
+)
+from modeling_trips.losses_trips import (
+    region_selection_loss,
+    region_shares,
+    shares_of_candidates,
+    target_selection_loss,
+)
 
 
 def test_shares_of_patches_by_hand():
@@ -109,3 +118,46 @@ def test_the_box_to_be_found_is_the_region():
         for rows in (slice(0, 1), slice(1, 4))
     ]
     assert sum(parts) > 0 and model.eval()(**inputs).selection_loss is None
+
+
+def test_the_cross_entropy_to_a_target_by_hand():
+    scores = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
+    candidates = torch.tensor([[0, 2, -1], [0, 2, -1]])
+    targets = torch.tensor([[0.2, 0.3, 0.4, 0.1], [0.0, 0.0, 0.0, 0.0]])  # patches 1 and 3 are behind the fused token
+    expected = -(0.2 * math.log(0.5) + 0.4 * math.log(0.25) + 0.4 * math.log(0.25))
+    losses = target_selection_loss(scores, candidates, targets)
+    assert losses.tolist() == pytest.approx([expected, 0.0])
+
+
+def test_targets_teach_the_texts_that_have_no_region():
+    model = make_model(TripsForQuestionAnswering)
+    targets = torch.rand(4, 64).softmax(dim=-1)
+    some = BOXES[:4].clone()
+    some[1:3, 2:] = 0  # texts 1 and 2 have no region
+    losses = {
+        name: model.model(
+            TEXTS[:4], IMAGES[:4, 0], (TEXTS[:4] != 0).long(), regions=regions, patch_targets=given
+        ).selection_losses
+        for name, regions, given in (
+            ("regions", BOXES[:4], None), ("targets", None, targets), ("some", some, None), ("both", some, targets),
+        )
+    }
+    torch.testing.assert_close(losses["both"][[0, 3]], losses["regions"][[0, 3]])
+    torch.testing.assert_close(losses["both"][1:3], losses["targets"][1:3])
+    assert losses["some"][1:3].tolist() == [0, 0] and (losses["targets"] > 0).all()
+
+
+def test_a_statement_is_taught_in_each_of_its_images():
+    model = make_model(TripsForImagesAndTextClassification)
+    regions, labels = BOXES.view(3, 2, 4), torch.tensor([0, 1, -100])
+    inputs = {"input_ids": TEXTS[:3], "attention_mask": (TEXTS[:3] != 0).long(), "pixel_values": IMAGES[:3]}
+    outputs = model(**inputs, labels=labels, regions=regions)
+    shares = region_shares(regions.flatten(0, 1), (8, 8))
+    losses = [region_selection_loss(layer.scores, layer.candidate_indices, shares) for layer in outputs.selection]
+    by_text = torch.stack(losses).mean(dim=0).view(3, 2).mean(dim=1)
+    torch.testing.assert_close(outputs.selection_loss, by_text[:2].mean())  # the third has no label
+    plain = model(**inputs, labels=labels)
+    torch.testing.assert_close(outputs.loss, plain.loss + 0.1 * outputs.selection_loss)
+    flat = region_shares(regions.flatten(0, 1), (8, 8))
+    taught = model(**inputs, labels=labels, patch_targets=flat / flat.sum(dim=-1, keepdim=True))
+    assert taught.selection_loss > 0 and plain.selection_loss is None

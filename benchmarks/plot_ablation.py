@@ -1,0 +1,100 @@
+r"""
+Draw what ablate_selection.py measured: accuracy against measured time, or how fast each way of selecting learns.
+
+    python benchmarks/plot_ablation.py --kind curves --rows rates.json --times times.json --output rates.png
+    python benchmarks/plot_ablation.py --kind learning --rows learning.json --times times.json --output learning.png
+
+`times.json` is what time_checkpoints.py writes about the runs of one seed. In `curves`, variants whose names differ in
+the last word alone (`text 0.25`, `text 0.5`) are points of one line. Means over the seeds; bars and bands are one
+standard deviation.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+from trips_examples.training.parser import make_parser
+
+
+@dataclass
+class PlotArguments:
+    kind: str = field(metadata={"help": "curves: accuracy against time per batch; learning: against training time."})
+    rows: str = field(metadata={"help": "What ablate_selection.py wrote."})
+    output: str = field(metadata={"help": "The picture."})
+    times: str = field(metadata={"help": "What time_checkpoints.py wrote about the runs of a seed."})
+    metric: str = field(default="eval_accuracy", metadata={"help": "What of the rows is drawn."})
+    reference: str = field(default="unpruned", metadata={"help": "The variant whose time is 1."})
+    title: str = field(default="", metadata={"help": "Above the picture."})
+
+
+def seconds_by_variant(rows: list[dict], path: str, kind: str) -> dict[str, float]:
+    """The measured median of each variant, of a forward pass or of a step of training."""
+    times = {row["checkpoint"]: row[f"{kind}_seconds"] for row in json.loads(Path(path).read_text())}
+    names = {f"{row['variant'].replace(' ', '-')}-seed{row['seed']}": row["variant"] for row in rows}
+    seconds = {names[checkpoint]: value for checkpoint, value in times.items() if checkpoint in names}
+    if missing := {row["variant"] for row in rows} - seconds.keys():
+        raise ValueError(f"{path} has no time of {', '.join(sorted(missing))}: measure a run of each.")
+    return seconds
+
+
+def spread(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_curves(axes, rows: list[dict], args: PlotArguments):
+    seconds = seconds_by_variant(rows, args.times, "forward")
+    values = defaultdict(list)
+    for row in rows:
+        values[row["variant"]].append(100 * row[args.metric])
+    lines = defaultdict(list)
+    for variant, own in values.items():
+        line = variant.rpartition(" ")[0] or variant
+        lines[line].append((seconds[variant] / seconds[args.reference], mean(own), spread(own)))
+    for line, points in lines.items():
+        x, y, deviations = zip(*sorted(points))
+        axes.errorbar(x, y, yerr=deviations, marker="o", markersize=4, capsize=2, linewidth=1.5, label=line)
+    axes.set_xlabel(f"measured time of a batch, relative to {args.reference}")
+
+
+def draw_learning(axes, rows: list[dict], args: PlotArguments):
+    seconds = seconds_by_variant(rows, args.times, "training")
+    curves = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for entry in row["history"]:
+            curves[row["variant"]][entry["step"]].append(100 * entry[args.metric])
+    for variant, by_step in curves.items():
+        steps = sorted(by_step)
+        x = [step * seconds[variant] / 60 for step in steps]
+        means, deviations = [mean(by_step[s]) for s in steps], [spread(by_step[s]) for s in steps]
+        (line,) = axes.plot(x, means, marker="o", markersize=3, linewidth=1.5, label=variant)
+        low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations)))
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+    axes.set_xlabel("minutes of training (steps x measured time of a step)")
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(PlotArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    drawings = {"curves": draw_curves, "learning": draw_learning}
+    if args.kind not in drawings:
+        raise ValueError(f"--kind must be one of {', '.join(drawings)}, got {args.kind!r}.")
+    rows = json.loads(Path(args.rows).read_text())
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    drawings[args.kind](axes, rows, args)
+    axes.set_ylabel(f"{args.metric.removeprefix('eval_')}, %")
+    axes.set_title(args.title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(args.output, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

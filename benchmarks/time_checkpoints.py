@@ -1,0 +1,105 @@
+r"""
+Time trained models of one task in turns, so that a machine that slows down slows all: how long a batch takes to look
+at and answer (in float32), and how long a step of training (forward and backward, in bfloat16 mixed precision where the
+machine is fast at it, as the scripts train). Medians are written.
+
+    python benchmarks/time_checkpoints.py --checkpoints outputs/ablation/text-seed0 outputs/ablation/unpruned-seed0 \
+        --batch_size 32 --texts_per_image 4 --text_length 8 --output_json times.json
+
+Images are random, of the size that each model's processor makes; texts are random words.
+"""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+import modeling_trips
+from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
+from modeling_trips.inspection.speed import provenance, timed
+from trips_examples.training.files import write_whole
+from trips_examples.training.options import bf16_is_fast
+from trips_examples.training.parser import make_parser
+
+
+LABEL_LENGTH = 3  # of an answer, its end included
+
+
+@dataclass
+class TimingArguments:
+    checkpoints: list[str] = field(metadata={"help": "Folders of models that answer questions, or find boxes."})
+    batch_size: int = field(default=32, metadata={"help": "Images per step."})
+    texts_per_image: int = field(default=4, metadata={"help": "Texts about each image."})
+    text_length: int = field(default=8, metadata={"help": "Tokens per text."})
+    warmup: int = field(default=2, metadata={"help": "Rounds before any is timed."})
+    repeats: int = field(default=15, metadata={"help": "Timed rounds."})
+    num_threads: int = field(default=1, metadata={"help": "CPU threads."})
+    output_json: str | None = field(default=None, metadata={"help": "Write a row per checkpoint to this file."})
+
+
+class TimedCheckpoint:
+    """A trained model with a batch for it. CPUs run small models fastest with eager attention."""
+
+    def __init__(self, folder: str, args: TimingArguments):
+        self.folder = folder
+        (name,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+        model_class: type[TripsPreTrainedModel] = getattr(modeling_trips, name)
+        self.model = model_class.from_pretrained(folder, attn_implementation="eager")
+        self.inputs = self._make_inputs(TripsProcessor.from_pretrained(folder).image_processor.size, args)
+        self.seconds: dict[str, list[float]] = {"forward": [], "training": []}
+
+    def _make_inputs(self, size: dict[str, int], args: TimingArguments) -> dict[str, torch.Tensor]:
+        num_texts, vocab_size = args.batch_size * args.texts_per_image, self.model.config.text_config.vocab_size
+        inputs = {
+            "pixel_values": torch.randn(args.batch_size, 3, size["height"], size["width"]),
+            "input_ids": torch.randint(5, vocab_size, (num_texts, args.text_length)),
+            "attention_mask": torch.ones(num_texts, args.text_length, dtype=torch.long),
+            "image_index": torch.arange(args.batch_size).repeat_interleave(args.texts_per_image),
+        }
+        boxes = torch.tensor([0.5, 0.5, 0.25, 0.25]).expand(num_texts, 4)
+        if isinstance(self.model, TripsForVisualGrounding):
+            return {**inputs, "labels": boxes}
+        return {**inputs, "labels": torch.randint(5, vocab_size, (num_texts, LABEL_LENGTH)), "regions": boxes}
+
+    def time_forward(self):
+        self.model.eval()
+        with torch.no_grad():
+            self.seconds["forward"].append(timed(lambda: self.model(**self.inputs), "cpu"))
+
+    def time_training(self):
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+                loss = self.model(**self.inputs).loss
+            loss.backward()
+
+        self.model.train()
+        self.seconds["training"].append(timed(step, "cpu"))
+        self.model.zero_grad(set_to_none=True)
+
+    def row(self, args: TimingArguments) -> dict:
+        medians = {f"{name}_seconds": statistics.median(s[args.warmup :]) for name, s in self.seconds.items()}
+        settings = {name: value for name, value in asdict(args).items() if name not in ("checkpoints", "output_json")}
+        return {"checkpoint": Path(self.folder).name, **medians, **settings, **provenance("cpu")}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    (args,) = make_parser(TimingArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    torch.set_num_threads(args.num_threads)
+    checkpoints = [TimedCheckpoint(folder, args) for folder in args.checkpoints]
+    for _ in tqdm(range(args.warmup + args.repeats), desc="rounds"):
+        for checkpoint in checkpoints:
+            checkpoint.time_forward()
+            checkpoint.time_training()
+    rows = [checkpoint.row(args) for checkpoint in checkpoints]
+    for row in rows:
+        print(f"{row['checkpoint']:<40} {row['forward_seconds']:8.3f} s {row['training_seconds']:8.3f} s")
+    if args.output_json is not None:
+        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

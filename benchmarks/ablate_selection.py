@@ -12,8 +12,8 @@ What stands behind `--` goes to each run of the script, which is told besides it
 its folder. A run that has ended is not run again, so that an interrupted ablation goes on where it was. Each run has
 its log in its folder. With `--eval_strategy epoch` the rows hold how each run learnt.
 
-The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor that both must beat. Draw the
-rows with plot_ablation.py.
+The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor that both must beat.
+plot_ablation.py draws the rows.
 """
 
 import json

@@ -1,7 +1,7 @@
 r"""
 Time trained models of one task in turns, so that a machine that slows down slows all: how long a batch takes to look
-at and answer (in float32), and how long a step of training (forward and backward, in bfloat16 mixed precision where the
-machine is fast at it, as the scripts train). Medians are written.
+at and answer (in float32), and how long a step of training (forward and backward, in bfloat16 mixed precision where
+the machine is fast at it, as the scripts train). Medians are written.
 
     python benchmarks/time_checkpoints.py --checkpoints outputs/ablation/text-seed0 outputs/ablation/unpruned-seed0 \
         --batch_size 32 --texts_per_image 4 --text_length 8 --output_json times.json

@@ -22,7 +22,7 @@ from torch import distributed, nn
 
 # Areas below this count as it: a union or an enclosing box of no area divides nothing.
 SMALLEST_AREA = 1e-12
-SMALLEST_ATTENTION = 1e-6  # to a region, before its logarithm is taken
+SMALLEST_ATTENTION = 1e-6  # to a candidate, before its logarithm is taken
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -113,9 +113,9 @@ def masked_language_loss(
     return losses.sum() / (masked.sum().clamp_min(1) if num_masked is None else num_masked)
 
 
-def region_shares(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """
-    How much of each patch lies in a region.
+    Where a text that is about a region should look: at each patch as much as it is a part of the region.
 
     Args:
         regions (`torch.Tensor` of shape `(num_texts, 4)`): boxes (center_x, center_y, width, height) in [0, 1] of the
@@ -123,76 +123,53 @@ def region_shares(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Te
         grid_size (`tuple(int, int)`): patches down and across.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts, num_patches)`, float32 in [0, 1], patches in row-major order.
+        `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order: each row sums to 1, or
+        to 0 without a region in the image.
     """
     center_x, center_y, width, height = regions.float().unbind(-1)
 
     def overlaps(center: torch.Tensor, length: torch.Tensor, count: int) -> torch.Tensor:
         edges = torch.arange(count + 1, device=regions.device) / count
         start, end = (center - length / 2)[:, None], (center + length / 2)[:, None]
-        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0) * count
+        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0)
 
     rows, columns = grid_size
-    return (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
+    areas = (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
+    return areas / areas.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
 
 
-def shares_of_candidates(shares: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
+def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
     """
-    How much of each candidate lies in a region: of a patch as `region_shares` says; of a fused token, the part of the
-    region that no candidate shows, since it is behind it.
+    Of what should be looked at, the part of each candidate; a fused token has that of all patches which are no
+    candidates, since they are behind it.
 
     Args:
-        shares (`torch.Tensor` of shape `(num_texts, num_patches)`)
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`)
         candidate_indices (`torch.LongTensor` of shape `(num_texts, num_candidates)`): -1 for a fused token.
 
     Returns:
         `torch.Tensor` of shape `(num_texts, num_candidates)`.
     """
     is_patch = candidate_indices >= 0
-    shown = shares.gather(1, candidate_indices.clamp(min=0)) * is_patch
-    hidden = 1 - shown.sum(dim=-1) / shares.sum(dim=-1).clamp(min=SMALLEST_AREA)
+    shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
+    hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
     return shown.where(is_patch, hidden[:, None])
 
 
-def region_selection_loss(
-    scores: torch.Tensor, candidate_indices: torch.LongTensor, shares: torch.Tensor
-) -> torch.Tensor:
+def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    `-log` of the attention that the text pays to what lies in its region: it teaches the text to choose, which top-k
-    has no gradient for.
+    How far the attention that selects is from where it should be: the Kullback-Leibler divergence of the scores from
+    the targets. It teaches a text to choose, which top-k has no gradient for.
 
     Args:
         scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): of a selection layer.
-        shares (`torch.Tensor` of shape `(num_texts, num_patches)`): see `region_shares`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts,)`, float32. It is 0 for a text without a region.
-    """
-    shares = shares_of_candidates(shares, candidate_indices)
-    largest = shares.amax(dim=-1)
-    inside = (scores.float() * shares).sum(dim=-1) / largest.clamp(min=SMALLEST_AREA)
-    return -inside.clamp(min=SMALLEST_ATTENTION).log() * (largest > 0)
-
-
-def target_selection_loss(
-    scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """
-    Cross-entropy of the attention that the text pays to the candidates, to where a teacher looks. What of that is at
-    patches which are no candidates is behind the fused token.
-
-    Args:
-        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): of a selection layer.
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): each row sums to 1; one of zeros teaches nothing.
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): rows of sum 1; one of zeros teaches nothing.
 
     Returns:
         `torch.Tensor` of shape `(num_texts,)`, float32.
     """
-    is_patch = candidate_indices >= 0
-    shown = targets.float().gather(1, candidate_indices.clamp(min=0)) * is_patch
-    hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
-    shown = shown.where(is_patch, hidden[:, None])
-    return -(shown * scores.float().clamp(min=SMALLEST_ATTENTION).log()).sum(dim=-1)
+    targets = targets_of_candidates(targets.float(), candidate_indices)
+    return (torch.xlogy(targets, targets) - targets * scores.float().clamp(min=SMALLEST_ATTENTION).log()).sum(dim=-1)
 
 
 def num_processes() -> int:

@@ -21,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .losses_trips import region_selection_loss, region_shares, target_selection_loss
+from .losses_trips import region_targets, selection_loss
 from .modeling_trips_layers import TripsPreTrainedModel
 from .modeling_trips_single_stream import TripsSingleStreamModel
 from .modeling_trips_text import TripsFusionModel, TripsTextModel
@@ -172,8 +172,12 @@ class TripsModel(TripsPreTrainedModel):
         # CODEPATH: a weight of 0 turns the loss off; in evaluation, nothing is taught.
         if not (is_taught and by_text) or (regions is None and patch_targets is None):
             return None
-        grid_size = self.grid_of(pixel_values, prefix)
-        return torch.stack([choice_loss(layer, regions, patch_targets, grid_size) for layer in by_text]).mean(dim=0)
+        if regions is not None:
+            of_regions = region_targets(regions, self.grid_of(pixel_values, prefix))
+            has_none = of_regions.sum(dim=-1, keepdim=True) == 0
+            patch_targets = of_regions if patch_targets is None else patch_targets.where(has_none, of_regions)
+        losses = [selection_loss(layer.scores, layer.candidate_indices, patch_targets) for layer in by_text]
+        return torch.stack(losses).mean(dim=0)
 
     @can_return_tuple
     @auto_docstring
@@ -216,23 +220,6 @@ class TripsModel(TripsPreTrainedModel):
         )
         outputs.text_model_output = text_output
         return outputs
-
-
-def choice_loss(
-    selection: TripsSelection,
-    regions: torch.FloatTensor | None,
-    patch_targets: torch.FloatTensor | None,
-    grid_size: tuple[int, int],
-) -> torch.Tensor:
-    """How far a layer's choice is from each text's region, or where it has none, from its target: `(num_texts,)`."""
-    scores, candidates = selection.scores, selection.candidate_indices
-    losses = torch.zeros(len(scores), device=scores.device)
-    if patch_targets is not None:
-        losses = target_selection_loss(scores, candidates, patch_targets)
-    if regions is not None:
-        shares = region_shares(regions, grid_size)
-        losses = region_selection_loss(scores, candidates, shares).where(shares.amax(dim=-1) > 0, losses)
-    return losses
 
 
 TripsModel.register_for_auto_class("AutoModel")

@@ -91,8 +91,8 @@ class TaughtModelArguments(ModelArguments):
     selection_teacher: str | None = field(
         default=None,
         metadata={
-            "help": "A TRIPS checkpoint that, unpruned, shows the texts where to look, for data that do not say what a "
-            "text is about; start: the one that the run starts from. A forward pass more per step. Default: none."
+            "help": "A TRIPS checkpoint that, unpruned, shows the texts where to look, for data that do not say what "
+            "a text is about; start: the one that the run starts from. A forward pass more per step. Default: none."
         },
     )
 

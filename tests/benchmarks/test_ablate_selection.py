@@ -102,7 +102,11 @@ def test_variants_come_from_a_file(tmp_path):
     runs = ablate_selection.make_runs(args, ["--max_steps=1"])
     assert [(run.variant, run.folder.name, run.options) for run in runs] == [
         ("text 0.25", "text-0.25-seed1", ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.25", "--seed", "1")),
-        ("late", "late-seed1", ("run_vqa.py", "--max_steps=1", "--selection_guidance", "image", "text", "--seed", "1")),
+        (
+            "late",
+            "late-seed1",
+            ("run_vqa.py", "--max_steps=1", "--selection_guidance", "image", "text", "--seed", "1"),
+        ),
     ]
     path.write_text('{"text": ["--keep_rate", "0.25"]}')
     with pytest.raises(ValueError, match="variants.json must hold an object of strings"):

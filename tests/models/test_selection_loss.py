@@ -11,37 +11,34 @@ from modeling_trips import (
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
 )
-from modeling_trips.losses_trips import (
-    region_selection_loss,
-    region_shares,
-    shares_of_candidates,
-    target_selection_loss,
-)
+from modeling_trips.losses_trips import region_targets, selection_loss, targets_of_candidates
 
 
-def test_shares_of_patches_by_hand():
+def test_targets_of_a_region_by_hand():
     # The region is x from 0.25 to 0.75, y from 0 to 0.25, in a grid of 2 rows and 4 columns.
-    shares = region_shares(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
-    assert shares[0].tolist() == [0, 0.5, 0.5, 0, 0, 0, 0, 0]
-    assert shares[1].tolist() == [0] * 8  # no region
+    targets = region_targets(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
+    assert targets[0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0])
+    assert targets[1].tolist() == [0] * 8  # no region
+    # A region across patches: each counts as much as it is a part of it. Here a quarter, and three quarters.
+    across = region_targets(torch.tensor([[0.25 + 0.025, 0.25, 0.1, 0.1]]), (2, 4))
+    assert across[0].tolist() == pytest.approx([0.25, 0.75, 0, 0, 0, 0, 0, 0])
 
 
 def test_a_fused_token_counts_for_what_is_behind_it():
-    shares = torch.tensor([[1.0, 0.5, 0.0, 0.5]])
+    targets = torch.tensor([[0.5, 0.25, 0.0, 0.25]])
     candidates = torch.tensor([[0, 2, -1]])  # patches 1 and 3 were fused: half of the region
-    assert shares_of_candidates(shares, candidates).tolist() == [[1.0, 0.0, 0.5]]
-    assert shares_of_candidates(shares * 0, candidates).tolist()[0][:2] == [0.0, 0.0]
+    assert targets_of_candidates(targets, candidates).tolist() == [[0.5, 0.0, 0.5]]
+    assert targets_of_candidates(targets * 0, candidates).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_the_loss_by_hand():
-    scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
-    candidates = torch.arange(4)[None]
-    whole = region_selection_loss(scores, candidates, torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
-    assert whole.item() == pytest.approx(-math.log(0.375))
-    # A region within one patch: what counts is that patch, however little of it the region is.
-    within = region_selection_loss(scores, candidates, torch.tensor([[0.0, 0.1, 0.0, 0.0]]))
-    assert within.item() == pytest.approx(-math.log(0.25))
-    assert region_selection_loss(scores, candidates, torch.zeros(1, 4)).item() == 0.0
+    scores = torch.tensor([[0.5, 0.25, 0.25]]).repeat(3, 1)
+    candidates = torch.tensor([[0, 2, -1]]).repeat(3, 1)
+    targets = torch.tensor([[0.2, 0.3, 0.4, 0.1], [0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    first = 0.2 * math.log(0.2 / 0.5) + 2 * 0.4 * math.log(0.4 / 0.25)
+    losses = selection_loss(scores, candidates, targets)
+    # The second looks just where it should; the third has nothing to look for.
+    assert losses.tolist() == pytest.approx([first, 0.0, 0.0], abs=1e-6)
 
 
 def make_model(model_class, **fields):
@@ -72,7 +69,7 @@ def test_only_texts_are_taught(guidance):
     assert make_model(TripsForQuestionAnswering, selection_guidance=guidance)(**batch()).selection_loss is None
     taught = make_model(TripsForQuestionAnswering, selection_guidance=[guidance, "text"])(**batch())
     scores, candidates = taught.selection[1].scores, taught.selection[1].candidate_indices
-    expected = region_selection_loss(scores, candidates, region_shares(BOXES[:4], (8, 8)))
+    expected = selection_loss(scores, candidates, region_targets(BOXES[:4], (8, 8)))
     num_tokens = (ANSWERS[:4] != -100).sum(dim=1)
     torch.testing.assert_close(taught.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
 
@@ -81,7 +78,7 @@ def test_the_text_learns_to_look_into_its_region():
     """Top-k has no gradient, and the weights of one fused token teach little: with the loss, all attention moves."""
     model = make_model(TripsForQuestionAnswering)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    inputs, inside = batch(), region_shares(BOXES[:4], (8, 8)) > 0
+    inputs, inside = batch(), region_targets(BOXES[:4], (8, 8)) > 0
     attention = []
     for _ in range(60):
         outputs = model(**inputs)
@@ -108,8 +105,8 @@ def test_the_box_to_be_found_is_the_region():
     inputs = {**batch(), "labels": BOXES[:4]}
     del inputs["regions"]
     outputs = model(**inputs)
-    shares = region_shares(BOXES[:4], (8, 8))
-    by_layer = [region_selection_loss(layer.scores, layer.candidate_indices, shares) for layer in outputs.selection]
+    targets = region_targets(BOXES[:4], (8, 8))
+    by_layer = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in outputs.selection]
     torch.testing.assert_close(outputs.selection_loss, torch.stack(by_layer).mean())
     losses = 5 * outputs.l1_loss + 2 * outputs.giou_loss + 0.1 * outputs.selection_loss
     torch.testing.assert_close(outputs.loss, losses)
@@ -118,15 +115,6 @@ def test_the_box_to_be_found_is_the_region():
         for rows in (slice(0, 1), slice(1, 4))
     ]
     assert sum(parts) > 0 and model.eval()(**inputs).selection_loss is None
-
-
-def test_the_cross_entropy_to_a_target_by_hand():
-    scores = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
-    candidates = torch.tensor([[0, 2, -1], [0, 2, -1]])
-    targets = torch.tensor([[0.2, 0.3, 0.4, 0.1], [0.0, 0.0, 0.0, 0.0]])  # patches 1 and 3 are behind the fused token
-    expected = -(0.2 * math.log(0.5) + 0.4 * math.log(0.25) + 0.4 * math.log(0.25))
-    losses = target_selection_loss(scores, candidates, targets)
-    assert losses.tolist() == pytest.approx([expected, 0.0])
 
 
 def test_targets_teach_the_texts_that_have_no_region():
@@ -139,7 +127,10 @@ def test_targets_teach_the_texts_that_have_no_region():
             TEXTS[:4], IMAGES[:4, 0], (TEXTS[:4] != 0).long(), regions=regions, patch_targets=given
         ).selection_losses
         for name, regions, given in (
-            ("regions", BOXES[:4], None), ("targets", None, targets), ("some", some, None), ("both", some, targets),
+            ("regions", BOXES[:4], None),
+            ("targets", None, targets),
+            ("some", some, None),
+            ("both", some, targets),
         )
     }
     torch.testing.assert_close(losses["both"][[0, 3]], losses["regions"][[0, 3]])
@@ -152,12 +143,12 @@ def test_a_statement_is_taught_in_each_of_its_images():
     regions, labels = BOXES.view(3, 2, 4), torch.tensor([0, 1, -100])
     inputs = {"input_ids": TEXTS[:3], "attention_mask": (TEXTS[:3] != 0).long(), "pixel_values": IMAGES[:3]}
     outputs = model(**inputs, labels=labels, regions=regions)
-    shares = region_shares(regions.flatten(0, 1), (8, 8))
-    losses = [region_selection_loss(layer.scores, layer.candidate_indices, shares) for layer in outputs.selection]
+    targets = region_targets(regions.flatten(0, 1), (8, 8))
+    losses = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in outputs.selection]
     by_text = torch.stack(losses).mean(dim=0).view(3, 2).mean(dim=1)
     torch.testing.assert_close(outputs.selection_loss, by_text[:2].mean())  # the third has no label
     plain = model(**inputs, labels=labels)
     torch.testing.assert_close(outputs.loss, plain.loss + 0.1 * outputs.selection_loss)
-    flat = region_shares(regions.flatten(0, 1), (8, 8))
-    taught = model(**inputs, labels=labels, patch_targets=flat / flat.sum(dim=-1, keepdim=True))
-    assert taught.selection_loss > 0 and plain.selection_loss is None
+    taught = model(**inputs, labels=labels, patch_targets=targets)
+    torch.testing.assert_close(taught.selection_loss, outputs.selection_loss)
+    assert plain.selection_loss is None

@@ -23,9 +23,7 @@ class SelectionTeacher:
         # Attention maps are what is asked for: no kernel but the eager one gives them.
         self.model = TripsModel.from_pretrained(name_or_path, attn_implementation="eager", keep_rate=1.0).to(device)
         if self.model.fusion_model is None:
-            raise ValueError(
-                f"--selection_teacher {name_or_path} is a single stream: it has no fusion encoder to ask."
-            )
+            raise ValueError(f"--selection_teacher {name_or_path}: a single stream has no fusion encoder to ask.")
         self.model.requires_grad_(False)
 
     @torch.no_grad()

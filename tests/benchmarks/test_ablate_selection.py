@@ -97,7 +97,7 @@ def test_unknown_variants_are_refused():
 
 def test_variants_come_from_a_file(tmp_path):
     path = tmp_path / "variants.json"
-    path.write_text(json.dumps({"text 0.25": "--keep_rate 0.25", "late": "--selection_guidance image text"}))
+    path.write_text(json.dumps({"text 0.25": "--keep_rate 0.25", "late": "--keep_rate 0.5 0.1"}))
     args = ablate_selection.AblationArguments(variants_file=str(path), seeds=[1], output_dir="runs")
     runs = ablate_selection.make_runs(args, ["--max_steps=1"])
     assert [(run.variant, run.folder.name, run.options) for run in runs] == [
@@ -105,7 +105,7 @@ def test_variants_come_from_a_file(tmp_path):
         (
             "late",
             "late-seed1",
-            ("run_vqa.py", "--max_steps=1", "--selection_guidance", "image", "text", "--seed", "1"),
+            ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.5", "0.1", "--seed", "1"),
         ),
     ]
     path.write_text('{"text": ["--keep_rate", "0.25"]}')

@@ -1,4 +1,4 @@
-"""`benchmarks/time_checkpoints.py` and `benchmarks/plot_ablation.py`: what trained variants cost, and their pictures."""
+"""`benchmarks/time_checkpoints.py`, `benchmarks/plot_ablation.py`: what trained variants cost, and their pictures."""
 
 import json
 

@@ -23,8 +23,7 @@ def load_task_dataset(
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
 
     Returns:
-        `DatasetDict`: Splits with the columns of `TASKS[task].features`, those of scenes for `"vqa"` of
-        `SCENE_FEATURES`.
+        `DatasetDict`: Splits with the columns of `TASKS[task].features`.
 
     Raises:
         `ValueError`: Where rows cannot be used, naming the first few, or where the arguments contradict each other.

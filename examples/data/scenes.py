@@ -57,7 +57,7 @@ def easy_vqa_records(split: str) -> Iterator[dict]:
         split (`str`): `"train"` or `"test"`, as officially split.
 
     Yields:
-        `dict`: `image` (a path), `image_id`, `question` and `answer`; and `target_box`, (x0, y0, x1, y1) in pixels of
+        `dict`: `image` (a path), `image_id`, `question` and `answer`; and `region`, (x0, y0, x1, y1) in pixels of
         the shape that all questions are about, x1 and y1 exclusive.
 
     Raises:
@@ -67,7 +67,7 @@ def easy_vqa_records(split: str) -> Iterator[dict]:
     box_of = functools.cache(lambda image_id: shape_box(PIL.Image.open(data.image_paths[image_id]).convert("RGB")))
     for question, answer, image_id in zip(data.questions, data.answers, data.image_ids, strict=True):
         image = {"image": data.image_paths[image_id], "image_id": f"{split} {image_id}"}
-        yield {**image, "question": question, "answer": answer, "target_box": list(box_of(image_id))}
+        yield {**image, "question": question, "answer": answer, "region": list(box_of(image_id))}
 
 
 def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
@@ -170,7 +170,7 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
     - `"vqa"`: a question for each colour and each shape that only one of the tiles has ("what shape is the red
       shape?", "what color is the circle?"), and one pair about presence, as often "yes" as "no" ("is there a red
       circle?"). Whatever is said to be absent has a colour that is in the scene, so that colour and shape have to be
-      seen together. `target_box`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where
+      seen together. `region`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where
       the answer is that there is no such tile.
     - `"captions"`: three captions of each scene, which name the colour, shape and place of every tile: tile by tile in
       any order, row by row, and column by column. No two scenes of a split show the same, so that every caption fits
@@ -249,8 +249,8 @@ def _vqa_records(scenes: _Scenes, num_scenes: int) -> Iterator[dict]:
         shared = {"image": scenes.paste(tiles), "image_id": f"{scenes.split} scene {number}"}
         for question, answer, cell in _questions(tiles, scenes.rng):
             x0, y0 = (0, 0) if cell is None else cell_origin(cell, scenes.grid)
-            box = None if cell is None else (x0, y0, x0 + TILE_SIZE, y0 + TILE_SIZE)
-            yield {**shared, "question": question, "answer": answer, "target_box": box}
+            box = None if cell is None else [x0, y0, x0 + TILE_SIZE, y0 + TILE_SIZE]
+            yield {**shared, "question": question, "answer": answer, "region": box}
 
 
 def _questions(tiles: list[Tile], rng: random.Random) -> Iterator[tuple[str, str, int | None]]:

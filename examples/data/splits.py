@@ -12,7 +12,7 @@ from datasets.utils import tqdm
 from trips_examples.data.annotations import AnnotationFile, read_annotations
 from trips_examples.data.faults import BadRowError, BadRows, Fault
 from trips_examples.data.images import Found, ImageFinder, TableImageFinder, has_encoded_images, images_of_table
-from trips_examples.data.tasks import SCENE_FEATURES, Task, has_area, is_missing, list_of, text_of
+from trips_examples.data.tasks import BOX_COLUMNS, Task, has_area, is_missing, list_of, text_of
 
 
 class RowMaker:
@@ -41,8 +41,9 @@ class RowMaker:
         for row in texts:
             if "question_id" in row:
                 row["question_id"] = row["question_id"] or str(number)
-            if "box" in row and found[0].size is not None:
-                row["box"] = _within(row["box"], found[0].size)
+            for column in BOX_COLUMNS & row.keys():
+                if row[column] is not None and found[0].size is not None:
+                    row[column] = _within(row[column], found[0].size, column)
         return [{**shared, **row} for row in texts]
 
     def image_ids(self, number: int, record: dict, found: list[Found]) -> list[str]:
@@ -62,14 +63,14 @@ class RowMaker:
         return ids
 
 
-def _within(box: list[float], size: tuple[int, int], tolerance: float = 1.0) -> list[float]:
+def _within(box: list[float], size: tuple[int, int], column: str, tolerance: float = 1.0) -> list[float]:
     """The box cut to the image: data sets round corners, so that some are off by less than a pixel."""
     limits = [*size, *size]
-    if any(not -tolerance <= value <= limit + tolerance for value, limit in zip(box, limits)):
-        raise BadRowError("box outside the image", f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}")
     cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
-    if not has_area(cut):
-        raise BadRowError("box outside the image", f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}")
+    is_near = all(-tolerance <= value <= limit + tolerance for value, limit in zip(box, limits))
+    if not (is_near and has_area(cut)):
+        detail = f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}"
+        raise BadRowError(f"{column} outside the image", detail)
     return cut
 
 
@@ -109,14 +110,8 @@ class SplitReader:
 
     def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
         check, patch_size = self.bad_rows.image_check, self.bad_rows.patch_size
-        make_known_rows = RowMaker(self.task, name, ImageFinder(self.task, Path(), check, patch_size))
-
-        def make_rows(number: int, record: dict) -> list[dict]:
-            extra = {"target_box": record["target_box"]} if "target_box" in record else {}
-            return [{**row, **extra} for row in make_known_rows(number, record)]
-
-        rows = self.good_rows(enumerate(records, start=1), make_rows, name)
-        return _as_dataset(rows, SCENE_FEATURES if rows and "target_box" in rows[0] else self.task.features)
+        make_rows = RowMaker(self.task, name, ImageFinder(self.task, Path(), check, patch_size))
+        return _as_dataset(self.good_rows(enumerate(records, start=1), make_rows, name), self.task.features)
 
     def read_table(self, table: Dataset, name: str) -> Dataset:
         images = images_of_table(table, self.task, name)

@@ -24,7 +24,7 @@ class VqaCollator(ImageBatchCollator):
     """
     Rows of `tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct answers of a
     question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In evaluation the
-    label is the most common answer. Where rows say what they are about (`target_box`), training gets `regions`.
+    label is the most common answer. Where rows say what they are about (`region`), training gets `regions`.
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
@@ -38,12 +38,12 @@ class VqaCollator(ImageBatchCollator):
 
     def regions(self, rows: list[dict], sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """Boxes of what the rows are about, in images of `sizes` (height, width); empty ones where it is unknown."""
-        if "target_box" not in rows[0]:
+        known = [place for place, row in enumerate(rows) if _has_region(row)]
+        if not known:
             return {}
-        regions, known = torch.zeros(len(rows), 4), [place for place, row in enumerate(rows) if _has_region(row)]
-        boxes, sizes = [rows[place]["target_box"] for place in known], [sizes[place] for place in known]
-        if known:
-            regions[known] = self.processor.encode_boxes(boxes, sizes)
+        regions = torch.zeros(len(rows), 4)
+        boxes, sizes = [rows[place]["region"] for place in known], [sizes[place] for place in known]
+        regions[known] = self.processor.encode_boxes(boxes, sizes)
         return {"regions": regions}
 
     def augmented(
@@ -52,9 +52,7 @@ class VqaCollator(ImageBatchCollator):
         """The images flipped and shifted, with the boxes of what their rows are about."""
         moves = [draw_move(image.size) for image in images]
         rows = [
-            {**row, "target_box": move_box(row["target_box"], moves[index], images[index].size)}
-            if _has_region(row)
-            else row
+            {**row, "region": move_box(row["region"], moves[index], images[index].size)} if _has_region(row) else row
             for row, index in zip(rows, image_index)
         ]
         return [move_image(image, move) for image, move in zip(images, moves)], rows
@@ -78,7 +76,7 @@ class VqaCollator(ImageBatchCollator):
 
 
 def _has_region(row: dict) -> bool:
-    return bool(row.get("target_box")) and has_area(row["target_box"])
+    return bool(row.get("region")) and has_area(row["region"])
 
 
 @dataclass

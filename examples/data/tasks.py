@@ -23,6 +23,7 @@ VQA_FEATURES = Features(
         "question_id": Value("string"),
         "question": Value("string"),
         "answers": Sequence(Value("string")),  # those of the annotators, one or several
+        "region": Sequence(Value("float32")),  # what is asked about, as `box` below; None where that is not known
         "source": Value("string"),
     }
 )
@@ -55,9 +56,7 @@ GROUNDING_FEATURES = Features(
     }
 )
 
-# And `target_box`: (x0, y0, x1, y1) in pixels of what is asked about, x1 and y1 exclusive: the shape of easy-VQA, the
-# tile of a scene; None where the answer is that there is no such tile.
-SCENE_FEATURES = Features({**VQA_FEATURES, "target_box": Sequence(Value("int32"))})
+BOX_COLUMNS = {"box", "region"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,9 @@ def _question(record: dict) -> list[dict]:
     texts = [text for text in texts if text]
     if not texts:
         raise missing("answer", record)
-    return [{"question_id": text_of(record.get("question_id"), "question_id"), "question": question, "answers": texts}]
+    region = None if is_missing(record.get("region")) else _box(record, "region")
+    question_id = text_of(record.get("question_id"), "question_id")
+    return [{"question_id": question_id, "question": question, "answers": texts, "region": region}]
 
 
 def _captions(record: dict) -> list[dict]:
@@ -190,18 +191,24 @@ def has_area(box: list[float], smallest_side: float = 0.01) -> bool:
     return x1 - x0 >= smallest_side and y1 - y0 >= smallest_side
 
 
+def _box(record: dict, column: str) -> list[float]:
+    """The corners (x0, y0, x1, y1) of a box with an area."""
+    try:
+        box = [float(number) for number in list_of(record[column], column)]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRowError(f"{column} is not four numbers", reprlib.repr(record[column])) from error
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise BadRowError(f"{column} is not four numbers", str(box))
+    if not has_area(box):
+        raise BadRowError(f"{column} without area", f"[x0, y0, x1, y1] = {box}")
+    return box
+
+
 def _expression(record: dict) -> list[dict]:
     expression = filled_text(record, "expression")
     if is_missing(record.get("box")):
         raise missing("box", record)
-    try:
-        box = [float(number) for number in list_of(record["box"], "box")]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadRowError("box is not four numbers", reprlib.repr(record["box"])) from error
-    if len(box) != 4 or not all(map(math.isfinite, box)):
-        raise BadRowError("box is not four numbers", str(box))
-    if not has_area(box):
-        raise BadRowError("box without area", f"[x0, y0, x1, y1] = {box}")
+    box = _box(record, "box")
     return [{"question_id": text_of(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
 
 
@@ -210,7 +217,7 @@ _TASKS = [
         name="vqa",
         features=VQA_FEATURES,
         text="question",
-        columns=("image_id", "question_id", "question", "answer", "answers"),
+        columns=("image_id", "question_id", "question", "answer", "answers", "region"),
         needs="image, question and answer",
         read_texts=_question,
         written="answers",

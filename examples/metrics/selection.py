@@ -10,7 +10,7 @@ from trips_examples.data.rows import image_size
 
 NUM_ROWS = 256
 # Where data says what a text is about: columns with a box (x0, y0, x1, y1) in pixels of the image, or None.
-REGION_COLUMNS = ("target_box", "box")
+REGION_COLUMNS = ("region", "box")
 
 
 @torch.no_grad()

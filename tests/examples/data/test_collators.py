@@ -126,9 +126,9 @@ def test_a_box_moves_with_its_image():
 
 def test_training_is_told_where_a_question_is_about(processor):
     rows = [
-        {**row("a", 0, ["red"]), "target_box": [0, 0, 32, 16]},
-        {**row("a", 1, ["yes"]), "target_box": None},
-        {**row("b", 2, ["circle"]), "target_box": [16, 16, 48, 48]},
+        {**row("a", 0, ["red"]), "region": [0, 0, 32, 16]},
+        {**row("a", 1, ["yes"]), "region": None},
+        {**row("b", 2, ["circle"]), "region": [16, 16, 48, 48]},
     ]
     regions = VqaCollator(processor, training=True)(rows)["regions"]
     assert regions.tolist() == [[0.25, 0.125, 0.5, 0.25], [0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]]

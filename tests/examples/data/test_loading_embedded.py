@@ -10,7 +10,7 @@ from loading import load
 from test_scenes import color_and_shape
 
 from trips_examples.data.scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
-from trips_examples.data.tasks import SCENE_FEATURES, TASKS
+from trips_examples.data.tasks import TASKS, VQA_FEATURES
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def test_easy_vqa_has_its_official_split(easy_vqa_dataset):
 
 def test_easy_vqa_row(easy_vqa_dataset):
     rows = easy_vqa_dataset["validation"]
-    assert rows.features == SCENE_FEATURES
+    assert rows.features == VQA_FEATURES
     row = rows[2]
-    x0, y0, x1, y1 = row["target_box"]  # of the shape: all in its colour, but for the edge
+    x0, y0, x1, y1 = row["region"]  # of the shape: all in its colour, but for the edge
     shape = np.asarray(row["image"].crop((x0 + 1, y0 + 1, x1 - 1, y1 - 1)))
     background = np.asarray(row["image"])[0, 0]
     assert (np.abs(shape.astype(int) - background).sum(axis=-1) > 0).mean() > 0.5
@@ -75,7 +75,7 @@ def test_scenes_of_each_task(task):
     assert list(loaded) == ["train", "validation"]
     for split, part, number in (("train", "train", 3), ("validation", "test", 2)):
         rows, records = loaded[split], list(scene_records(task, part, number, seed=5))
-        assert rows.features == (SCENE_FEATURES if task == "vqa" else TASKS[task].features)
+        assert rows.features == TASKS[task].features
         texts = [row[TASKS[task].text] for row in rows]
         several = [record.get("captions") or [record[TASKS[task].text]] for record in records]
         assert texts == sum(several, [])

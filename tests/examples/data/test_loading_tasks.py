@@ -14,6 +14,10 @@ STATEMENTS = [
     {"left_image": "a.png", "right_image": "b.png", "statement": "left", "label": "True"},
     {"images": ["b.png", "a.png"], "statement": "right", "label": 0, "image_ids": ["x", "y"], "question_id": "q"},
 ]
+QUESTIONS = [
+    {"image": "a.png", "question": "what?", "answer": "a", "region": [0, 1, 3.5, 3]},
+    {"image": "b.png", "question": "what?", "answer": "b"},
+]
 EXPRESSIONS = [
     {"image": "a.png", "expression": "a dog", "box": [0, 1, 3.5, 3]},
     {"image": "b.png", "expression": "it", "box": [-0.5, 0, 32.5, 31], "question_id": "q"},
@@ -82,12 +86,18 @@ BAD_OF_TASK = [
     ("grounding", {"image": "a.png", "expression": "e", "box": [0, 0, 5.5, 3]}, "box outside the image .* is 4 x 3"),
     ("grounding", {"image": "a.png", "expression": "e", "box": [4, 0, 4.5, 3]}, "box outside the image"),
     ("grounding", {"image": "a.png", "box": [0, 0, 1, 1]}, "no expression"),
+    (
+        "vqa",
+        {"image": "a.png", "question": "q", "answer": "a", "region": [0, 0, 5.5, 3]},
+        "region outside the image .* is 4 x 3",
+    ),
+    ("vqa", {"image": "a.png", "question": "q", "answer": "a", "region": [1]}, "region is not four numbers"),
 ]
 
 
 @pytest.mark.parametrize(("task", "record", "reason"), BAD_OF_TASK, ids=[reason for *_, reason in BAD_OF_TASK])
 def test_bad_row_of_each_task_is_named(folder, task, record, reason):
-    good = {"captions": CAPTIONS, "nlvr2": STATEMENTS, "grounding": EXPRESSIONS}[task]
+    good = {"captions": CAPTIONS, "nlvr2": STATEMENTS, "grounding": EXPRESSIONS, "vqa": QUESTIONS}[task]
     file = write(folder / "train.jsonl", [*good, record])
     with pytest.raises(ValueError, match=f"1 of the 3 rows .*\n.*row 3: {reason}"):
         load(task, train_file=file)
@@ -101,3 +111,8 @@ def test_labels_of_pandas(folder):
     with pytest.raises(ValueError, match="1 of the 3 rows .*\n.*row 3: no label"):
         load("nlvr2", train_file=file)
     assert load("nlvr2", train_file=file, skip_bad_rows=True)["train"]["label"][:] == [1, 0]
+
+
+def test_regions_of_questions_are_read_where_there_are_some(folder):
+    rows = load("vqa", train_file=write(folder / "train.jsonl", QUESTIONS))["train"]
+    assert rows["region"][:] == [[0.0, 1.0, 3.5, 3.0], None]

@@ -125,7 +125,7 @@ def test_scenes_answers_and_boxes_fit_the_pixels(scenes):
             shown = {box: color_and_shape(tile) for box, tile in tiles_of(row["image"], grid).items()}
             shown_by_scene[row["image_id"]] = shown
         shown = shown_by_scene[row["image_id"]]
-        assert (row["answer"], row["target_box"]) == expected_answer(row["question"], shown), row
+        assert (row["answer"], row["region"]) == expected_answer(row["question"], shown), row
         kinds[row["question"].split()[1]] += 1
     assert len(kinds) == 3, kinds
 

@@ -113,7 +113,7 @@ def expected_answer(question, shown):
         boxes = [box for box, tile in shown.items() if named in tile]
         answer = shown[boxes[0]][asked]
     assert len(boxes) == 1, f"{question} names {len(boxes)} tiles"
-    return answer, boxes[0]
+    return answer, list(boxes[0])
 
 
 def test_scenes_answers_and_boxes_fit_the_pixels(scenes):

@@ -3,7 +3,7 @@ Plan which layers select, who guides them and what they keep, for so many texts 
 
     python examples/plan_selection.py --preset base --image_size 384 --texts_per_image 1 2 5 10 --budget 0.8
     python examples/plan_selection.py --model_name_or_path demo/model --text_length 10 --texts_per_image 4 --budget 0.6
-    python examples/plan_selection.py --preset base --image_size 384 --texts_per_image 1 10 --budget 0.4 0.75 --plot p.png
+    python examples/plan_selection.py --preset base --texts_per_image 1 10 --budget 0.4 0.75 --plot plan.png
 
 Costs are multiply-accumulates of text encoder, vision tower and fusion encoder, as shares of those of the unpruned
 model, which shares its vision tower among the texts of an image, too. They are counted, not measured
@@ -58,11 +58,11 @@ def load_config(args: PlanArguments) -> TripsConfig:
 
 
 def named_rows(args: PlanArguments, config: TripsConfig, plan: SelectionPlan) -> dict[str, PlannedSchedule]:
-    """The rows that a picture shows: those that the plan names, and the model's own schedule."""
+    """What the plan names, and the model's own schedule, if it has one."""
     own = Schedule.of(config.vision_config)
     (row,) = plan_schedules(config, [own], args.texts_per_image, args.text_length)
     named = {"cheapest": plan.cheapest, "most tokens": plan.most_tokens, "the model's own": row}
-    return named if own.layers else {name: named[name] for name in ("cheapest", "most tokens")}
+    return {name: row for name, row in named.items() if row.schedule.layers}
 
 
 def thinned(rows: list[PlannedSchedule], num_rows: int) -> list[PlannedSchedule]:
@@ -72,12 +72,69 @@ def thinned(rows: list[PlannedSchedule], num_rows: int) -> list[PlannedSchedule]
     return [rows[round(i * (len(rows) - 1) / (num_rows - 1))] for i in range(num_rows)]
 
 
-def print_rows(rows: list[PlannedSchedule], names: dict[PlannedSchedule, str]):
-    numbers = list(rows[0].ratios)
+def print_rows(rows: list[PlannedSchedule], names: dict[Schedule, str]):
     width = max(len(str(row.schedule)) for row in rows)
-    heads = " ".join(f"{number:>6}" for number in numbers)
-    print(f"{'schedule':<{width}}  cost at texts per image:{heads}  tokens: mean, fused")
+    numbers = " ".join(f"{number:>6}" for number in rows[0].ratios)
+    print(f"{'schedule':<{width}}  mean tokens  to fusion  cost at{numbers} text(s) per image")
     for row in rows:
         ratios = " ".join(f"{ratio:6.3f}" for ratio in row.ratios.values())
-        tokens = f"{row.mean_tokens:12.1f} {row.fused_tokens:6}"
-        print(f"{str(row.schedule):<{width}}  {'':<23}{ratios}  {tokens}  {names.get(row.schedule, '')}")
+        name = names.get(row.schedule, "")
+        tokens = f"{row.mean_tokens:11.1f}  {row.fused_tokens:9}"
+        print(f"{str(row.schedule):<{width}}  {tokens}         {ratios} {name}".rstrip())
+
+
+def plot(named: dict[str, PlannedSchedule], plan: SelectionPlan, args: PlanArguments):
+    """Cost against texts per image, and the cost of keeping tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_texts, by_tokens) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    by_tokens.plot(
+        [row.mean_tokens for row in plan.front], [max(row.ratios.values()) for row in plan.front], ".", color="gray"
+    )
+    numbers = range(1, max(10, *args.texts_per_image) + 1)
+    for number, (name, row) in enumerate(named.items()):
+        ratios = [row.cost.macs(n) / plan.unpruned.cost.macs(n) for n in numbers]
+        by_texts.plot(numbers, ratios, color=f"C{number}", label=f"{name}: {row.schedule}")
+        by_tokens.plot(row.mean_tokens, max(row.ratios.values()), "o", color=f"C{number}")
+    for axes in (by_texts, by_tokens):
+        axes.axhline(1.0, color="black", linewidth=1)
+        axes.grid(alpha=0.3)
+    by_texts.plot(args.texts_per_image, budgets_of(args), "v", color="black", label="budget")
+    by_texts.set(xlabel="texts per image", ylabel="multiply-accumulates, pruned / unpruned", ylim=(0, None))
+    by_tokens.set(xlabel="image tokens per layer, mean", ylabel=f"the same, at worst of {args.texts_per_image} texts")
+    by_tokens.set_ylim(0, None)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(args.plot, dpi=120)
+
+
+def budgets_of(args: PlanArguments) -> list[float]:
+    return args.budget if len(args.budget) > 1 else args.budget * len(args.texts_per_image)
+
+
+def main(argv: list[str] | None = None) -> SelectionPlan:
+    parser = make_parser(PlanArguments, description=__doc__)
+    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    config = load_config(args)
+    plan = plan_selection(
+        config, args.texts_per_image, args.text_length, budgets_of(args), args.min_kept, args.guided_by_text
+    )
+    named = named_rows(args, config, plan)
+    rows = [*thinned(plan.front, args.num_rows), *named.values()]
+    rows = sorted({row.schedule: row for row in rows}.values(), key=lambda row: max(row.ratios.values()))
+    print(f"{plan.num_candidates} candidates; those here, but for named ones, no other beats in cost and tokens.")
+    print_rows(rows, {row.schedule: name for name, row in named.items()})
+    if config.fusion_type == "single_stream":
+        print(
+            "A single stream takes text and patches through all layers together: the texts of an image share no layer,"
+        )
+        print("however late they choose, and a schedule costs the same whether the text or the image guides it.")
+    if args.plot is not None:
+        plot(named, plan, args)
+    return plan
+
+
+if __name__ == "__main__":
+    main()

@@ -122,8 +122,8 @@ def test_a_single_stream_shares_no_layer_whoever_guides():
         (
             [1, 10],
             {"budget": [0.5, 0.1]},
-            "3 image x 0.3; 4 text x 0.7, takes 0.822 of the unpruned model's cost where 10 text(s) share an image, and "
-            "the budget is 0.1: raise it, or lower `min_kept`.",
+            "3 image x 0.3; 4 text x 0.7, takes 0.822 of the unpruned model's cost where 10 text(s) share an image, "
+            "and the budget is 0.1: raise it, or lower `min_kept`.",
         ),
     ],
 )

@@ -105,7 +105,11 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
 
 def label(row: dict) -> str:
     texts = "" if row["texts_per_image"] == 1 else f" x {row['texts_per_image']} texts"
-    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}{texts}, {schedule_of(row)}"
+    return f"{work_of(row)}{texts}, {schedule_of(row)}"
+
+
+def work_of(row: dict) -> str:
+    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}"
 
 
 def schedule_of(row: dict) -> Schedule:
@@ -184,9 +188,10 @@ def plot_rows(rows: list[dict], path: str):
 
 def plot_sharing(rows: list[dict], path: str):
     """Ratios against the number of texts per image: lines of what is counted, points of what was measured."""
-    curves: dict[str, list[dict]] = {}
+    works, curves = sorted({work_of(row) for row in rows}), {}
     for row in sorted(rows, key=lambda row: row["texts_per_image"]):
-        curves.setdefault(label({**row, "texts_per_image": 1}), []).append(row)
+        name = str(schedule_of(row)) if len(works) == 1 else f"{work_of(row)}, {schedule_of(row)}"
+        curves.setdefault(name, []).append(row)
     figure, axes = new_axes(9, 6)
     for number, (name, curve) in enumerate(curves.items()):
         numbers, color = [row["texts_per_image"] for row in curve], f"C{number % 10}"
@@ -195,14 +200,12 @@ def plot_sharing(rows: list[dict], path: str):
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set(yscale="log", xlabel="texts per image", ylabel="pruned / unpruned (lower is better)")
     axes.set_xticks(sorted({row["texts_per_image"] for row in rows}))
-    axes.set_yticks(
-        [0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3], labels=["0.2", "0.3", "0.4", "0.6", "0.8", "1", "1.5", "2", "3"]
-    )
+    ticks = [0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3]
+    axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.set_title(
-        f"TRIPS {rows[0]['preset']}, {rows[0]['device']}, {rows[0]['dtype']}: lines counted, points measured"
-    )
+    model = f"TRIPS {rows[0]['preset']}, {rows[0]['device']}, {rows[0]['dtype']}"
+    axes.set_title("; ".join([model, *(works if len(works) == 1 else []), "lines counted, points measured"]))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -146,7 +146,9 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     path = tmp_path / "speed.json"
     arguments = "--preset tiny --image_size 64 --schedule 2:image:0.5,4:text:0.25 3:image,4 --keep_rate 0.5 0.7"
     options = "--texts_per_image 1 3 --batch_size 1 --text_length 6 --repeats 1 --warmup 0 --no_compare_repeating"
-    benchmark.main([*arguments.split(), *options.split(), "--output_json", str(path)])
+    picture = tmp_path / "speed.png"
+    benchmark.main([*arguments.split(), *options.split(), f"--output_json={path}", f"--plot={picture}"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())
     # The first has rates of its own, so that it comes once; the second takes both of the command line.
     schedules = [([2, 4], [0.5, 0.25]), ([3, 4], 0.5), ([3, 4], 0.7)] * 2
@@ -174,6 +176,13 @@ def test_verdict_says_where_pruning_does_not_pay(capsys):
     assert "pays less than counted: 1.14 times" in capsys.readouterr().out
     benchmark.print_verdict([{**row, "time_ratio": 0.7}])
     assert capsys.readouterr().out == ""
+
+
+def test_the_clock_is_one_that_there_is():
+    assert setting(clock="process").clock == "process"
+    for options in ({"clock": "sun"}, {"clock": "process", "device": "cuda"}):
+        with pytest.raises(ValueError, match="`clock` must be of wall, process, and wall on c"):
+            setting(**options)
 
 
 def test_the_twin_has_the_same_weights_and_selects_nothing():

@@ -51,10 +51,10 @@ class PlannedSchedule:
 class SelectionPlan:
     """
     Args:
-        cheapest ([`PlannedSchedule`]): the candidate that costs least.
+        cheapest ([`PlannedSchedule`]): the candidate that costs least, of those that keep `min_kept` of the tokens.
         most_tokens ([`PlannedSchedule`]): the candidate within the budget that keeps most tokens.
         front (`list[PlannedSchedule]`): the candidates that no other one beats in cost and tokens, cheap ones first.
-        num_candidates (`int`): of how many.
+        num_candidates (`int`): how many candidates keep `min_kept` of the tokens.
         unpruned ([`PlannedSchedule`]): what they are compared with.
     """
 
@@ -151,9 +151,9 @@ def plan_selection(
         ValueError: if a number is out of range, or no candidate holds the budget.
     """
     numbers = [texts_per_image] if isinstance(texts_per_image, int) else list(texts_per_image)
-    budgets = [budget] * len(numbers) if isinstance(budget, (int, float)) else list(budget)
-    _check(config, numbers, text_length, budgets, min_kept)
-    budgets = dict(zip(numbers, budgets))
+    shares = [budget] * len(numbers) if isinstance(budget, (int, float)) else list(budget)
+    _check(config, numbers, text_length, shares, min_kept)
+    budgets = dict(zip(numbers, shares))
     (unpruned,) = plan_schedules(config, [UNPRUNED], numbers, text_length)
     rows = plan_schedules(config, candidate_schedules(config, guided_by_text), numbers, text_length)
     rows = [row for row in rows if row.fused_tokens >= min_kept * unpruned.fused_tokens]

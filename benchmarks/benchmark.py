@@ -5,6 +5,7 @@ Measure what patch selection saves: TRIPS against its unpruned twin (the same we
     python benchmarks/benchmark.py --mode forward training --plot speed.png --output_json speed.json
     python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
     python benchmarks/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
+    python benchmarks/benchmark.py --schedule 5:image:0.7,12:text:0.3 --batch_size 1 --texts_per_image 1 2 5 10
     python benchmarks/benchmark.py --mode pretraining --image_size 256 --schedule 5,10 --batch_size 4
 
 Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows
@@ -24,6 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_trips import TripsConfig
+from modeling_trips.inspection.schedules import Schedule
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from trips_examples.training.files import write_whole
 from trips_examples.training.parser import make_parser
@@ -39,9 +41,18 @@ class BenchmarkArguments:
     )
     text_length: int = field(default=40, metadata={"help": "Tokens per text (the paper counts 40)."})
     schedule: list[str] = field(
-        default_factory=lambda: ["5,10", "2,10", "2,4,8"], metadata={"help": "Selection layers, as in 5,10."}
+        default_factory=lambda: ["5,10", "2,10", "2,4,8"],
+        metadata={
+            "help": "Selection layers, as in 5,10, or each with its guidance and its keep rate, which are text and "
+            "--keep_rate otherwise: 5:image:0.7,12:text:0.3"
+        },
     )
-    keep_rate: list[float] = field(default_factory=lambda: [0.7], metadata={"help": "Keep rates to try."})
+    keep_rate: list[float] = field(
+        default_factory=lambda: [0.7], metadata={"help": "Keep rates to try, of the layers that have none."}
+    )
+    compare_repeating: bool = field(
+        default=True, metadata={"help": "Where texts share images, also measure repeating the images."}
+    )
     config_fields: str = field(
         default="{}",
         metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"honest_negatives": false}'"""},
@@ -51,6 +62,10 @@ class BenchmarkArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
+    clock: str = field(
+        default="wall",
+        metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."},
+    )
     compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
     warmup: int = field(default=2, metadata={"help": "Steps of each twin before any is timed."})
     repeats: int = field(default=10, metadata={"help": "Timed steps of each twin."})
@@ -59,14 +74,14 @@ class BenchmarkArguments:
 
 
 def settings_of(args: BenchmarkArguments) -> list[Setting]:
+    schedules = [Schedule.parse(text, rate) for text, rate in itertools.product(args.schedule, args.keep_rate)]
     grid = itertools.product(
         args.mode,
         args.dtype,
         args.image_size,
         args.batch_size,
         args.texts_per_image,
-        args.schedule,
-        args.keep_rate,
+        dict.fromkeys(schedules),  # those with rates of their own come once
     )
     return [
         Setting(
@@ -75,23 +90,31 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
             batch_size=batch_size,
             texts_per_image=texts_per_image,
             text_length=args.text_length,
-            selection_layers=[int(layer) for layer in schedule.split(",")],
-            keep_rate=keep_rate,
             mode=mode,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             device=args.device,
             compile=args.compile,
+            clock=args.clock,
             config_fields=json.loads(args.config_fields),
+            **schedule.config_fields,
         )
-        for mode, dtype, image_size, batch_size, texts_per_image, schedule, keep_rate in grid
+        for mode, dtype, image_size, batch_size, texts_per_image, schedule in grid
     ]
 
 
 def label(row: dict) -> str:
-    layers = ",".join(map(str, row["selection_layers"]))
     texts = "" if row["texts_per_image"] == 1 else f" x {row['texts_per_image']} texts"
-    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}{texts}, [{layers}] x {row['keep_rate']}"
+    return f"{work_of(row)}{texts}, {schedule_of(row)}"
+
+
+def work_of(row: dict) -> str:
+    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}"
+
+
+def schedule_of(row: dict) -> Schedule:
+    names = ("selection_layers", "keep_rate", "selection_guidance")
+    return Schedule.of(TripsConfig.from_preset(row["preset"], **{name: row[name] for name in names}).vision_config)
 
 
 def print_table(rows: list[dict]):
@@ -134,14 +157,22 @@ def print_verdict(rows: list[dict]):
             print(f"{label(row)}: pruning pays less than counted: {excess:.2f} times the MACs ratio.")
 
 
-def plot_rows(rows: list[dict], path: str):
-    """Bars of the counted and the measured ratio, one pair per setting."""
+def new_axes(width: float, height: float):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    return figure, axes
+
+
+def plot_rows(rows: list[dict], path: str):
+    """Bars of the counted and the measured ratio, one pair per setting; lines where texts share images."""
+    if len({row["texts_per_image"] for row in rows}) > 1:
+        plot_sharing(rows, path)
+        return
+    figure, axes = new_axes(9, 1.2 + 0.45 * len(rows))
     for offset, name, title in ((0.2, "macs_ratio", "counted MACs"), (-0.2, "time_ratio", "measured time")):
         places = [len(rows) - i + offset for i in range(len(rows))]
         bars = axes.barh(places, [row[name] for row in rows], height=0.38, label=title)
@@ -155,12 +186,39 @@ def plot_rows(rows: list[dict], path: str):
     figure.savefig(path, dpi=120)
 
 
+def plot_sharing(rows: list[dict], path: str):
+    """Ratios against the number of texts per image: lines of what is counted, points of what was measured."""
+    works, curves = sorted({work_of(row) for row in rows}), {}
+    for row in sorted(rows, key=lambda row: row["texts_per_image"]):
+        name = str(schedule_of(row)) if len(works) == 1 else f"{work_of(row)}, {schedule_of(row)}"
+        curves.setdefault(name, []).append(row)
+    figure, axes = new_axes(9, 6)
+    for number, (name, curve) in enumerate(curves.items()):
+        numbers, color = [row["texts_per_image"] for row in curve], f"C{number % 10}"
+        axes.plot(numbers, [row["macs_ratio"] for row in curve], color=color, label=name)
+        axes.plot(numbers, [row["time_ratio"] for row in curve], "o", color=color)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(yscale="log", xlabel="texts per image", ylabel="pruned / unpruned (lower is better)")
+    axes.set_xticks(sorted({row["texts_per_image"] for row in rows}))
+    ticks = [0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3]
+    axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    model = f"TRIPS {rows[0]['preset']}, {rows[0]['device']}, {rows[0]['dtype']}"
+    axes.set_title("; ".join([model, *(works if len(works) == 1 else []), "lines counted, points measured"]))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = make_parser(BenchmarkArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    rows = [measure(setting, args.warmup, args.repeats) for setting in tqdm(settings_of(args), desc="settings")]
+    rows = [
+        measure(setting, args.warmup, args.repeats, args.compare_repeating)
+        for setting in tqdm(settings_of(args), desc="settings")
+    ]
     print_table(rows)
     if args.output_json is not None:
         write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")

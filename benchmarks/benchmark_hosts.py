@@ -11,7 +11,6 @@ the whole model's: text, vision tower, fusion and head.
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection, remove_patch_selection
-from modeling_trips.inspection.speed import provenance, timed
+from modeling_trips.inspection.speed import CLOCKS, provenance
 from trips_examples.training.files import write_whole
 from trips_examples.training.parser import make_parser
 
@@ -123,16 +122,6 @@ def count_tokens(model: nn.Module, inputs: dict[str, torch.Tensor], num_class_to
     before = selections[0].candidate_indices.shape[1] + num_class_tokens
     after = selections[-1].kept_indices.shape[1] + 1 + num_class_tokens
     return before, after
-
-
-def processor_time(step: Callable[[], None], device: str) -> float:
-    """Seconds that this process computed during one step."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
-CLOCKS = {"wall": timed, "process": processor_time}
 
 
 def measure(name: str, args: HostBenchmarkArguments) -> dict:

@@ -81,6 +81,7 @@ def measure_speed(model: TripsForQuestionAnswering, texts_per_image: int) -> dic
         text_length=10,
         selection_layers=vision.selection_layers,
         keep_rate=vision.keep_rate,
+        selection_guidance=vision.selection_guidance,
         mode="forward",
         dtype="float32",
         attn_implementation="sdpa",

@@ -86,7 +86,7 @@ def apply_patch_selection(
     model: nn.Module,
     selection_layers: Sequence[int],
     keep_rate: float | Sequence[float] = 0.7,
-    guidance: str = "text",
+    guidance: str | Sequence[str] = "text",
     fuse_inattentive_tokens: bool = True,
 ):
     """
@@ -107,13 +107,13 @@ def apply_patch_selection(
             they must come before the first bridge to the cross-modal layers.
         keep_rate (`float` or `Sequence[float]`, *optional*, defaults to 0.7):
             Share of the candidates that goes on, in (0, 1]: one for all selection layers, or one each.
-        guidance (`str`, *optional*, defaults to `"text"`):
-            Who scores the patches. `"image"`: the image's own [CLS], or the mean of all tokens where there is none
-            (SigLIP). `"text"`: in ViLT the text's [CLS]; in BLIP for question answering and for retrieval by matching
-            the [CLS] of the text encoder without cross-attention, which costs another pass of the text encoder; in
-            CLIP, SigLIP, `BlipModel` and lone vision towers a vector per image, `text_embeds` of shape
-            `(batch_size, hidden_size)`, which the vision tower and `get_image_features` take as a keyword. Where none
-            is given the image guides itself, as it must for an index of images.
+        guidance (`str` or `Sequence[str]`, *optional*, defaults to `"text"`):
+            Who scores the patches: one for all selection layers, or one each. `"image"`: the image's own [CLS], or the
+            mean of all tokens where there is none (SigLIP). `"text"`: in ViLT the text's [CLS]; in BLIP for question
+            answering and for retrieval by matching the [CLS] of the text encoder without cross-attention, which costs
+            another pass of the text encoder; in CLIP, SigLIP, `BlipModel` and lone vision towers a vector per image,
+            `text_embeds` of shape `(batch_size, hidden_size)`, which the vision tower and `get_image_features` take as
+            a keyword. Where none is given the image guides itself, as it must for an index of images.
         fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
             Whether the tokens that are not kept go on as one fused token, or are dropped.
 
@@ -123,22 +123,24 @@ def apply_patch_selection(
             a compiler or by Accelerate.
     """
     host = find_host(model)
-    schedule = _checked_schedule(host, selection_layers, keep_rate)
-    _check_guidance(model, host, guidance)
+    layers = _checked_layers(host, selection_layers)
+    rates = _checked_rates(layers, keep_rate)
+    guidances = _checked_guidances(model, host, layers, guidance)
+    schedule = {layer: (rate, who) for layer, rate, who in zip(layers, rates, guidances) if rate < 1.0}
     for number in schedule:
         _check_layer(host, number)
 
     remove_patch_selection(model)
     if not schedule:
         return
-    for number, rate in schedule.items():
+    for number, (rate, who) in schedule.items():
         settings = SelectionSettings(
-            rate, guidance, fuse_inattentive_tokens, host.num_prefix_tokens, host.has_class_token
+            rate, who, "text" in guidances, fuse_inattentive_tokens, host.num_prefix_tokens, host.has_class_token
         )
         host.layers[number - 1] = host.selection_layer_class.of(host.layers[number - 1], selection=settings)
     for parent, name, stand_in_class in host.stand_ins:
         setattr(parent, name, stand_in_class.of(getattr(parent, name)))
-    if host.passes_its_text and guidance == "text":
+    if host.passes_its_text and any(who == "text" for _, who in schedule.values()):
         install_text_guidance(model)
 
 
@@ -229,8 +231,7 @@ def find_host(model: nn.Module) -> Host:
     )
 
 
-def _checked_schedule(host: Host, selection_layers: Sequence[int], keep_rate) -> dict[int, float]:
-    """Keep rate by layer number, of the layers that drop something."""
+def _checked_layers(host: Host, selection_layers: Sequence[int]) -> list[int]:
     try:
         layers = [operator.index(layer) for layer in selection_layers]
     except TypeError as error:
@@ -241,20 +242,33 @@ def _checked_schedule(host: Host, selection_layers: Sequence[int], keep_rate) ->
             f"`selection_layers` must be ascending without repetition and lie in 1..{last}, got {layers}."
             + ("" if last == len(host.layers) else f" Layers {last + 1} on are tied, token by token, to others.")
         )
-    several = isinstance(keep_rate, Sequence) and not isinstance(keep_rate, str)
-    rates = list(keep_rate) if several else [keep_rate] * len(layers)
-    if len(rates) != len(layers):
-        raise ValueError(f"`keep_rate` must be one number or one per selection layer: got {rates} for {layers}.")
+    return layers
+
+
+def _one_per_layer(name: str, value, layers: list[int]) -> list:
+    """One value for all layers, or one each, as one each."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if several else [value] * len(layers)
+    if len(values) != len(layers):
+        raise ValueError(f"`{name}` must be one for all or one per selection layer: got {values} for {layers}.")
+    return values
+
+
+def _checked_rates(layers: list[int], keep_rate: float | Sequence[float]) -> list[float]:
+    rates = _one_per_layer("keep_rate", keep_rate, layers)
     if not all(isinstance(rate, Real) and 0.0 < float(rate) <= 1.0 for rate in rates):
         raise ValueError(f"`keep_rate` must lie in (0, 1], got {keep_rate!r}.")
-    return {layer: rate for layer, rate in zip(layers, rates) if rate < 1.0}
+    return rates
 
 
-def _check_guidance(model: nn.Module, host: Host, guidance: str):
-    if guidance not in ("text", "image"):
-        raise ValueError(f'`guidance` must be "text" or "image", got {guidance!r}.')
-    if guidance == "text" and host.no_text is not None:
+def _checked_guidances(model: nn.Module, host: Host, layers: list[int], guidance: str | Sequence[str]) -> list[str]:
+    guidances = _one_per_layer("guidance", guidance, layers)
+    single = [guidance] if isinstance(guidance, str) else []  # one for all is checked even if there is no layer
+    if any(who not in ("text", "image") for who in single + guidances):
+        raise ValueError(f'`guidance` must be "text" or "image", or a list of them, got {guidance!r}.')
+    if "text" in single + guidances and host.no_text is not None:
         raise ValueError(f'The text cannot guide {type(model).__name__}: {host.no_text}. Use guidance="image".')
+    return guidances
 
 
 def _check_layer(host: Host, number: int):

@@ -28,6 +28,7 @@ class SelectionSettings(NamedTuple):
 
     keep_rate: float
     guidance: str  # "text" or "image"
+    takes_text: bool  # whether a text is to guide any of the model's layers
     fuse_inattentive_tokens: bool
     num_prefix_tokens: int  # [CLS], registers: they come first and always stay
     has_class_token: bool  # whether token 0 is [CLS], which guides where no text does
@@ -123,6 +124,8 @@ class SelectionLayer(StandIn):
         """The state, of shape `(batch_size, hidden_size)`, whose query scores the candidates."""
         if text_embeds is not None:
             self._check_text(normed, text_embeds)
+        # Vision towers hand a text to all of their layers.
+        if text_embeds is not None and self.selection.guidance == "text":
             return text_embeds
         if self.selection.has_class_token:
             return normed[:, 0]
@@ -132,10 +135,10 @@ class SelectionLayer(StandIn):
         return normed.mean(dim=1)
 
     def _check_text(self, normed: torch.Tensor, text_embeds: torch.Tensor):
-        if self.selection.guidance != "text":
+        if not self.selection.takes_text:
             raise ValueError(
-                f"Got `text_embeds`, but patch selection was applied with guidance={self.selection.guidance!r}. "
-                'Apply it with guidance="text".'
+                "Got `text_embeds`, but patch selection was applied with guidance='image'. Apply it with "
+                'guidance="text", or with "text" for the layers that it is to guide.'
             )
         expected = (normed.shape[0], normed.shape[2])
         if text_embeds.shape != expected:

@@ -36,7 +36,8 @@ class Setting:
         texts_per_image (`int`): texts about each image, which share its prefix.
         text_length (`int`): tokens per text.
         selection_layers (`list[int]`): layers that select, numbered from 1.
-        keep_rate (`float`): share of the tokens that each of them keeps.
+        keep_rate (`float` or `list[float]`): share of the tokens that each of them keeps: one for all, or one each.
+        selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`): who ranks the tokens, likewise.
         mode (`str`, *optional*, defaults to `"forward"`): one of `MODES`: the forward pass of text encoder, vision
             tower and fusion encoder; that and its backward pass; or both of all pre-training objectives, with a
             momentum teacher, but without the optimizer and the teacher's update.
@@ -45,6 +46,8 @@ class Setting:
         device (`str`, *optional*, defaults to `"cpu"`): where it is timed.
         num_threads (`int`, *optional*): the threads that PyTorch uses, for the record: nothing is set by it.
         compile (`bool`, *optional*, defaults to `False`): whether the model is compiled.
+        clock (`str`, *optional*, defaults to `"wall"`): one of `CLOCKS`; `"process"` is the processor's time, which
+            other programs do not lengthen: for one thread of a busy machine.
         config_fields (`dict`, *optional*): more fields of [`TripsConfig`].
     """
 
@@ -54,14 +57,20 @@ class Setting:
     texts_per_image: int
     text_length: int
     selection_layers: list[int]
-    keep_rate: float
+    keep_rate: float | list[float]
+    selection_guidance: str | list[str] = "text"
     mode: str = "forward"
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     device: str = "cpu"
     num_threads: int = field(default_factory=torch.get_num_threads)
     compile: bool = False
+    clock: str = "wall"
     config_fields: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
+            raise ValueError(f"`clock` must be of {', '.join(CLOCKS)}, and wall on {self.device}: got {self.clock}.")
 
     def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel | TripsForPreTraining:
         """A model with random weights, on a device (`"meta"` to count), in training mode unless `mode` is forward."""
@@ -70,6 +79,7 @@ class Setting:
             vision_config={"image_size": self.image_size},
             selection_layers=self.selection_layers,
             keep_rate=self.keep_rate,
+            selection_guidance=self.selection_guidance,
             **self.config_fields,
         )
         auto_class = AutoModelForPreTraining if self.mode == "pretraining" else AutoModel
@@ -106,7 +116,7 @@ class Setting:
         return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model), "teacher_weight": 0.4}
 
 
-def set_keep_rate(keep_rate: float, model: torch.nn.Module, inputs: dict):
+def set_keep_rate(keep_rate: float | list[float], model: torch.nn.Module, inputs: dict):
     """Sets the keep rate of a model, and of its teacher if it has one among its inputs."""
     for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
         module.config.keep_rate = keep_rate
@@ -128,7 +138,7 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]
     return {"forward": forward, "training": forward_backward, "pretraining": pretraining}[setting.mode]
 
 
-def count_macs(setting: Setting, keep_rate: float) -> int:
+def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
     """Multiply-accumulates of all matrix products and convolutions of one step, counted on the meta device."""
     # Eager, since the counter sees the products inside; no dtype matters.
     model = setting.make_model("meta", attn_implementation="eager")
@@ -139,7 +149,7 @@ def count_macs(setting: Setting, keep_rate: float) -> int:
     return counter.get_total_flops() // 2
 
 
-def macs_by_part(setting: Setting, keep_rate: float) -> dict[str, float]:
+def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, float]:
     """
     Multiply-accumulates of the forward pass of a pre-training step, by part: the layers of the vision tower that all
     texts about an image share, those that are run for each text, text encoder, fusion encoder, decoder, heads and
@@ -179,6 +189,16 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
+def processor_time(step: Callable[[], None], device: str) -> float:
+    """Seconds that all threads of this process spent on one step."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+CLOCKS = {"wall": timed, "process": processor_time}
+
+
 def peak_memory(step: Callable[[], None], device: str) -> int | None:
     """
     Peak bytes during one step: allocated by PyTorch on an accelerator; on Linux's CPU, resident in the whole process,
@@ -216,7 +236,7 @@ def tokens_per_layer(setting: Setting) -> list[int]:
     return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]
 
 
-def measure(setting: Setting, warmup: int, repeats: int) -> dict:
+def measure(setting: Setting, warmup: int, repeats: int, compare_repeating: bool = True) -> dict:
     """
     Measures a model and its unpruned twin, and where texts share images also the model with its images repeated.
 
@@ -224,6 +244,7 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
         setting ([`Setting`])
         warmup (`int`): steps of each before any is timed.
         repeats (`int`): timed steps of each.
+        compare_repeating (`bool`, *optional*, defaults to `True`): whether to measure the third, which takes longest.
 
     Returns:
         `dict`: a row of results, which JSON can hold: the fields of the setting, what the numbers depend on besides
@@ -231,14 +252,14 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
         `throughput` (texts per second), `peak_memory_bytes` (None where it cannot be known), `macs_ratio` and
         `time_ratio` (pruned / unpruned), `tokens_per_layer`; the twin's `unpruned_latency` and
         `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and `unpruned_macs_by_part`; with shared images
-        `speedup_over_repeating_images`.
+        `speedup_over_repeating_images`, if asked for.
     """
     model = setting.make_model(setting.device)
     callable_model = torch.compile(model) if setting.compile else model
     inputs = setting.make_inputs(model)
     shared = make_step(setting, callable_model, inputs)
     variants = {"pruned": (setting.keep_rate, shared), "unpruned": (1.0, shared)}
-    if setting.texts_per_image > 1:
+    if setting.texts_per_image > 1 and compare_repeating:
         repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
         variants["repeated"] = (setting.keep_rate, repeated)
 
@@ -246,7 +267,7 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
     for round_number in range(warmup + repeats):
         for name, (keep_rate, step) in variants.items():
             set_keep_rate(keep_rate, model, inputs)
-            elapsed = timed(step, setting.device)
+            elapsed = CLOCKS[setting.clock](step, setting.device)
             model.zero_grad(set_to_none=True)
             if round_number >= warmup:
                 seconds[name].append(elapsed)

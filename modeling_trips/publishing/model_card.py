@@ -3,6 +3,7 @@ The model card of a published checkpoint: made from its configuration, from a ru
 measurements. What none of them says is said to be unknown.
 """
 
+import copy
 import json
 import logging
 import re
@@ -18,9 +19,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import modeling_trips
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
+from ..inspection.plan import plan_schedules
+from ..inspection.schedules import Schedule
+
 
 logger = logging.getLogger(__name__)
 
+TYPICAL_TEXT_LENGTH = 40  # tokens, as the paper counts
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 GUIDANCES = {"text": "the text's [CLS] token", "image": "the image's own [CLS] token", "random": "chance"}
 # What an `eval_results.json` holds besides metrics.
@@ -141,10 +146,9 @@ def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> 
     rows = [rows] if isinstance(rows, dict) else rows
     fitting = [row for row in rows if _setting(row) == _own_setting(config, image_size)]
     if not fitting:
-        vision = config.vision_config
         raise ValueError(
             f"--speed {path}: none of its rows was measured at this model's size, {image_size[0]} x {image_size[1]} "
-            f"pixels, selection layers {vision.selection_layers} and keep rate {vision.keep_rate}. Measure it with "
+            f"pixels and with its schedule, {Schedule.of(config.vision_config)}. Measure it with "
             "benchmarks/benchmark.py."
         )
     return fitting
@@ -152,14 +156,22 @@ def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> 
 
 def _setting(row: dict) -> tuple:
     """Size, resolution and schedule of a row of the benchmark."""
-    options = {"selection_layers": row["selection_layers"], "keep_rate": row["keep_rate"]}
+    options = {name: row[name] for name in ("selection_layers", "keep_rate", "selection_guidance") if name in row}
     return _own_setting(TripsConfig.from_preset(row["preset"], **options), (row["image_size"], row["image_size"]))
 
 
 def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
     parts = (config.vision_config, config.text_config, config.fusion_encoder_config)
     sizes = [(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in parts]
-    return sizes, config.vision_config.patch_shape, image_size, config.vision_config.selection_schedule
+    return sizes, config.vision_config.patch_shape, image_size, Schedule.of(config.vision_config)
+
+
+def count_cost(config: TripsConfig, image_size: tuple[int, int], text_length: int) -> dict[int, float]:
+    """Multiply-accumulates of the checkpoint's schedule by the number of texts per image, pruned / unpruned."""
+    config = copy.deepcopy(config)
+    config.vision_config.image_size = image_size
+    (row,) = plan_schedules(config, [Schedule.of(config.vision_config)], [1, 10], text_length)
+    return row.ratios
 
 
 def head_of(config: TripsConfig) -> Head:
@@ -275,6 +287,8 @@ def make_model_card(
         head = head._replace(has_pipeline=False)  # by the tasks' names, Transformers finds them in checkpoints alone
     metrics, num_examples = read_metrics(results) if results else ({}, None)
     image_size, tokens = look_once(model, processor)
+    text_length = min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    counted_length = min(text_length, TYPICAL_TEXT_LENGTH)
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
     measured_on.append(f"{num_examples:,} examples" if num_examples else "unknown number of examples")
     return ModelCard.from_template(
@@ -301,7 +315,9 @@ def make_model_card(
         dtype=str(model.dtype).removeprefix("torch."),
         image_size=image_size,
         patches=[pixels // patch for pixels, patch in zip(image_size, config.vision_config.patch_shape)],
-        text_length=min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings),
+        text_length=text_length,
+        counted_length=counted_length,
+        cost={number: f"{ratio:.2f}" for number, ratio in count_cost(config, image_size, counted_length).items()},
         guidance=" or ".join(GUIDANCES[guidance] for guidance in sorted({*config.vision_config.selection_guidances})),
         selection=describe_selection(config, tokens),
         train_datasets=args.train_datasets,

@@ -139,7 +139,33 @@ def test_command_line_writes_a_row_per_setting(tmp_path, capsys):
         assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
         assert row["throughput"] == pytest.approx(2 / row["latency"])
         assert row["peak_memory_bytes"] > 2**20
-    assert "[2,3] x 0.5" in capsys.readouterr().out
+    assert "2, 3 text x 0.5" in capsys.readouterr().out
+
+
+def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    arguments = "--preset tiny --image_size 64 --schedule 2:image:0.5,4:text:0.25 3:image,4 --keep_rate 0.5 0.7"
+    options = "--texts_per_image 1 3 --batch_size 1 --text_length 6 --repeats 1 --warmup 0 --no_compare_repeating"
+    picture = tmp_path / "speed.png"
+    benchmark.main([*arguments.split(), *options.split(), f"--output_json={path}", f"--plot={picture}"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(path.read_text())
+    # The first has rates of its own, so that it comes once; the second takes both of the command line.
+    schedules = [([2, 4], [0.5, 0.25]), ([3, 4], 0.5), ([3, 4], 0.7)] * 2
+    assert [(row["selection_layers"], row["keep_rate"]) for row in rows] == schedules
+    assert all(row["selection_guidance"] == ["image", "text"] for row in rows)
+    assert [row["texts_per_image"] for row in rows] == [1, 1, 1, 3, 3, 3]
+    assert rows[0]["tokens_per_layer"] == [65, 34, 34, 11]
+    late = setting(
+        batch_size=1,
+        texts_per_image=3,
+        selection_layers=[2, 4],
+        keep_rate=[0.5, 0.25],
+        selection_guidance=["image", "text"],
+    )
+    assert rows[3]["macs_ratio"] == count_macs(late, [0.5, 0.25]) / count_macs(late, 1.0)
+    assert "speedup_over_repeating_images" not in rows[3]
+    assert "3 texts, 2 image x 0.5; 4 text x 0.25" in capsys.readouterr().out
 
 
 def test_verdict_says_where_pruning_does_not_pay(capsys):
@@ -150,6 +176,13 @@ def test_verdict_says_where_pruning_does_not_pay(capsys):
     assert "pays less than counted: 1.14 times" in capsys.readouterr().out
     benchmark.print_verdict([{**row, "time_ratio": 0.7}])
     assert capsys.readouterr().out == ""
+
+
+def test_the_clock_is_one_that_there_is():
+    assert setting(clock="process").clock == "process"
+    for options in ({"clock": "sun"}, {"clock": "process", "device": "cuda"}):
+        with pytest.raises(ValueError, match="`clock` must be of wall, process, and wall on c"):
+            setting(**options)
 
 
 def test_the_twin_has_the_same_weights_and_selects_nothing():

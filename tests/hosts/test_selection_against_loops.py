@@ -22,7 +22,7 @@ from torch import nn
 from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection
 
 
-def naive_tower(tokens, layers, num_heads, num_prefix, guide, schedule):
+def naive_tower(tokens, layers, num_heads, num_prefix, guides, schedule):
     """
     One image through pre-norm layers with selection, token by token, with the whole attention map.
 
@@ -30,7 +30,8 @@ def naive_tower(tokens, layers, num_heads, num_prefix, guide, schedule):
         tokens: tensor (n, width). The first `num_prefix` always stay.
         layers: per layer a dict with norm1, norm2 (callables), q, k, v, out ((weight, bias) pairs), mlp (callable) and
             optionally q_norm, k_norm, scale1, scale2 (callables).
-        guide: the position of the guiding token, None for the mean of all queries, or a vector.
+        guides: by number of the selection layer the position of the guiding token, None for the mean of all queries,
+            or a vector.
         schedule: keep rate by layer number.
 
     Returns:
@@ -61,6 +62,7 @@ def naive_tower(tokens, layers, num_heads, num_prefix, guide, schedule):
             updated.append(tokens[i] + layer.get("scale1", same)(weight @ torch.cat(attended) + bias))
         tokens = torch.stack(updated)
         if number in schedule:
+            guide = guides[number]
             if isinstance(guide, torch.Tensor):
                 query = heads(guide, "q")
             elif guide is None:
@@ -123,8 +125,8 @@ def check_against_loops(tokens, layers, guides, num_prefix, run: Callable[[], to
     model_layers = [parts_of(layer) for layer in layers]
     num_heads = 1 if type(layers[0]).__name__ == "BridgeTowerResidualAttention" else 2
     expected = [
-        naive_tower(row, model_layers, num_heads, num_prefix, guide, dict.fromkeys(LAYERS, RATE))
-        for row, guide in zip(tokens, guides)
+        naive_tower(row, model_layers, num_heads, num_prefix, row_guides, dict.fromkeys(LAYERS, RATE))
+        for row, row_guides in zip(tokens, guides)
     ]
     model = apply()
     with record_patch_selection(model) as selections:
@@ -135,8 +137,20 @@ def check_against_loops(tokens, layers, guides, num_prefix, run: Callable[[], to
         assert selection.kept_indices.shape[1] == KEPT[i]
 
 
+def guides_of(guidance, by_text, by_image) -> list[dict]:
+    """For each row the guide of each selection layer, given those of its text and of its image."""
+    each = guidance if isinstance(guidance, list) else [guidance] * len(LAYERS)
+    return [
+        {layer: text if who == "text" else image for layer, who in zip(LAYERS, each)}
+        for text, image in zip(by_text, by_image)
+    ]
+
+
+each_guidance = pytest.mark.parametrize("guidance", ["text", "image", ["image", "text"], ["text", "image"]], ids=str)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", ["text", "image"])
+@each_guidance
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_clip_and_siglip_agree_with_loops(name, guidance):
     model = HOSTS[name].make_model().double()
@@ -144,7 +158,8 @@ def test_clip_and_siglip_agree_with_loops(name, guidance):
     tokens = tower.embeddings(pixels)
     tokens = tower.pre_layrnorm(tokens) if name == "clip" else tokens
     texts = torch.randn(3, 32, dtype=torch.float64)
-    guides, given = (texts, {"text_embeds": texts}) if guidance == "text" else ([0 if num_prefix else None] * 3, {})
+    guides = guides_of(guidance, texts, [0 if num_prefix else None] * 3)
+    given = {"text_embeds": texts} if "text" in guidance else {}
 
     def apply():
         apply_patch_selection(model, LAYERS, RATE, guidance)
@@ -158,13 +173,13 @@ def test_clip_and_siglip_agree_with_loops(name, guidance):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", ["text", "image"])
+@each_guidance
 def test_blip_agrees_with_loops(guidance):
     """The text's guide is the [CLS] that the contrastive path shows: the text encoder without cross-attention."""
     model = HOSTS["blip_retrieval"].make_model().double()
     tower, inputs = model.vision_model, {**PAIRS, "pixel_values": PIXELS.double()}
     text_states = model(**inputs, use_itm_head=False).question_embeds
-    guides = text_states[:, 0] if guidance == "text" else [0] * 3
+    guides = guides_of(guidance, text_states[:, 0], [0] * 3)
 
     def apply():
         apply_patch_selection(model, LAYERS, RATE, guidance)
@@ -190,7 +205,7 @@ def test_bridgetower_agrees_with_loops():
     def run():
         return model(**inputs).hidden_states[1][-1].transpose(0, 1)
 
-    check_against_loops(tokens, visual.transformer.resblocks, [0] * 3, 1, run, apply)
+    check_against_loops(tokens, visual.transformer.resblocks, [dict.fromkeys(LAYERS, 0)] * 3, 1, run, apply)
 
 
 @torch.no_grad()
@@ -206,7 +221,7 @@ def test_timm_agrees_with_loops(options):
         parameter.add_(torch.randn_like(parameter) * 0.1)
     model.norm = nn.Identity()
     tokens = model._pos_embed(model.patch_embed(PIXELS.double()))
-    guides = [0 if model.has_class_token else None] * 3
+    guides = [dict.fromkeys(LAYERS, 0 if model.has_class_token else None)] * 3
 
     def apply():
         apply_patch_selection(model, LAYERS, RATE, "image")
@@ -219,7 +234,7 @@ def test_timm_agrees_with_loops(options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", ["text", "image"])
+@each_guidance
 def test_vilt_agrees_with_loops_over_each_pair_without_its_padding(guidance):
     model = HOSTS["vilt"].make_model().double()
     host = HOSTS["vilt"]
@@ -239,8 +254,8 @@ def test_vilt_agrees_with_loops_over_each_pair_without_its_padding(guidance):
         patches = patch_index[row, :, 0] * grid[1] + patch_index[row, :, 1]
         present = [i for i in patches.argsort().tolist() if mask[row, 6 + i]]  # in the order of the grid
         tokens = torch.cat([states[row, :length], states[row, 5:6], states[row, 6:][present]])
-        guide = 0 if guidance == "text" else length
-        expected, kept = naive_tower(tokens, layers, 2, length + 1, guide, dict.fromkeys(LAYERS, RATE))
+        (guides,) = guides_of(guidance, [0], [length])
+        expected, kept = naive_tower(tokens, layers, 2, length + 1, guides, dict.fromkeys(LAYERS, RATE))
         expected = tower.layernorm(expected)
         torch.testing.assert_close(actual[row, :length], expected[:length], rtol=0, atol=1e-9)
         torch.testing.assert_close(actual[row, 5], expected[length], rtol=0, atol=1e-9)

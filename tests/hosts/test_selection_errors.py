@@ -47,7 +47,7 @@ def test_a_model_that_is_not_supported_gets_the_list_of_those_that_are(make_mode
         ([2, 4], 0.7, r"lie in 1\.\.3, got \[2, 4\]"),
         ([2, 1], 0.7, "ascending"),
         ([1, 1], 0.7, "without repetition"),
-        ([1, 2], [0.7], "one number or one per selection layer"),
+        ([1, 2], [0.7], "`keep_rate` must be one for all or one per selection layer: got"),
         ([1, 2], [0.7, 0.0], r"\(0, 1\], got \[0.7, 0.0\]"),
         ([1], 1.5, r"\(0, 1\], got 1.5"),
         (2, 0.7, "`selection_layers` must be a list of integers, got 2"),
@@ -86,8 +86,25 @@ def test_where_the_text_cannot_guide_an_error_says_why(make_model, reason):
     model = make_model()
     with pytest.raises(ValueError, match=f'{reason}.*guidance="image"'):
         apply_patch_selection(model, LAYERS)
-    with pytest.raises(ValueError, match='must be "text" or "image", got \'words\''):
+    with pytest.raises(ValueError, match='must be "text" or "image", or a list of them, got \'words\''):
         apply_patch_selection(model, LAYERS, guidance="words")
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        (["text"], r"`guidance` must be one for all or one per selection layer: got \['text'\] for \[1, 2\]"),
+        (["image", "random"], r'must be "text" or "image", or a list of them, got \[.image., .random.\]'),
+    ],
+)
+def test_guidance_per_layer_must_fit_the_layers(guidance, message):
+    with pytest.raises(ValueError, match=message):
+        apply_patch_selection(make_clip(), LAYERS, guidance=guidance)
+
+
+def test_one_layer_that_a_text_should_guide_is_enough_for_an_error():
+    with pytest.raises(ValueError, match='takes pixels only. Use guidance="image"'):
+        apply_patch_selection(make_timm(), LAYERS, guidance=["image", "text"])
 
 
 def test_a_text_that_does_not_fit_is_refused():

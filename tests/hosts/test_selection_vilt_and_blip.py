@@ -132,6 +132,16 @@ def test_the_text_picks_the_patches_of_blip(name):
     host.apply(model, guidance="image")
     kept, kept_for_other = kept_by(host, model), kept_by(host, model, other_text)
     assert all(torch.equal(a, b) for a, b in zip(kept, kept_for_other))
+    host.apply(model, guidance=["image", "text"])
+    kept, kept_for_other = kept_by(host, model), kept_by(host, model, other_text)
+    assert [torch.equal(a, b) for a, b in zip(kept, kept_for_other)] == [True, False]
+
+
+def test_no_text_is_encoded_where_the_text_guides_no_layer_that_drops_something():
+    model = HOSTS["blip_vqa"].make_model()
+    for guidance, rate in (("image", RATE), (["image", "text"], [RATE, 1.0])):
+        HOSTS["blip_vqa"].apply(model, rate=rate, guidance=guidance)
+        assert not model._forward_pre_hooks and "generate" not in vars(model)
 
 
 def test_blip_takes_its_arguments_by_position():
@@ -145,7 +155,7 @@ def test_blip_takes_its_arguments_by_position():
     assert torch.equal(output.loss[None], host.run(model))
 
 
-@pytest.mark.parametrize("guidance", ["text", "image"])
+@pytest.mark.parametrize("guidance", ["text", "image", ["image", "text"]], ids=str)
 def test_blip_generates_answers_from_the_patches_that_its_forward_pass_keeps(guidance):
     host = HOSTS["blip_vqa"]
     model = host.make_model()
@@ -204,8 +214,9 @@ def test_without_a_text_the_image_guides_itself():
     model = host.make_model()
     host.apply(model, guidance="image")
     expected = host.run(model)
-    host.apply(model, guidance="text")
-    assert torch.equal(host.run(model), expected)
+    for guidance in ("text", ["image", "text"]):
+        host.apply(model, guidance=guidance)
+        assert torch.equal(host.run(model), expected)
 
 
 @pytest.mark.parametrize("model_class", [VisionTransformer, VisionTransformerDistilled])

@@ -21,6 +21,7 @@ from modeling_trips import (
     TripsForVisualGrounding,
     TripsModel,
 )
+from modeling_trips.inspection.speed import Setting, count_macs
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from modeling_trips.registration_trips import MODELS, model_classes
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
@@ -131,7 +132,8 @@ def test_what_is_not_known_is_said_to_be_unknown(tmp_path):
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     sections = dict(re.findall(r"^## (.*)\n\n(.*)", card.text, re.MULTILINE))
     assert sections["Training data"] == "Unknown: whoever published this checkpoint did not say."
-    assert sections["Accuracy"] == sections["Speed"] == "Not measured."
+    assert sections["Accuracy"] == "Not measured."
+    assert "\n\nTime was not measured.\n" in card.text
     assert "It is not stated which languages it knows." in card.text
     assert "None" not in card.text and not re.search(r"\{[{%]|%\}", card.text.split("## Citation")[0])
 
@@ -244,6 +246,18 @@ def test_speed_is_that_of_rows_of_this_size_and_schedule(tmp_path):
             make_card(tmp_path, args, **options)
     with pytest.raises(ValueError, match="none of its rows"):
         make_card(tmp_path, args, fusion_encoder_config={"num_hidden_layers": 1})
+
+
+def test_the_cost_is_counted_at_one_and_at_ten_texts_per_image(tmp_path):
+    schedule = {"selection_layers": [2, 4], "keep_rate": [0.5, 0.25], "selection_guidance": ["image", "text"]}
+    ratios = []
+    for number in (1, 10):
+        setting = Setting("tiny", 64, 1, number, text_length=40, **schedule)
+        ratios.append(count_macs(setting, setting.keep_rate) / count_macs(setting, 1.0))
+    text = make_card(tmp_path, **schedule).text
+    counted = f"(texts of 40 tokens) are {ratios[0]:.2f} of the\nunpruned model's for one text per image, and "
+    assert f"{counted}{ratios[1]:.2f} for ten" in text
+    assert "Counted, the multiply-accumulates" not in make_card(tmp_path, keep_rate=1.0).text
 
 
 def test_a_file_without_metrics_is_refused(tmp_path):

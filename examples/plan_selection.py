@@ -1,0 +1,140 @@
+"""
+Plan which layers select, who guides them and what they keep, for so many texts per image and a budget.
+
+    python examples/plan_selection.py --preset base --image_size 384 --texts_per_image 1 2 5 10 --budget 0.8
+    python examples/plan_selection.py --model_name_or_path demo/model --text_length 10 --texts_per_image 4 --budget 0.6
+    python examples/plan_selection.py --preset base --texts_per_image 1 10 --budget 0.4 0.75 --plot plan.png
+
+Costs are multiply-accumulates of text encoder, vision tower and fusion encoder, as shares of those of the unpruned
+model, which shares its vision tower among the texts of an image, too. They are counted, not measured
+(benchmarks/benchmark.py measures), and nothing is said of accuracy: a text that chooses early and little has to be
+taught, see docs/guidance.md.
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+from dataclasses import dataclass, field
+
+from modeling_trips import TripsConfig
+from modeling_trips.inspection.plan import PlannedSchedule, SelectionPlan, plan_schedules, plan_selection
+from modeling_trips.inspection.schedules import Schedule
+from trips_examples.training.parser import make_parser
+
+
+@dataclass
+class PlanArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint: a folder, or on the Hub."})
+    preset: str | None = field(
+        default=None, metadata={"help": f"A size in its place: {', '.join(TripsConfig.presets())}."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the model's own."})
+    texts_per_image: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Texts that share an image: the budget holds at each number."}
+    )
+    text_length: int = field(default=40, metadata={"help": "Tokens per text."})
+    budget: list[float] = field(
+        default_factory=lambda: [0.8],
+        metadata={"help": "Largest share of the unpruned model's cost: one, or one per number of texts."},
+    )
+    min_kept: float = field(
+        default=0.1, metadata={"help": "Least share of the image tokens that must leave the vision tower."}
+    )
+    guided_by_text: bool = field(default=True, metadata={"help": "Whether a text must guide a layer."})
+    num_rows: int = field(default=12, metadata={"help": "Rows between the cheapest candidate and the dearest."})
+    plot: str | None = field(default=None, metadata={"help": "Write a picture of the named schedules to this file."})
+
+
+def load_config(args: PlanArguments) -> TripsConfig:
+    if (args.model_name_or_path is None) == (args.preset is None):
+        raise ValueError("Give either a --model_name_or_path or a --preset.")
+    if args.preset is not None:
+        config = TripsConfig.from_preset(args.preset)
+    else:
+        config = TripsConfig.from_pretrained(args.model_name_or_path)
+    if args.image_size is not None:
+        config.vision_config.image_size = args.image_size
+        config.vision_config.validate()
+    return config
+
+
+def named_rows(args: PlanArguments, config: TripsConfig, plan: SelectionPlan) -> dict[str, PlannedSchedule]:
+    """What the plan names, and the model's own schedule, if it has one."""
+    own = Schedule.of(config.vision_config)
+    (row,) = plan_schedules(config, [own], args.texts_per_image, args.text_length)
+    named = {"cheapest": plan.cheapest, "most tokens": plan.most_tokens, "the model's own": row}
+    return {name: row for name, row in named.items() if row.schedule.layers}
+
+
+def thinned(rows: list[PlannedSchedule], num_rows: int) -> list[PlannedSchedule]:
+    """Rows at even steps, the first and the last among them."""
+    if len(rows) <= num_rows:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (num_rows - 1))] for i in range(num_rows)]
+
+
+def print_rows(rows: list[PlannedSchedule], names: dict[Schedule, str]):
+    width = max(len(str(row.schedule)) for row in rows)
+    numbers = " ".join(f"{number:>6}" for number in rows[0].ratios)
+    print(f"{'schedule':<{width}}  mean tokens  to fusion  cost at{numbers} text(s) per image")
+    for row in rows:
+        ratios = " ".join(f"{ratio:6.3f}" for ratio in row.ratios.values())
+        name = names.get(row.schedule, "")
+        tokens = f"{row.mean_tokens:11.1f}  {row.fused_tokens:9}"
+        print(f"{str(row.schedule):<{width}}  {tokens}         {ratios} {name}".rstrip())
+
+
+def plot(named: dict[str, PlannedSchedule], plan: SelectionPlan, args: PlanArguments):
+    """Cost against texts per image, and the cost of keeping tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_texts, by_tokens) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    by_tokens.plot(
+        [row.mean_tokens for row in plan.front], [max(row.ratios.values()) for row in plan.front], ".", color="gray"
+    )
+    numbers = range(1, max(10, *args.texts_per_image) + 1)
+    for number, (name, row) in enumerate(named.items()):
+        ratios = [row.cost.macs(n) / plan.unpruned.cost.macs(n) for n in numbers]
+        by_texts.plot(numbers, ratios, color=f"C{number}", label=f"{name}: {row.schedule}")
+        by_tokens.plot(row.mean_tokens, max(row.ratios.values()), "o", color=f"C{number}")
+    for axes in (by_texts, by_tokens):
+        axes.axhline(1.0, color="black", linewidth=1)
+        axes.grid(alpha=0.3)
+    by_texts.plot(args.texts_per_image, budgets_of(args), "v", color="black", label="budget")
+    by_texts.set(xlabel="texts per image", ylabel="multiply-accumulates, pruned / unpruned", ylim=(0, None))
+    by_tokens.set(xlabel="image tokens per layer, mean", ylabel=f"the same, at worst of {args.texts_per_image} texts")
+    by_tokens.set_ylim(0, None)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(args.plot, dpi=120)
+
+
+def budgets_of(args: PlanArguments) -> list[float]:
+    return args.budget if len(args.budget) > 1 else args.budget * len(args.texts_per_image)
+
+
+def main(argv: list[str] | None = None) -> SelectionPlan:
+    parser = make_parser(PlanArguments, description=__doc__)
+    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    config = load_config(args)
+    plan = plan_selection(
+        config, args.texts_per_image, args.text_length, budgets_of(args), args.min_kept, args.guided_by_text
+    )
+    named = named_rows(args, config, plan)
+    rows = [*thinned(plan.front, args.num_rows), *named.values()]
+    rows = sorted({row.schedule: row for row in rows}.values(), key=lambda row: max(row.ratios.values()))
+    print(f"{plan.num_candidates} candidates; those here, but for named ones, no other beats in cost and tokens.")
+    print_rows(rows, {row.schedule: name for name, row in named.items()})
+    if config.fusion_type == "single_stream":
+        print(
+            "A single stream takes text and patches through all layers together: the texts of an image share no layer,"
+        )
+        print("however late they choose, and a schedule costs the same whether the text or the image guides it.")
+    if args.plot is not None:
+        plot(named, plan, args)
+    return plan
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""
+What a forward pass of a [`TripsModel`] costs at a selection schedule, by a closed formula: multiply-accumulates of all
+matrix products and convolutions, the same number that PyTorch's `FlopCounterMode` counts, without running anything.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from modeling_trips import TripsConfig, TripsFusionConfig, TripsVisionConfig
+
+from ..patch_selection import num_kept_tokens
+from .schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Args:
+        per_image (`int`): multiply-accumulates that all texts of an image share.
+        per_text (`int`): those that each of its texts adds.
+        tokens (`tuple[int, ...]`): image tokens that leave each vision layer, [CLS] and fused tokens included.
+    """
+
+    per_image: int
+    per_text: int
+    tokens: tuple[int, ...]
+
+    def macs(self, texts_per_image: int) -> int:
+        """Of one image and its texts."""
+        return self.per_image + texts_per_image * self.per_text
+
+
+def forward_cost(config: TripsConfig, text_length: int, schedule: Schedule | None = None) -> Cost:
+    """
+    The cost of text encoder, vision tower and fusion encoder, for an image and the texts that share it through
+    `image_index`. Heads and decoders come on top.
+
+    Args:
+        config ([`TripsConfig`]): its `image_size` is that of the images.
+        text_length (`int`): tokens per text, padding included.
+        schedule ([`Schedule`], *optional*): in place of the configuration's own.
+
+    Returns:
+        [`Cost`]
+    """
+    schedule = Schedule.of(config.vision_config) if schedule is None else schedule
+    macs = Counter()  # of an image, and of a text
+    if config.fusion_type == "single_stream":
+        tokens = _count_single_stream(config.vision_config, text_length, schedule, macs)
+    else:
+        tokens = _count_tower(config.vision_config, schedule, macs)
+        _count_fusion(config.fusion_encoder_config, text_length, tokens[-1], schedule.is_guided_by_text, macs)
+        text = config.text_config
+        layer = _layer(text.hidden_size, text.intermediate_size, text_length, text_length)
+        macs["text"] += text.num_hidden_layers * layer
+    return Cost(macs["image"], macs["text"], tokens)
+
+
+# A configuration looks its fields up slowly: the loops below work with what was read before them.
+
+
+def _layer(width: int, mlp_width: int, attending: int, transformed: int) -> int:
+    """Self-attention of so many tokens, and an MLP over so many."""
+    return _attention(width, attending) + _mlp(width, mlp_width, transformed)
+
+
+def _attention(width: int, tokens: int) -> int:
+    return 4 * tokens * width**2 + 2 * tokens**2 * width
+
+
+def _mlp(width: int, mlp_width: int, tokens: int) -> int:
+    return 2 * tokens * width * mlp_width
+
+
+def _patch_embedding(config: TripsVisionConfig) -> int:
+    patches, (height, width) = math.prod(config.grid_size), config.patch_shape
+    if config.patch_embedding_type == "linear":
+        return patches * config.num_channels * height * width * config.hidden_size
+    macs, channels = patches * config.hidden_size**2, config.num_channels  # a 1x1 convolution behind the others
+    for halvings_to_go in reversed(range(height.bit_length() - 1)):
+        out_channels = config.hidden_size // 2**halvings_to_go
+        macs += patches * 4**halvings_to_go * 9 * channels * out_channels
+        channels = out_channels
+    return macs
+
+
+def _select(tokens: int, keep_rate: float, fuses: bool, width: int) -> tuple[int, int]:
+    """Of [CLS] and candidates: how many tokens go on, and what fusing the others costs."""
+    candidates = tokens - 1
+    num_kept = num_kept_tokens(candidates, keep_rate)
+    if num_kept == candidates:
+        return tokens, 0
+    return 1 + num_kept + int(fuses), int(fuses) * candidates * width
+
+
+def _count_tower(config: TripsVisionConfig, schedule: Schedule, macs: Counter) -> tuple[int, ...]:
+    """Adds up the vision tower, and returns the tokens that leave each layer."""
+    width, mlp_width, fuses = config.hidden_size, config.intermediate_size, config.fuse_inattentive_tokens
+    tokens, owner, selecting = 1 + math.prod(config.grid_size), "image", schedule.selecting
+    macs[owner] += _patch_embedding(config)
+    if schedule.is_guided_by_text and config.guidance_hidden_size not in (None, width):
+        macs["text"] += config.guidance_hidden_size * width
+    tokens_per_layer = []
+    for number in range(1, config.num_hidden_layers + 1):
+        macs[owner] += _attention(width, tokens)
+        if number in selecting:
+            guidance, keep_rate = selecting[number]
+            if guidance == "text":
+                owner = "text"
+                macs[owner] += width**2  # the query
+            tokens, fusing = _select(tokens, keep_rate, fuses, width)
+            macs[owner] += fusing
+        macs[owner] += _mlp(width, mlp_width, tokens)
+        tokens_per_layer.append(tokens)
+    return tuple(tokens_per_layer)
+
+
+def _count_fusion(
+    config: TripsFusionConfig, text_length: int, image_tokens: int, is_guided_by_text: bool, macs: Counter
+):
+    """Adds up the fusion encoder. Keys and values of image tokens that no text has changed are the image's."""
+    width, mlp_width, image_width = config.hidden_size, config.intermediate_size, config.cross_attention_hidden_size
+    owner, connected_layers = "text" if is_guided_by_text else "image", config.connected_layers
+    if connected_layers and config.encoder_hidden_size not in (None, width):
+        macs[owner] += image_tokens * config.encoder_hidden_size * width
+    for number in range(1, config.num_hidden_layers + 1):
+        if number in connected_layers:
+            owner, joined = "text", text_length + image_tokens
+            macs[owner] += _layer(width, mlp_width, joined, joined)
+        else:
+            macs[owner] += 2 * image_tokens * image_width * width
+            macs["text"] += _layer(width, mlp_width, text_length, text_length)
+            macs["text"] += 2 * text_length * width**2 + 2 * text_length * image_tokens * width
+
+
+def _count_single_stream(
+    config: TripsVisionConfig, text_length: int, schedule: Schedule, macs: Counter
+) -> tuple[int, ...]:
+    """Adds up the joint layers, all of them the text's, and returns the image tokens that leave each."""
+    width, mlp_width, fuses = config.hidden_size, config.intermediate_size, config.fuse_inattentive_tokens
+    tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.selecting, []
+    macs["image"] += _patch_embedding(config)
+    for number in range(1, config.num_hidden_layers + 1):
+        macs["text"] += _attention(width, text_length + tokens)
+        if number in selecting:
+            tokens, fusing = _select(tokens, selecting[number][1], fuses, width)
+            macs["text"] += fusing
+        macs["text"] += _mlp(width, mlp_width, text_length + tokens)
+        tokens_per_layer.append(tokens)
+    return tuple(tokens_per_layer)
+
+
+__all__ = ["Cost", "forward_cost"]

@@ -1,0 +1,207 @@
+"""
+Which selection schedule for which work: what candidates cost, against the unpruned model that shares its vision tower
+among the texts of an image, and how many image tokens they keep.
+
+A text that chooses at one layer makes all that follows a computation per text. The fewer texts share an image, the
+earlier a text may choose; where many do, the image thins the sequence out for all of them, and the texts choose late.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from modeling_trips import TripsConfig
+
+from .cost import Cost, forward_cost
+from .schedules import UNPRUNED, Schedule
+
+
+IMAGE_RATES = (0.3, 0.5, 0.7, 0.9)
+TEXT_RATES = (0.1, 0.2, 0.25, 0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class PlannedSchedule:
+    """
+    Args:
+        schedule ([`Schedule`])
+        cost ([`Cost`]): of an image and of each of its texts.
+        ratios (`dict[int, float]`): multiply-accumulates by the number of texts per image, pruned / unpruned; both
+            share what texts of an image have in common.
+        mean_tokens (`float`): image tokens of a layer, on the mean over the layers that read them: those of the vision
+            tower and of the fusion encoder.
+    """
+
+    schedule: Schedule
+    cost: Cost
+    ratios: dict[int, float]
+    mean_tokens: float
+
+    def excess(self, budgets: dict[int, float]) -> float:
+        """Cost over budget, by the number of texts per image at which it is worst: up to 1, it holds them all."""
+        return max(self.ratios[number] / budget for number, budget in budgets.items())
+
+    @property
+    def fused_tokens(self) -> int:
+        """Image tokens that reach the fusion encoder."""
+        return self.cost.tokens[-1]
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """
+    Args:
+        cheapest ([`PlannedSchedule`]): the candidate that costs least, of those that keep `min_kept` of the tokens.
+        most_tokens ([`PlannedSchedule`]): the candidate within the budget that keeps most tokens.
+        front (`list[PlannedSchedule]`): the candidates that no other one beats in cost and tokens, cheap ones first.
+        num_candidates (`int`): how many candidates keep `min_kept` of the tokens.
+        unpruned ([`PlannedSchedule`]): what they are compared with.
+    """
+
+    cheapest: PlannedSchedule
+    most_tokens: PlannedSchedule
+    front: list[PlannedSchedule]
+    num_candidates: int
+    unpruned: PlannedSchedule
+
+
+def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Iterator[Schedule]:
+    """
+    The schedules that are tried. First the image guides no layer, one, two, or three that are evenly apart, all at one
+    of `IMAGE_RATES`; then a text guides one layer behind them at one of `TEXT_RATES`, or none; where the image guides
+    none, a text guides one or two. No candidate selects in layer 1, whose queries and keys have seen single patches.
+
+    In a single stream a text is part of every layer, and nothing is shared whoever guides: there a text guides all.
+
+    Args:
+        config ([`TripsConfig`])
+        guided_by_text (`bool`, *optional*, defaults to `True`): whether a text must guide a layer, as the paper wants.
+    """
+    last = config.vision_config.num_hidden_layers
+    layers = range(2, last + 1)
+    by_image = [*_schedules(_evenly_apart(layers, 3), "image", IMAGE_RATES)]
+    # CODEPATH: ViLT's form shares no layer among texts.
+    if config.fusion_type == "single_stream":
+        by_text = _schedules(_evenly_apart(layers, 3), "text", sorted({*IMAGE_RATES, *TEXT_RATES}))
+        yield from by_text
+        return
+    if not guided_by_text:
+        yield from by_image
+    yield from _schedules(_evenly_apart(layers, 2), "text", TEXT_RATES)
+    for first, layer, rate in product(by_image, layers, TEXT_RATES):
+        if layer > first.layers[-1]:
+            yield Schedule((*first.layers, layer), (*first.guidances, "text"), (*first.keep_rates, rate))
+
+
+def _evenly_apart(layers: Sequence[int], most: int) -> list[tuple[int, ...]]:
+    """Sets of one to `most` of the layers, with equal steps between them."""
+    sets = [chosen for size in range(1, most + 1) for chosen in combinations(layers, size)]
+    return [chosen for chosen in sets if len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1]
+
+
+def _schedules(layer_sets: Iterable[tuple[int, ...]], guidance: str, rates: Iterable[float]) -> Iterator[Schedule]:
+    for layers, rate in product(layer_sets, rates):
+        yield Schedule(layers, (guidance,) * len(layers), (rate,) * len(layers))
+
+
+def plan_schedules(
+    config: TripsConfig, schedules: Iterable[Schedule], texts_per_image: Sequence[int], text_length: int
+) -> list[PlannedSchedule]:
+    """What each schedule costs at each number of texts per image, and the tokens that it keeps."""
+    unpruned = forward_cost(config, text_length, UNPRUNED)
+    num_fusion_layers = config.fusion_encoder_config.num_hidden_layers
+    if config.fusion_type == "single_stream":
+        num_fusion_layers = 0
+    rows = []
+    for schedule in schedules:
+        cost = forward_cost(config, text_length, schedule)
+        read = sum(cost.tokens) + num_fusion_layers * cost.tokens[-1]
+        ratios = {number: cost.macs(number) / unpruned.macs(number) for number in texts_per_image}
+        rows.append(PlannedSchedule(schedule, cost, ratios, read / (len(cost.tokens) + num_fusion_layers)))
+    return rows
+
+
+def plan_selection(
+    config: TripsConfig,
+    texts_per_image: int | Sequence[int],
+    text_length: int,
+    budget: float | Sequence[float],
+    min_kept: float = 0.1,
+    guided_by_text: bool = True,
+) -> SelectionPlan:
+    """
+    The cheapest of the `candidate_schedules`, and the one that keeps most tokens for a budget. Costs are those of
+    `forward_cost`: text encoder, vision tower and fusion encoder. Nothing is said of accuracy.
+
+    Args:
+        config ([`TripsConfig`]): the model; its `image_size` is that of the images.
+        texts_per_image (`int` or `Sequence[int]`): texts that share an image. Of several numbers, a schedule is judged
+            by the one at which it costs most for its budget.
+        text_length (`int`): tokens per text.
+        budget (`float` or `Sequence[float]`): the largest share of the unpruned model's multiply-accumulates, in
+            (0, 1]: one, or one per number in `texts_per_image`.
+        min_kept (`float`, *optional*, defaults to 0.1): the least share of the image tokens that must leave the vision
+            tower: without it, the cheapest schedule is the one that keeps next to nothing.
+        guided_by_text (`bool`, *optional*, defaults to `True`): whether a text must guide a layer.
+
+    Returns:
+        [`SelectionPlan`]
+
+    Raises:
+        ValueError: if a number is out of range, or no candidate holds the budget.
+    """
+    numbers = [texts_per_image] if isinstance(texts_per_image, int) else list(texts_per_image)
+    shares = [budget] * len(numbers) if isinstance(budget, (int, float)) else list(budget)
+    _check(config, numbers, text_length, shares, min_kept)
+    budgets = dict(zip(numbers, shares))
+    (unpruned,) = plan_schedules(config, [UNPRUNED], numbers, text_length)
+    rows = plan_schedules(config, candidate_schedules(config, guided_by_text), numbers, text_length)
+    rows = [row for row in rows if row.fused_tokens >= min_kept * unpruned.fused_tokens]
+    cheap_first = sorted(rows, key=lambda row: (row.excess(budgets), -row.mean_tokens))
+    affordable = [row for row in cheap_first if row.excess(budgets) <= 1]
+    if not affordable:
+        raise ValueError(_nothing_fits(cheap_first, budgets, min_kept))
+    return SelectionPlan(
+        cheapest=affordable[0],
+        most_tokens=max(affordable, key=lambda row: row.mean_tokens),
+        front=_front(cheap_first),
+        num_candidates=len(rows),
+        unpruned=unpruned,
+    )
+
+
+def _front(cheap_first: list[PlannedSchedule]) -> list[PlannedSchedule]:
+    """Those that keep more tokens than all that cost less."""
+    front = cheap_first[:1]
+    for row in cheap_first:
+        if row.mean_tokens > front[-1].mean_tokens:
+            front.append(row)
+    return front
+
+
+def _check(config: TripsConfig, numbers: list[int], text_length: int, budgets: list[float], min_kept: float):
+    longest = config.text_config.max_position_embeddings
+    for name, value, fits, allowed in (
+        ("texts_per_image", numbers, numbers and min(numbers) >= 1, "one or several numbers of at least 1"),
+        ("text_length", text_length, 1 <= text_length <= longest, f"in 1..{longest} for this model"),
+        ("budget", budgets, all(0 < budget <= 1 for budget in budgets), "in (0, 1], a share of the unpruned cost"),
+        ("budget", budgets, len(budgets) == len(numbers), f"one number, or one for each of {numbers} texts per image"),
+        ("min_kept", min_kept, 0 <= min_kept < 1, "in [0, 1), a share of the image tokens"),
+    ):
+        if not fits:
+            raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+
+
+def _nothing_fits(cheap_first: list[PlannedSchedule], budgets: dict[int, float], min_kept: float) -> str:
+    if not cheap_first:
+        return f"No candidate keeps {min_kept:g} of the image tokens (`min_kept`): lower it."
+    best = cheap_first[0]
+    number = max(budgets, key=lambda number: best.ratios[number] / budgets[number])
+    return (
+        f"No candidate holds the budget and keeps {min_kept:g} of the image tokens (`min_kept`). The nearest, "
+        f"{best.schedule}, takes {best.ratios[number]:.3f} of the unpruned model's cost where {number} text(s) share "
+        f"an image, and the budget is {budgets[number]:g}: raise it, or lower `min_kept`."
+    )
+
+
+__all__ = ["PlannedSchedule", "SelectionPlan", "candidate_schedules", "plan_schedules", "plan_selection"]

@@ -1,0 +1,55 @@
+"""The script that plans a schedule: its table, its picture, and what it cannot know."""
+
+import re
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from modeling_trips import TripsConfig
+from trips_examples.plan_selection import main
+
+
+TINY = ["--preset", "tiny", "--text_length", "6"]
+
+
+def test_the_table_has_the_named_schedules_and_the_model_s_own(capsys, tmp_path):
+    picture = tmp_path / "plan.png"
+    plan = main([*TINY, "--texts_per_image", "1", "4", "--budget", "0.7", "0.9", "--num_rows=3", f"--plot={picture}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{plan.num_candidates} candidates")
+    assert lines[1].split() == "schedule mean tokens to fusion cost at 1 4 text(s) per image".split()
+    for row, name in ((plan.cheapest, "cheapest"), (plan.most_tokens, "most tokens")):
+        (line,) = [line for line in lines if line.endswith(name)]
+        assert line.startswith(str(row.schedule))
+        assert f"{row.ratios[1]:.3f}  {row.ratios[4]:.3f}" in line and f"{row.mean_tokens:.1f}" in line
+    assert any(re.match(r"2, 3 text x 0\.5 .* the model's own$", line) for line in lines)
+    assert len(lines) <= 2 + 3 + 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_is_planned_at_the_size_of_its_images(tmp_path):
+    config = TripsConfig.from_preset("tiny", keep_rate=1.0)
+    config.save_pretrained(tmp_path)
+    arguments = ["--model_name_or_path", str(tmp_path), "--text_length=6"]
+    assert main(arguments).unpruned.fused_tokens == 65
+    assert main([*arguments, "--image_size=96"]).unpruned.fused_tokens == 145
+
+
+def test_of_a_single_stream_it_says_what_holds_there(tmp_path, capsys):
+    TripsConfig.from_preset("tiny", fusion_type="single_stream").save_pretrained(tmp_path)
+    main(["--model_name_or_path", str(tmp_path), "--text_length=6"])
+    assert "the texts of an image share no layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either a --model_name_or_path or a --preset"),
+        ([*TINY, "--model_name_or_path", "x"], "either a --model_name_or_path or a --preset"),
+        ([*TINY, "--image_size", "60"], "must be a multiple of `patch_size`"),
+        ([*TINY, "--budget", "0.05"], "No candidate holds the budget"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises((ValueError, StrictDataclassClassValidationError), match=message):
+        main(arguments)

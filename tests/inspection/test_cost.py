@@ -1,0 +1,94 @@
+"""The closed formula of a forward pass against PyTorch's counter, and the notation of schedules."""
+
+import pytest
+
+from modeling_trips import TripsConfig, TripsVisionConfig
+from modeling_trips.inspection.cost import forward_cost
+from modeling_trips.inspection.schedules import UNPRUNED, Schedule
+from modeling_trips.inspection.speed import Setting, count_macs, tokens_per_layer
+
+
+MIXED = "1:image:0.7,3:image:0.5,4:text:0.3"
+NARROW_TEXT = {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 200, "max_position_embeddings": 20}
+WIDTHS = {"text_config": {"vocab_size": 50, **NARROW_TEXT}}
+
+
+def counted(schedule: Schedule, texts_per_image: int, **fields) -> tuple[int, list[int]]:
+    setting = Setting("tiny", 64, 1, texts_per_image, 6, config_fields=fields, **schedule.config_fields)
+    return count_macs(setting, setting.keep_rate), tokens_per_layer(setting)
+
+
+def config_of(schedule: Schedule, **fields) -> TripsConfig:
+    return TripsConfig.from_preset("tiny", vision_config={"image_size": 64}, **schedule.config_fields, **fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("2:text:0.5,3:text:0.5", {}),
+        ("2:image:0.5,3:image:0.5", {}),
+        ("2:random:0.5,4:text:0.25", {}),
+        (MIXED, {}),
+        ("4:text:0.3", {}),  # at the door of the fusion encoder
+        ("1:text:0.1", {}),
+        ("2:text:0.999", {}),  # all candidates are kept, which still are scored
+        ("2:text:1.0,3:image:0.5", {}),
+        (MIXED, {"fuse_inattentive_tokens": False}),
+        (MIXED, WIDTHS),  # a projection of the guidance
+        (MIXED, {"fusion_type": "skip_connected"}),
+        ("2:image:0.5", {"fusion_type": "skip_connected"}),
+        ("2:image:0.5", {"fusion_type": "skip_connected", **WIDTHS}),  # a projection of the image tokens
+        (MIXED, {"fusion_type": "single_stream"}),
+        ("2:image:0.5,3:text:0.5", {"fusion_type": "single_stream", "fuse_inattentive_tokens": False}),
+    ],
+)
+def test_the_formula_counts_what_pytorch_counts(text, fields):
+    schedule = Schedule.parse(text)
+    config = config_of(schedule, **fields)
+    cost = forward_cost(config, text_length=6)
+    for texts_per_image in (1, 3):
+        macs, tokens = counted(schedule, texts_per_image, **fields)
+        assert cost.macs(texts_per_image) == macs
+        length_of_text = 6 if config.fusion_type == "single_stream" else 0
+        assert [length_of_text + count for count in cost.tokens] == tokens
+
+
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected", "single_stream"])
+def test_the_unpruned_model_is_counted_with_what_its_texts_share(fusion_type):
+    fields = {"fusion_type": fusion_type}
+    config = config_of(Schedule.parse(MIXED), **fields)
+    cost = forward_cost(config, 6, UNPRUNED)
+    assert [cost.macs(number) for number in (1, 3)] == [counted(UNPRUNED, number, **fields)[0] for number in (1, 3)]
+    # A schedule that is given goes before the configuration's own.
+    assert cost.tokens == (65,) * 4 != forward_cost(config, 6).tokens
+
+
+def test_a_linear_patch_embedding_and_images_that_are_no_squares_are_counted():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = TripsConfig(
+        vision_config={**sizes, "image_size": [32, 48], "patch_size": [16, 8], "selection_layers": []},
+        text_config={**sizes, "num_hidden_layers": 0},
+        fusion_encoder_config={"num_hidden_layers": 0},
+    )
+    layer = 4 * 13 * 32**2 + 2 * 13**2 * 32 + 2 * 13 * 32 * 48  # of 2 x 6 patches and [CLS]
+    assert forward_cost(config, 6).macs(1) == 12 * 3 * 16 * 8 * 32 + layer
+
+
+def test_a_schedule_is_written_and_read():
+    schedule = Schedule.parse("3:image:0.5,6:image,12", keep_rate=0.5)
+    assert schedule == Schedule((3, 6, 12), ("image", "image", "text"), (0.5, 0.5, 0.5))
+    assert str(schedule) == "3, 6 image x 0.5; 12 text x 0.5"
+    assert schedule.config_fields == {
+        "selection_layers": [3, 6, 12],
+        "keep_rate": 0.5,
+        "selection_guidance": ["image", "image", "text"],
+    }
+    assert Schedule.of(TripsVisionConfig(**schedule.config_fields)) == schedule
+    assert Schedule.of(TripsVisionConfig(keep_rate=[1.0, 0.7])) == Schedule((10,), ("text",), (0.7,))
+    assert str(UNPRUNED) == "unpruned" and Schedule.of(TripsVisionConfig(keep_rate=1.0)) == UNPRUNED
+
+
+@pytest.mark.parametrize("entry", ["", "x", "5:image:much", "5:image:0.7:more"])
+def test_what_is_no_schedule_is_quoted(entry):
+    with pytest.raises(ValueError, match=f"as in 5:image:0.7,12:text:0.3; got '{entry}'"):
+        Schedule.parse(f"2,{entry}")

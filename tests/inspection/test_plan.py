@@ -1,0 +1,132 @@
+"""Which schedule holds a budget: against a search with PyTorch's counter, and what is refused in words."""
+
+import re
+from statistics import mean
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_trips import TripsConfig, TripsModel
+from modeling_trips.inspection.cost import forward_cost
+from modeling_trips.inspection.plan import candidate_schedules, plan_schedules, plan_selection
+from modeling_trips.inspection.schedules import UNPRUNED, Schedule
+
+
+BASE = TripsConfig.from_preset("base", vision_config={"image_size": 384})
+NUMBERS = (1, 2, 5, 10)
+# Of docs/speed.md and the paper.
+NAMED = {
+    "5,10",
+    "5:image,10:image",
+    "5:image,10",
+    "5:image,12",
+    "5:image:0.7,10:image:0.7,12:text:0.3",
+    "3:image:0.7,6:image:0.7,9:image:0.7,12:text:0.3",
+    "2:text:0.25",
+    "2:text:0.1",
+    "5:text:0.1",
+    "2:image:0.5,5:text:0.2",
+}
+
+
+class Counter:
+    """Multiply-accumulates and tokens of a tiny model that is run on the meta device."""
+
+    def __init__(self, config: TripsConfig, text_length: int):
+        with torch.device("meta"):
+            self.model = TripsModel._from_config(config, attn_implementation="eager").eval()
+        self.text_length = text_length
+
+    def run(self, schedule: Schedule, texts_per_image: int) -> tuple[int, list[int]]:
+        for name, value in schedule.config_fields.items():
+            setattr(self.model.config, name, value)
+        inputs = {
+            "input_ids": torch.zeros(texts_per_image, self.text_length, dtype=torch.long, device="meta"),
+            "pixel_values": torch.zeros(1, 3, 64, 64, device="meta"),
+            "image_index": torch.zeros(texts_per_image, dtype=torch.long, device="meta"),
+        }
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            outputs = self.model(**inputs, output_hidden_states=True)
+        states = outputs.vision_model_output.hidden_states[1:]
+        return counter.get_total_flops() // 2, [state.shape[1] for state in states]
+
+
+@pytest.mark.slow
+def test_nothing_cheaper_and_nothing_with_more_tokens_is_missed():
+    number, budget, min_kept = 3, 0.9, 0.2
+    config = TripsConfig.from_preset("tiny", vision_config={"num_hidden_layers": 3})
+    plan = plan_selection(config, number, 6, budget, min_kept)
+    counter, found = Counter(config, text_length=6), {}
+    unpruned, _ = counter.run(UNPRUNED, number)
+    for schedule in candidate_schedules(config):
+        macs, tokens = counter.run(schedule, number)
+        if tokens[-1] >= min_kept * 65:
+            found[schedule] = (macs / unpruned, mean([*tokens, tokens[-1], tokens[-1]]))  # two fusion layers
+    assert plan.num_candidates == len(found) > 20
+    affordable = {schedule: row for schedule, row in found.items() if row[0] <= budget}
+    assert 0 < len(affordable) < len(found)
+    cheapest, most = plan.cheapest, plan.most_tokens
+    assert (cheapest.ratios[number], cheapest.mean_tokens) == found[cheapest.schedule]
+    assert cheapest.ratios[number] == min(ratio for ratio, _ in affordable.values())
+    assert (most.ratios[number], most.mean_tokens) == affordable[most.schedule]
+    assert most.mean_tokens == max(tokens for _, tokens in affordable.values())
+    for row in plan.front:
+        assert not any(ratio < row.ratios[number] and tokens >= row.mean_tokens for ratio, tokens in found.values())
+
+
+def test_every_number_of_texts_has_its_budget():
+    plan = plan_selection(BASE, [1, 10], 40, [0.4, 0.75])
+    for row in (plan.cheapest, plan.most_tokens):
+        assert row.ratios[1] <= 0.4 and row.ratios[10] <= 0.75 and row.fused_tokens >= 0.1 * 577
+        assert "text" in row.schedule.guidances
+    assert plan.most_tokens.mean_tokens > plan.cheapest.mean_tokens
+    assert max(plan_selection(BASE, NUMBERS, 40, 0.8).most_tokens.ratios.values()) <= 0.8
+
+
+def test_few_texts_per_image_may_choose_early_and_many_late():
+    first = [plan_selection(BASE, number, 40, 0.8).most_tokens.schedule for number in (1, 10)]
+    assert first[0].guidances == ("text",) and first[0].layers[0] <= 5
+    assert first[1].guidances[0] == "image" and first[1].guidances[-1] == "text" and first[1].layers[-1] >= 11
+
+
+def test_the_schedules_that_are_written_about_are_candidates():
+    candidates = set(candidate_schedules(BASE, guided_by_text=False))
+    assert candidates >= {Schedule.parse(text) for text in NAMED}
+    assert all("text" in schedule.guidances for schedule in candidate_schedules(BASE))
+
+
+def test_a_single_stream_shares_no_layer_whoever_guides():
+    config = TripsConfig.from_preset("tiny", fusion_type="single_stream")
+    assert {guidance for schedule in candidate_schedules(config) for guidance in schedule.guidances} == {"text"}
+    by_text, by_image = plan_schedules(config, map(Schedule.parse, ("2:text:0.5", "2:image:0.5")), [1, 10], 6)
+    assert by_text.cost == by_image.cost
+    assert by_text.cost.per_image == forward_cost(config, 6, UNPRUNED).per_image  # patch embeddings
+    assert by_text.mean_tokens == mean([65, 34, 34, 34])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "options", "message"),
+    [
+        ([], {}, "`texts_per_image` must be one or several numbers of at least 1, got []."),
+        ([1, 0], {}, "`texts_per_image` must be one or several numbers of at least 1, got [1, 0]."),
+        (1, {"text_length": 65}, "`text_length` must be in 1..64 for this model, got 65."),
+        (1, {"budget": 1.5}, "`budget` must be in (0, 1], a share of the unpruned cost, got [1.5]."),
+        (
+            [1, 2],
+            {"budget": [0.5]},
+            "`budget` must be one number, or one for each of [1, 2] texts per image, got [0.5]",
+        ),
+        (1, {"min_kept": 1.0}, "`min_kept` must be in [0, 1), a share of the image tokens, got 1.0."),
+        (1, {"min_kept": 0.99}, "No candidate keeps 0.99 of the image tokens (`min_kept`): lower it."),
+        (
+            [1, 10],
+            {"budget": [0.5, 0.1]},
+            "3 image x 0.3; 4 text x 0.7, takes 0.822 of the unpruned model's cost where 10 text(s) share an image, "
+            "and the budget is 0.1: raise it, or lower `min_kept`.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_words(numbers, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_selection(TripsConfig.from_preset("tiny"), numbers, **{"text_length": 6, "budget": 0.8, **options})

@@ -38,7 +38,8 @@ class TripsSelection(ModelOutput):
     r"""
     kept_indices (`torch.LongTensor` of shape `(batch_size, num_kept)`):
         The candidates that went on, in order: row-major index of each patch in the original grid, -1 for the fused
-        token of an earlier selection layer, -2 for padding where rows keep different numbers (`selection_mode="mass"`).
+        token of an earlier selection layer, -2 for padding, where rows keep different numbers
+        (`selection_mode="mass"`).
     scores (`torch.FloatTensor` of shape `(batch_size, num_candidates)`):
         The scores of all candidates of this layer, in order. Each row sums to 1; padding has 0.
     candidate_indices (`torch.LongTensor` of shape `(batch_size, num_candidates)`):
@@ -230,7 +231,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         )
 
     def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
-        """The mask of [CLS] and the candidates, in the form that the attention in use wants; `None` without padding."""
+        """Hides the padding among [CLS] and the candidates, in the form that the attention in use wants."""
         if candidate_mask is None:
             return None
         return bidirectional_mask(self.config, with_class_token(candidate_mask), inputs_embeds=hidden_states)

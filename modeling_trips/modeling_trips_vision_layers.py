@@ -228,8 +228,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
             guidance (`str`, *optional*, defaults to `"text"`): what ranks them: `"text"`, `"image"` or `"random"`.
             mass, min_keep_rate (`float`, *optional*): where rows keep different numbers: see `select_mass`.
-            candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks padding
-                that an earlier layer left. `attention_mask` hides it, in the form of the attention in use.
+            candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks
+                padding that an earlier layer left. `attention_mask` hides it, in the form of the attention in use.
             attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
 
         Returns:

@@ -14,9 +14,9 @@
 """
 The patch selection of TRIPS (https://arxiv.org/abs/2403.07883, section 3.2) as pure functions: score, keep, fuse.
 
-Every function is differentiable where the paper's is and never forms a full attention map. Shapes are static (they depend
-on shapes and rates only) and nothing syncs with the host, but for `select_mass`, which keeps as many tokens as the scores
-ask for.
+Every function is differentiable where the paper's is and never forms a full attention map. Shapes are static (they
+depend on shapes and rates only) and nothing syncs with the host, but for `select_mass`, which keeps as many tokens as
+the scores ask for.
 """
 
 import math
@@ -229,6 +229,16 @@ def select_tokens(
     return torch.cat(parts, dim=1), kept_positions
 
 
+def _longest_row(kept: torch.BoolTensor, most: int) -> int:
+    """
+    How many the row keeps that keeps most: one sync with the host. Where there is none to ask, under `torch.compile`
+    and `torch.export` and on the meta device, it is `most`, as many as any row may keep, and shapes are static.
+    """
+    if torch.compiler.is_compiling() or kept.is_meta:
+        return most
+    return int(kept.sum(dim=-1).max())
+
+
 def select_mass(
     tokens: torch.Tensor,
     scores: torch.Tensor,
@@ -240,12 +250,8 @@ def select_mass(
     candidate_mask: torch.BoolTensor | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
     """
-    As `select_tokens`, but each row keeps as many candidates as `keep_mass` says: k is the largest number in the batch,
-    and other rows are padded between their kept candidates and the fused token, which is padding too in a row that
-    keeps all it has.
-
-    It is one sync with the host to ask for k. Under `torch.compile` and `torch.export`, and on the meta device, k is as
-    large as `keep_rate` allows, so that shapes are static there, too.
+    As `select_tokens`, but each row keeps as many candidates as `keep_mass` says. The longest row keeps k; others are
+    padded between their kept candidates and the fused token, which is padding too in a row that keeps all it has.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
@@ -256,14 +262,11 @@ def select_mass(
     Returns:
         The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`); the positions of the kept
         ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`, where padding repeats the row's
-        first; and which of the tokens behind the first p are no padding, a `torch.BoolTensor` of shape `(batch_size, k +
-        1)` (`(batch_size, k)` without `fuse`).
+        first; and which of the tokens behind the first p are no padding, a `torch.BoolTensor`.
     """
     num_candidates = scores.shape[1]
     kept = keep_mass(scores, mass, keep_rate, min_keep_rate, candidate_mask)
-    longest = num_kept_tokens(num_candidates, keep_rate)
-    if not (torch.compiler.is_compiling() or scores.is_meta):
-        longest = int(kept.sum(dim=-1).max())
+    longest = _longest_row(kept, num_kept_tokens(num_candidates, keep_rate))
     positions = torch.arange(num_candidates, device=scores.device).where(kept, num_candidates)
     positions = positions.sort(dim=-1).values[:, :longest]
     mask = positions < num_candidates

@@ -80,7 +80,7 @@ def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[in
 
 
 def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Boxes (x0, y0, x1, y1), float32 of shape (num_kept, 4), of patches in a grid of (rows, columns); -1, -2 have none."""
+    """Boxes (x0, y0, x1, y1), float32 of shape (num_kept, 4), of what are patches in a grid of (rows, columns)."""
     rows, columns = grid
     outside = patch_indices[(patch_indices < -2) | (patch_indices >= rows * columns)]
     if len(outside):

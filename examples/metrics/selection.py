@@ -30,9 +30,10 @@ def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, floa
         prefix (`str`, *optional*, defaults to `"eval"`): begins the names.
 
     Returns:
-        `dict[str, float]`: for selection layer L `{prefix}_layer{L}_kept` (candidates that go on, the mean over the
-        rows), `_entropy`, `_coverage`, `_text_sensitivity` (where texts share images) and, where the data has regions, `_inside` (`{prefix}_inside_at_random` is what patches
-        drawn at random would give) and `_shown`. Empty where nothing is selected.
+        `dict[str, float]`: for selection layer L `{prefix}_layer{L}_kept` (the mean number of candidates that go on),
+        `_entropy`, `_coverage`, `_text_sensitivity` (where texts share images) and, where the data has regions,
+        `_inside` (`{prefix}_inside_at_random` is what patches drawn at random would give) and `_shown`. Empty where
+        nothing is selected.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]

@@ -32,6 +32,9 @@ from .configuration_trips_parts import (
 SELECTION_FIELDS = (
     "selection_layers",
     "keep_rate",
+    "selection_mode",
+    "selection_mass",
+    "min_keep_rate",
     "selection_guidance",
     "fuse_inattentive_tokens",
     "normalize_fusion_weights",
@@ -109,9 +112,10 @@ class TripsConfig(PreTrainedConfig):
     giou_loss_coefficient (`float`, *optional*, defaults to 2.0):
         Weight of its generalised IoU loss.
     kwargs:
-        `selection_layers`, `keep_rate`, `selection_guidance`, `fuse_inattentive_tokens`, `normalize_fusion_weights`
-        and `selection_seed` are passed on to `vision_config`, `fusion_type` and `skip_stride` to
-        `fusion_encoder_config` (where they are documented), here and in `from_pretrained`.
+        `selection_layers`, `keep_rate`, `selection_mode`, `selection_mass`, `min_keep_rate`, `selection_guidance`,
+        `fuse_inattentive_tokens`, `normalize_fusion_weights` and `selection_seed` are passed on to `vision_config`,
+        `fusion_type` and `skip_stride` to `fusion_encoder_config` (where they are documented), here and in
+        `from_pretrained`.
 
     Example:
 

@@ -98,6 +98,16 @@ class TripsVisionConfig(PreTrainedConfig):
     keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
         Share of the candidate tokens that goes on after a selection layer, in (0, 1]: one rate, or one per layer.
         1.0 turns a layer's selection off.
+    selection_mode (`str`, *optional*, defaults to `"topk"`):
+        How many tokens go on. `"topk"`: the share `keep_rate` of the candidates. `"mass"`: in each row the smallest
+        set of candidates whose scores sum to at least `selection_mass`, of them at most the share `keep_rate` and at
+        least the share `min_keep_rate`. Rows of a batch are padded to the longest; to know it, each such layer waits
+        for the device once. Compiled and exported models pad to `keep_rate`.
+    selection_mass (`float` or `list[float]`, *optional*, defaults to 0.9):
+        The sum of scores that is kept if `selection_mode="mass"`, in (0, 1]: one, or one per layer.
+    min_keep_rate (`float` or `list[float]`, *optional*, defaults to 0.0):
+        The least share of the candidates that is kept if `selection_mode="mass"`, in [0, keep_rate], and at least one
+        of them: one, or one per layer.
     selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`):
         What ranks the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
         all selection layers, or one per layer. All texts of an image share its computation up to the first layer that
@@ -142,6 +152,9 @@ class TripsVisionConfig(PreTrainedConfig):
     use_pre_layernorm: bool = False
     selection_layers: list[int] | tuple[int, ...] = (5, 10)
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
+    selection_mode: Literal["topk", "mass"] = "topk"
+    selection_mass: float | int | list[float | int] | tuple[float | int, ...] = 0.9
+    min_keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.0
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
     normalize_fusion_weights: bool = False
@@ -153,12 +166,15 @@ class TripsVisionConfig(PreTrainedConfig):
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
+    def _by_layer(self, field: str) -> list:
+        """One value per entry of `selection_layers`, of a field that has one for all of them or one for each."""
+        value = getattr(self, field)
+        return list(value) if isinstance(value, (list, tuple)) else [value] * len(self.selection_layers)
+
     @property
     def keep_rates(self) -> list[float]:
         """One keep rate per entry of `selection_layers`."""
-        if isinstance(self.keep_rate, (list, tuple)):
-            return list(self.keep_rate)
-        return [self.keep_rate] * len(self.selection_layers)
+        return self._by_layer("keep_rate")
 
     @property
     def selection_schedule(self) -> dict[int, float]:
@@ -168,15 +184,27 @@ class TripsVisionConfig(PreTrainedConfig):
     @property
     def selection_guidances(self) -> list[str]:
         """One guidance per entry of `selection_layers`."""
-        if isinstance(self.selection_guidance, (list, tuple)):
-            return list(self.selection_guidance)
-        return [self.selection_guidance] * len(self.selection_layers)
+        return self._by_layer("selection_guidance")
 
     @property
     def guidance_schedule(self) -> dict[int, str]:
         """Guidance by layer number (from 1), of the layers that drop something."""
         guidances = dict(zip(self.selection_layers, self.selection_guidances))
         return {layer: guidances[layer] for layer in self.selection_schedule}
+
+    @property
+    def selection_options(self) -> dict[int, dict]:
+        """What each layer that drops something is told of it, by layer number (from 1)."""
+        guidances, by_layer = self.guidance_schedule, {}
+        bounds = dict(
+            zip(self.selection_layers, zip(self._by_layer("selection_mass"), self._by_layer("min_keep_rate")))
+        )
+        for layer, rate in self.selection_schedule.items():
+            by_layer[layer] = {"keep_rate": rate, "guidance": guidances[layer]}
+            # CODEPATH: "topk" keeps as many in every row, "mass" as many as its scores ask for.
+            if self.selection_mode == "mass":
+                by_layer[layer] |= dict(zip(("mass", "min_keep_rate"), bounds[layer]))
+        return by_layer
 
     @property
     def first_selection_layer(self) -> int | None:
@@ -250,14 +278,31 @@ class TripsVisionConfig(PreTrainedConfig):
             )
 
     def validate_keep_rate(self):
-        if len(self.keep_rates) != len(self.selection_layers):
+        self._validate_shares("keep_rate")
+
+    def validate_selection_mass(self):
+        self._validate_shares("selection_mass")
+
+    def validate_min_keep_rate(self):
+        self._validate_shares("min_keep_rate", may_be_zero=True)
+        for layer, rate, least in zip(self.selection_layers, self.keep_rates, self._by_layer("min_keep_rate")):
+            if self.selection_mode == "mass" and least > rate:
+                raise ValueError(
+                    f"`min_keep_rate` ({least}) must be at most the `keep_rate` ({rate}) of selection layer {layer}: "
+                    "the one is the least share that goes on, the other the largest."
+                )
+
+    def _validate_shares(self, field: str, may_be_zero: bool = False):
+        value, shares = getattr(self, field), self._by_layer(field)
+        if len(shares) != len(self.selection_layers):
             raise ValueError(
-                f"`keep_rate` must be one number or one per selection layer: got {len(self.keep_rates)} rates "
-                f"({self.keep_rate}) for {len(self.selection_layers)} `selection_layers` ({self.selection_layers})."
+                f"`{field}` must be one number or one per selection layer: got {len(shares)} values ({value}) for "
+                f"{len(self.selection_layers)} `selection_layers` ({self.selection_layers})."
             )
-        rates: list = self.keep_rates or [self.keep_rate]  # a single rate is checked even if no layer uses it
-        if not all(0.0 < rate <= 1.0 for rate in rates if not isinstance(rate, (list, tuple))):
-            raise ValueError(f"`keep_rate` must lie in (0, 1], got {self.keep_rate}.")
+        shares = shares or [value]  # a single one is checked even if no layer uses it
+        numbers = [share for share in shares if not isinstance(share, (list, tuple))]
+        if not all(0.0 < share <= 1.0 or (may_be_zero and share == 0) for share in numbers):
+            raise ValueError(f"`{field}` must lie in {'[' if may_be_zero else '('}0, 1], got {value}.")
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")

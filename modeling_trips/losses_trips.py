@@ -145,7 +145,8 @@ def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTe
 
     Args:
         targets (`torch.Tensor` of shape `(num_texts, num_patches)`)
-        candidate_indices (`torch.LongTensor` of shape `(num_texts, num_candidates)`): -1 for a fused token.
+        candidate_indices (`torch.LongTensor` of shape `(num_texts, num_candidates)`): -1 for a fused token, -2 for
+            padding, which has none.
 
     Returns:
         `torch.Tensor` of shape `(num_texts, num_candidates)`.
@@ -153,7 +154,7 @@ def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTe
     is_patch = candidate_indices >= 0
     shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
     hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
-    return shown.where(is_patch, hidden[:, None])
+    return shown.where(is_patch, hidden[:, None] * (candidate_indices == -1))
 
 
 def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:

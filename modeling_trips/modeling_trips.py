@@ -138,7 +138,12 @@ class TripsModel(TripsPreTrainedModel):
         # What no text has touched is projected to keys and values once per image.
         vision_output = self.vision_model(text_embeds=text_states[:, 0], repeat_images=False, **images, **kwargs)
         fused = self.fusion_model(
-            text_states, vision_output.last_hidden_state, attention_mask, vision_output.image_index, **kwargs
+            text_states,
+            vision_output.last_hidden_state,
+            attention_mask,
+            vision_output.image_index,
+            vision_output.attention_mask,
+            **kwargs,
         )
         vision_output = repeated(vision_output)
         return TripsModelOutput(

@@ -13,6 +13,7 @@
 # limitations under the License.
 """TRIPS for visual grounding: where in the image is what the text describes?"""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,19 +75,26 @@ class TripsBoxHead(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
 
     def forward(
-        self, hidden_states: torch.Tensor, image_states: torch.Tensor, image_centers: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor,
+        image_centers: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
             image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
             image_centers (`torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`): see `token_centers`.
+            image_mask (`torch.BoolTensor` of shape `(num_texts, num_tokens)`, *optional*): False marks padding.
 
         Returns:
             `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
         """
         query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
         scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
+        if image_mask is not None:
+            scores = scores.masked_fill(~image_mask, -math.inf)
         weights = scores.float().softmax(dim=-1)
         reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast would round places
         hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
@@ -107,7 +115,7 @@ def token_centers(
 
     Returns:
         `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
-        the middle of the image for a fused token, which is of many places.
+        the middle of the image for a fused token, which is of many places, and for padding.
     """
     rows, columns = grid_size
     if selection:
@@ -173,9 +181,11 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             **kwargs,
         )
         image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
+        image_mask = outputs.vision_model_output.attention_mask
+        image_mask = None if image_mask is None else image_mask[:, 1:]
         grid_size = self.model.grid_of(pixel_values, prefix)
         centers = token_centers(outputs.selection, image_states.shape[1], grid_size, image_states.device)
-        pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers)
+        pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
         loss = l1_loss = giou_loss = selection_loss = None
         if labels is not None:
             l1_loss, giou_loss = box_losses(pred_boxes, labels, kwargs.get("num_items_in_batch"))

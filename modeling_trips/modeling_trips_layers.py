@@ -57,12 +57,20 @@ def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | 
     )
 
 
-def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
-    """Of a sequence of text and image tokens: the text's mask, and ones, as there is no padding among the latter."""
-    if attention_mask is None:
+def joint_padding_mask(*masks_and_lengths: tuple[torch.Tensor | None, int]) -> torch.Tensor | None:
+    """
+    The mask of a sequence that is joined of several, each given as its own mask, or `None` where none of its tokens is
+    padding, and its length. `None` if no part has any.
+    """
+    given = next((mask for mask, _ in masks_and_lengths if mask is not None), None)
+    if given is None:
         return None
-    # Of `len(attention_mask)`, an exported program would make a constant.
-    return torch.cat((attention_mask, attention_mask.new_ones(attention_mask.shape[0], num_image_tokens)), dim=1)
+    # Of `len(given)`, an exported program would make a constant.
+    parts = [
+        given.new_ones(given.shape[0], length) if mask is None else mask.to(given)
+        for mask, length in masks_and_lengths
+    ]
+    return torch.cat(parts, dim=1)
 
 
 @auto_docstring

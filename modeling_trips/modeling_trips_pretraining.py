@@ -251,7 +251,12 @@ class TripsForPreTraining(TripsContrastiveModel):
             ).last_hidden_state
         texts = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
         return self.model.fusion_model(
-            texts.last_hidden_state, seen.last_hidden_state, attention_mask, seen.image_index, **kwargs
+            texts.last_hidden_state,
+            seen.last_hidden_state,
+            attention_mask,
+            seen.image_index,
+            seen.attention_mask,
+            **kwargs,
         ).last_hidden_state
 
 

@@ -34,7 +34,13 @@ from .losses_contrastive_trips import (
 )
 from .losses_trips import weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
-from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, repeated
+from .modeling_trips_vision import (
+    TripsSelection,
+    TripsVisionModelOutput,
+    TripsVisionPrefix,
+    joined_rows,
+    repeated,
+)
 
 
 # ALBEF's temperature: where it starts, and the bounds of what is used.
@@ -312,7 +318,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             pairs = matching_pairs(pair_logits, pair_ids)
             image_states = self._image_states(pairs, true_pairs, text_states, image_index, prefix, **kwargs)
             texts = _select_texts(pairs.text_index, text_states, attention_mask)
-            fused = self.model.fusion_model(texts[0], image_states[0], texts[1], image_states[1], **kwargs)
+            fused = self.model.fusion_model(texts[0], image_states[0], texts[1], *image_states[1:], **kwargs)
             itm_logits = self.itm_head(fused.last_hidden_state[:, 0])
             itm_loss = matching_loss(itm_logits, pairs.labels, pairs.weights)
             outputs = {**outputs, "itm_logits": itm_logits, "selection": repeated(true_pairs).selection}
@@ -353,23 +359,24 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index: torch.LongTensor,
         prefix: TripsVisionPrefix,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
+    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
         """
         What the pairs see of their images, `(3 * num_texts, image_length, hidden_size)`; where no text guides, one row
-        per image, and each pair's.
+        per image, and each pair's; and the mask of padding, if there is any.
         """
         # CODEPATH: what no text guides is the same for all texts of an image, and known already.
         if self.model.vision_model.config.first_text_layer is None:
-            return true_pairs.last_hidden_state, image_index[pairs.image_index]
+            return true_pairs.last_hidden_state, image_index[pairs.image_index], true_pairs.attention_mask
         # CODEPATH: the patches of a negative pair are selected by its own text. Taking the tokens that the image has
         # in its true pair is cheaper, but the patches that were kept then tell which pair is true.
         if not self.config.honest_negatives:
-            return true_pairs.last_hidden_state, pairs.image_index
+            return true_pairs.last_hidden_state, pairs.image_index, true_pairs.attention_mask
         negatives = slice(len(image_index), None)
         negative_pairs = self.look(
             text_states[pairs.text_index[negatives]], image_index[pairs.image_index[negatives]], prefix, **kwargs
         )
-        return torch.cat((true_pairs.last_hidden_state, negative_pairs.last_hidden_state)), None
+        image_states, attention_mask = joined_rows(true_pairs, negative_pairs)
+        return image_states, None, attention_mask
 
 
 @auto_docstring(

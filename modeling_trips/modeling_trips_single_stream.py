@@ -33,6 +33,7 @@ from .modeling_trips_vision import (
     TripsVisionPrefix,
     next_candidates,
     selection_of,
+    with_class_token,
 )
 from .modeling_trips_vision_layers import TripsJointLayer
 
@@ -96,13 +97,17 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_states = text_states.to(image_states.device)  # the parts may lie on several devices
         return torch.cat((text_states + text_type, image_states + image_type), dim=1)
 
-    def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
+    def joint_mask(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        text_length: int,
+        candidate_mask: torch.Tensor | None = None,
+    ):
         """The mask of the sequence as long as it is now, in the form that the attention in use wants."""
-        return bidirectional_mask(
-            self.config,
-            joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length),
-            inputs_embeds=hidden_states,
-        )
+        image_tokens = (with_class_token(candidate_mask), hidden_states.shape[1] - text_length)
+        mask = joint_padding_mask((attention_mask, text_length), image_tokens)
+        return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
 
     def encode_pairs(
         self,
@@ -110,28 +115,32 @@ class TripsSingleStreamModel(TripsVisionModel):
         image_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
-        """All layers, on row i of `text_states` and row i of `image_states`: hidden states and what was selected."""
+    ) -> tuple[torch.Tensor, torch.BoolTensor | None, tuple[TripsSelection, ...]]:
+        """
+        All layers, on row i of `text_states` and row i of `image_states`: hidden states, which candidates are no
+        padding, and what was selected.
+        """
         text_length = text_states.shape[1]
         hidden_states, selections = self.join(text_states, image_states), []
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
         num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
-        schedule, guidances = self.config.selection_schedule, self.config.guidance_schedule
+        options, candidate_mask = self.config.selection_options, None
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states, scores, kept_positions = layer(
+            hidden_states, scores, kept_positions, new_mask = layer(
                 hidden_states,
                 text_length,
                 mask,
-                keep_rate=schedule.get(number, 1.0),
-                guidance=guidances.get(number, "text"),
+                candidate_mask=candidate_mask,
+                **options.get(number, {}),
                 **kwargs,
             )
             if kept_positions is not None:
-                selections.append(selection_of(scores, kept_positions, candidate_indices))
-                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - text_length - 1)
-                mask = self.joint_mask(hidden_states, attention_mask, text_length)
-        return hidden_states, tuple(selections)
+                num_candidates, candidate_mask = hidden_states.shape[1] - text_length - 1, new_mask
+                selections.append(selection_of(scores, kept_positions, candidate_indices, candidate_mask))
+                candidate_indices = next_candidates(selections[-1], num_candidates, candidate_mask)
+                mask = self.joint_mask(hidden_states, attention_mask, text_length, candidate_mask)
+        return hidden_states, candidate_mask, tuple(selections)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -160,13 +169,16 @@ class TripsSingleStreamModel(TripsVisionModel):
         check_counts(text_states.shape[0], image_states.shape[0], image_index)
         if image_index is not None:
             image_states = image_states.index_select(0, image_index.to(image_states.device))
-        hidden_states, selection = self.encode_pairs(text_states, image_states, attention_mask, **kwargs)
+        hidden_states, candidate_mask, selection = self.encode_pairs(
+            text_states, image_states, attention_mask, **kwargs
+        )
         hidden_states = self.layernorm(hidden_states)
         text_length = text_states.shape[1]
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],
             selection=selection,
+            attention_mask=with_class_token(candidate_mask),
             text_states=hidden_states[:, :text_length],
         )
 

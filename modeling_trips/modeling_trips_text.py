@@ -77,6 +77,7 @@ class TripsSkipConnectedStack(nn.Module):
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         joint_attention_mask: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None = None,
         encoder_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -92,7 +93,12 @@ class TripsSkipConnectedStack(nn.Module):
                 )
             else:
                 hidden_states = layer(
-                    hidden_states, encoder_hidden_states, attention_mask, encoder_index=encoder_index, **kwargs
+                    hidden_states,
+                    encoder_hidden_states,
+                    attention_mask,
+                    encoder_attention_mask,
+                    encoder_index=encoder_index,
+                    **kwargs,
                 )
         return hidden_states
 
@@ -190,28 +196,46 @@ class TripsFusionModel(TripsPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         encoder_index: torch.LongTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithCrossAttentions:
         r"""
         encoder_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i reads row `encoder_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
+        encoder_attention_mask (`torch.Tensor` of shape `(num_rows, num_image_tokens)`, *optional*):
+            0 marks padding of `encoder_hidden_states`.
         """
-        masks = [bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)]
+        masks, image_mask = [bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)], None
+        num_image_tokens, one_token = encoder_hidden_states.shape[1], inputs_embeds[:, :1]  # looked at for its shape
+        if encoder_attention_mask is not None:
+            if encoder_index is not None:
+                index = encoder_index.to(encoder_attention_mask.device)
+                encoder_attention_mask = encoder_attention_mask.index_select(0, index)
+            image_mask = bidirectional_mask(
+                self.config,
+                encoder_attention_mask,
+                inputs_embeds=inputs_embeds,
+                encoder_hidden_states=one_token.expand(-1, num_image_tokens, -1),
+            )
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
         # CODEPATH: as in `__init__`.
         if self.config.fusion_type == "skip_connected":
-            num_image_tokens = encoder_hidden_states.shape[1]
-            joint_length = inputs_embeds.shape[1] + num_image_tokens
+            text_length = inputs_embeds.shape[1]
             joint_mask = bidirectional_mask(
                 self.config,
-                joint_padding_mask(attention_mask, num_image_tokens),
-                inputs_embeds=inputs_embeds[:, :1].expand(-1, joint_length, -1),  # looked at for its shape
+                joint_padding_mask((attention_mask, text_length), (encoder_attention_mask, num_image_tokens)),
+                inputs_embeds=one_token.expand(-1, text_length + num_image_tokens, -1),
             )
             masks.append(joint_mask)
         hidden_states = self.encoder(
-            inputs_embeds, encoder_hidden_states, *masks, encoder_index=encoder_index, **kwargs
+            inputs_embeds,
+            encoder_hidden_states,
+            *masks,
+            encoder_attention_mask=image_mask,
+            encoder_index=encoder_index,
+            **kwargs,
         )
         return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
 

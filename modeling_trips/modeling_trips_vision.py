@@ -27,8 +27,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import TripsVisionConfig
-from .modeling_trips_layers import TripsPreTrainedModel, check_counts, check_image_source
-from .modeling_trips_vision_layers import TripsVisionAttention, TripsVisionLayer
+from .modeling_trips_layers import TripsPreTrainedModel, bidirectional_mask, check_counts, check_image_source
+from .modeling_trips_vision_layers import TripsPatchEmbeddings, TripsVisionAttention, TripsVisionLayer
+from .patch_selection import FUSED_TOKEN, PADDING
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -37,11 +38,12 @@ class TripsSelection(ModelOutput):
     r"""
     kept_indices (`torch.LongTensor` of shape `(batch_size, num_kept)`):
         The candidates that went on, in order: row-major index of each patch in the original grid, -1 for the fused
-        token of an earlier selection layer.
+        token of an earlier selection layer, -2 for padding, where rows keep different numbers
+        (`selection_mode="mass"`).
     scores (`torch.FloatTensor` of shape `(batch_size, num_candidates)`):
-        The scores of all candidates of this layer, in order. Each row sums to 1.
+        The scores of all candidates of this layer, in order. Each row sums to 1; padding has 0.
     candidate_indices (`torch.LongTensor` of shape `(batch_size, num_candidates)`):
-        The original index of each candidate, -1 for a fused token.
+        The original index of each candidate, -1 for a fused token, -2 for padding.
     """
 
     kept_indices: torch.LongTensor | None = None
@@ -61,13 +63,15 @@ class TripsVisionPrefix(ModelOutput):
     key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_candidates, head_dim)`, *optional*):
         The keys of that layer, which the guiding query is scored against.
     candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`):
-        The original index of each candidate, -1 for a fused token.
+        The original index of each candidate, -1 for a fused token, -2 for padding.
     selection (`tuple(TripsSelection)`):
         What the selection layers before it kept.
     next_layer (`int`, *optional*):
         Number of that layer (from 1); `None` if there is none.
     grid_size (`tuple(int, int)`):
         Patches of each image, down and across.
+    candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
+        False marks padding; `None` where there is none.
     """
 
     hidden_states: torch.FloatTensor | None = None
@@ -77,6 +81,7 @@ class TripsVisionPrefix(ModelOutput):
     selection: tuple[TripsSelection, ...] | None = None
     next_layer: int | None = None
     grid_size: tuple[int, int] | None = None
+    candidate_mask: torch.BoolTensor | None = None
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -90,65 +95,14 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
         layer that a text guides, and one per text after. With `prefix`, they begin where it ends.
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text, where all texts of an image have one in common: see `repeat_images` of the model.
+    attention_mask (`torch.BoolTensor` of shape `(num_rows, num_image_tokens)`, *optional*):
+        False marks padding of `last_hidden_state`, where rows keep different numbers of tokens
+        (`selection_mode="mass"`).
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
-
-
-class TripsBatchNorm(nn.BatchNorm2d):
-    """Statistics of a frozen norm stay, too: adapters that are trained on a frozen model do not hold them."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.weight.requires_grad or not self.training:
-            return super().forward(hidden_states)
-        return nn.functional.batch_norm(
-            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
-
-
-class TripsConvolutionalStem(nn.Module):
-    """
-    3x3 convolutions of stride 2, each with twice the channels of the one before, batch-normalised, that take an image
-    down to its patch grid (https://arxiv.org/abs/2106.14881).
-    """
-
-    def __init__(self, config: TripsVisionConfig):
-        super().__init__()
-        num_layers = config.patch_shape[0].bit_length() - 1
-        widths = [config.hidden_size // 2 ** (num_layers - 1 - i) for i in range(num_layers)]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
-            for in_width, width in zip([config.num_channels, *widths], widths)
-        )
-        self.norms = nn.ModuleList(TripsBatchNorm(width) for width in widths)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        for convolution, norm in zip(self.convolutions, self.norms):
-            pixel_values = nn.functional.relu(norm(convolution(pixel_values)))
-        return pixel_values
-
-
-class TripsPatchEmbeddings(nn.Module):
-    """Images `(num_images, num_channels, height, width)` -> patches `(num_images, num_patches, hidden_size)`."""
-
-    def __init__(self, config: TripsVisionConfig):
-        super().__init__()
-        # CODEPATH: "linear" is the patch embedding of ViT, "convolutional" a stem for training from scratch.
-        convolutional = config.patch_embedding_type == "convolutional"
-        self.stem = TripsConvolutionalStem(config) if convolutional else None
-        self.projection = nn.Conv2d(
-            in_channels=config.hidden_size if convolutional else config.num_channels,
-            out_channels=config.hidden_size,
-            kernel_size=1 if convolutional else config.patch_size,
-            stride=1 if convolutional else config.patch_size,
-            bias=config.patch_bias,
-        )
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if self.stem is not None:
-            pixel_values = self.stem(pixel_values)
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+    attention_mask: torch.BoolTensor | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -263,51 +217,61 @@ class TripsVisionModel(TripsPreTrainedModel):
         candidate_indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
         next_layer = self.config.first_text_layer if select_patches else self.config.first_selection_layer
         numbers = range(1, next_layer or len(self.layers) + 1)
-        hidden_states, candidate_indices, selection = self.run_layers(
+        hidden_states, candidate_indices, candidate_mask, selection = self.run_layers(
             numbers, hidden_states, candidate_indices, **kwargs
         )
         class_query = key = None
         if next_layer is not None:
+            mask = self.padding_mask(hidden_states, candidate_mask)
             _, hidden_states, class_query, key = self.layers[next_layer - 1](
-                hidden_states, attention_only=True, **kwargs
+                hidden_states, attention_mask=mask, attention_only=True, **kwargs
             )
         return TripsVisionPrefix(
-            hidden_states, class_query, key, candidate_indices, selection, next_layer=next_layer, grid_size=grid_size
+            hidden_states, class_query, key, candidate_indices, selection, next_layer, grid_size, candidate_mask
         )
+
+    def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
+        """Hides the padding among [CLS] and the candidates, in the form that the attention in use wants."""
+        if candidate_mask is None:
+            return None
+        return bidirectional_mask(self.config, with_class_token(candidate_mask), inputs_embeds=hidden_states)
 
     def run_layers(
         self,
         numbers: range,
         hidden_states: torch.Tensor,
         candidate_indices: torch.LongTensor,
+        candidate_mask: torch.BoolTensor | None = None,
         text_embeds: torch.Tensor | None = None,
         class_query: torch.Tensor | None = None,
         key: torch.Tensor | None = None,
         select_patches: bool = True,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.LongTensor, tuple[TripsSelection, ...]]:
+    ) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor | None, tuple[TripsSelection, ...]]:
         """
         The layers `numbers`, row i under the guidance of row i of `text_embeds`. With `class_query` and `key`, the
         attention half of the first of them was computed before. Returns hidden states, the original indices of the
-        candidates behind [CLS], and what was selected.
+        candidates behind [CLS], which of these are no padding, and what was selected.
         """
-        schedule = self.config.selection_schedule if select_patches else {}
-        guidances, selections = self.config.guidance_schedule, []
+        options, selections = self.config.selection_options if select_patches else {}, []
+        mask = self.padding_mask(hidden_states, candidate_mask)
         for number in numbers:
-            hidden_states, scores, kept_positions = self.layers[number - 1](
+            hidden_states, scores, kept_positions, new_mask = self.layers[number - 1](
                 hidden_states,
                 text_embeds,
                 class_query,
                 key,
-                keep_rate=schedule.get(number, 1.0),
-                guidance=guidances.get(number, "text"),
+                candidate_mask=candidate_mask,
+                attention_mask=mask,
+                **options.get(number, {}),
                 **kwargs,
             )
             class_query = key = None
             if kept_positions is not None:
-                selections.append(selection_of(scores, kept_positions, candidate_indices))
-                candidate_indices = next_candidates(selections[-1], num_candidates=hidden_states.shape[1] - 1)
-        return hidden_states, candidate_indices, tuple(selections)
+                selections.append(selection_of(scores, kept_positions, candidate_indices, new_mask))
+                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - 1, new_mask)
+                candidate_mask, mask = new_mask, self.padding_mask(hidden_states, new_mask)
+        return hidden_states, candidate_indices, candidate_mask, tuple(selections)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -348,10 +312,11 @@ class TripsVisionModel(TripsPreTrainedModel):
             prefix, image_index = select_rows(prefix, image_index), None
         if text_embeds is not None and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        hidden_states, _, selection = self.run_layers(
+        hidden_states, _, candidate_mask, selection = self.run_layers(
             range(prefix.next_layer or len(self.layers) + 1, len(self.layers) + 1),
             prefix.hidden_states,
             prefix.candidate_indices,
+            prefix.candidate_mask,
             text_embeds,
             prefix.class_query,
             prefix.key,
@@ -364,6 +329,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             pooler_output=hidden_states[:, 0],
             selection=(prefix.selection or ()) + selection,
             image_index=image_index,
+            attention_mask=with_class_token(candidate_mask),
         )
         return repeated(output) if repeat_images else output
 
@@ -391,21 +357,47 @@ def repeated(output: TripsVisionModelOutput) -> TripsVisionModelOutput:
         hidden_states=output.hidden_states,
         attentions=output.attentions,
         selection=select_rows(output.selection, index),
+        attention_mask=select_rows(output.attention_mask, index),
     )
 
 
+def joined_rows(*outputs: TripsVisionModelOutput) -> tuple[torch.Tensor, torch.BoolTensor | None]:
+    """The image tokens of all rows of several outputs, padded to the longest, and their mask; `None` without any."""
+    states, masks = zip(*[(output.last_hidden_state, output.attention_mask) for output in outputs])
+    if masks[0] is None:
+        return torch.cat(states), None
+    longest = max(mask.shape[1] for mask in masks)
+    states = [nn.functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in states]
+    masks = [nn.functional.pad(mask, (0, longest - mask.shape[1]), value=False) for mask in masks]
+    return torch.cat(states), torch.cat(masks)
+
+
+def with_class_token(candidate_mask: torch.BoolTensor | None) -> torch.BoolTensor | None:
+    """The mask of [CLS] and the candidates."""
+    return None if candidate_mask is None else nn.functional.pad(candidate_mask, (1, 0), value=True)
+
+
 def selection_of(
-    scores: torch.Tensor, kept_positions: torch.LongTensor, candidate_indices: torch.LongTensor
+    scores: torch.Tensor,
+    kept_positions: torch.LongTensor,
+    candidate_indices: torch.LongTensor,
+    candidate_mask: torch.BoolTensor | None = None,
 ) -> TripsSelection:
-    """What a layer kept, given the original index of each of its candidates."""
+    """What a layer kept, given the original index of each of its candidates, and the mask of those behind it."""
     candidate_indices = candidate_indices.to(kept_positions.device)  # layers may lie on several devices
-    return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
+    kept_indices = candidate_indices.gather(1, kept_positions)
+    if candidate_mask is not None:
+        kept_indices = kept_indices.masked_fill(~candidate_mask[:, : kept_indices.shape[1]], PADDING)
+    return TripsSelection(kept_indices, scores, candidate_indices)
 
 
-def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.LongTensor:
+def next_candidates(
+    selection: TripsSelection, num_candidates: int, candidate_mask: torch.BoolTensor | None = None
+) -> torch.LongTensor:
     """Original indices of the candidates behind a selection layer: those that it kept, and -1 for a fused token."""
     num_kept = selection.kept_indices.shape[1]
-    return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=-1)
+    indices = nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
+    return indices if candidate_mask is None else indices.masked_fill(~candidate_mask, PADDING)
 
 
 def select_rows(value, index: torch.LongTensor):

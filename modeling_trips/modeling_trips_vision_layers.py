@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Layers of the vision tower: a pre-norm ViT layer that can select patches, alone and in a single stream."""
+"""
+Layers of the vision tower: patch embeddings, and a pre-norm ViT layer that can select patches, alone and in a single
+stream.
+"""
 
 from collections.abc import Callable
 
@@ -25,7 +28,62 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_trips import TripsVisionConfig
 from .modeling_trips_layers import eager_attention_forward
-from .patch_selection import random_scores, score_tokens, select_tokens
+from .patch_selection import random_scores, score_tokens, select_mass, select_tokens
+
+
+class TripsBatchNorm(nn.BatchNorm2d):
+    """Statistics of a frozen norm stay, too: adapters that are trained on a frozen model do not hold them."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad or not self.training:
+            return super().forward(hidden_states)
+        return nn.functional.batch_norm(
+            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
+class TripsConvolutionalStem(nn.Module):
+    """
+    3x3 convolutions of stride 2, each with twice the channels of the one before, batch-normalised, that take an image
+    down to its patch grid (https://arxiv.org/abs/2106.14881).
+    """
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        num_layers = config.patch_shape[0].bit_length() - 1
+        widths = [config.hidden_size // 2 ** (num_layers - 1 - i) for i in range(num_layers)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
+            for in_width, width in zip([config.num_channels, *widths], widths)
+        )
+        self.norms = nn.ModuleList(TripsBatchNorm(width) for width in widths)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        for convolution, norm in zip(self.convolutions, self.norms):
+            pixel_values = nn.functional.relu(norm(convolution(pixel_values)))
+        return pixel_values
+
+
+class TripsPatchEmbeddings(nn.Module):
+    """Images `(num_images, num_channels, height, width)` -> patches `(num_images, num_patches, hidden_size)`."""
+
+    def __init__(self, config: TripsVisionConfig):
+        super().__init__()
+        # CODEPATH: "linear" is the patch embedding of ViT, "convolutional" a stem for training from scratch.
+        convolutional = config.patch_embedding_type == "convolutional"
+        self.stem = TripsConvolutionalStem(config) if convolutional else None
+        self.projection = nn.Conv2d(
+            in_channels=config.hidden_size if convolutional else config.num_channels,
+            out_channels=config.hidden_size,
+            kernel_size=1 if convolutional else config.patch_size,
+            stride=1 if convolutional else config.patch_size,
+            bias=config.patch_bias,
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.stem is not None:
+            pixel_values = self.stem(pixel_values)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
 class TripsVisionAttention(nn.Module):
@@ -113,28 +171,37 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         return hidden_states + self.dropout(attn_output), query, key
 
-    def score(self, query: torch.Tensor, key: torch.Tensor, guidance: str) -> torch.Tensor:
+    def score(
+        self, query: torch.Tensor, key: torch.Tensor, guidance: str, candidate_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores of the candidates, whose keys are `key`, by the guiding token's `query`; or random ones."""
         # CODEPATH: "random" is the floor that every way of selecting must beat.
         if guidance == "random":
-            return random_scores(key.shape[0], key.shape[2], self.training, key.device, self.config.selection_seed)
-        return score_tokens(query, key, self.attention.scaling)
+            seed = self.config.selection_seed
+            return random_scores(key.shape[0], key.shape[2], self.training, key.device, seed, candidate_mask)
+        return score_tokens(query, key, self.attention.scaling, candidate_mask)
 
     def select_and_transform(
-        self, hidden_states: torch.Tensor, scores: torch.Tensor | None, keep_rate: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self,
+        hidden_states: torch.Tensor,
+        scores: torch.Tensor | None,
+        keep_rate: float,
+        mass: float | None = None,
+        min_keep_rate: float = 0.0,
+        candidate_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
         """The MLP half, on the tokens that are left. Without `scores` nothing is selected."""
-        kept_positions = None
-        if scores is not None:
-            hidden_states, kept_positions = select_tokens(
-                hidden_states,
-                scores,
-                keep_rate,
-                fuse=self.config.fuse_inattentive_tokens,
-                normalize=self.config.normalize_fusion_weights,
+        kept_positions = new_mask = None
+        rest = {"fuse": self.config.fuse_inattentive_tokens, "normalize": self.config.normalize_fusion_weights}
+        # CODEPATH: see `selection_mode`.
+        if scores is not None and mass is not None:
+            hidden_states, kept_positions, new_mask = select_mass(
+                hidden_states, scores, mass, keep_rate, min_keep_rate, candidate_mask=candidate_mask, **rest
             )
+        elif scores is not None:
+            hidden_states, kept_positions = select_tokens(hidden_states, scores, keep_rate, **rest)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, scores, kept_positions
+        return hidden_states, scores, kept_positions, new_mask
 
     def forward(
         self,
@@ -144,6 +211,9 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         key: torch.Tensor | None = None,
         keep_rate: float = 1.0,
         guidance: str = "text",
+        mass: float | None = None,
+        min_keep_rate: float = 0.0,
+        candidate_mask: torch.Tensor | None = None,
         attention_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
@@ -157,11 +227,15 @@ class TripsVisionLayer(GradientCheckpointingLayer):
                 it the attention half is not computed again.
             keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
             guidance (`str`, *optional*, defaults to `"text"`): what ranks them: `"text"`, `"image"` or `"random"`.
+            mass, min_keep_rate (`float`, *optional*): where rows keep different numbers: see `select_mass`.
+            candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks
+                padding that an earlier layer left. `attention_mask` hides it, in the form of the attention in use.
             attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
 
         Returns:
-            `(hidden_states, scores, kept_positions)`, the last two `None` if nothing is selected; `(None,
-            hidden_states, class_query, key)` if `attention_only`.
+            `(hidden_states, scores, kept_positions, candidate_mask)`, the last of the tokens that are left and `None`
+            without `mass`, all but the first `None` if nothing is selected; `(None, hidden_states, class_query, key)`
+            if `attention_only`.
         """
         if key is None:
             hidden_states, query, key = self.attend(hidden_states, **kwargs)
@@ -174,8 +248,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             # CODEPATH: the image's own [CLS] guides where a text does not, or is not given.
             if guidance == "text" and text_embeds is not None:
                 query = self.attention.q_proj(text_embeds).view(class_query.shape)
-            scores = self.score(query, key[:, :, 1:], guidance)
-        return self.select_and_transform(hidden_states, scores, keep_rate)
+            scores = self.score(query, key[:, :, 1:], guidance, candidate_mask)
+        return self.select_and_transform(hidden_states, scores, keep_rate, mass, min_keep_rate, candidate_mask)
 
 
 class TripsJointLayer(TripsVisionLayer):
@@ -191,23 +265,26 @@ class TripsJointLayer(TripsVisionLayer):
         attention_mask: torch.Tensor | None = None,
         keep_rate: float = 1.0,
         guidance: str = "text",
+        mass: float | None = None,
+        min_keep_rate: float = 0.0,
+        candidate_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, text_length + 1 + num_candidates, hidden_size)`)
             text_length (`int`): number of text tokens, padding included.
             attention_mask (`torch.Tensor`, *optional*): hides the padding, in the form of the attention in use.
             keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
-            guidance (`str`, *optional*, defaults to `"text"`): as in [`TripsVisionLayer`].
+            guidance, mass, min_keep_rate, candidate_mask: as in [`TripsVisionLayer`].
 
         Returns:
-            `(hidden_states, scores, kept_positions)`, the last two `None` if nothing is selected.
+            `(hidden_states, scores, kept_positions, candidate_mask)`, as there.
         """
         hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
         scores = None
         if keep_rate < 1.0:
             # CODEPATH: the text's [CLS] comes first, the image's own behind the text.
             guide = 0 if guidance == "text" else text_length
-            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :], guidance)
-        return self.select_and_transform(hidden_states, scores, keep_rate)
+            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :], guidance, candidate_mask)
+        return self.select_and_transform(hidden_states, scores, keep_rate, mass, min_keep_rate, candidate_mask)

@@ -14,13 +14,19 @@
 """
 The patch selection of TRIPS (https://arxiv.org/abs/2403.07883, section 3.2) as pure functions: score, keep, fuse.
 
-Every function is differentiable where the paper's is, keeps shapes static (they depend on shapes and rates only),
-never syncs with the host and never forms a full attention map.
+Every function is differentiable where the paper's is and never forms a full attention map. Shapes are static (they
+depend on shapes and rates only) and nothing syncs with the host, but for `select_mass`, which keeps as many tokens as
+the scores ask for.
 """
 
 import math
 
 import torch
+
+
+# In place of the original index of a candidate that is no patch.
+FUSED_TOKEN, PADDING = -1, -2
+ROUNDING = 1e-6  # what a product or a sum in floating point may be off
 
 
 def num_kept_tokens(num_candidates: int, keep_rate: float) -> int:
@@ -30,10 +36,23 @@ def num_kept_tokens(num_candidates: int, keep_rate: float) -> int:
     The product is taken down by 1e-6 first, so that a float that is a hair above a whole number does not keep one
     token more: 0.1 of 30 is 3, although `0.1 * 30 > 3` in floating point.
     """
-    return max(1, math.ceil(keep_rate * num_candidates - 1e-6))
+    return max(1, math.ceil(keep_rate * num_candidates - ROUNDING))
 
 
-def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+def num_kept_by_row(num_candidates: torch.LongTensor, keep_rate: float) -> torch.LongTensor:
+    """
+    `num_kept_tokens` of each number in a tensor.
+
+    In fixed point: float32 is too coarse, not all devices have float64, and a table would sync with the host.
+    """
+    unit = 2**40
+    num_kept = num_candidates * round(keep_rate * unit) - round(ROUNDING * unit)
+    return (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
+
+
+def score_tokens(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, candidate_mask: torch.BoolTensor | None = None
+) -> torch.Tensor:
     """
     The attention that one guiding token pays to each candidate, averaged over the heads.
 
@@ -41,24 +60,34 @@ def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
         query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): the guiding token's query.
         key (`torch.Tensor` of shape `(batch_size, num_heads, num_candidates, head_dim)`): the candidates' keys.
         scaling (`float`): factor of the dot products, usually `head_dim ** -0.5`.
+        candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks padding.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider: each row is positive and sums to 1.
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider: each row is positive and sums to 1,
+        but for padding, which has 0.
     """
     # A product and a sum in full precision: autocast would lower a matmul, and rounding would tie patches.
     dtype = torch.promote_types(key.dtype, torch.float32)
     logits = (key.to(dtype) * (query.to(dtype) * scaling).unsqueeze(2)).sum(dim=-1)
+    if candidate_mask is not None:
+        logits = logits.masked_fill(~candidate_mask[:, None], -math.inf)
     return logits.softmax(dim=-1).mean(dim=1)
 
 
 def random_scores(
-    batch_size: int, num_candidates: int, training: bool, device: torch.device, seed: int = 0
+    batch_size: int,
+    num_candidates: int,
+    training: bool,
+    device: torch.device,
+    seed: int = 0,
+    candidate_mask: torch.BoolTensor | None = None,
 ) -> torch.Tensor:
     """
     Scores that know nothing: the floor that every way of selecting must beat.
 
     In training they are drawn anew from PyTorch's global generator. Otherwise they are a fixed pseudo-random sequence,
     the same for each row, so that an evaluation depends on `seed` but not on the batch or on the generator's state.
+    Where `candidate_mask` is False there is padding, which is not counted and has the score 0.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_candidates)`, float32: each row is positive and sums to 1.
@@ -67,11 +96,15 @@ def random_scores(
         scores = torch.rand(batch_size, num_candidates, device=device)
     else:
         position = torch.arange(1, num_candidates + 1, device=device, dtype=torch.int64)
+        if candidate_mask is not None:
+            position = candidate_mask.long().cumsum(dim=-1)
         prime = 2**31 - 1  # a multiplicative hash, twice; the products stay within 64 bits
         mixed = (position * 1103515245 + seed * 12345677) % prime
         mixed = ((mixed ^ (mixed >> 15)) * 1664525) % prime
         scores = ((mixed >> 7).float() / 2**24).expand(batch_size, num_candidates)
     scores = scores + 1e-6
+    if candidate_mask is not None:
+        scores = scores * candidate_mask
     return scores / scores.sum(dim=-1, keepdim=True)
 
 
@@ -86,14 +119,52 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_kept)`.
     """
-    # A stable sort would do the same, but ONNX has none.
     lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]
-    above, ties = scores > lowest_kept, scores == lowest_kept
-    num_ties_kept = num_kept - above.sum(dim=-1, keepdim=True)
-    kept = above | (ties & (ties.long().cumsum(dim=-1) <= num_ties_kept))
+    kept = _are_kept(scores, lowest_kept, num_kept)
     last = scores.shape[1] - 1
     positions = torch.arange(last + 1, device=scores.device)
     return positions.where(kept, last).sort(dim=-1).values[:, :num_kept]
+
+
+def _are_kept(scores: torch.Tensor, lowest_kept: torch.Tensor, num_kept: int | torch.LongTensor) -> torch.BoolTensor:
+    """Which are among the `num_kept` largest, of which the least is `lowest_kept`; of equal ones the first are."""
+    # A stable sort would do the same, but ONNX has none.
+    above, ties = scores > lowest_kept, scores == lowest_kept
+    num_ties_kept = num_kept - above.sum(dim=-1, keepdim=True)
+    return above | (ties & (ties.long().cumsum(dim=-1) <= num_ties_kept))
+
+
+def keep_mass(
+    scores: torch.Tensor,
+    mass: float,
+    keep_rate: float,
+    min_keep_rate: float = 0.0,
+    candidate_mask: torch.BoolTensor | None = None,
+) -> torch.BoolTensor:
+    """
+    Which candidates make the smallest set whose scores sum to at least `mass`: as few of the largest as will do. Of
+    equal scores the lower position wins.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): each row is positive and sums to 1.
+        mass (`float`): in (0, 1]. A sum that is a hair below it is enough, but 1.0 asks for all candidates.
+        keep_rate, min_keep_rate (`float`): at most and at least `num_kept_tokens` of the row's candidates are kept.
+        candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks padding,
+            which is not kept.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, num_candidates)`.
+    """
+    if candidate_mask is None:
+        candidate_mask = torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.detach().masked_fill(~candidate_mask, -1.0)  # below a score that is rounded to 0
+    largest_first = scores.sort(dim=-1, descending=True).values
+    sums = largest_first.clamp(min=0).cumsum(dim=-1)
+    num_kept = 1 + (sums < (mass - ROUNDING if mass < 1 else math.inf)).sum(dim=-1, keepdim=True)
+    num_candidates = candidate_mask.sum(dim=-1, keepdim=True)
+    num_kept = num_kept.minimum(num_kept_by_row(num_candidates, keep_rate))
+    num_kept = num_kept.maximum(num_kept_by_row(num_candidates, min_keep_rate))
+    return _are_kept(scores, largest_first.gather(1, num_kept - 1), num_kept)
 
 
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -156,3 +227,54 @@ def select_tokens(
     if fuse:
         parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
     return torch.cat(parts, dim=1), kept_positions
+
+
+def _longest_row(kept: torch.BoolTensor, most: int) -> int:
+    """
+    How many the row keeps that keeps most: one sync with the host. Where there is none to ask, under `torch.compile`
+    and `torch.export` and on the meta device, it is `most`, as many as any row may keep, and shapes are static.
+    """
+    if torch.compiler.is_compiling() or kept.is_meta:
+        return most
+    return int(kept.sum(dim=-1).max())
+
+
+def select_mass(
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    mass: float,
+    keep_rate: float,
+    min_keep_rate: float = 0.0,
+    fuse: bool = True,
+    normalize: bool = False,
+    candidate_mask: torch.BoolTensor | None = None,
+) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
+    """
+    As `select_tokens`, but each row keeps as many candidates as `keep_mass` says. The longest row keeps k; others are
+    padded between their kept candidates and the fused token, which is padding too in a row that keeps all it has.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
+        scores (`torch.Tensor` of shape `(batch_size, n)`)
+        mass, keep_rate, min_keep_rate, candidate_mask: as in `keep_mass`.
+        fuse, normalize: as in `select_tokens`.
+
+    Returns:
+        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`); the positions of the kept
+        ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`, where padding repeats the row's
+        first; and which of the tokens behind the first p are no padding, a `torch.BoolTensor`.
+    """
+    num_candidates = scores.shape[1]
+    kept = keep_mass(scores, mass, keep_rate, min_keep_rate, candidate_mask)
+    longest = _longest_row(kept, num_kept_tokens(num_candidates, keep_rate))
+    positions = torch.arange(num_candidates, device=scores.device).where(kept, num_candidates)
+    positions = positions.sort(dim=-1).values[:, :longest]
+    mask = positions < num_candidates
+    kept_positions = positions.where(mask, positions[:, :1])
+    others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
+    parts = [others, gather_tokens(candidates, kept_positions)]
+    if fuse:
+        parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
+        is_left = ~kept if candidate_mask is None else candidate_mask & ~kept
+        mask = torch.cat((mask, is_left.any(dim=-1, keepdim=True)), dim=1)
+    return torch.cat(parts, dim=1), kept_positions, mask

@@ -80,13 +80,13 @@ def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[in
 
 
 def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Boxes (x0, y0, x1, y1), float32 of shape (num_kept, 4), of patches in a grid of (rows, columns); -1 has none."""
+    """Boxes (x0, y0, x1, y1), float32 of shape (num_kept, 4), of what are patches in a grid of (rows, columns)."""
     rows, columns = grid
-    outside = patch_indices[(patch_indices < -1) | (patch_indices >= rows * columns)]
+    outside = patch_indices[(patch_indices < -2) | (patch_indices >= rows * columns)]
     if len(outside):
         raise ValueError(
             f"the index {int(outside[0])} is out of the grid of {rows} x {columns} patches: it must be in "
-            f"[0, {rows * columns - 1}], or -1 for a fused token"
+            f"[0, {rows * columns - 1}], -1 for a fused token, or -2 for padding"
         )
     kept = patch_indices[patch_indices >= 0]
     row, column = kept // columns, kept % columns
@@ -288,8 +288,8 @@ class TripsProcessor(ProcessorMixin):
 
         Args:
             patch_indices (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
-                Row-major index of each kept patch in the grid of `pixel_values`. -1 marks a fused token, which has no
-                box. A list of tensors of different lengths will do as well.
+                Row-major index of each kept patch in the grid of `pixel_values`. -1 marks a fused token, -2 padding,
+                which have no box. A list of tensors of different lengths will do as well.
             image_sizes (`torch.LongTensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`):
                 (height, width) of each original image in pixels, upright: after its EXIF orientation is applied.
                 Mind that Pillow's `image.size` is (width, height).

@@ -38,5 +38,10 @@ def assert_same_selection(selection, other, **tolerance):
         torch.testing.assert_close(ours.scores, theirs.scores, **tolerance)
 
 
+def without_padding(indices):
+    """Kept patches or candidates, row by row."""
+    return [[index for index in row if index != -2] for row in indices.tolist()]
+
+
 def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

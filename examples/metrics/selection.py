@@ -4,7 +4,14 @@ import torch
 from transformers import Trainer
 
 from modeling_trips import TripsProcessor, TripsSelection
-from modeling_trips.inspection import kept_coverage, score_entropy, share_inside, share_shown, text_sensitivity
+from modeling_trips.inspection import (
+    kept_coverage,
+    num_kept,
+    score_entropy,
+    share_inside,
+    share_shown,
+    text_sensitivity,
+)
 from trips_examples.data.rows import image_size
 
 
@@ -23,9 +30,10 @@ def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, floa
         prefix (`str`, *optional*, defaults to `"eval"`): begins the names.
 
     Returns:
-        `dict[str, float]`: for selection layer L `{prefix}_layer{L}_entropy`, `_coverage`, `_text_sensitivity` (where
-        texts share images) and, where the data has regions, `_inside` (`{prefix}_inside_at_random` is what patches
-        drawn at random would give) and `_shown`. Empty where nothing is selected.
+        `dict[str, float]`: for selection layer L `{prefix}_layer{L}_kept` (the mean number of candidates that go on),
+        `_entropy`, `_coverage`, `_text_sensitivity` (where texts share images) and, where the data has regions,
+        `_inside` (`{prefix}_inside_at_random` is what patches drawn at random would give) and `_shown`. Empty where
+        nothing is selected.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
@@ -38,6 +46,7 @@ def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, floa
     metrics = {}
     for layer, selection in zip(model.config.vision_config.selection_schedule, selections):
         name = f"{prefix}_layer{layer}"
+        metrics[f"{name}_kept"] = num_kept(selection).float().mean().item()
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
         metrics[f"{name}_coverage"] = kept_coverage(selection, num_patches)
         if len(inputs["image_index"].unique()) < inputs["image_index"].numel():

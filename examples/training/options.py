@@ -42,6 +42,19 @@ class ModelArguments:
     keep_rate: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
     )
+    selection_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "How many tokens are kept: topk (the keep rate, the default) or mass (as few as have the share "
+            "--selection_mass of the scores; the keep rate is the most)."
+        },
+    )
+    selection_mass: list[float] | None = field(
+        default=None, metadata={"help": "Sum of the scores that mass keeps, in (0, 1]: one, or one per layer."}
+    )
+    min_keep_rate: list[float] | None = field(
+        default=None, metadata={"help": "Least share of the tokens that mass keeps: one rate, or one per layer."}
+    )
     selection_guidance: list[str] | None = field(
         default=None,
         metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
@@ -77,6 +90,9 @@ class ModelArguments:
         fields = {
             "selection_layers": self.selection_layers,
             "keep_rate": one_or_several(self.keep_rate),
+            "selection_mode": self.selection_mode,
+            "selection_mass": one_or_several(self.selection_mass),
+            "min_keep_rate": one_or_several(self.min_keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
             "selection_loss_weight": self.selection_loss_weight,
             "fusion_type": self.fusion_type,

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings, ViltEncoder, ViltLayer, ViltPreTrainedModel
 
 from ..modeling_trips_vision import TripsSelection
-from ..patch_selection import gather_tokens, keep_topk, num_kept_tokens, score_tokens
+from ..patch_selection import gather_tokens, keep_topk, num_kept_by_row, num_kept_tokens, score_tokens
 from .layers import Host, SelectionLayer, StandIn
 
 
@@ -160,14 +160,8 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         return keep_topk(2 * is_attentive.int() + is_padding.int(), num_kept)
 
     def num_kept_of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """
-        How many candidates each row keeps, by how many it has: `(batch_size, 1)`. It is what `num_kept_tokens` gives,
-        in fixed point: float32 is too coarse, not all devices have float64, and a table would sync with the host.
-        """
-        unit = 2**40
-        num_present = (numbers != PADDING).sum(dim=1, keepdim=True)
-        num_kept = num_present * round(self.selection.keep_rate * unit) - round(1e-6 * unit)
-        return (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
+        """How many candidates each row keeps, by how many it has: `(batch_size, 1)`."""
+        return num_kept_by_row((numbers != PADDING).sum(dim=1, keepdim=True), self.selection.keep_rate)
 
     def shorten_numbers(self, numbers: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
         """Numbers of the kept candidates and of the fused token, which is padding where nothing was dropped."""

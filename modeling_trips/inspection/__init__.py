@@ -1,6 +1,14 @@
 """Looking at a model: pictures of kept patches, diagnostics of its selection, its cost beside its unpruned twin."""
 
-from .diagnostics import kept_coverage, kept_patches, score_entropy, share_inside, share_shown, text_sensitivity
+from .diagnostics import (
+    kept_coverage,
+    kept_patches,
+    num_kept,
+    score_entropy,
+    share_inside,
+    share_shown,
+    text_sensitivity,
+)
 from .pictures import draw_kept_patches, plot_selection
 
 
@@ -8,6 +16,7 @@ __all__ = [
     "draw_kept_patches",
     "kept_coverage",
     "kept_patches",
+    "num_kept",
     "plot_selection",
     "score_entropy",
     "share_inside",

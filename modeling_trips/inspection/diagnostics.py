@@ -22,6 +22,7 @@ is about, how much of what it keeps lies there. A [`TripsSelection`] is that of 
 import torch
 
 from ..modeling_trips_vision import TripsSelection
+from ..patch_selection import PADDING
 
 
 def score_entropy(selection: TripsSelection) -> torch.Tensor:
@@ -33,24 +34,35 @@ def score_entropy(selection: TripsSelection) -> torch.Tensor:
     """
     scores = selection.scores.float()
     entropy = -torch.special.xlogy(scores, scores).sum(dim=-1)
-    return entropy / torch.log(torch.tensor(float(max(2, scores.shape[-1]))))
+    num_candidates = (selection.candidate_indices != PADDING).sum(dim=-1)
+    return entropy / num_candidates.clamp(min=2).log()
+
+
+def num_kept(selection: TripsSelection) -> torch.LongTensor:
+    """
+    How many candidates go on in each row: all the same, but with `selection_mode="mass"`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`.
+    """
+    return (selection.kept_indices != PADDING).sum(dim=-1)
 
 
 def kept_patches(selection: TripsSelection, num_patches: int) -> torch.BoolTensor:
     """
-    Which patches of the grid go on as themselves; a fused token is none.
+    Which patches of the grid go on as themselves; neither a fused token nor padding is one.
 
     Returns:
         `torch.BoolTensor` of shape `(batch_size, num_patches)`.
     """
     kept = selection.kept_indices
     mask = torch.zeros(len(kept), num_patches + 1, dtype=torch.bool, device=kept.device)
-    mask.scatter_(1, kept.where(kept >= 0, num_patches), True)  # fused tokens go to a column that is cut off
+    mask.scatter_(1, kept.where(kept >= 0, num_patches), True)  # all others go to a column that is cut off
     return mask[:, :num_patches]
 
 
 def kept_coverage(selection: TripsSelection, num_patches: int) -> float:
-    """Share of the grid's patches that at least one row keeps. The keep rate is its least value: the same for all."""
+    """Share of the grid's patches that at least one row keeps. Its least value is what a row keeps: all the same."""
     return kept_patches(selection, num_patches).any(dim=0).float().mean().item()
 
 
@@ -112,4 +124,12 @@ def share_shown(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     return (sides.clamp(min=0).prod(dim=-1).sum() / (region[2:] - region[:2]).prod()).item()
 
 
-__all__ = ["kept_coverage", "kept_patches", "score_entropy", "share_inside", "share_shown", "text_sensitivity"]
+__all__ = [
+    "kept_coverage",
+    "kept_patches",
+    "num_kept",
+    "score_entropy",
+    "share_inside",
+    "share_shown",
+    "text_sensitivity",
+]

@@ -163,7 +163,8 @@ def _setting(row: dict) -> tuple:
 def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
     parts = (config.vision_config, config.text_config, config.fusion_encoder_config)
     sizes = [(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in parts]
-    return sizes, config.vision_config.patch_shape, image_size, Schedule.of(config.vision_config)
+    vision = config.vision_config
+    return sizes, vision.patch_shape, image_size, Schedule.of(vision), vision.selection_mode
 
 
 def count_cost(config: TripsConfig, image_size: tuple[int, int], text_length: int) -> dict[int, float]:
@@ -188,10 +189,16 @@ def auto_class_of(config: TripsConfig) -> str:
 
 
 def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[tuple[int, int], list[int]]:
-    """Runs the model on a blank image: height and width that it sees, and the tokens that leave each vision layer."""
+    """
+    Runs the model on a blank image: height and width that it sees, and the tokens that leave each vision layer; the
+    most that may, where the scores say how many.
+    """
     inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
+    vision = model.config.vision_config
+    mode, vision.selection_mode = vision.selection_mode, "topk"
     with torch.no_grad():
         outputs = model.eval().base_model(**inputs, output_hidden_states=True)
+    vision.selection_mode = mode
     height, width = inputs["pixel_values"].shape[-2:]
     return (height, width), [states.shape[1] for states in outputs.vision_model_output.hidden_states]
 
@@ -203,7 +210,9 @@ def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
         {
             "layer": layer,
             "guidance": GUIDANCES[vision.guidance_schedule[layer]],
-            "keep_rate": rate,
+            "keep_rate": f"up to {rate}" if vision.selection_mode == "mass" else rate,
+            "mass": vision.selection_options[layer].get("mass"),
+            "min_keep_rate": vision.selection_options[layer].get("min_keep_rate"),
             "tokens_before": tokens[layer - 1],
             "tokens_after": tokens[layer],
         }

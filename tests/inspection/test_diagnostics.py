@@ -9,6 +9,7 @@ from modeling_trips import TripsSelection
 from modeling_trips.inspection.diagnostics import (
     kept_coverage,
     kept_patches,
+    num_kept,
     score_entropy,
     share_inside,
     share_shown,
@@ -17,12 +18,22 @@ from modeling_trips.inspection.diagnostics import (
 
 
 def selection_of(*kept: list[int], scores=None) -> TripsSelection:
-    return TripsSelection(kept_indices=torch.tensor(kept), scores=scores)
+    candidates = None if scores is None else torch.arange(scores.shape[1]).expand(scores.shape)
+    return TripsSelection(torch.tensor(kept), scores, candidates)
 
 
 def test_entropy_is_one_for_equal_scores_and_zero_for_a_single_winner():
     scores = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     torch.testing.assert_close(score_entropy(selection_of([0], scores=scores)), torch.tensor([1.0, 0.0, 0.5]))
+
+
+def test_padding_is_neither_a_candidate_nor_kept():
+    scores = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    candidates = torch.tensor([[7, 3, -2, -2], [7, 3, 1, -1]])
+    selection = TripsSelection(torch.tensor([[7, -2, -2], [7, 3, -1]]), scores, candidates)
+    torch.testing.assert_close(score_entropy(selection), torch.tensor([1.0, 1.0]))
+    assert num_kept(selection).tolist() == [1, 3]
+    assert kept_patches(selection, num_patches=8).nonzero().tolist() == [[0, 7], [1, 3], [1, 7]]
 
 
 def test_entropy_of_half_precision_scores_is_full_precision():

@@ -16,6 +16,10 @@ from modeling_trips.modeling_trips_text_layers import TripsTextSelfAttention
 from modeling_trips.modeling_trips_vision_layers import TripsVisionAttention
 
 
+# Where rows keep different numbers of patches, image tokens are padded, too.
+each_mode = pytest.mark.parametrize("mode", [{}, {"selection_mode": "mass", "selection_mass": 0.5}], ids=str)
+
+
 def attention_layers(model) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, (TripsVisionAttention, TripsTextSelfAttention))]
 
@@ -26,18 +30,20 @@ def assert_same_outputs(outputs, expected):
 
 
 @each_model
+@each_mode
 @torch.no_grad()
-def test_sdpa_equals_eager(case):
-    expected = case.make_model("eager")(**case.make_inputs())
-    assert_same_outputs(case.make_model("sdpa")(**case.make_inputs()), expected)
+def test_sdpa_equals_eager(case, mode):
+    expected = case.make_model("eager", **mode)(**case.make_inputs())
+    assert_same_outputs(case.make_model("sdpa", **mode)(**case.make_inputs()), expected)
 
 
 @each_model
+@each_mode
 @torch.no_grad()
-def test_flex_attention_equals_eager(case):
-    expected = case.make_model("eager")(**case.make_inputs())
+def test_flex_attention_equals_eager(case, mode):
+    expected = case.make_model("eager", **mode)(**case.make_inputs())
     with torch.compiler.set_stance("force_eager"):
-        assert_same_outputs(case.make_model("flex_attention")(**case.make_inputs()), expected)
+        assert_same_outputs(case.make_model("flex_attention", **mode)(**case.make_inputs()), expected)
 
 
 @pytest.mark.slow
@@ -180,17 +186,18 @@ def flash_in_torch(register, monkeypatch) -> str:
 
 
 @each_model
+@each_mode
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
-def test_flash_attentions_masks_and_layout_give_the_same(case, padded, flash_in_torch):
+def test_flash_attentions_masks_and_layout_give_the_same(case, mode, padded, flash_in_torch):
     inputs = case.make_inputs()
     if not padded:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    assert_outputs_equal_but_for_padding(case, inputs, flash_in_torch)
+    assert_outputs_equal_but_for_padding(case, inputs, flash_in_torch, **mode)
 
 
-def assert_outputs_equal_but_for_padding(case, inputs, attn_implementation):
-    outputs, expected = (case.make_model(name)(**inputs) for name in (attn_implementation, "eager"))
+def assert_outputs_equal_but_for_padding(case, inputs, attn_implementation, **mode):
+    outputs, expected = (case.make_model(name, **mode)(**inputs) for name in (attn_implementation, "eager"))
     assert kept_by(outputs) == kept_by(expected)
     # The states of a text's padding have no meaning.
     rows = inputs["attention_mask"].bool() if "last_hidden_state" in outputs else ...

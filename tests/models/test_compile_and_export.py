@@ -70,10 +70,11 @@ def batches(case, training=False):
 
 @pytest.mark.slow
 @each_model_of_use
+@pytest.mark.parametrize("mode", ["topk", "mass"])
 @torch.no_grad()
-def test_every_model_is_one_graph_for_all_batches_of_a_shape(case):
+def test_every_model_is_one_graph_for_all_batches_of_a_shape(case, mode):
     torch._dynamo.reset()
-    model = case.make_model()
+    model = case.make_model(selection_mode=mode, selection_mass=0.5)
     compiled, graphs = compile_and_count(model)
     for inputs in batches(case):
         assert_same_outputs(compiled(**inputs), model(**inputs))
@@ -153,9 +154,10 @@ def other_inputs(case, num_texts: int) -> dict:
 
 
 @each_model_of_use
+@pytest.mark.parametrize("mode", ["topk", "mass"])
 @torch.no_grad()
-def test_an_exported_program_runs_at_other_sizes(case):
-    model = case.make_model()
+def test_an_exported_program_runs_at_other_sizes(case, mode):
+    model = case.make_model(selection_mode=mode, selection_mass=0.5)
     inputs = {**case.make_inputs(), **without_cache(case)}
     program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs), strict=False).module()
     for num_texts in SIZES:

@@ -58,9 +58,11 @@ def test_autocast_computes_in_half_precision(case, dtype):
 
 
 @each_model
+@pytest.mark.parametrize("mode", ["topk", "mass"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(case, use_reentrant):
-    assert_checkpointing_changes_no_gradient(case, case.make_inputs(training=True), use_reentrant)
+def test_gradient_checkpointing_changes_no_gradient(case, mode, use_reentrant):
+    inputs = case.make_inputs(training=True)
+    assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant, selection_mode=mode, selection_mass=0.5)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -71,9 +73,9 @@ def test_gradient_checkpointing_changes_no_gradient_of_shared_images(use_reentra
     assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant)
 
 
-def assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant):
+def assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant, **fields):
     def run(checkpointing: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-        model = case.make_model().train()
+        model = case.make_model(**fields).train()
         torch.manual_seed(0)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": use_reentrant})

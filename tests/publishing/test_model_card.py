@@ -149,6 +149,17 @@ def test_the_facts_are_those_of_the_checkpoint(tmp_path):
     assert "fused into one token" in text and "the text's [CLS] token" in text
 
 
+def test_tokens_that_the_scores_ask_for_are_told(tmp_path):
+    fields = {"selection_mode": "mass", "selection_mass": [0.9, 0.8], "min_keep_rate": 0.1}
+    text = make_card(tmp_path, image_size=96, selection_layers=[1, 4], keep_rate=[0.9, 0.5], **fields).text
+    assert "| 1 | the text's [CLS] token | up to 0.9 | 145 | 132 |\n| 4 |" in text
+    assert (
+        "in layer 1 those whose scores sum to 0.9, at least 0.1 of all, in layer 4 those whose scores sum to 0.8, at "
+        "least 0.1 of all." in text
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["vision_config"]["selection_mode"] == "mass"
+
+
 def test_what_is_to_be_trusted_is_counted(tmp_path):
     text = make_card(tmp_path).text
     code = [path.read_bytes() for path in tmp_path.glob("*.py")]
@@ -241,7 +252,8 @@ def test_speed_is_that_of_rows_of_this_size_and_schedule(tmp_path):
     row = json.loads(SPEED.read_text())[0]
     numbers = f"{row['macs_ratio']:.2f} | {row['time_ratio']:.2f} | {row['throughput']:.1f} |"
     assert f"| forward | 1 | 1 | Intel Xeon, 2 threads | float32 | {numbers}" in text
-    for options in ({"keep_rate": 0.7}, {"selection_layers": [1, 3]}, {"image_size": 96}):
+    others = ({"keep_rate": 0.7}, {"selection_layers": [1, 3]}, {"image_size": 96}, {"selection_mode": "mass"})
+    for options in others:
         with pytest.raises(ValueError, match="none of its rows was measured at this model's size"):
             make_card(tmp_path, args, **options)
     with pytest.raises(ValueError, match="none of its rows"):

@@ -45,3 +45,11 @@ def test_images_are_resized_to_the_size_of_the_model_square_or_not():
 def test_patches_that_are_not_square_are_refused():
     with pytest.raises(ValueError, match="`patch_size`: processors cut square patches, not 8 x 16 pixels"):
         processor_of(image_size=64, patch_size=[8, 16])
+
+
+def test_options_of_one_value_or_one_per_layer_reach_the_configuration():
+    args = ModelArguments(selection_mode="mass", selection_mass=[0.9], min_keep_rate=[0.1, 0.2])
+    fields = args.config_overrides()
+    assert fields == {"selection_mode": "mass", "selection_mass": 0.9, "min_keep_rate": [0.1, 0.2]}
+    options = TripsConfig.from_preset("tiny", **fields).vision_config.selection_options
+    assert [layer["min_keep_rate"] for layer in options.values()] == [0.1, 0.2]

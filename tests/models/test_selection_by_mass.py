@@ -1,0 +1,376 @@
+"""`selection_mode="mass"`: the rule by hand, and that no result depends on how far a row is padded."""
+
+import pytest
+import torch
+from tiny_models import (
+    CASES,
+    IMAGES,
+    TEXTS,
+    NoNumbers,
+    each_generator,
+    each_model,
+    gradients_of,
+    kept_by,
+    loss_of,
+    main_output,
+)
+
+import modeling_trips.patch_selection
+from modeling_trips import (
+    TripsConfig,
+    TripsForPreTraining,
+    TripsForRetrieval,
+    TripsForVisualGrounding,
+    TripsModel,
+    TripsVisionConfig,
+)
+from modeling_trips.patch_selection import (
+    keep_mass,
+    num_kept_by_row,
+    num_kept_tokens,
+    random_scores,
+    score_tokens,
+    select_mass,
+    select_tokens,
+)
+
+
+# Of 64 patches at most 39 stay, then of what is left 60% at most.
+MASS = {"selection_mode": "mass", "selection_mass": 0.5}
+FORMS = {
+    "text": {},
+    "image": {"selection_guidance": "image"},
+    "image_then_text": {"selection_guidance": ["image", "text"]},
+    "text_then_image": {"selection_guidance": ["text", "image"]},
+    "no_fusing": {"fuse_inattentive_tokens": False},
+    "random": {"selection_guidance": "random"},
+}
+each_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS)
+each_fusion = pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected", "single_stream"])
+
+
+def pad_further(monkeypatch):
+    """From here on, rows are padded as far as the keep rate allows, as where the device cannot be asked."""
+    monkeypatch.setattr(modeling_trips.patch_selection, "_longest_row", lambda kept, most: most)
+
+
+def num_kept(outputs) -> list[list[int]]:
+    return [[len(row) for row in layer] for layer in kept_by(outputs)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rule
+
+SCORES = [0.05, 0.3, 0.1, 0.25, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("mass", "keep_rate", "min_keep_rate", "expected"),
+    [
+        (0.2, 1.0, 0.0, [1]),  # of equal scores the first
+        (0.3, 1.0, 0.0, [1]),  # just enough
+        (0.31, 1.0, 0.0, [1, 4]),
+        (0.6, 1.0, 0.0, [1, 4]),
+        (0.61, 1.0, 0.0, [1, 3, 4]),
+        (0.85, 1.0, 0.0, [1, 3, 4]),
+        (0.95, 1.0, 0.0, [1, 2, 3, 4]),
+        (0.96, 1.0, 0.0, [0, 1, 2, 3, 4]),
+        (1.0, 1.0, 0.0, [0, 1, 2, 3, 4]),
+        (1.0, 0.6, 0.0, [1, 3, 4]),  # at most ceil(0.6 * 5) = 3
+        (0.96, 0.3, 0.0, [1, 4]),
+        (0.2, 1.0, 0.4, [1, 4]),  # at least ceil(0.4 * 5) = 2
+        (0.2, 1.0, 0.41, [1, 3, 4]),
+        (0.96, 0.6, 0.6, [1, 3, 4]),
+    ],
+)
+def test_the_rule_by_hand(mass, keep_rate, min_keep_rate, expected):
+    kept = keep_mass(torch.tensor([SCORES]), mass, keep_rate, min_keep_rate)
+    assert kept[0].nonzero().flatten().tolist() == expected
+
+
+def test_all_of_the_mass_is_all_candidates_however_little_some_have():
+    scores = torch.tensor([[1.0, 1e-12, 0.0, 1e-9]])
+    assert keep_mass(scores, mass=1.0, keep_rate=0.99).all()
+    assert keep_mass(scores, mass=0.9999, keep_rate=0.99).tolist() == [[True, False, False, False]]
+
+
+def test_padding_is_never_kept_and_does_not_count():
+    scores = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0, 0.0]])
+    mask = torch.tensor([[False, True, False, True, True, False]])  # the last candidate's score is 0 after rounding
+    assert keep_mass(scores, 1.0, 1.0, 1.0, mask).tolist() == mask.tolist()
+    # At least ceil(0.6 * 3) = 2 and at most ceil(0.3 * 3) = 1 of three, not of six.
+    assert keep_mass(scores, 0.1, 1.0, 0.6, mask).sum() == 2
+    assert keep_mass(scores, 1.0, 0.3, 0.0, mask).sum() == 1
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.07, 0.1, 0.29, 0.3, 0.31, 0.7, 0.999, 1.0])
+def test_counts_of_rows_are_those_of_a_number(rate):
+    counts = torch.arange(1, 1000)
+    assert num_kept_by_row(counts, rate).tolist() == [num_kept_tokens(count, rate) for count in counts.tolist()]
+
+
+def test_a_batch_by_hand():
+    """[CLS] and three candidates; the rows keep one, two and all of them; the last has nothing to fuse."""
+    scores = torch.tensor([[0.1, 0.7, 0.2], [0.4, 0.2, 0.4], [0.34, 0.33, 0.33]])
+    tokens = torch.tensor([9.0, 10.0, 20.0, 30.0]).expand(3, 4)[:, :, None]
+    selected, kept, mask = select_mass(tokens, scores, mass=0.7, keep_rate=1.0)
+    assert mask.tolist() == [[True, False, False, True], [True, True, False, True], [True, True, True, False]]
+    rows = [row[[True, *of_row.tolist()], 0].tolist() for row, of_row in zip(selected, mask)]
+    assert rows[0] == pytest.approx([9.0, 20.0, 0.1 * 10 + 0.2 * 30])
+    assert rows[1] == pytest.approx([9.0, 10.0, 30.0, 0.2 * 20])
+    assert rows[2] == pytest.approx([9.0, 10.0, 20.0, 30.0])
+    assert kept.tolist() == [[1, 1, 1], [0, 2, 0], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse": False}, {"normalize": True}], ids=str)
+def test_with_floor_and_ceiling_alike_it_is_topk(options):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 1 + 40, 8, generator=generator)
+    scores = torch.rand(5, 40, generator=generator).softmax(dim=-1)
+    expected, kept_expected = select_tokens(tokens, scores, 0.3, **options)
+    selected, kept, mask = select_mass(tokens, scores, 0.5, 0.3, 0.3, **options)
+    assert mask.all() and torch.equal(kept, kept_expected) and torch.equal(selected, expected)
+
+
+def test_scores_of_padding_are_zero_and_of_no_account():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 2, 4, generator=generator), torch.randn(1, 2, 5, 4, generator=generator)
+    mask = torch.tensor([[True, False, True, True, False]])
+    for scores, alone in (
+        (score_tokens(query, key, 0.5, mask), score_tokens(query, key[:, :, mask[0]], 0.5)),
+        (random_scores(1, 5, False, "cpu", 3, mask), random_scores(1, 3, False, "cpu", 3)),
+    ):
+        assert scores[~mask].tolist() == [0.0, 0.0]
+        torch.testing.assert_close(scores[mask], alone[0])
+    assert random_scores(1, 5, True, "cpu", 3, mask)[~mask].tolist() == [0.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through every head: padding, companions, order, sharing
+
+
+@each_model
+@torch.no_grad()
+def test_rows_keep_different_numbers(case):
+    outputs = case.make_model(**MASS)(**case.make_inputs(6))
+    assert any(len(set(counts)) > 1 for counts in num_kept(outputs))
+    kept = [(layer.kept_indices != -2).sum(dim=-1).tolist() for layer in outputs.selection]
+    assert kept == num_kept(outputs)
+    assert all(torch.equal(layer.scores == 0, layer.candidate_indices == -2) for layer in outputs.selection)
+
+
+def outputs_loss_and_gradients(case, options: dict | None = None, **fields) -> tuple:
+    """Of the same model each time; `options` are fields of the whole configuration."""
+    model = case.make_model(**MASS, **fields)
+    for name, value in (options or {}).items():
+        setattr(model.config, name, value)
+    outputs = model(**case.make_inputs())
+    model.train()
+    if fields.get("selection_guidance") == "random":  # in training, the scores are drawn
+        model.base_model.vision_model.eval()
+    loss = loss_of(model(**case.make_inputs(training=True)))
+    loss.backward()
+    return outputs, loss, gradients_of(model)
+
+
+def assert_padding_changes_nothing(monkeypatch, *args, **fields):
+    outputs, loss, gradients = outputs_loss_and_gradients(*args, **fields)
+    pad_further(monkeypatch)
+    padded, padded_loss, padded_gradients = outputs_loss_and_gradients(*args, **fields)
+    assert padded.selection[0].kept_indices.shape[1] == 39 > outputs.selection[0].kept_indices.shape[1]
+    assert kept_by(padded) == kept_by(outputs)
+    torch.testing.assert_close(main_output(padded), main_output(outputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded_loss, loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded_gradients, gradients, rtol=1e-3, atol=1e-5)
+
+
+@each_model
+@each_form
+def test_padding_changes_neither_outputs_nor_losses_nor_gradients(case, fields, monkeypatch):
+    assert_padding_changes_nothing(monkeypatch, case, **fields)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"honest_negatives": False},
+        {"contrastive_selection": "text"},
+        {"contrastive_selection": "none"},
+        {"honest_masking": True},
+    ],
+    ids=str,
+)
+def test_padding_changes_no_objective_of_pairs(options, monkeypatch):
+    case = next(case for case in CASES if case.model_class is TripsForPreTraining)
+    assert_padding_changes_nothing(monkeypatch, case, options)
+
+
+each_of_pairs = pytest.mark.parametrize("case", [case for case in CASES if not case.draws], ids=str)
+
+
+@each_of_pairs
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_companions_nor_on_their_order(case):
+    model, inputs = case.make_model(**MASS), case.make_inputs(6)
+    together = model(**inputs)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    shuffled = model(**{name: tensor[order] for name, tensor in inputs.items()})
+    torch.testing.assert_close(main_output(shuffled), main_output(together)[order], rtol=1e-4, atol=1e-5)
+    images_per_text = len(together.selection[0].kept_indices) // 6
+    for row in range(6):
+        alone = model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()})
+        torch.testing.assert_close(main_output(alone)[0], main_output(together)[row], rtol=1e-4, atol=1e-5)
+        rows = slice(row * images_per_text, (row + 1) * images_per_text)
+        assert kept_by(alone) == [layer[rows] for layer in kept_by(together)]
+
+
+@torch.no_grad()
+def test_matching_does_not_depend_on_other_pairs():
+    model = next(case for case in CASES if case.model_class is TripsForRetrieval).make_model(**MASS)
+    logits = model.match(TEXTS, IMAGES[:, 0], (TEXTS != 0).long()).itm_logits
+    for row in range(6):
+        alone = model.match(TEXTS[row, None], IMAGES[row, :1], (TEXTS[row, None] != 0).long()).itm_logits
+        torch.testing.assert_close(alone[0], logits[row], rtol=1e-4, atol=1e-5)
+
+
+INDEX = torch.tensor([1, 0, 1, 1, 0, 0])
+
+
+@each_form
+@each_fusion
+def test_sharing_images_and_prefixes_changes_neither_outputs_nor_gradients(fields, fusion_type):
+    case = next(case for case in CASES if case.model_class is TripsForVisualGrounding)
+
+    def run(**images) -> tuple[torch.Tensor, list, dict]:
+        images = images or {"prefix": model.model.encode_images(IMAGES[:2, 0]), "image_index": INDEX}
+        outputs = model(TEXTS, attention_mask=(TEXTS != 0).long(), **images)
+        model.zero_grad()
+        outputs.pred_boxes.sin().sum().backward()
+        return (
+            outputs.pred_boxes,
+            kept_by(outputs),
+            {name: value.clone() for name, value in gradients_of(model).items()},
+        )
+
+    model = case.make_model(**MASS, **fields, fusion_type=fusion_type)
+    expected_boxes, kept, gradients = run(pixel_values=IMAGES[:2, 0][INDEX])
+    for boxes, kept_shared, gradients_shared in (run(), run(pixel_values=IMAGES[:2, 0], image_index=INDEX)):
+        torch.testing.assert_close(boxes, expected_boxes, rtol=1e-4, atol=1e-5)
+        assert kept_shared == kept
+        torch.testing.assert_close(gradients_shared, gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_a_prefix_carries_its_padding():
+    model = CASES[0].make_model(**MASS, selection_guidance=["image", "text"])
+    prefix = model.encode_images(IMAGES[:4, 0])
+    assert prefix.candidate_mask.shape == prefix.candidate_indices.shape
+    assert torch.equal(prefix.candidate_mask, prefix.candidate_indices != -2) and not prefix.candidate_mask.all()
+
+
+@each_generator
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_is_written_does_not_depend_on_padding(case, num_beams, monkeypatch):
+    inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
+    options = {"max_new_tokens": 6, "num_beams": num_beams}
+    sequences = case.make_model(**MASS).generate(**inputs, **options)
+    pad_further(monkeypatch)
+    assert torch.equal(case.make_model(**MASS).generate(**inputs, **options), sequences)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits: nothing dropped, all alike, and what it costs
+
+
+@each_model
+@torch.no_grad()
+def test_a_keep_rate_of_1_is_the_plain_vit(case):
+    outputs = case.make_model(**MASS, keep_rate=1.0)(**case.make_inputs())
+    expected = case.make_model(selection_layers=[])(**case.make_inputs())
+    assert not outputs.selection and torch.equal(main_output(outputs), main_output(expected))
+
+
+@each_model
+@torch.no_grad()
+def test_with_floor_and_ceiling_alike_a_model_is_that_of_topk(case):
+    outputs = case.make_model(**MASS, min_keep_rate=0.6)(**case.make_inputs())
+    expected = case.make_model()(**case.make_inputs())
+    assert kept_by(outputs) == kept_by(expected)
+    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_topk_makes_no_mask():
+    for fusion_type in ("cross_attention", "single_stream"):
+        outputs = CASES[0].make_model(fusion_type=fusion_type)(**CASES[0].make_inputs())
+        assert outputs.vision_model_output.attention_mask is None
+    assert CASES[0].make_model(selection_guidance=["image", "text"]).encode_images(IMAGES[:, 0]).candidate_mask is None
+
+
+@torch.no_grad()
+def test_each_layer_asks_the_device_once():
+    class Count(NoNumbers):
+        asked = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.asked += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    for fusion_type in ("cross_attention", "skip_connected", "single_stream"):
+        model = CASES[0].make_model(**MASS, fusion_type=fusion_type)
+        with Count() as count:
+            model(**CASES[0].make_inputs())
+        assert count.asked == 2
+
+
+def test_where_there_is_no_device_to_ask_shapes_are_those_of_topk():
+    with torch.device("meta"):
+        model = TripsModel(TripsConfig.from_preset("tiny", selection_layers=[1, 3], keep_rate=0.6, **MASS)).eval()
+    inputs = {"input_ids": torch.ones(4, 6, dtype=torch.long), "pixel_values": torch.randn(4, 3, 64, 64)}
+    output = model(**{name: tensor.to("meta") for name, tensor in inputs.items()})
+    assert output.vision_model_output.last_hidden_state.shape == (4, 26, 128)
+    assert [layer.kept_indices.shape for layer in output.selection] == [(4, 39), (4, 24)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and checkpoints
+
+
+def test_a_configuration_of_before_keeps_a_share():
+    fields = TripsConfig().to_dict()
+    for name in ("selection_mode", "selection_mass", "min_keep_rate"):
+        del fields["vision_config"][name]
+    config = TripsConfig(**fields)
+    assert config.selection_mode == "topk"
+    assert config.vision_config.selection_options == {
+        5: {"keep_rate": 0.7, "guidance": "text"},
+        10: {"keep_rate": 0.7, "guidance": "text"},
+    }
+
+
+def test_each_layer_has_its_own_numbers():
+    config = TripsVisionConfig(
+        selection_layers=[2, 4, 6],
+        keep_rate=[0.7, 1.0, 0.5],
+        selection_mode="mass",
+        selection_mass=[0.9, 0.8, 0.7],
+        min_keep_rate=0.1,
+        selection_guidance=["image", "text", "text"],
+    )
+    assert config.selection_options == {
+        2: {"keep_rate": 0.7, "guidance": "image", "mass": 0.9, "min_keep_rate": 0.1},
+        6: {"keep_rate": 0.5, "guidance": "text", "mass": 0.7, "min_keep_rate": 0.1},
+    }
+
+
+@torch.no_grad()
+def test_a_checkpoint_keeps_its_mode_and_another_can_be_chosen(tmp_path):
+    model = CASES[0].make_model(**MASS, min_keep_rate=[0.1, 0.2])
+    model.save_pretrained(tmp_path)
+    loaded = TripsModel.from_pretrained(tmp_path)
+    inputs = CASES[0].make_inputs()
+    assert loaded.config.selection_mode == "mass" and loaded.config.min_keep_rate == [0.1, 0.2]
+    assert kept_by(loaded(**inputs)) == kept_by(model(**inputs))
+    fixed = TripsModel.from_pretrained(tmp_path, selection_mode="topk")
+    assert num_kept(fixed(**inputs)) == [[39] * 4, [24] * 4]
+    fewer = TripsModel.from_pretrained(tmp_path, selection_mass=[0.2, 0.2], min_keep_rate=0.0)
+    assert sum(num_kept(fewer(**inputs))[0]) < sum(num_kept(model(**inputs))[0])

@@ -44,7 +44,7 @@ class BenchmarkArguments:
     keep_rate: list[float] = field(default_factory=lambda: [0.7], metadata={"help": "Keep rates to try."})
     config_fields: str = field(
         default="{}",
-        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"honest_negatives": false}'"""},
+        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"projection_dim": 512}'"""},
     )
     mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})

@@ -152,9 +152,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
-            mlm_logits = self.guess_words(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, **kwargs
-            )
+            mlm_logits = self.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, **kwargs)
             num_masked = mean_count((mlm_labels != -100).sum())
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.

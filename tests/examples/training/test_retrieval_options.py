@@ -11,7 +11,11 @@ from trips_examples.training.pretraining_options import PretrainingModelArgument
 from trips_examples.training.retrieval_options import RetrievalModelArguments, late_choice
 
 
-LATE = {2: ("image", 0.7), 3: ("image", 0.7), 4: ("text", 0.3)}
+LATE = {3: ("image", 0.7), 4: ("text", 0.3)}
+
+
+def retrieval_start(args: RetrievalModelArguments) -> ModelStart:
+    return ModelStart(TripsForRetrieval, args)
 
 
 def selection_of(arguments: type, start, *options: str) -> dict[int, tuple[str, float]]:
@@ -22,7 +26,7 @@ def selection_of(arguments: type, start, *options: str) -> dict[int, tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "layers"), [(12, [5, 10, 12]), (4, [2, 3, 4]), (24, [10, 20, 24]), (2, [1, 2]), (1, [1])]
+    ("num_layers", "layers"), [(12, [5, 10, 12]), (4, [3, 4]), (24, [10, 20, 24]), (6, [5, 6]), (3, [3]), (1, [1])]
 )
 def test_a_late_choice_at_any_depth(num_layers, layers):
     fields = late_choice(num_layers)
@@ -38,27 +42,29 @@ def test_a_late_choice_at_any_depth(num_layers, layers):
         ([], LATE),
         (["--preset=small"], {5: ("image", 0.7), 10: ("image", 0.7), 12: ("text", 0.3)}),
         (["--keep_rate=1.0"], {}),
-        (["--keep_rate", "0.9", "0.9", "0.5"], {2: ("image", 0.9), 3: ("image", 0.9), 4: ("text", 0.5)}),
-        (["--selection_guidance=random"], {2: ("random", 0.7), 3: ("random", 0.7), 4: ("random", 0.3)}),
+        (["--keep_rate", "0.9", "0.5"], {3: ("image", 0.9), 4: ("text", 0.5)}),
+        (["--selection_guidance=random"], {3: ("random", 0.7), 4: ("random", 0.3)}),
         (["--selection_layers", "2", "3"], {2: ("text", 0.5), 3: ("text", 0.5)}),  # the paper's
         (["--selection_layers", "3", "--keep_rate", "0.7"], {3: ("text", 0.7)}),
     ],
     ids=str,
 )
 def test_from_scratch_the_text_chooses_late_unless_layers_are_named(options, expected):
-    assert selection_of(RetrievalModelArguments, lambda args: ModelStart(TripsForRetrieval, args), *options) == expected
-    assert selection_of(PretrainingModelArguments, PretrainingStart, *options) == expected
+    for arguments, start in (
+        (RetrievalModelArguments, retrieval_start),
+        (PretrainingModelArguments, PretrainingStart),
+    ):
+        assert selection_of(arguments, start, *options) == expected
 
 
 def test_from_parts_it_does_so_at_the_depth_of_the_tower(tmp_path):
     parts = write_parts(tmp_path)
-    expected = {1: ("image", 0.7), 2: ("image", 0.7), 3: ("text", 0.3)}
-    assert selection_of(PretrainingModelArguments, PretrainingStart, *parts) == expected
+    assert selection_of(PretrainingModelArguments, PretrainingStart, *parts) == {3: ("text", 0.3)}
     assert selection_of(PretrainingModelArguments, PretrainingStart, *parts, "--keep_rate=1.0") == {}
 
 
 def test_a_checkpoint_keeps_its_selection(tmp_path):
-    start = ModelStart(TripsForRetrieval, RetrievalModelArguments(selection_layers=[2], keep_rate=[0.25]))
+    start = retrieval_start(RetrievalModelArguments(selection_layers=[2], keep_rate=[0.25]))
     model, processor = start.finish(["a shape"])
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -55,7 +55,7 @@ class BenchmarkArguments:
     )
     config_fields: str = field(
         default="{}",
-        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"honest_negatives": false}'"""},
+        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"projection_dim": 512}'"""},
     )
     mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})

@@ -45,6 +45,13 @@ FUSION_FIELDS = ("fusion_type", "skip_stride")
 # Fields of a part that are fields of `TripsConfig` too.
 FORWARDED_FIELDS = {"vision_config": SELECTION_FIELDS, "fusion_encoder_config": FUSION_FIELDS}
 
+# Fields that configurations of version 0.1.0 have, and the values that changed nothing but training.
+FORMER_FIELDS = {
+    "honest_negatives": (True, False),
+    "honest_masking": (True, False),
+    "contrastive_selection": ("image", "text"),
+}
+
 # What the fusion encoder and the decoder take from the text encoder unless they are told otherwise.
 FIELDS_SHARED_WITH_TEXT = (
     "vocab_size",
@@ -86,18 +93,6 @@ class TripsConfig(PreTrainedConfig):
         Weight of masked language modelling in pre-training.
     prefix_lm_weight (`float`, *optional*, defaults to 1.0):
         Weight of prefix language modelling in pre-training.
-    honest_negatives (`bool`, *optional*, defaults to `True`):
-        Whether the patches of a negative pair are selected by its own text, or are those of the image's true pair.
-        The latter is cheaper, but then the kept patches tell which pair is true.
-    honest_masking (`bool`, *optional*, defaults to `False`):
-        Whether, in pre-training, a masked caption and the beginning of one select patches for themselves, or look at
-        those that the whole caption selects. The latter is cheaper; that the kept patches tell of the words to be
-        guessed did no measurable harm.
-    contrastive_selection (`str`, *optional*, defaults to `"image"`):
-        What selects the patches of the image features that contrast compares: `"image"` (the image's own [CLS]),
-        `"none"` (nothing: all patches go on, at the cost of an unpruned vision tower), or `"text"` (in training the
-        image's caption, which spares a pass when pairs are matched, too; where there is no text, as in an index of
-        images, it is `"image"`).
     answer_ranking (`str`, *optional*, defaults to `"likelihood"`):
         What [`TripsForQuestionAnswering.rank_answers`] ranks by: `"likelihood"`, or `"albef"`, where the first token's
         log-probability counts twice, as in ALBEF's `rank_answer` (its models/model_vqa.py), with which its accuracies
@@ -158,9 +153,6 @@ class TripsConfig(PreTrainedConfig):
     itm_weight: float | int = 1.0
     mlm_weight: float | int = 1.0
     prefix_lm_weight: float | int = 1.0
-    honest_negatives: bool = True
-    honest_masking: bool = False
-    contrastive_selection: Literal["image", "none", "text"] = "image"
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     selection_loss_weight: float | int = 0.2
     num_images: int = 2
@@ -199,6 +191,7 @@ class TripsConfig(PreTrainedConfig):
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
+        kwargs = {name: value for name, value in kwargs.items() if value not in FORMER_FIELDS.get(name, ())}
         for part, names in FORWARDED_FIELDS.items():
             self._forward_fields(part, {name: kwargs.pop(name) for name in names if name in kwargs})
         self.vision_config = self._sub_config("vision_config", {})

@@ -27,7 +27,7 @@ from .losses_trips import masked_language_loss, mean_count, weighted_sum
 from .modeling_trips_generation import label_loss, shift_right
 from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsVisionModelOutput, TripsVisionPrefix
+from .modeling_trips_vision import TripsVisionPrefix
 from .momentum_trips import MomentumTeacher
 
 
@@ -53,8 +53,8 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
 @auto_docstring(
     custom_intro="""
     TRIPS in pre-training (ALBEF's objectives, and mPLUG's prefix language modelling). The objectives share one pass of
-    the vision tower up to its first selection layer; from there on, every caption selects for itself, and for its
-    masked form and its beginning unless `config.honest_masking`.
+    the vision tower up to the first layer that a text guides; from there on, every text selects for itself: a caption,
+    its masked form, its beginning, and that of a negative pair.
     """
 )
 class TripsForPreTraining(TripsContrastiveModel):
@@ -139,39 +139,26 @@ class TripsForPreTraining(TripsContrastiveModel):
             raise ValueError(
                 "The teacher's queues hold images of past batches: say with `image_ids` which images are the same."
             )
-        prefix = self.encode_trunk(pixel_values, **kwargs)
+        prefix = self.model.encode_images(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         find_contrastive_loss, teacher_logits = contrastive_loss, None
         if teacher is not None:
             taught = teacher(pixel_values, input_ids, attention_mask, token_type_ids, image_index, mlm_input_ids)
             teacher_logits = taught.mlm_logits
             find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
-        true_pairs = None
-        # CODEPATH: see `honest_masking`.
-        if not config.honest_masking and (config.mlm_weight > 0 or config.prefix_lm_weight > 0):
-            true_pairs = self.look(text_outputs.last_hidden_state, image_index, prefix, **kwargs)
         outputs = self.pair_losses(
-            text_outputs,
-            prefix,
-            attention_mask,
-            image_index,
-            image_ids,
-            find_contrastive_loss,
-            true_pairs,
-            **kwargs,
+            text_outputs, prefix, attention_mask, image_index, image_ids, find_contrastive_loss, **kwargs
         )
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
-            mlm_logits = self.guess_words(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, true_pairs, **kwargs
-            )
+            mlm_logits = self.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, **kwargs)
             num_masked = mean_count((mlm_labels != -100).sum())
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continue_texts(
-                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, true_pairs, **kwargs
+                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, **kwargs
             )
             num_tokens = mean_count((labels != -100).sum())  # there may be none: each text is too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
@@ -190,17 +177,21 @@ class TripsForPreTraining(TripsContrastiveModel):
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         prefix: TripsVisionPrefix | None = None,
-        seen: TripsVisionModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`; the
-        images are the `prefix` that `model.encode_images` makes of them, or what `look` has `seen` for other texts.
+        images are the `prefix` that `model.encode_images` makes of them.
         """
-        fused = self._fused(
-            mlm_input_ids, attention_mask, image_index, prefix, seen, token_type_ids=token_type_ids, **kwargs
+        fused = self.model(
+            mlm_input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            image_index=image_index,
+            prefix=prefix,
+            **kwargs,
         )
-        return self.mlm_score(fused)
+        return self.mlm_score(fused.last_hidden_state)
 
     def continue_texts(
         self,
@@ -209,55 +200,23 @@ class TripsForPreTraining(TripsContrastiveModel):
         image_index: torch.LongTensor | None,
         prefix: TripsVisionPrefix,
         labels: torch.LongTensor,
-        seen: TripsVisionModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Scores of what follows the beginnings, `(num_texts, label_length, vocab_size)`: of each label, given those
         before it. Arguments as in `forward` and `guess_words`.
         """
-        fused = self._fused(
-            prompt_input_ids, prompt_attention_mask, image_index, prefix, seen, token_type_ids=None, **kwargs
+        fused = self.model(
+            prompt_input_ids, attention_mask=prompt_attention_mask, image_index=image_index, prefix=prefix, **kwargs
         )
         decoded = self.decoder(
             shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id),
-            encoder_hidden_states=fused,
+            encoder_hidden_states=fused.last_hidden_state,
             encoder_attention_mask=prompt_attention_mask,
             use_cache=False,
             **kwargs,
         )
         return self.lm_head(decoded.last_hidden_state)
-
-    def _fused(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        image_index: torch.LongTensor | None,
-        prefix: TripsVisionPrefix | None,
-        seen: TripsVisionModelOutput | None,
-        token_type_ids: torch.LongTensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """The fused states of texts that select patches for themselves, or that take what others have `seen`."""
-        # CODEPATH: see `honest_masking`.
-        if seen is None:
-            return self.model(
-                input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                image_index=image_index,
-                prefix=prefix,
-                **kwargs,
-            ).last_hidden_state
-        texts = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
-        return self.model.fusion_model(
-            texts.last_hidden_state,
-            seen.last_hidden_state,
-            attention_mask,
-            seen.image_index,
-            seen.attention_mask,
-            **kwargs,
-        ).last_hidden_state
 
 
 TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")

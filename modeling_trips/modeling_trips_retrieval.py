@@ -24,23 +24,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .losses_contrastive_trips import (
-    MatchingPairs,
-    check_captions,
-    contrastive_loss,
-    matching_loss,
-    matching_pairs,
-    similarity,
-)
+from .losses_contrastive_trips import check_captions, contrastive_loss, matching_loss, matching_pairs, similarity
 from .losses_trips import weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
-from .modeling_trips_vision import (
-    TripsSelection,
-    TripsVisionModelOutput,
-    TripsVisionPrefix,
-    joined_rows,
-    repeated,
-)
+from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, select_rows
 
 
 # ALBEF's temperature: where it starts, and the bounds of what is used.
@@ -135,6 +122,13 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
                 f"{type(self).__name__} compares features of images with those of texts, but in a single stream no "
                 "layer sees one of them alone: choose `fusion_type='cross_attention'` or `'skip_connected'`."
             )
+        # CODEPATH: a field that configurations of version 0.1.0 could have.
+        if getattr(config, "contrastive_selection", None) == "none":
+            raise ValueError(
+                "`contrastive_selection='none'` is an option no more. Load with `contrastive_selection='image'`: "
+                "features are then of the patches that the image keeps, other ones than before, so train on or make "
+                "the index anew. With `keep_rate=1.0` beside it they are as before, but nothing is pruned."
+            )
         self.model = TripsModel(config)
         self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.projection_dim)
@@ -168,16 +162,10 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if {*off, "itc_weight"} == own.keys():  # contrast alone: no text is fused with an image
             unused += self.model.fusion_model.parameters()
             projection = self.model.vision_model.selection_projection
-            # CODEPATH: see `contrastive_selection`. The projection is there where text and vision differ in width.
-            if projection is not None and self.config.contrastive_selection != "text":
+            # CODEPATH: it is there where text and vision differ in width.
+            if projection is not None:
                 unused += projection.parameters()
         return unused
-
-    def encode_trunk(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
-        """The prefix that all losses go on from."""
-        # CODEPATH: see `contrastive_selection`. Features of all patches cannot be made of what dropped some.
-        select_patches = self.config.contrastive_selection != "none"
-        return self.model.encode_images(pixel_values, select_patches=select_patches, **kwargs)
 
     @can_return_tuple
     @auto_docstring
@@ -213,9 +201,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalised features.
         """
-        # CODEPATH: see `contrastive_selection`. A selection needs no text here: the image's own [CLS] guides it.
-        select_patches = self.config.contrastive_selection != "none"
-        vision_outputs = self.model.vision_model(pixel_values, prefix=prefix, select_patches=select_patches, **kwargs)
+        vision_outputs = self.model.vision_model(pixel_values, prefix=prefix, **kwargs)
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
         return vision_outputs
 
@@ -284,13 +270,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor | None,
         contrastive_loss: Callable[..., torch.Tensor] = contrastive_loss,
-        true_pairs: TripsVisionModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
-        """
-        The fields of the output of `forward` with its losses, from what text and image give on their own, and from
-        what each text sees of its image (`true_pairs`), if that is known.
-        """
+        """The fields of the output of `forward` with its losses, from what text and image give on their own."""
         text_states = text_outputs.last_hidden_state
         image_index, image_ids = check_captions(text_states, len(prefix.hidden_states), image_index, image_ids)
         pair_ids = image_ids[image_index]
@@ -300,83 +282,27 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
         # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
         if config.itc_weight > 0:
-            # CODEPATH: see `contrastive_selection`.
-            if config.contrastive_selection == "text":
-                if true_pairs is None:
-                    true_pairs = self.look(text_states, image_index, prefix, **kwargs)
-                image_outputs = self.features_of_pairs(true_pairs, image_index, len(image_ids))
-            else:
-                image_outputs = self.get_image_features(prefix=prefix, **kwargs)
-            outputs = self.compare(text_outputs, image_outputs)
+            outputs = self.compare(text_outputs, self.get_image_features(prefix=prefix, **kwargs))
             embeds = outputs.image_embeds, outputs.text_embeds
             itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids)
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:
-            if true_pairs is None:
-                true_pairs = self.look(text_states, image_index, prefix, **kwargs)
             pairs = matching_pairs(pair_logits, pair_ids)
-            image_states = self._image_states(pairs, true_pairs, text_states, image_index, prefix, **kwargs)
-            texts = _select_texts(pairs.text_index, text_states, attention_mask)
-            fused = self.model.fusion_model(texts[0], image_states[0], texts[1], *image_states[1:], **kwargs)
-            itm_logits = self.itm_head(fused.last_hidden_state[:, 0])
-            itm_loss = matching_loss(itm_logits, pairs.labels, pairs.weights)
-            outputs = {**outputs, "itm_logits": itm_logits, "selection": repeated(true_pairs).selection}
+            matched = self.match(
+                attention_mask=attention_mask,
+                image_index=image_index[pairs.image_index],
+                prefix=prefix,
+                text_states=text_states,
+                text_index=pairs.text_index,
+                **kwargs,
+            )
+            itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
+            true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
+            selection = select_rows(matched.selection, true_pairs)
+            outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}
         loss = weighted_sum((config.itc_weight, itc_loss), (config.itm_weight, itm_loss))
         return {**outputs, "loss": loss, "itc_loss": itc_loss, "itm_loss": itm_loss}
-
-    def look(
-        self,
-        text_states: torch.Tensor,
-        image_index: torch.LongTensor | None,
-        prefix: TripsVisionPrefix,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsVisionModelOutput:
-        """
-        Text i looks at image `image_index[i]`, by default at image i. Where no text guides, the output has a row per
-        image, and `image_index`.
-        """
-        return self.model.vision_model(
-            text_embeds=text_states[:, 0], image_index=image_index, prefix=prefix, repeat_images=False, **kwargs
-        )
-
-    def features_of_pairs(
-        self, true_pairs: TripsVisionModelOutput, image_index: torch.LongTensor, num_images: int
-    ) -> TripsVisionModelOutput:
-        """Normalised features of each image as its first caption sees it. An image without one is an error."""
-        captions = torch.arange(len(image_index), device=image_index.device)
-        nowhere = torch.full((num_images,), len(captions), device=image_index.device)
-        first_captions = nowhere.scatter_reduce(0, image_index, captions, "amin")
-        pairs = repeated(true_pairs)
-        features = _normalized(self.vision_proj(pairs.pooler_output[first_captions]))
-        return TripsVisionModelOutput(pooler_output=features, selection=pairs.selection)
-
-    def _image_states(
-        self,
-        pairs: MatchingPairs,
-        true_pairs: TripsVisionModelOutput,
-        text_states: torch.Tensor,
-        image_index: torch.LongTensor,
-        prefix: TripsVisionPrefix,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
-        """
-        What the pairs see of their images, `(3 * num_texts, image_length, hidden_size)`; where no text guides, one row
-        per image, and each pair's; and the mask of padding, if there is any.
-        """
-        # CODEPATH: what no text guides is the same for all texts of an image, and known already.
-        if self.model.vision_model.config.first_text_layer is None:
-            return true_pairs.last_hidden_state, image_index[pairs.image_index], true_pairs.attention_mask
-        # CODEPATH: the patches of a negative pair are selected by its own text. Taking the tokens that the image has
-        # in its true pair is cheaper, but the patches that were kept then tell which pair is true.
-        if not self.config.honest_negatives:
-            return true_pairs.last_hidden_state, pairs.image_index, true_pairs.attention_mask
-        negatives = slice(len(image_index), None)
-        negative_pairs = self.look(
-            text_states[pairs.text_index[negatives]], image_index[pairs.image_index[negatives]], prefix, **kwargs
-        )
-        image_states, attention_mask = joined_rows(true_pairs, negative_pairs)
-        return image_states, None, attention_mask
 
 
 @auto_docstring(
@@ -417,7 +343,7 @@ class TripsForRetrieval(TripsContrastiveModel):
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         if return_loss:
-            prefix = self.encode_trunk(pixel_values, **kwargs)
+            prefix = self.model.encode_images(pixel_values, **kwargs)
             outputs = self.pair_losses(text_outputs, prefix, attention_mask, image_index, image_ids, **kwargs)
             if outputs["loss"] is None:
                 raise ValueError("`itc_weight` and `itm_weight` are both 0: there is no loss. Give one a weight.")

@@ -361,17 +361,6 @@ def repeated(output: TripsVisionModelOutput) -> TripsVisionModelOutput:
     )
 
 
-def joined_rows(*outputs: TripsVisionModelOutput) -> tuple[torch.Tensor, torch.BoolTensor | None]:
-    """The image tokens of all rows of several outputs, padded to the longest, and their mask; `None` without any."""
-    states, masks = zip(*[(output.last_hidden_state, output.attention_mask) for output in outputs])
-    if masks[0] is None:
-        return torch.cat(states), None
-    longest = max(mask.shape[1] for mask in masks)
-    states = [nn.functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in states]
-    masks = [nn.functional.pad(mask, (0, longest - mask.shape[1]), value=False) for mask in masks]
-    return torch.cat(states), torch.cat(masks)
-
-
 def with_class_token(candidate_mask: torch.BoolTensor | None) -> torch.BoolTensor | None:
     """The mask of [CLS] and the candidates."""
     return None if candidate_mask is None else nn.functional.pad(candidate_mask, (1, 0), value=True)

@@ -116,28 +116,15 @@ class MomentumTeacher(nn.Module):
     ) -> TaughtBatch:
         """Arguments as in [`TripsForPreTraining`]."""
         teacher, config = self.model.eval(), self.model.config
-        if image_index is None:
-            image_index = torch.arange(len(input_ids), device=input_ids.device)
         # CODEPATH: a weight of 0 leaves out what the teacher says about that objective, and all that it alone needs.
         contrasts, guesses = config.itc_weight > 0, config.mlm_weight > 0 and mlm_input_ids is not None
-        contrasts_pairs = contrasts and config.contrastive_selection == "text"
-        shares_patches = guesses and not config.honest_masking
-        image_embeds = text_embeds = true_pairs = mlm_logits = None
-        prefix = teacher.encode_trunk(pixel_values)
+        image_embeds = text_embeds = mlm_logits = None
+        prefix = teacher.model.encode_images(pixel_values)
         if contrasts:
-            texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids)
-            text_embeds = texts.pooler_output
-        elif shares_patches:
-            texts = teacher.model.text_model(input_ids, attention_mask, token_type_ids)
-        if contrasts_pairs or shares_patches:
-            true_pairs = teacher.look(texts.last_hidden_state, image_index, prefix)
-        seen = true_pairs if shares_patches else None
-        if contrasts_pairs:
-            image_embeds = teacher.features_of_pairs(true_pairs, image_index, len(pixel_values)).pooler_output
-        elif contrasts:
+            text_embeds = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
             image_embeds = teacher.get_image_features(prefix=prefix).pooler_output
         if guesses:
-            mlm_logits = teacher.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, seen)
+            mlm_logits = teacher.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix)
         return TaughtBatch(image_embeds, text_embeds, mlm_logits)
 
     def contrastive_loss(

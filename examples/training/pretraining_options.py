@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from transformers import AutoConfig
+
 from trips_examples.training.options import DataArguments
 from trips_examples.training.retrieval_options import RetrievalModelArguments, RetrievalTrainingArguments
 
@@ -22,13 +24,6 @@ class PretrainingModelArguments(RetrievalModelArguments):
         default=None, metadata={"help": "Weight of masked language modelling; 0 turns it off, as the others."}
     )
     prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modelling."})
-    honest_masking: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether masked captions and beginnings select patches for themselves, or look at those that the "
-            "whole caption selects (the default: no worse in trials, and cheaper)."
-        },
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,8 +40,16 @@ class PretrainingModelArguments(RetrievalModelArguments):
     def starts_from_weights(self) -> bool:
         return self.starts_from_parts or self.model_name_or_path is not None
 
+    @property
+    def num_vision_layers(self) -> int:
+        if not self.starts_from_parts:
+            return super().num_vision_layers
+        config = AutoConfig.from_pretrained(self.vision_model_name_or_path)
+        config = getattr(config, "vision_config", config)  # CLIP's
+        return getattr(config, "num_hidden_layers", 12)  # what has none is refused when it is loaded
+
     def config_overrides(self) -> dict:
-        names = ("mlm_weight", "prefix_lm_weight", "honest_masking")
+        names = ("mlm_weight", "prefix_lm_weight")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**super().config_overrides(), **given}
 

@@ -105,13 +105,13 @@ def test_evaluation_alone_finds_the_same(data, trained, tmp_path):
 
 
 def test_options_reach_the_model(data, tmp_path):
-    options = ["--itc_weight=0.5", "--itm_weight=2", "--honest_negatives=False", "--contrastive_selection=none"]
+    options = ["--itc_weight=0.5", "--itm_weight=2"]
     schedule = ["--selection_layers", "1", "4", "--keep_rate", "0.9", "0.5"]
     run_retrieval.main([*data, *OPTIONS, *options, *schedule, "--max_steps=1", f"--output_dir={tmp_path}"])
     config = TripsForRetrieval.from_pretrained(tmp_path).config
     assert (config.itc_weight, config.itm_weight) == (0.5, 2)
-    assert config.honest_negatives is False and config.contrastive_selection == "none"
     assert config.vision_config.selection_schedule == {1: 0.9, 4: 0.5}
+    assert config.vision_config.guidance_schedule == {1: "text", 4: "text"}
 
 
 def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):
@@ -156,5 +156,5 @@ def test_sharded_training_refuses_to_evaluate_before_it_starts(data, tmp_path):
 
 def test_help_explains_each_option():
     output = run(SCRIPT, "--help")
-    for option in ("--rerank_k", "--honest_negatives", "--contrastive_selection", "--itm_weight", "--texts_per_image"):
+    for option in ("--rerank_k", "--itm_weight", "--texts_per_image"):
         assert option in output

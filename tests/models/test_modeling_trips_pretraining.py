@@ -15,6 +15,11 @@ from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
 from modeling_trips.momentum_trips import MomentumTeacher
 
 
+# The paper's, and one where the image thins out what texts share, and each text chooses in the last layer.
+SCHEDULES = [
+    {},
+    {"selection_layers": [2, 3, 4], "keep_rate": [0.7, 0.7, 0.3], "selection_guidance": ["image", "image", "text"]},
+]
 WEIGHTS = {"itc_weight": 0.5, "itm_weight": 2.0, "mlm_weight": 3.0, "prefix_lm_weight": 5.0}
 
 
@@ -72,8 +77,9 @@ def test_the_loss_is_the_weighted_sum_of_what_each_objective_is_on_its_own():
 
 
 @torch.no_grad()
-def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_selects():
-    model, batch = make_model(honest_masking=True), make_batch()
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_selects(schedule):
+    model, batch = make_model(**schedule), make_batch()
     outputs = model(**batch)
     losses = []
     for row in range(5):
@@ -90,8 +96,9 @@ def test_masked_words_are_guessed_from_the_masked_text_and_the_patches_it_select
 
 
 @torch.no_grad()
-def test_the_decoder_continues_as_that_of_captioning_does():
-    model, batch = make_model(honest_masking=True), make_batch()
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_the_decoder_continues_as_that_of_captioning_does(schedule):
+    model, batch = make_model(**schedule), make_batch()
     captioner = TripsForConditionalGeneration(model.config).eval()
     captioner.load_state_dict(model.state_dict(), strict=False)
     alone = captioner(
@@ -153,13 +160,13 @@ def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off
     assert without_gradient - {"text_proj"} == unused - tied
 
 
-@pytest.mark.parametrize("contrastive_selection", ["image", "text"])
 @pytest.mark.parametrize("on", [subset for size in (1, 2, 3, 4) for subset in combinations(sorted(WEIGHTS), size)])
-def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, contrastive_selection):
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, schedule):
     weights = {name: 0.0 for name in WEIGHTS if name not in on}
-    model = make_model(text_width=48, contrastive_selection=contrastive_selection, **weights)
+    model = make_model(text_width=48, **weights, **schedule)
     projection = model.model.vision_model.selection_projection  # text and vision differ in width
-    text_selects = set(on) != {"itc_weight"} or contrastive_selection == "text"
+    text_selects = set(on) != {"itc_weight"}
     assert text_selects == all(projection.weight is not parameter for parameter in model.unused_parameters())
     for parameter in model.unused_parameters():
         parameter.requires_grad_(False)
@@ -168,44 +175,14 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, co
     assert missing == []
 
 
-@torch.no_grad()
-def test_without_honest_masking_the_whole_caption_selects_for_the_masked_one():
-    """Against the fused states of masked texts and of beginnings with the tokens that the whole captions left."""
-    model, batch = make_model(), make_batch()
-    captions = model.model(
-        batch["input_ids"], batch["pixel_values"], batch["attention_mask"], image_index=batch["image_index"]
-    ).vision_model_output.last_hidden_state
-    outputs = model(**batch)
-    texts = model.model.text_model(batch["mlm_input_ids"], batch["attention_mask"]).last_hidden_state
-    fused = model.model.fusion_model(texts, captions, batch["attention_mask"]).last_hidden_state
-    torch.testing.assert_close(outputs.mlm_logits, model.mlm_score(fused))
-    honest = make_model(honest_masking=True)(**batch)
-    assert not torch.allclose(outputs.mlm_logits, honest.mlm_logits, atol=1e-3)
-
-    captioner = TripsForConditionalGeneration(model.config).eval()
-    captioner.load_state_dict(model.state_dict(), strict=False)
-    prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
-    fused = model.model.fusion_model(model.model.text_model(*prompts).last_hidden_state, captions, prompts[1])
-    alone = captioner(encoder_outputs=fused, attention_mask=prompts[1], labels=batch["labels"])
-    torch.testing.assert_close(outputs.prefix_lm_loss, alone.loss)
-
-
-def test_one_pass_per_pair_serves_all_objectives():
-    """Without honesty and with the caption's own features, each caption looks once, for itself and its negatives."""
-    passes = {}
-    for name, fields in {
-        "honest": {"honest_masking": True},
-        "default": {},
-        "one": {"honest_negatives": False, "contrastive_selection": "text"},
-    }.items():
-        model, rows = make_model(**fields), []
-        # The last layer runs behind the selection, on a row per text (or per image, for features without a text).
-        model.model.vision_model.layers[-1].mlp.register_forward_hook(
-            lambda *args, rows=rows: rows.append(len(args[2]))
-        )
-        model(**make_batch()).loss.backward()
-        passes[name] = rows
-    assert passes == {"honest": [3, 5, 10, 5, 5], "default": [5, 3, 10], "one": [5]}
+@pytest.mark.parametrize(("schedule", "rows"), [(SCHEDULES[0], [3, 15, 5, 5]), (SCHEDULES[1], [3])], ids=str)
+def test_texts_share_the_attention_of_the_last_layer_where_they_choose_in_it(schedule, rows):
+    """Otherwise it runs for the images' features, for five true and ten negative pairs, masked texts, beginnings."""
+    model, seen = make_model(**schedule), []
+    last = model.model.vision_model.layers[-1]
+    last.attention.k_proj.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    model(**make_batch()).loss.backward()
+    assert seen == rows
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modeling_trips_pretraining import make_batch, make_model
+from test_modeling_trips_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
 
 from modeling_trips.losses_contrastive_trips import distilled_loss
@@ -130,19 +130,19 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
 
 
 @torch.no_grad()
-def test_a_teacher_looks_as_its_student_does():
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_teacher_looks_as_its_student_does(schedule):
     """With the student's weights it finds what the student finds, whatever selects the patches."""
-    for fields in ({}, {"honest_masking": True}, {"contrastive_selection": "text"}):
-        model, batch = make_model(**fields), make_batch()
-        taught = MomentumTeacher(model, queue_size=8)(
-            *(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")),
-            image_index=batch["image_index"],
-            mlm_input_ids=batch["mlm_input_ids"],
-        )
-        outputs = model(**batch)
-        torch.testing.assert_close(taught.image_embeds, outputs.image_embeds)
-        torch.testing.assert_close(taught.text_embeds, outputs.text_embeds)
-        torch.testing.assert_close(taught.mlm_logits, outputs.mlm_logits)
+    model, batch = make_model(**schedule), make_batch()
+    taught = MomentumTeacher(model, queue_size=8)(
+        *(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")),
+        image_index=batch["image_index"],
+        mlm_input_ids=batch["mlm_input_ids"],
+    )
+    outputs = model(**batch)
+    torch.testing.assert_close(taught.image_embeds, outputs.image_embeds)
+    torch.testing.assert_close(taught.text_embeds, outputs.text_embeds)
+    torch.testing.assert_close(taught.mlm_logits, outputs.mlm_logits)
 
 
 def test_the_teacher_computes_nothing_for_objectives_of_weight_zero():

@@ -11,6 +11,7 @@ import torch
 from clean_environment import make_environment
 from places import TESTS
 from stranger import TEXTS, use_checkpoint
+from tiny_retrieval import captions, images, make_model
 
 import modeling_trips
 
@@ -79,3 +80,54 @@ def test_its_own_code_still_answers_where_the_project_is_not_installed(checkpoin
 @pytest.mark.slow
 def test_saved_again_it_answers_where_the_project_is_not_installed(checkpoint, saved_again, tmp_path):
     assert_as_then(use_elsewhere(saved_again[0], checkpoint / "picture.png", tmp_path), checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields that are no more
+
+
+def write_with_fields(folder: Path, **fields) -> modeling_trips.TripsForRetrieval:
+    """Writes a model for retrieval whose config.json has these fields, too, and returns it."""
+    model = make_model()
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert fields.keys().isdisjoint(config)
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"honest_negatives": True, "honest_masking": False, "contrastive_selection": "image"},
+        {"honest_negatives": False, "honest_masking": True, "contrastive_selection": "text"},
+    ],
+    ids=str,
+)
+def test_what_changed_nothing_but_training_loads_in_silence_and_is_forgotten(fields, tmp_path, recwarn):
+    model = write_with_fields(tmp_path, **fields)
+    loaded = modeling_trips.TripsForRetrieval.from_pretrained(tmp_path)
+    inputs = {name: value for name, value in captions().items() if name != "image_index"}
+    output, expected = loaded(**inputs), model(**inputs)
+    assert torch.equal(output.logits_per_image, expected.logits_per_image)
+    matched, expected = (each.match(**captions()) for each in (loaded, model))
+    assert torch.equal(matched.itm_logits, expected.itm_logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert fields.keys().isdisjoint(json.loads((tmp_path / "again" / "config.json").read_text()))
+    assert not recwarn.list
+
+
+@torch.no_grad()
+def test_features_of_all_patches_are_refused_where_there_are_features(tmp_path):
+    model = write_with_fields(tmp_path, contrastive_selection="none")
+    for head in (modeling_trips.TripsForRetrieval, modeling_trips.TripsForPreTraining):
+        with pytest.raises(ValueError, match=r"is an option no more\. Load with `contrastive_selection='image'`"):
+            head.from_pretrained(tmp_path)
+    assert modeling_trips.TripsModel.from_pretrained(tmp_path).config.contrastive_selection == "none"
+    load = modeling_trips.TripsForRetrieval.from_pretrained
+    by_image = load(tmp_path, contrastive_selection="image").get_image_features(images()).pooler_output
+    assert torch.equal(by_image, model.get_image_features(images()).pooler_output)
+    of_all = load(tmp_path, contrastive_selection="image", keep_rate=1.0).get_image_features(images())
+    unpruned = model.model.vision_model(images(), select_patches=False)
+    assert torch.equal(of_all.last_hidden_state, unpruned.last_hidden_state)

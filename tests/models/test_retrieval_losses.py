@@ -18,12 +18,14 @@ from tiny_retrieval import (
     pairs_of,
     run,
 )
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of
 
 from modeling_trips.losses_contrastive_trips import matching_pairs
 
+
+GUIDANCES = ["text", "image", ["image", "text"]]  # the last one: a text chooses in the last layer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
@@ -47,7 +49,7 @@ def test_contrastive_loss_is_the_likelihood_of_the_right_ones():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("selection_guidance", ["text", "image"])
+@pytest.mark.parametrize("selection_guidance", GUIDANCES, ids=str)
 def test_every_pair_is_matched_under_its_own_text(selection_guidance):
     model = make_model(selection_guidance=selection_guidance)
     output = run(model)
@@ -62,68 +64,31 @@ def test_every_pair_is_matched_under_its_own_text(selection_guidance):
 
 
 @torch.no_grad()
-def test_negatives_that_are_not_honest_reuse_the_tokens_of_the_true_pair():
-    model, honest_model = make_model(honest_negatives=False), make_model()
-    output, honest = run(model), run(honest_model)
-    pairs = pairs_of(output)
-    true_pairs = model.model(TEXTS, images(), MASK, image_index=IMAGE_INDEX)
-    text_states = true_pairs.text_model_output.last_hidden_state
-    image_states = true_pairs.vision_model_output.last_hidden_state
-    for row, (text, pair) in enumerate(zip(pairs.text_index.tolist(), pairs.image_index.tolist())):
-        one = slice(text, text + 1), slice(pair, pair + 1)
-        fused = model.model.fusion_model(text_states[one[0]], image_states[one[1]], MASK[one[0]])
-        torch.testing.assert_close(output.itm_logits[row], model.itm_head(fused.last_hidden_state[0, 0]))
-    torch.testing.assert_close(output.itm_logits[:6], honest.itm_logits[:6])
-    assert (output.itm_logits[6:] - honest.itm_logits[6:]).abs().max() > 0.01
-    assert kept(output) == kept(honest)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("honest, rows", [(True, [6, 12]), (False, [6])])
-def test_negatives_cost_no_second_pass_over_the_image(honest, rows):
-    model = make_model(honest_negatives=honest)
+@pytest.mark.parametrize(
+    ("selection_guidance", "attention", "mlp"),
+    [
+        ("text", [4, 18], [4, 18]),  # each image for its feature; true and negative pairs
+        (["image", "text"], [4], [4, 18]),  # a text chooses between the last layer's two halves
+        ("image", [4], [4]),
+    ],
+    ids=str,
+)
+def test_negatives_cost_no_second_pass_over_the_image(selection_guidance, attention, mlp):
+    model = make_model(selection_guidance=selection_guidance)
     first, *_, last = model.model.vision_model.layers
     assert calls_of(first, lambda: run(model)) == [4]
-    assert calls_of(last, lambda: run(model)) == [4, *rows]  # each image for its feature, true pairs, negative ones
+    assert calls_of(last.attention.k_proj, lambda: run(model)) == attention
+    assert calls_of(last.mlp.fc1, lambda: run(model)) == mlp
     assert calls_of(model.model.text_model, lambda: run(model)) == [6]
 
 
 @torch.no_grad()
-def test_features_of_unselected_patches_are_those_of_a_plain_tower():
-    model, plain = make_model(contrastive_selection="none"), make_model()
-    plain.model.vision_model.config.keep_rate = 1.0
-    expected = plain.get_image_features(images())
-    features = model.get_image_features(images())
-    torch.testing.assert_close(features.pooler_output, expected.pooler_output)
-    torch.testing.assert_close(features.last_hidden_state, expected.last_hidden_state)
-    assert features.selection == ()
-    output, selected = run(model), run(make_model())
-    torch.testing.assert_close(output.image_embeds, expected.pooler_output)
-    assert kept(output) == kept(selected)  # matching selects as ever
-    torch.testing.assert_close(output.itm_logits[:6], selected.itm_logits[:6])
-    assert (selected.image_embeds - output.image_embeds).abs().max() > 0.01
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("honest, rows", [(True, [6, 12]), (False, [6])])
-def test_features_under_a_caption_come_with_its_pair(honest, rows):
-    fields = {"contrastive_selection": "text", "honest_negatives": honest}
-    model = make_model(**fields)
-    output = run(model)
-    states = model.model.text_model(TEXTS, MASK).pooler_output
-    for image, caption in enumerate([1, 0, 3, 4]):  # the first one of each image
-        seen = model.model.vision_model(images()[image : image + 1], states[caption : caption + 1])
-        expected = normalize(model.vision_proj(seen.pooler_output[0]), dim=0)
-        torch.testing.assert_close(output.image_embeds[image], expected)
-    pairs, images_of_pairs = pairs_of(output), IMAGE_INDEX[pairs_of(output).image_index]
-    if honest:
-        matched = [matched_alone(model, *pair) for pair in zip(pairs.text_index.tolist(), images_of_pairs.tolist())]
-        torch.testing.assert_close(output.itm_logits, torch.stack(matched))
-    assert calls_of(model.model.vision_model.layers[-1], lambda: run(model)) == rows  # none for the features alone
-    assert run(make_model(**fields, itm_weight=0.0)).itc_loss == output.itc_loss
-    # An index has no texts.
-    expected = make_model().get_image_features(images()).pooler_output
-    torch.testing.assert_close(model(TEXTS, images(), MASK).image_embeds, expected)
+def test_features_are_of_the_trunk_that_texts_share():
+    """With a text that chooses in the last layer, they are what a tower that no text guides makes of the image."""
+    model, by_image = make_model(selection_guidance=["image", "text"]), make_model(selection_guidance="image")
+    features = run(model).image_embeds
+    torch.testing.assert_close(features, model.get_image_features(images()).pooler_output)
+    torch.testing.assert_close(features, by_image.get_image_features(images()).pooler_output)
 
 
 @torch.no_grad()
@@ -150,7 +115,7 @@ def test_a_weight_of_0_skips_the_contrastive_loss():
     output = run(model)
     assert output.itc_loss is output.image_embeds is output.logits_per_text is None
     assert torch.equal(output.loss, output.itm_loss)
-    assert calls_of(model.model.vision_model.layers[-1], lambda: run(model)) == [6, 12]
+    assert calls_of(model.model.vision_model.layers[-1], lambda: run(model)) == [18]
     torch.manual_seed(0)
     pairs = matching_pairs(torch.zeros(6, 6), PAIR_IDS)  # all as likely
     expected = model.match(
@@ -205,22 +170,20 @@ def test_temperature_is_clamped_when_it_is_used(value, used):
 # Training
 
 
-@pytest.mark.parametrize("contrastive_selection", ["image", "none", "text"])
-@pytest.mark.parametrize("honest", [True, False])
-def test_every_parameter_gets_a_gradient(honest, contrastive_selection):
-    model = make_model(honest_negatives=honest, contrastive_selection=contrastive_selection).train()
+@pytest.mark.parametrize("selection_guidance", ["text", ["image", "text"]], ids=str)
+def test_every_parameter_gets_a_gradient(selection_guidance):
+    model = make_model(selection_guidance=selection_guidance).train()
     assert model.model.vision_model.selection_projection is not None
     run(model).loss.backward()
     without = [name for name, gradient in gradients(model).items() if gradient is None or not gradient.abs().sum() > 0]
     assert without == []
 
 
-@pytest.mark.parametrize("contrastive_selection", ["image", "none", "text"])
-@pytest.mark.parametrize("honest", [True, False])
-def test_no_shape_of_the_losses_depends_on_a_value(honest, contrastive_selection):
+@pytest.mark.parametrize("selection_guidance", GUIDANCES, ids=str)
+def test_no_shape_of_the_losses_depends_on_a_value(selection_guidance):
     """Meta tensors have no values: whatever would wait for a device to look at one is an error on them."""
     with torch.device("meta"):
-        model = make_model(honest_negatives=honest, contrastive_selection=contrastive_selection).train()
+        model = make_model(selection_guidance=selection_guidance).train()
     inputs = {**captions(), "image_ids": IMAGE_IDS}
     del inputs["attention_mask"]  # the library looks at its values
     output = model(**{name: tensor.to("meta") for name, tensor in inputs.items()})

@@ -205,7 +205,7 @@ def test_the_code_of_every_head_runs_and_shows_what_the_head_is_for(model_class,
     [
         (TripsForImagesAndTextClassification, {"num_images": 3, "num_labels": 3}, r"\{.*'LABEL_2': .*\}"),
         (TripsForPreTraining, {"itc_weight": 0.0, "itm_weight": 0.0}, ANSWERS[TripsModel]),
-        (TripsForRetrieval, {"itm_weight": 0.0, "contrastive_selection": "none"}, rf"\[.*\]\n{ANSWERS[TripsModel]}"),
+        (TripsForRetrieval, {"itm_weight": 0.0}, rf"\[.*\]\n{ANSWERS[TripsModel]}"),
     ],
     ids=["three images", "no matching in pre-training", "no matching in retrieval"],
 )

@@ -73,7 +73,7 @@ def test_what_the_blocks_say_is_so(demo_model, tmp_path):
     assert len(used["boxes"]) == 2 and (tmp_path / "kept.png").stat().st_size > 1000
     assert used["unpruned"].config.keep_rate == 1.0 and used["faster"].config.keep_rate == [0.5, 0.7]
     assert used["vilt"].config.fusion_type == "single_stream"
-    assert run(page_named("docs/weights.md"))["retriever"].config.keep_rate == 0.7
+    assert run(page_named("docs/weights.md"))["retriever"].config.keep_rate == [0.7, 0.7, 0.3]
     kept = run(page_named("docs/hosts.md"))["kept"]
     assert [layer.kept_indices.shape[1] for layer in kept] == [101, 72]  # ceil(.7 * 144), ceil(.7 * 102)
 

@@ -190,21 +190,6 @@ def test_padding_changes_neither_outputs_nor_losses_nor_gradients(case, fields, 
     assert_padding_changes_nothing(monkeypatch, case, **fields)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"honest_negatives": False},
-        {"contrastive_selection": "text"},
-        {"contrastive_selection": "none"},
-        {"honest_masking": True},
-    ],
-    ids=str,
-)
-def test_padding_changes_no_objective_of_pairs(options, monkeypatch):
-    case = next(case for case in CASES if case.model_class is TripsForPreTraining)
-    assert_padding_changes_nothing(monkeypatch, case, options)
-
-
 each_of_pairs = pytest.mark.parametrize("case", [case for case in CASES if not case.draws], ids=str)
 
 

@@ -18,7 +18,6 @@ from tiny_models import (
 import modeling_trips.patch_selection
 from modeling_trips import (
     TripsConfig,
-    TripsForPreTraining,
     TripsForRetrieval,
     TripsForVisualGrounding,
     TripsModel,
@@ -159,11 +158,9 @@ def test_rows_keep_different_numbers(case):
     assert all(torch.equal(layer.scores == 0, layer.candidate_indices == -2) for layer in outputs.selection)
 
 
-def outputs_loss_and_gradients(case, options: dict | None = None, **fields) -> tuple:
-    """Of the same model each time; `options` are fields of the whole configuration."""
+def outputs_loss_and_gradients(case, **fields) -> tuple:
+    """Of the same model each time."""
     model = case.make_model(**MASS, **fields)
-    for name, value in (options or {}).items():
-        setattr(model.config, name, value)
     outputs = model(**case.make_inputs())
     model.train()
     if fields.get("selection_guidance") == "random":  # in training, the scores are drawn

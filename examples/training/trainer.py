@@ -31,7 +31,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
 
     Args:
         train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
-        selection_teacher ([`SelectionTeacher`], *optional*): says in training where texts should look.
+        selection_teacher ([`SelectionTeacher`], *optional*): says in training where texts should look, whether or
+            not their regions are known.
         args, kwargs: as in `Seq2SeqTrainer`.
     """
 
@@ -84,6 +85,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if model.training and self.selection_teacher is not None:
             inputs = {**inputs, "patch_targets": self.selection_teacher.patch_targets(inputs)}
+            inputs.pop("regions", None)  # who asks for a teacher wants to be taught by it
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:

@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None):
 
     schedule = model.config.vision_config.selection_schedule
     if schedule:
-        rates = ", ".join(f"{rate:.0%} of the tokens after layer {layer}" for layer, rate in schedule.items())
+        limit = "up to " if model.config.selection_mode == "mass" else ""
+        rates = ", ".join(f"{limit}{rate:.0%} of the tokens after layer {layer}" for layer, rate in schedule.items())
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], Path(args.picture))
         print(f"It keeps {rates}. Which patches: {args.picture}")
 

@@ -97,7 +97,7 @@ class TripsConfig(PreTrainedConfig):
         What [`TripsForQuestionAnswering.rank_answers`] ranks by: `"likelihood"`, or `"albef"`, where the first token's
         log-probability counts twice, as in ALBEF's `rank_answer` (its models/model_vqa.py), with which its accuracies
         were measured. Converted checkpoints of ALBEF have the latter.
-    selection_loss_weight (`float`, *optional*, defaults to 0.2):
+    selection_loss_weight (`float`, *optional*, defaults to 0.5):
         Weight of the loss that teaches texts to choose their patches, in training, where regions or the targets of a
         teacher are given. 0 turns it off.
     num_images (`int`, *optional*, defaults to 2):
@@ -154,7 +154,7 @@ class TripsConfig(PreTrainedConfig):
     mlm_weight: float | int = 1.0
     prefix_lm_weight: float | int = 1.0
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
-    selection_loss_weight: float | int = 0.2
+    selection_loss_weight: float | int = 0.5
     num_images: int = 2
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0

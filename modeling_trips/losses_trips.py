@@ -159,18 +159,25 @@ def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTe
 
 def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    How far the attention that selects is from where it should be: the Kullback-Leibler divergence of the scores from
-    the targets. It teaches a text to choose, which top-k has no gradient for.
+    How far the attention that selects is from where it should be. It teaches a text to choose, which top-k has no
+    gradient for.
+
+    A region says where to look, not what in it matters: the target is the region weighted by the square root of what
+    the text finds in it, and the loss the Kullback-Leibler divergence of the scores from that. (The weights themselves
+    would be expectation maximisation, which soon looks at a patch or two; none would want all of a region alike.)
 
     Args:
         scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): of a selection layer.
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): rows of sum 1; one of zeros teaches nothing.
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): where to look, not negative; a row of zeros
+            teaches nothing.
 
     Returns:
         `torch.Tensor` of shape `(num_texts,)`, float32.
     """
-    targets = targets_of_candidates(targets.float(), candidate_indices)
-    return (torch.xlogy(targets, targets) - targets * scores.float().clamp(min=SMALLEST_ATTENTION).log()).sum(dim=-1)
+    scores = scores.float().clamp(min=SMALLEST_ATTENTION)
+    targets = targets_of_candidates(targets.float(), candidate_indices) * scores.detach().sqrt()
+    targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
+    return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
 
 
 def num_processes() -> int:

@@ -63,7 +63,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Weight of the loss that teaches texts to choose their patches, where the data say what a text is "
-            "about. Default: the model's, 0.2. 0: the choice is learnt through the fused token alone."
+            "about. Default: the model's, 0.5. 0: the choice is learnt through the fused token alone."
         },
     )
     fusion_type: str | None = field(

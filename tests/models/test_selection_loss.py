@@ -34,13 +34,23 @@ def test_a_fused_token_counts_for_what_is_behind_it():
 
 
 def test_the_loss_by_hand():
-    scores = torch.tensor([[0.5, 0.25, 0.25]]).repeat(3, 1)
+    scores = torch.tensor([[0.64, 0.16, 0.2]]).repeat(3, 1)
     candidates = torch.tensor([[0, 2, -1]]).repeat(3, 1)
-    targets = torch.tensor([[0.2, 0.3, 0.4, 0.1], [0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    first = 0.2 * math.log(0.2 / 0.5) + 2 * 0.4 * math.log(0.4 / 0.25)
+    targets = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    # Two patches are wanted alike, and found 4 to 1: the target is 2 to 1. The third text has nothing to look for.
+    two = 2 / 3 * math.log(2 / 3 / 0.64) + 1 / 3 * math.log(1 / 3 / 0.16)
     losses = selection_loss(scores, candidates, targets)
-    # The second looks just where it should; the third has nothing to look for.
-    assert losses.tolist() == pytest.approx([first, 0.0, 0.0], abs=1e-6)
+    assert losses.tolist() == pytest.approx([two, -math.log(0.16), 0.0], abs=1e-6)
+
+
+def test_the_target_is_no_way_for_the_gradient():
+    """Scores are pulled to a fixed target: the gradient of the logits is the difference."""
+    logits = torch.tensor([[0.3, -0.2, 0.9, 0.1]], requires_grad=True)
+    wanted = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    scores = logits.softmax(dim=-1)
+    selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
+    target = (wanted * scores.sqrt()).detach()
+    torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
 
 
 def make_model(model_class, **fields):
@@ -110,7 +120,7 @@ def test_the_box_to_be_found_is_the_region():
     targets = region_targets(BOXES[:4], (8, 8))
     by_layer = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in outputs.selection]
     torch.testing.assert_close(outputs.selection_loss, torch.stack(by_layer).mean())
-    losses = 5 * outputs.l1_loss + 2 * outputs.giou_loss + 0.2 * outputs.selection_loss
+    losses = 5 * outputs.l1_loss + 2 * outputs.giou_loss + 0.5 * outputs.selection_loss
     torch.testing.assert_close(outputs.loss, losses)
     parts = [
         model(**{name: value[rows] for name, value in inputs.items()}, num_items_in_batch=4 * 4).selection_loss
@@ -150,7 +160,7 @@ def test_a_statement_is_taught_in_each_of_its_images():
     by_text = torch.stack(losses).mean(dim=0).view(3, 2).mean(dim=1)
     torch.testing.assert_close(outputs.selection_loss, by_text[:2].mean())  # the third has no label
     plain = model(**inputs, labels=labels)
-    torch.testing.assert_close(outputs.loss, plain.loss + 0.2 * outputs.selection_loss)
+    torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * outputs.selection_loss)
     taught = model(**inputs, labels=labels, patch_targets=targets)
     torch.testing.assert_close(taught.selection_loss, outputs.selection_loss)
     assert plain.selection_loss is None

@@ -192,14 +192,16 @@ class TripsVisionLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor | None, ...]:
         """The MLP half, on the tokens that are left. Without `scores` nothing is selected."""
         kept_positions = new_mask = None
-        rest = {"fuse": self.config.fuse_inattentive_tokens, "normalize": self.config.normalize_fusion_weights}
+        config = self.config
+        rest = {"fuse": config.fuse_inattentive_tokens, "normalize": config.normalize_fusion_weights}
         # CODEPATH: see `selection_mode`.
         if scores is not None and mass is not None:
             hidden_states, kept_positions, new_mask = select_mass(
                 hidden_states, scores, mass, keep_rate, min_keep_rate, candidate_mask=candidate_mask, **rest
             )
         elif scores is not None:
-            hidden_states, kept_positions = select_tokens(hidden_states, scores, keep_rate, **rest)
+            merge = config.merge_inattentive_tokens
+            hidden_states, kept_positions = select_tokens(hidden_states, scores, keep_rate, merge=merge, **rest)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, new_mask
 

@@ -85,18 +85,20 @@ def _patch_embedding(config: TripsVisionConfig) -> int:
     return macs
 
 
-def _select(tokens: int, keep_rate: float, fuses: bool, width: int) -> tuple[int, int]:
-    """Of [CLS] and candidates: how many tokens go on, and what fusing the others costs."""
-    candidates = tokens - 1
+def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[int, int]:
+    """Of [CLS] and candidates: how many tokens go on, and what fusing or merging the others costs."""
+    candidates, width, fuses = tokens - 1, config.hidden_size, int(config.fuse_inattentive_tokens)
     num_kept = num_kept_tokens(candidates, keep_rate)
     if num_kept == candidates:
         return tokens, 0
-    return 1 + num_kept + int(fuses), int(fuses) * candidates * width
+    if config.merge_inattentive_tokens:
+        return 1 + num_kept, 2 * num_kept * candidates * width
+    return 1 + num_kept + fuses, fuses * candidates * width
 
 
 def _count_tower(config: TripsVisionConfig, schedule: Schedule, macs: Counter) -> tuple[int, ...]:
     """Adds up the vision tower, and returns the tokens that leave each layer."""
-    width, mlp_width, fuses = config.hidden_size, config.intermediate_size, config.fuse_inattentive_tokens
+    width, mlp_width = config.hidden_size, config.intermediate_size
     tokens, owner, selecting = 1 + math.prod(config.grid_size), "image", schedule.selecting
     macs[owner] += _patch_embedding(config)
     if schedule.is_guided_by_text and config.guidance_hidden_size not in (None, width):
@@ -109,7 +111,7 @@ def _count_tower(config: TripsVisionConfig, schedule: Schedule, macs: Counter) -
             if guidance == "text":
                 owner = "text"
                 macs[owner] += width**2  # the query
-            tokens, fusing = _select(tokens, keep_rate, fuses, width)
+            tokens, fusing = _select(tokens, keep_rate, config)
             macs[owner] += fusing
         macs[owner] += _mlp(width, mlp_width, tokens)
         tokens_per_layer.append(tokens)
@@ -138,13 +140,13 @@ def _count_single_stream(
     config: TripsVisionConfig, text_length: int, schedule: Schedule, macs: Counter
 ) -> tuple[int, ...]:
     """Adds up the joint layers, all of them the text's, and returns the image tokens that leave each."""
-    width, mlp_width, fuses = config.hidden_size, config.intermediate_size, config.fuse_inattentive_tokens
+    width, mlp_width = config.hidden_size, config.intermediate_size
     tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.selecting, []
     macs["image"] += _patch_embedding(config)
     for number in range(1, config.num_hidden_layers + 1):
         macs["text"] += _attention(width, text_length + tokens)
         if number in selecting:
-            tokens, fusing = _select(tokens, selecting[number][1], fuses, width)
+            tokens, fusing = _select(tokens, selecting[number][1], config)
             macs["text"] += fusing
         macs["text"] += _mlp(width, mlp_width, text_length + tokens)
         tokens_per_layer.append(tokens)

@@ -24,7 +24,7 @@ from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import answers_of, draw_selection
 from trips_examples.training.estimate import DurationEstimate
-from trips_examples.training.options import DataArguments, TaughtModelArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.question_answering import train_question_answering
 from trips_examples.training.runs import parse_arguments
 from trips_examples.training.shipping import ship
@@ -97,7 +97,7 @@ def publish(folder: Path, data_args: DataArguments, command: str):
     model, processor = ship(MODEL, folder)
     evaluated = OUTPUT / "shipped"
     train_question_answering(
-        TaughtModelArguments(model_name_or_path=str(folder)),
+        ModelArguments(model_name_or_path=str(folder)),
         data_args,
         TripsTrainingArguments(output_dir=str(evaluated), do_train=False),
     )
@@ -114,7 +114,7 @@ def main(argv: list[str]):
     start = time.perf_counter()
     options = [*RECIPE, *argv, "--output_dir", str(MODEL)]
     demo_args, model_args, data_args, training_args = parse_arguments(
-        options, DemoArguments, TaughtModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
+        options, DemoArguments, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
     )
     estimate = DurationEstimate(describe_duration)
     metrics = train_question_answering(model_args, data_args, training_args, callbacks=[estimate])

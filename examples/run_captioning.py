@@ -26,7 +26,7 @@ from trips_examples.data.task_collators import CaptionCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, TaughtModelArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -49,7 +49,7 @@ class CaptioningArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, TaughtModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
+        argv, ModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
     )
     metric = evaluate.load(CAPTION_METRICS)
     start = ModelStart(TripsForConditionalGeneration, model_args, image_size=data_args.half_scene_size("captions"))

@@ -28,7 +28,7 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, TaughtModelArguments
+from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.predictions import draw_predicted_boxes, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.start import StartedTrainingArguments, start_from_questions
@@ -51,7 +51,7 @@ class GroundingArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, TaughtModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
+        argv, ModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
     )
     data_args.check("grounding")  # before a start model is trained
     model_args = start_from_questions(model_args, data_args, training_args)

@@ -25,7 +25,7 @@ from trips_examples.data.task_collators import Nlvr2Collator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, TaughtModelArguments
+from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.predictions import write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.start import StartedTrainingArguments, start_from_questions
@@ -49,7 +49,7 @@ def judgements_of(logits: np.ndarray) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, TaughtModelArguments, DataArguments, Nlvr2TrainingArguments, description=__doc__
+        argv, ModelArguments, DataArguments, Nlvr2TrainingArguments, description=__doc__
     )
     data_args.check("nlvr2")  # before a start model is trained
     model_args = start_from_questions(model_args, data_args, training_args)

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=make_collator(),
         train_collator=make_collator(training=True, augment=data_args.augment),
         processing_class=processor,
+        selection_teacher=model_args.make_selection_teacher(training_args.device),
     )
     return train_and_evaluate(trainer, trainer.evaluate)
 

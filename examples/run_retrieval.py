@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=RetrievalCollator(processor),
         train_collator=RetrievalCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
+        selection_teacher=model_args.make_selection_teacher(training_args.device),
     )
 
     def evaluate_search() -> dict[str, float]:

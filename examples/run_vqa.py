@@ -11,14 +11,14 @@ The training loop is Transformers' `Seq2SeqTrainer`, whose options are options h
 Installed without its source, the script is `python -m trips_examples.run_vqa`.
 """
 
-from trips_examples.training.options import DataArguments, TaughtModelArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.question_answering import train_question_answering
 from trips_examples.training.runs import end_processes, parse_arguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     return train_question_answering(
-        *parse_arguments(argv, TaughtModelArguments, DataArguments, TripsTrainingArguments, description=__doc__)
+        *parse_arguments(argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__)
     )
 
 

@@ -111,6 +111,8 @@ class TripsForPreTraining(TripsContrastiveModel):
         labels: torch.LongTensor | None = None,
         teacher: MomentumTeacher | None = None,
         teacher_weight: float = 0.0,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsForPreTrainingOutput:
         r"""
@@ -133,6 +135,10 @@ class TripsForPreTraining(TripsContrastiveModel):
             Softens the targets of the contrastive and the masked-language loss, and gives the former more candidates.
         teacher_weight (`float`, *optional*, defaults to 0.0):
             Share of the teacher's opinion in the targets (ALBEF's alpha).
+        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            What each text is about, see [`TripsForRetrieval`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsForRetrieval`].
         """
         config = self.config
         if teacher is not None and image_ids is None and config.itc_weight > 0:
@@ -147,7 +153,15 @@ class TripsForPreTraining(TripsContrastiveModel):
             teacher_logits = taught.mlm_logits
             find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
         outputs = self.pair_losses(
-            text_outputs, prefix, attention_mask, image_index, image_ids, find_contrastive_loss, **kwargs
+            text_outputs,
+            prefix,
+            attention_mask,
+            image_index,
+            image_ids,
+            find_contrastive_loss,
+            regions,
+            patch_targets,
+            **kwargs,
         )
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.

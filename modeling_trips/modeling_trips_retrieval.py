@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 
 from .configuration_trips import TripsConfig
 from .losses_contrastive_trips import check_captions, contrastive_loss, matching_loss, matching_pairs, similarity
-from .losses_trips import weighted_sum
+from .losses_trips import mean_count, weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, select_rows
 
@@ -40,11 +40,14 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 class TripsRetrievalOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*):
-        The weighted sum of `itc_loss` and `itm_loss`.
+        The weighted sum of `itc_loss`, `itm_loss` and `selection_loss`.
     itc_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Image-text contrastive loss, over the batch of all processes.
     itm_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Image-text matching loss.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        How far the texts' choice of patches in their own images is from their regions or targets: the mean over the
+        texts. In training, if either is given and there is a matching loss.
     logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
         Similarity of each image to each text of this process, divided by the temperature.
     logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*):
@@ -68,6 +71,7 @@ class TripsRetrievalOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     itc_loss: torch.FloatTensor | None = None
     itm_loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     itm_logits: torch.FloatTensor | None = None
@@ -86,6 +90,8 @@ class TripsMatchingOutput(ModelOutput):
         Column 1 speaks for a match: `itm_logits.softmax(-1)[:, 1]` is its probability.
     selection (`tuple(TripsSelection)`):
         What each selection layer kept of each pair's image.
+    selection_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
+        As in [`TripsModelOutput`].
     """
 
     itm_logits: torch.FloatTensor | None = None
@@ -93,6 +99,7 @@ class TripsMatchingOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    selection_losses: torch.FloatTensor | None = None
 
 
 class TripsTemperature(nn.Module):
@@ -245,6 +252,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
+            selection_losses=fused.selection_losses,
         )
 
     def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
@@ -270,6 +278,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor | None,
         contrastive_loss: Callable[..., torch.Tensor] = contrastive_loss,
+        regions: torch.Tensor | None = None,
+        patch_targets: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
         """The fields of the output of `forward` with its losses, from what text and image give on their own."""
@@ -277,7 +287,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_index, image_ids = check_captions(text_states, len(prefix.hidden_states), image_index, image_ids)
         pair_ids = image_ids[image_index]
         config = self.config
-        itc_loss = itm_loss = None
+        itc_loss = itm_loss = selection_loss = None
         outputs = {"text_embeds": text_outputs.pooler_output, "text_model_output": text_outputs}
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
         # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
@@ -295,14 +305,19 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
                 prefix=prefix,
                 text_states=text_states,
                 text_index=pairs.text_index,
+                regions=_of_true_pairs(regions, len(pairs.labels)),
+                patch_targets=_of_true_pairs(patch_targets, len(pairs.labels)),
                 **kwargs,
             )
             itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
+            if matched.selection_losses is not None:
+                selection_loss = matched.selection_losses.sum() / mean_count(pair_ids.new_tensor(len(pair_ids)))
             true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
             selection = select_rows(matched.selection, true_pairs)
             outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}
-        loss = weighted_sum((config.itc_weight, itc_loss), (config.itm_weight, itm_loss))
-        return {**outputs, "loss": loss, "itc_loss": itc_loss, "itm_loss": itm_loss}
+        losses = {"itc_loss": itc_loss, "itm_loss": itm_loss, "selection_loss": selection_loss}
+        weights = (config.itc_weight, config.itm_weight, config.selection_loss_weight)
+        return {**outputs, **losses, "loss": weighted_sum(*zip(weights, losses.values()))}
 
 
 @auto_docstring(
@@ -328,6 +343,8 @@ class TripsForRetrieval(TripsContrastiveModel):
         image_index: torch.LongTensor | None = None,
         image_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsRetrievalOutput:
         r"""
@@ -338,13 +355,20 @@ class TripsForRetrieval(TripsContrastiveModel):
             By default all images are distinct.
         return_loss (`bool`, *optional*):
             Whether to compute the losses. By default, if `image_ids` are given.
+        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            What each text is about in its own image, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`].
         """
         if return_loss is None:
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         if return_loss:
             prefix = self.model.encode_images(pixel_values, **kwargs)
-            outputs = self.pair_losses(text_outputs, prefix, attention_mask, image_index, image_ids, **kwargs)
+            teaching = {"regions": regions, "patch_targets": patch_targets}
+            outputs = self.pair_losses(
+                text_outputs, prefix, attention_mask, image_index, image_ids, **teaching, **kwargs
+            )
             if outputs["loss"] is None:
                 raise ValueError("`itc_weight` and `itm_weight` are both 0: there is no loss. Give one a weight.")
             return TripsRetrievalOutput(**outputs)
@@ -353,6 +377,11 @@ class TripsForRetrieval(TripsContrastiveModel):
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
+
+
+def _of_true_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
+    """What teaches the texts, which are the first pairs; zeros, which teach nothing, for the negative pairs."""
+    return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
 
 
 def _select_texts(

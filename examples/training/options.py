@@ -70,6 +70,13 @@ class ModelArguments:
             "about. Default: the model's, 0.5. 0: the choice is learnt through the fused token alone."
         },
     )
+    selection_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A TRIPS checkpoint that, unpruned, shows the texts where to look, for data that do not say what "
+            "a text is about; start: the one that the run starts from. A forward pass more per step. Default: none."
+        },
+    )
     fusion_type: str | None = field(
         default=None,
         metadata={
@@ -103,19 +110,6 @@ class ModelArguments:
             "fusion_type": self.fusion_type,
         }
         return {name: value for name, value in fields.items() if value is not None}
-
-
-@dataclass
-class TaughtModelArguments(ModelArguments):
-    """`ModelArguments` for the tasks whose texts a teacher may show where to look."""
-
-    selection_teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "A TRIPS checkpoint that, unpruned, shows the texts where to look, for data that do not say what "
-            "a text is about; start: the one that the run starts from. A forward pass more per step. Default: none."
-        },
-    )
 
     def make_selection_teacher(self, device: torch.device) -> SelectionTeacher | None:
         if self.selection_teacher is None:

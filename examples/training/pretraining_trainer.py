@@ -44,7 +44,7 @@ class PretrainingTrainer(RetrievalTrainer):
         train_dataset (`datasets.Dataset` or [`PairStream`])
     """
 
-    logged_losses = ("itc_loss", "itm_loss", "mlm_loss", "prefix_lm_loss")
+    logged_losses = ("itc_loss", "itm_loss", "selection_loss", "mlm_loss", "prefix_lm_loss")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -17,7 +17,7 @@ from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_whole
 from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, TaughtModelArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import load_data, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -36,7 +36,7 @@ def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: ev
 
 
 def train_question_answering(
-    model_args: TaughtModelArguments,
+    model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),

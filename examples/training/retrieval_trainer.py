@@ -11,9 +11,9 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
-    """A trainer that evaluates by searching, also during training, and logs both losses."""
+    """A trainer that evaluates by searching, also during training, and logs each loss."""
 
-    logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss")
+    logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of
 
 from modeling_trips.losses_contrastive_trips import matching_pairs
+from modeling_trips.losses_trips import selection_loss
 
 
 GUIDANCES = ["text", "image", ["image", "text"]]  # the last one: a text chooses in the last layer
@@ -321,3 +322,27 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
         torch.testing.assert_close((outputs[0][name]["loss"] + outputs[1][name]["loss"]) / 2, results["loss"])
         for output in outputs:
             torch.testing.assert_close(output[name]["gradients"], results["gradients"], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of patches
+
+
+@pytest.mark.parametrize("selection_guidance", ["text", ["image", "text"]], ids=str)
+def test_texts_are_taught_what_to_see_of_their_own_images(selection_guidance):
+    model = make_model(selection_guidance=selection_guidance).train()
+    num_patches = model.config.vision_config.grid_size[0] * model.config.vision_config.grid_size[1]
+    targets = torch.rand(len(TEXTS), num_patches).softmax(dim=-1)
+    output, plain = run(model, patch_targets=targets), run(model)
+    by_text = [layer for layer in output.selection if len(layer.scores) == len(TEXTS)]
+    by_text = by_text[-1:] if selection_guidance != "text" else by_text
+    expected = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in by_text]
+    torch.testing.assert_close(output.selection_loss, torch.stack(expected).mean())
+    torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
+    assert plain.selection_loss is None and run(model.eval(), patch_targets=targets).selection_loss is None
+
+
+def test_nothing_is_taught_where_nothing_is_matched():
+    model = make_model(itm_weight=0.0).train()
+    output = run(model, regions=torch.tensor([[0.5, 0.5, 0.5, 0.5]] * len(TEXTS)))
+    assert output.selection_loss is None

@@ -9,7 +9,7 @@ from toy_tasks import OPTIONS, write_task
 
 from modeling_trips import TripsForImagesAndTextClassification, TripsForQuestionAnswering, TripsModel
 from trips_examples import run_nlvr2, run_vqa
-from trips_examples.training.options import TaughtModelArguments
+from trips_examples.training.options import ModelArguments
 from trips_examples.training.selection_teacher import SelectionTeacher
 
 
@@ -65,7 +65,7 @@ def test_a_single_stream_cannot_teach(tmp_path):
 
 def test_a_start_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="the run starts from nothing. Give --model_name_or_path"):
-        TaughtModelArguments(selection_teacher="start").make_selection_teacher(torch.device("cpu"))
+        ModelArguments(selection_teacher="start").make_selection_teacher(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("script", "task"), [(run_vqa, "vqa"), (run_nlvr2, "nlvr2")])

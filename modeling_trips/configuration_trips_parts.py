@@ -319,6 +319,10 @@ class TripsVisionConfig(PreTrainedConfig):
 @strict
 class TripsTextConfig(PreTrainedConfig):
     r"""
+    pooling_mode (`str`, *optional*, defaults to `"cls"`):
+        What of a text guides the selection and is compared with images: `"cls"` (the output of its first token, [CLS])
+        or `"mean"` (the mean of all its tokens, as sentence encoders such as MiniLM are trained).
+
     Example:
 
     ```python
@@ -344,6 +348,7 @@ class TripsTextConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     is_decoder: bool = False
+    pooling_mode: Literal["cls", "mean"] = "cls"
 
     def validate_architecture(self):
         _validate_layers(self)

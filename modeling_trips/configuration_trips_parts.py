@@ -373,6 +373,8 @@ class TripsFusionConfig(TripsTextConfig):
         joined and changes both, and so on (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: there is no
         fusion encoder; text and patches go through the vision tower's layers together, from the first one on (ViLT,
         https://arxiv.org/abs/2102.03334). [`TripsConfig`] then leaves the text encoder nothing but its embeddings.
+    pooling_mode (`str`, *optional*, defaults to `"cls"`):
+        Of the text encoder; not used here.
     skip_stride (`int`, *optional*, defaults to 3):
         How many layers the image tokens skip before each layer that they go through, if `"skip_connected"`.
     """
@@ -415,6 +417,8 @@ class TripsDecoderConfig(TripsTextConfig):
     encoder_hidden_size (`int`, *optional*):
         Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the width
         of its fusion encoder.
+    pooling_mode (`str`, *optional*, defaults to `"cls"`):
+        Of the text encoder; not used here.
     """
 
     model_type = "trips_decoder"

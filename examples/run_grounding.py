@@ -22,7 +22,7 @@ from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding
 from trips_examples.data.boxes import with_visible_boxes
-from trips_examples.data.rows import image_size
+from trips_examples.data.rows import image_sizes
 from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
-        validation = data["validation"].select_columns(["image", "image_id", "source"])
-        sizes = {row["image_id"]: image_size(row) for row in validation}
-        in_order = [sizes[image_id] for image_id in validation["image_id"]]
+        sizes = image_sizes(data["validation"])
+        in_order = [sizes[image_id] for image_id in data["validation"]["image_id"]]
         return processor.post_process_grounding(torch.from_numpy(prediction.predictions), in_order).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:

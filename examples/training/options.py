@@ -185,17 +185,19 @@ class DataArguments(DataSource):
         """What `augment` is, or its default."""
         return self.is_embedded if self.augment is None else self.augment
 
-    def scene_size(self, task: str) -> int | None:
+    def side_of_scenes(self, task: str) -> int | None:
         """Side of the scenes in pixels, or None where the data are no scenes."""
+        if self.pictures is not None:
+            return self.scene_size
         is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
         if not self.is_embedded or is_easy_vqa:
             return None
         return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
 
     def half_scene_size(self, task: str) -> int | None:
-        """At half their size scenes still show colours and most shapes, and a model is four times as fast."""
-        side = self.scene_size(task)
-        return None if side is None else side // 2
+        """At half their size easy-VQA's scenes still show colours and most shapes; a model is four times as fast."""
+        side = self.side_of_scenes(task)
+        return side if side is None or self.pictures is not None else side // 2
 
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
         """What a tokenizer is trained on: the texts in these columns, or for embedded data those of every task."""

@@ -42,7 +42,7 @@ def train_question_answering(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Trains a model to answer questions, and evaluates it, as these options say; returns the metrics of both."""
-    start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.scene_size("vqa"))
+    start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.side_of_scenes("vqa"))
     data = load_data("vqa", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "question", "answers"))
     data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)

@@ -26,6 +26,7 @@ from trips_examples.data.rows import image_sizes
 from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments
@@ -84,13 +85,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def evaluate_boxes() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        boxes = boxes_of(output)
         if trainer.is_world_process_zero():
-            folder, rows, boxes = training_args.output_dir, data["validation"], boxes_of(output)
+            folder, rows = training_args.output_dir, data["validation"]
             predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
             write_predictions(folder, rows, ["source", "question_id", "expression", "box"], predictions)
             if data_args.num_pictures:
                 draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures)
-        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
+        groups = accuracy_by_group(metric, boxes, data["validation"]["box"], data["validation"])
+        samples = {"eval_samples": len(data["validation"])}
+        return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
 
     return train_and_evaluate(trainer, evaluate_boxes)
 

@@ -10,6 +10,7 @@ from trips_examples.data.picture_scenes import Thing
 
 CLEARLY_LARGER = 1.7  # times the area
 CLEARLY_BESIDE = 0.1  # of the scene's side, between centers
+MAX_CAPTIONED = 4
 
 # By place: the axis, and whether what is there comes before what it is compared with.
 PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
@@ -84,9 +85,9 @@ def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random)
 
 
 def caption(things: Sequence[Thing], side: int, rng: random.Random) -> str:
-    """All things with their places, in any order."""
-    shuffled = rng.sample(things, len(things))
-    return ", ".join(f"{with_article(thing.name)} {_cell(thing, side)}" for thing in shuffled)
+    """The largest things with their places, up to `MAX_CAPTIONED`, in any order."""
+    largest = sorted(things, key=lambda thing: -thing.area)[:MAX_CAPTIONED]
+    return ", ".join(f"{with_article(thing.name)} {_cell(thing, side)}" for thing in rng.sample(largest, len(largest)))
 
 
 def with_article(name: str) -> str:

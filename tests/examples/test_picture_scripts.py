@@ -1,0 +1,84 @@
+"""Scripts on pictures of one's own: every task trains on scenes of them, scenes are drawn, emoji become a list."""
+
+import json
+
+import matplotlib
+import PIL.Image
+import pytest
+from named_pictures import write_pictures
+from toy_tasks import OPTIONS
+
+from trips_examples import (
+    draw_scenes,
+    make_pictures,
+    run_captioning,
+    run_grounding,
+    run_nlvr2,
+    run_retrieval,
+    run_vqa,
+)
+
+
+SCENES = ["--train_scenes=6", "--validation_scenes=4", "--scene_size=64", "--validation_names=0.4", "--max_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    return f"--pictures={write_pictures(tmp_path_factory.mktemp('pictures'))}"
+
+
+def train(script, pictures: str, folder, *options: str) -> dict[str, float]:
+    data = ["--dataset_name=picture_scenes", pictures, *SCENES]
+    return script.main([*data, *OPTIONS, *options, f"--output_dir={folder}"])
+
+
+@pytest.mark.parametrize(
+    ("script", "metric"),
+    [
+        (run_vqa, "eval_accuracy_presence"),
+        (run_captioning, "eval_bleu_4"),
+        (run_nlvr2, "eval_accuracy"),
+        (run_retrieval, "eval_t2i_r1"),
+    ],
+    ids=["vqa", "captions", "nlvr2", "retrieval"],
+)
+def test_every_task_trains_on_scenes(script, metric, pictures, tmp_path):
+    assert 0 <= train(script, pictures, tmp_path)[metric] <= 1
+
+
+def test_what_a_trained_model_keeps_of_scenes_is_drawn(pictures, tmp_path):
+    metrics = train(run_grounding, pictures, tmp_path / "model", "--keep_rate=0.5")
+    assert {"eval_accuracy_name", "eval_accuracy_smallest", "eval_layer3_inside"} <= metrics.keys()
+    page = ["--num_scenes=2", "--expressions_per_scene=2", "--scene_size=64", "--validation_names=0.4"]
+    draw_scenes.main([f"--model={tmp_path / 'model'}", pictures, *page, f"--output={tmp_path / 'page.png'}"])
+    with PIL.Image.open(tmp_path / "page.png") as image:
+        assert image.size == (2 * 250, 2 * 270) and len(image.getcolors(image.width * image.height)) > 20
+
+
+def test_pictures_alone_are_found_by_their_names(pictures, tmp_path):
+    data = ["--dataset_name=pictures", pictures, "--scene_size=64", "--validation_names=0.4"]
+    metrics = run_retrieval.main([*data, *OPTIONS, "--max_steps=1", f"--output_dir={tmp_path}"])
+    found = [json.loads(line) for line in (tmp_path / "found_images.jsonl").read_text().splitlines()]
+    assert metrics["eval_samples"] == metrics["eval_images"] == len(found) > 1
+
+
+NAMES = """<ldml><annotations>
+<annotation cp="A">a | letter</annotation><annotation cp="A" type="tts">capital letter</annotation>
+<annotation cp="B" type="tts">2</annotation></annotations></ldml>"""
+
+
+def test_characters_have_the_names_of_cldr(tmp_path):
+    (tmp_path / "en.xml").write_text(NAMES)
+    assert make_pictures.character_names(str(tmp_path / "en.xml")) == {"A": "capital letter"}
+
+
+def test_what_no_list_is_made_of_is_told(tmp_path):
+    (tmp_path / "en.xml").write_text(NAMES)
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    files = [f"--font={font}", f"--annotations={tmp_path / 'en.xml'}"]
+    with pytest.raises(ValueError, match="DejaVuSans.ttf has no pictures .* give a colour font"):
+        make_pictures.main([*files, f"--output_dir={tmp_path / 'emoji'}"])
+    with pytest.raises(FileExistsError, match="exists. Choose another one"):
+        make_pictures.main([*files, f"--output_dir={tmp_path}"])
+    with pytest.raises(FileNotFoundError, match="There is no file none.ttf: install fonts-noto-color-emoji"):
+        make_pictures.main(["--font=none.ttf", f"--output_dir={tmp_path / 'emoji'}"])

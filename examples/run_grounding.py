@@ -17,6 +17,7 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 
 import evaluate
+import PIL.Image
 import torch
 from transformers import EvalPrediction
 
@@ -30,7 +31,7 @@ from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.predictions import draw_predicted_boxes, write_predictions
+from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.start import StartedTrainingArguments, start_from_questions
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -46,7 +47,8 @@ class GroundingArguments(DataArguments):
         },
     )
     num_pictures: int = field(
-        default=0, metadata={"help": "How many predictions to draw beside the true boxes, in predictions.png."}
+        default=0,
+        metadata={"help": "How many predictions to draw, beside true boxes, on the kept patches."},
     )
 
 
@@ -91,7 +93,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
             write_predictions(folder, rows, ["source", "question_id", "expression", "box"], predictions)
             if data_args.num_pictures:
-                draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures)
+
+                def image_of(row: dict) -> PIL.Image.Image:
+                    return image_with_kept_patches(row, row["expression"], model.eval(), processor)
+
+                draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures, image_of)
         groups = accuracy_by_group(metric, boxes, data["validation"]["box"], data["validation"])
         samples = {"eval_samples": len(data["validation"])}
         return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}

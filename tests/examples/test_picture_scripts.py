@@ -3,13 +3,13 @@
 import json
 
 import matplotlib
+import numpy as np
 import PIL.Image
 import pytest
 from named_pictures import write_pictures
 from toy_tasks import OPTIONS
 
 from trips_examples import (
-    draw_scenes,
     make_pictures,
     run_captioning,
     run_grounding,
@@ -47,12 +47,15 @@ def test_every_task_trains_on_scenes(script, metric, pictures, tmp_path):
 
 
 def test_what_a_trained_model_keeps_of_scenes_is_drawn(pictures, tmp_path):
-    metrics = train(run_grounding, pictures, tmp_path / "model", "--keep_rate=0.5")
-    assert {"eval_accuracy_name", "eval_accuracy_smallest", "eval_layer3_inside"} <= metrics.keys()
-    page = ["--num_scenes=2", "--expressions_per_scene=2", "--scene_size=64", "--validation_names=0.4"]
-    draw_scenes.main([f"--model={tmp_path / 'model'}", pictures, *page, f"--output={tmp_path / 'page.png'}"])
-    with PIL.Image.open(tmp_path / "page.png") as image:
-        assert image.size == (2 * 250, 2 * 270) and len(image.getcolors(image.width * image.height)) > 20
+    faded = {}
+    for rate in ("0.25", "1.0"):
+        metrics = train(run_grounding, pictures, tmp_path / rate, f"--keep_rate={rate}", "--num_pictures=4")
+        with PIL.Image.open(tmp_path / rate / "predictions.png") as image:
+            assert image.size == (4 * 250, 270)
+            faded[rate] = np.asarray(image.convert("L"), dtype=float).mean()
+        assert {"eval_accuracy_name", "eval_accuracy_smallest"} <= metrics.keys()
+        assert ("eval_layer3_inside" in metrics) == (rate == "0.25")
+    assert faded["0.25"] > faded["1.0"] + 20  # most patches are not kept, and fade to white
 
 
 def test_pictures_alone_are_found_by_their_names(pictures, tmp_path):

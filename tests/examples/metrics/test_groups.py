@@ -28,7 +28,7 @@ def test_boxes_by_kind_and_size():
 
 
 def test_answers_by_kind_and_by_the_size_of_what_is_there():
-    rows = Dataset.from_dict({"kind": KINDS, "target_box": [BOXES[0], None, BOXES[2], None]})
+    rows = Dataset.from_dict({"kind": KINDS, "region": [BOXES[0], None, BOXES[2], None]})
     assert groups_of(rows) == {"name": [0, 2], "place": [3], "size": [1], "smallest": [2], "medium": [0]}
     metrics = accuracy_by_group(
         evaluate.load(VQA_ACCURACY), ["owl", "no", "bat", "2"], [["owl"], ["yes"], ["cat"], ["2"]], rows
@@ -42,6 +42,6 @@ def test_answers_by_kind_and_by_the_size_of_what_is_there():
     }
 
 
-@pytest.mark.parametrize("columns", [["box"], ["target_box"]])
+@pytest.mark.parametrize("columns", [["box"], ["region"]])
 def test_other_data_have_no_groups(columns):
     assert groups_of(Dataset.from_dict(dict.fromkeys(columns, BOXES))) == {}

@@ -4,7 +4,7 @@
 its sub-folders, a picture's name is the title in its own metadata, or, where it has none or more than `MAX_SHARED`
 pictures have the same (it then names a collection), the name of its file without the words that begin those of the
 author in its metadata. Either is cleaned: words are what stands between characters that are no letters, in lower case;
-words with digits, single letters, articles at either end and words that lead on ("and", "of") at the end are not. A
+left out are words with digits, single letters, articles at either end, and words that lead on ("and") at the end. A
 name of more than `MAX_WORDS` words, or of none, is none: in a folder such pictures are counted and left out, in a file
 they are bad rows.
 
@@ -97,14 +97,15 @@ def read_pictures(sources: Sequence[str | Path], bad_rows: BadRows | None = None
         `ValueError`: Where pictures cannot be used, naming the first few, or there are none.
         `FileNotFoundError`: Where a source does not exist.
     """
-    bad_rows, pictures, seen, times = bad_rows or BadRows(), [], set(), Counter()
+    bad_rows, seen, times = bad_rows or BadRows(), set(), Counter()
+    pictures: list[NamedPicture] = []
     for source in map(Path, sources):
-        rows = _folder_rows(source) if source.is_dir() else _file_rows(source)
-        rows, faults = list(rows), []
-        for where, path, name in tqdm(rows, desc=f"Reading {source.name}", unit=" pictures"):
+        rows, faults = _folder_rows(source) if source.is_dir() else list(_file_rows(source)), []
+        for where, found in tqdm(rows, desc=f"Reading {source.name}", unit=" pictures"):
             try:
-                if isinstance(path, BadRowError):
-                    raise path
+                if isinstance(found, BadRowError):
+                    raise found
+                path, name = found
                 content = _digest(path)
                 if content in seen or times[name] == MAX_PER_NAME:
                     continue
@@ -119,23 +120,27 @@ def read_pictures(sources: Sequence[str | Path], bad_rows: BadRows | None = None
     return pictures
 
 
-def _file_rows(file: Path) -> Iterator[tuple[str, Path | BadRowError, str]]:
-    """Where each row is from, the path of its picture or what is wrong with it, and its clean name."""
+# Where a row is from, and the path of its picture with its clean name, or what is wrong with it.
+Row = tuple[str, tuple[Path, str] | BadRowError]
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
     for number, record in read_records(file):
-        name, path = "", record
+        where = f"{file.name} row {number}"
         try:
-            if not isinstance(record, BadRowError):
-                path, given = file.parent / filled_text(record, "image"), filled_text(record, "name")
-                name = clean_name(given)
-                if not name:
-                    raise BadRowError(f"name without 1 to {MAX_WORDS} words", repr(given))
+            if isinstance(record, BadRowError):
+                raise record
+            path, given = file.parent / filled_text(record, "image"), filled_text(record, "name")
+            name = clean_name(given)
+            if not name:
+                raise BadRowError(f"name without 1 to {MAX_WORDS} words", repr(given))
+            yield where, (path, name)
         except BadRowError as error:
-            path = error
-        yield f"{file.name} row {number}", path, name
+            yield where, error
 
 
-def _folder_rows(folder: Path) -> Iterator[tuple[str, Path | BadRowError, str]]:
-    """As `_file_rows`, of the pictures that have a name."""
+def _folder_rows(folder: Path) -> list[Row]:
+    """Of the pictures that have a name."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     notes = {path: _metadata(path) for path in paths}
     shared = Counter(title for title, _ in notes.values())
@@ -143,7 +148,7 @@ def _folder_rows(folder: Path) -> Iterator[tuple[str, Path | BadRowError, str]]:
     names = {path: name or clean_name(_without(path.stem, notes[path][1])) for path, name in names.items()}
     if nameless := [path for path, name in names.items() if not name]:
         logger.warning(f"{folder}: {len(nameless)} of {len(paths)} pictures have no name and are left out.")
-    yield from ((str(path.relative_to(folder)), path, name) for path, name in names.items() if name)
+    return [(str(path.relative_to(folder)), (path, name)) for path, name in names.items() if name]
 
 
 def _metadata(path: Path) -> tuple[str, str]:

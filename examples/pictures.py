@@ -4,6 +4,7 @@ boxes and questions about scenes of them, unpruned and with patches that text or
 
     python examples/pictures.py            # what `make pictures` runs
     python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
+    python examples/pictures.py --prepare  # makes the towers and the list of emoji, and stops
 
 A part that has ended is not run again: start it anew after an interruption. The pictures are Noto's emoji and
 openclipart's drawings, from Debian's packages, which are taken from where they are installed or else unpacked into the
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from trips_examples.data.emoji import write_emoji
 from trips_examples.training.files import write_whole
 from trips_examples.training.parser import make_parser
 
@@ -55,6 +57,7 @@ TASKS = ("grounding", "vqa")
 class PicturesArguments:
     output_dir: str = field(default="pictures", metadata={"help": "Folder of all that is made."})
     quick: bool = field(default=False, metadata={"help": "Train on few scenes, to see that everything runs."})
+    prepare: bool = field(default=False, metadata={"help": "Make the towers and the list of emoji, and stop."})
     pictures: list[str] | None = field(
         default=None, metadata={"help": "Your own named pictures, folders and files, in place of Debian's."}
     )
@@ -97,16 +100,16 @@ def debian_files(folder: Path) -> Path:
     return folder
 
 
-def preparations(folder: Path, pictures: list[str] | None) -> tuple[list[Part], list[str]]:
-    """What makes the towers and the lists of pictures, and these lists."""
-    towers = Part("towers", folder / "towers/minilm", "make_towers", ["--output_dir", str(folder / "towers")])
-    if pictures is not None:
-        return [towers], pictures
-    root = debian_files(folder / "debian")
-    files = ["--font", str(root / FONT), "--annotations", str(root / ANNOTATIONS)]
-    emoji = folder / "emoji/pictures.jsonl"
-    making = Part("emoji", emoji, "make_pictures", [*files, "--output_dir", str(emoji.parent)])
-    return [towers, making], [str(emoji), *(str(root / DRAWINGS / subject) for subject in SUBJECTS)]
+def picture_lists(folder: Path) -> list[str]:
+    """Noto's emoji, written to `folder` unless they are there, and the folders of openclipart that show things."""
+    root, emoji = debian_files(folder / "debian"), folder / "emoji"
+    if not emoji.exists():
+        print(f"{write_emoji(root / FONT, root / ANNOTATIONS, emoji)} emoji with names: {emoji}")
+    return [str(emoji / "pictures.jsonl"), *(str(root / DRAWINGS / subject) for subject in SUBJECTS)]
+
+
+def towers_in(folder: Path) -> Part:
+    return Part("towers", folder / "towers/minilm", "make_towers", ["--output_dir", str(folder / "towers")])
 
 
 def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Iterator[Part]:
@@ -146,8 +149,10 @@ def main(argv: list[str] | None = None):
     (args,) = make_parser(PicturesArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     made = Path(args.output_dir)
     folder = made / "quick" if args.quick else made / "full"
-    prepared, pictures = preparations(made, args.pictures)
-    parts = [*prepared, *trainings(folder, made, pictures, args.quick)]
+    pictures = args.pictures or picture_lists(made)
+    parts = [towers_in(made)]
+    if not args.prepare:
+        parts += trainings(folder, made, pictures, args.quick)
     times = folder / "minutes.json"
     minutes = json.loads(times.read_text()) if times.exists() else {}
     for part in (bar := tqdm(parts)):
@@ -157,6 +162,9 @@ def main(argv: list[str] | None = None):
             part.run(folder / "logs" / f"{part.name}.txt")
             minutes[part.name] = (time.perf_counter() - start) / 60
             write_whole(times, json.dumps(minutes, indent=2) + "\n")
+    if args.prepare:
+        print(f"Towers: {made / 'towers'}. Pictures: {' '.join(pictures)}")
+        return
     if args.quick:
         print("A taste, on few scenes: these numbers say that everything runs, and nothing else.")
     print(table(folder, minutes))

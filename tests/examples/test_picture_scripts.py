@@ -1,8 +1,7 @@
-"""Scripts on pictures of one's own: every task trains on scenes of them, scenes are drawn, emoji become a list."""
+"""Scripts on pictures of one's own: every task trains on scenes of them, and what it keeps of them is drawn."""
 
 import json
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,7 +9,6 @@ from named_pictures import write_pictures
 from toy_tasks import OPTIONS
 
 from trips_examples import (
-    make_pictures,
     run_captioning,
     run_grounding,
     run_nlvr2,
@@ -63,25 +61,3 @@ def test_pictures_alone_are_found_by_their_names(pictures, tmp_path):
     metrics = run_retrieval.main([*data, *OPTIONS, "--max_steps=1", f"--output_dir={tmp_path}"])
     found = [json.loads(line) for line in (tmp_path / "found_images.jsonl").read_text().splitlines()]
     assert metrics["eval_samples"] == metrics["eval_images"] == len(found) > 1
-
-
-NAMES = """<ldml><annotations>
-<annotation cp="A">a | letter</annotation><annotation cp="A" type="tts">capital letter</annotation>
-<annotation cp="B" type="tts">2</annotation></annotations></ldml>"""
-
-
-def test_characters_have_the_names_of_cldr(tmp_path):
-    (tmp_path / "en.xml").write_text(NAMES)
-    assert make_pictures.character_names(str(tmp_path / "en.xml")) == {"A": "capital letter"}
-
-
-def test_what_no_list_is_made_of_is_told(tmp_path):
-    (tmp_path / "en.xml").write_text(NAMES)
-    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    files = [f"--font={font}", f"--annotations={tmp_path / 'en.xml'}"]
-    with pytest.raises(ValueError, match="DejaVuSans.ttf has no pictures .* give a colour font"):
-        make_pictures.main([*files, f"--output_dir={tmp_path / 'emoji'}"])
-    with pytest.raises(FileExistsError, match="exists. Choose another one"):
-        make_pictures.main([*files, f"--output_dir={tmp_path}"])
-    with pytest.raises(FileNotFoundError, match="There is no file none.ttf: install fonts-noto-color-emoji"):
-        make_pictures.main(["--font=none.ttf", f"--output_dir={tmp_path / 'emoji'}"])

@@ -22,8 +22,8 @@ ARGUMENTS = {
 @pytest.mark.parametrize("quick", [True, False])
 def test_scripts_take_the_commands(quick, tmp_path):
     file = write_pictures(tmp_path)
-    prepared, sources = pictures.preparations(tmp_path, [str(file)])
-    parts = [*prepared, *pictures.trainings(tmp_path / "full", tmp_path, sources, quick)]
+    parts = [pictures.towers_in(tmp_path)]
+    parts += pictures.trainings(tmp_path / "full", tmp_path, [str(file)], quick)
     assert [part.name for part in parts] == [
         "towers",
         *(f"grounding-{name}" for name in ("start", "unpruned", "text", "image")),
@@ -41,9 +41,8 @@ def test_scripts_take_the_commands(quick, tmp_path):
 
 def test_what_has_ended_is_not_run_again(tmp_path, capsys):
     file, folder = write_pictures(tmp_path), tmp_path / "out" / "full"
-    sources = [str(file)]
-    parts = [*pictures.preparations(tmp_path / "out", sources)[0]]
-    parts += pictures.trainings(folder, tmp_path / "out", sources, quick=False)
+    parts = [pictures.towers_in(tmp_path / "out")]
+    parts += pictures.trainings(folder, tmp_path / "out", [str(file)], quick=False)
     for number, part in enumerate(parts):
         part.result.parent.mkdir(parents=True, exist_ok=True)
         part.result.write_text(json.dumps({"eval_accuracy": number / 100}))

@@ -7,11 +7,12 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help try demo test test-slow quality docs clean
+.PHONY: help try demo pictures test test-slow quality docs clean
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
 	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
+	@echo "make pictures  pretrained towers on scenes of real pictures, without a hub: see docs/real_pictures.md"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "               WORKERS=1 for either: one process; 2 by default"
@@ -31,6 +32,9 @@ try: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
+
+pictures: $(VENV)/.installed
+	OMP_NUM_THREADS=2 $(BIN)/python examples/pictures.py
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"

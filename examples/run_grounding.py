@@ -17,19 +17,21 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 
 import evaluate
+import PIL.Image
 import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding
 from trips_examples.data.boxes import with_visible_boxes
-from trips_examples.data.rows import image_size
+from trips_examples.data.rows import image_sizes
 from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.predictions import draw_predicted_boxes, write_predictions
+from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.start import StartedTrainingArguments, start_from_questions
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -45,7 +47,8 @@ class GroundingArguments(DataArguments):
         },
     )
     num_pictures: int = field(
-        default=0, metadata={"help": "How many predictions to draw beside the true boxes, in predictions.png."}
+        default=0,
+        metadata={"help": "How many predictions to draw, beside true boxes, on the kept patches."},
     )
 
 
@@ -63,9 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
-        validation = data["validation"].select_columns(["image", "image_id", "source"])
-        sizes = {row["image_id"]: image_size(row) for row in validation}
-        in_order = [sizes[image_id] for image_id in validation["image_id"]]
+        sizes = image_sizes(data["validation"])
+        in_order = [sizes[image_id] for image_id in data["validation"]["image_id"]]
         return processor.post_process_grounding(torch.from_numpy(prediction.predictions), in_order).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -85,13 +87,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def evaluate_boxes() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        boxes = boxes_of(output)
         if trainer.is_world_process_zero():
-            folder, rows, boxes = training_args.output_dir, data["validation"], boxes_of(output)
+            folder, rows = training_args.output_dir, data["validation"]
             predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
             write_predictions(folder, rows, ["source", "question_id", "expression", "box"], predictions)
             if data_args.num_pictures:
-                draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures)
-        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
+
+                def image_of(row: dict) -> PIL.Image.Image:
+                    return image_with_kept_patches(row, row["expression"], model.eval(), processor)
+
+                draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures, image_of)
+        groups = accuracy_by_group(metric, boxes, data["validation"]["box"], data["validation"])
+        samples = {"eval_samples": len(data["validation"])}
+        return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
 
     return train_and_evaluate(trainer, evaluate_boxes)
 

@@ -249,6 +249,7 @@ class TripsConfig(PreTrainedConfig):
         for field, value, needed in (
             ("text_config.num_hidden_layers", text.num_hidden_layers, 0),
             ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
+            ("text_config.pooling_mode", text.pooling_mode, "cls"),
             ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
         ):
             if value != needed:

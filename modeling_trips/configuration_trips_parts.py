@@ -319,6 +319,10 @@ class TripsVisionConfig(PreTrainedConfig):
 @strict
 class TripsTextConfig(PreTrainedConfig):
     r"""
+    pooling_mode (`str`, *optional*, defaults to `"cls"`):
+        What of a text guides the selection and is compared with images: `"cls"` (the output of its first token, [CLS])
+        or `"mean"` (the mean of all its tokens, as sentence encoders such as MiniLM are trained).
+
     Example:
 
     ```python
@@ -344,6 +348,7 @@ class TripsTextConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     is_decoder: bool = False
+    pooling_mode: Literal["cls", "mean"] = "cls"
 
     def validate_architecture(self):
         _validate_layers(self)
@@ -368,6 +373,8 @@ class TripsFusionConfig(TripsTextConfig):
         joined and changes both, and so on (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: there is no
         fusion encoder; text and patches go through the vision tower's layers together, from the first one on (ViLT,
         https://arxiv.org/abs/2102.03334). [`TripsConfig`] then leaves the text encoder nothing but its embeddings.
+    pooling_mode (`str`, *optional*, defaults to `"cls"`):
+        Of the text encoder; not used here.
     skip_stride (`int`, *optional*, defaults to 3):
         How many layers the image tokens skip before each layer that they go through, if `"skip_connected"`.
     """
@@ -410,6 +417,8 @@ class TripsDecoderConfig(TripsTextConfig):
     encoder_hidden_size (`int`, *optional*):
         Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the width
         of its fusion encoder.
+    pooling_mode (`str`, *optional*, defaults to `"cls"`):
+        Of the text encoder; not used here.
     """
 
     model_type = "trips_decoder"

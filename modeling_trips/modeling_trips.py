@@ -136,7 +136,8 @@ class TripsModel(TripsPreTrainedModel):
                 vision_model_output=joint,
             )
         # What no text has touched is projected to keys and values once per image.
-        vision_output = self.vision_model(text_embeds=text_states[:, 0], repeat_images=False, **images, **kwargs)
+        text_embeds = self.text_model.pooled(text_states, attention_mask)
+        vision_output = self.vision_model(text_embeds=text_embeds, repeat_images=False, **images, **kwargs)
         fused = self.fusion_model(
             text_states,
             vision_output.last_hidden_state,

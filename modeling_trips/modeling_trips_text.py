@@ -119,8 +119,8 @@ class TripsLMHead(nn.Module):
 
 @auto_docstring(
     custom_intro="""
-    The layers of BERT that see only the text. The output of its first token, [CLS], guides the patch selection: pad
-    texts on the right.
+    The layers of BERT that see only the text. The output of its first token, [CLS], guides the patch selection, or the
+    mean of all (`pooling_mode`): pad texts on the right.
     """
 )
 class TripsTextModel(TripsPreTrainedModel):
@@ -152,9 +152,24 @@ class TripsTextModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        attention_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
-        hidden_states = self.encoder(hidden_states, attention_mask, **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+        extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
+        hidden_states = self.encoder(hidden_states, extended_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
+        )
+
+    def pooled(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The text guidance t, `(num_texts, hidden_size)`, of the states of all tokens, `(num_texts, text_length,
+        hidden_size)`. Padding, where `attention_mask` is 0, does not count.
+        """
+        # CODEPATH: BERT gathers a text in [CLS], sentence encoders in the mean of its tokens.
+        if self.config.pooling_mode == "cls":
+            return hidden_states[:, 0]
+        if attention_mask is None:
+            return hidden_states.mean(dim=1)
+        counts = attention_mask.to(hidden_states.dtype)[:, :, None]
+        return (hidden_states * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
 @auto_docstring(

@@ -17,7 +17,7 @@ IMAGE_IDS = torch.tensor([7, 4, 5, 7])
 PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
 
 
-def make_config(dropout=0.0, selection_guidance="text", **fields):
+def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", **fields):
     return TripsConfig(
         vision_config={
             "hidden_size": 16,
@@ -41,6 +41,7 @@ def make_config(dropout=0.0, selection_guidance="text", **fields):
             "hidden_dropout_prob": dropout,
             "attention_probs_dropout_prob": dropout,
             "initializer_range": 0.4,
+            "pooling_mode": pooling_mode,
         },
         fusion_encoder_config={"num_hidden_layers": 1},
         decoder_config={"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},

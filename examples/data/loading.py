@@ -1,8 +1,9 @@
-"""Data sets in, one schema per task: files, the Hub, easy-VQA, and scenes made of its images."""
+"""Data sets in, one schema per task: files, the Hub, easy-VQA, named pictures, and scenes made of either."""
 
 from datasets import DatasetDict, load_dataset
 
 from trips_examples.data.faults import BadRows
+from trips_examples.data.picture_tasks import load_picture_scenes, load_pictures_alone
 from trips_examples.data.scenes import easy_vqa_records, scene_records
 from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.splits import SplitReader
@@ -23,7 +24,8 @@ def load_task_dataset(
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
 
     Returns:
-        `DatasetDict`: Splits with the columns of `TASKS[task].features`.
+        `DatasetDict`: Splits with the columns of `TASKS[task].features`. Images of scenes of pictures are no column:
+        they are made when rows are read.
 
     Raises:
         `ValueError`: Where rows cannot be used, naming the first few, or where the arguments contradict each other.
@@ -42,6 +44,15 @@ def load_task_dataset(
         records = _embedded_records(task, source, seed)
         train, test = (reader.read_embedded(part, f"{name} {split}") for split, part in records.items())
         return DatasetDict(train=train, validation=test)
+    if name == "picture_scenes":
+        num_scenes = {"train": source.train_scenes, "validation": source.validation_scenes}
+        first, last = source.pictures_per_scene
+        share = source.validation_names
+        return load_picture_scenes(
+            task, source.pictures, num_scenes, source.scene_size, (first, last), share, reader.bad_rows, seed
+        )
+    if name == "pictures":
+        return load_pictures_alone(source.pictures, source.scene_size, source.validation_names, reader.bad_rows)
     hub = load_dataset(name, source.dataset_config_name, cache_dir=source.cache_dir)
     splits = _hub_splits(hub, name, source.splits)
     return DatasetDict({split: reader.read_table(hub[part], f"{name} {part}") for split, part in splits})

@@ -39,7 +39,9 @@ def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
 
 
 def image_size(row: dict) -> tuple[int, int]:
-    """(height, width) in pixels, upright, of the image of a row whose `image` column is not decoded."""
+    """(height, width) in pixels, upright, of the image of a row whose `image` is not decoded, or made when read."""
+    if isinstance(row["image"], PIL.Image.Image):
+        return row["image"].size[::-1]
     with open_image(path_or_bytes(row["image"])) as image:
         return upright_size(image)[::-1]
 
@@ -64,6 +66,12 @@ def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
         rows.setdefault(image_id, row)
     position = {image_id: index for index, image_id in enumerate(rows)}
     return list(rows.values()), torch.tensor([position[image_id] for image_id in dataset["image_id"]])
+
+
+def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
+    """(height, width) in pixels, upright, of each image by its `image_id`."""
+    rows, _ = images_of(dataset)
+    return {row["image_id"]: image_size(row) for row in dataset.select(rows)}
 
 
 def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:

@@ -9,6 +9,7 @@ from trips_examples.data.scenes import check_scenes
 
 
 EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
+PICTURE_DATASETS = ("picture_scenes", "pictures")
 
 
 @dataclass
@@ -38,13 +39,17 @@ class DataSource:
     **Embedded**: `dataset_name="easy_vqa"` is easy-VQA with its official split, whose test part is the split
     `validation`, for the task `"vqa"` only, whose default it is. `"easy_vqa_scenes"`, the default of the other tasks,
     are scenes made of its images, see `scene_records`; for `"nlvr2"` the numbers are those of statements.
+
+    **Pictures with names** of your own, in files or folders (`pictures`, see `pictures.read_pictures`):
+    `dataset_name="picture_scenes"` makes scenes of them, for every task; `"pictures"` shows each alone, for
+    `"captions"`. The split `validation` has names, and with them pictures, that `train` has not.
     """
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), or the name of "
-            "a data set on the Hub."
+            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), picture_scenes "
+            "or pictures (of --pictures), or the name of a data set on the Hub."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
@@ -72,8 +77,22 @@ class DataSource:
     grid: int | None = field(
         default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
     )
-    train_scenes: int = field(default=4000, metadata={"help": "How many easy_vqa_scenes to train on."})
-    validation_scenes: int = field(default=1000, metadata={"help": "How many easy_vqa_scenes to evaluate on."})
+    train_scenes: int = field(default=4000, metadata={"help": "How many scenes to train on."})
+    validation_scenes: int = field(default=1000, metadata={"help": "How many scenes to evaluate on."})
+    pictures: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders, and files with the columns image and name, of the pictures that picture_scenes or "
+            "pictures are made of."
+        },
+    )
+    pictures_per_scene: list[int] = field(
+        default_factory=lambda: [2, 9], metadata={"help": "The least and the largest number, as in 2 9."}
+    )
+    scene_size: int = field(default=224, metadata={"help": "Height and width of picture_scenes in pixels."})
+    validation_names: float = field(
+        default=0.2, metadata={"help": "Share of the names of pictures that only the validation split has."}
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for tables with images. Default: that of the datasets library."}
     )
@@ -121,6 +140,25 @@ class DataSource:
             raise FileNotFoundError(f"There is no folder {self.image_root}: image_root is the one the images are in.")
         if not files and self.name_for(task) in EMBEDDED_DATASETS:
             self._check_embedded(self.name_for(task), task)
+        self._check_pictures(task)
+
+    def _check_pictures(self, task: str):
+        if (self.pictures is not None) != (self.dataset_name in PICTURE_DATASETS):
+            raise ValueError(f"pictures goes with dataset_name {' or '.join(PICTURE_DATASETS)}: give both or neither.")
+        if self.pictures is None:
+            return
+        if absent := [source for source in self.pictures if not Path(source).exists()]:
+            raise FileNotFoundError(f"There is no {absent[0]}: pictures are folders and files that exist.")
+        if self.dataset_name == "pictures" and task != "captions":
+            raise ValueError(f"pictures have names only: for {task} take picture_scenes.")
+        if len(self.pictures_per_scene) != 2 or not 2 <= self.pictures_per_scene[0] <= self.pictures_per_scene[1]:
+            raise ValueError(
+                f"pictures_per_scene is {self.pictures_per_scene}: give two numbers from 2 on, as in 2 9."
+            )
+        if not 0 < self.validation_names < 1:
+            raise ValueError(f"validation_names is {self.validation_names}: give a share between 0 and 1.")
+        if min(self.scene_size, self.train_scenes, self.validation_scenes) < 1:
+            raise ValueError("scene_size, train_scenes and validation_scenes must be 1 or more.")
 
     def _check_embedded(self, name: str, task: str):
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:

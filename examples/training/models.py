@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import make_processor
@@ -17,8 +17,9 @@ logger = logging.getLogger(__name__)
 
 class ModelStart:
     """
-    What a run starts with: a checkpoint and its processor, or a model from scratch with a tokenizer to go with it. All
-    that needs no texts happens here, so that wrong options are told before any data are read; `finish` does the rest.
+    What a run starts with: a checkpoint and its processor, a model of two towers that were trained apart, or one from
+    scratch with a tokenizer to go with it. All that needs no texts happens here, so that wrong options are told before
+    any data are read; `finish` does the rest.
 
     Args:
         model_class (`type[TripsPreTrainedModel]`): the task's.
@@ -48,10 +49,13 @@ class ModelStart:
         self.processor: TripsProcessor | None = None
         if args.model_name_or_path is not None:
             self._load_checkpoint()
+        elif args.starts_from_parts:
+            self._load_parts()
         elif args.tokenizer_name is not None:
             self._make_model(AutoTokenizer.from_pretrained(args.tokenizer_name))
         else:
             self.config = self._make_config()
+        check_frozen_layers(self.config, args.freeze_vision_layers)
 
     @property
     def patch_size(self) -> int:
@@ -61,6 +65,8 @@ class ModelStart:
         """The model and the processor. `texts` are what a tokenizer is trained on, and not read if there is one."""
         if self.model is None:
             self._make_model(train_wordpiece_tokenizer(texts))
+        if self.args.freeze_vision_layers is not None:
+            freeze_vision_layers(self.model, self.args.freeze_vision_layers)
         schedule = self.model.config.vision_config.selection_schedule
         logger.info("%s parameters, %s", f"{self.model.num_parameters():,}", schedule)
         return self.model, self.processor
@@ -77,6 +83,28 @@ class ModelStart:
             **self.config_fields,
         )
         self.config = self.model.config
+
+    def _load_parts(self):
+        """The fusion and the decoder start from the text encoder; pixels are normalised as the vision tower's."""
+        args = self.args
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.text_model_name_or_path)
+        self.model = self.model_class.from_vision_text_pretrained(
+            args.vision_model_name_or_path,
+            args.text_model_name_or_path,
+            num_fusion_layers=args.num_fusion_layers,
+            image_size=args.image_size,
+            decoder_from_text=True,
+            decoder_config={"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id},
+            **args.config_overrides(),
+            **self.config_fields,
+        )
+        if args.attn_implementation is not None:
+            self.model.set_attn_implementation(args.attn_implementation)
+        self.config = self.model.config
+        self.processor = make_processor(tokenizer, self.config)
+        source = AutoImageProcessor.from_pretrained(args.vision_model_name_or_path)
+        for name in ("image_mean", "image_std"):
+            setattr(self.processor.image_processor, name, getattr(source, name))
 
     def _make_config(self, **vocabulary) -> TripsConfig:
         return TripsConfig.from_preset(
@@ -99,6 +127,23 @@ class ModelStart:
         )
         self.model = self.model_class._from_config(self.config, attn_implementation=self.args.attn_implementation)
         self.processor = make_processor(tokenizer, self.config)
+
+
+def check_frozen_layers(config: TripsConfig, num_layers: int | None):
+    most = config.vision_config.num_hidden_layers
+    if num_layers is not None and not 0 <= num_layers <= most:
+        raise ValueError(f"--freeze_vision_layers {num_layers}: the vision tower has {most} layers, give 0 to {most}.")
+
+
+def freeze_vision_layers(model: TripsPreTrainedModel, num_layers: int):
+    """
+    Leaves the embeddings and the lowest `num_layers` layers of the vision tower as they are. Nothing is recorded for a
+    backward pass, nor kept, up to the first layer that is trained or that a trained text guides.
+    """
+    tower = model.base_model.vision_model
+    for part in (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[:num_layers]):
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def set_image_size(processor: TripsProcessor, side: int):

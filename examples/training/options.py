@@ -26,6 +26,25 @@ class ModelArguments:
             "lacks start at random, and are reported. Default: from scratch."
         },
     )
+    vision_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A ViT, DeiT, CLIP or DINOv2 to start the vision tower from. Goes with the next one."},
+    )
+    text_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A BERT, MiniLM or RoBERTa to start the text encoder, the fusion and the decoder from."},
+    )
+    num_fusion_layers: int | None = field(
+        default=None,
+        metadata={"help": "Fusion layers of a model of these two. Default: the text encoder's upper half, or 6 new."},
+    )
+    freeze_vision_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Leave the patch embedding and so many of the vision tower's lowest layers as they are: what lies "
+            "below the first layer that is trained costs no backward pass. Default: all is trained."
+        },
+    )
     preset: str = field(
         default="tiny", metadata={"help": f"Size of a model from scratch: one of {', '.join(TripsConfig.presets())}."}
     )
@@ -95,6 +114,20 @@ class ModelArguments:
     def __post_init__(self):
         if self.attn_implementation is None and not torch.accelerator.is_available():
             self.attn_implementation = "eager"
+        if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
+            raise ValueError("--vision_model_name_or_path and --text_model_name_or_path go together: give both.")
+        if self.starts_from_parts and self.model_name_or_path is not None:
+            raise ValueError("--model_name_or_path is a whole model: leave --vision_model_name_or_path out.")
+        if self.num_fusion_layers is not None and not self.starts_from_parts:
+            raise ValueError("--num_fusion_layers goes with --vision_model_name_or_path: leave it out.")
+
+    @property
+    def starts_from_parts(self) -> bool:
+        return self.vision_model_name_or_path is not None
+
+    @property
+    def starts_from_weights(self) -> bool:
+        return self.starts_from_parts or self.model_name_or_path is not None
 
     def config_overrides(self) -> dict:
         """The fields of `TripsConfig` that were given."""
@@ -152,17 +185,19 @@ class DataArguments(DataSource):
         """What `augment` is, or its default."""
         return self.is_embedded if self.augment is None else self.augment
 
-    def scene_size(self, task: str) -> int | None:
+    def side_of_scenes(self, task: str) -> int | None:
         """Side of the scenes in pixels, or None where the data are no scenes."""
+        if self.pictures is not None:
+            return self.scene_size
         is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
         if not self.is_embedded or is_easy_vqa:
             return None
         return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
 
     def half_scene_size(self, task: str) -> int | None:
-        """At half their size scenes still show colours and most shapes, and a model is four times as fast."""
-        side = self.scene_size(task)
-        return None if side is None else side // 2
+        """At half their size easy-VQA's scenes still show colours and most shapes; a model is four times as fast."""
+        side = self.side_of_scenes(task)
+        return side if side is None or self.pictures is not None else side // 2
 
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
         """What a tokenizer is trained on: the texts in these columns, or for embedded data those of every task."""

@@ -1,12 +1,15 @@
 """What an evaluation leaves besides its metrics: what was predicted of each row, or found by it, and pictures."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import torch
 from datasets import Dataset
 
-from modeling_trips import TripsProcessor
+from modeling_trips import TripsPreTrainedModel, TripsProcessor
+from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.rows import images_of, read_image
 from trips_examples.metrics.retrieval import Ranking, RetrievalResults
@@ -44,11 +47,32 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
     write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], results.found_texts, list(sources))
 
 
-def draw_predicted_boxes(folder: str | Path, dataset: Dataset, boxes: list[list[float]], num_pictures: int):
-    """Draws `predictions.png`: a sheet of predicted boxes beside the true ones, evenly spread over the data set."""
+@torch.inference_mode()
+def image_with_kept_patches(row: dict, text: str, model: TripsPreTrainedModel, processor: TripsProcessor):
+    """The image of a row, all faded but what the last selection layer keeps under `text`; whole where none selects."""
+    image = read_image(row)
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+    selection = model.base_model(**inputs).selection
+    if not selection:
+        return image
+    (kept,) = processor.patch_boxes(selection[-1].kept_indices, [(image.height, image.width)])
+    return draw_kept_patches(image, kept, min_side=1)
+
+
+def draw_predicted_boxes(
+    folder: str | Path,
+    dataset: Dataset,
+    boxes: list[list[float]],
+    num_pictures: int,
+    image_of: Callable[[dict], PIL.Image.Image] = read_image,
+):
+    """
+    Draws `predictions.png`: a sheet of predicted boxes beside the true ones on what `image_of` makes of their rows,
+    evenly spread over the data set.
+    """
     step = max(1, len(dataset) // num_pictures)
     rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
-    pictures = [draw_boxes(read_image(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
+    pictures = [draw_boxes(image_of(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
     partial = Path(folder, "partial-predictions.png")
     sheet(pictures, rows["expression"]).save(partial)
     partial.replace(Path(folder, "predictions.png"))

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from datasets import DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from modeling_trips import TripsForPreTraining, TripsProcessor
 from trips_examples.data.shards import find_shards, hub_shards
 from trips_examples.data.streams import PairStream, Shard
-from trips_examples.training.models import ModelStart, make_processor
+from trips_examples.training.models import ModelStart
 from trips_examples.training.pretraining_options import (
     PretrainingArguments,
     PretrainingDataArguments,
@@ -74,32 +73,9 @@ def open_stream(
 
 
 class PretrainingStart(ModelStart):
-    """[`ModelStart`] that may also start from a vision tower and a text encoder that were trained apart."""
+    """[`ModelStart`] of a model with an objective."""
 
     def __init__(self, args: PretrainingModelArguments, image_size: int | None = None):
-        if args.starts_from_parts:
-            self.model, self.processor = load_parts(args)
-            self.config = self.model.config
-        else:
-            super().__init__(TripsForPreTraining, args, image_size)
+        super().__init__(TripsForPreTraining, args, image_size)
         if all(getattr(self.config, name) == 0 for name in OBJECTIVES):
             raise ValueError(f"There is nothing to learn: give one of {', '.join(OBJECTIVES)} a weight.")
-
-
-def load_parts(args: PretrainingModelArguments) -> tuple[TripsForPreTraining, TripsProcessor]:
-    """A model of a vision tower and a text encoder that were trained apart; pixels are normalised as the former's."""
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.text_model_name_or_path)
-    model = TripsForPreTraining.from_vision_text_pretrained(
-        args.vision_model_name_or_path,
-        args.text_model_name_or_path,
-        image_size=args.image_size,
-        decoder_from_text=True,
-        decoder_config={"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id},
-        **args.config_overrides(),
-    )
-    if args.attn_implementation is not None:
-        model.set_attn_implementation(args.attn_implementation)
-    processor = make_processor(tokenizer, model.config)
-    source = AutoImageProcessor.from_pretrained(args.vision_model_name_or_path)
-    processor.image_processor.image_mean, processor.image_processor.image_std = source.image_mean, source.image_std
-    return model, processor

@@ -2,51 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig
-
 from trips_examples.training.options import DataArguments
 from trips_examples.training.retrieval_options import RetrievalModelArguments, RetrievalTrainingArguments
 
 
 @dataclass
 class PretrainingModelArguments(RetrievalModelArguments):
-    """`RetrievalModelArguments` for a model with all objectives, which may also start from parts trained apart."""
+    """`RetrievalModelArguments` for a model with all objectives."""
 
-    vision_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A ViT, DeiT or CLIP to start the vision tower from. Goes with the next one."},
-    )
-    text_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A BERT, MiniLM or RoBERTa to start the text encoder, the fusion and the decoder from."},
-    )
     mlm_weight: float | None = field(
         default=None, metadata={"help": "Weight of masked language modelling; 0 turns it off, as the others."}
     )
     prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modelling."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
-            raise ValueError("--vision_model_name_or_path and --text_model_name_or_path go together: give both.")
-        if self.starts_from_parts and self.model_name_or_path is not None:
-            raise ValueError("--model_name_or_path is a whole model: leave --vision_model_name_or_path out.")
-
-    @property
-    def starts_from_parts(self) -> bool:
-        return self.vision_model_name_or_path is not None
-
-    @property
-    def starts_from_weights(self) -> bool:
-        return self.starts_from_parts or self.model_name_or_path is not None
-
-    @property
-    def num_vision_layers(self) -> int:
-        if not self.starts_from_parts:
-            return super().num_vision_layers
-        config = AutoConfig.from_pretrained(self.vision_model_name_or_path)
-        config = getattr(config, "vision_config", config)  # CLIP's
-        return getattr(config, "num_hidden_layers", 12)  # what has none is refused when it is loaded
 
     def config_overrides(self) -> dict:
         names = ("mlm_weight", "prefix_lm_weight")

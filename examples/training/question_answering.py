@@ -14,6 +14,7 @@ from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.task_collators import VqaCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import VQA_ACCURACY
+from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_whole
 from trips_examples.training.models import ModelStart
@@ -42,7 +43,7 @@ def train_question_answering(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Trains a model to answer questions, and evaluates it, as these options say; returns the metrics of both."""
-    start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.scene_size("vqa"))
+    start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.side_of_scenes("vqa"))
     data = load_data("vqa", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "question", "answers"))
     data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)
@@ -68,9 +69,11 @@ def train_question_answering(
 
     def evaluate_answers() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        answers = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
-            answers = texts_of(output.predictions, processor)
             write_answers(Path(training_args.output_dir), data["validation"], answers, metric)
-        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
+        groups = accuracy_by_group(metric, answers, data["validation"]["answers"], data["validation"])
+        samples = {"eval_samples": len(data["validation"])}
+        return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
 
     return train_and_evaluate(trainer, evaluate_answers)

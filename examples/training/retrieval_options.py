@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from transformers import AutoConfig
+
 from modeling_trips import TripsConfig
 from trips_examples.training.options import ModelArguments, TripsTrainingArguments
 
@@ -47,8 +49,12 @@ class RetrievalModelArguments(ModelArguments):
 
     @property
     def num_vision_layers(self) -> int:
-        """Of a model from scratch."""
-        return TripsConfig.from_preset(self.preset).vision_config.num_hidden_layers
+        """Of a model from scratch, or of the vision tower that it starts from."""
+        if not self.starts_from_parts:
+            return TripsConfig.from_preset(self.preset).vision_config.num_hidden_layers
+        config = AutoConfig.from_pretrained(self.vision_model_name_or_path)
+        config = getattr(config, "vision_config", config)  # CLIP's
+        return getattr(config, "num_hidden_layers", 12)  # what has none is refused when it is loaded
 
     def config_overrides(self) -> dict:
         by_default = self.model_name_or_path is None and self.selection_layers is None

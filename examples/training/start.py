@@ -48,7 +48,7 @@ def start_from_questions(
     Returns:
         `ModelArguments`: those of a start from that model, or `model_args`.
     """
-    if model_args.model_name_or_path is not None or not data_args.is_embedded or not training_args.do_train:
+    if model_args.starts_from_weights or not data_args.is_embedded or not training_args.do_train:
         return model_args
     if training_args.start_epochs is None and training_args.max_steps > 0:
         logger.warning(

@@ -11,9 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A vision tower and a text encoder of Transformers -> TRIPS: ViT, DeiT or CLIP, and BERT, MiniLM or RoBERTa."""
+"""
+A vision tower and a text encoder of Transformers -> TRIPS: ViT, DeiT, CLIP or DINOv2, and BERT, MiniLM or RoBERTa.
+"""
 
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,11 +37,12 @@ from .rules import (
     load_converted,
     resampled,
 )
+from .sentence_pooling import stated_pooling_mode
 
 
 logger = logging.get_logger(__name__)
 
-VISION_TYPES = ("vit", "deit", "clip_vision_model", "clip")
+VISION_TYPES = ("vit", "deit", "clip_vision_model", "clip", "dinov2")
 ROBERTA_TYPES = ("roberta", "xlm-roberta")
 TEXT_TYPES = ("bert", *ROBERTA_TYPES)
 
@@ -66,7 +70,8 @@ def from_vision_text_pretrained(
     package. What neither has is new, and logged.
 
     Args:
-        vision (`str` or `PreTrainedModel`): a ViT, DeiT or CLIP model: its name on the Hub, its folder, or itself.
+        vision (`str` or `PreTrainedModel`): a ViT, DeiT, CLIP or DINOv2 model: its name on the Hub, its folder, or
+            itself.
         text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise.
         output_loading_info (`bool`, *optional*, defaults to `False`): whether to return a report, too.
         options: those of [`load_vision_text`], such as `num_text_layers`, `num_fusion_layers` and `image_size`; and
@@ -94,6 +99,7 @@ def load_vision_text(
     image_size: int | None = None,
     decoder_from_text: bool = False,
     decoder_config: dict | None = None,
+    pooling_mode: str | None = None,
     **fields,
 ) -> tuple[PreTrainedModel, ConversionReport]:
     """
@@ -101,8 +107,9 @@ def load_vision_text(
 
     Args:
         model_class (`type`): [`TripsModel`] or a model with a head.
-        vision (`str` or `PreTrainedModel`): a ViT, DeiT or CLIP model: its name on the Hub, its folder, or the model.
-            DeiT's distillation token is dropped, so its states become slightly different ones.
+        vision (`str` or `PreTrainedModel`): a ViT, DeiT, CLIP or DINOv2 model: its name on the Hub, its folder, or the
+            model. DeiT's distillation token is dropped, so its states become slightly different ones. DINOv2's
+            LayerScale becomes part of the projections before it; with registers or SwiGLU it is refused.
         text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise. RoBERTa's padding must be on the right.
         num_text_layers (`int`, *optional*): how many of the text encoder's lower layers see the text alone. By default
             half of 12 or more layers, all of fewer.
@@ -113,6 +120,8 @@ def load_vision_text(
             from the text encoder's embeddings and upper layers, or is new.
         decoder_config (`dict`, *optional*): fields of the decoder. `bos_token_id` and `eos_token_id` must be the
             tokenizer's: BERT's 101 and 102 by default, or what the text encoder's configuration says.
+        pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. By default what the text
+            encoder's folder says, in the files of Sentence Transformers; `"cls"` where it has none, and of a model.
         fields: other fields of [`TripsConfig`], such as the selection's.
 
     Returns:
@@ -121,7 +130,10 @@ def load_vision_text(
     Raises:
         ConversionError: if a model is of another kind, or its weights are not as expected.
     """
+    text_source = text
     vision, text = _load(vision, "vision", VISION_TYPES), _load(text, "text", TEXT_TYPES)
+    if pooling_mode is None:
+        pooling_mode = "cls" if isinstance(text_source, PreTrainedModel) else stated_pooling_mode(text_source)
     num_layers = text.config.num_hidden_layers
     if num_text_layers is None:
         num_text_layers = num_layers // 2 if num_layers >= 12 else num_layers
@@ -131,7 +143,7 @@ def load_vision_text(
         num_fusion_layers = num_layers - num_text_layers or 6
     config = TripsConfig(
         vision_config=_vision_fields(vision.config) | ({} if image_size is None else {"image_size": image_size}),
-        text_config=_text_fields(text.config) | {"num_hidden_layers": num_text_layers},
+        text_config=_text_fields(text.config) | {"num_hidden_layers": num_text_layers, "pooling_mode": pooling_mode},
         fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
         decoder_config=_decoder_fields(text.config) | (decoder_config or {}),
         **fields,
@@ -153,6 +165,8 @@ def _plan(
     left_out = {
         r"vision\.pooler\..*|text\.pooler\..*": "poolers, which TRIPS has not",
         r"vision\.embeddings\.distillation_token": "the distillation token, which TRIPS has not",
+        r"vision\.embeddings\.mask_token": "the mask token, which only DINOv2's training uses",
+        r"vision\..*\.layer_scale[12]\.lambda1": "LayerScale, part of the projections before it",
         r"vision\.(text_model|text_projection|visual_projection|logit_scale)\b.*": "of CLIP, but not of its tower",
     }
     num_used = config.text_config.num_hidden_layers + config.fusion_encoder_config.num_hidden_layers
@@ -169,10 +183,7 @@ def _plan(
 
 def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: tuple[str, ...]) -> Tower:
     config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
-    if config.model_type not in model_types:
-        raise ConversionError(
-            f"`{part}` is a model of type {config.model_type!r}, but must be one of {', '.join(model_types)}."
-        )
+    _check_type(config, part, model_types)
     missing, keys_of_heads = [], []
     if not isinstance(source, PreTrainedModel):
         source, loaded = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
@@ -181,11 +192,51 @@ def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: t
     if config.model_type == "clip":
         weights = {key.removeprefix("vision_model."): value for key, value in weights.items()}
         config = config.vision_config
+    if config.model_type == "dinov2":
+        weights = _with_layer_scale_folded(weights)
     return Tower(config, weights, sorted(keys_of_heads))
+
+
+def _check_type(config: PreTrainedConfig, part: str, model_types: tuple[str, ...]):
+    """Raises a `ConversionError` if a model of this configuration cannot become that part."""
+    if config.model_type == "dinov2_with_registers":
+        raise ConversionError(
+            f"`{part}` is a DINOv2 with register tokens, which TRIPS has no place for: take one without, such as "
+            "facebook/dinov2-small."
+        )
+    if config.model_type not in model_types:
+        raise ConversionError(
+            f"`{part}` is a model of type {config.model_type!r}, but must be one of {', '.join(model_types)}."
+        )
+    if getattr(config, "use_swiglu_ffn", False):
+        raise ConversionError(
+            f"`{part}` is a DINOv2 with SwiGLU in its MLPs (`use_swiglu_ffn`), which TRIPS has not: take a smaller "
+            "one, such as facebook/dinov2-large; only the giant has it."
+        )
+
+
+def _with_layer_scale_folded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    DINOv2 multiplies what attention and MLP add to the stream by a vector each. As each ends with a projection, its
+    rows and bias may be multiplied instead.
+    """
+    projections = {"layer_scale1": "attention.o_proj", "layer_scale2": "mlp.fc2"}
+    folded = dict(weights)
+    for key, scale in weights.items():
+        match = re.fullmatch(r"(.*\.)(layer_scale[12])\.lambda1", key)
+        if match is None:
+            continue
+        for name in ("weight", "bias"):
+            target = f"{match[1]}{projections[match[2]]}.{name}"
+            if target in weights:  # or its absence is told with that of all others
+                folded[target] = weights[target] * (scale[:, None] if name == "weight" else scale)
+    return folded
 
 
 def _vision_fields(config: PreTrainedConfig) -> dict:
     fields = fields_of(config, VISION_FIELDS)
+    if config.model_type == "dinov2":
+        return fields | {"intermediate_size": int(config.hidden_size * config.mlp_ratio)}
     if config.model_type != "clip_vision_model":
         return fields
     return fields | {
@@ -216,6 +267,8 @@ def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, 
     resample = resampled(grid, config.vision_config.grid_size)
     if source.model_type == "clip_vision_model":
         return _clip_rules(resample)
+    if source.model_type == "dinov2":
+        return _dinov2_rules(resample)
 
     def positions(table: torch.Tensor) -> torch.Tensor:
         # DeiT has the distillation token's between those of [CLS] and of the patches.
@@ -245,6 +298,17 @@ def _clip_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule,
         Rule(layer + r"attention\.o_proj\.(.*)", source + r"self_attn.out_proj.\2"),
         Rule(layer + r"attention\.(.*)", source + r"self_attn.\2"),
         Rule(layer + r"mlp\.(.*)", source + r"mlp.\2"),
+    )
+
+
+def _dinov2_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule, ...]:
+    layer, source = rf"{VISION}\.layers\.(\d+)\.", r"vision.encoder.layer.\1."
+    return (
+        Rule(rf"{VISION}\.embeddings\.position_embeddings", "vision.embeddings.position_embeddings", resample),
+        Rule(rf"{VISION}\.(embeddings\.(?:cls_token|patch_embeddings\..*)|layernorm\..*)", r"vision.\1"),
+        Rule(layer + r"layernorm_before\.(.*)", source + r"norm1.\2"),
+        Rule(layer + r"layernorm_after\.(.*)", source + r"norm2.\2"),
+        Rule(layer + r"((?:attention|mlp)\..*)", source + r"\2"),
     )
 
 

@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 TYPICAL_TEXT_LENGTH = 40  # tokens, as the paper counts
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-GUIDANCES = {"text": "the text's [CLS] token", "image": "the image's own [CLS] token", "random": "chance"}
+GUIDANCES = {
+    "cls": "the text's [CLS] token",
+    "mean": "the mean of the text's tokens",
+    "image": "the image's own [CLS] token",
+    "random": "chance",
+}
 # What an `eval_results.json` holds besides metrics.
 NOT_METRICS = re.compile(
     r"loss|runtime|model_preparation_time|\w+_per_second|samples|images|reranked_pairs"  # the run's size and speed
@@ -203,13 +208,18 @@ def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[t
     return (height, width), [states.shape[1] for states in outputs.vision_model_output.hidden_states]
 
 
+def in_words(config: TripsConfig, guidance: str) -> str:
+    """What guides, where `selection_guidance` is `guidance`."""
+    return GUIDANCES[config.text_config.pooling_mode if guidance == "text" else guidance]
+
+
 def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
     """One row per layer that drops something; `tokens[n]` leave layer n."""
     vision = config.vision_config
     return [
         {
             "layer": layer,
-            "guidance": GUIDANCES[vision.guidance_schedule[layer]],
+            "guidance": in_words(config, vision.guidance_schedule[layer]),
             "keep_rate": f"up to {rate}" if vision.selection_mode == "mass" else rate,
             "mass": vision.selection_options[layer].get("mass"),
             "min_keep_rate": vision.selection_options[layer].get("min_keep_rate"),
@@ -327,7 +337,9 @@ def make_model_card(
         text_length=text_length,
         counted_length=counted_length,
         cost={number: f"{ratio:.2f}" for number, ratio in count_cost(config, image_size, counted_length).items()},
-        guidance=" or ".join(GUIDANCES[guidance] for guidance in sorted({*config.vision_config.selection_guidances})),
+        guidance=" or ".join(
+            in_words(config, guidance) for guidance in sorted({*config.vision_config.selection_guidances})
+        ),
         selection=describe_selection(config, tokens),
         train_datasets=args.train_datasets,
         languages=", ".join(args.language or []),

@@ -1,6 +1,7 @@
 """Weights of ViT, DeiT, CLIP, BERT and RoBERTa in TRIPS: they compute the same."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from transformers import (
     CLIPVisionModel,
     DeiTConfig,
     DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
@@ -49,9 +54,11 @@ def make_vision(kind: str) -> PreTrainedModel:
         "vit": (ViTModel, ViTConfig),
         "deit": (DeiTModel, DeiTConfig),
         "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
+        "dinov2": (Dinov2Model, Dinov2Config),
     }
     model_class, config_class = classes[kind]
-    return make_random(model_class(config_class(**LAYERS, **IMAGES)))
+    sizes = {"mlp_ratio": 2} if kind == "dinov2" else {}
+    return make_random(model_class(config_class(**LAYERS, **IMAGES, **sizes)))
 
 
 def make_text(kind: str, **fields) -> PreTrainedModel:
@@ -71,7 +78,7 @@ def join(vision, text, model_class=TripsModel, **options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "clip"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "clip", "dinov2"])
 def test_the_vision_tower_computes_what_its_source_does(kind):
     vision = make_vision(kind)
     model, _ = join(vision, make_text("bert"))
@@ -88,6 +95,31 @@ def test_the_vision_tower_computes_what_its_source_does(kind):
     if kind.startswith("clip"):
         expected = tower.post_layernorm(expected)
     assert_close(model.vision_model(pixel_values).last_hidden_state, expected)
+
+
+def test_layer_scale_becomes_part_of_the_projections_before_it():
+    vision = make_vision("dinov2")
+    model, report = join(vision, make_text("bert"))
+    source, layer = vision.encoder.layer[1], model.vision_model.layers[1]
+    for scale, before, after in (
+        (source.layer_scale1.lambda1, source.attention.o_proj, layer.attention.o_proj),
+        (source.layer_scale2.lambda1, source.mlp.fc2, layer.mlp.fc2),
+    ):
+        assert torch.equal(after.weight, before.weight * scale[:, None])
+        assert torch.equal(after.bias, before.bias * scale)
+    assert len(vision.state_dict()) == len(Dinov2Model(vision.config).state_dict())  # the source stays as it was
+    why = {key: reason for key, reason in report.left_out.items() if key.startswith("vision.")}
+    assert why["vision.encoder.layer.2.layer_scale2.lambda1"] == "LayerScale, part of the projections before it"
+    assert set(why) - {key for key in why if "layer_scale" in key} == {"vision.embeddings.mask_token"}
+
+
+def test_a_dinov2_with_what_trips_has_not_is_refused():
+    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**LAYERS, **IMAGES))
+    with pytest.raises(ConversionError, match="a DINOv2 with register tokens, .* take one without"):
+        join(registers, make_text("bert"))
+    swiglu = Dinov2Model(Dinov2Config(**LAYERS, **IMAGES, use_swiglu_ffn=True))
+    with pytest.raises(ConversionError, match=r"SwiGLU in its MLPs \(`use_swiglu_ffn`\).*: take a smaller one"):
+        join(swiglu, make_text("bert"))
 
 
 @torch.no_grad()
@@ -225,7 +257,7 @@ def test_other_models_are_refused_by_name():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "dinov2"])
 def test_a_vision_tower_is_made_for_another_resolution(kind):
     vision, text = make_vision(kind), make_text("bert")
     (native, _), (larger, _) = join(vision, text), join(vision, text, image_size=24)
@@ -234,6 +266,50 @@ def test_a_vision_tower_is_made_for_another_resolution(kind):
     assert_close(
         larger.vision_model(pixel_values).last_hidden_state, native.vision_model(pixel_values).last_hidden_state
     )
+
+
+@torch.no_grad()
+def test_a_dinov2_of_another_resolution_computes_what_its_source_does_there():
+    vision = make_vision("dinov2")
+    model, _ = join(vision, make_text("bert"), image_size=28)
+    pixel_values = torch.randn(2, 3, 28, 28)
+    assert_close(model.vision_model(pixel_values).last_hidden_state, vision(pixel_values).last_hidden_state)
+
+
+POOLING_FILES = {
+    "mean": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "word_embedding_dimension": 32},
+    "cls": {"pooling_mode": "cls", "embedding_dimension": 32},  # as of Sentence Transformers 5
+}
+
+
+def write_pooling(folder: Path, config: dict):
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_a_text_encoder_says_in_its_folder_what_stands_for_a_text(tmp_path):
+    text, vision = make_text("bert", num_hidden_layers=1), make_vision("vit")
+    text.save_pretrained(tmp_path)
+    assert join(vision, tmp_path)[0].config.text_config.pooling_mode == "cls"
+    for mode, config in POOLING_FILES.items():
+        write_pooling(tmp_path, config)
+        assert join(vision, tmp_path)[0].config.text_config.pooling_mode == mode
+    assert join(vision, text)[0].config.text_config.pooling_mode == "cls"  # a model has no folder
+    assert join(vision, text, pooling_mode="mean")[0].config.text_config.pooling_mode == "mean"
+
+
+def test_a_vector_of_a_text_that_trips_does_not_make_is_refused_or_replaced(tmp_path):
+    make_text("bert", num_hidden_layers=1).save_pretrained(tmp_path)
+    write_pooling(tmp_path, {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
+    with pytest.raises(ConversionError, match="by mean and max_tokens, as 1_Pooling.*`pooling_mode`"):
+        join(make_vision("vit"), tmp_path)
+    model, _ = join(make_vision("vit"), tmp_path, pooling_mode="mean")
+    assert model.config.text_config.pooling_mode == "mean"
 
 
 @torch.no_grad()
@@ -248,7 +324,10 @@ def test_a_real_text_encoder_joins_a_vision_tower_of_its_width():
     pixel_values = torch.randn(1, 3, 16, 16)
     outputs = model(input_ids=input_ids, pixel_values=pixel_values)
     minilm = AutoModel.from_pretrained(folder)
-    assert_close(outputs.text_model_output.last_hidden_state, minilm(input_ids).last_hidden_state)
+    expected = minilm(input_ids).last_hidden_state
+    assert_close(outputs.text_model_output.last_hidden_state, expected)
+    assert model.config.text_config.pooling_mode == "mean"  # by 1_Pooling/config.json
+    assert_close(outputs.text_model_output.pooler_output, expected.mean(dim=1))
     assert outputs.selection[0].kept_indices.shape == (1, 8)
     assert model.vision_model.selection_projection is None
     assert all(name.startswith("fusion_model.") for name in report.new)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from places import ROOT
 from safetensors.torch import load_file
+from toy_pairs import write_parts
 from toy_tasks import COLORS, OPTIONS, SCRIPTS, predictions, run, write_task
+from transformers import ViTModel
 
 from modeling_trips import TripsConfig, TripsModel
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
@@ -56,6 +58,17 @@ def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path)
         torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=2e-6, msg=name)
     whole, parts = (losses_of(tmp_path / name) for name in ("whole", "parts"))
     assert len(whole) == 2 and parts == pytest.approx(whole, rel=1e-4)
+
+
+@each_task
+def test_every_task_starts_from_a_vision_tower_and_a_text_encoder(task, tmp_path):
+    parts = [*write_parts(tmp_path), "--selection_layers=2", "--image_size=32", "--freeze_vision_layers=1"]
+    options = [*write_task(task, tmp_path), *OPTIONS, *parts, "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
+    assert f"eval_{METRICS[task]}" in main_of(task)(options)
+    weights, tower = load_file(tmp_path / "out" / "model.safetensors"), ViTModel.from_pretrained(tmp_path / "vit")
+    for number, is_kept in ((0, True), (2, False)):
+        weight = weights[f"model.vision_model.layers.{number}.mlp.fc1.weight"]
+        assert torch.equal(weight, tower.layers[number].mlp.fc1.weight) == is_kept
 
 
 @pytest.mark.slow

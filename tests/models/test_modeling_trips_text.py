@@ -66,6 +66,14 @@ def test_text_encoder_is_the_first_layers_of_bert():
     torch.testing.assert_close(output.pooler_output, expected[2][:, 0])
 
 
+def test_the_mean_of_a_text_leaves_its_padding_out():
+    model = randomize(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2, pooling_mode="mean")))
+    output = model(IDS, MASK)
+    expected = torch.stack([output.last_hidden_state[0].mean(dim=0), output.last_hidden_state[1, :3].mean(dim=0)])
+    torch.testing.assert_close(output.pooler_output, expected)
+    torch.testing.assert_close(model(IDS[1:, :3]).pooler_output, expected[1:])  # the text alone, without a mask
+
+
 def test_text_encoder_takes_embeddings_in_place_of_ids():
     model = randomize(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=1)))
     embeds = model.get_input_embeddings()(IDS)

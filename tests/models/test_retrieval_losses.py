@@ -50,9 +50,11 @@ def test_contrastive_loss_is_the_likelihood_of_the_right_ones():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("selection_guidance", GUIDANCES, ids=str)
-def test_every_pair_is_matched_under_its_own_text(selection_guidance):
-    model = make_model(selection_guidance=selection_guidance)
+@pytest.mark.parametrize(
+    "fields", [*({"selection_guidance": guidance} for guidance in GUIDANCES), {"pooling_mode": "mean"}], ids=str
+)
+def test_every_pair_is_matched_under_its_own_text(fields):
+    model = make_model(**fields)
     output = run(model)
     pairs = pairs_of(output)
     images_of_pairs = IMAGE_INDEX[pairs.image_index]

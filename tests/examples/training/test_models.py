@@ -2,6 +2,8 @@
 
 import PIL.Image
 import pytest
+import torch
+from toy_pairs import write_parts
 from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
@@ -53,3 +55,52 @@ def test_options_of_one_value_or_one_per_layer_reach_the_configuration():
     assert fields == {"selection_mode": "mass", "selection_mass": 0.9, "min_keep_rate": [0.1, 0.2]}
     options = TripsConfig.from_preset("tiny", **fields).vision_config.selection_options
     assert [layer["min_keep_rate"] for layer in options.values()] == [0.1, 0.2]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, str]:
+    arguments = write_parts(tmp_path_factory.mktemp("parts"))
+    return dict(argument.removeprefix("--").split("=") for argument in arguments)
+
+
+def start_from(parts: dict[str, str], **options) -> TripsForQuestionAnswering:
+    fields = {"selection_layers": [3], "keep_rate": [0.5], "num_fusion_layers": 1, "image_size": 48, **options}
+    torch.manual_seed(0)
+    model, _ = ModelStart(TripsForQuestionAnswering, ModelArguments(**parts, **fields)).finish([])
+    return model
+
+
+def test_frozen_layers_compute_the_same_and_cost_no_backward_pass(parts):
+    models = {"free": start_from(parts), "frozen": start_from(parts, freeze_vision_layers=2)}
+    ids, pixels = torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 3, 48, 48)
+    recorded = {name: [] for name in models}
+    losses = {}
+    for name, model in models.items():
+        for layer in model.base_model.vision_model.layers:
+            layer.register_forward_pre_hook(lambda _, args, name=name: recorded[name].append(args[0].requires_grad))
+        losses[name] = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
+    assert losses["frozen"].item() == losses["free"].item()
+    # What comes into each layer; then into the second half of the third, where the text has chosen.
+    assert recorded == {"free": [True] * 4, "frozen": [False, False, False, True]}
+    losses["frozen"].backward()
+    tower = models["frozen"].base_model.vision_model
+    still = [*tower.embeddings.parameters(), *tower.layers[:2].parameters()]
+    assert still and all(weight.grad is None for weight in still)
+    assert all(weight.grad is not None for weight in tower.layers[2].parameters())
+
+
+def test_no_more_layers_are_frozen_than_there_are(parts):
+    with pytest.raises(ValueError, match="--freeze_vision_layers 4: the vision tower has 3 layers, give 0 to 3"):
+        start_from(parts, freeze_vision_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision_model_name_or_path": "a"}, "go together: give both"),
+        ({"num_fusion_layers": 2}, "--num_fusion_layers goes with --vision_model_name_or_path"),
+    ],
+)
+def test_options_of_parts_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(**options)

@@ -57,5 +57,5 @@ def test_a_tokenizer_for_own_data_is_trained_on_their_texts():
 )
 def test_scenes_are_read_at_their_own_size(task, options, side):
     arguments = DataArguments(**options)
-    assert arguments.scene_size(task) == side
+    assert arguments.side_of_scenes(task) == side
     assert arguments.half_scene_size(task) == (None if side is None else side / 2)

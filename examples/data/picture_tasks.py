@@ -1,0 +1,195 @@
+"""Scenes of pictures, and pictures alone, as the data of each task: rows of texts, whose images are made when read."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import PIL.Image
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Sequence as ListOf
+
+from trips_examples.data.faults import BadRows
+from trips_examples.data.picture_scenes import Recipe, SceneMaker
+from trips_examples.data.picture_texts import caption, expressions, questions, with_article
+from trips_examples.data.pictures import NamedPicture, is_held_out, load_picture, read_pictures
+from trips_examples.data.scenes import NLVR2_STATEMENTS
+from trips_examples.data.tasks import TASKS
+
+
+# What rows have besides the columns of their task, all but those of the images.
+EXTRA_FEATURES = {
+    "vqa": {"kind": Value("string"), "recipe": ListOf(Value("int32"))},
+    "grounding": {"kind": Value("string"), "recipe": ListOf(Value("int32"))},
+    "captions": {"recipe": ListOf(Value("int32"))},
+    "nlvr2": {"recipes": ListOf(ListOf(Value("int32")))},
+}
+
+
+def load_picture_scenes(
+    task: str,
+    sources: Sequence[str],
+    num_scenes: dict[str, int],
+    side: int,
+    counts: tuple[int, int],
+    test_share: float,
+    bad_rows: BadRows,
+    seed: int,
+) -> DatasetDict:
+    """
+    Scenes of pictures for a task, with the columns of its schema and `kind`, what a text must tell apart (for
+    `"vqa"` and `"grounding"`). Their images are made whenever a row is read.
+
+    Args:
+        task (`str`): `"vqa"`, `"captions"`, `"nlvr2"` or `"grounding"`.
+        sources (`Sequence[str]`): files and folders of named pictures, see `read_pictures`.
+        num_scenes (`dict[str, int]`): of `"train"` and `"validation"`; for `"nlvr2"` the number of statements.
+        side (`int`): height and width of the scenes in pixels.
+        counts (`tuple[int, int]`): the least and the largest number of pictures in a scene.
+        test_share (`float`): of the names, and with them of the pictures, that only `validation` has.
+        bad_rows ([`BadRows`]): what becomes of pictures that cannot be used.
+        seed (`int`): of all choices.
+
+    Raises:
+        `ValueError`: where pictures cannot be used, naming the first few, or are too few.
+        `FileNotFoundError`: where a source does not exist.
+    """
+    splits = _split(read_pictures(sources, bad_rows), test_share)
+    data = {}
+    for split, pictures in splits.items():
+        maker = SceneMaker(tuple(pictures), split, seed, side, counts)
+        rows = [{**row, "source": f"{split} {row['source']}"} for row in _ROWS[task](maker, num_scenes[split])]
+        data[split] = _as_dataset(task, rows).with_transform(SceneImages(maker))
+    return DatasetDict(data)
+
+
+def load_pictures_alone(sources: Sequence[str], side: int, test_share: float, bad_rows: BadRows) -> DatasetDict:
+    """
+    Pictures, each alone on white, for captions and retrieval: one of each name, whose caption is the name.
+
+    Args: as of `load_picture_scenes`.
+    """
+    data = {}
+    for split, pictures in _split(read_pictures(sources, bad_rows), test_share).items():
+        first = list({picture.name: picture for picture in reversed(pictures)}.values())[::-1]
+        rows = [
+            {"image_id": picture.path, "caption": picture.name, "source": picture.path, "recipe": [number]}
+            for number, picture in enumerate(first)
+        ]
+        data[split] = _as_dataset("captions", rows).with_transform(LonePictures(tuple(first), side))
+    return DatasetDict(data)
+
+
+def _split(pictures: list[NamedPicture], test_share: float) -> dict[str, list[NamedPicture]]:
+    splits: dict[str, list[NamedPicture]] = {"train": [], "validation": []}
+    for picture in pictures:
+        splits["validation" if is_held_out(picture.name, test_share) else "train"].append(picture)
+    return splits
+
+
+def _as_dataset(task: str, rows: list[dict]) -> Dataset:
+    shown = {name: feature for name, feature in TASKS[task].features.items() if name != TASKS[task].image_column}
+    features = Features({**shown, **EXTRA_FEATURES[task]})
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+@dataclass(frozen=True)
+class SceneImages:
+    """Adds the images to a batch of rows: of rows of one scene, one image."""
+
+    maker: SceneMaker
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        images: dict[Recipe, PIL.Image.Image] = {}
+
+        def image_of(numbers: list[int]) -> PIL.Image.Image:
+            recipe = Recipe(numbers[0], numbers[1], bool(numbers[2]))
+            if recipe not in images:
+                images[recipe] = self.maker.render(recipe)
+            return images[recipe]
+
+        if "recipe" in batch:
+            batch["image"] = [image_of(numbers) for numbers in batch["recipe"]]
+        if "recipes" in batch:
+            batch["images"] = [[image_of(numbers) for numbers in both] for both in batch["recipes"]]
+        return batch
+
+
+@dataclass(frozen=True)
+class LonePictures:
+    """Adds the images to a batch of rows: a picture in the middle of a white square."""
+
+    pictures: tuple[NamedPicture, ...]
+    side: int
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "recipe" in batch:
+            batch["image"] = [self.image(self.pictures[number]) for (number,) in batch["recipe"]]
+        return batch
+
+    def image(self, picture: NamedPicture) -> PIL.Image.Image:
+        scale = 0.9 * self.side / max(picture.size)
+        width, height = (max(1, round(length * scale)) for length in picture.size)
+        image = load_picture(picture, self.side).resize((width, height))
+        canvas = PIL.Image.new("RGB", (self.side, self.side), "white")
+        canvas.paste(image, ((self.side - width) // 2, (self.side - height) // 2), image)
+        return canvas
+
+
+def _shared(maker: SceneMaker, recipe: Recipe, number: int) -> dict:
+    recipe_numbers = list(map(int, recipe))
+    return {"image_id": f"{maker.split} scene {recipe.number}", "recipe": recipe_numbers, "source": f"row {number}"}
+
+
+def _grounding_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
+    row = 0
+    for recipe in map(Recipe, range(num_scenes)):
+        for kind, text, box, _ in expressions(maker.things(recipe), maker.rng(recipe.number, "texts")):
+            row += 1
+            yield {
+                **_shared(maker, recipe, row),
+                "question_id": str(row),
+                "kind": kind,
+                "expression": text,
+                "box": box,
+            }
+
+
+def _vqa_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
+    row = 0
+    for recipe in map(Recipe, range(num_scenes)):
+        for kind, text, box, answer in questions(maker.things(recipe), maker.names, maker.rng(recipe.number, "texts")):
+            row += 1
+            about = {"kind": kind, "question": text, "answers": [answer], "region": box}
+            yield {**_shared(maker, recipe, row), "question_id": str(row), **about}
+
+
+def _caption_rows(maker: SceneMaker, num_scenes: int, captions_per_scene: int = 2) -> Iterator[dict]:
+    row = 0
+    for recipe in map(Recipe, range(num_scenes)):
+        rng, things = maker.rng(recipe.number, "texts"), maker.things(recipe)
+        for _ in range(captions_per_scene):
+            row += 1
+            yield {**_shared(maker, recipe, row), "caption": caption(things, maker.side, rng)}
+
+
+def _nlvr2_rows(maker: SceneMaker, num_statements: int) -> Iterator[dict]:
+    """Each statement once about a pair that it is true of and once about one that it is false of."""
+    for number in range(num_statements):
+        rng = maker.rng(number, "texts")
+        statement, pairs = rng.choice(sorted(NLVR2_STATEMENTS.items()))
+        picture = rng.randrange(len(maker.pictures))
+        text = statement.format(with_article(maker.pictures[picture].name))
+        for label, choices in zip((1, 0), pairs):
+            row = 2 * number + 2 - label
+            first = 4 * number + 2 * (1 - label)
+            recipes = [Recipe(first + side, picture, has) for side, has in enumerate(rng.choice(choices))]
+            yield {
+                "image_ids": [f"{maker.split} scene {recipe.number}" for recipe in recipes],
+                "recipes": [list(map(int, recipe)) for recipe in recipes],
+                "question_id": str(row),
+                "statement": text,
+                "label": label,
+                "source": f"row {row}",
+            }
+
+
+_ROWS = {"vqa": _vqa_rows, "captions": _caption_rows, "nlvr2": _nlvr2_rows, "grounding": _grounding_rows}

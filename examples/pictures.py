@@ -1,0 +1,175 @@
+"""
+Real eyes, real words, real pictures, from nothing but PyPI and Debian: make the towers and a list of pictures, train
+boxes and questions about scenes of them, unpruned and with patches that text or image choose, and draw a page.
+
+    python examples/pictures.py            # what `make pictures` runs
+    python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
+    python examples/pictures.py --prepare  # makes the towers and the list of emoji, and stops
+
+A part that has ended is not run again: start it anew after an interruption. The pictures are Noto's emoji and
+openclipart's drawings, from Debian's packages, which are taken from where they are installed or else unpacked into the
+folder (with apt-get and dpkg-deb, without root).
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from trips_examples.data.emoji import write_emoji
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
+
+
+PACKAGES = ("fonts-noto-color-emoji", "openclipart-png", "unicode-cldr-core")
+FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+ANNOTATIONS = "usr/share/unicode/cldr/common/annotations/en.xml"
+DRAWINGS = "usr/share/openclipart/png"
+# Those of openclipart's folders that show things, not flags, icons and patterns.
+SUBJECTS = (
+    "animals buildings containers decorations education electronics food office people plants recreation science "
+    "tools transportation"
+).split()
+
+SCENE_SIZE = "168"
+RECIPE = (
+    "--freeze_vision_layers 6 --learning_rate 1e-4 --per_device_train_batch_size 64 --save_strategy no "
+    "--logging_steps 20 --disable_tqdm True"
+).split()
+SELECTION = ["--selection_layers", "7", "--keep_rate", "0.25"]
+VARIANTS = {
+    "unpruned": ["--keep_rate", "1.0"],
+    "text": [*SELECTION, "--selection_guidance", "text"],
+    "image": [*SELECTION, "--selection_guidance", "image"],
+}
+TASKS = ("grounding", "vqa")
+
+
+@dataclass
+class PicturesArguments:
+    output_dir: str = field(default="pictures", metadata={"help": "Folder of all that is made."})
+    quick: bool = field(default=False, metadata={"help": "Train on few scenes, to see that everything runs."})
+    prepare: bool = field(default=False, metadata={"help": "Make the towers and the list of emoji, and stop."})
+    pictures: list[str] | None = field(
+        default=None, metadata={"help": "Your own named pictures, folders and files, in place of Debian's."}
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and the file that is there when it has ended."""
+
+    name: str
+    result: Path
+    module: str
+    options: list[str]
+
+    def run(self, log: Path):
+        """Runs it in a process of its own, with a log."""
+        command = [sys.executable, "-m", f"trips_examples.{self.module}", *self.options]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if status != 0 or not self.result.exists():
+            raise RuntimeError(f"{self.name} failed with status {status}, see {log}.")
+
+
+def debian_files(folder: Path) -> Path:
+    """The folder below which the files of the packages are: the root of this machine, or one that they unpack into."""
+    for root in (Path("/"), folder):
+        if all((root / file).exists() for file in (FONT, ANNOTATIONS, DRAWINGS)):
+            return root
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True)
+        for package in folder.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=folder, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"Debian's packages {', '.join(PACKAGES)} cannot be had ({error}): install them, or give --pictures."
+        ) from error
+    return folder
+
+
+def picture_lists(folder: Path) -> list[str]:
+    """Noto's emoji, written to `folder` unless they are there, and the folders of openclipart that show things."""
+    root, emoji = debian_files(folder / "debian"), folder / "emoji"
+    if not emoji.exists():
+        print(f"{write_emoji(root / FONT, root / ANNOTATIONS, emoji)} emoji with names: {emoji}")
+    return [str(emoji / "pictures.jsonl"), *(str(root / DRAWINGS / subject) for subject in SUBJECTS)]
+
+
+def towers_in(folder: Path) -> Part:
+    return Part("towers", folder / "towers/minilm", "make_towers", ["--output_dir", str(folder / "towers")])
+
+
+def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Iterator[Part]:
+    """A model of each task from the towers in `made`, unpruned; from it, one with each way of choosing; a page."""
+    data = ["--dataset_name", "picture_scenes", "--pictures", *pictures, "--skip_bad_rows", "True"]
+    data += ["--scene_size", SCENE_SIZE, "--train_scenes", "60" if quick else "4000"]
+    data += ["--validation_scenes", "20" if quick else "400"]
+    towers = ["--vision_model_name_or_path", str(made / "towers/dinov2-small")]
+    towers += ["--text_model_name_or_path", str(made / "towers/minilm"), "--num_fusion_layers", "2"]
+    for task in TASKS:
+        first = folder / f"{task}-start"
+        runs = {"start": [*towers, "--keep_rate", "1.0", "--num_train_epochs", "1" if quick else "2"]}
+        for variant, options in VARIANTS.items():
+            runs[variant] = ["--model_name_or_path", str(first), *options, "--num_train_epochs", "1"]
+        for name, options in runs.items():
+            output = folder / f"{task}-{name}"
+            options = [*data, *RECIPE, *options, "--output_dir", str(output)]
+            yield Part(f"{task}-{name}", output / "eval_results.json", f"run_{task}", options)
+    drawn = ["--model_name_or_path", str(folder / "grounding-text"), "--do_train", "False", "--num_pictures", "12"]
+    page = folder / "page"
+    yield Part("page", page / "predictions.png", "run_grounding", [*data, *RECIPE, *drawn, "--output_dir", str(page)])
+
+
+def table(folder: Path, minutes: dict[str, float]) -> str:
+    """The accuracies in Markdown."""
+    lines = ["| selection | boxes (IoU 0.5) | minutes | questions | minutes |", "|---|---|---|---|---|"]
+    for variant in VARIANTS:
+        cells = []
+        for task in TASKS:
+            result = json.loads((folder / f"{task}-{variant}/eval_results.json").read_text())
+            cells += [f"{result['eval_accuracy']:.1%}", f"{minutes[f'{task}-{variant}']:.1f}"]
+        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(PicturesArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    made = Path(args.output_dir)
+    folder = made / "quick" if args.quick else made / "full"
+    pictures = args.pictures or picture_lists(made)
+    parts = [towers_in(made)]
+    if not args.prepare:
+        parts += trainings(folder, made, pictures, args.quick)
+    times = folder / "minutes.json"
+    minutes = json.loads(times.read_text()) if times.exists() else {}
+    for part in (bar := tqdm(parts)):
+        bar.set_description(part.name)
+        if not part.result.exists():
+            start = time.perf_counter()
+            part.run(folder / "logs" / f"{part.name}.txt")
+            minutes[part.name] = (time.perf_counter() - start) / 60
+            write_whole(times, json.dumps(minutes, indent=2) + "\n")
+    if args.prepare:
+        print(f"Towers: {made / 'towers'}. Pictures: {' '.join(pictures)}")
+        return
+    if args.quick:
+        print("A taste, on few scenes: these numbers say that everything runs, and nothing else.")
+    print(table(folder, minutes))
+    print(f"All of names and pictures that training has not seen. A page of them: {folder / 'page/predictions.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""DINOv2 inside ONNX files: what is read computes what the file does; the packaged one becomes a tower of TRIPS."""
+
+import json
+
+import pytest
+import torch
+from random_models import assert_close, make_random
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model
+
+from modeling_trips import TripsModel
+from modeling_trips.conversion.dinov2_onnx import onnx_states, read_dinov2_onnx
+from modeling_trips.conversion.rules import ConversionError
+from trips_examples import make_towers
+
+
+class SaliencyModel(nn.Module):
+    """A backbone and a head, as in the file of the package."""
+
+    def __init__(self, **fields):
+        super().__init__()
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "mlp_ratio": 2}
+        config = Dinov2Config(**sizes, image_size=16, patch_size=4, use_mask_token=False, **fields)
+        self.backbone = make_random(Dinov2Model(config))
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(pixel_values).last_hidden_state)
+
+
+def export(model: nn.Module, path):
+    torch.onnx.export(model.eval(), (torch.randn(1, 3, 24, 24),), path, dynamo=False, input_names=["input_image"])
+
+
+@torch.no_grad()
+def test_the_model_that_is_read_computes_what_the_file_does(tmp_path):
+    source = SaliencyModel()
+    export(source, tmp_path / "saliency.onnx")
+    model = read_dinov2_onnx(tmp_path / "saliency.onnx")
+    assert model.config.image_size == 16 and model.config.num_attention_heads == 1
+    weights = source.backbone.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    pixel_values = torch.randn(1, 3, 24, 24)
+    states = torch.from_numpy(onnx_states(tmp_path / "saliency.onnx", pixel_values.numpy()))
+    assert_close(model(pixel_values).last_hidden_state, states)
+
+
+def test_a_file_without_a_whole_dinov2_is_refused(tmp_path):
+    export(SaliencyModel(use_swiglu_ffn=True), tmp_path / "swiglu.onnx")
+    with pytest.raises(ConversionError, match="swiglu.onnx holds no whole DINOv2"):
+        read_dinov2_onnx(tmp_path / "swiglu.onnx")
+    export(nn.Conv2d(3, 8, 4), tmp_path / "other.onnx")
+    with pytest.raises(ConversionError, match=r"other.onnx has 0 arrays that may be the position of \[CLS\]"):
+        read_dinov2_onnx(tmp_path / "other.onnx")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_packages_become_towers_and_trips_computes_what_they_do(tmp_path):
+    """Downloads 174 MB from PyPI."""
+    make_towers.main([f"--output_dir={tmp_path}"])
+    vision, text = tmp_path / "dinov2-small", tmp_path / "minilm"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dinov2-small", "minilm"]
+    assert "is not known" in " ".join((vision / "README.md").read_text().split())
+    assert json.loads((vision / "preprocessor_config.json").read_text())["image_mean"] == [0.485, 0.456, 0.406]
+    dinov2 = Dinov2Model.from_pretrained(vision)
+    for side in (224, 518):
+        model = TripsModel.from_vision_text_pretrained(vision, text, image_size=side, keep_rate=1.0)
+        pixel_values = torch.randn(1, 3, side, side)
+        assert_close(model.vision_model(pixel_values).last_hidden_state, dinov2(pixel_values).last_hidden_state)
+    assert model.config.text_config.pooling_mode == "mean"

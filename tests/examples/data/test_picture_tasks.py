@@ -1,0 +1,89 @@
+"""Scenes of pictures as data of every task: splits share nothing, images are made when rows are read."""
+
+from collections import Counter
+
+import pytest
+from named_pictures import NAMES, write_pictures
+
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.pictures import is_held_out
+from trips_examples.data.rows import image_sizes, images_of, without_decoding
+from trips_examples.data.source import DataSource
+
+
+TASKS = ["vqa", "captions", "nlvr2", "grounding"]
+TEXTS = {"vqa": "question", "captions": "caption", "nlvr2": "statement", "grounding": "expression"}
+HELD_OUT = {name for name in NAMES if is_held_out(name, 0.4)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> dict:
+    file = str(write_pictures(tmp_path_factory.mktemp("pictures")))
+    sizes = {"train_scenes": 12, "validation_scenes": 8, "scene_size": 64, "validation_names": 0.4}
+    return {"dataset_name": "picture_scenes", "pictures": [file], **sizes}
+
+
+def names_in(text: str) -> set[str]:
+    return {name for name in NAMES if name in text}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_share_no_name_and_are_the_same_each_time(task, source):
+    data, again = (load_task_dataset(task, DataSource(**source)) for _ in range(2))
+    assert 2 <= len(HELD_OUT) <= 8
+    for split, names in (("train", set(NAMES) - HELD_OUT), ("validation", HELD_OUT)):
+        rows = list(data[split])
+        assert rows == list(again[split]) and len(rows) >= 8
+        said = set().union(*(names_in(row[TEXTS[task]]) for row in rows))
+        assert said and said <= names
+    other = load_task_dataset(task, DataSource(**source), seed=1)
+    assert other["train"][TEXTS[task]] != data["train"][TEXTS[task]]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_of_a_scene_share_one_image_that_is_made_when_they_are_read(task, source):
+    data = without_decoding(load_task_dataset(task, DataSource(**source))["train"])
+    assert not {"image", "images"} & set(data.column_names)
+    rows = data.__getitems__(list(range(len(data))))
+    images = {}
+    for row in rows:
+        both = zip(row["image_ids"], row["images"]) if task == "nlvr2" else [(row["image_id"], row["image"])]
+        for image_id, image in both:
+            assert images.setdefault(image_id, image) is image and image.size == (64, 64) and image.mode == "RGB"
+    assert data[0].get("image", data[0].get("images")) is not None
+    if task != "nlvr2":
+        assert image_sizes(data) == dict.fromkeys(images, (64, 64)) and len(images_of(data)[0]) == len(images)
+
+
+def test_statements_are_as_often_true_as_false_and_say_nothing_alone(source):
+    data = load_task_dataset("nlvr2", DataSource(**source))["train"]
+    labels = Counter((row["statement"], row["label"]) for row in data)
+    assert all(labels[text, 0] == labels[text, 1] for text, _ in labels)
+    assert len(data) == 2 * 12 and len({id for row in data for id in row["image_ids"]}) == 4 * 12
+
+
+def test_pictures_alone_have_their_names_as_captions(source):
+    data = load_task_dataset("captions", DataSource(**{**source, "dataset_name": "pictures"}))
+    assert set(data["validation"]["caption"]) == HELD_OUT and len(data["validation"]) == len(HELD_OUT)
+    assert len(data["train"]) == len(NAMES) - len(HELD_OUT)
+    image = data["train"][0]["image"]
+    color = image.getpixel((32, 32))
+    assert image.size == (64, 64) and image.getpixel((0, 0)) == (255, 255, 255) != color
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pictures": None}, "pictures goes with dataset_name picture_scenes or pictures"),
+        ({"dataset_name": "easy_vqa_scenes"}, "pictures goes with dataset_name"),
+        ({"pictures": ["nowhere"]}, "There is no nowhere: pictures are folders and files"),
+        ({"dataset_name": "pictures"}, "pictures have names only: for vqa take picture_scenes"),
+        ({"pictures_per_scene": [1, 4]}, r"pictures_per_scene is \[1, 4\]: give two numbers from 2 on"),
+        ({"validation_names": 1.0}, "validation_names is 1.0: give a share between 0 and 1"),
+        ({"train_scenes": 0}, "must be 1 or more"),
+        ({"train_file": __file__}, "there are files as well"),
+    ],
+)
+def test_options_that_make_no_scenes_are_refused(options, message, source):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_task_dataset("vqa", DataSource(**{**source, **options}))

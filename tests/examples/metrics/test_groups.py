@@ -1,0 +1,47 @@
+"""Accuracy by what a text must tell apart, and by the size of what it is about."""
+
+import evaluate
+import pytest
+from datasets import Dataset
+
+from trips_examples.metrics import GROUNDING_ACCURACY, VQA_ACCURACY
+from trips_examples.metrics.groups import accuracy_by_group, groups_of
+
+
+BOXES = [[0, 0, 9, 9], [0, 0, 1, 1], [5, 5, 10, 10], [0, 0, 2, 1]]
+KINDS = ["name", "size", "name", "place"]
+
+
+def test_boxes_by_kind_and_size():
+    rows = Dataset.from_dict({"kind": KINDS, "box": BOXES})
+    wrong = [50, 50, 60, 60]
+    found = [BOXES[0], BOXES[1], wrong, wrong]
+    metrics = accuracy_by_group(evaluate.load(GROUNDING_ACCURACY), found, rows["box"], rows)
+    assert metrics == {
+        "eval_accuracy_name": 0.5,
+        "eval_accuracy_place": 0.0,
+        "eval_accuracy_size": 1.0,
+        "eval_accuracy_smallest": 0.5,  # of the four boxes, by area: 1, 3; 2; 0
+        "eval_accuracy_medium": 0.0,
+        "eval_accuracy_largest": 1.0,
+    }
+
+
+def test_answers_by_kind_and_by_the_size_of_what_is_there():
+    rows = Dataset.from_dict({"kind": KINDS, "region": [BOXES[0], None, BOXES[2], None]})
+    assert groups_of(rows) == {"name": [0, 2], "place": [3], "size": [1], "smallest": [2], "medium": [0]}
+    metrics = accuracy_by_group(
+        evaluate.load(VQA_ACCURACY), ["owl", "no", "bat", "2"], [["owl"], ["yes"], ["cat"], ["2"]], rows
+    )
+    assert metrics == {
+        "eval_accuracy_name": 0.5,
+        "eval_accuracy_place": 1.0,
+        "eval_accuracy_size": 0.0,
+        "eval_accuracy_smallest": 0.0,
+        "eval_accuracy_medium": 1.0,
+    }
+
+
+@pytest.mark.parametrize("columns", [["box"], ["region"]])
+def test_other_data_have_no_groups(columns):
+    assert groups_of(Dataset.from_dict(dict.fromkeys(columns, BOXES))) == {}

@@ -1,0 +1,107 @@
+"""
+The service itself, for `bentoml serve trips_serving.service:Trips`: BentoML routes, batches, measures and shuts down;
+what comes in was read at the gate.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+
+# Before the import, which reads it: who serves a model tells nobody of it.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+import bentoml  # noqa: E402
+from _bentoml_sdk import Service  # noqa: E402  # what `bentoml.service` makes, and takes a class of in its place
+from bentoml import IODescriptor  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.responses import JSONResponse, Response  # noqa: E402
+
+from .paths import KnownPaths  # noqa: E402
+from .settings import Settings  # noqa: E402
+
+
+SETTINGS = Settings.from_environment()
+# Time for a body to come, for its batch to come up, and to be computed.
+TIMEOUT = 2 * (SETTINGS.read_timeout + SETTINGS.max_latency_ms / 1000)
+BATCHES = {"batchable": True, "max_batch_size": SETTINGS.max_batch_size, "max_latency_ms": SETTINGS.max_latency_ms}
+
+
+# The process that watches over the workers imports this module, too: what needs PyTorch is imported by workers alone.
+@cache
+def get_engine():
+    from .engine import Engine
+
+    return Engine(SETTINGS)
+
+
+def make_gate(app):
+    from .gate import Gate
+
+    return Gate(app, SETTINGS, get_engine)
+
+
+class GuardedService(Service):
+    def to_asgi(self, is_main: bool = True):
+        return KnownPaths(super().to_asgi(is_main=is_main))
+
+
+class Items(IODescriptor):
+    """What the gate made of a request."""
+
+    items: list[Any]
+
+    @classmethod
+    async def from_http_request(cls, request: Request, serde) -> "Items":
+        return cls.model_construct(items=request.state.items)
+
+
+class Results(IODescriptor):
+    """One per item, in an object that says what they are."""
+
+    results: list[Any]
+
+    @classmethod
+    async def to_http_response(cls, results: list, serde) -> Response:
+        return JSONResponse({cls.__name__.lower(): results})
+
+
+class Answers(Results):
+    pass
+
+
+class Captions(Results):
+    pass
+
+
+class Scores(Results):
+    pass
+
+
+class Features(Results):
+    pass
+
+
+@bentoml.service(name="trips", workers=SETTINGS.workers, traffic={"timeout": TIMEOUT}, service_class=GuardedService)
+class Trips:
+    def __init__(self):
+        self.engine = get_engine()
+
+    @bentoml.api(input_spec=Items, output_spec=Answers, **BATCHES)
+    def answer(self, items: list) -> list:
+        return self.engine.answer(items)
+
+    @bentoml.api(input_spec=Items, output_spec=Captions, **BATCHES)
+    def caption(self, items: list) -> list:
+        return self.engine.caption(items)
+
+    @bentoml.api(input_spec=Items, output_spec=Scores, **BATCHES)
+    def match(self, items: list) -> list:
+        return self.engine.match(items)
+
+    @bentoml.api(input_spec=Items, output_spec=Features, **BATCHES)
+    def features(self, items: list) -> list:
+        return self.engine.features(items)
+
+
+Trips.add_asgi_middleware(make_gate)

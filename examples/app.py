@@ -33,19 +33,24 @@ TITLES = {
     "TripsForConditionalGeneration": ("How the caption begins", "a picture of"),
     "TripsForVisualGrounding": ("What to find, one per line", "the red circle"),
 }
-EXAMPLES = [
-    "what color is the shape?\nwhat shape is in the image?",
-    "is there a circle?\nis there a rectangle?\nis there a triangle?",
-    "is there not a red shape?",
-    "what is the color of the shape?",
-    "does the image contain a triangle?\nis there a green shape?",
-]
+EXAMPLES = {  # questions by the number of a test picture of easy-VQA
+    0: "what color is the shape?\nwhat shape is in the image?",
+    1: "is there a circle?\nis there a rectangle?\nis there a triangle?",
+    2: "is there not a red shape?",
+    3: "what is the color of the shape?",
+    4: "does the image contain a triangle?\nis there a green shape?",
+    5: "what shape does the image contain?",
+    6: "is there a blue shape?\nis there not a blue shape?",
+    7: "what color is the shape?",
+    8: "is a circle present?",
+    9: "is there a black shape?\nwhat shape is present?",
+}
 CSS = """
 .told { display: flex; flex-wrap: wrap; gap: 1rem; }
 .told section { flex: 1 1 16rem; min-width: 0; padding: .75rem; border-radius: 8px; }
 .told section { border: 1px solid var(--border-color-primary); }
 .told figure { display: inline-block; margin: 0 .5rem .5rem 0; max-width: 45%; vertical-align: top; }
-.told figure img { width: 100%; image-rendering: pixelated; }
+.told figure img { width: 100%; }
 .told figcaption { font-size: .8rem; }
 .told h3 { overflow-wrap: anywhere; }
 """
@@ -121,7 +126,7 @@ def build(args: AppArguments) -> gr.Blocks:
                 image = Upload(label="Picture", sources=["upload", "clipboard"], type="filepath", height=260)
                 lines = gr.Textbox(texts, label=label, lines=3, max_lines=MAX_TEXTS)
                 button = gr.Button("Look", variant="primary")
-                with gr.Accordion("Which layer keeps how much, and who chooses", open=True):
+                with gr.Accordion("Which layer keeps how much, and who chooses", open=False):
                     rates = [
                         gr.Slider(0.05, 1.0, rate, step=0.05, label=f"Layer {layer} keeps (1: all)")
                         for layer, (rate, _) in schedule.items()
@@ -140,8 +145,9 @@ def build(args: AppArguments) -> gr.Blocks:
             control.input(look, inputs, result, api_name=False, show_progress="minimal")
         if "easy_vqa" in args.model or "easy-vqa" in args.model:
             paths = get_test_image_paths()
-            examples = [[str(paths[number]), text] for number in range(2) for text in EXAMPLES]
-            gr.Examples(examples, [image, lines], cache_examples=False)
+            rows = [[str(paths[number]), text] for number, text in EXAMPLES.items()]
+            clicked = gr.Examples(rows, [image, lines], cache_examples=False).load_input_event
+            clicked.then(look, inputs, result, api_name=False)
     return page
 
 

@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 
 from modeling_trips import TripsModel, TripsProcessor
 from trips_examples import run_grounding, run_nlvr2, run_retrieval, run_vqa
-from trips_examples.analysis.comparison import Comparison, compare, join, key_of
+from trips_examples.analysis.comparison import Comparison, Group, compare, join, key_of
 from trips_examples.analysis.page import as_json, render, verdict
 from trips_examples.analysis.pictures import KeptPatches, features_of
 from trips_examples.data.collators import ImageBatchCollator
@@ -34,7 +34,7 @@ from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import without_decoding
 from trips_examples.data.task_collators import GroundingCollator, Nlvr2Collator, RetrievalCollator, VqaCollator
 from trips_examples.training.files import write_whole
-from trips_examples.training.options import DataArguments
+from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.parser import make_parser
 
 
@@ -86,18 +86,20 @@ def predictions_of(name: str, task: AnalyzedTask, folder: Path, options: list[st
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def validation_data(task: AnalyzedTask, options: list[str]) -> Dataset:
-    """The rows that predictions are of; an option of the script that does not choose data is left to it."""
-    parser = HfArgumentParser(DataArguments)
-    data_args, _ = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
-    return without_decoding(load_task_dataset(task.data, data_args)["validation"])
+def parsed(options: list[str]) -> tuple[DataArguments, ModelArguments]:
+    """What the options say of the data and of the model; others are left to the script."""
+    parser = HfArgumentParser((DataArguments, ModelArguments))
+    data_args, model_args, _ = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    return data_args, model_args
 
 
 def draw_worst(
-    comparison: Comparison, rows: dict[tuple[str, str], int], dataset: Dataset, args: AnalyzeArguments
-) -> list:
+    comparison: Comparison, dataset: Dataset, args: AnalyzeArguments, model_args: ModelArguments
+) -> list[tuple[Group, list]]:
     """For the groups that lose most, some of their lost items with pictures of what the model kept."""
-    model, processor = TripsModel.from_pretrained(args.model).eval(), TripsProcessor.from_pretrained(args.model)
+    model = TripsModel.from_pretrained(args.model, **model_args.config_overrides()).eval()
+    processor = TripsProcessor.from_pretrained(args.model)
+    rows = {key_of(row): number for number, row in enumerate(dataset)}
     kept = KeptPatches(model, processor, TASKS[args.task].collator(processor))
     worst = [group for group in comparison.groups if group.difference < 0][: args.num_groups]
     lost = {group: comparison.lost_in(group)[: args.num_pictures] for group in worst}
@@ -115,15 +117,14 @@ def main(argv: list[str] | None = None) -> Comparison:
     predictions = predictions_of(args.model, task, output / "model", options)
     twin = [] if args.other is not None else ["--keep_rate", "1.0"]
     others = predictions_of(args.other or args.model, task, output / "other", [*options, *twin])
-    features, rows, dataset = {}, {}, None
+    features, dataset = {}, None
+    data_args, model_args = parsed(options)
     if options or not (is_file(args.model) and is_file(args.other or "")):
-        dataset = validation_data(task, options)
+        dataset = without_decoding(load_task_dataset(task.data, data_args)["validation"])
         features = features_of(dataset)
-        rows = {key_of(row): number for number, row in enumerate(dataset)}
     comparison = compare(join(predictions, others, features), args.min_count)
-    worst = []
-    if dataset is not None and not is_file(args.model):
-        worst = draw_worst(comparison, rows, dataset, args)
+    is_drawn = dataset is not None and not is_file(args.model)
+    worst = draw_worst(comparison, dataset, args, model_args) if is_drawn else []
     write_whole(output / "errors.json", json.dumps(as_json(comparison, names), indent=2, ensure_ascii=False) + "\n")
     write_whole(output / "errors.html", render(comparison, names, worst))
     overall = comparison.overall

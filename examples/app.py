@@ -67,15 +67,6 @@ class AppArguments:
     port: int | None = field(default=None, metadata={"help": "Default: the first free one from 7860."})
 
 
-class Upload(gr.Image):
-    """The file as it was uploaded, not opened: what is wrong with it is said by this page, not by Gradio."""
-
-    is_template = True
-
-    def preprocess(self, payload) -> str | None:
-        return None if payload is None else payload.path
-
-
 def read_picture(path: str | None, args: AppArguments) -> PIL.Image.Image:
     """The picture, upright and RGB. What is wrong with it is a `gr.Error`, whose words the page shows."""
     if path is None:
@@ -123,7 +114,10 @@ def build(args: AppArguments) -> gr.Blocks:
         gr.Markdown("# What the text makes the model look at\nFaded patches are dropped; the text chooses which.")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = Upload(label="Picture", sources=["upload", "clipboard"], type="filepath", height=260)
+                image = gr.Image(label="Picture", sources=["upload", "clipboard"], type="filepath", height=260)
+                # Not opened by Gradio, so that what is wrong with a file is said in the words of this page. (Gradio
+                # writes a stub beside each file that has a class made of a component.)
+                image.preprocess = lambda payload: None if payload is None else payload.path
                 lines = gr.Textbox(texts, label=label, lines=3, max_lines=MAX_TEXTS)
                 button = gr.Button("Look", variant="primary")
                 with gr.Accordion("Which layer keeps how much, and who chooses", open=False):

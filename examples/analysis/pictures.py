@@ -10,26 +10,25 @@ from datasets import Dataset
 
 from modeling_trips import TripsModel, TripsProcessor, convert_to_rgb
 from modeling_trips.inspection import draw_kept_patches
-from trips_examples.analysis.comparison import groups_of_region, key_of
+from trips_examples.analysis.comparison import TEXT_COLUMNS, groups_of_region, key_of
 from trips_examples.data.collators import ImageBatchCollator
-from trips_examples.data.rows import image_size
+from trips_examples.data.rows import image_sizes
 from trips_examples.data.task_collators import a_text_per_image
-from trips_examples.metrics.selection import regions_of
+from trips_examples.metrics.selection import REGION_COLUMNS, regions_of
 
 
 def features_of(dataset: Dataset) -> dict[tuple[str, str], dict[str, str]]:
     """More groups of rows, by key: size and place of what they are about, and how many things of an image are."""
-    columns = [column for column in dataset.column_names if column not in ("image", "images")]
-    rows = list(dataset.select_columns(columns))
+    wanted = ("source", "image_id", *TEXT_COLUMNS, *REGION_COLUMNS)
+    rows = list(dataset.select_columns([column for column in wanted if column in dataset.column_names]))
     regions = regions_of(rows)
+    sizes = image_sizes(dataset) if regions else {}
     things = defaultdict(set)
     for number, region in regions.items():
         things[rows[number]["image_id"]].add(tuple(region))
-    features, sizes = {}, {}
+    features = {}
     for number, region in regions.items():
         image_id = rows[number]["image_id"]
-        if image_id not in sizes:
-            sizes[image_id] = image_size(dataset[number])
         known = {"things of the image that are asked for": str(len(things[image_id]))}
         features[key_of(rows[number])] = {**groups_of_region(region, sizes[image_id]), **known}
     return features

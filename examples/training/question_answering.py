@@ -28,7 +28,7 @@ def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: ev
     """
     Writes `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; prints the frequent answers.
     """
-    columns = ["source", "question_id", "question", "answers", "kind", "answer_type"]
+    columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
     result = metric.compute(predictions=answers, references=dataset["answers"], by_answer=True)
     write_whole(folder / "accuracy_by_answer.json", json.dumps(result["by_answer"], indent=2) + "\n")

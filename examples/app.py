@@ -132,7 +132,7 @@ def build(args: AppArguments) -> gr.Blocks:
             with gr.Column(scale=3, min_width=280):
                 result = gr.HTML(label="Answers", elem_id="result")
         inputs = [image, lines, *rates, *guidances]
-        gr.on([button.click], look, inputs, result, api_name="look", concurrency_limit=1)
+        gr.on([button.click, lines.submit], look, inputs, result, api_name="look", concurrency_limit=1)
         for control in rates:
             control.release(look, inputs, result, api_name=False, show_progress="minimal")
         for control in guidances:

@@ -158,7 +158,7 @@ def _vqa_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
     for recipe in map(Recipe, range(num_scenes)):
         for kind, text, box, answer in questions(maker.things(recipe), maker.names, maker.rng(recipe.number, "texts")):
             row += 1
-            about = {"kind": kind, "question": text, "answers": [answer], "region": box}
+            about = {"kind": kind, "answer_type": None, "question": text, "answers": [answer], "region": box}
             yield {**_shared(maker, recipe, row), "question_id": str(row), **about}
 
 

@@ -171,7 +171,7 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
       shape?", "what color is the circle?"), and one pair about presence, as often "yes" as "no" ("is there a red
       circle?"). Whatever is said to be absent has a colour that is in the scene, so that colour and shape have to be
       seen together. `region`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where
-      the answer is that there is no such tile.
+      the answer is that there is no such tile. `kind`: shape, color or presence.
     - `"captions"`: three captions of each scene, which name the colour, shape and place of every tile: tile by tile in
       any order, row by row, and column by column. No two scenes of a split show the same, so that every caption fits
       one scene only.
@@ -247,27 +247,27 @@ def _vqa_records(scenes: _Scenes, num_scenes: int) -> Iterator[dict]:
     for number in range(1, num_scenes + 1):
         tiles = scenes.draw()
         shared = {"image": scenes.paste(tiles), "image_id": f"{scenes.split} scene {number}"}
-        for question, answer, cell in _questions(tiles, scenes.rng):
+        for kind, question, answer, cell in _questions(tiles, scenes.rng):
             x0, y0 = (0, 0) if cell is None else cell_origin(cell, scenes.grid)
             box = None if cell is None else [x0, y0, x0 + TILE_SIZE, y0 + TILE_SIZE]
-            yield {**shared, "question": question, "answer": answer, "region": box}
+            yield {**shared, "kind": kind, "question": question, "answer": answer, "region": box}
 
 
-def _questions(tiles: list[Tile], rng: random.Random) -> Iterator[tuple[str, str, int | None]]:
-    """Yields each question, its answer and the cell it is about."""
+def _questions(tiles: list[Tile], rng: random.Random) -> Iterator[tuple[str, str, str, int | None]]:
+    """Yields the kind of each question, the question, its answer and the cell it is about."""
     times = Counter(name for tile in tiles for name in (tile.color, tile.shape, tile.name))
     for cell, tile in enumerate(tiles):
         if times[tile.color] == 1:
-            yield f"what shape is the {tile.color} shape?", tile.shape, cell
+            yield "shape", f"what shape is the {tile.color} shape?", tile.shape, cell
         if times[tile.shape] == 1:
-            yield f"what color is the {tile.shape}?", tile.color, cell
+            yield "color", f"what color is the {tile.shape}?", tile.color, cell
     present = [cell for cell, tile in enumerate(tiles) if times[tile.name] == 1]
     possible = {f"{tile.color} {shape}" for tile in tiles for shape in EASY_VQA_SHAPES}
     absent = sorted(possible - {tile.name for tile in tiles})
     if present and absent:
         cell = rng.choice(present)
-        yield f"is there a {tiles[cell].name}?", "yes", cell
-        yield f"is there a {rng.choice(absent)}?", "no", None
+        yield "presence", f"is there a {tiles[cell].name}?", "yes", cell
+        yield "presence", f"is there a {rng.choice(absent)}?", "no", None
 
 
 # Captions

@@ -175,3 +175,15 @@ class RetrievalCollator(ImageBatchCollator):
 def number_of(image_id: str) -> int:
     """A number below 2^63 for an image, the same in every process; those of two images differ but for a freak."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def a_text_per_image(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a batch of any task the inputs of a [`TripsModel`]: where a text has several images, it comes with each."""
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+    image_index = inputs.get("image_index")
+    if image_index is None:
+        image_index = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device)
+    if image_index.ndim == 2:
+        texts = {name: rows.repeat_interleave(image_index.shape[1], dim=0) for name, rows in texts.items()}
+        image_index = image_index.flatten()
+    return {**texts, "pixel_values": inputs["pixel_values"], "image_index": image_index}

@@ -24,6 +24,8 @@ VQA_FEATURES = Features(
         "question": Value("string"),
         "answers": Sequence(Value("string")),  # those of the annotators, one or several
         "region": Sequence(Value("float32")),  # what is asked about, as `box` below; None where that is not known
+        "kind": Value("string"),  # of question, as VQAv2's question_type; None where that is not known
+        "answer_type": Value("string"),  # as in VQAv2; likewise
         "source": Value("string"),
     }
 )
@@ -152,7 +154,9 @@ def _question(record: dict) -> list[dict]:
         raise missing("answer", record)
     region = None if is_missing(record.get("region")) else _box(record, "region")
     question_id = text_of(record.get("question_id"), "question_id")
-    return [{"question_id": question_id, "question": question, "answers": texts, "region": region}]
+    kind = text_of(record.get("kind"), "kind") or text_of(record.get("question_type"), "question_type")
+    row = {"question_id": question_id, "question": question, "answers": texts, "region": region, "kind": kind or None}
+    return [{**row, "answer_type": text_of(record.get("answer_type"), "answer_type") or None}]
 
 
 def _captions(record: dict) -> list[dict]:
@@ -217,7 +221,10 @@ _TASKS = [
         name="vqa",
         features=VQA_FEATURES,
         text="question",
-        columns=("image_id", "question_id", "question", "answer", "answers", "region"),
+        columns=(
+            *("image_id", "question_id", "question", "answer", "answers", "region"),
+            *("kind", "question_type", "answer_type"),
+        ),
         needs="image, question and answer",
         read_texts=_question,
         written="answers",

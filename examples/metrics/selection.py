@@ -1,11 +1,15 @@
 """Is the selection of a trained model healthy? What `eval_results.json` says about it, for any task."""
 
+import math
+
 import torch
 from transformers import Trainer
 
-from modeling_trips import TripsProcessor, TripsSelection
+from modeling_trips import TripsPreTrainedModel, TripsProcessor, TripsSelection
 from modeling_trips.inspection import (
+    image_sensitivity,
     kept_coverage,
+    kept_mass,
     num_kept,
     score_entropy,
     share_inside,
@@ -20,7 +24,6 @@ NUM_ROWS = 256
 REGION_COLUMNS = ("region", "box")
 
 
-@torch.no_grad()
 def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, float]:
     """
     Runs the model on the first rows of the evaluation data and describes what each selection layer keeps.
@@ -30,50 +33,85 @@ def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, floa
         prefix (`str`, *optional*, defaults to `"eval"`): begins the names.
 
     Returns:
-        `dict[str, float]`: for selection layer L `{prefix}_layer{L}_kept` (the mean number of candidates that go on),
-        `_entropy`, `_coverage`, `_text_sensitivity` (where texts share images) and, where the data has regions,
-        `_inside` (`{prefix}_inside_at_random` is what patches drawn at random would give) and `_shown`. Empty where
-        nothing is selected.
+        `dict[str, float]`: what `measure_selection` does, with `{prefix}_` before its names.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
     inputs = trainer.data_collator(rows)
     inputs.pop("sources", None)
+    metrics = measure_selection(model, inputs, rows, processor)
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def measure_selection(
+    model: TripsPreTrainedModel, inputs: dict[str, torch.Tensor], rows: list[dict], processor: TripsProcessor
+) -> dict[str, float]:
+    """
+    Describes what each selection layer keeps of a batch.
+
+    Args:
+        model (`TripsPreTrainedModel`): in evaluation mode; its output has `selection`.
+        inputs (`dict[str, torch.Tensor]`): what it takes, made of these rows by a collator.
+        rows (`list[dict]`): rows of a data set; what a text is about is in one of `REGION_COLUMNS`, if known.
+        processor (`TripsProcessor`)
+
+    Returns:
+        `dict[str, float]`: for selection layer L `layer{L}_kept` (the mean number of candidates that go on),
+        `_entropy`, `_mass`, `_coverage`, `_text_sensitivity` (where texts share images; 1 minus their overlap),
+        `_image_sensitivity` (where there are several) and, where the data has regions, `_inside` (`inside_at_random`
+        is what patches drawn at random would give), `_inside_z` (how many standard errors it is above that) and
+        `_shown`. Empty where nothing is selected.
+    """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     selections = model(**inputs).selection
     height, width = inputs["pixel_values"].shape[-2:]
     num_patches = (height // processor.patch_size) * (width // processor.patch_size)
+    image_index = inputs["image_index"].flatten()
+    num_images = len(image_index.unique())
     metrics = {}
     for layer, selection in zip(model.config.vision_config.selection_schedule, selections):
-        name = f"{prefix}_layer{layer}"
+        name = f"layer{layer}"
         metrics[f"{name}_kept"] = num_kept(selection).float().mean().item()
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
+        metrics[f"{name}_mass"] = kept_mass(selection).mean().item()
         metrics[f"{name}_coverage"] = kept_coverage(selection, num_patches)
-        if len(inputs["image_index"].unique()) < inputs["image_index"].numel():
-            sensitivity = text_sensitivity(selection, inputs["image_index"].flatten(), num_patches)
-            metrics[f"{name}_text_sensitivity"] = sensitivity
-        metrics |= _inside(selection, rows, processor, name, prefix)
+        if num_images < len(image_index):
+            metrics[f"{name}_text_sensitivity"] = text_sensitivity(selection, image_index, num_patches)
+        if num_images > 1:
+            metrics[f"{name}_image_sensitivity"] = image_sensitivity(selection, image_index, num_patches)
+        metrics |= _inside(selection, rows, processor, name)
     return metrics
 
 
-def _inside(
-    selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str, prefix: str
-) -> dict[str, float]:
+def regions_of(rows: list[dict]) -> dict[int, list[float]]:
+    """What rows are about, a box in pixels of the image, by the row's number; without those where it is not known."""
     column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
-    about = [number for number, row in enumerate(rows) if column is not None and row[column] is not None]
-    if not about:
+    if column is None:
         return {}
-    sizes = [image_size(rows[number]) for number in about]
-    boxes = processor.patch_boxes([selection.kept_indices[number] for number in about], sizes)
-    regions = [torch.tensor(rows[number][column], dtype=torch.float32) for number in about]
-    shares = [share_inside(kept, region) for kept, region in zip(boxes, regions)]
-    shown = [share_shown(kept, region) for kept, region in zip(boxes, regions)]
-    areas = [
-        ((region[2] - region[0]) * (region[3] - region[1])).item() / (height * width)
-        for region, (height, width) in zip(regions, sizes)
-    ]
-    return {
-        f"{name}_inside": sum(shares) / len(shares),
+    return {number: row[column] for number, row in enumerate(rows) if row[column] is not None}
+
+
+def _inside(selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str) -> dict[str, float]:
+    regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in regions_of(rows).items()}
+    if not regions:
+        return {}
+    sizes = [image_size(rows[number]) for number in regions]
+    boxes = processor.patch_boxes([selection.kept_indices[number] for number in regions], sizes)
+    shares = torch.tensor([share_inside(kept, region) for kept, region in zip(boxes, regions.values())])
+    shown = [share_shown(kept, region) for kept, region in zip(boxes, regions.values())]
+    areas = torch.tensor(
+        [
+            ((region[2] - region[0]) * (region[3] - region[1])).item() / (height * width)
+            for region, (height, width) in zip(regions.values(), sizes)
+        ]
+    )
+    gains = shares - areas
+    metrics = {
+        f"{name}_inside": shares.mean().item(),
         f"{name}_shown": sum(shown) / len(shown),
-        f"{prefix}_inside_at_random": sum(areas) / len(areas),
+        "inside_at_random": areas.mean().item(),
     }
+    if len(gains) > 1 and (error := gains.std().item() / math.sqrt(len(gains))) > 0:
+        metrics[f"{name}_inside_z"] = gains.mean().item() / error
+    return metrics

@@ -238,6 +238,13 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
             "help": "How many texts about an image may stand in a training batch; they share its computation.",
         },
     )
+    health_steps: float = field(
+        default=0.25,
+        metadata={
+            "help": "How often to examine the selection, to log what it does and warn if it is not healthy: steps, or "
+            "below 1 their share of all. 0: never."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
     predict_with_generate: bool = field(
         default=True,
@@ -253,6 +260,8 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--label_smoothing_factor: the losses of these models have no smoothing, leave it at 0.")
         if not self.predict_with_generate:
             raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
+        if self.health_steps < 0:
+            raise ValueError(f"--health_steps {self.health_steps}: must be at least 0, which is never.")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.auto_bf16 and not self.fp16:
             self.bf16 = self.bf16 or bf16_is_fast()

@@ -16,13 +16,20 @@ from trips_examples.metrics.retrieval import Ranking, RetrievalResults
 from trips_examples.training.files import write_json_lines
 
 
+KIND_COLUMNS = ("kind", "answer_type")  # of item, for `analyze_errors.py`
+
+
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
     """The texts that a model wrote: tokens of shape `(num_texts, text_length)`, filled up with -100 by `Trainer`."""
     return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
 
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
-    """Writes `predictions.jsonl`: an object per row with these of its columns, and what was predicted of it."""
+    """
+    Writes `predictions.jsonl`: an object per row with these of its columns, and what was predicted of it; where the
+    data have `KIND_COLUMNS`, with these, too.
+    """
+    columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
     rows = zip(dataset.select_columns(columns), predictions, strict=True)
     write_json_lines(Path(folder, "predictions.jsonl"), ({**row, **prediction} for row, prediction in rows))
 

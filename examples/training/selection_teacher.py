@@ -3,6 +3,7 @@
 import torch
 
 from modeling_trips import TripsModel
+from trips_examples.data.task_collators import a_text_per_image
 
 
 class SelectionTeacher:
@@ -38,13 +39,7 @@ class SelectionTeacher:
             `torch.Tensor` of shape `(num_texts, num_patches)`, float32, each row of sum 1. Of a text with several
             images there is a row for each.
         """
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
-        image_index = inputs.get("image_index")
-        if image_index is not None and image_index.ndim == 2:
-            texts = {name: rows.repeat_interleave(image_index.shape[1], dim=0) for name, rows in texts.items()}
-            image_index = image_index.flatten()
-        images = {"pixel_values": inputs["pixel_values"], "image_index": image_index}
-        outputs = self.model(**texts, **images, output_attentions=True)
+        outputs = self.model(**a_text_per_image(inputs), output_attentions=True)
         attention = torch.stack([layer[:, :, 0].float().mean(dim=1) for layer in outputs.cross_attentions]).mean(dim=0)
         to_patches = attention[:, 1:]
         return to_patches / to_patches.sum(dim=-1, keepdim=True)

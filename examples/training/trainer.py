@@ -5,9 +5,11 @@ from collections import defaultdict
 import torch
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.training.guard import LossGuard
+from trips_examples.training.health import SelectionHealth
 from trips_examples.training.selection_teacher import SelectionTeacher
 
 
@@ -27,7 +29,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
     loss that is NaN or infinite ([`LossGuard`]), and evaluates each row once, whether the model writes or not.
     Parameters that get no gradient are frozen, so that data parallel training need not look for them. The parts of the
-    loss that a model tells (`logged_losses`) are logged beside it.
+    loss that a model tells (`logged_losses`) are logged beside it, and what [`SelectionHealth`] finds.
 
     Args:
         train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
@@ -53,6 +55,9 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
+        in_pieces = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if self.args.health_steps > 0 and not in_pieces:
+            self.add_callback(SelectionHealth(self, self.args.health_steps))
         self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:

@@ -1,7 +1,9 @@
 """Looking at a model: pictures of kept patches, diagnostics of its selection, its cost beside its unpruned twin."""
 
 from .diagnostics import (
+    image_sensitivity,
     kept_coverage,
+    kept_mass,
     kept_patches,
     num_kept,
     score_entropy,
@@ -14,7 +16,9 @@ from .pictures import draw_kept_patches, plot_selection
 
 __all__ = [
     "draw_kept_patches",
+    "image_sensitivity",
     "kept_coverage",
+    "kept_mass",
     "kept_patches",
     "num_kept",
     "plot_selection",

@@ -38,6 +38,18 @@ def score_entropy(selection: TripsSelection) -> torch.Tensor:
     return entropy / num_candidates.clamp(min=2).log()
 
 
+def kept_mass(selection: TripsSelection) -> torch.Tensor:
+    """
+    Share of the scores that the kept candidates hold: what the fused token is left with is the rest. At keep rate r it
+    is about r where nothing is preferred.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, float32.
+    """
+    largest_first = selection.scores.float().sort(dim=-1, descending=True).values  # kept are the largest
+    return largest_first.cumsum(dim=-1).gather(1, num_kept(selection)[:, None] - 1)[:, 0]
+
+
 def num_kept(selection: TripsSelection) -> torch.LongTensor:
     """
     How many candidates go on in each row: all the same, but with `selection_mode="mass"`.
@@ -82,14 +94,33 @@ def text_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, n
     Raises:
         ValueError: if no two rows have the same image.
     """
+    same_image = image_index[:, None] == image_index
+    if not same_image.triu(diagonal=1).any():
+        raise ValueError("No two rows have the same image: sensitivity to the text compares the texts of an image.")
+    return 1 - _mean_jaccard(selection, num_patches, same_image)
+
+
+def image_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, num_patches: int) -> float:
+    """
+    How much the rows of different images differ in what they keep, as in `text_sensitivity`. 0: the same patches are
+    kept whatever the image shows.
+
+    Raises:
+        ValueError: if all rows have the same image.
+    """
+    other_image = image_index[:, None] != image_index
+    if not other_image.any():
+        raise ValueError("All rows have the same image: sensitivity to the image compares rows of different ones.")
+    return 1 - _mean_jaccard(selection, num_patches, other_image)
+
+
+def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.BoolTensor) -> float:
+    """The mean Jaccard index of the kept sets of pairs of rows, of which the half above the diagonal counts."""
     kept = kept_patches(selection, num_patches).float()
     common = kept @ kept.T
     sizes = kept.sum(dim=-1)
     jaccard = common / (sizes[:, None] + sizes - common).clamp_min(1)
-    same_image = (image_index[:, None] == image_index).triu(diagonal=1).to(jaccard.device)
-    if not same_image.any():
-        raise ValueError("No two rows have the same image: sensitivity to the text compares the texts of an image.")
-    return 1 - jaccard[same_image].mean().item()
+    return jaccard[pairs.triu(diagonal=1).to(jaccard.device)].mean().item()
 
 
 def share_inside(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
@@ -125,7 +156,9 @@ def share_shown(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
 
 
 __all__ = [
+    "image_sensitivity",
     "kept_coverage",
+    "kept_mass",
     "kept_patches",
     "num_kept",
     "score_entropy",

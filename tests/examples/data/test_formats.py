@@ -86,6 +86,7 @@ def test_vqa_finds_its_annotations(coco):
     assert rows["question_id"][:] == ["9000", "9001", "581857002"]
     assert rows["question"][:] == ["What is it?", "How many?", "Is it red?"]
     assert rows["answers"][:] == [["broccoli", "broccoli", "food"], ["2", "two", "2"], ["yes"]]
+    assert rows["kind"][:] == ["what"] * 3 and rows["answer_type"][:] == ["other"] * 3
     assert rows["source"][2] == "v2_OpenEnded_mscoco_train2014_questions.json row 3"
 
 

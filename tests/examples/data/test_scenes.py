@@ -127,6 +127,7 @@ def test_scenes_answers_and_boxes_fit_the_pixels(scenes):
         shown = shown_by_scene[row["image_id"]]
         assert (row["answer"], row["region"]) == expected_answer(row["question"], shown), row
         kinds[row["question"].split()[1]] += 1
+        assert row["kind"] == {"there": "presence"}.get(word := row["question"].split()[1], word)
     assert len(kinds) == 3, kinds
 
 

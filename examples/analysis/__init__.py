@@ -1,0 +1,1 @@
+"""Where two models differ on the same items, and a page that shows it."""

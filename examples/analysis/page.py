@@ -1,0 +1,87 @@
+"""A comparison as one HTML page that stands alone, with its pictures inside, and as JSON."""
+
+import base64
+import io
+from dataclasses import asdict
+from pathlib import Path
+
+import PIL.Image
+from jinja2 import Environment
+
+from trips_examples.analysis.asking import Look
+from trips_examples.analysis.comparison import Comparison, Group, Item
+
+
+TEMPLATES = Path(__file__).parent
+SIGNIFICANT = 0.05
+
+
+def render(
+    comparison: Comparison,
+    names: tuple[str, str],
+    worst: list[tuple[Group, list[tuple[Item, list[tuple[str, PIL.Image.Image]]]]]],
+    num_changed: int = 100,
+) -> str:
+    """
+    The page.
+
+    Args:
+        comparison ([`Comparison`])
+        names (`tuple[str, str]`): of the model and of the other.
+        worst (`list`): groups, and some of their items with titled pictures.
+        num_changed (`int`, *optional*, defaults to 100): how many changed answers are listed; the JSON has all.
+    """
+    return _filled(
+        "page.html",
+        comparison=comparison,
+        overall=comparison.overall,
+        verdict=verdict(comparison.overall),
+        model=names[0],
+        other=names[1],
+        worst=worst,
+        changed=comparison.changed[:num_changed],
+        significant=SIGNIFICANT,
+    )
+
+
+def render_look(look: Look) -> str:
+    """What came of an image and its texts, as a part of a page."""
+    return _filled("look.html", look=look)
+
+
+def _filled(template: str, **values) -> str:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=lambda share: f"{share:.1%}", data_uri=data_uri, chance=_chance)
+    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(**values)
+
+
+def verdict(group: Group) -> str:
+    """The outcome in a sentence."""
+    if group.lost + group.won == 0:
+        return "No item changes between right and wrong."
+    changes = f"{group.lost} items are lost and {group.won} won"
+    if group.p_value >= SIGNIFICANT:
+        return f"{changes}: no more than chance would give (p = {_chance(group.p_value)})."
+    word = "worse" if group.lost > group.won else "better"
+    return f"{changes}: it is {word} by more than chance (p = {_chance(group.p_value)})."
+
+
+def as_json(comparison: Comparison, names: tuple[str, str]) -> dict:
+    """What the page says, and all changed answers."""
+    groups = [{**asdict(group), "difference": group.difference} for group in comparison.groups]
+    overall = {**asdict(comparison.overall), "difference": comparison.overall.difference}
+    changed = [asdict(item) for item in comparison.changed]
+    return {"model": names[0], "other": names[1], "overall": overall, "groups": groups, "changed": changed}
+
+
+def data_uri(picture: PIL.Image.Image, side: int = 256) -> str:
+    """A picture as it stands in a page, of at most so many pixels."""
+    picture = picture.copy()
+    picture.thumbnail((side, side))
+    png = io.BytesIO()
+    picture.save(png, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+
+
+def _chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

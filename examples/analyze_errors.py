@@ -1,0 +1,137 @@
+r"""
+Where does pruning lose? Two models on the same items: accuracy by kind of item, which answers changed, whether it is
+more than chance, and what was kept where most is lost. One HTML page that stands alone, and JSON.
+
+    python examples/analyze_errors.py --model outputs/pruned      # beside its own weights, unpruned
+    python examples/analyze_errors.py --model outputs/pruned --other outputs/unpruned --dataset_name easy_vqa_scenes
+    python examples/analyze_errors.py --task grounding --model outputs/text --other outputs/image
+    python examples/analyze_errors.py --model a/predictions.jsonl --other b/predictions.jsonl  # nothing is run
+
+All other options (--validation_file, --image_root, --max_eval_samples, ...) go to the task's script, which runs the
+models. Files of predictions are joined with the data only if one of these options says which they are; without, there
+are no groups by size and place, and no pictures.
+
+Installed without its source, the script is `python -m trips_examples.analyze_errors`.
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import HfArgumentParser
+
+from modeling_trips import TripsModel, TripsProcessor
+from trips_examples import run_grounding, run_nlvr2, run_retrieval, run_vqa
+from trips_examples.analysis.comparison import Comparison, Group, compare, join, key_of
+from trips_examples.analysis.page import as_json, render, verdict
+from trips_examples.analysis.pictures import KeptPatches, features_of
+from trips_examples.data.collators import ImageBatchCollator
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.rows import without_decoding
+from trips_examples.data.task_collators import GroundingCollator, Nlvr2Collator, RetrievalCollator, VqaCollator
+from trips_examples.training.files import write_whole
+from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.parser import make_parser
+
+
+@dataclass(frozen=True)
+class AnalyzedTask:
+    run: Callable[[list[str]], dict]
+    data: str
+    collator: type[ImageBatchCollator]
+    predictions: str = "predictions.jsonl"
+
+
+TASKS = {
+    "vqa": AnalyzedTask(run_vqa.main, "vqa", VqaCollator),
+    "grounding": AnalyzedTask(run_grounding.main, "grounding", GroundingCollator),
+    "nlvr2": AnalyzedTask(run_nlvr2.main, "nlvr2", Nlvr2Collator),
+    "retrieval": AnalyzedTask(run_retrieval.main, "captions", RetrievalCollator, "found_images.jsonl"),
+}
+
+
+@dataclass
+class AnalyzeArguments:
+    model: str = field(metadata={"help": "A checkpoint (folder or name on the Hub), or a file of its predictions."})
+    other: str | None = field(
+        default=None, metadata={"help": "The one beside it, likewise. Default: the same checkpoint, unpruned."}
+    )
+    task: str = field(default="vqa", metadata={"help": "What they do.", "choices": list(TASKS)})
+    output_dir: str = field(default="outputs/errors", metadata={"help": "Folder of errors.html and errors.json."})
+    min_count: int = field(default=10, metadata={"help": "Items that a group needs to be looked at."})
+    num_groups: int = field(default=4, metadata={"help": "Groups that get pictures: those that lose most."})
+    num_pictures: int = field(default=3, metadata={"help": "Items of each of them that are drawn."})
+
+    def __post_init__(self):
+        if self.other is None and is_file(self.model):
+            raise SystemExit(f"--model {self.model} is a file of predictions: say with --other what to compare it to.")
+
+
+def is_file(name: str) -> bool:
+    return name.endswith(".jsonl")
+
+
+def predictions_of(name: str, task: AnalyzedTask, folder: Path, options: list[str]) -> list[dict]:
+    """Those in a file, or those that a checkpoint makes of the data that `options` name."""
+    path = Path(name)
+    if not is_file(name):
+        task.run(["--model_name_or_path", name, "--do_train", "False", "--output_dir", str(folder), *options])
+        path = folder / task.predictions
+    if not path.is_file():
+        raise SystemExit(f"{path}: there is no such file of predictions.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def parsed(options: list[str]) -> tuple[DataArguments, ModelArguments]:
+    """What the options say of the data and of the model; others are left to the script."""
+    parser = HfArgumentParser((DataArguments, ModelArguments))
+    data_args, model_args, _ = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    return data_args, model_args
+
+
+def draw_worst(
+    comparison: Comparison, dataset: Dataset, args: AnalyzeArguments, model_args: ModelArguments
+) -> list[tuple[Group, list]]:
+    """For the groups that lose most, some of their lost items with pictures of what the model kept."""
+    model = TripsModel.from_pretrained(args.model, **model_args.config_overrides()).eval()
+    processor = TripsProcessor.from_pretrained(args.model)
+    rows = {key_of(row): number for number, row in enumerate(dataset)}
+    kept = KeptPatches(model, processor, TASKS[args.task].collator(processor))
+    worst = [group for group in comparison.groups if group.difference < 0][: args.num_groups]
+    lost = {group: comparison.lost_in(group)[: args.num_pictures] for group in worst}
+    return [
+        (group, [(item, kept.draw(dataset[rows[item.source, item.text]])) for item in items])
+        for group, items in lost.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> Comparison:
+    parser = make_parser(AnalyzeArguments, description=__doc__)
+    args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    task, output = TASKS[args.task], Path(args.output_dir)
+    names = (args.model, args.other or "unpruned")
+    predictions = predictions_of(args.model, task, output / "model", options)
+    twin = [] if args.other is not None else ["--keep_rate", "1.0"]
+    others = predictions_of(args.other or args.model, task, output / "other", [*options, *twin])
+    features, dataset = {}, None
+    data_args, model_args = parsed(options)
+    if options or not (is_file(args.model) and is_file(args.other or "")):
+        dataset = without_decoding(load_task_dataset(task.data, data_args)["validation"])
+        features = features_of(dataset)
+    comparison = compare(join(predictions, others, features), args.min_count)
+    is_drawn = dataset is not None and not is_file(args.model)
+    worst = draw_worst(comparison, dataset, args, model_args) if is_drawn else []
+    write_whole(output / "errors.json", json.dumps(as_json(comparison, names), indent=2, ensure_ascii=False) + "\n")
+    write_whole(output / "errors.html", render(comparison, names, worst))
+    overall = comparison.overall
+    print(f"{names[0]}: {overall.accuracy:.2%}, {names[1]}: {overall.other_accuracy:.2%}. {verdict(overall)}")
+    print(f"Where, and what was kept: {output / 'errors.html'}, {output / 'errors.json'}")
+    return comparison
+
+
+if __name__ == "__main__":
+    main()

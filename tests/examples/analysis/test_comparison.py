@@ -1,0 +1,111 @@
+"""Two models on the same items: hand-worked groups and tests."""
+
+import pytest
+
+from trips_examples.analysis.comparison import compare, groups_of, groups_of_region, join, mcnemar, score_of
+
+
+def row(number: int, answer: str, prediction: str, question: str = "what is it?", **columns) -> dict:
+    return {
+        "source": f"rows.jsonl row {number}",
+        "question_id": str(number),
+        "question": question,
+        "answers": [answer],
+        "prediction": prediction,
+        **columns,
+    }
+
+
+def pair(right: str, lost: int, won: int, same: int, **columns) -> tuple[list[dict], list[dict]]:
+    """Rows of two models: so many that only the other has right, that only the model has, and that both have."""
+    outcomes = [("x", right)] * lost + [(right, "x")] * won + [(right, right)] * same
+    numbers = range(100 * len(right), 100 * len(right) + 100)
+    rows = [row(number, right, own, **columns) for number, (own, _) in zip(numbers, outcomes)]
+    others = [row(number, right, other, **columns) for number, (_, other) in zip(numbers, outcomes)]
+    return rows, others
+
+
+def test_the_test_is_exact():
+    """Of 10 items that change, 9 are lost: 2 * (1 + 10) / 2^10 of fair coins are as far off."""
+    items = join(*pair("red", lost=9, won=1, same=30))
+    assert mcnemar(items) == pytest.approx(2 * 11 / 1024)
+    assert mcnemar(join(*pair("red", lost=0, won=0, same=3))) == 1.0
+
+
+def test_groups_that_lose_beyond_chance_come_first():
+    rows, others = (
+        [*by_color, *by_shape]
+        for by_color, by_shape in zip(pair("red", 12, 0, 8, kind="color"), pair("circle", 1, 1, 18, kind="shape"))
+    )
+    result = compare(join(rows, others))
+    first = next(group for group in result.groups if group.feature == "kind")
+    assert (first.value, first.count, first.lost, first.won) == ("color", 20, 12, 0)
+    assert (first.accuracy, first.other_accuracy) == (0.4, 1.0)
+    assert first.p_value == pytest.approx(2 / 2**12) and first.q_value >= first.p_value
+    shapes = next(group for group in result.groups if group.value == "shape")
+    assert shapes.difference == 0 and shapes.p_value == 1.0
+    assert result.overall.count == 40 and result.overall.lost == 13 and result.overall.won == 1
+    assert len(result.changed) == 14 and len(result.lost_in(first)) == 12
+    assert result.groups.index(first) < result.groups.index(shapes)
+
+
+def test_small_groups_are_left_out():
+    result = compare(join(*pair("red", 2, 1, 3)), min_count=7)
+    assert result.groups == [] and result.overall.count == 6
+
+
+def test_predictions_of_other_items_are_refused():
+    rows, others = pair("red", 1, 1, 3)
+    with pytest.raises(ValueError, match=r"not of the same items: 1 are in one file only, such as 'what is it\?'"):
+        join(rows, others[1:])
+    with pytest.raises(ValueError, match="not of the same items: 1 are in one file only"):
+        join(rows[1:], others)
+
+
+@pytest.mark.parametrize(
+    ("columns", "score"),
+    [
+        ({"answers": ["two"], "prediction": "2"}, 1.0),
+        ({"answers": ["a", "a", "b", "c"], "prediction": "b"}, 0.25),
+        ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 6]}, 1.0),
+        ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 4]}, 0.0),
+        ({"label": 1, "prediction": 1, "probability": 0.7}, 1.0),
+        ({"label": 0, "prediction": 1, "probability": 0.7}, 0.0),
+        ({"caption": "a cat", "found": ["7"], "first_right": 1}, 1.0),
+        ({"caption": "a cat", "found": ["7"], "first_right": 2}, 0.0),
+    ],
+)
+def test_each_task_has_its_rule(columns, score):
+    assert score_of({"source": "row 1", **columns}) == pytest.approx(score)
+
+
+def test_captions_are_neither_right_nor_wrong():
+    with pytest.raises(ValueError, match="A prediction with source, captions, prediction is not right or wrong"):
+        score_of({"source": "row 1", "captions": ["a"], "prediction": "a"})
+
+
+def test_a_question_is_grouped_by_its_kind_or_its_first_words():
+    known = groups_of(row(1, "Red.", "red", kind="what color", answer_type="other"))
+    assert known == {
+        "length of the text": "1 to 4 words",
+        "kind": "what color",
+        "type of the answer": "other",
+        "answer": "red",
+    }
+    free = groups_of(row(1, "yes", "no", question="Is there a red circle here?"))
+    assert free == {"length of the text": "5 to 8 words", "first words": "is there", "answer": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "place"),
+    [
+        ([0, 0, 10, 10], "up to 1/64", "top left"),
+        ([40, 40, 60, 60], "up to 1/16", "middle"),
+        ([60, 0, 100, 40], "up to 1/4", "top right"),
+        ([0, 0, 100, 100], "more than 1/4", "middle"),
+        ([70, 80, 100, 100], "up to 1/16", "bottom right"),
+    ],
+)
+def test_size_and_place_of_what_is_asked_for(box, size, place):
+    groups = groups_of_region(box, (100, 100))
+    assert groups == {"size, as a share of the image": size, "place in the image": place}

@@ -1,0 +1,76 @@
+"""`examples/analyze_errors.py` as a user runs it: on predictions, and on checkpoints."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+from easy_vqa import get_test_image_paths
+
+from trips_examples import analyze_errors
+from trips_examples.ask import CHECKPOINT
+from trips_examples.data.scenes import easy_vqa_records
+
+
+def write_predictions(path, wrong: set[int]):
+    """40 questions, half about colours, of which some are answered wrongly."""
+    path.parent.mkdir()
+    rows = (
+        {
+            "source": f"rows.jsonl row {number}",
+            "question": f"<what> is number {number}?",
+            "answers": ["red"],
+            "kind": "color" if number < 20 else "shape",
+            "prediction": "blue" if number in wrong else "red",
+        }
+        for number in range(40)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_two_files_of_predictions(tmp_path, capsys):
+    model = write_predictions(tmp_path / "a/predictions.jsonl", wrong={*range(12), 30})
+    other = write_predictions(tmp_path / "b/predictions.jsonl", wrong={35})
+    options = ["--model", model, "--other", other, "--output_dir", str(tmp_path / "errors")]
+    result = analyze_errors.main(options)
+    assert (result.overall.lost, result.overall.won) == (13, 1)
+    assert "13 items are lost and 1 won: it is worse by more than chance (p = 0.002)" in capsys.readouterr().out
+
+    written = json.loads((tmp_path / "errors/errors.json").read_text())
+    assert (written["groups"][0]["feature"], written["groups"][0]["value"]) == ("kind", "color")
+    assert len(written["changed"]) == 14 and written["overall"]["difference"] == pytest.approx(-12 / 40)
+    page = (tmp_path / "errors/errors.html").read_text()
+    assert "&lt;what&gt; is number 3?" in page and "<what>" not in page
+    assert "src=" not in page and "href=" not in page  # it stands alone
+
+
+def test_a_file_alone_has_nothing_to_be_compared_to(tmp_path):
+    with pytest.raises(SystemExit, match="say with --other what to compare it to"):
+        analyze_errors.main(["--model", str(tmp_path / "predictions.jsonl")])
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    path = str(tmp_path / "predictions.jsonl")
+    with pytest.raises(SystemExit, match="there is no such file of predictions"):
+        analyze_errors.main(["--model", path, "--other", path])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
+    """It loses, by more than chance; what it kept is in the page."""
+    rows = []
+    for row in itertools.islice(easy_vqa_records("test"), 120):
+        name = f"{row['image_id'].split()[1]}.png"
+        shutil.copy(get_test_image_paths()[int(row["image_id"].split()[1])], tmp_path / name)
+        rows.append({**row, "image": name, "kind": row["question"].split()[0]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors")]
+    data = ["--validation_file", str(tmp_path / "rows.jsonl"), "--health_steps", "0"]
+    result = analyze_errors.main([*options, *data, "--keep_rate", "0.02", "--selection_guidance", "random"])
+    assert result.overall.accuracy < result.overall.other_accuracy == 1.0
+    assert result.overall.p_value < 0.001
+    features = {group.feature for group in result.groups}
+    assert {"kind", "answer", "place in the image", "size, as a share of the image"} <= features
+    page = (tmp_path / "errors/errors.html").read_text()
+    assert page.count('src="data:image/png;base64,') >= 6 and "layer 2: 2 patches" in page

@@ -14,7 +14,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gradio as gr
 import PIL.Image
 from easy_vqa import get_test_image_paths
 
@@ -68,46 +67,48 @@ class AppArguments:
 
 
 def read_picture(path: str | None, args: AppArguments) -> PIL.Image.Image:
-    """The picture, upright and RGB. What is wrong with it is a `gr.Error`, whose words the page shows."""
+    """The picture, upright and RGB. What is wrong with it is a `ValueError`, whose words the page shows."""
     if path is None:
-        raise gr.Error("There is no picture yet: upload one, or click an example.")
+        raise ValueError("There is no picture yet: upload one, or click an example.")
     if Path(path).stat().st_size > args.max_megabytes * 2**20:
-        raise gr.Error(f"The file is larger than {args.max_megabytes} MB: upload a smaller one.")
+        raise ValueError(f"The file is larger than {args.max_megabytes} MB: upload a smaller one.")
     try:
         with open_image(path) as opened:
             width, height = upright_size(opened)
         if width * height > args.max_megapixels * 10**6:
-            raise gr.Error(
+            raise ValueError(
                 f"The picture has {width} x {height} pixels, {args.max_megapixels:g} million are the most: shrink it."
             )
         return decode_image(path)
     except BadRowError as error:
-        raise gr.Error(f"This is no picture that can be read ({error.reason}): upload a PNG or JPEG.") from error
+        raise ValueError(f"This is no picture that can be read ({error.reason}): upload a PNG or JPEG.") from error
 
 
 def read_texts(lines: str) -> list[str]:
     texts = [line.strip() for line in lines.splitlines() if line.strip()]
     if not texts:
-        raise gr.Error("There is nothing to look for: write a line.")
+        raise ValueError("There is nothing to look for: write a line.")
     if len(texts) > MAX_TEXTS:
-        raise gr.Error(f"These are {len(texts)} lines, {MAX_TEXTS} are the most: leave some out.")
+        raise ValueError(f"These are {len(texts)} lines, {MAX_TEXTS} are the most: leave some out.")
     if longest := next((text for text in texts if len(text) > MAX_LENGTH), None):
-        raise gr.Error(f"A line has {len(longest)} characters, {MAX_LENGTH} are the most: shorten it.")
+        raise ValueError(f"A line has {len(longest)} characters, {MAX_LENGTH} are the most: shorten it.")
     return texts
 
 
-def build(args: AppArguments) -> gr.Blocks:
-    """The page for a checkpoint."""
+def build(args: AppArguments):
+    """The page for a checkpoint, a `gradio.Blocks`."""
+    import gradio as gr  # an extra
+
     asker = Asker(args.model)
     schedule = asker.schedule
     label, texts = TITLES[type(asker.model).__name__]
 
     def look(path: str | None, lines: str, *controls) -> str:
         rates, guidances = controls[: len(schedule)], controls[len(schedule) :]
-        image, texts = read_picture(path, args), read_texts(lines)
         try:
+            image, texts = read_picture(path, args), read_texts(lines)
             return render_look(asker.ask(image, texts, rates, guidances))
-        except ValueError as error:  # a text that is too long for the model
+        except ValueError as error:  # of these, and of a text that is too long for the model
             raise gr.Error(str(error)) from error
 
     with gr.Blocks(title="TRIPS: what the text makes the model look at") as page:

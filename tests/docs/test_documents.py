@@ -48,7 +48,7 @@ def test_targets_of_make_exist(document):
 
 @cache
 def options_of(script: str) -> set[str]:
-    """All that `script` takes, from the parser that it makes. The demo passes its options on."""
+    """All that `script` takes, from the parser that it makes. The demo and the analysis pass options on."""
     spec = importlib.util.spec_from_file_location(
         f"documented_{script}", SCRIPTS[TRAINED_BY_DEMO if script == "demo" else script]
     )
@@ -63,7 +63,7 @@ def options_of(script: str) -> set[str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", note)
         module.main([])
-    return options
+    return options | (options_of(TRAINED_BY_DEMO) if script == "analyze_errors" else set())
 
 
 @cache

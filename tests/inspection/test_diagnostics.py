@@ -7,7 +7,9 @@ import torch
 
 from modeling_trips import TripsSelection
 from modeling_trips.inspection.diagnostics import (
+    image_sensitivity,
     kept_coverage,
+    kept_mass,
     kept_patches,
     num_kept,
     score_entropy,
@@ -84,3 +86,17 @@ def test_share_shown_goes_by_areas():
     assert share_shown(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.25
     assert share_shown(patches, torch.tensor([0.0, 0.0, 8.0, 16.0])) == 1.0
     assert share_shown(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
+
+
+def test_the_kept_hold_the_largest_scores_of_their_row():
+    scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])
+    selection = selection_of([0, 2], [3, -2], scores=scores)  # of the second row one is kept
+    torch.testing.assert_close(kept_mass(selection), torch.tensor([0.7, 0.4]))
+
+
+def test_sensitivity_to_the_image_compares_rows_of_different_images():
+    selection = selection_of([0, 1], [2, 3], [0, 1])
+    assert image_sensitivity(selection, torch.tensor([0, 0, 1]), num_patches=4) == 0.5
+    assert image_sensitivity(selection, torch.tensor([0, 1, 0]), num_patches=4) == 1.0
+    with pytest.raises(ValueError, match="All rows have the same image"):
+        image_sensitivity(selection, torch.tensor([0, 0, 0]), num_patches=4)

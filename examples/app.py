@@ -48,7 +48,7 @@ CSS = """
 .told { display: flex; flex-wrap: wrap; gap: 1rem; }
 .told section { flex: 1 1 16rem; min-width: 0; padding: .75rem; border-radius: 8px; }
 .told section { border: 1px solid var(--border-color-primary); }
-.told figure { display: inline-block; margin: 0 .5rem .5rem 0; max-width: 45%; vertical-align: top; }
+.told figure { display: inline-block; margin: 0 .5rem .5rem 0; width: 45%; vertical-align: top; }
 .told figure img { width: 100%; }
 .told figcaption { font-size: .8rem; }
 .told h3 { overflow-wrap: anywhere; }

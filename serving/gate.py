@@ -1,0 +1,189 @@
+"""The door: what comes in is read within limits, understood, and refused with a status and a sentence if need be."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, contextmanager
+
+from anyio import CapacityLimiter, to_thread
+from prometheus_client import Gauge
+from starlette.datastructures import Headers, UploadFile
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from .engine import Engine
+from .errors import RequestError
+from .images import fetch, from_base64, is_url
+from .openapi import describe
+from .requests import Item, ServiceRequest, images_of, items_of, request_models, texts_of, validate
+from .settings import Settings
+
+
+READERS = 2  # threads that decode images: they wait for the model anyway
+DRAINED = 4  # times the limit that is read of a body which is too large, so that its client gets to read the answer
+IN_PROGRESS = Gauge("trips_requests_in_progress", "Requests that are answered or wait.", multiprocess_mode="livesum")
+
+
+class Disconnected(Exception):
+    """The client left before it had sent its request."""
+
+
+class Gate:
+    """
+    ASGI middleware: requests to the model go on with their `Item`s in `scope["state"]`, all others as they are.
+
+    Args:
+        app: what is behind it.
+        settings (`Settings`)
+        get_engine: the model, once it is loaded.
+    """
+
+    def __init__(self, app, settings: Settings, get_engine: Callable[[], Engine]):
+        self.app = app
+        self.settings = settings
+        self.get_engine = get_engine
+        self.models = request_models(settings)
+        self.in_progress = 0
+        self.buffered_bytes = 0
+        self.readers = CapacityLimiter(READERS)
+
+    async def __call__(self, scope, receive, send):
+        name = scope.get("path", "").strip("/")
+        if scope["type"] == "http" and name == "docs.json":
+            document = describe({one: self.models[one] for one in self.get_engine().endpoints})
+            return await JSONResponse(document)(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "POST" or name not in self.models:
+            return await self.app(scope, receive, send)
+        try:
+            self.check_offer(name)
+            self.check_queue()
+            async with self.body_of(scope, receive) as body:
+                self.check_queue()
+                with self.counted():
+                    request = await self.read(name, scope, body)
+                    scope.setdefault("state", {})["items"] = await self.prepare(name, request)
+                    await self.app(scope, receive, send)
+        except Disconnected:
+            return
+        except RequestError as error:
+            headers = {"Retry-After": "1"} if error.status == 503 else None
+            await JSONResponse({"error": error.message}, error.status, headers)(scope, receive, send)
+
+    def check_offer(self, name: str):
+        offered = self.get_engine().endpoints
+        if name not in offered:
+            raise RequestError(
+                404, f"This checkpoint is asked at {', '.join(f'/{one}' for one in offered)}, not at /{name}."
+            )
+
+    def check_queue(self):
+        if self.in_progress >= self.settings.queue:
+            raise RequestError(503, "Too many requests wait already: try again later.")
+
+    @asynccontextmanager
+    async def body_of(self, scope, receive) -> AsyncIterator[bytes]:
+        """The body, counted among all that are held at once for as long as it is."""
+        held = 0
+        try:
+            try:
+                async with asyncio.timeout(self.settings.read_timeout):
+                    body = bytearray()
+                    async for chunk in self.chunks_of(scope, receive):
+                        held += len(chunk)
+                        self.buffered_bytes += len(chunk)
+                        if self.buffered_bytes > self.settings.max_buffered_bytes:
+                            raise RequestError(503, "Too much is being sent at once: try again later.")
+                        body += chunk
+            except TimeoutError as error:
+                seconds = self.settings.read_timeout
+                raise RequestError(408, f"The body did not arrive within {seconds:g} seconds.") from error
+            yield bytes(body)
+        finally:
+            self.buffered_bytes -= held
+
+    async def chunks_of(self, scope, receive) -> AsyncIterator[bytes]:
+        limit = self.settings.max_body_bytes
+        declared = Headers(scope=scope).get("content-length", "")
+        received = int(declared) if declared.isdecimal() and int(declared) > DRAINED * limit else 0
+        more = received == 0
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            received += len(message.get("body", b""))
+            if received <= limit:
+                yield message.get("body", b"")
+            more = message.get("more_body", False) and received <= DRAINED * limit
+        if received > limit:
+            raise RequestError(413, f"The body is too large: at most {limit:,} bytes are taken.")
+
+    async def read(self, name: str, scope, body: bytes) -> ServiceRequest:
+        """
+        Raises:
+            RequestError: 400 or 422 if it is not what the endpoint asks for; 415 if it is neither JSON nor a form.
+        """
+        content_type = Headers(scope=scope).get("content-type", "application/json")
+        kind = content_type.partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            body = await self.read_form(self.models[name], scope, body)
+        elif kind != "application/json":
+            raise RequestError(415, "A request is application/json or multipart/form-data.")
+        return await to_thread.run_sync(validate, self.models[name], body, limiter=self.readers)
+
+    async def read_form(self, model: type[ServiceRequest], scope, body: bytes) -> dict:
+        """A form as what JSON would say: fields that are lists are given several times, files are images."""
+
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        most = self.settings.max_images + self.settings.max_texts + len(model.model_fields)
+        try:
+            # Without the application: Starlette would answer by itself.
+            request = Request({key: value for key, value in scope.items() if key != "app"}, receive)
+            async with request.form(max_files=most, max_fields=most, max_part_size=len(body)) as form:
+                values = [
+                    (name, await value.read() if isinstance(value, UploadFile) else value)
+                    for name, value in form.multi_items()
+                ]
+        except Exception as error:  # the parsers raise many kinds
+            raise RequestError(400, "The body is no valid form, or has too many fields.") from error
+        found: dict = {}
+        for name, value in values:
+            found.setdefault(name, []).append(value)
+        lists = {
+            name for name, one in model.model_fields.items() if getattr(one.annotation, "__origin__", None) is list
+        }
+        return {name: value if name in lists or len(value) > 1 else value[0] for name, value in found.items()}
+
+    async def prepare(self, name: str, request: ServiceRequest) -> list[Item]:
+        """
+        Raises:
+            RequestError: if an image or a text cannot be used.
+        """
+        engine = self.get_engine()
+        sources = [await self.bytes_of(source) for source in images_of(request)]
+
+        def prepare() -> list[Item]:
+            pictures = [engine.prepare_image(source, request.schedule) for source in sources]
+            tokens = engine.prepare_texts(texts_of(request))
+            return items_of(request, pictures, tokens, in_pairs=name != "features")
+
+        return await to_thread.run_sync(prepare, limiter=self.readers)
+
+    async def bytes_of(self, source: str | bytes) -> bytes:
+        if isinstance(source, bytes):
+            return source
+        if not is_url(source):
+            return from_base64(source)
+        if not self.settings.allow_urls:
+            raise RequestError(422, "This service fetches nothing: send the image itself, not its URL.")
+        return await fetch(source, self.settings.max_body_bytes, self.settings.url_timeout)
+
+    @contextmanager
+    def counted(self):
+        self.in_progress += 1
+        IN_PROGRESS.set(self.in_progress)
+        try:
+            yield
+        finally:
+            self.in_progress -= 1
+            IN_PROGRESS.set(self.in_progress)

@@ -1,0 +1,117 @@
+"""The service's description of itself, by OpenAPI: `/docs.json`, which its page `/` shows."""
+
+from http import HTTPStatus
+
+from pydantic import BaseModel, Field
+
+import modeling_trips
+
+from .requests import ServiceRequest
+
+
+REFERENCE = "#/components/schemas/{model}"
+REFUSALS = {
+    400: "The body is no JSON, or no form.",
+    404: "The checkpoint has no head for this.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large, or an image has too many pixels.",
+    415: "The body is neither JSON nor a form, or an image is of no known format.",
+    422: "A field is missing or not as described, an image is broken, or a text is too long.",
+    503: "Too many requests wait: try again later.",
+}
+HEALTH = {
+    "/livez": "200 while the process runs.",
+    "/readyz": "200 when the model is loaded.",
+    "/metrics": "Counts and times, for Prometheus.",
+}
+
+
+class Answer(BaseModel):
+    answer: str
+    score: float = Field(description="Its probability.")
+
+
+class AnswerResponse(BaseModel):
+    answers: list[list[Answer]] = Field(description="For each question its answers, the best first.")
+
+
+class CaptionResponse(BaseModel):
+    captions: list[str] = Field(description="One for each prompt.")
+
+
+class Score(BaseModel):
+    image: int = Field(description="Which of the request's images, from 0.")
+    text: int = Field(description="Which of its texts, from 0.")
+    score: float = Field(description="The probability that they match.")
+
+
+class MatchResponse(BaseModel):
+    scores: list[Score] = Field(description="Of each image with each text.")
+
+
+class Features(BaseModel):
+    image: int | None = Field(None, description="Which of the request's images, from 0; or")
+    text: int | None = Field(None, description="which of its texts.")
+    features: list[float] = Field(description="Of length 1: the dot product of two is their similarity.")
+
+
+class FeaturesResponse(BaseModel):
+    features: list[Features]
+
+
+class Refusal(BaseModel):
+    error: str = Field(description="What is wrong with the request, and what would be right.")
+
+
+RESPONSES = {
+    "answer": (AnswerResponse, "Answer questions about an image"),
+    "caption": (CaptionResponse, "Describe an image"),
+    "match": (MatchResponse, "Match images with texts: rank again what features found"),
+    "features": (FeaturesResponse, "Features of images and texts, which can be compared and indexed"),
+}
+
+
+def describe(requests: dict[str, type[ServiceRequest]]) -> dict:
+    """The OpenAPI document of a service with these endpoints, as JSON has it."""
+    schemas: dict = {}
+    paths = {f"/{name}": {"post": _operation(name, model, schemas)} for name, model in requests.items()}
+    for path, text in HEALTH.items():
+        plain = {"description": text, "content": {"text/plain": {"schema": {"type": "string"}}}}
+        paths[path] = {"get": {"summary": text, "operationId": path.strip("/"), "responses": {"200": plain}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "TRIPS", "version": modeling_trips.__version__},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def _operation(name: str, request: type[ServiceRequest], schemas: dict) -> dict:
+    response, summary = RESPONSES[name]
+    body = _reference(request, schemas)
+    example = {one: field.examples[0] for one, field in request.model_fields.items() if field.examples}
+    if "image" in request.model_fields:
+        example["image"] = schemas[request.__name__]["properties"]["image"]["examples"][0]
+    refusal = {"application/json": {"schema": _reference(Refusal, schemas)}}
+    refusals = {str(code): {"description": text, "content": refusal} for code, text in REFUSALS.items()}
+    answer = {"application/json": {"schema": _reference(response, schemas)}}
+    return {
+        "operationId": name,
+        "summary": summary,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": body, "example": example},
+                "multipart/form-data": {"schema": body},
+            },
+        },
+        "responses": {"200": {"description": HTTPStatus.OK.phrase, "content": answer}, **refusals},
+    }
+
+
+def _reference(model: type[BaseModel], schemas: dict) -> dict:
+    """Where the model's schema is, once it is among `schemas`."""
+    schema = model.model_json_schema(ref_template=REFERENCE)
+    schemas |= schema.pop("$defs", {})
+    schemas[model.__name__] = schema
+    return {"$ref": REFERENCE.format(model=model.__name__)}

@@ -1,0 +1,93 @@
+"""
+The service itself, for `bentoml serve trips_serving.service:Trips`: BentoML routes, batches, measures and shuts down;
+what comes in was read at the gate.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+
+# Before the import, which reads it: who serves a model tells nobody of it.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+import bentoml  # noqa: E402
+from bentoml import IODescriptor  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.responses import JSONResponse, Response  # noqa: E402
+
+from .engine import Engine  # noqa: E402
+from .gate import Gate  # noqa: E402
+from .settings import Settings  # noqa: E402
+
+
+SETTINGS = Settings.from_environment()
+# Time for a body to come, for its batch to come up, and to be computed.
+TIMEOUT = 2 * (SETTINGS.read_timeout + SETTINGS.max_latency_ms / 1000)
+BATCHES = {"batchable": True, "max_batch_size": SETTINGS.max_batch_size, "max_latency_ms": SETTINGS.max_latency_ms}
+
+
+@cache
+def get_engine() -> Engine:
+    return Engine(SETTINGS)
+
+
+class Items(IODescriptor):
+    """What the gate made of a request."""
+
+    items: list[Any]
+
+    @classmethod
+    async def from_http_request(cls, request: Request, serde) -> "Items":
+        return cls.model_construct(items=request.state.items)
+
+
+class Results(IODescriptor):
+    """One per item, in an object that says what they are."""
+
+    results: list[Any]
+
+    @classmethod
+    async def to_http_response(cls, results: list, serde) -> Response:
+        return JSONResponse({cls.__name__.lower(): results})
+
+
+class Answers(Results):
+    pass
+
+
+class Captions(Results):
+    pass
+
+
+class Scores(Results):
+    pass
+
+
+class Features(Results):
+    pass
+
+
+@bentoml.service(name="trips", workers=SETTINGS.workers, traffic={"timeout": TIMEOUT})
+class Trips:
+    def __init__(self):
+        self.engine = get_engine()
+
+    @bentoml.api(input_spec=Items, output_spec=Answers, **BATCHES)
+    def answer(self, items: list) -> list:
+        return self.engine.answer(items)
+
+    @bentoml.api(input_spec=Items, output_spec=Captions, **BATCHES)
+    def caption(self, items: list) -> list:
+        return self.engine.caption(items)
+
+    @bentoml.api(input_spec=Items, output_spec=Scores, **BATCHES)
+    def match(self, items: list) -> list:
+        return self.engine.match(items)
+
+    @bentoml.api(input_spec=Items, output_spec=Features, **BATCHES)
+    def features(self, items: list) -> list:
+        return self.engine.features(items)
+
+
+Trips.add_asgi_middleware(Gate, settings=SETTINGS, get_engine=get_engine)

@@ -1,0 +1,113 @@
+"""The configuration of the service, from environment variables: `TRIPS_QUEUE` is the field `queue`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from modeling_trips.inspection.schedules import UNPRUNED, Schedule
+
+
+PREFIX = "TRIPS_"
+DEFAULT = "default"  # the name of the checkpoint's own schedule
+SWITCHES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def read_schedules(text: str) -> dict[str, Schedule]:
+    """
+    `"fast=5:text:0.3,10:text:0.3;full="` -> schedules by name; one that is empty keeps all patches.
+
+    Raises:
+        ValueError: if an entry has no name, or its schedule is none.
+    """
+    schedules = {}
+    for entry in filter(None, map(str.strip, text.split(";"))):
+        name, equals, schedule = entry.partition("=")
+        if not equals or not name.strip() or name.strip() in (DEFAULT, *schedules):
+            raise ValueError(
+                f"{entry!r}: give each schedule a name of its own, but not {DEFAULT!r}, as in fast=5:text:0.3"
+            )
+        schedules[name.strip()] = Schedule.parse(schedule) if schedule.strip() else UNPRUNED
+    return schedules
+
+
+def _read_switch(text: str) -> bool:
+    if text.lower() not in SWITCHES:
+        raise ValueError(f"must be one of {', '.join(SWITCHES)}")
+    return SWITCHES[text.lower()]
+
+
+def _read_count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError("must be at least 1")
+    return int(text)
+
+
+def _read_size(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError("must be at least 0")
+    return int(text)
+
+
+def _read_seconds(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise ValueError("must be a number of seconds above 0")
+    return float(text)
+
+
+def _setting(default, read, help: str):
+    metadata = {"read": read, "help": help}
+    return (
+        field(default_factory=dict, metadata=metadata)
+        if default is dict
+        else field(default=default, metadata=metadata)
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = _setting("", str, "folder or Hub repository of the checkpoint")
+    revision: str = _setting("main", str, "its branch, tag or commit on the Hub")
+    device: str = _setting("cuda" if torch.cuda.is_available() else "cpu", str, "where it runs")
+    dtype: str = _setting("auto", str, "of its weights, as in bfloat16; auto: as they were saved")
+    schedules: Mapping[str, Schedule] = _setting(
+        dict, read_schedules, "keep rates that requests may name: fast=5:text:0.3,10:text:0.3;full="
+    )
+    workers: int = _setting(1, _read_count, "processes, each with a model, a queue and a cache of its own")
+    max_batch_size: int = _setting(32, _read_count, "pairs of image and text that are computed at once")
+    max_latency_ms: int = _setting(30_000, _read_count, "a request that would wait longer is refused (503)")
+    queue: int = _setting(64, _read_count, "requests that are being answered or wait; more are refused (503)")
+    max_body_bytes: int = _setting(8 << 20, _read_count, "of one request; more is refused (413)")
+    max_buffered_bytes: int = _setting(
+        256 << 20, _read_count, "of all bodies that are held at once; more is refused (503)"
+    )
+    read_timeout: float = _setting(10.0, _read_seconds, "seconds that a client has to send its body (408)")
+    max_pixels: int = _setting(16 << 20, _read_count, "of one image; more is refused (413)")
+    max_images: int = _setting(8, _read_count, "in one request; more are refused (422)")
+    max_texts: int = _setting(32, _read_count, "in one request; more are refused (422)")
+    max_text_length: int = _setting(2000, _read_count, "characters of one text; more are refused (422)")
+    cache_bytes: int = _setting(
+        256 << 20, _read_size, "what images share among their texts is kept up to this; 0: never"
+    )
+    allow_urls: bool = _setting(False, _read_switch, "whether an image may be a URL, of public addresses only")
+    url_timeout: float = _setting(5.0, _read_seconds, "seconds for the image behind a URL")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """
+        Raises:
+            ValueError: if a variable has no value that fits, or is none of the fields.
+        """
+        by_name = {PREFIX + one.name.upper(): one for one in fields(cls)}
+        unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in by_name)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no setting of the service; there are {', '.join(by_name)}")
+        values = {}
+        for name, one in by_name.items():
+            if name in environment:
+                try:
+                    values[one.name] = one.metadata["read"](environment[name].strip())
+                except ValueError as error:
+                    raise ValueError(f"{name}={environment[name]}: {error}") from error
+        return cls(**values)

@@ -1,0 +1,74 @@
+"""The service as a process of its own on loopback, and how to talk to it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+from places import EXAMPLES
+
+
+CHECKPOINT = EXAMPLES / "trips-tiny-easy-vqa"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class RunningService:
+    """
+    `bentoml serve`, from entering to leaving.
+
+    Args:
+        log (`Path`): where it writes what it has to say.
+        settings: as in `queue=4`, which is `TRIPS_QUEUE=4` to the process.
+    """
+
+    def __init__(self, log: Path, model: Path = CHECKPOINT, **settings):
+        self.log = log
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = {f"TRIPS_{name.upper()}": str(value) for name, value in {"model": model, **settings}.items()}
+
+    def __enter__(self) -> "RunningService":
+        command = ["serve", "trips_serving.service:Trips", "--host", "127.0.0.1", "--port", str(self.port)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bentoml", *command], stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        until = time.monotonic() + 300
+        while not self.is_ready():
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-3000:]
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait(60)
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def post(self, endpoint: str, body: dict | None = None, **options) -> httpx.Response:
+        options = options if body is None else {"json": body, **options}
+        return httpx.post(f"{self.url}/{endpoint}", timeout=120, **options)
+
+    def metric(self, name: str) -> float:
+        """The sum over its labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", name + "{")))
+
+    def memory(self) -> int:
+        """Bytes in RAM of all its processes."""
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return sum(process.memory_info().rss for process in processes)

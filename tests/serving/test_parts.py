@@ -1,0 +1,236 @@
+"""The parts of the service, without a process: settings, images of strangers, the cache of what images share."""
+
+import asyncio
+import base64
+import io
+import socket
+import struct
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import PIL.Image
+import pytest
+import torch
+from tiny_retrieval import images, make_model
+
+
+pytest.importorskip("bentoml")
+
+from trips_serving.cache import PrefixCache, form, join, num_bytes, split  # noqa: E402
+from trips_serving.errors import RequestError  # noqa: E402
+from trips_serving.images import decode, fetch, from_base64, is_public  # noqa: E402
+from trips_serving.requests import images_of, items_of, request_models, texts_of, validate  # noqa: E402
+from trips_serving.settings import Settings  # noqa: E402
+
+
+def encoded(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says to be of this size, in a few hundred bytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 100_000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_settings_come_from_the_environment():
+    settings = Settings.from_environment(
+        {"TRIPS_QUEUE": " 7 ", "TRIPS_ALLOW_URLS": "yes", "TRIPS_SCHEDULES": "fast=1:image:0.5,2:text:0.3; full=", "HOME": "/"}
+    )
+    assert settings.queue == 7 and settings.allow_urls and settings.max_texts == Settings().max_texts
+    assert settings.schedules["fast"].selecting == {1: ("image", 0.5), 2: ("text", 0.3)}
+    assert settings.schedules["full"].selecting == {}
+    assert not Settings.from_environment({}).allow_urls
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("TRIPS_QUEUE", "0"),
+        ("TRIPS_QUEUE", "many"),
+        ("TRIPS_ALLOW_URLS", "maybe"),
+        ("TRIPS_READ_TIMEOUT", "nan"),
+        ("TRIPS_CACHE_BYTES", "-1"),
+        ("TRIPS_SCHEDULES", "fast"),
+        ("TRIPS_SCHEDULES", "default=2"),
+        ("TRIPS_SCHEDULES", "fast=2:text:much"),
+        ("TRIPS_QUEUES", "7"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        Settings.from_environment({name: value})
+
+
+def test_pictures_of_every_format_are_read():
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        assert decode(encoded(PIL.Image.new("RGB", (5, 4), "white"), kind), 20).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (b"", 422),
+        (b"no picture", 415),
+        (encoded(PIL.Image.new("RGB", (40, 40)), "TIFF"), 415),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
+        (encoded(PIL.Image.effect_noise((60, 60), 50))[:-200], 422),
+        (encoded(PIL.Image.new("RGB", (101, 100))), 413),
+        (bomb(20_000, 20_000), 413),
+        (bomb(2**31 - 1, 2**31 - 1), 413),
+        (bomb(90, 90)[:-20], 422),
+        (encoded(PIL.Image.new("F", (9, 9)), "TIFF"), 415),
+    ],
+)
+def test_what_is_no_picture_is_refused(data, status):
+    with pytest.raises(RequestError) as refused:
+        decode(data, max_pixels=10_000)
+    assert refused.value.status == status
+
+
+def test_base64_with_and_without_what_data_urls_say():
+    data = encoded(PIL.Image.new("RGB", (3, 3)))
+    text = base64.b64encode(data).decode()
+    assert from_base64(text) == from_base64(f"data:image/png;base64,{text}") == data
+    for broken in ("a", "ä", text[:-1], "data:,", "../../etc/passwd", "file:///etc/passwd"):
+        if broken == "data:,":
+            assert from_base64(broken) == b""  # refused as an empty image
+            continue
+        with pytest.raises(RequestError, match="base64"):
+            from_base64(broken)
+
+
+@pytest.mark.parametrize(
+    "address, expected",
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_public_addresses(address, expected):
+    assert is_public(address) is expected
+
+
+class Site(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.2:{self.server.server_port}/data")
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/missing" else 200)
+        self.end_headers()
+        self.wfile.write(b"x" * 1000)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site():
+    server = ThreadingHTTPServer(("0.0.0.0", 0), Site)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_urls_are_fetched_from_allowed_addresses_alone(site):
+    def only_first(address):
+        return address == "127.0.0.1"
+
+    def fetched(url, max_bytes=1000, is_allowed=only_first):
+        return asyncio.run(fetch(url, max_bytes, timeout=5, is_allowed=is_allowed))
+
+    assert fetched(f"{site}/data") == b"x" * 1000
+    refusals = {
+        (f"{site}/data", 999, only_first): 413,
+        (f"{site}/missing", 1000, only_first): 422,
+        (f"{site}/elsewhere", 1000, only_first): 422,  # the redirect leads to another address
+        (f"{site}/data", 1000, is_public): 422,
+        (site.replace("127.0.0.1", "localhost"), 1000, is_public): 422,  # a name is judged by its address
+        ("http://[::1]:1/", 1000, is_public): 422,
+        ("http://", 1000, is_public): 422,
+        ("http://no.such.host.invalid/", 1000, is_public): 422,
+    }
+    for (url, max_bytes, is_allowed), status in refusals.items():
+        with pytest.raises(RequestError) as refused:
+            fetched(url, max_bytes, is_allowed)
+        assert refused.value.status == status, url
+        assert "127.0.0" not in refused.value.message
+
+
+def test_a_site_that_never_answers_is_given_up(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        with pytest.raises(RequestError) as refused:
+            asyncio.run(fetch(url, 1000, timeout=0.3, is_allowed=lambda address: True))
+    assert refused.value.status == 422
+
+
+@pytest.mark.parametrize("guidance", ["text", ["image", "text"], "image"])
+@torch.no_grad()
+def test_rows_of_prefixes_split_and_join(guidance):
+    model = make_model(selection_guidance=guidance)
+    whole = model.model.encode_images(images())
+    rows = split(whole)
+    order = torch.tensor([2, 0])
+    joined = join([rows[2], rows[0]])
+    tokens = torch.tensor([[1, 5, 2], [1, 8, 2]])
+    expected = model.match(tokens, prefix=whole, image_index=order).itm_logits
+    torch.testing.assert_close(model.match(tokens, prefix=joined).itm_logits, expected)
+    assert len({form(row) for row in rows}) == 1
+    # A row holds its own memory, not that of the batch that it came from.
+    assert num_bytes(rows[0]) == sum(
+        value.untyped_storage().nbytes() for value in rows[0].values() if isinstance(value, torch.Tensor)
+    )
+
+
+@torch.no_grad()
+def test_the_cache_holds_so_many_bytes_and_drops_what_was_not_used():
+    rows = split(make_model().model.encode_images(images()))
+    size = num_bytes(rows[0])
+    cache = PrefixCache(3 * size)
+    for key in range(3):
+        cache.put(key, rows[key])
+    assert cache.get(0) is rows[0]
+    cache.put(3, rows[3])
+    assert [cache.get(key) is not None for key in range(4)] == [True, False, True, True]
+    assert cache.bytes == 3 * size and len(cache) == 3
+    cache.put(3, rows[3])
+    assert cache.bytes == 3 * size
+    nothing = PrefixCache(size - 1)
+    nothing.put(0, rows[0])
+    assert len(nothing) == 0 == nothing.bytes
+
+
+def test_each_image_meets_each_text_and_features_are_of_each_alone():
+    model = request_models(Settings())["match"]
+    request = validate(model, {"images": ["a", "b"], "texts": ["x", "y", "z"]})
+    assert images_of(request) == ["a", "b"] and texts_of(request) == ["x", "y", "z"]
+    places = [item.place for item in items_of(request, [None] * 2, [None] * 3, in_pairs=True)]
+    assert places == [{"image": image, "text": text} for image in range(2) for text in range(3)]
+    alone = [item.place for item in items_of(request, [None] * 2, [None] * 3, in_pairs=False)]
+    assert alone == [{"image": 0}, {"image": 1}, {"text": 0}, {"text": 1}, {"text": 2}]
+    with pytest.raises(RequestError, match="no image and no text"):
+        items_of(request, [], [], in_pairs=False)

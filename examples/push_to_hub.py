@@ -28,6 +28,13 @@ class PublishArguments:
     revision: str = field(default="main", metadata={"help": "Branch to publish to."})
     tag: str | None = field(default=None, metadata={"help": "Tag that the published commit gets, as in v1.0."})
     commit_message: str = field(default="Publish model", metadata={"help": "Title of the commit."})
+    sentence_transformers: str | None = field(
+        default=None,
+        metadata={
+            "help": "SentenceTransformer or CrossEncoder: what Sentence Transformers loads a retrieval model as."
+        },
+    )
+    with_handler: bool = field(default=False, metadata={"help": "Add the handler.py that Inference Endpoints run."})
     dry_run: bool = field(
         default=False, metadata={"help": "Show the files and the card, and send nothing. Needs no network."}
     )
@@ -37,9 +44,9 @@ class PublishArguments:
             raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-easy-vqa.")
 
 
-def show(files: list[Path]):
+def show(files: list[Path], folder: Path):
     for path in files:
-        print(f"{path.stat().st_size:>15,}  {path.name}")
+        print(f"{path.stat().st_size:>15,}  {path.relative_to(folder).as_posix()}")
     print(f"{sum(path.stat().st_size for path in files):>15,}  bytes in all\n")
 
 
@@ -47,8 +54,16 @@ def main(argv: list[str] | None = None) -> str | None:
     parser = make_parser(PublishArguments, CardArguments, description=__doc__)
     args, card_args = parser.parse_args_into_dataclasses(args=argv)
     with tempfile.TemporaryDirectory() as target:
-        files = build_repository(Path(target), Path(args.model), args.repo_id, card_args, revision=args.revision)
-        show(files)
+        files = build_repository(
+            Path(target),
+            Path(args.model),
+            args.repo_id,
+            card_args,
+            revision=args.revision,
+            sentence_transformers=args.sentence_transformers,
+            with_handler=args.with_handler,
+        )
+        show(files, Path(target))
         if args.dry_run:
             print((Path(target) / "README.md").read_text(encoding="utf-8"))
             print(f"Dry run: nothing was sent to {args.repo_id}.")

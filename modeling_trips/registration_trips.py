@@ -29,7 +29,7 @@ CONFIGS = (TripsConfig, TripsVisionConfig, TripsTextConfig)
 
 # Of several classes with one configuration, a checkpoint's own comes first; the first one serves other checkpoints.
 MODELS = {
-    "AutoModel": (TripsModel, TripsVisionModel, TripsSingleStreamModel, TripsTextModel),
+    "AutoModel": (TripsModel, TripsForRetrieval, TripsVisionModel, TripsSingleStreamModel, TripsTextModel),
     "AutoModelForImageTextToText": (TripsForConditionalGeneration, TripsForQuestionAnswering),
     "AutoModelForPreTraining": (TripsForPreTraining,),
     "AutoModelForSequenceClassification": (TripsForImagesAndTextClassification,),

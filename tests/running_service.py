@@ -34,7 +34,9 @@ class RunningService:
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = {f"TRIPS_{name.upper()}": str(value) for name, value in {"model": model, **settings}.items()}
+        self.environment = {
+            f"TRIPS_{name.upper()}": str(value) for name, value in {"model": model, **settings}.items()
+        }
 
     def __enter__(self) -> "RunningService":
         command = ["serve", "trips_serving.service:Trips", "--host", "127.0.0.1", "--port", str(self.port)]

@@ -190,7 +190,7 @@ def auto_class_of(config: TripsConfig) -> str:
         (pipeline,) = config.custom_pipelines.values()
         return pipeline["pt"][0]
     own = [name for name, reference in config.auto_map.items() if reference.endswith(f".{config.architectures[0]}")]
-    return own[0] if own else "AutoModel"
+    return own[-1] if own else "AutoModel"  # that of its task behind the one of any
 
 
 def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[tuple[int, int], list[int]]:

@@ -1,6 +1,8 @@
 """A trained model as a repository of the Hub: the folder that is published, and its upload in one commit."""
 
 import json
+import os
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 import modeling_trips
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
+from .eval_results import write_eval_results
 from .model_card import CardArguments, make_model_card
+from .sentence_transformers import check_kind, prepare, write_modules
 
 
 # All that a published model consists of; nothing else leaves this machine.
@@ -25,11 +29,28 @@ PUBLISHED = (
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
     "*.py",
+    # For Sentence Transformers
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Dense/config.json",
+    "1_Dense/model.safetensors",
+    # Results, for the Hub
+    ".eval_results/*.yaml",
 )
+# What Inference Endpoints run, and the heads that it knows.
+HANDLER = Path(__file__).with_name("handler.py")
+HANDLED = ("TripsForConditionalGeneration", "TripsForQuestionAnswering", "TripsForRetrieval")
 
 
 def build_repository(
-    target: Path, folder: Path, repo_id: str, card_args: CardArguments, revision: str = "main"
+    target: Path,
+    folder: Path,
+    repo_id: str,
+    card_args: CardArguments,
+    revision: str = "main",
+    sentence_transformers: str | None = None,
+    with_handler: bool = False,
 ) -> list[Path]:
     """
     Writes what is to be published: weights, configuration, processor and code, saved afresh, and a model card.
@@ -40,20 +61,33 @@ def build_repository(
         repo_id (`str`): where the card's code loads the checkpoint from.
         card_args (`CardArguments`): what the card says besides.
         revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
+        sentence_transformers (`str`, *optional*): `"SentenceTransformer"` or `"CrossEncoder"`: what Sentence
+            Transformers is to load it as; a TripsForRetrieval alone can be that.
+        with_handler (`bool`, *optional*, defaults to `False`): whether it holds what Inference Endpoints run.
 
     Returns:
         `list[Path]`: the files, sorted.
 
     Raises:
-        ValueError: if `folder` holds no whole TRIPS model with all its weights, or no processor; if saving them wrote
-            a file that is not to be published; or as `make_model_card` does.
+        ValueError: if `folder` holds no whole TRIPS model with all its weights, or no processor; if its head serves
+            neither Sentence Transformers nor Inference Endpoints, and it is to; if saving wrote a file that is not to
+            be published; or as `make_model_card` does.
     """
     model, processor = _load_model(folder), _load_processor(folder)
+    if sentence_transformers is not None:
+        check_kind(model, sentence_transformers)
+        prepare(model, processor, sentence_transformers)
+        write_modules(target, sentence_transformers)
+    if with_handler:
+        _check_handled(model)
+        shutil.copyfile(HANDLER, target / "handler.py")
     model.save_pretrained(target)
     processor.save_pretrained(target)
     results = _results_of(folder, card_args)
     card = make_model_card(model, processor, repo_id, card_args, results=results, revision=revision)
     card.save(target / "README.md")
+    if results is not None:
+        write_eval_results(target, results, card_args)
     files = sorted(path for path in target.rglob("*") if path.is_file())
     names = [path.relative_to(target).as_posix() for path in files]
     unknown = [name for name in names if not _is_published(name)]
@@ -99,14 +133,16 @@ def publish(
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     _check_target(api, repo_id, private, revision, tag)
     before = api.model_info(repo_id, revision=revision)
-    names = {path.name for path in files}
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    by_name = {path.relative_to(root).as_posix(): path for path in files}
     stale = [
-        file.rfilename for file in before.siblings if _is_published(file.rfilename) and file.rfilename not in names
+        file.rfilename for file in before.siblings if _is_published(file.rfilename) and file.rfilename not in by_name
     ]
     # `upload_folder` would split a long upload into several commits.
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(path.name, path) for path in files] + [CommitOperationDelete(name) for name in stale],
+        [CommitOperationAdd(name, path) for name, path in by_name.items()]
+        + [CommitOperationDelete(name) for name in stale],
         commit_message=commit_message,
         revision=revision,
         parent_commit=before.sha,
@@ -139,6 +175,11 @@ def _load_processor(folder: Path) -> TripsProcessor:
     return TripsProcessor.from_pretrained(folder)
 
 
+def _check_handled(model: TripsPreTrainedModel):
+    if type(model).__name__ not in HANDLED:
+        raise ValueError(f"Inference Endpoints run {', '.join(HANDLED)}, not a {type(model).__name__}.")
+
+
 def _results_of(folder: Path, args: CardArguments) -> Path | None:
     """The file of measured metrics: the one given, or the one that training left in the folder."""
     if args.results is not None:
@@ -148,7 +189,7 @@ def _results_of(folder: Path, args: CardArguments) -> Path | None:
 
 
 def _is_published(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in PUBLISHED)
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLISHED)
 
 
 def _check_target(api: HfApi, repo_id: str, private: bool, revision: str, tag: str | None):

@@ -23,6 +23,7 @@ import modeling_trips
 from modeling_trips import (
     TripsConfig,
     TripsForConditionalGeneration,
+    TripsForRetrieval,
     TripsImageToTextPipeline,
     TripsModel,
     TripsPreTrainedModel,
@@ -48,7 +49,10 @@ def test_auto_classes_make_the_class_of_the_checkpoint(checkpoints):
     for name, folder in checkpoints.items():
         assert type(AutoConfig.from_pretrained(folder)) is TripsConfig
         assert type(AutoProcessor.from_pretrained(folder)) is TripsProcessor
-        assert type(AutoModel.from_pretrained(folder)) is TripsModel
+        # Features of a retrieval model are what `AutoModel` is asked for: Sentence Transformers does.
+        assert type(AutoModel.from_pretrained(folder)) is (
+            TripsForRetrieval if name == "TripsForRetrieval" else TripsModel
+        )
         for auto_class, models in MODELS.items():
             model = getattr(transformers, auto_class).from_pretrained(folder)
             own = getattr(modeling_trips, name)

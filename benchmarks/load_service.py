@@ -1,0 +1,153 @@
+"""
+Load on a running service, by Locust: throughput and times of 1, 8 and 32 clients that each ask about images of their
+own; and of one client that asks ten questions in ten requests, about one image and about ten.
+
+    TRIPS_MODEL=examples/trips-tiny-easy-vqa bentoml serve trips_serving.service:Trips --port 3000 &
+    python benchmarks/load_service.py --url http://127.0.0.1:3000 --requests 500 --output_json rows.json
+
+With `--pid`, the memory of that process and its children is read before and after.
+"""
+
+import gevent.monkey
+
+
+gevent.monkey.patch_all()  # before all that opens sockets
+
+import argparse  # noqa: E402
+import base64  # noqa: E402
+import io  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import random  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import gevent  # noqa: E402
+import PIL.Image  # noqa: E402
+import PIL.ImageDraw  # noqa: E402
+import psutil  # noqa: E402
+from locust import constant, task  # noqa: E402
+from locust.contrib.fasthttp import FastHttpUser  # noqa: E402
+from locust.env import Environment  # noqa: E402
+
+
+QUESTIONS = [
+    "what shape is in the image?",
+    "what color is the shape?",
+    "is there a circle?",
+    "is there a red shape?",
+    "does the image contain a triangle?",
+    "is there a blue shape?",
+    "is there not a rectangle?",
+    "is a green shape present?",
+    "what is the color of the shape?",
+    "is there a gray shape in the image?",
+]
+
+
+def make_image(number: int, size: tuple[int, int]) -> str:
+    """A JPEG in base64, of a shape and noise: another one for each number."""
+    draw = random.Random(number)
+    image = PIL.Image.effect_noise(size, 20).convert("RGB")
+    left, top = (draw.randrange(length // 2) for length in size)
+    color = tuple(draw.randrange(256) for _ in range(3))
+    PIL.ImageDraw.Draw(image).rectangle((left, top, left + size[0] // 3, top + size[1] // 3), fill=color)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+class Asking(FastHttpUser):
+    """Asks one question after the other, without a pause, until all are asked."""
+
+    wait_time = constant(0)
+    bodies: Iterator[dict]
+
+    @task
+    def ask(self):
+        body = next(self.bodies, None)
+        if body is None:
+            gevent.sleep(0.05)  # the others are still waiting
+        else:
+            self.client.post("/answer", json=body)
+
+
+def bodies(images: list[str], num_requests: int) -> Iterator[dict]:
+    for number in range(num_requests):
+        yield {"image": images[number % len(images)], "questions": [QUESTIONS[number % len(QUESTIONS)]]}
+
+
+def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dict:
+    """One row: what `num_clients` saw until `num_requests` were answered."""
+    Asking.bodies = bodies(images, num_requests)
+    environment = Environment(user_classes=[Asking], host=url)
+    runner = environment.create_local_runner()
+    start = time.perf_counter()
+    runner.start(num_clients, spawn_rate=num_clients)
+    total = environment.stats.total
+    while total.num_requests < num_requests:
+        gevent.sleep(0.01)
+    seconds = time.perf_counter() - start
+    runner.quit()
+    return {
+        "clients": num_clients,
+        "requests": total.num_requests,
+        "failures": total.num_failures,
+        "requests_per_second": total.num_requests / seconds,
+        "p50_ms": total.get_response_time_percentile(0.5),
+        "p99_ms": total.get_response_time_percentile(0.99),
+    }
+
+
+def memory_of(pid: int | None) -> int | None:
+    """Bytes in RAM of a process and all that it started."""
+    if pid is None:
+        return None
+    process = psutil.Process(pid)
+    return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+
+
+def compare_images(url: str, size: tuple[int, int], rounds: int) -> dict:
+    """Ten questions in ten requests, about one new image or ten: the median of the rounds, which alternate."""
+    seconds: dict[int, list[float]] = {1: [], 10: []}
+    numbers = itertools.count(10**6)
+    for _ in range(rounds):
+        for num_images, found in seconds.items():
+            images = [make_image(next(numbers), size) for _ in range(num_images)]
+            found.append(10 / run(url, 1, images, 10)["requests_per_second"])
+    one, ten = (sorted(found)[rounds // 2] for found in seconds.values())
+    return {"one_image_seconds": one, "ten_images_seconds": ten, "ratio": ten / one}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:3000")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=500, help="for each number of clients")
+    parser.add_argument("--images", type=int, default=200, help="how many different ones are asked about, in turn")
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), help="their width and height")
+    parser.add_argument("--rounds", type=int, default=7, help="of ten requests about one image and about ten")
+    parser.add_argument("--pid", type=int, help="of the service")
+    parser.add_argument("--output_json", type=Path)
+    args = parser.parse_args(argv)
+
+    images = [make_image(number, args.size) for number in range(args.images)]
+    run(args.url, 8, images[:20], 40)  # warm up
+    result = {"load_average_before": os.getloadavg()[0], "memory_before": memory_of(args.pid), "rows": []}
+    for num_clients in args.clients:
+        row = run(args.url, num_clients, images, args.requests)
+        result["rows"].append(row)
+        print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)
+    if args.rounds:
+        result["images"] = compare_images(args.url, args.size, args.rounds)
+        print(" ".join(f"{name}={value:.3f}" for name, value in result["images"].items()))
+    result |= {"load_average_after": os.getloadavg()[0], "memory_after": memory_of(args.pid)}
+    if args.output_json:
+        args.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Retrieval checkpoints in the library Sentence Transformers: the real one, from the files that publishing writes."""
+
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
+from modeling_trips.publishing import CardArguments, build_repository
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+
+
+library = pytest.importorskip("sentence_transformers")
+
+TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
+IMAGES = [PIL.Image.new("RGB", (70, 50), color) for color in ("teal", "red")]
+
+
+def make_checkpoint(folder: Path, model_class=TripsForRetrieval, **fields) -> Path:
+    torch.manual_seed(0)
+    tokenizer = train_wordpiece_tokenizer(TEXTS)
+    config = TripsConfig.from_preset(
+        "tiny", text_config={"vocab_size": len(tokenizer)}, initializer_range=0.3, **fields
+    )
+    model_class(config).save_pretrained(folder)
+    make_processor(tokenizer, config).save_pretrained(folder)
+    return folder
+
+
+def publish_as(kind: str, tmp_path: Path, **fields) -> Path:
+    folder = make_checkpoint(tmp_path / "checkpoint", **fields)
+    target = tmp_path / kind
+    target.mkdir()
+    build_repository(target, folder, "ada/finder", CardArguments(), sentence_transformers=kind)
+    return target
+
+
+def model_and_inputs(folder: Path):
+    model, processor = TripsForRetrieval.from_pretrained(folder).eval(), TripsProcessor.from_pretrained(folder)
+    return model, processor(images=IMAGES, return_tensors="pt"), processor(text=TEXTS, return_tensors="pt")
+
+
+@torch.no_grad()
+def test_features_of_texts_and_images(tmp_path):
+    folder = publish_as("SentenceTransformer", tmp_path)
+    encoder = library.SentenceTransformer(str(folder), device="cpu")
+    model, images, texts = model_and_inputs(folder)
+    of_texts, of_images = encoder.encode(TEXTS, convert_to_tensor=True), encoder.encode(IMAGES, convert_to_tensor=True)
+    torch.testing.assert_close(of_texts, model.get_text_features(**texts).pooler_output, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(of_images, model.get_image_features(**images).pooler_output, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encoder.similarity(of_texts, of_images), of_texts @ of_images.T)
+    assert encoder.get_embedding_dimension() == model.config.projection_dim
+
+
+@torch.no_grad()
+def test_matching_scores_pairs_and_ranks_images(tmp_path):
+    folder = publish_as("CrossEncoder", tmp_path)
+    matcher = library.CrossEncoder(str(folder), device="cpu")
+    model, images, texts = model_and_inputs(folder)
+    pairs = [(text, image) for text in range(len(TEXTS)) for image in range(len(IMAGES))]
+    index = {
+        "text_index": torch.tensor([pair[0] for pair in pairs]),
+        "image_index": torch.tensor([pair[1] for pair in pairs]),
+    }
+    expected = model.match(**texts, **images, **index).itm_logits.softmax(-1)[:, 1]
+    found = matcher.predict([(TEXTS[text], IMAGES[image]) for text, image in pairs], convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(set(found.tolist())) > 2
+    flipped = matcher.predict([(IMAGES[image], TEXTS[text]) for text, image in pairs], convert_to_tensor=True)
+    torch.testing.assert_close(flipped, expected, atol=1e-5, rtol=1e-4)
+    best = matcher.rank(TEXTS[0], IMAGES)
+    assert [one["corpus_id"] for one in best] == expected[:2].argsort(descending=True).tolist()
+
+
+def test_what_cannot_serve_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="TripsForQuestionAnswering is no CrossEncoder"):
+        publish_as("CrossEncoder", tmp_path / "head", model_class=TripsForQuestionAnswering)
+    with pytest.raises(ValueError, match="not 'Encoder'"):
+        publish_as("Encoder", tmp_path / "kind")
+    with pytest.raises(ValueError, match="itm_weight=0"):
+        publish_as("CrossEncoder", tmp_path / "weight", itm_weight=0.0)
+    publish_as("SentenceTransformer", tmp_path / "other", itm_weight=0.0)

@@ -1,0 +1,24 @@
+"""One service for the tests that change nothing about it, with limits that are soon reached."""
+
+import pytest
+
+
+pytest.importorskip("bentoml")
+
+from running_service import RunningService  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory):
+    log = tmp_path_factory.mktemp("service") / "log.txt"
+    settings = {
+        "max_batch_size": 3,
+        "max_body_bytes": 200_000,
+        "max_pixels": 1_000_000,
+        "max_texts": 4,
+        "read_timeout": 2,
+        "schedules": "full=; fast=2:text:0.25",
+    }
+    with RunningService(log, **settings) as running:
+        yield running
+        assert running.process.poll() is None

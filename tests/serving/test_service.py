@@ -1,0 +1,236 @@
+"""The service in a process of its own, asked over loopback."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+from running_service import CHECKPOINT, RunningService
+from strange_pictures import bomb, encoded
+
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+
+
+pytestmark = pytest.mark.slow
+QUESTIONS = ["what color is the shape?", "is there a circle?", "what shape is in the image?"]
+COLORS = ["teal", "red", "blue", "black", "green", "gray", "brown", "yellow"]
+
+
+def picture(color: str) -> PIL.Image.Image:
+    image = PIL.Image.new("RGB", (64, 64), "white")
+    PIL.ImageDraw.Draw(image).rectangle((16, 20, 48, 52), fill=color)
+    return image
+
+
+def as_text(image: PIL.Image.Image | bytes) -> str:
+    return base64.b64encode(image if isinstance(image, bytes) else encoded(image)).decode()
+
+
+def ask(color: str, **fields) -> dict:
+    return {"image": as_text(picture(color)), "questions": QUESTIONS, **fields}
+
+
+def library(**fields) -> TripsVisualQuestionAnsweringPipeline:
+    model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT, **fields)
+    return TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(CHECKPOINT))
+
+
+def check_answers(found: list[list[dict]], expected: list[list[dict]]):
+    assert [[one["answer"] for one in row] for row in found] == [[one["answer"] for one in row] for row in expected]
+    for row, own in zip(found, expected):
+        assert [one["score"] for one in row] == pytest.approx([one["score"] for one in own], abs=1e-4)
+
+
+@pytest.mark.parametrize("fields, schedule", [({}, "default"), ({"keep_rate": 1.0}, "full")])
+def test_many_at_once_get_what_the_library_answers(service, fields, schedule):
+    with ThreadPoolExecutor(len(COLORS)) as pool:
+        replies = list(pool.map(lambda color: service.post("answer", ask(color, schedule=schedule, top_k=2)), COLORS))
+    expected = library(**fields)
+    for color, reply in zip(COLORS, replies):
+        assert reply.status_code == 200, reply.text
+        check_answers(reply.json()["answers"], expected(picture(color), QUESTIONS, top_k=2))
+
+
+def test_schedules_keep_apart_in_one_batch(service):
+    """Those of other keep rates, asked at the same time about the same image, get what each would alone."""
+    bodies = [ask("teal", schedule=name, top_k=top_k) for name in ("default", "full", "fast") for top_k in (1, 2)]
+    alone = [service.post("answer", body).json() for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+        together = [reply.json() for reply in pool.map(lambda body: service.post("answer", body), bodies * 2)]
+    for found, expected in zip(together, alone * 2):
+        check_answers(found["answers"], expected["answers"])
+    scores = {one["answers"][0][0]["score"] for one in alone}
+    assert len({round(score, 6) for score in scores}) > 1  # or the names mean nothing
+
+
+def test_an_upload_and_a_data_url_are_the_same_image(service):
+    plain = service.post("answer", ask("red")).json()
+    data = encoded(picture("red"))
+    form = {"questions": QUESTIONS, "top_k": "1"}
+    upload = service.post("answer", data=form, files={"image": ("picture.png", data, "image/png")})
+    assert upload.status_code == 200, upload.text
+    check_answers(upload.json()["answers"], plain["answers"])
+    url = service.post("answer", {**ask("red"), "image": f"data:image/png;base64,{as_text(data)}"}).json()
+    check_answers(url["answers"], plain["answers"])
+
+
+def test_an_image_is_computed_once_for_all_its_questions(service):
+    def counts():
+        return service.metric("trips_image_prefixes_total")
+
+    body = ask("purple")
+    assert service.post("answer", body).status_code == 200
+    text = httpx.get(f"{service.url}/metrics").text
+    computed = [line for line in text.splitlines() if line.startswith('trips_image_prefixes_total{source="computed"}')]
+    for question in QUESTIONS * 2:
+        assert service.post("answer", {**body, "questions": [question]}).status_code == 200
+    text = httpx.get(f"{service.url}/metrics").text
+    assert computed and computed[0] in text.splitlines()
+    assert service.metric("trips_image_cache_bytes") > 0 and counts() > 0
+
+
+BAD = {
+    "no JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
+    "bytes that are no text": ({"content": b"\xff\xfe\x00", "headers": {"content-type": "application/json"}}, 400),
+    "half a surrogate": (
+        {"content": rb'{"image": "", "questions": ["\ud800"]}', "headers": {"content-type": "application/json"}},
+        400,
+    ),
+    "nothing": ({}, 400),
+    "a list": ({"json": []}, 422),
+    "no image": ({"json": {"questions": ["a"]}}, 422),
+    "no question": ({"json": {"image": "", "questions": []}}, 422),
+    "a blank question": ({"json": ask("red", questions=["  "])}, 422),
+    "a number": ({"json": ask("red", questions=[7])}, 422),
+    "a field too many": ({"json": ask("red", question="a")}, 422),
+    "too many questions": ({"json": ask("red", questions=["a"] * 5)}, 422),
+    "a question of too many tokens": ({"json": ask("red", questions=["is " * 500])}, 422),
+    "a question of too many characters": ({"json": ask("red", questions=["a" * 2001])}, 422),
+    "too many answers": ({"json": ask("red", top_k=1000)}, 422),
+    "an unknown schedule": ({"json": ask("red", schedule="slow")}, 422),
+    "an empty image": ({"json": {**ask("red"), "image": ""}}, 422),
+    "no base64": ({"json": {**ask("red"), "image": "a picture"}}, 422),
+    "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, 422),
+    "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, 422),
+    "no picture": ({"json": {**ask("red"), "image": as_text(b"%PDF-1.4")}}, 415),
+    "a picture that is cut off": ({"json": {**ask("red"), "image": as_text(encoded(picture("red"))[:-40])}}, 422),
+    "a tiny picture": ({"json": {**ask("red"), "image": as_text(PIL.Image.new("RGB", (3, 200)))}}, 422),
+    "a bomb": ({"json": {**ask("red"), "image": as_text(bomb(30_000, 30_000))}}, 413),
+    "a large picture": ({"json": {**ask("red"), "image": as_text(PIL.Image.new("RGB", (1001, 1000)))}}, 413),
+    "a large body": ({"content": b"x" * 200_001}, 413),
+    "an enormous body": ({"content": (b"x" * 65_536 for _ in range(200))}, 413),
+    "an unknown type": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
+    "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
+    "a form without a boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
+    "an unfinished form": ({"content": b"--a\r\n", "headers": {"content-type": "multipart/form-data; boundary=a"}}, 422),
+    "two images": ({"data": {"questions": "a"}, "files": [("image", b"a"), ("image", b"b")]}, 422),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_told_what_is_wrong(service, name):
+    options, status = BAD[name]
+    try:
+        reply = service.post("answer", **options)
+    except (httpx.WriteError, httpx.ReadError):
+        assert name == "an enormous body"  # the service stopped to listen
+    else:
+        assert reply.status_code == status, reply.text
+        assert reply.json()["error"] and "Traceback" not in reply.text and ".py" not in reply.text
+    assert service.post("answer", ask("red")).status_code == 200
+
+
+def test_other_places_and_methods(service):
+    for method, path, status in (
+        ("GET", "answer", 405),
+        ("POST", "match", 404),
+        ("POST", "caption", 404),
+        ("POST", "nowhere", 404),
+        ("GET", "livez", 200),
+        ("GET", "metrics", 200),
+        ("GET", "docs.json", 200),
+        ("GET", "", 200),
+    ):
+        assert httpx.request(method, f"{service.url}/{path}").status_code == status, path
+
+
+def test_slow_clients_are_told_to_leave_and_hold_up_nobody(service):
+    head = b"POST /answer HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+    slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(100)]
+    for number, connection in enumerate(slow):
+        connection.sendall(head if number % 2 else head[:40])  # every other one does not even finish the header
+    assert service.post("answer", ask("blue")).status_code == 200
+    slow[1].settimeout(30)
+    assert slow[1].recv(1000).startswith(b"HTTP/1.1 408")
+    for connection in slow:
+        connection.close()
+    assert service.post("answer", ask("blue")).status_code == 200
+
+
+def test_a_thousand_random_requests_by_its_own_description(service, tmp_path):
+    pytest.importorskip("schemathesis")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run", f"{service.url}/docs.json"]
+    options = ["--checks", checks, "--max-examples", "1000", "--phases", "examples,fuzzing", "--mode", "all"]
+    result = subprocess.run(
+        [*command, *options, "--include-path", "/answer", "--seed", "1", "--no-color"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert service.post("answer", ask("green")).status_code == 200
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(tmp_path):
+    with RunningService(tmp_path / "log", queue=4) as service:
+        with ThreadPoolExecutor(48) as pool:
+            replies = list(pool.map(lambda _: service.post("answer", ask("red")), range(96)))
+        answered = [reply for reply in replies if reply.status_code == 200]
+        refused = [reply for reply in replies if reply.status_code == 503]
+        assert len(answered) >= 4 and refused and len(answered) + len(refused) == 96
+        assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
+        assert {str(reply.json()["answers"][0][0]["answer"]) for reply in answered} == {"red"}
+
+
+def test_what_was_accepted_is_answered_before_it_ends(tmp_path):
+    with RunningService(tmp_path / "log", max_batch_size=2) as service:
+        with ThreadPoolExecutor(24) as pool:
+            waiting = [pool.submit(service.post, "answer", ask(color)) for color in COLORS * 3]
+            until = time.monotonic() + 60
+            while service.metric("trips_requests_in_progress") < 8:
+                assert time.monotonic() < until and not all(one.done() for one in waiting)
+            accepted = sum(not one.done() for one in waiting)
+            service.process.send_signal(signal.SIGTERM)
+            outcomes = [one.exception() or one.result().status_code for one in waiting]
+        assert service.process.wait(60) == 0
+        assert accepted >= 8
+        # Those that had not got in find the door closed; none that had is left without an answer.
+        assert {str(one) for one in outcomes if isinstance(one, int)} == {"200"}
+        assert all(isinstance(one, (int, httpx.ConnectError)) for one in outcomes), outcomes
+
+
+def test_memory_stays_where_it_was(tmp_path):
+    """However many images come by; the load test of the documentation sends 10,000."""
+    with RunningService(tmp_path / "log", cache_bytes=1_000_000) as service:
+
+        def send(number: int):
+            file = io.BytesIO()
+            PIL.Image.new("RGB", (256, 256), (number % 256, number // 256, 7)).save(file, "PNG")
+            body = {"image": as_text(file.getvalue()), "questions": QUESTIONS[:1]}
+            assert service.post("answer", body).status_code == 200
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(send, range(300)))
+            before = service.memory()
+            list(pool.map(send, range(300, 900)))
+        assert service.metric("trips_image_cache_bytes") <= 1_000_000
+        assert service.memory() - before < 60_000_000

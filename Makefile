@@ -46,7 +46,7 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter --no-progress modeling_trips
-	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples
+	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples && ln -sfn ../../serving build/types/trips_serving
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed

@@ -118,7 +118,9 @@ class Engine:
         return self._by_class(items, lambda inputs, top_k: self._pipe(inputs, top_k=top_k))
 
     def caption(self, items: list[Item]) -> list[str]:
-        return self._by_class(items, lambda inputs, _: [captions[0] for captions in self._pipe(inputs)])
+        captions = self._by_class(items, lambda inputs, _: self._pipe(inputs))
+        results = [self._pipeline.postprocess(texts, prompt=item.text) for texts, item in zip(captions, items)]
+        return [result["generated_text"] for result, *_ in results]
 
     def match(self, items: list[Item]) -> list[dict]:
         scores = self._by_class(

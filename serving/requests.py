@@ -60,6 +60,7 @@ class Item:
 
     Args:
         picture (`Picture`, *optional*)
+        text (`str`, *optional*)
         tokens (`dict[str, list[int]]`, *optional*): the text, as the tokenizer reads it.
         schedule (`str`): name of the schedule, whose keep rate all items of a batch have in common.
         top_k (`int`): how many answers.
@@ -67,6 +68,7 @@ class Item:
     """
 
     picture: Picture | None
+    text: str | None
     tokens: dict[str, list[int]] | None
     schedule: str
     top_k: int
@@ -160,6 +162,7 @@ def items_of(request: ServiceRequest, pictures: list[Picture], tokens: list[dict
     return [
         Item(
             picture=None if image is None else pictures[image],
+            text=None if text is None else texts_of(request)[text],
             tokens=None if text is None else tokens[text],
             schedule=request.schedule,
             top_k=getattr(request, "top_k", 1),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Runs in the new environment and prints where it would import the project from.
 FIND_PROJECT = """
 from importlib.util import find_spec
-for name in ("modeling_trips", "trips_examples", "configuration_trips", "processing_trips"):
+for name in ("modeling_trips", "trips_examples", "trips_serving", "configuration_trips", "processing_trips"):
     if find_spec(name):
         print(name, "from", find_spec(name).origin)
 """

@@ -7,7 +7,11 @@ from typing import NamedTuple
 from places import ROOT
 
 
-ROOTS = {"modeling_trips": ROOT / "modeling_trips", "trips_examples": ROOT / "examples"}
+ROOTS = {
+    "modeling_trips": ROOT / "modeling_trips",
+    "trips_examples": ROOT / "examples",
+    "trips_serving": ROOT / "serving",
+}
 
 
 class Module(NamedTuple):
@@ -29,7 +33,7 @@ class Module(NamedTuple):
 
 
 def modules() -> dict[str, Module]:
-    """Those of the package, the examples and the benchmarks, by name."""
+    """Those of the package, the examples, the service and the benchmarks, by name."""
     paths = {_name(package, path): path for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))}
     paths |= {path.stem: path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
     trees = {name: ast.parse(path.read_text("utf-8")) for name, path in paths.items()}

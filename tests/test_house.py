@@ -76,7 +76,9 @@ def test_the_package_knows_no_example_and_the_packages_of_examples_know_no_scrip
     package = {name for name in MODULES if name.partition(".")[0] == "modeling_trips"}
     assert {target for _, target in imports_of(package)} <= package
     assert {target for _, target in imports_of(PACKAGES_OF_EXAMPLES)} <= package | PACKAGES_OF_EXAMPLES
-    benchmarks = set(MODULES) - package - SCRIPTS - PACKAGES_OF_EXAMPLES - {"trips_examples"}
+    service = {name for name in MODULES if name.partition(".")[0] == "trips_serving"}
+    assert {target for _, target in imports_of(service)} <= package | service
+    benchmarks = set(MODULES) - package - SCRIPTS - PACKAGES_OF_EXAMPLES - {"trips_examples"} - service
     assert {target for _, target in imports_of(benchmarks)} <= package | PACKAGES_OF_EXAMPLES | benchmarks
 
 

@@ -131,7 +131,10 @@ BAD = {
     "an unknown type": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
     "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
     "a form without a boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
-    "an unfinished form": ({"content": b"--a\r\n", "headers": {"content-type": "multipart/form-data; boundary=a"}}, 422),
+    "an unfinished form": (
+        {"content": b"--a\r\n", "headers": {"content-type": "multipart/form-data; boundary=a"}},
+        422,
+    ),
     "two images": ({"data": {"questions": "a"}, "files": [("image", b"a"), ("image", b"b")]}, 422),
 }
 

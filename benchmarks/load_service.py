@@ -8,29 +8,24 @@ own; and of one client that asks ten questions in ten requests, about one image 
 With `--pid`, the memory of that process and its children is read before and after.
 """
 
-import gevent.monkey
+import base64
+import io
+import itertools
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import PIL.Image
+import PIL.ImageDraw
+import psutil
 
-gevent.monkey.patch_all()  # before all that opens sockets
-
-import argparse  # noqa: E402
-import base64  # noqa: E402
-import io  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import random  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import gevent  # noqa: E402
-import PIL.Image  # noqa: E402
-import PIL.ImageDraw  # noqa: E402
-import psutil  # noqa: E402
-from locust import constant, task  # noqa: E402
-from locust.contrib.fasthttp import FastHttpUser  # noqa: E402
-from locust.env import Environment  # noqa: E402
+from modeling_trips.inspection.speed import provenance
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
 
 
 QUESTIONS = [
@@ -47,7 +42,7 @@ QUESTIONS = [
 ]
 
 
-def make_image(number: int, size: tuple[int, int]) -> str:
+def make_image(number: int, size: list[int]) -> str:
     """A JPEG in base64, of a shape and noise: another one for each number."""
     draw = random.Random(number)
     image = PIL.Image.effect_noise(size, 20).convert("RGB")
@@ -59,19 +54,16 @@ def make_image(number: int, size: tuple[int, int]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-class Asking(FastHttpUser):
-    """Asks one question after the other, without a pause, until all are asked."""
-
-    wait_time = constant(0)
-    bodies: Iterator[dict]
-
-    @task
-    def ask(self):
-        body = next(self.bodies, None)
-        if body is None:
-            gevent.sleep(0.05)  # the others are still waiting
-        else:
-            self.client.post("/answer", json=body)
+@dataclass
+class LoadArguments:
+    url: str = field(default="http://127.0.0.1:3000", metadata={"help": "Where the service is."})
+    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "How many ask at once."})
+    requests: int = field(default=500, metadata={"help": "For each number of clients."})
+    images: int = field(default=200, metadata={"help": "How many different ones are asked about, in turn."})
+    size: list[int] = field(default_factory=lambda: [640, 480], metadata={"help": "Their width and height."})
+    rounds: int = field(default=7, metadata={"help": "Of ten requests about one image and ten about ten. 0: none."})
+    pid: int | None = field(default=None, metadata={"help": "Of the service, to read its memory."})
+    output_json: str | None = field(default=None, metadata={"help": "Where the rows go."})
 
 
 def bodies(images: list[str], num_requests: int) -> Iterator[dict]:
@@ -81,7 +73,27 @@ def bodies(images: list[str], num_requests: int) -> Iterator[dict]:
 
 def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dict:
     """One row: what `num_clients` saw until `num_requests` were answered."""
-    Asking.bodies = bodies(images, num_requests)
+    # It patches sockets when it is imported: not in a process that only wants to know the options.
+    import gevent
+    from locust import constant, task
+    from locust.contrib.fasthttp import FastHttpUser
+    from locust.env import Environment
+
+    waiting = bodies(images, num_requests)
+
+    class Asking(FastHttpUser):
+        """Asks one question after the other, without a pause, until all are asked."""
+
+        wait_time = constant(0)
+
+        @task
+        def ask(self):
+            body = next(waiting, None)
+            if body is None:
+                gevent.sleep(0.05)  # the others are still at it
+            else:
+                self.client.post("/answer", json=body)
+
     environment = Environment(user_classes=[Asking], host=url)
     runner = environment.create_local_runner()
     start = time.perf_counter()
@@ -109,7 +121,7 @@ def memory_of(pid: int | None) -> int | None:
     return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
 
 
-def compare_images(url: str, size: tuple[int, int], rounds: int) -> dict:
+def compare_images(url: str, size: list[int], rounds: int) -> dict:
     """Ten questions in ten requests, about one new image or ten: the median of the rounds, which alternate."""
     seconds: dict[int, list[float]] = {1: [], 10: []}
     numbers = itertools.count(10**6)
@@ -122,20 +134,12 @@ def compare_images(url: str, size: tuple[int, int], rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:3000")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=500, help="for each number of clients")
-    parser.add_argument("--images", type=int, default=200, help="how many different ones are asked about, in turn")
-    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), help="their width and height")
-    parser.add_argument("--rounds", type=int, default=7, help="of ten requests about one image and about ten")
-    parser.add_argument("--pid", type=int, help="of the service")
-    parser.add_argument("--output_json", type=Path)
-    args = parser.parse_args(argv)
-
+    (args,) = make_parser(LoadArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     images = [make_image(number, args.size) for number in range(args.images)]
     run(args.url, 8, images[:20], 40)  # warm up
-    result = {"load_average_before": os.getloadavg()[0], "memory_before": memory_of(args.pid), "rows": []}
+    result = {**provenance("cpu"), "options": asdict(args), "load_average_before": os.getloadavg()[0]}
+    result["memory_before"] = memory_of(args.pid)
+    result["rows"] = []
     for num_clients in args.clients:
         row = run(args.url, num_clients, images, args.requests)
         result["rows"].append(row)
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(" ".join(f"{name}={value:.3f}" for name, value in result["images"].items()))
     result |= {"load_average_after": os.getloadavg()[0], "memory_after": memory_of(args.pid)}
     if args.output_json:
-        args.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(Path(args.output_json), json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -164,6 +164,10 @@ def test_other_places_and_methods(service):
         ("GET", "", 200),
     ):
         assert httpx.request(method, f"{service.url}/{path}").status_code == status, path
+    # A series of metrics for each path that strangers make up would fill the memory.
+    for number in range(20):
+        assert httpx.get(f"{service.url}/made-up-{number}").status_code == 404
+    assert "made-up" not in httpx.get(f"{service.url}/metrics").text
 
 
 def test_slow_clients_are_told_to_leave_and_hold_up_nobody(service):

@@ -9,34 +9,34 @@ import torch
 from modeling_trips import TripsVisionPrefix
 
 
-TENSORS = ("hidden_states", "class_query", "key", "candidate_indices", "candidate_mask")
+def tensors_of(prefix: TripsVisionPrefix) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in prefix.items() if isinstance(value, torch.Tensor)}
 
 
 def split(prefix: TripsVisionPrefix) -> list[TripsVisionPrefix]:
     """
     One prefix per image, each with memory of its own. What the layers before it kept is left out: no answer needs it.
     """
-    rows = []
-    for row in range(len(prefix.hidden_states)):
-        tensors = {name: prefix[name] for name in TENSORS if prefix.get(name) is not None}
-        rows.append(_with_tensors(prefix, {name: tensor[row : row + 1].clone() for name, tensor in tensors.items()}))
-    return rows
+    return [
+        _with_tensors(prefix, {name: value[row : row + 1].clone() for name, value in tensors_of(prefix).items()})
+        for row in range(len(prefix.hidden_states))
+    ]
 
 
 def join(prefixes: list[TripsVisionPrefix]) -> TripsVisionPrefix:
     """The inverse of `split`, for prefixes of one `form`."""
-    first = prefixes[0]
-    names = [name for name in TENSORS if first.get(name) is not None]
-    return _with_tensors(first, {name: torch.cat([prefix[name] for prefix in prefixes]) for name in names})
+    names = tensors_of(prefixes[0])
+    return _with_tensors(prefixes[0], {name: torch.cat([prefix[name] for prefix in prefixes]) for name in names})
 
 
 def form(prefix: TripsVisionPrefix) -> Hashable:
     """Equal for prefixes that one batch can hold."""
-    return prefix.hidden_states.shape[1:], prefix.grid_size, prefix.candidate_mask is None
+    shapes = tuple((name, value.shape[1:]) for name, value in tensors_of(prefix).items())
+    return shapes, prefix.grid_size, prefix.next_layer
 
 
 def num_bytes(prefix: TripsVisionPrefix) -> int:
-    return sum(prefix[name].nbytes for name in TENSORS if prefix.get(name) is not None)
+    return sum(value.nbytes for value in tensors_of(prefix).values())
 
 
 def _with_tensors(prefix: TripsVisionPrefix, tensors: dict[str, torch.Tensor]) -> TripsVisionPrefix:

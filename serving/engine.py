@@ -89,10 +89,11 @@ class Engine:
         self._configs = {name: with_schedule(own, schedule) for name, schedule in settings.schedules.items()}
         self._configs[DEFAULT] = own
         self._tokenizer_lock = Lock()  # a fast tokenizer refuses a second thread
+        parts = {"model": self.model, "processor": self.processor, "device": settings.device}
         if "answer" in self.endpoints:
-            self._pipeline = TripsVisualQuestionAnsweringPipeline(model=self.model, processor=self.processor)
+            self._pipeline = TripsVisualQuestionAnsweringPipeline(**parts)
         elif "caption" in self.endpoints:
-            self._pipeline = TripsImageToTextPipeline(model=self.model, processor=self.processor)
+            self._pipeline = TripsImageToTextPipeline(**parts)
 
     def prepare_image(self, data: bytes, schedule: str) -> Picture:
         """An image as the model takes it, or what is known of it already."""

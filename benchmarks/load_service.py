@@ -23,7 +23,6 @@ import PIL.Image
 import PIL.ImageDraw
 import psutil
 
-from modeling_trips.inspection.speed import provenance
 from trips_examples.training.files import write_whole
 from trips_examples.training.parser import make_parser
 
@@ -137,9 +136,8 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = make_parser(LoadArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     images = [make_image(number, args.size) for number in range(args.images)]
     run(args.url, 8, images[:20], 40)  # warm up
-    result = {**provenance("cpu"), "options": asdict(args), "load_average_before": os.getloadavg()[0]}
-    result["memory_before"] = memory_of(args.pid)
-    result["rows"] = []
+    result = {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0], "options": asdict(args)}
+    result |= {"memory_before": memory_of(args.pid), "rows": []}
     for num_clients in args.clients:
         row = run(args.url, num_clients, images, args.requests)
         result["rows"].append(row)

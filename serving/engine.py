@@ -18,7 +18,7 @@ from modeling_trips import (
     TripsVisionPrefix,
     TripsVisualQuestionAnsweringPipeline,
 )
-from modeling_trips.inspection.schedules import Schedule
+from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 
 from .cache import PrefixCache, form, join, split
 from .errors import RequestError
@@ -44,7 +44,8 @@ def load(settings: Settings):
     if model_class is None:
         raise ValueError(f"TRIPS_MODEL={settings.model} is a {name}: the service takes TRIPS models.")
     model = model_class.from_pretrained(settings.model, revision=settings.revision, dtype=settings.dtype)
-    return model.to(settings.device).eval()
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(best if settings.device == "auto" else settings.device).eval()
 
 
 def endpoints_of(model) -> dict[str, str]:
@@ -60,9 +61,11 @@ def endpoints_of(model) -> dict[str, str]:
     )
 
 
-def with_schedule(config: TripsVisionConfig, schedule: Schedule) -> TripsVisionConfig:
+def with_schedule(config: TripsVisionConfig, schedule: str) -> TripsVisionConfig:
+    """A copy with a schedule as `Schedule.parse` reads it, or, if it is empty, with none."""
     config = deepcopy(config)
-    for name, value in schedule.config_fields.items():
+    fields = Schedule.parse(schedule) if schedule else UNPRUNED
+    for name, value in fields.config_fields.items():
         setattr(config, name, value)
     config.validate()
     return config
@@ -89,7 +92,7 @@ class Engine:
         self._configs = {name: with_schedule(own, schedule) for name, schedule in settings.schedules.items()}
         self._configs[DEFAULT] = own
         self._tokenizer_lock = Lock()  # a fast tokenizer refuses a second thread
-        parts = {"model": self.model, "processor": self.processor, "device": settings.device}
+        parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
         if "answer" in self.endpoints:
             self._pipeline = TripsVisualQuestionAnsweringPipeline(**parts)
         elif "caption" in self.endpoints:

@@ -1,18 +1,14 @@
 """The door: what comes in is read within limits, understood, and refused with a status and a sentence if need be."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
 
 from anyio import CapacityLimiter, to_thread
 from prometheus_client import Gauge
-from starlette.applications import Starlette
 from starlette.datastructures import Headers, UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from .engine import Engine
 from .errors import RequestError
@@ -25,31 +21,6 @@ from .settings import Settings
 READERS = 2  # threads that decode images: they wait for the model anyway
 DRAINED = 4  # times the limit that is read of a body which is too large, so that its client gets to read the answer
 IN_PROGRESS = Gauge("trips_requests_in_progress", "Requests that are answered or wait.", multiprocess_mode="livesum")
-
-
-class KnownPaths:
-    """
-    ASGI application that answers for paths which are none of `app`'s itself: BentoML's metrics begin a series for each
-    path that they see, and a stranger could have them fill the memory.
-
-    Args:
-        app (`Starlette`)
-    """
-
-    def __init__(self, app: Starlette):
-        self.app = app
-        self.paths = {route.path for route in app.routes if isinstance(route, Route)}
-        for route in app.routes:
-            if isinstance(route, Mount) and isinstance(route.app, StaticFiles):
-                self.paths |= {f"{route.path}/{name}" for name in os.listdir(route.app.directory)}
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-        elif scope["type"] == "http" and scope["path"] not in self.paths:
-            await JSONResponse({"error": "There is nothing here: / shows what there is."}, 404)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
 
 
 class Disconnected(Exception):

@@ -17,8 +17,7 @@ from bentoml import IODescriptor  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 
-from .engine import Engine  # noqa: E402
-from .gate import Gate, KnownPaths  # noqa: E402
+from .paths import KnownPaths  # noqa: E402
 from .settings import Settings  # noqa: E402
 
 
@@ -28,9 +27,18 @@ TIMEOUT = 2 * (SETTINGS.read_timeout + SETTINGS.max_latency_ms / 1000)
 BATCHES = {"batchable": True, "max_batch_size": SETTINGS.max_batch_size, "max_latency_ms": SETTINGS.max_latency_ms}
 
 
+# The process that watches over the workers imports this module, too: what needs PyTorch is imported by workers alone.
 @cache
-def get_engine() -> Engine:
+def get_engine():
+    from .engine import Engine
+
     return Engine(SETTINGS)
+
+
+def make_gate(app):
+    from .gate import Gate
+
+    return Gate(app, SETTINGS, get_engine)
 
 
 class GuardedService(Service):
@@ -96,4 +104,4 @@ class Trips:
         return self.engine.features(items)
 
 
-Trips.add_asgi_middleware(Gate, settings=SETTINGS, get_engine=get_engine)
+Trips.add_asgi_middleware(make_gate)

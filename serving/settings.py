@@ -1,12 +1,11 @@
-"""The configuration of the service, from environment variables: `TRIPS_QUEUE` is the field `queue`."""
+"""
+The configuration of the service, from environment variables: `TRIPS_QUEUE` is the field `queue`. The process that
+watches over the workers reads it, too, so that nothing here needs PyTorch.
+"""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-
-import torch
-
-from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 
 
 PREFIX = "TRIPS_"
@@ -14,21 +13,21 @@ DEFAULT = "default"  # the name of the checkpoint's own schedule
 SWITCHES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def read_schedules(text: str) -> dict[str, Schedule]:
+def read_schedules(text: str) -> dict[str, str]:
     """
     `"fast=5:text:0.3,10:text:0.3;full="` -> schedules by name; one that is empty keeps all patches.
 
     Raises:
-        ValueError: if an entry has no name, or its schedule is none.
+        ValueError: if an entry has no name of its own.
     """
-    schedules = {}
+    schedules: dict[str, str] = {}
     for entry in filter(None, map(str.strip, text.split(";"))):
-        name, equals, schedule = entry.partition("=")
-        if not equals or not name.strip() or name.strip() in (DEFAULT, *schedules):
+        name, equals, schedule = (part.strip() for part in entry.partition("="))
+        if not equals or not name or name in (DEFAULT, *schedules):
             raise ValueError(
                 f"{entry!r}: give each schedule a name of its own, but not {DEFAULT!r}, as in fast=5:text:0.3"
             )
-        schedules[name.strip()] = Schedule.parse(schedule) if schedule.strip() else UNPRUNED
+        schedules[name] = schedule
     return schedules
 
 
@@ -69,9 +68,9 @@ def _setting(default, read, help: str):
 class Settings:
     model: str = _setting("", str, "folder or Hub repository of the checkpoint")
     revision: str = _setting("main", str, "its branch, tag or commit on the Hub")
-    device: str = _setting("cuda" if torch.cuda.is_available() else "cpu", str, "where it runs")
+    device: str = _setting("auto", str, "where it runs; auto: cuda if there is one")
     dtype: str = _setting("auto", str, "of its weights, as in bfloat16; auto: as they were saved")
-    schedules: Mapping[str, Schedule] = _setting(
+    schedules: Mapping[str, str] = _setting(
         dict, read_schedules, "keep rates that requests may name: fast=5:text:0.3,10:text:0.3;full="
     )
     workers: int = _setting(1, _read_count, "processes, each with a model, a queue and a cache of its own")

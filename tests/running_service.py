@@ -45,7 +45,7 @@ class RunningService:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bentoml", *command], stdout=log, stderr=subprocess.STDOUT, env=environment
             )
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while not self.is_ready():
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-3000:]
             time.sleep(0.2)
@@ -53,7 +53,7 @@ class RunningService:
 
     def __exit__(self, *error):
         self.process.terminate()
-        self.process.wait(60)
+        self.process.wait(300)
 
     def is_ready(self) -> bool:
         try:
@@ -63,7 +63,7 @@ class RunningService:
 
     def post(self, endpoint: str, body: dict | None = None, **options) -> httpx.Response:
         options = options if body is None else {"json": body, **options}
-        return httpx.post(f"{self.url}/{endpoint}", timeout=120, **options)
+        return httpx.post(f"{self.url}/{endpoint}", timeout=600, **options)
 
     def metric(self, name: str) -> float:
         """The sum over its labels."""

@@ -143,3 +143,5 @@ def test_what_the_model_cannot_take_is_refused(tmp_path):
         Engine(Settings(model=save(tmp_path / "other", TripsForVisualGrounding)))
     with pytest.raises(Exception, match="selection_layers"):
         Engine(Settings(model=str(tmp_path / "model"), schedules=read_schedules("deep=99:text:0.5")))
+    with pytest.raises(ValueError, match="A schedule is layers"):
+        Engine(Settings(model=str(tmp_path / "model"), schedules=read_schedules("deep=2:text:much")))

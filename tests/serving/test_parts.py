@@ -32,8 +32,7 @@ def test_settings_come_from_the_environment():
         }
     )
     assert settings.queue == 7 and settings.allow_urls and settings.max_texts == Settings().max_texts
-    assert settings.schedules["fast"].selecting == {1: ("image", 0.5), 2: ("text", 0.3)}
-    assert settings.schedules["full"].selecting == {}
+    assert settings.schedules == {"fast": "1:image:0.5,2:text:0.3", "full": ""}
     assert not Settings.from_environment({}).allow_urls
 
 
@@ -47,7 +46,7 @@ def test_settings_come_from_the_environment():
         ("TRIPS_CACHE_BYTES", "-1"),
         ("TRIPS_SCHEDULES", "fast"),
         ("TRIPS_SCHEDULES", "default=2"),
-        ("TRIPS_SCHEDULES", "fast=2:text:much"),
+        ("TRIPS_SCHEDULES", "fast=2:text:0.5;fast="),
         ("TRIPS_QUEUES", "7"),
     ],
 )

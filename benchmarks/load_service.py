@@ -97,10 +97,10 @@ def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dic
     runner = environment.create_local_runner()
     start = time.perf_counter()
     runner.start(num_clients, spawn_rate=num_clients)
-    total = environment.stats.total
-    while total.num_requests < num_requests:
+    while environment.stats.total.num_requests < num_requests:
         gevent.sleep(0.01)
     seconds = time.perf_counter() - start
+    total = environment.stats.total  # not before: starting, which takes its time, makes a new one
     runner.quit()
     return {
         "clients": num_clients,

@@ -58,7 +58,7 @@ class LoadArguments:
     url: str = field(default="http://127.0.0.1:3000", metadata={"help": "Where the service is."})
     clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "How many ask at once."})
     requests: int = field(default=500, metadata={"help": "For each number of clients."})
-    images: int = field(default=200, metadata={"help": "How many different ones are asked about, in turn."})
+    images: int = field(default=200, metadata={"help": "How many different ones each row asks about, in turn."})
     size: list[int] = field(default_factory=lambda: [640, 480], metadata={"help": "Their width and height."})
     rounds: int = field(default=7, metadata={"help": "Of ten requests about one image and ten about ten. 0: none."})
     pid: int | None = field(default=None, metadata={"help": "Of the service, to read its memory."})
@@ -134,11 +134,13 @@ def compare_images(url: str, size: list[int], rounds: int) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     (args,) = make_parser(LoadArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    images = [make_image(number, args.size) for number in range(args.images)]
-    run(args.url, 8, images[:20], 40)  # warm up
+    run(args.url, 8, [make_image(-number, args.size) for number in range(1, 21)], 40)  # warm up
     result = {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0], "options": asdict(args)}
     result |= {"memory_before": memory_of(args.pid), "rows": []}
-    for num_clients in args.clients:
+    for position, num_clients in enumerate(args.clients):
+        # New ones for each row: those of the one before may still be in the cache.
+        numbers = range(position * args.images, (position + 1) * args.images)
+        images = [make_image(number, args.size) for number in numbers]
         row = run(args.url, num_clients, images, args.requests)
         result["rows"].append(row)
         print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)

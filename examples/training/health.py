@@ -160,7 +160,9 @@ class SelectionHealth(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         every = math.ceil(state.max_steps * self.steps) if self.steps < 1 else int(self.steps)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
+            should_log = control.should_log
             self.examine(is_late=2 * state.global_step >= state.max_steps)
+            control.should_log = should_log  # what is logged here is not what the trainer has to log
 
     def examine(self, is_late: bool = True):
         """Looks at the selection now; `is_late`: whether it has learnt enough to be warned of."""

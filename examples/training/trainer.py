@@ -56,7 +56,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
         in_pieces = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if self.args.health_steps > 0 and not in_pieces:
+        makes_batches = isinstance(self.data_collator, ImageBatchCollator)  # of evaluation, which are looked at
+        if self.args.health_steps > 0 and makes_batches and not in_pieces:
             self.add_callback(SelectionHealth(self, self.args.health_steps))
         self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
 

@@ -123,7 +123,11 @@ class Engine:
 
     def caption(self, items: list[Item]) -> list[str]:
         captions = self._by_class(items, lambda inputs, _: self._pipe(inputs))
-        results = [self._pipeline.postprocess(texts, prompt=item.text) for texts, item in zip(captions, items)]
+        finish = self._pipeline.postprocess
+        results = [
+            finish(texts, prompt=item.text)  # type: ignore[call-arg]  # the pipeline of captions takes it
+            for texts, item in zip(captions, items)
+        ]
         return [result["generated_text"] for result, *_ in results]
 
     def match(self, items: list[Item]) -> list[dict]:

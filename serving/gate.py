@@ -124,11 +124,12 @@ class Gate:
         """
         content_type = Headers(scope=scope).get("content-type", "application/json")
         kind = content_type.partition(";")[0].strip().lower()
+        content: bytes | dict = body
         if kind == "multipart/form-data":
-            body = await self.read_form(self.models[name], scope, body)
+            content = await self.read_form(self.models[name], scope, body)
         elif kind != "application/json":
             raise RequestError(415, "A request is application/json or multipart/form-data.")
-        return await to_thread.run_sync(validate, self.models[name], body, limiter=self.readers)
+        return await to_thread.run_sync(validate, self.models[name], content, limiter=self.readers)
 
     async def read_form(self, model: type[ServiceRequest], scope, body: bytes) -> dict:
         """A form as what JSON would say: fields that are lists are given several times, files are images."""

@@ -104,4 +104,4 @@ class Trips:
         return self.engine.features(items)
 
 
-Trips.add_asgi_middleware(make_gate)
+Trips.add_asgi_middleware(make_gate)  # type: ignore[attr-defined]  # `bentoml.service` makes a service of it

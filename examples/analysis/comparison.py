@@ -215,11 +215,11 @@ def compare(items: list[Item], min_count: int = 10) -> Comparison:
     Returns:
         [`Comparison`]: its groups, those that lose most beyond chance first.
     """
-    members = defaultdict(list)
+    by_group = defaultdict(list)
     for item in items:
         for group in item.groups.items():
-            members[group].append(item)
-    members = {group: of_group for group, of_group in members.items() if len(of_group) >= min_count}
+            by_group[group].append(item)
+    members = {group: of_group for group, of_group in by_group.items() if len(of_group) >= min_count}
     p_values = [mcnemar(of_group) for of_group in members.values()]
     q_values = false_discovery_control(p_values).tolist() if p_values else []
     groups = [_group(*name, of_group, p, q) for (name, of_group), p, q in zip(members.items(), p_values, q_values)]
@@ -240,5 +240,6 @@ def _changes(items: list[Item]) -> tuple[int, int]:
 
 
 def _group(feature: str, value: str, items: list[Item], p: float, q: float) -> Group:
-    scores = sum(item.score for item in items), sum(item.other_score for item in items)
-    return Group(feature, value, len(items), *(score / len(items) for score in scores), *_changes(items), p, q)
+    score = sum(item.score for item in items) / len(items)
+    other_score = sum(item.other_score for item in items) / len(items)
+    return Group(feature, value, len(items), score, other_score, *_changes(items), p, q)

@@ -170,13 +170,13 @@ def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
     if "answers" not in _first(content.get("annotations") if isinstance(content, dict) else None):
         option = file.option("annotations")
         raise ValueError(f"{annotations} has no answers: {option} takes the annotations of {file.path}.")
-    annotations = {each["question_id"]: each for each in content["annotations"]}
+    by_question = {each["question_id"]: each for each in content["annotations"]}
     folder = document["data_subtype"].replace("test-dev", "test")
 
     def make_record(question: dict) -> dict:
         name = f"COCO_{folder}_{int(question['image_id']):012d}.jpg"
         columns = {column: question[column] for column in ("image_id", "question_id", "question")}
-        annotation = annotations.get(question["question_id"], {})
+        annotation = by_question.get(question["question_id"], {})
         columns |= {column: annotation.get(column) for column in ("answers", "question_type", "answer_type")}
         return {"image": (f"{folder}/{name}", name), **columns}
 

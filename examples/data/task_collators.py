@@ -186,4 +186,4 @@ def a_text_per_image(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     if image_index.ndim == 2:
         texts = {name: rows.repeat_interleave(image_index.shape[1], dim=0) for name, rows in texts.items()}
         image_index = image_index.flatten()
-    return {**texts, "pixel_values": inputs["pixel_values"], "image_index": image_index}
+    return texts | {"pixel_values": inputs["pixel_values"], "image_index": image_index}

@@ -68,7 +68,7 @@ def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
     options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors")]
     data = ["--validation_file", str(tmp_path / "rows.jsonl"), "--health_steps", "0"]
     result = analyze_errors.main([*options, *data, "--keep_rate", "0.02", "--selection_guidance", "random"])
-    assert result.overall.accuracy < result.overall.other_accuracy == 1.0
+    assert result.overall.accuracy < 0.8 < result.overall.other_accuracy
     assert result.overall.p_value < 0.001
     features = {group.feature for group in result.groups}
     assert {"kind", "answer", "place in the image", "size, as a share of the image"} <= features

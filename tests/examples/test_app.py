@@ -127,7 +127,7 @@ def test_the_keyboard_is_enough(page):
 
 
 def test_an_example_is_asked_at_a_click(page):
-    page.get_by_role("cell", name="is there not a red shape?").first.click()
+    page.get_by_text("is there not a red shape?").first.click()
     page.locator("#result h3", has_text="is there not a red shape?").wait_for()
 
 

@@ -37,7 +37,7 @@ NOT_APPLICABLE = {
     rf"(?!{WRITERS})\w+\.test_encoder_decoder_loss_no_double_shift": "a loss of what a decoder writes",
     r"Trips(Model\w*|For\w+)\.test_sdpa_can_dispatch_non_composite_models": "no sub-models",
     rf"(?!{WRITERS}|TripsDecoder)\w+\.test_bc_cache_name_forward": "a cache",
-    r"TripsFor(Retrieval|PreTraining)\.test_inputs_embeds(_matches_input_ids)?": "a text given as embeddings, as CLIP has not",
+    r"TripsFor(Retrieval|PreTraining)\.test_inputs_embeds(_matches_input_ids)?": "no embeddings as text, as in CLIP",
     r"Trips(Vision|SingleStream)Model\.test_(inputs_embeds\w*|resize_\w*embeddings\w*)": "a vocabulary",
     r"TripsDecoder\.test_(torch_save_load|can_load_from_already_mapped_keys)": "an Auto class",
     r"TripsFor\w+\.test_can_capture_specific_layers_hidden_states": "hidden states of one stack alone",

@@ -311,7 +311,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             )
             itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
             if matched.selection_losses is not None:
-                selection_loss = matched.selection_losses.sum() / mean_count(pair_ids.new_tensor(len(pair_ids)))
+                selection_loss = matched.selection_losses.sum() / mean_count(pair_ids.new_full((), len(pair_ids)))
             true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
             selection = select_rows(matched.selection, true_pairs)
             outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}

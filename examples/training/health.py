@@ -250,5 +250,4 @@ def time_ratio(model: TripsModel, inputs: dict[str, torch.Tensor]) -> float:
 def macs_ratio(config: TripsConfig, text_length: int, texts_per_image: float) -> float:
     """Counted multiply-accumulates of text encoder, vision tower and fusion encoder, pruned / unpruned."""
     pruned, unpruned = (forward_cost(config, text_length, schedule) for schedule in (None, UNPRUNED))
-    work = [cost.per_image + texts_per_image * cost.per_text for cost in (pruned, unpruned)]
-    return work[0] / work[1]
+    return pruned.macs(texts_per_image) / unpruned.macs(texts_per_image)

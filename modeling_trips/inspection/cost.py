@@ -26,8 +26,8 @@ class Cost:
     per_text: int
     tokens: tuple[int, ...]
 
-    def macs(self, texts_per_image: int) -> int:
-        """Of one image and its texts."""
+    def macs(self, texts_per_image: float) -> float:
+        """Of one image and its texts, of which there may be a mean number."""
         return self.per_image + texts_per_image * self.per_text
 
 

@@ -5,11 +5,10 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from random_checkpoint import save_random_checkpoint
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
+from modeling_trips import TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
 from modeling_trips.publishing import CardArguments, build_repository
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-from trips_examples.training.models import make_processor
 
 
 library = pytest.importorskip("sentence_transformers")
@@ -18,19 +17,8 @@ TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
 IMAGES = [PIL.Image.new("RGB", (70, 50), color) for color in ("teal", "red")]
 
 
-def make_checkpoint(folder: Path, model_class=TripsForRetrieval, **fields) -> Path:
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece_tokenizer(TEXTS)
-    config = TripsConfig.from_preset(
-        "tiny", text_config={"vocab_size": len(tokenizer)}, initializer_range=0.3, **fields
-    )
-    model_class(config).save_pretrained(folder)
-    make_processor(tokenizer, config).save_pretrained(folder)
-    return folder
-
-
-def publish_as(kind: str, tmp_path: Path, **fields) -> Path:
-    folder = make_checkpoint(tmp_path / "checkpoint", **fields)
+def publish_as(kind: str, tmp_path: Path, model_class=TripsForRetrieval, **fields) -> Path:
+    folder = save_random_checkpoint(tmp_path / "checkpoint", model_class, TEXTS, **fields)
     target = tmp_path / kind
     target.mkdir()
     build_repository(target, folder, "ada/finder", CardArguments(), sentence_transformers=kind)

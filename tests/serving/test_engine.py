@@ -3,13 +3,13 @@
 import PIL.Image
 import pytest
 import torch
+from random_checkpoint import save_random_checkpoint
 from strange_pictures import encoded
 
 
 pytest.importorskip("bentoml")
 
 from modeling_trips import (  # noqa: E402
-    TripsConfig,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForRetrieval,
@@ -18,8 +18,6 @@ from modeling_trips import (  # noqa: E402
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
 )
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer  # noqa: E402
-from trips_examples.training.models import make_processor  # noqa: E402
 from trips_serving.engine import Engine  # noqa: E402
 from trips_serving.errors import RequestError  # noqa: E402
 from trips_serving.requests import Item  # noqa: E402
@@ -32,14 +30,7 @@ IMAGES[1] = IMAGES[1].rotate(90)
 
 
 def save(folder, model_class, **fields):
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece_tokenizer(TEXTS)
-    config = TripsConfig.from_preset(
-        "tiny", text_config={"vocab_size": len(tokenizer)}, initializer_range=0.3, **fields
-    )
-    model_class(config).save_pretrained(folder)
-    make_processor(tokenizer, config).save_pretrained(folder)
-    return str(folder)
+    return str(save_random_checkpoint(folder, model_class, TEXTS, **fields))
 
 
 def make_items(engine: Engine, pairs, schedule="default", top_k=1) -> list[Item]:

@@ -1,0 +1,21 @@
+"""A checkpoint of the tiny preset with random weights and a vocabulary of its own, as a program finds it on disk."""
+
+from pathlib import Path
+
+import torch
+
+from modeling_trips import TripsConfig
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
+
+
+def save_random_checkpoint(folder: Path, model_class: type, texts: list[str], **fields) -> Path:
+    """Its tokenizer knows the words of `texts`; `fields` are those of [`TripsConfig`]."""
+    torch.manual_seed(0)
+    tokenizer = train_wordpiece_tokenizer(texts)
+    config = TripsConfig.from_preset(
+        "tiny", text_config={"vocab_size": len(tokenizer)}, initializer_range=0.3, **fields
+    )
+    model_class(config).save_pretrained(folder)
+    make_processor(tokenizer, config).save_pretrained(folder)
+    return folder

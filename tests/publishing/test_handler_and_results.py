@@ -11,7 +11,7 @@ import pytest
 import yaml
 from clean_environment import make_environment
 from huggingface_hub import parse_eval_result_entries
-from test_sentence_transformers import TEXTS, make_checkpoint
+from random_checkpoint import save_random_checkpoint
 
 import modeling_trips
 from modeling_trips import (
@@ -23,6 +23,7 @@ from modeling_trips import (
 from modeling_trips.publishing import CardArguments, build_repository
 
 
+TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
 IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
 CALL = """
 import json, sys
@@ -39,7 +40,7 @@ for data in json.load(sys.stdin):
 
 
 def build(tmp_path: Path, model_class=TripsForRetrieval, args: CardArguments | None = None, **options) -> list[str]:
-    folder = make_checkpoint(tmp_path / "checkpoint", model_class)
+    folder = save_random_checkpoint(tmp_path / "checkpoint", model_class, TEXTS)
     (folder / "eval_results.json").write_text(
         json.dumps({"eval_txt_r1": 0.25, "eval_img_r1": 0.5, "eval_samples": 30})
     )

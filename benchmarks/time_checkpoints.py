@@ -13,13 +13,14 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
 
 import modeling_trips
 from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
-from modeling_trips.inspection.speed import provenance, timed
+from modeling_trips.inspection.speed import CLOCKS, provenance
 from trips_examples.training.files import write_whole
 from trips_examples.training.options import bf16_is_fast
 from trips_examples.training.parser import make_parser
@@ -37,6 +38,11 @@ class TimingArguments:
     warmup: int = field(default=2, metadata={"help": "Rounds before any is timed."})
     repeats: int = field(default=15, metadata={"help": "Timed rounds."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads."})
+    training: bool = field(default=True, metadata={"help": "Whether to time steps of training, too."})
+    clock: Literal["wall", "process"] = field(
+        default="wall",
+        metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."},
+    )
     output_json: str | None = field(default=None, metadata={"help": "Write a row per checkpoint to this file."})
 
 
@@ -49,7 +55,8 @@ class TimedCheckpoint:
         model_class: type[TripsPreTrainedModel] = getattr(modeling_trips, name)
         self.model = model_class.from_pretrained(folder, attn_implementation="eager")
         self.inputs = self._make_inputs(TripsProcessor.from_pretrained(folder).image_processor.size, args)
-        self.seconds: dict[str, list[float]] = {"forward": [], "training": []}
+        self.time = CLOCKS[args.clock]
+        self.seconds: dict[str, list[float]] = {"forward": [], **({"training": []} if args.training else {})}
 
     def _make_inputs(self, size: dict[str, int], args: TimingArguments) -> dict[str, torch.Tensor]:
         num_texts, vocab_size = args.batch_size * args.texts_per_image, self.model.config.text_config.vocab_size
@@ -67,7 +74,7 @@ class TimedCheckpoint:
     def time_forward(self):
         self.model.eval()
         with torch.no_grad():
-            self.seconds["forward"].append(timed(lambda: self.model(**self.inputs), "cpu"))
+            self.seconds["forward"].append(self.time(lambda: self.model(**self.inputs), "cpu"))
 
     def time_training(self):
         def step():
@@ -76,7 +83,7 @@ class TimedCheckpoint:
             loss.backward()
 
         self.model.train()
-        self.seconds["training"].append(timed(step, "cpu"))
+        self.seconds["training"].append(self.time(step, "cpu"))
         self.model.zero_grad(set_to_none=True)
 
     def row(self, args: TimingArguments) -> dict:
@@ -92,10 +99,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for _ in tqdm(range(args.warmup + args.repeats), desc="rounds"):
         for checkpoint in checkpoints:
             checkpoint.time_forward()
-            checkpoint.time_training()
+            if args.training:
+                checkpoint.time_training()
     rows = [checkpoint.row(args) for checkpoint in checkpoints]
     for row in rows:
-        print(f"{row['checkpoint']:<40} {row['forward_seconds']:8.3f} s {row['training_seconds']:8.3f} s")
+        seconds = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("_seconds")]
+        print(f"{row['checkpoint']:<40} {', '.join(seconds)}")
     if args.output_json is not None:
         write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
     return rows

@@ -37,17 +37,20 @@ def test_checkpoints_are_timed_in_turns_and_medians_leave_the_warm_up_out(checkp
         order.append(step)
         return float(len(order))
 
-    monkeypatch.setattr(time_checkpoints, "timed", timed)
-    rows = time_checkpoints.main(
-        ["--checkpoints", *folders, "--batch_size=2", "--texts_per_image=2", "--text_length=6", "--warmup=1"]
-        + ["--repeats=3", f"--output_json={tmp_path / 'times.json'}"]
-    )
+    monkeypatch.setitem(time_checkpoints.CLOCKS, "process", timed)
+    options = ["--checkpoints", *folders, "--batch_size=2", "--texts_per_image=2", "--text_length=6", "--warmup=1"]
+    options += ["--repeats=3", "--clock=process"]
+    rows = time_checkpoints.main([*options, f"--output_json={tmp_path / 'times.json'}"])
     assert json.loads((tmp_path / "times.json").read_text()) == rows
     # Four steps a round: two checkpoints, each forward and training; the rounds 2 to 4 are steps 5 to 16.
     assert [(row["forward_seconds"], row["training_seconds"]) for row in rows] == [(9.0, 10.0), (11.0, 12.0)]
     assert [row["checkpoint"] for row in rows] == ["TripsForQuestionAnswering", "TripsForVisualGrounding"]
     for folder, before in zip(folders, weights):
         assert all((before[name] == after).all() for name, after in load_file(f"{folder}/model.safetensors").items())
+    order.clear()
+    rows = time_checkpoints.main([*options, "--training=False"])
+    assert [row["forward_seconds"] for row in rows] == [5.0, 6.0]
+    assert not any("training_seconds" in row for row in rows)
 
 
 def test_points_of_a_line_are_variants_that_differ_in_their_last_word(tmp_path):

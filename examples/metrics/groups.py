@@ -12,14 +12,15 @@ SIZES = ("smallest", "medium", "largest")
 
 def groups_of(rows: Dataset) -> dict[str, list[int]]:
     """
-    The places of the rows of each `kind`, and of the thirds with the smallest, medium and largest boxes. Empty for
-    rows without a column `kind`.
+    The places of the rows of each `kind` that is known, and of the thirds with the smallest, medium and largest boxes.
+    Empty for rows without a column `kind`.
     """
     if "kind" not in rows.column_names:
         return {}
     groups: dict[str, list[int]] = {}
     for place, kind in enumerate(rows["kind"]):
-        groups.setdefault(kind, []).append(place)
+        if kind is not None:
+            groups.setdefault(kind, []).append(place)
     column = next(column for column in REGION_COLUMNS if column in rows.column_names)
     areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(rows[column]) if box}
     thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)

@@ -45,3 +45,10 @@ def test_answers_by_kind_and_by_the_size_of_what_is_there():
 @pytest.mark.parametrize("columns", [["box"], ["region"]])
 def test_other_data_have_no_groups(columns):
     assert groups_of(Dataset.from_dict(dict.fromkeys(columns, BOXES))) == {}
+
+
+def test_rows_of_no_known_kind_are_in_no_group_of_kinds():
+    kinds = [None, "size", "name", None]
+    groups = groups_of(Dataset.from_dict({"kind": kinds, "region": [None] * 4}))
+    assert groups == {"name": [2], "size": [1]}
+    assert groups_of(Dataset.from_dict({"kind": [None] * 4, "region": [None] * 4})) == {}

@@ -44,7 +44,7 @@ SELECTION_FIELDS = (
 FUSION_FIELDS = ("fusion_type", "skip_stride")
 
 # Fields of a part that are fields of `TripsConfig` too.
-FORWARDED_FIELDS = {"vision_config": SELECTION_FIELDS, "fusion_encoder_config": FUSION_FIELDS}
+FORWARDED_FIELDS = {"vision_config": (*SELECTION_FIELDS, "image_size"), "fusion_encoder_config": FUSION_FIELDS}
 
 # Fields that configurations of version 0.1.0 have, and the values that changed nothing but training.
 FORMER_FIELDS = {
@@ -109,9 +109,9 @@ class TripsConfig(PreTrainedConfig):
         Weight of its generalised IoU loss.
     kwargs:
         `selection_layers`, `keep_rate`, `selection_mode`, `selection_mass`, `min_keep_rate`, `selection_guidance`,
-        `fuse_inattentive_tokens`, `normalize_fusion_weights` and `selection_seed` are passed on to `vision_config`,
-        `fusion_type` and `skip_stride` to `fusion_encoder_config` (where they are documented), here and in
-        `from_pretrained`.
+        `fuse_inattentive_tokens`, `normalize_fusion_weights`, `selection_seed` and `image_size` are passed on to
+        `vision_config`, `fusion_type` and `skip_stride` to `fusion_encoder_config` (where they are documented), here
+        and in `from_pretrained`.
 
     Example:
 

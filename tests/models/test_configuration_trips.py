@@ -261,6 +261,12 @@ def test_selection_fields_reach_the_vision_config():
     assert (config.vision_config.hidden_size, config.selection_layers) == (24, [1])
 
 
+def test_the_size_of_images_reaches_the_vision_config():
+    config = TripsConfig.from_preset("tiny", image_size=96)
+    assert config.image_size == config.vision_config.image_size == 96
+    assert "image_size" not in config.to_diff_dict() and TripsConfig(**config.to_dict()).image_size == 96
+
+
 def test_selection_fields_for_a_tower_that_the_default_selection_does_not_fit():
     config = TripsConfig(vision_config={"num_hidden_layers": 3}, selection_layers=[2])
     assert config.vision_config.selection_schedule == {2: 0.7}

@@ -20,6 +20,7 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 
 import transformers
+from tqdm.auto import tqdm
 
 from trips_examples.data.shards import hub_shards
 from trips_examples.training.parser import make_parser
@@ -74,7 +75,8 @@ def find_shards_of(args: IndexArguments) -> list:
 
 def index(args: IndexArguments):
     # Ray and Lance are not there without the extra, and help is.
-    from trips_examples.indexing import embedding, table as tables
+    from trips_examples.indexing import embedding
+    from trips_examples.indexing import table as tables
 
     transformers.utils.logging.disable_progress_bar()
     shards = find_shards_of(args)
@@ -97,9 +99,9 @@ def index(args: IndexArguments):
             table.delete("error IS NOT NULL")
         embedding.start_ray(args.ray_address, workers, args.object_store_mb)
         new = embedding.embed_images(table, shards, how, workers, args.rows_per_commit, args.image_column)
-        for named, broken in enumerate(new):
-            if named < NAMED:
-                print(broken)
+        for number, fault in enumerate(new):
+            if number < NAMED:
+                tqdm.write(fault)
         table = tables.open_table(args.table, fingerprint)
         outcome = tables.build_index(table, args.index_type, args.index_from)
     broken = table.count_rows("error IS NOT NULL")

@@ -118,4 +118,6 @@ def _read_csv(file: Path) -> NumberedRecords:
 
 def _read_parquet(file: Path) -> NumberedRecords:
     with pyarrow.parquet.ParquetFile(file) as table:
-        yield from enumerate((row for batch in table.iter_batches(ROWS_PER_READ) for row in batch.to_pylist()), start=1)
+        yield from enumerate(
+            (row for batch in table.iter_batches(ROWS_PER_READ) for row in batch.to_pylist()), start=1
+        )

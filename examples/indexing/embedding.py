@@ -115,7 +115,7 @@ class Workers:
 
 def start_ray(address: str | None, workers: Workers, object_store_mb: int):
     """
-    Joins a cluster, or starts what this machine needs, which ends with this process. Ray reports nothing about its use.
+    Joins a cluster, or starts what this machine needs, which ends with this process. Nothing is reported about use.
 
     Raises:
         ValueError: if the cluster has not what the workers need.
@@ -127,14 +127,14 @@ def start_ray(address: str | None, workers: Workers, object_store_mb: int):
     logging.getLogger("ray.data").setLevel("ERROR")
     if address is None:
         options = {"num_cpus": workers.needs["CPU"], "object_store_memory": object_store_mb * 2**20}
-        ray.init("local", include_dashboard=False, logging_level="warning", **options)
+        ray.init("local", include_dashboard=False, logging_level=logging.WARNING, **options)
     else:
-        ray.init(address, logging_level="warning")
+        ray.init(address, logging_level=logging.WARNING)
     has = ray.cluster_resources()
     lacking = {name: need for name, need in workers.needs.items() if has.get(name, 0) < need}
     if lacking:
         raise ValueError(
-            f"The workers need {workers.needs}, but Ray has {({name: has.get(name, 0) for name in lacking})}: take "
+            f"The workers need {workers.needs}, but Ray has { ({name: has.get(name, 0) for name in lacking}) }: take "
             "fewer --num_actors or --num_readers, or smaller --cpus_per_actor or --gpus_per_actor."
         )
 

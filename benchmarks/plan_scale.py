@@ -1,5 +1,5 @@
 r"""
-What a collection costs, by arithmetic from rows that `index_and_search.py` measured: core hours, disk, memory, latency.
+What a collection costs, by arithmetic on rows that `index_and_search.py` measured: core hours, disk, memory, time.
 
     python benchmarks/plan_scale.py --rows rows.json --images 1e6 1e8 1e10
 

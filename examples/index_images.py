@@ -58,7 +58,9 @@ class IndexArguments:
     store_images: bool = field(
         default=True, metadata={"help": "Whether images of shards and rows go into the table, to be ranked and shown."}
     )
-    retry_broken: bool = field(default=False, metadata={"help": "Try images again that could not be used."})
+    retry_broken: bool = field(
+        default=False, metadata={"help": "Forget images that could not be used, and try those that are given again."}
+    )
     index_type: str = field(default="IVF_PQ", metadata={"help": "One of Lance's, or none."})
     index_from: int = field(default=10_000, metadata={"help": "Vectors from which there is an index."})
 
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None):
     (args,) = make_parser(IndexArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     try:
         index(args)
-    except (BlockingIOError, FileNotFoundError, ValueError) as error:
+    except (BlockingIOError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise SystemExit(f"index_images.py: {error}") from error
 
 

@@ -58,17 +58,16 @@ class Embedder:
         self.model = model.to(embedding.device)
 
     def __call__(self, rows: pa.Table) -> dict[str, list]:
-        size = self.embedding.batch_size
-        embedded = [row for part in rows.to_batches(size) for row in self.embed(part.to_pylist())]
+        given, size = rows.to_pylist(), self.embedding.batch_size
+        embedded = [row for start in range(0, len(given), size) for row in self.embed(given[start : start + size])]
         schema = table_schema(self.model.config.projection_dim)
         fragments = write_rows(self.uri, pa.Table.from_pylist(embedded, schema=schema))
         broken = [f"{row['source']}: {row['error']}" for row in embedded if row["error"] is not None]
         return {"fragments": [fragments], "rows": [len(embedded)], "broken": [broken]}
 
     def embed(self, rows: list[dict]) -> list[dict]:
-        """The rows with a `vector`, or with an `error`."""
+        """The rows, each with a `vector` or an `error` now."""
         images, vectors = [], []
-        rows = [dict(row) for row in rows]
         for row in rows:
             if row["error"] is None:
                 try:

@@ -75,7 +75,7 @@ def wait_for_rows(process: subprocess.Popen, table, more_than: int) -> int:
 
 def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if child.cmdline()[:1] == [ACTOR]]
+    return [child for child in children if " ".join(child.cmdline()).startswith(ACTOR)]
 
 
 def check_rows(folder, table):
@@ -99,6 +99,7 @@ def test_killed_workers_and_a_killed_run_lose_and_double_nothing(folder):
     actor.send_signal(signal.SIGKILL)
     rows = wait_for_rows(process, table, rows + 40)  # it goes on
     family = psutil.Process(process.pid).children(recursive=True)
+    assert {member.environ()["RAY_USAGE_STATS_ENABLED"] for member in family} == {"0"}
     process.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=240)

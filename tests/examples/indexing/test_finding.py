@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 from tiny_collection import TEXTS, encoded, write_images, write_parquet
@@ -63,6 +64,20 @@ def test_vectors_are_the_library_s_and_images_without_a_file_are_stored(finder, 
         torch.testing.assert_close(torch.tensor(row["vector"]), expected, rtol=1e-4, atol=1e-5)
         is_file = not row["source"].rpartition(" ")[1]
         assert (row["image"]["path"] == row["source"]) if is_file else row["image"]["bytes"].startswith(b"\x89PNG")
+
+
+def test_images_are_embedded_in_batches_whatever_blocks_they_come_in(checkpoint, tmp_path):
+    model, processor = load_model(checkpoint)
+    uri = str(tmp_path / "t.lance")
+    open_or_create_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
+    embedder = Embedder(Embedding(checkpoint, batch_size=48), uri)
+    (shard,) = find_images([str(write_images(tmp_path / "images", range(70)))])
+    blocks = pa.concat_tables(blocks_of(shard, np.array([], "S32")))
+    sizes = []
+    embeddings = embedder.model.model.vision_model.embeddings
+    embeddings.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    assert embedder(blocks)["rows"] == [70]
+    assert blocks["id"].num_chunks == 3 and sizes == [48, 22]
 
 
 def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collection):

@@ -66,7 +66,7 @@ class IndexBenchmarkArguments:
     work_dir: str = field(default="outputs/index_benchmark", metadata={"help": "Where images and tables go."})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
     num_actors: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Actors to compare."})
-    actor_images: int = field(default=4000, metadata={"help": "Images of each run of the part actors."})
+    actor_images: int = field(default=10_000, metadata={"help": "Images of each run of the part actors."})
     rounds: int = field(default=3, metadata={"help": "Runs of each number of actors."})
     memory_images: list[int] = field(default_factory=lambda: [1000, 50_000], metadata={"help": "Few, and many."})
     image_side: int = field(default=64, metadata={"help": "Of the images of the parts actors and memory, in pixels."})

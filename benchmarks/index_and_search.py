@@ -56,7 +56,7 @@ from trips_examples.training.parser import make_parser
 
 
 PARTS = ("actors", "memory", "search", "vectors")
-ROWS_PER_FILE = 1000
+ROWS_PER_FILE = 250  # a block that goes from process to process: a commit
 ACTOR = "ray::MapWorker"
 
 
@@ -146,7 +146,7 @@ def write_images(folder: Path, count: int, side: int) -> list[str]:
     """JPEGs of 8 x 8 colours, all different, in Parquet files of `ROWS_PER_FILE`; those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for start in tqdm(range(0, count, ROWS_PER_FILE), desc="Images to index", unit="k"):
+    for start in tqdm(range(0, count, ROWS_PER_FILE), desc="Images to index", unit=" files"):
         rows = range(start, min(start + ROWS_PER_FILE, count))
         file = folder / f"{side}px-{rows.start:07d}-{rows.stop:07d}.parquet"
         if not file.is_file():

@@ -37,7 +37,7 @@ def test_a_collection_costs_what_its_images_cost(tmp_path, capsys):
             "index, GB": 14.4,
             "images on disk, GB": 36_000.0,
             "ids to go on from, GB of memory": 11.52,
-            "manifests that commits write, GB": 0.075,  # 1,000 commits
+            "manifests that commits write, GB": 0.045,  # 1,000 commits
             "exact search, core ms per query": 72_000.0,
             "search by the index, core ms per query": 5.0,
             "ranking again, core ms per query": 300.0,

@@ -31,8 +31,8 @@ def render(
         worst (`list`): groups, and some of their items with titled pictures.
         num_changed (`int`, *optional*, defaults to 100): how many changed answers are listed; the JSON has all.
     """
-    return _filled(
-        "page.html",
+    return filled(
+        TEMPLATES / "page.html",
         comparison=comparison,
         overall=comparison.overall,
         verdict=verdict(comparison.overall),
@@ -46,13 +46,14 @@ def render(
 
 def render_look(look: Look) -> str:
     """What came of an image and its texts, as a part of a page."""
-    return _filled("look.html", look=look)
+    return filled(TEMPLATES / "look.html", look=look)
 
 
-def _filled(template: str, **values) -> str:
+def filled(template: Path, **values) -> str:
+    """A template of Jinja with these values, which it shows by the filters `percent`, `data_uri` and `chance`."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=lambda share: f"{share:.1%}", data_uri=data_uri, chance=_chance)
-    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(**values)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def verdict(group: Group) -> str:

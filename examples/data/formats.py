@@ -16,6 +16,7 @@ from trips_examples.data.faults import BadRowError
 
 NumberedRecords = Iterator[tuple[int, dict | BadRowError]]
 
+ROWS_PER_READ = 256  # of Parquet, which may hold images
 LIST_OR_LINES = "a list of objects, or one object per line, is expected"
 
 
@@ -117,4 +118,6 @@ def _read_csv(file: Path) -> NumberedRecords:
 
 def _read_parquet(file: Path) -> NumberedRecords:
     with pyarrow.parquet.ParquetFile(file) as table:
-        yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), start=1)
+        yield from enumerate(
+            (row for batch in table.iter_batches(ROWS_PER_READ) for row in batch.to_pylist()), start=1
+        )

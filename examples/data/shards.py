@@ -102,7 +102,9 @@ def _record_of_tar(sample: dict[str, Any]) -> dict | BadPair:
     return {**record, "source": source, "image": image}
 
 
-def find_shards(patterns: Sequence[str], image_root: str | None = None) -> list[TarShard | FileShard]:
+def find_shards(
+    patterns: Sequence[str], image_root: str | None = None, option: str = "--train_shards"
+) -> list[TarShard | FileShard]:
     """
     The shards that patterns name, in order.
 
@@ -112,6 +114,7 @@ def find_shards(patterns: Sequence[str], image_root: str | None = None) -> list[
             are opened as the webdataset library does it, from `https://...`, `s3://...`, or `pipe:command`.
         image_root (`str`, *optional*): folder that paths of images in rows are relative to. By default that of the
             file they are in.
+        option (`str`, *optional*, defaults to `"--train_shards"`): what the message names.
 
     Raises:
         FileNotFoundError: if a path names no file.
@@ -124,7 +127,7 @@ def find_shards(patterns: Sequence[str], image_root: str | None = None) -> list[
             missing += [] if found else [name]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise FileNotFoundError(f"There are no files {shown}: mend --train_shards.")
+        raise FileNotFoundError(f"There are no files {shown}: mend {option}.")
     return [
         TarShard(name) if name.endswith(TAR_SUFFIXES) else FileShard(name, image_root or str(Path(name).parent))
         for name in names

@@ -207,7 +207,7 @@ class _Reader:
         columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
         try:
             caption = self._caption(columns, f"{pass_number}-{source}")
-            encoded = _encoded_image(columns, self.stream.image_columns)
+            encoded = encoded_image(columns, self.stream.image_columns)
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
             image = decode_image(place, 1 if self.stream.processor is None else self.stream.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
@@ -263,7 +263,7 @@ def _first_filled(columns: dict, names: Iterable[str]) -> str | None:
     return next((name for name in names if not is_missing(columns.get(name))), None)
 
 
-def _encoded_image(columns: dict, names: Iterable[str]) -> str | bytes:
+def encoded_image(columns: dict, names: Iterable[str]) -> str | bytes:
     """The path or the encoded bytes of a record's image, which may be a dictionary with one of both."""
     image = path_or_bytes(columns.get(_first_filled(columns, names)))
     return image if isinstance(image, bytes) else filled_text({**columns, "image": image}, "image")

@@ -1,0 +1,346 @@
+r"""
+Measure indexing and search: what actors gain, memory, recall of the index, what ranking again gains, time of stages.
+
+    python benchmarks/index_and_search.py --model outputs/retrieval --output_json rows.json
+    python benchmarks/index_and_search.py --model outputs/retrieval --parts vectors --num_vectors 1000000
+
+Parts, each of which adds rows of its own:
+
+- `actors`: images per second with one actor and with two, in rounds that alternate, between the first commit and the
+  last, so that no start counts.
+- `memory`: peak memory and processor time of few images and of many; their difference tells what an image costs.
+- `search`: scenes with captions. For each caption: features, exact search, search by the index, ranking again; how
+  many of the exact results the index finds, and how often the right image comes first, before and after.
+- `vectors`: random vectors in clusters, as many as a large collection has: the index's build, size, recall and time.
+
+Times are given by the clock and by the processor; on a busy machine only the latter means something.
+"""
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import psutil
+import pyarrow as pa
+import pyarrow.parquet
+import ray
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from modeling_trips import convert_to_rgb
+from modeling_trips.inspection.speed import CLOCKS, provenance
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.source import DataSource
+from trips_examples.indexing.embedding import Embedding, Workers, embed_images, start_ray
+from trips_examples.indexing.finding import Finder
+from trips_examples.indexing.sources import find_images, id_of
+from trips_examples.indexing.table import (
+    Fingerprint,
+    build_index,
+    commit,
+    fingerprint_of,
+    load_model,
+    open_or_create_table,
+    table_schema,
+    write_rows,
+)
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
+
+
+PARTS = ("actors", "memory", "search", "vectors")
+ROWS_PER_FILE = 250  # a block that goes from process to process: a commit
+ACTOR = "ray::MapWorker"
+
+
+@dataclass
+class IndexBenchmarkArguments:
+    model: str = field(metadata={"help": "A retrieval checkpoint. Untrained ones do for all but the part search."})
+    work_dir: str = field(default="outputs/index_benchmark", metadata={"help": "Where images and tables go."})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    num_actors: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Actors to compare."})
+    actor_images: int = field(default=10_000, metadata={"help": "Images of each run of the part actors."})
+    rounds: int = field(default=3, metadata={"help": "Runs of each number of actors."})
+    memory_images: list[int] = field(default_factory=lambda: [1000, 50_000], metadata={"help": "Few, and many."})
+    image_side: int = field(default=64, metadata={"help": "Of the images of the parts actors and memory, in pixels."})
+    scenes: int = field(default=1000, metadata={"help": "Of the part search: images, each with its captions."})
+    dataset_name: str | None = field(default=None, metadata={"help": "As in run_retrieval.py: its validation split."})
+    pictures: list[str] | None = field(default=None, metadata={"help": "Of --dataset_name picture_scenes."})
+    queries: int = field(default=300, metadata={"help": "Of the parts search and vectors."})
+    rerank_k: list[int] = field(default_factory=lambda: [10, 50], metadata={"help": "Images ranked again."})
+    num_vectors: list[int] = field(default_factory=lambda: [100_000], metadata={"help": "Of the part vectors."})
+    dim: int = field(default=256, metadata={"help": "Of these vectors."})
+    index_type: str = field(default="IVF_PQ", metadata={"help": "One of Lance's."})
+    probes: list[int] = field(default_factory=lambda: [1, 5, 20, 50], metadata={"help": "Partitions looked into."})
+    rows_per_commit: int = field(default=256, metadata={"help": "As in index_images.py."})
+    output_json: str | None = field(default=None, metadata={"help": "Where the rows go."})
+
+
+class Watch:
+    """Memory and processor time of this process and all that it starts, looked at twice a second."""
+
+    def __enter__(self) -> "Watch":
+        self.peak_mb, self.seconds = 0.0, {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def actor_seconds(self) -> float:
+        return sum(seconds for name, seconds in self.seconds.values() if name.startswith(ACTOR))
+
+    @property
+    def all_seconds(self) -> float:
+        return sum(seconds for _, seconds in self.seconds.values())
+
+    def _watch(self):
+        own = psutil.Process()
+        while not self._end.wait(0.5):
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                try:
+                    total += process.memory_full_info().uss
+                    times = process.cpu_times()
+                    self.seconds[process.pid] = (" ".join(process.cmdline()), times.user + times.system)
+                except psutil.Error:  # it has ended
+                    pass
+            self.peak_mb = max(self.peak_mb, total / 2**20)
+
+
+class Timer:
+    """Milliseconds of steps by name: medians by the clock and by the processor."""
+
+    def __init__(self):
+        self.wall: dict[str, list[float]] = {}
+        self.processor: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, step: Callable):
+        result = []
+
+        def run():
+            wall = CLOCKS["wall"](lambda: result.append(step()), "cpu")
+            self.wall.setdefault(name, []).append(1000 * wall)
+
+        self.processor.setdefault(name, []).append(1000 * CLOCKS["process"](run, "cpu"))
+        return result[0]
+
+    @property
+    def medians(self) -> dict[str, float]:
+        kinds = {"ms": self.wall, "cpu_ms": self.processor}
+        return {f"{name}_{kind}": statistics.median(times[name]) for kind, times in kinds.items() for name in times}
+
+
+def write_images(folder: Path, count: int, side: int) -> list[str]:
+    """JPEGs of 8 x 8 colours, all different, in Parquet files of `ROWS_PER_FILE`; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for start in tqdm(range(0, count, ROWS_PER_FILE), desc="Images to index", unit=" files"):
+        rows = range(start, min(start + ROWS_PER_FILE, count))
+        file = folder / f"{side}px-{rows.start:07d}-{rows.stop:07d}.parquet"
+        if not file.is_file():
+            write_table(file, ({"image": {"bytes": jpeg(number, side), "path": None}} for number in rows))
+        files.append(str(file))
+    return files
+
+
+def write_table(file: Path, rows: Iterator[dict]):
+    buffer = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), buffer)
+    write_whole(file, buffer.getvalue().to_pybytes())
+
+
+def jpeg(number: int, side: int) -> bytes:
+    colors = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    stream = pa.BufferOutputStream()
+    PIL.Image.fromarray(colors).resize((side, side)).save(stream, "JPEG", quality=90)
+    return stream.getvalue().to_pybytes()
+
+
+def new_table(args: IndexBenchmarkArguments, name: str):
+    model, processor = load_model(args.model)
+    uri = Path(args.work_dir) / f"{name}-{time.time_ns()}.lance"
+    return open_or_create_table(str(uri), fingerprint_of(model, processor), model.config.projection_dim)
+
+
+def embed(args: IndexBenchmarkArguments, places: list[str], num_actors: int, name: str) -> dict:
+    """What it took to embed some images with so many actors, from the start of Ray to its end."""
+    table = new_table(args, name)
+    workers = Workers(num_actors=num_actors)
+    with Watch() as watch:
+        start_ray(None, workers, object_store_mb=256)
+        try:
+            broken = list(
+                embed_images(table, find_images(places), Embedding(args.model), workers, args.rows_per_commit)
+            )
+        finally:
+            ray.shutdown()
+    table = table.checkout_version(table.latest_version)
+    images = table.count_rows()
+    first, *_, last = table.versions()[1:]
+    rows_after_first = images - table.checkout_version(first["version"]).count_rows()
+    seconds = (last["timestamp"] - first["timestamp"]).total_seconds()
+    return {
+        "uri": table.uri,
+        "num_actors": num_actors,
+        "images": images,
+        "broken": len(broken),
+        "images_per_second": rows_after_first / seconds,
+        "actor_cpu_seconds": watch.actor_seconds,
+        "all_cpu_seconds": watch.all_seconds,
+        "peak_mb": watch.peak_mb,
+    }
+
+
+def measure_actors(args: IndexBenchmarkArguments) -> Iterator[dict]:
+    files = write_images(Path(args.work_dir) / "images", args.actor_images, args.image_side)
+    for number in range(args.rounds):
+        for num_actors in args.num_actors:
+            yield {"round": number, **embed(args, files, num_actors, "actors")}
+
+
+def measure_memory(args: IndexBenchmarkArguments) -> Iterator[dict]:
+    for count in args.memory_images:
+        files = write_images(Path(args.work_dir) / "images", count, args.image_side)
+        yield embed(args, files, 1, "memory")
+
+
+def write_scenes(args: IndexBenchmarkArguments) -> tuple[str, list[tuple[str, str]]]:
+    """A folder of images, and captions with the path of the image that each is right for."""
+    source = DataSource(dataset_name=args.dataset_name, pictures=args.pictures, validation_scenes=args.scenes)
+    data = load_task_dataset("captions", source)["validation"]
+    folder = Path(args.work_dir).absolute() / f"scenes-{time.time_ns()}"
+    folder.mkdir(parents=True)
+    paths: dict[str, str] = {}
+    queries = []
+    for row in tqdm(data, desc="Scenes", unit=" captions"):
+        if row["image_id"] not in paths:
+            paths[row["image_id"]] = str(folder / f"{len(paths)}.png")
+            convert_to_rgb(row["image"]).save(paths[row["image_id"]])
+        queries.append((row["caption"], paths[row["image_id"]]))
+    return str(folder), queries
+
+
+def measure_search(args: IndexBenchmarkArguments) -> Iterator[dict]:
+    folder, queries = write_scenes(args)
+    uri = embed(args, [folder], 1, "search")["uri"]
+    finder = Finder(uri, args.model)
+    build_index(finder.table, args.index_type, fewest=0)
+    finder = Finder(uri, args.model)
+    step = max(1, len(queries) // args.queries)
+    k = max(args.rerank_k)
+    timer, recalls, right = Timer(), [], {name: [] for name in ("features", *map(str, args.rerank_k))}
+    for caption, path in tqdm(queries[::step], desc="Captions", unit=" captions"):
+        texts = timer("text_features", lambda: finder.describe_texts([caption]))  # noqa: B023
+        (exact,) = timer("exact_search", lambda: finder.nearest(texts.embeds, k, exact=True))  # noqa: B023
+        (found,) = timer("index_search", lambda: finder.nearest(texts.embeds, k))  # noqa: B023
+        recalls.append(share_found([each.source for each in exact], [each.source for each in found]))
+        right["features"].append(found[0].source == path)
+        for count in args.rerank_k:
+            (ranked,) = timer(f"rerank_{count}", lambda: finder.rerank(texts, [found[:count]]))  # noqa: B023
+            right[str(count)].append(ranked[0].source == path)
+    yield {
+        "images": finder.table.count_rows(),
+        "queries": len(recalls),
+        f"index_recall_at_{k}": statistics.mean(recalls),
+        "r1_by_features": statistics.mean(right.pop("features")),
+        **{f"r1_reranked_{count}": statistics.mean(hits) for count, hits in right.items()},
+        **timer.medians,
+    }
+
+
+def share_found(exact: list, found: list) -> float:
+    return len(set(exact) & set(found)) / len(exact)
+
+
+def make_vectors(count: int, dim: int, seed: int) -> np.ndarray:
+    """Unit vectors around 1,000 centres, as those of images lie near each other."""
+    centres = np.random.default_rng(0).standard_normal((1000, dim), dtype=np.float32)
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(0, len(centres), count)] + rng.standard_normal((count, dim), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write_vectors(args: IndexBenchmarkArguments, count: int):
+    uri = str(Path(args.work_dir) / f"vectors-{time.time_ns()}.lance")
+    table = open_or_create_table(uri, Fingerprint("random", "none", "none"), args.dim)
+    for start in tqdm(range(0, count, 10_000), desc="Vectors", unit="0k"):
+        vectors = make_vectors(min(10_000, count - start), args.dim, seed=1 + start)
+        sources = [f"/photos/{number:012d}.jpg" for number in range(start, start + len(vectors))]
+        rows = {
+            "id": [id_of(source) for source in sources],
+            "source": sources,
+            "image": [{"bytes": None, "path": source} for source in sources],
+            "error": pa.nulls(len(vectors), pa.string()),
+            "vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), args.dim),
+        }
+        table = commit(table, write_rows(uri, pa.table(rows, schema=table_schema(args.dim))))
+    return table
+
+
+def measure_vectors(args: IndexBenchmarkArguments) -> Iterator[dict]:
+    for count in args.num_vectors:
+        timer = Timer()
+        table = write_vectors(args, count)
+        timer("build", lambda: build_index(table, args.index_type, fewest=0))  # noqa: B023
+        table = table.checkout_version(table.latest_version)
+        data_bytes = sum(file.stat().st_size for file in (Path(table.uri) / "data").iterdir())
+        index_bytes = sum(index.total_size_bytes for index in table.describe_indices())
+        queries = make_vectors(args.queries, args.dim, seed=0)
+        exact = [nearest(table, query, use_index=False) for query in queries]
+        recalls: dict[int, float] = {}
+        for probes in args.probes:
+            found = [
+                timer(f"index_{probes}", lambda: nearest(table, query, nprobes=probes, refine_factor=10))  # noqa: B023
+                for query in tqdm(queries, desc=f"{probes} probes", unit=" queries")
+            ]
+            recalls[probes] = statistics.mean(map(share_found, exact, found))
+        for query in queries[:20]:
+            timer("exact", lambda: nearest(table, query, use_index=False))  # noqa: B023
+        yield {
+            "vectors": count,
+            "dim": args.dim,
+            "index_type": args.index_type,
+            "table_bytes_per_vector": data_bytes / count,
+            "index_bytes_per_vector": index_bytes / count,
+            **{f"recall_at_50_of_{probes}_probes": recall for probes, recall in recalls.items()},
+            **timer.medians,
+        }
+
+
+def nearest(table, query: np.ndarray, k: int = 50, **how) -> list[str]:
+    how = {"column": "vector", "q": query, "k": k, "metric": "cosine", **how}
+    return table.to_table(columns=["id", "_distance"], nearest=how)["id"].to_pylist()
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    (args,) = make_parser(IndexBenchmarkArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    if unknown := set(args.parts) - set(PARTS):
+        raise SystemExit(f"--parts {' '.join(sorted(unknown))}: choose of {', '.join(PARTS)}.")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    measures = dict(zip(PARTS, (measure_actors, measure_memory, measure_search, measure_vectors)))
+    rows = []
+    for part in args.parts:
+        for row in measures[part](args):
+            rows.append({"part": part, **row, "options": asdict(args), **provenance("cpu")})
+            shown = {name: value for name, value in row.items() if not isinstance(value, str)}
+            tqdm.write(f"{part}: " + " ".join(f"{name}={value:.4g}" for name, value in shown.items()))
+            if args.output_json:
+                write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""
+Embeds a collection of images, without any text, and writes a Lance table of vectors that `search.py` searches. Needs
+the extra `index`.
+
+    python examples/index_images.py --model outputs/retrieval --images photos --table photos.lance
+    python examples/index_images.py --model outputs/retrieval --images "shards/{000..099}.tar" --table photos.lance
+    python examples/index_images.py --model outputs/retrieval --images "photos/*.parquet" --table photos.lance
+    python examples/index_images.py --model outputs/retrieval --dataset_name org/photos --table photos.lance
+
+Started again, it goes on: images that are in the table are skipped. An image that cannot be used is counted and named,
+and has a row without a vector. Actors of Ray embed: one on one CPU by default, others and GPUs as asked
+(`--num_actors`, `--gpus_per_actor`); on this machine, or on the cluster that `--ray_address` names, where paths must
+mean the same on all machines.
+
+Installed without its source, the script is `python -m trips_examples.index_images`.
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+from dataclasses import dataclass, field
+
+import transformers
+from tqdm.auto import tqdm
+
+from trips_examples.data.shards import hub_shards
+from trips_examples.training.parser import make_parser
+
+
+NAMED = 20  # of the images that cannot be used
+
+
+@dataclass
+class IndexArguments:
+    model: str = field(metadata={"help": "A retrieval checkpoint: folder, or repository of the Hub."})
+    table: str = field(metadata={"help": "Where the Lance table is or will be: a folder, or a URI such as s3://..."})
+    images: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders of images; WebDataset shards; Parquet, JSONL or CSV files with images or paths."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, in place of --images."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    image_column: str | None = field(default=None, metadata={"help": "Of rows. Default: image, jpg, png, ..."})
+    schedule: str | None = field(
+        default=None, metadata={"help": "To select by in place of the checkpoint's, as in 5:image:0.7,12:image:0.5"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Of the weights while they compute, such as bfloat16."})
+    batch_size: int = field(default=32, metadata={"help": "Images that an actor embeds at a time."})
+    rows_per_commit: int = field(
+        default=512, metadata={"help": "Images of an actor that enter the table at a time; a kill loses these."}
+    )
+    num_actors: int = field(default=1, metadata={"help": "Processes that embed, each with a model."})
+    cpus_per_actor: int = field(default=1, metadata={"help": "Threads of each."})
+    gpus_per_actor: float = field(default=0.0, metadata={"help": "0.25: four actors share a GPU, and decode apart."})
+    num_readers: int = field(default=1, metadata={"help": "Shards that are read at a time, on a CPU each."})
+    ray_address: str | None = field(default=None, metadata={"help": "Of a Ray cluster. Default: this machine alone."})
+    object_store_mb: int = field(default=512, metadata={"help": "Memory for images under way, on this machine."})
+    store_images: bool = field(
+        default=True, metadata={"help": "Whether images of shards and rows go into the table, to be ranked and shown."}
+    )
+    retry_broken: bool = field(
+        default=False, metadata={"help": "Forget images that could not be used, and try those that are given again."}
+    )
+    index_type: str = field(default="IVF_PQ", metadata={"help": "One of Lance's, or none."})
+    index_from: int = field(default=10_000, metadata={"help": "Vectors from which there is an index."})
+
+
+def find_shards_of(args: IndexArguments) -> list:
+    from trips_examples.indexing.sources import find_images
+
+    if bool(args.images) == bool(args.dataset_name):
+        raise SystemExit("Give either --images or --dataset_name.")
+    if args.dataset_name:
+        return hub_shards(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+    return find_images(args.images)
+
+
+def index(args: IndexArguments):
+    # Ray and Lance are not there without the extra, and help is.
+    from trips_examples.indexing import embedding
+    from trips_examples.indexing import table as tables
+
+    transformers.utils.logging.disable_progress_bar()
+    shards = find_shards_of(args)
+    model, processor = tables.load_model(args.model, args.schedule)
+    fingerprint = tables.fingerprint_of(model, processor)
+    workers = embedding.Workers(args.num_actors, args.cpus_per_actor, args.gpus_per_actor, args.num_readers)
+    how = embedding.Embedding(
+        checkpoint=args.model,
+        schedule=args.schedule,
+        dtype=args.dtype,
+        device="cuda" if args.gpus_per_actor else "cpu",
+        num_threads=args.cpus_per_actor,
+        batch_size=args.batch_size,
+        store_images=args.store_images,
+    )
+    with tables.only_writer(args.table):
+        table = tables.open_or_create_table(args.table, fingerprint, model.config.projection_dim)
+        del model
+        if args.retry_broken:
+            table.delete("error IS NOT NULL")
+        embedding.start_ray(args.ray_address, workers, args.object_store_mb)
+        new = embedding.embed_images(table, shards, how, workers, args.rows_per_commit, args.image_column)
+        for number, fault in enumerate(new):
+            if number < NAMED:
+                tqdm.write(fault)
+        table = tables.open_table(args.table, fingerprint)
+        outcome = tables.build_index(table, args.index_type, args.index_from)
+    broken = table.count_rows("error IS NOT NULL")
+    print(f"{args.table}: {table.count_rows() - broken} images, {broken} that cannot be used; {outcome}.")
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(IndexArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    try:
+        index(args)
+    except (BlockingIOError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"index_images.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The images of a collection, wherever they are, as rows: each has a place, by which it is known ever after."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trips_examples.data.faults import BadRowError, printable
+from trips_examples.data.shards import IMAGE_SUFFIXES, BadPair, FileShard, HubShard, TarShard, find_shards
+from trips_examples.data.streams import IMAGE_COLUMNS, encoded_image
+
+
+FILES_PER_SHARD = 256
+ROWS_PER_BLOCK = 32
+
+# `image` as the datasets library encodes it.
+ROW_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "source": pa.string(),
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "error": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class FolderShard:
+    """Some of the image files of folders."""
+
+    paths: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[dict]:
+        for path in self.paths:
+            yield {"source": path, "image": path}
+
+
+Shard = FolderShard | TarShard | FileShard | HubShard
+
+
+def find_images(places: Sequence[str]) -> list[Shard]:
+    """
+    What is read of one after the other, each once, under absolute paths.
+
+    Args:
+        places (`Sequence[str]`): folders, of which all image files are taken, and those of the folders in them; or
+            shards and files of rows, as `find_shards` takes them.
+
+    Raises:
+        FileNotFoundError: if a place is not there, or holds no image.
+    """
+    files: dict[str, None] = {}
+    shards: dict[Shard, None] = {}
+    for place in places:
+        if os.path.isdir(place):
+            files |= dict.fromkeys(_image_files(place))
+        else:
+            shards |= dict.fromkeys(map(_absolute, find_shards([place], option="--images")))
+    paths = iter(files)
+    chunks = iter(lambda: tuple(islice(paths, FILES_PER_SHARD)), ())
+    return [*map(FolderShard, chunks), *shards]
+
+
+def _image_files(folder: str) -> list[str]:
+    paths = (os.path.join(root, name) for root, _, names in os.walk(os.path.abspath(folder)) for name in names)
+    found = sorted(path for path in paths if path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)))
+    if not found:
+        raise FileNotFoundError(
+            f"--images {folder}: no file in it ends with .{', .'.join(IMAGE_SUFFIXES)}. "
+            f'Of shards, give the files: "{folder}/*.tar" or "{folder}/*.parquet".'
+        )
+    return found
+
+
+def _absolute(shard: TarShard | FileShard) -> TarShard | FileShard:
+    if isinstance(shard, FileShard):
+        return FileShard(os.path.abspath(shard.name), os.path.abspath(shard.image_root))
+    is_local = os.path.isfile(shard.name)
+    return replace(shard, name=os.path.abspath(shard.name)) if is_local else shard
+
+
+def id_of(source: str) -> str:
+    """32 hexadecimal digits, the same for a place in every run."""
+    return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+
+
+def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
+    """
+    The images of a shard, by `ROW_SCHEMA`: `image` is encoded or a path; `error` says why there is none.
+
+    Args:
+        shard (`Shard`)
+        image_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` that a record has.
+    """
+    columns = IMAGE_COLUMNS if image_column is None else (image_column,)
+    seen: Counter[str] = Counter()
+    for record in shard:
+        source, image, error = printable(_source(shard, record)), None, None
+        if isinstance(shard, TarShard):  # which may use a name twice, or be broken in several places
+            seen[source] += 1
+            source += f" ({seen[source]})" if seen[source] > 1 else ""
+        if isinstance(record, BadPair):
+            error = record.error
+        else:
+            try:
+                image = _image(record, columns)
+            except BadRowError as bad:
+                error = str(bad)
+        yield {"id": id_of(source), "source": source, "image": image, "error": error}
+
+
+def _source(shard: Shard, record: dict | BadPair) -> str:
+    source = record.source if isinstance(record, BadPair) else record["source"]
+    # Rows of files are known by the file's name alone.
+    return os.path.join(os.path.dirname(shard.name), source) if isinstance(shard, FileShard) else source
+
+
+def _image(record: dict, columns: Sequence[str]) -> dict[str, bytes | str | None]:
+    encoded = encoded_image(record, columns)
+    if isinstance(encoded, bytes):
+        return {"bytes": encoded, "path": None}
+    return {"bytes": None, "path": str(Path(record.get("image_root", "")) / encoded)}
+
+
+def blocks_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -> Iterator[pa.Table]:
+    """
+    The rows of a shard that are not done yet, some at a time.
+
+    Args:
+        shard (`Shard`)
+        done (`np.ndarray` of shape `(num_rows,)` and type `S32`): ids, sorted.
+        image_column (`str`, *optional*)
+    """
+    rows = (row for row in rows_of(shard, image_column) if not _contains(done, row["id"]))
+    for block in iter(lambda: list(islice(rows, ROWS_PER_BLOCK)), []):
+        yield pa.Table.from_pylist(block, schema=ROW_SCHEMA)
+
+
+def _contains(done: np.ndarray, id: str) -> bool:
+    place = np.searchsorted(done, id.encode())
+    return bool(place < len(done) and done[place] == id.encode())

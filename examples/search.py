@@ -1,0 +1,80 @@
+"""
+Finds images in a table that `index_images.py` made: by their features, and then, for a text, the best by matching,
+where the text chooses the patches of each image. Prints what it found, and shows it on a page. Needs the extra
+`index`.
+
+    python examples/search.py --model outputs/retrieval --table photos.lance --text "a red circle" "two dogs"
+    python examples/search.py --model outputs/retrieval --table photos.lance --image example.jpg
+
+Several texts share the work that their images need. Installed without its source, the script is
+`python -m trips_examples.search`.
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+
+from trips_examples.analysis.page import filled
+from trips_examples.data.images import decode_image
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
+
+
+@dataclass
+class SearchArguments:
+    model: str = field(metadata={"help": "The checkpoint that made the table."})
+    table: str = field(metadata={"help": "The Lance table."})
+    text: list[str] = field(default_factory=list, metadata={"help": "One or more texts to find images by."})
+    image: str | None = field(default=None, metadata={"help": "An image to find others by, in place of --text."})
+    schedule: str | None = field(default=None, metadata={"help": "That the table was made with, if one was given."})
+    k: int = field(default=10, metadata={"help": "Images to show for each query."})
+    rerank_k: int = field(default=50, metadata={"help": "Images that are ranked again for a text. 0: none."})
+    exact: bool = field(default=False, metadata={"help": "Compare with all vectors, without the index."})
+    probes: int = field(default=20, metadata={"help": "Partitions of the index to look into: more find more."})
+    device: str = field(default="cpu", metadata={"help": "Such as cuda."})
+    page: str = field(default="outputs/found.html", metadata={"help": "Where the page with the pictures goes."})
+
+
+def search(args: SearchArguments) -> list[tuple[str, list]]:
+    """For each query its name and what it found, with pictures."""
+    # Lance is not there without the extra, and help is.
+    from trips_examples.indexing.finding import Finder
+
+    if bool(args.text) == bool(args.image):
+        raise SystemExit("Give either --text or --image.")
+    finder = Finder(args.table, args.model, args.schedule, args.device)
+    if args.image:
+        found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.exact, args.probes)
+    else:
+        texts = finder.describe_texts(args.text)
+        found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.exact, args.probes)
+        if args.rerank_k:
+            found = finder.rerank(texts, found)
+    results = []
+    for text, row in zip(args.text or [None], found):
+        pictures = finder.draw(row[: args.k], text)
+        results.append((text or args.image, [(each, pictures.get(each.source, [])) for each in row[: args.k]]))
+    return results
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(SearchArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        results = search(args)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"search.py: {error}") from error
+    for query, found in results:
+        print(query)
+        for place, (each, _) in enumerate(found, start=1):
+            print(f"{place:>4}  {each.told}  {each.source}")
+    page = filled(Path(__file__).parent / "indexing" / "results.html", table=args.table, results=results)
+    write_whole(args.page, page)
+    print(f"With pictures: {args.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""`benchmarks/index_and_search.py`: its rows, and what they count."""
+
+import json
+
+import index_and_search
+import numpy as np
+import plan_scale
+import pytest
+from tiny_collection import save_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def run(checkpoint: str, folder, *options: str) -> list[dict]:
+    output = folder / "rows.json"
+    words = [f"--model={checkpoint}", f"--work_dir={folder}", f"--output_json={output}", *options]
+    rows = index_and_search.main(words)
+    assert json.loads(output.read_text()) == rows
+    return rows
+
+
+def test_an_index_of_vectors_is_measured_against_all_of_them(checkpoint, tmp_path):
+    options = ["--num_vectors", "3000", "--dim", "32", "--queries", "8", "--probes", "1", "1000"]
+    (row,) = run(checkpoint, tmp_path, "--parts", "vectors", *options)
+    assert 0 < row["recall_at_50_of_1_probes"] <= row["recall_at_50_of_1000_probes"] <= 1
+    assert row["recall_at_50_of_1000_probes"] > 0.8
+    assert row["table_bytes_per_vector"] > 4 * 32 and 4 < row["index_bytes_per_vector"] < 4 * 32
+    assert all(row[f"{name}_cpu_ms"] > 0 for name in ("build", "exact", "index_1", "index_1000"))
+
+
+def test_vectors_differ_and_are_of_length_one():
+    vectors = np.concatenate([index_and_search.make_vectors(50, 16, seed) for seed in (1, 2)])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert len(np.unique(vectors, axis=0)) == 100
+
+
+def test_the_share_found_is_of_the_exact_ones():
+    assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a", "x", "y"]) == 0.5
+
+
+def test_parts_that_are_none_are_named(checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match="--parts speed: choose of actors, memory"):
+        run(checkpoint, tmp_path, "--parts", "speed")
+
+
+@pytest.mark.slow
+def test_all_parts_make_rows_of_which_a_plan_is_made(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    sizes = ["--memory_images", "300", "900", "--actor_images", "1000", "--rounds", "1", "--scenes", "300"]
+    sizes += ["--queries", "20", "--num_vectors", "1000", "--rerank_k", "5", "50", "--rows_per_commit", "100"]
+    rows = run(checkpoint, tmp_path, *sizes)
+    parts = [row["part"] for row in rows]
+    assert parts == ["actors", "actors", "memory", "memory", "search", "vectors"]
+    assert [row["images"] for row in rows[:4]] == [1000, 1000, 300, 900]
+    assert all(row["peak_mb"] > 100 and row["images_per_second"] > 0 for row in rows[:4])
+    search = rows[4]
+    assert search["images"] == 300 and 0 < search["index_recall_at_50"] <= 1
+    assert all(0 <= search[f"r1_{name}"] <= 1 for name in ("by_features", "reranked_5", "reranked_50"))
+    assert len(plan_scale.main([f"--rows={tmp_path / 'rows.json'}"])) == 3

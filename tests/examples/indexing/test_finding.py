@@ -1,0 +1,168 @@
+"""Embedding without Ray, and search: against numpy and against the model on one pair after the other."""
+
+import logging
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+import torch
+from tiny_collection import TEXTS, encoded, write_images, write_parquet
+
+from trips_examples.data.images import decode_image
+from trips_examples.indexing.embedding import Embedder, Embedding
+from trips_examples.indexing.finding import Finder
+from trips_examples.indexing.sources import blocks_of, find_images
+from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_or_create_table, open_table
+
+
+def embed(checkpoint: str, uri: str, *places, **options) -> list[str]:
+    """Adds the images of places to a table, as an actor does, and returns the faults."""
+    model, processor = load_model(checkpoint)
+    table = open_or_create_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
+    embedder = Embedder(Embedding(checkpoint, batch_size=7, **options), uri)
+    faults = []
+    for shard in find_images([str(place) for place in places]):
+        for block in blocks_of(shard, np.array([], "S32")):
+            result = embedder(block)
+            table = commit(table, result["fragments"][0])
+            faults += result["broken"][0]
+    return faults
+
+
+@pytest.fixture(scope="module")
+def collection(checkpoint, tmp_path_factory):
+    """A table of 20 files and 20 rows with images, and two that are broken."""
+    folder = tmp_path_factory.mktemp("collection")
+    write_images(folder / "images", range(20))
+    (folder / "images/broken.png").write_bytes(encoded(1)[:100])
+    (folder / "images/empty.png").write_bytes(b"")
+    write_parquet(folder / "rows.parquet", range(20, 40))
+    uri = str(folder / "t.lance")
+    faults = embed(checkpoint, uri, folder / "images", folder / "rows.parquet")
+    return folder, uri, faults
+
+
+@pytest.fixture(scope="module")
+def finder(checkpoint, collection) -> Finder:
+    return Finder(collection[1], checkpoint, batch_size=6)
+
+
+def image_of(source: str) -> PIL.Image.Image:
+    """Of this collection."""
+    number = source.rpartition(" ")[2] if " row " in source else source.rpartition("/")[2].removesuffix(".png")
+    return decode_image(encoded(int(number) + (19 if " row " in source else 0)))
+
+
+def test_vectors_are_the_library_s_and_images_without_a_file_are_stored(finder, collection):
+    rows = finder.table.to_table(filter="error IS NULL").to_pylist()
+    assert len(rows) == 40
+    for row in rows:
+        with torch.no_grad():
+            pixel_values = finder.processor(images=image_of(row["source"]), return_tensors="pt")["pixel_values"]
+            expected = finder.model.get_image_features(pixel_values).pooler_output[0]
+        torch.testing.assert_close(torch.tensor(row["vector"]), expected, rtol=1e-4, atol=1e-5)
+        is_file = not row["source"].rpartition(" ")[1]
+        assert (row["image"]["path"] == row["source"]) if is_file else row["image"]["bytes"].startswith(b"\x89PNG")
+
+
+def test_images_are_embedded_in_batches_whatever_blocks_they_come_in(checkpoint, tmp_path):
+    model, processor = load_model(checkpoint)
+    uri = str(tmp_path / "t.lance")
+    open_or_create_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
+    embedder = Embedder(Embedding(checkpoint, batch_size=48), uri)
+    (shard,) = find_images([str(write_images(tmp_path / "images", range(70)))])
+    blocks = pa.concat_tables(blocks_of(shard, np.array([], "S32")))
+    sizes = []
+    embeddings = embedder.model.model.vision_model.embeddings
+    embeddings.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    assert embedder(blocks)["rows"] == [70]
+    assert blocks["id"].num_chunks == 3 and sizes == [48, 22]
+
+
+def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collection):
+    folder, _, faults = collection
+    rows = finder.table.to_table(filter="error IS NOT NULL").to_pylist()
+    assert {row["source"] for row in rows} == {f"{folder}/images/{name}.png" for name in ("broken", "empty")}
+    assert all(row["vector"] is None and "unreadable image" in row["error"] for row in rows)
+    assert sorted(faults) == sorted(f"{row['source']}: {row['error']}" for row in rows)
+
+
+def test_the_nearest_are_those_of_numpy(finder):
+    rows = finder.table.to_table(filter="error IS NULL")
+    vectors = np.stack(rows["vector"].to_numpy())
+    texts = finder.describe_texts(TEXTS)
+    for query, row in zip(texts.embeds.numpy(), finder.nearest(texts.embeds, 5)):
+        similarities = vectors @ query
+        order = np.argsort(-similarities, kind="stable")[:5]
+        assert [each.source for each in row] == [rows["source"][int(place)].as_py() for place in order]
+        assert [each.similarity for each in row] == pytest.approx(similarities[order].tolist(), abs=1e-5)
+
+
+def test_an_image_finds_itself(finder):
+    for number in (3, 33):
+        ((best, *_),) = finder.nearest(finder.describe_image(decode_image(encoded(number))), 3)
+        assert image_of(best.source).tobytes() == decode_image(encoded(number)).tobytes()
+        assert best.similarity == pytest.approx(1, abs=1e-5) and best.score is None
+
+
+@torch.no_grad()
+def test_the_order_after_matching_is_that_of_pairs_one_by_one(finder):
+    texts = finder.describe_texts(TEXTS)
+    found = finder.nearest(texts.embeds, 8)
+    ranked = finder.rerank(texts, found)
+    assert ranked != found
+    for text, before, after in zip(TEXTS, found, ranked):
+        scores = {}
+        for each in before:
+            inputs = finder.processor(images=image_of(each.source), text=text, return_tensors="pt")
+            logits = finder.model.match(**inputs).itm_logits[0]
+            scores[each.source] = (logits[1] - logits[0]).item() + each.similarity / finder.model.temp().item()
+        assert [each.source for each in after] == sorted(scores, key=scores.get, reverse=True)
+        assert [each.score for each in after] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-3)
+
+
+def test_an_image_that_several_texts_found_is_encoded_once(finder):
+    texts = finder.describe_texts(TEXTS)
+    found = finder.nearest(texts.embeds, 40)
+    encoded_images = []
+    embeddings = finder.model.model.vision_model.embeddings
+    handle = embeddings.register_forward_hook(lambda module, args, output: encoded_images.append(len(args[0])))
+    finder.rerank(texts, found)
+    handle.remove()
+    assert sum(encoded_images) == 40 and len(TEXTS) * 40 == sum(map(len, found))
+
+
+def test_pictures_show_what_the_text_kept(finder):
+    texts = finder.describe_texts(TEXTS[:1])
+    (found,) = finder.nearest(texts.embeds, 3)
+    pictures = finder.draw(found, TEXTS[0])
+    assert list(pictures) == [each.source for each in found]
+    for (title, image), (kept_title, kept) in pictures.values():
+        assert title == "image" and image.size == (64, 64) and kept_title.endswith("patches that the text kept")
+        assert kept.size == (256, 256)
+    assert [len(titled) for titled in finder.draw(found).values()] == [1, 1, 1]
+
+
+def test_images_that_are_gone_or_were_not_stored_are_left_out_and_named(checkpoint, tmp_path, caplog):
+    write_images(tmp_path / "images", range(3))
+    write_parquet(tmp_path / "rows.parquet", [3])
+    uri = str(tmp_path / "t.lance")
+    assert embed(checkpoint, uri, tmp_path / "images", tmp_path / "rows.parquet", store_images=False) == []
+    (tmp_path / "images/1.png").unlink()
+    finder = Finder(uri, checkpoint)
+    texts = finder.describe_texts(TEXTS[:1])
+    found = finder.nearest(texts.embeds, 4)
+    with caplog.at_level(logging.WARNING):
+        (ranked,) = finder.rerank(texts, found)
+    assert len(found[0]) == 4
+    assert {each.source for each in ranked} == {f"{tmp_path}/images/{number}.png" for number in (0, 2)}
+    assert f"Left out {tmp_path}/images/1.png: missing image" in caplog.text
+    assert "rows.parquet row 1: the table does not hold it (--store_images)" in caplog.text
+
+
+def test_a_finder_refuses_what_another_schedule_made(checkpoint, collection):
+    with pytest.raises(ValueError, match="cannot be compared"):
+        Finder(collection[1], checkpoint, schedule="2:image:0.25")
+    model, processor = load_model(checkpoint)
+    assert open_table(collection[1], fingerprint_of(model, processor)).count_rows() == 42

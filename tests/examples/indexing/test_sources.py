@@ -1,0 +1,104 @@
+"""The images of a collection as rows: each once, under a name that does not change, or with what is wrong with it."""
+
+import os
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from tiny_collection import encoded, write_images, write_parquet, write_tar
+
+from trips_examples.data.shards import hub_shards
+from trips_examples.indexing.sources import FILES_PER_SHARD, blocks_of, find_images, id_of, rows_of
+
+
+NOTHING = np.array([], "S32")
+
+
+def rows(*places) -> list[dict]:
+    return [row for shard in find_images([str(place) for place in places]) for row in rows_of(shard)]
+
+
+def test_a_folder_has_its_image_files_and_those_of_its_folders(tmp_path, monkeypatch):
+    write_images(tmp_path / "a", [1])
+    write_images(tmp_path / "a/b", [2])
+    (tmp_path / "a/notes.txt").write_text("no image")
+    paths = [str(tmp_path / "a/1.png"), str(tmp_path / "a/b/2.png")]
+    found = rows(tmp_path / "a")
+    assert [row["source"] for row in found] == paths
+    assert [row["image"] for row in found] == [{"bytes": None, "path": path} for path in paths]
+    monkeypatch.chdir(tmp_path)
+    assert rows("a", "a/b", tmp_path) == found  # however it is named, and each once
+
+
+def test_a_large_folder_is_several_shards(tmp_path):
+    write_images(tmp_path, range(FILES_PER_SHARD + 1))
+    shards = find_images([str(tmp_path)])
+    assert [len(shard.paths) for shard in shards] == [FILES_PER_SHARD, 1]
+
+
+def test_rows_of_files_of_one_name_are_distinct(tmp_path):
+    for folder in ("a", "b"):
+        write_parquet(tmp_path / folder / "train.parquet", [1, 2])
+    found = rows(tmp_path / "*/train.parquet")
+    assert [row["source"] for row in found] == [
+        f"{tmp_path}/{folder}/train.parquet row {number}" for folder in "ab" for number in (1, 2)
+    ]
+    assert len({row["id"] for row in found}) == 4 and {len(row["id"]) for row in found} == {32}
+    assert [row["image"]["bytes"] for row in found] == [encoded(1), encoded(2)] * 2
+
+
+def test_rows_may_name_files_and_be_broken(tmp_path):
+    write_images(tmp_path, [1])
+    (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n{"image": \n{"caption": "none"}\n')
+    first, second, third = rows(tmp_path / "rows.jsonl")
+    assert first["image"] == {"bytes": None, "path": str(tmp_path / "1.png")} and first["error"] is None
+    assert second["source"] == f"{tmp_path}/rows.jsonl row 2" and "broken JSON" in second["error"]
+    assert "no image" in third["error"] and third["image"] is None
+
+
+def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
+    names = {"a.png": encoded(1), "b.png": encoded(2), "c.txt": b"no image", "./a.png": encoded(3)}
+    whole = write_tar(tmp_path / "0.tar", names)
+    (tmp_path / "1.tar").write_bytes(whole.read_bytes()[:1000])
+    found = rows(tmp_path / "{0..1}.tar")
+    assert len({row["id"] for row in found}) == len(found)
+    assert [row["source"] for row in found if row["image"]][:2] == [f"{whole}/a", f"{whole}/b"]
+    assert f"{whole}/c" in [row["source"] for row in found if row["error"]]
+    assert "broken tar file" in found[-1]["error"] and found[-1]["source"].startswith(f"{tmp_path}/1.tar")
+
+
+def test_rows_of_a_data_set_on_the_hub_are_numbered(tmp_path):
+    write_parquet(tmp_path / "data/train-0.parquet", [1, 2])
+    write_parquet(tmp_path / "data/train-1.parquet", [3])
+    assert load_dataset(str(tmp_path / "data"), split="train", streaming=True).num_shards == 2
+    found = [row for shard in hub_shards(str(tmp_path / "data")) for row in rows_of(shard)]
+    assert [row["image"]["bytes"] for row in found] == [encoded(number) for number in (1, 2, 3)]
+    assert len({row["id"] for row in found}) == 3
+
+
+def test_what_is_done_is_not_read_again(tmp_path):
+    (shard,) = find_images([str(write_images(tmp_path, range(40)))])
+    ids = [row["id"] for row in rows_of(shard)]
+    assert [len(block) for block in blocks_of(shard, NOTHING)] == [32, 8]
+    (left,) = blocks_of(shard, np.sort(np.array(ids[3:], "S32")))
+    assert left["id"].to_pylist() == ids[:3]
+
+
+def test_an_id_is_of_the_place_alone():
+    assert id_of("/photos/1.png") == id_of("/photos/1.png") != id_of("/photos/2.png")
+
+
+def test_a_name_that_is_no_text_is_an_error_not_an_end(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as file:
+        file.write(encoded(1))
+    (row,) = rows(tmp_path)
+    assert "not valid Unicode" in row["error"] and row["source"].endswith("\\udcff.png")
+
+
+@pytest.mark.parametrize(
+    "place, message", [("nowhere", "no files nowhere: mend --images"), (".", 'give the files: "./')]
+)
+def test_places_without_images_are_named(place, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message):
+        find_images([place])

@@ -1,0 +1,124 @@
+"""The table: whose vectors it takes, that only a commit changes it, one writer at a time, and its index."""
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tiny_collection import save_model
+
+from trips_examples.indexing.sources import id_of
+from trips_examples.indexing.table import (
+    Fingerprint,
+    build_index,
+    commit,
+    fingerprint_of,
+    ids_of,
+    load_model,
+    only_writer,
+    open_or_create_table,
+    open_table,
+    rows_without_index,
+    table_schema,
+    write_rows,
+)
+
+
+DIM = 32
+OWN = Fingerprint("a/model", "5 image x 0.7", "0" * 32)
+
+
+def make_rows(numbers: range, broken: int | None = None) -> pa.Table:
+    vectors = np.random.default_rng(numbers.start).standard_normal((len(numbers), DIM), dtype=np.float32)
+    rows = [
+        {"id": id_of(str(number)), "source": str(number), "vector": None if number == broken else vector}
+        | {"error": "broken" if number == broken else None, "image": {"bytes": b"x", "path": None}}
+        for number, vector in zip(numbers, vectors)
+    ]
+    return pa.Table.from_pylist(rows, schema=table_schema(DIM))
+
+
+def add(table: lance.LanceDataset, numbers: range, **options) -> lance.LanceDataset:
+    return commit(table, write_rows(table.uri, make_rows(numbers, **options)))
+
+
+@pytest.fixture
+def table(tmp_path) -> lance.LanceDataset:
+    return open_or_create_table(str(tmp_path / "t.lance"), OWN, DIM)
+
+
+def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
+    def fingerprint(path=checkpoint, schedule=None, **pixels) -> Fingerprint:
+        model, processor = load_model(path, schedule)
+        for name, value in pixels.items():
+            setattr(processor.image_processor, name, value)
+        return fingerprint_of(model, processor)
+
+    own = fingerprint()
+    assert own == fingerprint() and own.model == checkpoint and own.schedule == "2, 3 text x 0.5"
+    copy = save_model(tmp_path / "copy")
+    assert fingerprint(copy).digest == own.digest  # whatever it is called
+    model, processor = load_model(copy)
+    with torch.no_grad():
+        model.vision_proj.bias[3] += 1e-3
+    assert fingerprint_of(model, processor).digest != own.digest
+    assert fingerprint(schedule="2:image:0.5").digest != own.digest
+    assert fingerprint(image_mean=[0.1, 0.2, 0.3]).digest != own.digest
+
+
+def test_a_table_of_another_fingerprint_is_refused_in_words(table):
+    add(table, range(3))
+    assert open_or_create_table(table.uri, OWN, DIM).count_rows() == 3
+    for other in (Fingerprint("b/model", OWN.schedule, "1" * 32), Fingerprint("a/model", "unpruned", "2" * 32)):
+        with pytest.raises(ValueError) as error:
+            open_or_create_table(table.uri, other, DIM)
+        for word in ("a/model", "5 image x 0.7", other.model, other.schedule, "--schedule", "another table"):
+            assert word in str(error.value)
+    assert open_table(table.uri, OWN).count_rows() == 3
+
+
+def test_what_is_no_table_of_images_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make it with index_images.py"):
+        open_table(str(tmp_path / "none.lance"), OWN)
+    lance.write_dataset(pa.table({"a": [1]}), tmp_path / "other.lance")
+    with pytest.raises(ValueError, match="name another"):
+        open_or_create_table(str(tmp_path / "other.lance"), OWN, DIM)
+
+
+def test_rows_enter_by_a_commit_alone(table):
+    fragments = write_rows(table.uri, make_rows(range(5)))
+    assert open_table(table.uri, OWN).count_rows() == 0
+    table = commit(table, fragments)
+    table = add(table, range(5, 8))
+    assert open_table(table.uri, OWN).count_rows() == 8
+    assert ids_of(table).tolist() == sorted(id_of(str(number)).encode() for number in range(8))
+
+
+def test_there_is_one_writer_at_a_time(tmp_path):
+    uri = str(tmp_path / "new/t.lance")
+    with only_writer(uri), pytest.raises(BlockingIOError, match="Another process is writing .*t.lance"):
+        with only_writer(uri):
+            pass
+    with only_writer(uri):
+        pass
+
+
+def test_few_rows_and_none_are_searched_without_an_index(table):
+    table = add(table, range(300))
+    assert "no index" in build_index(table, "IVF_PQ", fewest=301) and not table.list_indices()
+    assert "no index" in build_index(table, "none", fewest=0) and not table.list_indices()
+
+
+def test_the_index_has_all_rows_and_is_made_anew_when_rows_come(table):
+    table = add(add(table, range(300)), range(300, 600), broken=400)
+    assert "an index IVF_PQ of 599 vectors" in build_index(table, "IVF_PQ", fewest=300)
+    table = open_table(table.uri, OWN)
+    assert rows_without_index(table) == 0 and table.stats.dataset_stats()["num_fragments"] == 1
+    version = table.latest_version
+    assert build_index(table, "IVF_PQ", fewest=300) == "the index is complete"
+    assert open_table(table.uri, OWN).version == version
+    table = add(table, range(600, 650))
+    assert rows_without_index(table) == 50
+    build_index(table, "IVF_PQ", fewest=300)
+    table = open_table(table.uri, OWN)
+    assert rows_without_index(table) == 0 and table.count_rows() == 650

@@ -1,0 +1,173 @@
+"""`index_images.py` and `search.py` as users run them, and what a kill of a worker or of the whole leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import lance
+import numpy as np
+import psutil
+import pytest
+from places import EXAMPLES
+from tiny_collection import TEXTS, save_model, write_images, write_parquet, write_tar
+
+from trips_examples import index_images
+from trips_examples.data.images import decode_image
+from trips_examples.indexing.finding import Finder
+from trips_examples.indexing.sources import find_images, rows_of
+from trips_examples.indexing.table import ids_of, only_writer
+
+
+NUM_IMAGES = 600
+ACTOR = "ray::MapWorker(MapBatches(Embedder))"
+# Ray is nice to others by default: on a busy machine these tests would wait for minutes.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collection")
+    save_model(folder / "model")
+    write_images(folder / "images", range(NUM_IMAGES))
+    (folder / "images/0.png").write_bytes(b"no image")
+    return folder
+
+
+def command(script: str, folder, *options: str) -> list[str]:
+    return [sys.executable, str(EXAMPLES / script), "--model", str(folder / "model"), *map(str, options)]
+
+
+def start(folder, table, *options: str) -> subprocess.Popen:
+    words = ["--images", folder / "images", "--table", table, "--rows_per_commit", "8", "--batch_size", "8"]
+    words += ["--object_store_mb", "128", *options]
+    return subprocess.Popen(
+        command("index_images.py", folder, *words),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed[-4000:]
+    return printed
+
+
+def rows_in(table) -> int:
+    try:
+        return lance.dataset(str(table)).count_rows()
+    except ValueError:
+        return 0
+
+
+def wait_for_rows(process: subprocess.Popen, table, more_than: int) -> int:
+    until = time.monotonic() + 300
+    while (rows := rows_in(table)) <= more_than:
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0][-4000:]
+        time.sleep(0.02)
+    assert rows < NUM_IMAGES, "it was done before it could be killed"
+    return rows
+
+
+def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if " ".join(child.cmdline()).startswith(ACTOR)]
+
+
+def check_rows(folder, table):
+    """Each image has one row, with the vector that the library gives it; the broken one has its error."""
+    finder = Finder(str(table), str(folder / "model"))
+    rows = {row["source"]: row for row in finder.table.to_table().to_pylist()}
+    sources = {row["source"] for shard in find_images([str(folder / "images")]) for row in rows_of(shard)}
+    assert finder.table.count_rows() == len(rows) == NUM_IMAGES and rows.keys() == sources
+    assert [row["source"] for row in rows.values() if row["error"]] == [f"{folder}/images/0.png"]
+    paths = [f"{folder}/images/{number}.png" for number in range(1, NUM_IMAGES)]
+    expected = finder.evaluator.index_images([decode_image(path) for path in paths])
+    np.testing.assert_allclose([rows[path]["vector"] for path in paths], expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_workers_and_a_killed_run_lose_and_double_nothing(folder):
+    table = folder / "killed.lance"
+    process = start(folder, table, "--num_actors", "2")
+    rows = wait_for_rows(process, table, 0)
+    (actor, *_) = actors_of(process)
+    actor.send_signal(signal.SIGKILL)
+    rows = wait_for_rows(process, table, rows + 40)  # it goes on
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert {member.environ()["RAY_USAGE_STATS_ENABLED"] for member in family} == {"0"}
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=240)
+    assert not alive  # nothing of Ray stays behind
+    assert rows <= rows_in(table) < NUM_IMAGES
+    process = start(folder, table)
+    wait_for_rows(process, table, rows_in(table))
+    (actor,) = actors_of(process)
+    actor.send_signal(signal.SIGKILL)
+    assert "599 images, 1 that cannot be used" in finished(process)
+    check_rows(folder, table)
+
+
+@pytest.mark.slow
+def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
+    data = {
+        "parquet": write_parquet(tmp_path / "rows.parquet", range(0, 300)),
+        "tar": write_tar(
+            tmp_path / "shard.tar", {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
+        ),
+    }
+    table = tmp_path / "t.lance"
+    words = ["--table", table, "--index_from", "256", "--object_store_mb", "128"]
+    printed = finished_run("index_images.py", folder, "--images", *data.values(), *words)
+    assert "899 images, 1 that cannot be used; an index IVF_PQ of 899 vectors" in printed
+    assert f"{tmp_path}/shard.tar/0: unreadable image" in printed
+    write_parquet(tmp_path / "hub/train.parquet", range(1000, 1030))
+    printed = finished_run("index_images.py", folder, "--dataset_name", tmp_path / "hub", *words, "--retry_broken")
+    assert "929 images, 0 that cannot be used" in printed and "an index" in printed
+    assert len(np.unique(ids_of(lance.dataset(str(table))))) == 929
+
+    found = finished_run(
+        "search.py", folder, "--table", table, "--text", *TEXTS, "--k", "4", "--page", tmp_path / "p.html"
+    )
+    for text in TEXTS:
+        assert found.count(f"\n{text}\n") + found.startswith(f"{text}\n") == 1
+    assert found.count("  score ") == 4 * len(TEXTS)
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * 4 * len(TEXTS)
+    image = folder / "images/7.png"
+    found = finished_run(
+        "search.py", folder, "--table", table, "--image", image, "--k", "2", "--page", tmp_path / "q.html"
+    )
+    assert "   1  similarity 1.000" in found
+
+
+def finished_run(script: str, folder, *options) -> str:
+    result = subprocess.run(command(script, folder, *options), env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr if script == "index_images.py" else result.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--images", "nowhere"], "no files nowhere: mend --images"),
+        ([], "Give either --images or --dataset_name."),
+        (["--images", "{folder}/images", "--dataset_name", "org/photos"], "Give either"),
+        (["--images", "{folder}/images", "--table", "{folder}/images/1.png"], "images/1.png"),
+    ],
+)
+def test_wrong_options_are_told_before_ray_starts(options, message, folder):
+    options = [option.format(folder=folder) for option in options]
+    with pytest.raises(SystemExit, match=message):
+        index_images.main(["--model", str(folder / "model"), "--table", str(folder / "t.lance"), *options])
+
+
+def test_a_second_run_on_a_table_is_refused(folder, tmp_path):
+    table = str(tmp_path / "t.lance")
+    with only_writer(table), pytest.raises(SystemExit, match="Another process is writing"):
+        index_images.main(["--model", str(folder / "model"), "--table", table, "--images", str(folder / "images")])

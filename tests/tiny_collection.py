@@ -1,0 +1,53 @@
+"""A collection of small images that all differ, in every form that is indexed, and a retrieval model to embed them."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet
+from random_checkpoint import save_random_checkpoint
+
+from modeling_trips import TripsForRetrieval
+
+
+TEXTS = ["a red circle", "blue", "a green one on the left", "the rectangle"]
+
+
+def save_model(folder: Path, **fields) -> str:
+    return str(save_random_checkpoint(folder, TripsForRetrieval, TEXTS, **fields))
+
+
+def encoded(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).resize((64, 64)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_images(folder: Path, numbers: Iterable[int]) -> Path:
+    """`0.png`, `1.png`, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number}.png").write_bytes(encoded(number))
+    return folder
+
+
+def write_parquet(file: Path, numbers: Iterable[int]) -> Path:
+    """As the datasets library writes images."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": encoded(number), "path": None} for number in numbers]
+    pyarrow.parquet.write_table(pa.table({"image": images}), file)
+    return file
+
+
+def write_tar(file: Path, names: dict[str, bytes]) -> Path:
+    with tarfile.open(file, "w") as tar:
+        for name, content in names.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file

@@ -1,10 +1,11 @@
 """
-Runs the notebook of the tour top to bottom, in two or three minutes of two cores, and keeps its output beside the code.
+Runs the notebook of the tour top to bottom, in one or two minutes of two cores, and keeps its output beside the code.
 
     python docs/run_tour.py                       # docs/tour.ipynb, in place
     python docs/run_tour.py --output tour.ipynb   # leaves it as it is
 
-What goes to stderr, counters and times of execution are left out, so that a change of the file is one of what it says.
+What goes to stderr, counters and times of execution are left out: the file changes where what it says does. Cells with
+the tag `varies` print what depends on the machine.
 """
 
 import argparse
@@ -20,8 +21,7 @@ TOUR = Path(__file__).parent / "tour.ipynb"
 def run(path: Path) -> nbformat.NotebookNode:
     """The notebook with the output of its cells. An error in one of them is raised."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
-    client.execute()
+    NotebookClient(notebook, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

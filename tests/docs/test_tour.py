@@ -18,7 +18,7 @@ SECONDS = 2 * 300  # five minutes of two cores, by the processors' time: other p
 
 
 def run(*command: str):
-    offline = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS")}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS"), "1")
     subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **offline}, check=True)
 
 

@@ -5,7 +5,7 @@ Draws docs/walk.png: how a picture and a question walk through the layers of the
     python docs/draw_walk.py --picture 4 --question "is there a circle?" --output walk.png
 """
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -18,12 +18,20 @@ from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsSelec
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.analysis.pictures import draw_scores
 from trips_examples.ask import CHECKPOINT, answers_of
+from trips_examples.training.parser import make_parser
 
 
 CLS, FUSED, LINE = "#1864ab", "#d9480f", "#495057"
 WIDTH, HEIGHT = 0.135, 0.30  # of a panel, as shares of the figure
 COLUMNS = [0.01 + 0.169 * number for number in range(6)]
 PICTURES, TOKENS, TEXTS = 0.41, 0.03, 0.85  # the bottoms of both rows, and the middle of the upper one
+
+
+@dataclass
+class WalkArguments:
+    picture: int = field(default=4, metadata={"help": "Number of a test picture of easy-VQA."})
+    question: str = field(default="what color is the shape?", metadata={"help": "What is asked about it."})
+    output: str = field(default=str(Path(__file__).parent / "walk.png"), metadata={"help": "Where to draw it."})
 
 
 class Walk:
@@ -141,15 +149,9 @@ class Walk:
         self.figure.add_artist(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=color))
 
 
-def main(argv: list[str] | None = None) -> Walk:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--picture", type=int, default=4, help="Number of a test picture of easy-VQA.")
-    parser.add_argument("--question", default="what color is the shape?")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "walk.png")
-    args = parser.parse_args(argv)
-    walk = Walk(get_test_image_paths()[args.picture], args.question)
-    walk.draw().savefig(args.output)
-    return walk
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(WalkArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    Walk(get_test_image_paths()[args.picture], args.question).draw().savefig(args.output)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,22 @@ What goes to stderr, counters and times of execution are left out: the file chan
 the tag `varies` print what depends on the machine.
 """
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
+
 
 TOUR = Path(__file__).parent / "tour.ipynb"
+
+
+@dataclass
+class TourArguments:
+    output: str = field(default=str(TOUR), metadata={"help": "Where to write it. Default: in place."})
 
 
 def run(path: Path) -> nbformat.NotebookNode:
@@ -34,13 +42,8 @@ def run(path: Path) -> nbformat.NotebookNode:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=TOUR, help="Where to write it. Default: in place.")
-    args = parser.parse_args(argv)
-    notebook = run(TOUR)
-    partial = args.output.with_name(f"partial-{args.output.name}")
-    nbformat.write(notebook, partial)
-    partial.replace(args.output)
+    (args,) = make_parser(TourArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    write_whole(args.output, nbformat.writes(run(TOUR)) + "\n")
 
 
 if __name__ == "__main__":

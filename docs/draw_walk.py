@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from easy_vqa import get_test_image_paths
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsSelection
 from modeling_trips.inspection import draw_kept_patches
@@ -60,9 +60,9 @@ class Walk:
         self.panel(0, draw_kept_patches(self.image, self.boxes(everything), outline=None), "64 patches", grid=True)
         self.sequence(0, everything, 0, f"layer 1: {self.tokens[0]} tokens\nthe same for every question")
         columns = iter(range(1, 5))
-        for number, (layer, selection) in enumerate(self.selections.items()):
+        for layer, selection in self.selections.items():
             self.scores(next(columns), layer, selection)
-            self.kept(next(columns), layer, selection, fused_before=number > 0)
+            self.kept(next(columns), layer, selection)
         self.texts()
         return self.figure
 
@@ -85,14 +85,13 @@ class Walk:
         self.arrow((middle, TEXTS), (middle, PICTURES + HEIGHT + 0.05), CLS)
         self.arrow_to(column)
 
-    def kept(self, column: int, layer: int, selection: TripsSelection, fused_before: bool):
+    def kept(self, column: int, layer: int, selection: TripsSelection):
         indices = selection.kept_indices[0]
-        boxes = self.boxes(indices)
-        self.panel(column, draw_kept_patches(self.image, boxes), f"layer {layer} keeps {len(boxes)} patches")
-        num_fused = 1 + int((indices == -1).sum())
-        self.sequence(
-            column, indices[indices >= 0], num_fused, f"layer {layer}: {self.tokens[layer - 1]} tokens go on"
-        )
+        patches = indices[indices >= 0]
+        picture = draw_kept_patches(self.image, self.boxes(patches))
+        self.panel(column, picture, f"layer {layer} keeps {len(patches)} patches")
+        num_fused = 1 + len(indices) - len(patches)
+        self.sequence(column, patches, num_fused, f"layer {layer}: {self.tokens[layer - 1]} tokens go on")
         self.arrow_to(column)
 
     def sequence(self, column: int, patches: torch.LongTensor, num_fused: int, title: str):
@@ -103,12 +102,10 @@ class Walk:
             if token is None:
                 continue
             row, left = divmod(place, 8)
-            top = -row
-            if isinstance(token, str):
-                axes.fill([left, left + 0.9, left + 0.9, left], [top, top, top - 0.9, top - 0.9], color=token)
-            else:
-                axes.imshow(token, extent=(left, left + 0.9, top - 0.9, top))
-            axes.plot([left, left + 0.9, left + 0.9, left, left], [top, top, top - 0.9, top - 0.9, top], LINE, lw=0.4)
+            color = token if isinstance(token, str) else "none"
+            axes.add_patch(Rectangle((left, -row - 0.9), 0.9, 0.9, facecolor=color, edgecolor=LINE, lw=0.4, zorder=2))
+            if color == "none":
+                axes.imshow(token, extent=(left, left + 0.9, -row - 0.9, -row))
         axes.set(xlim=(-0.1, 8), ylim=(-9, 0.1), aspect="equal", anchor="N")
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
@@ -118,17 +115,10 @@ class Walk:
         write, last, middle = self.figure.text, COLUMNS[5], PICTURES + HEIGHT / 2
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#e7f5ff", "edgecolor": CLS}
         write(COLUMNS[0], 0.94, f"“{self.question}”", fontsize=12, va="center", weight="bold")
-        self.figure.add_artist(
-            FancyArrowPatch((COLUMNS[0] + WIDTH / 2, TEXTS), (last + 0.065, TEXTS), arrowstyle="-", color=CLS)
-        )
+        self.arrow((COLUMNS[0] + WIDTH / 2, TEXTS), (last + 0.065, TEXTS), CLS, style="-")
         write(COLUMNS[0] + WIDTH / 2, TEXTS, "text encoder", fontsize=11, va="center", ha="center", bbox=box, zorder=5)
-        write(
-            COLUMNS[1],
-            TEXTS + 0.02,
-            "its [CLS] is the query of the scores; its words go on to the fusion encoder",
-            fontsize=9,
-            color=CLS,
-        )
+        ways = "its [CLS] is the query of the scores; its words go on to the fusion encoder"
+        write(COLUMNS[1], TEXTS + 0.02, ways, fontsize=9, color=CLS)
         fusion = f"layer 4 and the\nfusion encoder:\nthe words read\n{self.tokens[-1]} tokens, not {self.tokens[0]}"
         self.arrow_to(5)
         write(last + 0.012, middle, fusion, fontsize=11, va="center", bbox=box)
@@ -145,8 +135,8 @@ class Walk:
         middle = PICTURES + HEIGHT / 2
         self.arrow((COLUMNS[column] - 0.031, middle), (COLUMNS[column] - 0.003, middle))
 
-    def arrow(self, start: tuple[float, float], end: tuple[float, float], color: str = LINE):
-        self.figure.add_artist(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=color))
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], color: str = LINE, style: str = "-|>"):
+        self.figure.add_artist(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=12, color=color))
 
 
 def main(argv: list[str] | None = None):

@@ -47,6 +47,10 @@ VARIANTS = {
 class AblationArguments:
     script: str = field(default="run_vqa.py", metadata={"help": "Which script of examples/ trains and evaluates."})
     metric: str = field(default="eval_accuracy", metadata={"help": "What of its eval_results.json is compared."})
+    show: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More of it to print beside the metric, such as eval_layer2_kept: means over the seeds."},
+    )
     variants_file: str | None = field(
         default=None,
         metadata={
@@ -145,16 +149,18 @@ def learning_curve(folder: Path, metric: str) -> list[dict]:
     return [{name: entry[name] for name in ("epoch", "step", metric)} for entry in log if metric in entry]
 
 
-def print_table(rows: list[dict], metric: str):
-    """Mean over the seeds and standard deviation, in Markdown."""
-    print(f"| selection | {metric}: mean | standard deviation | seeds | minutes per run |")
-    print("|---|---|---|---|---|")
+def print_table(rows: list[dict], metric: str, show: list[str]):
+    """Mean over the seeds and standard deviation, in Markdown; means of what else is shown, where it is."""
+    titles = "".join(f" {name} |" for name in show)
+    print(f"| selection | {metric}: mean | standard deviation | seeds | minutes per run |{titles}")
+    print("|---|---|---|---|---|" + "---|" * len(show))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
         values = [row[metric] for row in own]
         deviation = f"{stdev(values):.4f}" if len(values) > 1 else "-"
         minutes = mean(row["minutes"] for row in own)
-        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(own)} | {minutes:.1f} |")
+        more = "".join(f" {mean(row[name] for row in own):.3g} |" if name in own[0] else " - |" for name in show)
+        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(own)} | {minutes:.1f} |{more}")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -168,7 +174,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [json.loads(run.results_file.read_text()) for run in runs]
     if args.output_json is not None:
         write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
-    print_table(rows, args.metric)
+    print_table(rows, args.metric, args.show)
     return rows
 
 

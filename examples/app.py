@@ -52,6 +52,10 @@ CSS = """
 .told figure img { width: 100%; }
 .told figcaption { font-size: .8rem; }
 .told h3 { overflow-wrap: anywhere; }
+#examples thead { display: none; }
+#examples tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+#examples tr { display: flex; align-items: center; }
+#examples td { white-space: pre-line; text-align: left; }
 """
 
 
@@ -141,8 +145,9 @@ def build(args: AppArguments):
         if "easy_vqa" in args.model or "easy-vqa" in args.model:
             paths = get_test_image_paths()
             rows = [[str(paths[number]), text] for number, text in EXAMPLES.items()]
-            clicked = gr.Examples(rows, [image, lines], cache_examples=False).load_input_event
-            clicked.then(look, inputs, result, api_name=False)
+            clicked = gr.Examples(rows, [image, lines], cache_examples=False, elem_id="examples").load_input_event
+            clicked = clicked.then(look, inputs, result, api_name=False)
+            clicked.then(js="() => document.querySelector('#result').scrollIntoView()")  # far above, on a phone
     return page
 
 

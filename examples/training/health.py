@@ -15,8 +15,10 @@ from modeling_trips import TripsConfig, TripsModel
 from modeling_trips.inspection.cost import forward_cost
 from modeling_trips.inspection.schedules import UNPRUNED
 from modeling_trips.inspection.speed import seconds_of_both
+from trips_examples.analysis.comparison import Group
 from trips_examples.data.task_collators import a_text_per_image
 from trips_examples.metrics.selection import NUM_ROWS, measure_selection, regions_of
+from trips_examples.training.fine_detail import SMALL, compare_with_twin
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ LEAST_SENSITIVITY = 0.01
 LEAST_Z = 2.0  # standard errors above chance
 CHANCE_MARGIN = 0.02  # of the overlap of kept sets
 MOST_TIME = 1.1  # of the unpruned model's
+MOST_CHANCE = 0.01  # that the unpruned model is ahead on small things by chance
 
 
 class Finding(NamedTuple):
@@ -132,12 +135,26 @@ def costs_time(time_ratio: float, counted: float, texts_per_image: float) -> Ite
     )
 
 
+def costs_detail(small: Group) -> Iterator[Finding]:
+    """Whether what is small comes out right more often without pruning; beyond chance, as answers change both ways."""
+    if small.lost <= small.won or small.p_value >= MOST_CHANCE:
+        return
+    yield Finding(
+        "fine detail",
+        f"Fine detail suffers: of {small.count} texts about something of at most 1/{round(1 / SMALL)} of the image, "
+        f"{small.accuracy:.1%} come out right, and {small.other_accuracy:.1%} with the same weights unpruned (by "
+        f"chance once in {1 / small.p_value:,.0f} times). Try a higher --keep_rate, later --selection_layers, larger "
+        "images (--image_size), or teach the choice (--selection_loss_weight, --selection_teacher).",
+    )
+
+
 class SelectionHealth(TrainerCallback):
     """
     Examines the selection every `health_steps` of a training: logs what `measure_selection` finds in the first rows
     of the evaluation data (or else of the training data), as `selection_layer2_entropy` and so on, to all trackers of
     the run, once also `selection_time_ratio` and `selection_macs_ratio`, the forward pass of a batch against that of
-    the unpruned model. From half of the training on, warns once of each thing that is wrong.
+    the unpruned model. From half of the training on, warns once of each thing that is wrong, and where the data know
+    regions also logs `selection_small_accuracy` and `selection_small_accuracy_unpruned`.
 
     Nothing is drawn at random. Not for models in pieces (FSDP, ZeRO-3), nor for a stream without evaluation data.
 
@@ -166,11 +183,12 @@ class SelectionHealth(TrainerCallback):
 
     def examine(self, is_late: bool = True):
         """Looks at the selection now; `is_late`: whether it has learnt enough to be warned of."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model).base_model
+        head = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = head.base_model
         if self.dataset is None or not model.config.vision_config.selection_schedule:
             return
-        was_training = model.training
-        model.eval()
+        was_training = head.training
+        head.eval()
         with self.trainer.accelerator.autocast():
             metrics, findings = self._of_layers(model)
             if not self.is_timed:
@@ -178,17 +196,23 @@ class SelectionHealth(TrainerCallback):
                 timing, of_time = self._of_time(model)
                 metrics |= timing
                 self._warn(None, of_time)
-        model.train(was_training)
+        if is_late and (small := compare_with_twin(self.trainer, self._rows())):
+            metrics |= {"small_accuracy": small.accuracy, "small_accuracy_unpruned": small.other_accuracy}
+            self._warn(None, costs_detail(small))
+        head.train(was_training)
         self.trainer.log({f"selection_{name}": value for name, value in metrics.items()})
         if is_late:
             for layer, of_layer in findings.items():
                 self._warn(layer, of_layer)
 
+    def _rows(self) -> list[dict]:
+        return [self.dataset[row] for row in range(min(NUM_ROWS, len(self.dataset)))]
+
     def _inputs(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         return a_text_per_image(self.trainer.data_collator(rows))
 
     def _of_layers(self, model: TripsModel) -> tuple[dict[str, float], dict[int, list[Finding]]]:
-        rows = [self.dataset[row] for row in range(min(NUM_ROWS, len(self.dataset)))]
+        rows = self._rows()
         inputs = self._inputs(rows)
         metrics = measure_selection(model, inputs, rows, self.trainer.processing_class)
         side = self.trainer.processing_class.patch_size

@@ -52,6 +52,7 @@ def arguments(tmp_path):
     return [
         "--script=run_grounding.py",
         "--metric=eval_mean_iou",
+        "--show=eval_layer2_kept",
         "--variants",
         "text",
         "unpruned",
@@ -73,7 +74,10 @@ def test_each_variant_trains_once_and_is_compared(arguments, tmp_path, capsys):
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert [(row["variant"], row["seed"]) for row in rows] == [("text", 3), ("unpruned", 3)]
     assert "eval_layer2_entropy" in rows[0] and "eval_layer2_entropy" not in rows[1]  # rate 1.0 wins over 0.5
-    assert f"| text | {rows[0]['eval_mean_iou']:.4f} | - | 1 |" in capsys.readouterr().out
+    table = capsys.readouterr().out.splitlines()
+    (text,), (unpruned,) = ([line for line in table if line.startswith(f"| {name} ")] for name in ("text", "unpruned"))
+    assert text.startswith(f"| text | {rows[0]['eval_mean_iou']:.4f} | - | 1 |") and text.endswith(" | 32 |")
+    assert unpruned.endswith(" | - |")
 
     model = tmp_path / "runs" / "text-seed3" / "model.safetensors"
     before = model.stat().st_mtime_ns

@@ -22,7 +22,10 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 each_current_document = pytest.mark.parametrize(
     "document", [document for document in DOCUMENTS if document.path.name != "CHANGELOG.md"], ids=str
 )
-SCRIPTS = {path.stem: path for folder in (EXAMPLES, ROOT / "benchmarks") for path in folder.glob("*.py")}
+FOLDERS = (EXAMPLES, ROOT / "benchmarks", ROOT / "docs")
+SCRIPTS = {
+    path.stem: path for folder in FOLDERS for path in folder.glob("*.py") if "\ndef main(" in path.read_text("utf-8")
+}
 TRAINED_BY_DEMO = "run_vqa"
 
 
@@ -69,7 +72,7 @@ def options_of(script: str) -> set[str]:
 @cache
 def all_options() -> set[str]:
     launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    return launcher.union(*(options_of(script) for script in SCRIPTS if script not in ("__init__",)))
+    return launcher.union(*map(options_of, SCRIPTS))
 
 
 def script_of(words: list[str]) -> tuple[str, int] | None:

@@ -32,6 +32,12 @@ def test_every_page_is_in_it(site):
 
 
 @pytest.mark.slow
+def test_the_notebook_is_shown_with_its_output(site):
+    html = (site / "tour.html").read_text()
+    assert "of 1,000 test questions" in html and len(re.findall(r'<img [^>]*src="_images/', html)) == 3
+
+
+@pytest.mark.slow
 def test_all_public_names_are_in_the_api(site):
     api = "".join(path.read_text() for path in (site / "api").glob("*.html"))
     documented = set(re.findall(r'id="modeling_trips\.(\w+)"', api))

@@ -186,6 +186,12 @@ def test_it_fits_a_phone(browser, address):
     ask(page, "what color is the shape?", "is there a circle?")
     shot(page, "phone.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+    page.get_by_text("is there not a red shape?").first.click()  # at the end of the page
+    answer = page.locator("#result h3", has_text="is there not a red shape?")
+    answer.wait_for()
+    page.wait_for_function("document.querySelector('#result').getBoundingClientRect().top >= -1")
+    assert answer.bounding_box()["y"] < 844
     page.close()
 
 

@@ -133,6 +133,19 @@ def test_pruning_that_costs_time(questions, tmp_path, caplog):
     assert model.config.keep_rate == before
 
 
+def test_fine_detail_that_suffers(questions, tmp_path, caplog):
+    """Of six patches drawn at random, few show the smallest shapes; the same weights unpruned do."""
+    model = shipped(selection_guidance="random", keep_rate=[0.1, 0.5]).train()
+    health = health_of(model, questions, tmp_path)
+    health.examine(is_late=False)
+    assert health.told == set()
+    health.examine()
+    assert health.told == {("fine detail", None)} and "Fine detail suffers: of " in caplog.text
+    log = health.trainer.state.log_history[-1]
+    assert log["selection_small_accuracy"] < 0.8 < log["selection_small_accuracy_unpruned"]
+    assert model.config.keep_rate == [0.1, 0.5] and model.training and model.decoder.training
+
+
 def test_a_time_that_is_not_in_the_work_is_told_apart():
     (finding,) = costs_time(1.3, 0.8, 1.0)
     assert "takes 1.30 times as long" in finding.words and "--keep_rate 1.0 is faster here" in finding.words

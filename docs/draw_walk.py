@@ -1,0 +1,148 @@
+"""
+Draws docs/walk.png: how a picture and a question walk through the layers of the model that comes with the project.
+
+    python docs/draw_walk.py
+    python docs/draw_walk.py --picture 4 --question "is there a circle?" --output walk.png
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import PIL.Image
+import torch
+from easy_vqa import get_test_image_paths
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsSelection
+from modeling_trips.inspection import draw_kept_patches
+from trips_examples.analysis.pictures import draw_scores
+from trips_examples.ask import CHECKPOINT, answers_of
+from trips_examples.training.parser import make_parser
+
+
+CLS, FUSED, LINE = "#1864ab", "#d9480f", "#495057"
+WIDTH, HEIGHT = 0.135, 0.30  # of a panel, as shares of the figure
+COLUMNS = [0.01 + 0.169 * number for number in range(6)]
+PICTURES, TOKENS, TEXTS = 0.41, 0.03, 0.85  # the bottoms of both rows, and the middle of the upper one
+
+
+@dataclass
+class WalkArguments:
+    picture: int = field(default=4, metadata={"help": "Number of a test picture of easy-VQA."})
+    question: str = field(default="what color is the shape?", metadata={"help": "What is asked about it."})
+    output: str = field(default=str(Path(__file__).parent / "walk.png"), metadata={"help": "Where to draw it."})
+
+
+class Walk:
+    """A model that was asked, and the figure that shows it."""
+
+    def __init__(self, path: str, question: str):
+        self.model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT).eval()
+        self.processor = TripsProcessor.from_pretrained(CHECKPOINT)
+        with PIL.Image.open(path) as opened:
+            self.image = opened.convert("RGB")
+        self.question = question
+        (self.answer,) = answers_of(self.model, self.processor, self.image, [question])
+        inputs = self.processor(images=self.image, text=question, return_tensors="pt")
+        with torch.no_grad():
+            output = self.model.model(**inputs, output_hidden_states=True)
+        self.selections = dict(zip(self.model.config.vision_config.selection_schedule, output.selection))
+        self.tokens = [states.shape[1] for states in output.vision_model_output.hidden_states[1:]]
+        self.figure = Figure(figsize=(13, 5.6), dpi=110)
+
+    def boxes(self, indices: torch.LongTensor) -> torch.Tensor:
+        """Of the patches among a row of tokens, in pixels of the picture."""
+        return self.processor.patch_boxes(indices[None], [(self.image.height, self.image.width)])[0]
+
+    def draw(self) -> Figure:
+        everything = torch.arange(64)
+        self.panel(0, draw_kept_patches(self.image, self.boxes(everything), outline=None), "64 patches", grid=True)
+        self.sequence(0, everything, 0, f"layer 1: {self.tokens[0]} tokens\nthe same for every question")
+        columns = iter(range(1, 5))
+        for layer, selection in self.selections.items():
+            self.scores(next(columns), layer, selection)
+            self.kept(next(columns), layer, selection)
+        self.texts()
+        return self.figure
+
+    def panel(self, column: int, picture: PIL.Image.Image, title: str, grid: bool = False):
+        axes = self.figure.add_axes((COLUMNS[column], PICTURES, WIDTH, HEIGHT))
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color(LINE)
+        if grid:
+            for place in range(0, picture.width, picture.width // 8):
+                axes.axhline(place - 0.5, color=LINE, linewidth=0.4)
+                axes.axvline(place - 0.5, color=LINE, linewidth=0.4)
+
+    def scores(self, column: int, layer: int, selection: TripsSelection):
+        candidates, scores = selection.candidate_indices[0], selection.scores[0].float()
+        picture = draw_scores(self.image, self.boxes(candidates), scores[candidates >= 0])
+        self.panel(column, picture, f"layer {layer}: the text's scores")
+        middle = COLUMNS[column] + WIDTH / 2
+        self.arrow((middle, TEXTS), (middle, PICTURES + HEIGHT + 0.05), CLS)
+        self.arrow_to(column)
+
+    def kept(self, column: int, layer: int, selection: TripsSelection):
+        indices = selection.kept_indices[0]
+        patches = indices[indices >= 0]
+        picture = draw_kept_patches(self.image, self.boxes(patches))
+        self.panel(column, picture, f"layer {layer} keeps {len(patches)} patches")
+        num_fused = 1 + len(indices) - len(patches)
+        self.sequence(column, patches, num_fused, f"layer {layer}: {self.tokens[layer - 1]} tokens go on")
+        self.arrow_to(column)
+
+    def sequence(self, column: int, patches: torch.LongTensor, num_fused: int, title: str):
+        """The tokens in their order: [CLS], from the next line on patches as they look, fused tokens."""
+        axes = self.figure.add_axes((COLUMNS[column], TOKENS, WIDTH, HEIGHT - 0.03))
+        shown = [self.image.crop(tuple(box)) for box in self.boxes(patches).int().tolist()]
+        for place, token in enumerate([CLS, *[None] * 7, *shown, *[FUSED] * num_fused]):
+            if token is None:
+                continue
+            row, left = divmod(place, 8)
+            color = token if isinstance(token, str) else "none"
+            axes.add_patch(Rectangle((left, -row - 0.9), 0.9, 0.9, facecolor=color, edgecolor=LINE, lw=0.4, zorder=2))
+            if color == "none":
+                axes.imshow(token, extent=(left, left + 0.9, -row - 0.9, -row))
+        axes.set(xlim=(-0.1, 8), ylim=(-9, 0.1), aspect="equal", anchor="N")
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+
+    def texts(self):
+        """The question's way above the pictures, and what is made of both behind them."""
+        write, last, middle = self.figure.text, COLUMNS[5], PICTURES + HEIGHT / 2
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "#e7f5ff", "edgecolor": CLS}
+        write(COLUMNS[0], 0.94, f"“{self.question}”", fontsize=12, va="center", weight="bold")
+        self.arrow((COLUMNS[0] + WIDTH / 2, TEXTS), (last + 0.065, TEXTS), CLS, style="-")
+        write(COLUMNS[0] + WIDTH / 2, TEXTS, "text encoder", fontsize=11, va="center", ha="center", bbox=box, zorder=5)
+        ways = "its [CLS] is the query of the scores; its words go on to the fusion encoder"
+        write(COLUMNS[1], TEXTS + 0.02, ways, fontsize=9, color=CLS)
+        fusion = f"layer 4 and the\nfusion encoder:\nthe words read\n{self.tokens[-1]} tokens, not {self.tokens[0]}"
+        self.arrow_to(5)
+        write(last + 0.012, middle, fusion, fontsize=11, va="center", bbox=box)
+        self.arrow((last + 0.065, TEXTS), (last + 0.065, middle + 0.12), CLS)
+        self.arrow((last + 0.065, middle - 0.12), (last + 0.065, PICTURES - 0.07))
+        answer = f"{self.answer['answer']} ({self.answer['score']:.1%})"
+        write(last + 0.065, PICTURES - 0.13, answer, fontsize=14, ha="center", weight="bold", color=FUSED)
+        for row, (color, meaning) in enumerate({CLS: "[CLS]", FUSED: "fused: all that is dropped"}.items()):
+            write(COLUMNS[1], 0.22 - 0.05 * row, "■", fontsize=12, color=color)
+            write(COLUMNS[1] + 0.018, 0.22 - 0.05 * row, meaning, fontsize=9)
+
+    def arrow_to(self, column: int):
+        """From the panel before it."""
+        middle = PICTURES + HEIGHT / 2
+        self.arrow((COLUMNS[column] - 0.031, middle), (COLUMNS[column] - 0.003, middle))
+
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], color: str = LINE, style: str = "-|>"):
+        self.figure.add_artist(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=12, color=color))
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(WalkArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    Walk(get_test_image_paths()[args.picture], args.question).draw().savefig(args.output)
+
+
+if __name__ == "__main__":
+    main()

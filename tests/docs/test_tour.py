@@ -1,0 +1,63 @@
+"""The notebook runs top to bottom without a network, and prints what is kept in it. So does its figure's script."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import nbformat
+import PIL.Image
+import pytest
+from nbformat import NotebookNode
+from places import ROOT
+
+
+TOUR = ROOT / "docs/tour.ipynb"
+SECONDS = 2 * 300  # five minutes of two cores, by the processors' time: other programs may take theirs
+
+
+def run(*command: str):
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS"), "1")
+    subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **offline}, check=True)
+
+
+def read(path) -> list[NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def printed(cell: NotebookNode) -> list[str]:
+    """What a cell says, as text; pictures by their kind."""
+    return [output.text if "text" in output else str(sorted(output.data)) for output in cell.outputs]
+
+
+def test_it_is_kept_with_its_output():
+    cells = read(TOUR)
+    silent = [cell.source for cell in cells if not cell.outputs]
+    assert len(cells) > 8 and all(source.startswith("%%capture") for source in silent)
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for c in cells for output in c.outputs)
+
+
+@pytest.mark.slow
+def test_it_runs_and_prints_what_is_kept(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run("docs/run_tour.py", "--output", str(tmp_path / "tour.ipynb"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+    kept, cells = read(TOUR), read(tmp_path / "tour.ipynb")
+    assert [cell.source for cell in cells] == [cell.source for cell in kept]
+    for cell, own in zip(cells, kept):
+        if "varies" not in cell.metadata.get("tags", []):
+            assert printed(cell) == printed(own), cell.source
+    (result,) = [text for cell in cells for text in printed(cell) if text.startswith("before")]
+    untrained, trained = map(float, re.findall(r"([\d.]+)% of 1,000", result))
+    assert untrained + 5 < trained and trained > 95
+
+
+@pytest.mark.slow
+def test_the_figure_is_drawn(tmp_path):
+    run("docs/draw_walk.py", "--output", str(tmp_path / "walk.png"))
+    with PIL.Image.open(tmp_path / "walk.png") as drawn, PIL.Image.open(ROOT / "docs/walk.png") as kept:
+        assert drawn.size == kept.size
+        assert drawn.convert("L").getextrema() == (0, 255) == kept.convert("L").getextrema()

@@ -17,7 +17,7 @@ from .schedules import UNPRUNED, Schedule
 
 
 IMAGE_RATES = (0.3, 0.5, 0.7, 0.9)
-TEXT_RATES = (0.1, 0.2, 0.25, 0.3, 0.5, 0.7)
+TEXT_RATES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True)

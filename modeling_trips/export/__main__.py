@@ -5,8 +5,8 @@ Export a checkpoint to graphs that ONNX Runtime or OpenVINO runs on CPUs, with i
     python -m modeling_trips.export --model demo/model --output_dir demo-openvino
     python -m modeling_trips.export --model org/trips-vqa --backend onnx --dtype int8 --output_dir vqa-onnx
 
-The class of the model is the checkpoint's. Its schedule and image size are fixed in the graphs: give others here.
-Answers, matches and features are those of PyTorch; what is faster on a machine, benchmarks/export_speed.py measures.
+The graphs have the schedule and the image size of the checkpoint. Their answers and kept patches are those of PyTorch
+in float32; what is the fastest on a machine, benchmarks/export_speed.py measures.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -35,7 +35,6 @@ class ExportArguments:
     keep_rate: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens kept, of all selection layers or of each. 1.0: all."}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the checkpoint's."})
 
     def __post_init__(self):
         check_dtype(self.backend, self.dtype)
@@ -44,7 +43,28 @@ class ExportArguments:
 
 
 def load_model(args: ExportArguments) -> TripsPreTrainedModel:
-    """The checkpoint in its own class, at the schedule and the size of images that are asked for."""
-    config = TripsConfig.from_pretrained(args.model)
+    """The checkpoint in its own class, at the schedule that is asked for."""
+    names = TripsConfig.from_pretrained(args.model).architectures or ["TripsModel"]
+    model_class = getattr(modeling_trips, names[0], None)
+    if model_class is None:
+        raise ValueError(f"--model {args.model} is a {names[0]}, which is no model of this project.")
+    fields = {}
     if args.keep_rate is not None:
-        config.keep_rate = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
+        fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
+    return model_class.from_pretrained(args.model, dtype="float32", **fields)
+
+
+def main(argv: list[str] | None = None):
+    parser = HfArgumentParser(
+        ExportArguments, description=__doc__.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter
+    )
+    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    model, processor = load_model(args), TripsProcessor.from_pretrained(args.model)
+    with whole_folder(args.output_dir) as folder:
+        export_model(model, folder, args.backend, args.dtype)
+        processor.save_pretrained(folder)
+    print(f"Written to {args.output_dir}: a {type(model).__name__} for {args.backend}, {args.dtype}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -57,6 +57,13 @@ MAKERS: dict[str, Callable[[str], tuple[HfExporter, DynamoConfig]]] = {
 BACKENDS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 
 
+def check_dtype(backend: str, dtype: str):
+    """Raises a `ValueError` if a backend has not this precision."""
+    if dtype not in BACKENDS.get(backend, ()):
+        known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
+        raise ValueError(f"There is no backend {backend!r} with the dtype {dtype!r}. There are {known}.")
+
+
 def export_model(model: TripsPreTrainedModel, folder: str | Path, backend: str = "openvino", dtype: str = "fp32"):
     """
     Writes the graphs of a model to a folder, which [`load_exported`] loads.
@@ -78,9 +85,7 @@ def export_model(model: TripsPreTrainedModel, folder: str | Path, backend: str =
         ValueError: if the backend has not this dtype, or there are no graphs of such a model.
         ImportError: if a package of the extra `export` is missing.
     """
-    if dtype not in BACKENDS.get(backend, ()):
-        known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
-        raise ValueError(f"There is no backend {backend!r} with the dtype {dtype!r}, but {known}.")
+    check_dtype(backend, dtype)
     trunk_of(model)
     exporter, options = MAKERS[backend](dtype)
     config = describe(model)
@@ -90,9 +95,7 @@ def export_model(model: TripsPreTrainedModel, folder: str | Path, backend: str =
         model = model.to(torch.bfloat16)
     components = {}
     for name, graph in tqdm(graphs_of(model).items(), desc="graphs"):
-        exported = exporter.export(
-            graph.module, graph.inputs, replace(options, dynamic_shapes=graph.dynamic_shapes)
-        )
+        exported = exporter.export(graph.module, graph.inputs, replace(options, dynamic_shapes=graph.dynamic_shapes))
         components[name] = exported.components["model"]
     generation_config = model.generation_config if model.can_generate() else None
     ExportedModel(components, exporter.export_format, config, generation_config).save_pretrained(folder)

@@ -166,9 +166,7 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
             {"input_ids": torch.ones_like(mask), "attention_mask": mask},  # two tensors, or they were taken for one
             {"input_ids": by_token, "attention_mask": by_token},
         ),
-        "images": Graph(
-            ImagesPart(trunk), {"pixel_values": samples["pixel_values"]}, {"pixel_values": {0: images}}
-        ),
+        "images": Graph(ImagesPart(trunk), {"pixel_values": samples["pixel_values"]}, {"pixel_values": {0: images}}),
         "fusion": Graph(
             FusionPart(trunk, prefix),
             {

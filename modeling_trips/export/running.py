@@ -1,6 +1,5 @@
 """From a folder of graphs to a model: the class of the checkpoint, whose parts are graphs."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -79,7 +78,9 @@ def run(runner: ModelRunner, options: dict, **inputs):
 def check_length(length: int, config):
     """As the embeddings do in PyTorch: a graph may read past the end of a table."""
     if length > config.max_position_embeddings:
-        raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {config.max_position_embeddings}.")
+        raise ValueError(
+            f"The text has {length} tokens, `max_position_embeddings` allows {config.max_position_embeddings}."
+        )
 
 
 class GraphTextModel(nn.Module):
@@ -160,7 +161,9 @@ class TripsGraphModel(TripsModel):
             {"regions": regions, "patch_targets": patch_targets, **kwargs},
             text_states=text_states,
             attention_mask=(
-                torch.ones(text_states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
+                torch.ones(text_states.shape[:2], dtype=torch.long)
+                if attention_mask is None
+                else attention_mask.long()
             ),
             image_index=torch.arange(num_texts) if image_index is None else image_index,
             prefix=tensors_of(prefix),

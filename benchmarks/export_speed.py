@@ -61,11 +61,8 @@ class ExportSpeedArguments:
     output_json: str | None = field(default=None, metadata={"help": "Write one row per way and work to this file."})
 
     def __post_init__(self):
-        for name, given, known in (
-            ("task", self.task, TASKS),
-            ("ways", self.ways, WAYS),
-            ("clock", [self.clock], CLOCKS),
-        ):
+        choices = {"task": (self.task, TASKS), "ways": (self.ways, WAYS), "clock": ([self.clock], CLOCKS)}
+        for name, (given, known) in choices.items():
             wrong = [one for one in given if one not in known]
             if wrong:
                 raise ValueError(f"--{name} must be of {', '.join(known)}, got {', '.join(wrong)}.")

@@ -41,6 +41,7 @@ from trips_examples.training.files import write_whole
 from trips_examples.training.parser import make_parser
 
 
+PATCH_SIZE = 16
 NUM_ANSWERS = 3129  # that ViLT and others choose from in VQAv2
 ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
 
@@ -53,6 +54,7 @@ class PeerArguments:
         default_factory=lambda: ["5,10", "3:image,6:image,9:image,12:text:0.3", "5:image,10:image"],
         metadata={"help": "Schedules of TRIPS, as of benchmark.py, where 0.7 is the rate of layers that name none."},
     )
+    preset: str = field(default="base", metadata={"help": "Size of TRIPS: that of its peers, unless you test."})
     tower_schedule: str = field(default="5:image,10:image", metadata={"help": "The one whose tokens towers keep."})
     image_size: int = field(default=384, metadata={"help": "Pixels per side."})
     batch_size: int = field(default=1, metadata={"help": "Images per step."})
@@ -91,7 +93,7 @@ class Peer:
     """A model to compare with: how it is made, what it does, and the packages it needs besides Transformers."""
 
     make: Callable[[PeerArguments], nn.Module]
-    work: Callable[[nn.Module, "Inputs"], None]
+    work: Callable[[nn.Module, "Inputs"], object]
     packages: tuple[str, ...] = ()
 
 
@@ -130,17 +132,17 @@ def of_transformers(name: str, args: PeerArguments, **fields) -> nn.Module:
     return model_class(model_class.config_class(vision_config=size, **fields))
 
 
-def write_answers(model: nn.Module, inputs: Inputs):
-    model.generate(**inputs.pairs, **ANSWER_LENGTH)
+def write_answers(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
+    return model.generate(**inputs.pairs, **ANSWER_LENGTH)
 
 
-def write_answers_shared(model: nn.Module, inputs: Inputs):
+def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
     """As BLIP's `generate`, with the image encoded once for all its questions."""
     images = model.vision_model(pixel_values=inputs.pixel_values)[0][inputs.image_index]
     questions = model.text_encoder(input_ids=inputs.input_ids, encoder_hidden_states=images)[0]
     start = torch.full_like(inputs.input_ids[:, :1], model.decoder_start_token_id)
     text_config = model.config.text_config
-    model.text_decoder.generate(
+    return model.text_decoder.generate(
         input_ids=start,
         eos_token_id=text_config.sep_token_id,
         pad_token_id=text_config.pad_token_id,
@@ -198,7 +200,7 @@ class DropTokens(nn.Module):
 
 def make_shortened_vit(args: PeerArguments, shorten: Callable[[int], nn.Module]) -> nn.Module:
     """A ViT with modules between its layers that leave as many tokens as the schedule of TRIPS does."""
-    vit, blocks, num_tokens = make_vit(args), [], (args.image_size // 16) ** 2
+    vit, blocks, num_tokens = make_vit(args), [], (args.image_size // PATCH_SIZE) ** 2
     schedule = Schedule.parse(args.tower_schedule)
     rates = dict(zip(schedule.layers, schedule.keep_rates))
     for number, block in enumerate(vit.blocks, start=1):
@@ -221,7 +223,9 @@ def make_selecting_vit(args: PeerArguments) -> nn.Module:
 
 
 def make_trips(model_class: type[TripsPreTrainedModel], schedule: Schedule, args: PeerArguments) -> nn.Module:
-    config = TripsConfig.from_preset("base", vision_config={"image_size": args.image_size}, **schedule.config_fields)
+    config = TripsConfig.from_preset(
+        args.preset, vision_config={"image_size": args.image_size}, **schedule.config_fields
+    )
     return model_class(config)
 
 
@@ -242,7 +246,7 @@ class Task:
     """What TRIPS does, with which head, and the peers that do it, too; the first of them is what others are set to."""
 
     model_class: type[TripsPreTrainedModel]
-    work: Callable[[TripsPreTrainedModel, Inputs], None]
+    work: Callable[[TripsPreTrainedModel, Inputs], object]
     peers: dict[str, Peer]
     has_texts: bool = True
 
@@ -294,7 +298,7 @@ def make_inputs(args: PeerArguments, texts_per_image: int) -> Inputs:
     image_index = torch.arange(args.batch_size, device=args.device).repeat_interleave(texts_per_image)
     shape = (len(image_index), args.text_length)
     return Inputs(
-        torch.randint(1000, 30000, shape, device=args.device),
+        torch.randint(1, 100, shape, device=args.device),
         torch.randn(args.batch_size, 3, size, size, device=args.device, dtype=dtype),
         image_index,
     )

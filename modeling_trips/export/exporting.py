@@ -75,8 +75,8 @@ def export_model(model: TripsPreTrainedModel, folder: str | Path, backend: str =
     Args:
         model (`TripsPreTrainedModel`): in float32, on the CPU. It is left as it was.
         folder (`str` or `Path`): to write to. Files of an earlier export are replaced.
-        backend (`str`, *optional*, defaults to `"openvino"`): what is to run the graphs: `"openvino"` or `"onnx"` (ONNX
-            Runtime).
+        backend (`str`, *optional*, defaults to `"openvino"`): what is to run the graphs: `"openvino"`, or `"onnx"` for
+            ONNX Runtime.
         dtype (`str`, *optional*, defaults to `"fp32"`): what they compute in: `"fp32"`; `"bf16"` (OpenVINO); or
             `"int8"`, weights of 8 bits. ONNX Runtime then rounds activations to 8 bits, too, each batch by its own
             scale; no data is needed.

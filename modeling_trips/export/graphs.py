@@ -142,8 +142,8 @@ def trunk_of(model: TripsPreTrainedModel) -> TripsModel:
     trunk = model if isinstance(model, TripsModel) else getattr(model, "model", None)
     if not isinstance(trunk, TripsModel) or isinstance(model, TripsForPreTraining):
         raise ValueError(
-            f"A {type(model).__name__} is not exported: TripsModel is, and every model for a task. Load the checkpoint "
-            "as one of them."
+            f"A {type(model).__name__} is not exported: a TripsModel is, and every model for a task. Load the "
+            "checkpoint as one of them."
         )
     return trunk
 

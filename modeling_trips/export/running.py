@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.exporters import ExportedModel
+from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.exporters.runners import ModelRunner
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPooling
 
@@ -48,7 +49,7 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
         FileNotFoundError: if the folder holds no export.
     """
     folder = Path(folder)
-    if not (folder / "export.json").is_file():
+    if not (folder / EXPORT_MANIFEST_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no export: make one with `python -m modeling_trips.export`.")
     exported = ExportedModel.from_pretrained(
         folder, device="cpu", **runner_options(folder, num_threads or torch.get_num_threads())
@@ -83,6 +84,11 @@ def check_length(length: int, config):
         )
 
 
+def mask_of(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+    """The mask of `(num_texts, text_length, ...)`, which graphs always take."""
+    return torch.ones(tokens.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
+
+
 class GraphTextModel(nn.Module):
     """In place of a [`TripsTextModel`]."""
 
@@ -100,7 +106,7 @@ class GraphTextModel(nn.Module):
     ) -> BaseModelOutputWithPooling:
         check_length(input_ids.shape[1], self.config)
         options = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        mask = mask_of(input_ids, attention_mask)
         return run(self.runners["text"], options, input_ids=input_ids, attention_mask=mask)
 
 
@@ -160,11 +166,7 @@ class TripsGraphModel(TripsModel):
             self.runners["fusion"],
             {"regions": regions, "patch_targets": patch_targets, **kwargs},
             text_states=text_states,
-            attention_mask=(
-                torch.ones(text_states.shape[:2], dtype=torch.long)
-                if attention_mask is None
-                else attention_mask.long()
-            ),
+            attention_mask=mask_of(text_states, attention_mask),
             image_index=torch.arange(num_texts) if image_index is None else image_index,
             prefix=tensors_of(prefix),
         )
@@ -201,13 +203,11 @@ class GraphDecoder(nn.Module):
             for number, pair in enumerate(pairs):
                 cross.update(*pair, number)
                 cache.is_updated[number] = True
-        if encoder_attention_mask is None:
-            encoder_attention_mask = torch.ones(encoder_hidden_states.shape[:2], dtype=torch.long)
         outputs = run(
             self.runners["decoder"],
             {"decoder_attention_mask": attention_mask, "decoder_inputs_embeds": inputs_embeds, **kwargs},
             input_ids=input_ids,
-            encoder_attention_mask=encoder_attention_mask.long(),
+            encoder_attention_mask=mask_of(encoder_hidden_states, encoder_attention_mask),
             own=self.key_values(own, len(input_ids)),
             cross=[(layer.keys, layer.values) for layer in cross.layers],
         )

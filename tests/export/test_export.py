@@ -1,4 +1,4 @@
-"""Exported models: the same outputs, answers and kept patches as in PyTorch, at other sizes than they were traced with."""
+"""Exported models: outputs, answers and kept patches of PyTorch, at other sizes than they were traced with."""
 
 import pytest
 import torch

@@ -1,0 +1,72 @@
+"""The checkpoint that comes with the project, exported by the command: it answers easy-VQA as PyTorch does."""
+
+import pytest
+import torch
+from easy_vqa import get_test_image_paths, get_test_questions
+from PIL import Image
+from places import EXAMPLES
+
+from modeling_trips import (
+    TripsForQuestionAnswering,
+    TripsProcessor,
+)
+from modeling_trips.export import BACKENDS, load_exported
+from modeling_trips.export.__main__ import main
+
+
+CHECKPOINT = EXAMPLES / "trips-tiny-easy-vqa"
+NUM_QUESTIONS = 600
+WAYS = [(backend, dtype) for backend, dtypes in BACKENDS.items() for dtype in dtypes]
+
+
+@pytest.fixture(scope="module")
+def processor() -> TripsProcessor:
+    return TripsProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def questions() -> tuple[list[str], list[str], list[Image.Image]]:
+    """Some of the test split: questions, their answers, and the images that they are about."""
+    texts, answers, image_ids = (column[:: len(column) // NUM_QUESTIONS] for column in get_test_questions())
+    paths = get_test_image_paths()
+    return texts, answers, [Image.open(paths[number]).convert("RGB") for number in image_ids]
+
+
+def answers_of(model, processor, texts, images) -> tuple[list[str], list]:
+    answers, kept = [], []
+    for start in range(0, len(texts), 100):
+        batch = slice(start, start + 100)
+        inputs = processor(images=images[batch], text=texts[batch], return_tensors="pt")
+        answers += processor.post_process_answers(model.generate(**inputs))
+        with torch.no_grad():
+            kept.append([layer.kept_indices for layer in model.model(**inputs).selection])
+    return answers, [torch.cat(layers) for layers in zip(*kept)]
+
+
+@pytest.fixture(scope="module")
+def expected(processor, questions):
+    texts, _, images = questions
+    return answers_of(TripsForQuestionAnswering.from_pretrained(CHECKPOINT).eval(), processor, texts, images)
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
+def exported(request, tmp_path_factory):
+    backend, dtype = request.param
+    folder = tmp_path_factory.mktemp("export") / "model"
+    main(["--model", str(CHECKPOINT), "--backend", backend, "--dtype", dtype, "--output_dir", str(folder)])
+    return dtype, load_exported(folder), TripsProcessor.from_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_answers_and_patches_are_those_of_pytorch(exported, questions, expected):
+    """In float32 all of them; with fewer bits 99.7% of the answers, and nearly all patches."""
+    (texts, right, images), (dtype, model, processor) = questions, exported
+    answers, kept = answers_of(model, processor, texts, images)
+    same = sum(map(str.__eq__, answers, expected[0])) / len(texts)
+    same_patches = [(a[:, :, None] == b[:, None]).any(-1).float().mean() for a, b in zip(kept, expected[1])]
+    accuracy, accuracy_expected = (sum(map(str.__eq__, given, right)) / len(right) for given in (answers, expected[0]))
+    print(dtype, same, same_patches, accuracy, accuracy_expected)
+    if dtype == "fp32":
+        assert same == 1.0 and all(map(torch.equal, kept, expected[1]))
+    assert abs(accuracy - accuracy_expected) <= 0.003
+    assert min(same_patches) > 0.95

@@ -1,13 +1,13 @@
 """From a model to a folder of graphs, with Transformers' exporters."""
 
 import copy
-import json
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.exporters import (
     ExportedModel,
@@ -21,50 +21,52 @@ from transformers.exporters import (
     OpenVINOConfig,
     OpenVINOExporter,
 )
-from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.exporters.configs import DynamoConfig
 
-from modeling_trips import TripsConfig, TripsModel, TripsPreTrainedModel
+from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel
 
-from .graphs import graphs_of, trunk_of
+from .graphs import Graph, graphs_of, trunk_of
+from .running import HEAD_FILE, assemble
 
 
-# What a folder holds besides graphs and configurations: the few weights of a head that stay in PyTorch.
-HEAD_FILE = "head.safetensors"
+# The precisions of each backend. ONNX Runtime has no bfloat16 on CPUs.
+BACKENDS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
+
 # The parts of a model whose weights are in graphs.
 IN_GRAPHS = ("model.", "decoder.", "lm_head.")
 
 
-def onnx_exporter(dtype: str) -> tuple[HfExporter, DynamoConfig]:
-    quantizer = None
-    if dtype == "int8":
-        # Each activation's scale is found as it comes, each weight's by column: no data is needed.
-        config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
-        quantizer = OnnxRuntimeQuantizer(config)
-    return OnnxExporter(), OnnxConfig(ort_fusions="cpu", quantizer=quantizer)
-
-
-def openvino_exporter(dtype: str) -> tuple[HfExporter, DynamoConfig]:
-    quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if dtype == "int8" else None
-    return OpenVINOExporter(), OpenVINOConfig(stateful=False, quantizer=quantizer)
-
-
-MAKERS: dict[str, Callable[[str], tuple[HfExporter, DynamoConfig]]] = {
-    "onnx": onnx_exporter,
-    "openvino": openvino_exporter,
-}
-# The precisions of each backend. ONNX Runtime has no bfloat16 on CPUs.
-BACKENDS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
-
-
-def check_dtype(backend: str, dtype: str):
-    """Raises a `ValueError` if a backend has not this precision."""
+def check_options(backend: str, dtype: str, is_calibrated: bool = False):
+    """Raises a `ValueError` if a backend has not this precision, or has no use for data."""
     if dtype not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
         raise ValueError(f"There is no backend {backend!r} with the dtype {dtype!r}. There are {known}.")
+    if is_calibrated and (backend, dtype) != ("openvino", "int8"):
+        raise ValueError(f"Calibration is for openvino with int8: leave it out for {backend} with {dtype}.")
 
 
-def export_model(model: TripsPreTrainedModel, folder: str | Path, backend: str = "openvino", dtype: str = "fp32"):
+def make_exporter(backend: str, dtype: str, is_calibrated: bool) -> tuple[HfExporter, DynamoConfig]:
+    """Transformers' exporter of a backend, and its options for a precision."""
+    if backend == "onnx":
+        quantizer = None
+        if dtype == "int8":
+            # Scales of weights are found by column, those of activations as they come: no data is needed.
+            options = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
+            quantizer = OnnxRuntimeQuantizer(options)
+        return OnnxExporter(), OnnxConfig(ort_fusions="cpu", quantizer=quantizer)
+    quantizer = None
+    if dtype == "int8":
+        quantizer = NNCFOpenVINOQuantizer(None if is_calibrated else NNCFWeightCompressionConfig())
+    return OpenVINOExporter(), OpenVINOConfig(stateful=False, quantizer=quantizer)
+
+
+def export_model(
+    model: TripsPreTrainedModel,
+    folder: str | Path,
+    backend: str = "openvino",
+    dtype: str = "fp32",
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+):
     """
     Writes the graphs of a model to a folder, which [`load_exported`] loads.
 
@@ -78,33 +80,43 @@ def export_model(model: TripsPreTrainedModel, folder: str | Path, backend: str =
         backend (`str`, *optional*, defaults to `"openvino"`): what is to run the graphs: `"openvino"`, or `"onnx"` for
             ONNX Runtime.
         dtype (`str`, *optional*, defaults to `"fp32"`): what they compute in: `"fp32"`; `"bf16"` (OpenVINO); or
-            `"int8"`, weights of 8 bits. ONNX Runtime then rounds activations to 8 bits, too, each batch by its own
-            scale; no data is needed.
+            `"int8"`: weights of 8 bits, and activations that are rounded to 8 bits as they come, each batch by its own
+            scale.
+        calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): some inputs of the model, as the processor
+            makes them, for OpenVINO with `"int8"`: activations are rounded by scales that suit these, and stay in 8
+            bits from layer to layer, which is faster.
 
     Raises:
         ValueError: if the backend has not this dtype, or there are no graphs of such a model.
         ImportError: if a package of the extra `export` is missing.
     """
-    check_dtype(backend, dtype)
+    check_options(backend, dtype, calibration is not None)
     trunk_of(model)
-    exporter, options = MAKERS[backend](dtype)
-    config = describe(model)
-    head = {name: tensor for name, tensor in model.state_dict().items() if is_of_head(model, name)}
+    exporter, options = make_exporter(backend, dtype, calibration is not None)
+    config, head = describe(model), head_of(model)
+    generation_config = model.generation_config if model.can_generate() else None
     model = copy.deepcopy(model).eval()
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
-    components = {}
-    for name, graph in tqdm(graphs_of(model).items(), desc="graphs"):
-        exported = exporter.export(graph.module, graph.inputs, replace(options, dynamic_shapes=graph.dynamic_shapes))
+    graphs, components = graphs_of(model), {}
+    calls = {} if calibration is None else record(graphs, config, head, generation_config, calibration)
+    for name, graph in tqdm(graphs.items(), desc="graphs"):
+        quantizer = options.quantizer
+        if name in calls:
+            quantizer = quantizer.with_calibration(calls[name])
+        exported = exporter.export(
+            graph.module, graph.inputs, replace(options, dynamic_shapes=graph.dynamic_shapes, quantizer=quantizer)
+        )
         components[name] = exported.components["model"]
-    generation_config = model.generation_config if model.can_generate() else None
     ExportedModel(components, exporter.export_format, config, generation_config).save_pretrained(folder)
     save_file(head, Path(folder) / HEAD_FILE)
 
 
-def is_of_head(model: TripsPreTrainedModel, name: str) -> bool:
-    """Whether a weight of this name stays in PyTorch."""
-    return not isinstance(model, TripsModel) and not name.startswith(IN_GRAPHS)
+def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights that stay in PyTorch."""
+    if isinstance(model, TripsModel):
+        return {}
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(IN_GRAPHS)}
 
 
 def describe(model: TripsPreTrainedModel) -> TripsConfig:
@@ -117,16 +129,30 @@ def describe(model: TripsPreTrainedModel) -> TripsConfig:
     return config
 
 
-def runner_options(folder: Path, num_threads: int) -> dict:
-    """How the runtime of an export is to run it, as `ExportedModel.from_pretrained` takes it."""
-    manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-    if manifest["export_format"] == "onnx":
-        import onnxruntime
+class Recorder:
+    """Runs a part in PyTorch, in place of its graph, and keeps what it is given."""
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        return {"session_options": options}
-    dtype = manifest["components"]["text"]["metadata"]["export_dtype"]
-    # OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
-    precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-    return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
+    def __init__(self, module: nn.Module):
+        self.module, self.calls = module, []
+
+    def __call__(self, **inputs):
+        self.calls.append(inputs)
+        return self.module(**inputs)
+
+
+@torch.no_grad()
+def record(
+    graphs: dict[str, Graph], config: TripsConfig, head: dict, generation_config, calibration: Iterable[Mapping]
+) -> dict[str, list[dict]]:
+    """What each part is given while the model does what it is for."""
+    recorders = {name: Recorder(graph.module) for name, graph in graphs.items()}
+    model = assemble(config, recorders, head, generation_config)
+    for inputs in calibration:
+        if model.can_generate():
+            model.generate(**inputs)
+        elif isinstance(model, TripsForRetrieval):
+            model.match(**inputs)
+            model.get_image_features(inputs["pixel_values"])
+        else:
+            model(**inputs)
+    return {name: recorder.calls for name, recorder in recorders.items()}

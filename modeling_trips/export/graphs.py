@@ -1,7 +1,7 @@
 """
 The parts of a model that become graphs, each with the inputs that it is traced with.
 
-    text             ids, mask                  -> states of the text
+    text             ids, types, mask           -> states of the text
     images           pixels                     -> prefix: all that no text has touched
     fusion           states, mask, prefix       -> fused states, kept patches
     image_features   prefix                     -> states of the image alone, for retrieval
@@ -163,8 +163,9 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
     graphs = {
         "text": Graph(
             trunk.text_model,
-            {"input_ids": torch.ones_like(mask), "attention_mask": mask},  # two tensors, or they were taken for one
-            {"input_ids": by_token, "attention_mask": by_token},
+            # Three tensors, or they were taken for one.
+            {"input_ids": torch.ones_like(mask), "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)},
+            {"input_ids": by_token, "attention_mask": by_token, "token_type_ids": by_token},
         ),
         "images": Graph(ImagesPart(trunk), {"pixel_values": samples["pixel_values"]}, {"pixel_values": {0: images}}),
         "fusion": Graph(

@@ -1,14 +1,16 @@
 """From a folder of graphs to a model: the class of the checkpoint, whose parts are graphs."""
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
-from transformers.exporters.runners import ModelRunner
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPooling
 
 import modeling_trips
@@ -22,11 +24,13 @@ from modeling_trips import (
 )
 
 from ..modeling_trips_layers import check_counts, check_image_source
-from .exporting import HEAD_FILE, runner_options
 from .graphs import tensors_of
 
 
-Runners = dict[str, ModelRunner]
+Runners = Mapping[str, Callable]  # by the name of a graph: its keyword arguments -> its outputs
+
+# What a folder holds besides graphs and configurations: the few weights of a head that stay in PyTorch.
+HEAD_FILE = "head.safetensors"
 
 
 def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPreTrainedModel:
@@ -51,24 +55,46 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
     folder = Path(folder)
     if not (folder / EXPORT_MANIFEST_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no export: make one with `python -m modeling_trips.export`.")
-    exported = ExportedModel.from_pretrained(
-        folder, device="cpu", **runner_options(folder, num_threads or torch.get_num_threads())
-    )
-    config: TripsConfig = exported.config
-    trunk, model_class = TripsGraphModel(config, exported.runners), getattr(modeling_trips, config.architectures[0])
+    options = runner_options(folder, num_threads or torch.get_num_threads())
+    exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
+    return assemble(exported.config, exported.runners, load_file(folder / HEAD_FILE), exported.generation_config)
+
+
+def runner_options(folder: Path, num_threads: int) -> dict:
+    """How the runtime of an export is to run it, as `ExportedModel.from_pretrained` takes it."""
+    manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+    if manifest["export_format"] == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        return {"session_options": options}
+    # OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
+    precision = {"float32": "f32", "bfloat16": "bf16"}[manifest["components"]["text"]["metadata"]["export_dtype"]]
+    return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
+
+
+def assemble(
+    config: TripsConfig,
+    runners: Runners,
+    head: dict[str, torch.Tensor],
+    generation_config: GenerationConfig | None = None,
+) -> TripsPreTrainedModel:
+    """A model of the class that its configuration names: `runners` are its parts, `head` the weights that are left."""
+    trunk, model_class = TripsGraphModel(config, runners), getattr(modeling_trips, config.architectures[0])
     if issubclass(model_class, TripsModel):
         return trunk.eval()
     with torch.device("meta"):  # its parts are replaced
         model = model_class(config)
     model.model = trunk
     if model.can_generate():
-        model.decoder, model.lm_head = GraphDecoder(config, exported.runners), nn.Identity()
-        model.generation_config = exported.generation_config
-    model.load_state_dict(load_file(folder / HEAD_FILE), strict=False, assign=True)
+        model.decoder, model.lm_head = GraphDecoder(config, runners), nn.Identity()
+        model.generation_config = generation_config
+    model.load_state_dict(head, strict=False, assign=True)
     return model.eval()
 
 
-def run(runner: ModelRunner, options: dict, **inputs):
+def run(runner: Callable, options: dict, **inputs):
     """What a graph makes of its inputs. `options` are those that PyTorch's forward passes take besides."""
     given = [f"`{name}`" for name, value in options.items() if value is not None and value is not False]
     if given:
@@ -105,9 +131,13 @@ class GraphTextModel(nn.Module):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         check_length(input_ids.shape[1], self.config)
-        options = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        mask = mask_of(input_ids, attention_mask)
-        return run(self.runners["text"], options, input_ids=input_ids, attention_mask=mask)
+        return run(
+            self.runners["text"],
+            {"inputs_embeds": inputs_embeds, **kwargs},
+            input_ids=input_ids,
+            attention_mask=mask_of(input_ids, attention_mask),
+            token_type_ids=torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+        )
 
 
 class GraphVisionModel(nn.Module):

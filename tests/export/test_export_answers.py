@@ -70,3 +70,32 @@ def test_answers_and_patches_are_those_of_pytorch(exported, questions, expected)
         assert same == 1.0 and all(map(torch.equal, kept, expected[1]))
     assert abs(accuracy - accuracy_expected) <= 0.003
     assert min(same_patches) > 0.95
+    pipelines = [
+        TripsVisualQuestionAnsweringPipeline(model=one, processor=processor)
+        for one in (model, TripsForQuestionAnswering.from_pretrained(CHECKPOINT))
+    ]
+    found, found_expected = (pipeline(images[0], texts[:2], top_k=2) for pipeline in pipelines)
+    assert [best[0]["answer"] for best in found] == [best[0]["answer"] for best in found_expected]
+
+
+def test_options_of_the_command_are_checked(tmp_path):
+    options = ["--model", str(CHECKPOINT), "--output_dir"]
+    with pytest.raises(ValueError, match="--output_dir .* exists. Choose another one"):
+        main([*options, str(tmp_path)])
+    with pytest.raises(ValueError, match="no backend 'onnx' with the dtype 'bf16'"):
+        main([*options, str(tmp_path / "new"), "--backend", "onnx", "--dtype", "bf16"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "what color?"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 1, needs an `image`, and a `question` or `text`"):
+        main([*options, str(tmp_path / "new"), "--dtype", "int8", "--calibration_file", str(rows)])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_command_runs_as_a_module(tmp_path):
+    """With another keep rate: what is kept is what the configuration says."""
+    command = [sys.executable, "-m", "modeling_trips.export", "--model", str(CHECKPOINT), "--backend", "onnx"]
+    subprocess.run([*command, "--keep_rate", "0.25", "--output_dir", str(tmp_path / "new")], check=True)
+    model, processor = load_exported(tmp_path / "new"), TripsProcessor.from_pretrained(tmp_path / "new")
+    inputs = processor(images=Image.new("RGB", (64, 64), "teal"), text="is there a circle?", return_tensors="pt")
+    assert [layer.kept_indices.shape[1] for layer in model.model(**inputs).selection] == [16, 5]

@@ -1,22 +1,24 @@
 """The checkpoint that comes with the project, exported by the command: it answers easy-VQA as PyTorch does."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
-from easy_vqa import get_test_image_paths, get_test_questions
+from easy_vqa import get_test_image_paths, get_test_questions, get_train_image_paths, get_train_questions
 from PIL import Image
 from places import EXAMPLES
 
-from modeling_trips import (
-    TripsForQuestionAnswering,
-    TripsProcessor,
-)
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import BACKENDS, load_exported
 from modeling_trips.export.__main__ import main
 
 
 CHECKPOINT = EXAMPLES / "trips-tiny-easy-vqa"
 NUM_QUESTIONS = 600
-WAYS = [(backend, dtype) for backend, dtypes in BACKENDS.items() for dtype in dtypes]
+WAYS = [(backend, dtype, False) for backend, dtypes in BACKENDS.items() for dtype in dtypes]
+WAYS.append(("openvino", "int8", True))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,23 @@ def expected(processor, questions):
     return answers_of(TripsForQuestionAnswering.from_pretrained(CHECKPOINT).eval(), processor, texts, images)
 
 
-@pytest.fixture(scope="module", params=WAYS, ids="-".join)
-def exported(request, tmp_path_factory):
-    backend, dtype = request.param
+@pytest.fixture(scope="module")
+def calibration_file(tmp_path_factory):
+    """Rows of the training split."""
+    texts, _, image_ids = (column[:: len(column) // 100] for column in get_train_questions())
+    paths = get_train_image_paths()
+    rows = [{"image": str(paths[number]), "question": text} for text, number in zip(texts, image_ids)]
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: "-".join(map(str, way)))
+def exported(request, tmp_path_factory, calibration_file):
+    backend, dtype, is_calibrated = request.param
     folder = tmp_path_factory.mktemp("export") / "model"
-    main(["--model", str(CHECKPOINT), "--backend", backend, "--dtype", dtype, "--output_dir", str(folder)])
+    options = ["--calibration_file", str(calibration_file)] if is_calibrated else []
+    main(["--model", str(CHECKPOINT), "--backend", backend, "--dtype", dtype, "--output_dir", str(folder), *options])
     return dtype, load_exported(folder), TripsProcessor.from_pretrained(folder)
 
 

@@ -42,6 +42,7 @@ from trips_examples.training.parser import make_parser
 
 
 PATCH_SIZE = 16
+MAX_TEXT_LENGTH = 40  # of ViLT
 NUM_ANSWERS = 3129  # that ViLT and others choose from in VQAv2
 ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
 
@@ -74,6 +75,8 @@ class PeerArguments:
         wrong = [task for task in self.task if task not in TASKS]
         if wrong:
             raise ValueError(f"--task must be of {', '.join(TASKS)}, got {', '.join(wrong)}.")
+        if self.text_length > MAX_TEXT_LENGTH:
+            raise ValueError(f"--text_length must be at most {MAX_TEXT_LENGTH}, got {self.text_length}.")
         known = [name for task in self.task for name in TASKS[task].peers]
         wrong = [name for name in self.peers or () if name not in known]
         if wrong:
@@ -138,12 +141,9 @@ def write_answers(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
 
 def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
     """As BLIP's `generate`, with the image encoded once for all its questions."""
-    images = model.vision_model(pixel_values=inputs.pixel_values)[0][inputs.image_index]
-    questions = model.text_encoder(input_ids=inputs.input_ids, encoder_hidden_states=images)[0]
-    start = torch.full_like(inputs.input_ids[:, :1], model.decoder_start_token_id)
-    text_config = model.config.text_config
+    questions, text_config = read_shared(model, inputs), model.config.text_config
     return model.text_decoder.generate(
-        input_ids=start,
+        input_ids=torch.full_like(inputs.input_ids[:, :1], model.decoder_start_token_id),
         eos_token_id=text_config.sep_token_id,
         pad_token_id=text_config.pad_token_id,
         encoder_hidden_states=questions,
@@ -152,8 +152,24 @@ def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
     )
 
 
-def judge(model: nn.Module, inputs: Inputs):
-    model(**inputs.pairs)
+def read_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """BLIP's states of each text that has looked at its image, which is encoded once for all its texts."""
+    images = model.vision_model(pixel_values=inputs.pixel_values)[0][inputs.image_index]
+    return model.text_encoder(
+        input_ids=inputs.input_ids,
+        attention_mask=torch.ones_like(inputs.input_ids),
+        encoder_hidden_states=images,
+        encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long, device=images.device),
+    )[0]
+
+
+def judge(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return model(**inputs.pairs)[0]
+
+
+def judge_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """As BLIP's `forward`, with the image encoded once for all its texts."""
+    return model.itm_head(read_shared(model, inputs)[:, 0])
 
 
 def look(model: nn.Module, inputs: Inputs):
@@ -243,7 +259,7 @@ def look_with_trips(model: TripsForRetrieval, inputs: Inputs):
 
 @dataclass
 class Task:
-    """What TRIPS does, with which head, and the peers that do it, too; the first of them is what others are set to."""
+    """What TRIPS does, with which head, and the peers that do it, too; the first is what all are compared with."""
 
     model_class: type[TripsPreTrainedModel]
     work: Callable[[TripsPreTrainedModel, Inputs], object]
@@ -269,6 +285,7 @@ TASKS = {
         match_trips,
         {
             "blip-match": Peer(partial(of_transformers, "BlipForImageTextRetrieval"), judge),
+            "blip-match-shared": Peer(partial(of_transformers, "BlipForImageTextRetrieval"), judge_shared),
             "vilt-32-match": Peer(partial(of_transformers, "ViltForImageAndTextRetrieval"), judge),
             "vilt-16-match": Peer(partial(of_transformers, "ViltForImageAndTextRetrieval", patch_size=16), judge),
             "bridgetower-match": Peer(partial(of_transformers, "BridgeTowerForImageAndTextRetrieval"), judge),

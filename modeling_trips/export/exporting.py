@@ -75,7 +75,7 @@ def export_model(
     [`TripsForPreTraining`].
 
     Args:
-        model (`TripsPreTrainedModel`): in float32, on the CPU. It is left as it was.
+        model (`TripsPreTrainedModel`): it is left as it was.
         folder (`str` or `Path`): to write to. Files of an earlier export are replaced.
         backend (`str`, *optional*, defaults to `"openvino"`): what is to run the graphs: `"openvino"`, or `"onnx"` for
             ONNX Runtime.
@@ -93,9 +93,10 @@ def export_model(
     check_options(backend, dtype, calibration is not None)
     trunk_of(model)
     exporter, options = make_exporter(backend, dtype, calibration is not None)
-    config, head = describe(model), head_of(model)
+    config = describe(model)
     generation_config = model.generation_config if model.can_generate() else None
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    head = head_of(model)
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     graphs, components = graphs_of(model), {}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from modeling_trips import (
     TripsVisionPrefix,
 )
 
-from ..modeling_trips_layers import check_counts, check_image_source
+from ..modeling_trips_layers import check_counts, check_image_index, check_image_source
 from .graphs import tensors_of
 
 
@@ -31,6 +32,7 @@ Runners = Mapping[str, Callable]  # by the name of a graph: its keyword argument
 
 # What a folder holds besides graphs and configurations: the few weights of a head that stay in PyTorch.
 HEAD_FILE = "head.safetensors"
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPreTrainedModel:
@@ -51,6 +53,8 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
 
     Raises:
         FileNotFoundError: if the folder holds no export.
+        ImportError: if onnxruntime or openvino, which it was made for, is missing.
+        ValueError: if its head is of another model.
     """
     folder = Path(folder)
     if not (folder / EXPORT_MANIFEST_FILE).is_file():
@@ -63,10 +67,10 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
 def runner_options(folder: Path, num_threads: int) -> dict:
     """How the runtime of an export is to run it, as `ExportedModel.from_pretrained` takes it."""
     manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-    if manifest["export_format"] == "onnx":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
+    backend = manifest["export_format"]
+    runtime = import_module(RUNTIMES[backend])  # an error names it
+    if backend == "onnx":
+        options = runtime.SessionOptions()
         options.intra_op_num_threads = num_threads
         return {"session_options": options}
     # OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
@@ -90,7 +94,9 @@ def assemble(
     if model.can_generate():
         model.decoder, model.lm_head = GraphDecoder(config, runners), nn.Identity()
         model.generation_config = generation_config
-    model.load_state_dict(head, strict=False, assign=True)
+    missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
+    if unexpected or missing != ["model.no_parameter"]:
+        raise ValueError(f"{HEAD_FILE} is of another {model_class.__name__}: export again.")
     return model.eval()
 
 
@@ -192,12 +198,15 @@ class TripsGraphModel(TripsModel):
             prefix = self.encode_images(pixel_values)
         num_texts, num_images = len(text_states), len(prefix.hidden_states)
         check_counts(num_texts, num_images, image_index)
+        if image_index is None:
+            image_index = torch.arange(num_texts)
+        check_image_index(image_index, num_images)
         return run(
             self.runners["fusion"],
             {"regions": regions, "patch_targets": patch_targets, **kwargs},
             text_states=text_states,
             attention_mask=mask_of(text_states, attention_mask),
-            image_index=torch.arange(num_texts) if image_index is None else image_index,
+            image_index=image_index,
             prefix=tensors_of(prefix),
         )
 

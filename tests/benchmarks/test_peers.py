@@ -46,6 +46,14 @@ def test_blip_answers_the_same_when_questions_share_an_image(monkeypatch):
     assert (repeated[0].diff(dim=0).abs().amax(dim=-1) > 1e-3).all()  # they depend on question and image
 
 
+@torch.no_grad()
+def test_blip_judges_the_same_when_texts_share_an_image():
+    model, inputs = make_blip(BlipForImageTextRetrieval), peers.make_inputs(arguments(), texts_per_image=3)
+    expected = peers.judge(model, inputs)
+    assert expected.shape == (6, 2)
+    torch.testing.assert_close(peers.judge_shared(model, inputs), expected)
+
+
 @pytest.fixture
 def tiny_vit(monkeypatch):
     """64 patches, in place of the base model."""
@@ -81,7 +89,7 @@ def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys
     towers = ["timm-vit", "timm-vit, patch dropout", "timm-vit, TRIPS inside"]
     assert names == [
         *(("answer", texts, name) for texts in (1, 3) for name in ("blip", "blip-shared", *trips)),
-        *(("match", texts, name) for texts in (1, 3) for name in ("blip-match", *trips)),
+        *(("match", texts, name) for texts in (1, 3) for name in ("blip-match", "blip-match-shared", *trips)),
         *(("tower", 1, name) for name in (*towers, *trips)),
     ]
     assert all(row["speedup"] == 1 for row in rows if row["model"] == row["compared_with"])

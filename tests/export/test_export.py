@@ -137,6 +137,7 @@ def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
         ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens, `max_position_embeddings` allows 12"),
         ({"pixel_values": torch.zeros(2, 3, 32, 32)}, r"images of 16 x 16 pixels, got \(2, 3, 32, 32\)"),
         ({"image_index": None}, "4 texts for 2 images"),
+        ({"image_index": torch.tensor([0, 1, 2, 0])}, r"`image_index\[2\]` is 2, but must be in \[0, 1\]"),
     ],
     ids=str,
 )

@@ -32,7 +32,13 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForRetrieval, TripsPreTrainedModel
+from modeling_trips import (
+    TripsConfig,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsPreTrainedModel,
+    TripsVisionModel,
+)
 from modeling_trips.hosts import apply_patch_selection
 from modeling_trips.inspection.schedules import Schedule
 from modeling_trips.inspection.speed import CLOCKS, provenance, times_in_turns
@@ -84,9 +90,11 @@ class PeerArguments:
         if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
             raise ValueError(f"--clock must be of {', '.join(CLOCKS)}, and wall on {self.device}: got {self.clock}.")
 
-    def schedules(self) -> dict[str, Schedule]:
-        """Those of TRIPS, and none, by the names of their rows."""
-        schedules = [Schedule.parse(text) for text in self.schedule]
+    def schedules(self, task: str) -> dict[str, Schedule]:
+        """Those of TRIPS in a task, and none, by the names of their rows."""
+        schedules = [
+            Schedule.parse(text) for text in (self.schedule if TASKS[task].has_texts else [self.tower_schedule])
+        ]
         unpruned = Schedule(schedules[0].layers, schedules[0].guidances, (1.0,) * len(schedules[0].layers))
         return {f"TRIPS, {schedule}": schedule for schedule in schedules} | {"TRIPS, unpruned": unpruned}
 
@@ -242,7 +250,7 @@ def make_trips(model_class: type[TripsPreTrainedModel], schedule: Schedule, args
     config = TripsConfig.from_preset(
         args.preset, vision_config={"image_size": args.image_size}, **schedule.config_fields
     )
-    return model_class(config)
+    return model_class(config.vision_config if model_class is TripsVisionModel else config)
 
 
 def write_trips_answers(model: TripsForQuestionAnswering, inputs: Inputs):
@@ -251,10 +259,6 @@ def write_trips_answers(model: TripsForQuestionAnswering, inputs: Inputs):
 
 def match_trips(model: TripsForRetrieval, inputs: Inputs):
     model.match(**inputs.shared)
-
-
-def look_with_trips(model: TripsForRetrieval, inputs: Inputs):
-    model.model.vision_model(inputs.pixel_values)
 
 
 @dataclass
@@ -292,8 +296,8 @@ TASKS = {
         },
     ),
     "tower": Task(
-        TripsForRetrieval,
-        look_with_trips,
+        TripsVisionModel,
+        look,
         {
             "timm-vit": Peer(make_vit, look, ("timm",)),
             "timm-vit, patch dropout": Peer(partial(make_shortened_vit, shorten=DropTokens), look, ("timm",)),
@@ -335,7 +339,7 @@ def make_models(task: str, args: PeerArguments) -> dict[str, tuple[nn.Module, Ca
         for name, peer in TASKS[task].peers.items()
         if (args.peers is None or name in args.peers) and is_installed(name, peer.packages)
     }
-    for name, schedule in args.schedules().items():
+    for name, schedule in args.schedules(task).items():
         makers[name] = (partial(make_trips, TASKS[task].model_class, schedule, args), TASKS[task].work)
     models, ours = {}, None
     for name, (make, work) in tqdm(makers.items(), desc=f"models of {task}", leave=False):

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_hosts import NO_DROPOUT, TEXT, VISION
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
-from modeling_trips import TripsForRetrieval
+from modeling_trips import TripsVisionModel
 
 
 TINY = ["--preset", "tiny", "--image_size", "64", "--schedule", "2,3", "--tower_schedule", "2:image,3:image"]
@@ -65,10 +65,9 @@ def tiny_vit(monkeypatch):
 @pytest.mark.parametrize("shorten", [peers.DropTokens, peers.MergeTokens])
 def test_shortened_vits_have_as_many_tokens_as_trips(tiny_vit, shorten):
     args, pixel_values = arguments(), torch.randn(2, 3, 64, 64)
-    (schedule, _) = args.schedules().values()
+    (schedule, _) = args.schedules("tower").values()
     vit = peers.make_shortened_vit(args, shorten).eval()
-    ours = peers.make_trips(TripsForRetrieval, schedule, args).eval()
-    num_tokens = ours.model.vision_model(pixel_values).last_hidden_state.shape[1]
+    num_tokens = peers.make_trips(TripsVisionModel, schedule, args)(pixel_values).last_hidden_state.shape[1]
     assert (
         vit.forward_features(pixel_values).shape[1] == num_tokens == 1 + 33 + 1
     )  # 64 -> 45 and the rest -> 33 and the rest
@@ -90,7 +89,7 @@ def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys
     assert names == [
         *(("answer", texts, name) for texts in (1, 3) for name in ("blip", "blip-shared", *trips)),
         *(("match", texts, name) for texts in (1, 3) for name in ("blip-match", "blip-match-shared", *trips)),
-        *(("tower", 1, name) for name in (*towers, *trips)),
+        *(("tower", 1, name) for name in (*towers, "TRIPS, 2, 3 image x 0.7", "TRIPS, unpruned")),
     ]
     assert all(row["speedup"] == 1 for row in rows if row["model"] == row["compared_with"])
     assert rows[4]["throughput"] == pytest.approx(6 / rows[4]["latency"])

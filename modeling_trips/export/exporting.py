@@ -93,12 +93,10 @@ def export_model(
     check_options(backend, dtype, calibration is not None)
     trunk_of(model)
     exporter, options = make_exporter(backend, dtype, calibration is not None)
-    config = describe(model)
+    config = describe(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
     generation_config = model.generation_config if model.can_generate() else None
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     head = head_of(model)
-    if dtype == "bf16":
-        model = model.to(torch.bfloat16)
     graphs, components = graphs_of(model), {}
     calls = {} if calibration is None else record(graphs, config, head, generation_config, calibration)
     for name, graph in tqdm(graphs.items(), desc="graphs"):
@@ -120,10 +118,13 @@ def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(IN_GRAPHS)}
 
 
-def describe(model: TripsPreTrainedModel) -> TripsConfig:
-    """The configuration of an export: it names the class, and no code, which there is none of in the folder."""
+def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) -> TripsConfig:
+    """
+    The configuration of an export: it names the class and what graphs compute in, and no code, which there is none of
+    in the folder.
+    """
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures, config.dtype = [type(model).__name__], dtype
     for name in ("auto_map", "custom_pipelines"):
         if hasattr(config, name):
             delattr(config, name)

@@ -73,8 +73,8 @@ def runner_options(folder: Path, num_threads: int) -> dict:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = num_threads
         return {"session_options": options}
-    # OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
-    precision = {"float32": "f32", "bfloat16": "bf16"}[manifest["components"]["text"]["metadata"]["export_dtype"]]
+    # Weights are float32, and OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[TripsConfig.from_pretrained(folder).dtype]
     return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForPreTraining
 
 from modeling_trips import MomentumTeacher, TripsConfig, TripsForPreTraining, TripsModel
@@ -197,6 +198,22 @@ def processor_time(step: Callable[[], None], device: str) -> float:
 
 
 CLOCKS = {"wall": timed, "process": processor_time}
+
+
+def times_in_turns(
+    steps: dict[str, Callable[[], None]], warmup: int, repeats: int, clock: str = "wall", device: str = "cpu"
+) -> dict[str, list[float]]:
+    """
+    Seconds of several steps that are taken in turns, `repeats` of each behind `warmup` rounds, so that a machine that
+    slows down slows all. `clock` is one of `CLOCKS`.
+    """
+    seconds = {name: [] for name in steps}
+    for round_number in tqdm(range(warmup + repeats), desc="rounds", leave=False):
+        for name, step in steps.items():
+            elapsed = CLOCKS[clock](step, device)
+            if round_number >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
 
 
 @torch.no_grad()

@@ -17,7 +17,10 @@ from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 
 
-WITH_PYTHON = [document for document in DOCUMENTS if document.blocks("python")]
+SLOW = {"docs/deploy_cpu.md": pytest.mark.slow}  # it exports a model
+WITH_PYTHON = [
+    pytest.param(document, marks=SLOW.get(str(document), ())) for document in DOCUMENTS if document.blocks("python")
+]
 
 
 @pytest.fixture

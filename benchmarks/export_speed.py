@@ -1,0 +1,216 @@
+"""
+Measure the ways to run one model on a CPU: PyTorch eager and compiled, ONNX Runtime and OpenVINO, in float32, bfloat16
+and int8.
+
+    python benchmarks/export_speed.py                                     # base size, 384 px, all ways
+    python benchmarks/export_speed.py --task answer --texts_per_image 1 10 --output_json export.json
+    python benchmarks/export_speed.py --ways eager-fp32 openvino-fp32 openvino-bf16 --export_dir exports
+
+Weights are random. The ways take their steps in turns in one run, after a warm-up, and medians are compared. A step is
+the answer to each question, of 2 tokens, images and questions encoded anew (`answer`); the match of each pair
+(`match`); or the features of all images and texts (`features`). What agrees with PyTorch in float32 is counted, too:
+kept patches, and answers, the better half of the matches, or the image that is most like each text. Exports stay in
+--export_dir, and are used again. Calibration sees noise alone: what it keeps of the results says little.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForRetrieval, TripsPreTrainedModel
+from modeling_trips.conversion.files import whole_folder
+from modeling_trips.export import BACKENDS, export_model, load_exported
+from modeling_trips.inspection.schedules import Schedule
+from modeling_trips.inspection.speed import CLOCKS, provenance, times_in_turns
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
+
+
+REFERENCE, CALIBRATED = "eager-fp32", "openvino-int8-calibrated"
+IN_PYTORCH = (REFERENCE, "eager-bf16", "compiled-fp32", "compiled-bf16")
+EXPORTED = (*(f"{backend}-{dtype}" for backend, dtypes in BACKENDS.items() for dtype in dtypes), CALIBRATED)
+WAYS = (*IN_PYTORCH, *EXPORTED)
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
+
+
+@dataclass
+class ExportSpeedArguments:
+    preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
+    image_size: int = field(default=384, metadata={"help": "Pixels per side."})
+    schedule: str = field(default="5,10", metadata={"help": "As of benchmark.py: 5,10 or 5:image:0.7,12:text:0.3"})
+    keep_rate: float = field(default=0.7, metadata={"help": "Of the selection layers that name none; 1.0: unpruned."})
+    task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, features."})
+    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": f"Of {', '.join(WAYS)}."})
+    batch_size: int = field(default=1, metadata={"help": "Images per step."})
+    texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts that share an image."})
+    text_length: int = field(default=40, metadata={"help": "Tokens per text."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of each. Default: PyTorch's choice."})
+    clock: str = field(
+        default="wall", metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."}
+    )
+    warmup: int = field(default=2, metadata={"help": "Steps of each way before any is timed."})
+    repeats: int = field(default=9, metadata={"help": "Timed steps of each way."})
+    export_dir: str = field(default="outputs/exports", metadata={"help": "Where exports are kept."})
+    output_json: str | None = field(default=None, metadata={"help": "Write one row per way and work to this file."})
+
+    def __post_init__(self):
+        choices = {"task": (self.task, TASKS), "ways": (self.ways, WAYS), "clock": ([self.clock], CLOCKS)}
+        for name, (given, known) in choices.items():
+            wrong = [one for one in given if one not in known]
+            if wrong:
+                raise ValueError(f"--{name} must be of {', '.join(known)}, got {', '.join(wrong)}.")
+        if REFERENCE not in self.ways:
+            self.ways = [REFERENCE, *self.ways]
+
+
+def answer(model: TripsForQuestionAnswering, inputs: dict) -> torch.Tensor:
+    return model.generate(**inputs, **ANSWER_LENGTH)
+
+
+def match(model: TripsForRetrieval, inputs: dict) -> torch.Tensor:
+    scores = model.match(**inputs).itm_logits.softmax(dim=-1)[:, 1]
+    return scores > scores.median()
+
+
+def features(model: TripsForRetrieval, inputs: dict) -> torch.Tensor:
+    images = model.get_image_features(inputs["pixel_values"]).pooler_output
+    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    return (texts @ images.T).argmax(dim=-1)
+
+
+TASKS: dict[str, tuple[type[TripsPreTrainedModel], Callable]] = {
+    "answer": (TripsForQuestionAnswering, answer),
+    "match": (TripsForRetrieval, match),
+    "features": (TripsForRetrieval, features),
+}
+
+
+def make_model(task: str, args: ExportSpeedArguments) -> TripsPreTrainedModel:
+    torch.manual_seed(0)
+    config = TripsConfig.from_preset(
+        args.preset,
+        vision_config={"image_size": args.image_size},
+        **Schedule.parse(args.schedule, args.keep_rate).config_fields,
+    )
+    return TASKS[task][0](config).eval()
+
+
+def make_inputs(model: TripsPreTrainedModel, args: ExportSpeedArguments, texts_per_image: int) -> dict:
+    torch.manual_seed(1)
+    num_texts = args.batch_size * texts_per_image
+    input_ids = torch.randint(1, model.config.text_config.vocab_size, (num_texts, args.text_length))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(args.batch_size, 3, args.image_size, args.image_size),
+        "image_index": torch.arange(args.batch_size).repeat_interleave(texts_per_image),
+    }
+
+
+def is_installed(way: str) -> bool:
+    backend = way.partition("-")[0]
+    return backend not in PACKAGES or find_spec(PACKAGES[backend]) is not None
+
+
+def run_as(way: str, task: str, args: ExportSpeedArguments) -> TripsPreTrainedModel:
+    """The model of a task, to be run in one of the ways."""
+    backend, dtype, *_ = way.split("-")
+    model = make_model(task, args)
+    if way in IN_PYTORCH:
+        model = model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+        if backend == "compiled":
+            model.model.compile()  # all but the decoder, whose cache grows
+        return model
+    name = type(model).__name__
+    setting = f"{args.preset}-{args.image_size}px-{args.schedule}-{args.keep_rate:g}".replace(":", "_")
+    folder = Path(args.export_dir) / f"{name}-{setting}-{way}"
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            calibration = [make_inputs(model, args, 1)] if way == CALIBRATED else None
+            export_model(model, partial, backend, dtype, calibration)
+    return load_exported(folder)
+
+
+def kept_patches(model: TripsPreTrainedModel, inputs: dict) -> list[set]:
+    """What each selection layer keeps of each text's image."""
+    return [set(row) for layer in model.model(**inputs).selection for row in layer.kept_indices.tolist()]
+
+
+@torch.no_grad()
+def measure(task: str, models: dict[str, TripsPreTrainedModel], texts_per_image: int, args) -> list[dict]:
+    """A row for each way to do one kind of work."""
+    inputs = make_inputs(models[REFERENCE], args, texts_per_image)
+    work, steps, results, kept = TASKS[task][1], {}, {}, {}
+    for way, model in tqdm(models.items(), desc="first steps", leave=False):
+        own = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
+        steps[way] = lambda model=model, own=own: work(model, own)
+        results[way], kept[way] = steps[way](), kept_patches(model, own)
+    medians = {
+        way: statistics.median(times)
+        for way, times in times_in_turns(steps, args.warmup, args.repeats, args.clock).items()
+    }
+    same = {
+        way: sum(len(row & other) for row, other in zip(rows, kept[REFERENCE])) / sum(map(len, kept[REFERENCE]))
+        for way, rows in kept.items()
+    }
+    fields = asdict(args) | {"num_threads": torch.get_num_threads(), "texts_per_image": texts_per_image}
+    for name in ("ways", "export_dir", "output_json"):
+        del fields[name]
+    return [
+        {
+            **fields,
+            **provenance("cpu"),
+            **{f"{package}_version": version(package) for package in PACKAGES.values() if find_spec(package)},
+            "task": task,
+            "way": way,
+            "latency": median,
+            "throughput": args.batch_size * texts_per_image / median,
+            "speedup": medians[REFERENCE] / median,
+            "same_results": (results[way] == results[REFERENCE]).float().mean().item(),
+            "same_patches": same[way],
+        }
+        for way, median in medians.items()
+    ]
+
+
+def print_table(rows: list[dict]):
+    print(f"{'work':<24}  {'way':<14}  {'ms':>8}  texts/s  speed-up  same results  same patches")
+    for row in rows:
+        work = f"{row['task']}, {row['texts_per_image']} text(s) per image"
+        print(
+            f"{work:<24}  {row['way']:<14}  {1000 * row['latency']:8.1f}  {row['throughput']:7.2f}  "
+            f"{row['speedup']:8.2f}  {row['same_results']:12.1%}  {row['same_patches']:12.1%}"
+        )
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    (args,) = make_parser(ExportSpeedArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    ways = [way for way in args.ways if is_installed(way)]
+    if len(ways) < len(args.ways):
+        missing = [way for way in args.ways if way not in ways]
+        print(f"Left out, for want of a package (pip install '.[export]'): {', '.join(missing)}")
+    rows = []
+    for model_class, tasks in itertools.groupby(args.task, key=lambda task: TASKS[task][0]):
+        tasks = list(tasks)
+        models = {way: run_as(way, tasks[0], args) for way in tqdm(ways, desc=model_class.__name__)}
+        for task, texts_per_image in itertools.product(tasks, args.texts_per_image):
+            rows += measure(task, models, texts_per_image, args)
+    print_table(rows)
+    if args.output_json is not None:
+        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

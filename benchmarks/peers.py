@@ -1,0 +1,411 @@
+"""
+Measure TRIPS beside what people would use instead, in one run: models of Transformers that answer questions or match
+texts with images, and ways to shorten a ViT.
+
+    python benchmarks/peers.py                                        # base size, 384 px, all tasks
+    python benchmarks/peers.py --task answer --texts_per_image 1 10 --output_json peers.json
+    python benchmarks/peers.py --task tower --image_size 224 --batch_size 8
+
+All have the sizes of their published base models and random weights, and take the same images, texts, batch, dtype and
+threads. They take their steps in turns, after a warm-up, and medians are compared. Tasks:
+
+    answer  each question is answered: image and question are encoded, and 2 tokens are written, where there is a
+            decoder. ViLT has none and chooses one of 3129 answers. "shared": the image is encoded once for all its
+            questions, where a model lets one do so.
+    match   each pair of a text and an image is judged.
+    tower   images alone go through a ViT-B/16, as it is and with fewer tokens: as many after the same layers as the
+            schedule --tower_schedule of TRIPS leaves.
+
+ViLT has published weights for patches of 32 pixels alone. vilt-16 has patches as small as all others.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+from modeling_trips import (
+    TripsConfig,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsPreTrainedModel,
+    TripsVisionModel,
+)
+from modeling_trips.hosts import apply_patch_selection
+from modeling_trips.inspection.schedules import Schedule
+from modeling_trips.inspection.speed import CLOCKS, provenance, times_in_turns
+from modeling_trips.patch_selection import num_kept_tokens
+from trips_examples.training.files import write_whole
+from trips_examples.training.parser import make_parser
+
+
+PATCH_SIZE = 16
+MAX_TEXT_LENGTH = 40  # of ViLT
+NUM_ANSWERS = 3129  # that ViLT and others choose from in VQAv2
+ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
+
+
+@dataclass
+class PeerArguments:
+    task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, tower."})
+    peers: list[str] | None = field(default=None, metadata={"help": "Of them alone, besides TRIPS. Default: all."})
+    schedule: list[str] = field(
+        default_factory=lambda: ["5,10", "3:image,6:image,9:image,12:text:0.3", "5:image,10:image"],
+        metadata={"help": "Schedules of TRIPS, as of benchmark.py, where 0.7 is the rate of layers that name none."},
+    )
+    preset: str = field(default="base", metadata={"help": "Size of TRIPS: that of its peers, unless you test."})
+    tower_schedule: str = field(default="5:image,10:image", metadata={"help": "The one whose tokens towers keep."})
+    image_size: int = field(default=384, metadata={"help": "Pixels per side."})
+    batch_size: int = field(default=1, metadata={"help": "Images per step."})
+    texts_per_image: list[int] = field(default_factory=lambda: [1, 10], metadata={"help": "Texts about each image."})
+    text_length: int = field(default=40, metadata={"help": "Tokens per text: at most 40, which ViLT takes."})
+    dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
+    clock: str = field(
+        default="wall", metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."}
+    )
+    warmup: int = field(default=1, metadata={"help": "Steps of each before any is timed."})
+    repeats: int = field(default=9, metadata={"help": "Timed steps of each."})
+    output_json: str | None = field(default=None, metadata={"help": "Write one row per model and work to this file."})
+
+    def __post_init__(self):
+        wrong = [task for task in self.task if task not in TASKS]
+        if wrong:
+            raise ValueError(f"--task must be of {', '.join(TASKS)}, got {', '.join(wrong)}.")
+        if self.text_length > MAX_TEXT_LENGTH:
+            raise ValueError(f"--text_length must be at most {MAX_TEXT_LENGTH}, got {self.text_length}.")
+        known = [name for task in self.task for name in TASKS[task].peers]
+        wrong = [name for name in self.peers or () if name not in known]
+        if wrong:
+            raise ValueError(f"--peers must be of {', '.join(known)}, got {', '.join(wrong)}.")
+        if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
+            raise ValueError(f"--clock must be of {', '.join(CLOCKS)}, and wall on {self.device}: got {self.clock}.")
+
+    def schedules(self, task: str) -> dict[str, Schedule]:
+        """Those of TRIPS in a task, and none, by the names of their rows."""
+        schedules = [
+            Schedule.parse(text) for text in (self.schedule if TASKS[task].has_texts else [self.tower_schedule])
+        ]
+        unpruned = Schedule(schedules[0].layers, schedules[0].guidances, (1.0,) * len(schedules[0].layers))
+        return {f"TRIPS, {schedule}": schedule for schedule in schedules} | {"TRIPS, unpruned": unpruned}
+
+
+@dataclass
+class Peer:
+    """A model to compare with: how it is made, what it does, and the packages it needs besides Transformers."""
+
+    make: Callable[[PeerArguments], nn.Module]
+    work: Callable[[nn.Module, "Inputs"], object]
+    packages: tuple[str, ...] = ()
+
+
+@dataclass
+class Inputs:
+    """Texts, images, and the image of each text."""
+
+    input_ids: torch.LongTensor
+    pixel_values: torch.Tensor
+    image_index: torch.LongTensor
+
+    @property
+    def pairs(self) -> dict[str, torch.Tensor]:
+        """As models take them that know no `image_index`: the image of each text."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": torch.ones_like(self.input_ids),
+            "pixel_values": self.pixel_values[self.image_index],
+        }
+
+    @property
+    def shared(self) -> dict[str, torch.Tensor]:
+        return {**self.pairs, "pixel_values": self.pixel_values, "image_index": self.image_index}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def of_transformers(name: str, args: PeerArguments, **fields) -> nn.Module:
+    """A model of Transformers as its configuration makes it, but for the size of images and `fields`."""
+    model_class = getattr(transformers, name)
+    size = {"image_size": args.image_size}
+    if name.startswith("Vilt"):
+        return model_class(model_class.config_class(**size, **fields))
+    return model_class(model_class.config_class(vision_config=size, **fields))
+
+
+def write_answers(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
+    return model.generate(**inputs.pairs, **ANSWER_LENGTH)
+
+
+def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
+    """As BLIP's `generate`, with the image encoded once for all its questions."""
+    questions, text_config = read_shared(model, inputs), model.config.text_config
+    return model.text_decoder.generate(
+        input_ids=torch.full_like(inputs.input_ids[:, :1], model.decoder_start_token_id),
+        eos_token_id=text_config.sep_token_id,
+        pad_token_id=text_config.pad_token_id,
+        encoder_hidden_states=questions,
+        encoder_attention_mask=torch.ones_like(inputs.input_ids),
+        **ANSWER_LENGTH,
+    )
+
+
+def read_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """BLIP's states of each text that has looked at its image, which is encoded once for all its texts."""
+    images = model.vision_model(pixel_values=inputs.pixel_values)[0][inputs.image_index]
+    return model.text_encoder(
+        input_ids=inputs.input_ids,
+        attention_mask=torch.ones_like(inputs.input_ids),
+        encoder_hidden_states=images,
+        encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long, device=images.device),
+    )[0]
+
+
+def judge(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return model(**inputs.pairs)[0]
+
+
+def judge_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """As BLIP's `forward`, with the image encoded once for all its texts."""
+    return model.itm_head(read_shared(model, inputs)[:, 0])
+
+
+def look(model: nn.Module, inputs: Inputs):
+    model(inputs.pixel_values)
+
+
+def make_vit(args: PeerArguments) -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_base_patch16_224", img_size=args.image_size, num_classes=0)
+
+
+class MergeTokens(nn.Module):
+    """Merges patches into those they resemble, by the matching of tomesd, down to a number. [CLS] stays."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        from tomesd.merge import bipartite_soft_matching_random2d
+
+        class_token, patches = tokens[:, :1], tokens[:, 1:]
+        num_patches = patches.shape[1]
+        merge, _ = bipartite_soft_matching_random2d(
+            patches, w=num_patches, h=1, sx=2, sy=1, r=num_patches - self.num_tokens, no_rand=True
+        )
+        return torch.cat((class_token, merge(patches)), dim=1)
+
+
+class DropTokens(nn.Module):
+    """Keeps a number of patches at random, by timm's patch dropout, which drops in training alone. [CLS] stays."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        from timm.layers.patch_dropout import patch_dropout_forward
+
+        share = 1 - (self.num_tokens + 0.5) / (tokens.shape[1] - 1)  # what is kept is rounded down
+        return patch_dropout_forward(tokens, share, num_prefix_tokens=1, ordered=False, training=True)[0]
+
+
+def make_shortened_vit(args: PeerArguments, shorten: Callable[[int], nn.Module]) -> nn.Module:
+    """A ViT with modules between its layers that leave as many tokens as the schedule of TRIPS does."""
+    vit, blocks, num_tokens = make_vit(args), [], (args.image_size // PATCH_SIZE) ** 2
+    schedule = Schedule.parse(args.tower_schedule)
+    rates = dict(zip(schedule.layers, schedule.keep_rates))
+    for number, block in enumerate(vit.blocks, start=1):
+        blocks.append(block)
+        if number in rates:
+            num_tokens = num_kept_tokens(num_tokens, rates[number]) + 1  # and the fused token
+            blocks.append(shorten(num_tokens))
+    vit.blocks = nn.Sequential(*blocks)
+    return vit
+
+
+def make_selecting_vit(args: PeerArguments) -> nn.Module:
+    vit, schedule = make_vit(args), Schedule.parse(args.tower_schedule)
+    apply_patch_selection(vit, list(schedule.layers), list(schedule.keep_rates), list(schedule.guidances))
+    return vit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRIPS
+
+
+def make_trips(model_class: type[TripsPreTrainedModel], schedule: Schedule, args: PeerArguments) -> nn.Module:
+    config = TripsConfig.from_preset(
+        args.preset, vision_config={"image_size": args.image_size}, **schedule.config_fields
+    )
+    return model_class(config.vision_config if model_class is TripsVisionModel else config)
+
+
+def write_trips_answers(model: TripsForQuestionAnswering, inputs: Inputs):
+    model.generate(**inputs.shared, **ANSWER_LENGTH)
+
+
+def match_trips(model: TripsForRetrieval, inputs: Inputs):
+    model.match(**inputs.shared)
+
+
+@dataclass
+class Task:
+    """What TRIPS does, with which head, and the peers that do it, too; the first is what all are compared with."""
+
+    model_class: type[TripsPreTrainedModel]
+    work: Callable[[TripsPreTrainedModel, Inputs], object]
+    peers: dict[str, Peer]
+    has_texts: bool = True
+
+
+TASKS = {
+    "answer": Task(
+        TripsForQuestionAnswering,
+        write_trips_answers,
+        {
+            "blip": Peer(partial(of_transformers, "BlipForQuestionAnswering"), write_answers),
+            "blip-shared": Peer(partial(of_transformers, "BlipForQuestionAnswering"), write_answers_shared),
+            "vilt-32": Peer(partial(of_transformers, "ViltForQuestionAnswering", num_labels=NUM_ANSWERS), judge),
+            "vilt-16": Peer(
+                partial(of_transformers, "ViltForQuestionAnswering", num_labels=NUM_ANSWERS, patch_size=16), judge
+            ),
+        },
+    ),
+    "match": Task(
+        TripsForRetrieval,
+        match_trips,
+        {
+            "blip-match": Peer(partial(of_transformers, "BlipForImageTextRetrieval"), judge),
+            "blip-match-shared": Peer(partial(of_transformers, "BlipForImageTextRetrieval"), judge_shared),
+            "vilt-32-match": Peer(partial(of_transformers, "ViltForImageAndTextRetrieval"), judge),
+            "vilt-16-match": Peer(partial(of_transformers, "ViltForImageAndTextRetrieval", patch_size=16), judge),
+            "bridgetower-match": Peer(partial(of_transformers, "BridgeTowerForImageAndTextRetrieval"), judge),
+        },
+    ),
+    "tower": Task(
+        TripsVisionModel,
+        look,
+        {
+            "timm-vit": Peer(make_vit, look, ("timm",)),
+            "timm-vit, patch dropout": Peer(partial(make_shortened_vit, shorten=DropTokens), look, ("timm",)),
+            "timm-vit, merging": Peer(partial(make_shortened_vit, shorten=MergeTokens), look, ("timm", "tomesd")),
+            "timm-vit, TRIPS inside": Peer(make_selecting_vit, look, ("timm",)),
+        },
+        has_texts=False,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def make_inputs(args: PeerArguments, texts_per_image: int) -> Inputs:
+    torch.manual_seed(0)
+    dtype, size = getattr(torch, args.dtype), args.image_size
+    image_index = torch.arange(args.batch_size, device=args.device).repeat_interleave(texts_per_image)
+    shape = (len(image_index), args.text_length)
+    return Inputs(
+        torch.randint(1, 100, shape, device=args.device),
+        torch.randn(args.batch_size, 3, size, size, device=args.device, dtype=dtype),
+        image_index,
+    )
+
+
+def is_installed(name: str, packages: tuple[str, ...]) -> bool:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        print(f"{name} is left out: `pip install {' '.join(missing)}` adds it.")
+    return not missing
+
+
+def make_models(task: str, args: PeerArguments) -> dict[str, tuple[nn.Module, Callable]]:
+    """The models of a task by the names of their rows, and what each is to do. Those of TRIPS share their weights."""
+    makers = {
+        name: (partial(peer.make, args), peer.work)
+        for name, peer in TASKS[task].peers.items()
+        if (args.peers is None or name in args.peers) and is_installed(name, peer.packages)
+    }
+    for name, schedule in args.schedules(task).items():
+        makers[name] = (partial(make_trips, TASKS[task].model_class, schedule, args), TASKS[task].work)
+    models, ours = {}, None
+    for name, (make, work) in tqdm(makers.items(), desc=f"models of {task}", leave=False):
+        torch.manual_seed(0)
+        model = make().to(args.device, getattr(torch, args.dtype)).eval()
+        if isinstance(model, TripsPreTrainedModel):
+            ours = ours or model
+            model.load_state_dict(ours.state_dict(), assign=True)
+        models[name] = (model, work)
+    return models
+
+
+@torch.no_grad()
+def measure(task: str, models: dict[str, tuple[nn.Module, Callable]], texts_per_image: int, args) -> list[dict]:
+    """A row for each model."""
+    inputs = make_inputs(args, texts_per_image)
+    steps = {name: partial(work, model, inputs) for name, (model, work) in models.items()}
+    times = times_in_turns(steps, args.warmup, args.repeats, args.clock, args.device)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    first = next(iter(medians))
+    fields = {name: value for name, value in asdict(args).items() if name not in ("peers", "schedule", "output_json")}
+    return [
+        {
+            **fields,
+            **provenance(args.device),
+            "num_threads": torch.get_num_threads(),
+            "task": task,
+            "texts_per_image": texts_per_image,
+            "model": name,
+            "num_parameters": sum(parameter.numel() for parameter in models[name][0].parameters()),
+            "latency": median,
+            "throughput": len(inputs.input_ids) / median,
+            "compared_with": first,
+            "speedup": medians[first] / median,
+        }
+        for name, median in medians.items()
+    ]
+
+
+def print_table(rows: list[dict]):
+    width = max(len(row["model"]) for row in rows)
+    for (task, texts), group in itertools.groupby(rows, key=lambda row: (row["task"], row["texts_per_image"])):
+        work = task if task == "tower" else f"{task}, {texts} text(s) per image"
+        group = list(group)
+        print(f"\n{work:<{width}}  parameters        ms  per second  speed-up over {group[0]['compared_with']}")
+        for row in group:
+            print(
+                f"{row['model']:<{width}}  {row['num_parameters'] / 1e6:9.0f}M  {1000 * row['latency']:8.1f}  "
+                f"{row['throughput']:10.2f}  {row['speedup']:8.2f}"
+            )
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    (args,) = make_parser(PeerArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    rows = []
+    for task in args.task:
+        models = make_models(task, args)
+        for texts_per_image in args.texts_per_image if TASKS[task].has_texts else [1]:
+            rows += measure(task, models, texts_per_image, args)
+    print_table(rows)
+    if args.output_json is not None:
+        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""
+The parts of a model that become graphs, each with the inputs that it is traced with.
+
+    text             ids, types, mask           -> states of the text
+    images           pixels                     -> prefix: all that no text has touched
+    fusion           states, mask, prefix       -> fused states, kept patches
+    image_features   prefix                     -> states of the image alone, for retrieval
+    cross_attention  fused states               -> keys and values that the decoder reads at every step
+    decoder          tokens, keys and values    -> logits, keys and values of these tokens
+
+The numbers of texts and images, and the lengths of texts and answers vary; the size of images and the schedule are
+those of the configuration, so that all numbers of image tokens are constants.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from modeling_trips import (
+    TripsForConditionalGeneration,
+    TripsForPreTraining,
+    TripsForRetrieval,
+    TripsModel,
+    TripsModelOutput,
+    TripsPreTrainedModel,
+    TripsVisionModelOutput,
+    TripsVisionPrefix,
+)
+
+
+# Sizes to trace with: all differ, or what is equal by chance would stay so.
+NUM_IMAGES, NUM_TEXTS, TEXT_LENGTH, ANSWER_LENGTH, CACHE_LENGTH = 3, 4, 5, 6, 2
+
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # one pair for each layer
+
+
+class Graph(NamedTuple):
+    """A part of a model, the arguments that it is traced with, and which of their dimensions vary."""
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    dynamic_shapes: dict[str, Any]
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors in nested outputs, in order: what of a prefix is given to a graph."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+class ImagesPart(nn.Module):
+    def __init__(self, model: TripsModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> TripsVisionPrefix:
+        return self.model.encode_images(pixel_values)
+
+
+class PartBehindPrefix(nn.Module):
+    """A part that takes the tensors of a prefix, and knows what else is in it."""
+
+    def __init__(self, model: TripsModel, prefix: TripsVisionPrefix):
+        super().__init__()
+        self.model = model
+        self.leaves, self.structure = tree_flatten(prefix)
+
+    def whole(self, prefix: list[torch.Tensor]) -> TripsVisionPrefix:
+        tensors = iter(prefix)
+        leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.structure)
+
+
+class FusionPart(PartBehindPrefix):
+    def forward(
+        self,
+        text_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.LongTensor,
+        prefix: list[torch.Tensor],
+    ) -> TripsModelOutput:
+        fused = self.model.fuse(text_states, attention_mask, image_index=image_index, prefix=self.whole(prefix))
+        vision = fused.vision_model_output
+        return TripsModelOutput(
+            last_hidden_state=fused.last_hidden_state,
+            selection=fused.selection,
+            vision_model_output=TripsVisionModelOutput(
+                last_hidden_state=vision.last_hidden_state, attention_mask=vision.attention_mask
+            ),
+        )
+
+
+class ImageFeaturesPart(PartBehindPrefix):
+    def forward(self, prefix: list[torch.Tensor]) -> TripsVisionModelOutput:
+        return self.model.vision_model(prefix=self.whole(prefix))
+
+
+class CrossAttentionPart(nn.Module):
+    def __init__(self, model: TripsForConditionalGeneration):
+        super().__init__()
+        self.layers = nn.ModuleList(layer.crossattention.self for layer in model.decoder.encoder.layer)
+
+    def forward(self, encoder_hidden_states: torch.Tensor) -> KeyValues:
+        return [layer.key_value(encoder_hidden_states, None) for layer in self.layers]
+
+
+class DecoderPart(nn.Module):
+    def __init__(self, model: TripsForConditionalGeneration):
+        super().__init__()
+        self.decoder, self.lm_head = model.decoder, model.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        encoder_attention_mask: torch.Tensor,
+        own: KeyValues,
+        cross: KeyValues,
+    ) -> dict[str, Any]:
+        cache = EncoderDecoderCache(DynamicCache(own), DynamicCache(cross))
+        decoded = self.decoder(
+            input_ids,
+            encoder_hidden_states=cross[0][0].transpose(1, 2).flatten(2),  # looked at for its shape
+            encoder_attention_mask=encoder_attention_mask,
+            cache=cache,
+        )
+        start = own[0][0].shape[2]
+        new = [(layer.keys[:, :, start:], layer.values[:, :, start:]) for layer in cache.self_attention_cache.layers]
+        return {"logits": self.lm_head(decoded.last_hidden_state), "own": new}
+
+
+def trunk_of(model: TripsPreTrainedModel) -> TripsModel:
+    """
+    The [`TripsModel`] in a model.
+
+    Raises:
+        ValueError: if there is none, or the model is for pre-training, whose outputs are losses.
+    """
+    trunk = model if isinstance(model, TripsModel) else getattr(model, "model", None)
+    if not isinstance(trunk, TripsModel) or isinstance(model, TripsForPreTraining):
+        raise ValueError(
+            f"A {type(model).__name__} is not exported: a TripsModel is, and every model for a task. Load the "
+            "checkpoint as one of them."
+        )
+    return trunk
+
+
+def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
+    """The graphs of a model, by their names."""
+    trunk = trunk_of(model)
+    with torch.device("meta"):  # numbers of tokens that depend on scores are as large as they can be there
+        twin = TripsModel(trunk.config).eval()
+        samples = sample_outputs(twin)
+    texts, images = Dim("num_texts", max=2**16), Dim("num_images", max=2**16)
+    text_length = Dim("text_length", max=trunk.config.text_config.max_position_embeddings)
+    by_text, by_token = {0: texts}, {0: texts, 1: text_length}
+    mask, prefix = torch.ones(NUM_TEXTS, TEXT_LENGTH, dtype=torch.long), samples["prefix"]
+    of_prefix = {"prefix": [{0: images} for _ in tensors_of(prefix)]}
+
+    graphs = {
+        "text": Graph(
+            trunk.text_model,
+            # Three tensors, or they were taken for one.
+            {"input_ids": torch.ones_like(mask), "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)},
+            {"input_ids": by_token, "attention_mask": by_token, "token_type_ids": by_token},
+        ),
+        "images": Graph(ImagesPart(trunk), {"pixel_values": samples["pixel_values"]}, {"pixel_values": {0: images}}),
+        "fusion": Graph(
+            FusionPart(trunk, prefix),
+            {
+                "text_states": samples["text_states"],
+                "attention_mask": mask,
+                "image_index": torch.arange(NUM_TEXTS) % NUM_IMAGES,
+                "prefix": tensors_of(prefix),
+            },
+            {"text_states": by_token, "attention_mask": by_token, "image_index": by_text, **of_prefix},
+        ),
+    }
+    if isinstance(model, TripsForRetrieval):
+        graphs["image_features"] = Graph(ImageFeaturesPart(trunk, prefix), {"prefix": tensors_of(prefix)}, of_prefix)
+    if isinstance(model, TripsForConditionalGeneration):
+        graphs |= graphs_of_decoder(model, samples["fused_states"], texts, text_length)
+    return graphs
+
+
+def sample_outputs(model: TripsModel) -> dict[str, torch.Tensor | ModelOutput]:
+    """What goes from part to part of a model on the meta device: zeros of the same shapes on the CPU."""
+    config = model.config.vision_config
+    height, width = (patches * side for patches, side in zip(config.grid_size, config.patch_shape))
+    pixel_values = torch.zeros(NUM_IMAGES, config.num_channels, height, width)
+    text_states = torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.text_config.hidden_size)
+    samples = {
+        "pixel_values": pixel_values,
+        "prefix": model.encode_images(pixel_values),
+        "text_states": text_states,
+        "fused_states": torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.fusion_encoder_config.hidden_size),
+    }
+    leaves, structure = tree_flatten(samples)
+    zeros = [torch.zeros_like(leaf, device="cpu") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return tree_unflatten(zeros, structure)
+
+
+def graphs_of_decoder(
+    model: TripsForConditionalGeneration, fused_states: torch.Tensor, texts: Dim, text_length: Dim
+) -> dict[str, Graph]:
+    config = model.config.decoder_config
+    answer_length, cache_length = (
+        Dim(name, min=least, max=config.max_position_embeddings) for name, least in (("answer", 1), ("cache", 0))
+    )
+    num_heads = config.num_attention_heads
+
+    def key_values(length: int) -> KeyValues:
+        shape = (NUM_TEXTS, num_heads, length, config.hidden_size // num_heads)
+        return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+
+    return {
+        "cross_attention": Graph(
+            CrossAttentionPart(model),
+            {"encoder_hidden_states": fused_states},
+            {"encoder_hidden_states": {0: texts, 1: text_length}},
+        ),
+        "decoder": Graph(
+            DecoderPart(model),
+            {
+                "input_ids": torch.ones(NUM_TEXTS, ANSWER_LENGTH, dtype=torch.long),
+                "encoder_attention_mask": torch.ones(NUM_TEXTS, TEXT_LENGTH, dtype=torch.long),
+                "own": key_values(CACHE_LENGTH),
+                "cross": key_values(TEXT_LENGTH),
+            },
+            {
+                "input_ids": {0: texts, 1: answer_length},
+                "encoder_attention_mask": {0: texts, 1: text_length},
+                "own": [({0: texts, 2: cache_length},) * 2 for _ in range(config.num_hidden_layers)],
+                "cross": [({0: texts, 2: text_length},) * 2 for _ in range(config.num_hidden_layers)],
+            },
+        ),
+    }

@@ -1,0 +1,270 @@
+"""From a folder of graphs to a model: the class of the checkpoint, whose parts are graphs."""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.exporters import ExportedModel
+from transformers.exporters.base import EXPORT_MANIFEST_FILE
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPooling
+
+import modeling_trips
+from modeling_trips import (
+    TripsConfig,
+    TripsModel,
+    TripsModelOutput,
+    TripsPreTrainedModel,
+    TripsVisionModelOutput,
+    TripsVisionPrefix,
+)
+
+from ..modeling_trips_layers import check_counts, check_image_index, check_image_source
+from .graphs import tensors_of
+
+
+Runners = Mapping[str, Callable]  # by the name of a graph: its keyword arguments -> its outputs
+
+# What a folder holds besides graphs and configurations: the few weights of a head that stay in PyTorch.
+HEAD_FILE = "head.safetensors"
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPreTrainedModel:
+    """
+    Loads what [`export_model`] wrote, to run on CPUs.
+
+    The model has the class of the exported one, so that `generate`, `rank_answers`, `match`, `get_text_features`,
+    pipelines and all else is the same code. Only its parts are graphs, and what lies inside them is fixed: the size of
+    images and the schedule are those of the exported model, and it gives neither hidden states nor attentions. It does
+    not train.
+
+    Args:
+        folder (`str` or `Path`): of the export.
+        num_threads (`int`, *optional*): of ONNX Runtime or OpenVINO. By default as many as PyTorch has.
+
+    Returns:
+        A model in evaluation, on the CPU. Its outputs are float32, whatever the graphs compute in.
+
+    Raises:
+        FileNotFoundError: if the folder holds no export.
+        ImportError: if onnxruntime or openvino, which it was made for, is missing.
+        ValueError: if its head is of another model.
+    """
+    folder = Path(folder)
+    if not (folder / EXPORT_MANIFEST_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no export: make one with `python -m modeling_trips.export`.")
+    options = runner_options(folder, num_threads or torch.get_num_threads())
+    exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
+    return assemble(exported.config, exported.runners, load_file(folder / HEAD_FILE), exported.generation_config)
+
+
+def runner_options(folder: Path, num_threads: int) -> dict:
+    """How the runtime of an export is to run it, as `ExportedModel.from_pretrained` takes it."""
+    manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+    backend = manifest["export_format"]
+    runtime = import_module(RUNTIMES[backend])  # an error names it
+    if backend == "onnx":
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        return {"session_options": options}
+    # Weights are float32, and OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[TripsConfig.from_pretrained(folder).dtype]
+    return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
+
+
+def assemble(
+    config: TripsConfig,
+    runners: Runners,
+    head: dict[str, torch.Tensor],
+    generation_config: GenerationConfig | None = None,
+) -> TripsPreTrainedModel:
+    """A model of the class that its configuration names: `runners` are its parts, `head` the weights that are left."""
+    trunk, model_class = TripsGraphModel(config, runners), getattr(modeling_trips, config.architectures[0])
+    if issubclass(model_class, TripsModel):
+        return trunk.eval()
+    with torch.device("meta"):  # its parts are replaced
+        model = model_class(config)
+    model.model = trunk
+    if model.can_generate():
+        model.decoder, model.lm_head = GraphDecoder(config, runners), nn.Identity()
+        model.generation_config = generation_config
+    missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
+    if unexpected or missing != ["model.no_parameter"]:
+        raise ValueError(f"{HEAD_FILE} is of another {model_class.__name__}: export again.")
+    return model.eval()
+
+
+def run(runner: Callable, options: dict, **inputs):
+    """What a graph makes of its inputs. `options` are those that PyTorch's forward passes take besides."""
+    given = [f"`{name}`" for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(f"An exported model does not take {', '.join(given)}: ask the model that it was made of.")
+    return runner(**inputs)
+
+
+def check_length(length: int, config):
+    """As the embeddings do in PyTorch: a graph may read past the end of a table."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"The text has {length} tokens, `max_position_embeddings` allows {config.max_position_embeddings}."
+        )
+
+
+def mask_of(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+    """The mask of `(num_texts, text_length, ...)`, which graphs always take."""
+    return torch.ones(tokens.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
+
+
+class GraphTextModel(nn.Module):
+    """In place of a [`TripsTextModel`]."""
+
+    def __init__(self, config: TripsConfig, runners: Runners):
+        super().__init__()
+        self.config, self.runners = config.text_config, runners
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        check_length(input_ids.shape[1], self.config)
+        return run(
+            self.runners["text"],
+            {"inputs_embeds": inputs_embeds, **kwargs},
+            input_ids=input_ids,
+            attention_mask=mask_of(input_ids, attention_mask),
+            token_type_ids=torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+        )
+
+
+class GraphVisionModel(nn.Module):
+    """In place of a [`TripsVisionModel`], for its two uses without a text."""
+
+    def __init__(self, config: TripsConfig, runners: Runners):
+        super().__init__()
+        self.config, self.runners = config.vision_config, runners
+
+    def encode_prefix(self, pixel_values: torch.Tensor, **kwargs) -> TripsVisionPrefix:
+        size = tuple(patches * side for patches, side in zip(self.config.grid_size, self.config.patch_shape))
+        if tuple(pixel_values.shape[2:]) != size:
+            raise ValueError(
+                f"The graphs take images of {size[0]} x {size[1]} pixels, got {tuple(pixel_values.shape)}: export "
+                "again with another `image_size`."
+            )
+        return run(self.runners["images"], kwargs, pixel_values=pixel_values.float())
+
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, prefix: TripsVisionPrefix | None = None, **kwargs
+    ) -> TripsVisionModelOutput:
+        check_image_source(pixel_values, prefix)
+        prefix = self.encode_prefix(pixel_values) if prefix is None else prefix
+        return run(self.runners["image_features"], kwargs, prefix=tensors_of(prefix))
+
+
+class TripsGraphModel(TripsModel):
+    """A [`TripsModel`] whose parts are graphs."""
+
+    def __init__(self, config: TripsConfig, runners: Runners):
+        super(TripsModel, self).__init__(config)  # without the parts
+        self.runners = runners
+        self.text_model = GraphTextModel(config, runners)
+        self.vision_model = GraphVisionModel(config, runners)
+        # By their parameters, models know their device and dtype.
+        self.no_parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def fuse(
+        self,
+        text_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> TripsModelOutput:
+        """As in the parent."""
+        check_image_source(pixel_values, prefix)
+        if prefix is None:
+            prefix = self.encode_images(pixel_values)
+        num_texts, num_images = len(text_states), len(prefix.hidden_states)
+        check_counts(num_texts, num_images, image_index)
+        if image_index is None:
+            image_index = torch.arange(num_texts)
+        check_image_index(image_index, num_images)
+        return run(
+            self.runners["fusion"],
+            {"regions": regions, "patch_targets": patch_targets, **kwargs},
+            text_states=text_states,
+            attention_mask=mask_of(text_states, attention_mask),
+            image_index=image_index,
+            prefix=tensors_of(prefix),
+        )
+
+    def grid_of(self, pixel_values: torch.Tensor | None, prefix: TripsVisionPrefix | None) -> tuple[int, int]:
+        """As in the parent."""
+        return self.config.vision_config.grid_size
+
+
+class GraphDecoder(nn.Module):
+    """In place of a [`TripsDecoder`] and the head behind it: its states are logits. The cache is Transformers'."""
+
+    def __init__(self, config: TripsConfig, runners: Runners):
+        super().__init__()
+        self.config, self.runners = config.decoder_config, runners
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if cache is None:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        check_length(own.get_seq_length() + input_ids.shape[1], self.config)
+        if not cache.is_updated.get(0):
+            pairs = self.runners["cross_attention"](encoder_hidden_states=encoder_hidden_states)
+            for number, pair in enumerate(pairs):
+                cross.update(*pair, number)
+                cache.is_updated[number] = True
+        outputs = run(
+            self.runners["decoder"],
+            {"decoder_attention_mask": attention_mask, "decoder_inputs_embeds": inputs_embeds, **kwargs},
+            input_ids=input_ids,
+            encoder_attention_mask=mask_of(encoder_hidden_states, encoder_attention_mask),
+            own=self.key_values(own, len(input_ids)),
+            cross=[(layer.keys, layer.values) for layer in cross.layers],
+        )
+        for number, pair in enumerate(outputs["own"]):
+            own.update(*pair, number)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=outputs["logits"], cache=cache if use_cache else None
+        )
+
+    def key_values(self, cache: DynamicCache, num_texts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Those of the tokens written so far: none at first."""
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"An exported model keeps keys and values in a DynamicCache, not in a {type(cache).__name__}: leave "
+                "`cache_implementation` out."
+            )
+        if cache.get_seq_length() > 0:
+            return [(layer.keys, layer.values) for layer in cache.layers]
+        num_heads = self.config.num_attention_heads
+        nothing = torch.empty(num_texts, num_heads, 0, self.config.hidden_size // num_heads)
+        return [(nothing, nothing) for _ in range(self.config.num_hidden_layers)]

@@ -1,0 +1,112 @@
+"""The benchmark of peers: tiny ones in place of the base models, tokens of shortened ViTs, rows and names."""
+
+import json
+
+import peers
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from tiny_hosts import NO_DROPOUT, TEXT, VISION
+from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
+
+from modeling_trips import TripsVisionModel
+
+
+TINY = ["--preset", "tiny", "--image_size", "64", "--schedule", "2,3", "--tower_schedule", "2:image,3:image"]
+ONCE = ["--warmup", "0", "--repeats", "1", "--text_length", "6", "--batch_size", "2"]
+
+
+def make_blip(model_class):
+    config = BlipConfig(
+        vision_config={**VISION, "image_size": 64},
+        text_config={**TEXT, **NO_DROPOUT, "encoder_hidden_size": 32, "vocab_size": 100},
+    )
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():  # answers that depend on what is asked
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def arguments(**changes) -> peers.PeerArguments:
+    fields = {"preset": "tiny", "image_size": 64, "batch_size": 2, "text_length": 6, "schedule": ["2:image,3:image"]}
+    return peers.PeerArguments(**{**fields, "tower_schedule": "2:image,3:image", **changes})
+
+
+def test_blip_answers_the_same_when_questions_share_an_image(monkeypatch):
+    scores = {"return_dict_in_generate": True, "output_scores": True}
+    monkeypatch.setattr(peers, "ANSWER_LENGTH", {**peers.ANSWER_LENGTH, **scores})
+    model, inputs = make_blip(BlipForQuestionAnswering), peers.make_inputs(arguments(), texts_per_image=3)
+    repeated, shared = (
+        torch.stack(write(model, inputs).scores) for write in (peers.write_answers, peers.write_answers_shared)
+    )
+    assert repeated.shape == (2, 6, 100)
+    torch.testing.assert_close(shared, repeated)
+    assert (repeated[0].diff(dim=0).abs().amax(dim=-1) > 1e-3).all()  # they depend on question and image
+
+
+@torch.no_grad()
+def test_blip_judges_the_same_when_texts_share_an_image():
+    model, inputs = make_blip(BlipForImageTextRetrieval), peers.make_inputs(arguments(), texts_per_image=3)
+    expected = peers.judge(model, inputs)
+    assert expected.shape == (6, 2)
+    torch.testing.assert_close(peers.judge_shared(model, inputs), expected)
+
+
+@pytest.fixture
+def tiny_vit(monkeypatch):
+    """64 patches, in place of the base model."""
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+    monkeypatch.setattr(peers, "make_vit", lambda args: VisionTransformer(**sizes).eval())
+    monkeypatch.setattr(peers, "PATCH_SIZE", 8)
+
+
+@pytest.mark.parametrize("shorten", [peers.DropTokens, peers.MergeTokens])
+def test_shortened_vits_have_as_many_tokens_as_trips(tiny_vit, shorten):
+    args, pixel_values = arguments(), torch.randn(2, 3, 64, 64)
+    (schedule, _) = args.schedules("tower").values()
+    vit = peers.make_shortened_vit(args, shorten).eval()
+    num_tokens = peers.make_trips(TripsVisionModel, schedule, args)(pixel_values).last_hidden_state.shape[1]
+    assert (
+        vit.forward_features(pixel_values).shape[1] == num_tokens == 1 + 33 + 1
+    )  # 64 -> 45 and the rest -> 33 and the rest
+
+
+def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys):
+    for task, model_class in (("answer", BlipForQuestionAnswering), ("match", BlipForImageTextRetrieval)):
+        own = {name: peer for name, peer in peers.TASKS[task].peers.items() if name.startswith("blip")}
+        for peer in own.values():
+            monkeypatch.setattr(peer, "make", lambda args, model_class=model_class: make_blip(model_class))
+        monkeypatch.setattr(peers.TASKS[task], "peers", own)
+    path = tmp_path / "peers.json"
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name == "tomesd" else name)
+    rows = peers.main([*TINY, *ONCE, "--texts_per_image", "1", "3", "--output_json", str(path)])
+    assert json.loads(path.read_text()) == rows
+    names = [(row["task"], row["texts_per_image"], row["model"]) for row in rows]
+    trips = ["TRIPS, 2, 3 text x 0.7", "TRIPS, unpruned"]
+    towers = ["timm-vit", "timm-vit, patch dropout", "timm-vit, TRIPS inside"]
+    assert names == [
+        *(("answer", texts, name) for texts in (1, 3) for name in ("blip", "blip-shared", *trips)),
+        *(("match", texts, name) for texts in (1, 3) for name in ("blip-match", "blip-match-shared", *trips)),
+        *(("tower", 1, name) for name in (*towers, "TRIPS, 2, 3 image x 0.7", "TRIPS, unpruned")),
+    ]
+    assert all(row["speedup"] == 1 for row in rows if row["model"] == row["compared_with"])
+    assert rows[4]["throughput"] == pytest.approx(6 / rows[4]["latency"])
+    assert "timm-vit, merging is left out: `pip install tomesd` adds it." in capsys.readouterr().out
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(ValueError, match="--task must be of answer, match, tower, got caption"):
+        peers.main(["--task", "caption"])
+    with pytest.raises(ValueError, match="--peers must be of timm-vit, .*, got blip"):
+        peers.main(["--task", "tower", "--peers", "blip"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", peers.TASKS)
+def test_every_peer_has_base_size(task):
+    for name, peer in peers.TASKS[task].peers.items():
+        with torch.device("meta"):
+            model = peer.make(peers.PeerArguments())
+        assert sum(parameter.numel() for parameter in model.parameters()) > 80e6, name

@@ -1,0 +1,168 @@
+"""Exported models: outputs, answers and kept patches of PyTorch, at other sizes than they were traced with."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import CASES, kept_by, main_output
+from tiny_question_answering import ANSWERS, QUESTIONS, inputs, make_model
+
+from modeling_trips import TripsForPreTraining, TripsForRetrieval
+from modeling_trips.export import export_model, load_exported
+from modeling_trips.export.exporting import Recorder, describe, head_of
+from modeling_trips.export.graphs import graphs_of
+from modeling_trips.export.running import assemble
+
+
+SIZES = [1, 2, 6]
+BACKENDS = ["onnx", "openvino"]
+each_model_of_use = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.model_class is not TripsForPreTraining], ids=str
+)
+
+
+def in_parts(model):
+    """The model cut into the parts that become graphs, each of which PyTorch runs."""
+    model = copy.deepcopy(model)
+    runners = {name: Recorder(graph.module) for name, graph in graphs_of(model).items()}
+    return assemble(describe(model), runners, head_of(model), getattr(model, "generation_config", None))
+
+
+def assert_same(parts, model, case):
+    """At several numbers of texts, and another length of them than graphs are traced with."""
+    for num_texts in SIZES:
+        inputs = case.make_inputs(num_texts)
+        inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4]
+        outputs, expected = parts(**inputs), model(**inputs)
+        torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=1e-4)
+        assert kept_by(outputs) == kept_by(expected)
+
+
+@each_model_of_use
+@torch.no_grad()
+def test_the_parts_of_every_model_are_the_model(case):
+    model = case.make_model()
+    parts = in_parts(model)
+    assert isinstance(parts, case.model_class)
+    assert parts.device.type == "cpu" and parts.dtype == torch.float32
+    assert_same(parts, model, case)
+
+
+@pytest.mark.slow
+@each_model_of_use
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_every_model_gives_the_same_outputs_and_patches(case, backend, tmp_path):
+    model = case.make_model()
+    export_model(model, tmp_path, backend)
+    assert_same(load_exported(tmp_path), model, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [["image", "text"], "image"])
+@pytest.mark.parametrize("mode", ["topk", "mass"])
+@torch.no_grad()
+def test_schedules_that_the_image_begins(guidance, mode, tmp_path):
+    """The prefix then holds what was selected, and with `mass` rows of padding."""
+    case = CASES[0]
+    model = case.make_model(selection_guidance=guidance, selection_mode=mode, selection_mass=0.5)
+    export_model(model, tmp_path, "onnx")
+    assert_same(load_exported(tmp_path), model, case)
+
+
+@pytest.fixture(scope="module", params=["parts", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS)])
+def answerers(request, tmp_path_factory):
+    """A model that answers questions, and itself in parts or exported."""
+    model = make_model()
+    if request.param == "parts":
+        return model, in_parts(model)
+    folder = tmp_path_factory.mktemp("export")
+    export_model(model, folder, request.param)
+    return model, load_exported(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"min_new_tokens": 5}], ids=str)
+def test_answers_are_written_with_the_cache(answerers, options):
+    model, exported = answerers
+    answers = exported.generate(**inputs(), max_new_tokens=5, **options)
+    assert torch.equal(answers, model.generate(**inputs(), max_new_tokens=5, **options))
+
+
+def test_answers_are_ranked(answerers):
+    model, exported = answerers
+    ranking, expected = (one.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs()) for one in (exported, model))
+    assert torch.equal(ranking.answer_indices, expected.answer_indices)
+    torch.testing.assert_close(ranking.scores, expected.scores, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_encode_images_returns_serves_again(answerers):
+    model, exported = answerers
+    given = {**inputs(), "token_type_ids": (QUESTIONS > 6).long()}
+    expected = model.model(**given)
+    prefix = exported.model.encode_images(given.pop("pixel_values"))
+    outputs = exported.model(**given, prefix=prefix)
+    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+    assert kept_by(outputs) == kept_by(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
+    (case,) = [case for case in CASES if case.model_class is TripsForRetrieval]
+    model, given = case.make_model(), case.make_inputs(4)
+    export_model(model, tmp_path, backend)
+    exported = load_exported(tmp_path)
+    index = {"text_index": torch.tensor([3, 0, 0]), "image_index": torch.tensor([1, 1, 2])}
+    for name, arguments in {
+        "match": {**given, **index},
+        "get_image_features": {"pixel_values": given["pixel_values"]},
+        "get_text_features": {name: given[name] for name in ("input_ids", "attention_mask")},
+    }.items():
+        outputs, expected = getattr(exported, name)(**arguments), getattr(model, name)(**arguments)
+        field = "itm_logits" if name == "match" else "pooler_output"
+        torch.testing.assert_close(outputs[field], expected[field], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_attentions": True}, "does not take `output_attentions`"),
+        ({"inputs_embeds": torch.zeros(4, 5, 24)}, "does not take `inputs_embeds`"),
+        ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens, `max_position_embeddings` allows 12"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32)}, r"images of 16 x 16 pixels, got \(2, 3, 32, 32\)"),
+        ({"image_index": None}, "4 texts for 2 images"),
+        ({"image_index": torch.tensor([0, 1, 2, 0])}, r"`image_index\[2\]` is 2, but must be in \[0, 1\]"),
+    ],
+    ids=str,
+)
+def test_what_no_graph_takes_is_refused(answerers, changes, message):
+    with pytest.raises(ValueError, match=message):
+        answerers[1].model(**{**inputs(), "attention_mask": None, **changes})
+
+
+def test_a_static_cache_is_refused(answerers):
+    with pytest.raises(ValueError, match="not in a StaticCache: leave `cache_implementation` out"):
+        answerers[1].generate(**inputs(), cache_implementation="static")
+
+
+def test_other_backends_dtypes_and_models_are_refused(tmp_path):
+    (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
+    model = CASES[0].make_model()
+    for arguments, message in (
+        ((model, tmp_path, "onnx", "bf16"), "no backend 'onnx' with the dtype 'bf16'. There are onnx: fp32, int8; "),
+        ((model, tmp_path, "tensorrt"), "no backend 'tensorrt'"),
+        ((model, tmp_path, "onnx", "int8", []), "Calibration is for openvino with int8: leave it out for onnx"),
+        ((pretraining.make_model(), tmp_path), "TripsForPreTraining is not exported"),
+        ((model.vision_model, tmp_path), "TripsVisionModel is not exported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_model(*arguments)
+    with pytest.raises(FileNotFoundError, match="holds no export: make one with `python -m modeling_trips.export`"):
+        load_exported(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ Draw what ablate_selection.py measured: accuracy against measured time, or how f
     python benchmarks/plot_ablation.py --kind learning --rows learning.json --times times.json --output learning.png
 
 `times.json` is what time_checkpoints.py writes about the runs of one seed. In `curves`, variants whose names differ in
-the last word alone (`text 0.25`, `text 0.5`) are points of one line. Means over the seeds; bars and bands are one
+the last word alone (`text 0.25`, `text 0.5`) are points of one line, and others are points of their own. Means over the seeds; bars and bands are one
 standard deviation.
 """
 
@@ -57,11 +57,13 @@ def draw_curves(axes, rows: list[dict], args: PlotArguments):
         values[row["variant"]].append(100 * row[args.metric])
     lines = defaultdict(list)
     for variant, own in values.items():
-        line = variant.rpartition(" ")[0] or variant
-        lines[line].append((seconds[variant] / seconds[args.reference], mean(own), spread(own)))
+        point = (seconds[variant] / seconds[args.reference], mean(own), spread(own))
+        lines[variant.rpartition(" ")[0] or variant].append((point, variant))
     for line, points in lines.items():
-        x, y, deviations = zip(*sorted(points))
-        axes.errorbar(x, y, yerr=deviations, marker="o", markersize=4, capsize=2, linewidth=1.5, label=line)
+        label = line if len(points) > 1 else points[0][1]
+        x, y, deviations = zip(*sorted(point for point, _ in points))
+        style = {"color": "black", "marker": "s"} if label == args.reference else {"marker": "o"}
+        axes.errorbar(x, y, yerr=deviations, markersize=4, capsize=2, linewidth=1.5, label=label, **style)
     axes.set_xlabel(f"measured time of a batch, relative to {args.reference}")
 
 
@@ -87,12 +89,12 @@ def main(argv: list[str] | None = None):
     if args.kind not in drawings:
         raise ValueError(f"--kind must be one of {', '.join(drawings)}, got {args.kind!r}.")
     rows = json.loads(Path(args.rows).read_text())
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 5.5), layout="constrained")
     drawings[args.kind](axes, rows, args)
     axes.set_ylabel(f"{args.metric.removeprefix('eval_')}, %")
     axes.set_title(args.title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(args.output, dpi=120)
 
 

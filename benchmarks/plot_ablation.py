@@ -5,8 +5,8 @@ Draw what ablate_selection.py measured: accuracy against measured time, or how f
     python benchmarks/plot_ablation.py --kind learning --rows learning.json --times times.json --output learning.png
 
 `times.json` is what time_checkpoints.py writes about the runs of one seed. In `curves`, variants whose names differ in
-the last word alone (`text 0.25`, `text 0.5`) are points of one line, and others are points of their own. Means over the seeds; bars and bands are one
-standard deviation.
+the last word alone (`text 0.25`, `text 0.5`) are points of one line, and others are points of their own. Means over
+the seeds; bars and bands are one standard deviation.
 """
 
 import json

@@ -1,7 +1,13 @@
 """Models as graphs of ONNX Runtime and OpenVINO, which run on CPUs without PyTorch's eager mode."""
 
-from .exporting import BACKENDS, export_model
-from .running import load_exported
+import sys
+
+
+# OpenVINO's tools report their use over the network, unless this package of theirs is missing at their import.
+sys.modules.setdefault("openvino_telemetry", None)
+
+from .exporting import BACKENDS, export_model  # noqa: E402
+from .running import load_exported  # noqa: E402
 
 
 __all__ = ["BACKENDS", "export_model", "load_exported"]

@@ -1,6 +1,8 @@
 """Exported models: outputs, answers and kept patches of PyTorch, at other sizes than they were traced with."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -166,3 +168,15 @@ def test_other_backends_dtypes_and_models_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no export: make one with `python -m modeling_trips.export`"):
         load_exported(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_openvino_reports_nothing_about_its_use():
+    """In a process of its own, since what was imported stays."""
+    pytest.importorskip("openvino")
+    code = """
+import modeling_trips.export
+from openvino.tools.ovc.telemetry_utils import tm
+print(tm.__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "openvino.tools.ovc.telemetry_stub"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_trips import TripsModel, TripsProcessor
 from trips_examples import run_grounding, run_nlvr2, run_retrieval, run_vqa
@@ -86,11 +86,16 @@ def predictions_of(name: str, task: AnalyzedTask, folder: Path, options: list[st
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def parsed(options: list[str]) -> tuple[DataArguments, ModelArguments]:
+@dataclass
+class SeedArguments:
+    seed: int = field(default=TrainingArguments.seed, metadata={"help": "Of the scenes, as in the task's script."})
+
+
+def parsed(options: list[str]) -> tuple[DataArguments, ModelArguments, SeedArguments]:
     """What the options say of the data and of the model; others are left to the script."""
-    parser = HfArgumentParser((DataArguments, ModelArguments))
-    data_args, model_args, _ = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
-    return data_args, model_args
+    parser = HfArgumentParser((DataArguments, ModelArguments, SeedArguments))
+    *args, _ = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    return tuple(args)
 
 
 def draw_worst(
@@ -118,9 +123,10 @@ def main(argv: list[str] | None = None) -> Comparison:
     twin = [] if args.other is not None else ["--keep_rate", "1.0"]
     others = predictions_of(args.other or args.model, task, output / "other", [*options, *twin])
     features, dataset = {}, None
-    data_args, model_args = parsed(options)
+    data_args, model_args, seed_args = parsed(options)
     if options or not (is_file(args.model) and is_file(args.other or "")):
-        dataset = without_decoding(load_task_dataset(task.data, data_args)["validation"])
+        data = load_task_dataset(task.data, data_args, seed=seed_args.seed)
+        dataset = without_decoding(data["validation"])
         features = features_of(dataset)
     comparison = compare(join(predictions, others, features), args.min_count)
     is_drawn = dataset is not None and not is_file(args.model)

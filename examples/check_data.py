@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.boxes import hidden_boxes
@@ -48,6 +48,7 @@ class CheckArguments(DataSource):
         default=None,
         metadata={"help": "Side of the model's patches: smaller images are listed. Default: the checkpoint's, or 16."},
     )
+    seed: int = field(default=TrainingArguments.seed, metadata={"help": "Of the scenes, as in the task's script."})
     max_shown: int = field(default=20, metadata={"help": "How many faults to print; the report has all of them."})
     output_json: str | None = field(default=None, metadata={"help": "Where to write the report."})
 
@@ -73,7 +74,7 @@ def load_splits(args: CheckArguments, patch_size: int, faults: list[Fault]) -> D
     data = {}
     for part in parts:
         try:
-            data |= load_task_dataset(args.task, part, bad_rows)
+            data |= load_task_dataset(args.task, part, bad_rows, args.seed)
         except (ValueError, OSError, ImportError) as error:
             names = filter(None, (part.train_file, part.validation_file, args.dataset_name, args.task))
             faults.append(Fault(next(names), "cannot be read", str(error)))

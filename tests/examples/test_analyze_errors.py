@@ -74,3 +74,15 @@ def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
     assert {"kind", "answer", "place in the image", "size, as a share of the image"} <= features
     page = (tmp_path / "errors/errors.html").read_text()
     assert page.count('src="data:image/png;base64,') >= 6 and "layer 2: 2 patches" in page
+
+
+@pytest.mark.parametrize("seed", [[], ["--seed", "7"]])
+def test_scenes_are_those_that_the_script_evaluates(seed, tmp_path):
+    """Each item finds its row, of which size and place are known and a picture is drawn."""
+    options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors"), "--num_pictures", "1"]
+    data = ["--dataset_name", "easy_vqa_scenes", "--train_scenes", "1", "--validation_scenes", "20", *seed]
+    result = analyze_errors.main([*options, *data, "--health_steps", "0", "--keep_rate", "0.02"])
+    places = [group for group in result.groups if group.feature == "place in the image"]
+    assert sum(group.count for group in places) > 0.5 * len(result.items)
+    assert result.overall.lost > 0
+    assert "data:image/png;base64," in (tmp_path / "errors/errors.html").read_text()

@@ -120,7 +120,7 @@ def test_its_card_s_code_runs_as_it_stands(monkeypatch):
 
 @pytest.mark.slow
 def test_the_shipped_checkpoint_is_in_the_wheel(tmp_path):
-    names = ("examples", "modeling_trips", "pyproject.toml", "README.md", "*_trips.py")
+    names = ("examples", "modeling_trips", "serving", "pyproject.toml", "README.md", "*_trips.py")
     source = tmp_path / "source"
     source.mkdir()
     for path in (path for name in names for path in ROOT.glob(name)):

@@ -187,16 +187,17 @@ class SelectionHealth(TrainerCallback):
         model = head.base_model
         if self.dataset is None or not model.config.vision_config.selection_schedule:
             return
+        rows = [self.dataset[row] for row in range(min(NUM_ROWS, len(self.dataset)))]
         was_training = head.training
         head.eval()
         with self.trainer.accelerator.autocast():
-            metrics, findings = self._of_layers(model)
+            metrics, findings = self._of_layers(model, rows)
             if not self.is_timed:
                 self.is_timed = True
                 timing, of_time = self._of_time(model)
                 metrics |= timing
                 self._warn(None, of_time)
-        if is_late and (small := compare_with_twin(self.trainer, self._rows())):
+        if is_late and (small := compare_with_twin(self.trainer, rows)):
             metrics |= {"small_accuracy": small.accuracy, "small_accuracy_unpruned": small.other_accuracy}
             self._warn(None, costs_detail(small))
         head.train(was_training)
@@ -205,14 +206,10 @@ class SelectionHealth(TrainerCallback):
             for layer, of_layer in findings.items():
                 self._warn(layer, of_layer)
 
-    def _rows(self) -> list[dict]:
-        return [self.dataset[row] for row in range(min(NUM_ROWS, len(self.dataset)))]
-
     def _inputs(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         return a_text_per_image(self.trainer.data_collator(rows))
 
-    def _of_layers(self, model: TripsModel) -> tuple[dict[str, float], dict[int, list[Finding]]]:
-        rows = self._rows()
+    def _of_layers(self, model: TripsModel, rows: list[dict]) -> tuple[dict[str, float], dict[int, list[Finding]]]:
         inputs = self._inputs(rows)
         metrics = measure_selection(model, inputs, rows, self.trainer.processing_class)
         side = self.trainer.processing_class.patch_size

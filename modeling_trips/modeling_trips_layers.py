@@ -154,6 +154,11 @@ def check_image_index(image_index: torch.LongTensor, num_images: int):
         )
 
 
+def check_text_length(length: int, max_length: int):
+    if length > max_length:
+        raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {max_length}.")
+
+
 def check_image_source(pixel_values: torch.Tensor | None, prefix: object | None):
     if (pixel_values is None) == (prefix is None):
         found = "neither: give an image" if prefix is None else "both"

@@ -25,7 +25,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
-from .modeling_trips_layers import eager_attention_forward
+from .modeling_trips_layers import check_text_length, eager_attention_forward
 
 
 class TripsTextEmbeddings(nn.Module):
@@ -63,9 +63,7 @@ class TripsTextEmbeddings(nn.Module):
     def check_length(self, seq_length: int, cache_length: int | torch.Tensor):
         # A static cache counts on the device: asking it would sync with the host.
         length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
-        max_length = self.position_embeddings.num_embeddings
-        if length > max_length:
-            raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {max_length}.")
+        check_text_length(length, self.position_embeddings.num_embeddings)
 
 
 class TripsTextSelfAttention(nn.Module):

@@ -28,6 +28,7 @@ from modeling_trips import (
     TripsModel,
     TripsModelOutput,
     TripsPreTrainedModel,
+    TripsVisionConfig,
     TripsVisionModelOutput,
     TripsVisionPrefix,
 )
@@ -186,11 +187,15 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
     return graphs
 
 
+def image_shape(config: TripsVisionConfig) -> tuple[int, ...]:
+    """Height and width in pixels."""
+    return tuple(patches * side for patches, side in zip(config.grid_size, config.patch_shape))
+
+
 def sample_outputs(model: TripsModel) -> dict[str, torch.Tensor | ModelOutput]:
     """What goes from part to part of a model on the meta device: zeros of the same shapes on the CPU."""
     config = model.config.vision_config
-    height, width = (patches * side for patches, side in zip(config.grid_size, config.patch_shape))
-    pixel_values = torch.zeros(NUM_IMAGES, config.num_channels, height, width)
+    pixel_values = torch.zeros(NUM_IMAGES, config.num_channels, *image_shape(config))
     text_states = torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.text_config.hidden_size)
     samples = {
         "pixel_values": pixel_values,

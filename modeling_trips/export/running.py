@@ -24,8 +24,8 @@ from modeling_trips import (
     TripsVisionPrefix,
 )
 
-from ..modeling_trips_layers import check_counts, check_image_index, check_image_source
-from .graphs import tensors_of
+from ..modeling_trips_layers import check_counts, check_image_index, check_image_source, check_text_length
+from .graphs import image_shape, tensors_of
 
 
 Runners = Mapping[str, Callable]  # by the name of a graph: its keyword arguments -> its outputs
@@ -108,14 +108,6 @@ def run(runner: Callable, options: dict, **inputs):
     return runner(**inputs)
 
 
-def check_length(length: int, config):
-    """As the embeddings do in PyTorch: a graph may read past the end of a table."""
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"The text has {length} tokens, `max_position_embeddings` allows {config.max_position_embeddings}."
-        )
-
-
 def mask_of(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
     """The mask of `(num_texts, text_length, ...)`, which graphs always take."""
     return torch.ones(tokens.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
@@ -136,7 +128,8 @@ class GraphTextModel(nn.Module):
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        check_length(input_ids.shape[1], self.config)
+        # A graph may read past the end of a table.
+        check_text_length(input_ids.shape[1], self.config.max_position_embeddings)
         return run(
             self.runners["text"],
             {"inputs_embeds": inputs_embeds, **kwargs},
@@ -154,7 +147,7 @@ class GraphVisionModel(nn.Module):
         self.config, self.runners = config.vision_config, runners
 
     def encode_prefix(self, pixel_values: torch.Tensor, **kwargs) -> TripsVisionPrefix:
-        size = tuple(patches * side for patches, side in zip(self.config.grid_size, self.config.patch_shape))
+        size = image_shape(self.config)
         if tuple(pixel_values.shape[2:]) != size:
             raise ValueError(
                 f"The graphs take images of {size[0]} x {size[1]} pixels, got {tuple(pixel_values.shape)}: export "
@@ -236,7 +229,7 @@ class GraphDecoder(nn.Module):
         if cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         own, cross = cache.self_attention_cache, cache.cross_attention_cache
-        check_length(own.get_seq_length() + input_ids.shape[1], self.config)
+        check_text_length(own.get_seq_length() + input_ids.shape[1], self.config.max_position_embeddings)
         if not cache.is_updated.get(0):
             pairs = self.runners["cross_attention"](encoder_hidden_states=encoder_hidden_states)
             for number, pair in enumerate(pairs):

@@ -30,7 +30,7 @@ from statistics import mean, stdev
 from tqdm.auto import tqdm
 
 from modeling_trips.inspection.speed import provenance
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -140,7 +140,7 @@ def execute(run: Run, args: AblationArguments):
         "history": learning_curve(run.folder, args.metric),
         **provenance("cpu"),
     }
-    write_whole(run.results_file, json.dumps(row, indent=2) + "\n")
+    write_json(run.results_file, row)
 
 
 def learning_curve(folder: Path, metric: str) -> list[dict]:
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             pass
     rows = [json.loads(run.results_file.read_text()) for run in runs]
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     print_table(rows, args.metric, args.show)
     return rows
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from modeling_trips import TripsConfig
 from modeling_trips.inspection.schedules import Schedule
 from modeling_trips.inspection.speed import MODES, Setting, measure
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     ]
     print_table(rows)
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     if args.plot is not None:
         plot_rows(rows, args.plot)
     return rows

@@ -9,7 +9,6 @@ Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCou
 the whole model's: text, vision tower, fusion and head.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection, remove_patch_selection
-from modeling_trips.inspection.speed import CLOCKS, provenance
-from trips_examples.training.files import write_whole
+from modeling_trips.inspection.speed import CLOCKS, check_clock, provenance
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -207,14 +206,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     unknown = set(args.hosts) - set(CASES)
     if unknown:
         raise ValueError(f"--hosts must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}.")
-    if args.clock not in CLOCKS or (args.clock == "process" and args.device != "cpu"):
-        raise ValueError(f"--clock must be of {', '.join(CLOCKS)}, and wall on {args.device}: got {args.clock}.")
+    check_clock("--clock", args.clock, args.device)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     rows = [measure(name, args) for name in tqdm(args.hosts, desc="hosts")]
     print_table(rows)
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     return rows
 
 

@@ -10,7 +10,6 @@ the unpruned twin are measured, too, pruned and unpruned in turns. The law next 
 rate, is fitted to all measured points, of all schedules and of the twin.
 """
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,9 +19,9 @@ from tqdm.auto import tqdm
 
 from modeling_trips import TripsConfig
 from modeling_trips.inspection.cost import forward_cost
-from modeling_trips.inspection.schedules import Schedule
+from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 from modeling_trips.inspection.speed import Setting, measure
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -64,9 +63,6 @@ class GrowthArguments:
     plot: str | None = field(default=None, metadata={"help": "Write a picture to this file."})
 
 
-UNPRUNED = Schedule((), (), ())
-
-
 def settings_of(args: GrowthArguments) -> list[tuple[str, Schedule, Setting]]:
     """What is tried: the quantity that grows, the schedule, and the rest."""
     start = {"image_size": args.image_size, "text_length": args.text_length, "batch_size": 1, "texts_per_image": 1}
@@ -82,7 +78,7 @@ def settings_of(args: GrowthArguments) -> list[tuple[str, Schedule, Setting]]:
 
 def count(setting: Setting, schedule: Schedule) -> float:
     """Multiply-accumulates of a step."""
-    config = TripsConfig.from_preset(setting.preset, vision_config={"image_size": setting.image_size})
+    config = TripsConfig.from_preset(setting.preset, image_size=setting.image_size)
     cost = forward_cost(config, setting.text_length, schedule)
     return setting.batch_size * cost.macs(setting.texts_per_image)
 
@@ -157,7 +153,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print(f"{AXES[row['axis']]} {row['value']}, {row['schedule']}: {gmacs}, {time}")
     print(describe(law))
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     if args.plot is not None:
         plot_rows(rows, law, args.plot)
     return rows

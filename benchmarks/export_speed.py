@@ -14,8 +14,6 @@ kept patches, and answers, the better half of the matches, or the image that is 
 """
 
 import itertools
-import json
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,9 +26,10 @@ from tqdm.auto import tqdm
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForRetrieval, TripsPreTrainedModel
 from modeling_trips.conversion.files import whole_folder
 from modeling_trips.export import BACKENDS, export_model, load_exported
+from modeling_trips.export.running import RUNTIMES
 from modeling_trips.inspection.schedules import Schedule
-from modeling_trips.inspection.speed import CLOCKS, provenance, times_in_turns
-from trips_examples.training.files import write_whole
+from modeling_trips.inspection.speed import CLOCKS, medians_in_turns, provenance
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -38,7 +37,6 @@ REFERENCE, CALIBRATED = "eager-fp32", "openvino-int8-calibrated"
 IN_PYTORCH = (REFERENCE, "eager-bf16", "compiled-fp32", "compiled-bf16")
 EXPORTED = (*(f"{backend}-{dtype}" for backend, dtypes in BACKENDS.items() for dtype in dtypes), CALIBRATED)
 WAYS = (*IN_PYTORCH, *EXPORTED)
-PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
 
 
@@ -118,7 +116,7 @@ def make_inputs(model: TripsPreTrainedModel, args: ExportSpeedArguments, texts_p
 
 def is_installed(way: str) -> bool:
     backend = way.partition("-")[0]
-    return backend not in PACKAGES or find_spec(PACKAGES[backend]) is not None
+    return backend not in RUNTIMES or find_spec(RUNTIMES[backend]) is not None
 
 
 def run_as(way: str, task: str, args: ExportSpeedArguments) -> TripsPreTrainedModel:
@@ -154,10 +152,7 @@ def measure(task: str, models: dict[str, TripsPreTrainedModel], texts_per_image:
         own = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
         steps[way] = lambda model=model, own=own: work(model, own)
         results[way], kept[way] = steps[way](), kept_patches(model, own)
-    medians = {
-        way: statistics.median(times)
-        for way, times in times_in_turns(steps, args.warmup, args.repeats, args.clock).items()
-    }
+    medians = medians_in_turns(steps, args.warmup, args.repeats, args.clock)
     same = {
         way: sum(len(row & other) for row, other in zip(rows, kept[REFERENCE])) / sum(map(len, kept[REFERENCE]))
         for way, rows in kept.items()
@@ -169,7 +164,7 @@ def measure(task: str, models: dict[str, TripsPreTrainedModel], texts_per_image:
         {
             **fields,
             **provenance("cpu"),
-            **{f"{package}_version": version(package) for package in PACKAGES.values() if find_spec(package)},
+            **{f"{package}_version": version(package) for package in RUNTIMES.values() if find_spec(package)},
             "task": task,
             "way": way,
             "latency": median,
@@ -208,7 +203,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             rows += measure(task, models, texts_per_image, args)
     print_table(rows)
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     return rows
 
 

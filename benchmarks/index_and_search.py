@@ -16,7 +16,6 @@ Parts, each of which adds rows of its own:
 Times are given by the clock and by the processor; on a busy machine only the latter means something.
 """
 
-import json
 import statistics
 import threading
 import time
@@ -51,7 +50,7 @@ from trips_examples.indexing.table import (
     table_schema,
     write_rows,
 )
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.parser import make_parser
 
 
@@ -338,7 +337,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             shown = {name: value for name, value in row.items() if not isinstance(value, str)}
             tqdm.write(f"{part}: " + " ".join(f"{name}={value:.4g}" for name, value in shown.items()))
             if args.output_json:
-                write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+                write_json(args.output_json, rows)
     return rows
 
 

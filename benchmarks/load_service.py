@@ -11,19 +11,17 @@ With `--pid`, the memory of that process and its children is read before and aft
 import base64
 import io
 import itertools
-import json
 import os
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import PIL.Image
 import PIL.ImageDraw
 import psutil
 
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -149,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(" ".join(f"{name}={value:.3f}" for name, value in result["images"].items()))
     result |= {"load_average_after": os.getloadavg()[0], "memory_after": memory_of(args.pid)}
     if args.output_json:
-        write_whole(Path(args.output_json), json.dumps(result, indent=2) + "\n")
+        write_json(args.output_json, result)
     return result
 
 

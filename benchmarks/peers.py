@@ -20,8 +20,6 @@ ViLT has published weights for patches of 32 pixels alone. vilt-16 has patches a
 """
 
 import itertools
-import json
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,9 +39,9 @@ from modeling_trips import (
 )
 from modeling_trips.hosts import apply_patch_selection
 from modeling_trips.inspection.schedules import Schedule
-from modeling_trips.inspection.speed import CLOCKS, provenance, times_in_turns
+from modeling_trips.inspection.speed import check_clock, medians_in_turns, provenance
 from modeling_trips.patch_selection import num_kept_tokens
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -87,8 +85,7 @@ class PeerArguments:
         wrong = [name for name in self.peers or () if name not in known]
         if wrong:
             raise ValueError(f"--peers must be of {', '.join(known)}, got {', '.join(wrong)}.")
-        if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
-            raise ValueError(f"--clock must be of {', '.join(CLOCKS)}, and wall on {self.device}: got {self.clock}.")
+        check_clock("--clock", self.clock, self.device)
 
     def schedules(self, task: str) -> dict[str, Schedule]:
         """Those of TRIPS in a task, and none, by the names of their rows."""
@@ -357,8 +354,7 @@ def measure(task: str, models: dict[str, tuple[nn.Module, Callable]], texts_per_
     """A row for each model."""
     inputs = make_inputs(args, texts_per_image)
     steps = {name: partial(work, model, inputs) for name, (model, work) in models.items()}
-    times = times_in_turns(steps, args.warmup, args.repeats, args.clock, args.device)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    medians = medians_in_turns(steps, args.warmup, args.repeats, args.clock, args.device)
     first = next(iter(medians))
     fields = {name: value for name, value in asdict(args).items() if name not in ("peers", "schedule", "output_json")}
     return [
@@ -403,7 +399,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             rows += measure(task, models, texts_per_image, args)
     print_table(rows)
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     return rows
 
 

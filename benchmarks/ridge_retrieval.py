@@ -10,7 +10,6 @@ says. The strength of the regression is chosen on a fifth of the training pictur
 are those of `run_retrieval.py --dataset_name pictures`.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 
@@ -24,7 +23,7 @@ from modeling_trips.inspection.speed import provenance
 from trips_examples.data.faults import BadRows
 from trips_examples.data.picture_tasks import load_pictures_alone
 from trips_examples.metrics.retrieval import RECALL_AT
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> dict:
         **provenance("cpu"),
     }
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(result, indent=2) + "\n")
+        write_json(args.output_json, result)
     print(", ".join(f"{name} {value:.2%}" for name, value in result.items() if "2" in name))
     return result
 

@@ -10,18 +10,16 @@ Images are random, of the size that each model's processor makes; texts are rand
 """
 
 import json
-import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm.auto import tqdm
 
 import modeling_trips
 from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
-from modeling_trips.inspection.speed import CLOCKS, provenance
-from trips_examples.training.files import write_whole
+from modeling_trips.inspection.speed import medians_in_turns, provenance
+from trips_examples.training.files import write_json
 from trips_examples.training.options import bf16_is_fast
 from trips_examples.training.parser import make_parser
 
@@ -50,13 +48,10 @@ class TimedCheckpoint:
     """A trained model with a batch for it. CPUs run small models fastest with eager attention."""
 
     def __init__(self, folder: str, args: TimingArguments):
-        self.folder = folder
         (name,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
         model_class: type[TripsPreTrainedModel] = getattr(modeling_trips, name)
         self.model = model_class.from_pretrained(folder, attn_implementation="eager")
         self.inputs = self._make_inputs(TripsProcessor.from_pretrained(folder).image_processor.size, args)
-        self.time = CLOCKS[args.clock]
-        self.seconds: dict[str, list[float]] = {"forward": [], **({"training": []} if args.training else {})}
 
     def _make_inputs(self, size: dict[str, int], args: TimingArguments) -> dict[str, torch.Tensor]:
         num_texts, vocab_size = args.batch_size * args.texts_per_image, self.model.config.text_config.vocab_size
@@ -71,42 +66,42 @@ class TimedCheckpoint:
             return {**inputs, "labels": boxes}
         return {**inputs, "labels": torch.randint(5, vocab_size, (num_texts, LABEL_LENGTH)), "regions": boxes}
 
-    def time_forward(self):
-        self.model.eval()
-        with torch.no_grad():
-            self.seconds["forward"].append(self.time(lambda: self.model(**self.inputs), "cpu"))
+    @torch.no_grad()
+    def forward(self):
+        self.model.eval()(**self.inputs)
 
-    def time_training(self):
-        def step():
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
-                loss = self.model(**self.inputs).loss
-            loss.backward()
-
-        self.model.train()
-        self.seconds["training"].append(self.time(step, "cpu"))
-        self.model.zero_grad(set_to_none=True)
-
-    def row(self, args: TimingArguments) -> dict:
-        medians = {f"{name}_seconds": statistics.median(s[args.warmup :]) for name, s in self.seconds.items()}
-        settings = {name: value for name, value in asdict(args).items() if name not in ("checkpoints", "output_json")}
-        return {"checkpoint": Path(self.folder).name, **medians, **settings, **provenance("cpu")}
+    def train(self):
+        self.model.train().zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+            loss = self.model(**self.inputs).loss
+        loss.backward()
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = make_parser(TimingArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     torch.set_num_threads(args.num_threads)
-    checkpoints = [TimedCheckpoint(folder, args) for folder in args.checkpoints]
-    for _ in tqdm(range(args.warmup + args.repeats), desc="rounds"):
-        for checkpoint in checkpoints:
-            checkpoint.time_forward()
-            if args.training:
-                checkpoint.time_training()
-    rows = [checkpoint.row(args) for checkpoint in checkpoints]
+    steps = {}
+    for folder in args.checkpoints:
+        checkpoint = TimedCheckpoint(folder, args)
+        steps[folder, "forward"] = checkpoint.forward
+        if args.training:
+            steps[folder, "training"] = checkpoint.train
+    medians = medians_in_turns(steps, args.warmup, args.repeats, args.clock)
+    settings = {name: value for name, value in asdict(args).items() if name not in ("checkpoints", "output_json")}
+    rows = [
+        {
+            "checkpoint": Path(folder).name,
+            **{f"{kind}_seconds": seconds for (timed, kind), seconds in medians.items() if timed == folder},
+            **settings,
+            **provenance("cpu"),
+        }
+        for folder in args.checkpoints
+    ]
     for row in rows:
         seconds = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("_seconds")]
         print(f"{row['checkpoint']:<40} {', '.join(seconds)}")
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows, indent=2) + "\n")
+        write_json(args.output_json, rows)
     return rows
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from trips_examples.data.emoji import write_emoji
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None):
             start = time.perf_counter()
             part.run(folder / "logs" / f"{part.name}.txt")
             minutes[part.name] = (time.perf_counter() - start) / 60
-            write_whole(times, json.dumps(minutes, indent=2) + "\n")
+            write_json(times, minutes)
     if args.prepare:
         print(f"Towers: {made / 'towers'}. Pictures: {' '.join(pictures)}")
         return

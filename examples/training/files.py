@@ -14,6 +14,11 @@ def write_whole(path: str | Path, content: str | bytes):
     os.replace(partial, path)
 
 
+def write_json(path: str | Path, value):
+    """Writes JSON with two spaces per level, as `write_whole` does."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_json_lines(path: str | Path, rows: Iterable[dict]):
     """Writes a JSON object per row, one per line, as `write_whole` does."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

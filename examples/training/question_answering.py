@@ -2,7 +2,6 @@
 Training and evaluation on questions. It is here, and not in run_vqa.py, since models of other tasks begin with it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.models import ModelStart
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
@@ -31,7 +30,7 @@ def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: ev
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
     result = metric.compute(predictions=answers, references=dataset["answers"], by_answer=True)
-    write_whole(folder / "accuracy_by_answer.json", json.dumps(result["by_answer"], indent=2) + "\n")
+    write_json(folder / "accuracy_by_answer.json", result["by_answer"])
     for answer, row in list(result["by_answer"].items())[:num_shown]:
         print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
 

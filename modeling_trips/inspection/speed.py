@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -70,8 +71,7 @@ class Setting:
     config_fields: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
-            raise ValueError(f"`clock` must be of {', '.join(CLOCKS)}, and wall on {self.device}: got {self.clock}.")
+        check_clock("`clock`", self.clock, self.device)
 
     def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel | TripsForPreTraining:
         """A model with random weights, on a device (`"meta"` to count), in training mode unless `mode` is forward."""
@@ -181,7 +181,7 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
     return parts
 
 
-def timed(step: Callable[[], None], device: str) -> float:
+def timed(step: Callable[[], object], device: str) -> float:
     """Seconds of one step, with the device's queue drained."""
     start = time.perf_counter()
     step()
@@ -190,7 +190,7 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def processor_time(step: Callable[[], None], device: str) -> float:
+def processor_time(step: Callable[[], object], device: str) -> float:
     """Seconds that all threads of this process spent on one step."""
     start = time.process_time()
     step()
@@ -200,12 +200,18 @@ def processor_time(step: Callable[[], None], device: str) -> float:
 CLOCKS = {"wall": timed, "process": processor_time}
 
 
-def times_in_turns(
-    steps: dict[str, Callable[[], None]], warmup: int, repeats: int, clock: str = "wall", device: str = "cpu"
-) -> dict[str, list[float]]:
+def check_clock(name: str, clock: str, device: str):
+    """Raises a `ValueError` that calls it `name` if there is no such clock, or not for that device."""
+    if clock not in CLOCKS or (clock == "process" and device != "cpu"):
+        raise ValueError(f"{name} must be of {', '.join(CLOCKS)}, and wall on {device}: got {clock}.")
+
+
+def medians_in_turns(
+    steps: dict[Any, Callable[[], object]], warmup: int, repeats: int, clock: str = "wall", device: str = "cpu"
+) -> dict[Any, float]:
     """
-    Seconds of several steps that are taken in turns, `repeats` of each behind `warmup` rounds, so that a machine that
-    slows down slows all. `clock` is one of `CLOCKS`.
+    Seconds of several steps, by their names, that are taken in turns, so that a machine that slows down slows all:
+    medians of `repeats` of each behind `warmup` rounds. `clock` is one of `CLOCKS`.
     """
     seconds = {name: [] for name in steps}
     for round_number in tqdm(range(warmup + repeats), desc="rounds", leave=False):
@@ -213,7 +219,7 @@ def times_in_turns(
             elapsed = CLOCKS[clock](step, device)
             if round_number >= warmup:
                 seconds[name].append(elapsed)
-    return seconds
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import time_checkpoints
 from matplotlib import pyplot
 from safetensors.torch import load_file
 
+from modeling_trips.inspection.speed import CLOCKS
+
 
 def row(variant: str, seed: int, accuracy: float, history=()) -> dict:
     return {"variant": variant, "seed": seed, "eval_accuracy": accuracy, "history": list(history)}
@@ -37,7 +39,7 @@ def test_checkpoints_are_timed_in_turns_and_medians_leave_the_warm_up_out(checkp
         order.append(step)
         return float(len(order))
 
-    monkeypatch.setitem(time_checkpoints.CLOCKS, "process", timed)
+    monkeypatch.setitem(CLOCKS, "process", timed)
     options = ["--checkpoints", *folders, "--batch_size=2", "--texts_per_image=2", "--text_length=6", "--warmup=1"]
     options += ["--repeats=3", "--clock=process"]
     rows = time_checkpoints.main([*options, f"--output_json={tmp_path / 'times.json'}"])

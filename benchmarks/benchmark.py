@@ -157,13 +157,13 @@ def print_verdict(rows: list[dict]):
             print(f"{label(row)}: pruning pays less than counted: {excess:.2f} times the MACs ratio.")
 
 
-def new_axes(width: float, height: float):
+def new_axes(width: float, height: float, columns: int = 1):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    figure, axes = pyplot.subplots(ncols=columns, figsize=(width, height), layout="constrained")
     return figure, axes
 
 

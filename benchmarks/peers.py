@@ -20,6 +20,7 @@ ViLT has published weights for patches of 32 pixels alone. vilt-16 has patches a
 """
 
 import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -39,7 +40,7 @@ from modeling_trips import (
 )
 from modeling_trips.hosts import apply_patch_selection
 from modeling_trips.inspection.schedules import Schedule
-from modeling_trips.inspection.speed import check_clock, medians_in_turns, provenance
+from modeling_trips.inspection.speed import check_clock, peak_memory, percentile_99, provenance, seconds_in_turns
 from modeling_trips.patch_selection import num_kept_tokens
 from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
@@ -73,6 +74,9 @@ class PeerArguments:
     )
     warmup: int = field(default=1, metadata={"help": "Steps of each before any is timed."})
     repeats: int = field(default=9, metadata={"help": "Timed steps of each."})
+    limit: float | None = field(
+        default=None, metadata={"help": "Seconds after which no more are timed, once there are five of each."}
+    )
     output_json: str | None = field(default=None, metadata={"help": "Write one row per model and work to this file."})
 
     def __post_init__(self):
@@ -349,14 +353,27 @@ def make_models(task: str, args: PeerArguments) -> dict[str, tuple[nn.Module, Ca
     return models
 
 
+def fits(name: str, step: Callable[[], object]) -> bool:
+    """Whether a first step of it finds memory; if not, that is said."""
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        print(f"{name} is left out: it does not fit into memory with so many images and texts.")
+        return False
+    return True
+
+
 @torch.no_grad()
 def measure(task: str, models: dict[str, tuple[nn.Module, Callable]], texts_per_image: int, args) -> list[dict]:
-    """A row for each model."""
+    """A row for each model that finds memory."""
     inputs = make_inputs(args, texts_per_image)
     steps = {name: partial(work, model, inputs) for name, (model, work) in models.items()}
-    medians = medians_in_turns(steps, args.warmup, args.repeats, args.clock, args.device)
-    first = next(iter(medians))
-    fields = {name: value for name, value in asdict(args).items() if name not in ("peers", "schedule", "output_json")}
+    steps = {name: step for name, step in steps.items() if fits(name, step)}
+    seconds = seconds_in_turns(steps, args.warmup, args.repeats, args.clock, args.device, limit=args.limit)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(medians), None)
+    left_out = ("peers", "schedule", "output_json", "limit")
+    fields = {name: value for name, value in asdict(args).items() if name not in left_out}
     return [
         {
             **fields,
@@ -367,7 +384,9 @@ def measure(task: str, models: dict[str, tuple[nn.Module, Callable]], texts_per_
             "model": name,
             "num_parameters": sum(parameter.numel() for parameter in models[name][0].parameters()),
             "latency": median,
+            "latency_p99": percentile_99(seconds[name]),
             "throughput": len(inputs.input_ids) / median,
+            "peak_memory_bytes": peak_memory(steps[name], args.device),
             "compared_with": first,
             "speedup": medians[first] / median,
         }

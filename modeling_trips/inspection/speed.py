@@ -24,6 +24,7 @@ from modeling_trips import MomentumTeacher, TripsConfig, TripsForPreTraining, Tr
 
 
 MODES = ("forward", "training", "pretraining")
+MIN_REPEATS = 5  # that a limit of time leaves: fewer have no median worth the name
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Setting:
         device (`str`, *optional*, defaults to `"cpu"`): where it is timed.
         num_threads (`int`, *optional*): the threads that PyTorch uses, for the record: nothing is set by it.
         compile (`bool`, *optional*, defaults to `False`): whether the model is compiled.
+        compile_mode (`str`, *optional*): `mode` of `torch.compile`: `"reduce-overhead"` records CUDA graphs.
         clock (`str`, *optional*, defaults to `"wall"`): one of `CLOCKS`; `"process"` is the processor's time, which
             other programs do not lengthen: for one thread of a busy machine.
         config_fields (`dict`, *optional*): more fields of [`TripsConfig`].
@@ -67,6 +69,7 @@ class Setting:
     device: str = "cpu"
     num_threads: int = field(default_factory=torch.get_num_threads)
     compile: bool = False
+    compile_mode: str | None = None
     clock: str = "wall"
     config_fields: dict = field(default_factory=dict)
 
@@ -206,20 +209,57 @@ def check_clock(name: str, clock: str, device: str):
         raise ValueError(f"{name} must be of {', '.join(CLOCKS)}, and wall on {device}: got {clock}.")
 
 
+def seconds_in_turns(
+    steps: dict[Any, Callable[[], object]],
+    warmup: int,
+    repeats: int,
+    clock: str = "wall",
+    device: str = "cpu",
+    prepare: Callable[[Any], object] | None = None,
+    limit: float | None = None,
+) -> dict[Any, list[float]]:
+    """
+    Seconds of several steps that are taken in turns, so that a machine that slows down slows all.
+
+    Args:
+        steps (`dict`): functions by their names.
+        warmup (`int`): rounds before any is timed.
+        repeats (`int`): timed rounds.
+        clock (`str`, *optional*, defaults to `"wall"`): one of `CLOCKS`.
+        device (`str`, *optional*, defaults to `"cpu"`): whose queue is drained behind each step.
+        prepare (`Callable`, *optional*): is called with the name of a step before it, outside of its time.
+        limit (`float`, *optional*): seconds after which no other round is timed, once there are `MIN_REPEATS`.
+
+    Returns:
+        `dict[Any, list[float]]`: the seconds of each timed round, by the names of `steps`.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    for round_number in tqdm(range(-warmup, repeats), desc="rounds", leave=False):
+        if round_number == 0:
+            start = time.perf_counter()
+        if limit is not None and round_number >= MIN_REPEATS and time.perf_counter() - start > limit:
+            break
+        for name, step in steps.items():
+            if prepare is not None:
+                prepare(name)
+            elapsed = CLOCKS[clock](step, device)
+            if round_number >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
 def medians_in_turns(
     steps: dict[Any, Callable[[], object]], warmup: int, repeats: int, clock: str = "wall", device: str = "cpu"
 ) -> dict[Any, float]:
-    """
-    Seconds of several steps, by their names, that are taken in turns, so that a machine that slows down slows all:
-    medians of `repeats` of each behind `warmup` rounds. `clock` is one of `CLOCKS`.
-    """
-    seconds = {name: [] for name in steps}
-    for round_number in tqdm(range(warmup + repeats), desc="rounds", leave=False):
-        for name, step in steps.items():
-            elapsed = CLOCKS[clock](step, device)
-            if round_number >= warmup:
-                seconds[name].append(elapsed)
+    """The medians of [`seconds_in_turns`], in seconds, by the names of `steps`."""
+    seconds = seconds_in_turns(steps, warmup, repeats, clock, device)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def percentile_99(seconds: list[float]) -> float | None:
+    """What 99 of a hundred steps do not exceed, in seconds; None of fewer than a hundred steps, which cannot tell."""
+    return None if len(seconds) < 100 else statistics.quantiles(seconds, n=100, method="inclusive")[-1]
 
 
 @torch.no_grad()
@@ -243,7 +283,7 @@ def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats:
     return pruned, unpruned
 
 
-def peak_memory(step: Callable[[], None], device: str) -> int | None:
+def peak_memory(step: Callable[[], object], device: str) -> int | None:
     """
     Peak bytes during one step: allocated by PyTorch on an accelerator; on Linux's CPU, resident in the whole process,
     with weights and what the allocator holds back; None where it cannot be known.
@@ -280,7 +320,9 @@ def tokens_per_layer(setting: Setting) -> list[int]:
     return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]
 
 
-def measure(setting: Setting, warmup: int, repeats: int, compare_repeating: bool = True) -> dict:
+def measure(
+    setting: Setting, warmup: int, repeats: int, compare_repeating: bool = True, limit: float | None = None
+) -> dict:
     """
     Measures a model and its unpruned twin, and where texts share images also the model with its images repeated.
 
@@ -289,17 +331,18 @@ def measure(setting: Setting, warmup: int, repeats: int, compare_repeating: bool
         warmup (`int`): steps of each before any is timed.
         repeats (`int`): timed steps of each.
         compare_repeating (`bool`, *optional*, defaults to `True`): whether to measure the third, which takes longest.
+        limit (`float`, *optional*): seconds of all rounds, see [`seconds_in_turns`].
 
     Returns:
         `dict`: a row of results, which JSON can hold: the fields of the setting, what the numbers depend on besides
         (`device_name`, versions), `macs` of a step (multiply-accumulates), `latency` (the median, in seconds),
-        `throughput` (texts per second), `peak_memory_bytes` (None where it cannot be known), `macs_ratio` and
-        `time_ratio` (pruned / unpruned), `tokens_per_layer`; the twin's `unpruned_latency` and
-        `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and `unpruned_macs_by_part`; with shared images
-        `speedup_over_repeating_images`, if asked for.
+        `latency_p99` (None of fewer than a hundred steps), `throughput` (texts per second), `peak_memory_bytes` (None
+        where it cannot be known), `macs_ratio` and `time_ratio` (pruned / unpruned), `tokens_per_layer`; the twin's
+        `unpruned_latency`, `unpruned_latency_p99` and `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and
+        `unpruned_macs_by_part`; with shared images `speedup_over_repeating_images`, if asked for.
     """
     model = setting.make_model(setting.device)
-    callable_model = torch.compile(model) if setting.compile else model
+    callable_model = torch.compile(model, mode=setting.compile_mode) if setting.compile else model
     inputs = setting.make_inputs(model)
     shared = make_step(setting, callable_model, inputs)
     variants = {"pruned": (setting.keep_rate, shared), "unpruned": (1.0, shared)}
@@ -307,21 +350,18 @@ def measure(setting: Setting, warmup: int, repeats: int, compare_repeating: bool
         repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
         variants["repeated"] = (setting.keep_rate, repeated)
 
-    seconds = {name: [] for name in variants}
-    for round_number in range(warmup + repeats):
-        for name, (keep_rate, step) in variants.items():
-            set_keep_rate(keep_rate, model, inputs)
-            elapsed = CLOCKS[setting.clock](step, setting.device)
-            model.zero_grad(set_to_none=True)
-            if round_number >= warmup:
-                seconds[name].append(elapsed)
+    def prepare(name: str):
+        set_keep_rate(variants[name][0], model, inputs)
+        model.zero_grad(set_to_none=True)
+
+    steps: dict[str, Callable[[], object]] = {name: step for name, (_, step) in variants.items()}
+    seconds = seconds_in_turns(steps, warmup, repeats, setting.clock, setting.device, prepare, limit)
     latency = {name: statistics.median(values) for name, values in seconds.items()}
 
     memory = {}
-    for name, (keep_rate, step) in variants.items():
-        set_keep_rate(keep_rate, model, inputs)
+    for name, step in steps.items():
+        prepare(name)
         memory[name] = peak_memory(step, setting.device)
-        model.zero_grad(set_to_none=True)
     macs = {"pruned": count_macs(setting, setting.keep_rate), "unpruned": count_macs(setting, 1.0)}
     num_texts = setting.batch_size * setting.texts_per_image
     row = {
@@ -332,6 +372,8 @@ def measure(setting: Setting, warmup: int, repeats: int, compare_repeating: bool
         "time_ratio": latency["pruned"] / latency["unpruned"],
         "latency": latency["pruned"],
         "unpruned_latency": latency["unpruned"],
+        "latency_p99": percentile_99(seconds["pruned"]),
+        "unpruned_latency_p99": percentile_99(seconds["unpruned"]),
         "throughput": num_texts / latency["pruned"],
         "peak_memory_bytes": memory["pruned"],
         "unpruned_peak_memory_bytes": memory["unpruned"],

@@ -6,7 +6,15 @@ import benchmark
 import pytest
 
 from modeling_trips import TripsConfig
-from modeling_trips.inspection.speed import Setting, count_macs, macs_by_part, tokens_per_layer
+from modeling_trips.inspection.speed import (
+    MIN_REPEATS,
+    Setting,
+    count_macs,
+    macs_by_part,
+    percentile_99,
+    seconds_in_turns,
+    tokens_per_layer,
+)
 
 
 def setting(**changes) -> Setting:
@@ -176,6 +184,21 @@ def test_verdict_says_where_pruning_does_not_pay(capsys):
     assert "pays less than counted: 1.14 times" in capsys.readouterr().out
     benchmark.print_verdict([{**row, "time_ratio": 0.7}])
     assert capsys.readouterr().out == ""
+
+
+def test_steps_take_turns_within_their_limit():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = seconds_in_turns(
+        steps, warmup=1, repeats=9, prepare=lambda name: order.append(f"before {name}"), limit=0
+    )
+    assert order == ["before a", "a", "before b", "b"] * (1 + MIN_REPEATS)
+    assert [len(times) for times in seconds.values()] == [MIN_REPEATS] * 2
+
+
+def test_the_99th_of_a_hundred_steps():
+    assert percentile_99([1.0] * 99) is None
+    assert percentile_99([float(number) for number in range(1, 102)]) == 100.0
 
 
 def test_the_clock_is_one_that_there_is():

@@ -1,0 +1,131 @@
+"""
+A TRIPS checkpoint as a model of lmms-eval: it answers, describes, or finds boxes, as its head does.
+
+    lmms-eval --model trips --model_args pretrained=outputs/vqa --tasks vqav2_val --batch_size 64
+    lmms-eval --model trips --model_args pretrained=outputs/grounding,keep_rate=1.0 --tasks refcoco_bbox_rec_val
+
+Tasks are written for models that are told in words what to do. This one knows, so that it takes the question
+or the expression alone, and captions with its own prompt. It writes with the options of its checkpoint, not of a task.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+import modeling_trips
+from modeling_trips import TripsImageToTextPipeline, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+
+
+Batch = list[tuple[PIL.Image.Image, list[str]]]  # images, each with the texts about it
+
+
+def question_in(context: str) -> str:
+    """The first line of what a task says, without the mark of an image: behind it are orders."""
+    return context.replace("<image>", "").strip().partition("\n")[0].strip()
+
+
+def expression_in(context: str) -> str:
+    """What stands behind the last colon of what a task says."""
+    return context.replace("<image>", "").rpartition(":")[2].strip()
+
+
+class Trips(lmms):
+    """
+    Args:
+        pretrained (`str`): a checkpoint, by folder or name.
+        batch_size (`int`, *optional*, defaults to 32): images per step.
+        device (`str`, *optional*): that of this process by default.
+        dtype (`str`, *optional*, defaults to `"float32"`): of the weights.
+        keep_rate (`float`, *optional*): in place of the checkpoint's; 1.0 prunes nothing.
+        prompt (`str`, *optional*): how captions begin.
+
+    Raises:
+        ValueError: if the checkpoint has no head that answers, describes or finds boxes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 32,
+        device: str | None = None,
+        dtype: str = "float32",
+        keep_rate: float | None = None,
+        prompt: str = "",
+    ):
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.batch_size, self.prompt = int(batch_size), prompt
+        name = (AutoConfig.from_pretrained(pretrained).architectures or ["model without a head"])[0]
+        self.write = {
+            "TripsForQuestionAnswering": self.answers,
+            "TripsForConditionalGeneration": self.captions,
+            "TripsForVisualGrounding": self.boxes,
+        }.get(name)
+        if self.write is None:
+            raise ValueError(f"{pretrained} is a {name}: it neither answers nor describes nor finds boxes.")
+        changes = {} if keep_rate is None else {"keep_rate": float(keep_rate)}
+        model = getattr(modeling_trips, name).from_pretrained(pretrained, dtype=dtype, **changes)
+        self.model = model.to(device or self.accelerator.device).eval()
+        self.processor = TripsProcessor.from_pretrained(pretrained)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """An answer, a caption, or a box, `"[x0, y0, x1, y1]"` in shares of the image's sides, for each request."""
+        results = []
+        with tqdm(total=len(requests), desc="TRIPS", disable=self.rank != 0) as bar:
+            images = self.by_image(requests)
+            while batch := list(itertools.islice(images, self.batch_size)):
+                found = self.write(batch)
+                results += found
+                bar.update(len(found))
+        return results
+
+    def by_image(self, requests: list[Instance]) -> Iterator[tuple[PIL.Image.Image, list[str]]]:
+        """Each image with the texts about it that follow one another: they share its computation."""
+
+        def image_and_text(request: Instance) -> tuple[PIL.Image.Image, str]:
+            context, _, visual_of, number, task, split = request.args
+            images = visual_of(self.task_dict[task][split][number])
+            if len(images) != 1:
+                raise ValueError(f"{task}, {split}, {number}: TRIPS looks at one image, not at {len(images)}.")
+            return images[0].convert("RGB"), context
+
+        pairs = map(image_and_text, requests)
+        for _, group in itertools.groupby(pairs, key=lambda pair: (pair[0].size, pair[0].tobytes())):
+            images, texts = zip(*group)
+            yield images[0], list(texts)
+
+    def answers(self, batch: Batch) -> list[str]:
+        pipe = TripsVisualQuestionAnsweringPipeline(model=self.model, processor=self.processor)
+        items = [{"image": image, "question": [question_in(text) for text in texts]} for image, texts in batch]
+        found = pipe(items, top_k=1, batch_size=len(items))
+        return [answers[0]["answer"] for of_image in found for answers in of_image]
+
+    def captions(self, batch: Batch) -> list[str]:
+        pipe = TripsImageToTextPipeline(model=self.model, processor=self.processor)
+        found = pipe([image for image, _ in batch], prompt=self.prompt, batch_size=len(batch))
+        return [captions[0]["generated_text"] for (_, texts), captions in zip(batch, found) for _ in texts]
+
+    @torch.no_grad()
+    def boxes(self, batch: Batch) -> list[str]:
+        texts = [expression_in(text) for _, of_image in batch for text in of_image]
+        image_index = [number for number, (_, of_image) in enumerate(batch) for _ in of_image]
+        images = [image for image, _ in batch]
+        inputs = self.processor(images=images, text=texts, image_index=image_index, return_tensors="pt")
+        outputs = self.model(**inputs.to(self.model.device, self.model.dtype))
+        sizes = torch.tensor([images[index].size for index in image_index])
+        found = self.processor.post_process_grounding(outputs, sizes.flip(-1)) / sizes.repeat(1, 2)
+        return [f"[{', '.join(f'{place:.4f}' for place in box)}]" for box in found.tolist()]
+
+    def loglikelihood(self, requests: list[Instance]):
+        raise NotImplementedError("TRIPS writes in lmms-eval: choose a task whose output_type is generate_until.")
+
+    def generate_until_multi_round(self, requests: list[Instance]):
+        raise NotImplementedError("TRIPS answers one question at a time: choose a task of one round.")

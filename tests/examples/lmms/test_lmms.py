@@ -1,0 +1,158 @@
+"""
+lmms-eval with TRIPS as its model, as a user runs it: its tasks VQAv2 and RefCOCO, with embedded data in their columns.
+
+lmms-eval wants some fifty packages, most of them for other models. Here are those without which it does not start, in
+a folder that only these tests see; and a filelock before 4, whose inside it changes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+
+from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
+from modeling_trips import TripsVisualQuestionAnsweringPipeline as Pipeline
+from trips_examples import ask
+from trips_examples.data.scenes import easy_vqa_records
+
+
+PACKAGES = """lmms-eval>=0.7.3 filelock<4 colorama loguru lxml portalocker sacrebleu tenacity pytablewriter
+DataProperty chardet mbstrdecoder pathvalidate tabledata tcolorpy typepy""".split()
+NUM_ROWS = 48
+QUESTIONS = """
+task: easy_vqa_as_vqav2
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    validation: {file}
+test_split: validation
+output_type: generate_until
+doc_to_visual: !function tools.vqav2_doc_to_visual
+doc_to_text: !function tools.vqav2_doc_to_text
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 16
+process_results: !function tools.vqav2_process_results_val
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+lmms_eval_specific_kwargs:
+  default:
+    pre_prompt: ""
+    post_prompt: "\\nAnswer the question using a single word or phrase."
+"""
+BOXES = """
+task: boxes_as_refcoco
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    validation: {file}
+test_split: validation
+output_type: generate_until
+process_docs: !function tools.refcoco_bbox_rec_preprocess_dataset
+doc_to_visual: !function tools.refcoco_bbox_rec_doc_to_visual
+doc_to_text: !function tools.refcoco_bbox_rec_doc_to_text
+doc_to_target: bbox
+generation_kwargs:
+  until: ["ASSISTANT:"]
+process_results: !function tools.refcoco_bbox_rec_process_result
+metric_list:
+  - metric: refcoco_IoU
+    aggregation: !function tools.refcoco_bbox_rec_iou
+    higher_is_better: true
+"""
+TOOLS = """
+from lmms_eval.tasks.refcoco.utils_rec import *
+from lmms_eval.tasks.vqav2.utils import *
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packages")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
+    subprocess.run(install, check=True)
+    return folder
+
+
+def run_task(packages: Path, folder: Path, name: str, text: str, rows: datasets.Dataset, model_args: str):
+    """What lmms-eval says of a task: its results, and the line of each row."""
+    rows.to_parquet(folder / "rows.parquet")
+    (folder / f"{name}.yaml").write_text(text.format(file=folder / "rows.parquet"))
+    (folder / "tools.py").write_text(TOOLS)
+    command = [sys.executable, "-m", "lmms_eval", "--model", "trips", "--model_args", model_args, "--tasks", name]
+    command += ["--include_path", str(folder), "--output_path", str(folder / "results"), "--log_samples"]
+    environment = {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    result = subprocess.run(
+        [*command, "--batch_size", "16"], cwd=folder, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    # A failure ends with 0, too, but without a table.
+    assert result.returncode == 0 and f"|{name}|" in result.stdout, (result.stdout + result.stderr)[-4000:]
+    (results,) = (folder / "results").rglob("*_results.json")
+    (samples,) = (folder / "results").rglob("*_samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    return json.loads(results.read_text())["results"][name], sorted(lines, key=lambda line: line["doc_id"])
+
+
+def test_questions_are_answered_as_by_the_pipeline(packages, tmp_path):
+    records = [record for record, _ in zip(easy_vqa_records("test"), range(NUM_ROWS))]
+    images = [PIL.Image.open(record["image"]).convert("RGB") for record in records]
+    rows = {
+        "image": images,
+        "question": [record["question"] for record in records],
+        "answer": [record["answer"] for record in records],
+        "answers": [[{"answer": record["answer"], "answer_id": person} for person in range(10)] for record in records],
+        "question_id": list(range(NUM_ROWS)),
+    }
+    model = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, keep_rate=0.1).eval()
+    pipeline = Pipeline(model=model, processor=TripsProcessor.from_pretrained(ask.CHECKPOINT))
+    expected = [pipeline(*pair, top_k=1)[0]["answer"] for pair in zip(images, rows["question"])]
+    right = [answer == record["answer"] for answer, record in zip(expected, records)]
+    assert 0.3 < sum(right) / NUM_ROWS < 1  # so that both kinds are compared, and the keep rate reaches the model
+
+    arguments = f"pretrained={ask.CHECKPOINT},keep_rate=0.1"
+    task = "easy_vqa_as_vqav2"
+    results, lines = run_task(packages, tmp_path, task, QUESTIONS, datasets.Dataset.from_dict(rows), arguments)
+    assert [line["filtered_resps"] for line in lines] == expected
+    assert results["exact_match,none"] == pytest.approx(sum(right) / NUM_ROWS)
+
+
+def test_boxes_are_those_of_the_model_in_shares_of_the_image(packages, tmp_path):
+    torch.manual_seed(0)
+    sizes = [(96, 48), (60, 90)]
+    images = [PIL.Image.effect_noise(size, 80).convert("RGB") for size in sizes]
+    checkpoint = tmp_path / "checkpoint"
+    grounding = TripsForVisualGrounding.from_pretrained(ask.CHECKPOINT).float().eval()
+    grounding.save_pretrained(checkpoint)
+    processor = TripsProcessor.from_pretrained(ask.CHECKPOINT)
+    processor.save_pretrained(checkpoint)
+
+    texts = [["the red circle", "the blue shape"], ["the triangle"]]
+    rows = {
+        "image": images,
+        "answer": texts,
+        "bbox": [[8.0, 4.0, 40.0, 30.0], [5.0, 6.0, 50.0, 60.0]],
+        "question_id": ["a", "b"],
+    }
+    task = "boxes_as_refcoco"
+    results, lines = run_task(
+        packages, tmp_path, task, BOXES, datasets.Dataset.from_dict(rows), f"pretrained={checkpoint}"
+    )
+    found = [json.loads(line["filtered_resps"]) for line in lines]
+    assert len(found) == 3 and found[0] != found[1]
+    for number, text, box in zip((0, 0, 1), sum(texts, []), found):
+        inputs = processor(images=images[number], text=text, return_tensors="pt")
+        with torch.no_grad():
+            pixels = processor.post_process_grounding(grounding(**inputs), [sizes[number][::-1]])[0]
+        width, height = sizes[number]
+        torch.testing.assert_close(torch.tensor(box), pixels / torch.tensor([width, height] * 2), atol=1e-3, rtol=0)
+    assert 0 <= results["refcoco_IoU,none"] <= 1

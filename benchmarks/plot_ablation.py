@@ -72,11 +72,12 @@ def draw_learning(axes, rows: list[dict], args: PlotArguments):
     curves = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for entry in row["history"]:
-            curves[row["variant"]][entry["step"]].append(100 * entry[args.metric])
-    for variant, by_step in curves.items():
-        steps = sorted(by_step)
-        x = [step * seconds[variant] / 60 for step in steps]
-        means, deviations = [mean(by_step[s]) for s in steps], [spread(by_step[s]) for s in steps]
+            curves[row["variant"]][round(entry["epoch"], 2)].append((entry["step"], 100 * entry[args.metric]))
+    for variant, by_epoch in curves.items():
+        # Seeds draw scenes of their own, so that their epochs differ by a few steps.
+        steps, values = zip(*(zip(*by_epoch[epoch]) for epoch in sorted(by_epoch)))
+        x = [mean(own) * seconds[variant] / 60 for own in steps]
+        means, deviations = [mean(own) for own in values], [spread(own) for own in values]
         (line,) = axes.plot(x, means, marker="o", markersize=3, linewidth=1.5, label=variant)
         low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations)))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)

@@ -80,6 +80,18 @@ def test_learning_is_drawn_against_steps_times_the_measured_step(tmp_path):
     assert line.get_ydata().tolist() == pytest.approx([50.0, 80.0])
 
 
+def test_epochs_of_seeds_are_one_point_though_their_steps_differ(tmp_path):
+    path = times(tmp_path / "times.json", unpruned_seed0=0.2)
+    rows = [
+        row("unpruned", seed, 0.8, [{"epoch": 1, "step": 100 + 50 * seed, "eval_accuracy": 0.5 + 0.2 * seed}])
+        for seed in (0, 1)
+    ]
+    _, axes = pyplot.subplots()
+    plot_ablation.draw_learning(axes, rows, arguments(kind="learning", times=path))
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [pytest.approx([1.25, 60.0])]
+
+
 def test_a_picture_is_written_and_what_is_not_measured_is_named(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([row("unpruned", 0, 0.9), row("text 0.5", 0, 0.9)]))
     options = ["--kind=curves", f"--rows={tmp_path / 'rows.json'}", f"--output={tmp_path / 'rates.png'}"]

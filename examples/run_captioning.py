@@ -1,5 +1,6 @@
 r"""
-Train and evaluate TRIPS on image captioning. A prompt, the same for all images, selects the patches.
+Train and evaluate TRIPS on image captioning. The text is a prompt, the same for all images, which names nothing to
+choose by: from scratch, the image thins out its patches early, and the prompt chooses last.
 
     python examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
     python examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # its twin
@@ -25,8 +26,9 @@ from trips_examples.data.rows import one_row_per_image
 from trips_examples.data.task_collators import CaptionCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import CAPTION_METRICS
+from trips_examples.training.late_choice import LateChoiceModelArguments
 from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -49,7 +51,7 @@ class CaptioningArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
+        argv, LateChoiceModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
     )
     metric = evaluate.load(CAPTION_METRICS)
     start = ModelStart(TripsForConditionalGeneration, model_args, image_size=data_args.half_scene_size("captions"))

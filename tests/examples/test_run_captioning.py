@@ -76,12 +76,14 @@ def test_each_image_is_captioned_once_against_all_of_its_captions():
     assert captions == [[CAPTIONS[0], CAPTIONS[1]], [CAPTIONS[2]]]
 
 
-def test_beam_options_stay_with_the_checkpoint_and_bad_ones_stop_before_training(tmp_path):
+def test_beam_options_and_a_late_choice_stay_with_the_checkpoint_and_bad_options_stop_before_training(tmp_path):
     options = [*write_task("captions", tmp_path), *OPTIONS, "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
     beams = ["--generation_num_beams=2", "--length_penalty=0.5", "--generation_max_length=6"]
     run_captioning.main([*options, *beams, "--do_eval=False"])
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.num_beams, config.length_penalty, config.max_new_tokens) == (2, 0.5, 6)
+    selecting = TripsConfig.from_pretrained(tmp_path / "out").vision_config
+    assert selecting.guidance_schedule == {3: "image", 4: "text"}
     with pytest.raises(ValueError, match="length_penalty"):
         run_captioning.main([*options[:-1], f"--output_dir={tmp_path / 'bad'}", "--length_penalty=0.5"])
     assert not (tmp_path / "bad").exists()

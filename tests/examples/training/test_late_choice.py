@@ -1,17 +1,22 @@
-"""Which patches a model for retrieval or pre-training selects where no option says it."""
+"""Which patches a model for captions, retrieval or pre-training selects where no option says it."""
 
 import pytest
 from toy_pairs import write_parts
 from transformers import HfArgumentParser
 
-from modeling_trips import TripsConfig, TripsForRetrieval
+from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsForRetrieval
+from trips_examples.training.late_choice import LateChoiceModelArguments, late_choice
 from trips_examples.training.models import ModelStart
 from trips_examples.training.pretraining_loading import PretrainingStart
 from trips_examples.training.pretraining_options import PretrainingModelArguments
-from trips_examples.training.retrieval_options import RetrievalModelArguments, late_choice
+from trips_examples.training.retrieval_options import RetrievalModelArguments
 
 
 LATE = {3: ("image", 0.7), 4: ("text", 0.3)}
+
+
+def captioning_start(args: LateChoiceModelArguments) -> ModelStart:
+    return ModelStart(TripsForConditionalGeneration, args)
 
 
 def retrieval_start(args: RetrievalModelArguments) -> ModelStart:
@@ -51,6 +56,7 @@ def test_a_late_choice_at_any_depth(num_layers, layers):
 )
 def test_from_scratch_the_text_chooses_late_unless_layers_are_named(options, expected):
     for arguments, start in (
+        (LateChoiceModelArguments, captioning_start),
         (RetrievalModelArguments, retrieval_start),
         (PretrainingModelArguments, PretrainingStart),
     ):

@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--kind must be one of {', '.join(drawings)}, got {args.kind!r}.")
     rows = json.loads(Path(args.rows).read_text())
     figure, axes = pyplot.subplots(figsize=(7.5, 5.5), layout="constrained")
+    axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, *pyplot.get_cmap("Dark2").colors])
     drawings[args.kind](axes, rows, args)
     axes.set_ylabel(f"{args.metric.removeprefix('eval_')}, %")
     axes.set_title(args.title)

@@ -64,7 +64,9 @@ class Cell:
 def twins(args: DeviceTableArguments) -> Iterator[Cell]:
     """TRIPS beside its unpruned twin: forward and training steps; compiled at both ends of one text per image."""
     compiled_sizes = {args.batch_size[0], args.batch_size[-1]}
-    grid = itertools.product(args.batch_size, args.texts_per_image, args.schedule, ("forward", "training"), (0, 1))
+    grid = itertools.product(
+        args.batch_size, args.texts_per_image, args.schedule, ("forward", "training"), (False, True)
+    )
     for batch_size, texts, schedule, mode, compiled in grid:
         if compiled and (mode == "training" or texts > 1 or batch_size not in compiled_sizes):
             continue
@@ -77,7 +79,7 @@ def twins(args: DeviceTableArguments) -> Iterator[Cell]:
             mode=mode,
             dtype=args.dtype,
             device=args.device,
-            compile=bool(compiled),
+            compile=compiled,
             compile_mode="reduce-overhead" if compiled and args.device == "cuda" else None,
             **Schedule.parse(schedule, 0.7).config_fields,
         )
@@ -132,9 +134,11 @@ def run(cells: list[Cell], args: DeviceTableArguments) -> list[str]:
         try:
             found = [{"cell": cell.name, **row} for row in cell.measure()]
         except torch.OutOfMemoryError:
-            write_json(folder / TOO_LARGE, [*too_large, cell.name])
-        else:
+            found = []
+        if found:
             write_json(folder / cell.file, rows + found)
+        else:  # peers.py leaves out each model that finds no memory
+            write_json(folder / TOO_LARGE, [*too_large, cell.name])
         if args.device == "cuda":
             torch.cuda.empty_cache()
     return left
@@ -217,9 +221,10 @@ def main(argv: list[str] | None = None):
     (args,) = make_parser(DeviceTableArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     folder = Path(args.output_dir)
     left = run([*twins(args), *beside_peers(args)], args)
-    write_whole(folder / "table.md", render(folder))
-    plot(folder, folder / "table.png")
-    print(f"Written: {folder / 'table.md'}, {folder / 'table.png'}, and the rows beside them.")
+    if any((folder / name).exists() for name in ("twins.json", "peers.json")):
+        write_whole(folder / "table.md", render(folder))
+        plot(folder, folder / "table.png")
+        print(f"Written: {folder / 'table.md'}, {folder / 'table.png'}, and the rows beside them.")
     if left:
         print(f"Not measured within {args.minutes:g} minutes, {len(left)}: {'; '.join(left)}. Run it again to go on.")
 

@@ -75,6 +75,9 @@ class Trips(lmms):
         model = getattr(modeling_trips, name).from_pretrained(pretrained, dtype=dtype, **changes)
         self.model = model.to(device or self.accelerator.device).eval()
         self.processor = TripsProcessor.from_pretrained(pretrained)
+        pipelines = {self.answers: TripsVisualQuestionAnsweringPipeline, self.captions: TripsImageToTextPipeline}
+        if self.write in pipelines:
+            self.pipe = pipelines[self.write](model=self.model, processor=self.processor, device=self.model.device)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """An answer, a caption, or a box, `"[x0, y0, x1, y1]"` in shares of the image's sides, for each request."""
@@ -103,14 +106,12 @@ class Trips(lmms):
             yield images[0], list(texts)
 
     def answers(self, batch: Batch) -> list[str]:
-        pipe = TripsVisualQuestionAnsweringPipeline(model=self.model, processor=self.processor)
         items = [{"image": image, "question": [question_in(text) for text in texts]} for image, texts in batch]
-        found = pipe(items, top_k=1, batch_size=len(items))
+        found = self.pipe(items, top_k=1, batch_size=len(items))
         return [answers[0]["answer"] for of_image in found for answers in of_image]
 
     def captions(self, batch: Batch) -> list[str]:
-        pipe = TripsImageToTextPipeline(model=self.model, processor=self.processor)
-        found = pipe([image for image, _ in batch], prompt=self.prompt, batch_size=len(batch))
+        found = self.pipe([image for image, _ in batch], prompt=self.prompt, batch_size=len(batch))
         return [captions[0]["generated_text"] for (_, texts), captions in zip(batch, found) for _ in texts]
 
     @torch.no_grad()

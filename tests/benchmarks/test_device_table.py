@@ -63,6 +63,8 @@ def test_what_finds_no_memory_is_named_and_not_tried_again(tmp_path):
     assert device_table.run(cells, args) == []
     assert json.loads((tmp_path / "out_of_memory.json").read_text()) == ["large"]
     assert json.loads((tmp_path / "twins.json").read_text()) == [{"cell": "small", "latency": 1.0}]
+    assert device_table.run([device_table.Cell("all left out", "peers.json", lambda: [])], args) == []
+    assert json.loads((tmp_path / "out_of_memory.json").read_text()) == ["large", "all left out"]
     again = [device_table.Cell("large", "twins.json", lambda: pytest.fail("tried again"))]
     assert device_table.run(again, args) == []
 
@@ -72,3 +74,9 @@ def test_what_is_left_when_the_minutes_are_over_is_named(tmp_path):
     cells = [device_table.Cell("late", "twins.json", lambda: pytest.fail("too late"))]
     assert device_table.run(cells, args) == ["late"]
     assert not (tmp_path / "twins.json").exists()
+
+
+def test_without_time_for_anything_that_is_said(tmp_path, capsys):
+    device_table.main([*OPTIONS, "--output_dir", str(tmp_path), "--minutes", "0"])
+    assert "Not measured within 0 minutes, 20: forward, batch 1 x 1" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

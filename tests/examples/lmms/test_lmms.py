@@ -25,14 +25,16 @@ from trips_examples.data.scenes import easy_vqa_records
 PACKAGES = """lmms-eval>=0.7.3 filelock<4 colorama loguru lxml portalocker sacrebleu tenacity pytablewriter
 DataProperty chardet mbstrdecoder pathvalidate tabledata tcolorpy typepy""".split()
 NUM_ROWS = 48
-QUESTIONS = """
-task: easy_vqa_as_vqav2
+TASK = """
+task: {name}
 dataset_path: parquet
 dataset_kwargs:
   data_files:
     validation: {file}
 test_split: validation
 output_type: generate_until
+"""
+QUESTIONS = """
 doc_to_visual: !function tools.vqav2_doc_to_visual
 doc_to_text: !function tools.vqav2_doc_to_text
 doc_to_target: answer
@@ -49,13 +51,6 @@ lmms_eval_specific_kwargs:
     post_prompt: "\\nAnswer the question using a single word or phrase."
 """
 BOXES = """
-task: boxes_as_refcoco
-dataset_path: parquet
-dataset_kwargs:
-  data_files:
-    validation: {file}
-test_split: validation
-output_type: generate_until
 process_docs: !function tools.refcoco_bbox_rec_preprocess_dataset
 doc_to_visual: !function tools.refcoco_bbox_rec_doc_to_visual
 doc_to_text: !function tools.refcoco_bbox_rec_doc_to_text
@@ -87,7 +82,7 @@ def packages(tmp_path_factory) -> Path:
 def run_task(packages: Path, folder: Path, name: str, text: str, rows: datasets.Dataset, model_args: str):
     """What lmms-eval says of a task: its results, and the line of each row."""
     rows.to_parquet(folder / "rows.parquet")
-    (folder / f"{name}.yaml").write_text(text.format(file=folder / "rows.parquet"))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=folder / "rows.parquet") + text)
     (folder / "tools.py").write_text(TOOLS)
     command = [sys.executable, "-m", "lmms_eval", "--model", "trips", "--model_args", model_args, "--tasks", name]
     command += ["--include_path", str(folder), "--output_path", str(folder / "results"), "--log_samples"]

@@ -37,7 +37,6 @@ SELECTION_FIELDS = (
     "min_keep_rate",
     "selection_guidance",
     "fuse_inattentive_tokens",
-    "merge_inattentive_tokens",
     "normalize_fusion_weights",
     "selection_seed",
 )

@@ -114,8 +114,6 @@ class TripsVisionConfig(PreTrainedConfig):
         a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept go on as one fused token, or are dropped.
-    merge_inattentive_tokens (`bool`, *optional*, defaults to `False`):
-        Whether they are merged into the kept tokens that they resemble instead. Not with `selection_mode="mass"`.
     normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
         Whether the weights of the fused token are rescaled to sum to 1.
     selection_seed (`int`, *optional*, defaults to 0):
@@ -159,7 +157,6 @@ class TripsVisionConfig(PreTrainedConfig):
     min_keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.0
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
-    merge_inattentive_tokens: bool = False
     normalize_fusion_weights: bool = False
     selection_seed: int = 0
     guidance_hidden_size: int | None = None
@@ -285,13 +282,6 @@ class TripsVisionConfig(PreTrainedConfig):
 
     def validate_selection_mass(self):
         self._validate_shares("selection_mass")
-
-    def validate_merge_inattentive_tokens(self):
-        if self.merge_inattentive_tokens and self.selection_mode == "mass":
-            raise ValueError(
-                '`merge_inattentive_tokens` needs `selection_mode="topk"`: rows that keep different numbers of tokens '
-                "are not merged."
-            )
 
     def validate_min_keep_rate(self):
         self._validate_shares("min_keep_rate", may_be_zero=True)

@@ -185,8 +185,7 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """As in the parent."""
-        weighs_the_rest = self.config.fuse_inattentive_tokens or self.config.merge_inattentive_tokens
-        fuses_by_text = self.config.first_text_layer is not None and weighs_the_rest
+        fuses_by_text = self.config.first_text_layer is not None and self.config.fuse_inattentive_tokens
         # CODEPATH: the text gets a gradient from the weights of fused tokens alone, which unpruned models have not.
         if self.selection_projection is None or fuses_by_text:
             return []

@@ -200,8 +200,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
                 hidden_states, scores, mass, keep_rate, min_keep_rate, candidate_mask=candidate_mask, **rest
             )
         elif scores is not None:
-            merge = config.merge_inattentive_tokens
-            hidden_states, kept_positions = select_tokens(hidden_states, scores, keep_rate, merge=merge, **rest)
+            hidden_states, kept_positions = select_tokens(hidden_states, scores, keep_rate, **rest)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, new_mask
 

@@ -198,35 +198,12 @@ def fuse_tokens(
     return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
 
 
-def merge_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
-    """
-    The kept tokens, each merged with those that are not kept and resemble it most (by the cosine): their mean,
-    weighted by their scores. As in ToMe (https://arxiv.org/abs/2210.09461), but around the tokens that were chosen.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`)
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
-        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_kept, hidden_size)`, in the dtype of `tokens`.
-    """
-    directions = torch.nn.functional.normalize(tokens.detach(), dim=-1)
-    similarity = torch.bmm(directions, gather_tokens(directions, kept_positions).transpose(1, 2))
-    order = torch.arange(kept_positions.shape[1], device=tokens.device)
-    nearest = similarity.argmax(dim=-1).scatter(1, kept_positions, order.expand(kept_positions.shape))
-    weights = (nearest.unsqueeze(1) == order.unsqueeze(1)) * scores.unsqueeze(1)  # (batch_size, kept, candidates)
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.bmm(weights.to(tokens.dtype), tokens).to(tokens.dtype)
-
-
 def select_tokens(
     tokens: torch.Tensor,
     scores: torch.Tensor,
     keep_rate: float,
     fuse: bool = True,
     normalize: bool = False,
-    merge: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Shortens a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
@@ -238,10 +215,9 @@ def select_tokens(
         keep_rate (`float`): share of the candidates to keep, in (0, 1].
         fuse (`bool`, *optional*, defaults to `True`): whether the others go on as one token, or are dropped.
         normalize (`bool`, *optional*, defaults to `False`): whether its weights are rescaled to sum to 1.
-        merge (`bool`, *optional*, defaults to `False`): whether the others are merged into the kept ones instead.
 
     Returns:
-        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`, or with `merge`), and the
+        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`), and the
         positions of the kept ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`. If `k` is
         `n`, nothing is dropped and `tokens` come back as they are, with no fused token.
     """
@@ -251,8 +227,6 @@ def select_tokens(
         return tokens, torch.arange(num_candidates, device=scores.device).expand(scores.shape)
     others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
     kept_positions = keep_topk(scores, num_kept)
-    if merge:
-        return torch.cat((others, merge_tokens(candidates, scores, kept_positions)), dim=1), kept_positions
     parts = [others, gather_tokens(candidates, kept_positions)]
     if fuse:
         parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))

@@ -68,12 +68,11 @@ class NaiveVisionTower:
         normalize=False,
         quick_gelu=False,
         mass=None,
-        merge=False,
     ):
         self.weights, self.schedule, self.num_layers, self.num_heads = weights, schedule, num_layers, num_heads
         self.patch_size, self.grid_size, self.eps = patch_size, grid_size, eps
         self.guidance, self.fuse, self.normalize, self.quick_gelu = guidance, fuse, normalize, quick_gelu
-        self.mass, self.merge = mass or {}, merge
+        self.mass = mass or {}
 
     def linear(self, name, x):
         y = self.weights[f"{name}.weight"] @ x
@@ -125,15 +124,6 @@ class NaiveVisionTower:
             num_kept += 1
         return max(1, math.ceil(Fraction(str(least)) * len(scores)), min(num_kept, most))
 
-    def merged(self, candidates, scores, kept, rest):
-        groups = {i: [i] for i in kept}
-        for i in rest:
-            cosines = [(candidates[i] @ candidates[j] / candidates[j].norm()).item() for j in kept]  # times one norm
-            groups[kept[cosines.index(max(cosines))]].append(i)
-        for members in groups.values():
-            total = sum(scores[i] for i in members)
-            yield sum(scores[i] / total * candidates[i] for i in members)
-
     def run_image(self, image, text):
         """Last hidden states (num_tokens, width); per selection layer the kept indices, scores, candidates."""
         tokens, selections = self.embed(image), []
@@ -170,9 +160,7 @@ class NaiveVisionTower:
                 selections.append(([original[i] for i in kept], torch.stack(scores), original))
                 candidates, original = tokens[1:], [original[i] for i in kept]
                 tokens = [tokens[0]] + [candidates[i] for i in kept]
-                if self.merge:
-                    tokens = [tokens[0], *self.merged(candidates, scores, kept, rest)]
-                elif self.fuse and rest:
+                if self.fuse and rest:
                     total = sum(scores[i] for i in rest) if self.normalize else 1
                     tokens.append(sum(scores[i] / total * candidates[i] for i in rest))
                     original = original + [-1]

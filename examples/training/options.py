@@ -78,10 +78,6 @@ class ModelArguments:
         default=None,
         metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
     )
-    merge_inattentive_tokens: bool | None = field(
-        default=None,
-        metadata={"help": "Whether tokens that are not kept are merged into those they resemble. Default: False."},
-    )
     selection_loss_weight: float | None = field(
         default=None,
         metadata={
@@ -138,7 +134,6 @@ class ModelArguments:
             "selection_mass": one_or_several(self.selection_mass),
             "min_keep_rate": one_or_several(self.min_keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
-            "merge_inattentive_tokens": self.merge_inattentive_tokens,
             "selection_loss_weight": self.selection_loss_weight,
             "fusion_type": self.fusion_type,
         }

@@ -86,13 +86,11 @@ def _patch_embedding(config: TripsVisionConfig) -> int:
 
 
 def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[int, int]:
-    """Of [CLS] and candidates: how many tokens go on, and what fusing or merging the others costs."""
+    """Of [CLS] and candidates: how many tokens go on, and what fusing the others costs."""
     candidates, width, fuses = tokens - 1, config.hidden_size, int(config.fuse_inattentive_tokens)
     num_kept = num_kept_tokens(candidates, keep_rate)
     if num_kept == candidates:
         return tokens, 0
-    if config.merge_inattentive_tokens:
-        return 1 + num_kept, 2 * num_kept * candidates * width
     return 1 + num_kept + fuses, fuses * candidates * width
 
 

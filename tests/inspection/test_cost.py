@@ -39,8 +39,6 @@ def config_of(schedule: Schedule, **fields) -> TripsConfig:
         ("2:image:0.5", {"fusion_type": "skip_connected"}),
         ("2:image:0.5", {"fusion_type": "skip_connected", **WIDTHS}),  # a projection of the image tokens
         (MIXED, {"fusion_type": "single_stream"}),
-        (MIXED, {"merge_inattentive_tokens": True}),
-        ("2:image:0.5,3:text:0.5", {"fusion_type": "single_stream", "merge_inattentive_tokens": True}),
         ("2:image:0.5,3:text:0.5", {"fusion_type": "single_stream", "fuse_inattentive_tokens": False}),
     ],
 )

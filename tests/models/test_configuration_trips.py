@@ -56,10 +56,6 @@ WRONG_VISION_VALUES = [
     ({"selection_mass": [0.9, -0.5]}, ["`selection_mass`", "(0, 1]", "[0.9, -0.5]"]),
     ({"selection_mass": float("nan")}, ["`selection_mass`", "(0, 1]", "got nan"]),
     ({"selection_mass": [0.9]}, ["`selection_mass`", "one per selection layer", "1 values ([0.9])", "[5, 10]"]),
-    (
-        {"selection_mode": "mass", "merge_inattentive_tokens": True},
-        ["`merge_inattentive_tokens`", 'needs `selection_mode="topk"`'],
-    ),
     ({"min_keep_rate": -0.1}, ["`min_keep_rate`", "[0, 1]", "got -0.1"]),
     ({"min_keep_rate": 1.1}, ["`min_keep_rate`", "[0, 1]", "got 1.1"]),
     ({"min_keep_rate": [0.1]}, ["`min_keep_rate`", "one per selection layer", "1 values ([0.1])", "[5, 10]"]),

@@ -36,12 +36,6 @@ CASES = {
     "image_image_text": {"selection_guidance": ["image", "image", "text"], "selection_layers": [1, 2, 3]},
     "text_at_the_door": {"selection_guidance": ["image", "text"], "selection_layers": [2, 3], "keep_rate": [0.7, 0.3]},
     "no_fusing": {"fuse_inattentive_tokens": False, "selection_layers": [1, 3]},
-    "merging": {"merge_inattentive_tokens": True, "selection_layers": [1, 3]},
-    "merging_image_then_text": {
-        "merge_inattentive_tokens": True,
-        "selection_guidance": ["image", "text"],
-        "selection_layers": [1, 2],
-    },
     "normalised": {"normalize_fusion_weights": True, "selection_layers": [1, 3]},
     "image_guidance_normalised": {"selection_guidance": "image", "normalize_fusion_weights": True},
     "clip_style": {**CLIP_STYLE, "selection_layers": [1, 2]},
@@ -83,7 +77,6 @@ def assert_equals_reference(model, pixel_values, text_embeds):
         guidance=dict(zip(config.selection_layers, config.selection_guidances)),
         fuse=config.fuse_inattentive_tokens,
         normalize=config.normalize_fusion_weights,
-        merge=config.merge_inattentive_tokens,
         quick_gelu=config.hidden_act == "quick_gelu",
         mass={
             layer: (options["mass"], options["min_keep_rate"])

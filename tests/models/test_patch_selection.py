@@ -9,7 +9,6 @@ from modeling_trips.patch_selection import (
     fuse_tokens,
     gather_tokens,
     keep_topk,
-    merge_tokens,
     num_kept_tokens,
     random_scores,
     score_tokens,
@@ -152,34 +151,6 @@ def test_fused_token_has_the_dtype_of_the_tokens():
     tokens, _ = select_tokens(TOKENS.bfloat16(), SCORES, keep_rate=0.6)
     assert tokens.dtype == torch.bfloat16
     torch.testing.assert_close(tokens[0, -1].float(), torch.tensor(FUSED), rtol=1e-2, atol=0)
-
-
-def test_merging_by_hand():
-    # Two are kept. The third and the fourth point the way of the first, the last one that of the second.
-    tokens = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [4.0, 1.0], [1.0, 0.0], [-1.0, 6.0]]])
-    scores = torch.tensor([[0.4, 0.3, 0.1, 0.15, 0.05]])
-    merged = merge_tokens(tokens, scores, torch.tensor([[0, 1]]))
-    first = [(0.4 * 2 + 0.1 * 4 + 0.15 * 1) / 0.65, 0.1 * 1 / 0.65]
-    second = [0.05 * -1 / 0.35, (0.3 * 1 + 0.05 * 6) / 0.35]
-    torch.testing.assert_close(merged, torch.tensor([[first, second]]))
-
-
-def test_merging_takes_the_place_of_the_fused_token():
-    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, merge=True)
-    plain, kept_alone = select_tokens(TOKENS, SCORES, keep_rate=0.6, fuse=False)
-    assert torch.equal(kept, kept_alone) and tokens.shape == plain.shape
-    assert torch.equal(tokens[:, 0], plain[:, 0])  # [CLS] is merged with nothing
-    assert not torch.allclose(tokens[:, 1:], plain[:, 1:])
-    everything, _ = select_tokens(TOKENS, SCORES, keep_rate=1.0, merge=True)
-    assert torch.equal(everything, TOKENS)
-
-
-def test_a_token_that_is_its_own_copy_merges_to_itself():
-    """Whatever the scores: merged tokens are means, and their size stays."""
-    tokens = torch.randn(2, 1, 3).expand(2, 7, 3)
-    scores = torch.rand(2, 6).softmax(dim=-1)
-    merged, _ = select_tokens(tokens, scores, keep_rate=0.5, merge=True)
-    torch.testing.assert_close(merged, tokens[:, :4])
 
 
 def test_random_scores_in_evaluation_are_fixed():

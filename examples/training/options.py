@@ -222,6 +222,13 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows per device and step."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    tower_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of the vision tower and the text encoder, where they are pretrained and the "
+            "rest is not: a tenth, say. (METER and BridgeTower have a fifth.) Default: --learning_rate."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,6 +23,16 @@ class SamplerCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+def give_towers_their_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float):
+    """Parts the parameters of the vision tower and of the text encoder from the others, in groups of their own."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in list(optimizer.param_groups):
+        is_of_tower = [{"vision_model", "text_model"} & {*names[one].split(".")} for one in group["params"]]
+        towers = [one for one, is_one in zip(group["params"], is_of_tower) if is_one]
+        group["params"] = [one for one, is_one in zip(group["params"], is_of_tower) if not is_one]
+        optimizer.add_param_group({**group, "params": towers, "lr": learning_rate})
 
 
 class ImageGroupedTrainer(Seq2SeqTrainer):
@@ -69,6 +80,13 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
             image_ids = [tuple(ids) for ids in dataset["image_ids"]]
         self.train_sampler = ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
         return self.train_sampler
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.tower_learning_rate is not None:
+            give_towers_their_rate(optimizer, self.model if model is None else model, self.args.tower_learning_rate)
+        return optimizer
 
     def get_train_dataloader(self):
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator

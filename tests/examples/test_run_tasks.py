@@ -71,6 +71,18 @@ def test_every_task_starts_from_a_vision_tower_and_a_text_encoder(task, tmp_path
         assert torch.equal(weight, tower.layers[number].mlp.fc1.weight) == is_kept
 
 
+def test_towers_have_a_learning_rate_of_their_own(backbone, tmp_path):
+    """Of 0 they stay as they were, and all else learns."""
+    options = [*write_task("grounding", tmp_path), *OPTIONS, backbone, "--max_steps=2", "--do_eval=False"]
+    before = load_file(Path(backbone.removeprefix("--model_name_or_path=")) / "model.safetensors")
+    main_of("grounding")([*options, "--tower_learning_rate=0", f"--output_dir={tmp_path / 'out'}"])
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[f"model.{name}"])}
+    towers = {name for name in before if name.startswith(("vision_model.", "text_model."))}
+    assert 0 < len(towers) < len(before) and changed <= before.keys() - towers
+    assert {"fusion_model.encoder.layer.0.attention.self.query.weight"} <= changed
+
+
 @pytest.mark.slow
 @each_task
 def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):

@@ -27,12 +27,12 @@ class SamplerCallback(TrainerCallback):
 
 def give_towers_their_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float):
     """Parts the parameters of the vision tower and of the text encoder from the others, in groups of their own."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    parts = {"vision_model", "text_model"}
+    towers = {parameter for name, parameter in model.named_parameters() if parts & {*name.split(".")}}
     for group in list(optimizer.param_groups):
-        is_of_tower = [{"vision_model", "text_model"} & {*names[one].split(".")} for one in group["params"]]
-        towers = [one for one, is_one in zip(group["params"], is_of_tower) if is_one]
-        group["params"] = [one for one, is_one in zip(group["params"], is_of_tower) if not is_one]
-        optimizer.add_param_group({**group, "params": towers, "lr": learning_rate})
+        of_towers = [parameter for parameter in group["params"] if parameter in towers]
+        group["params"] = [parameter for parameter in group["params"] if parameter not in towers]
+        optimizer.add_param_group({**group, "params": of_towers, "lr": learning_rate})
 
 
 class ImageGroupedTrainer(Seq2SeqTrainer):

@@ -26,6 +26,7 @@ from modeling_trips import TripsProcessor
 from trips_examples.data.boxes import hidden_boxes
 from trips_examples.data.faults import BadRows, Fault
 from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.rows import column_of
 from trips_examples.data.source import DataSource
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.texts import TextCheck
@@ -86,15 +87,15 @@ def duplicate_ids(dataset: Dataset) -> Iterator[Fault]:
     if "question_id" not in dataset.column_names:
         return
     first = {}
-    for question_id, source in zip(dataset["question_id"], dataset["source"], strict=True):
+    for question_id, source in zip(column_of(dataset, "question_id"), column_of(dataset, "source"), strict=True):
         if first.setdefault(question_id, source) != source:
             yield Fault(source, "question_id of two rows", f"{question_id}: {first[question_id]} has it too")
 
 
 def image_ids(dataset: Dataset) -> set[str]:
     if "image_id" in dataset.column_names:
-        return set(dataset["image_id"])
-    return {image_id for pair in dataset["image_ids"] for image_id in pair}
+        return set(column_of(dataset, "image_id"))
+    return {image_id for pair in column_of(dataset, "image_ids") for image_id in pair}
 
 
 def check(args: CheckArguments) -> dict:
@@ -120,7 +121,11 @@ def check(args: CheckArguments) -> dict:
             unknown += [f"{split}: {line}" for line in texts.describe_unknown()]
     images = {split: image_ids(dataset) for split, dataset in data.items()}
     splits = {
-        split: {"rows": len(dataset), "images": len(images[split]), f"different {text}s": len(set(dataset[text]))}
+        split: {
+            "rows": len(dataset),
+            "images": len(images[split]),
+            f"different {text}s": len(set(column_of(dataset, text))),
+        }
         for split, dataset in data.items()
     }
     return {

@@ -23,7 +23,7 @@ from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding
 from trips_examples.data.boxes import with_visible_boxes
-from trips_examples.data.rows import image_sizes
+from trips_examples.data.rows import column_of, image_sizes
 from trips_examples.data.task_collators import GroundingCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
@@ -67,11 +67,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
         sizes = image_sizes(data["validation"])
-        in_order = [sizes[image_id] for image_id in data["validation"]["image_id"]]
+        in_order = [sizes[image_id] for image_id in column_of(data["validation"], "image_id")]
         return processor.post_process_grounding(torch.from_numpy(prediction.predictions), in_order).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=boxes_of(prediction), references=data["validation"]["box"])
+        return metric.compute(predictions=boxes_of(prediction), references=column_of(data["validation"], "box"))
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     return image_with_kept_patches(row, row["expression"], model.eval(), processor)
 
                 draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures, image_of)
-        groups = accuracy_by_group(metric, boxes, data["validation"]["box"], data["validation"])
+        groups = accuracy_by_group(metric, boxes, column_of(data["validation"], "box"), data["validation"])
         samples = {"eval_samples": len(data["validation"])}
         return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
 

@@ -106,6 +106,8 @@ class TripsConfig(PreTrainedConfig):
         Weight of the L1 loss of [`TripsForVisualGrounding`].
     giou_loss_coefficient (`float`, *optional*, defaults to 2.0):
         Weight of its generalised IoU loss.
+    pointing_loss_coefficient (`float`, *optional*, defaults to 0.0):
+        Weight of the loss that teaches its head to look at the patches of the box, in training. 0 turns it off.
     kwargs:
         `selection_layers`, `keep_rate`, `selection_mode`, `selection_mass`, `min_keep_rate`, `selection_guidance`,
         `fuse_inattentive_tokens`, `normalize_fusion_weights`, `selection_seed` and `image_size` are passed on to
@@ -135,6 +137,7 @@ class TripsConfig(PreTrainedConfig):
         "encoder_last_hidden_state",
         "l1_loss",
         "giou_loss",
+        "pointing_loss",
         "itc_loss",
         "itm_loss",
         "mlm_loss",
@@ -158,6 +161,7 @@ class TripsConfig(PreTrainedConfig):
     num_images: int = 2
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0
+    pointing_loss_coefficient: float | int = 0.0
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True

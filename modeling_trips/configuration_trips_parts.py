@@ -47,6 +47,7 @@ LEAST_VALUES = {
     "selection_loss_weight": 0,
     "bbox_loss_coefficient": 0,
     "giou_loss_coefficient": 0,
+    "pointing_loss_coefficient": 0,
 }
 
 

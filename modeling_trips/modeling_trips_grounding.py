@@ -23,9 +23,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .losses_trips import box_l1_loss, generalized_box_iou_loss
+from .losses_trips import box_l1_loss, generalized_box_iou_loss, region_targets, selection_loss, weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
 from .modeling_trips_vision import TripsSelection, TripsVisionPrefix, next_candidates
+from .patch_selection import PADDING
 
 
 @auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
@@ -34,13 +35,15 @@ class TripsVisualGroundingOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`, and in training
-        `config.selection_loss_weight * selection_loss`.
+        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
     l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         L1 distance of predicted box and label, summed over the four numbers, per box.
     giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         1 - generalised IoU of predicted box and label, per box.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Teaches the texts to choose the patches in their boxes. In training, where a text guides.
+    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Teaches the head of boxes to look at the patches in them. In training, unless its coefficient is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
         Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
         [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
@@ -52,6 +55,7 @@ class TripsVisualGroundingOutput(ModelOutput):
     l1_loss: torch.FloatTensor | None = None
     giou_loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
+    pointing_loss: torch.FloatTensor | None = None
     pred_boxes: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -80,7 +84,7 @@ class TripsBoxHead(nn.Module):
         image_states: torch.Tensor,
         image_centers: torch.Tensor,
         image_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
@@ -90,6 +94,7 @@ class TripsBoxHead(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
+            `torch.Tensor` of shape `(num_texts, num_tokens)`: how much it looks at each token, float32.
         """
         query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
         scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
@@ -101,27 +106,29 @@ class TripsBoxHead(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = nn.functional.relu(layer(hidden_states))
         offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
-        return torch.cat((reference + offset, size), dim=-1).sigmoid()
+        return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
 
 
-def token_centers(
-    selection: tuple[TripsSelection, ...],
-    num_tokens: int,
-    grid_size: tuple[int, int],
-    device: torch.device | None = None,
-) -> torch.Tensor:
+def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
     """
-    Where the image tokens behind [CLS] are.
+    Which patches the image tokens behind [CLS] are: `(num_texts or 1, num_tokens)`, in row-major order of the image;
+    negative for a fused token and for padding.
+    """
+    num_tokens, device = image_states.shape[1], image_states.device
+    if selection:
+        return next_candidates(selection[-1], num_tokens).to(device)
+    return torch.arange(num_tokens, device=device)[None]
+
+
+def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Where the patches `indices` (see `token_indices`) are.
 
     Returns:
         `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
         the middle of the image for a fused token, which is of many places, and for padding.
     """
     rows, columns = grid_size
-    if selection:
-        indices = next_candidates(selection[-1], num_tokens).to(device)
-    else:
-        indices = torch.arange(num_tokens, device=device)[None]
     x = (indices % columns + 0.5) / columns
     y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
     return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)
@@ -184,20 +191,29 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         image_mask = outputs.vision_model_output.attention_mask
         image_mask = None if image_mask is None else image_mask[:, 1:]
         grid_size = self.model.grid_of(pixel_values, prefix)
-        centers = token_centers(outputs.selection, image_states.shape[1], grid_size, image_states.device)
-        pred_boxes = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
-        loss = l1_loss = giou_loss = selection_loss = None
+        indices = token_indices(outputs.selection, image_states)
+        centers = token_centers(indices, grid_size)
+        pred_boxes, looks = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
+        config, loss = self.config, None
+        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
         if labels is not None:
-            l1_loss, giou_loss = box_losses(pred_boxes, labels, kwargs.get("num_items_in_batch"))
-            loss = self.config.bbox_loss_coefficient * l1_loss + self.config.giou_loss_coefficient * giou_loss
+            num_items = kwargs.get("num_items_in_batch")
+            losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
             if outputs.selection_losses is not None:
-                selection_loss = mean_over_boxes(outputs.selection_losses, kwargs.get("num_items_in_batch"))
-                loss = loss + self.config.selection_loss_weight * selection_loss
+                losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
+            if self.training and config.pointing_loss_coefficient > 0:
+                losses["pointing_loss"] = mean_over_boxes(
+                    pointing_losses(looks, indices, labels, grid_size), num_items
+                )
+            loss = weighted_sum(
+                (config.bbox_loss_coefficient, losses["l1_loss"]),
+                (config.giou_loss_coefficient, losses["giou_loss"]),
+                (config.selection_loss_weight, losses["selection_loss"]),
+                (config.pointing_loss_coefficient, losses["pointing_loss"]),
+            )
         return TripsVisualGroundingOutput(
             loss=loss,
-            l1_loss=l1_loss,
-            giou_loss=giou_loss,
-            selection_loss=selection_loss,
+            **losses,
             pred_boxes=pred_boxes,
             selection=outputs.selection,
             hidden_states=outputs.hidden_states,
@@ -224,6 +240,18 @@ def box_losses(
     l1_losses = box_l1_loss(pred_boxes, labels)
     giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
     return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
+
+
+def pointing_losses(
+    looks: torch.Tensor, indices: torch.LongTensor, labels: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    How far each text's `looks` (`(num_texts, num_tokens)`, see [`TripsBoxHead`]) are from its box, as
+    [`selection_loss`] tells it of the patches that were kept: `(num_texts,)`, 0 where none of the box is among them.
+    A fused token shows no place, so that nothing is to be found there.
+    """
+    indices = indices.masked_fill(indices < 0, PADDING).expand_as(looks)
+    return selection_loss(looks, indices, region_targets(labels, grid_size))
 
 
 def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:

@@ -2,10 +2,15 @@
 
 import PIL.Image
 import torch
-from datasets import Dataset, Image, Sequence
+from datasets import Column, Dataset, Image, Sequence
 
 from trips_examples.data.faults import BadRowError, Fault
 from trips_examples.data.images import decode_image, open_image, path_or_bytes, upright_size, usable_size
+
+
+def column_of(dataset: Dataset, name: str) -> Column:
+    """A column as it is stored. To read it from `dataset` itself would make the images of all rows that are made."""
+    return dataset.with_format(None)[name]
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
@@ -62,10 +67,10 @@ class DecodedImages(torch.utils.data.Dataset):
 def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
     """The first row of each image, and for each row the position of its image among them."""
     rows = {}
-    for row, image_id in enumerate(dataset["image_id"]):
+    for row, image_id in enumerate(column_of(dataset, "image_id")):
         rows.setdefault(image_id, row)
     position = {image_id: index for index, image_id in enumerate(rows)}
-    return list(rows.values()), torch.tensor([position[image_id] for image_id in dataset["image_id"]])
+    return list(rows.values()), torch.tensor([position[image_id] for image_id in column_of(dataset, "image_id")])
 
 
 def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
@@ -78,6 +83,6 @@ def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
     """The first row of each image, and all captions of each image."""
     rows, image_of_row = images_of(dataset)
     captions = [[] for _ in rows]
-    for image, caption in zip(image_of_row.tolist(), dataset["caption"]):
+    for image, caption in zip(image_of_row.tolist(), column_of(dataset, "caption")):
         captions[image].append(caption)
     return dataset.select(rows), captions

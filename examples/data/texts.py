@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.faults import BadRowError, BadRows, Fault
+from trips_examples.data.rows import column_of
 from trips_examples.data.tasks import TASKS
 
 
@@ -62,14 +63,14 @@ class TextCheck:
             self._check(TASKS[task].written, 1, list)  # as it is, with a [SEP] where it ends
 
     def _check(self, column: str, num_special: int, clean: Callable[[list[str]], list[str]]):
-        rows = [[texts] if isinstance(texts, str) else texts for texts in self.dataset[column]]
+        rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(self.dataset, column)]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
         counts = {}
         for start in tqdm(range(0, len(different), 1000), desc=f"Tokenizing {column}", unit="000 texts"):
             batch = different[start : start + 1000]
             counts |= zip(batch, count_tokens(clean(batch), self.tokenizer))
         self.unknown[column] = [text for text, count in counts.items() if count.has_unknown]
-        for place, (texts, source) in enumerate(zip(rows, self.dataset["source"])):
+        for place, (texts, source) in enumerate(zip(rows, column_of(self.dataset, "source"))):
             try:
                 for text in texts:
                     check_length(counts[text], num_special, self.limit, column)

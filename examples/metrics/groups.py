@@ -4,6 +4,7 @@ import evaluate
 import torch
 from datasets import Dataset
 
+from trips_examples.data.rows import column_of
 from trips_examples.metrics.selection import REGION_COLUMNS
 
 
@@ -18,11 +19,11 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
     if "kind" not in rows.column_names:
         return {}
     groups: dict[str, list[int]] = {}
-    for place, kind in enumerate(rows["kind"]):
+    for place, kind in enumerate(column_of(rows, "kind")):
         if kind is not None:
             groups.setdefault(kind, []).append(place)
     column = next(column for column in REGION_COLUMNS if column in rows.column_names)
-    areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(rows[column]) if box}
+    areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(column_of(rows, column)) if box}
     thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)
     return dict(sorted(groups.items())) | {name: third.tolist() for name, third in zip(SIZES, thirds) if len(third)}
 

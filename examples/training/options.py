@@ -9,6 +9,7 @@ from datasets import DatasetDict
 from transformers import Seq2SeqTrainingArguments
 
 from modeling_trips import TripsConfig
+from trips_examples.data.rows import column_of
 from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
 from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
@@ -85,6 +86,13 @@ class ModelArguments:
             "about. Default: the model's, 0.5. 0: the choice is learnt through the fused token alone."
         },
     )
+    pointing_loss_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss that teaches the head of boxes to look at the patches of the box, for "
+            "grounding alone. Default: the model's, 0. With 2, names of real pictures are learnt several times faster."
+        },
+    )
     selection_teacher: str | None = field(
         default=None,
         metadata={
@@ -135,6 +143,7 @@ class ModelArguments:
             "min_keep_rate": one_or_several(self.min_keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
             "selection_loss_weight": self.selection_loss_weight,
+            "pointing_loss_coefficient": self.pointing_loss_coefficient,
             "fusion_type": self.fusion_type,
         }
         return {name: value for name, value in fields.items() if value is not None}
@@ -200,7 +209,7 @@ class DataArguments(DataSource):
             yield from EMBEDDED_WORDS
             return
         dataset = data["train"] if "train" in data else data["validation"]
-        for texts in chain.from_iterable(dataset[column] for column in columns):
+        for texts in chain.from_iterable(column_of(dataset, column) for column in columns):
             yield from [texts] if isinstance(texts, str) else texts
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.boxes import draw_boxes, sheet
-from trips_examples.data.rows import images_of, read_image
+from trips_examples.data.rows import column_of, images_of, read_image
 from trips_examples.metrics.retrieval import Ranking, RetrievalResults
 from trips_examples.training.files import write_json_lines
 
@@ -40,7 +40,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
     and the place of the first right one, from 1.
     """
     rows, _ = images_of(dataset)
-    sources, image_ids = dataset["source"], [dataset["image_id"][row] for row in rows]
+    sources, image_ids = column_of(dataset, "source"), list(column_of(dataset.select(rows), "image_id"))
 
     def write(name: str, queries: Iterable[dict], ranking: Ranking, candidates: list[str]):
         found = zip(queries, ranking.candidates.tolist(), ranking.first_right.tolist(), strict=True)

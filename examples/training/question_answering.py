@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback
 
 from modeling_trips import TripsForQuestionAnswering
+from trips_examples.data.rows import column_of
 from trips_examples.data.task_collators import VqaCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import VQA_ACCURACY
@@ -29,7 +30,7 @@ def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: ev
     """
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
-    result = metric.compute(predictions=answers, references=dataset["answers"], by_answer=True)
+    result = metric.compute(predictions=answers, references=column_of(dataset, "answers"), by_answer=True)
     write_json(folder / "accuracy_by_answer.json", result["by_answer"])
     for answer, row in list(result["by_answer"].items())[:num_shown]:
         print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
@@ -51,7 +52,7 @@ def train_question_answering(
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         answers = texts_of(prediction.predictions, processor)
-        return metric.compute(predictions=answers, references=data["validation"]["answers"])
+        return metric.compute(predictions=answers, references=column_of(data["validation"], "answers"))
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -71,7 +72,7 @@ def train_question_answering(
         answers = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
             write_answers(Path(training_args.output_dir), data["validation"], answers, metric)
-        groups = accuracy_by_group(metric, answers, data["validation"]["answers"], data["validation"])
+        groups = accuracy_by_group(metric, answers, column_of(data["validation"], "answers"), data["validation"])
         samples = {"eval_samples": len(data["validation"])}
         return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
 

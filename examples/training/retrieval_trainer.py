@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsPreTrainedModel
-from trips_examples.data.rows import DecodedImages, images_of
+from trips_examples.data.rows import DecodedImages, column_of, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -50,7 +50,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
         with self.accelerator.autocast():
             return evaluator.evaluate(
                 DecodedImages(dataset.select(image_rows)),
-                dataset["caption"],
+                column_of(dataset, "caption"),
                 image_of_text,
                 args.rerank_k if model.config.itm_weight > 0 else 0,  # or the matching head knows nothing
                 args.rerank_by,

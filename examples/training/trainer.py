@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
+from trips_examples.data.rows import column_of
 from trips_examples.training.guard import LossGuard
 from trips_examples.training.health import SelectionHealth
 from trips_examples.training.selection_teacher import SelectionTeacher
@@ -49,7 +50,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         args, kwargs: as in `Seq2SeqTrainer`.
     """
 
-    logged_losses: tuple[str, ...] = ("selection_loss",)
+    logged_losses: tuple[str, ...] = ("selection_loss", "pointing_loss")
 
     def __init__(
         self,
@@ -75,9 +76,9 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if "image_id" in dataset.column_names:
-            image_ids = dataset["image_id"]
+            image_ids = column_of(dataset, "image_id")
         else:  # several images per row: grouped with the rows about the same ones
-            image_ids = [tuple(ids) for ids in dataset["image_ids"]]
+            image_ids = [tuple(ids) for ids in column_of(dataset, "image_ids")]
         self.train_sampler = ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
         return self.train_sampler
 

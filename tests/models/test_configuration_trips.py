@@ -112,6 +112,7 @@ NONSENSE = [
     (TripsConfig, {"prefix_lm_weight": -1}, ["`prefix_lm_weight`", "at least 0", "got -1"]),
     (TripsConfig, {"bbox_loss_coefficient": -1}, ["`bbox_loss_coefficient`", "at least 0", "got -1"]),
     (TripsConfig, {"giou_loss_coefficient": NOT_A_NUMBER}, ["`giou_loss_coefficient`", "at least 0", "got nan"]),
+    (TripsConfig, {"pointing_loss_coefficient": -1}, ["`pointing_loss_coefficient`", "at least 0", "got -1"]),
     (TripsConfig, {"num_images": 0}, ["`num_images`", "at least 1", "got 0"]),
 ]
 # Refused too, but without naming the field: see the mark.

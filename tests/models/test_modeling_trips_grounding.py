@@ -13,7 +13,12 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_trips import TripsModel
 from modeling_trips.losses_trips import paired_box_iou
-from modeling_trips.modeling_trips_grounding import TripsForVisualGrounding, box_losses, token_centers
+from modeling_trips.modeling_trips_grounding import (
+    TripsForVisualGrounding,
+    box_losses,
+    token_centers,
+    token_indices,
+)
 from modeling_trips.modeling_trips_vision import TripsSelection
 
 
@@ -60,7 +65,7 @@ def test_it_is_its_parts_for_one_text_at_a_time(guidance):
         kept = [*kept_by(vision)[-1][0], -1]  # -1: fused tokens, the last one new
         centers = [[0.5, 0.5] if i < 0 else [(i % 8 + 0.5) / 8, (i // 8 + 0.5) / 8] for i in kept]
         centers = torch.tensor([centers])
-        expected = model.box_head(fused[:, 0], vision.last_hidden_state[:, 1:], centers)
+        expected, _ = model.box_head(fused[:, 0], vision.last_hidden_state[:, 1:], centers)
         torch.testing.assert_close(output.pred_boxes[row], expected[0], rtol=1e-4, atol=1e-5)
         assert [rows[row] for rows in kept_by(output)] == [rows[0] for rows in kept_by(vision)]
 
@@ -68,10 +73,11 @@ def test_it_is_its_parts_for_one_text_at_a_time(guidance):
 def test_the_head_is_detrs_around_the_place_that_it_attends_to():
     head, state, tokens = make_model().box_head, torch.randn(WIDTH), torch.randn(3, IMAGE_WIDTH)
     centers = [[0.1, 0.9], [0.5, 0.5], [0.7, 0.3]]
-    boxes = head(state[None], tokens[None], torch.tensor([centers]))
+    boxes, looks = head(state[None], tokens[None], torch.tensor([centers]))
 
     scores = torch.stack([head.query(state).dot(head.key(token)) / WIDTH**0.5 for token in tokens])
-    weights = (scores.exp() / scores.exp().sum()).tolist()
+    torch.testing.assert_close(looks[0], scores.exp() / scores.exp().sum())
+    weights = looks[0].tolist()
     assert max(weights) - min(weights) > 0.1
     x, y = (sum(weight * center[axis] for weight, center in zip(weights, centers)) for axis in (0, 1))
     states = state + sum(weight * head.value(token) for weight, token in zip(weights, tokens))
@@ -84,10 +90,13 @@ def test_the_head_is_detrs_around_the_place_that_it_attends_to():
 def test_centers_of_what_two_layers_kept_by_hand():
     """A grid of 2 x 4: the patch at the bottom left and the one right of the top middle; fused tokens are nowhere."""
     selection = (None, TripsSelection(kept_indices=torch.tensor([[4, -1, 2]])))
+    image_states = torch.zeros(1, 4, IMAGE_WIDTH)
+    indices = token_indices(selection, image_states)
+    assert indices.tolist() == [[4, -1, 2, -1]]
     expected = torch.tensor([[[0.125, 0.75], [0.5, 0.5], [0.625, 0.25], [0.5, 0.5]]])
-    torch.testing.assert_close(token_centers(selection, 4, grid_size=(2, 4)), expected)
+    torch.testing.assert_close(token_centers(indices, grid_size=(2, 4)), expected)
     torch.testing.assert_close(
-        token_centers((), 4, grid_size=(4, 1)),
+        token_centers(token_indices((), image_states), grid_size=(4, 1)),
         torch.tensor([[[0.5, 0.125], [0.5, 0.375], [0.5, 0.625], [0.5, 0.875]]]),
     )
 
@@ -330,7 +339,7 @@ def test_autocast_does_not_round_places():
         torch.nn.init.zeros_(layer.bias)
     center = torch.tensor([0.7123, 0.3001])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        boxes = head(torch.ones(1, WIDTH), torch.ones(1, 4, IMAGE_WIDTH), center.expand(1, 4, 2))
+        boxes, _ = head(torch.ones(1, WIDTH), torch.ones(1, 4, IMAGE_WIDTH), center.expand(1, 4, 2))
     torch.testing.assert_close(boxes, torch.tensor([[*center, 0.5, 0.5]]), rtol=0, atol=1e-5)
 
 

@@ -5,10 +5,16 @@ from collections import Counter
 import pytest
 from named_pictures import NAMES, write_pictures
 
+from modeling_trips import TripsConfig
 from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.picture_scenes import SceneMaker
 from trips_examples.data.pictures import is_held_out
-from trips_examples.data.rows import image_sizes, images_of, without_decoding
+from trips_examples.data.rows import column_of, image_sizes, images_of, without_decoding
 from trips_examples.data.source import DataSource
+from trips_examples.data.texts import with_fitting_texts
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.metrics.groups import groups_of
+from trips_examples.training.models import make_processor
 
 
 TASKS = ["vqa", "captions", "nlvr2", "grounding"]
@@ -53,6 +59,27 @@ def test_rows_of_a_scene_share_one_image_that_is_made_when_they_are_read(task, s
     assert data[0].get("image", data[0].get("images")) is not None
     if task != "nlvr2":
         assert image_sizes(data) == dict.fromkeys(images, (64, 64)) and len(images_of(data)[0]) == len(images)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_columns_are_read_without_making_images(task, source, monkeypatch):
+    """A training looks through all texts and places before it starts: of thousands of scenes, images take minutes."""
+    data = load_task_dataset(task, DataSource(**source))
+
+    def render(maker, recipe):
+        raise AssertionError(f"made the image of {recipe}")
+
+    monkeypatch.setattr(SceneMaker, "render", render)
+    processor = make_processor(train_wordpiece_tokenizer(NAMES), TripsConfig.from_preset("tiny"))
+    fitting = with_fitting_texts(data, task, processor, skip=False)["validation"]
+    texts = list(column_of(data["validation"], TEXTS[task]))
+    assert list(column_of(fitting, TEXTS[task])) == texts and len(texts) >= 8
+    if task in ("vqa", "grounding"):
+        assert sum(map(len, groups_of(fitting).values())) > len(texts)  # by kind, and by size
+    if task != "nlvr2":
+        assert len(images_of(fitting)[0]) == 8
+    with pytest.raises(AssertionError, match="made the image"):
+        fitting[0]
 
 
 def test_statements_are_as_often_true_as_false_and_say_nothing_alone(source):

@@ -1,9 +1,11 @@
 """The model and the processor that a run starts with."""
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
@@ -76,13 +78,17 @@ class ModelStart:
         self.processor = TripsProcessor.from_pretrained(args.model_name_or_path)
         if args.image_size is not None:
             set_image_size(self.processor, args.image_size)
-        self.model = self.model_class.from_pretrained(
+        self.model, loading = self.model_class.from_pretrained(
             args.model_name_or_path,
             attn_implementation=args.attn_implementation,
+            output_loading_info=True,
             **args.config_overrides(),
             **self.config_fields,
         )
         self.config = self.model.config
+        if any(name.startswith("decoder.encoder.") for name in loading["missing_keys"]):
+            start_decoder_from_text(self.model)
+            logger.info("%s has no decoder: it starts from the text encoder.", args.model_name_or_path)
 
     def _load_parts(self):
         """The fusion and the decoder start from the text encoder; pixels are normalised as the vision tower's."""
@@ -127,6 +133,20 @@ class ModelStart:
         )
         self.model = self.model_class._from_config(self.config, attn_implementation=self.args.attn_implementation)
         self.processor = make_processor(tokenizer, self.config)
+
+
+@torch.no_grad()
+def start_decoder_from_text(model: TripsPreTrainedModel):
+    """
+    Copies the embeddings and the upper layers of the text encoder to the decoder, where their shapes agree, as
+    `from_vision_text_pretrained` does with `decoder_from_text`. Its cross-attention stays new.
+    """
+    source = model.base_model.text_model.state_dict()
+    first = max(model.config.text_config.num_hidden_layers - model.config.decoder_config.num_hidden_layers, 0)
+    for name, tensor in model.decoder.state_dict().items():
+        name = re.sub(r"(?<=encoder\.layer\.)\d+", lambda number: str(int(number.group()) + first), name)
+        if name in source and source[name].shape == tensor.shape:
+            tensor.copy_(source[name])
 
 
 def check_frozen_layers(config: TripsConfig, num_layers: int | None):

@@ -6,7 +6,7 @@ import torch
 from toy_pairs import write_parts
 from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import ModelStart, make_processor
 from trips_examples.training.options import ModelArguments
@@ -104,3 +104,28 @@ def test_no_more_layers_are_frozen_than_there_are(parts):
 def test_options_of_parts_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ModelArguments(**options)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_decoder_that_a_checkpoint_lacks_starts_from_its_text_encoder(num_layers, processor, tmp_path):
+    sizes = {
+        "text_config": {"num_hidden_layers": 2, "vocab_size": len(processor.tokenizer)},
+        "decoder_config": {"num_hidden_layers": num_layers},
+    }
+    TripsForVisualGrounding(TripsConfig.from_preset("tiny", **sizes)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path))
+    model, _ = ModelStart(TripsForQuestionAnswering, args).finish([])
+    text, decoder = model.model.text_model, model.decoder
+    torch.testing.assert_close(decoder.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
+    assert model.lm_head.decoder.weight is decoder.embeddings.word_embeddings.weight
+    uppermost = text.encoder.layer[-num_layers:]
+    for layer, source in zip(decoder.encoder.layer, uppermost):
+        weights = layer.state_dict()
+        for name, weight in source.state_dict().items():
+            torch.testing.assert_close(weights[name], weight)
+    # What a checkpoint has is not overwritten.
+    torch.nn.init.ones_(decoder.encoder.layer[0].output.dense.weight)
+    model.save_pretrained(tmp_path)
+    again, _ = ModelStart(TripsForQuestionAnswering, args).finish([])
+    assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()

@@ -1,6 +1,7 @@
 """
-Real eyes, real words, real pictures, from nothing but PyPI and Debian: make the towers and a list of pictures, train
-boxes and questions about scenes of them, unpruned and with patches that text or image choose, and draw a page.
+Real eyes, real words, real pictures, from nothing but PyPI and Debian: make the towers and a list of pictures, learn
+names from pictures alone, then boxes and questions about scenes of them, unpruned and with patches that text or image
+choose, and draw a page.
 
     python examples/pictures.py            # what `make pictures` runs
     python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
@@ -39,18 +40,22 @@ SUBJECTS = (
     "tools transportation"
 ).split()
 
-SCENE_SIZE = "168"
 RECIPE = (
-    "--freeze_vision_layers 6 --learning_rate 1e-4 --per_device_train_batch_size 64 --save_strategy no "
-    "--logging_steps 20 --disable_tqdm True"
+    "--freeze_vision_layers 6 --learning_rate 3e-4 --tower_learning_rate 1e-4 --per_device_train_batch_size 64 "
+    "--skip_bad_rows True --save_strategy no --logging_steps 20 --disable_tqdm True"
 ).split()
+NAMES = "--dataset_name pictures --scene_size 84 --keep_rate 1.0".split()
+SCENES = "--dataset_name picture_scenes --scene_size 112".split()
 SELECTION = ["--selection_layers", "7", "--keep_rate", "0.25"]
 VARIANTS = {
     "unpruned": ["--keep_rate", "1.0"],
     "text": [*SELECTION, "--selection_guidance", "text"],
     "image": [*SELECTION, "--selection_guidance", "image"],
 }
-TASKS = ("grounding", "vqa")
+TASKS = {"grounding": ["--pointing_loss_coefficient", "2"], "vqa": []}
+LONG = "--train_scenes 24000 --validation_scenes 800 --max_steps 1200".split()
+SHORT = "--train_scenes 3600 --validation_scenes 800 --num_train_epochs 1".split()
+QUICK = "--train_scenes 60 --validation_scenes 20 --num_train_epochs 1".split()
 
 
 @dataclass
@@ -113,24 +118,30 @@ def towers_in(folder: Path) -> Part:
 
 
 def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Iterator[Part]:
-    """A model of each task from the towers in `made`, unpruned; from it, one with each way of choosing; a page."""
-    data = ["--dataset_name", "picture_scenes", "--pictures", *pictures, "--skip_bad_rows", "True"]
-    data += ["--scene_size", SCENE_SIZE, "--train_scenes", "60" if quick else "4000"]
-    data += ["--validation_scenes", "20" if quick else "400"]
+    """
+    From the towers in `made` a model of names; from it one of boxes, and from that one of questions, unpruned; from
+    each of the two, one with each way of choosing; a page.
+    """
+
+    def part(name: str, script: str, data: list[str], *options: str) -> Part:
+        output = folder / name
+        options = [*data, "--pictures", *pictures, *RECIPE, *options, "--output_dir", str(output)]
+        return Part(name, output / "eval_results.json", script, options)
+
     towers = ["--vision_model_name_or_path", str(made / "towers/dinov2-small")]
     towers += ["--text_model_name_or_path", str(made / "towers/minilm"), "--num_fusion_layers", "2"]
-    for task in TASKS:
-        first = folder / f"{task}-start"
-        runs = {"start": [*towers, "--keep_rate", "1.0", "--num_train_epochs", "1" if quick else "2"]}
-        for variant, options in VARIANTS.items():
-            runs[variant] = ["--model_name_or_path", str(first), *options, "--num_train_epochs", "1"]
-        for name, options in runs.items():
-            output = folder / f"{task}-{name}"
-            options = [*data, *RECIPE, *options, "--output_dir", str(output)]
-            yield Part(f"{task}-{name}", output / "eval_results.json", f"run_{task}", options)
-    drawn = ["--model_name_or_path", str(folder / "grounding-text"), "--do_train", "False", "--num_pictures", "12"]
-    page = folder / "page"
-    yield Part("page", page / "predictions.png", "run_grounding", [*data, *RECIPE, *drawn, "--output_dir", str(page)])
+    yield part("names", "run_retrieval", NAMES, *towers, "--num_train_epochs", "1" if quick else "24")
+    before = "names"
+    for task, options in TASKS.items():
+        start = f"{task}-start"
+        runs = {start: (before, VARIANTS["unpruned"], LONG)}
+        runs |= {f"{task}-{variant}": (start, selection, SHORT) for variant, selection in VARIANTS.items()}
+        for name, (model, selection, length) in runs.items():
+            model = ["--model_name_or_path", str(folder / model)]
+            yield part(name, f"run_{task}", SCENES, *model, *(QUICK if quick else length), *options, *selection)
+        before = start
+    page = ["--model_name_or_path", str(folder / "grounding-text"), "--do_train", "False", "--num_pictures", "12"]
+    yield part("page", "run_grounding", SCENES, *QUICK, *page)
 
 
 def table(folder: Path, minutes: dict[str, float]) -> str:

@@ -14,6 +14,7 @@ from trips_examples.training.start import StartedTrainingArguments
 
 ARGUMENTS = {
     "run_grounding": ["GroundingArguments", ModelArguments, StartedTrainingArguments],
+    "run_retrieval": [DataArguments, "RetrievalModelArguments", "RetrievalTrainingArguments"],
     "run_vqa": ["DataArguments", ModelArguments, StartedTrainingArguments],
     "make_towers": ["TowerArguments"],
 }
@@ -26,6 +27,7 @@ def test_scripts_take_the_commands(quick, tmp_path):
     parts += pictures.trainings(tmp_path / "full", tmp_path, [str(file)], quick)
     assert [part.name for part in parts] == [
         "towers",
+        "names",
         *(f"grounding-{name}" for name in ("start", "unpruned", "text", "image")),
         *(f"vqa-{name}" for name in ("start", "unpruned", "text", "image")),
         "page",
@@ -35,8 +37,9 @@ def test_scripts_take_the_commands(quick, tmp_path):
         classes = [getattr(script, each) if isinstance(each, str) else each for each in ARGUMENTS[part.module]]
         parsed = make_parser(*classes, description="").parse_args_into_dataclasses(args=part.options)
         if isinstance(parsed[0], DataArguments):
-            parsed[0].check(part.module.removeprefix("run_"))
-            assert parsed[0].train_scenes == (60 if quick else 4000)
+            parsed[0].check({"run_retrieval": "captions"}.get(part.module, part.module.removeprefix("run_")))
+            assert quick or part.name in ("names", "page") or parsed[0].train_scenes >= 3600
+            assert not quick or part.name == "names" or parsed[0].train_scenes == 60
 
 
 def test_what_has_ended_is_not_run_again(tmp_path, capsys):
@@ -48,7 +51,7 @@ def test_what_has_ended_is_not_run_again(tmp_path, capsys):
         part.result.write_text(json.dumps({"eval_accuracy": number / 100}))
     (folder / "minutes.json").write_text(json.dumps({part.name: 1.0 for part in parts}))
     pictures.main([f"--output_dir={tmp_path / 'out'}", f"--pictures={file}"])
-    assert "| `text` | 3.0% | 1.0 | 7.0% | 1.0 |" in capsys.readouterr().out
+    assert "| `text` | 4.0% | 1.0 | 8.0% | 1.0 |" in capsys.readouterr().out
     assert not (folder / "logs").exists()
 
 

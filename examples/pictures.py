@@ -46,10 +46,10 @@ RECIPE = (
 ).split()
 NAMES = "--dataset_name pictures --scene_size 84 --keep_rate 1.0".split()
 SCENES = "--dataset_name picture_scenes --scene_size 112".split()
-SELECTION = ["--selection_layers", "7", "--keep_rate", "0.25"]
+SELECTION = ["--selection_layers", "9", "--keep_rate", "0.25"]
 VARIANTS = {
     "unpruned": ["--keep_rate", "1.0"],
-    "text": [*SELECTION, "--selection_guidance", "text"],
+    "text": [*SELECTION, "--selection_guidance", "text", "--selection_loss_weight", "4"],
     "image": [*SELECTION, "--selection_guidance", "image"],
 }
 TASKS = {"grounding": ["--pointing_loss_coefficient", "2"], "vqa": []}

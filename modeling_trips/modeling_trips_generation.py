@@ -71,6 +71,17 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
         self.post_init()
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        """
+        As in Transformers. But a checkpoint of a task that does not write has no generation config, and its model
+        config does not say which token ends a text: its decoder's does.
+        """
+        of_decoder = self.generation_config
+        super().adjust_generation_fn(*args, **kwargs)
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(self.generation_config, name) is None:
+                setattr(self.generation_config, name, getattr(of_decoder, name))
+
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 

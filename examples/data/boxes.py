@@ -12,7 +12,7 @@ from trips_examples.data.faults import BadRows, Fault
 from trips_examples.data.rows import image_size, without_decoding
 
 
-TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#d9480f"
+TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
 
 _OPPOSITES = {"left": "right", "right": "left"}
 
@@ -77,7 +77,7 @@ def swap_left_and_right(text: str) -> str:
 def draw_boxes(
     image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float], side: int = 240
 ) -> PIL.Image.Image:
-    """The image, its longer side made `side` pixels long, with the true box green and the predicted one orange."""
+    """The image, its longer side made `side` pixels long, with the true box green and the predicted one blue."""
     scale = side / max(image.size)
     picture = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = PIL.ImageDraw.Draw(picture)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_trips import TripsConfig
+from modeling_trips import TripsConfig, TripsForVisualGrounding
 from modeling_trips.registration_trips import MODELS
 
 
@@ -357,6 +357,15 @@ def test_a_checkpoint_remembers_how_to_generate(model_class, tmp_path):
     model.generation_config = config
     model.save_pretrained(tmp_path)
     assert torch.equal(model_class.from_pretrained(tmp_path).generate(**inputs()), expected)
+
+
+@each_class
+def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(model_class, tmp_path):
+    """As one of boxes, which has no generation config."""
+    TripsForVisualGrounding(make_model(model_class).config).save_pretrained(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+    options = model_class.from_pretrained(tmp_path).generation_config
+    assert (options.bos_token_id, options.eos_token_id) == (START, END)
 
 
 @each_class

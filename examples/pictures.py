@@ -7,9 +7,9 @@ choose, and draw a page.
     python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
     python examples/pictures.py --prepare  # makes the towers and the list of emoji, and stops
 
-A part that has ended is not run again: start it anew after an interruption. The pictures are Noto's emoji and
-openclipart's drawings, from Debian's packages, which are taken from where they are installed or else unpacked into the
-folder (with apt-get and dpkg-deb, without root).
+A part that has ended with the same options is not run again: start it anew after an interruption. The pictures are
+Noto's emoji and openclipart's drawings, from Debian's packages, which are taken from where they are installed or else
+unpacked into the folder (with apt-get and dpkg-deb, without root).
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -119,39 +119,36 @@ def towers_in(folder: Path) -> Part:
 
 def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Iterator[Part]:
     """
-    From the towers in `made` a model of names; from it one of boxes, and from that one of questions, unpruned; from
-    each of the two, one with each way of choosing; a page.
+    From the towers in `made` a model of names; from it one of boxes and one of questions, unpruned; from each of the
+    two, one with each way of choosing; a page.
     """
 
     def part(name: str, script: str, data: list[str], *options: str) -> Part:
         output = folder / name
-        options = [*data, "--pictures", *pictures, *RECIPE, *options, "--output_dir", str(output)]
-        return Part(name, output / "eval_results.json", script, options)
+        everything = [*data, "--pictures", *pictures, *RECIPE, *options, "--output_dir", str(output)]
+        return Part(f"{folder.name}/{name}", output / "eval_results.json", script, everything)
 
     towers = ["--vision_model_name_or_path", str(made / "towers/dinov2-small")]
     towers += ["--text_model_name_or_path", str(made / "towers/minilm"), "--num_fusion_layers", "2"]
     yield part("names", "run_retrieval", NAMES, *towers, "--num_train_epochs", "1" if quick else "24")
-    before = "names"
-    for task, options in TASKS.items():
-        start = f"{task}-start"
-        runs = {start: (before, VARIANTS["unpruned"], LONG)}
-        runs |= {f"{task}-{variant}": (start, selection, SHORT) for variant, selection in VARIANTS.items()}
-        for name, (model, selection, length) in runs.items():
-            model = ["--model_name_or_path", str(folder / model)]
-            yield part(name, f"run_{task}", SCENES, *model, *(QUICK if quick else length), *options, *selection)
-        before = start
-    page = ["--model_name_or_path", str(folder / "grounding-text"), "--do_train", "False", "--num_pictures", "12"]
-    yield part("page", "run_grounding", SCENES, *QUICK, *page)
+    for task, task_options in TASKS.items():
+        runs = {"start": ("names", VARIANTS["unpruned"], LONG)}
+        runs |= {variant: (f"{task}-start", selection, SHORT) for variant, selection in VARIANTS.items()}
+        for name, (checkpoint, selection, length) in runs.items():
+            options = ["--model_name_or_path", str(folder / checkpoint), *(QUICK if quick else length)]
+            yield part(f"{task}-{name}", f"run_{task}", SCENES, *options, *task_options, *selection)
+    options = ["--model_name_or_path", str(folder / "grounding-text"), "--do_train", "False", "--num_pictures", "12"]
+    yield part("page", "run_grounding", SCENES, "--train_scenes", "1", "--validation_scenes", "20", *options)
 
 
-def table(folder: Path, minutes: dict[str, float]) -> str:
+def table(folder: Path, ended: dict[str, dict]) -> str:
     """The accuracies in Markdown."""
     lines = ["| selection | boxes (IoU 0.5) | minutes | questions | minutes |", "|---|---|---|---|---|"]
     for variant in VARIANTS:
         cells = []
         for task in TASKS:
             result = json.loads((folder / f"{task}-{variant}/eval_results.json").read_text())
-            cells += [f"{result['eval_accuracy']:.1%}", f"{minutes[f'{task}-{variant}']:.1f}"]
+            cells += [f"{result['eval_accuracy']:.1%}", f"{ended[f'{folder.name}/{task}-{variant}']['minutes']:.1f}"]
         lines.append(f"| `{variant}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -164,21 +161,21 @@ def main(argv: list[str] | None = None):
     parts = [towers_in(made)]
     if not args.prepare:
         parts += trainings(folder, made, pictures, args.quick)
-    times = folder / "minutes.json"
-    minutes = json.loads(times.read_text()) if times.exists() else {}
+    done = made / "done.json"  # the options of each part that has ended, and its minutes
+    ended = json.loads(done.read_text()) if done.exists() else {}
     for part in (bar := tqdm(parts)):
         bar.set_description(part.name)
-        if not part.result.exists():
+        if not part.result.exists() or ended.get(part.name, {}).get("options") != part.options:
             start = time.perf_counter()
-            part.run(folder / "logs" / f"{part.name}.txt")
-            minutes[part.name] = (time.perf_counter() - start) / 60
-            write_json(times, minutes)
+            part.run(made / "logs" / f"{part.name}.txt")
+            ended[part.name] = {"options": part.options, "minutes": (time.perf_counter() - start) / 60}
+            write_json(done, ended)
     if args.prepare:
         print(f"Towers: {made / 'towers'}. Pictures: {' '.join(pictures)}")
         return
     if args.quick:
         print("A taste, on few scenes: these numbers say that everything runs, and nothing else.")
-    print(table(folder, minutes))
+    print(table(folder, ended))
     print(f"All of names and pictures that training has not seen. A page of them: {folder / 'page/predictions.png'}")
 
 

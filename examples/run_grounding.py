@@ -15,6 +15,7 @@ Installed without its source, the script is `python -m trips_examples.run_ground
 import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import evaluate
 import PIL.Image
@@ -65,10 +66,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = with_visible_boxes(data, processor, skip=data_args.skip_bad_rows)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
+    @cache
+    def sizes() -> list[tuple[int, int]]:
+        of_images = image_sizes(data["validation"])
+        return [of_images[image_id] for image_id in column_of(data["validation"], "image_id")]
+
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
-        sizes = image_sizes(data["validation"])
-        in_order = [sizes[image_id] for image_id in column_of(data["validation"], "image_id")]
-        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), in_order).tolist()
+        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes()).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=boxes_of(prediction), references=column_of(data["validation"], "box"))

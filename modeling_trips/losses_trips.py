@@ -167,7 +167,8 @@ def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, ta
     would be expectation maximisation, which soon looks at a patch or two; none would want all of a region alike.)
 
     Args:
-        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): of a selection layer.
+        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): attention of a selection
+            layer or a head, and to which patches.
         targets (`torch.Tensor` of shape `(num_texts, num_patches)`): where to look, not negative; a row of zeros
             teaches nothing.
 

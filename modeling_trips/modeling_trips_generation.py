@@ -78,7 +78,10 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         """
         of_decoder = self.generation_config
         super().adjust_generation_fn(*args, **kwargs)
-        for name in ("bos_token_id", "eos_token_id"):
+        names = ["bos_token_id", "eos_token_id"]
+        if self.generation_config.max_length is None:
+            names.append("max_new_tokens")
+        for name in names:
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(of_decoder, name))
 

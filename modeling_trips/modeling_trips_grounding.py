@@ -94,7 +94,7 @@ class TripsBoxHead(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
-            `torch.Tensor` of shape `(num_texts, num_tokens)`: how much it looks at each token, float32.
+            `torch.Tensor` of shape `(num_texts, num_tokens)`: attention to each token, float32; rows sum to 1.
         """
         query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
         scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
@@ -193,7 +193,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         grid_size = self.model.grid_of(pixel_values, prefix)
         indices = token_indices(outputs.selection, image_states)
         centers = token_centers(indices, grid_size)
-        pred_boxes, looks = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
+        pred_boxes, weights = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
         config, loss = self.config, None
         losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
         if labels is not None:
@@ -202,9 +202,8 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             if outputs.selection_losses is not None:
                 losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
             if self.training and config.pointing_loss_coefficient > 0:
-                losses["pointing_loss"] = mean_over_boxes(
-                    pointing_losses(looks, indices, labels, grid_size), num_items
-                )
+                pointing = pointing_losses(weights, indices, labels, grid_size)
+                losses["pointing_loss"] = mean_over_boxes(pointing, num_items)
             loss = weighted_sum(
                 (config.bbox_loss_coefficient, losses["l1_loss"]),
                 (config.giou_loss_coefficient, losses["giou_loss"]),
@@ -243,15 +242,15 @@ def box_losses(
 
 
 def pointing_losses(
-    looks: torch.Tensor, indices: torch.LongTensor, labels: torch.Tensor, grid_size: tuple[int, int]
+    weights: torch.Tensor, indices: torch.LongTensor, labels: torch.Tensor, grid_size: tuple[int, int]
 ) -> torch.Tensor:
     """
-    How far each text's `looks` (`(num_texts, num_tokens)`, see [`TripsBoxHead`]) are from its box, as
-    [`selection_loss`] tells it of the patches that were kept: `(num_texts,)`, 0 where none of the box is among them.
-    A fused token shows no place, so that nothing is to be found there.
+    How far the attention `weights` of [`TripsBoxHead`] are from each text's box, as [`selection_loss`] tells it of the
+    patches that were kept: `(num_texts,)`, 0 where none of the box is among them. A fused token shows no place, so
+    that nothing is to be found there.
     """
-    indices = indices.masked_fill(indices < 0, PADDING).expand_as(looks)
-    return selection_loss(looks, indices, region_targets(labels, grid_size))
+    indices = indices.masked_fill(indices < 0, PADDING).expand_as(weights)
+    return selection_loss(weights, indices, region_targets(labels.to(weights.device), grid_size))
 
 
 def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:

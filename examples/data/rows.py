@@ -2,15 +2,15 @@
 
 import PIL.Image
 import torch
-from datasets import Column, Dataset, Image, Sequence
+from datasets import Dataset, Image, Sequence
 
 from trips_examples.data.faults import BadRowError, Fault
 from trips_examples.data.images import decode_image, open_image, path_or_bytes, upright_size, usable_size
 
 
-def column_of(dataset: Dataset, name: str) -> Column:
-    """A column as it is stored. To read it from `dataset` itself would make the images of all rows that are made."""
-    return dataset.with_format(None)[name]
+def column_of(dataset: Dataset, name: str) -> list:
+    """A column, without making images: `dataset[name]` runs the transform of scenes, which makes those of all rows."""
+    return dataset.with_format(None)[name][:]
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
@@ -66,11 +66,11 @@ class DecodedImages(torch.utils.data.Dataset):
 
 def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
     """The first row of each image, and for each row the position of its image among them."""
-    rows = {}
-    for row, image_id in enumerate(column_of(dataset, "image_id")):
+    rows, image_ids = {}, column_of(dataset, "image_id")
+    for row, image_id in enumerate(image_ids):
         rows.setdefault(image_id, row)
     position = {image_id: index for index, image_id in enumerate(rows)}
-    return list(rows.values()), torch.tensor([position[image_id] for image_id in column_of(dataset, "image_id")])
+    return list(rows.values()), torch.tensor([position[image_id] for image_id in image_ids])
 
 
 def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:

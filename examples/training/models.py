@@ -1,12 +1,12 @@
 """The model and the processor that a run starts with."""
 
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import make_processor
@@ -86,8 +86,7 @@ class ModelStart:
             **self.config_fields,
         )
         self.config = self.model.config
-        if any(name.startswith("decoder.encoder.") for name in loading["missing_keys"]):
-            start_decoder_from_text(self.model)
+        if has_new_decoder(self.model, loading["missing_keys"]) and start_decoder_from_text(self.model):
             logger.info("%s has no decoder: it starts from the text encoder.", args.model_name_or_path)
 
     def _load_parts(self):
@@ -135,18 +134,30 @@ class ModelStart:
         self.processor = make_processor(tokenizer, self.config)
 
 
+def has_new_decoder(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool:
+    """Whether a model has a decoder of which all layers are among the `missing` names of a checkpoint."""
+    layers = {name for name, _ in model.named_parameters() if name.startswith("decoder.encoder.")}
+    return bool(layers) and layers <= set(missing)
+
+
 @torch.no_grad()
-def start_decoder_from_text(model: TripsPreTrainedModel):
+def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
     """
-    Copies the embeddings and the upper layers of the text encoder to the decoder, where their shapes agree, as
-    `from_vision_text_pretrained` does with `decoder_from_text`. Its cross-attention stays new.
+    Copies the embeddings and the upper layers of the text encoder to the decoder, whose cross-attention stays new, as
+    `from_vision_text_pretrained` does with `decoder_from_text`. Returns whether it did: not where their sizes differ,
+    the text encoder has no layers of its own (`fusion_type="single_stream"`), or DeepSpeed has the weights in pieces.
     """
-    source = model.base_model.text_model.state_dict()
-    first = max(model.config.text_config.num_hidden_layers - model.config.decoder_config.num_hidden_layers, 0)
-    for name, tensor in model.decoder.state_dict().items():
-        name = re.sub(r"(?<=encoder\.layer\.)\d+", lambda number: str(int(number.group()) + first), name)
-        if name in source and source[name].shape == tensor.shape:
-            tensor.copy_(source[name])
+    text, decoder = model.base_model.text_model, model.decoder
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    agree = all(getattr(text.config, size) == getattr(decoder.config, size) for size in sizes)
+    if not agree or text.config.num_hidden_layers == 0 or is_deepspeed_zero3_enabled():
+        return False
+    decoder.embeddings.load_state_dict(text.embeddings.state_dict())
+    model.lm_head.decoder.weight.copy_(text.embeddings.word_embeddings.weight)
+    layers = decoder.encoder.layer
+    for layer, source in zip(layers, text.encoder.layer[-len(layers) :]):
+        layer.load_state_dict(source.state_dict(), strict=False)
+    return True
 
 
 def check_frozen_layers(config: TripsConfig, num_layers: int | None):

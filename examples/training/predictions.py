@@ -40,7 +40,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
     and the place of the first right one, from 1.
     """
     rows, _ = images_of(dataset)
-    sources, image_ids = column_of(dataset, "source"), list(column_of(dataset.select(rows), "image_id"))
+    sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
 
     def write(name: str, queries: Iterable[dict], ranking: Ranking, candidates: list[str]):
         found = zip(queries, ranking.candidates.tolist(), ranking.first_right.tolist(), strict=True)
@@ -51,7 +51,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
         write_json_lines(Path(folder, name), lines)
 
     write("found_images.jsonl", dataset.select_columns(["source", "caption"]), results.found_images, image_ids)
-    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], results.found_texts, list(sources))
+    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], results.found_texts, sources)
 
 
 @torch.inference_mode()
@@ -81,5 +81,5 @@ def draw_predicted_boxes(
     rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
     pictures = [draw_boxes(image_of(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
     partial = Path(folder, "partial-predictions.png")
-    sheet(pictures, rows["expression"]).save(partial)
+    sheet(pictures, column_of(rows, "expression")).save(partial)
     partial.replace(Path(folder, "predictions.png"))

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_trips import MomentumTeacher
+from trips_examples.data.rows import column_of
 from trips_examples.data.streams import PairStream, Position
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_whole
@@ -199,7 +200,7 @@ class PretrainingTrainer(RetrievalTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {}
         if self.model.config.itc_weight > 0:
-            metrics = {**self.search(dataset).metrics, "chance_r1": 1 / len(set(dataset["image_id"]))}
+            metrics = {**self.search(dataset).metrics, "chance_r1": 1 / len(set(column_of(dataset, "image_id")))}
         metrics |= word_and_matching_metrics(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)

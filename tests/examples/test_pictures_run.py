@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 from named_pictures import write_pictures
@@ -25,21 +26,21 @@ def test_scripts_take_the_commands(quick, tmp_path):
     file = write_pictures(tmp_path)
     parts = [pictures.towers_in(tmp_path)]
     parts += pictures.trainings(tmp_path / "full", tmp_path, [str(file)], quick)
-    assert [part.name for part in parts] == [
-        "towers",
-        "names",
-        *(f"grounding-{name}" for name in ("start", "unpruned", "text", "image")),
-        *(f"vqa-{name}" for name in ("start", "unpruned", "text", "image")),
-        "page",
-    ]
+    before = {"towers": None, "full/names": None, "full/page": "grounding-text"}
+    for task in ("grounding", "vqa"):
+        before[f"full/{task}-start"] = "names"
+        before |= {f"full/{task}-{name}": f"{task}-start" for name in ("unpruned", "text", "image")}
+    assert {part.name for part in parts} == before.keys()
     for part in parts:
         script = importlib.import_module(f"trips_examples.{part.module}")
         classes = [getattr(script, each) if isinstance(each, str) else each for each in ARGUMENTS[part.module]]
         parsed = make_parser(*classes, description="").parse_args_into_dataclasses(args=part.options)
         if isinstance(parsed[0], DataArguments):
             parsed[0].check({"run_retrieval": "captions"}.get(part.module, part.module.removeprefix("run_")))
-            assert quick or part.name in ("names", "page") or parsed[0].train_scenes >= 3600
-            assert not quick or part.name == "names" or parsed[0].train_scenes == 60
+            start = parsed[1].model_name_or_path
+            assert (start and Path(start)) == (before[part.name] and tmp_path / "full" / before[part.name])
+            if before[part.name] not in (None, "grounding-text"):
+                assert (parsed[0].train_scenes == 60) == quick
 
 
 def test_what_has_ended_is_not_run_again(tmp_path, capsys):
@@ -49,10 +50,24 @@ def test_what_has_ended_is_not_run_again(tmp_path, capsys):
     for number, part in enumerate(parts):
         part.result.parent.mkdir(parents=True, exist_ok=True)
         part.result.write_text(json.dumps({"eval_accuracy": number / 100}))
-    (folder / "minutes.json").write_text(json.dumps({part.name: 1.0 for part in parts}))
+    ended = {part.name: {"options": part.options, "minutes": 1.0} for part in parts}
+    (tmp_path / "out" / "done.json").write_text(json.dumps(ended))
     pictures.main([f"--output_dir={tmp_path / 'out'}", f"--pictures={file}"])
     assert "| `text` | 4.0% | 1.0 | 8.0% | 1.0 |" in capsys.readouterr().out
-    assert not (folder / "logs").exists()
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+def test_what_has_ended_with_other_options_is_run_again(tmp_path):
+    """As of an earlier recipe. That it is run is seen by its failing: there is no tower."""
+    file, made = write_pictures(tmp_path), tmp_path / "out"
+    towers, names, *_ = [pictures.towers_in(made), *pictures.trainings(made / "full", made, [str(file)], quick=False)]
+    for part in (towers, names):
+        part.result.parent.mkdir(parents=True, exist_ok=True)
+        part.result.write_text("{}")
+    ended = {"towers": {"options": towers.options}, "full/names": {"options": [*names.options, "--seed", "1"]}}
+    (made / "done.json").write_text(json.dumps(ended))
+    with pytest.raises(RuntimeError, match="full/names failed with status 1"):
+        pictures.main([f"--output_dir={made}", f"--pictures={file}"])
 
 
 def test_a_part_that_fails_names_its_log(tmp_path):

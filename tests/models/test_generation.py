@@ -365,7 +365,7 @@ def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(model_cla
     TripsForVisualGrounding(make_model(model_class).config).save_pretrained(tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
     options = model_class.from_pretrained(tmp_path).generation_config
-    assert (options.bos_token_id, options.eos_token_id) == (START, END)
+    assert (options.bos_token_id, options.eos_token_id, options.max_new_tokens) == (START, END, 10)
 
 
 @each_class

@@ -129,3 +129,14 @@ def test_a_decoder_that_a_checkpoint_lacks_starts_from_its_text_encoder(num_laye
     model.save_pretrained(tmp_path)
     again, _ = ModelStart(TripsForQuestionAnswering, args).finish([])
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
+
+
+@pytest.mark.parametrize("sizes", [{"decoder_config": {"intermediate_size": 96}}, {"fusion_type": "single_stream"}])
+def test_a_decoder_unlike_the_text_encoder_stays_new(sizes, processor, tmp_path, caplog):
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, **sizes)
+    TripsForVisualGrounding(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        model, _ = ModelStart(TripsForQuestionAnswering, ModelArguments(model_name_or_path=str(tmp_path))).finish([])
+    embeddings = [part.embeddings.word_embeddings.weight for part in (model.decoder, model.model.text_model)]
+    assert not torch.equal(*embeddings) and "starts from the text encoder" not in caplog.text

@@ -130,7 +130,7 @@ def test_pictures_show_both_boxes(tmp_path):
     picture = draw_boxes(image, [10, 10, 50, 50], [60, 20, 100, 50], side=240)
     assert picture.size == (240, 120)
     assert picture.getpixel((20, 60)) == (0x2B, 0x8A, 0x3E)  # the left edge of the true box, at twice the size
-    assert picture.getpixel((120, 60)) == (0xD9, 0x48, 0x0F)
+    assert picture.getpixel((120, 60)) == (0x18, 0x64, 0xAB)
     rows = Dataset.from_list([row([10, 5, 40, 25], image_id=str(number)) for number in range(7)])
     draw_predicted_boxes(tmp_path, rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
     assert PIL.Image.open(tmp_path / "predictions.png").size == (4 * 250, 2 * 270)

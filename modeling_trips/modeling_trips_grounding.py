@@ -201,6 +201,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
             if outputs.selection_losses is not None:
                 losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
+            # CODEPATH: a coefficient of 0, the default, leaves the loss out.
             if self.training and config.pointing_loss_coefficient > 0:
                 pointing = pointing_losses(weights, indices, labels, grid_size)
                 losses["pointing_loss"] = mean_over_boxes(pointing, num_items)

@@ -72,8 +72,8 @@ def test_columns_are_read_without_making_images(task, source, monkeypatch):
     monkeypatch.setattr(SceneMaker, "render", render)
     processor = make_processor(train_wordpiece_tokenizer(NAMES), TripsConfig.from_preset("tiny"))
     fitting = with_fitting_texts(data, task, processor, skip=False)["validation"]
-    texts = list(column_of(data["validation"], TEXTS[task]))
-    assert list(column_of(fitting, TEXTS[task])) == texts and len(texts) >= 8
+    texts = column_of(data["validation"], TEXTS[task])
+    assert column_of(fitting, TEXTS[task]) == texts and len(texts) >= 8
     if task in ("vqa", "grounding"):
         assert sum(map(len, groups_of(fitting).values())) > len(texts)  # by kind, and by size
     if task != "nlvr2":

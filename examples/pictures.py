@@ -1,7 +1,7 @@
 """
 Real eyes, real words, real pictures, from nothing but PyPI and Debian: make the towers and a list of pictures, learn
-names from pictures alone, then boxes and questions about scenes of them, unpruned and with patches that text or image
-choose, and draw a page.
+names from pictures alone, then boxes in scenes of them, then questions about these, unpruned and with patches that text
+or image choose, and draw a page.
 
     python examples/pictures.py            # what `make pictures` runs
     python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
@@ -42,7 +42,7 @@ SUBJECTS = (
 
 RECIPE = (
     "--freeze_vision_layers 6 --learning_rate 3e-4 --tower_learning_rate 1e-4 --per_device_train_batch_size 64 "
-    "--skip_bad_rows True --save_strategy no --logging_steps 20 --disable_tqdm True"
+    "--skip_bad_rows True --save_strategy no --logging_steps 20 --disable_tqdm True --pointing_loss_coefficient 2"
 ).split()
 NAMES = "--dataset_name pictures --scene_size 84 --keep_rate 1.0".split()
 SCENES = "--dataset_name picture_scenes --scene_size 112".split()
@@ -52,7 +52,9 @@ VARIANTS = {
     "text": [*SELECTION, "--selection_guidance", "text", "--selection_loss_weight", "4"],
     "image": [*SELECTION, "--selection_guidance", "image"],
 }
-TASKS = {"grounding": ["--pointing_loss_coefficient", "2"], "vqa": []}
+# Questions whose answers are a few words: names that training has not read are never written.
+TASKS = {"grounding": [], "vqa": ["--question_kinds", "side", "place", "size", "count", "presence"]}
+STARTS = {"grounding": "names", "vqa": "grounding-start"}
 LONG = "--train_scenes 24000 --validation_scenes 800 --max_steps 1200".split()
 SHORT = "--train_scenes 3600 --validation_scenes 800 --num_train_epochs 1".split()
 QUICK = "--train_scenes 60 --validation_scenes 20 --num_train_epochs 1".split()
@@ -119,8 +121,8 @@ def towers_in(folder: Path) -> Part:
 
 def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Iterator[Part]:
     """
-    From the towers in `made` a model of names; from it one of boxes and one of questions, unpruned; from each of the
-    two, one with each way of choosing; a page.
+    From the towers in `made` a model of names, from it one of boxes, and from that one of questions, unpruned; from
+    each of the latter two, one with each way of choosing; a page.
     """
 
     def part(name: str, script: str, data: list[str], *options: str) -> Part:
@@ -132,7 +134,7 @@ def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Ite
     towers += ["--text_model_name_or_path", str(made / "towers/minilm"), "--num_fusion_layers", "2"]
     yield part("names", "run_retrieval", NAMES, *towers, "--num_train_epochs", "1" if quick else "24")
     for task, task_options in TASKS.items():
-        runs = {"start": ("names", VARIANTS["unpruned"], LONG)}
+        runs = {"start": (STARTS[task], VARIANTS["unpruned"], LONG)}
         runs |= {variant: (f"{task}-start", selection, SHORT) for variant, selection in VARIANTS.items()}
         for name, (checkpoint, selection, length) in runs.items():
             options = ["--model_name_or_path", str(folder / checkpoint), *(QUICK if quick else length)]

@@ -107,7 +107,9 @@ class TripsConfig(PreTrainedConfig):
     giou_loss_coefficient (`float`, *optional*, defaults to 2.0):
         Weight of its generalised IoU loss.
     pointing_loss_coefficient (`float`, *optional*, defaults to 0.0):
-        Weight of the loss that teaches its head to look at the patches of the box, in training. 0 turns it off.
+        Weight of the loss that teaches where to look, in training: the head of [`TripsForVisualGrounding`] at the
+        patches of the box; where text is written about `regions`, the [CLS] of what was asked at their patches, in the
+        last cross-attention of the fusion. 0 turns it off.
     kwargs:
         `selection_layers`, `keep_rate`, `selection_mode`, `selection_mass`, `min_keep_rate`, `selection_guidance`,
         `fuse_inattentive_tokens`, `normalize_fusion_weights`, `selection_seed` and `image_size` are passed on to

@@ -44,6 +44,9 @@ class TripsModelOutput(ModelOutput):
         What each selection layer kept, in the order of the layers.
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
+    cls_attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cls_attentions=True` is given):
+        How much the text's [CLS] attends to each image token, `(num_texts, num_heads, num_image_tokens)`, in each
+        layer with cross-attention, whatever the attention implementation. Padding has a part in it.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         How far each text's choice of patches is from its region; 0 without one. In training, if regions are given.
     text_model_output (`BaseModelOutputWithPooling`):
@@ -57,6 +60,7 @@ class TripsModelOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cls_attentions: tuple[torch.FloatTensor, ...] | None = None
     selection_losses: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: TripsVisionModelOutput | None = None
@@ -153,6 +157,7 @@ class TripsModel(TripsPreTrainedModel):
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
+            cls_attentions=fused.get("cls_attentions"),
             selection_losses=self.selection_losses(
                 vision_output.selection, regions, patch_targets, pixel_values, prefix
             ),

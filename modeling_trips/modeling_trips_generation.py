@@ -26,8 +26,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_trips import TripsConfig
+from .losses_trips import weighted_sum
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
 from .modeling_trips_layers import check_image_index
+from .modeling_trips_pointing import pointing_losses, token_indices
 from .modeling_trips_text import TripsDecoder, TripsLMHead
 from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
 
@@ -44,11 +46,15 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         The part of `loss` that teaches texts to choose, before its weight. In training, if `regions` are given.
+    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The part that teaches the text's [CLS] to look at its region in the last cross-attention, before its weight. In
+        training, if `regions` are given, unless `config.pointing_loss_coefficient` is 0.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
 
     selection_loss: torch.FloatTensor | None = None
+    pointing_loss: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
 
 
@@ -180,6 +186,9 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
             Where a teacher looks, see [`TripsModel`].
         """
+        # CODEPATH: a coefficient of 0, the default, leaves the loss out.
+        is_pointed = self.config.pointing_loss_coefficient > 0 and self.training and regions is not None
+        is_pointed = is_pointed and encoder_outputs is None
         if encoder_outputs is None:
             encoder_outputs = self.model(
                 input_ids,
@@ -191,6 +200,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
                 inputs_embeds,
                 regions,
                 patch_targets,
+                **({"output_cls_attentions": True} if is_pointed else {}),
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, ModelOutput):
@@ -218,17 +228,24 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(decoded.last_hidden_state)
-        loss = selection_loss = None
+        loss, of_texts = None, {}
         if labels is not None:
-            loss = label_loss(logits, labels, loss_weights, kwargs.get("num_items_in_batch"))
-            losses = encoder_outputs.get("selection_losses")
-            if losses is not None:
-                losses = losses if text_index is None else losses[text_index]
-                selection_loss = mean_over_labels(losses, labels, kwargs.get("num_items_in_batch"))
-                loss = loss + self.config.selection_loss_weight * selection_loss
+            num_items = kwargs.get("num_items_in_batch")
+            of_texts["selection_loss"] = encoder_outputs.get("selection_losses")
+            if is_pointed:
+                of_texts["pointing_loss"] = self.pointing_losses(encoder_outputs, regions, pixel_values, prefix)
+            for name, losses in of_texts.items():
+                if losses is not None:
+                    losses = losses if text_index is None else losses[text_index]
+                    of_texts[name] = mean_over_labels(losses, labels, num_items)
+            loss = weighted_sum(
+                (1, label_loss(logits, labels, loss_weights, num_items)),
+                (self.config.selection_loss_weight, of_texts["selection_loss"]),
+                (self.config.pointing_loss_coefficient, of_texts.get("pointing_loss")),
+            )
         return TripsSeq2SeqLMOutput(
             loss=loss,
-            selection_loss=selection_loss,
+            **of_texts,
             logits=logits,
             cache=decoded.cache,
             decoder_hidden_states=decoded.hidden_states,
@@ -239,6 +256,26 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             encoder_attentions=encoder_outputs.get("attentions"),
             selection=encoder_outputs.get("selection"),
         )
+
+    def pointing_losses(
+        self,
+        encoder_outputs: TripsModelOutput,
+        regions: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None,
+        prefix: TripsVisionPrefix | None,
+    ) -> torch.Tensor:
+        """How far each text's [CLS] looks from its region in the last cross-attention, all heads: `(num_texts,)`."""
+        if not encoder_outputs.get("cls_attentions"):
+            raise ValueError(
+                "`pointing_loss_coefficient` teaches the fusion's last cross-attention, and this fusion has none: set "
+                "it to 0."
+            )
+        weights, vision = encoder_outputs.cls_attentions[-1], encoder_outputs.vision_model_output
+        if vision.attention_mask is not None:
+            weights = weights * vision.attention_mask[:, None]
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
+        return pointing_losses(weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, prefix))
 
     @torch.no_grad()
     def score_labels(

@@ -23,10 +23,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .losses_trips import box_l1_loss, generalized_box_iou_loss, region_targets, selection_loss, weighted_sum
+from .losses_trips import box_l1_loss, generalized_box_iou_loss, weighted_sum
 from .modeling_trips import TripsModel, TripsPreTrainedModel
-from .modeling_trips_vision import TripsSelection, TripsVisionPrefix, next_candidates
-from .patch_selection import PADDING
+from .modeling_trips_pointing import pointing_losses, token_indices
+from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
 
 
 @auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
@@ -107,17 +107,6 @@ class TripsBoxHead(nn.Module):
             hidden_states = nn.functional.relu(layer(hidden_states))
         offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
         return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
-
-
-def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
-    """
-    Which patches the image tokens behind [CLS] are: `(num_texts or 1, num_tokens)`, in row-major order of the image;
-    negative for a fused token and for padding.
-    """
-    num_tokens, device = image_states.shape[1], image_states.device
-    if selection:
-        return next_candidates(selection[-1], num_tokens).to(device)
-    return torch.arange(num_tokens, device=device)[None]
 
 
 def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -240,18 +229,6 @@ def box_losses(
     l1_losses = box_l1_loss(pred_boxes, labels)
     giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
     return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
-
-
-def pointing_losses(
-    weights: torch.Tensor, indices: torch.LongTensor, labels: torch.Tensor, grid_size: tuple[int, int]
-) -> torch.Tensor:
-    """
-    How far the attention `weights` of [`TripsBoxHead`] are from each text's box, as [`selection_loss`] tells it of the
-    patches that were kept: `(num_texts,)`, 0 where none of the box is among them. A fused token shows no place, so
-    that nothing is to be found there.
-    """
-    indices = indices.masked_fill(indices < 0, PADDING).expand_as(weights)
-    return selection_loss(weights, indices, region_targets(labels.to(weights.device), grid_size))
 
 
 def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:

@@ -186,6 +186,7 @@ class TripsFusionModel(TripsPreTrainedModel):
         "hidden_states": TripsTextLayer,
         "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
         "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
+        "cls_attentions": OutputRecorder(TripsTextCrossAttention, index=2, layer_name="crossattention"),
     }
 
     def __init__(self, config: TripsFusionConfig):

@@ -47,9 +47,16 @@ def load_task_dataset(
     if name == "picture_scenes":
         num_scenes = {"train": source.train_scenes, "validation": source.validation_scenes}
         first, last = source.pictures_per_scene
-        share = source.validation_names
         return load_picture_scenes(
-            task, source.pictures, num_scenes, source.scene_size, (first, last), share, reader.bad_rows, seed
+            task,
+            source.pictures,
+            num_scenes,
+            source.scene_size,
+            (first, last),
+            source.validation_names,
+            reader.bad_rows,
+            seed,
+            source.question_kinds,
         )
     if name == "pictures":
         return load_pictures_alone(source.pictures, source.scene_size, source.validation_names, reader.bad_rows)

@@ -9,7 +9,7 @@ from datasets import Sequence as ListOf
 
 from trips_examples.data.faults import BadRows
 from trips_examples.data.picture_scenes import Recipe, SceneMaker
-from trips_examples.data.picture_texts import caption, expressions, questions, with_article
+from trips_examples.data.picture_texts import QUESTION_KINDS, caption, expressions, questions, with_article
 from trips_examples.data.pictures import NamedPicture, is_held_out, load_picture, read_pictures
 from trips_examples.data.scenes import NLVR2_STATEMENTS
 from trips_examples.data.tasks import TASKS
@@ -33,6 +33,7 @@ def load_picture_scenes(
     test_share: float,
     bad_rows: BadRows,
     seed: int,
+    question_kinds: Sequence[str] = QUESTION_KINDS,
 ) -> DatasetDict:
     """
     Scenes of pictures for a task, with the columns of its schema and `kind`, what a text must tell apart (for
@@ -47,6 +48,7 @@ def load_picture_scenes(
         test_share (`float`): of the names, and with them of the pictures, that only `validation` has.
         bad_rows ([`BadRows`]): what becomes of pictures that cannot be used.
         seed (`int`): of all choices.
+        question_kinds (`Sequence[str]`, *optional*): which of `QUESTION_KINDS` to ask. Default: all.
 
     Raises:
         `ValueError`: where pictures cannot be used, naming the first few, or are too few.
@@ -56,7 +58,11 @@ def load_picture_scenes(
     data = {}
     for split, pictures in splits.items():
         maker = SceneMaker(tuple(pictures), split, seed, side, counts)
-        rows = [{**row, "source": f"{split} {row['source']}"} for row in _ROWS[task](maker, num_scenes[split])]
+        rows = [
+            {**row, "source": f"{split} {row['source']}"}
+            for row in _ROWS[task](maker, num_scenes[split])
+            if task != "vqa" or row["kind"] in question_kinds
+        ]
         data[split] = _as_dataset(task, rows).with_transform(SceneImages(maker))
     return DatasetDict(data)
 
@@ -156,7 +162,8 @@ def _grounding_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
 def _vqa_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
     row = 0
     for recipe in map(Recipe, range(num_scenes)):
-        for kind, text, box, answer in questions(maker.things(recipe), maker.names, maker.rng(recipe.number, "texts")):
+        things, rng = maker.things(recipe), maker.rng(recipe.number, "texts")
+        for kind, text, box, answer in questions(things, maker.names, maker.side, rng):
             row += 1
             about = {"kind": kind, "answer_type": None, "question": text, "answers": [answer], "region": box}
             yield {**_shared(maker, recipe, row), "question_id": str(row), **about}

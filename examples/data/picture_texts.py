@@ -14,6 +14,11 @@ MAX_CAPTIONED = 4
 
 # By place: the axis, and whether what is there comes before what it is compared with.
 PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
+# Of the thing asked for: the two ends of each axis.
+SIDES = (("on the left", "on the right"), ("at the top", "at the bottom"))
+# What is asked: a name; which side of the scene a thing is on; whether it is on one side of another, or larger; how
+# often it is there, and whether. Only the first is answered in words that a training may not have.
+QUESTION_KINDS = ("name", "side", "place", "size", "count", "presence")
 CELLS = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -26,7 +31,8 @@ class SceneText(NamedTuple):
     A text about a scene.
 
     Args:
-        kind (`str`): what must be told apart: `"name"`, `"size"`, `"place"`, `"count"` or `"presence"`.
+        kind (`str`): what must be told apart: `"name"`, `"size"`, `"place"`, and of questions one of
+            `QUESTION_KINDS`.
         text (`str`): an expression or a question.
         box (`tuple`, *optional*): (x0, y0, x1, y1) in pixels of what it is about; None where that is not there.
         answer (`str`): of a question.
@@ -54,24 +60,29 @@ def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[SceneTe
         yield SceneText("place", f"what is {place} the {anchor.name}", thing.box)
 
 
-def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random) -> Iterator[SceneText]:
+def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: random.Random) -> Iterator[SceneText]:
     """
-    Questions and answers: the only thing on one side of another, the clearly largest thing, which of two is further
-    to the left, how often a name is there, and a name that is there and one of `names` that is not.
+    Questions and answers of all `QUESTION_KINDS`, in their order, as far as the scene has what they ask for; about
+    presence two, of a name that is there and of one of `names` that is not.
     """
     single = _single(things)
-    if beside := _beside(things, rng):
-        place, anchor, thing = beside
-        yield SceneText("place", f"what is {place} the {anchor.name}?", thing.box, thing.name)
-    *_, second, largest = sorted(things, key=lambda thing: thing.area)
-    if largest.area >= CLEARLY_LARGER * second.area and largest in single:
-        yield SceneText("size", "what is the largest thing?", largest.box, largest.name)
+    yield from _named(things, single, rng)
+    for thing in rng.sample(single, min(1, len(single))):
+        axis = rng.randrange(2)
+        if abs(thing.center[axis] - side / 2) >= CLEARLY_BESIDE * side:
+            first, last = SIDES[axis]
+            answer = (first if thing.center[axis] < side / 2 else last).split()[-1]
+            yield SceneText("side", f"is the {thing.name} {first} or {last}?", thing.box, answer)
     if len(single) > 1:
-        pair = rng.sample(single, 2)
-        left, right = sorted(pair, key=lambda thing: thing.center[0])
-        if right.center[0] - left.center[0] >= CLEARLY_BESIDE * _side(things):
-            asked = " or ".join(f"the {thing.name}" for thing in pair)
-            yield SceneText("place", f"which is further left, {asked}?", _union(pair), left.name)
+        thing, other = pair = rng.sample(single, 2)
+        place, (axis, is_before) = rng.choice(sorted(PLACES.items()))
+        distance = thing.center[axis] - other.center[axis]
+        if abs(distance) >= CLEARLY_BESIDE * side:
+            answer = "yes" if (distance < 0) == is_before else "no"
+            yield SceneText("place", f"is the {thing.name} {place} the {other.name}?", _union(pair), answer)
+        if max(thing.area, other.area) >= CLEARLY_LARGER * min(thing.area, other.area):
+            answer = "yes" if thing.area > other.area else "no"
+            yield SceneText("size", f"is the {thing.name} larger than the {other.name}?", _union(pair), answer)
     times = Counter(thing.name for thing in things)
     name = max(times, key=lambda name: (times[name], rng.random()))
     counted = [thing for thing in things if thing.name == name]
@@ -92,6 +103,22 @@ def caption(things: Sequence[Thing], side: int, rng: random.Random) -> str:
 
 def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _named(things: Sequence[Thing], single: list[Thing], rng: random.Random) -> Iterator[SceneText]:
+    """Asks for names: of the only thing on one side of another, the clearly largest, the further left of two."""
+    if beside := _beside(things, rng):
+        place, anchor, thing = beside
+        yield SceneText("name", f"what is {place} the {anchor.name}?", thing.box, thing.name)
+    *_, second, largest = sorted(things, key=lambda thing: thing.area)
+    if largest.area >= CLEARLY_LARGER * second.area and largest in single:
+        yield SceneText("name", "what is the largest thing?", largest.box, largest.name)
+    if len(single) > 1:
+        pair = rng.sample(single, 2)
+        left, right = sorted(pair, key=lambda thing: thing.center[0])
+        if right.center[0] - left.center[0] >= CLEARLY_BESIDE * _side(things):
+            asked = " or ".join(f"the {thing.name}" for thing in pair)
+            yield SceneText("name", f"which is further left, {asked}?", _union(pair), left.name)
 
 
 def _single(things: Sequence[Thing]) -> list[Thing]:

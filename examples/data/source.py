@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trips_examples.data.annotations import AnnotationFile
 from trips_examples.data.formats import existing_file
+from trips_examples.data.picture_texts import QUESTION_KINDS
 from trips_examples.data.scenes import check_scenes
 
 
@@ -89,6 +90,12 @@ class DataSource:
     pictures_per_scene: list[int] = field(
         default_factory=lambda: [2, 9], metadata={"help": "The least and the largest number, as in 2 9."}
     )
+    question_kinds: list[str] = field(
+        default_factory=lambda: list(QUESTION_KINDS),
+        metadata={
+            "help": f"What questions about picture_scenes are to tell, of {' '.join(QUESTION_KINDS)}. Default: all."
+        },
+    )
     scene_size: int = field(default=224, metadata={"help": "Height and width of picture_scenes in pixels."})
     validation_names: float = field(
         default=0.2, metadata={"help": "Share of the names of pictures that only the validation split has."}
@@ -155,6 +162,8 @@ class DataSource:
             raise ValueError(
                 f"pictures_per_scene is {self.pictures_per_scene}: give two numbers from 2 on, as in 2 9."
             )
+        if unknown := [kind for kind in self.question_kinds if kind not in QUESTION_KINDS]:
+            raise ValueError(f"question_kinds has {unknown[0]!r}: choose from {', '.join(QUESTION_KINDS)}.")
         if not 0 < self.validation_names < 1:
             raise ValueError(f"validation_names is {self.validation_names}: give a share between 0 and 1.")
         if min(self.scene_size, self.train_scenes, self.validation_scenes) < 1:

@@ -89,8 +89,9 @@ class ModelArguments:
     pointing_loss_coefficient: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the loss that teaches the head of boxes to look at the patches of the box, for "
-            "grounding alone. Default: the model's, 0. 2 helps much where things have many names, as on real pictures."
+            "help": "Weight of the loss that teaches where to look: the head of boxes at the patches of the box, a "
+            "question at those of its region, where the data know it. Default: the model's, 0. 2 helps much where "
+            "things have many names, as on real pictures."
         },
     )
     selection_teacher: str | None = field(

@@ -1,14 +1,14 @@
-"""The loss that teaches the head of boxes where to look: by hand, as a part of the loss, and the head learns it."""
+"""The loss that teaches the head of boxes and the [CLS] of a question where to look: by hand, in the loss, learnt."""
 
 import math
 
 import pytest
 import torch
-from tiny_models import BOXES, IMAGES, TEXTS, make_config
+from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
 
-from modeling_trips import TripsForVisualGrounding
+from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
 from modeling_trips.losses_trips import region_targets
-from modeling_trips.modeling_trips_grounding import pointing_losses
+from modeling_trips.modeling_trips_pointing import pointing_losses
 
 
 def make_model(coefficient=2.0, **fields):
@@ -16,6 +16,16 @@ def make_model(coefficient=2.0, **fields):
     config = make_config(**fields)
     config.pointing_loss_coefficient = coefficient
     return TripsForVisualGrounding._from_config(config, attn_implementation="sdpa").train()
+
+
+MASS = {"selection_mode": "mass", "selection_mass": 0.7}  # rows of 14, 14, 11 and 12 image tokens
+
+
+def without_batch_statistics(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model
 
 
 def batch(rows=slice(0, 4)):
@@ -46,10 +56,7 @@ def test_it_is_a_part_of_the_loss_in_training_alone(keep_rate):
 
 
 def test_parts_of_a_batch_add_up_to_its_loss():
-    model = make_model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
+    model = without_batch_statistics(make_model())
     parts = [model(**batch(rows), num_items_in_batch=4 * 4).pointing_loss for rows in (slice(0, 1), slice(1, 4))]
     torch.testing.assert_close(sum(parts), model(**batch()).pointing_loss)
 
@@ -72,3 +79,89 @@ def test_the_head_learns_to_look_into_the_box(keep_rate):
         output.loss.backward()
         optimizer.step()
     assert shares[0] < 0.5 and shares[-1] > 0.85, (shares[0], shares[-1])
+
+
+def make_reader(coefficient=2.0, attn_implementation="sdpa", **fields):
+    """A model that answers questions, in training."""
+    torch.manual_seed(0)
+    config = make_config(**fields)
+    config.pointing_loss_coefficient = coefficient
+    return TripsForQuestionAnswering._from_config(config, attn_implementation=attn_implementation).train()
+
+
+def questions(rows=slice(0, 4)):
+    return {**batch(rows), "labels": ANSWERS[rows], "regions": BOXES[rows]}
+
+
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+@pytest.mark.parametrize("mode", [{}, {"keep_rate": 1.0}, MASS], ids=str)
+def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
+    model = make_reader(fusion_type=fusion_type, **mode).eval()
+    eager = make_reader(attn_implementation="eager", fusion_type=fusion_type, **mode).eval()
+    inputs = {**batch(), "image_index": torch.tensor([0, 0, 2, 3])}
+    del inputs["labels"]
+    looks = model.model(**inputs, output_cls_attentions=True).cls_attentions
+    expected = eager.model(**inputs, output_attentions=True)
+    mask = expected.vision_model_output.attention_mask
+    assert len(looks) == len(expected.cross_attentions) == 1 and (mask is not None) == ("selection_mode" in mode)
+    weights = looks[0] if mask is None else looks[0] * mask[:, None]
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(weights, expected.cross_attentions[0][:, :, 0], atol=1e-6, rtol=1e-5)
+    assert model.model(**inputs).cls_attentions is None
+
+
+@pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}, MASS], ids=str)
+def test_questions_have_it_in_training_where_regions_are_known(fields):
+    taught, untaught = (make_reader(coefficient, **fields)(**questions()) for coefficient in (2.0, 0.0))
+    assert untaught.pointing_loss is None and taught.pointing_loss > 0
+    torch.testing.assert_close(taught.loss - untaught.loss, 2 * taught.pointing_loss)
+    nowhere = torch.zeros(4, 4)
+    assert make_reader(**fields)(**{**questions(), "regions": nowhere}).pointing_loss == 0
+    assert make_reader(**fields)(**{**questions(), "regions": None}).pointing_loss is None
+    assert make_reader(**fields).eval()(**questions()).pointing_loss is None
+
+
+@pytest.mark.parametrize("fields", [{}, MASS], ids=str)
+def test_questions_apart_and_together_have_the_same_loss(fields):
+    """Each counts by its label tokens; padding of image tokens beside a row that keeps more is no place to look at."""
+    model, num_tokens = without_batch_statistics(make_reader(**fields)), int((ANSWERS[:4] != -100).sum())
+    rows = (slice(row, row + 1) for row in range(4))
+    parts = [model(**questions(row), num_items_in_batch=num_tokens).pointing_loss for row in rows]
+    torch.testing.assert_close(sum(parts), model(**questions()).pointing_loss)
+
+
+def test_answers_to_one_question_share_where_it_looks():
+    model = without_batch_statistics(make_reader())
+    inputs = {**questions(slice(0, 2)), "labels": ANSWERS[:3], "text_index": torch.tensor([0, 0, 1])}
+    apart = {name: value[[0, 0, 1]] for name, value in questions(slice(0, 2)).items()}
+    torch.testing.assert_close(model(**inputs).pointing_loss, model(**{**apart, "labels": ANSWERS[:3]}).pointing_loss)
+
+
+def test_a_question_learns_to_look_into_its_region():
+    model = make_reader()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(60):
+        output = model(**questions())
+        losses.append(output.pointing_loss.item())
+        optimizer.zero_grad()
+        output.pointing_loss.backward()
+        optimizer.step()
+    assert losses[0] > 1 and losses[-1] < 0.2, (losses[0], losses[-1])
+
+
+def test_it_teaches_with_gradient_checkpointing_as_without():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_reader()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(**questions()).pointing_loss.backward()
+        gradients.append(model.model.fusion_model.encoder.layer[-1].crossattention.self.query.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_fusion_without_cross_attention_refuses_it():
+    with pytest.raises(ValueError, match="`pointing_loss_coefficient` teaches the fusion's last cross-attention"):
+        make_reader(fusion_type="single_stream")(**questions())

@@ -8,6 +8,7 @@ from named_pictures import NAMES, write_pictures
 from modeling_trips import TripsConfig
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.picture_scenes import SceneMaker
+from trips_examples.data.picture_texts import QUESTION_KINDS
 from trips_examples.data.pictures import is_held_out
 from trips_examples.data.rows import column_of, image_sizes, images_of, without_decoding
 from trips_examples.data.source import DataSource
@@ -82,6 +83,17 @@ def test_columns_are_read_without_making_images(task, source, monkeypatch):
         fitting[0]
 
 
+def test_the_kinds_of_questions_are_chosen(source):
+    every, some = (
+        load_task_dataset("vqa", DataSource(**source, question_kinds=kinds))["train"]
+        for kinds in (QUESTION_KINDS, ["count", "presence"])
+    )
+    assert set(every["kind"]) == set(QUESTION_KINDS)
+    chosen = {"count", "presence"}
+    assert some["question"] == [row["question"] for row in every if row["kind"] in chosen]
+    assert {row["kind"] for row in some} == chosen
+
+
 def test_statements_are_as_often_true_as_false_and_say_nothing_alone(source):
     data = load_task_dataset("nlvr2", DataSource(**source))["train"]
     labels = Counter((row["statement"], row["label"]) for row in data)
@@ -107,6 +119,10 @@ def test_pictures_alone_have_their_names_as_captions(source):
         ({"dataset_name": "pictures"}, "pictures have names only: for vqa take picture_scenes"),
         ({"pictures_per_scene": [1, 4]}, r"pictures_per_scene is \[1, 4\]: give two numbers from 2 on"),
         ({"validation_names": 1.0}, "validation_names is 1.0: give a share between 0 and 1"),
+        (
+            {"question_kinds": ["side", "color"]},
+            "question_kinds has 'color': choose from name, side, place, size,",
+        ),
         ({"train_scenes": 0}, "must be 1 or more"),
         ({"train_file": __file__}, "there are files as well"),
     ],

@@ -1,7 +1,7 @@
 """
 Real eyes, real words, real pictures, from nothing but PyPI and Debian: make the towers and a list of pictures, learn
-names from pictures alone, then boxes in scenes of them, then questions about these, unpruned and with patches that text
-or image choose, and draw a page.
+names from pictures alone, then boxes in scenes of them, then questions about such, unpruned and with patches that
+text or image choose, and draw a page.
 
     python examples/pictures.py            # what `make pictures` runs
     python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
@@ -42,10 +42,10 @@ SUBJECTS = (
 
 RECIPE = (
     "--freeze_vision_layers 6 --learning_rate 3e-4 --tower_learning_rate 1e-4 --per_device_train_batch_size 64 "
-    "--skip_bad_rows True --save_strategy no --logging_steps 20 --disable_tqdm True --pointing_loss_coefficient 2"
+    "--skip_bad_rows True --save_strategy no --logging_steps 20 --disable_tqdm True"
 ).split()
 NAMES = "--dataset_name pictures --scene_size 84 --keep_rate 1.0".split()
-SCENES = "--dataset_name picture_scenes --scene_size 112".split()
+SCENES = "--dataset_name picture_scenes --scene_size 112 --pointing_loss_coefficient 2".split()
 SELECTION = ["--selection_layers", "9", "--keep_rate", "0.25"]
 VARIANTS = {
     "unpruned": ["--keep_rate", "1.0"],

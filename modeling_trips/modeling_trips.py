@@ -44,9 +44,9 @@ class TripsModelOutput(ModelOutput):
         What each selection layer kept, in the order of the layers.
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
-    cls_attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cls_attentions=True` is given):
-        How much the text's [CLS] attends to each image token, `(num_texts, num_heads, num_image_tokens)`, in each
-        layer with cross-attention, whatever the attention implementation. Padding has a part in it.
+    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*, returned when
+        `output_cls_attention=True` is given): how much the text's [CLS] attends to each image token in the last layer
+        with cross-attention, float32, whatever the attention implementation. Padding has a part in it.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         How far each text's choice of patches is from its region; 0 without one. In training, if regions are given.
     text_model_output (`BaseModelOutputWithPooling`):
@@ -60,7 +60,7 @@ class TripsModelOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cls_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cls_attention: torch.FloatTensor | None = None
     selection_losses: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: TripsVisionModelOutput | None = None
@@ -114,6 +114,7 @@ class TripsModel(TripsPreTrainedModel):
         prefix: TripsVisionPrefix | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -122,14 +123,23 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): the `last_hidden_state` of
                 `text_model`. A text that is to meet several images is repeated.
-            attention_mask, pixel_values, image_index, prefix, regions, patch_targets: as in `forward`.
+            attention_mask, pixel_values, image_index, prefix, regions, patch_targets, output_cls_attention: as in
+                `forward`.
 
         Returns:
             [`TripsModelOutput`] without `text_model_output`.
+
+        Raises:
+            `ValueError`: if `output_cls_attention` is asked of a single stream.
         """
         images = {"pixel_values": pixel_values, "image_index": image_index, "prefix": prefix}
         # CODEPATH: as in `__init__`.
         if self.fusion_model is None:
+            if output_cls_attention:
+                raise ValueError(
+                    "A single stream has no cross-attention: leave out `output_cls_attention`, and set "
+                    "`pointing_loss_coefficient` to 0."
+                )
             joint = self.vision_model(text_states, attention_mask=attention_mask, **images, **kwargs)
             return TripsModelOutput(
                 last_hidden_state=joint.text_states,
@@ -148,6 +158,7 @@ class TripsModel(TripsPreTrainedModel):
             attention_mask,
             vision_output.image_index,
             vision_output.attention_mask,
+            output_cls_attention,
             **kwargs,
         )
         vision_output = repeated(vision_output)
@@ -157,7 +168,7 @@ class TripsModel(TripsPreTrainedModel):
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
-            cls_attentions=fused.get("cls_attentions"),
+            cls_attention=fused.cls_attention,
             selection_losses=self.selection_losses(
                 vision_output.selection, regions, patch_targets, pixel_values, prefix
             ),
@@ -203,6 +214,7 @@ class TripsModel(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
@@ -217,6 +229,8 @@ class TripsModel(TripsPreTrainedModel):
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
             Where a teacher looks for each text, patches in row-major order: each row sums to 1. They teach those texts
             whose region is not known.
+        output_cls_attention (`bool`, *optional*, defaults to `False`):
+            Whether to return `cls_attention`. A single stream has none.
         """
         text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         outputs = self.fuse(
@@ -227,6 +241,7 @@ class TripsModel(TripsPreTrainedModel):
             prefix,
             regions,
             patch_targets,
+            output_cls_attention,
             **kwargs,
         )
         outputs.text_model_output = text_output

@@ -43,12 +43,13 @@ MAX_NEW_TOKENS = 32
 class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        Cross-entropy of the labels, weighted by `loss_weights`, per label token.
+        Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
+        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         The part of `loss` that teaches texts to choose, before its weight. In training, if `regions` are given.
     pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
         The part that teaches the text's [CLS] to look at its region in the last cross-attention, before its weight. In
-        training, if `regions` are given, unless `config.pointing_loss_coefficient` is 0.
+        training, if `regions` are given and `encoder_outputs` are not, unless its coefficient is 0.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
@@ -187,8 +188,8 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             Where a teacher looks, see [`TripsModel`].
         """
         # CODEPATH: a coefficient of 0, the default, leaves the loss out.
-        is_pointed = self.config.pointing_loss_coefficient > 0 and self.training and regions is not None
-        is_pointed = is_pointed and encoder_outputs is None
+        is_taught = self.training and labels is not None and regions is not None and encoder_outputs is None
+        is_pointed = is_taught and self.config.pointing_loss_coefficient > 0
         if encoder_outputs is None:
             encoder_outputs = self.model(
                 input_ids,
@@ -200,7 +201,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
                 inputs_embeds,
                 regions,
                 patch_targets,
-                **({"output_cls_attentions": True} if is_pointed else {}),
+                output_cls_attention=is_pointed,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, ModelOutput):
@@ -233,7 +234,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             num_items = kwargs.get("num_items_in_batch")
             of_texts["selection_loss"] = encoder_outputs.get("selection_losses")
             if is_pointed:
-                of_texts["pointing_loss"] = self.pointing_losses(encoder_outputs, regions, pixel_values, prefix)
+                of_texts["pointing_loss"] = self._pointing_losses(encoder_outputs, regions, pixel_values, prefix)
             for name, losses in of_texts.items():
                 if losses is not None:
                     losses = losses if text_index is None else losses[text_index]
@@ -257,7 +258,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             selection=encoder_outputs.get("selection"),
         )
 
-    def pointing_losses(
+    def _pointing_losses(
         self,
         encoder_outputs: TripsModelOutput,
         regions: torch.FloatTensor,
@@ -265,14 +266,9 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         prefix: TripsVisionPrefix | None,
     ) -> torch.Tensor:
         """How far each text's [CLS] looks from its region in the last cross-attention, all heads: `(num_texts,)`."""
-        if not encoder_outputs.get("cls_attentions"):
-            raise ValueError(
-                "`pointing_loss_coefficient` teaches the fusion's last cross-attention, and this fusion has none: set "
-                "it to 0."
-            )
-        weights, vision = encoder_outputs.cls_attentions[-1], encoder_outputs.vision_model_output
+        weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
         if vision.attention_mask is not None:
-            weights = weights * vision.attention_mask[:, None]
+            weights = weights * vision.attention_mask[:, None].to(weights.device)
             weights = weights / weights.sum(dim=-1, keepdim=True)
         indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
         return pointing_losses(weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, prefix))

@@ -50,7 +50,7 @@ def pointing_losses(
     Returns:
         `torch.Tensor` of shape `(num_texts,)`, float32; 0 where none of the region is among the tokens.
     """
-    indices = indices.masked_fill(indices < 0, PADDING).expand_as(weights)
+    indices = indices.to(weights.device).masked_fill(indices < 0, PADDING).expand_as(weights)
     return selection_loss(weights, indices, region_targets(regions.to(weights.device), grid_size))
 
 

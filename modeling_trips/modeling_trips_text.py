@@ -13,6 +13,8 @@
 # limitations under the License.
 """The language side of TRIPS: text encoder, fusion encoder and decoder, with BERT's parameter names."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -50,8 +52,17 @@ class TripsLayerStack(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        for layer in self.layer:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args,
+        output_cls_attention: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """`output_cls_attention`: whether the last layer, a [`TripsCrossLayer`], also tells where [CLS] looks."""
+        for number, layer in enumerate(self.layer, start=1):
+            if output_cls_attention and number == len(self.layer):
+                return layer(hidden_states, *args, output_cls_attention=True, **kwargs)
             hidden_states = layer(hidden_states, *args, **kwargs)
         return hidden_states
 
@@ -67,6 +78,7 @@ class TripsSkipConnectedStack(nn.Module):
         layer_classes = [TripsCrossLayer] * config.num_hidden_layers
         for number in config.connected_layers:
             layer_classes[number - 1] = TripsConnectedLayer
+        self.last_cross_layer = max(set(range(1, config.num_hidden_layers + 1)) - set(config.connected_layers))
         self.layer = nn.ModuleList(
             layer_class(config, layer_idx) for layer_idx, layer_class in enumerate(layer_classes)
         )
@@ -79,9 +91,12 @@ class TripsSkipConnectedStack(nn.Module):
         joint_attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_index: torch.LongTensor | None = None,
+        output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        for layer in self.layer:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """`output_cls_attention`: whether the last layer with cross-attention also tells where [CLS] looks."""
+        cls_attention = None
+        for number, layer in enumerate(self.layer, start=1):
             if isinstance(layer, TripsConnectedLayer):
                 if encoder_index is not None:  # from here on, each text has image tokens of its own
                     encoder_hidden_states = encoder_hidden_states.index_select(
@@ -92,15 +107,19 @@ class TripsSkipConnectedStack(nn.Module):
                     hidden_states, encoder_hidden_states, joint_attention_mask, **kwargs
                 )
             else:
+                is_asked = output_cls_attention and number == self.last_cross_layer
                 hidden_states = layer(
                     hidden_states,
                     encoder_hidden_states,
                     attention_mask,
                     encoder_attention_mask,
                     encoder_index=encoder_index,
+                    output_cls_attention=is_asked,
                     **kwargs,
                 )
-        return hidden_states
+                if is_asked:
+                    hidden_states, cls_attention = hidden_states
+        return (hidden_states, cls_attention) if output_cls_attention else hidden_states
 
 
 class TripsLMHead(nn.Module):
@@ -172,6 +191,18 @@ class TripsTextModel(TripsPreTrainedModel):
         return (hidden_states * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
+@auto_docstring(custom_intro="Output of [`TripsFusionModel`].")
+@dataclass
+class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
+    r"""
+    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*, returned when
+        `output_cls_attention=True` is given): how much the text's [CLS] attends to each image token in the last layer
+        with cross-attention, float32, whatever the attention implementation. Padding has a part in it.
+    """
+
+    cls_attention: torch.FloatTensor | None = None
+
+
 @auto_docstring(
     custom_intro="""
     The upper layers of BERT with cross-attention to the image tokens that patch selection left (ALBEF's multimodal
@@ -186,7 +217,6 @@ class TripsFusionModel(TripsPreTrainedModel):
         "hidden_states": TripsTextLayer,
         "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
         "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
-        "cls_attentions": OutputRecorder(TripsTextCrossAttention, index=2, layer_name="crossattention"),
     }
 
     def __init__(self, config: TripsFusionConfig):
@@ -213,14 +243,17 @@ class TripsFusionModel(TripsPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         encoder_index: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithCrossAttentions:
+    ) -> TripsFusionModelOutput:
         r"""
         encoder_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i reads row `encoder_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
         encoder_attention_mask (`torch.Tensor` of shape `(num_rows, num_image_tokens)`, *optional*):
             0 marks padding of `encoder_hidden_states`.
+        output_cls_attention (`bool`, *optional*, defaults to `False`):
+            Whether to return `cls_attention`.
         """
         masks, image_mask = [bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)], None
         num_image_tokens, one_token = encoder_hidden_states.shape[1], inputs_embeds[:, :1]  # looked at for its shape
@@ -245,15 +278,17 @@ class TripsFusionModel(TripsPreTrainedModel):
                 inputs_embeds=one_token.expand(-1, text_length + num_image_tokens, -1),
             )
             masks.append(joint_mask)
-        hidden_states = self.encoder(
+        fused = self.encoder(
             inputs_embeds,
             encoder_hidden_states,
             *masks,
             encoder_attention_mask=image_mask,
             encoder_index=encoder_index,
+            output_cls_attention=output_cls_attention,
             **kwargs,
         )
-        return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
+        hidden_states, cls_attention = fused if output_cls_attention else (fused, None)
+        return TripsFusionModelOutput(last_hidden_state=hidden_states, cls_attention=cls_attention)
 
 
 @auto_docstring(

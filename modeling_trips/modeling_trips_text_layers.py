@@ -105,14 +105,14 @@ class TripsTextSelfAttention(nn.Module):
         cache: Cache | None = None,
         source_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`source_index`: row i reads row `source_index[i]` of `source_states`, by default row i."""
         query = self.split_heads(self.query(hidden_states))
         key, value = self.key_value(source_states, cache)
         if source_index is not None:
             key, value = (states.index_select(0, source_index.to(states.device)) for states in (key, value))
-        attn_output, *weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return attn_output.reshape(hidden_states.shape).contiguous(), *weights
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
 
     def attend(
         self,
@@ -161,12 +161,7 @@ def unpad_keys(
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
-    """
-    Attention of the text to other states: keys and values are computed once and cached. With
-    `output_cls_attentions=True` it also returns how much [CLS] attends to each of them, `(num_texts, num_heads,
-    num_tokens)`, float32, in which padding has a part: fast attention gives no weights, and none needs those of all
-    tokens.
-    """
+    """Attention of the text to other states: keys and values are computed once and cached."""
 
     def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -191,19 +186,26 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        output_cls_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, ...]:
-        cls_attention = self.cls_attention(query, key) if output_cls_attentions else None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Flash attention's mask, of shape (batch_size, key_length): given that, it would drop queries, too.
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             key, value, lengths = unpad_keys(key, value, attention_mask.bool(), query_length=query.shape[2])
-            attention_mask, kwargs = None, {**lengths, **kwargs}
-        return *super().attend(query, key, value, attention_mask, **kwargs), cls_attention
+            return super().attend(query, key, value, None, **lengths, **kwargs)
+        return super().attend(query, key, value, attention_mask, **kwargs)
 
-    def cls_attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        scores = query[:, :, :1] @ key.transpose(2, 3) * self.scaling
-        return scores.float().softmax(dim=-1)[:, :, 0]
+    def cls_attention(
+        self, hidden_states: torch.Tensor, source_states: torch.Tensor, source_index: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """
+        How much [CLS] attends to each of the other states, padding among them: `(num_texts, num_heads, num_tokens)`,
+        float32. Fast attention does not tell.
+        """
+        query = self.split_heads(self.query(hidden_states[:, :1]))
+        key = self.split_heads(self.key(source_states))
+        if source_index is not None:
+            key = key.index_select(0, source_index.to(key.device))
+        return (query @ key.transpose(2, 3) * self.scaling).float().softmax(dim=-1)[:, :, 0]
 
 
 class TripsTextOutput(nn.Module):
@@ -234,7 +236,7 @@ class TripsTextAttention(nn.Module):
         source_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, *_ = self.self(hidden_states, source_states, attention_mask, cache, source_index, **kwargs)
+        attn_output, _ = self.self(hidden_states, source_states, attention_mask, cache, source_index, **kwargs)
         return self.output(attn_output, hidden_states)
 
 
@@ -282,14 +284,22 @@ class TripsCrossLayer(TripsTextLayer):
         encoder_attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         encoder_index: torch.LongTensor | None = None,
+        output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """`encoder_index`: row i reads row `encoder_index[i]` of `encoder_hidden_states`, by default row i."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        `encoder_index`: row i reads row `encoder_index[i]` of `encoder_hidden_states`, by default row i. With
+        `output_cls_attention` it also returns what `TripsTextCrossAttention.cls_attention` does.
+        """
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
+        cls_attention = None
+        if output_cls_attention:
+            cls_attention = self.crossattention.self.cls_attention(hidden_states, encoder_hidden_states, encoder_index)
         hidden_states = self.crossattention(
             hidden_states, encoder_hidden_states, encoder_attention_mask, cache, encoder_index, **kwargs
         )
-        return self.output(self.intermediate(hidden_states), hidden_states)
+        hidden_states = self.output(self.intermediate(hidden_states), hidden_states)
+        return hidden_states if cls_attention is None else (hidden_states, cls_attention)
 
 
 class TripsConnectedLayer(TripsTextLayer):

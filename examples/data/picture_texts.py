@@ -64,11 +64,17 @@ def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: ran
     """
     Questions and answers of all `QUESTION_KINDS`, in their order, as far as the scene has what they ask for; about
     presence two, of a name that is there and of one of `names` that is not.
+
+    Args:
+        things (`Sequence[Thing]`): what is in the scene.
+        names (`Sequence[str]`): that it might have had.
+        side (`int`): of the scene in pixels.
+        rng (`random.Random`): of all choices.
     """
     single = _single(things)
     yield from _named(things, single, rng)
-    for thing in rng.sample(single, min(1, len(single))):
-        axis = rng.randrange(2)
+    if single:
+        thing, axis = rng.choice(single), rng.randrange(2)
         if abs(thing.center[axis] - side / 2) >= CLEARLY_BESIDE * side:
             first, last = SIDES[axis]
             answer = (first if thing.center[axis] < side / 2 else last).split()[-1]
@@ -90,9 +96,8 @@ def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: ran
     present = rng.choice(things)
     boxes = [thing for thing in things if thing.name == present.name]
     yield SceneText("presence", f"is there {with_article(present.name)}?", _union(boxes), "yes")
-    absent = rng.choice(names)
-    if absent not in times:
-        yield SceneText("presence", f"is there {with_article(absent)}?", None, "no")
+    if absent := [name for name in names if name not in times]:
+        yield SceneText("presence", f"is there {with_article(rng.choice(absent))}?", None, "no")
 
 
 def caption(things: Sequence[Thing], side: int, rng: random.Random) -> str:

@@ -162,6 +162,8 @@ class DataSource:
             raise ValueError(
                 f"pictures_per_scene is {self.pictures_per_scene}: give two numbers from 2 on, as in 2 9."
             )
+        if not self.question_kinds:
+            raise ValueError(f"question_kinds has none: choose from {', '.join(QUESTION_KINDS)}.")
         if unknown := [kind for kind in self.question_kinds if kind not in QUESTION_KINDS]:
             raise ValueError(f"question_kinds has {unknown[0]!r}: choose from {', '.join(QUESTION_KINDS)}.")
         if not 0 < self.validation_names < 1:

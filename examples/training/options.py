@@ -90,8 +90,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Weight of the loss that teaches where to look: the head of boxes at the patches of the box, a "
-            "question at those of its region, where the data know it. Default: the model's, 0. 2 helps much where "
-            "things have many names, as on real pictures."
+            "question at those of its region, where the data know it (and no --selection_teacher stands in). Other "
+            "tasks do not use it. Default: the model's, 0. 2 helps much with real pictures of many names."
         },
     )
     selection_teacher: str | None = field(
@@ -173,7 +173,7 @@ class DataArguments(DataSource):
         default=None,
         metadata={
             "help": "Random shifts of the images, and flips where texts do not say what is left. Default: for the "
-            "embedded data only."
+            "embedded data only. Not for questions about picture_scenes, which ask for places."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
@@ -184,6 +184,13 @@ class DataArguments(DataSource):
         """Whether the data are made of easy-VQA's package, and not the user's."""
         no_file = self.train_file is None and self.validation_file is None
         return no_file and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
+
+    def check(self, task: str):
+        super().check(task)
+        if self.augment and task == "vqa" and self.dataset_name == "picture_scenes":
+            raise ValueError(
+                "augment moves and flips, and questions about picture_scenes ask for places: leave it out."
+            )
 
     @property
     def augments(self) -> bool:

@@ -21,7 +21,8 @@ class SelectionTeacher:
     """
 
     def __init__(self, name_or_path: str, device: torch.device | str = "cpu"):
-        self.model = TripsModel.from_pretrained(name_or_path, keep_rate=1.0).to(device)
+        # Attention maps are what is asked for: no kernel but the eager one gives them.
+        self.model = TripsModel.from_pretrained(name_or_path, attn_implementation="eager", keep_rate=1.0).to(device)
         if self.model.fusion_model is None:
             raise ValueError(f"--selection_teacher {name_or_path}: a single stream has no fusion encoder to ask.")
         self.model.requires_grad_(False)
@@ -38,7 +39,7 @@ class SelectionTeacher:
             `torch.Tensor` of shape `(num_texts, num_patches)`, float32, each row of sum 1. Of a text with several
             images there is a row for each.
         """
-        outputs = self.model(**a_text_per_image(inputs), output_cls_attentions=True)
-        attention = torch.stack(outputs.cls_attentions).mean(dim=(0, 2))
+        outputs = self.model(**a_text_per_image(inputs), output_attentions=True)
+        attention = torch.stack([layer[:, :, 0].float().mean(dim=1) for layer in outputs.cross_attentions]).mean(dim=0)
         to_patches = attention[:, 1:]
         return to_patches / to_patches.sum(dim=-1, keepdim=True)

@@ -100,14 +100,14 @@ def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
     eager = make_reader(attn_implementation="eager", fusion_type=fusion_type, **mode).eval()
     inputs = {**batch(), "image_index": torch.tensor([0, 0, 2, 3])}
     del inputs["labels"]
-    looks = model.model(**inputs, output_cls_attentions=True).cls_attentions
+    looks = model.model(**inputs, output_cls_attention=True).cls_attention
     expected = eager.model(**inputs, output_attentions=True)
     mask = expected.vision_model_output.attention_mask
-    assert len(looks) == len(expected.cross_attentions) == 1 and (mask is not None) == ("selection_mode" in mode)
-    weights = looks[0] if mask is None else looks[0] * mask[:, None]
+    assert (mask is not None) == ("selection_mode" in mode)
+    weights = looks if mask is None else looks * mask[:, None]
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(weights, expected.cross_attentions[0][:, :, 0], atol=1e-6, rtol=1e-5)
-    assert model.model(**inputs).cls_attentions is None
+    torch.testing.assert_close(weights, expected.cross_attentions[-1][:, :, 0], atol=1e-6, rtol=1e-5)
+    assert model.model(**inputs).cls_attention is None
 
 
 @pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}, MASS], ids=str)
@@ -150,18 +150,36 @@ def test_a_question_learns_to_look_into_its_region():
     assert losses[0] > 1 and losses[-1] < 0.2, (losses[0], losses[-1])
 
 
-def test_it_teaches_with_gradient_checkpointing_as_without():
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_it_teaches_with_gradient_checkpointing_as_without(use_reentrant, fusion_type):
     gradients = []
     for checkpointing in (False, True):
-        model = make_reader()
+        model = make_reader(fusion_type=fusion_type)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model(**questions()).pointing_loss.backward()
-        gradients.append(model.model.fusion_model.encoder.layer[-1].crossattention.self.query.weight.grad)
+        layer = model.model.fusion_model.encoder.layer[0]
+        gradients.append(layer.crossattention.self.query.weight.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
+def test_training_with_it_is_one_graph():
+    model = without_batch_statistics(make_reader())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**questions()).pointing_loss, model(**questions()).pointing_loss)
+
+
+def test_a_prefix_in_place_of_pixels_has_the_same_loss():
+    model = without_batch_statistics(make_reader(selection_layers=[3]))
+    inputs = questions()
+    prefix = model.model.encode_images(inputs["pixel_values"])
+    given = {**inputs, "pixel_values": None, "prefix": prefix}
+    torch.testing.assert_close(model(**given).pointing_loss, model(**inputs).pointing_loss)
+
+
 def test_a_fusion_without_cross_attention_refuses_it():
-    with pytest.raises(ValueError, match="`pointing_loss_coefficient` teaches the fusion's last cross-attention"):
+    with pytest.raises(ValueError, match="A single stream has no cross-attention"):
         make_reader(fusion_type="single_stream")(**questions())

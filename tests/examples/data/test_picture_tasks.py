@@ -16,6 +16,7 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics.groups import groups_of
 from trips_examples.training.models import make_processor
+from trips_examples.training.options import DataArguments
 
 
 TASKS = ["vqa", "captions", "nlvr2", "grounding"]
@@ -94,6 +95,12 @@ def test_the_kinds_of_questions_are_chosen(source):
     assert {row["kind"] for row in some} == chosen
 
 
+def test_questions_about_places_are_not_augmented(source):
+    with pytest.raises(ValueError, match="questions about picture_scenes ask for places"):
+        load_task_dataset("vqa", DataArguments(**source, augment=True))
+    load_task_dataset("grounding", DataArguments(**source, augment=True))
+
+
 def test_statements_are_as_often_true_as_false_and_say_nothing_alone(source):
     data = load_task_dataset("nlvr2", DataSource(**source))["train"]
     labels = Counter((row["statement"], row["label"]) for row in data)
@@ -123,6 +130,7 @@ def test_pictures_alone_have_their_names_as_captions(source):
             {"question_kinds": ["side", "color"]},
             "question_kinds has 'color': choose from name, side, place, size,",
         ),
+        ({"question_kinds": []}, "question_kinds has none: choose from name, side"),
         ({"train_scenes": 0}, "must be 1 or more"),
         ({"train_file": __file__}, "there are files as well"),
     ],

@@ -18,7 +18,7 @@ of boxes, and the [CLS] of a question, where to look.
 
 import torch
 
-from .losses_trips import region_targets, selection_loss
+from .losses_trips import SMALLEST_ATTENTION, region_targets, selection_loss
 from .modeling_trips_vision import TripsSelection, next_candidates
 from .patch_selection import PADDING
 
@@ -39,7 +39,8 @@ def pointing_losses(
 ) -> torch.Tensor:
     """
     How far attention is from each text's region, as [`selection_loss`] tells it of the patches that were kept. A fused
-    token shows no place, so that nothing is to be found there.
+    token shows no place: what it gets counts neither for nor against. (Were it wrong to look at it, it would be taught
+    to be unlike the region, and with it the scores that it is weighted by: to choose what the text is not about.)
 
     Args:
         weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): attention to the image tokens behind [CLS].
@@ -48,9 +49,11 @@ def pointing_losses(
         grid_size (`tuple(int, int)`): patches down and across.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts,)`, float32; 0 where none of the region is among the tokens.
+        `torch.Tensor` of shape `(num_texts,)`, float32; 0 where nothing of the region is among them.
     """
     indices = indices.to(weights.device).masked_fill(indices < 0, PADDING).expand_as(weights)
+    weights = weights.masked_fill(indices == PADDING, 0.0)
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_ATTENTION)
     return selection_loss(weights, indices, region_targets(regions.to(weights.device), grid_size))
 
 

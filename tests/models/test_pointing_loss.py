@@ -38,8 +38,9 @@ def test_the_loss_by_hand():
     right, top_right = [0.75, 0.5, 0.5, 1.0], [0.75, 0.25, 0.5, 0.5]
     looks, indices = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[3, -1, 0]])
     losses = pointing_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
-    # Of the right half patch 3 is there. Of the top right nothing is: the fused token, which has it, is no place.
-    assert losses.tolist() == pytest.approx([-math.log(0.2), 0.0])
+    # Of the right half patch 3 is there. Of the top right nothing is: the fused token, which has it, is no place, and
+    # what it gets is left out.
+    assert losses.tolist() == pytest.approx([-math.log(0.2 / 0.7), 0.0])
     # Unpruned, one row of indices is all texts': 0.4 and 0.1 of the right half are pulled to 2 to 1.
     looks = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
     loss = pointing_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))

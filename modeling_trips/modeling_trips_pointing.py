@@ -43,7 +43,8 @@ def pointing_losses(
     to be unlike the region, and with it the scores that it is weighted by: to choose what the text is not about.)
 
     Args:
-        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): attention to the image tokens behind [CLS].
+        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): attention to the image tokens behind [CLS]; with
+            what else is attended to, rows sum to 1. Padding gets none.
         indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): see `token_indices`.
         regions (`torch.Tensor` of shape `(num_texts, 4)`): see [`region_targets`].
         grid_size (`tuple(int, int)`): patches down and across.
@@ -52,8 +53,8 @@ def pointing_losses(
         `torch.Tensor` of shape `(num_texts,)`, float32; 0 where nothing of the region is among them.
     """
     indices = indices.to(weights.device).masked_fill(indices < 0, PADDING).expand_as(weights)
-    weights = weights.masked_fill(indices == PADDING, 0.0)
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_ATTENTION)
+    to_fused = weights.where(indices == PADDING, 0.0).sum(dim=-1, keepdim=True)
+    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
     return selection_loss(weights, indices, region_targets(regions.to(weights.device), grid_size))
 
 

@@ -183,6 +183,7 @@ class TripsGraphModel(TripsModel):
         prefix: TripsVisionPrefix | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        output_cls_attention: bool = False,
         **kwargs,
     ) -> TripsModelOutput:
         """As in the parent."""
@@ -196,7 +197,12 @@ class TripsGraphModel(TripsModel):
         check_image_index(image_index, num_images)
         return run(
             self.runners["fusion"],
-            {"regions": regions, "patch_targets": patch_targets, **kwargs},
+            {
+                "regions": regions,
+                "patch_targets": patch_targets,
+                "output_cls_attention": output_cls_attention,
+                **kwargs,
+            },
             text_states=text_states,
             attention_mask=mask_of(text_states, attention_mask),
             image_index=image_index,

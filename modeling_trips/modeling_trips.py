@@ -44,9 +44,9 @@ class TripsModelOutput(ModelOutput):
         What each selection layer kept, in the order of the layers.
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
-    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*, returned when
-        `output_cls_attention=True` is given): how much the text's [CLS] attends to each image token in the last layer
-        with cross-attention, float32, whatever the attention implementation. Padding has a part in it.
+    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
+        With `output_cls_attention=True`: how much the text's [CLS] attends to each image token in the last layer with
+        cross-attention, float32, whatever the attention implementation. Padding has a part in it.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         How far each text's choice of patches is from its region; 0 without one. In training, if regions are given.
     text_model_output (`BaseModelOutputWithPooling`):

@@ -195,9 +195,9 @@ class TripsTextModel(TripsPreTrainedModel):
 @dataclass
 class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
     r"""
-    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*, returned when
-        `output_cls_attention=True` is given): how much the text's [CLS] attends to each image token in the last layer
-        with cross-attention, float32, whatever the attention implementation. Padding has a part in it.
+    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
+        With `output_cls_attention=True`: how much the text's [CLS] attends to each image token in the last layer with
+        cross-attention, float32, whatever the attention implementation. Padding has a part in it.
     """
 
     cls_attention: torch.FloatTensor | None = None

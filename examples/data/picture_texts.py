@@ -14,8 +14,8 @@ MAX_CAPTIONED = 4
 
 # By place: the axis, and whether what is there comes before what it is compared with.
 PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
-# Of the thing asked for: the two ends of each axis.
-SIDES = (("on the left", "on the right"), ("at the top", "at the bottom"))
+# By axis: its two ends, and what stands before them.
+SIDES = (("left", "right", "on the"), ("top", "bottom", "at the"))
 # What is asked: a name; which side of the scene a thing is on; whether it is on one side of another, or larger; how
 # often it is there, and whether. Only the first is answered in words that a training may not have.
 QUESTION_KINDS = ("name", "side", "place", "size", "count", "presence")
@@ -76,9 +76,9 @@ def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: ran
     if single:
         thing, axis = rng.choice(single), rng.randrange(2)
         if abs(thing.center[axis] - side / 2) >= CLEARLY_BESIDE * side:
-            first, last = SIDES[axis]
-            answer = (first if thing.center[axis] < side / 2 else last).split()[-1]
-            yield SceneText("side", f"is the {thing.name} {first} or {last}?", thing.box, answer)
+            first, last, at = SIDES[axis]
+            answer = first if thing.center[axis] < side / 2 else last
+            yield SceneText("side", f"is the {thing.name} {at} {first} or {at} {last}?", thing.box, answer)
     if len(single) > 1:
         thing, other = pair = rng.sample(single, 2)
         place, (axis, is_before) = rng.choice(sorted(PLACES.items()))

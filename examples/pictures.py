@@ -55,8 +55,14 @@ VARIANTS = {
 # Questions whose answers are a few words: names that training has not read are never written.
 TASKS = {"grounding": [], "vqa": ["--question_kinds", "side", "place", "size", "count", "presence"]}
 STARTS = {"grounding": "names", "vqa": "grounding-start"}
-LONG = "--train_scenes 24000 --validation_scenes 800 --max_steps 1200".split()
-SHORT = "--train_scenes 3600 --validation_scenes 800 --num_train_epochs 1".split()
+LONG = {
+    "grounding": "--train_scenes 24000 --validation_scenes 800 --max_steps 1200".split(),
+    "vqa": "--train_scenes 24000 --validation_scenes 300 --max_steps 1500".split(),
+}
+SHORT = {
+    "grounding": "--train_scenes 3600 --validation_scenes 800 --num_train_epochs 1".split(),
+    "vqa": "--train_scenes 2400 --validation_scenes 600 --num_train_epochs 1".split(),
+}
 QUICK = "--train_scenes 60 --validation_scenes 20 --num_train_epochs 1".split()
 
 
@@ -134,8 +140,8 @@ def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Ite
     towers += ["--text_model_name_or_path", str(made / "towers/minilm"), "--num_fusion_layers", "2"]
     yield part("names", "run_retrieval", NAMES, *towers, "--num_train_epochs", "1" if quick else "24")
     for task, task_options in TASKS.items():
-        runs = {"start": (STARTS[task], VARIANTS["unpruned"], LONG)}
-        runs |= {variant: (f"{task}-start", selection, SHORT) for variant, selection in VARIANTS.items()}
+        runs = {"start": (STARTS[task], VARIANTS["unpruned"], LONG[task])}
+        runs |= {variant: (f"{task}-start", selection, SHORT[task]) for variant, selection in VARIANTS.items()}
         for name, (checkpoint, selection, length) in runs.items():
             options = ["--model_name_or_path", str(folder / checkpoint), *(QUICK if quick else length)]
             yield part(f"{task}-{name}", f"run_{task}", SCENES, *options, *task_options, *selection)

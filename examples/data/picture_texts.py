@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from trips_examples.data.colors import COLOR_WORDS
 from trips_examples.data.picture_scenes import Thing
 
 
@@ -17,8 +18,8 @@ PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "bel
 # By axis: its two ends, and what stands before them.
 SIDES = (("left", "right", "on the"), ("top", "bottom", "at the"))
 # What is asked: a name; which side of the scene a thing is on; whether it is on one side of another, or larger; how
-# often it is there, and whether. Only the first is answered in words that a training may not have.
-QUESTION_KINDS = ("name", "side", "place", "size", "count", "presence")
+# often it is there, and whether; its color. Only the first is answered in words that a training may not have.
+QUESTION_KINDS = ("name", "side", "place", "size", "count", "presence", "color")
 CELLS = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -98,6 +99,9 @@ def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: ran
     yield SceneText("presence", f"is there {with_article(present.name)}?", _union(boxes), "yes")
     if absent := [name for name in names if name not in times]:
         yield SceneText("presence", f"is there {with_article(rng.choice(absent))}?", None, "no")
+    if colored := [thing for thing in single if _has_untold_color(thing)]:
+        thing = rng.choice(colored)
+        yield SceneText("color", f"what color is the {thing.name}?", thing.box, thing.picture.color)
 
 
 def caption(things: Sequence[Thing], side: int, rng: random.Random) -> str:
@@ -129,6 +133,11 @@ def _named(things: Sequence[Thing], single: list[Thing], rng: random.Random) -> 
 def _single(things: Sequence[Thing]) -> list[Thing]:
     times = Counter(thing.name for thing in things)
     return [thing for thing in things if times[thing.name] == 1]
+
+
+def _has_untold_color(thing: Thing) -> bool:
+    """Whether a thing has one color, and a name that speaks of none."""
+    return bool(thing.picture.color) and not set(thing.name.split()) & COLOR_WORDS
 
 
 def _pair(things: Sequence[Thing]) -> tuple[Thing, Thing] | None:

@@ -27,6 +27,7 @@ from pathlib import Path
 import PIL.Image
 from datasets.utils import tqdm
 
+from trips_examples.data.colors import main_color
 from trips_examples.data.faults import BadRowError, BadRows, Fault
 from trips_examples.data.formats import read_records
 from trips_examples.data.images import open_image
@@ -46,11 +47,15 @@ MAX_PIXELS = 16_000_000  # more take seconds to decode, each time that a scene s
 
 @dataclass(frozen=True)
 class NamedPicture:
-    """A picture file, what it shows, and the box (x0, y0, x1, y1) in pixels of what can be seen of it."""
+    """
+    A picture file, what it shows, the box (x0, y0, x1, y1) in pixels of what can be seen of it, and its color: one of
+    `COLORS`, or `""` where it has several.
+    """
 
     path: str
     name: str
     visible: tuple[int, int, int, int]
+    color: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -109,7 +114,7 @@ def read_pictures(sources: Sequence[str | Path], bad_rows: BadRows | None = None
                 content = _digest(path)
                 if content in seen or times[name] == MAX_PER_NAME:
                     continue
-                pictures.append(NamedPicture(str(path), name, _visible_box(path)))
+                pictures.append(NamedPicture(str(path), name, *_look(path)))
                 seen.add(content)
                 times[name] += 1
             except BadRowError as error:
@@ -176,17 +181,18 @@ def _digest(path: Path) -> bytes:
         raise BadRowError("missing image", str(path)) from error
 
 
-def _visible_box(path: Path) -> tuple[int, int, int, int]:
-    """What is not transparent."""
+def _look(path: Path) -> tuple[tuple[int, int, int, int], str]:
+    """The box of what is not transparent, and its color."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         with open_image(str(path)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadRowError(f"more than {MAX_PIXELS:,} pixels", f"{path} has {image.width} x {image.height}")
-            box = image.convert("RGBA").getchannel("A").getbbox()
+            image = image.convert("RGBA")
+    box = image.getchannel("A").getbbox()
     if box is None:
         raise BadRowError("image that is all transparent", str(path))
-    return box
+    return box, main_color(image.crop(box))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -75,8 +75,8 @@ def test_scenes_need_several_names(pictures):
         SceneMaker(pictures[:1], "validation")
 
 
-def thing(name: str, *box: int) -> Thing:
-    return Thing(NamedPicture(name, name, (0, 0, 9, 9)), box)
+def thing(name: str, *box: int, color: str = "") -> Thing:
+    return Thing(NamedPicture(name, name, (0, 0, 9, 9), color), box)
 
 
 # An owl on the left, a small and a large apple on the right, a bat below all.
@@ -132,6 +132,19 @@ def test_questions_have_their_answers_and_regions():
         ("presence", "is there a bat?", "yes"): BAT.box,
         ("presence", "is there a cow?", "no"): None,
     }
+
+
+def test_colors_are_asked_for_of_what_has_one_that_its_name_does_not_tell():
+    colored = (
+        thing("owl", 0, 10, 20, 50, color="brown"),
+        thing("gray bat", 33, 80, 53, 100, color="gray"),
+        thing("grey cat", 33, 50, 53, 70, color="gray"),
+        thing("cow", 60, 60, 80, 80),
+        thing("apple", 40, 0, 50, 10, color="red"),
+        thing("apple", 60, 10, 90, 40, color="green"),
+    )
+    found = {key: box for key, box in asked(colored).items() if key[0] == "color"}
+    assert found == {("color", "what color is the owl?", "brown"): (0, 10, 20, 50)}
 
 
 def test_what_hardly_differs_is_not_asked_for():

@@ -14,6 +14,7 @@ unpacked into the folder (with apt-get and dpkg-deb, without root).
 
 import trips_examples  # noqa: F401  # isort: skip
 
+import itertools
 import json
 import os
 import subprocess
@@ -53,7 +54,7 @@ VARIANTS = {
     "image": [*SELECTION, "--selection_guidance", "image"],
 }
 # Questions whose answers are a few words: names that training has not read are never written.
-TASKS = {"grounding": [], "vqa": ["--question_kinds", "side", "place", "size", "count", "presence"]}
+TASKS = {"grounding": [], "vqa": ["--question_kinds", "side", "place", "size", "count", "presence", "color"]}
 STARTS = {"grounding": "names", "vqa": "grounding-start"}
 LONG = {
     "grounding": "--train_scenes 24000 --validation_scenes 800 --max_steps 1200".split(),
@@ -136,15 +137,17 @@ def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Ite
         everything = [*data, "--pictures", *pictures, *RECIPE, *options, "--output_dir", str(output)]
         return Part(f"{folder.name}/{name}", output / "eval_results.json", script, everything)
 
+    def of_scenes(task: str, name: str, checkpoint: str, selection: list[str], length: list[str]) -> Part:
+        options = ["--model_name_or_path", str(folder / checkpoint), *(QUICK if quick else length)]
+        return part(f"{task}-{name}", f"run_{task}", SCENES, *options, *TASKS[task], *selection)
+
     towers = ["--vision_model_name_or_path", str(made / "towers/dinov2-small")]
     towers += ["--text_model_name_or_path", str(made / "towers/minilm"), "--num_fusion_layers", "2"]
     yield part("names", "run_retrieval", NAMES, *towers, "--num_train_epochs", "1" if quick else "24")
-    for task, task_options in TASKS.items():
-        runs = {"start": (STARTS[task], VARIANTS["unpruned"], LONG[task])}
-        runs |= {variant: (f"{task}-start", selection, SHORT[task]) for variant, selection in VARIANTS.items()}
-        for name, (checkpoint, selection, length) in runs.items():
-            options = ["--model_name_or_path", str(folder / checkpoint), *(QUICK if quick else length)]
-            yield part(f"{task}-{name}", f"run_{task}", SCENES, *options, *task_options, *selection)
+    for task, checkpoint in STARTS.items():
+        yield of_scenes(task, "start", checkpoint, VARIANTS["unpruned"], LONG[task])
+    for task, (variant, selection) in itertools.product(TASKS, VARIANTS.items()):
+        yield of_scenes(task, variant, f"{task}-start", selection, SHORT[task])
     options = ["--model_name_or_path", str(folder / "grounding-text"), "--do_train", "False", "--num_pictures", "12"]
     yield part("page", "run_grounding", SCENES, "--train_scenes", "1", "--validation_scenes", "20", *options)
 

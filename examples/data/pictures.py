@@ -42,6 +42,7 @@ LEADING_ON = {"and", "at", "by", "for", "from", "in", "of", "on", "or", "to", "w
 MAX_WORDS = 4
 MAX_SHARED = 3
 MAX_PER_NAME = 5
+MAX_LOADED = 4096  # pictures in memory, 50 kB each for scenes of 224 pixels
 MAX_PIXELS = 16_000_000  # more take seconds to decode, each time that a scene shows them
 
 
@@ -195,7 +196,7 @@ def _look(path: Path) -> tuple[tuple[int, int, int, int], str]:
     return box, main_color(image.crop(box))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=MAX_LOADED)
 def load_picture(picture: NamedPicture, longest_side: int) -> PIL.Image.Image:
     """What can be seen of a picture, RGBA, made smaller until no side is longer than `longest_side` pixels."""
     with open_image(picture.path) as image:

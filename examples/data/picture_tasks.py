@@ -54,7 +54,8 @@ def load_picture_scenes(
         `ValueError`: where pictures cannot be used, naming the first few, or are too few.
         `FileNotFoundError`: where a source does not exist.
     """
-    splits = _split(read_pictures(sources, bad_rows), test_share)
+    asks_colors = task == "vqa" and "color" in question_kinds
+    splits = _split(read_pictures(sources, bad_rows, with_colors=asks_colors), test_share)
     data = {}
     for split, pictures in splits.items():
         maker = SceneMaker(tuple(pictures), split, seed, side, counts)

@@ -50,7 +50,7 @@ MAX_PIXELS = 16_000_000  # more take seconds to decode, each time that a scene s
 class NamedPicture:
     """
     A picture file, what it shows, the box (x0, y0, x1, y1) in pixels of what can be seen of it, and its color: one of
-    `COLORS`, or `""` where it has several.
+    `COLORS`, or `""` where it has several or was not looked at.
     """
 
     path: str
@@ -88,13 +88,17 @@ def is_held_out(name: str, share: float) -> bool:
     return number < share * 2**64
 
 
-def read_pictures(sources: Sequence[str | Path], bad_rows: BadRows | None = None) -> list[NamedPicture]:
+def read_pictures(
+    sources: Sequence[str | Path], bad_rows: BadRows | None = None, with_colors: bool = False
+) -> list[NamedPicture]:
     """
     Reads lists and folders of named pictures. Each picture is decoded once, to see that it can be.
 
     Args:
         sources (`Sequence[str]`): Files and folders. Paths in a file are relative to its folder.
         bad_rows ([`BadRows`], *optional*): What becomes of pictures that cannot be used. Default: they are raised.
+        with_colors (`bool`, *optional*, defaults to `False`): Whether to look at their colors, which takes about as
+            long as the rest.
 
     Returns:
         `list[NamedPicture]`: In the order of the sources and files; of folders, by path.
@@ -115,7 +119,7 @@ def read_pictures(sources: Sequence[str | Path], bad_rows: BadRows | None = None
                 content = _digest(path)
                 if content in seen or times[name] == MAX_PER_NAME:
                     continue
-                pictures.append(NamedPicture(str(path), name, *_look(path)))
+                pictures.append(NamedPicture(str(path), name, *_look(path, with_colors)))
                 seen.add(content)
                 times[name] += 1
             except BadRowError as error:
@@ -182,8 +186,8 @@ def _digest(path: Path) -> bytes:
         raise BadRowError("missing image", str(path)) from error
 
 
-def _look(path: Path) -> tuple[tuple[int, int, int, int], str]:
-    """The box of what is not transparent, and its color."""
+def _look(path: Path, with_color: bool) -> tuple[tuple[int, int, int, int], str]:
+    """The box of what is not transparent, and its color where that is asked for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         with open_image(str(path)) as image:
@@ -193,7 +197,7 @@ def _look(path: Path) -> tuple[tuple[int, int, int, int], str]:
     box = image.getchannel("A").getbbox()
     if box is None:
         raise BadRowError("image that is all transparent", str(path))
-    return box, main_color(image.crop(box))
+    return box, main_color(image.crop(box)) if with_color else ""
 
 
 @functools.lru_cache(maxsize=MAX_LOADED)

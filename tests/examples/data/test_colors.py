@@ -39,4 +39,5 @@ def test_a_color_has_six_tenths_of_what_can_be_seen():
 def test_pictures_that_are_read_have_their_color(tmp_path):
     for name, parts in {"apple": [(30, "green")], "ball": [(30, "red"), (30, "blue")]}.items():
         strip(*parts).save(tmp_path / f"{name}.png")
-    assert {picture.name: picture.color for picture in read_pictures([tmp_path])} == {"apple": "green", "ball": ""}
+    pictures = read_pictures([tmp_path], with_colors=True)
+    assert {picture.name: picture.color for picture in pictures} == {"apple": "green", "ball": ""}

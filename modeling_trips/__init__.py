@@ -8,7 +8,7 @@ from .configuration_trips import (
     TripsVisionConfig,
 )
 from .conversion.vision_text import from_vision_text_pretrained
-from .input_preparation_trips import convert_to_rgb
+from .image_decoding_trips import convert_to_rgb
 from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
 from .modeling_trips_classification import (
     TripsForImagesAndTextClassification,
@@ -23,7 +23,11 @@ from .modeling_trips_single_stream import TripsSingleStreamModel, TripsSingleStr
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
 from .momentum_trips import MomentumTeacher
-from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
+from .pipeline_trips import (
+    TripsImageToTextPipeline,
+    TripsVisualQuestionAnsweringPipeline,
+    TripsZeroShotImageClassificationPipeline,
+)
 from .processing_trips import TripsProcessor
 from .registration_trips import register
 
@@ -71,5 +75,6 @@ __all__ = [
     "TripsVisionPrefix",
     "TripsVisualGroundingOutput",
     "TripsVisualQuestionAnsweringPipeline",
+    "TripsZeroShotImageClassificationPipeline",
     "convert_to_rgb",
 ]

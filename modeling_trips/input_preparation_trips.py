@@ -17,14 +17,18 @@ and texts without what ALBEF takes out of questions and captions, but not of ans
 is left to the tokenizer, which knows special tokens.
 """
 
+import base64
 import operator
 import os
 import re
 
+import httpx
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from transformers.image_utils import ImageInput, load_image
+from PIL import Image
+from transformers.image_utils import ImageInput
+
+from .image_decoding_trips import convert_to_rgb, decode_image
 
 
 def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
@@ -65,13 +69,8 @@ def _flatten_images(images: ImageInput) -> list:
 
 def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
     """Reads a path or URL, converts pictures to RGB; arrays pass as they are, but grey (H, W) becomes (3, H, W)."""
-    if isinstance(image, (str, os.PathLike)):
-        if os.path.exists(image):
-            with Image.open(image) as opened:
-                return convert_to_rgb(opened)
-        return _load_string(os.fspath(image))
-    if isinstance(image, Image.Image):
-        return convert_to_rgb(image)
+    if isinstance(image, (str, os.PathLike, Image.Image)):
+        return read_image(image)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(image).__name__}")
     if image.ndim not in (2, 3) or 0 in image.shape:
@@ -81,14 +80,34 @@ def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
     return image
 
 
-def _load_string(image: str) -> Image.Image:
-    """Of a string that is no path: the picture behind a URL, or in base64."""
+def read_image(image: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
+    """
+    Read an image as the models see it: RGB, upright, transparent pixels on white (see [`convert_to_rgb`]).
+
+    Args:
+        image (`str`, `os.PathLike` or `PIL.Image.Image`): An image, its path or URL, or the file in base64.
+        timeout (`float`, *optional*): Seconds to wait for a URL. By default without limit.
+
+    Raises:
+        `FileNotFoundError`: A string is neither a path, nor a URL, nor base64.
+        `ValueError`: The file cannot be used, see [`decode_image`] for URLs and base64.
+        `httpx.HTTPError`: The URL cannot be fetched.
+    """
+    if isinstance(image, Image.Image):
+        return convert_to_rgb(image)
+    if os.path.exists(image):
+        with Image.open(image) as opened:
+            return convert_to_rgb(opened)
+    source = os.fspath(image)
+    if source.startswith(("http://", "https://")):
+        response = httpx.get(source, timeout=timeout, follow_redirects=True)
+        return decode_image(response.raise_for_status().content)
     try:
-        return load_image(image)
-    except Exception as error:
-        if image.startswith(("http://", "https://", "data:")):
+        return decode_image(base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source))
+    except ValueError as error:
+        if source.startswith("data:"):
             raise
-        raise FileNotFoundError("there is no such file, and it is no URL and no picture in base64") from error
+        raise FileNotFoundError("there is no such file, and it is neither a URL nor an image in base64") from error
 
 
 def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size: int):
@@ -101,41 +120,6 @@ def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size
             f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}: "
             "scale it up first if it is meant"
         )
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """
-    Converts a picture of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
-
-    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent colour of a palette) are
-    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`).
-
-    Args:
-        image (`PIL.Image.Image`):
-            Picture of any Pillow mode but "I" and "F".
-
-    Returns:
-        `PIL.Image.Image`: A new picture of mode "RGB". Its size is swapped where the EXIF orientation asks for it.
-
-    Raises:
-        `ValueError`: The picture has no pixels, or its mode is "I" or "F": those have no fixed range of grey values.
-    """
-    if 0 in image.size:
-        raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
-            '"I;16" (0 to 65535).'
-        )
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255 instead of scaling
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        # "La" (premultiplied) is the one mode that Pillow does not convert to "RGBA" in one step
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):

@@ -1,8 +1,9 @@
 """
-Pipelines for visual question answering and image captioning.
+Pipelines for visual question answering, image captioning and zero-shot image classification.
 
 Transformers 5 dropped the tasks `visual-question-answering` and `image-to-text`; here they are again, with the calls
-and the results that version 4 documented. Several questions about one image share its computation.
+and the results that version 4 documented. Several questions about one image share its computation. Transformers'
+`zero-shot-image-classification` drops the alpha channel that training lays on white; the class here does not.
 
 Checkpoints name these classes in `custom_pipelines`, where `pipeline(task, model=..., trust_remote_code=True)` looks
 first. For a model that is loaded already, `pipeline` refuses the names of the tasks: call the class.
@@ -12,9 +13,10 @@ from collections.abc import Iterator, Sized
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import Pipeline
-from transformers.image_utils import load_image
+from transformers import Pipeline, ZeroShotImageClassificationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .input_preparation_trips import read_image
 
 
 NUM_RANKED_ANSWERS = 128  # how many of a given list are scored in full, as in ALBEF
@@ -74,7 +76,7 @@ class TripsPipeline(Pipeline):
     ) -> dict:
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:
-                image = load_image(image, timeout=timeout)
+                image = read_image(image, timeout)
             except Exception as error:  # the network and Pillow raise many kinds
                 raise ValueError(f"The image {image} cannot be used: {error}") from error
         single = isinstance(texts, str)
@@ -283,3 +285,49 @@ class TripsImageToTextPipeline(TripsPipeline):
 
     def postprocess(self, texts: list[str], prompt: str = "") -> list[dict]:
         return [{"generated_text": f"{prompt.rstrip()} {text}".strip()} for text in texts]
+
+
+class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+    """
+    Sorts labels by how well they describe an image, under the task name `"zero-shot-image-classification"`.
+
+    Arguments and results are those of Transformers' pipeline. Images and texts go through [`TripsProcessor`], so that
+    the pipeline gives the tensors of training: transparent pixels are white, and texts are cleaned.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> classifier = pipeline("zero-shot-image-classification", model="org/trips-retrieval", trust_remote_code=True)
+    >>> classifier = TripsZeroShotImageClassificationPipeline(model=model, processor=processor)  # or of a loaded model
+    >>> classifier("picture.png", candidate_labels=["red", "blue"], hypothesis_template="a {} square")
+    [{'score': 0.98, 'label': 'red'}, {'score': 0.02, 'label': 'blue'}]
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+
+    default_task = "zero-shot-image-classification"
+
+    def __init__(self, *args, task: str = "", **kwargs):
+        super().__init__(*args, task=task or self.default_task, **kwargs)
+
+    def check_model_type(self, supported_models):
+        if self.model.config.model_type != "trips":
+            raise ValueError(f"The model must be a TRIPS model, got a {self.model.config.model_type}.")
+
+    def preprocess(
+        self,
+        image,
+        candidate_labels=None,
+        hypothesis_template="This is a photo of {}.",
+        timeout=None,
+        tokenizer_kwargs=None,
+    ):
+        inputs = self.processor(images=read_image(image, timeout), return_tensors="pt").to(self.dtype)
+        inputs["candidate_labels"] = candidate_labels
+        texts = [hypothesis_template.format(label) for label in candidate_labels]
+        options = {"padding": True, **(tokenizer_kwargs or {})}
+        inputs["text_inputs"] = [self.processor(text=texts, return_tensors="pt", **options)]
+        return inputs

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from .configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
+from .configuration_trips_parts import remove_code_references
 from .modeling_trips import TripsModel
 from .modeling_trips_classification import TripsForImagesAndTextClassification
 from .modeling_trips_generation import TripsForConditionalGeneration
@@ -21,7 +22,11 @@ from .modeling_trips_retrieval import TripsForRetrieval
 from .modeling_trips_single_stream import TripsSingleStreamModel
 from .modeling_trips_text import TripsTextModel
 from .modeling_trips_vision import TripsVisionModel
-from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
+from .pipeline_trips import (
+    TripsImageToTextPipeline,
+    TripsVisualQuestionAnsweringPipeline,
+    TripsZeroShotImageClassificationPipeline,
+)
 from .processing_trips import TripsProcessor
 
 
@@ -44,6 +49,7 @@ PIPELINES = {
     for pipeline_class, auto_class in (
         (TripsImageToTextPipeline, "AutoModelForImageTextToText"),
         (TripsVisualQuestionAnsweringPipeline, "AutoModelForVisualQuestionAnswering"),
+        (TripsZeroShotImageClassificationPipeline, "AutoModelForZeroShotImageClassification"),
     )
 }
 
@@ -89,21 +95,19 @@ def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
 
 def custom_pipelines(model_class: type[PreTrainedModel]) -> dict[str, dict]:
     """
-    The `custom_pipelines` of a checkpoint of `model_class`: those made for this head, so that `pipeline` can tell the
-    task from the model; all of them if none is.
+    The `custom_pipelines` of a checkpoint of `model_class`: those that its head runs, so that `pipeline` can tell the
+    task from the model. A checkpoint does not offer tasks for which it has no weights.
     """
-    if model_class.config_class is not TripsConfig:
-        return {}
-    own = {task for task, (_, auto_class) in PIPELINES.items() if MODELS[auto_class][0] is model_class}
     return {
         task: {"impl": _reference(pipeline_class), "pt": [auto_class], "type": "multimodal"}
         for task, (pipeline_class, auto_class) in PIPELINES.items()
-        if task in (own or PIPELINES)
+        if MODELS[auto_class][0] is model_class
     }
 
 
 def describe_code(model: PreTrainedModel):
-    """Writes into the model's configuration where a checkpoint's code is, before it is saved."""
+    """Name the code of this project, and no other, in the configurations of a model that is about to be saved."""
+    remove_code_references([model.config, getattr(model, "generation_config", None)])
     model_class = class_before_sharding(type(model))
     model.config.auto_map = auto_map(model_class)
     pipelines = custom_pipelines(model_class)

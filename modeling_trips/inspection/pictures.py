@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Kept patches as pictures: which parts of the image a text made the model look at."""
+"""Drawings of kept patches: which parts of the image a text made the model look at."""
 
 import os
 import textwrap
@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from ..input_preparation_trips import convert_to_rgb
+from ..image_decoding_trips import convert_to_rgb
+
+
+MAX_SIDE = 1024  # pixels of the longer side of every drawing
 
 
 def draw_kept_patches(
@@ -31,7 +34,7 @@ def draw_kept_patches(
     min_side: int = 256,
 ) -> Image.Image:
     """
-    Draws the image with its dropped patches faded to white and its kept ones as they are, outlined.
+    Draw the image with its dropped patches faded to white and its kept ones as they are, outlined.
 
     Args:
         image (`PIL.Image.Image`):
@@ -41,30 +44,54 @@ def draw_kept_patches(
         fade (`float`, *optional*, defaults to 0.75):
             How far dropped patches go to white: 0 leaves them, 1 makes them white.
         outline (`str`, *optional*, defaults to `"#d9480f"`):
-            Pillow colour of the thin line around the kept area, inside it. `None` draws no line.
+            Pillow color of the thin line around the kept area, inside it. `None` draws no line.
         min_side (`int`, *optional*, defaults to 256):
             Smaller images are enlarged by a whole factor, pixel by pixel, until their shorter side is that long.
 
     Returns:
-        `PIL.Image.Image`: A new picture of mode "RGB": the image's size times a whole factor.
+        `PIL.Image.Image`: A new image of mode "RGB" whose longer side has at most 1024 pixels.
 
     Raises:
         `ValueError`: `fade` is not in [0, 1], or `boxes` have another shape.
     """
     if not 0 <= fade <= 1:
         raise ValueError(f"`fade` must be in [0, 1], got {fade}.")
-    boxes = torch.as_tensor(boxes)
+    boxes = torch.as_tensor(boxes, device="cpu")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"`boxes` must have the shape (num_kept, 4), got {tuple(boxes.shape)}.")
-    image = convert_to_rgb(image)
-    factor = max(1, -(-min_side // min(image.size)))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    kept = _kept_mask(image.size, boxes * factor)
+    image, scale = fit_for_drawing(image, min_side)
+    kept = _kept_mask(image.size, boxes * scale)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), fade)
     picture = Image.composite(image, faded, kept)
     if outline is not None:
         picture.paste(outline, mask=_edge_mask(kept, width=max(1, min(image.size) // 160)))
     return picture
+
+
+def fit_for_drawing(
+    image: Image.Image, min_side: int = 1, max_side: int = MAX_SIDE
+) -> tuple[Image.Image, torch.Tensor]:
+    """
+    Resize an image to a size that is drawn fast.
+
+    Larger images are reduced until their longer side has `max_side` pixels. Smaller images are enlarged by a whole
+    factor, pixel by pixel, until their shorter side has `min_side` pixels, as far as the longer side stays within
+    `max_side`.
+
+    Args:
+        image (`PIL.Image.Image`): Image of any mode and size (see [`convert_to_rgb`]).
+        min_side, max_side (`int`, *optional*, default to 1 and 1024): Bounds of the sides in pixels.
+
+    Returns:
+        `tuple[PIL.Image.Image, torch.Tensor]`: The image in mode "RGB", and the scale of its boxes (x0, y0, x1, y1), a
+        tensor of shape `(4,)` to multiply them by.
+    """
+    image = convert_to_rgb(image)
+    width, height = image.size
+    image.thumbnail((max_side, max_side))
+    factor = max(1, min(-(-min_side // min(image.size)), max_side // max(image.size)))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return image, torch.tensor([image.width / width, image.height / height]).repeat(2)
 
 
 def _kept_mask(size: tuple[int, int], boxes: torch.Tensor) -> Image.Image:
@@ -80,8 +107,8 @@ def _kept_mask(size: tuple[int, int], boxes: torch.Tensor) -> Image.Image:
 def _edge_mask(mask: Image.Image, width: int) -> Image.Image:
     """The part of a mask within `width` pixels of its border. The border of the whole picture does not count."""
     inner = mask
-    for _ in range(width):
-        inner = inner.filter(ImageFilter.MinFilter(3))
+    for radius in ((width, 0), (0, width)):  # a blurred pixel is 255 where all pixels around it are
+        inner = inner.filter(ImageFilter.BoxBlur(radius)).point(lambda value: 255 if value == 255 else 0)
     return ImageChops.subtract(mask, inner)
 
 
@@ -94,13 +121,13 @@ def plot_selection(
     path: str | os.PathLike | None = None,
 ):
     """
-    Plots the image beside what each question made the model keep of it. Needs matplotlib.
+    Plot the image beside what each question made the model keep of it. Needs matplotlib.
 
     Columns are the original and the questions, each titled with its answer. Rows are the selection layers.
 
     Args:
         image (`PIL.Image.Image`):
-            The original image, of any mode and size.
+            The original image, of any mode and size. It is drawn with a longer side of at most 1024 pixels.
         questions, answers (`list[str]`):
             One question per column, and the model's answer to it.
         boxes_per_question (`list[torch.Tensor]` or `list[list[torch.Tensor]]`):
@@ -127,7 +154,7 @@ def plot_selection(
         )
     if len({len(boxes) for boxes in layers}) > 1:
         raise ValueError(f"Questions have different numbers of selection layers: {[len(boxes) for boxes in layers]}.")
-    image = convert_to_rgb(image)
+    image, scale = fit_for_drawing(image)
     figure, axes = _blank_panels(image, num_rows=len(layers[0]), num_columns=1 + len(questions))
     axes[0, 0].imshow(image)
     axes[0, 0].set_title("original", fontsize=10)
@@ -135,7 +162,7 @@ def plot_selection(
     for column, (question, answer, rows) in enumerate(zip(questions, answers, layers, strict=True), start=1):
         axes[0, column].set_title(f"{textwrap.fill(question, 32)}\n→ {answer}", fontsize=10)
         for row, boxes in enumerate(rows):
-            axes[row, column].imshow(draw_kept_patches(image, boxes))
+            axes[row, column].imshow(draw_kept_patches(image, boxes.cpu() * scale))
             layer = f"selection {row + 1}: " if len(rows) > 1 else ""
             axes[row, column].set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
     if path is not None:
@@ -167,4 +194,4 @@ def _save_whole(figure, path: Path):
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["draw_kept_patches", "plot_selection"]
+__all__ = ["draw_kept_patches", "fit_for_drawing", "plot_selection"]

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_processors import encoded, make_processor
 from transformers import ViTImageProcessor
 
-from modeling_trips.input_preparation_trips import convert_to_rgb
+from modeling_trips.image_decoding_trips import convert_to_rgb
 
 
 @pytest.fixture

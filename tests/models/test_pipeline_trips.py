@@ -1,10 +1,12 @@
 """The pipelines answer what the model answers, in every form of call that version 4 of Transformers documented."""
 
+import base64
 import functools
 import itertools
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Value
@@ -20,6 +22,8 @@ from modeling_trips import (
     TripsForRetrieval,
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
+    TripsZeroShotImageClassificationPipeline,
+    convert_to_rgb,
 )
 from modeling_trips.pipeline_trips import best_answers, without_rest
 from modeling_trips.registration_trips import PIPELINES
@@ -278,20 +282,35 @@ def test_a_conversation_is_refused(oracle):
         stock(text=[*messages(IMAGES[0], QUESTIONS[0]), answer, *messages(IMAGES[0], QUESTIONS[1])])
 
 
-@torch.no_grad()
-def test_the_stock_pipeline_classifies_images_by_their_similarity_to_texts(checkpoints):
+@pytest.fixture
+def classifier(checkpoints):
     folder = checkpoints["TripsForRetrieval"]
     model, processor = TripsForRetrieval.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
-    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
-    labels = ["a red circle", "blue"]
-    found = pipeline("zero-shot-image-classification", model=model, **parts)(
-        IMAGES[0], candidate_labels=labels, hypothesis_template="a picture of {}"
-    )
+    return TripsZeroShotImageClassificationPipeline(model=model, processor=processor)
+
+
+@torch.no_grad()
+def test_images_are_classified_by_their_similarity_to_texts(classifier):
+    labels, model, processor = ["a red circle", "blue"], classifier.model, classifier.processor
+    found = classifier(IMAGES[0], candidate_labels=labels, hypothesis_template="a picture of {}")
     inputs = processor(images=IMAGES[0], text=[f"a picture of {label}" for label in labels], image_index=[0, 0])
     texts = torch.tensor(inputs["input_ids"]), torch.tensor(inputs["attention_mask"])
     pixels = processor.image_processor(IMAGES[0], return_tensors="pt").pixel_values
     probabilities = model(texts[0], pixels, texts[1]).logits_per_image.softmax(-1)[0]
     assert {row["label"]: row["score"] for row in found} == pytest.approx(dict(zip(labels, probabilities.tolist())))
+
+
+def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifier, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(40, 40, 4), dtype=np.uint8)
+    clear, path = Image.fromarray(pixels), tmp_path / "clear.png"
+    clear.save(path)
+    text = base64.b64encode(path.read_bytes()).decode()
+    on_white = convert_to_rgb(clear)
+    labels = ["red", "blue", "green"]
+    for given in (clear, str(path), text):
+        assert classifier(given, candidate_labels=labels) == classifier(on_white, candidate_labels=labels)
+        assert_same(oracle(given, "red?", top_k=2), oracle(on_white, "red?", top_k=2))
+        assert captioner(given) == captioner(on_white)
 
 
 def test_half_precision_models_get_images_of_their_type(checkpoints):

@@ -1,0 +1,340 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Image files to 8-bit RGB images, within limits.
+
+The service, the app, the endpoint handler and the index decode files from strangers with [`decode_image`], or with
+[`IsolatedDecoder`], which does the same in processes that it can kill. This file imports nothing local: it is also the
+program that these processes run, so that they start without PyTorch.
+"""
+
+import io
+import queue
+import re
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+from PIL import ExifTags, Image
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 50_000_000  # a 50-megapixel phone photo has 49,939,200
+MAX_JPEG_SCANS = 100  # encoders write about 10; each further scan costs a pass over the whole image
+MAX_GIF_COMMENT_BYTES = 1 << 16  # Pillow joins the parts of a comment in quadratic time
+
+# Pillow reads these formats by starting another program.
+FORMATS_OF_PROGRAMS = ("EPS",)
+
+TRANSPOSE_METHODS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """
+    An image file that cannot be used.
+
+    Args:
+        reason (`str`):
+            `"empty"`; `"format"`: not one of the accepted formats; `"pixels"`: too many pixels; `"work"`: takes too
+            long to decode; `"broken"`: damaged or cut off, or without a fixed range of grey values.
+        message (`str`): What is wrong, and what is accepted.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):
+        return ImageError, (self.reason, str(self))
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """
+    Decode an image file from an untrusted source.
+
+    The size is read from the header before any pixel. Files that need much more work than their size suggests are
+    refused before they are decoded: JPEGs with more than 100 scans, GIFs with comments above 64 KiB, and BMPs with
+    run-length encoding.
+
+    Args:
+        data (`bytes`): Content of a JPEG, PNG, WebP, GIF or BMP file. Of an animation, the first frame is decoded.
+        max_pixels (`int`, *optional*, defaults to 50,000,000): Largest accepted width times height.
+
+    Returns:
+        `PIL.Image.Image`: The image as [`convert_to_rgb`] returns it.
+
+    Raises:
+        [`ImageError`]: The file cannot be used; `reason` says why.
+    """
+    if not data:
+        raise ImageError("empty", "The image file is empty.")
+    _check_work(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    "pixels", f"The image has {width} x {height} pixels; at most {max_pixels:,} are accepted."
+                )
+            return convert_to_rgb(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("pixels", f"The image has too many pixels; at most {max_pixels:,} are accepted.") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("format", f"The file is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, ...
+        raise ImageError("broken", f"The image file is broken or cut off: {str(error).rstrip('.')}.") from error
+
+
+def _check_work(data: bytes):
+    """Refuse files that keep a decoder busy for long, from their structure alone."""
+    if data.startswith(b"\xff\xd8") and _has_too_many_scans(data):
+        raise ImageError("work", f"The JPEG has more than {MAX_JPEG_SCANS} scans. Save it again as a plain JPEG.")
+    if data.startswith((b"GIF87a", b"GIF89a")) and _gif_comment_bytes(data) > MAX_GIF_COMMENT_BYTES:
+        raise ImageError("work", f"The GIF has comments of more than {MAX_GIF_COMMENT_BYTES:,} bytes. Remove them.")
+    # Bytes 30 to 33 of a BMP file are its compression: 1 and 2 are run-length encodings, which Pillow reads in Python.
+    if data.startswith(b"BM") and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        raise ImageError("work", "The BMP is run-length encoded. Save it without compression, or as a PNG.")
+
+
+_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)  # not stuffing (00) and restarts (d0 to d7)
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    num_scans, position = 0, 2
+    while (found := _JPEG_MARKER.search(data, position)) is not None:
+        marker, position = found[1], found.end()
+        if marker == b"\xd9":  # end of the image
+            break
+        if marker not in (b"\x01", b"\xd8"):  # these have no segment
+            position += int.from_bytes(data[position : position + 2], "big")
+        num_scans += marker == b"\xda"
+        if num_scans > MAX_JPEG_SCANS:
+            return True
+    return False
+
+
+def _gif_comment_bytes(data: bytes) -> int:
+    """Number of bytes in the comments before the first frame."""
+    total, position = 0, 13 + _color_table_bytes(data[10:11])
+    while data[position : position + 1] == b"!":  # an extension
+        is_comment = data[position + 1 : position + 2] == b"\xfe"
+        position += 2
+        while size := int.from_bytes(data[position : position + 1], "big"):
+            total += size if is_comment else 0
+            position += 1 + size
+        position += 1
+    return total
+
+
+def _color_table_bytes(flags: bytes) -> int:
+    flags = int.from_bytes(flags, "big")
+    return 3 << (flags % 8 + 1) if flags & 0x80 else 0
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """
+    Convert an image of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
+
+    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent color of a palette) are
+    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`). An EXIF block that cannot be read counts
+    as upright.
+
+    Args:
+        image (`PIL.Image.Image`): Image of any Pillow mode but "I" and "F", of any format but EPS.
+
+    Returns:
+        `PIL.Image.Image`: A new image of mode "RGB" without metadata, so that its orientation is not applied again.
+        Width and height are swapped where the orientation asks for it.
+
+    Raises:
+        `ValueError`: The image has no pixels; its mode is "I" or "F", which have no fixed range of grey values; or
+            its format is EPS, which Pillow decodes by starting Ghostscript.
+    """
+    check_format(image)
+    if 0 in image.size:
+        raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
+            '"I;16" (0 to 65535).'
+        )
+    image.load()  # a PNG may have its EXIF block behind its pixels
+    if (method := TRANSPOSE_METHODS.get(orientation_of(image))) is not None:
+        image = image.transpose(method)
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling
+        rgb = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        # "La" (premultiplied) is the one mode that Pillow does not convert to "RGBA" in one step
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def check_format(image: Image.Image):
+    """
+    Raises:
+        `ValueError`: Pillow would start another program to decode the opened image.
+    """
+    if image.format in FORMATS_OF_PROGRAMS:
+        raise ValueError(f"{image.format} images are not supported. Save the image as a PNG.")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 (upright) to 8. Reads no pixels; an unreadable EXIF block gives 1."""
+    try:
+        # `getexif` of a PNG would decode the image to find a block at its end.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return orientation if orientation in TRANSPOSE_METHODS else 1
+    except Exception:  # any plugin may fail on a damaged block
+        return 1
+
+
+# Decoding in processes of their own
+
+
+_REQUEST = struct.Struct(">QQ")  # bytes of the file, largest number of pixels
+_REPLY = struct.Struct(">IIQ")  # width and height, or zeros for an error; bytes that follow
+
+
+class IsolatedDecoder:
+    """
+    Decode image files in separate processes, and kill the ones that take too long. Threads may share it.
+
+    The processes start with the first images and end with this process.
+
+    Args:
+        num_processes (`int`, *optional*, defaults to 2): How many files are decoded at a time; other calls wait.
+        seconds (`float`, *optional*, defaults to 5.0): Longest time for one file.
+    """
+
+    def __init__(self, num_processes: int = 2, seconds: float = 5.0):
+        self.seconds = seconds
+        self._processes: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
+        for _ in range(num_processes):
+            self._processes.put(None)
+
+    def decode(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """
+        As [`decode_image`].
+
+        Raises:
+            [`ImageError`]: Also with the reason `"work"` where it takes longer than `seconds`, or ends the process.
+        """
+        process = self._processes.get()
+        try:
+            if process is None or process.poll() is not None:
+                process = _start_process()
+            timer = threading.Timer(self.seconds, process.kill)
+            timer.start()
+            try:
+                return _request(process, data, max_pixels)
+            except (EOFError, OSError) as error:
+                process.kill()
+                process.wait()
+                raise ImageError(
+                    "work", "The image takes too long to decode. Save it again as a plain PNG."
+                ) from error
+            finally:
+                timer.cancel()
+        finally:
+            self._processes.put(process)
+
+    def close(self):
+        """End the processes. Later calls start new ones."""
+        for _ in range(self._processes.qsize()):
+            process = self._processes.get()
+            if process is not None:
+                process.communicate()
+            self._processes.put(None)
+
+
+def _start_process() -> subprocess.Popen:
+    # -I: neither the environment nor the folder of this file decides what the process imports.
+    return subprocess.Popen(
+        [sys.executable, "-I", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pipesize=1 << 20,  # bytes: fewer turns between the processes for an image
+        start_new_session=True,
+    )
+
+
+def _request(process: subprocess.Popen, data: bytes, max_pixels: int) -> Image.Image:
+    process.stdin.write(_REQUEST.pack(len(data), max_pixels))
+    process.stdin.write(data)
+    process.stdin.flush()
+    width, height, num_bytes = _REPLY.unpack(_read(process.stdout, _REPLY.size))
+    content = _read(process.stdout, num_bytes)
+    if width == 0:
+        reason, _, message = content.decode("utf-8").partition("\n")
+        raise ImageError(reason, message)
+    return Image.frombytes("RGB", (width, height), content)
+
+
+def _read(stream, num_bytes: int) -> bytes:
+    content = stream.read(num_bytes)
+    if len(content) < num_bytes:
+        raise EOFError("the other process has ended")
+    return content
+
+
+def _serve():
+    """Decode the files that come on the standard input until it ends."""
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    while True:
+        try:
+            num_bytes, max_pixels = _REQUEST.unpack(_read(source, _REQUEST.size))
+            data = _read(source, num_bytes)
+        except EOFError:
+            return
+        try:
+            image = decode_image(data, max_pixels)
+            (width, height), content = image.size, image.tobytes()
+        except ImageError as error:
+            width, height, content = 0, 0, f"{error.reason}\n{error}".encode("utf-8", "backslashreplace")
+        target.write(_REPLY.pack(width, height, len(content)))
+        target.write(content)
+        target.flush()
+
+
+__all__ = [
+    "FORMATS",
+    "ImageError",
+    "IsolatedDecoder",
+    "MAX_PIXELS",
+    "check_format",
+    "convert_to_rgb",
+    "decode_image",
+    "orientation_of",
+]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,78 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints as tools load them: with the head that they need, and whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+import modeling_trips
+from modeling_trips import TripsPreTrainedModel
+
+
+EXPORT_MANIFEST = "export.json"
+
+
+def load_checkpoint(
+    name: str | Path,
+    heads: Sequence[type[TripsPreTrainedModel]] | None = None,
+    revision: str = "main",
+    **options,
+) -> TripsPreTrainedModel:
+    """
+    Load a trained model in the class that it was saved as, in evaluation mode.
+
+    Args:
+        name (`str` or `Path`):
+            Folder or Hub repository of a checkpoint, or a folder that `python -m modeling_trips.export` wrote.
+        heads (`Sequence[type]`, *optional*): Accepted model classes. By default every model of this project.
+        revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
+        options: Passed to `from_pretrained`, such as `dtype` or `keep_rate`. An exported model takes none.
+
+    Raises:
+        ValueError: The checkpoint is of another class; weights are missing, unexpected, of another shape, NaN or
+            infinite; or `options` are given for an exported model.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    architecture = (getattr(config, "architectures", None) or ["model without a head"])[0]
+    model_class = getattr(modeling_trips, architecture, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, TripsPreTrainedModel)):
+        raise ValueError(f"{name} is a {architecture}, which is not a TRIPS model.")
+    if heads is not None and not issubclass(model_class, tuple(heads)):
+        raise ValueError(f"{name} is a {architecture}. Give a {' or '.join(head.__name__ for head in heads)}.")
+    if (Path(name) / EXPORT_MANIFEST).is_file():
+        if options:
+            raise ValueError(f"{name} is an exported model. {', '.join(options)} cannot be changed after the export.")
+        from ..export import load_exported  # an extra
+
+        return load_exported(name)
+    model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True, **options)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ValueError(
+                f"The weights of {name} do not fit a {architecture}: {problem} {sorted(report[problem])}."
+            )
+    broken = [key for key, tensor in model.state_dict().items() if not _is_finite(tensor)]
+    if broken:
+        raise ValueError(f"The weights of {name} are NaN or infinite in {', '.join(broken[:5])}.")
+    return model.eval()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+__all__ = ["load_checkpoint"]

@@ -19,10 +19,13 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import auto_docstring
+from transformers.utils import PushToHubMixin, auto_docstring
 
 
 GUIDANCES = ("text", "image", "random")
+
+# Fields in which the files of a checkpoint name code to load.
+CODE_FIELDS = ("auto_map", "_auto_map", "custom_pipelines", "custom_generate")
 
 # The least value that a number may have, in any configuration that has such a field.
 LEAST_VALUES = {
@@ -49,6 +52,23 @@ LEAST_VALUES = {
     "giou_loss_coefficient": 0,
     "pointing_loss_coefficient": 0,
 }
+
+
+def remove_code_references(part):
+    """
+    Delete the `CODE_FIELDS` at any depth of dictionaries, lists, configurations, image processors and tokenizers.
+
+    A checkpoint may name code of other repositories there. Loading does not run it, but saving would pass it on.
+    """
+    values = vars(part) if isinstance(part, PushToHubMixin) else part  # the base of all that Transformers saves
+    if isinstance(values, dict):
+        for name in CODE_FIELDS:
+            values.pop(name, None)
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return
+    for value in values:
+        remove_code_references(value)
 
 
 def validate_numbers(config: PreTrainedConfig):

@@ -3,23 +3,15 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from modeling_trips.configuration_trips_parts import remove_code_references
 from trips_examples.training.files import write_whole
 
 
 WEIGHTS = "model.safetensors"
-CODE = ("auto_map", "custom_pipelines")  # where configurations say what code a checkpoint carries
-
-
-def without_code(fields: Any) -> Any:
-    """The fields of a configuration, and of those inside it, but for `CODE`."""
-    if not isinstance(fields, dict):
-        return fields
-    return {name: without_code(value) for name, value in fields.items() if name not in CODE}
 
 
 def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsProcessor]:
@@ -39,6 +31,7 @@ def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsPr
             fields = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "config.json":
                 fields["dtype"] = "float32"
-            write_whole(target / path.name, json.dumps(without_code(fields), indent=2, ensure_ascii=False) + "\n")
+            remove_code_references(fields)
+            write_whole(target / path.name, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
         write_whole(target / WEIGHTS, (Path(folder) / WEIGHTS).read_bytes())
     return model, processor

@@ -157,7 +157,8 @@ def keep_mass(
     """
     if candidate_mask is None:
         candidate_mask = torch.ones_like(scores, dtype=torch.bool)
-    scores = scores.detach().masked_fill(~candidate_mask, -1.0)  # below a score that is rounded to 0
+    # A row of NaN keeps its first candidates, and stays NaN. Padding is below a score that is rounded to 0.
+    scores = scores.detach().masked_fill(scores.isnan(), 0.0).masked_fill(~candidate_mask, -1.0)
     largest_first = scores.sort(dim=-1, descending=True).values
     sums = largest_first.clamp(min=0).cumsum(dim=-1)
     num_kept = 1 + (sums < (mass - ROUNDING if mass < 1 else math.inf)).sum(dim=-1, keepdim=True)

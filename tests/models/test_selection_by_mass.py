@@ -1,5 +1,7 @@
 """`selection_mode="mass"`: the rule by hand, and that no result depends on how far a row is padded."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import (
@@ -100,6 +102,40 @@ def test_padding_is_never_kept_and_does_not_count():
     # At least ceil(0.6 * 3) = 2 and at most ceil(0.3 * 3) = 1 of three, not of six.
     assert keep_mass(scores, 0.1, 1.0, 0.6, mask).sum() == 2
     assert keep_mass(scores, 1.0, 0.3, 0.0, mask).sum() == 1
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("of_row", [slice(None), slice(2, 3)], ids=["all NaN", "one NaN"])
+@pytest.mark.parametrize("rows", [[0], [1], [0, 1, 2]], ids=str)
+def test_a_row_of_nan_keeps_candidates_and_changes_no_other(rows, of_row, fuse):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 10, generator=generator).mul(3).softmax(dim=-1)
+    tokens = torch.randn(3, 11, 4, generator=generator)
+    mask = torch.arange(10) < torch.tensor([[10], [7], [8]])
+    expected, kept_expected, mask_expected = select_mass(tokens, scores, 0.5, 0.9, fuse=fuse, candidate_mask=mask)
+    scores[rows, of_row] = tokens[rows, 1:] = math.nan
+    selected, kept, new_mask = select_mass(tokens, scores, 0.5, 0.9, fuse=fuse, candidate_mask=mask)
+    for row in range(3):
+        if row in rows:
+            counted = kept[row, new_mask[row, : kept.shape[1]]]
+            assert 1 <= len(counted) <= num_kept_tokens(int(mask[row].sum()), 0.9) and mask[row, counted].all()
+            assert selected[row, 1:].isnan().all()
+        else:
+            same = selected[row, 1:][new_mask[row]], expected[row, 1:][mask_expected[row]]
+            torch.testing.assert_close(*same)
+
+
+@each_fusion
+@each_form
+@torch.no_grad()
+def test_an_image_of_nan_makes_its_own_outputs_nan(fields, fusion_type):
+    fields = {**MASS, **fields, "fusion_type": fusion_type, "vision_config": {"patch_embedding_type": "linear"}}
+    torch.manual_seed(0)
+    model = TripsModel(TripsConfig.from_preset("tiny", selection_layers=[1, 3], keep_rate=0.6, **fields)).eval()
+    images = IMAGES[:3, 0].clone()
+    images[1] = math.nan
+    states = model(TEXTS[:3], images, (TEXTS[:3] != 0).long()).last_hidden_state
+    assert states.isnan().flatten(1).any(dim=1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("rate", [1e-9, 0.07, 0.1, 0.29, 0.3, 0.31, 0.7, 0.999, 1.0])

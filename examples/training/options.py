@@ -279,6 +279,8 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--label_smoothing_factor: the losses of these models have no smoothing, leave it at 0.")
         if not self.predict_with_generate:
             raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
+        if self.max_steps == 0:
+            raise ValueError("--max_steps must be positive, or -1 to train for --num_train_epochs, got 0.")
         if self.health_steps < 0:
             raise ValueError(f"--health_steps {self.health_steps}: must be at least 0, which is never.")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

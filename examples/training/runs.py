@@ -1,6 +1,8 @@
 """The order of a run: options, data, training, evaluation, the end."""
 
+import json
 import logging
+import zipfile
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 from datasets import DatasetDict
+from filelock import FileLock, Timeout
+from safetensors import safe_open
 from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,10 +23,29 @@ from trips_examples.training.options import DataArguments, TripsTrainingArgument
 from trips_examples.training.parser import make_parser
 
 
+logger = logging.getLogger(__name__)
+
+# Files that resuming needs, as patterns: those of one process or DDP, of FSDP, and of DeepSpeed.
+MODEL_FILES = {"model.safetensors": ("model*.safetensors", "pytorch_model_fsdp*", "global_step*")}
+STATE_FILES = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
+
+_locks: dict[Path, FileLock] = {}  # held by this process, by output folder
+
+
 def parse_arguments(argv: list[str] | None, *classes: type, description: str) -> tuple[Any, ...]:
     """
     The options of a script, one object per class; `TripsTrainingArguments` or a subclass has to be the last class.
-    Also sets up logging, where one process speaks for all, and the seed.
+    Also sets up logging, where one process speaks for all, and the seed. A run that trains locks its output folder
+    until `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
+
+    Raises:
+        BlockingIOError: if another process trains in the output folder.
+        OSError: if the output folder cannot be written.
+        ValueError: as `checkpoint_to_resume`.
     """
     parser = make_parser(*classes, description=description)
     arguments = parser.parse_args_into_dataclasses(args=argv)
@@ -31,9 +54,21 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
-    if training_args.do_train:
-        checkpoint_to_resume(training_args)  # raises before any data are read
+    if training_args.do_train:  # errors come before any data are read
+        if training_args.process_index == 0:
+            _lock_output(training_args.output_dir)
+        training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     return arguments
+
+
+def _lock_output(output_dir: str):
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _locks.setdefault(folder, FileLock(folder / ".training.lock", thread_local=False))
+    try:
+        lock.acquire(timeout=5)  # workers of a killed run may hold it for a moment
+    except Timeout as error:
+        raise BlockingIOError(f"Another process trains in {output_dir}: choose another --output_dir.") from error
 
 
 def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments, patch_size: int) -> DatasetDict:
@@ -67,30 +102,74 @@ def _check_splits(splits: Container[str], wanted: dict[str, bool]):
 
 def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
     """
-    The folder that `--resume_from_checkpoint` means: a path, or `last` for the latest in `output_dir` that is whole,
-    since a run may have been killed while it wrote one. The trainer's state is what is written last.
+    Return the folder that `--resume_from_checkpoint` names: a path, or `last` for the latest whole checkpoint in
+    `output_dir`. A killed run or a full disk can leave a part of a checkpoint.
 
     Raises:
-        ValueError: `last`, and there is none; or nothing to resume is given, and there are checkpoints, which would be
-            taken for those of the new run.
+        ValueError: if the checkpoint that is named is not whole; if there is none for `last`; or if nothing is to be
+            resumed and `output_dir` holds checkpoints, which would be taken for those of the new run.
     """
-    folders = [path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    if args.resume_from_checkpoint is None and folders:
+    wanted, folders = args.resume_from_checkpoint, {}
+    for folder in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.rpartition("-")[2]
+        if step.isdecimal():
+            folders[int(step)] = folder
+    if wanted is None and any((folder / TRAINER_STATE_NAME).exists() for folder in folders.values()):
         raise ValueError(
             f"{args.output_dir} holds checkpoints: go on from them with --resume_from_checkpoint last, or choose "
             "another --output_dir."
         )
-    if args.resume_from_checkpoint != "last":
-        return args.resume_from_checkpoint
-    if not folders:
-        raise ValueError(f"--resume_from_checkpoint last: there is no checkpoint in {args.output_dir}.")
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2])))
+    if wanted is None:
+        return None
+    if wanted != "last":
+        if flaw := flaw_of(Path(wanted), args.save_only_model):
+            raise ValueError(f"--resume_from_checkpoint {wanted}: {flaw}. Resume from another checkpoint.")
+        return wanted
+    for step in sorted(folders, reverse=True):
+        flaw = flaw_of(folders[step], args.save_only_model)
+        if flaw is None:
+            return str(folders[step])
+        if args.should_log:
+            logger.warning("Skipped %s: %s.", folders[step], flaw)
+    raise ValueError(f"--resume_from_checkpoint last: there is no whole checkpoint in {args.output_dir}.")
+
+
+def flaw_of(checkpoint: Path, only_model: bool = False) -> str | None:
+    """
+    Return what keeps a run from going on from a checkpoint: a file that is missing, empty or cut. None if it is whole.
+
+    Args:
+        checkpoint (`Path`)
+        only_model (`bool`, *optional*, defaults to `False`): whether the run saves no state of its optimizer.
+    """
+    needed = {TRAINER_STATE_NAME: (TRAINER_STATE_NAME,), **MODEL_FILES, **({} if only_model else STATE_FILES)}
+    for name, patterns in needed.items():
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            return f"{name} is missing"
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            _read_ends(path)
+        except Exception as error:  # it depends on the format and on where the file is cut
+            return f"{path.name} is empty or cut ({type(error).__name__})"
+    return None
+
+
+def _read_ends(path: Path):
+    """Raise an exception if a file is not as long as its format says."""
+    if path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):
+            pass
+    elif path.suffix in (".pt", ".pth"):
+        zipfile.ZipFile(path).close()
 
 
 def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
     """
     What a script does with its trainer: train (or resume), save, evaluate, as `do_train` and `do_eval` say. Metrics
-    are printed, and written to `train_results.json`, `eval_results.json` and `all_results.json`.
+    are printed, and written to `train_results.json`, `eval_results.json` and `all_results.json`. In the end, the
+    output folder is free for other processes.
 
     Args:
         trainer (`Trainer`)
@@ -100,16 +179,20 @@ def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]
         `dict[str, float]`: the metrics of both.
     """
     metrics = {}
-    if trainer.args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
-        trainer.save_model()
-        trainer.save_state()
-        _report(trainer, "train", result.metrics)
-        metrics |= result.metrics
-    if trainer.args.do_eval:
-        evaluation = evaluate()
-        _report(trainer, "eval", evaluation)
-        metrics |= evaluation
+    try:
+        if trainer.args.do_train:
+            result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+            _report(trainer, "train", result.metrics)
+            metrics |= result.metrics
+        if trainer.args.do_eval:
+            evaluation = evaluate()
+            _report(trainer, "eval", evaluation)
+            metrics |= evaluation
+    finally:
+        if lock := _locks.pop(Path(trainer.args.output_dir).resolve(), None):
+            lock.release(force=True)
     return metrics
 
 

@@ -101,6 +101,13 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         self.loss_guard.check()
         return output
 
+    def _run_epoch(self, *args, **kwargs):
+        # `Trainer` would take one step more after a checkpoint of the last step that lies within an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         sources = inputs.pop("sources", [])
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -12,6 +12,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from filelock import FileLock
 from places import ROOT
 from safetensors.torch import load_file
 
@@ -143,6 +144,29 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, msg=name)
+
+
+BEST = ["--eval_strategy=steps", "--eval_steps=1", "--load_best_model_at_end", "--metric_for_best_model=accuracy"]
+
+
+@pytest.mark.parametrize("options", [[], BEST], ids=["the last weights", "the best weights"])
+def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
+    """Four steps of four rows end within an epoch of twelve."""
+    steps = ["--max_steps=4", "--save_steps=1", "--do_eval=False", "--report_to=none"]
+    words = command(data, tmp_path, *steps, *options)[1:]
+    run_vqa.main(words)
+    expected = load_file(tmp_path / "model.safetensors")
+    folders = {path.name for path in tmp_path.glob("checkpoint-*")}
+    for _ in range(2):
+        (tmp_path / "model.safetensors").unlink()
+        run_vqa.main([*words, "--resume_from_checkpoint=last"])
+        weights = load_file(tmp_path / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        assert {path.name for path in tmp_path.glob("checkpoint-*")} == folders
+        assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
+    with FileLock(tmp_path / ".training.lock", timeout=0):  # the folder is free
+        pass
 
 
 @pytest.mark.slow

@@ -1,28 +1,117 @@
-"""The order of a run: which checkpoint it goes on from, and which it must not touch."""
+"""The order of a run: which checkpoint it goes on from, and which folder it must not touch."""
+
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
 
 from trips_examples.training.options import TripsTrainingArguments
 from trips_examples.training.runs import checkpoint_to_resume, parse_arguments
 
 
-def test_resuming_from_the_last_checkpoint_needs_one(tmp_path):
-    args = TripsTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
-    with pytest.raises(ValueError, match="no checkpoint in"):
+@pytest.fixture
+def args(tmp_path) -> TripsTrainingArguments:
+    return TripsTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
+
+
+def write_checkpoint(folder):
+    """The files of a whole checkpoint of one process."""
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.zeros(1000)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        torch.save({"state": torch.zeros(1000)}, folder / name)
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    (folder / "trainer_state.json").write_text('{"global_step": 10}')
+
+
+def test_resuming_from_the_last_checkpoint_needs_one(args, tmp_path):
+    with pytest.raises(ValueError):
         checkpoint_to_resume(args)
-    for step in (2, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if step != 11:  # the run was killed while it wrote this one
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    for step in (2, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11").mkdir()  # the run was killed while it wrote this one
+    (tmp_path / "checkpoint-best").mkdir()
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+
+
+PARTS = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.mark.parametrize("size", [None, 0, 15], ids=["missing", "empty", "cut"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_checkpoint_with_a_torn_file_is_skipped(name, size, args, tmp_path, caplog):
+    for step in (2, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10") and not caplog.records
+    path = tmp_path / "checkpoint-10" / name
+    path.unlink() if size is None else os.truncate(path, size)
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and str(path.parent) in record.message and name in record.message
+    args.resume_from_checkpoint = str(path.parent)
+    with pytest.raises(ValueError, match=name):
+        checkpoint_to_resume(args)
+
+
+def test_a_run_without_states_resumes_from_weights(args, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint-2")
+    for name in PARTS[2:]:
+        (tmp_path / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError):
+        checkpoint_to_resume(args)
+    args.save_only_model = True
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_new_run_leaves_the_checkpoints_of_another_alone(tmp_path):
     options = ["--output_dir", str(tmp_path), "--report_to=none"]
     (tmp_path / "checkpoint-3").mkdir()  # the beginning of one counts for nothing
     parse_arguments(options, TripsTrainingArguments, description="")
-    (tmp_path / "checkpoint-3" / "trainer_state.json").touch()
+    write_checkpoint(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="holds checkpoints: .* --resume_from_checkpoint last, or .* --output_dir"):
         parse_arguments(options, TripsTrainingArguments, description="")
-    for more in (["--resume_from_checkpoint=last"], ["--do_train=False"]):
-        parse_arguments([*options, *more], TripsTrainingArguments, description="")
+    parse_arguments([*options, "--do_train=False"], TripsTrainingArguments, description="")
+    (args,) = parse_arguments([*options, "--resume_from_checkpoint=last"], TripsTrainingArguments, description="")
+    assert args.resume_from_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+HOLD = """
+import sys
+from trips_examples.training.options import TripsTrainingArguments
+from trips_examples.training.runs import parse_arguments
+
+parse_arguments(["--report_to=none", "--output_dir", sys.argv[1]], TripsTrainingArguments, description="")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_belongs_to_one_training_until_its_process_ends(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    options = ["--report_to=none", "--output_dir", str(tmp_path / "link")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], **pipes) as first:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match="--output_dir"):
+            parse_arguments(options, TripsTrainingArguments, description="")
+        parse_arguments([*options, "--do_train=False"], TripsTrainingArguments, description="")
+        first.kill()
+    parse_arguments(options, TripsTrainingArguments, description="")
+
+
+def test_only_the_main_process_locks_the_folder(tmp_path, monkeypatch):
+    options = ["--report_to=none", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(TripsTrainingArguments, "process_index", 1)
+    with FileLock(tmp_path / ".training.lock"):
+        parse_arguments(options, TripsTrainingArguments, description="")
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "out", "/proc/out"):
+        with pytest.raises(OSError, match="out"):
+            parse_arguments(["--report_to=none", "--output_dir", str(folder)], TripsTrainingArguments, description="")

@@ -113,7 +113,7 @@ def apply_patch_selection(
             answering and for retrieval by matching the [CLS] of the text encoder without cross-attention, which costs
             another pass of the text encoder; in CLIP, SigLIP, `BlipModel` and lone vision towers a vector per image,
             `text_embeds` of shape `(batch_size, hidden_size)`, which the vision tower and `get_image_features` take as
-            a keyword. Where none is given the image guides itself, as it must for an index of images.
+            a keyword. A forward pass without it raises a ValueError: an index of images needs `"image"`.
         fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
             Whether the tokens that are not kept go on as one fused token, or are dropped.
 
@@ -135,7 +135,13 @@ def apply_patch_selection(
         return
     for number, (rate, who) in schedule.items():
         settings = SelectionSettings(
-            rate, who, "text" in guidances, fuse_inattentive_tokens, host.num_prefix_tokens, host.has_class_token
+            rate,
+            who,
+            takes_text="text" in guidances,
+            needs_text=who == "text" and not host.passes_its_text,
+            fuse_inattentive_tokens=fuse_inattentive_tokens,
+            num_prefix_tokens=host.num_prefix_tokens,
+            has_class_token=host.has_class_token,
         )
         host.layers[number - 1] = host.selection_layer_class.of(host.layers[number - 1], selection=settings)
     for parent, name, stand_in_class in host.stand_ins:

@@ -29,6 +29,7 @@ class SelectionSettings(NamedTuple):
     keep_rate: float
     guidance: str  # "text" or "image"
     takes_text: bool  # whether a text is to guide any of the model's layers
+    needs_text: bool  # whether this layer is guided by a text that the caller has to give
     fuse_inattentive_tokens: bool
     num_prefix_tokens: int  # [CLS], registers: they come first and always stay
     has_class_token: bool  # whether token 0 is [CLS], which guides where no text does
@@ -127,6 +128,11 @@ class SelectionLayer(StandIn):
         # Vision towers hand a text to all of their layers.
         if text_embeds is not None and self.selection.guidance == "text":
             return text_embeds
+        if self.selection.needs_text:
+            raise ValueError(
+                "Patch selection was applied with guidance='text', but the vision tower got no `text_embeds`. Pass "
+                "them to `get_image_features` or to the tower, or apply it with guidance='image'."
+            )
         if self.selection.has_class_token:
             return normed[:, 0]
         # Without a [CLS] the mean of all tokens' queries asks (the projection is linear: it is the query of the mean).

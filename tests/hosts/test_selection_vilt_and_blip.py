@@ -209,14 +209,15 @@ def test_the_guiding_text_gets_its_gradient_through_the_fused_token():
         assert (gradient is not None and bool((gradient.abs().amax(dim=1) > 0).all())) == fuses
 
 
-def test_without_a_text_the_image_guides_itself():
-    host = HOSTS["clip"]
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("guidance", ["text", ["image", "text"]])
+def test_a_layer_that_a_text_guides_does_not_select_without_it(name, guidance):
+    host = HOSTS[name]
     model = host.make_model()
-    host.apply(model, guidance="image")
-    expected = host.run(model)
-    for guidance in ("text", ["image", "text"]):
-        host.apply(model, guidance=guidance)
-        assert torch.equal(host.run(model), expected)
+    host.apply(model, guidance=guidance)
+    with pytest.raises(ValueError, match="text_embeds"):
+        host.run(model)
+    model.get_image_features(PIXELS, text_embeds=torch.zeros(3, 32))
 
 
 @pytest.mark.parametrize("model_class", [VisionTransformer, VisionTransformerDistilled])

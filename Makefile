@@ -20,36 +20,39 @@ help:
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make clean     remove the environment and what the demo wrote"
 
-$(VENV)/.installed: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, this is ' + sys.version) if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV) || (echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[dev]"
+
+# $(VENV)/.examples: the project with its extra `examples`, and so on.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e ".[$*]"
 	touch $@
 
-try: $(VENV)/.installed
+try: $(VENV)/.examples
 	$(BIN)/python examples/ask.py
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.examples
 	$(BIN)/python examples/demo.py
 
-pictures: $(VENV)/.installed
+pictures: $(VENV)/.examples $(VENV)/.towers
 	OMP_NUM_THREADS=2 $(BIN)/python examples/pictures.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
 
-quality: $(VENV)/.installed
+quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter --no-progress modeling_trips
 	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples && ln -sfn ../../serving build/types/trips_serving
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -E -W --keep-going -b html docs build/docs
 
 clean:

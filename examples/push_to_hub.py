@@ -2,6 +2,7 @@ r"""
 Publish a trained model on the Hub: weights, processor, code and a model card, in one commit.
 
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --dry_run   # sends nothing
+    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --dry_run --output_dir published
     hf auth login
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --private --tag v1.0 \
         --license mit --language en --datasets easy-VQA --eval_split test
@@ -35,6 +36,9 @@ class PublishArguments:
         },
     )
     with_handler: bool = field(default=False, metadata={"help": "Add the handler.py that Inference Endpoints run."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "New or empty folder that keeps the files. Default: a temporary one."}
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Show the files and the card, and send nothing. Needs no network."}
     )
@@ -53,9 +57,10 @@ def show(files: list[Path], folder: Path):
 def main(argv: list[str] | None = None) -> str | None:
     parser = make_parser(PublishArguments, CardArguments, description=__doc__)
     args, card_args = parser.parse_args_into_dataclasses(args=argv)
-    with tempfile.TemporaryDirectory() as target:
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(args.output_dir or temporary)
         files = build_repository(
-            Path(target),
+            target,
             Path(args.model),
             args.repo_id,
             card_args,
@@ -63,9 +68,9 @@ def main(argv: list[str] | None = None) -> str | None:
             sentence_transformers=args.sentence_transformers,
             with_handler=args.with_handler,
         )
-        show(files, Path(target))
+        show(files, target)
         if args.dry_run:
-            print((Path(target) / "README.md").read_text(encoding="utf-8"))
+            print((target / "README.md").read_text(encoding="utf-8"))
             print(f"Dry run: nothing was sent to {args.repo_id}.")
             return None
         address = publish(

@@ -18,9 +18,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import modeling_trips
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips.versions_trips import BEYOND, LOWEST
 
 from ..inspection.plan import plan_schedules
 from ..inspection.schedules import Schedule
+from .sentence_transformers import CROSS_ENCODER, SENTENCE_TRANSFORMER
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ GUIDANCES = {
     "image": "the image's own [CLS] token",
     "random": "chance",
 }
+# The Hub's task for a repository of Sentence Transformers, by the class that loads it.
+HUB_TASKS = {SENTENCE_TRANSFORMER: "feature-extraction", CROSS_ENCODER: "text-ranking"}
 # What an `eval_results.json` holds besides metrics.
 NOT_METRICS = re.compile(
     r"loss|runtime|model_preparation_time|\w+_per_second|samples|images|reranked_pairs"  # the run's size and speed
@@ -140,6 +144,15 @@ def read_metrics(path: Path) -> tuple[dict[str, float], int | None]:
     return metrics, results.get("samples")
 
 
+def headline_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """
+    Return the metrics that a card lists: all but the recalls by features alone, of which it lists the mean where there
+    is no matching.
+    """
+    mean = [] if "r_mean" in metrics else ["features_r_mean"]
+    return {name: value for name, value in metrics.items() if name in mean or not name.startswith("features_")}
+
+
 def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> list[dict]:
     """
     The rows of the benchmark that were measured at this model's size, resolution and schedule.
@@ -186,9 +199,6 @@ def head_of(config: TripsConfig) -> Head:
 
 def auto_class_of(config: TripsConfig) -> str:
     """The Auto class that loads the checkpoint with its own head."""
-    if len(config.custom_pipelines) == 1:  # made for this head; a checkpoint without one of its own lists them all
-        (pipeline,) = config.custom_pipelines.values()
-        return pipeline["pt"][0]
     own = [name for name, reference in config.auto_map.items() if reference.endswith(f".{config.architectures[0]}")]
     return own[-1] if own else "AutoModel"  # that of its task behind the one of any
 
@@ -236,9 +246,14 @@ def published_code() -> list[Path]:
 
 
 def make_metadata(
-    name: str, head: Head, args: CardArguments, metrics: dict[str, float], with_code: bool
+    name: str,
+    head: Head,
+    args: CardArguments,
+    metrics: dict[str, float],
+    with_code: bool,
+    sentence_transformers: str | None = None,
 ) -> ModelCardData:
-    """The card's YAML. `model-index` needs to know on what the metrics were measured."""
+    """Return the card's YAML. Without the name of the data set there is no `model-index`."""
     evaluated_on, results = args.evaluated_on, []
     if metrics and evaluated_on is None:
         logger.warning("The metrics go into the text only: name what they were measured on with --eval_dataset.")
@@ -254,14 +269,17 @@ def make_metadata(
             )
             for metric, value in metrics.items()
         ]
+    tags = ["custom_code"] if with_code else []
+    if sentence_transformers:
+        tags += ["sentence-transformers", HUB_TASKS[sentence_transformers]]
     return ModelCardData(
         license=args.license,
         language=args.language,
-        library_name="transformers",
-        pipeline_tag=head.task if head.has_pipeline else None,
-        tags=["trips", "token-pruning", "vision-language", *(["custom_code"] if with_code else [])],
+        library_name="sentence-transformers" if sentence_transformers else "transformers",
+        pipeline_tag=HUB_TASKS.get(sentence_transformers, head.task if head.has_pipeline else None),
+        tags=["trips", "token-pruning", "vision-language", *tags],
         datasets=[dataset.hub_id for dataset in args.train_datasets if dataset.hub_id] or None,
-        metrics=list(metrics) or None,
+        metrics=list(headline_metrics(metrics)) or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -281,6 +299,8 @@ def make_model_card(
     results: Path | None = None,
     revision: str = "main",
     with_code: bool = True,
+    sentence_transformers: str | None = None,
+    with_handler: bool = False,
 ) -> ModelCard:
     """
     Args:
@@ -292,6 +312,9 @@ def make_model_card(
         revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
         with_code (`bool`, *optional*, defaults to `True`): whether the checkpoint holds the code of its classes, as
             saving and pushing leave it, or loads where this project is installed.
+        sentence_transformers (`str`, *optional*): class of Sentence Transformers that loads the repository:
+            `"SentenceTransformer"` or `"CrossEncoder"`.
+        with_handler (`bool`, *optional*, defaults to `False`): whether the repository has a `handler.py`.
 
     Returns:
         `ModelCard`
@@ -311,7 +334,7 @@ def make_model_card(
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
     measured_on.append(f"{num_examples:,} examples" if num_examples else "unknown number of examples")
     return ModelCard.from_template(
-        make_metadata(name, head, args, metrics, with_code),
+        make_metadata(name, head, args, metrics, with_code, sentence_transformers),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
@@ -326,8 +349,11 @@ def make_model_card(
         imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if head.has_pipeline else []),
         options=load_options(revision, with_code),
         with_code=with_code,
+        sentence_transformers=sentence_transformers,
+        with_handler=with_handler,
         command=args.command,
         transformers_version=transformers.__version__,
+        transformers_range=f"transformers>={LOWEST},<{BEYOND}",
         num_code_files=len(code),
         num_code_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code),
         num_parameters=model.num_parameters(),
@@ -343,7 +369,7 @@ def make_model_card(
         selection=describe_selection(config, tokens),
         train_datasets=args.train_datasets,
         languages=", ".join(args.language or []),
-        measures={metric: f"{value:.4f}" for metric, value in metrics.items()},
+        measures={metric: f"{value:.4f}" for metric, value in headline_metrics(metrics).items()},
         measured_on=", ".join(measured_on),
         speed=read_speed(Path(args.speed), config, image_size) if args.speed else [],
     )

@@ -9,10 +9,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 import modeling_trips
-from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import TripsPreTrainedModel, TripsProcessor
+from modeling_trips.configuration_trips_parts import CODE_FIELDS
 
+from ..inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from .eval_results import write_eval_results
-from .model_card import CardArguments, make_model_card
+from .model_card import HEADS, CardArguments, make_model_card, published_code
 from .sentence_transformers import check_kind, prepare, write_modules
 
 
@@ -53,26 +55,30 @@ def build_repository(
     with_handler: bool = False,
 ) -> list[Path]:
     """
-    Writes what is to be published: weights, configuration, processor and code, saved afresh, and a model card.
+    Write a repository into a folder: weights, configuration, processor and code, saved afresh, and a model card.
 
     Args:
-        target (`Path`): an empty folder to write into.
-        folder (`Path`): where a model and its processor were saved. An `eval_results.json` there goes into the card.
-        repo_id (`str`): where the card's code loads the checkpoint from.
-        card_args (`CardArguments`): what the card says besides.
-        revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
-        sentence_transformers (`str`, *optional*): `"SentenceTransformer"` or `"CrossEncoder"`: what Sentence
-            Transformers is to load it as; a TripsForRetrieval alone can be that.
-        with_handler (`bool`, *optional*, defaults to `False`): whether it holds what Inference Endpoints run.
+        target (`Path`): A new or empty folder to write into.
+        folder (`Path`): Folder of a model and its processor. The card shows the metrics of its `eval_results.json`.
+        repo_id (`str`): Repository that the card's code loads the checkpoint from, as in `"ada/trips-easy-vqa"`.
+        card_args (`CardArguments`): What the card cannot read from the model.
+        revision (`str`, *optional*, defaults to `"main"`): Branch that the card's code loads from.
+        sentence_transformers (`str`, *optional*):
+            `"SentenceTransformer"` or `"CrossEncoder"`: adds the files that Sentence Transformers loads a
+            [`TripsForRetrieval`] from.
+        with_handler (`bool`, *optional*, defaults to `False`): Add the `handler.py` of Inference Endpoints.
 
     Returns:
-        `list[Path]`: the files, sorted.
+        `list[Path]`: The written files, sorted.
 
     Raises:
-        ValueError: if `folder` holds no whole TRIPS model with all its weights, or no processor; if its head serves
-            neither Sentence Transformers nor Inference Endpoints, and it is to; if saving wrote a file that is not to
-            be published; or as `make_model_card` does.
+        ValueError: `target` is not empty; `folder` has no processor, or no TRIPS model with all its weights; the head
+            does not fit Sentence Transformers or Inference Endpoints, where one is asked for; a written file is not on
+            the list of published files, or refers to code of others; or as `make_model_card` raises.
     """
+    target.mkdir(parents=True, exist_ok=True)
+    if any(target.iterdir()):
+        raise ValueError(f"{target} is not empty. Give a new or empty folder.")
     model, processor = _load_model(folder), _load_processor(folder)
     if sentence_transformers is not None:
         check_kind(model, sentence_transformers)
@@ -80,11 +86,20 @@ def build_repository(
         write_modules(target, sentence_transformers)
     if with_handler:
         _check_handled(model)
-        shutil.copyfile(HANDLER, target / "handler.py")
+        shutil.copyfile(HANDLER, target / HANDLER.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
     results = _results_of(folder, card_args)
-    card = make_model_card(model, processor, repo_id, card_args, results=results, revision=revision)
+    card = make_model_card(
+        model,
+        processor,
+        repo_id,
+        card_args,
+        results=results,
+        revision=revision,
+        sentence_transformers=sentence_transformers,
+        with_handler=with_handler,
+    )
     card.save(target / "README.md")
     if results is not None:
         write_eval_results(target, results, card_args)
@@ -93,7 +108,45 @@ def build_repository(
     unknown = [name for name in names if not _is_published(name)]
     if unknown:
         raise ValueError(f"Saving the model and its processor wrote {unknown}, but only {PUBLISHED} are published.")
+    check_code(target, model)
     return files
+
+
+def check_code(folder: Path, model: TripsPreTrainedModel):
+    """
+    Check that a folder holds and names the code of this project alone.
+
+    Raises:
+        ValueError: A Python file differs from that of this project, or a JSON file refers to other code.
+    """
+    own = {path.name: path for path in [*published_code(), HANDLER]}
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).as_posix()
+        if name not in own or path.read_bytes() != own[name].read_bytes():
+            raise ValueError(f"{name} is not a file of this project, so it is not published.")
+    model.describe_code()
+    for path in sorted(folder.rglob("*.json")):
+        for field, name, reference in _code_references(json.loads(path.read_text(encoding="utf-8"))):
+            if getattr(model.config, field.rpartition(".")[2], {}).get(name) != reference:
+                raise ValueError(
+                    f"{path.relative_to(folder).as_posix()}: `{field}` refers to code that is not this project's: "
+                    f"{name!r}: {reference!r:.200}."
+                )
+
+
+def _code_references(fields, place: str = ""):
+    """Yield each entry of a JSON file that names code: the field that it is in, its name there, and its value."""
+    if isinstance(fields, list):
+        fields = dict(enumerate(fields))
+    if not isinstance(fields, dict):
+        return
+    for name, value in fields.items():
+        inner = f"{place}.{name}" if place else str(name)
+        if name in CODE_FIELDS:
+            entries = value if isinstance(value, dict) else {None: value}
+            yield from ((inner, key, reference) for key, reference in entries.items())
+        else:
+            yield from _code_references(value, inner)
 
 
 def publish(
@@ -153,18 +206,13 @@ def publish(
 
 
 def _load_model(folder: Path) -> TripsPreTrainedModel:
-    """The model with the head that the folder's configuration names."""
+    """Load the model with the head that the folder's configuration names."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder that `save_pretrained` or a training wrote.")
-    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [None])[0]
-    model_class = getattr(modeling_trips, architecture or "", None)
-    if getattr(model_class, "config_class", None) is not TripsConfig:
-        raise ValueError(f"{folder}/config.json is that of a {architecture}: only whole TRIPS models are published.")
-    model, report = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(f"The weights in {folder} are not those of a {architecture}: {problem} {report[problem]}")
-    return model
+        raise ValueError(f"{folder} has no config.json. Give the folder that `save_pretrained` or a training wrote.")
+    if (folder / EXPORT_MANIFEST).is_file():
+        raise ValueError(f"{folder} is an exported model. Give the checkpoint that it was exported from.")
+    heads = [getattr(modeling_trips, name) for name in HEADS]
+    return load_checkpoint(folder, heads, use_safetensors=True)
 
 
 def _load_processor(folder: Path) -> TripsProcessor:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from foreign_code import name_foreign_code
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -97,6 +99,28 @@ def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
         "AutoModel": "registration_trips.TripsVisionModel",
     }
     assert "custom_pipelines" not in config
+
+
+@pytest.mark.parametrize("name", ["TripsForQuestionAnswering", "TripsForRetrieval"])
+def test_saving_removes_the_code_of_others_that_a_checkpoint_names(checkpoints, tmp_path, name):
+    folder, saved = shutil.copytree(checkpoints[name], tmp_path / "hostile"), tmp_path / "saved"
+    name_foreign_code(folder)
+    getattr(modeling_trips, name).from_pretrained(folder).save_pretrained(saved)
+    TripsProcessor.from_pretrained(folder).save_pretrained(saved)
+    named = {path.name for path in folder.glob("*.json") if "foreign.Foreign" in path.read_text()}
+    assert named >= {"config.json", "processor_config.json", "tokenizer_config.json"}
+    assert [path.name for path in saved.glob("*.json") if "foreign" in path.read_text()] == []
+    for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        own, found = (json.loads((place / file).read_text()) for place in (checkpoints[name], saved))
+        for field in ("auto_map", "custom_pipelines"):
+            assert found.get(field) == own.get(field), file
+
+
+def test_saving_a_part_removes_the_code_of_others(checkpoints, tmp_path):
+    folder, saved = shutil.copytree(checkpoints["TripsForRetrieval"], tmp_path / "hostile"), tmp_path / "saved"
+    name_foreign_code(folder)
+    TripsVisionModel.from_pretrained(folder).save_pretrained(saved)
+    assert "foreign" not in (saved / "config.json").read_text()
 
 
 def test_a_checkpoint_lists_the_pipelines_of_its_head_alone(checkpoints):

@@ -21,8 +21,10 @@ from modeling_trips import (
     TripsVisualQuestionAnsweringPipeline,
 )
 from modeling_trips.publishing import CardArguments, build_repository
+from modeling_trips.publishing.handler import MAX_ANSWERS, MAX_IMAGE_BYTES, MAX_TEXT_LENGTH, MAX_TEXTS, EndpointHandler
 
 
+HANDLED = ("TripsForQuestionAnswering", "TripsForConditionalGeneration", "TripsForRetrieval")
 TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
 IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
 CALL = """
@@ -44,7 +46,6 @@ def build(tmp_path: Path, model_class=TripsForRetrieval, args: CardArguments | N
     (folder / "eval_results.json").write_text(
         json.dumps({"eval_txt_r1": 0.25, "eval_img_r1": 0.5, "eval_samples": 30})
     )
-    (tmp_path / "target").mkdir()
     files = build_repository(tmp_path / "target", folder, "ada/finder", args or CardArguments(), **options)
     return [path.relative_to(tmp_path / "target").as_posix() for path in files]
 
@@ -84,15 +85,12 @@ def call(folder: Path, requests: list[dict], environment: Path) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TripsForQuestionAnswering", "TripsForConditionalGeneration", "TripsForRetrieval"])
+@pytest.mark.parametrize("name", HANDLED)
 def test_the_handler_answers_as_the_library_does(name, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     build(tmp_path, getattr(modeling_trips, name), with_handler=True)
     folder = tmp_path / "target"
-    file = io.BytesIO()
-    IMAGE.save(file, "PNG")
-    image = base64.b64encode(file.getvalue()).decode()
-    inputs = {"image": image, "question": TEXTS[0], "texts": TEXTS, "prompt": TEXTS[0]}
+    inputs = {"image": in_base64(IMAGE), "question": TEXTS[0], "texts": TEXTS, "prompt": TEXTS[0]}
     bad = [{}, {"inputs": {"image": "/etc/passwd", **{key: inputs[key] for key in ("question", "texts")}}}]
     found, *refused = call(folder, [{"inputs": inputs}, *bad], tmp_path_factory.getbasetemp() / "clean")
     model = getattr(modeling_trips, name).from_pretrained(folder).eval()
@@ -105,7 +103,133 @@ def test_the_handler_answers_as_the_library_does(name, tmp_path, monkeypatch, tm
         batch = processor(images=IMAGE, text=TEXTS, image_index=[0] * len(TEXTS), return_tensors="pt")
         expected = {"scores": model.match(**batch).itm_logits.softmax(-1)[:, 1].tolist()}
     assert found == expected
-    assert refused == [
-        "ValueError: `inputs` must be an object with an `image`.",
-        "ValueError: `image` must be a picture in base64.",
-    ]
+    assert [type(one) for one in refused] == [str, str] and "`inputs.image`" in refused[1]
+
+
+def in_base64(image: PIL.Image.Image, file_format: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def handlers(tmp_path_factory) -> dict[str, EndpointHandler]:
+    handlers = {}
+    for name in HANDLED:
+        folder = tmp_path_factory.mktemp("handlers")
+        build(folder, getattr(modeling_trips, name), with_handler=True)
+        handlers[name] = EndpointHandler(str(folder / "target"))
+    return handlers
+
+
+def ask(handler: EndpointHandler, parameters=None, **inputs):
+    inputs = {"image": in_base64(IMAGE), "question": TEXTS[0], "texts": TEXTS, "prompt": TEXTS[0], **inputs}
+    return handler(json.loads(json.dumps({"inputs": inputs, "parameters": parameters})))
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_a_client_cannot_make_the_handler_run_code(name, handlers, tmp_path):
+    code, ran = tmp_path / "custom_generate" / "generate.py", tmp_path / "ran"
+    code.parent.mkdir()
+    code.write_text(f"open({str(ran)!r}, 'w').close()\ndef generate(model, **options): return model.generate()\n")
+    options = {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    for parameters in (options, {"generate_kwargs": options}):
+        with pytest.raises(ValueError, match=next(iter(parameters))):
+            ask(handlers[name], parameters)
+    assert not ran.exists()
+
+
+NUMBERS = [0, -1, 11, 10**30, True, 2.0, "5", None, [1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        *(("TripsForQuestionAnswering", {option: value}) for option in ("top_k", "num_beams") for value in NUMBERS),
+        ("TripsForQuestionAnswering", {"max_new_tokens": 65}),  # of the decoder's 64 positions
+        ("TripsForQuestionAnswering", {"num_workers": 1}),
+        ("TripsForQuestionAnswering", {"batch_size": 1}),
+        ("TripsForQuestionAnswering", {"image": "/etc/passwd"}),
+        ("TripsForQuestionAnswering", {"answers": "red"}),
+        ("TripsForQuestionAnswering", {"answers": []}),
+        ("TripsForQuestionAnswering", {"answers": ["red", 1]}),
+        ("TripsForQuestionAnswering", {"answers": ["red"] * (MAX_ANSWERS + 1)}),
+        ("TripsForQuestionAnswering", {"answers": ["red" * MAX_TEXT_LENGTH]}),
+        ("TripsForConditionalGeneration", {"top_k": 1}),
+        ("TripsForConditionalGeneration", {"num_return_sequences": 1}),
+        ("TripsForConditionalGeneration", {"max_new_tokens": 0}),
+        ("TripsForRetrieval", {"top_k": 1}),
+    ],
+)
+def test_a_parameter_that_is_not_accepted_is_named(name, parameters, handlers):
+    with pytest.raises(ValueError, match=f"{next(iter(parameters))}"):
+        ask(handlers[name], parameters)
+
+
+@pytest.mark.parametrize("parameters", [[1], "top_k", 3])
+def test_parameters_are_an_object(parameters, handlers):
+    with pytest.raises(ValueError, match="`parameters`"):
+        ask(handlers["TripsForQuestionAnswering"], parameters)
+
+
+def test_accepted_parameters_reach_the_pipeline(handlers):
+    handler = handlers["TripsForQuestionAnswering"]
+    answers = ["red", "teal", "picture"]
+    for parameters in ({"top_k": 10}, {"top_k": 2, "answers": answers}, {"max_new_tokens": 64, "num_beams": 3}):
+        assert ask(handler, parameters) == handler.pipeline(IMAGE, TEXTS[0], **parameters)
+    describer = handlers["TripsForConditionalGeneration"]
+    options = {"max_new_tokens": 2, "num_beams": 2}
+    assert ask(describer, options) == describer.pipeline(IMAGE, prompt=TEXTS[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("TripsForQuestionAnswering", {"question": ["red?"] * (MAX_TEXTS + 1)}),
+        ("TripsForQuestionAnswering", {"question": "a" * (MAX_TEXT_LENGTH + 1)}),
+        ("TripsForQuestionAnswering", {"question": {"red?": 1}}),
+        ("TripsForQuestionAnswering", {"question": 5}),
+        ("TripsForQuestionAnswering", {"question": None}),
+        ("TripsForConditionalGeneration", {"prompt": ["a", "b"]}),
+        ("TripsForConditionalGeneration", {"prompt": "a" * (MAX_TEXT_LENGTH + 1)}),
+        ("TripsForRetrieval", {"texts": ["red"] * (MAX_TEXTS + 1)}),
+        ("TripsForRetrieval", {"texts": []}),
+        ("TripsForRetrieval", {"texts": "red"}),
+    ],
+)
+def test_texts_are_bounded(name, inputs, handlers):
+    with pytest.raises(ValueError, match=f"inputs.{next(iter(inputs))}"):
+        ask(handlers[name], **inputs)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "/etc/passwd",
+        "http://127.0.0.1:1/a.png",
+        5,
+        None,
+        "",
+        base64.b64encode(EPS).decode(),
+        in_base64(PIL.Image.new("RGB", (8, 8)), "TIFF"),
+        in_base64(PIL.Image.new("1", (5000, 5000))),
+        "A" * (MAX_IMAGE_BYTES * 2),
+    ],
+    ids=["path", "url", "number", "none", "empty", "EPS", "TIFF", "pixels", "bytes"],
+)
+def test_images_are_files_of_few_formats_within_limits(image, handlers, tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ValueError, match="image"):
+        ask(handlers["TripsForQuestionAnswering"], image=image)
+    assert not (tmp_path / "started").exists()
+
+
+def test_an_image_that_the_endpoint_decoded_is_taken(handlers):
+    handler = handlers["TripsForQuestionAnswering"]
+    assert handler({"inputs": {"image": IMAGE, "question": TEXTS[0]}}) == ask(handler)

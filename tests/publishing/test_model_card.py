@@ -178,17 +178,25 @@ def code_of(card: ModelCard) -> str:
     return code
 
 
+def forget_remote_code():
+    """Forget the modules of checkpoints that were imported from the cache of another test."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def run_code(tmp_path, monkeypatch, capsys):
     """Runs a card's code with the checkpoint in `tmp_path`, and returns what it prints."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", sys.path.copy())  # the cache is added to it
+    forget_remote_code()
 
     def run(card: ModelCard) -> str:
         exec(code_of(card).replace('"ada/model"', repr(str(tmp_path))), {})
         return capsys.readouterr().out
 
-    return run
+    yield run
+    forget_remote_code()
 
 
 @pytest.mark.parametrize("model_class", WHOLE_MODELS)

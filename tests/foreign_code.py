@@ -1,0 +1,58 @@
+"""A checkpoint whose files name code of another repository wherever Transformers looks for such names, and deeper."""
+
+import json
+from pathlib import Path
+
+
+CODE = """
+from pathlib import Path
+from transformers import BlipImageProcessor
+
+Path({marker!r}).touch()
+
+
+class Foreign(BlipImageProcessor):
+    pass
+"""
+
+
+def make_foreign_repository(folder: Path) -> Path:
+    """A repository of code that makes the file `ran` in `folder` when it is imported."""
+    folder.mkdir()
+    (folder / "foreign.py").write_text(CODE.format(marker=str(folder / "ran")))
+    return folder
+
+
+def name_foreign_code(checkpoint: Path, repository: Path | str = "mallory/foreign"):
+    """Edit all configurations in `checkpoint`. It still loads with the classes of this project."""
+    reference = f"{repository}--foreign.Foreign"
+    auto_map = dict.fromkeys(("AutoModel", "AutoProcessor", "AutoImageProcessor"), reference)
+    auto_map["AutoTokenizer"] = [reference, reference]
+    code = {
+        "auto_map": auto_map,
+        "custom_pipelines": {"visual-question-answering": {"impl": reference, "pt": ["AutoModel"]}},
+        "custom_generate": str(repository),
+    }
+
+    def edit(name: str, change):
+        path = checkpoint / name
+        if path.is_file():
+            fields = json.loads(path.read_text())
+            change(fields)
+            fields["nested"] = {"deeper": [{**code}]}
+            path.write_text(json.dumps(fields))
+
+    def edit_config(fields: dict):
+        fields["auto_map"]["AutoFeatureExtractor"] = reference
+        fields["custom_pipelines"]["text-generation"] = code["custom_pipelines"]["visual-question-answering"]
+        for part in ("vision_config", "text_config", "fusion_encoder_config", "decoder_config"):
+            fields[part].update(code)
+
+    def edit_generation_config(fields: dict):
+        fields.pop("_from_model_config", None)  # or unknown fields are not loaded
+        fields.update(code)
+
+    edit("config.json", edit_config)
+    edit("generation_config.json", edit_generation_config)
+    edit("tokenizer_config.json", lambda fields: fields.update(code))
+    edit("processor_config.json", lambda fields: (fields.update(code), fields["image_processor"].update(code)))

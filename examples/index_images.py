@@ -8,9 +8,9 @@ the extra `index`.
     python examples/index_images.py --model outputs/retrieval --dataset_name org/photos --table photos.lance
 
 Started again, it goes on: images that are in the table are skipped. An image that cannot be used is counted and named,
-and has a row without a vector. Actors of Ray embed: one on one CPU by default, others and GPUs as asked
-(`--num_actors`, `--gpus_per_actor`); on this machine, or on the cluster that `--ray_address` names, where paths must
-mean the same on all machines.
+and has a row without a vector; the exit code is 1 if the table has no other images. Actors of Ray embed: one on one
+CPU by default, others and GPUs as asked (`--num_actors`, `--gpus_per_actor`); on this machine, or on the cluster that
+`--ray_address` names, where paths must mean the same on all machines.
 
 Installed without its source, the script is `python -m trips_examples.index_images`.
 """
@@ -31,7 +31,9 @@ NAMED = 20  # of the images that cannot be used
 
 @dataclass
 class IndexArguments:
-    model: str = field(metadata={"help": "A retrieval checkpoint: folder, or repository of the Hub."})
+    model: str = field(
+        metadata={"help": "A retrieval checkpoint: folder, repository of the Hub, or folder of an exported model."}
+    )
     table: str = field(metadata={"help": "Where the Lance table is or will be: a folder, or a URI such as s3://..."})
     images: list[str] = field(
         default_factory=list,
@@ -40,6 +42,9 @@ class IndexArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, in place of --images."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that paths in rows are relative to. Default: that of their file."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Of rows. Default: image, jpg, png, ..."})
     schedule: str | None = field(
         default=None, metadata={"help": "To select by in place of the checkpoint's, as in 5:image:0.7,12:image:0.5"}
@@ -71,8 +76,10 @@ def find_shards_of(args: IndexArguments) -> list:
     if bool(args.images) == bool(args.dataset_name):
         raise SystemExit("Give either --images or --dataset_name.")
     if args.dataset_name:
+        if args.image_root is not None:
+            raise SystemExit("--image_root goes with --images, not with --dataset_name.")
         return hub_shards(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
-    return find_images(args.images)
+    return find_images(args.images, args.image_root)
 
 
 def index(args: IndexArguments):
@@ -99,6 +106,7 @@ def index(args: IndexArguments):
         del model
         if args.retry_broken:
             table.delete("error IS NOT NULL")
+        tables.forget_missing_images(table)
         embedding.start_ray(args.ray_address, workers, args.object_store_mb)
         new = embedding.embed_images(table, shards, how, workers, args.rows_per_commit, args.image_column)
         for number, fault in enumerate(new):
@@ -106,15 +114,24 @@ def index(args: IndexArguments):
                 tqdm.write(fault)
         table = tables.open_table(args.table, fingerprint)
         outcome = tables.build_index(table, args.index_type, args.index_from)
-    broken = table.count_rows("error IS NOT NULL")
-    print(f"{args.table}: {table.count_rows() - broken} images, {broken} that cannot be used; {outcome}.")
+        faults = tables.count_faults(table)
+        num_usable = table.count_rows() - faults.total()
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())
+    reasons = f" ({reasons})" if reasons else ""
+    print(f"{args.table}: {num_usable} images, {faults.total()} that cannot be used{reasons}; {outcome}.")
+    if faults["missing image"]:
+        print("Missing images are tried again by the next run. Paths in rows are relative to --image_root.")
+    if faults.total() > faults["missing image"]:
+        print("Images that cannot be used are tried again with --retry_broken.")
+    if num_usable == 0:
+        raise ValueError(f"{args.table} has no image that can be used.")
 
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(IndexArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     try:
         index(args)
-    except (BlockingIOError, ConnectionError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"index_images.py: {error}") from error
 
 

@@ -12,6 +12,7 @@ Several texts share the work that their images need. Installed without its sourc
 
 import trips_examples  # noqa: F401  # isort: skip
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from trips_examples.training.parser import make_parser
 
 @dataclass
 class SearchArguments:
-    model: str = field(metadata={"help": "The checkpoint that made the table."})
+    model: str = field(metadata={"help": "The checkpoint or the exported model that made the table."})
     table: str = field(metadata={"help": "The Lance table."})
     text: list[str] = field(default_factory=list, metadata={"help": "One or more texts to find images by."})
     image: str | None = field(default=None, metadata={"help": "An image to find others by, in place of --text."})
@@ -35,7 +36,12 @@ class SearchArguments:
     exact: bool = field(default=False, metadata={"help": "Compare with all vectors, without the index."})
     probes: int = field(default=20, metadata={"help": "Partitions of the index to look into: more find more."})
     device: str = field(default="cpu", metadata={"help": "Such as cuda."})
-    page: str = field(default="outputs/found.html", metadata={"help": "Where the page with the pictures goes."})
+    page: str = field(
+        default="outputs/found.html", metadata={"help": "Page with the pictures to write. A file there is replaced."}
+    )
+    output_json: str | None = field(
+        default=None, metadata={"help": "File for the results: rows of query, rank, source, similarity and score."}
+    )
 
 
 def search(args: SearchArguments) -> list[tuple[str, list]]:
@@ -45,6 +51,9 @@ def search(args: SearchArguments) -> list[tuple[str, list]]:
 
     if bool(args.text) == bool(args.image):
         raise SystemExit("Give either --text or --image.")
+    for name, least in {"k": 1, "rerank_k": 0, "probes": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
     finder = Finder(args.table, args.model, args.schedule, args.device)
     if args.image:
         found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.exact, args.probes)
@@ -60,20 +69,34 @@ def search(args: SearchArguments) -> list[tuple[str, list]]:
     return results
 
 
+def rows_of(results: list[tuple[str, list]]) -> list[dict]:
+    return [
+        {"query": query, "rank": rank, "source": each.source, "similarity": each.similarity, "score": each.score}
+        for query, found in results
+        for rank, (each, _) in enumerate(found, start=1)
+    ]
+
+
 def main(argv: list[str] | None = None):
     (args,) = make_parser(SearchArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
     try:
         results = search(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"search.py: {error}") from error
     for query, found in results:
         print(query)
         for place, (each, _) in enumerate(found, start=1):
             print(f"{place:>4}  {each.told}  {each.source}")
     page = filled(Path(__file__).parent / "indexing" / "results.html", table=args.table, results=results)
+    if args.text and args.rerank_k:
+        print("score: log-odds of a match plus similarity over temperature; similarity: cosine of the features")
+    else:
+        print("similarity: cosine of the features")
     write_whole(args.page, page)
     print(f"With pictures: {args.page}")
+    if args.output_json is not None:
+        write_whole(args.output_json, json.dumps(rows_of(results), indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

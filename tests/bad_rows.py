@@ -93,7 +93,7 @@ _NO_FILES = [
     ("\ud800.png", "image is not valid Unicode"),
     ("none.png", "missing image"),
     ("nul\0.png", "unreadable image"),
-    ("folder.png", "unreadable image"),
+    ("folder.png", "not a regular file"),
 ]
 _FILES = [
     ("text.png", "unreadable image", "reading"),

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import PIL.ExifTags
 import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, Features, Image, Sequence
 
-from modeling_trips import convert_to_rgb
+from modeling_trips import image_decoding_trips
+from modeling_trips.image_decoding_trips import check_format, convert_to_rgb, orientation_of
 from trips_examples.data.faults import BadRowError
 from trips_examples.data.tasks import Task, filled_text, is_missing, list_of, missing
 
 
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
+MAX_FILE_BYTES = 1 << 29  # 50 million pixels without compression, at 16 bits in 4 channels, have 400 MB
 
 
 class Found(NamedTuple):
@@ -113,20 +114,55 @@ def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
         return convert_to_rgb(opened)
 
 
+def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
+    """
+    As [`decode_image`], for files from untrusted sources: formats, pixels and work are limited, see
+    [`modeling_trips.image_decoding_trips.decode_image`].
+    """
+    try:
+        decoded = image_decoding_trips.decode_image(_content_of(image))
+        usable_size(decoded, patch_size)
+    except (OSError, ValueError) as error:
+        raise _named(error, image) from error
+    return decoded
+
+
+def _content_of(image: str | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    _check_is_file(image)
+    if os.path.getsize(image) > MAX_FILE_BYTES:
+        raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
+    return Path(image).read_bytes()
+
+
 @contextlib.contextmanager
 def open_image(image: str | bytes) -> Iterator[PIL.Image.Image]:
     """The opened image; whatever goes wrong until it is closed becomes a `BadRowError` that names it."""
-    name = image if isinstance(image, str) else f"{len(image)} bytes"
     try:
+        if isinstance(image, str):
+            _check_is_file(image)
         with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
             yield opened
-    except BadRowError as error:
-        raise BadRowError(error.reason, f"{name}: {error.detail}") from error
-    except FileNotFoundError as error:
-        raise BadRowError("missing image", name) from error
-    # What else a broken file raises is up to the Pillow plugin of its format.
+    # What a broken file raises is up to the Pillow plugin of its format.
     except Exception as error:
-        raise BadRowError("unreadable image", f"{name}: {error}") from error
+        raise _named(error, image) from error
+
+
+def _check_is_file(path: str):
+    """Opening a pipe waits for whoever writes to it, and a device may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadRowError("not a regular file")
+
+
+def _named(error: Exception, image: str | bytes) -> BadRowError:
+    """The error of an image as one that names it."""
+    name = image if isinstance(image, str) else f"{len(image)} bytes"
+    if isinstance(error, BadRowError):
+        return BadRowError(error.reason, f"{name}: {error.detail}" if error.detail else name)
+    if isinstance(error, FileNotFoundError):
+        return BadRowError("missing image", name)
+    return BadRowError("unreadable image", f"{name}: {error}")
 
 
 def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
@@ -135,7 +171,9 @@ def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
 
     Raises:
         `BadRowError`: Where no model can use the image, for what its header says.
+        `ValueError`: Where the format is not supported.
     """
+    check_format(image)
     if image.mode in ("I", "F"):
         raise BadRowError(
             "image without a fixed range of grey values",
@@ -149,8 +187,7 @@ def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
     """Width and height of an opened image as its EXIF data turn it."""
-    exif = PIL.Image.Image.getexif(image)  # that of PNG would decode the image, to find what stands at its end
-    return image.size[::-1] if exif.get(PIL.ExifTags.Base.Orientation, 1) >= 5 else image.size
+    return image.size[::-1] if orientation_of(image) >= 5 else image.size
 
 
 def _verify(opened: PIL.Image.Image, image: str | bytes):

@@ -17,7 +17,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from trips_examples.data.faults import BadRowError
-from trips_examples.data.images import decode_image, path_or_bytes
+from trips_examples.data.images import decode_untrusted_image, path_or_bytes
 from trips_examples.indexing.sources import Shard, blocks_of
 from trips_examples.indexing.table import commit, ids_of, load_model, table_schema, write_rows
 
@@ -54,8 +54,9 @@ class Embedder:
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(embedding.num_threads)
         self.embedding, self.uri = embedding, uri
-        model, self.processor = load_model(embedding.checkpoint, embedding.schedule, embedding.dtype)
-        self.model = model.to(embedding.device)
+        self.model, self.processor = load_model(
+            embedding.checkpoint, embedding.schedule, embedding.dtype, embedding.device
+        )
 
     def __call__(self, rows: pa.Table) -> dict[str, list]:
         given, size = rows.to_pylist(), self.embedding.batch_size
@@ -71,7 +72,7 @@ class Embedder:
         for row in rows:
             if row["error"] is None:
                 try:
-                    images.append(decode_image(path_or_bytes(row["image"]), self.processor.patch_size))
+                    images.append(decode_untrusted_image(path_or_bytes(row["image"]), self.processor.patch_size))
                 except BadRowError as error:
                     row["error"] = str(error)
         if images:
@@ -124,6 +125,7 @@ def start_ray(address: str | None, workers: Workers, object_store_mb: int):
     import ray.data
 
     logging.getLogger("ray.data").setLevel("ERROR")
+    logging.getLogger("ray._private.authentication").setLevel("ERROR")  # a warning that authentication is on
     if address is None:
         options = {"num_cpus": workers.needs["CPU"], "object_store_memory": object_store_mb * 2**20}
         ray.init("local", include_dashboard=False, logging_level=logging.WARNING, **options)

@@ -14,7 +14,7 @@ import torch
 
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.faults import BadRowError
-from trips_examples.data.images import decode_image, inspect_image, path_or_bytes
+from trips_examples.data.images import decode_untrusted_image, inspect_image, path_or_bytes
 from trips_examples.indexing.table import fingerprint_of, load_model, open_table
 from trips_examples.metrics.retrieval import RetrievalEvaluator, TextIndex
 
@@ -55,7 +55,7 @@ class Images(Sequence):
         return len(self.images)
 
     def __getitem__(self, number: int) -> PIL.Image.Image:
-        return decode_image(self.images[number])
+        return decode_untrusted_image(self.images[number])
 
 
 class Finder:
@@ -69,15 +69,14 @@ class Finder:
         batch_size (`int`, *optional*, defaults to 32): images, texts and pairs that are computed at a time.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such table, or another model made it.
+        OSError, ValueError: if there is no such table or checkpoint, or another model made the table.
     """
 
     def __init__(
         self, uri: str, checkpoint: str, schedule: str | None = None, device: str = "cpu", batch_size: int = 32
     ):
-        model, self.processor = load_model(checkpoint, schedule)
-        self.table: lance.LanceDataset = open_table(uri, fingerprint_of(model, self.processor))
-        self.model = model.to(device)
+        self.model, self.processor = load_model(checkpoint, schedule, device=device)
+        self.table: lance.LanceDataset = open_table(uri, fingerprint_of(self.model, self.processor))
         self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=batch_size, progress=False)
 
     def describe_texts(self, texts: Sequence[str]) -> TextIndex:
@@ -153,7 +152,7 @@ class Finder:
         Titled pictures by source, of images that can be read: each as it is, and the patches that a text keeps of it
         in the last layer that selects.
         """
-        images = {source: decode_image(image) for source, image in self._readable([list(found)]).items()}
+        images = {source: decode_untrusted_image(image) for source, image in self._readable([list(found)]).items()}
         pictures = {source: [("image", image)] for source, image in images.items()}
         if text is None or not images:
             return pictures

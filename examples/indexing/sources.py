@@ -44,24 +44,30 @@ class FolderShard:
 Shard = FolderShard | TarShard | FileShard | HubShard
 
 
-def find_images(places: Sequence[str]) -> list[Shard]:
+def find_images(places: Sequence[str], image_root: str | None = None) -> list[Shard]:
     """
     What is read of one after the other, each once, under absolute paths.
 
     Args:
         places (`Sequence[str]`): folders, of which all image files are taken, and those of the folders in them; or
             shards and files of rows, as `find_shards` takes them.
+        image_root (`str`, *optional*): Folder that paths in files of rows are relative to. Default: the file's folder.
 
     Raises:
-        FileNotFoundError: if a place is not there, or holds no image.
+        FileNotFoundError: if a place or `image_root` is not there, or a folder holds no image.
+        ValueError: if `image_root` is given, and no file of rows is.
     """
+    if image_root is not None and not os.path.isdir(image_root):
+        raise FileNotFoundError(f"There is no folder {image_root}: --image_root is the one the images are in.")
     files: dict[str, None] = {}
     shards: dict[Shard, None] = {}
     for place in places:
         if os.path.isdir(place):
             files |= dict.fromkeys(_image_files(place))
         else:
-            shards |= dict.fromkeys(map(_absolute, find_shards([place], option="--images")))
+            shards |= dict.fromkeys(map(_absolute, find_shards([place], image_root, option="--images")))
+    if image_root is not None and not any(isinstance(shard, FileShard) for shard in shards):
+        raise ValueError("--image_root goes with --images that are JSONL, JSON, CSV or Parquet files.")
     paths = iter(files)
     chunks = iter(lambda: tuple(islice(paths, FILES_PER_SHARD)), ())
     return [*map(FolderShard, chunks), *shards]
@@ -92,7 +98,8 @@ def id_of(source: str) -> str:
 
 def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     """
-    The images of a shard, by `ROW_SCHEMA`: `image` is encoded or a path; `error` says why there is none.
+    The images of a shard, by `ROW_SCHEMA`: `image` is encoded or a path; `error` says why there is none. A file that
+    several rows of a shard name is given once, for the first of them.
 
     Args:
         shard (`Shard`)
@@ -100,6 +107,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     """
     columns = IMAGE_COLUMNS if image_column is None else (image_column,)
     seen: Counter[str] = Counter()
+    paths: set[str] = set()
     for record in shard:
         source, image, error = printable(_source(shard, record)), None, None
         if isinstance(shard, TarShard):  # which may use a name twice, or be broken in several places
@@ -112,6 +120,10 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
                 image = _image(record, columns)
             except BadRowError as bad:
                 error = str(bad)
+        if image is not None and image["path"] is not None:
+            if image["path"] in paths:
+                continue
+            paths.add(image["path"])
         yield {"id": id_of(source), "source": source, "image": image, "error": error}
 
 

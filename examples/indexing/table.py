@@ -8,10 +8,12 @@ cannot be used has its row, too, with an `error` and no vector.
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import lance
 import numpy as np
@@ -19,12 +21,16 @@ import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
 
-from modeling_trips import TripsForRetrieval, TripsProcessor
+from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
+from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from modeling_trips.inspection.schedules import Schedule
 from trips_examples.indexing.sources import ROW_SCHEMA
 
 
 METADATA = "trips"
+GRAPH_SUFFIXES = (".onnx", ".data", ".xml", ".bin")
+HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
+Retriever = TripsForRetrieval | TripsForPreTraining
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Fingerprint:
     Args:
         model (`str`): as it was named.
         schedule (`str`): how it selects, in words.
-        digest (`str`): of its weights as they are stored, the fields of its vision tower, and how pixels are made.
+        digest (`str`): of its weights as they are stored (of an exported model, its files), the fields of its vision
+            tower, and how pixels are made.
     """
 
     model: str
@@ -44,30 +51,50 @@ class Fingerprint:
 
 
 def load_model(
-    checkpoint: str, schedule: str | None = None, dtype: str = "auto"
-) -> tuple[TripsForRetrieval, TripsProcessor]:
+    checkpoint: str, schedule: str | None = None, dtype: str = "auto", device: str = "cpu"
+) -> tuple[Retriever, TripsProcessor]:
     """
-    A checkpoint of retrieval, in evaluation mode.
+    Load a checkpoint with a head for retrieval, or an exported one, in evaluation mode.
 
     Args:
-        checkpoint (`str`): folder, or repository of the Hub.
-        schedule (`str`, *optional*): one to select by in place of the checkpoint's, as `Schedule.parse` reads it.
-        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is that of the stored weights.
+        checkpoint (`str`): Folder of a checkpoint or of an exported model, or repository on the Hub.
+        schedule (`str`, *optional*): Replaces the checkpoint's schedule, in the form that `Schedule.parse` reads.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is the dtype of the stored weights.
+        device (`str`, *optional*, defaults to `"cpu"`)
+
+    Raises:
+        ValueError: The checkpoint has another head, or its weights are incomplete; or a schedule, dtype or device is
+            given for an exported model.
+        OSError: There is no such checkpoint.
     """
-    fields = Schedule.parse(schedule).config_fields if schedule else {}
-    model = TripsForRetrieval.from_pretrained(checkpoint, dtype=dtype, **fields).eval()
-    return model, TripsProcessor.from_pretrained(checkpoint)
+    options = Schedule.parse(schedule).config_fields if schedule else {}
+    if dtype != "auto":
+        options["dtype"] = dtype
+    if device != "cpu" and is_exported(checkpoint):
+        raise ValueError(f"{checkpoint} is an exported model, which runs on CPUs alone, got the device {device}.")
+    model = load_checkpoint(checkpoint, HEADS, **options)
+    return model.to(device), TripsProcessor.from_pretrained(checkpoint)
 
 
-def fingerprint_of(model: TripsForRetrieval, processor: TripsProcessor) -> Fingerprint:
-    """Of a model in the precision in which its weights are stored."""
+def is_exported(checkpoint: str) -> bool:
+    return (Path(checkpoint) / EXPORT_MANIFEST).is_file()
+
+
+def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
+    """Return the fingerprint of a model in the precision in which its weights are stored."""
+    checkpoint = model.config.name_or_path
     vision = model.config.vision_config
     parts = [vision.to_dict(), processor.image_processor.to_dict()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return Fingerprint(model.config.name_or_path, str(Schedule.of(vision)), digest.hexdigest()[:32])
+    if is_exported(checkpoint):
+        for path in sorted(Path(checkpoint).iterdir()):
+            if path.suffix in GRAPH_SUFFIXES:
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return Fingerprint(checkpoint, str(Schedule.of(vision)), digest.hexdigest()[:32])
 
 
 def open_table(uri: str, fingerprint: Fingerprint) -> lance.LanceDataset:
@@ -111,16 +138,38 @@ def table_schema(dim: int) -> pa.Schema:
 
 @contextlib.contextmanager
 def only_writer(uri: str) -> Iterator[None]:
-    """Holds a lock that ends with the process, however it ends. Places beyond this machine's files have none."""
-    if "://" in uri:
+    """Hold a lock that ends with the process, however it ends. A table on an object store has none."""
+    path = local_path(uri)
+    if path is None:
         yield
         return
-    Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{uri.rstrip('/')}.lock", timeout=0):
+        with FileLock(f"{path}.lock", timeout=0):
             yield
     except Timeout as error:
         raise BlockingIOError(f"Another process is writing {uri}: let it end, or stop it.") from error
+
+
+def local_path(uri: str) -> Path | None:
+    """Return the path of a table on this machine's file systems, without symbolic links; None for other places."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("file", "file-object-store"):
+        return Path(unquote(parts.path)).resolve()
+    return None if "://" in uri else Path(uri).expanduser().resolve()
+
+
+def forget_missing_images(table: lance.LanceDataset):
+    """Delete the rows of images that were missing: they may be there now."""
+    missing = "error LIKE 'missing image%'"
+    if table.count_rows(missing):
+        table.delete(missing)
+
+
+def count_faults(table: lance.LanceDataset) -> Counter[str]:
+    """Count the images that cannot be used by reason."""
+    errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
+    return Counter(error.partition(" (")[0] for error in errors)
 
 
 def write_rows(uri: str, rows: pa.Table) -> list[str]:

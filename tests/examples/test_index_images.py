@@ -1,6 +1,7 @@
 """`index_images.py` and `search.py` as users run them, and what a kill of a worker or of the whole leaves."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from places import EXAMPLES
 from tiny_collection import TEXTS, save_model, write_images, write_parquet, write_tar
 
-from trips_examples import index_images
+from trips_examples import index_images, search
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.sources import find_images, rows_of
@@ -132,19 +133,23 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
     table = tmp_path / "t.lance"
     words = ["--table", table, "--index_from", "256", "--object_store_mb", "128"]
     printed = finished_run("index_images.py", folder, "--images", *data.values(), *words)
-    assert "899 images, 1 that cannot be used; an index IVF_PQ of 899 vectors" in printed
+    assert "899 images, 1 that cannot be used (unreadable image: 1); an index IVF_PQ of 899 vectors" in printed
     assert f"{tmp_path}/shard.tar/0: unreadable image" in printed
     write_parquet(tmp_path / "hub/train.parquet", range(1000, 1030))
     printed = finished_run("index_images.py", folder, "--dataset_name", tmp_path / "hub", *words, "--retry_broken")
     assert "929 images, 0 that cannot be used" in printed and "an index" in printed
     assert len(np.unique(ids_of(lance.dataset(str(table))))) == 929
 
-    found = finished_run(
-        "search.py", folder, "--table", table, "--text", *TEXTS, "--k", "4", "--page", tmp_path / "p.html"
-    )
+    words = ["--k", "4", "--page", tmp_path / "p.html", "--output_json", tmp_path / "found.json"]
+    found = finished_run("search.py", folder, "--table", table, "--text", *TEXTS, *words)
     for text in TEXTS:
         assert found.count(f"\n{text}\n") + found.startswith(f"{text}\n") == 1
     assert found.count("  score ") == 4 * len(TEXTS)
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["query"], row["rank"]) for row in rows] == [(text, rank) for text in TEXTS for rank in (1, 2, 3, 4)]
+    assert all(
+        f"score {row['score']:.2f}, similarity {row['similarity']:.3f}  {row['source']}" in found for row in rows
+    )
     page = (tmp_path / "p.html").read_text()
     assert page.count("data:image/png;base64,") == 2 * 4 * len(TEXTS)
     image = folder / "images/7.png"
@@ -154,9 +159,23 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
     assert "   1  similarity 1.000" in found
 
 
-def finished_run(script: str, folder, *options) -> str:
+@pytest.mark.slow
+def test_missing_images_are_tried_again_once_their_folder_is_given(folder, tmp_path):
+    """All rows fail at first, which is an error; then all are found, but for one that is broken."""
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"image": "{n}.png", "caption": "a"}}\n' for n in range(5)))
+    words = ["--images", tmp_path / "train.jsonl", "--table", tmp_path / "t.lance", "--object_store_mb", "128"]
+    printed = finished_run("index_images.py", folder, *words, code=1)
+    assert "0 images, 5 that cannot be used (missing image: 5)" in printed and "--image_root" in printed
+    assert "\nindex_images.py: " in printed and "Traceback" not in printed
+    printed = finished_run("index_images.py", folder, *words, "--image_root", folder / "images")
+    assert "4 images, 1 that cannot be used (unreadable image: 1)" in printed
+    rows = lance.dataset(str(tmp_path / "t.lance")).to_table().to_pylist()
+    assert sorted(row["source"] for row in rows) == [f"{tmp_path}/train.jsonl row {n}" for n in range(1, 6)]
+
+
+def finished_run(script: str, folder, *options, code: int = 0) -> str:
     result = subprocess.run(command(script, folder, *options), env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == code, result.stderr[-4000:]
     return result.stdout + result.stderr if script == "index_images.py" else result.stdout
 
 
@@ -167,12 +186,31 @@ def finished_run(script: str, folder, *options) -> str:
         ([], "Give either --images or --dataset_name."),
         (["--images", "{folder}/images", "--dataset_name", "org/photos"], "Give either"),
         (["--images", "{folder}/images", "--table", "{folder}/images/1.png"], "images/1.png"),
+        (["--images", "{folder}/images", "--image_root", "nowhere"], "There is no folder nowhere"),
+        (["--dataset_name", "org/photos", "--image_root", "{folder}"], "--image_root goes with --images"),
+        (["--images", "{folder}/images", "--model", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_options_are_told_before_ray_starts(options, message, folder):
     options = [option.format(folder=folder) for option in options]
     with pytest.raises(SystemExit, match=message):
         index_images.main(["--model", str(folder / "model"), "--table", str(folder / "t.lance"), *options])
+
+
+@pytest.mark.parametrize("main", [index_images.main, search.main])
+def test_a_checkpoint_of_another_head_is_refused_before_anything_is_written(main, folder, checkpoints, tmp_path):
+    words = ["--images", str(folder / "images")] if main is index_images.main else ["--text", "a circle"]
+    head = "TripsForQuestionAnswering"
+    with pytest.raises(SystemExit, match=f"is a {head}. Give a TripsForRetrieval") as raised:
+        main(["--model", str(checkpoints[head]), "--table", str(tmp_path / "t.lance"), *words])
+    assert isinstance(raised.value.code, str)  # exit code 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--k=0", "--k=-1", "--rerank_k=-1", "--probes=0"])
+def test_searches_for_nothing_are_refused(option, folder):
+    with pytest.raises(SystemExit, match=option.partition("=")[0]):
+        search.main(["--model", str(folder / "model"), "--table", "none", "--text", "a", option])
 
 
 def test_a_second_run_on_a_table_is_refused(folder, tmp_path):

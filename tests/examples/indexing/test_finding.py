@@ -1,6 +1,7 @@
 """Embedding without Ray, and search: against numpy and against the model on one pair after the other."""
 
 import logging
+import os
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,15 @@ from trips_examples.data.images import decode_image
 from trips_examples.indexing.embedding import Embedder, Embedding
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.sources import blocks_of, find_images
-from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_or_create_table, open_table
+from trips_examples.indexing.table import (
+    commit,
+    count_faults,
+    fingerprint_of,
+    forget_missing_images,
+    load_model,
+    open_or_create_table,
+    open_table,
+)
 
 
 def embed(checkpoint: str, uri: str, *places, **options) -> list[str]:
@@ -86,6 +95,32 @@ def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collect
     assert {row["source"] for row in rows} == {f"{folder}/images/{name}.png" for name in ("broken", "empty")}
     assert all(row["vector"] is None and "unreadable image" in row["error"] for row in rows)
     assert sorted(faults) == sorted(f"{row['source']}: {row['error']}" for row in rows)
+
+
+def test_a_broken_exif_block_is_no_fault_and_a_pipe_is_one(checkpoint, tmp_path):
+    decode_image(encoded(1)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + b"\0" * 64)
+    decode_image(encoded(2)).save(tmp_path / "b.tiff")
+    os.mkfifo(tmp_path / "c.png")
+    uri = str(tmp_path / "t.lance")
+    embed(checkpoint, uri, tmp_path)
+    rows = {row["source"].rpartition("/")[2]: row for row in Finder(uri, checkpoint).table.to_table().to_pylist()}
+    assert rows["a.jpg"]["error"] is None and rows["a.jpg"]["vector"] is not None
+    assert rows["b.tiff"]["error"].startswith("unreadable image (")
+    assert rows["c.png"]["error"].startswith("not a regular file (") and len(rows) == 3
+
+
+def test_missing_images_are_forgotten_and_broken_ones_are_not(checkpoint, tmp_path):
+    (tmp_path / "broken.png").write_bytes(encoded(1)[:100])
+    (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n{"image": "broken.png"}\n{"image": "1.png"}\n')
+    uri = str(tmp_path / "t.lance")
+    embed(checkpoint, uri, tmp_path / "rows.jsonl")
+    table = Finder(uri, checkpoint).table
+    assert count_faults(table) == {"missing image": 1, "unreadable image": 1}
+    forget_missing_images(table)
+    assert count_faults(table) == {"unreadable image": 1} and table.count_rows() == 1
+    version = table.version
+    forget_missing_images(table)
+    assert table.version == version
 
 
 def test_the_nearest_are_those_of_numpy(finder):
@@ -166,3 +201,31 @@ def test_a_finder_refuses_what_another_schedule_made(checkpoint, collection):
         Finder(collection[1], checkpoint, schedule="2:image:0.25")
     model, processor = load_model(checkpoint)
     assert open_table(collection[1], fingerprint_of(model, processor)).count_rows() == 42
+
+
+@pytest.mark.slow
+def test_an_exported_model_indexes_and_searches(checkpoint, collection, tmp_path):
+    from modeling_trips.export import export_model  # needs the newest Transformers
+
+    model, processor = load_model(checkpoint)
+    export_model(model, tmp_path / "exported", "onnx")
+    processor.save_pretrained(tmp_path / "exported")
+    exported, uri = str(tmp_path / "exported"), str(tmp_path / "t.lance")
+    for options in ({"schedule": "2:image:0.5"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
+        with pytest.raises(ValueError, match="is an exported model"):
+            load_model(exported, **options)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        Finder(collection[1], exported)
+    embed(exported, uri, collection[0] / "images")
+    ours, reference = Finder(uri, exported, batch_size=6), Finder(collection[1], checkpoint, batch_size=6)
+    assert open_table(uri, fingerprint_of(*load_model(exported))).count_rows() == 22
+    found = []
+    for finder in (ours, reference):
+        texts = finder.describe_texts(TEXTS)
+        rows = finder.rerank(texts, finder.nearest(texts.embeds, 40, exact=True))
+        found.append([[each for each in row if " row " not in each.source] for row in rows])
+        assert len(finder.draw(rows[0][:2], TEXTS[0])) == 2
+    for row, expected in zip(*found):
+        assert {each.source for each in row} == {each.source for each in expected} and len(row) == 20
+        scores = {each.source: each.score for each in expected}
+        assert [each.score for each in row] == pytest.approx([scores[each.source] for each in row], abs=1e-3)

@@ -56,6 +56,20 @@ def test_rows_may_name_files_and_be_broken(tmp_path):
     assert "no image" in third["error"] and third["image"] is None
 
 
+def test_paths_of_rows_are_relative_to_a_root_and_an_image_of_several_rows_is_given_once(tmp_path):
+    write_images(tmp_path / "images", [1, 2])
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data/train.jsonl"
+    file.write_text("".join(f'{{"image": "{n}.png", "question": "?", "answer": "a"}}\n' for n in (1, 1, 2, 1)))
+    found = [row for shard in find_images([str(file)], str(tmp_path / "images")) for row in rows_of(shard)]
+    assert [row["image"]["path"] for row in found] == [str(tmp_path / "images" / f"{n}.png") for n in (1, 2)]
+    assert [row["source"] for row in found] == [f"{file} row 1", f"{file} row 3"]
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        find_images([str(file)], "nowhere")
+    with pytest.raises(ValueError, match="--image_root goes with"):
+        find_images([str(tmp_path / "images")], str(tmp_path))
+
+
 def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
     names = {"a.png": encoded(1), "b.png": encoded(2), "c.txt": b"no image", "./a.png": encoded(3)}
     whole = write_tar(tmp_path / "0.tar", names)

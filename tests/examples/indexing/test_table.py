@@ -1,12 +1,16 @@
 """The table: whose vectors it takes, that only a commit changes it, one writer at a time, and its index."""
 
+import shutil
+
 import lance
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_collection import save_model
 
+from modeling_trips import TripsForPreTraining
 from trips_examples.indexing.sources import id_of
 from trips_examples.indexing.table import (
     Fingerprint,
@@ -66,6 +70,20 @@ def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
     assert fingerprint(image_mean=[0.1, 0.2, 0.3]).digest != own.digest
 
 
+def test_a_checkpoint_needs_a_head_for_retrieval_with_all_of_its_weights(checkpoint, checkpoints, tmp_path):
+    for head in ("TripsForQuestionAnswering", "TripsModel"):
+        with pytest.raises(ValueError, match=f"is a {head}. Give a TripsForRetrieval or TripsForPreTraining"):
+            load_model(str(checkpoints[head]))
+    model, processor = load_model(str(checkpoints["TripsForPreTraining"]))
+    assert isinstance(model, TripsForPreTraining) and not model.training
+    assert fingerprint_of(model, processor) == fingerprint_of(*load_model(str(checkpoints["TripsForPreTraining"])))
+    shutil.copytree(checkpoint, tmp_path / "torn")
+    weights = load_file(tmp_path / "torn/model.safetensors")
+    save_file({k: v for k, v in weights.items() if "vision_proj" not in k}, tmp_path / "torn/model.safetensors")
+    with pytest.raises(ValueError, match="missing_keys.*vision_proj"):
+        load_model(str(tmp_path / "torn"))
+
+
 def test_a_table_of_another_fingerprint_is_refused_in_words(table):
     add(table, range(3))
     assert open_or_create_table(table.uri, OWN, DIM).count_rows() == 3
@@ -122,3 +140,22 @@ def test_the_index_has_all_rows_and_is_made_anew_when_rows_come(table):
     build_index(table, "IVF_PQ", fewest=300)
     table = open_table(table.uri, OWN)
     assert rows_without_index(table) == 0 and table.count_rows() == 650
+
+
+@pytest.mark.parametrize("name", ["alias.lance", "folder/t.lance", "file://{}/t.lance", "file:{}/t.lance", "t.lance/"])
+def test_a_table_has_one_lock_under_all_of_its_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alias.lance").symlink_to("t.lance")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    name = name.format(tmp_path)
+    lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "t.lance"))
+    assert lance.dataset(name).count_rows() == 1
+    with only_writer(str(tmp_path / "t.lance")), pytest.raises(BlockingIOError), only_writer(name):
+        pass
+    with only_writer(name), pytest.raises(BlockingIOError), only_writer("t.lance"):
+        pass
+
+
+def test_tables_with_other_names_have_other_locks(tmp_path):
+    with only_writer(str(tmp_path / "a%20b")), only_writer(f"file://{tmp_path}/a%20b"), only_writer("s3://a/b"):
+        pass

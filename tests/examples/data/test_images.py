@@ -1,0 +1,112 @@
+"""An image file is the same image by every road, or refused by every road; what is no file is refused at once."""
+
+import io
+import os
+import socket
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from strange_pictures import bomb
+from tiny_processors import make_processor
+
+from modeling_trips.image_decoding_trips import convert_to_rgb
+from trips_examples.data.faults import BadRowError
+from trips_examples.data.images import decode_image, decode_untrusted_image, inspect_image
+
+
+PIXELS = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8))
+JUNK = b"Exif\0\0" + b"\0" * 64
+XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF><rdf:Description %b</rdf:Description></rdf:RDF></x:xmpmeta>"
+
+
+def encoded(kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    PIXELS.save(file, kind, **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> bytes:
+    block = PIL.Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+FILES = {f"{kind} {n}": encoded(kind, exif=exif(n)) for kind in ("JPEG", "PNG", "WEBP") for n in range(10)}
+FILES |= {f"{kind} junk": encoded(kind, exif=JUNK) for kind in ("JPEG", "PNG", "WEBP")}
+FILES |= {
+    f"{kind} {written}": encoded(kind, xmp=XMP % written.encode())
+    for kind in ("JPEG", "WEBP")
+    for written in (
+        'tiff:Orientation="6">',
+        'tiff:Orientation="6 ">',
+        'tiff:Orientation="60">',
+        "tiff:Orientation='6'>",
+        "><tiff:Orientation>6 </tiff:Orientation>",
+        'tiff:Orientation="6"><tiff:Orientation>8</tiff:Orientation>',
+    )
+}
+
+
+@pytest.fixture(params=FILES.values(), ids=FILES)
+def file(request, tmp_path) -> str:
+    path = tmp_path / "image"
+    path.write_bytes(request.param)
+    return str(path)
+
+
+def test_an_image_is_the_same_by_every_road(file):
+    content, processor = open(file, "rb").read(), make_processor()
+    expected = np.asarray(decode_image(file))
+    for image in (decode_image(content), decode_untrusted_image(file), decode_untrusted_image(content)):
+        np.testing.assert_array_equal(image, expected)
+    size = decode_image(file).size
+    assert [inspect_image(file, check) for check in ("header", "verify", "decode")] == [size] * 3
+    roads = [
+        file,
+        PIL.Image.open(file),
+        PIL.Image.open(file).convert("RGB"),
+        decode_image(file),
+        decode_untrusted_image(file),
+        convert_to_rgb(decode_image(file)),
+    ]
+    values = [processor(images=road, return_tensors="pt")["pixel_values"] for road in roads]
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.png"))
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path / "link.png", tmp_path / "socket.png", "/dev/zero", tmp_path):
+        for decode in (decode_image, decode_untrusted_image):
+            with pytest.raises(BadRowError) as raised:
+                decode(str(path))
+            assert (raised.value.reason, raised.value.detail) == ("not a regular file", str(path))
+        assert [inspect_image(str(path), how).reason for how in ("header", "verify")] == ["not a regular file"] * 2
+
+
+@pytest.mark.parametrize("how", ["header", "verify", "decode"])
+def test_a_format_that_another_program_decodes_is_refused_by_its_header(how):
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    assert inspect_image(postscript, how).reason == "unreadable image"
+
+
+def test_untrusted_images_have_limits(tmp_path):
+    PIXELS.save(tmp_path / "a.tiff")
+    assert decode_image(str(tmp_path / "a.tiff")).size == (64, 40)
+    (tmp_path / "large.png").touch()
+    os.truncate(tmp_path / "large.png", 1 << 40)  # without blocks on the disk
+    gif = encoded("GIF", comment=b" " * 100_000)
+    for image in (str(tmp_path / "a.tiff"), str(tmp_path / "large.png"), gif, bomb(9000, 9000), b""):
+        with pytest.raises(BadRowError) as raised:
+            decode_untrusted_image(image)
+        assert raised.value.reason == "unreadable image"
+    with pytest.raises(BadRowError) as raised:
+        decode_untrusted_image(str(tmp_path / "none.png"))
+    assert (raised.value.reason, raised.value.detail) == ("missing image", str(tmp_path / "none.png"))
+    with pytest.raises(BadRowError) as raised:
+        decode_untrusted_image(encoded("PNG"), patch_size=41)
+    assert raised.value.reason == "image smaller than a patch"

@@ -72,6 +72,8 @@ class TripsVisionPrefix(ModelOutput):
         Patches of each image, down and across.
     candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
         False marks padding; `None` where there is none.
+    selected_by (`str`):
+        The settings of the selection layers before `next_layer`: a model with other settings refuses the prefix.
     """
 
     hidden_states: torch.FloatTensor | None = None
@@ -82,6 +84,7 @@ class TripsVisionPrefix(ModelOutput):
     next_layer: int | None = None
     grid_size: tuple[int, int] | None = None
     candidate_mask: torch.BoolTensor | None = None
+    selected_by: str | None = None
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -227,8 +230,29 @@ class TripsVisionModel(TripsPreTrainedModel):
                 hidden_states, attention_mask=mask, attention_only=True, **kwargs
             )
         return TripsVisionPrefix(
-            hidden_states, class_query, key, candidate_indices, selection, next_layer, grid_size, candidate_mask
+            hidden_states,
+            class_query,
+            key,
+            candidate_indices,
+            selection,
+            next_layer,
+            grid_size,
+            candidate_mask,
+            self.settings_before(next_layer),
         )
+
+    def settings_before(self, next_layer: int | None) -> str:
+        """The settings of the selection layers before `next_layer`, or of all, as text."""
+        config = self.config
+        layers = [
+            f"layer {layer}: " + ", ".join([f"{name} {value}" for name, value in options.items()])
+            for layer, options in config.selection_options.items()
+            if next_layer is None or layer < next_layer
+        ]
+        if not layers:
+            return "no selection"
+        names = ("fuse_inattentive_tokens", "normalize_fusion_weights", "selection_seed")
+        return "; ".join([*layers, *[f"{name} {getattr(config, name)}" for name in names]])
 
     def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
         """Hides the padding among [CLS] and the candidates, in the form that the attention in use wants."""
@@ -334,12 +358,18 @@ class TripsVisionModel(TripsPreTrainedModel):
         return repeated(output) if repeat_images else output
 
     def check_prefix(self, prefix: TripsVisionPrefix, select_patches: bool):
-        """Raises a `ValueError` if `prefix` ends elsewhere than where the schedule and `select_patches` want it."""
+        """Raises a `ValueError` if `prefix` was made by another schedule, or selects and `select_patches` is off."""
         config = self.config
         if prefix.next_layer not in (config.first_selection_layer, config.first_text_layer):
             raise ValueError(
                 f"`prefix` was encoded up to layer {prefix.next_layer}, but the schedule is now "
                 f"{config.selection_schedule}, guided by {config.guidance_schedule}: encode it again."
+            )
+        settings = self.settings_before(prefix.next_layer)
+        if prefix.selected_by != settings:
+            raise ValueError(
+                f"`prefix` was encoded with other selection settings ({prefix.selected_by}) than those of the model "
+                f"now ({settings}): encode it again."
             )
         if prefix.selection and not select_patches:
             raise ValueError("Patches were dropped in `prefix`: encode it again with `select_patches=False`.")

@@ -40,7 +40,8 @@ def num_bytes(prefix: TripsVisionPrefix) -> int:
 
 
 def _with_tensors(prefix: TripsVisionPrefix, tensors: dict[str, torch.Tensor]) -> TripsVisionPrefix:
-    return TripsVisionPrefix(**tensors, selection=(), next_layer=prefix.next_layer, grid_size=prefix.grid_size)
+    fields = {name: value for name, value in prefix.items() if not isinstance(value, torch.Tensor)}
+    return TripsVisionPrefix(**{**fields, **tensors, "selection": ()})
 
 
 class PrefixCache:

@@ -233,6 +233,54 @@ def test_a_prefix_of_another_schedule_is_refused(before, after):
         model(prefix=prefix, text_embeds=texts(2))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep_rate": [0.4, 0.5]},
+        {"selection_layers": [2, 3]},
+        {"selection_layers": [1, 2, 3], "selection_guidance": ["image", "image", "text"], "keep_rate": 0.5},
+        {"selection_layers": [3], "selection_guidance": ["text"], "keep_rate": [0.5]},
+        {"selection_guidance": ["random", "text"]},
+        {"selection_mode": "mass"},
+        {"fuse_inattentive_tokens": False},
+        {"normalize_fusion_weights": True},
+    ],
+    ids=str,
+)
+def test_a_prefix_of_other_settings_before_the_text_is_refused(changes):
+    fields = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
+    model, changed = make_model(**fields), make_model(**{**fields, **changes})
+    prefix = model.encode_prefix(images(2))
+    own, model.config = model.config, changed.config
+    assert prefix.next_layer == model.config.first_text_layer
+    with pytest.raises(ValueError) as raised:
+        model(prefix=prefix, text_embeds=texts(2))
+    assert prefix.selected_by in str(raised.value)
+    assert model.encode_prefix(images(2)).selected_by in str(raised.value)
+    model.config = own
+    model.config.keep_rate = [0.5, 0.4]  # behind the end of the prefix
+    expected = model(images(2), texts(2)).last_hidden_state
+    torch.testing.assert_close(model(prefix=prefix, text_embeds=texts(2)).last_hidden_state, expected)
+
+
+def test_a_prefix_of_mass_by_another_mass_is_refused():
+    fields = {"selection_mode": "mass", "selection_layers": [1, 3], "selection_guidance": ["image", "text"]}
+    model = make_model(**fields, selection_mass=[0.5, 0.5])
+    prefix = model.encode_prefix(images(2))
+    for changes in ({"selection_mass": [0.6, 0.5]}, {"min_keep_rate": [0.4, 0.0], "selection_mass": [0.5, 0.5]}):
+        model.config = make_model(**{**fields, **changes}).config
+        with pytest.raises(ValueError, match="encode it again"):
+            model(prefix=prefix, text_embeds=texts(2))
+
+
+def test_an_unpruned_prefix_is_refused_where_the_image_prunes():
+    model = make_model(selection_layers=[])
+    prefix = model.encode_prefix(images(2))
+    model.config = make_model(selection_layers=[2], selection_guidance="image").config
+    with pytest.raises(ValueError, match="encode it again"):
+        model(prefix=prefix)
+
+
 def test_rows_do_not_depend_on_the_batch():
     model = make_model(selection_layers=[1, 3])
     pixel_values, text_embeds = images(6), texts(6)

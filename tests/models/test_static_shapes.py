@@ -21,7 +21,7 @@ def make_inputs(num_texts: int = 4, num_images: int = 2, seed: int = 0) -> dict[
     }
 
 
-@pytest.mark.parametrize("guidance", ["text", "image", "random"])
+@pytest.mark.parametrize("guidance", ["text", "image", "random", ["image", "text"]], ids=str)
 def test_one_graph_serves_all_batches_of_a_shape(guidance):
     torch._dynamo.reset()
     model = make_model(selection_guidance=guidance)
@@ -40,6 +40,20 @@ def test_one_graph_serves_all_batches_of_a_shape(guidance):
             for compiled_layer, layer in zip(actual.selection, expected.selection):
                 assert torch.equal(compiled_layer.kept_indices, layer.kept_indices)
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_prefixes_of_a_schedule():
+    torch._dynamo.reset()
+    model = make_model(selection_guidance=["image", "text"])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for seed in range(3):
+        inputs = make_inputs(seed=seed)
+        expected = model(**inputs).last_hidden_state
+        prefix = model.encode_images(inputs.pop("pixel_values"))
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            actual = compiled(**inputs, prefix=prefix).last_hidden_state
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -17,10 +17,17 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
-import modeling_trips
-from modeling_trips import TripsImageToTextPipeline, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+from modeling_trips import (
+    TripsForConditionalGeneration,
+    TripsForQuestionAnswering,
+    TripsForVisualGrounding,
+    TripsImageToTextPipeline,
+    TripsProcessor,
+    TripsVisualQuestionAnsweringPipeline,
+    convert_to_rgb,
+)
+from modeling_trips.inspection.checkpoints import load_checkpoint
 
 
 Batch = list[tuple[PIL.Image.Image, list[str]]]  # images, each with the texts about it
@@ -43,11 +50,11 @@ class Trips(lmms):
         batch_size (`int`, *optional*, defaults to 32): images per step.
         device (`str`, *optional*): that of this process by default.
         dtype (`str`, *optional*, defaults to `"float32"`): of the weights.
-        keep_rate (`float`, *optional*): in place of the checkpoint's; 1.0 prunes nothing.
+        keep_rate (`float`, *optional*): in place of the checkpoint's. At 1.0, accuracy is not an unpruned model's.
         prompt (`str`, *optional*): how captions begin.
 
     Raises:
-        ValueError: if the checkpoint has no head that answers, describes or finds boxes.
+        ValueError: The checkpoint has no head that answers, describes or finds boxes, or as `load_checkpoint` raises.
     """
 
     def __init__(
@@ -63,17 +70,15 @@ class Trips(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size, self.prompt = int(batch_size), prompt
-        name = (AutoConfig.from_pretrained(pretrained).architectures or ["model without a head"])[0]
+        changes = {} if keep_rate is None else {"keep_rate": float(keep_rate)}
+        heads = (TripsForQuestionAnswering, TripsForConditionalGeneration, TripsForVisualGrounding)
+        model = load_checkpoint(pretrained, heads, dtype=dtype, **changes)
         self.write = {
             "TripsForQuestionAnswering": self.answers,
             "TripsForConditionalGeneration": self.captions,
             "TripsForVisualGrounding": self.boxes,
-        }.get(name)
-        if self.write is None:
-            raise ValueError(f"{pretrained} is a {name}: it neither answers nor describes nor finds boxes.")
-        changes = {} if keep_rate is None else {"keep_rate": float(keep_rate)}
-        model = getattr(modeling_trips, name).from_pretrained(pretrained, dtype=dtype, **changes)
-        self.model = model.to(device or self.accelerator.device).eval()
+        }[type(model).__name__]
+        self.model = model.to(device or self.accelerator.device)
         self.processor = TripsProcessor.from_pretrained(pretrained)
         pipelines = {self.answers: TripsVisualQuestionAnsweringPipeline, self.captions: TripsImageToTextPipeline}
         if self.write in pipelines:
@@ -98,7 +103,7 @@ class Trips(lmms):
             images = visual_of(self.task_dict[task][split][number])
             if len(images) != 1:
                 raise ValueError(f"{task}, {split}, {number}: TRIPS looks at one image, not at {len(images)}.")
-            return images[0].convert("RGB"), context
+            return convert_to_rgb(images[0]), context
 
         pairs = map(image_and_text, requests)
         for _, group in itertools.groupby(pairs, key=lambda pair: (pair[0].size, pair[0].tobytes())):

@@ -68,6 +68,11 @@ WRITTEN = {
         ["chance_r1", "mlm_majority", "prefix_lm_majority", "samples"],
     ),
 }
+# The metrics that a card lists, where these are not all. `model-index` has all.
+LISTED = {
+    "retrieval": RECALLS,
+    "pretraining": ["features_r_mean", "itm_accuracy", "mlm_accuracy", "prefix_lm_accuracy"],
+}
 
 
 @pytest.fixture
@@ -287,14 +292,26 @@ def test_a_file_without_metrics_is_refused(tmp_path):
         make_card(tmp_path, results=path)
 
 
-@pytest.mark.parametrize(("metrics", "others"), WRITTEN.values(), ids=WRITTEN)
-def test_diagnostics_and_chance_are_no_metrics(metrics, others, tmp_path):
+@pytest.mark.parametrize("script", WRITTEN)
+def test_diagnostics_and_chance_are_no_metrics(script, tmp_path):
+    metrics, others = WRITTEN[script]
+    listed = LISTED.get(script, metrics)
     path = tmp_path / "eval_results.json"
     path.write_text(json.dumps({"epoch": 6.0, **{f"eval_{name}": 0.5 for name in metrics + others}}))
     card = make_card(tmp_path, CardArguments(eval_dataset="ours"), path)
-    assert card.data.metrics == metrics
     assert [result.metric_type for result in card.data.eval_results] == metrics
-    assert f"| measured on | {' | '.join(metrics)} |" in card.text
+    assert card.data.metrics == listed
+    assert f"| measured on | {' | '.join(listed)} |" in card.text
+
+
+@pytest.mark.parametrize("model_class", [TripsForConditionalGeneration, TripsForQuestionAnswering, TripsForRetrieval])
+def test_a_card_tells_of_the_handler_with_a_request_that_it_takes(model_class, tmp_path):
+    parts = make_checkpoint(tmp_path, model_class=model_class)
+    card = make_model_card(*parts, "ada/model", CardArguments(), with_handler=True)
+    (request,) = re.findall(r"`(\{.inputs.*\})`", card.text)
+    inputs = json.loads(request)["inputs"]
+    assert "image" in inputs and len(inputs) == 2 and "`handler.py`" in card.text
+    assert "handler.py" not in make_model_card(*parts, "ada/model", CardArguments()).text
 
 
 def test_metrics_of_unknown_data_stay_out_of_the_model_index(tmp_path, results, caplog):

@@ -1,10 +1,12 @@
 """Retrieval checkpoints in the library Sentence Transformers: the real one, from the files that publishing writes."""
 
+import re
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from random_checkpoint import save_random_checkpoint
 
 from modeling_trips import TripsForQuestionAnswering, TripsForRetrieval, TripsProcessor
@@ -20,7 +22,6 @@ IMAGES = [PIL.Image.new("RGB", (70, 50), color) for color in ("teal", "red")]
 def publish_as(kind: str, tmp_path: Path, model_class=TripsForRetrieval, **fields) -> Path:
     folder = save_random_checkpoint(tmp_path / "checkpoint", model_class, TEXTS, **fields)
     target = tmp_path / kind
-    target.mkdir()
     build_repository(target, folder, "ada/finder", CardArguments(), sentence_transformers=kind)
     return target
 
@@ -60,6 +61,25 @@ def test_matching_scores_pairs_and_ranks_images(tmp_path):
     torch.testing.assert_close(flipped, expected, atol=1e-5, rtol=1e-4)
     best = matcher.rank(TEXTS[0], IMAGES)
     assert [one["corpus_id"] for one in best] == expected[:2].argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "printed"),
+    [
+        ("SentenceTransformer", "feature-extraction", r"tensor\(\[\[ *-?\d+\.\d+, *-?\d+\.\d+\]\]\)"),
+        ("CrossEncoder", "text-ranking", r"\[\d\.\d+ *\d\.\d+\]"),
+    ],
+)
+def test_the_card_is_that_of_a_model_of_the_library(kind, task, printed, tmp_path, capsys):
+    folder = publish_as(kind, tmp_path)
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", task)
+    assert {"sentence-transformers", task, "custom_code"} <= {*card.data.tags}
+    code, other = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert "AutoProcessor" in other
+    capsys.readouterr()
+    exec(code.replace('"ada/finder"', repr(str(folder))), {})
+    assert re.fullmatch(printed, capsys.readouterr().out.strip())
 
 
 def test_what_cannot_serve_is_refused(tmp_path):

@@ -40,6 +40,8 @@ doc_to_text: !function tools.vqav2_doc_to_text
 doc_to_target: answer
 generation_kwargs:
   max_new_tokens: 16
+  custom_generate: mallory/foreign
+  trust_remote_code: true
 process_results: !function tools.vqav2_process_results_val
 metric_list:
   - metric: exact_match

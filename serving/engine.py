@@ -1,14 +1,18 @@
 """The model behind the service: items of many requests in, one result for each out."""
 
-from collections.abc import Callable, Hashable
+import io
+import json
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from threading import Lock
 
+import PIL.Image
 import torch
 from prometheus_client import Counter, Gauge
-from transformers import AutoConfig
 
-import modeling_trips
 from modeling_trips import (
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
@@ -18,34 +22,57 @@ from modeling_trips import (
     TripsVisionPrefix,
     TripsVisualQuestionAnsweringPipeline,
 )
+from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder
+from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 
 from .cache import PrefixCache, form, join, split
 from .errors import RequestError
-from .images import decode
 from .requests import Item, Picture, key_of
 from .settings import DEFAULT, Settings
 
+
+logger = logging.getLogger(__name__)
+
+DECODERS = 2  # processes that decode images; more requests wait for them
+DECODING_SECONDS = 3.0  # for one image; 16 megapixels take less than a second
+STATUSES = {"empty": 422, "format": 415, "pixels": 413, "work": 422, "broken": 422}  # by the reason of an `ImageError`
 
 PREFIXES = Counter("trips_image_prefixes", "Images by where their text-independent part came from.", ["source"])
 CACHE_BYTES = Gauge("trips_image_cache_bytes", "What the cache of images holds.", multiprocess_mode="livesum")
 
 
+@contextmanager
+def blamed_on(variable: str, value) -> Iterator[None]:
+    """Name the environment variable behind any error."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{variable}={value}: {error}") from error
+
+
 def load(settings: Settings):
     """
-    The model with the head that it was saved with.
+    Load the model with the head that it was saved with, or an exported model.
 
     Raises:
-        ValueError: if the checkpoint is none of TRIPS.
+        ValueError: The checkpoint, the device or the dtype cannot be used; the message names the variable.
     """
-    config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
-    name = (config.architectures or ["model without a head"])[0]
-    model_class = getattr(modeling_trips, name, None)
-    if model_class is None:
-        raise ValueError(f"TRIPS_MODEL={settings.model} is a {name}: the service takes TRIPS models.")
-    model = model_class.from_pretrained(settings.model, revision=settings.revision, dtype=settings.dtype)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(best if settings.device == "auto" else settings.device).eval()
+    device, dtype = settings.device, settings.dtype
+    if is_exported := (Path(settings.model) / EXPORT_MANIFEST).is_file():
+        given = {"DTYPE": dtype != "auto", "DEVICE": device not in ("auto", "cpu"), "SCHEDULES": settings.schedules}
+        for name in [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"TRIPS_{name} cannot be set for {settings.model}: an exported model has its own.")
+    elif dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"TRIPS_DTYPE={dtype}: must be auto or a dtype of PyTorch, such as bfloat16.")
+    with blamed_on("TRIPS_MODEL", settings.model):
+        options = {} if dtype == "auto" else {"dtype": dtype}
+        model = load_checkpoint(settings.model, revision=settings.revision, **options)
+    if is_exported:
+        return model
+    with blamed_on("TRIPS_DEVICE", device):
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(best if device == "auto" else device)
 
 
 def endpoints_of(model) -> dict[str, str]:
@@ -57,7 +84,7 @@ def endpoints_of(model) -> dict[str, str]:
     if hasattr(model, "match"):
         return {"match": "scores", "features": "features"}
     raise ValueError(
-        f"A {type(model).__name__} cannot be served: it answers, describes, matches and compares nothing."
+        f"a {type(model).__name__} cannot be served: it answers, describes, matches and compares nothing."
     )
 
 
@@ -79,44 +106,98 @@ class Engine:
         settings (`Settings`)
 
     Raises:
-        ValueError: if the checkpoint has no head to serve, or a schedule does not fit it.
+        ValueError: The checkpoint cannot be served, or a schedule does not fit it.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.model = load(settings)
-        self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)
-        self.endpoints = endpoints_of(self.model)
         self.cache = PrefixCache(settings.cache_bytes)
-        own = self.model.config.vision_config
-        self._configs = {name: with_schedule(own, schedule) for name, schedule in settings.schedules.items()}
-        self._configs[DEFAULT] = own
+        self.decoder = IsolatedDecoder(DECODERS, DECODING_SECONDS)
         self._tokenizer_lock = Lock()  # a fast tokenizer refuses a second thread
+        with blamed_on("TRIPS_MODEL", settings.model):
+            self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)
+            self.endpoints = endpoints_of(self.model)
         parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
         if "answer" in self.endpoints:
             self._pipeline = TripsVisualQuestionAnsweringPipeline(**parts)
         elif "caption" in self.endpoints:
             self._pipeline = TripsImageToTextPipeline(**parts)
+        own = self.model.config.vision_config
+        self._configs = {DEFAULT: own}
+        for name, schedule in settings.schedules.items():
+            with blamed_on("TRIPS_SCHEDULES", f"{name}={schedule}"):
+                self._configs[name] = with_schedule(own, schedule)
+        with blamed_on("TRIPS_MODEL", settings.model):
+            self._check()
 
-    def prepare_image(self, data: bytes, schedule: str) -> Picture:
-        """An image as the model takes it, or what is known of it already."""
+    def _check(self):
+        """
+        Compute one item of each kind, which also starts a decoder.
+
+        Raises:
+            ValueError: The tokenizer is of another model, or a result is not finite.
+        """
+        largest, vocab_size = (
+            max(self.processor.tokenizer.get_vocab().values()),
+            self.model.config.text_config.vocab_size,
+        )
+        if largest >= vocab_size:
+            raise ValueError(f"the tokenizer has the token id {largest}, the model only {vocab_size} ids.")
+        file = io.BytesIO()
+        PIL.Image.effect_noise((256, 256), 60).save(file, "PNG")
+        image = self.decoder.decode(file.getvalue())
+        picture = Picture("", self.processor(images=image, return_tensors="pt")["pixel_values"])
+        if not picture.pixel_values.isfinite().all():
+            raise ValueError("the image processor gives values that are NaN or infinite.")
+        text = "what is it?"
+        (tokens,) = self.prepare_texts([text])
+        for name in self.endpoints:
+            parts = [(picture, text, tokens)]
+            if name == "features":
+                parts = [(picture, None, None), (None, text, tokens)]
+            results = getattr(self, name)([Item(*part, DEFAULT, 1, {}) for part in parts])
+            json.dumps(results, allow_nan=False)
+
+    def find_image(self, data: bytes, schedule: str) -> Picture:
+        """An image with what the cache has of it."""
         key = key_of(data)
-        prefix = self.cache.get((key, schedule))
-        if prefix is not None:
-            return Picture(key, prefix=prefix)
-        image = decode(data, self.settings.max_pixels)
+        return Picture(key, prefix=self.cache.get((key, schedule)))
+
+    def read_image(self, key: str, data: bytes) -> Picture:
+        """An image as the model takes it."""
+        try:
+            image = self.decoder.decode(data, self.settings.max_pixels)
+        except ImageError as error:
+            raise RequestError(STATUSES[error.reason], str(error)) from error
         try:
             return Picture(key, self.processor(images=image, return_tensors="pt")["pixel_values"])
         except ValueError as error:
             raise RequestError(422, str(error)) from error
 
     def prepare_texts(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        tokenizer, positions = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
+        with self._tokenizer_lock:
+            encoded = tokenizer(self.processor.clean_texts(texts)) if texts else {}
+        limit = min(tokenizer.model_max_length, positions)
+        rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
+        for position, row in enumerate(rows):
+            if len(row["input_ids"]) > limit:
+                raise RequestError(
+                    422, f"Text {position} (from 0) has {len(row['input_ids'])} tokens; at most {limit} are accepted."
+                )
+        return rows
+
+    def compute(self, name: str, items: list[Item]) -> list:
+        """The results of an endpoint; an item that the model fails on has a [`RequestError`] for a result."""
         try:
-            with self._tokenizer_lock:
-                encoded = self.processor(text=texts, padding=False) if texts else {}
-        except ValueError as error:
-            raise RequestError(422, str(error)) from error
-        return [{name: rows[position] for name, rows in encoded.items()} for position in range(len(texts))]
+            return getattr(self, name)(items)
+        except Exception:
+            if len(items) == 1:
+                logger.exception("The model failed on an item of /%s.", name)
+                return [RequestError(500, "The model failed on an image or a text of this request.")]
+            middle = len(items) // 2
+            return self.compute(name, items[:middle]) + self.compute(name, items[middle:])
 
     def answer(self, items: list[Item]) -> list[list[dict]]:
         return self._by_class(items, lambda inputs, top_k: self._pipe(inputs, top_k=top_k))

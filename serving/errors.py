@@ -1,5 +1,7 @@
 """What a request is refused with."""
 
+from starlette.responses import JSONResponse
+
 
 class RequestError(Exception):
     """
@@ -12,3 +14,8 @@ class RequestError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
+
+    @property
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": "1"} if self.status == 503 else None
+        return JSONResponse({"error": self.message}, self.status, headers)

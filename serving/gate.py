@@ -4,21 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, fail_after, to_thread
 from prometheus_client import Gauge
 from starlette.datastructures import Headers, UploadFile
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
-from .engine import Engine
+from .engine import DECODERS, Engine
 from .errors import RequestError
 from .images import fetch, from_base64, is_url
 from .openapi import describe
-from .requests import Item, ServiceRequest, images_of, items_of, request_models, texts_of, validate
+from .requests import Item, Picture, ServiceRequest, images_of, items_of, request_models, texts_of, validate
 from .settings import Settings
 
 
-READERS = 2  # threads that decode images: they wait for the model anyway
+VALIDATORS = 2  # threads that read JSON and texts: they wait for the model anyway
+CLIENT_LEFT = 499  # nobody reads it, but BentoML waits for a response
 DRAINED = 4  # times the limit that is read of a body which is too large, so that its client gets to read the answer
 IN_PROGRESS = Gauge("trips_requests_in_progress", "Requests that are answered or wait.", multiprocess_mode="livesum")
 
@@ -44,7 +45,10 @@ class Gate:
         self.models = request_models(settings)
         self.in_progress = 0
         self.buffered_bytes = 0
-        self.readers = CapacityLimiter(READERS)
+        # Each field of a JSON object has one, and so may each character of a text, and the address of an image.
+        self.max_colons = 100 + settings.max_texts * settings.max_text_length + 2 * settings.max_images
+        self.validators = CapacityLimiter(VALIDATORS)
+        self.decoders = CapacityLimiter(DECODERS)
 
     async def __call__(self, scope, receive, send):
         name = scope.get("path", "").strip("/")
@@ -64,10 +68,9 @@ class Gate:
                 del body, request  # they may be large, and the wait long
                 await self.app(scope, receive, send)
         except Disconnected:
-            return
+            await Response(status_code=CLIENT_LEFT)(scope, receive, send)
         except RequestError as error:
-            headers = {"Retry-After": "1"} if error.status == 503 else None
-            await JSONResponse({"error": error.message}, error.status, headers)(scope, receive, send)
+            await error.response(scope, receive, send)
 
     def check_offer(self, name: str):
         offered = self.get_engine().endpoints
@@ -129,7 +132,9 @@ class Gate:
             content = await self.read_form(self.models[name], scope, body)
         elif kind != "application/json":
             raise RequestError(415, "A request is application/json or multipart/form-data.")
-        return await to_thread.run_sync(validate, self.models[name], content, limiter=self.readers)
+        elif body.count(b":") > self.max_colons:
+            raise RequestError(422, "The body has too many fields.")
+        return await to_thread.run_sync(validate, self.models[name], content, limiter=self.validators)
 
     async def read_form(self, model: type[ServiceRequest], scope, body: bytes) -> dict:
         """A form as what JSON would say: fields that are lists are given several times, files are images."""
@@ -164,12 +169,22 @@ class Gate:
         engine = self.get_engine()
         sources = [await self.bytes_of(source) for source in images_of(request)]
 
-        def prepare() -> list[Item]:
-            pictures = [engine.prepare_image(source, request.schedule) for source in sources]
-            tokens = engine.prepare_texts(texts_of(request))
-            return items_of(request, pictures, tokens, in_pairs=name != "features")
+        def look_up() -> tuple[list[Picture], list[dict]]:
+            pictures = [engine.find_image(source, request.schedule) for source in sources]
+            return pictures, engine.prepare_texts(texts_of(request))
 
-        return await to_thread.run_sync(prepare, limiter=self.readers)
+        pictures, tokens = await to_thread.run_sync(look_up, limiter=self.validators)
+        seconds = self.settings.max_latency_ms / 1000
+        try:
+            with fail_after(seconds):
+                for position, picture in enumerate(pictures):
+                    if picture.prefix is None:
+                        pictures[position] = await to_thread.run_sync(
+                            engine.read_image, picture.key, sources[position], limiter=self.decoders
+                        )
+        except TimeoutError as error:
+            raise RequestError(503, f"The images were not decoded within {seconds:g} s. Try again later.") from error
+        return items_of(request, pictures, tokens, in_pairs=name != "features")
 
     async def bytes_of(self, source: str | bytes) -> bytes:
         if isinstance(source, bytes):

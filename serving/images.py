@@ -1,22 +1,23 @@
-"""An image of a stranger: its bytes, from wherever they come, and the picture that they are, within limits."""
+"""The bytes of an image in a request: base64, or behind a URL."""
 
 import base64
 import binascii
-import io
 import ipaddress
 import socket
 from collections.abc import Callable
 
 import aiohttp
-import PIL.Image
-
-from modeling_trips import convert_to_rgb
 
 from .errors import RequestError
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 CHUNK = 1 << 16
+# IPv6 networks that carry IPv4 addresses, of which a gateway may make any address of its own network, and the former
+# site-local ones. `ipaddress` calls them global.
+TRANSLATED_NETWORKS = [
+    ipaddress.ip_network(network)
+    for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96", "fec0::/10")
+]
 
 
 def is_url(text: str) -> bool:
@@ -31,38 +32,14 @@ def from_base64(text: str) -> bytes:
         raise RequestError(422, "An image is neither base64 nor a data URL of it.") from error
 
 
-def decode(data: bytes, max_pixels: int) -> PIL.Image.Image:
-    """
-    The picture, in RGB. Its size is read from its header, before any of its pixels.
-
-    Raises:
-        RequestError: 413 if it has more than `max_pixels`; 415 if it is of no format that the service takes; 422 if it
-            is empty, broken or cut off.
-    """
-    if not data:
-        raise RequestError(422, "An image is empty.")
-    try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise RequestError(413, f"An image has {width} x {height} pixels: at most {max_pixels:,} are taken.")
-            return convert_to_rgb(image)
-    except RequestError:
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise RequestError(413, f"An image has too many pixels: at most {max_pixels:,} are taken.") from error
-    except PIL.UnidentifiedImageError as error:
-        raise RequestError(415, f"An image is none of {', '.join(FORMATS)}, or its header is broken.") from error
-    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, ...
-        raise RequestError(422, "An image is broken or cut off.") from error
-
-
 def is_public(address: str) -> bool:
     """Whether an IP address is of the open internet; of one that carries another within, whether that is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if inner is not None:
         return is_public(str(inner))
+    if ip.version == 6 and any(ip in network for network in TRANSLATED_NETWORKS):
+        return False
     return ip.is_global and not ip.is_multicast
 
 

@@ -1,5 +1,6 @@
 """The service's description of itself, by OpenAPI: `/docs.json`, which its page `/` shows."""
 
+from copy import deepcopy
 from http import HTTPStatus
 
 from pydantic import BaseModel, Field
@@ -16,8 +17,10 @@ REFUSALS = {
     408: "The body did not arrive in time.",
     413: "The body is too large, or an image has too many pixels.",
     415: "The body is neither JSON nor a form, or an image is of no known format.",
-    422: "A field is missing or not as described, an image is broken, or a text is too long.",
-    503: "Too many requests wait: try again later.",
+    422: "A field is missing or not as described, an image is broken or takes too long to decode, or a text is too "
+    "long.",
+    500: "The model failed on an image or a text.",
+    503: "Too many requests wait: try again after the seconds of Retry-After.",
 }
 HEALTH = {
     "/livez": "200 while the process runs.",
@@ -102,11 +105,23 @@ def _operation(name: str, request: type[ServiceRequest], schemas: dict) -> dict:
             "required": True,
             "content": {
                 "application/json": {"schema": body, "example": example},
-                "multipart/form-data": {"schema": body},
+                "multipart/form-data": {"schema": _form(schemas[request.__name__])},
             },
         },
         "responses": {"200": {"description": HTTPStatus.OK.phrase, "content": answer}, **refusals},
     }
+
+
+def _form(schema: dict) -> dict:
+    """The schema of a JSON body with files for its images."""
+    schema = deepcopy(schema)
+    for name in {"image", "images"} & schema["properties"].keys():
+        image = schema["properties"][name]
+        image = image.get("items", image)
+        image.pop("examples")
+        image |= {"format": "binary", "contentMediaType": "application/octet-stream"}
+        schema["properties"][name].pop("examples", None)
+    return schema
 
 
 def _reference(model: type[BaseModel], schemas: dict) -> dict:

@@ -1,17 +1,47 @@
 """The paths that the service has, and none besides."""
 
 import os
+from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+
+from .errors import RequestError
+
+
+PAGE_FILES = {"/": "page.html", "/page.js": "page.js"}
+# Swagger UI sets styles by itself, and has its icons in data URLs.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def add_page(app: Starlette) -> Starlette:
+    """Put a page that loads nothing from other hosts in the place of BentoML's, and errors of the routes into JSON."""
+
+    def page(request: Request) -> FileResponse:
+        return FileResponse(Path(__file__).parent / PAGE_FILES[request.url.path], headers=PAGE_HEADERS)
+
+    def refuse(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    app.router.routes[:0] = [Route(path, page) for path in PAGE_FILES]
+    app.add_exception_handler(HTTPException, refuse)
+    return app
 
 
 class KnownPaths:
     """
     ASGI application that answers for paths which are none of `app`'s itself: BentoML's metrics begin a series for each
-    path that they see, and a stranger could have them fill the memory.
+    path that they see, and a stranger could have them fill the memory. It also refuses a Content-Type that BentoML's
+    log of requests fails on.
 
     Args:
         app (`Starlette`)
@@ -28,6 +58,8 @@ class KnownPaths:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
         elif scope["type"] == "http" and scope["path"] not in self.paths:
-            await JSONResponse({"error": "There is nothing here: / shows what there is."}, 404)(scope, receive, send)
+            await RequestError(404, "There is nothing here: / shows what there is.").response(scope, receive, send)
+        elif scope["type"] == "http" and not dict(scope["headers"]).get(b"content-type", b"").isascii():
+            await RequestError(415, "The Content-Type is not ASCII.").response(scope, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -25,12 +25,20 @@ ImageSource = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "description": "JPEG, PNG, WebP, GIF or BMP: base64, a data URL of it, or a URL where the service allows "
-            "it; a file in multipart/form-data.",
+            "description": "JPEG, PNG, WebP, GIF or BMP: in JSON base64, a data URL, or a URL where the service "
+            "allows it; in multipart/form-data a file.",
             "examples": [EXAMPLE_IMAGE],
         }
     ),
 ]
+
+
+# Sentences for the errors of pydantic that say too little.
+MESSAGES = {
+    "string_pattern_mismatch": "The text must not be empty.",
+    "extra_forbidden": "There is no such field.",
+}
+MAX_ERRORS = 100  # describing each error takes pydantic 10 microseconds
 
 
 class ServiceRequest(BaseModel):
@@ -89,7 +97,7 @@ def request_models(settings: Settings) -> dict[str, type[ServiceRequest]]:
         Literal[names],
         Field(DEFAULT, description="How many patches are kept: a name that the operator gave."),
     )
-    image = (ImageSource, Field(description="What the texts are about."))
+    image = (ImageSource, Field())
 
     def texts(kind, least: int, **options):
         return list[kind], Field(min_length=least, max_length=settings.max_texts, **options)
@@ -127,11 +135,13 @@ def validate(model: type[ServiceRequest], body: bytes | dict) -> ServiceRequest:
     try:
         return model.model_validate(body) if isinstance(body, dict) else model.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:
+            raise RequestError(422, f"The body has {error.error_count()} errors, such as unknown fields.") from error
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         if first["type"] == "json_invalid":
             raise RequestError(400, f"The body is no JSON: {first['msg']}") from error
         place = ".".join(map(str, first["loc"])) or "the body"
-        raise RequestError(422, f"{place}: {first['msg']}") from error
+        raise RequestError(422, f"{place}: {MESSAGES.get(first['type'], first['msg'])}") from error
 
 
 def images_of(request: ServiceRequest) -> list[str | bytes]:

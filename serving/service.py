@@ -3,7 +3,10 @@ The service itself, for `bentoml serve trips_serving.service:Trips`: BentoML rou
 what comes in was read at the gate.
 """
 
+import atexit
 import os
+import signal
+import sys
 from functools import cache
 from typing import Any
 
@@ -17,7 +20,8 @@ from bentoml import IODescriptor  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 
-from .paths import KnownPaths  # noqa: E402
+from .errors import RequestError  # noqa: E402
+from .paths import KnownPaths, add_page  # noqa: E402
 from .settings import Settings  # noqa: E402
 
 
@@ -41,9 +45,29 @@ def make_gate(app):
     return Gate(app, SETTINGS, get_engine)
 
 
+SUPERVISOR = "BENTOML_TRIPS_SUPERVISOR"  # variable with the id of the process that starts the workers
+
+
 class GuardedService(Service):
     def to_asgi(self, is_main: bool = True):
-        return KnownPaths(super().to_asgi(is_main=is_main))
+        """The application of a worker. Without a model that can be served, all of the service ends."""
+        from _bentoml_impl.server.app import ServiceAppFactory
+
+        from .batching import adjust
+
+        try:
+            get_engine()
+        except BaseException as error:
+            if SUPERVISOR in os.environ:
+                os.kill(int(os.environ[SUPERVISOR]), signal.SIGUSR1)
+            if isinstance(error, ValueError):
+                sys.exit(str(error))
+            raise
+        self.inject_config()
+        factory = ServiceAppFactory(self, is_main=is_main)
+        for dispatcher in factory.dispatchers.values():
+            adjust(dispatcher)
+        return KnownPaths(add_page(factory()))
 
 
 class Items(IODescriptor):
@@ -63,6 +87,9 @@ class Results(IODescriptor):
 
     @classmethod
     async def to_http_response(cls, results: list, serde) -> Response:
+        for result in results:
+            if isinstance(result, RequestError):
+                return result.response
         return JSONResponse({cls.__name__.lower(): results})
 
 
@@ -82,26 +109,43 @@ class Features(Results):
     pass
 
 
-@bentoml.service(name="trips", workers=SETTINGS.workers, traffic={"timeout": TIMEOUT}, service_class=GuardedService)
+@bentoml.service(
+    name="trips",
+    workers=SETTINGS.workers,
+    http={"host": "127.0.0.1"},
+    traffic={"timeout": TIMEOUT},
+    service_class=GuardedService,
+)
 class Trips:
     def __init__(self):
         self.engine = get_engine()
 
+    @bentoml.on_deployment
+    def end_with_failed_workers():
+        """Let a worker that cannot start end the supervisor with exit code 1; it would start the worker again."""
+
+        def end(*_):
+            atexit.register(os._exit, 1)
+            os.kill(os.getpid(), signal.SIGTERM)  # BentoML stops all workers
+
+        signal.signal(signal.SIGUSR1, end)
+        os.environ[SUPERVISOR] = str(os.getpid())
+
     @bentoml.api(input_spec=Items, output_spec=Answers, **BATCHES)
     def answer(self, items: list) -> list:
-        return self.engine.answer(items)
+        return self.engine.compute("answer", items)
 
     @bentoml.api(input_spec=Items, output_spec=Captions, **BATCHES)
     def caption(self, items: list) -> list:
-        return self.engine.caption(items)
+        return self.engine.compute("caption", items)
 
     @bentoml.api(input_spec=Items, output_spec=Scores, **BATCHES)
     def match(self, items: list) -> list:
-        return self.engine.match(items)
+        return self.engine.compute("match", items)
 
     @bentoml.api(input_spec=Items, output_spec=Features, **BATCHES)
     def features(self, items: list) -> list:
-        return self.engine.features(items)
+        return self.engine.compute("features", items)
 
 
 Trips.add_asgi_middleware(make_gate)  # type: ignore[attr-defined]  # `bentoml.service` makes a service of it

@@ -6,6 +6,7 @@ watches over the workers reads it, too, so that nothing here needs PyTorch.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 
 PREFIX = "TRIPS_"
@@ -29,6 +30,17 @@ def read_schedules(text: str) -> dict[str, str]:
             )
         schedules[name] = schedule
     return schedules
+
+
+def _read_model(text: str) -> str:
+    path = Path(text)
+    if not text:
+        raise ValueError("must be the folder or the Hub repository of a checkpoint")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError("this folder has no config.json")
+    if not path.is_dir() and (path.is_absolute() or text.startswith(".") or len(path.parts) > 2):
+        raise ValueError("there is no such folder")
+    return text
 
 
 def _read_switch(text: str) -> bool:
@@ -66,7 +78,7 @@ def _setting(default, read, help: str):
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = _setting("", str, "folder or Hub repository of the checkpoint")
+    model: str = _setting("", _read_model, "folder or Hub repository of a checkpoint, or folder of an exported model")
     revision: str = _setting("main", str, "its branch, tag or commit on the Hub")
     device: str = _setting("auto", str, "where it runs; auto: cuda if there is one")
     dtype: str = _setting("auto", str, "of its weights, as in bfloat16; auto: as they were saved")
@@ -75,7 +87,7 @@ class Settings:
     )
     workers: int = _setting(1, _read_count, "processes, each with a model, a queue and a cache of its own")
     max_batch_size: int = _setting(32, _read_count, "pairs of image and text that are computed at once")
-    max_latency_ms: int = _setting(30_000, _read_count, "a request that would wait longer is refused (503)")
+    max_latency_ms: int = _setting(30_000, _read_count, "longest wait for a decoder, and again for a batch (503)")
     queue: int = _setting(64, _read_count, "requests that are being answered or wait; more are refused (503)")
     max_body_bytes: int = _setting(8 << 20, _read_count, "of one request; more is refused (413)")
     max_buffered_bytes: int = _setting(
@@ -96,17 +108,18 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """
         Raises:
-            ValueError: if a variable has no value that fits, or is none of the fields.
+            ValueError: `TRIPS_MODEL` is missing, a variable has no value that fits, or is none of the fields.
         """
         by_name = {PREFIX + one.name.upper(): one for one in fields(cls)}
         unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in by_name)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: no setting of the service; there are {', '.join(by_name)}")
         values = {}
-        for name, one in by_name.items():
-            if name in environment:
+        for name, text in {PREFIX + "MODEL": "", **environment}.items():
+            if name in by_name:
+                one = by_name[name]
                 try:
-                    values[one.name] = one.metadata["read"](environment[name].strip())
+                    values[one.name] = one.metadata["read"](text.strip())
                 except ValueError as error:
-                    raise ValueError(f"{name}={environment[name]}: {error}") from error
+                    raise ValueError(f"{name}={text}: {error}") from error
         return cls(**values)

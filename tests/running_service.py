@@ -39,17 +39,18 @@ class RunningService:
         }
 
     def __enter__(self) -> "RunningService":
-        command = ["serve", "trips_serving.service:Trips", "--host", "127.0.0.1", "--port", str(self.port)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "bentoml", *command], stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+        self.start()
         until = time.monotonic() + 600
         while not self.is_ready():
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-3000:]
             time.sleep(0.2)
         return self
+
+    def start(self):
+        command = [sys.executable, "-m", "bentoml", "serve", "trips_serving.service:Trips", "--port", str(self.port)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def __exit__(self, *error):
         self.process.terminate()

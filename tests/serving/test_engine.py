@@ -1,10 +1,14 @@
 """The engine without a process: batches of many requests give what the library gives for each alone."""
 
+import json
+from dataclasses import replace
+
 import PIL.Image
 import pytest
 import torch
 from random_checkpoint import save_random_checkpoint
-from strange_pictures import encoded
+from safetensors.torch import load_file, save_file
+from strange_pictures import bomb, encoded
 
 
 pytest.importorskip("bentoml")
@@ -35,7 +39,11 @@ def save(folder, model_class, **fields):
 
 def make_items(engine: Engine, pairs, schedule="default", top_k=1) -> list[Item]:
     texts = engine.prepare_texts(TEXTS)
-    pictures = [engine.prepare_image(encoded(image), schedule) for image in IMAGES]
+    files = [encoded(image) for image in IMAGES]
+    pictures = [engine.find_image(data, schedule) for data in files]
+    for position, picture in enumerate(pictures):
+        if picture.prefix is None:
+            pictures[position] = engine.read_image(picture.key, files[position])
     return [
         Item(
             None if image is None else pictures[image],
@@ -79,7 +87,7 @@ def test_matching_and_features(tmp_path, fields):
         found = engine.match(items)
         assert [one["score"] for one in found] == pytest.approx([float(score[0, 1]) for score in alone], abs=1e-4)
         assert [(one["image"], one["text"]) for one in found] == PAIRS
-    assert all(item.picture.pixel_values is None for item in items) and len(engine.cache) == len(IMAGES)
+    assert all(item.picture.pixel_values is None for item in items)
 
     found = engine.features(make_items(engine, [(0, None), (None, 1), (1, None), (None, 0)]))
     images = model.get_image_features(**processor(images=IMAGES, return_tensors="pt")).pooler_output
@@ -121,18 +129,172 @@ def test_answers_of_several_schedules_in_one_batch(tmp_path):
         assert [one["answer"] for one in answers] == [one["answer"] for one in expected[position]]
         scores = [one["score"] for one in expected[position]]
         assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
-    assert len(engine.cache) == len(IMAGES) * len(fields)
+    # Besides, there is the image that the engine tried the model with.
+    assert len(engine.cache) == len(IMAGES) * len(fields) + 1
 
 
-def test_what_the_model_cannot_take_is_refused(tmp_path):
-    engine = Engine(Settings(model=save(tmp_path / "model", TripsForQuestionAnswering)))
-    with pytest.raises(RequestError, match="tokens"):
-        engine.prepare_texts(["shape " * 1000])
-    with pytest.raises(RequestError, match="fewer than one patch"):
-        engine.prepare_image(encoded(PIL.Image.new("RGB", (2, 90))), "default")
-    with pytest.raises(ValueError, match="cannot be served"):
-        Engine(Settings(model=save(tmp_path / "other", TripsForVisualGrounding)))
-    with pytest.raises(Exception, match="selection_layers"):
-        Engine(Settings(model=str(tmp_path / "model"), schedules=read_schedules("deep=99:text:0.5")))
-    with pytest.raises(ValueError, match="A schedule is layers"):
-        Engine(Settings(model=str(tmp_path / "model"), schedules=read_schedules("deep=2:text:much")))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), TripsForQuestionAnswering)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(Settings(model=folder, max_pixels=10_000))
+
+
+def test_texts_that_are_too_long_are_refused(engine):
+    for length in (65, 1000):
+        with pytest.raises(RequestError) as refused:
+            engine.prepare_texts(["shape", "shape " * length])
+        assert refused.value.status == 422 and "truncation" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (b"", 422),
+        (b"no picture", 415),
+        (encoded(PIL.Image.new("RGB", (40, 40)), "TIFF"), 415),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
+        (encoded(PIL.Image.effect_noise((60, 60), 50))[:-200], 422),
+        (encoded(PIL.Image.new("RGB", (101, 100))), 413),
+        (bomb(20_000, 20_000), 413),
+        (bomb(2**31 - 1, 2**31 - 1), 413),
+        (bomb(90, 90)[:80], 422),
+        (encoded(PIL.Image.new("RGB", (2, 90))), 422),  # narrower than a patch
+        (b"GIF89a\x01\0\x01\0\0\0\0" + b"!\xfe" + (b"\xff" + b"x" * 255) * 300 + b"\0", 422),
+    ],
+)
+def test_what_is_no_picture_is_refused(engine, data, status):
+    with pytest.raises(RequestError) as refused:
+        engine.read_image("", data)
+    assert refused.value.status == status
+
+
+def test_an_item_that_fails_fails_alone(engine):
+    items = make_items(engine, PAIRS)
+    expected = engine.answer(items)
+    broken = replace(items[0], tokens={**items[0].tokens, "input_ids": [10**6] * len(items[0].tokens["input_ids"])})
+    found = engine.compute("answer", [items[0], broken, *items[1:]])
+    assert isinstance(found[1], RequestError) and found[1].status == 500
+    assert [[one["answer"] for one in row] for row in found[:1] + found[2:]] == [
+        [one["answer"] for one in row] for row in expected
+    ]
+
+
+def change(folder: str, name: str, **fields):
+    path = f"{folder}/{name}"
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file) | fields
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+
+
+WEIGHT = "decoder.embeddings.LayerNorm.weight"
+
+
+def drop_a_weight(folder: str):
+    weights = load_file(f"{folder}/model.safetensors")
+    del weights[WEIGHT]
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+
+
+def fill_a_weight(folder: str, value: float):
+    weights = load_file(f"{folder}/model.safetensors")
+    weights[WEIGHT].fill_(value)
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+
+
+def add_a_token(folder: str):
+    processor = TripsProcessor.from_pretrained(folder)
+    processor.tokenizer.add_tokens(["zebra"])
+    processor.save_pretrained(folder)
+
+
+def divide_by_zero(folder: str):
+    processor = TripsProcessor.from_pretrained(folder)
+    processor.image_processor.image_std = [0.0, 0.0, 0.0]
+    processor.save_pretrained(folder)
+
+
+DAMAGES = {
+    "a missing weight": drop_a_weight,
+    "NaN weights": lambda folder: fill_a_weight(folder, torch.nan),
+    "NaN scores": lambda folder: fill_a_weight(folder, 3e38),
+    "NaN pixels": divide_by_zero,
+    "a tokenizer of another model": add_a_token,
+    "another architecture": lambda folder: change(folder, "config.json", architectures=["BertModel"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_that_cannot_answer_is_refused(tmp_path, name):
+    folder = save(tmp_path, TripsForQuestionAnswering)
+    DAMAGES[name](folder)
+    with pytest.raises(ValueError, match="TRIPS_MODEL"):
+        Engine(Settings(model=folder))
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("TRIPS_SCHEDULES", {"schedules": read_schedules("deep=99:text:0.5")}),
+        ("TRIPS_SCHEDULES", {"schedules": read_schedules("deep=2:text:much")}),
+        ("TRIPS_DEVICE", {"device": "warp"}),
+        ("TRIPS_DTYPE", {"dtype": "float7"}),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(folder, name, fields):
+    with pytest.raises(ValueError, match=name):
+        Engine(Settings(model=folder, **fields))
+
+
+def test_a_head_without_an_endpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="TRIPS_MODEL"):
+        Engine(Settings(model=save(tmp_path, TripsForVisualGrounding)))
+
+
+def test_the_tokenizer_may_not_know_the_limit_of_the_model(tmp_path):
+    folder = save(tmp_path, TripsForQuestionAnswering)
+    change(folder, "tokenizer_config.json", model_max_length=None)
+    engine = Engine(Settings(model=folder))
+    assert engine.processor.tokenizer.model_max_length > 10**6
+    with pytest.raises(RequestError):
+        engine.prepare_texts(["shape " * 100])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class, name", [(TripsForQuestionAnswering, "answer"), (TripsForRetrieval, "match")])
+def test_an_exported_model_answers_as_in_the_library(tmp_path, model_class, name):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from modeling_trips.export import export_model, load_exported
+
+    folder, export = save(tmp_path / "model", model_class), str(tmp_path / "export")
+    processor = TripsProcessor.from_pretrained(folder)
+    export_model(model_class.from_pretrained(folder), export, backend="onnx", dtype="fp32")
+    processor.save_pretrained(export)
+    engine, model = Engine(Settings(model=export)), load_exported(export)
+    for _ in range(2):  # from pixels, then from the cache
+        items = make_items(engine, PAIRS)
+        found = engine.compute(name, items)
+        if name == "answer":
+            pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
+            expected = [pipeline(IMAGES[image], TEXTS[text], top_k=1) for image, text in PAIRS]
+            assert [[one["answer"] for one in row] for row in found] == [
+                [one["answer"] for one in row] for row in expected
+            ]
+            found, expected = ([row[0]["score"] for row in rows] for rows in (found, expected))
+        else:
+            found = [one["score"] for one in found]
+            inputs = [processor(images=IMAGES[i], text=TEXTS[t], return_tensors="pt") for i, t in PAIRS]
+            expected = [float(model.match(**one).itm_logits.softmax(-1)[0, 1]) for one in inputs]
+        assert found == pytest.approx(expected, abs=1e-4)
+    for setting, fields in {
+        "TRIPS_SCHEDULES": {"schedules": {"full": ""}},
+        "TRIPS_DTYPE": {"dtype": "bfloat16"},
+        "TRIPS_DEVICE": {"device": "cuda"},
+    }.items():
+        with pytest.raises(ValueError, match=setting):
+            Engine(Settings(model=export, **fields))

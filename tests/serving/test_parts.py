@@ -3,21 +3,25 @@
 import asyncio
 import base64
 import socket
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import PIL.Image
 import pytest
 import torch
-from strange_pictures import bomb, encoded
+from strange_pictures import encoded
 from tiny_retrieval import images, make_model
 
 
 pytest.importorskip("bentoml")
 
+from trips_serving.batching import MAX_WAIT, BoundedOptimizer  # noqa: E402
 from trips_serving.cache import PrefixCache, form, join, num_bytes, split  # noqa: E402
 from trips_serving.errors import RequestError  # noqa: E402
-from trips_serving.images import decode, fetch, from_base64, is_public  # noqa: E402
+from trips_serving.gate import Gate  # noqa: E402
+from trips_serving.images import fetch, from_base64, is_public  # noqa: E402
+from trips_serving.openapi import describe  # noqa: E402
 from trips_serving.requests import images_of, items_of, request_models, texts_of, validate  # noqa: E402
 from trips_serving.settings import Settings  # noqa: E402
 
@@ -25,15 +29,17 @@ from trips_serving.settings import Settings  # noqa: E402
 def test_settings_come_from_the_environment():
     settings = Settings.from_environment(
         {
+            "TRIPS_MODEL": " org/model ",
             "TRIPS_QUEUE": " 7 ",
             "TRIPS_ALLOW_URLS": "yes",
             "TRIPS_SCHEDULES": "fast=1:image:0.5,2:text:0.3; full=",
             "HOME": "/",
         }
     )
+    assert settings.model == "org/model"
     assert settings.queue == 7 and settings.allow_urls and settings.max_texts == Settings().max_texts
     assert settings.schedules == {"fast": "1:image:0.5,2:text:0.3", "full": ""}
-    assert not Settings.from_environment({}).allow_urls
+    assert not Settings.from_environment({"TRIPS_MODEL": "org/model"}).allow_urls
 
 
 @pytest.mark.parametrize(
@@ -52,33 +58,66 @@ def test_settings_come_from_the_environment():
 )
 def test_settings_that_make_no_sense_are_named(name, value):
     with pytest.raises(ValueError, match=name):
-        Settings.from_environment({name: value})
+        Settings.from_environment({"TRIPS_MODEL": "org/model", name: value})
 
 
-def test_pictures_of_every_format_are_read():
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
-        assert decode(encoded(PIL.Image.new("RGB", (5, 4), "white"), kind), 20).getpixel((0, 0)) == (255, 255, 255)
+def test_a_model_is_needed(tmp_path):
+    missing = [{}] + [{"TRIPS_MODEL": str(name)} for name in ("", " ", tmp_path, tmp_path / "missing", "./missing")]
+    for environment in missing:
+        with pytest.raises(ValueError, match="TRIPS_MODEL"):
+            Settings.from_environment(environment)
+
+
+def test_a_burst_does_not_make_later_requests_wait():
+    optimizer = BoundedOptimizer(30.0)
+    for _ in range(50):
+        optimizer.log_outbound(n=32, wait=4.0, duration=0.1)
+    optimizer.trigger_refresh()
+    assert 0 < optimizer.wait <= MAX_WAIT
+
+
+def answer_model():
+    return request_models(Settings())["answer"]
 
 
 @pytest.mark.parametrize(
-    "data, status",
-    [
-        (b"", 422),
-        (b"no picture", 415),
-        (encoded(PIL.Image.new("RGB", (40, 40)), "TIFF"), 415),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
-        (encoded(PIL.Image.effect_noise((60, 60), 50))[:-200], 422),
-        (encoded(PIL.Image.new("RGB", (101, 100))), 413),
-        (bomb(20_000, 20_000), 413),
-        (bomb(2**31 - 1, 2**31 - 1), 413),
-        (bomb(90, 90)[:80], 422),
-        (encoded(PIL.Image.new("F", (9, 9)), "TIFF"), 415),
-    ],
+    "body, name",
+    [({"image": "", "questions": ["a", " "]}, "questions.1"), ({"image": "", "questions": ["a"], "n": 1}, "n")],
 )
-def test_what_is_no_picture_is_refused(data, status):
+def test_a_refused_field_is_named_in_a_sentence(body, name):
     with pytest.raises(RequestError) as refused:
-        decode(data, max_pixels=10_000)
-    assert refused.value.status == status
+        validate(answer_model(), body)
+    assert refused.value.status == 422
+    assert refused.value.message.startswith(f"{name}: ") and "\\S" not in refused.value.message
+
+
+def test_a_body_of_very_many_fields_is_refused_at_once():
+    body = b"{" + b",".join(b'"%d":0' % number for number in range(400_000)) + b"}"
+    gate = Gate(None, Settings(), None)
+    start = time.process_time()
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(gate.read("answer", {"type": "http", "headers": []}, body))
+    assert refused.value.status == 422 and time.process_time() - start < 0.3
+    with pytest.raises(RequestError) as refused:  # as many as a body of the longest texts may have
+        asyncio.run(gate.read("answer", {"type": "http", "headers": []}, body[:500_000].rpartition(b",")[0] + b"}"))
+    assert refused.value.status == 422
+
+
+def test_texts_of_colons_are_no_fields():
+    body = b'{"image": "", "questions": [' + b",".join([b'"' + b":" * 2000 + b'"'] * 32) + b"]}"
+    request = asyncio.run(Gate(None, Settings(), None).read("answer", {"type": "http", "headers": []}, body))
+    assert len(request.questions) == 32
+
+
+def test_images_are_files_in_forms_and_text_in_json():
+    document = describe(request_models(Settings()))
+    for name, field in {"answer": "image", "caption": "image", "match": "images", "features": "images"}.items():
+        content = document["paths"][f"/{name}"]["post"]["requestBody"]["content"]
+        form = content["multipart/form-data"]["schema"]["properties"][field]
+        json_schema = document["components"]["schemas"][f"{name.capitalize()}Request"]["properties"][field]
+        form, json_schema = form.get("items", form), json_schema.get("items", json_schema)
+        assert (form["type"], form["format"]) == ("string", "binary") and "format" not in json_schema
+        assert "base64" in json_schema["description"] and "file" in json_schema["description"]
 
 
 def test_base64_with_and_without_what_data_urls_say():
@@ -110,6 +149,12 @@ def test_base64_with_and_without_what_data_urls_say():
         ("fd00::1", False),
         ("::ffff:127.0.0.1", False),
         ("2002:7f00:1::", False),
+        ("64:ff9b::a9fe:a9fe", False),  # NAT64 of 169.254.169.254
+        ("64:ff9b::5db8:d70e", False),
+        ("64:ff9b:1::1", False),
+        ("::7f00:1", False),
+        ("::ffff:0:7f00:1", False),
+        ("fec0::1", False),
     ],
 )
 def test_public_addresses(address, expected):

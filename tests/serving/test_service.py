@@ -3,6 +3,8 @@
 import base64
 import io
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import PIL.Image
 import PIL.ImageDraw
+import psutil
 import pytest
 from running_service import CHECKPOINT, RunningService
 from strange_pictures import bomb, encoded
@@ -163,11 +166,81 @@ def test_other_places_and_methods(service):
         ("GET", "docs.json", 200),
         ("GET", "", 200),
     ):
-        assert httpx.request(method, f"{service.url}/{path}").status_code == status, path
+        reply = httpx.request(method, f"{service.url}/{path}")
+        assert reply.status_code == status, path
+        assert status == 200 or reply.json()["error"]
     # A series of metrics for each path that strangers make up would fill the memory.
     for number in range(20):
         assert httpx.get(f"{service.url}/made-up-{number}").status_code == 404
     assert "made-up" not in httpx.get(f"{service.url}/metrics").text
+
+
+def raw(service, request: bytes) -> bytes:
+    """The whole reply to a request that an HTTP client would not send."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def test_a_content_type_that_is_no_text_gets_a_whole_reply(service):
+    head = b"POST /answer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 2\r\n"
+    reply = raw(service, head + b"Content-Type: \xff\xfe\r\n\r\n{}")
+    assert reply.startswith(b"HTTP/1.1 415") and b'{"error":' in reply.partition(b"\r\n\r\n")[2]
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_it_listens_on_loopback_alone(service):
+    processes = [psutil.Process(service.process.pid), *psutil.Process(service.process.pid).children(recursive=True)]
+    listening = {
+        one.laddr.ip
+        for process in processes
+        for one in process.net_connections("inet")
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == service.port
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_the_page_names_no_other_host(service):
+    page = httpx.get(service.url)
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "http" not in policy and "*" not in policy
+    names = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert len(names) == 5
+    for name in names:
+        if name != "data:,":
+            assert name.startswith("./"), name
+            assert httpx.get(f"{service.url}/{name[2:]}").status_code == 200, name
+    for text in (page.text, httpx.get(f"{service.url}/page.js").text):
+        assert "//" not in text.replace("\n// ", "").removeprefix("// ")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = tmp_path / "red.png"
+    path.write_bytes(encoded(picture("red")))
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page, requests, problems = browser.new_page(), [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(service.url)
+        page.click("#operations-default-answer .opblock-summary-control")
+        page.click("#operations-default-answer .try-out__btn")
+        page.select_option("#operations-default-answer .opblock-section-request-body select", "multipart/form-data")
+        page.set_input_files("#operations-default-answer input[type=file]", path)
+        page.click("#operations-default-answer .parameters:has-text('questions') button:has-text('Add')")
+        page.fill("#operations-default-answer .parameters:has-text('questions') input[type=text]", QUESTIONS[0])
+        page.click("#operations-default-answer .execute")
+        answer = page.wait_for_selector(
+            "#operations-default-answer .live-responses-table .highlight-code"
+        ).inner_text()
+        browser.close()
+    assert '"red"' in answer and not problems
+    assert {url.split("/")[2] for url in requests if not url.startswith("data:")} == {f"127.0.0.1:{service.port}"}
 
 
 def test_slow_clients_are_told_to_leave_and_hold_up_nobody(service):
@@ -195,6 +268,89 @@ def test_a_thousand_random_requests_by_its_own_description(service, tmp_path):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert service.post("answer", ask("green")).status_code == 200
     assert "Traceback" not in service.log.read_text()
+
+
+def test_large_images_hold_up_decoding_alone(tmp_path):
+    """Who waits longer than the limit for a decoder is refused; requests without a new image do not wait for one."""
+    large = as_text(PIL.Image.new("RGBA", (4000, 4000), (1, 2, 3, 100)))
+    with RunningService(tmp_path / "log", max_latency_ms=400) as service:
+        assert service.post("answer", ask("red")).status_code == 200
+        with ThreadPoolExecutor(8) as pool:
+            waiting = [pool.submit(service.post, "answer", {**ask("red"), "image": large}) for _ in range(8)]
+            times = []
+            while not all(one.done() for one in waiting):
+                start = time.monotonic()
+                assert service.post("answer", ask("red")).status_code == 200
+                times.append(time.monotonic() - start)
+        replies = [one.result() for one in waiting]
+        refused = [reply for reply in replies if reply.status_code == 503]
+        assert {reply.status_code for reply in replies} == {200, 503}
+        assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
+        assert len(times) >= 3 and sorted(times)[len(times) // 2] < 0.4
+        assert service.post("answer", ask("blue")).status_code == 200
+        assert "Traceback" not in service.log.read_text()
+
+
+def test_what_waits_too_long_for_its_batch_is_refused_in_a_sentence(tmp_path):
+    with RunningService(tmp_path / "log", max_latency_ms=100) as service:
+        for color in COLORS * 2:
+            service.post("answer", ask(color))
+        body = {**ask("red"), "questions": [f"is there a circle {number}?" for number in range(32)], "top_k": 5}
+        with ThreadPoolExecutor(48) as pool:
+            replies = list(pool.map(lambda _: service.post("answer", body), range(96)))
+        refused = [reply for reply in replies if reply.status_code != 200]
+        assert refused and {reply.status_code for reply in refused} == {503}
+        assert all(reply.headers["retry-after"] == "1" for reply in refused)
+        assert any("0.1 s" in reply.json()["error"] for reply in refused)
+        assert "Traceback" not in service.log.read_text()
+
+
+def test_an_idle_service_is_as_fast_after_a_burst_as_before(tmp_path):
+    def lone() -> float:
+        start = time.monotonic()
+        assert service.post("answer", ask("red")).status_code == 200
+        return time.monotonic() - start
+
+    body = {**ask("red"), "questions": [f"is there a circle {number}?" for number in range(16)], "top_k": 5}
+    with RunningService(tmp_path / "log") as service:
+        before = sorted(lone() for _ in range(30))[15]
+        with ThreadPoolExecutor(60) as pool:
+            assert {reply.status_code for reply in pool.map(lambda _: service.post("answer", body), range(60))} == {
+                200
+            }
+        time.sleep(6)  # until BentoML looks at its waits again
+        assert sorted(lone() for _ in range(30))[15] < before + 0.1
+
+
+def test_a_half_sent_body_does_not_delay_the_end(tmp_path):
+    with RunningService(tmp_path / "log") as service:
+        with socket.create_connection(("127.0.0.1", service.port)) as connection:
+            connection.sendall(b"POST /answer HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+        assert service.post("answer", ask("red")).status_code == 200
+        start = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(300) == 0
+        assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("TRIPS_MODEL", {"model": ""}),
+        ("TRIPS_MODEL", {"model": "no-one/nothing"}),
+        ("TRIPS_SCHEDULES", {"schedules": "deep=99:text:0.5"}),
+        ("TRIPS_DEVICE", {"device": "warp", "workers": 2}),
+    ],
+)
+def test_a_service_that_cannot_answer_ends_and_says_why(tmp_path, name, settings):
+    service = RunningService(tmp_path / "log", **settings)
+    service.start()
+    try:
+        assert service.process.wait(120) == 1
+    finally:
+        service.process.kill()
+    last = [line for line in service.log.read_text().splitlines() if line.startswith(("ValueError: ", "TRIPS_"))][-1]
+    assert last.removeprefix("ValueError: ").startswith(name)
 
 
 def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(tmp_path):

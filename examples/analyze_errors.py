@@ -2,7 +2,7 @@ r"""
 Where does pruning lose? Two models on the same items: accuracy by kind of item, which answers changed, whether it is
 more than chance, and what was kept where most is lost. One HTML page that stands alone, and JSON.
 
-    python examples/analyze_errors.py --model outputs/pruned      # beside its own weights, unpruned
+    python examples/analyze_errors.py --model outputs/pruned      # beside the same weights at keep rate 1.0
     python examples/analyze_errors.py --model outputs/pruned --other outputs/unpruned --dataset_name easy_vqa_scenes
     python examples/analyze_errors.py --task grounding --model outputs/text --other outputs/image
     python examples/analyze_errors.py --model a/predictions.jsonl --other b/predictions.jsonl  # nothing is run
@@ -10,6 +10,9 @@ more than chance, and what was kept where most is lost. One HTML page that stand
 All other options (--validation_file, --image_root, --max_eval_samples, ...) go to the task's script, which runs the
 models. Files of predictions are joined with the data only if one of these options says which they are; without, there
 are no groups by size and place, and no pictures.
+
+The weights of a pruned model were not trained for keep rate 1.0: to measure what pruning costs, give a model that was
+trained unpruned as --other.
 
 Installed without its source, the script is `python -m trips_examples.analyze_errors`.
 """
@@ -24,8 +27,10 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments
 
-from modeling_trips import TripsModel, TripsProcessor
+from modeling_trips import TripsProcessor
+from modeling_trips.inspection.checkpoints import load_checkpoint
 from trips_examples import run_grounding, run_nlvr2, run_retrieval, run_vqa
+from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.analysis.comparison import Comparison, Group, compare, join, key_of
 from trips_examples.analysis.page import as_json, render, verdict
 from trips_examples.analysis.pictures import KeptPatches, features_of
@@ -58,7 +63,7 @@ TASKS = {
 class AnalyzeArguments:
     model: str = field(metadata={"help": "A checkpoint (folder or name on the Hub), or a file of its predictions."})
     other: str | None = field(
-        default=None, metadata={"help": "The one beside it, likewise. Default: the same checkpoint, unpruned."}
+        default=None, metadata={"help": "The other model, likewise. Default: the same weights at keep rate 1.0."}
     )
     task: str = field(default="vqa", metadata={"help": "What they do.", "choices": list(TASKS)})
     output_dir: str = field(default="outputs/errors", metadata={"help": "Folder of errors.html and errors.json."})
@@ -102,7 +107,7 @@ def draw_worst(
     comparison: Comparison, dataset: Dataset, args: AnalyzeArguments, model_args: ModelArguments
 ) -> list[tuple[Group, list]]:
     """For the groups that lose most, some of their lost items with pictures of what the model kept."""
-    model = TripsModel.from_pretrained(args.model, **model_args.config_overrides()).eval()
+    model = load_checkpoint(args.model, **model_args.config_overrides()).base_model
     processor = TripsProcessor.from_pretrained(args.model)
     rows = {key_of(row): number for number, row in enumerate(dataset)}
     kept = KeptPatches(model, processor, TASKS[args.task].collator(processor))
@@ -118,10 +123,11 @@ def main(argv: list[str] | None = None) -> Comparison:
     parser = make_parser(AnalyzeArguments, description=__doc__)
     args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     task, output = TASKS[args.task], Path(args.output_dir)
-    names = (args.model, args.other or "unpruned")
+    names = (args.model, args.other or SAME_WEIGHTS)
+    note = SAME_WEIGHTS_NOTE if args.other is None else None
     predictions = predictions_of(args.model, task, output / "model", options)
-    twin = [] if args.other is not None else ["--keep_rate", "1.0"]
-    others = predictions_of(args.other or args.model, task, output / "other", [*options, *twin])
+    keep_rate = [] if args.other is not None else ["--keep_rate", "1.0"]
+    others = predictions_of(args.other or args.model, task, output / "other", [*options, *keep_rate])
     features, dataset = {}, None
     data_args, model_args, seed_args = parsed(options)
     if options or not (is_file(args.model) and is_file(args.other or "")):
@@ -131,10 +137,14 @@ def main(argv: list[str] | None = None) -> Comparison:
     comparison = compare(join(predictions, others, features), args.min_count)
     is_drawn = dataset is not None and not is_file(args.model)
     worst = draw_worst(comparison, dataset, args, model_args) if is_drawn else []
-    write_whole(output / "errors.json", json.dumps(as_json(comparison, names), indent=2, ensure_ascii=False) + "\n")
-    write_whole(output / "errors.html", render(comparison, names, worst))
+    write_whole(
+        output / "errors.json", json.dumps(as_json(comparison, names, note), indent=2, ensure_ascii=False) + "\n"
+    )
+    write_whole(output / "errors.html", render(comparison, names, worst, note=note))
     overall = comparison.overall
     print(f"{names[0]}: {overall.accuracy:.2%}, {names[1]}: {overall.other_accuracy:.2%}. {verdict(overall)}")
+    if note:
+        print(note)
     print(f"Where, and what was kept: {output / 'errors.html'}, {output / 'errors.json'}")
     return comparison
 

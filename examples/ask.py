@@ -1,16 +1,17 @@
 """
-An answer within a minute: ask a trained model about a picture, see where it looked, and compare it with its unpruned
-twin. Needs no network; the model that comes with this project knows the questions of easy-VQA.
+Ask a trained model about an image, draw the patches that it keeps, and compare it with the same weights at keep rate
+1.0. Takes less than a minute and needs no network: the model that comes with this project knows easy-VQA.
 
-    python examples/ask.py                                      # what `make try` runs: a test picture of easy-VQA
+    python examples/ask.py                                      # what `make try` runs: a test image of easy-VQA
     python examples/ask.py --image picture.png --question "what color is the shape?" "is there a circle?"
-    python examples/ask.py --model demo/model                   # after `make demo`
+    python examples/ask.py --model demo/model                   # after `make demo`; exported folders work, too
 
 Installed without its source, the script is `python -m trips_examples.ask`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
 
+import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,12 @@ import torch
 import transformers
 from easy_vqa import get_test_image_paths
 
-from modeling_trips import (
-    TripsForQuestionAnswering,
-    TripsProcessor,
-    TripsVisualQuestionAnsweringPipeline,
-    convert_to_rgb,
-)
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+from modeling_trips.input_preparation_trips import read_image
 from modeling_trips.inspection import plot_selection
+from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from modeling_trips.inspection.speed import timed
+from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.training.parser import make_parser
 
 
@@ -42,27 +41,42 @@ QUESTIONS = [
 
 @dataclass
 class AskArguments:
-    model: str = field(default=str(CHECKPOINT), metadata={"help": "Folder of a model that answers questions."})
-    image: str | None = field(default=None, metadata={"help": "A picture. Default: one of easy-VQA's test split."})
+    model: str = field(
+        default=str(CHECKPOINT), metadata={"help": "Checkpoint or exported model that answers questions."}
+    )
+    image: str | None = field(default=None, metadata={"help": "An image. Default: one of easy-VQA's test split."})
     question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
-    picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Where to draw what it looked at."})
+    picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
 
 
-def read_image(path: str | None) -> PIL.Image.Image:
-    path = get_test_image_paths()[0] if path is None else path
+def load_image(path: str | None) -> PIL.Image.Image:
     try:
-        with PIL.Image.open(path) as image:
-            return convert_to_rgb(image)
-    except OSError as error:
-        raise SystemExit(f"--image {path}: cannot read it as a picture: {error}") from error
+        return read_image(get_test_image_paths()[0] if path is None else path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--image {path}: {error}") from error
+
+
+def load_models(checkpoint: str) -> tuple[TripsForQuestionAnswering, TripsForQuestionAnswering | None]:
+    """The model, and the same weights at keep rate 1.0, unless the model keeps all patches or is exported."""
+    try:
+        model = load_checkpoint(checkpoint, [TripsForQuestionAnswering])
+        if (Path(checkpoint) / EXPORT_MANIFEST).is_file() or not model.config.vision_config.selection_schedule:
+            return model, None
+        return model, load_checkpoint(checkpoint, [TripsForQuestionAnswering], keep_rate=1.0)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {checkpoint}: {error}") from error
 
 
 def answers_of(
     model: TripsForQuestionAnswering, processor: TripsProcessor, image: PIL.Image.Image, questions: list[str]
 ) -> list[dict]:
-    """For each question the best answer: `answer` and `score`, its probability."""
+    """Return the best answer to each question: `answer` and `score`, its probability."""
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     return [best for best, *_ in answerer(image, questions, top_k=1)]
+
+
+def describe(best: dict) -> str:
+    return f"{best['answer']} ({best['score']:.1%})"
 
 
 def draw_selection(
@@ -73,7 +87,7 @@ def draw_selection(
     answers: list[str],
     path: Path,
 ):
-    """Draws which patches of the image each question keeps in each selection layer."""
+    """Draw the patches of the image that each question keeps in each selection layer."""
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
     with torch.no_grad():
         selection = model.model(**inputs).selection
@@ -85,7 +99,7 @@ def draw_selection(
 
 
 def seconds_of(models: list[TripsForQuestionAnswering], inputs: dict, repeats: int = 9) -> list[float]:
-    """Of each model's pass over these inputs: medians of alternating passes."""
+    """Return the time of each model's forward pass: the median of passes that alternate between the models."""
     rounds = []
     with torch.no_grad():
         for _ in range(2 + repeats):
@@ -96,31 +110,36 @@ def seconds_of(models: list[TripsForQuestionAnswering], inputs: dict, repeats: i
 def main(argv: list[str] | None = None):
     (args,) = make_parser(AskArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
-    image = read_image(args.image)
-    model = TripsForQuestionAnswering.from_pretrained(args.model).eval()
-    twin = TripsForQuestionAnswering.from_pretrained(args.model, keep_rate=1.0).eval()
+    image = load_image(args.image)
+    model, same_weights = load_models(args.model)
     processor = TripsProcessor.from_pretrained(args.model)
-
-    print(f"Asked about {args.image or 'a test picture of easy-VQA'}:")
-    found, found_by_twin = (answers_of(asked, processor, image, args.question) for asked in (model, twin))
-    for question, own, other in zip(args.question, found, found_by_twin):
-        answer, twins_answer = (f"{best['answer']} ({best['score']:.1%})" for best in (own, other))
-        print(f"  {question:<40} {answer:<20} unpruned: {twins_answer}")
-
     schedule = model.config.vision_config.selection_schedule
+
+    print(f"Asked about {args.image or 'a test image of easy-VQA'}:")
+    found = answers_of(model, processor, image, args.question)
+    compared = [] if same_weights is None else answers_of(same_weights, processor, image, args.question)
+    for question, own, other in itertools.zip_longest(args.question, found, compared):
+        line = f"  {question:<40} {describe(own):<20}"
+        print(line.rstrip() if other is None else f"{line} {SAME_WEIGHTS}: {describe(other)}")
+    if same_weights is not None:
+        print(SAME_WEIGHTS_NOTE)
+    elif schedule:
+        print("The schedule of an exported model is fixed: there is no comparison with keep rate 1.0.")
+
     if schedule:
         limit = "up to " if model.config.selection_mode == "mass" else ""
         rates = ", ".join(f"{limit}{rate:.0%} of the tokens after layer {layer}" for layer, rate in schedule.items())
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], Path(args.picture))
         print(f"It keeps {rates}. Which patches: {args.picture}")
 
+    one = processor(images=image, text=args.question[0], return_tensors="pt")
     for num_images in (1, 64):
-        inputs = processor(images=[image] * num_images, text=args.question[:1] * num_images, return_tensors="pt")
-        seconds, twins = seconds_of([model, twin], inputs)
-        print(
-            f"{num_images:>2} x a picture and a question: {1000 * seconds:.0f} ms, unpruned {1000 * twins:.0f} ms: "
-            f"{twins / seconds:.2f} times as fast"
-        )
+        inputs = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in one.items()}
+        seconds, *others = seconds_of([model] if same_weights is None else [model, same_weights], inputs)
+        line = f"{num_images:>2} x an image and a question: {1000 * seconds:.0f} ms"
+        for other in others:
+            line += f", at keep rate 1.0 {1000 * other:.0f} ms: {other / seconds:.2f} times as fast"
+        print(line)
 
 
 if __name__ == "__main__":

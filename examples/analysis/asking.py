@@ -1,16 +1,16 @@
-"""A checkpoint that is asked about one image at a time: what it says, what it kept, what that took, and its twin."""
+"""Questions to a checkpoint about one image: its answers, the kept patches and the time, also at keep rate 1.0."""
 
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import PIL.Image
 import torch
 from transformers import BatchFeature
 
 from modeling_trips import (
-    TripsConfig,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
@@ -21,43 +21,49 @@ from modeling_trips import (
     TripsVisualQuestionAnsweringPipeline,
 )
 from modeling_trips.inspection import draw_kept_patches
+from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
+from modeling_trips.inspection.pictures import fit_for_drawing
 from modeling_trips.inspection.speed import seconds_of_both
 from trips_examples.analysis.pictures import draw_scores
 from trips_examples.data.boxes import draw_boxes
 
 
+DRAWN_SIDE = 512  # pixels of the longer side of a drawing: pages show it at 256
+
+
 @dataclass(frozen=True)
 class Told:
     """
-    What came of a text.
+    The result of one text.
 
     Args:
         text (`str`)
-        answers, twins_answers (`list[str]`): the model's and those of its unpruned twin, with scores, best first.
-        pictures (`list[tuple[str, PIL.Image.Image]]`): titled: kept patches and scores of each selection layer; boxes.
+        answers (`list[str]`): Answers with their scores, best first.
+        answers_at_keep_rate_1 (`list[str]`): Those of the same weights when every patch is kept.
+        pictures (`list[tuple[str, PIL.Image.Image]]`): Titled images: kept patches and scores of each layer; boxes.
     """
 
     text: str
     answers: list[str]
-    twins_answers: list[str]
+    answers_at_keep_rate_1: list[str]
     pictures: list[tuple[str, PIL.Image.Image]]
 
 
 @dataclass(frozen=True)
 class Look:
     """
-    What came of an image and its texts.
+    The results of an image and its texts.
 
     Args:
-        told (`list[Told]`): one per text.
-        tokens (`list[int]`): image tokens that leave each vision layer, [CLS] and fused tokens included.
-        milliseconds, twins_milliseconds (`float`): of a forward pass of all texts, without answers being written.
+        told (`list[Told]`): One per text.
+        tokens (`list[int]`): Image tokens that leave each vision layer, [CLS] and fused tokens included.
+        milliseconds, milliseconds_at_keep_rate_1 (`float`): Time of a forward pass of all texts, without decoding.
     """
 
     told: list[Told]
     tokens: list[int]
     milliseconds: float
-    twins_milliseconds: float
+    milliseconds_at_keep_rate_1: float
 
 
 class Asker:
@@ -65,20 +71,18 @@ class Asker:
     A model that answers questions, writes captions or finds boxes, and its processor. Threads take turns.
 
     Args:
-        checkpoint (`str`): a folder, or a name on the Hub.
+        checkpoint (`str`): A folder, or a name on the Hub.
 
     Raises:
-        ValueError: if the checkpoint does something else.
+        ValueError: The checkpoint has another head or incomplete weights, or is an exported model.
     """
 
     heads = (TripsForQuestionAnswering, TripsForConditionalGeneration, TripsForVisualGrounding)
 
     def __init__(self, checkpoint: str):
-        heads = {head.__name__: head for head in self.heads}
-        (name, *_) = TripsConfig.from_pretrained(checkpoint).architectures or [""]
-        if name not in heads:
-            raise ValueError(f"{checkpoint} is a {name or 'model of no task'}: take one of {', '.join(heads)}.")
-        self.model: TripsPreTrainedModel = heads[name].from_pretrained(checkpoint).eval()
+        if (Path(checkpoint) / EXPORT_MANIFEST).is_file():
+            raise ValueError(f"{checkpoint} is an exported model with a fixed schedule. Give its original checkpoint.")
+        self.model: TripsPreTrainedModel = load_checkpoint(checkpoint, self.heads)
         self.processor = TripsProcessor.from_pretrained(checkpoint)
         self.lock = threading.Lock()
 
@@ -99,36 +103,49 @@ class Asker:
         guidances: Sequence[str] | None = None,
     ) -> Look:
         """
-        Asks about an image, upright and RGB.
+        Ask about an image, upright and RGB.
 
         Args:
             image (`PIL.Image.Image`), texts (`list[str]`)
-            keep_rates (`Sequence[float]`), guidances (`Sequence[str]`): in place of the checkpoint's, one per layer of
+            keep_rates (`Sequence[float]`), guidances (`Sequence[str]`): Replace the checkpoint's, one per layer of
                 `schedule`.
 
         Raises:
-            ValueError: if a text is too long for the model, or a rate or guidance is none.
+            ValueError: A text is too long for the model, or a keep rate or guidance is invalid.
         """
+        self.check_lengths(texts)
         own_rates, own_guidances = zip(*self.schedule.values()) if self.schedule else ((), ())
         rates, guidances = list(keep_rates or own_rates), list(guidances or own_guidances)
         with self.lock:
             inputs = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
             inputs = inputs.to(self.model.device)
             with self._scheduled([1.0] * len(rates), guidances):
-                twins_answers, _ = self._answers(image, texts, inputs)
+                answers_at_1, _ = self._answers(image, texts, inputs)
             with self._scheduled(rates, guidances):
                 answers, boxes = self._answers(image, texts, inputs)
                 base = self.model.base_model
                 output = base(**inputs, output_hidden_states=True)
                 selections = dict(zip(self.model.config.vision_config.selection_schedule, output.selection))
-                seconds, twins_seconds = seconds_of_both(base, inputs, repeats=3)
+                seconds, seconds_at_1 = seconds_of_both(base, inputs, repeats=3)
         states = (output.vision_model_output or output).hidden_states
         tokens = [layer.shape[1] for layer in states[1:]]
+        small, _ = fit_for_drawing(image, max_side=DRAWN_SIDE)
         told = [
-            Told(text, own, twins, [*picture, *self._drawn(image, row, selections)])
-            for row, (text, own, twins, picture) in enumerate(zip(texts, answers, twins_answers, boxes))
+            Told(text, own, at_1, [*picture, *self._drawn(small, row, selections)])
+            for row, (text, own, at_1, picture) in enumerate(zip(texts, answers, answers_at_1, boxes))
         ]
-        return Look(told, tokens, 1000 * seconds, 1000 * twins_seconds)
+        return Look(told, tokens, 1000 * seconds, 1000 * seconds_at_1)
+
+    def check_lengths(self, texts: list[str]):
+        """
+        Raises:
+            ValueError: A text has more tokens than the model takes.
+        """
+        tokenizer = self.processor.tokenizer
+        limit = min(tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        for text, tokens in zip(texts, tokenizer(self.processor.clean_texts(texts))["input_ids"]):
+            if len(tokens) > limit:
+                raise ValueError(f"The line '{text[:30]}...' has {len(tokens)} tokens; at most {limit} are possible.")
 
     @contextlib.contextmanager
     def _scheduled(self, rates: list[float], guidances: list[str]) -> Iterator[None]:
@@ -143,15 +160,16 @@ class Asker:
             config.keep_rate, config.selection_guidance = before
 
     def _answers(self, image: PIL.Image.Image, texts: list[str], inputs: BatchFeature):
-        """For each text the answers with their scores, and titled pictures of them."""
+        """Return the answers of each text with their scores, and titled images of them."""
         none: list[list[tuple[str, PIL.Image.Image]]] = [[] for _ in texts]
         if isinstance(self.model, TripsForQuestionAnswering):
             pipeline = TripsVisualQuestionAnsweringPipeline(model=self.model, processor=self.processor)
-            found = pipeline(image, texts, top_k=3)
+            found = pipeline.forward({"inputs": inputs}, top_k=3)["outputs"]
             return [[f"{each['answer']} ({each['score']:.1%})" for each in best] for best in found], none
         if isinstance(self.model, TripsForConditionalGeneration):
             captioner = TripsImageToTextPipeline(model=self.model, processor=self.processor)
-            return [[captioner(image, prompt=text)[0]["generated_text"]] for text in texts], none
+            found = captioner.forward({"inputs": inputs})["outputs"]
+            return [[captioner.postprocess(own, text)[0]["generated_text"]] for own, text in zip(found, texts)], none
         sizes = [(image.height, image.width)] * len(texts)
         boxes = self.processor.post_process_grounding(self.model(**inputs), sizes).round().tolist()
         pictures = [[("the box", draw_boxes(image, box, box))] for box in boxes]
@@ -160,7 +178,7 @@ class Asker:
     def _drawn(
         self, image: PIL.Image.Image, row: int, selections: dict[int, TripsSelection]
     ) -> list[tuple[str, PIL.Image.Image]]:
-        """Of each layer what a text kept of the image, and how it scored the candidates."""
+        """Draw the patches that a text kept in each layer, and its scores of the candidates."""
         pictures, size = [], (image.height, image.width)
         for layer, selection in selections.items():
             (kept,) = self.processor.patch_boxes(selection.kept_indices[row : row + 1], [size])

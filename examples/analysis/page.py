@@ -8,6 +8,7 @@ from pathlib import Path
 import PIL.Image
 from jinja2 import Environment
 
+from trips_examples.analysis import SAME_WEIGHTS
 from trips_examples.analysis.asking import Look
 from trips_examples.analysis.comparison import Comparison, Group, Item
 
@@ -21,15 +22,17 @@ def render(
     names: tuple[str, str],
     worst: list[tuple[Group, list[tuple[Item, list[tuple[str, PIL.Image.Image]]]]]],
     num_changed: int = 100,
+    note: str | None = None,
 ) -> str:
     """
-    The page.
+    Return the page.
 
     Args:
         comparison ([`Comparison`])
-        names (`tuple[str, str]`): of the model and of the other.
-        worst (`list`): groups, and some of their items with titled pictures.
-        num_changed (`int`, *optional*, defaults to 100): how many changed answers are listed; the JSON has all.
+        names (`tuple[str, str]`): Names of the model and of the other.
+        worst (`list`): Groups, and some of their items with titled pictures.
+        num_changed (`int`, *optional*, defaults to 100): How many changed answers are listed; the JSON has all.
+        note (`str`, *optional*): What to know of the other model.
     """
     return filled(
         TEMPLATES / "page.html",
@@ -38,6 +41,7 @@ def render(
         verdict=verdict(comparison.overall),
         model=names[0],
         other=names[1],
+        note=note,
         worst=worst,
         changed=comparison.changed[:num_changed],
         significant=SIGNIFICANT,
@@ -45,8 +49,8 @@ def render(
 
 
 def render_look(look: Look) -> str:
-    """What came of an image and its texts, as a part of a page."""
-    return filled(TEMPLATES / "look.html", look=look)
+    """Return the results of an image and its texts as a part of a page."""
+    return filled(TEMPLATES / "look.html", look=look, same_weights=SAME_WEIGHTS)
 
 
 def filled(template: Path, **values) -> str:
@@ -62,26 +66,31 @@ def verdict(group: Group) -> str:
         return "No item changes between right and wrong."
     changes = f"{group.lost} items are lost and {group.won} won"
     if group.p_value >= SIGNIFICANT:
-        return f"{changes}: no more than chance would give (p = {_chance(group.p_value)})."
+        return f"{changes}: no more than chance would give ({_p(group.p_value)})."
     word = "worse" if group.lost > group.won else "better"
-    return f"{changes}: it is {word} by more than chance (p = {_chance(group.p_value)})."
+    return f"{changes}: it is {word} by more than chance ({_p(group.p_value)})."
 
 
-def as_json(comparison: Comparison, names: tuple[str, str]) -> dict:
-    """What the page says, and all changed answers."""
+def as_json(comparison: Comparison, names: tuple[str, str], note: str | None = None) -> dict:
+    """Return the content of the page, and all changed answers."""
     groups = [{**asdict(group), "difference": group.difference} for group in comparison.groups]
     overall = {**asdict(comparison.overall), "difference": comparison.overall.difference}
     changed = [asdict(item) for item in comparison.changed]
-    return {"model": names[0], "other": names[1], "overall": overall, "groups": groups, "changed": changed}
+    models = {"model": names[0], "other": names[1], **({"note": note} if note else {})}
+    return {**models, "overall": overall, "groups": groups, "changed": changed}
 
 
 def data_uri(picture: PIL.Image.Image, side: int = 256) -> str:
-    """A picture as it stands in a page, of at most so many pixels."""
+    """Return an image for a page, with a longer side of at most `side` pixels."""
     picture = picture.copy()
     picture.thumbnail((side, side))
     png = io.BytesIO()
-    picture.save(png, "PNG", optimize=True)
+    picture.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+
+
+def _p(p: float) -> str:
+    return f"p {_chance(p)}" if p < 0.001 else f"p = {_chance(p)}"
 
 
 def _chance(p: float) -> str:

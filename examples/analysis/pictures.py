@@ -8,8 +8,9 @@ import PIL.ImageDraw
 import torch
 from datasets import Dataset
 
-from modeling_trips import TripsModel, TripsProcessor, convert_to_rgb
+from modeling_trips import TripsModel, TripsProcessor
 from modeling_trips.inspection import draw_kept_patches
+from modeling_trips.inspection.pictures import fit_for_drawing
 from trips_examples.analysis.comparison import TEXT_COLUMNS, groups_of_region, key_of
 from trips_examples.data.collators import ImageBatchCollator
 from trips_examples.data.rows import image_sizes
@@ -38,22 +39,21 @@ def draw_scores(
     image: PIL.Image.Image, boxes: torch.Tensor, scores: torch.Tensor, color: str = "#d9480f", min_side: int = 256
 ) -> PIL.Image.Image:
     """
-    The image in grey, each candidate the more coloured the higher its score, up to the highest.
+    Draw the image in grey, each candidate the more colored the higher its score, up to the highest.
 
     Args:
-        image (`PIL.Image.Image`)
+        image (`PIL.Image.Image`): The original image. It is drawn with a longer side of at most 1024 pixels.
         boxes (`torch.Tensor` of shape `(num_candidates, 4)`): (x0, y0, x1, y1) in pixels of the image.
-        scores (`torch.Tensor` of shape `(num_candidates,)`): at least 0. Square roots are shown, as most are small.
-        color (`str`, *optional*): of the highest score.
-        min_side (`int`, *optional*, defaults to 256): smaller images are enlarged by a whole factor.
+        scores (`torch.Tensor` of shape `(num_candidates,)`): At least 0. Square roots are shown, as most are small.
+        color (`str`, *optional*): Color of the highest score.
+        min_side (`int`, *optional*, defaults to 256): Smaller images are enlarged by a whole factor.
     """
-    factor = max(1, -(-min_side // min(image.size)))
-    grey = convert_to_rgb(image).convert("L").convert("RGB")
-    grey = grey.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
+    image, scale = fit_for_drawing(image, min_side)
+    grey = image.convert("L").convert("RGB")
     opacity = PIL.Image.new("L", grey.size)
     draw = PIL.ImageDraw.Draw(opacity)
     strength = (scores / scores.max().clamp_min(1e-12)).sqrt()
-    for (x0, y0, x1, y1), share in zip((boxes * factor).round().int().tolist(), strength.tolist()):
+    for (x0, y0, x1, y1), share in zip((boxes.cpu() * scale).round().int().tolist(), strength.tolist()):
         if x0 < x1 and y0 < y1:
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=round(230 * share))
     return PIL.Image.composite(PIL.Image.new("RGB", grey.size, color), grey, opacity)

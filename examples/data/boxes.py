@@ -79,7 +79,8 @@ def draw_boxes(
 ) -> PIL.Image.Image:
     """The image, its longer side made `side` pixels long, with the true box green and the predicted one blue."""
     scale = side / max(image.size)
-    picture = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    picture = image.resize(size, reducing_gap=2.0)  # large images take 10 times as long without
     draw = PIL.ImageDraw.Draw(picture)
     for box, color in ((true_box, TRUE_COLOR), (predicted_box, PREDICTED_COLOR)):
         draw.rectangle([number * scale for number in box], outline=color, width=3)

@@ -1,25 +1,39 @@
 """`examples/ask.py` as a user runs it, and the checkpoint that comes with the project."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from easy_vqa import get_test_image_paths, get_test_questions
 from places import EXAMPLES, ROOT
+from programs import add_fake_ghostscript
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
+from trips_examples.analysis import SAME_WEIGHTS
 
 
 def run(*options: str, cwd) -> subprocess.CompletedProcess:
     words = [sys.executable, str(EXAMPLES / "ask.py"), *options]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def write_photo(path: Path):
+    """A JPEG of 4000 x 3000 pixels and about 5 MB: smooth gradients, with noise."""
+    y, x = np.mgrid[0:3000, 0:4000].astype(np.float32)
+    gradients = np.stack([100 * np.sin(x / 700 + y / 900), 90 * np.cos(x / 500), 80 * np.sin(y / 400)], axis=-1)
+    noise = np.random.default_rng(0).normal(128, 12, (1500, 2000, 3)).repeat(2, axis=0).repeat(2, axis=1)
+    PIL.Image.fromarray(np.clip(gradients + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +52,8 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     for question in ask.QUESTIONS:
         assert result.stdout.count(f"  {question} ") == 1
-    assert result.stdout.count("unpruned: ") == len(ask.QUESTIONS)
+    assert result.stdout.count(f" {SAME_WEIGHTS}: ") == len(ask.QUESTIONS)
+    assert "unpruned: " not in result.stdout
     assert "50% of the tokens after layer 2, 50% of the tokens after layer 3" in result.stdout
     assert result.stdout.count(" times as fast") == 2
     with PIL.Image.open(tmp_path / "outputs/kept_patches.png") as picture:  # the original and a panel per question
@@ -46,22 +61,78 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_picture_that_is_none_is_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("no picture")
+def test_a_photo_of_12_megapixels_takes_neither_long_nor_much_memory(tmp_path):
+    """20 s of the processor's time, which other programs do not lengthen, and 1.5 GB."""
+    write_photo(tmp_path / "photo.jpg")
+    code = (
+        "import time; from pathlib import Path; from trips_examples import ask; ask.main(['--image', 'photo.jpg']); "
+        "print('seconds:', time.process_time()); print(Path('/proc/self/status').read_text())"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert float(re.search(r"seconds: (\S+)", printed)[1]) < 20
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", printed)[1]) < 1.5e6
+    with PIL.Image.open(tmp_path / "outputs/kept_patches.png") as drawing:
+        assert 1000 < drawing.width < 4000
+
+
+@pytest.mark.slow
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
     result = run("--image", "notes.txt", cwd=tmp_path)
-    assert result.returncode == 1 and "--image notes.txt: cannot read it as a picture" in result.stderr
+    assert result.returncode == 1 and "--image notes.txt: " in result.stderr and "Traceback" not in result.stderr
 
 
-def test_asks_what_it_is_told_to(tmp_path, capsys):
-    """Of a picture of any size and mode, as rows and columns of one colour show; an unpruned model has no patches."""
+def test_eps_is_refused_without_a_program_being_started(tmp_path, monkeypatch):
+    image, started = add_fake_ghostscript(tmp_path, monkeypatch.setenv)
+    with pytest.raises(SystemExit, match="EPS"):
+        ask.main(["--image", str(image)])
+    assert not started.exists()
+
+
+def test_a_checkpoint_with_another_head_is_refused(tmp_path):
+    TripsForVisualGrounding(TripsConfig.from_preset("tiny")).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="TripsForVisualGrounding"):
+        ask.main(["--model", str(tmp_path)])
+
+
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
+    shutil.copytree(ask.CHECKPOINT, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    lost = next(name for name in weights if name.startswith("model.vision_model"))
+    del weights[lost]
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=lost):
+        ask.main(["--model", str(tmp_path / "model")])
+
+
+@pytest.mark.slow
+def test_an_exported_model_answers_as_its_checkpoint(model, processor, tmp_path, capsys):
+    export = pytest.importorskip("modeling_trips.export")
+    export.export_model(model, tmp_path / "exported", "onnx")
+    processor.save_pretrained(tmp_path / "exported")
+    capsys.readouterr()
+    options = ["--picture", str(tmp_path / "kept.png"), "--question", "what color is the shape?"]
+    ask.main([*options, "--model", str(tmp_path / "exported")])
+    exported = capsys.readouterr().out
+    ask.main(options)
+    answer = f"  {'what color is the shape?':<40} red (99.5%)"
+    assert answer in capsys.readouterr().out and answer in exported
+    assert SAME_WEIGHTS not in exported and "64 x an image and a question: " in exported
+    assert (tmp_path / "kept.png").exists()
+
+
+def test_asks_a_model_that_keeps_all_patches(tmp_path, capsys):
+    """About an image of another size and mode. There are no kept patches, and nothing to compare."""
     PIL.Image.new("RGBA", (150, 90), "teal").save(tmp_path / "picture.png")
-    twin = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, keep_rate=1.0)
-    twin.save_pretrained(tmp_path / "twin")
-    TripsProcessor.from_pretrained(ask.CHECKPOINT).save_pretrained(tmp_path / "twin")
+    unpruned = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, keep_rate=1.0)
+    unpruned.save_pretrained(tmp_path / "unpruned")
+    TripsProcessor.from_pretrained(ask.CHECKPOINT).save_pretrained(tmp_path / "unpruned")
     options = ["--image", str(tmp_path / "picture.png"), "--question", "is there a circle?"]
-    ask.main([*options, "--model", str(tmp_path / "twin"), "--picture", str(tmp_path / "kept.png")])
+    ask.main([*options, "--model", str(tmp_path / "unpruned"), "--picture", str(tmp_path / "kept.png")])
     printed = capsys.readouterr().out
-    assert printed.count("  is there a circle? ") == 1 and "It keeps" not in printed
+    assert printed.count("  is there a circle? ") == 1 and "It keeps" not in printed and "rate" not in printed
     assert not (tmp_path / "kept.png").exists()
 
 

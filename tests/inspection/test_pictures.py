@@ -69,6 +69,38 @@ def test_small_images_grow_pixel_by_pixel(image):
     assert draw_kept_patches(Image.new("RGB", (256, 400)), BOXES).size == (256, 400)
 
 
+def test_large_images_are_reduced_with_their_boxes():
+    image = Image.new("RGB", (4000, 3000), COLOR)
+    picture = draw_kept_patches(image, torch.tensor([[1000.0, 1500, 2000, 3000]]), outline=None)
+    assert picture.size == (1024, 768)
+    kept = [picture.getpixel(at) == COLOR for at in ((255, 500), (256, 383), (256, 384), (511, 767), (512, 500))]
+    assert kept == [False, False, True, True, False]
+
+
+def test_tall_images_are_not_enlarged_beyond_the_bound():
+    boxes = torch.tensor([[0.0, 0, 30, 300]])
+    assert draw_kept_patches(Image.new("RGB", (30, 300)), boxes).size == (90, 900)
+    assert draw_kept_patches(Image.new("RGB", (60, 3000)), boxes).size == (20, 1024)
+
+
+def test_boxes_of_a_rotated_photo_are_in_pixels_of_the_upright_image(tmp_path):
+    image = Image.new("RGB", (3000, 1500), COLOR)
+    image.getexif()[274] = 6  # orientation: turn by 90 degrees
+    image.save(tmp_path / "photo.png", exif=image.getexif())
+    with Image.open(tmp_path / "photo.png") as opened:
+        picture = draw_kept_patches(opened, torch.tensor([[0.0, 0, 1500, 1500]]), outline=None)
+    assert picture.size == (512, 1024)
+    assert [picture.getpixel((300, y)) for y in (511, 512)] == [COLOR, FADED]
+
+
+def test_the_outline_of_large_drawings_is_wide_and_has_square_corners():
+    picture = draw_kept_patches(Image.new("RGB", (640, 640), COLOR), torch.tensor([[160.0, 160, 480, 480]]), 0, "red")
+    outlined = [(x, y) for x in range(640) for y in range(640) if picture.getpixel((x, y)) == OUTLINE]
+    inside = [(x, y) for x in range(164, 476) for y in range(164, 476)]
+    assert len(outlined) == 320**2 - len(inside)  # 4 pixels on each side
+    assert all(picture.getpixel(at) == COLOR for at in inside)
+
+
 def test_fractional_boxes_leave_no_gap(image):
     third = 20 / 3
     boxes = torch.tensor([[0, row * third, 30, (row + 1) * third] for row in range(3)])
@@ -131,6 +163,15 @@ def test_figure_has_a_row_per_selection_layer(image):
         ("", ""),
         ("", "selection 2: 1 patches"),
     ]
+
+
+def test_figure_of_a_large_image_holds_small_ones():
+    pytest.importorskip("matplotlib")
+    image = Image.new("RGB", (4000, 3000), COLOR)
+    figure = plot_selection(image, ["what ?"], ["cat"], [torch.tensor([[0.0, 0, 2000, 3000]])])
+    original, kept = (panel.images[0].get_array() for panel in figure.axes)
+    assert original.shape == kept.shape == (768, 1024, 3)
+    assert tuple(kept[400, 500]) == COLOR and tuple(kept[400, 512]) == FADED
 
 
 def test_failed_write_leaves_the_old_figure_and_nothing_else(image, tmp_path):

@@ -6,9 +6,9 @@ Check a data set before a day of training: every image is decoded, every row is 
     python examples/check_data.py --task vqa --dataset_name org/data --tokenizer_name bert-base-uncased
 
 All that is wrong is listed by file and row: whatever a script, or a stream of pre-training, would stop at or skip, and
-ids that stand for two things. What has to do with the model needs to know it: texts that are too long, and words that
-the tokenizer does not know, are found with --tokenizer_name, images smaller than a patch with the --patch_size of the
-model; a TRIPS checkpoint as --tokenizer_name tells both. The exit code is 1 if anything is wrong.
+ids that stand for two things. Images must not be smaller than a patch of the model that the data are for: give the
+--model_name_or_path or the --preset of the training script. With a checkpoint or a --tokenizer_name, texts that are
+too long and words that the tokenizer does not know are found, too. The exit code is 1 if anything is wrong.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
-from modeling_trips import TripsProcessor
+from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.data.boxes import hidden_boxes
 from trips_examples.data.faults import BadRows, Fault
 from trips_examples.data.loading import load_task_dataset
@@ -30,15 +30,21 @@ from trips_examples.data.rows import column_of
 from trips_examples.data.source import DataSource
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.texts import TextCheck
+from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.files import write_whole
-
-
-DEFAULT_PATCH_SIZE = 16  # of TripsProcessor
+from trips_examples.training.options import ModelArguments
 
 
 @dataclass
 class CheckArguments(DataSource):
     task: str = field(kw_only=True, metadata={"help": "What the data are for.", "choices": list(TASKS)})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A TRIPS checkpoint to train further: its tokenizer and patch size are used."}
+    )
+    preset: str = field(
+        default=ModelArguments.preset,
+        metadata={"help": f"Model from scratch, for its patch size: one of {', '.join(TripsConfig.presets())}."},
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A tokenizer, or a checkpoint with one: texts that do not fit it are listed."}
     )
@@ -47,7 +53,7 @@ class CheckArguments(DataSource):
     )
     patch_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the model's patches: smaller images are listed. Default: the checkpoint's, or 16."},
+        metadata={"help": "Side of the model's patches in pixels. Default: the checkpoint's, or the preset's."},
     )
     seed: int = field(default=TrainingArguments.seed, metadata={"help": "Of the scenes, as in the task's script."})
     max_shown: int = field(default=20, metadata={"help": "How many faults to print; the report has all of them."})
@@ -56,12 +62,16 @@ class CheckArguments(DataSource):
 
 def load_processor(args: CheckArguments) -> TripsProcessor | None:
     """That of the checkpoint, or one with the tokenizer, if there is either."""
-    if (name := args.tokenizer_name) is None:
+    if (name := args.model_name_or_path or args.tokenizer_name) is None:
         return None
     is_checkpoint = TripsProcessor.get_processor_dict(name)[0].get("processor_class") == "TripsProcessor"
     if is_checkpoint:
         return TripsProcessor.from_pretrained(name)
-    return TripsProcessor(tokenizer=AutoTokenizer.from_pretrained(name))
+    return TripsProcessor(tokenizer=AutoTokenizer.from_pretrained(name), patch_size=preset_patch_size(args.preset))
+
+
+def preset_patch_size(preset: str) -> int:
+    return TripsConfig.from_preset(preset).vision_config.patch_shape[0]
 
 
 def load_splits(args: CheckArguments, patch_size: int, faults: list[Fault]) -> DatasetDict:
@@ -98,14 +108,32 @@ def image_ids(dataset: Dataset) -> set[str]:
     return {image_id for pair in column_of(dataset, "image_ids") for image_id in pair}
 
 
+def describe_unseen_answers(data: DatasetDict, shown: int = 3) -> list[str]:
+    """Questions of the validation split none of whose answers occurs in training; as the metric compares answers."""
+    if not {"train", "validation"} <= data.keys():
+        return []
+    seen = {normalize_answer(answer) for answers in column_of(data["train"], "answers") for answer in answers}
+    unseen = [
+        answers[0]
+        for answers in column_of(data["validation"], "answers")
+        if seen.isdisjoint(map(normalize_answer, answers))
+    ]
+    if not unseen:
+        return []
+    examples = ", ".join(map(repr, list(dict.fromkeys(unseen))[:shown]))
+    total = len(data["validation"])
+    return [f"{len(unseen)} of {total} questions have answers that training never sees, e.g. {examples}"]
+
+
 def check(args: CheckArguments) -> dict:
     """
-    The report: `splits` (rows, images and different texts that can be used), `reasons` (counts), `faults`, and
-    `unknown_words` (what is no fault, and yet to be known).
+    The report: `splits` (rows, images and different texts that can be used), `reasons` (counts), `faults`, and what is
+    no fault, and yet to be known: `unknown_words`, and `unseen_answers` (lines about validation answers that training
+    lacks).
     """
     faults: list[Fault] = []
-    processor = load_processor(args)  # of a tokenizer alone, or without one, for patches of 16 pixels
-    patch_size = args.patch_size or (DEFAULT_PATCH_SIZE if processor is None else processor.patch_size)
+    processor = load_processor(args)
+    patch_size = args.patch_size or (preset_patch_size(args.preset) if processor is None else processor.patch_size)
     data = load_splits(args, patch_size, faults)
     text = TASKS[args.task].text
     for split, dataset in data.items():
@@ -133,6 +161,7 @@ def check(args: CheckArguments) -> dict:
         "splits": splits,
         "images_in_both_splits": len(set.intersection(*images.values())) if len(images) > 1 else 0,
         "unknown_words": unknown,
+        "unseen_answers": describe_unseen_answers(data) if args.task == "vqa" else [],
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
         "faults": [asdict(fault) for fault in faults],
     }
@@ -152,8 +181,12 @@ def print_report(report: dict, max_shown: int):
         print(f"{'both':<12}{report['images_in_both_splits']:>10,} images: evaluation on them says little")
     for line in report["unknown_words"]:
         print(f"{'unknown':<12}{line}")
+    for line in report["unseen_answers"]:
+        print(f"{'validation':<12}{line}")
+    has_empty_split = any(counts["rows"] == 0 for counts in report["splits"].values())
     for reason, count in report["reasons"].items():
-        print(f"{'wrong':<12}{count:>10,} {reason}")
+        hint = " (give --image_root?)" if reason == "missing image" and has_empty_split else ""
+        print(f"{'wrong':<12}{count:>10,} {reason}{hint}")
     if not report["faults"]:
         print("Nothing is wrong.")
 
@@ -161,8 +194,8 @@ def print_report(report: dict, max_shown: int):
 def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(CheckArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
-    if args.max_text_length is not None and args.tokenizer_name is None:
-        parser.error("--max_text_length counts tokens: give --tokenizer_name")
+    if args.max_text_length is not None and args.model_name_or_path is None and args.tokenizer_name is None:
+        parser.error("--max_text_length counts tokens: give --tokenizer_name or --model_name_or_path")
     report = check(args)
     print_report(report, args.max_shown)
     if args.output_json is not None:

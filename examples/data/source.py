@@ -57,8 +57,8 @@ class DataSource:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "JSON, JSONL, CSV or Parquet with the columns that examples/README.md lists, or a public "
-            "annotation file as it is."
+            "help": "JSON, JSONL, CSV or Parquet with the columns that docs/data.md lists, or a public annotation "
+            "file as it is."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "As train_file."})

@@ -13,19 +13,21 @@ import json
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
-import modeling_trips
-from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import TripsPreTrainedModel, TripsProcessor
 
 from ..conversion.files import whole_folder
-from .exporting import BACKENDS, check_options, export_model
+from ..inspection.checkpoints import load_checkpoint
+from .exporting import BACKENDS, check_folder, check_options, export_model
 
 
 NUM_CALIBRATION_ROWS = 300  # as many as NNCF looks at
+TEXT_COLUMNS = ("question", "text", "caption", "captions", "expression")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -35,15 +37,19 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 @dataclass
 class ExportArguments:
     model: str = field(metadata={"help": "The checkpoint: a folder, or a name on the Hub."})
-    output_dir: str = field(metadata={"help": "Folder to write. It must not exist yet."})
+    output_dir: str = field(metadata={"help": "Folder to write. It must be empty, or not exist yet."})
     backend: str = field(default="openvino", metadata={"help": f"What is to run it: {' or '.join(BACKENDS)}."})
     dtype: str = field(default="fp32", metadata={"help": "fp32; bf16 (openvino); int8: weights of 8 bits."})
     calibration_file: str | None = field(
         default=None,
         metadata={
-            "help": "JSON lines with an image (a path) and a question or text, for openvino with int8: activations "
-            f"are rounded by what the first {NUM_CALIBRATION_ROWS} give. Faster than without."
+            "help": "JSONL file that trains the model, for openvino with int8: activations are rounded by what its "
+            f"first {NUM_CALIBRATION_ROWS} rows give. Faster than without."
         },
+    )
+    image_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder that paths in --calibration_file are relative to. Default: that of the file."},
     )
     keep_rate: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens kept, of all selection layers or of each. 1.0: all."}
@@ -51,33 +57,39 @@ class ExportArguments:
 
     def __post_init__(self):
         check_options(self.backend, self.dtype, self.calibration_file is not None)
-        if Path(self.output_dir).exists():
-            raise ValueError(f"--output_dir {self.output_dir} exists. Choose another one, or remove it first.")
+        check_folder(self.output_dir)
+        if self.image_root is not None and self.calibration_file is None:
+            raise ValueError("--image_root goes with --calibration_file.")
 
 
 def load_model(args: ExportArguments) -> TripsPreTrainedModel:
     """The checkpoint in its own class, at the schedule that is asked for."""
-    names = TripsConfig.from_pretrained(args.model).architectures or ["TripsModel"]
-    model_class = getattr(modeling_trips, names[0], None)
-    if model_class is None:
-        raise ValueError(f"--model {args.model} is a {names[0]}, which is no model of this project.")
     fields = {}
     if args.keep_rate is not None:
         fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
-    return model_class.from_pretrained(args.model, dtype="float32", **fields)
+    return load_checkpoint(args.model, dtype="float32", **fields)
 
 
-def read_calibration(path: str, processor: TripsProcessor) -> Iterator[dict[str, torch.Tensor]]:
+def read_calibration(
+    path: str, image_root: str | None, processor: TripsProcessor
+) -> Iterator[dict[str, torch.Tensor]]:
     """The model's inputs, row by row."""
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()[:NUM_CALIBRATION_ROWS]):
-        try:
-            row = json.loads(line)
-            image, text = Path(path).parent / row["image"], row["question"] if "question" in row else row["text"]
-            yield dict(processor(images=image, text=text, return_tensors="pt"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"--calibration_file {path}, line {number + 1}, needs an `image`, and a `question` or `text`: {error}"
-            ) from error
+    folder = Path(path).parent if image_root is None else Path(image_root)
+    with open(path, "rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        for number, line in islice(lines, NUM_CALIBRATION_ROWS):
+            try:
+                row = json.loads(line)
+                text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
+                if text is None or not row.get("image"):
+                    raise ValueError(f"it has {', '.join(row) or 'nothing'}")
+                text = text[0] if isinstance(text, list) else text
+                yield dict(processor(images=folder / row["image"], text=text, return_tensors="pt"))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"--calibration_file {path}, line {number}, needs an `image` (a path relative to --image_root) "
+                    f"and one of {', '.join(TEXT_COLUMNS)}: {error}"
+                ) from error
 
 
 def main(argv: list[str] | None = None):
@@ -89,7 +101,9 @@ def main(argv: list[str] | None = None):
     with whole_folder(args.output_dir) as folder:
         calibration = None
         if args.calibration_file is not None:
-            calibration = list(read_calibration(args.calibration_file, processor))
+            calibration = list(read_calibration(args.calibration_file, args.image_root, processor))
+            if not calibration:
+                raise ValueError(f"--calibration_file {args.calibration_file} has no rows.")
         export_model(model, folder, args.backend, args.dtype, calibration)
         processor.save_pretrained(folder)
     print(f"Written to {args.output_dir}: a {type(model).__name__} for {args.backend}, {args.dtype}.")

@@ -45,6 +45,13 @@ def check_options(backend: str, dtype: str, is_calibrated: bool = False):
         raise ValueError(f"Calibration is for openvino with int8: leave it out for {backend} with {dtype}.")
 
 
+def check_folder(folder: str | Path):
+    """Raises a `ValueError` if there is something in a folder to write to."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty. Choose another folder, or remove it first.")
+
+
 def make_exporter(backend: str, dtype: str, is_calibrated: bool) -> tuple[HfExporter, DynamoConfig]:
     """Transformers' exporter of a backend, and its options for a precision."""
     if backend == "onnx":
@@ -76,7 +83,7 @@ def export_model(
 
     Args:
         model (`TripsPreTrainedModel`): it is left as it was.
-        folder (`str` or `Path`): to write to. Files of an earlier export are replaced.
+        folder (`str` or `Path`): to write to. It must be empty, or not exist yet.
         backend (`str`, *optional*, defaults to `"openvino"`): what is to run the graphs: `"openvino"`, or `"onnx"` for
             ONNX Runtime.
         dtype (`str`, *optional*, defaults to `"fp32"`): what they compute in: `"fp32"`; `"bf16"` (OpenVINO); or
@@ -87,10 +94,11 @@ def export_model(
             bits from layer to layer, which is faster.
 
     Raises:
-        ValueError: if the backend has not this dtype, or there are no graphs of such a model.
+        ValueError: if the backend has not this dtype, there are no graphs of such a model, or the folder is not empty.
         ImportError: if a package of the extra `export` is missing.
     """
     check_options(backend, dtype, calibration is not None)
+    check_folder(folder)
     trunk_of(model)
     exporter, options = make_exporter(backend, dtype, calibration is not None)
     config = describe(model, torch.bfloat16 if dtype == "bf16" else torch.float32)

@@ -1,6 +1,7 @@
 """check_data.py: every fault by file and row, in one run."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from places import ROOT
-from transformers import CLIPImageProcessor
+from transformers import AutoTokenizer, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
 from trips_examples.check_data import main
@@ -17,7 +18,7 @@ from trips_examples.data.boxes import with_visible_boxes
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import without_decoding
 from trips_examples.data.source import DataSource
-from trips_examples.data.task_collators import GroundingCollator
+from trips_examples.data.task_collators import CaptionCollator, GroundingCollator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
@@ -142,7 +143,7 @@ def test_screen_has_the_first_and_the_report_all(folder, capsys):
     assert [source for source, _ in faults_of(report)] == [f"t.jsonl row {i}" for i in range(1, 31)] + ["train"]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed[:5]] == [f"t.jsonl row {i}" for i in (1, 2, 3, 4)] + ["and 27 more"]
-    assert "wrong               30 missing image" in printed
+    assert "wrong               30 missing image (give --image_root?)" in printed
 
 
 def test_a_file_that_cannot_be_read_does_not_hide_the_other(folder):
@@ -193,13 +194,65 @@ def test_unknown_words_are_told_and_no_fault(folder, capsys):
     assert report["unknown_words"] == [told] and told in capsys.readouterr().out
 
 
+def test_answers_that_training_never_sees_are_told_and_no_fault(folder, capsys):
+    def rows(name, *answers) -> str:
+        rows = [{"image": "a.png", "question": "?", "answers": each} for each in answers]
+        return write(folder / name, rows)
+
+    files = ["--train_file", rows("t.jsonl", ["A dog."], ["two"])]
+    given = [*files, "--validation_file", rows("v.jsonl", ["dog"], ["2"], ["frog", "dog"], ["frog"], ["cat"])]
+    code, report = run(folder, "--task", "vqa", *given)
+    assert code == 0
+    (told,) = report["unseen_answers"]
+    assert told.startswith("2 of 5 questions") and "'frog', 'cat'" in told and told in capsys.readouterr().out
+    assert run(folder, "--task", "vqa", *files)[1]["unseen_answers"] == []
+
+
+def test_image_root_is_named_where_all_images_are_missing(folder, capsys):
+    (folder / "data").mkdir()
+    rows = write(folder / "data/t.jsonl", [{"image": name, "caption": "a"} for name in ("a.png", "none.png")])
+    given = ["--task", "captions", "--train_file", rows]
+    assert run(folder, *given)[0] == 1
+    assert "2 missing image (give --image_root?)" in capsys.readouterr().out
+    assert run(folder, *given, "--image_root", str(folder))[0] == 1
+    assert "1 missing image\n" in capsys.readouterr().out
+
+
+def test_a_broken_exif_block_is_no_fault_and_a_pipe_is_one(folder):
+    """As for training, which reads the first and stops at the second."""
+    PIL.Image.open(folder / "c.jpg").save(folder / "exif.jpg", exif=b"Exif\0\0" + b"\0" * 64)
+    os.mkfifo(folder / "pipe.png")
+    rows = [{"image": image, "caption": "a"} for image in ("exif.jpg", "pipe.png")]
+    train = write(folder / "t.jsonl", rows)
+    _, report = run(folder, "--task", "captions", "--train_file", train)
+    assert faults_of(report) == [("t.jsonl row 2", "not a regular file")]
+    with pytest.raises(ValueError, match="1 of the 2 rows.*\n.*t.jsonl row 2: not a regular file"):
+        load_task_dataset("captions", DataSource(train_file=train))
+    train = write(folder / "t.jsonl", rows[:1])
+    (row,) = without_decoding(load_task_dataset("captions", DataSource(train_file=train))["train"])
+    tokenizer = train_wordpiece_tokenizer(["a"])
+    processor = TripsProcessor(tokenizer=tokenizer, patch_size=8)
+    assert CaptionCollator(processor, training=True, augment=True)([row])["pixel_values"].isfinite().all()
+
+
 def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
     for name, side in (("p7", 7), ("p8", 8), ("p15", 15), ("p16", 16)):
         PIL.Image.new("RGB", (64, side)).save(folder / f"{name}.png")
     rows = [{"image": f"{name}.png", "caption": "a"} for name in ("p7", "p8", "p15", "p16")]
     given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows)]
-    checkpoint = ["--tokenizer_name", str(checkpoints["TripsForRetrieval"])]  # patches of 8
-    for options, bad in (([], (1, 2, 3)), (["--patch_size", "9"], (1, 2)), (checkpoint, (1,))):
+    folders = [str(checkpoints["TripsForRetrieval"]), str(checkpoints["TripsForRetrieval"] / "tokenizer")]
+    AutoTokenizer.from_pretrained(folders[0]).save_pretrained(folders[1])
+    in_checkpoint, base = ["--model_name_or_path", folders[0]], ["--preset", "base"]  # patches of 8, of 16
+    tokenizer = ["--tokenizer_name", folders[1]]
+    for options, bad in (
+        ([], (1,)),  # as run_vqa.py: the preset tiny
+        (base, (1, 2, 3)),
+        (tokenizer, (1,)),
+        ([*tokenizer, *base], (1, 2, 3)),
+        (["--patch_size", "9"], (1, 2)),
+        (in_checkpoint, (1,)),
+        ([*in_checkpoint, *base], (1,)),
+    ):
         _, report = run(folder, *given, *options)
         assert faults_of(report) == [(f"t.jsonl row {row}", "image smaller than a patch") for row in bad]
 

@@ -1,6 +1,7 @@
 """The checkpoint that comes with the project, exported by the command: it answers easy-VQA as PyTorch does."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ import torch
 from easy_vqa import get_test_image_paths, get_test_questions, get_train_image_paths, get_train_questions
 from PIL import Image
 from places import EXAMPLES
+from safetensors.torch import load_file, save_file
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
-from modeling_trips.export import BACKENDS, load_exported
-from modeling_trips.export.__main__ import main
+from modeling_trips.export import BACKENDS, export_model, load_exported
+from modeling_trips.export.__main__ import main, read_calibration
 
 
 CHECKPOINT = EXAMPLES / "trips-tiny-easy-vqa"
@@ -94,15 +96,60 @@ def test_answers_and_patches_are_those_of_pytorch(exported, questions, expected)
 
 def test_options_of_the_command_are_checked(tmp_path):
     options = ["--model", str(CHECKPOINT), "--output_dir"]
-    with pytest.raises(ValueError, match="--output_dir .* exists. Choose another one"):
-        main([*options, str(tmp_path)])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    with pytest.raises(ValueError, match="model exists and is not empty"):
+        main([*options, str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="model exists and is not empty"):
+        export_model(TripsForQuestionAnswering.from_pretrained(CHECKPOINT), tmp_path / "model")
     with pytest.raises(ValueError, match="no backend 'onnx' with the dtype 'bf16'"):
         main([*options, str(tmp_path / "new"), "--backend", "onnx", "--dtype", "bf16"])
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "what color?"}\n')
-    with pytest.raises(ValueError, match="rows.jsonl, line 1, needs an `image`, and a `question` or `text`"):
-        main([*options, str(tmp_path / "new"), "--dtype", "int8", "--calibration_file", str(rows)])
+    calibrated = [*options, str(tmp_path / "new"), "--dtype", "int8", "--calibration_file", str(rows)]
+    with pytest.raises(ValueError, match="rows.jsonl, line 1, needs .* it has question"):
+        main(calibrated)
+    rows.write_text('{"image": "none.png", "question": "what color?"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 1, .*none.png.* no such file"):
+        main([*calibrated, "--image_root", str(tmp_path)])
+    rows.write_text("\n")
+    with pytest.raises(ValueError, match="has no rows"):
+        main(calibrated)
+    with pytest.raises(ValueError, match="--image_root goes with --calibration_file"):
+        main([*options, str(tmp_path / "new"), "--image_root", str(tmp_path)])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"question": "is it red?", "answer": "yes"},
+        {"caption": "is it red?"},
+        {"captions": ["is it red?", "two"]},
+        {"expression": "is it red?", "box": [0, 0, 9, 9]},
+    ],
+    ids=lambda columns: next(iter(columns)),
+)
+def test_a_file_that_trains_calibrates(columns, processor, tmp_path):
+    """With paths relative to a folder, empty lines, and separators of lines within a text."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "images/1.png")
+    row = json.dumps({"image": "1.png", **columns, "image_id": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text(f"\n{row}\n\n{row}\n", encoding="utf-8")
+    expected = processor(images=Image.new("RGB", (64, 64), "teal"), text="is it red?", return_tensors="pt")
+    found = list(read_calibration(str(tmp_path / "rows.jsonl"), str(tmp_path / "images"), processor))
+    assert len(found) == 2
+    for inputs in found:
+        assert inputs.keys() == expected.keys() and all(torch.equal(inputs[name], expected[name]) for name in inputs)
+
+
+def test_a_checkpoint_with_missing_weights_is_not_exported(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "torn")
+    weights = load_file(tmp_path / "torn/model.safetensors")
+    del weights[next(iter(weights))]
+    save_file(weights, tmp_path / "torn/model.safetensors")
+    with pytest.raises(ValueError, match="missing_keys"):
+        main(["--model", str(tmp_path / "torn"), "--output_dir", str(tmp_path / "new")])
 
 
 @pytest.mark.slow

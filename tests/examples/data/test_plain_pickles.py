@@ -1,6 +1,8 @@
 """Pickles of annotations: plain data are read, and nothing in a hostile one is run."""
 
+import contextlib
 import pickle
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import pytest
@@ -51,6 +53,26 @@ def test_pickle_of_plain_data_is_read(tmp_path):
         assert read_plain_pickle(tmp_path / "file.p") == value
     (tmp_path / "file.p").write_bytes(b"(lp0\nS'caf\\xc3\\xa9'\np1\na.")  # as written by Python 2
     assert read_plain_pickle(tmp_path / "file.p") == ["café"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"]r\xff\xff\xff\x0f.",
+        b"]p4000000000\n.",
+        b"\x80\x05B\xff\xff\xff\x0fabc.",
+        b"\x80\x05\x95" + b"\xff" * 7 + b"\x0f].",
+    ],
+    ids=["LONG_BINPUT", "PUT", "BINBYTES", "FRAME"],
+)
+def test_a_small_pickle_takes_little_memory(tmp_path, content):
+    """Its numbers say much: a place in the memo, a length."""
+    file = tmp_path / "file.p"
+    file.write_bytes(content)
+    peak = getrusage(RUSAGE_SELF).ru_maxrss  # KiB
+    with contextlib.suppress(ValueError):
+        read_plain_pickle(file)
+    assert getrusage(RUSAGE_SELF).ru_maxrss - peak < 2**16
 
 
 def test_broken_and_other_pickles_are_named(tmp_path):

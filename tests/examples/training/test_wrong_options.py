@@ -45,6 +45,7 @@ def test_each_script_looks_at_the_model_before_the_data(script, options):
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
         ("--fusion_type=none", "fusion_type"),
         ("--preset=huge", "huge"),
+        ("--max_steps=0", "--max_steps"),
         ("--tokenizer_name=nowhere", "find them in the cached files"),
         ("--model_name_or_path=nowhere", "nowhere"),
         ("--image_root=nowhere", "no folder nowhere"),

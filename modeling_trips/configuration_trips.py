@@ -13,11 +13,13 @@
 # limitations under the License.
 """TRIPS configuration: a vision, a text, a fusion and a decoder part. Patch selection belongs to the vision part."""
 
+from .versions_trips import check_release as check_release  # isort: skip
+
 import copy
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.utils import auto_docstring
 
 from .configuration_trips_parts import (
@@ -126,11 +128,11 @@ class TripsConfig(PreTrainedConfig):
     ```"""
 
     model_type = "trips"
-    sub_configs_defaults: ClassVar[dict[str, type[PreTrainedConfig]]] = {
-        "vision_config": TripsVisionConfig,
-        "text_config": TripsTextConfig,
-        "fusion_encoder_config": TripsFusionConfig,
-        "decoder_config": TripsDecoderConfig,
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(TripsVisionConfig),
+        "text_config": SubConfigSpec(TripsTextConfig),
+        "fusion_encoder_config": SubConfigSpec(TripsFusionConfig),
+        "decoder_config": SubConfigSpec(TripsDecoderConfig),
     }
     keys_to_ignore_at_inference = [
         "cache",

@@ -23,7 +23,6 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_trips import TripsConfig
 from .losses_trips import weighted_sum
@@ -32,6 +31,7 @@ from .modeling_trips_layers import check_image_index
 from .modeling_trips_pointing import pointing_losses, token_indices
 from .modeling_trips_text import TripsDecoder, TripsLMHead
 from .modeling_trips_vision import TripsSelection, TripsVisionPrefix
+from .versions_trips import CACHE_NAME, accept_former_cache_name
 
 
 # How many tokens `generate` writes unless a checkpoint or a call says otherwise: enough for a caption.
@@ -147,7 +147,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -175,6 +175,8 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             Text i looks at image `image_index[i]`. By default text i looks at image i.
         prefix (`TripsVisionPrefix`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
+        cache (`Cache`, *optional*):
+            Keys and values of the tokens before `decoder_input_ids`.
         labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
             Token ids of the answers or captions, ending with the end token; -100 is ignored.
         loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
@@ -248,7 +250,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             loss=loss,
             **of_texts,
             logits=logits,
-            cache=decoded.cache,
+            **{CACHE_NAME: decoded.get(CACHE_NAME)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,

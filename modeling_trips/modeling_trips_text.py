@@ -29,7 +29,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -43,6 +42,7 @@ from .modeling_trips_text_layers import (
     TripsTextLayer,
     TripsTextSelfAttention,
 )
+from .versions_trips import CACHE_NAME, accept_former_cache_name
 
 
 class TripsLayerStack(nn.Module):
@@ -317,7 +317,7 @@ class TripsDecoder(TripsPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -329,12 +329,16 @@ class TripsDecoder(TripsPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        cache (`Cache`, *optional*):
+            Keys and values of the tokens before `input_ids`.
+        """
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         cache_length = cache.get_seq_length() if cache is not None else 0
         hidden_states = self.embeddings(input_ids, inputs_embeds=inputs_embeds, cache_length=cache_length)
         attention_mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, cache=cache
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, **{CACHE_NAME: cache}
         )
         if encoder_attention_mask is not None:
             encoder_attention_mask = bidirectional_mask(
@@ -346,7 +350,7 @@ class TripsDecoder(TripsPreTrainedModel):
         hidden_states = self.encoder(
             hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, cache=cache, **kwargs
         )
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, cache=cache)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 
 TripsTextModel.register_for_auto_class("AutoModel")

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Processor class for TRIPS: images and texts to tensors, and back to answers and patch boxes."""
 
+from .versions_trips import check_release as check_release  # isort: skip
+
 import re
 
 import numpy as np
@@ -26,6 +28,8 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import ModelOutput, auto_docstring, logging
 
+from .configuration_trips_parts import remove_code_references
+from .image_decoding_trips import convert_to_rgb as convert_to_rgb  # see versions_trips
 from .input_preparation_trips import TEXT_CLEANINGS, check_images_of_texts, prepare_images
 
 
@@ -45,6 +49,9 @@ CHAT_TEMPLATE = """
 """.strip()
 
 logger = logging.get_logger(__name__)
+
+# Without an explicit `truncation=False` a tokenizer that gets `max_length` alone cuts texts.
+TEXT_KWARGS = {"padding": True, "truncation": False}
 
 # How far a box may reach beyond its image, in pixels: annotations are rounded.
 BOX_TOLERANCE = 1.0
@@ -115,10 +122,15 @@ def _join_words(text: str) -> str:
     return re.sub(r"(?<=\w)\s*(['\-])\s*(?=\w)", r"\1", text)
 
 
+# trf-ignore: TRF019 (until 5.22, Transformers reads defaults from here alone)
+class TripsProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": TEXT_KWARGS}
+
+
 @auto_docstring
 class TripsProcessor(ProcessorMixin):
-    # Without an explicit `truncation=False` a tokenizer that gets `max_length` alone cuts texts
-    text_kwargs = {"padding": True, "truncation": False}
+    valid_processor_kwargs = TripsProcessorKwargs
+    text_kwargs = TEXT_KWARGS
 
     def __init__(
         self,
@@ -191,7 +203,9 @@ class TripsProcessor(ProcessorMixin):
         check_images_of_texts(images, text, image_index)
         cleaned = self.clean_texts([text])[0] if isinstance(text, str) else text and self.clean_texts(list(text))
         inputs = super().__call__(images=images, text=cleaned, **kwargs)
-        text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        text_kwargs = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )["text_kwargs"]
         if text is not None:
             masks = _padding_masks(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
             self._check_lengths(
@@ -210,7 +224,8 @@ class TripsProcessor(ProcessorMixin):
         return [TEXT_CLEANINGS[self.text_cleaning](text) for text in texts] if self.text_cleaning else texts
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """As in Transformers, but the processor stays as it was: an `auto_map` is for the files alone."""
+        """As in Transformers. The files name the code of this project alone; the processor keeps no `auto_map`."""
+        remove_code_references(self)
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.__dict__.pop("auto_map", None)
         return files

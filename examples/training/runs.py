@@ -109,12 +109,9 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
         ValueError: if the checkpoint that is named is not whole; if there is none for `last`; or if nothing is to be
             resumed and `output_dir` holds checkpoints, which would be taken for those of the new run.
     """
-    wanted, folders = args.resume_from_checkpoint, {}
-    for folder in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.rpartition("-")[2]
-        if step.isdecimal():
-            folders[int(step)] = folder
-    if wanted is None and any((folder / TRAINER_STATE_NAME).exists() for folder in folders.values()):
+    wanted = args.resume_from_checkpoint
+    folders = [path for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path).isdecimal()]
+    if wanted is None and any((folder / TRAINER_STATE_NAME).exists() for folder in folders):
         raise ValueError(
             f"{args.output_dir} holds checkpoints: go on from them with --resume_from_checkpoint last, or choose "
             "another --output_dir."
@@ -125,13 +122,18 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
         if flaw := flaw_of(Path(wanted), args.save_only_model):
             raise ValueError(f"--resume_from_checkpoint {wanted}: {flaw}. Resume from another checkpoint.")
         return wanted
-    for step in sorted(folders, reverse=True):
-        flaw = flaw_of(folders[step], args.save_only_model)
+    for folder in sorted(folders, key=lambda folder: int(step_of(folder)), reverse=True):
+        flaw = flaw_of(folder, args.save_only_model)
         if flaw is None:
-            return str(folders[step])
+            return str(folder)
         if args.should_log:
-            logger.warning("Skipped %s: %s.", folders[step], flaw)
+            logger.warning("Skipped %s: %s.", folder, flaw)
     raise ValueError(f"--resume_from_checkpoint last: there is no whole checkpoint in {args.output_dir}.")
+
+
+def step_of(checkpoint: Path) -> str:
+    """The step in the name of a checkpoint's folder; other text if the folder is none of `Trainer`'s."""
+    return checkpoint.name.rpartition("-")[2]
 
 
 def flaw_of(checkpoint: Path, only_model: bool = False) -> str | None:

@@ -22,8 +22,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 MAX_TEXTS = 32
 MAX_TEXT_LENGTH = 2000  # characters
 MAX_ANSWERS = 4096
-MAX_IMAGE_BYTES = 8 << 20
-MAX_PIXELS = 16 << 20
+MAX_IMAGE_BYTES = 8 << 20  # `decode_image` also limits the pixels
 # The largest value of each number in `parameters`. `max_new_tokens` is also limited by the decoder's positions.
 MAX_NUMBERS = {"top_k": 10, "num_beams": 10, "max_new_tokens": 128}
 
@@ -98,7 +97,7 @@ class EndpointHandler:
             content = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError("`inputs.image` must be an image file in base64.") from error
-        return self.decode_image(content, max_pixels=MAX_PIXELS)
+        return self.decode_image(content)
 
     def answer_question(self, image: PIL.Image.Image, inputs: dict, **parameters) -> list:
         question = inputs.get("question")
@@ -122,5 +121,5 @@ class EndpointHandler:
 def _check_texts(name: str, texts: list, most: int):
     is_list = isinstance(texts, list) and 1 <= len(texts) <= most
     if not is_list or not all(isinstance(text, str) and len(text) <= MAX_TEXT_LENGTH for text in texts):
-        expected = "a string" if most == 1 else f"a list of 1 to {most:,} strings, each"
+        expected = "one string" if most == 1 else f"1 to {most:,} strings"
         raise ValueError(f"`{name}` must be {expected} of at most {MAX_TEXT_LENGTH:,} characters.")

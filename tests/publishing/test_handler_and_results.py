@@ -215,7 +215,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpa
         "",
         base64.b64encode(EPS).decode(),
         in_base64(PIL.Image.new("RGB", (8, 8)), "TIFF"),
-        in_base64(PIL.Image.new("1", (5000, 5000))),
+        in_base64(PIL.Image.new("1", (8000, 8000))),
         "A" * (MAX_IMAGE_BYTES * 2),
     ],
     ids=["path", "url", "number", "none", "empty", "EPS", "TIFF", "pixels", "bytes"],

@@ -106,7 +106,7 @@ class TripsPreTrainedModel(PreTrainedModel):
         return [parameter for part in parts for parameter in part.unused_parameters()]
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in Transformers. The folder gets the code of every class, to load where this project is not."""
+        """As in Transformers. The folder gets the code of every class of this project, and names no other code."""
         self.describe_code()
         with _named_as_registered(type(self)):
             # A part that was loaded from a whole model is saved under its own names.

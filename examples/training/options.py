@@ -257,6 +257,9 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
             "help": "How many texts about an image may stand in a training batch; they share its computation.",
         },
     )
+    logging_steps: float = field(
+        default=0.05, metadata={"help": "How often to log the loss: steps, or below 1 their share of all steps."}
+    )
     health_steps: float = field(
         default=0.25,
         metadata={
@@ -283,6 +286,8 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--max_steps must be positive, or -1 to train for --num_train_epochs, got 0.")
         if self.health_steps < 0:
             raise ValueError(f"--health_steps {self.health_steps}: must be at least 0, which is never.")
+        if self.eval_steps is None and self.logging_steps < 1:
+            self.eval_steps = self.save_steps  # an evaluation takes longer than a line of the log
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.auto_bf16 and not self.fp16:
             self.bf16 = self.bf16 or bf16_is_fast()

@@ -17,6 +17,20 @@ def test_options_that_would_be_ignored_are_refused(option, tmp_path):
         TripsTrainingArguments(output_dir=str(tmp_path), **option)
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, (0.05, 500)),
+        ({"save_steps": 100}, (0.05, 100)),
+        ({"logging_steps": 20}, (20, 20)),
+        ({"eval_steps": 7}, (0.05, 7)),
+    ],
+)
+def test_the_log_has_the_loss_of_short_runs_and_evaluations_are_fewer(options, steps, tmp_path):
+    args = TripsTrainingArguments(output_dir=str(tmp_path), eval_strategy="steps", **options)
+    assert (args.logging_steps, args.eval_steps) == steps
+
+
 def test_embedded_tasks_share_a_vocabulary_that_has_all_of_their_words():
     tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
     assert {word for word in EMBEDDED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()

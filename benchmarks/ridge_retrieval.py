@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from modeling_trips import TripsModel
+from modeling_trips import TripsModel, from_vision_text_pretrained
 from modeling_trips.inspection.speed import provenance
 from trips_examples.data.faults import BadRows
 from trips_examples.data.picture_tasks import load_pictures_alone
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
     start = time.perf_counter()
     bad_rows = BadRows(skip=args.skip_bad_rows)
     data = load_pictures_alone(args.pictures, args.scene_size, args.validation_names, bad_rows)
-    model = TripsModel.from_vision_text_pretrained(args.vision, args.text, keep_rate=1.0, image_size=args.scene_size)
+    model = from_vision_text_pretrained(TripsModel, args.vision, args.text, keep_rate=1.0, image_size=args.scene_size)
     tools = (AutoImageProcessor.from_pretrained(args.vision), AutoTokenizer.from_pretrained(args.text))
     train, test = (encode(model, *tools, data[split], args.batch_size) for split in ("train", "validation"))
     ridge, strength = best_ridge(*train)

@@ -22,10 +22,10 @@ import transformers
 from easy_vqa import get_test_image_paths
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
-from modeling_trips.input_preparation_trips import read_image
 from modeling_trips.inspection import plot_selection
 from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from modeling_trips.inspection.speed import timed
+from modeling_trips.processing_trips import read_image
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.training.parser import make_parser
 

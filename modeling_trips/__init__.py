@@ -9,19 +9,35 @@ from .configuration_trips import (
 )
 from .conversion.vision_text import from_vision_text_pretrained
 from .image_decoding_trips import convert_to_rgb
-from .modeling_trips import TripsModel, TripsModelOutput, TripsPreTrainedModel
-from .modeling_trips_classification import (
+from .modeling_trips import (
+    TripsAnswerRanking,
+    TripsForConditionalGeneration,
     TripsForImagesAndTextClassification,
     TripsForImagesAndTextClassificationOutput,
+    TripsForQuestionAnswering,
+    TripsForVisualGrounding,
+    TripsModel,
+    TripsModelOutput,
+    TripsPreTrainedModel,
+    TripsSeq2SeqLMOutput,
+    TripsVisualGroundingOutput,
 )
-from .modeling_trips_generation import TripsForConditionalGeneration, TripsSeq2SeqLMOutput
-from .modeling_trips_grounding import TripsForVisualGrounding, TripsVisualGroundingOutput
-from .modeling_trips_pretraining import TripsForPreTraining, TripsForPreTrainingOutput
-from .modeling_trips_question_answering import TripsAnswerRanking, TripsForQuestionAnswering
-from .modeling_trips_retrieval import TripsForRetrieval, TripsMatchingOutput, TripsRetrievalOutput
-from .modeling_trips_single_stream import TripsSingleStreamModel, TripsSingleStreamModelOutput
+from .modeling_trips_pretraining import (
+    TripsForPreTraining,
+    TripsForPreTrainingOutput,
+    TripsForRetrieval,
+    TripsMatchingOutput,
+    TripsRetrievalOutput,
+)
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
-from .modeling_trips_vision import TripsSelection, TripsVisionModel, TripsVisionModelOutput, TripsVisionPrefix
+from .modeling_trips_vision import (
+    TripsSelection,
+    TripsSingleStreamModel,
+    TripsSingleStreamModelOutput,
+    TripsVisionModel,
+    TripsVisionModelOutput,
+    TripsVisionPrefix,
+)
 from .momentum_trips import MomentumTeacher
 from .pipeline_trips import (
     TripsImageToTextPipeline,
@@ -35,9 +51,6 @@ from .registration_trips import register
 __version__ = "0.2.0.dev0"
 
 register()
-# A checkpoint carries no conversion: the package gives its models this way to begin.
-TripsPreTrainedModel.from_vision_text_pretrained = classmethod(from_vision_text_pretrained)
-
 
 __all__ = [
     "__version__",
@@ -77,4 +90,5 @@ __all__ = [
     "TripsVisualQuestionAnsweringPipeline",
     "TripsZeroShotImageClassificationPipeline",
     "convert_to_rgb",
+    "from_vision_text_pretrained",
 ]

@@ -11,27 +11,277 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""TRIPS as a Transformers model: text encoder, text-guided vision tower and fusion encoder under one name."""
+"""
+TRIPS: the bare model, and the heads that write (answers, captions), ground and classify.
 
+A text passes `TripsTextModel`, picks patches in `TripsVisionModel` and is fused with them in `TripsFusionModel`. A
+head reads the fused states.
+"""
+
+import copy
+import math
+import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import distributed, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.image_transforms import center_to_corners_format
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .losses_trips import region_targets, selection_loss
-from .modeling_trips_layers import TripsPreTrainedModel
-from .modeling_trips_single_stream import TripsSingleStreamModel
-from .modeling_trips_text import TripsFusionModel, TripsTextModel
+from .modeling_trips_text import (
+    TripsDecoder,
+    TripsFusionModel,
+    TripsLMHead,
+    TripsPreTrainedModel,
+    TripsTextModel,
+    check_image_index,
+    name_in_checkpoint,
+)
 from .modeling_trips_vision import (
     TripsSelection,
+    TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
     TripsVisionPrefix,
+    next_candidates,
     repeated,
 )
+from .patch_selection import PADDING
+from .versions_trips import CACHE_NAME, accept_former_cache_name
+
+
+# Losses
+
+
+# Areas below this count as it: a union or an enclosing box of no area divides nothing.
+SMALLEST_AREA = 1e-12
+SMALLEST_ATTENTION = 1e-6  # to a candidate, before its logarithm is taken
+
+
+def _areas(boxes: torch.Tensor) -> torch.Tensor:
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return (x1 - x0) * (y1 - y0)
+
+
+def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
+    widths, heights = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    intersections = widths * heights
+    return intersections, _areas(boxes) + _areas(target_boxes) - intersections
+
+
+def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Intersection over union of box i and target box i (`torchvision.ops.box_iou` pairs each with all).
+
+    Args:
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
+
+    Returns:
+        `torch.Tensor` of shape `(num_boxes,)`, in [0, 1]. It is 0 where both boxes have no area.
+    """
+    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    return intersections / unions.clamp(min=SMALLEST_AREA)
+
+
+def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630). Boxes that do not meet are drawn together:
+    the share of their enclosing box that neither covers is added to the loss.
+
+    `torchvision.ops.generalized_box_iou_loss` gives the same values, but a model's code does without torchvision, and
+    a GPU would wait for its mask of the boxes that meet.
+
+    Args:
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
+
+    Returns:
+        `torch.Tensor` of shape `(num_boxes,)`, in [0, 2].
+    """
+    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
+    enclosing = _areas(torch.cat((top_left, bottom_right), dim=-1))
+    iou = intersections / unions.clamp(min=SMALLEST_AREA)
+    return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
+
+
+def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    L1 distance of box i and target box i, in whatever format both have: `(num_boxes, 4)` -> `(num_boxes,)`, the sum
+    over the four numbers.
+    """
+    return (boxes - target_boxes).abs().sum(dim=-1)
+
+
+def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Where a text that is about a region should look: at each patch as much as it is a part of the region.
+
+    Args:
+        regions (`torch.Tensor` of shape `(num_texts, 4)`): boxes (center_x, center_y, width, height) in [0, 1] of the
+            image. A text without a region has a box of no area.
+        grid_size (`tuple(int, int)`): patches down and across.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order: each row sums to 1, or
+        to 0 without a region in the image.
+    """
+    center_x, center_y, width, height = regions.float().unbind(-1)
+
+    def overlaps(center: torch.Tensor, length: torch.Tensor, count: int) -> torch.Tensor:
+        edges = torch.arange(count + 1, device=regions.device) / count
+        start, end = (center - length / 2)[:, None], (center + length / 2)[:, None]
+        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0)
+
+    rows, columns = grid_size
+    areas = (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
+    return areas / areas.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
+
+
+def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
+    """
+    Of what should be looked at, the part of each candidate; a fused token has that of all patches which are no
+    candidates, since they are behind it.
+
+    Args:
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`)
+        candidate_indices (`torch.LongTensor` of shape `(num_texts, num_candidates)`): -1 for a fused token, -2 for
+            padding, which has none.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_candidates)`.
+    """
+    is_patch = candidate_indices >= 0
+    shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
+    hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
+    return shown.where(is_patch, hidden[:, None] * (candidate_indices == -1))
+
+
+def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    How far the attention that selects is from where it should be. It teaches a text to choose, which top-k has no
+    gradient for.
+
+    A region says where to look, not what in it matters: the target is the region weighted by the square root of what
+    the text finds in it, and the loss the Kullback-Leibler divergence of the scores from that. (The weights themselves
+    would be expectation maximisation, which soon looks at a patch or two; none would want all of a region alike.)
+
+    Args:
+        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): attention of a selection
+            layer or a head, and to which patches.
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): where to look, not negative; a row of zeros
+            teaches nothing.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts,)`, float32.
+    """
+    scores = scores.float().clamp(min=SMALLEST_ATTENTION)
+    targets = targets_of_candidates(targets.float(), candidate_indices) * scores.detach().sqrt()
+    targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
+    return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 if `torch.distributed` is not in use."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def mean_count(count: torch.Tensor) -> torch.Tensor:
+    """
+    The mean of a number of items (shape `()`) over the processes, at least one item in all of them.
+
+    A process that divides the sum over its items by it has a loss whose mean over the processes, as data parallel
+    training takes it, is the mean over all items, also if one process has more of them than another.
+    """
+    if num_processes() == 1:
+        return count.clamp_min(1)
+    total = count.clone()
+    distributed.all_reduce(total)
+    return total.clamp_min(1) / num_processes()
+
+
+def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
+    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
+    return sum(losses) if losses else None
+
+
+def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
+    """
+    Which patches the image tokens behind [CLS] are: `(num_texts or 1, num_tokens)`, in row-major order of the image;
+    negative for a fused token and for padding.
+    """
+    num_tokens, device = image_states.shape[1], image_states.device
+    if selection:
+        return next_candidates(selection[-1], num_tokens).to(device)
+    return torch.arange(num_tokens, device=device)[None]
+
+
+def pointing_losses(
+    weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    How far attention is from each text's region, as [`selection_loss`] tells it of the patches that were kept. A fused
+    token shows no place: what it gets counts neither for nor against. (Were it wrong to look at it, it would be taught
+    to be unlike the region, and with it the scores that it is weighted by: to choose what the text is not about.)
+
+    Args:
+        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): attention to the image tokens behind [CLS]; with
+            what else is attended to, rows sum to 1. Padding gets none.
+        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): see `token_indices`.
+        regions (`torch.Tensor` of shape `(num_texts, 4)`): see [`region_targets`].
+        grid_size (`tuple(int, int)`): patches down and across.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts,)`, float32; 0 where nothing of the region is among them.
+    """
+    indices = indices.to(weights.device).masked_fill(indices < 0, PADDING).expand_as(weights)
+    to_fused = weights.where(indices == PADDING, 0.0).sum(dim=-1, keepdim=True)
+    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
+    return selection_loss(weights, indices, region_targets(regions.to(weights.device), grid_size))
+
+
+# The bare model
+
+
+class TripsWholeModel(TripsPreTrainedModel):
+    """Base of the models with a [`TripsConfig`]: the bare one, and those with a head on it."""
+
+    config: TripsConfig
+    # The task of the pipeline that runs the head.
+    pipeline_task: ClassVar[str | None] = None
+
+    @classmethod
+    def auto_map(cls) -> dict[str, str]:
+        """As in the parent. Where `cls` has no part in an Auto class, a class of its module has."""
+        references = {"AutoProcessor": "processing_trips.TripsProcessor"}
+        for model_class in (*reversed(sys.modules[cls.__module__].MODELS), cls):
+            references |= super(TripsWholeModel, model_class).auto_map()
+        return references
+
+    def name_code(self):
+        super().name_code()
+        from .pipeline_trips import PIPELINES  # here, so that only saving needs it
+
+        if self.pipeline_task is not None:
+            pipeline = {"impl": name_in_checkpoint(PIPELINES[self.pipeline_task]), "pt": [self.auto_classes[0]]}
+            self.config.custom_pipelines = {self.pipeline_task: {**pipeline, "type": "multimodal"}}
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
 
 
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
@@ -73,7 +323,9 @@ class TripsModelOutput(ModelOutput):
     of ViLT: text embeddings -> vision tower, through which text and patches go together.
     """
 )
-class TripsModel(TripsPreTrainedModel):
+class TripsModel(TripsWholeModel):
+    auto_classes = ("AutoModel",)
+
     def __init__(self, config: TripsConfig):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
@@ -250,4 +502,814 @@ class TripsModel(TripsPreTrainedModel):
 
 TripsModel.register_for_auto_class("AutoModel")
 
-__all__ = ["TripsModel", "TripsModelOutput", "TripsPreTrainedModel"]
+
+# Heads that write
+
+
+# How many tokens `generate` writes unless a checkpoint or a call says otherwise: enough for a caption.
+MAX_NEW_TOKENS = 32
+
+
+@auto_docstring(custom_intro="Output of the heads that write text.")
+@dataclass
+class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
+        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The part of `loss` that teaches texts to choose, before its weight. In training, if `regions` are given.
+    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The part that teaches the text's [CLS] to look at its region in the last cross-attention, before its weight. In
+        training, if `regions` are given and `encoder_outputs` are not, unless its coefficient is 0.
+    selection (`tuple(TripsSelection)`, *optional*):
+        What each selection layer kept. `None` if `encoder_outputs` were given without it.
+    """
+
+    selection_loss: torch.FloatTensor | None = None
+    pointing_loss: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS with a text decoder. The text (a prompt, a question, or nothing) selects the patches and is fused with them;
+    the decoder reads the fused states and writes what follows the text: a caption, an answer.
+    """
+)
+class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
+    auto_classes = ("AutoModelForImageTextToText",)
+    pipeline_task = "image-to-text"
+    _tied_weights_keys = {"lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        config.check_start_token()
+        self.model = TripsModel(config)
+        decoder = TripsDecoder(config.decoder_config)
+        self.lm_head = TripsLMHead(config.decoder_config)
+        self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
+        self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
+        self.post_init()
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """
+        As in Transformers. But a checkpoint of a task that does not write has no generation config, and its model
+        config does not say which token ends a text: its decoder's does.
+        """
+        of_decoder = self.generation_config
+        super().adjust_generation_fn(*args, **kwargs)
+        names = ["bos_token_id", "eos_token_id"]
+        if self.generation_config.max_length is None:
+            names.append("max_new_tokens")
+        for name in names:
+            if getattr(self.generation_config, name) is None:
+                setattr(self.generation_config, name, getattr(of_decoder, name))
+
+    def get_output_embeddings(self):
+        """
+        The head, if it has weights of its own. PEFT and FSDP know of heads that share those of `get_input_embeddings`,
+        which are the text encoder's, but not of one that shares the decoder's: they would untie it or shard it twice.
+        """
+        return None if self.config.tie_word_embeddings else self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head.decoder = new_embeddings
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and the head."""
+        size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
+        self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict):
+        super()._validate_model_kwargs(model_kwargs)
+        index, prefix = model_kwargs.get("image_index"), model_kwargs.get("prefix")
+        images = model_kwargs.get("pixel_values") if prefix is None else prefix.hidden_states
+        # Of another device than the CPU, the values are known only when it has finished all its work.
+        if index is not None and images is not None and index.device.type == "cpu":
+            check_image_index(index, num_images=len(images))
+
+    def _expand_inputs_for_generation(self, *args, **model_kwargs):
+        if model_kwargs.get("encoder_outputs") is not None:  # the library expands them in place: spare the caller's
+            model_kwargs["encoder_outputs"] = copy.copy(model_kwargs["encoder_outputs"])
+        return super()._expand_inputs_for_generation(*args, **model_kwargs)
+
+    def get_encoder(self, modality: str | None = None):
+        return self.model
+
+    def get_decoder(self):
+        return self.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """
+        The decoder's input for teacher forcing: labels shifted right behind the start token, -100 replaced by padding.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(num_labels, label_length)`)
+
+        Returns:
+            `torch.LongTensor` of the same shape.
+        """
+        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+    @can_return_tuple
+    @auto_docstring
+    @accept_former_cache_name
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        encoder_outputs: TripsModelOutput | None = None,
+        cache: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
+        text_index: torch.LongTensor | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsSeq2SeqLMOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`. By default text i looks at image i.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        cache (`Cache`, *optional*):
+            Keys and values of the tokens before `decoder_input_ids`.
+        labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
+            Token ids of the answers or captions, ending with the end token; -100 is ignored.
+        loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
+            Weight of each row of `labels` in the loss, as VQAv2 has ten answers of which some are equal. 1 by default.
+        text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
+            Row j of `labels` follows text `text_index[j]`, so that the answers to one question, or the captions of one
+            image, share all but the decoder. By default row j follows text j.
+        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            What each text is about, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`].
+        """
+        # CODEPATH: a coefficient of 0, the default, leaves the loss out.
+        is_taught = self.training and labels is not None and regions is not None and encoder_outputs is None
+        is_pointed = is_taught and self.config.pointing_loss_coefficient > 0
+        if encoder_outputs is None:
+            encoder_outputs = self.model(
+                input_ids,
+                pixel_values,
+                attention_mask,
+                token_type_ids,
+                image_index,
+                prefix,
+                inputs_embeds,
+                regions,
+                patch_targets,
+                output_cls_attention=is_pointed,
+                **kwargs,
+            )
+        elif not isinstance(encoder_outputs, ModelOutput):
+            encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
+        fused_states = encoder_outputs[0]
+        if labels is not None:
+            _check_labels(labels, loss_weights, text_index, num_texts=len(fused_states))
+        if text_index is not None:
+            fused_states = fused_states[text_index]
+            attention_mask = attention_mask[text_index] if attention_mask is not None else None
+        decoded = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_hidden_states=fused_states,
+            encoder_attention_mask=attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            cache=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(decoded.last_hidden_state)
+        loss, of_texts = None, {}
+        if labels is not None:
+            num_items = kwargs.get("num_items_in_batch")
+            of_texts["selection_loss"] = encoder_outputs.get("selection_losses")
+            if is_pointed:
+                of_texts["pointing_loss"] = self._pointing_losses(encoder_outputs, regions, pixel_values, prefix)
+            for name, losses in of_texts.items():
+                if losses is not None:
+                    losses = losses if text_index is None else losses[text_index]
+                    of_texts[name] = mean_over_labels(losses, labels, num_items)
+            loss = weighted_sum(
+                (1, label_loss(logits, labels, loss_weights, num_items)),
+                (self.config.selection_loss_weight, of_texts["selection_loss"]),
+                (self.config.pointing_loss_coefficient, of_texts.get("pointing_loss")),
+            )
+        return TripsSeq2SeqLMOutput(
+            loss=loss,
+            **of_texts,
+            logits=logits,
+            **{CACHE_NAME: decoded.get(CACHE_NAME)},
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+            selection=encoder_outputs.get("selection"),
+        )
+
+    def _pointing_losses(
+        self,
+        encoder_outputs: TripsModelOutput,
+        regions: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None,
+        prefix: TripsVisionPrefix | None,
+    ) -> torch.Tensor:
+        """How far each text's [CLS] looks from its region in the last cross-attention, all heads: `(num_texts,)`."""
+        weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
+        if vision.attention_mask is not None:
+            weights = weights * vision.attention_mask[:, None].to(weights.device)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
+        return pointing_losses(weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, prefix))
+
+    @torch.no_grad()
+    def score_labels(
+        self,
+        labels: torch.LongTensor,
+        encoder_outputs: TripsModelOutput,
+        attention_mask: torch.Tensor | None = None,
+        text_index: torch.LongTensor | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Log-likelihood of given answers or captions. Call `eval()` first, as for `generate`.
+
+        Args:
+            labels, text_index: as in `forward`.
+            encoder_outputs ([`TripsModelOutput`]): what `get_encoder()` returned for the texts and images.
+            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*): of the texts.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_labels,)`, float32: the sum over the tokens of each row.
+        """
+        logits = self(
+            attention_mask=attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=self.prepare_decoder_input_ids_from_labels(labels),
+            text_index=text_index,
+            use_cache=False,
+        ).logits
+        return -token_nll(logits, labels).sum(dim=-1)
+
+
+def _check_labels(labels, loss_weights, text_index, num_texts: int):
+    num_labels = len(labels)
+    if text_index is None and num_labels != num_texts:
+        raise ValueError(
+            f"Got {num_labels} rows of `labels` for {num_texts} texts. Say with `text_index` which text each of them "
+            "follows."
+        )
+    for name, value in (("loss_weights", loss_weights), ("text_index", text_index)):
+        if value is not None and tuple(value.shape) != (num_labels,):
+            raise ValueError(f"`{name}` must have shape ({num_labels},), one entry per row of `labels`.")
+
+
+def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int) -> torch.LongTensor:
+    """`(num_labels, label_length)` -> the same: a start token and all but the last label; -100 becomes padding."""
+    start = torch.full_like(labels[:, :1], start_token_id)
+    shifted = torch.cat((start, labels[:, :-1]), dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    """Negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 where the label is -100."""
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+
+
+def mean_over_labels(
+    losses: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The mean over the label tokens of what each row of labels costs as a whole, `(num_labels,)`: as `label_loss`
+    counts, so that gradient accumulation and several processes give the gradient of the whole batch.
+    """
+    num_tokens = (labels != -100).sum(dim=-1)
+    return (losses * num_tokens).sum() / (num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def label_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    loss_weights: torch.FloatTensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Weighted cross-entropy, divided by the number of label tokens.
+
+    ALBEF divides by the number of questions instead. Tokens are what `Trainer` counts (`num_items_in_batch`), so that
+    gradient accumulation and several processes give the gradient of the whole batch. All label tokens count in full,
+    whatever the weights: the more distinct answers a batch has, the smaller its loss.
+    """
+    nll = token_nll(logits, labels).sum(dim=-1)
+    if loss_weights is not None:
+        nll = nll * loss_weights.to(nll.dtype)
+    num_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return nll.sum() / num_tokens
+
+
+TripsForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+
+@auto_docstring(custom_intro="Output of [`TripsForQuestionAnswering.rank_answers`].")
+@dataclass
+class TripsAnswerRanking(ModelOutput):
+    r"""
+    answer_indices (`torch.LongTensor` of shape `(num_texts, k)`):
+        Rows of `answer_ids`, the best first.
+    scores (`torch.FloatTensor` of shape `(num_texts, k)`):
+        Log-likelihood of each of these answers: the sum over its tokens. With `config.answer_ranking="albef"` the
+        first token's log-probability is in it twice.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept.
+    """
+
+    answer_indices: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS that answers a question about an image. Use `generate` for free answers and `rank_answers` for the best of a
+    given list.
+    """
+)
+class TripsForQuestionAnswering(TripsForConditionalGeneration):
+    auto_classes = ("AutoModelForVisualQuestionAnswering", "AutoModelForImageTextToText")
+    pipeline_task = "visual-question-answering"
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        answer_ids: torch.LongTensor,
+        answer_attention_mask: torch.Tensor | None = None,
+        k: int = 128,
+        answers_per_step: int = 16,
+        attention_mask: torch.Tensor | None = None,
+        **inputs,
+    ) -> TripsAnswerRanking:
+        """
+        Ranks given answers by their likelihood, or as ALBEF does (see `config.answer_ranking`), in ALBEF's two stages:
+        the `k` answers with the most likely first token are scored in full. Call `eval()` first, as for `generate`.
+
+        Args:
+            answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): the answers as labels, that is
+                without the start token and ending with the end token; padded with the padding token or -100.
+            answer_attention_mask (`torch.Tensor` of shape `(num_answers, answer_length)`, *optional*): 0 marks
+                padding. By default padding and -100 are told from `answer_ids`.
+            k (`int`, *optional*, defaults to 128): how many answers are scored in full.
+            answers_per_step (`int`, *optional*, defaults to 16): how many answers per question the decoder scores at
+                once, which bounds the memory.
+            inputs: the question and image inputs of `forward`.
+
+        Returns:
+            [`TripsAnswerRanking`]: the `min(k, num_answers)` best answers of each question, the best first.
+
+        Raises:
+            ValueError: if `k` is below 1 or an answer has no tokens.
+        """
+        if answer_attention_mask is None:
+            answer_attention_mask = (answer_ids != self.config.pad_token_id) & (answer_ids != -100)
+        labels = answer_ids.masked_fill(answer_attention_mask == 0, -100)
+        if k < 1 or (labels[:, 0] == -100).any():
+            raise ValueError(
+                f"`k` must be at least 1 (got {k}), and every row of `answer_ids` must begin with a token."
+            )
+        encoder_outputs = self.model(attention_mask=attention_mask, **inputs)
+        num_texts = encoder_outputs.last_hidden_state.shape[0]
+        start = torch.full((num_texts, 1), self.config.decoder_start_token_id, device=labels.device)
+        first_logits = self(
+            decoder_input_ids=start, attention_mask=attention_mask, encoder_outputs=encoder_outputs, use_cache=False
+        ).logits[:, 0]
+        first_token_scores = first_logits.float().log_softmax(dim=-1)[:, labels[:, 0]]
+        candidates = first_token_scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
+
+        scores = []
+        for chunk in candidates.split(answers_per_step, dim=1):
+            text_index = torch.arange(num_texts, device=labels.device).repeat_interleave(chunk.shape[1])
+            chunk_scores = self.score_labels(labels[chunk.flatten()], encoder_outputs, attention_mask, text_index)
+            scores.append(chunk_scores.view(chunk.shape))
+        scores = torch.cat(scores, dim=1)
+        # CODEPATH: ALBEF adds the first stage's score to the whole answer's, which contains it (models/model_vqa.py)
+        if self.config.answer_ranking == "albef":
+            scores = scores + first_token_scores.gather(1, candidates)
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+        return TripsAnswerRanking(candidates.gather(1, order), scores, encoder_outputs.selection)
+
+
+TripsForQuestionAnswering.register_for_auto_class("AutoModelForVisualQuestionAnswering")
+
+
+# The head that grounds
+
+
+@auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
+@dataclass
+class TripsVisualGroundingOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`, and in training
+        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
+    l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        L1 distance of predicted box and label, summed over the four numbers, per box.
+    giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        1 - generalised IoU of predicted box and label, per box.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Teaches the texts to choose the patches in their boxes. In training, where a text guides.
+    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Teaches the head of boxes to look at the patches in them. In training, unless its coefficient is 0.
+    pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
+        Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
+        [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept, in the order of the layers.
+    """
+
+    loss: torch.FloatTensor | None = None
+    l1_loss: torch.FloatTensor | None = None
+    giou_loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
+    pointing_loss: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TripsBoxHead(nn.Module):
+    """
+    The fused [CLS] attends to the image tokens that selection left. The mean of their places is where the box is
+    looked for, and DETR's box head (three linear layers with ReLU) says how far from there it is, and how large: as in
+    Conditional DETR (https://arxiv.org/abs/2108.06152), which reads its reference point from the query alone.
+    """
+
+    def __init__(self, config: TripsConfig):
+        super().__init__()
+        hidden_size, image_hidden_size = config.fusion_encoder_config.hidden_size, config.vision_config.hidden_size
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(image_hidden_size, hidden_size)
+        self.value = nn.Linear(image_hidden_size, hidden_size)
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor,
+        image_centers: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
+            image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
+            image_centers (`torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`): see `token_centers`.
+            image_mask (`torch.BoolTensor` of shape `(num_texts, num_tokens)`, *optional*): False marks padding.
+
+        Returns:
+            `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
+            `torch.Tensor` of shape `(num_texts, num_tokens)`: attention to each token, float32; rows sum to 1.
+        """
+        query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
+        scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
+        if image_mask is not None:
+            scores = scores.masked_fill(~image_mask, -math.inf)
+        weights = scores.float().softmax(dim=-1)
+        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast would round places
+        hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
+        for layer in self.layers[:-1]:
+            hidden_states = nn.functional.relu(layer(hidden_states))
+        offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
+        return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
+
+
+def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Where the patches `indices` (see `token_indices`) are.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
+        the middle of the image for a fused token, which is of many places, and for padding.
+    """
+    rows, columns = grid_size
+    x = (indices % columns + 0.5) / columns
+    y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
+    return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS that points: the text (a referring expression) selects the patches and is fused with them; among those that
+    were kept its [CLS] finds the place of what it describes, and gives the box around it.
+    """
+)
+class TripsForVisualGrounding(TripsWholeModel):
+    auto_classes = ("AutoModelForZeroShotObjectDetection",)
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.model = TripsModel(config)
+        self.box_head = TripsBoxHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsVisualGroundingOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`, so that the expressions of one image share it. By default text i
+            looks at image i.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
+        """
+        outputs = self.model(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            image_index,
+            prefix,
+            inputs_embeds,
+            regions=labels,
+            **kwargs,
+        )
+        image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
+        image_mask = outputs.vision_model_output.attention_mask
+        image_mask = None if image_mask is None else image_mask[:, 1:]
+        grid_size = self.model.grid_of(pixel_values, prefix)
+        indices = token_indices(outputs.selection, image_states)
+        centers = token_centers(indices, grid_size)
+        pred_boxes, weights = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
+        config, loss = self.config, None
+        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
+        if labels is not None:
+            num_items = kwargs.get("num_items_in_batch")
+            losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
+            if outputs.selection_losses is not None:
+                losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
+            # CODEPATH: a coefficient of 0, the default, leaves the loss out.
+            if self.training and config.pointing_loss_coefficient > 0:
+                pointing = pointing_losses(weights, indices, labels, grid_size)
+                losses["pointing_loss"] = mean_over_boxes(pointing, num_items)
+            loss = weighted_sum(
+                (config.bbox_loss_coefficient, losses["l1_loss"]),
+                (config.giou_loss_coefficient, losses["giou_loss"]),
+                (config.selection_loss_weight, losses["selection_loss"]),
+                (config.pointing_loss_coefficient, losses["pointing_loss"]),
+            )
+        return TripsVisualGroundingOutput(
+            loss=loss,
+            **losses,
+            pred_boxes=pred_boxes,
+            selection=outputs.selection,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+def box_losses(
+    pred_boxes: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    L1 and generalised IoU loss of boxes (center_x, center_y, width, height), each the sum over the boxes divided by
+    their number.
+
+    `num_items_in_batch` is what `Trainer` counts in the `labels` of a whole batch: four numbers per box. With it,
+    gradient accumulation and several processes give the gradient of the whole batch.
+    """
+    if labels.shape != pred_boxes.shape:
+        raise ValueError(
+            f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
+        )
+    labels = labels.to(pred_boxes)
+    l1_losses = box_l1_loss(pred_boxes, labels)
+    giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
+    return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
+
+
+def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
+    """The mean over boxes of what each costs, `(num_texts,)`; over those of the whole batch where they are counted."""
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
+
+
+TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
+
+
+# The head that classifies
+
+
+@auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")
+@dataclass
+class TripsForImagesAndTextClassificationOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        How far the texts' choice of patches is from their regions or targets: the mean over texts and images. In
+        training, if either is given.
+    logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
+        Scores of the classes, before the softmax.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept, in the order of the layers. Row `i * num_images + j` is image j of text i, here
+        and in `hidden_states`, `attentions` and `cross_attentions`, which are the fusion encoder's.
+    """
+
+    loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TripsImagesAndTextClassificationHead(nn.Module):
+    """ViLT's head for NLVR2. It tells the images apart by their place in the concatenated [CLS] states."""
+
+    def __init__(self, config: TripsConfig, num_images: int):
+        super().__init__()
+        fusion_config = config.fusion_encoder_config
+        hidden_size = num_images * fusion_config.hidden_size
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.LayerNorm = nn.LayerNorm(hidden_size, eps=fusion_config.layer_norm_eps)
+        self.activation_fn = ACT2FN[fusion_config.hidden_act]
+        self.out_proj = nn.Linear(hidden_size, config.num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.activation_fn(self.LayerNorm(self.dense(hidden_states))))
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS that classifies a text together with `config.num_images` images: NLVR2 (a statement about two images, true or
+    false), or with one image visual entailment. The text is encoded once, selects patches in each of its images, and
+    is fused with each of them; the [CLS] states of all of them, in the order of the images, give the class.
+    """
+)
+class TripsForImagesAndTextClassification(TripsWholeModel):
+    auto_classes = ("AutoModelForSequenceClassification",)
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.num_images = config.num_images
+        self.model = TripsModel(config)
+        self.classifier = TripsImagesAndTextClassificationHead(config, self.num_images)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsForImagesAndTextClassificationOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels, height, width)`, *optional*):
+            The images of each text, in order. With `image_index`, all images in any order, each once, of shape
+            `(num_all_images, num_channels, height, width)`; without it, that shape holds the images of text 0, then
+            those of text 1, and so on.
+        image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
+            Image j of text i is image `image_index[i, j]`, so that texts that share images share their computation.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            The class of each text, in `[0, config.num_labels)`; -100 is ignored.
+        regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
+            What each text is about in each of its images, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
+        """
+        text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        num_texts = text_output.last_hidden_state.shape[0]
+        pixel_values, image_index = _flatten_images(pixel_values, prefix, image_index, num_texts, self.num_images)
+
+        # From here on, row `i * num_images + j` is text i with its image j.
+        text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
+        regions = None if regions is None else regions.flatten(0, 1)
+        fused = self.model.fuse(
+            text_states, attention_mask, pixel_values, image_index, prefix, regions, patch_targets, **kwargs
+        )
+
+        logits = self.classifier(fused.last_hidden_state[:, 0].reshape(num_texts, -1))
+        loss = selection_loss = None
+        if labels is not None:
+            labels, num_items = labels.to(logits.device), kwargs.get("num_items_in_batch")
+            loss = fixed_cross_entropy(logits.float(), labels, num_items)
+            if fused.selection_losses is not None:
+                losses = fused.selection_losses.view(num_texts, self.num_images).mean(dim=1)
+                counts = labels != -100
+                selection_loss = (losses * counts).sum() / (counts.sum() if num_items is None else num_items)
+                loss = loss + self.config.selection_loss_weight * selection_loss
+        return TripsForImagesAndTextClassificationOutput(
+            loss=loss,
+            selection_loss=selection_loss,
+            logits=logits,
+            selection=fused.selection,
+            hidden_states=fused.hidden_states,
+            attentions=fused.attentions,
+            cross_attentions=fused.cross_attentions,
+        )
+
+
+def _flatten_images(
+    pixel_values: torch.Tensor | None,
+    prefix: TripsVisionPrefix | None,
+    image_index: torch.LongTensor | None,
+    num_texts: int,
+    num_images: int,
+) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
+    """Makes one batch of all images, and one entry of `image_index` per text and image, as the vision tower has it."""
+    if pixel_values is not None and pixel_values.ndim == 5:
+        if pixel_values.shape[:2] != (num_texts, num_images) or image_index is not None:
+            raise ValueError(
+                f"`pixel_values` must have shape ({num_texts}, {num_images}, num_channels, height, width), the images "
+                "of each text, or with `image_index` (num_all_images, num_channels, height, width), got "
+                f"{tuple(pixel_values.shape)}{'' if image_index is None else ' with `image_index`'}."
+            )
+        pixel_values = pixel_values.flatten(0, 1)
+    if image_index is not None:
+        if image_index.shape != (num_texts, num_images):
+            raise ValueError(
+                f"`image_index` must have shape ({num_texts}, {num_images}), the images of each text, got "
+                f"{tuple(image_index.shape)}."
+            )
+        return pixel_values, image_index.flatten()
+    images = pixel_values if prefix is None else prefix.hidden_states
+    if images is not None and images.shape[0] != num_texts * num_images:
+        raise ValueError(
+            f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "
+            "Give all of them, or say with `image_index` which images each text looks at."
+        )
+    return pixel_values, None
+
+
+TripsForImagesAndTextClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+# Of several classes for an Auto class, the first loads checkpoints that are of none of them.
+MODELS = (
+    TripsModel,
+    TripsForConditionalGeneration,
+    TripsForQuestionAnswering,
+    TripsForImagesAndTextClassification,
+    TripsForVisualGrounding,
+)
+
+__all__ = [
+    "TripsAnswerRanking",
+    "TripsForConditionalGeneration",
+    "TripsForImagesAndTextClassification",
+    "TripsForImagesAndTextClassificationOutput",
+    "TripsForQuestionAnswering",
+    "TripsForVisualGrounding",
+    "TripsModel",
+    "TripsModelOutput",
+    "TripsPreTrainedModel",
+    "TripsSeq2SeqLMOutput",
+    "TripsVisualGroundingOutput",
+]

@@ -11,24 +11,761 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""TRIPS in pre-training: contrastive, matching, masked-language and prefix-language objectives on the same towers."""
+"""
+Retrieval and pre-training: the contrastive model with matching, its losses over the batch of all processes, and
+pre-training's objectives.
 
+"The same image" always means an equal image id, so that the captions of one image, and an image that is in the batch
+twice, are never taken for negatives.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import TripsConfig
-from .losses_contrastive_trips import contrastive_loss
-from .losses_trips import masked_language_loss, mean_count, weighted_sum
-from .modeling_trips_generation import label_loss, shift_right
-from .modeling_trips_retrieval import TripsContrastiveModel, TripsRetrievalOutput
+from .modeling_trips import MODELS as MODELS_WITHOUT_CONTRAST
+from .modeling_trips import (
+    TripsModel,
+    TripsWholeModel,
+    label_loss,
+    mean_count,
+    num_processes,
+    shift_right,
+    weighted_sum,
+)
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsVisionPrefix
-from .momentum_trips import MomentumTeacher
+from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, select_rows
+
+
+# Losses
+
+
+LOWEST_LOGIT = -1e9  # not minus infinity, which times a target of 0 is no number
+
+
+class MatchingPairs(NamedTuple):
+    """
+    Pairs to tell apart, made from T true ones: those, then each text with another image, then each image with another
+    text. Each field has `3 * T` entries.
+    """
+
+    text_index: torch.LongTensor  # the pair's text
+    image_index: torch.LongTensor  # the pair's image, named by the true pair that it comes from
+    labels: torch.LongTensor  # 1 for a true pair, 0 for a negative one
+    weights: torch.FloatTensor  # 0 where the batch holds no negative, 1 elsewhere
+
+
+def similarity(
+    queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """
+    Dot products of every query with every candidate, divided by the temperature, in full precision: autocast would
+    round them, and a small temperature would blow that up.
+
+    Args:
+        queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape `(num_candidates,
+            dim)`): usually normalised.
+        temperature (`float` or `torch.Tensor` of one element, *optional*, defaults to 1.0)
+
+    Returns:
+        `torch.Tensor` of shape `(num_queries, num_candidates)`, float32 or wider.
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    with maybe_autocast(queries.device.type, enabled=False):
+        return queries.to(dtype) @ candidates.to(dtype).T / temperature
+
+
+def contrastive_targets(query_ids: torch.LongTensor, candidate_ids: torch.LongTensor) -> torch.FloatTensor:
+    """
+    Which candidates a query should find: those of the same image, in equal shares.
+
+    Args:
+        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
+            `(num_candidates,)`): image ids.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_queries, num_candidates)`, float32. A row sums to 1, or to 0 if no candidate
+        is of the query's image.
+    """
+    same_image = (query_ids[:, None] == candidate_ids).float()
+    return same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
+
+
+def contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: float | torch.Tensor,
+    image_ids: torch.LongTensor,
+    text_image_ids: torch.LongTensor,
+) -> torch.Tensor:
+    """
+    Image-text contrastive loss (ITC): the mean of the cross-entropies of images that look for their texts and of texts
+    that look for their images.
+
+    With several processes, each looks among the images and texts of all, and its loss is the sum over its own rows,
+    divided by the mean number of rows of a process. The mean of the processes' losses and gradients, as data parallel
+    training takes it, is then that of one process with the whole batch, also if one has more images than another.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
+            dim)`): normalised.
+        temperature (`float` or `torch.Tensor` of one element)
+        image_ids (`torch.LongTensor` of shape `(num_images,)`), text_image_ids (`torch.LongTensor` of shape
+            `(num_texts,)`): which image each one is, or belongs to. An image without a text adds nothing of its own.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32 or wider.
+    """
+    image_counts, text_counts = row_counts(image_ids, text_image_ids)
+    all_images, all_image_ids = (gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids))
+    all_texts, all_text_image_ids = (gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_image_ids))
+    logits_per_image = similarity(image_embeds, all_texts, temperature)
+    logits_per_text = similarity(text_embeds, all_images, temperature)
+    loss_per_image = _soft_cross_entropy(logits_per_image, contrastive_targets(image_ids, all_text_image_ids))
+    loss_per_text = _soft_cross_entropy(logits_per_text, contrastive_targets(text_image_ids, all_image_ids))
+    image_share, text_share = len(image_ids) / len(all_image_ids), len(text_image_ids) / len(all_text_image_ids)
+    return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
+
+
+def distilled_loss(
+    queries: torch.Tensor,
+    teacher_queries: torch.Tensor,
+    query_ids: torch.LongTensor,
+    candidates: torch.Tensor,
+    candidate_ids: torch.LongTensor,
+    temperature: float | torch.Tensor,
+    teacher_weight: float,
+) -> torch.Tensor:
+    """
+    One direction of ITC with a momentum teacher (ALBEF, equation 6): queries look for their partners among the
+    teacher's features, and the targets are part `contrastive_targets`, part what the teacher's own queries find.
+
+    Args:
+        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalised.
+        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
+            `(num_candidates,)`): image ids. A candidate of id -1 is none: it is left out.
+        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalised, without gradient.
+        temperature (`float` or `torch.Tensor` of one element)
+        teacher_weight (`float`): share of the teacher in the targets (ALBEF's alpha).
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32 or wider.
+    """
+    absent = candidate_ids == -1
+    logits = similarity(queries, candidates, temperature).masked_fill(absent, LOWEST_LOGIT)
+    teacher_logits = similarity(teacher_queries, candidates, temperature).masked_fill(absent, LOWEST_LOGIT)
+    guesses = teacher_logits.detach().softmax(dim=-1)
+    targets = teacher_weight * guesses + (1.0 - teacher_weight) * contrastive_targets(query_ids, candidate_ids)
+    return _soft_cross_entropy(logits, targets)
+
+
+class TeacherOutput(NamedTuple):
+    """
+    A momentum teacher's view of a batch (ALBEF, https://arxiv.org/abs/2107.07651, section 3). What no objective needs
+    is `None`.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(num_images, projection_dim)`), text_embeds (`torch.Tensor` of shape
+            `(num_texts, projection_dim)`): normalised.
+        mlm_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`): of the masked texts.
+        images, texts (`tuple[torch.Tensor, torch.LongTensor]`): features and image ids of the candidates: those of the
+            batch, from all processes, and then those of past batches. The id -1 marks none.
+        num_images, num_texts (`int`): how many of them are of the batch.
+    """
+
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    mlm_logits: torch.Tensor | None = None
+    images: tuple[torch.Tensor, torch.LongTensor] | None = None
+    texts: tuple[torch.Tensor, torch.LongTensor] | None = None
+    num_images: int = 0
+    num_texts: int = 0
+
+
+def distilled_contrastive_loss(
+    teacher: TeacherOutput,
+    teacher_weight: float,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: float | torch.Tensor,
+    image_ids: torch.LongTensor,
+    text_image_ids: torch.LongTensor,
+) -> torch.Tensor:
+    """
+    ITC against the candidates of a momentum teacher, in both directions.
+
+    Args:
+        teacher ([`TeacherOutput`])
+        teacher_weight (`float`): share of the teacher in the targets.
+        image_embeds, text_embeds, temperature, image_ids, text_image_ids: as in `contrastive_loss`.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32 or wider.
+    """
+    loss_per_image = distilled_loss(
+        image_embeds, teacher.image_embeds, image_ids, *teacher.texts, temperature, teacher_weight
+    )
+    loss_per_text = distilled_loss(
+        text_embeds, teacher.text_embeds, text_image_ids, *teacher.images, temperature, teacher_weight
+    )
+    # As in `contrastive_loss`: processes may have different numbers of images.
+    image_share, text_share = len(image_ids) / teacher.num_images, len(text_image_ids) / teacher.num_texts
+    return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
+
+
+def _soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits, targets.to(logits.dtype))
+
+
+def hard_negative_indices(
+    logits: torch.Tensor, same_image: torch.BoolTensor, generator: torch.Generator | None = None
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """
+    One negative for each query, drawn from the softmax of its logits over the candidates of other images.
+
+    The draw is the largest sum of logit and Gumbel noise, which has that distribution. Unlike `torch.multinomial` it
+    works with probabilities that are too small for a float, and never waits for the device.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_queries, num_candidates)`)
+        same_image (`torch.BoolTensor` of shape `(num_queries, num_candidates)`): candidates that are never drawn.
+        generator (`torch.Generator`, *optional*): by default PyTorch's global one.
+
+    Returns:
+        The drawn candidates, a `torch.LongTensor` of shape `(num_queries,)`, and whether each of them is a negative, a
+        `torch.BoolTensor` of that shape. It is not where all candidates are of the same image: mask that row's loss.
+    """
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    noisy_logits = (logits.detach() + noise).masked_fill(same_image, float("-inf"))
+    return noisy_logits.argmax(dim=-1), ~same_image.all(dim=-1)
+
+
+def matching_pairs(
+    logits: torch.Tensor, image_ids: torch.LongTensor, generator: torch.Generator | None = None
+) -> MatchingPairs:
+    """
+    The pairs of image-text matching (ITM): for each of T true pairs, that pair, its text with a hard negative image
+    and its image with a hard negative text. The number of pairs is always the same.
+
+    Args:
+        logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) says how well the text of pair i fits the image of pair
+            j. An image that is in several pairs can be drawn as each of them.
+        image_ids (`torch.LongTensor` of shape `(T,)`): which image each pair has.
+        generator (`torch.Generator`, *optional*): by default PyTorch's global one.
+
+    Returns:
+        [`MatchingPairs`].
+    """
+    same_image = image_ids[:, None] == image_ids
+    negative_images, found = hard_negative_indices(logits, same_image, generator)
+    negative_texts, _ = hard_negative_indices(logits.T, same_image, generator)  # found for the same rows
+    true_pairs = torch.arange(len(image_ids), device=logits.device)
+    ones = torch.ones_like(true_pairs)
+    return MatchingPairs(
+        text_index=torch.cat((true_pairs, true_pairs, negative_texts)),
+        image_index=torch.cat((true_pairs, negative_images, true_pairs)),
+        labels=torch.cat((ones, 0 * ones, 0 * ones)),
+        weights=torch.cat((ones.bool(), found, found)).float(),
+    )
+
+
+def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    Image-text matching loss (ITM): weighted mean of the cross-entropies of the pairs, of all processes' pairs if there
+    are several.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 speaks for a match.
+        labels (`torch.LongTensor` of shape `(num_pairs,)`), weights (`torch.Tensor` of shape `(num_pairs,)`): see
+            [`MatchingPairs`].
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32 or wider.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return (losses * weights).sum() / mean_count(weights.sum())
+
+
+def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
+    """For each of the tensors how many rows the processes have, in the order of their ranks. The host waits for it."""
+    counts = [len(tensor) for tensor in tensors]
+    if num_processes() == 1:
+        return [[count] for count in counts]
+    return torch.stack(_gather(torch.tensor(counts, device=tensors[0].device)), dim=1).tolist()
+
+
+def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """
+    The rows of all processes, in the order of their ranks; with one process, `tensor` itself. Each process gets the
+    gradient that its rows have in the losses of all.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(num_rows, ...)`)
+        counts (`list[int]`): the number of rows of each process, see `row_counts`.
+
+    Returns:
+        `torch.Tensor` of shape `(sum(counts), ...)`.
+    """
+    return _GatherWithGradient.apply(tensor, counts) if num_processes() > 1 else tensor
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """`torch.distributed.nn` has one too, but deprecated, and its successor is private."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        ctx.counts = counts
+        padding = tensor.new_empty(max(counts) - len(tensor), *tensor.shape[1:])
+        gathered = _gather(torch.cat((tensor, padding)))
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place, and not ours
+        distributed.all_reduce(gradient)
+        return gradient.split(ctx.counts)[distributed.get_rank()], None
+
+
+def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes, of one shape."""
+    gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
+    distributed.all_gather(gathered, tensor)
+    return gathered
+
+
+def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
+    """
+    Image ids for a batch in which no image is twice, in this process or in another.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images,)`.
+    """
+    rank = distributed.get_rank() if num_processes() > 1 else 0
+    return torch.arange(num_images, device=device) * num_processes() + rank
+
+
+def check_captions(
+    text_states: torch.Tensor,
+    num_images: int,
+    image_index: torch.LongTensor | None,
+    image_ids: torch.LongTensor | None,
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """`image_index` and `image_ids` for the losses, with their defaults."""
+    num_texts, device = len(text_states), text_states.device
+    if image_index is None and num_texts != num_images:
+        raise ValueError(
+            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
+            "which image each text is a caption of."
+        )
+    for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
+        if value is not None and tuple(value.shape) != (count,):
+            raise ValueError(f"`{name}` must have shape ({count},), got {tuple(value.shape)}.")
+    if image_index is None:
+        image_index = torch.arange(num_texts, device=device)
+    if image_ids is None:
+        image_ids = distinct_image_ids(num_images, device)
+    return image_index.to(device), image_ids.to(device)
+
+
+def masked_language_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    teacher_logits: torch.Tensor | None = None,
+    teacher_weight: float = 0.0,
+    num_masked: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Cross-entropy of the masked tokens, the mean over them. With a momentum teacher (ALBEF, equation 7), the share
+    `teacher_weight` of the target is what the teacher guesses.
+
+    Args:
+        logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
+        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 where nothing is masked.
+        teacher_weight (`float`, *optional*, defaults to 0.0)
+        num_masked (`torch.Tensor` of shape `()`, *optional*): what the sum over the tokens is divided by. By default
+            their number.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32. It is 0 if nothing is masked.
+    """
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    masked = labels != -100
+    losses = nn.functional.nll_loss(log_probabilities.transpose(1, 2), labels, reduction="none")
+    if teacher_logits is not None:
+        guesses = teacher_logits.detach().float().softmax(dim=-1)
+        soft_losses = -(guesses * log_probabilities).sum(dim=-1) * masked
+        losses = teacher_weight * soft_losses + (1.0 - teacher_weight) * losses
+    return losses.sum() / (masked.sum().clamp_min(1) if num_masked is None else num_masked)
+
+
+# Retrieval
+
+
+# ALBEF's temperature: where it starts, and the bounds of what is used.
+INITIAL_TEMPERATURE = 0.07
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
+
+
+@auto_docstring(custom_intro="Output of [`TripsForRetrieval`].")
+@dataclass
+class TripsRetrievalOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*):
+        The weighted sum of `itc_loss`, `itm_loss` and `selection_loss`.
+    itc_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Image-text contrastive loss, over the batch of all processes.
+    itm_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Image-text matching loss.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        How far the texts' choice of patches in their own images is from their regions or targets: the mean over the
+        texts. In training, if either is given and there is a matching loss.
+    logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
+        Similarity of each image to each text of this process, divided by the temperature.
+    logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*):
+        Its transpose.
+    itm_logits (`torch.FloatTensor` of shape `(3 * num_texts, 2)`, *optional*):
+        The pairs of the matching loss: each text with its image, then with a negative image, then each of these images
+        with a negative text. Column 1 speaks for a match.
+    image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*):
+        Normalised features of the images.
+    text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*):
+        Normalised features of the texts.
+    selection (`tuple(TripsSelection)`, *optional*):
+        What each selection layer kept: of each text's image under its guidance if there is a matching loss, else of
+        each image under its own.
+    text_model_output (`BaseModelOutputWithPooling`, *optional*):
+        Output of the text encoder.
+    vision_model_output (`TripsVisionModelOutput`, *optional*):
+        Output of the vision tower without a text.
+    """
+
+    loss: torch.FloatTensor | None = None
+    itc_loss: torch.FloatTensor | None = None
+    itm_loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    itm_logits: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: TripsVisionModelOutput | None = None
+
+
+@auto_docstring(custom_intro="Output of [`TripsForRetrieval.match`].")
+@dataclass
+class TripsMatchingOutput(ModelOutput):
+    r"""
+    itm_logits (`torch.FloatTensor` of shape `(num_pairs, 2)`):
+        Column 1 speaks for a match: `itm_logits.softmax(-1)[:, 1]` is its probability.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept of each pair's image.
+    selection_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
+        As in [`TripsModelOutput`].
+    """
+
+    itm_logits: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    selection_losses: torch.FloatTensor | None = None
+
+
+class TripsTemperature(nn.Module):
+    """
+    What similarities are divided by: a parameter, clamped to its bounds. Device maps and int8 checkpoints know only
+    parameters of modules like this one, and FSDP shards along a dimension, so that it is no scalar.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+
+
+@auto_docstring(
+    custom_intro="What retrieval and pre-training share: features that compare images with texts, and matching."
+)
+class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads call `post_init`, when complete)
+    accepts_loss_kwargs = False  # each loss is a mean over its own items: `Trainer` averages accumulated batches
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        if config.fusion_type == "single_stream":
+            raise ValueError(
+                f"{type(self).__name__} compares features of images with those of texts, but in a single stream no "
+                "layer sees one of them alone: choose `fusion_type='cross_attention'` or `'skip_connected'`."
+            )
+        self.model = TripsModel(config)
+        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.text_proj = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.itm_head = nn.Linear(config.fusion_encoder_config.hidden_size, 2)
+        self.temp = TripsTemperature()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, TripsTemperature):
+            init.constant_(module.weight, INITIAL_TEMPERATURE)
+
+    def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that one objective alone trains, by the name of its weight in the configuration."""
+        features = (self.vision_proj, self.text_proj, self.temp)
+        return {
+            "itc_weight": [parameter for module in features for parameter in module.parameters()],
+            "itm_weight": list(self.itm_head.parameters()),
+        }
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """As in the parent, and those of objectives of weight 0."""
+        own = self.parameters_by_objective()
+        off = [name for name in own if getattr(self.config, name) == 0]
+        unused = super().unused_parameters() + [parameter for name in off for parameter in own[name]]
+        if {*off, "itc_weight"} == own.keys():  # contrast alone: no text is fused with an image
+            unused += self.model.fusion_model.parameters()
+            projection = self.model.vision_model.selection_projection
+            # CODEPATH: it is there where text and vision differ in width.
+            if projection is not None:
+                unused += projection.parameters()
+        return unused
+
+    @can_return_tuple
+    @auto_docstring
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Returns:
+            The output of the text encoder. Its `pooler_output`, of shape `(num_texts, projection_dim)` and float32 or
+            wider, holds the normalised features; its `last_hidden_state` can be given to `match` as `text_states`.
+        """
+        text_outputs = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        text_outputs.pooler_output = _normalized(self.text_proj(text_outputs.pooler_output))
+        return text_outputs
+
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | TripsVisionModelOutput:
+        r"""
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+
+        Returns:
+            The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
+            and float32 or wider, holds the normalised features.
+        """
+        vision_outputs = self.model.vision_model(pixel_values, prefix=prefix, **kwargs)
+        vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
+        return vision_outputs
+
+    @can_return_tuple
+    @auto_docstring
+    def match(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        prefix: TripsVisionPrefix | None = None,
+        text_states: torch.FloatTensor | None = None,
+        text_index: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | TripsMatchingOutput:
+        r"""
+        Image-text matching, to rank again what the features found. What depends on the text or on the image alone is
+        computed once, however many pairs it is in.
+
+        image_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
+            Pair p has image `image_index[p]`. By default image p.
+        prefix (`TripsVisionPrefix`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`, *optional*):
+            The `last_hidden_state` of `get_text_features`, in place of `input_ids`.
+        text_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
+            Pair p has text `text_index[p]`. By default text p.
+        """
+        if (input_ids is None) == (text_states is None):
+            raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
+        if text_states is None:
+            text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
+        if text_index is not None:
+            text_states, attention_mask = _select_texts(text_index, text_states, attention_mask)
+        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, prefix, **kwargs)
+        return TripsMatchingOutput(
+            itm_logits=self.itm_head(fused.last_hidden_state[:, 0]),
+            selection=fused.selection,
+            hidden_states=fused.hidden_states,
+            attentions=fused.attentions,
+            cross_attentions=fused.cross_attentions,
+            selection_losses=fused.selection_losses,
+        )
+
+    def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
+        """The similarities of all images and texts, from their features."""
+        image_embeds, text_embeds = image_outputs.pooler_output, text_outputs.pooler_output
+        image_embeds = image_embeds.to(text_embeds.device)  # the parts may lie on several devices
+        logits_per_text = similarity(text_embeds, image_embeds, self.temp())
+        return TripsRetrievalOutput(
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            selection=image_outputs.selection,
+            text_model_output=text_outputs,
+            vision_model_output=image_outputs,
+        )
+
+    def pair_losses(
+        self,
+        text_outputs: BaseModelOutputWithPooling,
+        prefix: TripsVisionPrefix,
+        attention_mask: torch.Tensor | None,
+        image_index: torch.LongTensor | None,
+        image_ids: torch.LongTensor | None,
+        contrastive_loss: Callable[..., torch.Tensor] = contrastive_loss,
+        regions: torch.Tensor | None = None,
+        patch_targets: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> dict:
+        """The fields of the output of `forward` with its losses, from what text and image give on their own."""
+        text_states = text_outputs.last_hidden_state
+        image_index, image_ids = check_captions(text_states, len(prefix.hidden_states), image_index, image_ids)
+        pair_ids = image_ids[image_index]
+        config = self.config
+        itc_loss = itm_loss = selection_loss = None
+        outputs = {"text_embeds": text_outputs.pooler_output, "text_model_output": text_outputs}
+        pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
+        # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
+        if config.itc_weight > 0:
+            outputs = self.compare(text_outputs, self.get_image_features(prefix=prefix, **kwargs))
+            embeds = outputs.image_embeds, outputs.text_embeds
+            itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids)
+            pair_logits = outputs.logits_per_text[:, image_index]
+        # CODEPATH: as above.
+        if config.itm_weight > 0:
+            pairs = matching_pairs(pair_logits, pair_ids)
+            matched = self.match(
+                attention_mask=attention_mask,
+                image_index=image_index[pairs.image_index],
+                prefix=prefix,
+                text_states=text_states,
+                text_index=pairs.text_index,
+                regions=_of_true_pairs(regions, len(pairs.labels)),
+                patch_targets=_of_true_pairs(patch_targets, len(pairs.labels)),
+                **kwargs,
+            )
+            itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
+            if matched.selection_losses is not None:
+                selection_loss = matched.selection_losses.sum() / mean_count(pair_ids.new_full((), len(pair_ids)))
+            true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
+            selection = select_rows(matched.selection, true_pairs)
+            outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}
+        losses = {"itc_loss": itc_loss, "itm_loss": itm_loss, "selection_loss": selection_loss}
+        weights = (config.itc_weight, config.itm_weight, config.selection_loss_weight)
+        return {**outputs, **losses, "loss": weighted_sum(*zip(weights, losses.values()))}
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS for image-text retrieval, in ALBEF's two stages. The features of images and texts do not know of each other,
+    so that both can be indexed: no text selects an image's patches there, its own [CLS] does. The best few are then
+    compared in depth by `match`: the text selects the patches and is fused with them.
+    """
+)
+class TripsForRetrieval(TripsContrastiveModel):
+    auto_classes = ("AutoModelForZeroShotImageClassification", "AutoModel")
+    pipeline_task = "zero-shot-image-classification"
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | TripsRetrievalOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i is a caption of image `image_index[i]`, for the losses. By default text i is one of image i.
+        image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+            Images of equal id, in this process or another, are the same: the texts of each are right for all of them.
+            By default all images are distinct.
+        return_loss (`bool`, *optional*):
+            Whether to compute the losses. By default, if `image_ids` are given.
+        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            What each text is about in its own image, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`].
+        """
+        if return_loss is None:
+            return_loss = image_ids is not None
+        text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
+        if return_loss:
+            prefix = self.model.encode_images(pixel_values, **kwargs)
+            teaching = {"regions": regions, "patch_targets": patch_targets}
+            outputs = self.pair_losses(
+                text_outputs, prefix, attention_mask, image_index, image_ids, **teaching, **kwargs
+            )
+            if outputs["loss"] is None:
+                raise ValueError("`itc_weight` and `itm_weight` are both 0: there is no loss. Give one a weight.")
+            return TripsRetrievalOutput(**outputs)
+        return self.compare(text_outputs, self.get_image_features(pixel_values, **kwargs))
+
+
+def _normalized(embeds: torch.Tensor) -> torch.Tensor:
+    return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
+
+
+def _of_true_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
+    """What teaches the texts, which are the first pairs; zeros, which teach nothing, for the negative pairs."""
+    return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
+
+
+def _select_texts(
+    index: torch.LongTensor, text_states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return text_states[index], attention_mask[index] if attention_mask is not None else None
+
+
+TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
+
+
+# Pre-training
 
 
 @auto_docstring(custom_intro="Output of [`TripsForPreTraining`].")
@@ -58,6 +795,7 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
     """
 )
 class TripsForPreTraining(TripsContrastiveModel):
+    auto_classes = ("AutoModelForPreTraining",)
     _tied_weights_keys = {
         "mlm_score.decoder.weight": "model.text_model.embeddings.word_embeddings.weight",
         "lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight",
@@ -109,7 +847,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         prompt_input_ids: torch.LongTensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        teacher: MomentumTeacher | None = None,
+        teacher: TeacherOutput | None = None,
         teacher_weight: float = 0.0,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
@@ -119,8 +857,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i is a caption of image `image_index[i]`. By default text i is one of image i.
         image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-            Images of equal id are the same, in this batch and in those before, whose features the teacher's queues
-            hold. Without a teacher all images are distinct by default.
+            Images of equal id are the same. By default all images are distinct.
         mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
             The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
         mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
@@ -131,8 +868,9 @@ class TripsForPreTraining(TripsContrastiveModel):
             0 marks padding in them.
         labels (`torch.LongTensor` of shape `(num_texts, label_length)`, *optional*):
             How they go on, ending with the end token; -100 is ignored.
-        teacher ([`MomentumTeacher`], *optional*):
-            Softens the targets of the contrastive and the masked-language loss, and gives the former more candidates.
+        teacher ([`TeacherOutput`], *optional*):
+            A momentum teacher's view of the batch. It softens the targets of the contrastive and the masked-language
+            loss, and gives the former more candidates.
         teacher_weight (`float`, *optional*, defaults to 0.0):
             Share of the teacher's opinion in the targets (ALBEF's alpha).
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
@@ -141,17 +879,12 @@ class TripsForPreTraining(TripsContrastiveModel):
             Where a teacher looks, see [`TripsForRetrieval`].
         """
         config = self.config
-        if teacher is not None and image_ids is None and config.itc_weight > 0:
-            raise ValueError(
-                "The teacher's queues hold images of past batches: say with `image_ids` which images are the same."
-            )
         prefix = self.model.encode_images(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         find_contrastive_loss, teacher_logits = contrastive_loss, None
         if teacher is not None:
-            taught = teacher(pixel_values, input_ids, attention_mask, token_type_ids, image_index, mlm_input_ids)
-            teacher_logits = taught.mlm_logits
-            find_contrastive_loss = partial(teacher.contrastive_loss, taught, teacher_weight, self.training)
+            teacher_logits = teacher.mlm_logits
+            find_contrastive_loss = partial(distilled_contrastive_loss, teacher, teacher_weight)
         outputs = self.pair_losses(
             text_outputs,
             prefix,
@@ -235,4 +968,14 @@ class TripsForPreTraining(TripsContrastiveModel):
 
 TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 
-__all__ = ["TripsForPreTraining", "TripsForPreTrainingOutput"]
+MODELS = (*MODELS_WITHOUT_CONTRAST, TripsForRetrieval, TripsForPreTraining)
+
+__all__ = [
+    "TeacherOutput",
+    "TripsContrastiveModel",
+    "TripsForPreTraining",
+    "TripsForPreTrainingOutput",
+    "TripsForRetrieval",
+    "TripsMatchingOutput",
+    "TripsRetrievalOutput",
+]

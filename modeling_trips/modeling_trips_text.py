@@ -11,38 +11,481 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The language side of TRIPS: text encoder, fusion encoder and decoder, with BERT's parameter names."""
+"""
+The text side of TRIPS: text encoder, fusion encoder and decoder, with BERT's parameter names. The base class of all
+models stands first.
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithCrossAttentions,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
-from .modeling_trips_layers import TripsPreTrainedModel, bidirectional_mask, joint_padding_mask
-from .modeling_trips_text_layers import (
-    TripsConnectedLayer,
-    TripsCrossLayer,
-    TripsTextCrossAttention,
-    TripsTextEmbeddings,
-    TripsTextLayer,
-    TripsTextSelfAttention,
+from .configuration_trips import (
+    TripsConfig,
+    TripsDecoderConfig,
+    TripsFusionConfig,
+    TripsTextConfig,
+    remove_code_references,
 )
 from .versions_trips import CACHE_NAME, accept_former_cache_name
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
+    """
+    Transformers' `create_bidirectional_mask`, but where there is a mask of padding it is used: looking whether it
+    hides anything would sync with the host.
+    """
+    return create_bidirectional_mask(
+        config=config, attention_mask=attention_mask, allow_is_bidirectional_skip=attention_mask is None, **kwargs
+    )
+
+
+def joint_padding_mask(*masks_and_lengths: tuple[torch.Tensor | None, int]) -> torch.Tensor | None:
+    """
+    The mask of a sequence that is joined of several, each given as its own mask, or `None` where none of its tokens is
+    padding, and its length. `None` if no part has any.
+    """
+    given = next((mask for mask, _ in masks_and_lengths if mask is not None), None)
+    if given is None:
+        return None
+    # Of `len(given)`, an exported program would make a constant.
+    parts = [
+        given.new_ones(given.shape[0], length) if mask is None else mask.to(given)
+        for mask, length in masks_and_lengths
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@auto_docstring
+class TripsPreTrainedModel(PreTrainedModel):
+    config: TripsConfig
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "TripsVisionEmbeddings",
+        "TripsTextEmbeddings",
+        "TripsVisionLayer",
+        "TripsTextLayer",
+        "TripsCrossLayer",
+        "TripsJointLayer",
+        "TripsConnectedLayer",
+    ]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    # The Auto classes that load this class from its checkpoint.
+    auto_classes: ClassVar[tuple[str, ...]] = ()
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """
+        Those that get no gradient with this configuration: freeze them where data parallel training is told not to
+        look for unused parameters, or it waits for their gradients.
+        """
+        parts = [module for module in self.children() if isinstance(module, TripsPreTrainedModel)]
+        return [parameter for part in parts for parameter in part.unused_parameters()]
+
+    @classmethod
+    def auto_map(cls) -> dict[str, str]:
+        """Return the `auto_map` of a checkpoint: for each Auto class a class in the code that the checkpoint holds."""
+        own = dict.fromkeys(cls.auto_classes, name_in_checkpoint(cls))
+        return {"AutoConfig": name_in_checkpoint(cls.config_class), **own}
+
+    def name_code(self):
+        """Name the code of this project, and no other, in the configurations of a model that is about to be saved."""
+        remove_code_references([self.config, getattr(self, "generation_config", None)])
+        self.config.auto_map = class_before_sharding(type(self)).auto_map()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in Transformers. The folder gets the code that the class imports, and names no other code."""
+        self.name_code()
+        sharded_class, self.__class__ = type(self), class_before_sharding(type(self))
+        try:
+            # A part that was loaded from a whole model is saved under its own names.
+            super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        finally:
+            self.__class__ = sharded_class
+
+
+def name_in_checkpoint(cls: type) -> str:
+    """How a checkpoint names a class in its code: `"modeling_trips.TripsModel"`."""
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+def class_before_sharding(cls: type) -> type:
+    """FSDP makes a class of its own for a model that it shards: the one that this was made from; `cls` otherwise."""
+    return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+
+
+def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
+    if image_index is None and num_texts != num_images:
+        raise ValueError(
+            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
+            "which image each text looks at."
+        )
+    if image_index is not None and tuple(image_index.shape) != (num_texts,):
+        raise ValueError(
+            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
+        )
+
+
+def check_image_index(image_index: torch.LongTensor, num_images: int):
+    """Its values: not within a forward pass, where no shape or branch may depend on them."""
+    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
+    if len(outside):
+        position = outside[0, 0].item()
+        raise ValueError(
+            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
+        )
+
+
+def check_text_length(length: int, max_length: int):
+    if length > max_length:
+        raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {max_length}.")
+
+
+def check_image_source(pixel_values: torch.Tensor | None, prefix: object | None):
+    if (pixel_values is None) == (prefix is None):
+        found = "neither: give an image" if prefix is None else "both"
+        raise ValueError(f"Specify exactly one of `pixel_values` and `prefix`, got {found}.")
+
+
+# Layers
+
+
+class TripsTextEmbeddings(nn.Module):
+    """Word, position and token type embeddings, with BERT's parameter names."""
+
+    def __init__(self, config: TripsTextConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_length: int | torch.Tensor = 0,
+    ) -> torch.Tensor:
+        """`cache_length`: number of tokens before the first one given, which are in the decoder's cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        batch_size, seq_length = inputs_embeds.shape[:2]
+        self.check_length(seq_length, cache_length)
+        position_ids = torch.arange(seq_length, device=inputs_embeds.device) + cache_length
+        if token_type_ids is None:
+            token_type_ids = torch.zeros((batch_size, seq_length), dtype=torch.long, device=inputs_embeds.device)
+        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        embeddings = embeddings + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+    def check_length(self, seq_length: int, cache_length: int | torch.Tensor):
+        # A static cache counts on the device: asking it would sync with the host.
+        length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
+        check_text_length(length, self.position_embeddings.num_embeddings)
+
+
+class TripsTextSelfAttention(nn.Module):
+    """BERT's attention over the text itself, causal in the decoder."""
+
+    def __init__(self, config: TripsTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = config.is_decoder
+
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(self.source_hidden_size, config.hidden_size)
+        self.value = nn.Linear(self.source_hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    @property
+    def source_hidden_size(self) -> int:
+        """Width of the states that give keys and values."""
+        return self.config.hidden_size
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = self.split_heads(self.key(hidden_states)), self.split_heads(self.value(hidden_states))
+        if cache is not None:
+            cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            key, value = cache.update(key, value, self.layer_idx)
+        return key, value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        source_index: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`source_index`: row i reads row `source_index[i]` of `source_states`, by default row i."""
+        query = self.split_heads(self.query(hidden_states))
+        key, value = self.key_value(source_states, cache)
+        if source_index is not None:
+            key, value = (states.index_select(0, source_index.to(states.device)) for states in (key, value))
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+
+def unpad_keys(
+    key: torch.Tensor, value: torch.Tensor, padding_mask: torch.Tensor, query_length: int
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """
+    The keys and values of all rows in one sequence, without padding, and where each row's begin: flash attention's
+    arguments. `(batch_size, num_heads, key_length, head_dim)` -> `(1, num_heads, num_keys, head_dim)`.
+    """
+    key, value = (states.transpose(1, 2)[padding_mask].transpose(0, 1).unsqueeze(0) for states in (key, value))
+    batch_size, key_length = padding_mask.shape
+    ends = padding_mask.sum(dim=-1).cumsum(dim=0, dtype=torch.int32)
+    starts_of_queries = query_length * torch.arange(batch_size + 1, dtype=torch.int32, device=key.device)
+    return (
+        key,
+        value,
+        {
+            "cu_seq_lens_q": starts_of_queries,
+            "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
+            "max_length_q": query_length,
+            "max_length_k": key_length,
+        },
+    )
+
+
+class TripsTextCrossAttention(TripsTextSelfAttention):
+    """Attention of the text to other states: keys and values are computed once and cached."""
+
+    def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    @property
+    def source_hidden_size(self) -> int:
+        return self.config.cross_attention_hidden_size
+
+    def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if cache is None:
+            return super().key_value(hidden_states, None)
+        if cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        cache.is_updated[self.layer_idx] = True
+        return super().key_value(hidden_states, cache.cross_attention_cache)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Flash attention's mask, of shape (batch_size, key_length): given that, it would drop queries, too.
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            key, value, lengths = unpad_keys(key, value, attention_mask.bool(), query_length=query.shape[2])
+            return super().attend(query, key, value, None, **lengths, **kwargs)
+        return super().attend(query, key, value, attention_mask, **kwargs)
+
+    def cls_attention(
+        self, hidden_states: torch.Tensor, source_states: torch.Tensor, source_index: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """
+        How much [CLS] attends to each of the other states, padding among them: `(num_texts, num_heads, num_tokens)`,
+        float32. Fast attention does not tell.
+        """
+        query = self.split_heads(self.query(hidden_states[:, :1]))
+        key = self.split_heads(self.key(source_states))
+        if source_index is not None:
+            key = key.index_select(0, source_index.to(key.device))
+        return (query @ key.transpose(2, 3) * self.scaling).float().softmax(dim=-1)[:, :, 0]
+
+
+class TripsTextOutput(nn.Module):
+    """Projection, residual and post-norm, with BERT's parameter names: the end of attention and of feed-forward."""
+
+    def __init__(self, config: TripsTextConfig, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class TripsTextAttention(nn.Module):
+    def __init__(self, config: TripsTextConfig, layer_idx: int, attention_class: type[nn.Module]):
+        super().__init__()
+        self.self = attention_class(config, layer_idx)
+        self.output = TripsTextOutput(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        source_index: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self(hidden_states, source_states, attention_mask, cache, source_index, **kwargs)
+        return self.output(attn_output, hidden_states)
+
+
+class TripsTextIntermediate(nn.Module):
+    def __init__(self, config: TripsTextConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation_fn(self.dense(hidden_states))
+
+
+class TripsTextLayer(GradientCheckpointingLayer):
+    """BERT's post-norm layer."""
+
+    def __init__(self, config: TripsTextConfig, layer_idx: int):
+        super().__init__()
+        self.attention = TripsTextAttention(config, layer_idx, TripsTextSelfAttention)
+        self.intermediate = TripsTextIntermediate(config)
+        self.output = TripsTextOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class TripsCrossLayer(TripsTextLayer):
+    """BERT's layer with cross-attention between self-attention and feed-forward, as in ALBEF's upper layers."""
+
+    def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.crossattention = TripsTextAttention(config, layer_idx, TripsTextCrossAttention)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        encoder_index: torch.LongTensor | None = None,
+        output_cls_attention: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        `encoder_index`: row i reads row `encoder_index[i]` of `encoder_hidden_states`, by default row i. With
+        `output_cls_attention` it also returns what `TripsTextCrossAttention.cls_attention` does.
+        """
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
+        cls_attention = None
+        if output_cls_attention:
+            cls_attention = self.crossattention.self.cls_attention(hidden_states, encoder_hidden_states, encoder_index)
+        hidden_states = self.crossattention(
+            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, encoder_index, **kwargs
+        )
+        hidden_states = self.output(self.intermediate(hidden_states), hidden_states)
+        return hidden_states if cls_attention is None else (hidden_states, cls_attention)
+
+
+class TripsConnectedLayer(TripsTextLayer):
+    """
+    BERT's layer over text and image tokens joined, as in mPLUG: it changes the image tokens too, which skipped the
+    layers before it. What it makes of them is added to what they were.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        joint_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+        joint_states = super().forward(joint_states, joint_attention_mask, **kwargs)
+        text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        return text_states, encoder_hidden_states + image_states
 
 
 class TripsLayerStack(nn.Module):
@@ -145,6 +588,7 @@ class TripsLMHead(nn.Module):
 class TripsTextModel(TripsPreTrainedModel):
     config: TripsTextConfig
     input_modalities = ("text",)
+    auto_classes = ("AutoModel",)
     _can_record_outputs = {"hidden_states": TripsTextLayer, "attentions": TripsTextSelfAttention}
 
     def __init__(self, config: TripsTextConfig):
@@ -361,4 +805,4 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsTextModel"]
+__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsPreTrainedModel", "TripsTextModel"]

@@ -20,24 +20,16 @@ model do not hold it.
 """
 
 import copy
+import inspect
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from .losses_contrastive_trips import distilled_loss, gather_with_gradient, row_counts
-from .losses_trips import num_processes
-
-
-class TaughtBatch(NamedTuple):
-    """What the teacher makes of a batch. What no objective needs is `None`."""
-
-    image_embeds: torch.Tensor | None  # (num_images, projection_dim), normalised
-    text_embeds: torch.Tensor | None  # (num_texts, projection_dim), normalised
-    mlm_logits: torch.Tensor | None  # (num_texts, text_length, vocab_size), of the masked texts
+from .modeling_trips import num_processes
+from .modeling_trips_pretraining import TeacherOutput, check_captions, gather_with_gradient, row_counts
 
 
 class FeatureQueue(nn.Module):
@@ -112,58 +104,66 @@ class MomentumTeacher(nn.Module):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
         mlm_input_ids: torch.LongTensor | None = None,
-    ) -> TaughtBatch:
-        """Arguments as in [`TripsForPreTraining`]."""
-        teacher, config = self.model.eval(), self.model.config
-        # CODEPATH: a weight of 0 leaves out what the teacher says about that objective, and all that it alone needs.
-        contrasts, guesses = config.itc_weight > 0, config.mlm_weight > 0 and mlm_input_ids is not None
-        image_embeds = text_embeds = mlm_logits = None
-        prefix = teacher.model.encode_images(pixel_values)
-        if contrasts:
-            text_embeds = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
-            image_embeds = teacher.get_image_features(prefix=prefix).pooler_output
-        if guesses:
-            mlm_logits = teacher.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix)
-        return TaughtBatch(image_embeds, text_embeds, mlm_logits)
+    ) -> TeacherOutput:
+        """
+        Compute the teacher's view of a batch. Arguments are those of [`TripsForPreTraining`].
 
-    def contrastive_loss(
+        Raises:
+            ValueError: `image_ids` is missing, without which the images in the queues cannot be told apart.
+        """
+        teacher, config = self.model.eval(), self.model.config
+        output: dict = {}
+        prefix = teacher.model.encode_images(pixel_values)
+        # CODEPATH: an objective of weight 0 needs nothing from the teacher.
+        if config.itc_weight > 0:
+            if image_ids is None:
+                raise ValueError("`image_ids` is missing: the teacher's queues hold images of past batches.")
+            texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
+            images = teacher.get_image_features(prefix=prefix).pooler_output
+            output |= {
+                "image_embeds": images,
+                "text_embeds": texts,
+                **self._candidates(images, texts, image_index, image_ids),
+            }
+        # CODEPATH: as above.
+        if config.mlm_weight > 0 and mlm_input_ids is not None:
+            output["mlm_logits"] = teacher.guess_words(
+                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix
+            )
+        return TeacherOutput(**output)
+
+    def _candidates(
         self,
-        taught: TaughtBatch,
-        teacher_weight: float,
-        push: bool,
         image_embeds: torch.Tensor,
         text_embeds: torch.Tensor,
-        temperature: torch.Tensor,
+        image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor,
-        text_image_ids: torch.LongTensor,
-    ) -> torch.Tensor:
-        """
-        ITC against the teacher's features of this batch, from all processes, and of the past ones in the queues.
+    ) -> dict:
+        """The features of this batch, from all processes, followed by those in the queues."""
+        image_index, image_ids = check_captions(text_embeds, len(image_embeds), image_index, image_ids)
+        text_ids = image_ids[image_index]
+        image_counts, text_counts = row_counts(image_ids, text_ids)
+        images = tuple(gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids))
+        texts = tuple(gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_ids))
+        return {
+            "images": self.images.behind(*images),
+            "texts": self.texts.behind(*texts),
+            "num_images": len(images[1]),
+            "num_texts": len(texts[1]),
+        }
 
-        Args:
-            taught ([`TaughtBatch`]): what the teacher makes of this batch.
-            teacher_weight (`float`): share of the teacher's opinion in the targets.
-            push (`bool`): whether the teacher's features go into the queues.
-            image_embeds, text_embeds, temperature, image_ids, text_image_ids: as in `contrastive_loss` of
-                losses_contrastive_trips.py.
-        """
-        image_counts, text_counts = row_counts(image_ids, text_image_ids)
-        new_images = tuple(gather_with_gradient(rows, image_counts) for rows in (taught.image_embeds, image_ids))
-        new_texts = tuple(gather_with_gradient(rows, text_counts) for rows in (taught.text_embeds, text_image_ids))
-        images, texts = self.images.behind(*new_images), self.texts.behind(*new_texts)
-        loss_per_image = distilled_loss(
-            image_embeds, taught.image_embeds, image_ids, *texts, temperature, teacher_weight
-        )
-        loss_per_text = distilled_loss(
-            text_embeds, taught.text_embeds, text_image_ids, *images, temperature, teacher_weight
-        )
-        if push:
-            self.images.push(*new_images)
-            self.texts.push(*new_texts)
-        # As in `contrastive_loss`: processes may have different numbers of images.
-        image_share, text_share = len(image_ids) / len(new_images[1]), len(text_image_ids) / len(new_texts[1])
-        return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
+    def push(self, output: TeacherOutput):
+        """Add the features of a batch to the queues."""
+        if output.images is not None:
+            self.images.push(*(rows[: output.num_images] for rows in output.images))
+            self.texts.push(*(rows[: output.num_texts] for rows in output.texts))
+
+    def teach(self, inputs: dict, weight: float) -> dict:
+        """Add the teacher's view to the inputs of a [`TripsForPreTraining`], with its weight in the targets."""
+        names = [name for name in inspect.signature(self.forward).parameters if name in inputs]
+        return {**inputs, "teacher": self(**{name: inputs[name] for name in names}), "teacher_weight": weight}
 
     def save(self, folder: str | Path):
         """Writes `momentum.safetensors`, by way of a temporary file."""

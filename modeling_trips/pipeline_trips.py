@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Pipeline, ZeroShotImageClassificationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
-from .input_preparation_trips import read_image
+from .processing_trips import read_image
 
 
 NUM_RANKED_ANSWERS = 128  # how many of a given list are scored in full, as in ALBEF
@@ -331,3 +331,13 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
         options = {"padding": True, **(tokenizer_kwargs or {})}
         inputs["text_inputs"] = [self.processor(text=texts, return_tensors="pt", **options)]
         return inputs
+
+
+PIPELINES = {
+    pipeline_class.default_task: pipeline_class
+    for pipeline_class in (
+        TripsImageToTextPipeline,
+        TripsVisualQuestionAnsweringPipeline,
+        TripsZeroShotImageClassificationPipeline,
+    )
+}

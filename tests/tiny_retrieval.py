@@ -3,8 +3,7 @@
 import torch
 
 from modeling_trips import TripsConfig
-from modeling_trips.losses_contrastive_trips import matching_pairs
-from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
+from modeling_trips.modeling_trips_pretraining import TripsForRetrieval, matching_pairs
 
 
 # Six captions of four images, two of which (0 and 3) are the same picture.

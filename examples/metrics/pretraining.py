@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from modeling_trips import TripsForPreTraining
-from modeling_trips.losses_contrastive_trips import hard_negative_indices, similarity
+from modeling_trips.modeling_trips_pretraining import hard_negative_indices, similarity
 
 
 @torch.no_grad()

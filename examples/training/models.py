@@ -8,7 +8,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor, from_vision_text_pretrained
 from modeling_trips.conversion.processors import make_processor
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.options import ModelArguments
@@ -93,7 +93,8 @@ class ModelStart:
         """The fusion and the decoder start from the text encoder; pixels are normalised as the vision tower's."""
         args = self.args
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.text_model_name_or_path)
-        self.model = self.model_class.from_vision_text_pretrained(
+        self.model = from_vision_text_pretrained(
+            self.model_class,
             args.vision_model_name_or_path,
             args.text_model_name_or_path,
             num_fusion_layers=args.num_fusion_layers,

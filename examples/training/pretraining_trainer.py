@@ -140,9 +140,14 @@ class PretrainingTrainer(RetrievalTrainer):
         return loss
 
     def compute_loss(self, model, inputs, **kwargs):
-        if self.teacher_takes_part:
-            inputs = {**inputs, "teacher": self.teacher, "teacher_weight": self.current_teacher_weight()}
-        return super().compute_loss(model, inputs, **kwargs)
+        if not self.teacher_takes_part:
+            return super().compute_loss(model, inputs, **kwargs)
+        with self.accelerator.autocast():
+            inputs = self.teacher.teach(inputs, self.current_teacher_weight())
+        loss = super().compute_loss(model, inputs, **kwargs)
+        if model.training:
+            self.teacher.push(inputs["teacher"])
+        return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs and self.teacher is not None:

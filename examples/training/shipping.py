@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.configuration_trips_parts import remove_code_references
+from modeling_trips.configuration_trips import remove_code_references
 from trips_examples.training.files import write_whole
 
 

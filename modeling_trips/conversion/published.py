@@ -22,12 +22,9 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, BlipForQuestionAnswering, PreTrainedConfig, PreTrainedModel
 from transformers.models.vilt import modeling_vilt
 
-from ..modeling_trips import TripsModel
-from ..modeling_trips_grounding import TripsForVisualGrounding
-from ..modeling_trips_layers import TripsPreTrainedModel
-from ..modeling_trips_pretraining import TripsForPreTraining
-from ..modeling_trips_question_answering import TripsForQuestionAnswering
-from ..modeling_trips_retrieval import TripsForRetrieval
+from ..modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding, TripsModel
+from ..modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
+from ..modeling_trips_text import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
 from .albef import ALBEF_DEPTHS, albef_plan
 from .blip import blip_plan, check_blip_architecture

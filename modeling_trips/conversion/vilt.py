@@ -23,7 +23,7 @@ import torch
 from transformers import ViltConfig
 
 from ..configuration_trips import TripsVisionConfig
-from ..modeling_trips_single_stream import NUM_MODALITIES
+from ..modeling_trips_vision import NUM_MODALITIES
 from .rules import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, make_config, resampled
 
 

@@ -59,17 +59,17 @@ class Tower(NamedTuple):
 
 
 def from_vision_text_pretrained(
-    cls,
+    model_class: type[PreTrainedModel],
     vision: str | os.PathLike | PreTrainedModel,
     text: str | os.PathLike | PreTrainedModel,
     output_loading_info: bool = False,
     **options,
 ):
     """
-    A model from a vision tower and a text encoder that were trained apart: a class method of every model of this
-    package. What neither has is new, and logged.
+    Make a model from a vision tower and a text encoder that were trained apart. What neither has is new, and logged.
 
     Args:
+        model_class (`type`): [`TripsModel`] or a model with a head.
         vision (`str` or `PreTrainedModel`): a ViT, DeiT, CLIP or DINOv2 model: its name on the Hub, its folder, or
             itself.
         text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise.
@@ -81,12 +81,12 @@ def from_vision_text_pretrained(
         The model in evaluation mode, or `(model, ConversionReport)`.
 
     Raises:
-        TypeError: if this class is a part of a model.
+        TypeError: if `model_class` is a part of a model.
         ConversionError: if `vision` or `text` is of another kind, or its weights are not as expected.
     """
-    if cls.config_class is not TripsConfig:
-        raise TypeError(f"{cls.__name__} is a part of a model: load it with `from_pretrained`.")
-    model, report = load_vision_text(cls, vision, text, **options)
+    if model_class.config_class is not TripsConfig:
+        raise TypeError(f"{model_class.__name__} is a part of a model: load it with `from_pretrained`.")
+    model, report = load_vision_text(model_class, vision, text, **options)
     return (model, report) if output_loading_info else model
 
 

@@ -24,7 +24,7 @@ from modeling_trips import (
     TripsVisionPrefix,
 )
 
-from ..modeling_trips_layers import check_counts, check_image_index, check_image_source, check_text_length
+from ..modeling_trips_text import check_counts, check_image_index, check_image_source, check_text_length
 from .graphs import image_shape, tensors_of
 
 

@@ -117,7 +117,7 @@ class Setting:
         prompts, labels = input_ids.chunk(2, dim=1)
         texts = {"mlm_input_ids": input_ids, "mlm_labels": input_ids, "prompt_input_ids": prompts, "labels": labels}
         image_ids = torch.arange(self.batch_size, device=input_ids.device)
-        return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model), "teacher_weight": 0.4}
+        return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model)}
 
 
 def set_keep_rate(keep_rate: float | list[float], model: torch.nn.Module, inputs: dict):
@@ -126,18 +126,26 @@ def set_keep_rate(keep_rate: float | list[float], model: torch.nn.Module, inputs
         module.config.keep_rate = keep_rate
 
 
+def run(model: Callable, inputs: dict):
+    """The output of a forward pass; in pre-training, behind one of the teacher."""
+    if "teacher" not in inputs:
+        return model(**inputs)
+    given = {name: value for name, value in inputs.items() if name != "teacher"}
+    return model(**inputs["teacher"].teach(given, weight=0.4))
+
+
 def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
     """The work that is measured, as a function without arguments or results."""
 
     def forward():
         with torch.no_grad():
-            model(**inputs)
+            run(model, inputs)
 
     def forward_backward():
         model(**inputs).last_hidden_state.float().square().mean().backward()
 
     def pretraining():
-        model(**inputs).loss.backward()
+        run(model, inputs).loss.backward()
 
     return {"forward": forward, "training": forward_backward, "pretraining": pretraining}[setting.mode]
 
@@ -163,7 +171,7 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
     inputs = setting.make_inputs(model)
     set_keep_rate(keep_rate, model, inputs)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs)
+        run(model, inputs)
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     student, teacher = type(model).__name__, MomentumTeacher.__name__
     tower = f"{student}.model.vision_model"

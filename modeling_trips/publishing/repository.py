@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 
 import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
-from modeling_trips.configuration_trips_parts import CODE_FIELDS
+from modeling_trips.configuration_trips import CODE_FIELDS
 
 from ..inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from .eval_results import write_eval_results

@@ -8,7 +8,7 @@ from random_models import assert_close, make_random
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-from modeling_trips import TripsModel
+from modeling_trips import TripsModel, from_vision_text_pretrained
 from modeling_trips.conversion.dinov2_onnx import onnx_states, read_dinov2_onnx
 from modeling_trips.conversion.rules import ConversionError
 from trips_examples import make_towers
@@ -65,7 +65,7 @@ def test_packages_become_towers_and_trips_computes_what_they_do(tmp_path):
     assert json.loads((vision / "preprocessor_config.json").read_text())["image_mean"] == [0.485, 0.456, 0.406]
     dinov2 = Dinov2Model.from_pretrained(vision)
     for side in (224, 518):
-        model = TripsModel.from_vision_text_pretrained(vision, text, image_size=side, keep_rate=1.0)
+        model = from_vision_text_pretrained(TripsModel, vision, text, image_size=side, keep_rate=1.0)
         pixel_values = torch.randn(1, 3, side, side)
         assert_close(model.vision_model(pixel_values).last_hidden_state, dinov2(pixel_values).last_hidden_state)
     assert model.config.text_config.pooling_mode == "mean"

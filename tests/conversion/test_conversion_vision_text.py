@@ -40,6 +40,7 @@ from modeling_trips import (
     TripsForRetrieval,
     TripsModel,
     TripsVisionModel,
+    from_vision_text_pretrained,
 )
 from modeling_trips.conversion.rules import (
     ConversionError,
@@ -74,7 +75,7 @@ def make_text(kind: str, **fields) -> PreTrainedModel:
 
 def join(vision, text, model_class=TripsModel, **options):
     options = {"selection_layers": [2], "keep_rate": 1.0, **options}
-    return model_class.from_vision_text_pretrained(vision, text, output_loading_info=True, **options)
+    return from_vision_text_pretrained(model_class, vision, text, output_loading_info=True, **options)
 
 
 @torch.no_grad()
@@ -231,7 +232,7 @@ def test_layers_with_more_than_berts_weights_are_refused():
 
 
 def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path):
-    model = TripsModel.from_vision_text_pretrained(make_vision("vit"), make_text("bert"), selection_layers=[2])
+    model = from_vision_text_pretrained(TripsModel, make_vision("vit"), make_text("bert"), selection_layers=[2])
     assert isinstance(model, TripsModel) and not model.training
     model.save_pretrained(tmp_path)
     loaded, loading = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -241,7 +242,7 @@ def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path
 
 def test_a_part_of_a_model_is_not_made_of_two_towers():
     with pytest.raises(TypeError, match="TripsVisionModel is a part of a model: load it with `from_pretrained`"):
-        TripsVisionModel.from_vision_text_pretrained(make_vision("vit"), make_text("bert"))
+        from_vision_text_pretrained(TripsVisionModel, make_vision("vit"), make_text("bert"))
 
 
 def test_other_models_are_refused_by_name():

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
-from modeling_trips.modeling_trips_text_layers import TripsTextSelfAttention
-from modeling_trips.modeling_trips_vision_layers import TripsVisionAttention
+from modeling_trips.modeling_trips_text import TripsTextSelfAttention
+from modeling_trips.modeling_trips_vision import TripsVisionAttention
 
 
 # Where rows keep different numbers of patches, image tokens are padded, too.

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoProcessor
 
 from modeling_trips import TripsProcessor
-from modeling_trips.input_preparation_trips import clean_caption, clean_question
+from modeling_trips.processing_trips import clean_caption, clean_question
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 

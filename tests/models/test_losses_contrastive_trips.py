@@ -9,7 +9,8 @@ import pytest
 import torch
 from two_processes import results_of
 
-from modeling_trips.losses_contrastive_trips import (
+from modeling_trips.modeling_trips import mean_count
+from modeling_trips.modeling_trips_pretraining import (
     contrastive_loss,
     contrastive_targets,
     distinct_image_ids,
@@ -20,7 +21,6 @@ from modeling_trips.losses_contrastive_trips import (
     row_counts,
     similarity,
 )
-from modeling_trips.losses_trips import mean_count
 
 
 # Image i has the logits log(SCORES[i]) over the texts. By row, the probabilities are 1/4, 1/2, 1/4; 1/2, 1/4, 1/4;

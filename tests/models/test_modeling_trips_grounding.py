@@ -12,10 +12,10 @@ from tiny_models import gradients_of, kept_by, make_config, share_of_kept
 from transformers import Trainer, TrainingArguments
 
 from modeling_trips import TripsModel
-from modeling_trips.losses_trips import paired_box_iou
-from modeling_trips.modeling_trips_grounding import (
+from modeling_trips.modeling_trips import (
     TripsForVisualGrounding,
     box_losses,
+    paired_box_iou,
     token_centers,
     token_indices,
 )

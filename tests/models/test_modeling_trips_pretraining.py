@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy
 from two_processes import results_of
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsModel
-from modeling_trips.modeling_trips_pretraining import TripsForPreTraining
-from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
+from modeling_trips.modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.momentum_trips import MomentumTeacher
 
 
@@ -200,7 +199,7 @@ def test_accumulated_batches_are_averaged_by_the_trainer():
 def test_a_checkpoint_holds_no_teacher_and_serves_the_other_heads(tmp_path):
     model = make_model()
     teacher = MomentumTeacher(model, queue_size=8)
-    model.train()(**make_batch(), teacher=teacher, teacher_weight=0.4).loss.backward()
+    model.train()(**teacher.teach(make_batch(), 0.4)).loss.backward()
     model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     assert load_file(tmp_path / "model.safetensors").keys() <= model.state_dict().keys()
@@ -212,7 +211,9 @@ def test_a_checkpoint_holds_no_teacher_and_serves_the_other_heads(tmp_path):
 def test_nothing_waits_for_the_device():
     model, teacher = make_model().train(), MomentumTeacher(make_model(), queue_size=8)
     with NoNumbers():
-        model(**make_batch(), teacher=teacher, teacher_weight=0.4).loss.backward()
+        inputs = teacher.teach(make_batch(), 0.4)
+        model(**inputs).loss.backward()
+        teacher.push(inputs["teacher"])
         teacher.update(model)
 
 
@@ -220,10 +221,10 @@ def test_a_teacher_needs_to_know_the_images():
     """Or those of the last batch would have the numbers of this one's in the queue."""
     model, batch = make_model(), make_batch()
     del batch["image_ids"]
-    with pytest.raises(ValueError, match="say with `image_ids`"):
-        model(**batch, teacher=MomentumTeacher(model, queue_size=8))
+    with pytest.raises(ValueError, match="image_ids"):
+        MomentumTeacher(model, queue_size=8).teach(batch, 0.4)
     model = make_model(itc_weight=0.0)  # no features, no queues
-    model(**batch, teacher=MomentumTeacher(model, queue_size=8))
+    model(**MomentumTeacher(model, queue_size=8).teach(batch, 0.4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tiny_question_answering import (
 )
 
 from modeling_trips import TripsForQuestionAnswering, TripsModel
-from modeling_trips.modeling_trips_generation import label_loss, token_nll
+from modeling_trips.modeling_trips import label_loss, token_nll
 
 
 # ---------------------------------------------------------------------------------------------------------------------

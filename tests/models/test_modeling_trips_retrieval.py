@@ -18,7 +18,7 @@ from tiny_retrieval import (
 from torch.nn.functional import normalize
 
 from modeling_trips import TripsModel
-from modeling_trips.modeling_trips_retrieval import TripsForRetrieval
+from modeling_trips.modeling_trips_pretraining import TripsForRetrieval
 
 
 # ---------------------------------------------------------------------------------------------------------------------

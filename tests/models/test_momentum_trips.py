@@ -5,8 +5,7 @@ import torch
 from test_modeling_trips_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
 
-from modeling_trips.losses_contrastive_trips import distilled_loss
-from modeling_trips.losses_trips import masked_language_loss
+from modeling_trips.modeling_trips_pretraining import distilled_loss, masked_language_loss
 from modeling_trips.momentum_trips import FeatureQueue, MomentumTeacher
 
 
@@ -69,9 +68,9 @@ def test_past_batches_are_candidates_and_equal_ids_are_partners():
     teacher = MomentumTeacher(model, queue_size=10)
     for parameter in teacher.model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))  # another opinion than the student's
-    model.train()(**batch, teacher=teacher, teacher_weight=0.3)
+    teacher.push(teacher.teach(batch, 0.3)["teacher"])
     again = {**batch, "image_ids": torch.tensor([4, 8, 1])}  # image 0 was there before, under the same id
-    actual = model.eval()(**again, teacher=teacher, teacher_weight=0.3).itc_loss
+    actual = model.eval()(**teacher.teach(again, 0.3)).itc_loss
 
     def features(owner):
         images = owner.vision_proj(owner.model.vision_model(batch["pixel_values"]).pooler_output)
@@ -94,12 +93,11 @@ def test_past_batches_are_candidates_and_equal_ids_are_partners():
     torch.testing.assert_close(actual, sum(losses) / 2, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_leaves_the_queues_alone():
-    model, batch = make_model(), make_batch()
-    teacher = MomentumTeacher(model, queue_size=8)
-    model.eval()(**batch, teacher=teacher)
+def test_what_is_pushed_waits_in_the_queues():
+    teacher, batch = MomentumTeacher(make_model(), queue_size=8), make_batch()
+    output = teacher.teach(batch, 0.4)["teacher"]
     assert (teacher.images.ids == -1).all() and teacher.images.position == 0
-    model.train()(**batch, teacher=teacher)
+    teacher.push(output)
     assert teacher.images.ids.tolist() == [4, 9, 6, -1, -1, -1, -1, -1]
     assert teacher.texts.ids.tolist() == [4, 4, 9, 6, 9, -1, -1, -1]
 
@@ -107,14 +105,14 @@ def test_evaluation_leaves_the_queues_alone():
 def test_no_gradient_reaches_the_teacher():
     model = make_model().train()
     teacher = MomentumTeacher(model, queue_size=8)
-    model(**make_batch(), teacher=teacher, teacher_weight=0.4).loss.backward()
+    model(**teacher.teach(make_batch(), 0.4)).loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
     model, batch = make_model().train(), make_batch()
     teacher = MomentumTeacher(model, queue_size=8)
-    model(**batch, teacher=teacher)
+    teacher.push(teacher.teach(batch, 0.4)["teacher"])
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
     teacher.update(model)
@@ -137,6 +135,7 @@ def test_a_teacher_looks_as_its_student_does(schedule):
     taught = MomentumTeacher(model, queue_size=8)(
         *(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")),
         image_index=batch["image_index"],
+        image_ids=batch["image_ids"],
         mlm_input_ids=batch["mlm_input_ids"],
     )
     outputs = model(**batch)
@@ -147,7 +146,9 @@ def test_a_teacher_looks_as_its_student_does(schedule):
 
 def test_the_teacher_computes_nothing_for_objectives_of_weight_zero():
     batch = make_batch()
-    inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "image_index")}
+    inputs = {
+        name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "image_index", "image_ids")
+    }
     words = MomentumTeacher(make_model(itc_weight=0.0), queue_size=8)
     seen = []
     for projection in (words.model.vision_proj, words.model.text_proj):

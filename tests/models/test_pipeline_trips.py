@@ -25,8 +25,7 @@ from modeling_trips import (
     TripsZeroShotImageClassificationPipeline,
     convert_to_rgb,
 )
-from modeling_trips.pipeline_trips import best_answers, without_rest
-from modeling_trips.registration_trips import PIPELINES
+from modeling_trips.pipeline_trips import PIPELINES, best_answers, without_rest
 
 
 QUESTIONS = ["what color is it?", "is it a circle?", "is it red?"]
@@ -47,7 +46,7 @@ def load(task: str, head: type, checkpoints):
     # Weights of this size give every question about every image an answer of its own, and answers that end.
     for parameter in model.parameters():
         parameter.data *= 2 if parameter.ndim > 1 else 1
-    return PIPELINES[task][0](model=model, processor=processor)
+    return PIPELINES[task](model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")

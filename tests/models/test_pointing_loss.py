@@ -7,8 +7,7 @@ import torch
 from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
 
 from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
-from modeling_trips.losses_trips import region_targets
-from modeling_trips.modeling_trips_pointing import pointing_losses
+from modeling_trips.modeling_trips import pointing_losses, region_targets
 
 
 def make_model(coefficient=2.0, **fields):

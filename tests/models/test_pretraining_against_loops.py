@@ -8,7 +8,7 @@ from tiny_retrieval import make_config
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from modeling_trips import TripsForPreTraining
-from modeling_trips.losses_contrastive_trips import matching_pairs
+from modeling_trips.modeling_trips_pretraining import matching_pairs
 
 
 SCHEDULES = {

@@ -33,7 +33,8 @@ from modeling_trips import (
     TripsTextModel,
     TripsVisionModel,
 )
-from modeling_trips.registration_trips import MODELS, PIPELINES, custom_pipelines
+from modeling_trips.pipeline_trips import PIPELINES
+from modeling_trips.registration_trips import MODELS
 
 
 CODE = {path.name for path in Path(modeling_trips.__file__).parent.glob("*.py") if path.name != "__init__.py"}
@@ -82,21 +83,38 @@ def test_a_checkpoint_names_a_class_for_every_auto_class(checkpoints, tmp_path, 
             getattr(modeling_trips, name).from_pretrained(folder).save_pretrained(tmp_path / name)
             folder = tmp_path / name
         auto_map = read_config(folder)["auto_map"]
-        assert auto_map.keys() == {"AutoConfig", "AutoProcessor", *MODELS}
+        contrastive = {"AutoModelForPreTraining", "AutoModelForZeroShotImageClassification"}
+        known = MODELS if name in ("TripsForRetrieval", "TripsForPreTraining") else {*MODELS} - contrastive
+        assert auto_map.keys() == {"AutoConfig", "AutoProcessor", *known}
         for reference in auto_map.values():
             module, class_name = reference.split(".")
-            assert re.search(rf"\b{class_name}\b", (folder / f"{module}.py").read_text())
-        assert {path.name for path in folder.glob("*.py")} == CODE
-    own = read_config(checkpoints["TripsForQuestionAnswering"])["auto_map"]["AutoModelForImageTextToText"]
-    assert own == "registration_trips.TripsForQuestionAnswering"
+            assert re.search(rf"^class {class_name}\b", (folder / f"{module}.py").read_text(), re.MULTILINE)
+        for auto_class in getattr(modeling_trips, name).auto_classes:
+            assert auto_map[auto_class].endswith(f".{name}")
+
+
+def test_a_checkpoint_holds_the_code_that_its_class_imports_and_no_other(checkpoints):
+    code = {name: {path.stem for path in folder.glob("*.py")} for name, folder in checkpoints.items()}
+    assert code["TripsForQuestionAnswering"] == {
+        "configuration_trips",
+        "image_decoding_trips",
+        "modeling_trips",
+        "modeling_trips_text",
+        "modeling_trips_vision",
+        "patch_selection",
+        "pipeline_trips",
+        "processing_trips",
+        "versions_trips",
+    }
+    assert code["TripsForRetrieval"] == code["TripsForQuestionAnswering"] | {"modeling_trips_pretraining"}
 
 
 def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
     TripsVisionModel(TripsConfig.from_preset("tiny").vision_config).save_pretrained(tmp_path)
     config = read_config(tmp_path)
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_trips_parts.TripsVisionConfig",
-        "AutoModel": "registration_trips.TripsVisionModel",
+        "AutoConfig": "configuration_trips.TripsVisionConfig",
+        "AutoModel": "modeling_trips_vision.TripsVisionModel",
     }
     assert "custom_pipelines" not in config
 
@@ -130,7 +148,6 @@ def test_a_checkpoint_lists_the_pipelines_of_its_head_alone(checkpoints):
         "TripsForQuestionAnswering": ["visual-question-answering"],
         "TripsForRetrieval": ["zero-shot-image-classification"],
     }
-    assert custom_pipelines(TripsVisionModel) == {}
 
 
 @pytest.mark.parametrize("name", ["TripsModel", "TripsForQuestionAnswering"])
@@ -176,8 +193,8 @@ CALLS = {
 @pytest.mark.parametrize("task", PIPELINES)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_every_documented_way_makes_the_pipeline(checkpoints, task, call):
-    own, auto_class = PIPELINES[task]
-    model_class = MODELS[auto_class][0]
+    own = PIPELINES[task]
+    (model_class,) = (head for head in HEADS if head.pipeline_task == task)
     folder = str(checkpoints[model_class.__name__])
     model, processor = model_class.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
     made = call(task, own, model, processor, folder)

@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of
 
-from modeling_trips.losses_contrastive_trips import matching_pairs
-from modeling_trips.losses_trips import selection_loss
+from modeling_trips.modeling_trips import selection_loss
+from modeling_trips.modeling_trips_pretraining import matching_pairs
 
 
 GUIDANCES = ["text", "image", ["image", "text"]]  # the last one: a text chooses in the last layer

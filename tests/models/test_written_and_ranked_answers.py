@@ -19,7 +19,7 @@ from tiny_question_answering import (
     tokens_of,
 )
 
-from modeling_trips.modeling_trips_generation import token_nll
+from modeling_trips.modeling_trips import token_nll
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from modeling_trips import (
     TripsTextModel,
     TripsVisionModel,
 )
-from modeling_trips.losses_contrastive_trips import matching_pairs
+from modeling_trips.modeling_trips_pretraining import matching_pairs
 from modeling_trips.registration_trips import MODELS
 
 from ...generation.test_utils import GenerationTesterMixin

@@ -13,23 +13,30 @@ FLAT = {name.removeprefix("modeling_trips.") for name in MODULES if name.count("
 SCRIPTS = {name for name, module in MODULES.items() if module.path.parent == ROOT / "examples" and "." in name}
 PACKAGES_OF_EXAMPLES = {name for name in MODULES if name.startswith("trips_examples.")} - SCRIPTS
 
-# What the files at the bottom of a checkpoint's code may import of it; the heads stand on all of these.
-BASE = {"configuration_trips", "modeling_trips_layers", "versions_trips"}
+# What each file that a checkpoint may carry imports of the others: arrows point down.
 ARROWS = {
     "versions_trips": set(),
-    "patch_selection": set(),
-    "losses_trips": set(),
     "image_decoding_trips": set(),
-    "input_preparation_trips": {"image_decoding_trips"},
-    "configuration_trips_parts": {"versions_trips"},
-    "configuration_trips": {"configuration_trips_parts", "versions_trips"},
-    "processing_trips": {"configuration_trips_parts", "input_preparation_trips", "versions_trips"},
-    "pipeline_trips": {"input_preparation_trips", "versions_trips"},
-    "modeling_trips_layers": {"configuration_trips", "versions_trips"},
-    "modeling_trips_vision_layers": BASE | {"patch_selection"},
-    "modeling_trips_text_layers": BASE,
-    "modeling_trips_vision": BASE | {"modeling_trips_vision_layers", "patch_selection"},
-    "modeling_trips_text": BASE | {"modeling_trips_text_layers"},
+    "patch_selection": set(),
+    "configuration_trips": {"versions_trips"},
+    "processing_trips": {"configuration_trips", "image_decoding_trips", "versions_trips"},
+    "pipeline_trips": {"processing_trips"},
+    "modeling_trips_text": {"configuration_trips", "versions_trips"},
+    "modeling_trips_vision": {"configuration_trips", "modeling_trips_text", "patch_selection"},
+    "modeling_trips": {
+        "configuration_trips",
+        "modeling_trips_text",
+        "modeling_trips_vision",
+        "patch_selection",
+        "pipeline_trips",
+        "versions_trips",
+    },
+    "modeling_trips_pretraining": {
+        "configuration_trips",
+        "modeling_trips",
+        "modeling_trips_text",
+        "modeling_trips_vision",
+    },
 }
 
 

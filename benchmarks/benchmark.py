@@ -24,8 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsConfig
-from modeling_trips.inspection.schedules import Schedule
+from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
@@ -74,7 +73,9 @@ class BenchmarkArguments:
 
 
 def settings_of(args: BenchmarkArguments) -> list[Setting]:
-    schedules = [Schedule.parse(text, rate) for text, rate in itertools.product(args.schedule, args.keep_rate)]
+    schedules = [
+        SelectionSchedule.parse(text, rate) for text, rate in itertools.product(args.schedule, args.keep_rate)
+    ]
     grid = itertools.product(
         args.mode,
         args.dtype,
@@ -112,9 +113,9 @@ def work_of(row: dict) -> str:
     return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}"
 
 
-def schedule_of(row: dict) -> Schedule:
+def schedule_of(row: dict) -> SelectionSchedule:
     names = ("selection_layers", "keep_rate", "selection_guidance")
-    return Schedule.of(TripsConfig.from_preset(row["preset"], **{name: row[name] for name in names}).vision_config)
+    return TripsConfig.from_preset(row["preset"], **{name: row[name] for name in names}).vision_config.schedule
 
 
 def print_table(rows: list[dict]):

@@ -17,9 +17,8 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsConfig
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
-from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 from modeling_trips.inspection.speed import Setting, measure
 from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
@@ -63,7 +62,7 @@ class GrowthArguments:
     plot: str | None = field(default=None, metadata={"help": "Write a picture to this file."})
 
 
-def settings_of(args: GrowthArguments) -> list[tuple[str, Schedule, Setting]]:
+def settings_of(args: GrowthArguments) -> list[tuple[str, SelectionSchedule, Setting]]:
     """What is tried: the quantity that grows, the schedule, and the rest."""
     start = {"image_size": args.image_size, "text_length": args.text_length, "batch_size": 1, "texts_per_image": 1}
     values = dict(zip(AXES, (args.image_sizes, args.text_lengths, args.batch_sizes, args.texts_per_image)))
@@ -71,19 +70,19 @@ def settings_of(args: GrowthArguments) -> list[tuple[str, Schedule, Setting]]:
     return [
         (axis, schedule, make(**{**start, axis: value}, **schedule.config_fields))
         for axis in AXES
-        for schedule in (Schedule.parse(text) for text in args.schedule)
+        for schedule in (SelectionSchedule.parse(text) for text in args.schedule)
         for value in sorted(values[axis])
     ]
 
 
-def count(setting: Setting, schedule: Schedule) -> float:
+def count(setting: Setting, schedule: SelectionSchedule) -> float:
     """Multiply-accumulates of a step."""
     config = TripsConfig.from_preset(setting.preset, image_size=setting.image_size)
     cost = forward_cost(config, setting.text_length, schedule)
     return setting.batch_size * cost.macs(setting.texts_per_image)
 
 
-def examine(axis: str, schedule: Schedule, setting: Setting, args: GrowthArguments) -> dict:
+def examine(axis: str, schedule: SelectionSchedule, setting: Setting, args: GrowthArguments) -> dict:
     """A row: the counts, and where that is not too much the measured seconds."""
     row = {"axis": axis, "value": getattr(setting, axis), "schedule": str(schedule)}
     row |= {"macs": count(setting, schedule), "unpruned_macs": count(setting, UNPRUNED)}

@@ -24,7 +24,7 @@ import peers
 import torch
 from tqdm.auto import tqdm
 
-from modeling_trips.inspection.schedules import Schedule
+from modeling_trips import SelectionSchedule
 from modeling_trips.inspection.speed import Setting, measure
 from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.parser import make_parser
@@ -81,7 +81,7 @@ def twins(args: DeviceTableArguments) -> Iterator[Cell]:
             device=args.device,
             compile=compiled,
             compile_mode="reduce-overhead" if compiled and args.device == "cuda" else None,
-            **Schedule.parse(schedule, 0.7).config_fields,
+            **SelectionSchedule.parse(schedule, 0.7).config_fields,
         )
         name = f"{mode}{', compiled' * compiled}, batch {batch_size} x {texts}, {schedule}"
         yield Cell(name, "twins.json", partial(measure_twins, setting, args))

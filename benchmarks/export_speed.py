@@ -23,11 +23,16 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForRetrieval, TripsPreTrainedModel
+from modeling_trips import (
+    SelectionSchedule,
+    TripsConfig,
+    TripsForQuestionAnswering,
+    TripsForRetrieval,
+    TripsPreTrainedModel,
+)
 from modeling_trips.conversion.files import whole_folder
 from modeling_trips.export import BACKENDS, export_model, load_exported
 from modeling_trips.export.running import RUNTIMES
-from modeling_trips.inspection.schedules import Schedule
 from modeling_trips.inspection.speed import CLOCKS, medians_in_turns, provenance
 from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
@@ -97,7 +102,7 @@ def make_model(task: str, args: ExportSpeedArguments) -> TripsPreTrainedModel:
     config = TripsConfig.from_preset(
         args.preset,
         vision_config={"image_size": args.image_size},
-        **Schedule.parse(args.schedule, args.keep_rate).config_fields,
+        **SelectionSchedule.parse(args.schedule, args.keep_rate).config_fields,
     )
     return TASKS[task][0](config).eval()
 

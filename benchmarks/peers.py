@@ -32,6 +32,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_trips import (
+    UNPRUNED,
+    SelectionSchedule,
     TripsConfig,
     TripsForQuestionAnswering,
     TripsForRetrieval,
@@ -39,7 +41,6 @@ from modeling_trips import (
     TripsVisionModel,
 )
 from modeling_trips.hosts import apply_patch_selection
-from modeling_trips.inspection.schedules import Schedule
 from modeling_trips.inspection.speed import check_clock, peak_memory, percentile_99, provenance, seconds_in_turns
 from modeling_trips.patch_selection import num_kept_tokens
 from trips_examples.training.files import write_json
@@ -91,13 +92,13 @@ class PeerArguments:
             raise ValueError(f"--peers must be of {', '.join(known)}, got {', '.join(wrong)}.")
         check_clock("--clock", self.clock, self.device)
 
-    def schedules(self, task: str) -> dict[str, Schedule]:
+    def schedules(self, task: str) -> dict[str, SelectionSchedule]:
         """Those of TRIPS in a task, and none, by the names of their rows."""
         schedules = [
-            Schedule.parse(text) for text in (self.schedule if TASKS[task].has_texts else [self.tower_schedule])
+            SelectionSchedule.parse(text)
+            for text in (self.schedule if TASKS[task].has_texts else [self.tower_schedule])
         ]
-        unpruned = Schedule(schedules[0].layers, schedules[0].guidances, (1.0,) * len(schedules[0].layers))
-        return {f"TRIPS, {schedule}": schedule for schedule in schedules} | {"TRIPS, unpruned": unpruned}
+        return {f"TRIPS, {schedule}": schedule for schedule in schedules} | {"TRIPS, unpruned": UNPRUNED}
 
 
 @dataclass
@@ -226,8 +227,8 @@ class DropTokens(nn.Module):
 def make_shortened_vit(args: PeerArguments, shorten: Callable[[int], nn.Module]) -> nn.Module:
     """A ViT with modules between its layers that leave as many tokens as the schedule of TRIPS does."""
     vit, blocks, num_tokens = make_vit(args), [], (args.image_size // PATCH_SIZE) ** 2
-    schedule = Schedule.parse(args.tower_schedule)
-    rates = dict(zip(schedule.layers, schedule.keep_rates))
+    schedule = SelectionSchedule.parse(args.tower_schedule)
+    rates = {layer: selection.keep_rate for layer, selection in schedule.by_layer.items()}
     for number, block in enumerate(vit.blocks, start=1):
         blocks.append(block)
         if number in rates:
@@ -238,8 +239,9 @@ def make_shortened_vit(args: PeerArguments, shorten: Callable[[int], nn.Module])
 
 
 def make_selecting_vit(args: PeerArguments) -> nn.Module:
-    vit, schedule = make_vit(args), Schedule.parse(args.tower_schedule)
-    apply_patch_selection(vit, list(schedule.layers), list(schedule.keep_rates), list(schedule.guidances))
+    vit, schedule = make_vit(args), SelectionSchedule.parse(args.tower_schedule)
+    guidances, rates, *_ = zip(*schedule.selections)
+    apply_patch_selection(vit, list(schedule.layers), list(rates), list(guidances))
     return vit
 
 
@@ -247,7 +249,7 @@ def make_selecting_vit(args: PeerArguments) -> nn.Module:
 # TRIPS
 
 
-def make_trips(model_class: type[TripsPreTrainedModel], schedule: Schedule, args: PeerArguments) -> nn.Module:
+def make_trips(model_class: type[TripsPreTrainedModel], schedule: SelectionSchedule, args: PeerArguments) -> nn.Module:
     config = TripsConfig.from_preset(
         args.preset, vision_config={"image_size": args.image_size}, **schedule.config_fields
     )

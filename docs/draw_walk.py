@@ -47,7 +47,7 @@ class Walk:
         inputs = self.processor(images=self.image, text=question, return_tensors="pt")
         with torch.no_grad():
             output = self.model.model(**inputs, output_hidden_states=True)
-        self.selections = dict(zip(self.model.config.vision_config.selection_schedule, output.selection))
+        self.selections = dict(zip(self.model.config.vision_config.schedule.layers, output.selection))
         self.tokens = [states.shape[1] for states in output.vision_model_output.hidden_states[1:]]
         self.figure = Figure(figsize=(13, 5.6), dpi=110)
 

@@ -129,7 +129,7 @@ def introduction(asker: Asker, checkpoint: str) -> str:
         lines.append(
             f"Model: `{name}`. Images and texts unlike its training data get an answer, too, but not a good one."
         )
-    if asker.model.config.vision_config.selection_schedule:
+    if asker.model.config.vision_config.schedule.layers:
         lines.append(SAME_WEIGHTS_NOTE)
     return "\n\n".join(lines)
 

@@ -60,7 +60,7 @@ def load_models(checkpoint: str) -> tuple[TripsForQuestionAnswering, TripsForQue
     """The model, and the same weights at keep rate 1.0, unless the model keeps all patches or is exported."""
     try:
         model = load_checkpoint(checkpoint, [TripsForQuestionAnswering])
-        if (Path(checkpoint) / EXPORT_MANIFEST).is_file() or not model.config.vision_config.selection_schedule:
+        if (Path(checkpoint) / EXPORT_MANIFEST).is_file() or not model.config.vision_config.schedule.layers:
             return model, None
         return model, load_checkpoint(checkpoint, [TripsForQuestionAnswering], keep_rate=1.0)
     except (OSError, ValueError) as error:
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None):
     image = load_image(args.image)
     model, same_weights = load_models(args.model)
     processor = TripsProcessor.from_pretrained(args.model)
-    schedule = model.config.vision_config.selection_schedule
+    schedule = model.config.vision_config.schedule.by_layer
 
     print(f"Asked about {args.image or 'a test image of easy-VQA'}:")
     found = answers_of(model, processor, image, args.question)
@@ -128,7 +128,10 @@ def main(argv: list[str] | None = None):
 
     if schedule:
         limit = "up to " if model.config.selection_mode == "mass" else ""
-        rates = ", ".join(f"{limit}{rate:.0%} of the tokens after layer {layer}" for layer, rate in schedule.items())
+        rates = ", ".join(
+            f"{limit}{selection.keep_rate:.0%} of the tokens after layer {layer}"
+            for layer, selection in schedule.items()
+        )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], Path(args.picture))
         print(f"It keeps {rates}. Which patches: {args.picture}")
 

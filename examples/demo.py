@@ -127,9 +127,9 @@ def main(argv: list[str]):
     answers = [best["answer"] for best in answers_of(model, processor, image, questions)]
     draw_selection(model, processor, image, questions, answers, picture)
     print(f"\nAccuracy on easy-VQA's test split: {metrics['eval_accuracy']:.2%} (always answering yes: 37.33%)")
-    for layer, rate in model.config.vision_config.selection_schedule.items():
+    for layer, selection in model.config.vision_config.schedule.by_layer.items():
         if shown := metrics.get(f"eval_layer{layer}_shown"):
-            print(f"Layer {layer} keeps {rate:.0%} of its tokens: {shown:.1%} of the shape asked about")
+            print(f"Layer {layer} keeps {selection.keep_rate:.0%} of its tokens: {shown:.1%} of the shape asked about")
     for texts_per_image, title in ((1, "one question per image"), (4, "four questions that share their image")):
         speed = measure_speed(model, texts_per_image)
         print(

@@ -15,9 +15,8 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-from modeling_trips import TripsConfig
+from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.plan import PlannedSchedule, SelectionPlan, plan_schedules, plan_selection
-from modeling_trips.inspection.schedules import Schedule
 from trips_examples.training.parser import make_parser
 
 
@@ -59,7 +58,7 @@ def load_config(args: PlanArguments) -> TripsConfig:
 
 def named_rows(args: PlanArguments, config: TripsConfig, plan: SelectionPlan) -> dict[str, PlannedSchedule]:
     """What the plan names, and the model's own schedule, if it has one."""
-    own = Schedule.of(config.vision_config)
+    own = config.vision_config.schedule
     (row,) = plan_schedules(config, [own], args.texts_per_image, args.text_length)
     named = {"cheapest": plan.cheapest, "most tokens": plan.most_tokens, "the model's own": row}
     return {name: row for name, row in named.items() if row.schedule.layers}
@@ -72,7 +71,7 @@ def thinned(rows: list[PlannedSchedule], num_rows: int) -> list[PlannedSchedule]
     return [rows[round(i * (len(rows) - 1) / (num_rows - 1))] for i in range(num_rows)]
 
 
-def print_rows(rows: list[PlannedSchedule], names: dict[Schedule, str]):
+def print_rows(rows: list[PlannedSchedule], names: dict[SelectionSchedule, str]):
     width = max(len(str(row.schedule)) for row in rows)
     numbers = " ".join(f"{number:>6}" for number in rows[0].ratios)
     print(f"{'schedule':<{width}}  mean tokens  to fusion  cost at{numbers} text(s) per image")

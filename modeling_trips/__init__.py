@@ -1,6 +1,9 @@
 """TRIPS for Transformers: vision-language models whose text selects the image patches worth computing."""
 
 from .configuration_trips import (
+    UNPRUNED,
+    LayerSelection,
+    SelectionSchedule,
     TripsConfig,
     TripsDecoderConfig,
     TripsFusionConfig,
@@ -37,6 +40,7 @@ from .modeling_trips_vision import (
     TripsVisionModel,
     TripsVisionModelOutput,
     TripsVisionPrefix,
+    use_schedule,
 )
 from .momentum_trips import MomentumTeacher
 from .pipeline_trips import (
@@ -54,7 +58,9 @@ register()
 
 __all__ = [
     "__version__",
+    "LayerSelection",
     "MomentumTeacher",
+    "SelectionSchedule",
     "TripsAnswerRanking",
     "TripsConfig",
     "TripsDecoder",
@@ -90,5 +96,7 @@ __all__ = [
     "TripsVisualQuestionAnsweringPipeline",
     "TripsZeroShotImageClassificationPipeline",
     "convert_to_rgb",
+    "UNPRUNED",
     "from_vision_text_pretrained",
+    "use_schedule",
 ]

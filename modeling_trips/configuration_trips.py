@@ -17,7 +17,8 @@ from .versions_trips import check_release as check_release  # isort: skip
 
 import copy
 import math
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -26,6 +27,7 @@ from transformers.utils import PushToHubMixin, auto_docstring
 
 
 GUIDANCES = ("text", "image", "random")
+FIELDS_OF_LAYERS = ("selection_guidance", "keep_rate", "selection_mass", "min_keep_rate")
 
 # Fields in which the files of a checkpoint name code to load.
 CODE_FIELDS = ("auto_map", "_auto_map", "custom_pipelines", "custom_generate")
@@ -102,6 +104,154 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"`{field}` must be a positive number or a pair (height, width) of them, got {size}.")
     return pair
+
+
+def check_field_of_layer(field: str, value):
+    """Raises a `ValueError` unless `value` is one that a selection layer can have for this field."""
+    if field == "selection_guidance":
+        if value not in GUIDANCES:
+            raise ValueError(f"`{field}` must be one of {', '.join(map(repr, GUIDANCES))}, got {value!r}.")
+    elif isinstance(value, (int, float)) and not (0 < value <= 1 or (value == 0 and field == "min_keep_rate")):
+        raise ValueError(f"`{field}` must be in {'[' if field == 'min_keep_rate' else '('}0, 1], got {value}.")
+
+
+class LayerSelection(NamedTuple):
+    """
+    Settings of one selection layer.
+
+    Args:
+        guidance (`str`, *optional*, defaults to `"text"`): What scores the candidates: `"text"`, `"image"` or
+            `"random"`.
+        keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that goes on, in (0, 1].
+        mass (`float`, *optional*): With top-p selection, the sum of scores to keep, in (0, 1]; `keep_rate` is then the
+            most. By default top-k selection.
+        min_keep_rate (`float`, *optional*, defaults to 0.0): With top-p selection, the least share that goes on.
+        fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates go on as one fused token.
+        normalize (`bool`, *optional*, defaults to `False`): Whether the weights of the fused token sum to 1.
+        seed (`int`, *optional*, defaults to 0): Seed of `"random"` guidance in evaluation.
+    """
+
+    guidance: str = "text"
+    keep_rate: float = 0.7
+    mass: float | None = None
+    min_keep_rate: float = 0.0
+    fuse: bool = True
+    normalize: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SelectionSchedule:
+    """
+    Which layers select patches, what scores them, and how many go on. `SelectionSchedule()` selects nothing.
+
+    Its text form is one entry per layer, `layer:guidance:keep_rate`, as in `5:image:0.7,12:text:0.3`. Top-p selection
+    adds mass and minimum, as in `5:text:0.7:0.9:0.1`. `str` prints it and `parse` reads it.
+
+    Args:
+        layers (`tuple[int, ...]`): Numbers of the layers, from 1, ascending. One with a keep rate of 1.0 is left out.
+        selections (`tuple[LayerSelection, ...]`): Settings of each of them.
+
+    Raises:
+        ValueError: Layers are not ascending, or a setting is out of its range.
+    """
+
+    layers: tuple[int, ...] = ()
+    selections: tuple[LayerSelection, ...] = ()
+
+    def __post_init__(self):
+        layers = self.layers
+        if len(layers) != len(self.selections) or list(layers) != sorted({*layers}) or min(layers, default=1) < 1:
+            raise ValueError(
+                f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
+            )
+        for layer, selection in zip(layers, self.selections):
+            for field, value in zip(FIELDS_OF_LAYERS, selection):
+                if value is not None:
+                    check_field_of_layer(field, value)
+            if selection.min_keep_rate > selection.keep_rate:
+                raise ValueError(
+                    f"`min_keep_rate` ({selection.min_keep_rate}) must be at most the `keep_rate` "
+                    f"({selection.keep_rate}) of selection layer {layer}."
+                )
+        selecting = [pair for pair in zip(layers, self.selections) if pair[1].keep_rate < 1]
+        object.__setattr__(self, "layers", tuple(layer for layer, _ in selecting))
+        object.__setattr__(self, "selections", tuple(selection for _, selection in selecting))
+        object.__setattr__(self, "by_layer", dict(selecting))  # read in every pass
+
+    @classmethod
+    def parse(cls, text: str, keep_rate: float = 0.7) -> "SelectionSchedule":
+        """
+        Args:
+            text (`str`): The text form. `"5,10"` and `"5:image,10"` leave out the guidance `"text"` or the common keep
+                rate. `"unpruned"` selects nothing.
+            keep_rate (`float`, *optional*, defaults to 0.7): Keep rate of the entries without one.
+
+        Raises:
+            ValueError: An entry has another form.
+        """
+        if text == str(UNPRUNED):
+            return UNPRUNED
+        layers, selections = [], []
+        for entry in text.split(","):
+            layer, guidance, rate, mass, least, *rest = (*entry.strip().split(":"), "", "", "", "")
+            try:
+                if any(rest):
+                    raise ValueError
+                layers.append(int(layer))
+                numbers = (float(rate or keep_rate), float(mass) if mass else None, float(least or 0))
+            except ValueError as error:
+                raise ValueError(
+                    f"A schedule has entries layer:guidance:keep_rate, as in 5:image:0.7,12:text:0.3, got {entry!r}."
+                ) from error
+            selections.append(LayerSelection(guidance or "text", *numbers))
+        return cls(tuple(layers), tuple(selections))
+
+    def __str__(self) -> str:
+        return ",".join(map(_entry, self.layers, self.selections)) or "unpruned"
+
+    def check_fits(self, num_layers: int):
+        """Raises a `ValueError` if a layer is behind the last one of a tower with `num_layers`."""
+        if max(self.layers, default=1) > num_layers:
+            raise ValueError(
+                f"`selection_layers` must be in 1..{num_layers} (numbered from 1), got {list(self.layers)}."
+            )
+
+    @property
+    def first_layer(self) -> int | None:
+        """Number of the first layer that selects; `None` without one."""
+        return self.layers[0] if self.layers else None
+
+    @property
+    def first_text_layer(self) -> int | None:
+        """Number of the first layer that a text scores, where the text-independent part ends; `None` without one."""
+        return next((layer for layer, selection in self.by_layer.items() if selection.guidance == "text"), None)
+
+    def before(self, layer: int | None) -> "SelectionSchedule":
+        """The part of the schedule below a layer; all of it for `None`."""
+        count = len(self.layers) if layer is None else sum(own < layer for own in self.layers)
+        return SelectionSchedule(self.layers[:count], self.selections[:count])
+
+    @property
+    def config_fields(self) -> dict:
+        """Fields of [`TripsConfig`]: one guidance and one rate where all layers have the same."""
+        return {
+            "selection_layers": list(self.layers),
+            "keep_rate": _one_or_list([selection.keep_rate for selection in self.selections]),
+            "selection_guidance": _one_or_list([selection.guidance for selection in self.selections]),
+        }
+
+
+def _entry(layer: int, selection: LayerSelection) -> str:
+    entry = f"{layer}:{selection.guidance}:{selection.keep_rate:g}"
+    return entry if selection.mass is None else f"{entry}:{selection.mass:g}:{selection.min_keep_rate:g}"
+
+
+def _one_or_list(values: list):
+    return values[0] if len({*values}) == 1 else values
+
+
+UNPRUNED = SelectionSchedule()
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")
@@ -201,45 +351,41 @@ class TripsVisionConfig(PreTrainedConfig):
         return self._by_layer("keep_rate")
 
     @property
-    def selection_schedule(self) -> dict[int, float]:
-        """Keep rate by layer number (from 1), of the layers that drop something: a rate of 1.0 selects nothing."""
-        return {layer: rate for layer, rate in zip(self.selection_layers, self.keep_rates) if rate < 1.0}
-
-    @property
     def selection_guidances(self) -> list[str]:
         """One guidance per entry of `selection_layers`."""
         return self._by_layer("selection_guidance")
 
     @property
-    def guidance_schedule(self) -> dict[int, str]:
-        """Guidance by layer number (from 1), of the layers that drop something."""
-        guidances = dict(zip(self.selection_layers, self.selection_guidances))
-        return {layer: guidances[layer] for layer in self.selection_schedule}
+    def schedule(self) -> SelectionSchedule:
+        """The selection fields as one value."""
+        rows = zip(*map(self._by_layer, FIELDS_OF_LAYERS))
+        is_top_p = self.selection_mode == "mass"
+        selections = [
+            LayerSelection(
+                guidance,
+                keep_rate,
+                mass if is_top_p else None,
+                least if is_top_p else 0.0,
+                self.fuse_inattentive_tokens,
+                self.normalize_fusion_weights,
+                self.selection_seed,
+            )
+            for guidance, keep_rate, mass, least in rows
+        ]
+        return SelectionSchedule(tuple(self.selection_layers), tuple(selections))
 
-    @property
-    def selection_options(self) -> dict[int, dict]:
-        """What each layer that drops something is told of it, by layer number (from 1)."""
-        guidances, by_layer = self.guidance_schedule, {}
-        bounds = dict(
-            zip(self.selection_layers, zip(self._by_layer("selection_mass"), self._by_layer("min_keep_rate")))
-        )
-        for layer, rate in self.selection_schedule.items():
-            by_layer[layer] = {"keep_rate": rate, "guidance": guidances[layer]}
-            # CODEPATH: "topk" keeps as many in every row, "mass" as many as its scores ask for.
-            if self.selection_mode == "mass":
-                by_layer[layer] |= dict(zip(("mass", "min_keep_rate"), bounds[layer]))
-        return by_layer
+    def parse_schedule(self, text: str) -> SelectionSchedule:
+        """
+        Read a schedule for this tower from its text form. What the text does not say is as in the configuration.
 
-    @property
-    def first_selection_layer(self) -> int | None:
-        """Number of the first layer that drops something; None without one."""
-        return min(self.selection_schedule, default=None)
-
-    @property
-    def first_text_layer(self) -> int | None:
-        """Number of the first layer that a text guides, where the text-independent prefix ends; None without one."""
-        layers = [layer for layer, guidance in self.guidance_schedule.items() if guidance == "text"]
-        return layers[0] if layers else None
+        Raises:
+            ValueError: The text has another form, or a layer does not exist.
+        """
+        schedule = SelectionSchedule.parse(text)
+        schedule.check_fits(self.num_hidden_layers)
+        rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
+        selections = [LayerSelection(*selection[:4], *rest) for selection in schedule.selections]
+        return SelectionSchedule(schedule.layers, tuple(selections))
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -277,56 +423,18 @@ class TripsVisionConfig(PreTrainedConfig):
                 f"`patch_size={self.patch_size}`, got {self.hidden_size}."
             )
 
-    def validate_selection_layers(self):
-        layers = list(self.selection_layers)
-        outside = [layer for layer in layers if not 1 <= layer <= self.num_hidden_layers]
-        if outside:
-            raise ValueError(
-                f"`selection_layers` must lie in 1..{self.num_hidden_layers} (numbered from 1), got {layers}."
-            )
-        if layers != sorted(set(layers)):
-            raise ValueError(f"`selection_layers` must be ascending without repetition, got {layers}.")
-
-    def validate_selection_guidance(self):
-        single = [self.selection_guidance] if isinstance(self.selection_guidance, str) else []
-        # A single one is checked even if no layer uses it.
-        if any(guidance not in GUIDANCES for guidance in single + self.selection_guidances):
-            raise ValueError(
-                f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, or a list of them, got "
-                f"{self.selection_guidance!r}."
-            )
-        if len(self.selection_guidances) != len(self.selection_layers):
-            raise ValueError(
-                f"`selection_guidance` must be one for all or one per selection layer: got {self.selection_guidance} "
-                f"for the `selection_layers` {self.selection_layers}."
-            )
-
-    def validate_keep_rate(self):
-        self._validate_shares("keep_rate")
-
-    def validate_selection_mass(self):
-        self._validate_shares("selection_mass")
-
-    def validate_min_keep_rate(self):
-        self._validate_shares("min_keep_rate", may_be_zero=True)
-        for layer, rate, least in zip(self.selection_layers, self.keep_rates, self._by_layer("min_keep_rate")):
-            if self.selection_mode == "mass" and least > rate:
+    def validate_selection(self):
+        for field in FIELDS_OF_LAYERS:
+            given, values = getattr(self, field), self._by_layer(field)
+            if len(values) != len(self.selection_layers):
                 raise ValueError(
-                    f"`min_keep_rate` ({least}) must be at most the `keep_rate` ({rate}) of selection layer {layer}: "
-                    "the one is the least share that goes on, the other the largest."
+                    f"`{field}` must be one value or one per selection layer, got {given} for the `selection_layers` "
+                    f"{self.selection_layers}."
                 )
-
-    def _validate_shares(self, field: str, may_be_zero: bool = False):
-        value, shares = getattr(self, field), self._by_layer(field)
-        if len(shares) != len(self.selection_layers):
-            raise ValueError(
-                f"`{field}` must be one number or one per selection layer: got {len(shares)} values ({value}) for "
-                f"{len(self.selection_layers)} `selection_layers` ({self.selection_layers})."
-            )
-        shares = shares or [value]  # a single one is checked even if no layer uses it
-        numbers = [share for share in shares if not isinstance(share, (list, tuple))]
-        if not all(0.0 < share <= 1.0 or (may_be_zero and share == 0) for share in numbers):
-            raise ValueError(f"`{field}` must lie in {'[' if may_be_zero else '('}0, 1], got {value}.")
+            # A single value is checked even if no layer uses it.
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                check_field_of_layer(field, value)
+        self.schedule.check_fits(self.num_hidden_layers)
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")

@@ -440,8 +440,8 @@ class TripsModel(TripsWholeModel):
         prefix: TripsVisionPrefix | None,
     ) -> torch.Tensor | None:
         """The mean over the layers that a text guides, `(num_texts,)`; `None` where there is nothing to teach."""
-        guidances = self.vision_model.config.guidance_schedule
-        by_text = [layer for layer, guidance in zip(selection, guidances.values()) if guidance == "text"]
+        by_layer = zip(selection, self.vision_model.schedule.selections)
+        by_text = [kept for kept, settings in by_layer if settings.guidance == "text"]
         is_taught = self.training and self.config.selection_loss_weight > 0
         # CODEPATH: a weight of 0 turns the loss off; in evaluation, nothing is taught.
         if not (is_taught and by_text) or (regions is None and patch_targets is None):

@@ -16,7 +16,8 @@ The image side of TRIPS: a Vision Transformer whose selection layers drop the pa
 alone or in a single stream with the text (ViLT's form).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_trips import TripsVisionConfig
+from .configuration_trips import LayerSelection, SelectionSchedule, TripsVisionConfig
 from .modeling_trips_text import (
     TripsPreTrainedModel,
     bidirectional_mask,
@@ -186,35 +187,35 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(attn_output), query, key
 
     def score(
-        self, query: torch.Tensor, key: torch.Tensor, guidance: str, candidate_mask: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        selection: LayerSelection,
+        candidate_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Scores of the candidates, whose keys are `key`, by the guiding token's `query`; or random ones."""
-        # CODEPATH: "random" is the floor that every way of selecting must beat.
-        if guidance == "random":
-            seed = self.config.selection_seed
-            return random_scores(key.shape[0], key.shape[2], self.training, key.device, seed, candidate_mask)
+        if selection.guidance == "random":
+            return random_scores(key.shape[0], key.shape[2], self.training, key.device, selection.seed, candidate_mask)
         return score_tokens(query, key, self.attention.scaling, candidate_mask)
 
     def select_and_transform(
         self,
         hidden_states: torch.Tensor,
         scores: torch.Tensor | None,
-        keep_rate: float,
-        mass: float | None = None,
-        min_keep_rate: float = 0.0,
+        selection: LayerSelection | None,
         candidate_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         """The MLP half, on the tokens that are left. Without `scores` nothing is selected."""
         kept_positions = new_mask = None
-        config = self.config
-        rest = {"fuse": config.fuse_inattentive_tokens, "normalize": config.normalize_fusion_weights}
-        # CODEPATH: see `selection_mode`.
-        if scores is not None and mass is not None:
-            hidden_states, kept_positions, new_mask = select_mass(
-                hidden_states, scores, mass, keep_rate, min_keep_rate, candidate_mask=candidate_mask, **rest
-            )
-        elif scores is not None:
-            hidden_states, kept_positions = select_tokens(hidden_states, scores, keep_rate, **rest)
+        if scores is not None:
+            rest = {"fuse": selection.fuse, "normalize": selection.normalize}
+            if selection.mass is None:
+                hidden_states, kept_positions = select_tokens(hidden_states, scores, selection.keep_rate, **rest)
+            else:
+                bounds = (selection.mass, selection.keep_rate, selection.min_keep_rate)
+                hidden_states, kept_positions, new_mask = select_mass(
+                    hidden_states, scores, *bounds, candidate_mask=candidate_mask, **rest
+                )
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, new_mask
 
@@ -224,10 +225,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         text_embeds: torch.Tensor | None = None,
         class_query: torch.Tensor | None = None,
         key: torch.Tensor | None = None,
-        keep_rate: float = 1.0,
-        guidance: str = "text",
-        mass: float | None = None,
-        min_keep_rate: float = 0.0,
+        selection: LayerSelection | None = None,
         candidate_mask: torch.Tensor | None = None,
         attention_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -240,17 +238,15 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             class_query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`, *optional*): the query of [CLS].
             key (`torch.Tensor` of shape `(batch_size, num_heads, seq_length, head_dim)`, *optional*): all keys. With
                 it the attention half is not computed again.
-            keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
-            guidance (`str`, *optional*, defaults to `"text"`): what ranks them: `"text"`, `"image"` or `"random"`.
-            mass, min_keep_rate (`float`, *optional*): where rows keep different numbers: see `select_mass`.
+            selection ([`LayerSelection`], *optional*): how the layer selects; by default it does not.
             candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks
                 padding that an earlier layer left. `attention_mask` hides it, in the form of the attention in use.
             attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
 
         Returns:
             `(hidden_states, scores, kept_positions, candidate_mask)`, the last of the tokens that are left and `None`
-            without `mass`, all but the first `None` if nothing is selected; `(None, hidden_states, class_query, key)`
-            if `attention_only`.
+            with top-k selection, all but the first `None` if nothing is selected; `(None, hidden_states, class_query,
+            key)` if `attention_only`.
         """
         if key is None:
             hidden_states, query, key = self.attend(hidden_states, **kwargs)
@@ -258,13 +254,13 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         if attention_only:
             return None, hidden_states, class_query, key
         scores = None
-        if keep_rate < 1.0:
+        if selection is not None:
             query = class_query
-            # CODEPATH: the image's own [CLS] guides where a text does not, or is not given.
-            if guidance == "text" and text_embeds is not None:
+            # The image's own [CLS] guides where a text does not, or is not given.
+            if selection.guidance == "text" and text_embeds is not None:
                 query = self.attention.q_proj(text_embeds).view(class_query.shape)
-            scores = self.score(query, key[:, :, 1:], guidance, candidate_mask)
-        return self.select_and_transform(hidden_states, scores, keep_rate, mass, min_keep_rate, candidate_mask)
+            scores = self.score(query, key[:, :, 1:], selection, candidate_mask)
+        return self.select_and_transform(hidden_states, scores, selection, candidate_mask)
 
 
 class TripsJointLayer(TripsVisionLayer):
@@ -278,10 +274,7 @@ class TripsJointLayer(TripsVisionLayer):
         hidden_states: torch.Tensor,
         text_length: int,
         attention_mask: torch.Tensor | None = None,
-        keep_rate: float = 1.0,
-        guidance: str = "text",
-        mass: float | None = None,
-        min_keep_rate: float = 0.0,
+        selection: LayerSelection | None = None,
         candidate_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
@@ -290,19 +283,18 @@ class TripsJointLayer(TripsVisionLayer):
             hidden_states (`torch.Tensor` of shape `(batch_size, text_length + 1 + num_candidates, hidden_size)`)
             text_length (`int`): number of text tokens, padding included.
             attention_mask (`torch.Tensor`, *optional*): hides the padding, in the form of the attention in use.
-            keep_rate (`float`, *optional*, defaults to 1.0): share of the candidates that goes on.
-            guidance, mass, min_keep_rate, candidate_mask: as in [`TripsVisionLayer`].
+            selection, candidate_mask: as in [`TripsVisionLayer`].
 
         Returns:
             `(hidden_states, scores, kept_positions, candidate_mask)`, as there.
         """
         hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
         scores = None
-        if keep_rate < 1.0:
-            # CODEPATH: the text's [CLS] comes first, the image's own behind the text.
-            guide = 0 if guidance == "text" else text_length
-            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :], guidance, candidate_mask)
-        return self.select_and_transform(hidden_states, scores, keep_rate, mass, min_keep_rate, candidate_mask)
+        if selection is not None:
+            # The text's [CLS] comes first, the image's own behind the text.
+            guide = 0 if selection.guidance == "text" else text_length
+            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :], selection, candidate_mask)
+        return self.select_and_transform(hidden_states, scores, selection, candidate_mask)
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -345,8 +337,8 @@ class TripsVisionPrefix(ModelOutput):
         Patches of each image, down and across.
     candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
         False marks padding; `None` where there is none.
-    selected_by (`str`):
-        The settings of the selection layers before `next_layer`: a model with other settings refuses the prefix.
+    schedule (`SelectionSchedule`):
+        The schedule of the layers before `next_layer`. A model with another schedule refuses the prefix.
     """
 
     hidden_states: torch.FloatTensor | None = None
@@ -357,7 +349,7 @@ class TripsVisionPrefix(ModelOutput):
     next_layer: int | None = None
     grid_size: tuple[int, int] | None = None
     candidate_mask: torch.BoolTensor | None = None
-    selected_by: str | None = None
+    schedule: SelectionSchedule | None = None
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -442,6 +434,7 @@ class TripsVisionModel(TripsPreTrainedModel):
     def __init__(self, config: TripsVisionConfig):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
+        self.schedule = config.schedule
         self.embeddings = TripsVisionEmbeddings(config)
         self.pre_layernorm = self.selection_projection = None
         # CODEPATH: CLIP normalises the embeddings before the first layer, ViT and DeiT do not.
@@ -462,7 +455,7 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """As in the parent."""
-        fuses_by_text = self.config.first_text_layer is not None and self.config.fuse_inattentive_tokens
+        fuses_by_text = self.schedule.first_text_layer is not None and self.config.fuse_inattentive_tokens
         # CODEPATH: the text gets a gradient from the weights of fused tokens alone, which unpruned models have not.
         if self.selection_projection is None or fuses_by_text:
             return []
@@ -492,7 +485,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             hidden_states = self.pre_layernorm(hidden_states)
         num_images, seq_length = hidden_states.shape[:2]
         candidate_indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
-        next_layer = self.config.first_text_layer if select_patches else self.config.first_selection_layer
+        next_layer = self.schedule.first_text_layer if select_patches else self.schedule.first_layer
         numbers = range(1, next_layer or len(self.layers) + 1)
         hidden_states, candidate_indices, candidate_mask, selection = self.run_layers(
             numbers, hidden_states, candidate_indices, **kwargs
@@ -512,21 +505,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             next_layer,
             grid_size,
             candidate_mask,
-            self.settings_before(next_layer),
+            self.schedule.before(next_layer),
         )
-
-    def settings_before(self, next_layer: int | None) -> str:
-        """The settings of the selection layers before `next_layer`, or of all, as text."""
-        config = self.config
-        layers = [
-            f"layer {layer}: " + ", ".join([f"{name} {value}" for name, value in options.items()])
-            for layer, options in config.selection_options.items()
-            if next_layer is None or layer < next_layer
-        ]
-        if not layers:
-            return "no selection"
-        names = ("fuse_inattentive_tokens", "normalize_fusion_weights", "selection_seed")
-        return "; ".join([*layers, *[f"{name} {getattr(config, name)}" for name in names]])
 
     def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
         """Hides the padding among [CLS] and the candidates, in the form that the attention in use wants."""
@@ -551,7 +531,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         attention half of the first of them was computed before. Returns hidden states, the original indices of the
         candidates behind [CLS], which of these are no padding, and what was selected.
         """
-        options, selections = self.config.selection_options if select_patches else {}, []
+        by_layer, selections = self.schedule.by_layer if select_patches else {}, []
         mask = self.padding_mask(hidden_states, candidate_mask)
         for number in numbers:
             hidden_states, scores, kept_positions, new_mask = self.layers[number - 1](
@@ -559,9 +539,9 @@ class TripsVisionModel(TripsPreTrainedModel):
                 text_embeds,
                 class_query,
                 key,
+                selection=by_layer.get(number),
                 candidate_mask=candidate_mask,
                 attention_mask=mask,
-                **options.get(number, {}),
                 **kwargs,
             )
             class_query = key = None
@@ -604,7 +584,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         if text_embeds is not None:
             check_counts(text_embeds.shape[0], prefix.hidden_states.shape[0], image_index)
         # CODEPATH: a text plays a part only where it guides a layer.
-        if self.config.first_text_layer is None or not select_patches:
+        if self.schedule.first_text_layer is None or not select_patches:
             text_embeds = None
         if text_embeds is not None and image_index is not None:
             prefix, image_index = select_rows(prefix, image_index), None
@@ -633,20 +613,37 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def check_prefix(self, prefix: TripsVisionPrefix, select_patches: bool):
         """Raises a `ValueError` if `prefix` was made by another schedule, or selects and `select_patches` is off."""
-        config = self.config
-        if prefix.next_layer not in (config.first_selection_layer, config.first_text_layer):
+        schedule = self.schedule
+        if prefix.next_layer not in (schedule.first_layer, schedule.first_text_layer) or (
+            prefix.schedule != schedule.before(prefix.next_layer)
+        ):
             raise ValueError(
-                f"`prefix` was encoded up to layer {prefix.next_layer}, but the schedule is now "
-                f"{config.selection_schedule}, guided by {config.guidance_schedule}: encode it again."
-            )
-        settings = self.settings_before(prefix.next_layer)
-        if prefix.selected_by != settings:
-            raise ValueError(
-                f"`prefix` was encoded with other selection settings ({prefix.selected_by}) than those of the model "
-                f"now ({settings}): encode it again."
+                f"`prefix` was encoded up to layer {prefix.next_layer} with the schedule {prefix.schedule}, the model "
+                f"has the schedule {schedule}. Encode it again."
             )
         if prefix.selection and not select_patches:
             raise ValueError("Patches were dropped in `prefix`: encode it again with `select_patches=False`.")
+
+
+@contextmanager
+def use_schedule(model: TripsPreTrainedModel, schedule: SelectionSchedule) -> Iterator[None]:
+    """
+    Let a model select by another schedule while the context is open. Its configuration stays as it is.
+
+    Args:
+        model ([`TripsPreTrainedModel`]): A vision tower, or a model that has one.
+        schedule ([`SelectionSchedule`])
+
+    Raises:
+        ValueError: The tower has fewer layers.
+    """
+    tower = getattr(model.base_model, "vision_model", model.base_model)
+    schedule.check_fits(len(tower.layers))
+    own, tower.schedule = tower.schedule, schedule
+    try:
+        yield
+    finally:
+        tower.schedule = own
 
 
 def repeated(output: TripsVisionModelOutput) -> TripsVisionModelOutput:
@@ -801,14 +798,14 @@ class TripsSingleStreamModel(TripsVisionModel):
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
         num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
-        options, candidate_mask = self.config.selection_options, None
+        by_layer, candidate_mask = self.schedule.by_layer, None
         for number, layer in enumerate(self.layers, start=1):
             hidden_states, scores, kept_positions, new_mask = layer(
                 hidden_states,
                 text_length,
                 mask,
+                selection=by_layer.get(number),
                 candidate_mask=candidate_mask,
-                **options.get(number, {}),
                 **kwargs,
             )
             if kept_positions is not None:
@@ -873,4 +870,5 @@ __all__ = [
     "TripsVisionModel",
     "TripsVisionModelOutput",
     "TripsVisionPrefix",
+    "use_schedule",
 ]

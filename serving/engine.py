@@ -4,8 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -14,17 +13,18 @@ import torch
 from prometheus_client import Counter, Gauge
 
 from modeling_trips import (
+    UNPRUNED,
+    SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsImageToTextPipeline,
     TripsProcessor,
-    TripsVisionConfig,
     TripsVisionPrefix,
     TripsVisualQuestionAnsweringPipeline,
+    use_schedule,
 )
 from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder
 from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
-from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 
 from .cache import PrefixCache, form, join, split
 from .errors import RequestError
@@ -88,16 +88,6 @@ def endpoints_of(model) -> dict[str, str]:
     )
 
 
-def with_schedule(config: TripsVisionConfig, schedule: str) -> TripsVisionConfig:
-    """A copy with a schedule as `Schedule.parse` reads it, or, if it is empty, with none."""
-    config = deepcopy(config)
-    fields = Schedule.parse(schedule) if schedule else UNPRUNED
-    for name, value in fields.config_fields.items():
-        setattr(config, name, value)
-    config.validate()
-    return config
-
-
 class Engine:
     """
     Prepares what requests hold (threads may share that), and computes batches (one thread at a time).
@@ -124,10 +114,10 @@ class Engine:
         elif "caption" in self.endpoints:
             self._pipeline = TripsImageToTextPipeline(**parts)
         own = self.model.config.vision_config
-        self._configs = {DEFAULT: own}
+        self._schedules: dict[str, SelectionSchedule] = {}
         for name, schedule in settings.schedules.items():
             with blamed_on("TRIPS_SCHEDULES", f"{name}={schedule}"):
-                self._configs[name] = with_schedule(own, schedule)
+                self._schedules[name] = own.parse_schedule(schedule) if schedule else UNPRUNED
         with blamed_on("TRIPS_MODEL", settings.model):
             self._check()
 
@@ -258,8 +248,8 @@ class Engine:
             inputs = {} if own[0].tokens is None else self._texts(own)
             inputs["prefix"] = join(list(by_key.values()))
             inputs["image_index"] = torch.tensor([index[item.picture.key] for item in own], device=self.model.device)
-            self._select_by(own[0].schedule)
-            self._scatter(results, positions, compute(inputs, own[0].top_k))
+            with self._selecting_by(own[0].schedule):
+                self._scatter(results, positions, compute(inputs, own[0].top_k))
         return results
 
     def _texts(self, items: list[Item]) -> dict[str, torch.Tensor]:
@@ -278,9 +268,9 @@ class Engine:
                 missing.setdefault((item.schedule, item.picture.pixel_values.shape), {})[key] = item.picture
         PREFIXES.labels("cache").inc(len(known))
         for (schedule, _), pictures in missing.items():
-            self._select_by(schedule)
             pixel_values = torch.cat([picture.pixel_values for picture in pictures.values()])
-            prefix = self.model.base_model.encode_images(pixel_values.to(self.model.device))
+            with self._selecting_by(schedule):
+                prefix = self.model.base_model.encode_images(pixel_values.to(self.model.device))
             PREFIXES.labels("computed").inc(len(pictures))
             for key, row in zip(pictures, split(prefix)):
                 known[key] = row
@@ -288,6 +278,6 @@ class Engine:
         CACHE_BYTES.set(self.cache.bytes)
         return [known[item.picture.key, item.schedule] for item in items]
 
-    def _select_by(self, schedule: str):
-        """The schedule is read in each pass, so that one copy of the weights serves all of them."""
-        self.model.base_model.vision_model.config = self._configs[schedule]
+    def _selecting_by(self, schedule: str):
+        """Let the model select by a schedule of this name: one copy of the weights serves all of them."""
+        return nullcontext() if schedule == DEFAULT else use_schedule(self.model, self._schedules[schedule])

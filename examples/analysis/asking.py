@@ -1,8 +1,8 @@
 """Questions to a checkpoint about one image: its answers, the kept patches and the time, also at keep rate 1.0."""
 
-import contextlib
+import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import torch
 from transformers import BatchFeature
 
 from modeling_trips import (
+    UNPRUNED,
+    SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
@@ -19,6 +21,7 @@ from modeling_trips import (
     TripsProcessor,
     TripsSelection,
     TripsVisualQuestionAnsweringPipeline,
+    use_schedule,
 )
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
@@ -90,9 +93,7 @@ class Asker:
     def schedule(self) -> dict[int, tuple[float, str]]:
         """Keep rate and guidance of each selection layer, those that keep all included."""
         vision = self.model.config.vision_config
-        rates = vision.keep_rate if isinstance(vision.keep_rate, (list, tuple)) else [vision.keep_rate]
-        rates = list(rates) * (len(vision.selection_layers) if len(rates) == 1 else 1)
-        return dict(zip(vision.selection_layers, zip(rates, vision.selection_guidances)))
+        return dict(zip(vision.selection_layers, zip(vision.keep_rates, vision.selection_guidances)))
 
     @torch.no_grad()
     def ask(
@@ -114,18 +115,17 @@ class Asker:
             ValueError: A text is too long for the model, or a keep rate or guidance is invalid.
         """
         self.check_lengths(texts)
-        own_rates, own_guidances = zip(*self.schedule.values()) if self.schedule else ((), ())
-        rates, guidances = list(keep_rates or own_rates), list(guidances or own_guidances)
+        schedule = self._changed(keep_rates, guidances)
         with self.lock:
             inputs = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
             inputs = inputs.to(self.model.device)
-            with self._scheduled([1.0] * len(rates), guidances):
+            with use_schedule(self.model, UNPRUNED):
                 answers_at_1, _ = self._answers(image, texts, inputs)
-            with self._scheduled(rates, guidances):
+            with use_schedule(self.model, schedule):
                 answers, boxes = self._answers(image, texts, inputs)
                 base = self.model.base_model
                 output = base(**inputs, output_hidden_states=True)
-                selections = dict(zip(self.model.config.vision_config.selection_schedule, output.selection))
+                selections = dict(zip(schedule.layers, output.selection))
                 seconds, seconds_at_1 = seconds_of_both(base, inputs, repeats=3)
         states = (output.vision_model_output or output).hidden_states
         tokens = [layer.shape[1] for layer in states[1:]]
@@ -147,17 +147,13 @@ class Asker:
             if len(tokens) > limit:
                 raise ValueError(f"The line '{text[:30]}...' has {len(tokens)} tokens; at most {limit} are possible.")
 
-    @contextlib.contextmanager
-    def _scheduled(self, rates: list[float], guidances: list[str]) -> Iterator[None]:
-        config = self.model.config
-        before = config.keep_rate, config.selection_guidance
-        try:
-            if rates:
-                config.keep_rate, config.selection_guidance = rates, guidances
-                config.vision_config.validate()
-            yield
-        finally:
-            config.keep_rate, config.selection_guidance = before
+    def _changed(self, keep_rates: Sequence[float] | None, guidances: Sequence[str] | None) -> SelectionSchedule:
+        """The schedule of the checkpoint with other rates and guidances, one per layer of `schedule`."""
+        config = copy.deepcopy(self.model.config.vision_config)
+        config.keep_rate = list(keep_rates or config.keep_rates)
+        config.selection_guidance = list(guidances or config.selection_guidances)
+        config.validate()
+        return config.schedule
 
     def _answers(self, image: PIL.Image.Image, texts: list[str], inputs: BatchFeature):
         """Return the answers of each text with their scores, and titled images of them."""

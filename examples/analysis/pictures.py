@@ -81,7 +81,7 @@ class KeptPatches:
         selections = self.model(**a_text_per_image(self.collator([row]))).selection
         shown = [images[number] for number in torch.tensor(index).flatten().tolist()]
         pictures = []
-        for layer, selection in zip(self.model.config.vision_config.selection_schedule, selections):
+        for layer, selection in zip(self.model.config.vision_config.schedule.layers, selections):
             sizes = [(image.height, image.width) for image in shown]
             for image, boxes in zip(shown, self.processor.patch_boxes(selection.kept_indices, sizes)):
                 pictures.append((f"layer {layer}: {len(boxes)} patches", draw_kept_patches(image, boxes)))

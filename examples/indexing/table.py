@@ -21,9 +21,8 @@ import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
 
-from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
+from modeling_trips import SelectionSchedule, TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
-from modeling_trips.inspection.schedules import Schedule
 from trips_examples.indexing.sources import ROW_SCHEMA
 
 
@@ -58,7 +57,7 @@ def load_model(
 
     Args:
         checkpoint (`str`): Folder of a checkpoint or of an exported model, or repository on the Hub.
-        schedule (`str`, *optional*): Replaces the checkpoint's schedule, in the form that `Schedule.parse` reads.
+        schedule (`str`, *optional*): Replaces the checkpoint's schedule, as in `5:image:0.7,12:text:0.3`.
         dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is the dtype of the stored weights.
         device (`str`, *optional*, defaults to `"cpu"`)
 
@@ -67,7 +66,7 @@ def load_model(
             given for an exported model.
         OSError: There is no such checkpoint.
     """
-    options = Schedule.parse(schedule).config_fields if schedule else {}
+    options = SelectionSchedule.parse(schedule).config_fields if schedule else {}
     if dtype != "auto":
         options["dtype"] = dtype
     if device != "cpu" and is_exported(checkpoint):
@@ -94,7 +93,7 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
             if path.suffix in GRAPH_SUFFIXES:
                 digest.update(path.name.encode())
                 digest.update(path.read_bytes())
-    return Fingerprint(checkpoint, str(Schedule.of(vision)), digest.hexdigest()[:32])
+    return Fingerprint(checkpoint, str(vision.schedule), digest.hexdigest()[:32])
 
 
 def open_table(uri: str, fingerprint: Fingerprint) -> lance.LanceDataset:

@@ -70,7 +70,7 @@ def measure_selection(
     image_index = inputs["image_index"].flatten()
     num_images = len(image_index.unique())
     metrics = {}
-    for layer, selection in zip(model.config.vision_config.selection_schedule, selections):
+    for layer, selection in zip(model.config.vision_config.schedule.layers, selections):
         name = f"layer{layer}"
         metrics[f"{name}_kept"] = num_kept(selection).float().mean().item()
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()

@@ -2,7 +2,7 @@
 
 from transformers import Trainer
 
-from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
+from modeling_trips import UNPRUNED, TripsForQuestionAnswering, TripsForVisualGrounding, use_schedule
 from trips_examples.analysis.comparison import Group, compare, join
 from trips_examples.data.rows import image_size
 from trips_examples.metrics.selection import regions_of
@@ -38,12 +38,9 @@ def compare_with_twin(trainer: Trainer, rows: list[dict]) -> Group | None:
     rows = small_things(rows)
     if not rows or not isinstance(model, (TripsForQuestionAnswering, TripsForVisualGrounding)):
         return None
-    own, keep_rate = _predicted(trainer, rows), model.config.keep_rate
-    try:
-        model.config.keep_rate = 1.0
+    own = _predicted(trainer, rows)
+    with use_schedule(model, UNPRUNED):
         return compare(join(own, _predicted(trainer, rows))).overall
-    finally:
-        model.config.keep_rate = keep_rate
 
 
 def _predicted(trainer: Trainer, rows: list[dict]) -> list[dict]:

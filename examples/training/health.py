@@ -11,9 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from modeling_trips import TripsConfig, TripsModel
+from modeling_trips import UNPRUNED, TripsConfig, TripsModel
 from modeling_trips.inspection.cost import forward_cost
-from modeling_trips.inspection.schedules import UNPRUNED
 from modeling_trips.inspection.speed import seconds_of_both
 from trips_examples.analysis.comparison import Group
 from trips_examples.data.task_collators import a_text_per_image
@@ -185,7 +184,7 @@ class SelectionHealth(TrainerCallback):
         """Looks at the selection now; `is_late`: whether it has learnt enough to be warned of."""
         head = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = head.base_model
-        if self.dataset is None or not model.config.vision_config.selection_schedule:
+        if self.dataset is None or not model.config.vision_config.schedule.layers:
             return
         rows = [self.dataset[row] for row in range(min(NUM_ROWS, len(self.dataset)))]
         was_training = head.training
@@ -216,10 +215,10 @@ class SelectionHealth(TrainerCallback):
         num_patches = math.prod(inputs["pixel_values"].shape[-2:]) // side**2
         texts_differ = _differ(rows, inputs["image_index"].tolist())
         findings = {}
-        for layer, guidance in model.config.vision_config.guidance_schedule.items():
+        for layer, selection in model.config.vision_config.schedule.by_layer.items():
             prefix = f"layer{layer}_"
             own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-            findings[layer] = list(LayerHealth(layer, guidance, own, num_patches, texts_differ).findings())
+            findings[layer] = list(LayerHealth(layer, selection.guidance, own, num_patches, texts_differ).findings())
         return metrics, findings
 
     def _of_time(self, model: TripsModel) -> tuple[dict[str, float], Iterator[Finding]]:

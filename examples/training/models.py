@@ -69,7 +69,7 @@ class ModelStart:
             self._make_model(train_wordpiece_tokenizer(texts))
         if self.args.freeze_vision_layers is not None:
             freeze_vision_layers(self.model, self.args.freeze_vision_layers)
-        schedule = self.model.config.vision_config.selection_schedule
+        schedule = self.model.config.vision_config.schedule
         logger.info("%s parameters, %s", f"{self.model.num_parameters():,}", schedule)
         return self.model, self.processor
 

@@ -7,10 +7,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from modeling_trips import TripsConfig, TripsFusionConfig, TripsVisionConfig
+from modeling_trips import SelectionSchedule, TripsConfig, TripsFusionConfig, TripsVisionConfig
 
 from ..patch_selection import num_kept_tokens
-from .schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Cost:
         return self.per_image + texts_per_image * self.per_text
 
 
-def forward_cost(config: TripsConfig, text_length: int, schedule: Schedule | None = None) -> Cost:
+def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSchedule | None = None) -> Cost:
     """
     The cost of text encoder, vision tower and fusion encoder, for an image and the texts that share it through
     `image_index`. Heads and decoders come on top.
@@ -39,18 +38,20 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: Schedule | Non
     Args:
         config ([`TripsConfig`]): its `image_size` is that of the images.
         text_length (`int`): tokens per text, padding included.
-        schedule ([`Schedule`], *optional*): in place of the configuration's own.
+        schedule ([`SelectionSchedule`], *optional*): in place of the configuration's own.
 
     Returns:
         [`Cost`]
     """
-    schedule = Schedule.of(config.vision_config) if schedule is None else schedule
+    schedule = config.vision_config.schedule if schedule is None else schedule
     macs = Counter()  # of an image, and of a text
     if config.fusion_type == "single_stream":
         tokens = _count_single_stream(config.vision_config, text_length, schedule, macs)
     else:
         tokens = _count_tower(config.vision_config, schedule, macs)
-        _count_fusion(config.fusion_encoder_config, text_length, tokens[-1], schedule.is_guided_by_text, macs)
+        _count_fusion(
+            config.fusion_encoder_config, text_length, tokens[-1], schedule.first_text_layer is not None, macs
+        )
         text = config.text_config
         layer = _layer(text.hidden_size, text.intermediate_size, text_length, text_length)
         macs["text"] += text.num_hidden_layers * layer
@@ -94,18 +95,18 @@ def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[i
     return 1 + num_kept + fuses, fuses * candidates * width
 
 
-def _count_tower(config: TripsVisionConfig, schedule: Schedule, macs: Counter) -> tuple[int, ...]:
+def _count_tower(config: TripsVisionConfig, schedule: SelectionSchedule, macs: Counter) -> tuple[int, ...]:
     """Adds up the vision tower, and returns the tokens that leave each layer."""
     width, mlp_width = config.hidden_size, config.intermediate_size
-    tokens, owner, selecting = 1 + math.prod(config.grid_size), "image", schedule.selecting
+    tokens, owner, selecting = 1 + math.prod(config.grid_size), "image", schedule.by_layer
     macs[owner] += _patch_embedding(config)
-    if schedule.is_guided_by_text and config.guidance_hidden_size not in (None, width):
+    if schedule.first_text_layer is not None and config.guidance_hidden_size not in (None, width):
         macs["text"] += config.guidance_hidden_size * width
     tokens_per_layer = []
     for number in range(1, config.num_hidden_layers + 1):
         macs[owner] += _attention(width, tokens)
         if number in selecting:
-            guidance, keep_rate = selecting[number]
+            guidance, keep_rate, *_ = selecting[number]
             if guidance == "text":
                 owner = "text"
                 macs[owner] += width**2  # the query
@@ -135,16 +136,16 @@ def _count_fusion(
 
 
 def _count_single_stream(
-    config: TripsVisionConfig, text_length: int, schedule: Schedule, macs: Counter
+    config: TripsVisionConfig, text_length: int, schedule: SelectionSchedule, macs: Counter
 ) -> tuple[int, ...]:
     """Adds up the joint layers, all of them the text's, and returns the image tokens that leave each."""
     width, mlp_width = config.hidden_size, config.intermediate_size
-    tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.selecting, []
+    tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.by_layer, []
     macs["image"] += _patch_embedding(config)
     for number in range(1, config.num_hidden_layers + 1):
         macs["text"] += _attention(width, text_length + tokens)
         if number in selecting:
-            tokens, fusing = _select(tokens, selecting[number][1], config)
+            tokens, fusing = _select(tokens, selecting[number].keep_rate, config)
             macs["text"] += fusing
         macs["text"] += _mlp(width, mlp_width, text_length + tokens)
         tokens_per_layer.append(tokens)

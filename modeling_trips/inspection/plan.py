@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from modeling_trips import TripsConfig
+from modeling_trips import UNPRUNED, LayerSelection, SelectionSchedule, TripsConfig
 
 from .cost import Cost, forward_cost
-from .schedules import UNPRUNED, Schedule
 
 
 IMAGE_RATES = (0.3, 0.5, 0.7, 0.9)
@@ -24,7 +23,7 @@ TEXT_RATES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7)
 class PlannedSchedule:
     """
     Args:
-        schedule ([`Schedule`])
+        schedule ([`SelectionSchedule`])
         cost ([`Cost`]): of an image and of each of its texts.
         ratios (`dict[int, float]`): multiply-accumulates by the number of texts per image, pruned / unpruned; both
             share what texts of an image have in common.
@@ -32,7 +31,7 @@ class PlannedSchedule:
             tower and of the fusion encoder.
     """
 
-    schedule: Schedule
+    schedule: SelectionSchedule
     cost: Cost
     ratios: dict[int, float]
     mean_tokens: float
@@ -65,7 +64,7 @@ class SelectionPlan:
     unpruned: PlannedSchedule
 
 
-def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Iterator[Schedule]:
+def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Iterator[SelectionSchedule]:
     """
     The schedules that are tried. First the image guides no layer, one, two, or three that are evenly apart, all at one
     of `IMAGE_RATES`; then a text guides one layer behind them at one of `TEXT_RATES`, or none; where the image guides
@@ -90,7 +89,7 @@ def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Ite
     yield from _schedules(_evenly_apart(layers, 2), "text", TEXT_RATES)
     for first, layer, rate in product(by_image, layers, TEXT_RATES):
         if layer > first.layers[-1]:
-            yield Schedule((*first.layers, layer), (*first.guidances, "text"), (*first.keep_rates, rate))
+            yield SelectionSchedule((*first.layers, layer), (*first.selections, LayerSelection("text", rate)))
 
 
 def _evenly_apart(layers: Sequence[int], most: int) -> list[tuple[int, ...]]:
@@ -99,13 +98,15 @@ def _evenly_apart(layers: Sequence[int], most: int) -> list[tuple[int, ...]]:
     return [chosen for chosen in sets if len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1]
 
 
-def _schedules(layer_sets: Iterable[tuple[int, ...]], guidance: str, rates: Iterable[float]) -> Iterator[Schedule]:
+def _schedules(
+    layer_sets: Iterable[tuple[int, ...]], guidance: str, rates: Iterable[float]
+) -> Iterator[SelectionSchedule]:
     for layers, rate in product(layer_sets, rates):
-        yield Schedule(layers, (guidance,) * len(layers), (rate,) * len(layers))
+        yield SelectionSchedule(layers, (LayerSelection(guidance, rate),) * len(layers))
 
 
 def plan_schedules(
-    config: TripsConfig, schedules: Iterable[Schedule], texts_per_image: Sequence[int], text_length: int
+    config: TripsConfig, schedules: Iterable[SelectionSchedule], texts_per_image: Sequence[int], text_length: int
 ) -> list[PlannedSchedule]:
     """What each schedule costs at each number of texts per image, and the tokens that it keeps."""
     unpruned = forward_cost(config, text_length, UNPRUNED)

@@ -20,7 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForPreTraining
 
-from modeling_trips import MomentumTeacher, TripsConfig, TripsForPreTraining, TripsModel
+from modeling_trips import (
+    UNPRUNED,
+    MomentumTeacher,
+    SelectionSchedule,
+    TripsConfig,
+    TripsForPreTraining,
+    TripsModel,
+    use_schedule,
+)
 
 
 MODES = ("forward", "training", "pretraining")
@@ -120,10 +128,10 @@ class Setting:
         return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model)}
 
 
-def set_keep_rate(keep_rate: float | list[float], model: torch.nn.Module, inputs: dict):
-    """Sets the keep rate of a model, and of its teacher if it has one among its inputs."""
+def set_schedule(schedule: SelectionSchedule, model: torch.nn.Module, inputs: dict):
+    """Let a model, and its teacher if it has one among its inputs, select by a schedule from now on."""
     for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
-        module.config.keep_rate = keep_rate
+        module.base_model.vision_model.schedule = schedule
 
 
 def run(model: Callable, inputs: dict):
@@ -153,9 +161,8 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]
 def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
     """Multiply-accumulates of all matrix products and convolutions of one step, counted on the meta device."""
     # Eager, since the counter sees the products inside; no dtype matters.
-    model = setting.make_model("meta", attn_implementation="eager")
+    model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
     inputs = setting.make_inputs(model)
-    set_keep_rate(keep_rate, model, inputs)
     with FlopCounterMode(display=False) as counter:
         make_step(setting, model, inputs)()
     return counter.get_total_flops() // 2
@@ -167,15 +174,14 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
     texts about an image share, those that are run for each text, text encoder, fusion encoder, decoder, heads and
     losses, and all of the teacher. A backward pass doubles them once more, but not for the teacher.
     """
-    model = setting.make_model("meta", attn_implementation="eager")
+    model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
     inputs = setting.make_inputs(model)
-    set_keep_rate(keep_rate, model, inputs)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run(model, inputs)
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     student, teacher = type(model).__name__, MomentumTeacher.__name__
     tower = f"{student}.model.vision_model"
-    end_of_prefix = model.config.vision_config.first_text_layer or len(model.model.vision_model.layers) + 1
+    end_of_prefix = model.model.vision_model.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
     shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_prefix - 1))]
     shared += [f"{tower}.layers.{end_of_prefix - 1}.attention"]  # its other half comes behind the selection
     parts = {
@@ -274,19 +280,16 @@ def percentile_99(seconds: list[float]) -> float | None:
 def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats: int = 5) -> tuple[float, float]:
     """
     Seconds of a forward pass of a model as it is, and unpruned: medians of steps taken in turns behind one that warms
-    up. On a CPU they are the processor's time, which other programs do not lengthen. The keep rate is left as it was.
+    up. On a CPU they are the processor's time, which other programs do not lengthen. The schedule is left as it was.
     """
-    device, config = model.device.type, model.config
+    device = model.device.type
     clock = CLOCKS["process" if device == "cpu" else "wall"]
-    rates = (config.keep_rate, 1.0)
+    schedules = (model.base_model.vision_model.schedule, UNPRUNED)
     seconds = ([], [])
-    try:
-        for _ in range(1 + repeats):
-            for rate, times in zip(rates, seconds):
-                config.keep_rate = rate
+    for _ in range(1 + repeats):
+        for schedule, times in zip(schedules, seconds):
+            with use_schedule(model, schedule):
                 times.append(clock(lambda: model(**inputs), device))
-    finally:
-        config.keep_rate = rates[0]
     pruned, unpruned = (statistics.median(times[1:]) for times in seconds)
     return pruned, unpruned
 
@@ -353,13 +356,14 @@ def measure(
     callable_model = torch.compile(model, mode=setting.compile_mode) if setting.compile else model
     inputs = setting.make_inputs(model)
     shared = make_step(setting, callable_model, inputs)
-    variants = {"pruned": (setting.keep_rate, shared), "unpruned": (1.0, shared)}
+    own = model.base_model.vision_model.schedule
+    variants = {"pruned": (own, shared), "unpruned": (UNPRUNED, shared)}
     if setting.texts_per_image > 1 and compare_repeating:
         repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
-        variants["repeated"] = (setting.keep_rate, repeated)
+        variants["repeated"] = (own, repeated)
 
     def prepare(name: str):
-        set_keep_rate(variants[name][0], model, inputs)
+        set_schedule(variants[name][0], model, inputs)
         model.zero_grad(set_to_none=True)
 
     steps: dict[str, Callable[[], object]] = {name: step for name, (_, step) in variants.items()}

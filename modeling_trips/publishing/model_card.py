@@ -17,11 +17,10 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import modeling_trips
-from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor, use_schedule
 from modeling_trips.versions_trips import BEYOND, LOWEST
 
 from ..inspection.plan import plan_schedules
-from ..inspection.schedules import Schedule
 from .sentence_transformers import CROSS_ENCODER, SENTENCE_TRANSFORMER
 
 
@@ -166,7 +165,7 @@ def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> 
     if not fitting:
         raise ValueError(
             f"--speed {path}: none of its rows was measured at this model's size, {image_size[0]} x {image_size[1]} "
-            f"pixels and with its schedule, {Schedule.of(config.vision_config)}. Measure it with "
+            f"pixels and with its schedule, {config.vision_config.schedule}. Measure it with "
             "benchmarks/benchmark.py."
         )
     return fitting
@@ -182,14 +181,14 @@ def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
     parts = (config.vision_config, config.text_config, config.fusion_encoder_config)
     sizes = [(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in parts]
     vision = config.vision_config
-    return sizes, vision.patch_shape, image_size, Schedule.of(vision), vision.selection_mode
+    return sizes, vision.patch_shape, image_size, vision.schedule, vision.selection_mode
 
 
 def count_cost(config: TripsConfig, image_size: tuple[int, int], text_length: int) -> dict[int, float]:
     """Multiply-accumulates of the checkpoint's schedule by the number of texts per image, pruned / unpruned."""
     config = copy.deepcopy(config)
     config.vision_config.image_size = image_size
-    (row,) = plan_schedules(config, [Schedule.of(config.vision_config)], [1, 10], text_length)
+    (row,) = plan_schedules(config, [config.vision_config.schedule], [1, 10], text_length)
     return row.ratios
 
 
@@ -209,11 +208,10 @@ def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[t
     most that may, where the scores say how many.
     """
     inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
-    vision = model.config.vision_config
-    mode, vision.selection_mode = vision.selection_mode, "topk"
-    with torch.no_grad():
+    schedule = model.config.vision_config.schedule
+    top_k = [selection._replace(mass=None) for selection in schedule.selections]
+    with torch.no_grad(), use_schedule(model, SelectionSchedule(schedule.layers, tuple(top_k))):
         outputs = model.eval().base_model(**inputs, output_hidden_states=True)
-    vision.selection_mode = mode
     height, width = inputs["pixel_values"].shape[-2:]
     return (height, width), [states.shape[1] for states in outputs.vision_model_output.hidden_states]
 
@@ -225,18 +223,17 @@ def in_words(config: TripsConfig, guidance: str) -> str:
 
 def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
     """One row per layer that drops something; `tokens[n]` leave layer n."""
-    vision = config.vision_config
     return [
         {
             "layer": layer,
-            "guidance": in_words(config, vision.guidance_schedule[layer]),
-            "keep_rate": f"up to {rate}" if vision.selection_mode == "mass" else rate,
-            "mass": vision.selection_options[layer].get("mass"),
-            "min_keep_rate": vision.selection_options[layer].get("min_keep_rate"),
+            "guidance": in_words(config, selection.guidance),
+            "keep_rate": selection.keep_rate if selection.mass is None else f"up to {selection.keep_rate}",
+            "mass": selection.mass,
+            "min_keep_rate": None if selection.mass is None else selection.min_keep_rate,
             "tokens_before": tokens[layer - 1],
             "tokens_after": tokens[layer],
         }
-        for layer, rate in vision.selection_schedule.items()
+        for layer, selection in config.vision_config.schedule.by_layer.items()
     ]
 
 

@@ -17,6 +17,7 @@ from places import EXAMPLES, ROOT
 from programs import add_fake_ghostscript
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from schedules import rates_of
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
@@ -161,7 +162,7 @@ def test_the_shipped_checkpoint_loads_whole_and_in_float32():
     model, report = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, output_loading_info=True)
     assert model.dtype == torch.float32
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.config.vision_config.selection_schedule == {2: 0.5, 3: 0.5}
+    assert rates_of(model.config.vision_config) == {2: 0.5, 3: 0.5}
 
 
 def test_the_shipped_checkpoint_answers_95_percent_of_the_first_500_test_questions(model, processor):

@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset
+from schedules import guidances_of
 from toy_tasks import OPTIONS, predictions, write_task
 from transformers import GenerationConfig
 
@@ -83,7 +84,7 @@ def test_beam_options_and_a_late_choice_stay_with_the_checkpoint_and_bad_options
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.num_beams, config.length_penalty, config.max_new_tokens) == (2, 0.5, 6)
     selecting = TripsConfig.from_pretrained(tmp_path / "out").vision_config
-    assert selecting.guidance_schedule == {3: "image", 4: "text"}
+    assert guidances_of(selecting) == {3: "image", 4: "text"}
     with pytest.raises(ValueError, match="length_penalty"):
         run_captioning.main([*options[:-1], f"--output_dir={tmp_path / 'bad'}", "--length_penalty=0.5"])
     assert not (tmp_path / "bad").exists()

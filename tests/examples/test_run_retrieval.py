@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from places import ROOT
+from schedules import guidances_of, rates_of
 
 from modeling_trips import TripsForRetrieval, TripsProcessor
 from trips_examples import run_retrieval
@@ -110,8 +111,8 @@ def test_options_reach_the_model(data, tmp_path):
     run_retrieval.main([*data, *OPTIONS, *options, *schedule, "--max_steps=1", f"--output_dir={tmp_path}"])
     config = TripsForRetrieval.from_pretrained(tmp_path).config
     assert (config.itc_weight, config.itm_weight) == (0.5, 2)
-    assert config.vision_config.selection_schedule == {1: 0.9, 4: 0.5}
-    assert config.vision_config.guidance_schedule == {1: "text", 4: "text"}
+    assert rates_of(config.vision_config) == {1: 0.9, 4: 0.5}
+    assert guidances_of(config.vision_config) == {1: "text", 4: "text"}
 
 
 def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):

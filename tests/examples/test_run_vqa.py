@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from places import ROOT
 from safetensors.torch import load_file
+from schedules import rates_of
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import run_vqa
@@ -87,7 +88,7 @@ def test_selection_options_reach_the_model(data, tmp_path):
     options = ["--selection_layers", "1", "4", "--keep_rate", "0.9", "0.5", "--max_steps=1", "--save_strategy=no"]
     run_vqa.main(command(data, tmp_path, *options)[1:])
     model = TripsForQuestionAnswering.from_pretrained(tmp_path)
-    assert model.config.vision_config.selection_schedule == {1: 0.9, 4: 0.5}
+    assert rates_of(model.config.vision_config) == {1: 0.9, 4: 0.5}
     # A trained checkpoint evaluated with another schedule keeps its weights.
     again = ["--do_train=False", f"--model_name_or_path={tmp_path}", "--keep_rate=1.0"]
     metrics = run_vqa.main(command(data, tmp_path / "again", *again)[1:])

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_trips import TripsConfig, TripsModel
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel
 from modeling_trips.inspection.cost import forward_cost
 from modeling_trips.inspection.plan import candidate_schedules, plan_schedules, plan_selection
-from modeling_trips.inspection.schedules import UNPRUNED, Schedule
 
 
 BASE = TripsConfig.from_preset("base", vision_config={"image_size": 384})
@@ -38,7 +37,7 @@ class Counter:
             self.model = TripsModel._from_config(config, attn_implementation="eager").eval()
         self.text_length = text_length
 
-    def run(self, schedule: Schedule, texts_per_image: int) -> tuple[int, list[int]]:
+    def run(self, schedule: SelectionSchedule, texts_per_image: int) -> tuple[int, list[int]]:
         for name, value in schedule.config_fields.items():
             setattr(self.model.config, name, value)
         inputs = {
@@ -92,14 +91,14 @@ def test_few_texts_per_image_may_choose_early_and_many_late():
 
 def test_the_schedules_that_are_written_about_are_candidates():
     candidates = set(candidate_schedules(BASE, guided_by_text=False))
-    assert candidates >= {Schedule.parse(text) for text in NAMED}
+    assert candidates >= {SelectionSchedule.parse(text) for text in NAMED}
     assert all("text" in schedule.guidances for schedule in candidate_schedules(BASE))
 
 
 def test_a_single_stream_shares_no_layer_whoever_guides():
     config = TripsConfig.from_preset("tiny", fusion_type="single_stream")
     assert {guidance for schedule in candidate_schedules(config) for guidance in schedule.guidances} == {"text"}
-    by_text, by_image = plan_schedules(config, map(Schedule.parse, ("2:text:0.5", "2:image:0.5")), [1, 10], 6)
+    by_text, by_image = plan_schedules(config, map(SelectionSchedule.parse, ("2:text:0.5", "2:image:0.5")), [1, 10], 6)
     assert by_text.cost == by_image.cost
     assert by_text.cost.per_image == forward_cost(config, 6, UNPRUNED).per_image  # patch embeddings
     assert by_text.mean_tokens == mean([65, 34, 34, 34])

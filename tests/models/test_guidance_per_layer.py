@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from schedules import guidances_of
 from test_modeling_trips import IDS, INDEX, MASK, images, kept, make_model
 
-from modeling_trips import TripsModel, TripsVisionConfig
+from modeling_trips import TripsModel, TripsVisionConfig, use_schedule
 
 
 def rows_seen(module, call) -> list[int]:
@@ -26,9 +27,9 @@ def test_the_prefix_ends_at_the_first_layer_that_a_text_guides():
     for guidance, first_text_layer in schedules.items():
         config = TripsVisionConfig(selection_layers=[3, 6, 9], selection_guidance=guidance)
         assert config.first_text_layer == first_text_layer
-        assert config.guidance_schedule == dict(zip([3, 6, 9], guidance))
+        assert guidances_of(config) == dict(zip([3, 6, 9], guidance))
     config = TripsVisionConfig(selection_layers=[3, 6], selection_guidance=["text", "image"], keep_rate=[1.0, 0.5])
-    assert config.first_text_layer is None and config.guidance_schedule == {6: "image"}
+    assert config.schedule.first_text_layer is None and guidances_of(config) == {6: "image"}
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_a_prefix_of_another_schedule_is_refused():
     prefix = model.encode_images(images(2))
     with pytest.raises(ValueError, match="encode it again with `select_patches=False`"):
         model.vision_model(prefix=prefix, select_patches=False)
-    model.vision_model.config.selection_guidance = ["text", "image"]
-    with pytest.raises(ValueError, match="encoded up to layer 3, but the schedule is now .* encode it again"):
+    other = make_model(selection_layers=[1, 3], selection_guidance=["text", "image"]).vision_model.schedule
+    with pytest.raises(ValueError, match="prefix"), use_schedule(model, other):
         model(IDS, attention_mask=MASK, prefix=prefix, image_index=INDEX)
 
 
@@ -104,4 +105,4 @@ def test_a_checkpoint_keeps_its_guidance(tmp_path):
     assert loaded.config.selection_guidance == ["image", "text"]
     assert kept(loaded(IDS, images(4), MASK)) == kept(model(IDS, images(4), MASK))
     by_image = TripsModel.from_pretrained(tmp_path, selection_guidance="image")
-    assert by_image.config.vision_config.first_text_layer is None
+    assert by_image.config.vision_config.schedule.first_text_layer is None

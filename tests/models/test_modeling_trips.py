@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_trips import TripsConfig, TripsModel
+from modeling_trips import UNPRUNED, TripsConfig, TripsModel, use_schedule
 
 
 IDS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
@@ -184,11 +184,9 @@ def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
     unpruned, report = TripsModel.from_pretrained(tmp_path, selection_layers=[], output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert unpruned(IDS, images(4), MASK).vision_model_output.last_hidden_state.shape[1] == 17
-    model.config.keep_rate = 1.0
-    model.vision_model.config.keep_rate = 1.0
-    torch.testing.assert_close(
-        unpruned(IDS, images(4), MASK).last_hidden_state, model(IDS, images(4), MASK).last_hidden_state
-    )
+    with use_schedule(model, UNPRUNED):
+        states = model(IDS, images(4), MASK).last_hidden_state
+    torch.testing.assert_close(unpruned(IDS, images(4), MASK).last_hidden_state, states)
 
 
 @pytest.mark.parametrize("guidance", ["text", "image", "random"])

@@ -11,7 +11,7 @@ import torchvision
 from tiny_models import gradients_of, kept_by, make_config, share_of_kept
 from transformers import Trainer, TrainingArguments
 
-from modeling_trips import TripsModel
+from modeling_trips import UNPRUNED, TripsModel, use_schedule
 from modeling_trips.modeling_trips import (
     TripsForVisualGrounding,
     box_losses,
@@ -168,8 +168,8 @@ def test_a_keep_rate_of_one_is_the_unpruned_model():
     unpruned, pruned = make_model(selection_layers=[]), make_model()
     expected = unpruned(**inputs()).pred_boxes
     assert (pruned(**inputs()).pred_boxes - expected).abs().max() > 1e-3
-    pruned.config.keep_rate = 1.0
-    output = pruned(**inputs())
+    with use_schedule(pruned, UNPRUNED):
+        output = pruned(**inputs())
     assert output.selection == ()
     torch.testing.assert_close(output.pred_boxes, expected)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from schedules import rates_of
 from tiny_single_stream import IDS, INDEX, MASK, images, kept, make_config, make_model
 
 from modeling_trips import (
@@ -39,11 +40,11 @@ def naive_run(model, ids, image):
         query, key, value = (getattr(attention, f"{part}_proj")(normed).split(width, dim=1) for part in "qkv")
         mixed = [(q @ k.T / math.sqrt(width)).softmax(dim=1) @ v for q, k, v in zip(query, key, value)]
         tokens = list(torch.stack(tokens) + attention.o_proj(torch.cat(mixed, dim=1)))
-        if number in config.selection_schedule:
+        if number in rates_of(config):
             guide = {"text": 0, "image": len(text)}[config.selection_guidance]
             heads = [(k[first:] @ q[guide] / math.sqrt(width)).softmax(dim=0) for q, k in zip(query, key)]
             scores = (sum(heads) / len(heads)).tolist()
-            num_kept = math.ceil(config.selection_schedule[number] * len(scores))
+            num_kept = math.ceil(rates_of(config)[number] * len(scores))
             kept = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:num_kept])
             fused = sum(scores[i] * tokens[first + i] for i in range(len(scores)) if i not in kept)
             selections.append([original[i] for i in kept])

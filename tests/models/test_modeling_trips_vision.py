@@ -16,6 +16,8 @@ from tiny_vision import (
     without_padding,
 )
 
+from modeling_trips import use_schedule
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The naive reference
@@ -79,9 +81,9 @@ def assert_equals_reference(model, pixel_values, text_embeds):
         normalize=config.normalize_fusion_weights,
         quick_gelu=config.hidden_act == "quick_gelu",
         mass={
-            layer: (options["mass"], options["min_keep_rate"])
-            for layer, options in config.selection_options.items()
-            if "mass" in options
+            layer: (selection.mass, selection.min_keep_rate)
+            for layer, selection in config.schedule.by_layer.items()
+            if selection.mass is not None
         },
     )
     inputs = {"pixel_values": pixel_values, "text_embeds": text_embeds}
@@ -228,9 +230,10 @@ def test_the_prefix_is_computed_per_image_and_without_the_text():
 def test_a_prefix_of_another_schedule_is_refused(before, after):
     model = make_model(selection_layers=before)
     prefix = model.encode_prefix(images(2))
-    model.config.selection_layers = after
-    with pytest.raises(ValueError, match="encode it again"):
+    other = make_model(selection_layers=after).schedule
+    with pytest.raises(ValueError) as raised, use_schedule(model, other):
         model(prefix=prefix, text_embeds=texts(2))
+    assert str(prefix.schedule) in str(raised.value) and str(other) in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -251,16 +254,12 @@ def test_a_prefix_of_other_settings_before_the_text_is_refused(changes):
     fields = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
     model, changed = make_model(**fields), make_model(**{**fields, **changes})
     prefix = model.encode_prefix(images(2))
-    own, model.config = model.config, changed.config
-    assert prefix.next_layer == model.config.first_text_layer
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError) as raised, use_schedule(model, changed.schedule):
         model(prefix=prefix, text_embeds=texts(2))
-    assert prefix.selected_by in str(raised.value)
-    assert model.encode_prefix(images(2)).selected_by in str(raised.value)
-    model.config = own
-    model.config.keep_rate = [0.5, 0.4]  # behind the end of the prefix
-    expected = model(images(2), texts(2)).last_hidden_state
-    torch.testing.assert_close(model(prefix=prefix, text_embeds=texts(2)).last_hidden_state, expected)
+    assert str(prefix.schedule) in str(raised.value) and str(changed.schedule) in str(raised.value)
+    with use_schedule(model, make_model(**{**fields, "keep_rate": [0.5, 0.4]}).schedule):  # changed behind the prefix
+        expected = model(images(2), texts(2)).last_hidden_state
+        torch.testing.assert_close(model(prefix=prefix, text_embeds=texts(2)).last_hidden_state, expected)
 
 
 def test_a_prefix_of_mass_by_another_mass_is_refused():
@@ -268,16 +267,16 @@ def test_a_prefix_of_mass_by_another_mass_is_refused():
     model = make_model(**fields, selection_mass=[0.5, 0.5])
     prefix = model.encode_prefix(images(2))
     for changes in ({"selection_mass": [0.6, 0.5]}, {"min_keep_rate": [0.4, 0.0], "selection_mass": [0.5, 0.5]}):
-        model.config = make_model(**{**fields, **changes}).config
-        with pytest.raises(ValueError, match="encode it again"):
+        other = make_model(**{**fields, **changes}).schedule
+        with pytest.raises(ValueError, match="prefix"), use_schedule(model, other):
             model(prefix=prefix, text_embeds=texts(2))
 
 
 def test_an_unpruned_prefix_is_refused_where_the_image_prunes():
     model = make_model(selection_layers=[])
     prefix = model.encode_prefix(images(2))
-    model.config = make_model(selection_layers=[2], selection_guidance="image").config
-    with pytest.raises(ValueError, match="encode it again"):
+    other = make_model(selection_layers=[2], selection_guidance="image").schedule
+    with pytest.raises(ValueError, match="prefix"), use_schedule(model, other):
         model(prefix=prefix)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from naive_reference import NaiveVisionTower
+from schedules import guidances_of, rates_of
 from test_modeling_trips_pretraining import WEIGHTS, make_batch
 from tiny_retrieval import make_config
 from torch.nn.functional import cross_entropy, log_softmax, normalize
@@ -24,12 +25,12 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
     trips, vision = model.model, model.config.vision_config
     tower = NaiveVisionTower(
         dict(trips.vision_model.named_parameters()),
-        vision.selection_schedule,
+        rates_of(vision),
         vision.num_hidden_layers,
         vision.num_attention_heads,
         vision.patch_shape,
         vision.grid_size,
-        guidance=vision.guidance_schedule,
+        guidance=guidances_of(vision),
     )
     images, index = batch["pixel_values"], batch["image_index"].tolist()
 

@@ -19,6 +19,7 @@ from tiny_models import (
 
 import modeling_trips.patch_selection
 from modeling_trips import (
+    SelectionSchedule,
     TripsConfig,
     TripsForRetrieval,
     TripsForVisualGrounding,
@@ -359,10 +360,7 @@ def test_a_configuration_of_before_keeps_a_share():
         del fields["vision_config"][name]
     config = TripsConfig(**fields)
     assert config.selection_mode == "topk"
-    assert config.vision_config.selection_options == {
-        5: {"keep_rate": 0.7, "guidance": "text"},
-        10: {"keep_rate": 0.7, "guidance": "text"},
-    }
+    assert str(config.vision_config.schedule) == "5:text:0.7,10:text:0.7"
 
 
 def test_each_layer_has_its_own_numbers():
@@ -374,10 +372,8 @@ def test_each_layer_has_its_own_numbers():
         min_keep_rate=0.1,
         selection_guidance=["image", "text", "text"],
     )
-    assert config.selection_options == {
-        2: {"keep_rate": 0.7, "guidance": "image", "mass": 0.9, "min_keep_rate": 0.1},
-        6: {"keep_rate": 0.5, "guidance": "text", "mass": 0.7, "min_keep_rate": 0.1},
-    }
+    assert str(config.schedule) == "2:image:0.7:0.9:0.1,6:text:0.5:0.7:0.1"
+    assert SelectionSchedule.parse(str(config.schedule)) == config.schedule
 
 
 @torch.no_grad()

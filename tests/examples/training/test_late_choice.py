@@ -1,6 +1,7 @@
 """Which patches a model for captions, retrieval or pre-training selects where no option says it."""
 
 import pytest
+from schedules import guidances_of, rates_of
 from toy_pairs import write_parts
 from transformers import HfArgumentParser
 
@@ -27,7 +28,7 @@ def selection_of(arguments: type, start, *options: str) -> dict[int, tuple[str, 
     """Guidance and keep rate by layer, of the model that these options make."""
     (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses([*options])
     vision = start(args).config.vision_config
-    return {layer: (vision.guidance_schedule[layer], rate) for layer, rate in vision.selection_schedule.items()}
+    return {layer: (guidances_of(vision)[layer], rate) for layer, rate in rates_of(vision).items()}
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def test_options_of_one_value_or_one_per_layer_reach_the_configuration():
     args = ModelArguments(selection_mode="mass", selection_mass=[0.9], min_keep_rate=[0.1, 0.2])
     fields = args.config_overrides()
     assert fields == {"selection_mode": "mass", "selection_mass": 0.9, "min_keep_rate": [0.1, 0.2]}
-    options = TripsConfig.from_preset("tiny", **fields).vision_config.selection_options
-    assert [layer["min_keep_rate"] for layer in options.values()] == [0.1, 0.2]
+    schedule = TripsConfig.from_preset("tiny", **fields).vision_config.schedule
+    assert [selection.min_keep_rate for selection in schedule.selections] == [0.1, 0.2]
 
 
 @pytest.fixture(scope="module")

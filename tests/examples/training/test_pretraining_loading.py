@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
+from schedules import rates_of
 from toy_pairs import command, encoded, make_tokenizer, write_parts
 from transformers import AutoModel
 
@@ -43,7 +44,7 @@ def test_from_a_vision_tower_and_a_text_encoder(files, parts, tmp_path):
     assert torch.equal(model.model.vision_model.embeddings.cls_token, vision.embeddings.cls_token)
     assert torch.equal(model.model.text_model.embeddings.word_embeddings.weight, words)
     assert torch.equal(model.lm_head.decoder.weight, words)
-    assert model.config.vision_config.selection_schedule == {2: 0.5} and model.config.vision_config.image_size == 48
+    assert rates_of(model.config.vision_config) == {2: 0.5} and model.config.vision_config.image_size == 48
     processor = TripsProcessor.from_pretrained(tmp_path / "out")
     assert processor.image_processor.image_mean == (0.1, 0.2, 0.3)
     assert processor.image_processor.size == {"height": 48, "width": 48}

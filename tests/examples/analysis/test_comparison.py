@@ -2,7 +2,7 @@
 
 import pytest
 
-from trips_examples.analysis.comparison import compare, groups_of, groups_of_region, join, mcnemar, score_of
+from trips_examples.analysis.comparison import Item, compare, groups_of, groups_of_region, join, mcnemar, score_of
 
 
 def row(number: int, answer: str, prediction: str, question: str = "what is it?", **columns) -> dict:
@@ -69,6 +69,8 @@ def test_predictions_of_other_items_are_refused():
         ({"answers": ["a", "a", "b", "c"], "prediction": "b"}, 0.25),
         ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 6]}, 1.0),
         ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 4]}, 0.0),
+        ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 5]}, 1.0),
+        ({"box": [0, 0, 1000, 10], "prediction": [0, 0, 499, 10]}, 0.0),
         ({"label": 1, "prediction": 1, "probability": 0.7}, 1.0),
         ({"label": 0, "prediction": 1, "probability": 0.7}, 0.0),
         ({"caption": "a cat", "found": ["7"], "first_right": 1}, 1.0),
@@ -77,6 +79,14 @@ def test_predictions_of_other_items_are_refused():
 )
 def test_each_task_has_its_rule(columns, score):
     assert score_of({"source": "row 1", **columns}) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(("score", "is_right"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)])
+def test_more_than_half_of_a_score_is_right(score, is_right):
+    item = Item("row 1", "what is it?", "a", "b", "c", score, 0.25)
+    assert (item.is_right, item.other_is_right) == (is_right, False)
+    other = Item("row 1", "what is it?", "a", "b", "c", 0.25, score)
+    assert (other.is_right, other.other_is_right) == (False, is_right)
 
 
 def test_captions_are_neither_right_nor_wrong():

@@ -3,6 +3,7 @@
 import pytest
 
 from trips_examples.analysis.comparison import Item, compare, groups_of, groups_of_region, join, mcnemar, score_of
+from trips_examples.analysis.page import verdict
 
 
 def row(number: int, answer: str, prediction: str, question: str = "what is it?", **columns) -> dict:
@@ -30,6 +31,11 @@ def test_the_test_is_exact():
     items = join(*pair("red", lost=9, won=1, same=30))
     assert mcnemar(items) == pytest.approx(2 * 11 / 1024)
     assert mcnemar(join(*pair("red", lost=0, won=0, same=3))) == 1.0
+
+
+@pytest.mark.parametrize(("lost", "words"), [(12, "(p < 0.001)"), (7, "(p = 0.016)"), (1, "(p = 1.000)")])
+def test_the_verdict_has_one_sign_before_the_p_value(lost, words):
+    assert words in verdict(compare(join(*pair("red", lost, won=0, same=5))).overall)
 
 
 def test_groups_that_lose_beyond_chance_come_first():

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import modeling_trips
 from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
-from modeling_trips.versions_trips import BEYOND, LOWEST
+from modeling_trips.versions_trips import BEYOND, LOWEST, NEWEST_TESTED
 
 from ..inspection.plan import plan_schedules
 from ..inspection.schedules import Schedule
@@ -354,6 +354,7 @@ def make_model_card(
         command=args.command,
         transformers_version=transformers.__version__,
         transformers_range=f"transformers>={LOWEST},<{BEYOND}",
+        transformers_tested=NEWEST_TESTED,
         num_code_files=len(code),
         num_code_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code),
         num_parameters=model.num_parameters(),

@@ -150,8 +150,8 @@ def _gif_comment_bytes(data: bytes) -> int:
 
 
 def _color_table_bytes(flags: bytes) -> int:
-    flags = int.from_bytes(flags, "big")
-    return 3 << (flags % 8 + 1) if flags & 0x80 else 0
+    value = int.from_bytes(flags, "big")
+    return 3 << (value % 8 + 1) if value & 0x80 else 0
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:

@@ -380,16 +380,14 @@ def test_what_was_accepted_is_answered_before_it_ends(tmp_path):
         with ThreadPoolExecutor(24) as pool:
             waiting = [pool.submit(service.post, "answer", ask(color)) for color in COLORS * 3]
             until = time.monotonic() + 300
-            while service.metric("trips_requests_in_progress") < 8:
+            while (accepted := service.metric("trips_requests_in_progress")) < 8:
                 assert time.monotonic() < until and not all(one.done() for one in waiting)
-            accepted = sum(not one.done() for one in waiting)
             service.process.send_signal(signal.SIGTERM)
             outcomes = [one.exception() or one.result().status_code for one in waiting]
         assert service.process.wait(300) == 0
-        assert accepted >= 8
-        # Those that had not got in find the door closed; none that had is left without an answer.
-        assert {str(one) for one in outcomes if isinstance(one, int)} == {"200"}
-        assert all(isinstance(one, (int, httpx.ConnectError)) for one in outcomes), outcomes
+        # Connections without a whole request are closed; no request in progress is left without an answer.
+        assert {one for one in outcomes if isinstance(one, int)} == {200} and outcomes.count(200) >= accepted
+        assert all(one == 200 or isinstance(one, httpx.TransportError) for one in outcomes), outcomes
 
 
 def test_memory_stays_where_it_was(tmp_path):

@@ -2,7 +2,7 @@
 Load on a running service, by Locust: throughput and times of 1, 8 and 32 clients that each ask about images of their
 own; and of one client that asks ten questions in ten requests, about one image and about ten.
 
-    TRIPS_MODEL=examples/trips-tiny-easy-vqa bentoml serve trips_serving.service:Trips --port 3000 &
+    TRIPS_MODEL=examples/trips-tiny-easy-vqa bentoml serve trips_serving.service:Trips --host 127.0.0.1 --port 3000 &
     python benchmarks/load_service.py --url http://127.0.0.1:3000 --requests 500 --output_json rows.json
 
 With `--pid`, the memory of that process and its children is read before and after.

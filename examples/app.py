@@ -59,7 +59,7 @@ CSS = """
 .told section { flex: 1 1 16rem; min-width: 0; padding: .75rem; border-radius: 8px; }
 .told section { border: 1px solid var(--border-color-primary); }
 .told figure { display: inline-block; margin: 0 .5rem .5rem 0; width: 45%; vertical-align: top; }
-.told figure img { max-width: 100%; max-height: 24rem; min-width: min(100%, 8rem); object-fit: contain; }
+.told figure img { width: 100%; max-height: 24rem; object-fit: contain; }
 .told figcaption { font-size: .8rem; }
 .told h3 { overflow-wrap: anywhere; }
 #examples thead { display: none; }
@@ -162,7 +162,7 @@ def build(args: AppArguments):
         gr.Markdown(introduction(asker, args.model))
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(label="Picture", sources=["upload", "clipboard"], type="filepath", height=260)
+                image = gr.Image(label="Image", sources=["upload", "clipboard"], type="filepath", height=260)
                 # Gradio neither opens uploads nor checks numbers, so that the messages are those of this page.
                 image.preprocess = lambda payload: None if payload is None else payload.path
                 lines = gr.Textbox(texts, label=label, lines=3, max_lines=MAX_TEXTS)

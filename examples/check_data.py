@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.data.boxes import hidden_boxes
@@ -33,6 +33,7 @@ from trips_examples.data.texts import TextCheck
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.files import write_whole
 from trips_examples.training.options import ModelArguments
+from trips_examples.training.parser import make_parser
 
 
 @dataclass
@@ -192,7 +193,7 @@ def print_report(report: dict, max_shown: int):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser(CheckArguments, description=__doc__)
+    parser = make_parser(CheckArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     if args.max_text_length is not None and args.model_name_or_path is None and args.tokenizer_name is None:
         parser.error("--max_text_length counts tokens: give --tokenizer_name or --model_name_or_path")

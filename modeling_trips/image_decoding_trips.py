@@ -22,6 +22,7 @@ program that these processes run, so that they start without PyTorch.
 import io
 import queue
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -150,8 +151,8 @@ def _gif_comment_bytes(data: bytes) -> int:
 
 
 def _color_table_bytes(flags: bytes) -> int:
-    flags = int.from_bytes(flags, "big")
-    return 3 << (flags % 8 + 1) if flags & 0x80 else 0
+    value = int.from_bytes(flags, "big")
+    return 3 << (value % 8 + 1) if value & 0x80 else 0
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -307,6 +308,8 @@ def _read(stream, num_bytes: int) -> bytes:
 
 def _serve():
     """Decode the files that come on the standard input until it ends."""
+    # Supervisors send it to all processes of a service, which has requests to answer yet.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     source, target = sys.stdin.buffer, sys.stdout.buffer
     while True:
         try:

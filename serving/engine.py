@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import PIL.Image
 import torch
@@ -35,7 +36,6 @@ from .settings import DEFAULT, Settings
 logger = logging.getLogger(__name__)
 
 DECODERS = 2  # processes that decode images; more requests wait for them
-DECODING_SECONDS = 3.0  # for one image; 16 megapixels take less than a second
 STATUSES = {"empty": 422, "format": 415, "pixels": 413, "work": 422, "broken": 422}  # by the reason of an `ImageError`
 
 PREFIXES = Counter("trips_image_prefixes", "Images by where their text-independent part came from.", ["source"])
@@ -66,7 +66,7 @@ def load(settings: Settings):
     elif dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"TRIPS_DTYPE={dtype}: must be auto or a dtype of PyTorch, such as bfloat16.")
     with blamed_on("TRIPS_MODEL", settings.model):
-        options = {} if dtype == "auto" else {"dtype": dtype}
+        options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
         model = load_checkpoint(settings.model, revision=settings.revision, **options)
     if is_exported:
         return model
@@ -103,7 +103,7 @@ class Engine:
         self.settings = settings
         self.model = load(settings)
         self.cache = PrefixCache(settings.cache_bytes)
-        self.decoder = IsolatedDecoder(DECODERS, DECODING_SECONDS)
+        self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # a fast tokenizer refuses a second thread
         with blamed_on("TRIPS_MODEL", settings.model):
             self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)

@@ -166,17 +166,16 @@ class Gate:
         Raises:
             RequestError: if an image or a text cannot be used.
         """
-        engine = self.get_engine()
-        sources = [await self.bytes_of(source) for source in images_of(request)]
-
-        def look_up() -> tuple[list[Picture], list[dict]]:
-            pictures = [engine.find_image(source, request.schedule) for source in sources]
-            return pictures, engine.prepare_texts(texts_of(request))
-
-        pictures, tokens = await to_thread.run_sync(look_up, limiter=self.validators)
-        seconds = self.settings.max_latency_ms / 1000
+        engine, seconds = self.get_engine(), self.settings.max_latency_ms / 1000
         try:
             with fail_after(seconds):
+                sources = [await self.bytes_of(source) for source in images_of(request)]
+
+                def look_up() -> tuple[list[Picture], list[dict]]:
+                    pictures = [engine.find_image(source, request.schedule) for source in sources]
+                    return pictures, engine.prepare_texts(texts_of(request))
+
+                pictures, tokens = await to_thread.run_sync(look_up, limiter=self.validators)
                 for position, picture in enumerate(pictures):
                     if picture.prefix is None:
                         pictures[position] = await to_thread.run_sync(

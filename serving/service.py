@@ -7,6 +7,7 @@ import atexit
 import os
 import signal
 import sys
+import traceback
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,8 @@ from .settings import Settings  # noqa: E402
 
 
 SETTINGS = Settings.from_environment()
-# Time for a body to come, for its batch to come up, and to be computed.
-TIMEOUT = 2 * (SETTINGS.read_timeout + SETTINGS.max_latency_ms / 1000)
+# Seconds for a body to arrive, for its images to be decoded and its batch to come up, and for the work itself.
+TIMEOUT = SETTINGS.read_timeout + 2 * SETTINGS.max_latency_ms / 1000 + 10
 BATCHES = {"batchable": True, "max_batch_size": SETTINGS.max_batch_size, "max_latency_ms": SETTINGS.max_latency_ms}
 
 
@@ -57,12 +58,14 @@ class GuardedService(Service):
 
         try:
             get_engine()
-        except BaseException as error:
+        except Exception as error:
+            if isinstance(error, ValueError):
+                print(error, file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
             if SUPERVISOR in os.environ:
                 os.kill(int(os.environ[SUPERVISOR]), signal.SIGUSR1)
-            if isinstance(error, ValueError):
-                sys.exit(str(error))
-            raise
+            sys.exit(1)
         self.inject_config()
         factory = ServiceAppFactory(self, is_main=is_main)
         for dispatcher in factory.dispatchers.values():

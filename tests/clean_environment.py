@@ -35,7 +35,7 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
             What to install, as pip takes it: `["transformers==5.24.0"]`. Needs a package index if not empty.
         exclude_project (`bool`, *optional*, defaults to `True`):
             Whether importing the project fails, even where it is installed in the running environment as editable. If
-            `False`, it is imported from this repository.
+            `False`, it is imported from where the running environment imports it.
 
     Returns:
         `Path`: The environment's Python interpreter.
@@ -46,10 +46,10 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
     """
     folder = Path(folder).absolute()
     python = folder / "bin" / "python"
-    # No .pth file in these is read again, and such a file is all that an editable install puts there for importing.
     inherited = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     if not exclude_project:
-        inherited.insert(0, str(ROOT))
+        # Unlike a path alone, this reads the folder's .pth files. An editable install is made of nothing else.
+        inherited = [f"import site; site.addsitedir({path!r})" for path in inherited]
     recipe = json.dumps({"python": sys.version, "packages": packages, "inherited": inherited}, indent=2)
     finished = folder / "recipe.json"
     folder.parent.mkdir(parents=True, exist_ok=True)

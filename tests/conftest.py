@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
 from modeling_trips import TripsConfig  # noqa: E402
 from modeling_trips.registration_trips import MODELS  # noqa: E402
@@ -23,6 +25,10 @@ from trips_examples.training.models import make_processor  # noqa: E402
 
 
 torch.set_num_threads(1)
+# The exporters are new in 5.24, and the documents tell of them.
+collect_ignore = ["benchmarks/test_export_speed.py", "docs", "export"]
+if Version(transformers.__version__) >= Version("5.24"):
+    collect_ignore = []
 
 
 @pytest.fixture(autouse=True)

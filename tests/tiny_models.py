@@ -195,5 +195,11 @@ def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
     return sum(len(row & expected) for row, expected in pairs) / sum(len(expected) for _, expected in pairs)
 
 
+def enable_checkpointing(model: TripsPreTrainedModel, **kwargs):
+    """Activation checkpointing, `kwargs` as for `torch.utils.checkpoint`; 5.24 of Transformers renamed the method."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(kwargs or None)
+
+
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

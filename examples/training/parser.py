@@ -9,8 +9,18 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Leaves the lines of the docstring, where commands stand, as they are."""
 
 
+class Parser(HfArgumentParser):
+    """Ends a command whose options do not exist or do not fit as argparse does, without a traceback."""
+
+    def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
+        try:
+            return super().parse_args_into_dataclasses(args=args, **kwargs)
+        except ValueError as error:
+            if args is not None:  # a program asks, which may catch it
+                raise
+            self.error(str(error))
+
+
 def make_parser(*classes: type, description: str) -> HfArgumentParser:
     """A parser of the options that these dataclasses have. Its usage is short: each option is explained below it."""
-    return HfArgumentParser(
-        classes, description=description.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter
-    )
+    return Parser(classes, description=description.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter)

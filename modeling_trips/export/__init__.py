@@ -2,6 +2,12 @@
 
 import sys
 
+import transformers
+from packaging.version import Version
+
+
+if Version(transformers.__version__) < Version("5.24"):
+    raise ImportError(f"Exported graphs need transformers>=5.24, got {transformers.__version__}.")
 
 # OpenVINO's tools report their use over the network, unless this package of theirs is missing at their import.
 sys.modules.setdefault("openvino_telemetry", None)

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,10 @@ import PIL.Image
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.dynamic_module_utils import get_relative_import_files
 
-import modeling_trips
 from modeling_trips import SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor, use_schedule
-from modeling_trips.versions_trips import BEYOND, LOWEST
+from modeling_trips.versions_trips import BEYOND, LOWEST, NEWEST_TESTED
 
 from ..inspection.plan import plan_schedules
 from .sentence_transformers import CROSS_ENCODER, SENTENCE_TRANSFORMER
@@ -237,9 +238,10 @@ def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
     ]
 
 
-def published_code() -> list[Path]:
-    """The files that every saved checkpoint carries: those of the package itself, without its folders of tools."""
-    return [path for path in Path(modeling_trips.__file__).parent.glob("*.py") if path.name != "__init__.py"]
+def code_of(model_class: type[TripsPreTrainedModel]) -> list[Path]:
+    """The files of code in a checkpoint of a class: its module, and what that imports."""
+    module = sys.modules[model_class.__module__].__file__
+    return sorted({Path(module), *map(Path, get_relative_import_files(module))})
 
 
 def make_metadata(
@@ -319,7 +321,7 @@ def make_model_card(
     Raises:
         ValueError: if `results` holds no metric, or no row of `args.speed` fits the model.
     """
-    code = published_code()
+    code = code_of(type(model))
     config, name = model.config, repo_id.split("/")[-1]
     head, auto_class = head_of(config), auto_class_of(config)
     if not with_code:
@@ -351,6 +353,7 @@ def make_model_card(
         command=args.command,
         transformers_version=transformers.__version__,
         transformers_range=f"transformers>={LOWEST},<{BEYOND}",
+        transformers_tested=NEWEST_TESTED,
         num_code_files=len(code),
         num_code_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code),
         num_parameters=model.num_parameters(),

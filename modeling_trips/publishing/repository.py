@@ -14,7 +14,7 @@ from modeling_trips.configuration_trips import CODE_FIELDS
 
 from ..inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
 from .eval_results import write_eval_results
-from .model_card import HEADS, CardArguments, make_model_card, published_code
+from .model_card import HEADS, CardArguments, code_of, make_model_card
 from .sentence_transformers import check_kind, prepare, write_modules
 
 
@@ -119,12 +119,12 @@ def check_code(folder: Path, model: TripsPreTrainedModel):
     Raises:
         ValueError: A Python file differs from that of this project, or a JSON file refers to other code.
     """
-    own = {path.name: path for path in [*published_code(), HANDLER]}
+    own = {path.name: path for path in [*code_of(type(model)), HANDLER]}
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
         if name not in own or path.read_bytes() != own[name].read_bytes():
             raise ValueError(f"{name} is not a file of this project, so it is not published.")
-    model.describe_code()
+    model.name_code()
     for path in sorted(folder.rglob("*.json")):
         for field, name, reference in _code_references(json.loads(path.read_text(encoding="utf-8"))):
             if getattr(model.config, field.rpartition(".")[2], {}).get(name) != reference:

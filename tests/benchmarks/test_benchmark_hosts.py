@@ -6,10 +6,11 @@ import benchmark_hosts
 import pytest
 import torch
 import transformers
+from counting_clock import MEDIAN, CountingClock
 from tiny_hosts import RATE, make_timm
 
 from modeling_trips.hosts.apply import apply_patch_selection
-from modeling_trips.inspection.speed import processor_time
+from modeling_trips.inspection.speed import CLOCKS, processor_time
 
 
 @pytest.mark.parametrize("clock", ["wall", "process"])
@@ -50,6 +51,19 @@ def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
         benchmark_hosts.main(["--hosts", "word2vec"])
     with pytest.raises(ValueError, match="--clock must be of wall, process, and wall on cuda: got process"):
         benchmark_hosts.main(["--clock", "process", "--device", "cuda"])
+
+
+def test_times_are_medians_of_the_pruned_and_of_the_unpruned_host(monkeypatch):
+    case = benchmark_hosts.Case(
+        lambda image_size: make_timm(img_size=image_size), selection_layers=(1, 2), takes_text=False
+    )
+    monkeypatch.setitem(benchmark_hosts.CASES, "tiny", case)
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    options = "--hosts tiny --image_size 32 --clock process --warmup 1 --repeats 5".split()
+    (row,) = benchmark_hosts.main(options)
+    assert (row["latency"], row["unpruned_latency"]) == (MEDIAN * row["macs"], MEDIAN * row["unpruned_macs"])
+    assert row["time_ratio"] == row["macs_ratio"] < 1
+    assert row["time_ratio_quartiles"] == pytest.approx([row["macs_ratio"]] * 2)
 
 
 def test_processor_time_does_not_count_waiting():

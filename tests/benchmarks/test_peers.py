@@ -5,11 +5,13 @@ import json
 import peers
 import pytest
 import torch
+from counting_clock import MEDIAN, CountingClock
 from timm.models.vision_transformer import VisionTransformer
 from tiny_hosts import NO_DROPOUT, TEXT, VISION
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 from modeling_trips import TripsVisionModel
+from modeling_trips.inspection.speed import CLOCKS
 
 
 TINY = ["--preset", "tiny", "--image_size", "64", "--schedule", "2,3", "--tower_schedule", "2:image,3:image"]
@@ -94,6 +96,31 @@ def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys
     assert all(row["speedup"] == 1 for row in rows if row["model"] == row["compared_with"])
     assert rows[4]["throughput"] == pytest.approx(6 / rows[4]["latency"])
     assert "timm-vit, merging is left out: `pip install tomesd` adds it." in capsys.readouterr().out
+
+
+def test_speedups_are_of_medians_over_the_first_model(monkeypatch):
+    """Two matrix products of which the second takes a fourth, timed by what they count."""
+    models = {
+        "first": (torch.nn.Linear(12, 40), lambda model, inputs: model(inputs.pixel_values.reshape(-1, 12))),
+        "second": (torch.nn.Linear(12, 10), lambda model, inputs: model(inputs.pixel_values.reshape(-1, 12))),
+    }
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    args = arguments(clock="process", warmup=1, repeats=5)
+    first, second = peers.measure("match", models, 3, args)
+    assert (first["model"], second["model"], second["compared_with"]) == ("first", "second", "first")
+    assert first["latency"] == MEDIAN * 2 * 3 * 64 * 64 * 40
+    assert (first["speedup"], second["speedup"]) == (1, 4)
+    assert second["throughput"] == pytest.approx(6 / second["latency"])
+    assert (first["num_parameters"], second["num_parameters"]) == (13 * 40, 13 * 10)
+
+
+def test_trips_is_compared_unpruned_too(monkeypatch):
+    monkeypatch.setattr(peers.TASKS["match"], "peers", {})
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    args = arguments(clock="process", warmup=1, repeats=5, schedule=["2:image:0.5,3:text:0.5"])
+    pruned, unpruned = peers.measure("match", peers.make_models("match", args), 1, args)
+    assert (pruned["model"], unpruned["model"]) == ("TRIPS, 2 image x 0.5; 3 text x 0.5", "TRIPS, unpruned")
+    assert unpruned["speedup"] < 1 == pruned["speedup"]
 
 
 def test_wrong_names_are_refused():

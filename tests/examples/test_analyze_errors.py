@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 from easy_vqa import get_test_image_paths
+from markupsafe import escape
 
 from trips_examples import analyze_errors
+from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.ask import CHECKPOINT
 from trips_examples.data.scenes import easy_vqa_records
 
@@ -36,6 +38,7 @@ def test_two_files_of_predictions(tmp_path, capsys):
     result = analyze_errors.main(options)
     assert (result.overall.lost, result.overall.won) == (13, 1)
     assert "13 items are lost and 1 won: it is worse by more than chance (p = 0.002)" in capsys.readouterr().out
+    assert "note" not in json.loads((tmp_path / "errors/errors.json").read_text())
 
     written = json.loads((tmp_path / "errors/errors.json").read_text())
     assert (written["groups"][0]["feature"], written["groups"][0]["value"]) == ("kind", "color")
@@ -85,4 +88,8 @@ def test_scenes_are_those_that_the_script_evaluates(seed, tmp_path):
     places = [group for group in result.groups if group.feature == "place in the image"]
     assert sum(group.count for group in places) > 0.5 * len(result.items)
     assert result.overall.lost > 0
-    assert "data:image/png;base64," in (tmp_path / "errors/errors.html").read_text()
+    page = (tmp_path / "errors/errors.html").read_text()
+    assert "data:image/png;base64," in page
+    written = json.loads((tmp_path / "errors/errors.json").read_text())
+    assert (written["other"], written["note"]) == (SAME_WEIGHTS, SAME_WEIGHTS_NOTE)
+    assert str(escape(SAME_WEIGHTS_NOTE)) in page and "unpruned:" not in page

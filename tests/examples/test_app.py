@@ -17,6 +17,8 @@ import pytest
 from easy_vqa import get_test_image_paths
 from places import EXAMPLES
 
+from trips_examples.analysis import SAME_WEIGHTS
+
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -31,7 +33,7 @@ PATIENCE = 120_000  # ms: machines that are busy answer late
 def address():
     """A page that serves the shipped checkpoint, in a process of its own."""
     words = [sys.executable, str(EXAMPLES / "app.py"), "--port", str(PORT), "--max_megabytes", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{PORT}/"
     for _ in range(300):
@@ -92,7 +94,9 @@ def test_upload_ask_twice_and_see_the_patches_change(page):
     result = ask(page, "what color is the shape?", "is there a circle?")
     text = result.inner_text()
     assert (
-        re.search(r"65 → \d+ → \d+ → \d+ image tokens", text) and "unpruned:" in text and re.search(r"\d% ?\)", text)
+        re.search(r"65 → \d+ → \d+ → \d+ image tokens", text)
+        and f"{SAME_WEIGHTS}:" in text
+        and re.search(r"\d% ?\)", text)
     )
     first = pictures(page)
     assert len(first) == 8  # of two questions and two layers: what is kept, and the scores
@@ -112,8 +116,42 @@ def test_a_lower_keep_rate_keeps_less(page):
     rate = page.get_by_label("number input for Layer 2 keeps")
     rate.fill("0.25")
     rate.press("Enter")
-    ask(page, "what shape is in the image?")
     page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
+
+    slider = page.locator("input[type=range]").first
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.locator("#result", has_text="layer 2 keeps 23 patches").wait_for()  # 0.35 of 65 tokens, and [CLS]
+
+    rate.fill("")
+    page.locator("#result", has_text="Layer 2 needs a keep rate from 0.05 to 1.").wait_for()
+    rate.fill("0.25")
+    rate.press("Tab")
+    page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
+
+    page.locator("button[aria-label*='eset']").first.click()
+    page.locator("#result", has_text="layer 2 keeps 32 patches").wait_for()
+    first = pictures(page)[0]
+    page.get_by_label("random").first.click()
+    page.wait_for_function("first => document.querySelector('#result img').src != first", arg=first)
+
+
+def test_the_page_names_its_model_and_what_that_knows(page):
+    text = page.locator("body").inner_text()
+    assert "examples/trips-tiny-easy-vqa" in text and "easy-VQA alone" in text
+    assert "An unpruned baseline needs its own training." in text
+
+
+def test_a_tall_image_makes_no_tall_page(page, tmp_path):
+    PIL.Image.new("RGB", (60, 3000), "teal").save(tmp_path / "tall.png")
+    upload(page, tmp_path / "tall.png")
+    page.wait_for_timeout(2000)
+    ask(page, "what color is the shape?")
+    shot(page, "tall.png")
+    heights = page.locator("#result img").evaluate_all("images => images.map(image => image.clientHeight)")
+    assert len(heights) == 4 and max(heights) < 500
+    assert page.evaluate("document.documentElement.scrollHeight") < 3000
 
 
 def test_the_keyboard_is_enough(page):
@@ -137,11 +175,11 @@ def told(page, words: str):
 
 
 def test_what_is_wrong_is_said_in_words(page, tmp_path):
-    told(page, "There is no picture yet: upload one, or click an example.")
+    told(page, "There is no image yet. Upload one, or click an example.")
     (tmp_path / "broken.png").write_bytes(Path(get_test_image_paths()[0]).read_bytes()[:60])
     upload(page, tmp_path / "broken.png")
     page.wait_for_timeout(2000)
-    told(page, "This is no picture that can be read")
+    told(page, "The image file is broken or cut off")
     shot(page, "broken.png")
 
 
@@ -163,10 +201,10 @@ def blank_png(path: Path, side: int):
 
 
 def test_a_huge_picture_and_a_huge_file_are_refused(page, tmp_path):
-    blank_png(tmp_path / "wide.png", 6000)
+    blank_png(tmp_path / "wide.png", 8000)
     upload(page, tmp_path / "wide.png")
     page.wait_for_timeout(2000)
-    told(page, "The picture has 6000 x 6000 pixels, 25 million are the most: shrink it.")
+    told(page, "The image has 8000 x 8000 pixels; at most 50,000,000 are accepted.")
 
     page.reload()
     page.get_by_role("button", name="Look", exact=True).wait_for()

@@ -1,5 +1,7 @@
 """The examples of `app.py`: the shipped checkpoint keeps what the examples ask about."""
 
+import shutil
+
 import PIL.Image
 import pytest
 import torch
@@ -7,7 +9,8 @@ from easy_vqa import get_test_image_paths
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.inspection import share_inside, share_shown
-from trips_examples.app import EXAMPLES
+from trips_examples.analysis.asking import Asker
+from trips_examples.app import EXAMPLES, knows_easy_vqa
 from trips_examples.ask import CHECKPOINT
 from trips_examples.data.scenes import easy_vqa_records
 
@@ -49,3 +52,13 @@ def test_kept_patches_follow_the_question_in_nine_of_ten_examples(regions):
     assert len(EXAMPLES) == 10
     assert followed(regions) >= 9
     assert followed(regions, selection_guidance="random") <= 1
+
+
+def test_examples_go_by_what_the_checkpoint_was_trained_on(tmp_path):
+    """Not by its name: a copy elsewhere has them, a model with another vocabulary has not."""
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    assert knows_easy_vqa(Asker(str(tmp_path / "model")))
+    processor = TripsProcessor.from_pretrained(CHECKPOINT)
+    processor.tokenizer.add_tokens(["frog"])
+    processor.save_pretrained(tmp_path / "model")
+    assert not knows_easy_vqa(Asker(str(tmp_path / "model")))

@@ -13,7 +13,7 @@ from tiny_hosts import (
     each_host,
     kept_by,
 )
-from tiny_models import LargestSquare
+from tiny_models import LargestSquare, enable_checkpointing
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -187,7 +187,7 @@ def test_activation_checkpointing_changes_no_gradient(name):
     expected = gradients()
     assert len(calls) == 1
     if isinstance(model, PreTrainedModel):
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     else:
         model.set_grad_checkpointing()
     actual = gradients()
@@ -200,12 +200,12 @@ def test_activation_checkpointing_changes_no_gradient(name):
 def test_what_was_set_meanwhile_stays():
     """train or eval and checkpointing, set before or under selection, hold under it and after it."""
     model = HOSTS["clip"].make_model()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     HOSTS["clip"].apply(model)
     layers = model.vision_model.encoder.layers
     assert layers[0].gradient_checkpointing and not layers[0].training
     model.train()
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()  # Transformers 5.24 has another name, too
     remove_patch_selection(model)
     assert layers[0].training and not layers[0].gradient_checkpointing
 

@@ -15,6 +15,7 @@ from PIL import Image
 from places import ROOT
 
 from modeling_trips.registration_trips import MODELS
+from modeling_trips.versions_trips import LOWEST
 
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ def expected(checkpoints, image, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("project") / "results"
     python = [sys.executable, "-c", WITH_PROJECT]
     results = run_stranger(python, source_of(checkpoints), checkpoints, image, folder, PYTHONPATH=str(ROOT))
-    assert results.pop("project")
+    assert results.pop("project") and results.pop("transformers")
     return results
 
 
@@ -95,10 +96,18 @@ def assert_same_repository(again: Path, folder: Path):
 
 def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, tmp_path):
     results = run_stranger(clean_python, source_of(checkpoints), checkpoints, image, tmp_path / "results")
-    assert not results.pop("project")
+    assert not results.pop("project") and results.pop("transformers")
     assert differences(results, expected) == []
     for head, folder in checkpoints.items():
         assert_same_repository(tmp_path / "results" / head, folder)
+
+
+def test_a_folder_serves_strangers_with_the_lowest_release_of_transformers(checkpoints, image, expected, tmp_path):
+    python = make_environment(ROOT / "build" / f"transformers-{LOWEST}", [f"transformers=={LOWEST}.0"])
+    results = run_stranger([python, "-I"], source_of(checkpoints), checkpoints, image, tmp_path / "results")
+    assert results.pop("transformers") == f"{LOWEST}.0"
+    assert not results.pop("project")
+    assert differences(results, expected) == []
 
 
 def test_a_hub_serves_strangers(checkpoints, image, expected, clean_python, tmp_path, monkeypatch):
@@ -110,5 +119,5 @@ def test_a_hub_serves_strangers(checkpoints, image, expected, clean_python, tmp_
             api.upload_folder(repo_id=f"ada/{head}", folder_path=folder)
         environment = hub.client_environment(tmp_path / "home")
         results = run_stranger(clean_python, "ada/{}", checkpoints, image, tmp_path / "results", **environment)
-    assert not results.pop("project")
+    assert not results.pop("project") and results.pop("transformers")
     assert differences(results, expected) == []

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from modeling_trips import TripsConfig, TripsForVisualGrounding
 from modeling_trips.registration_trips import MODELS
+from modeling_trips.versions_trips import CACHE_NAME
 
 
 PAD, START, END = 0, 1, 2
@@ -153,7 +154,7 @@ def test_a_cache_is_continued(model_class):
         **inputs(),
         decoder_input_ids=begun.sequences,
         decoder_attention_mask=torch.ones_like(begun.sequences),
-        cache=begun.cache,
+        **{CACHE_NAME: begun[CACHE_NAME]},
         max_new_tokens=3,
         **ENDLESS,
     )
@@ -169,7 +170,7 @@ def test_a_static_cache_changes_nothing(model_class, num_beams):
     expected = model.generate(**inputs(), **options)
     output = model.generate(**inputs(), **options, cache_implementation="static", return_dict_in_generate=True)
     assert torch.equal(output.sequences, expected)
-    assert output.cache.self_attention_cache.is_compileable
+    assert output[CACHE_NAME].self_attention_cache.is_compileable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +306,8 @@ def test_all_that_can_be_returned_has_its_shape(model_class):
         assert shapes(output.decoder_hidden_states[step]) == [(4, 1, 24)] * 3
         assert shapes(output.decoder_attentions[step]) == [(4, 2, 1, step + 1)] * 2
         assert shapes(output.cross_attentions[step]) == [(4, 2, 1, 5)] * 2
-    layers = output.cache.self_attention_cache.layers, output.cache.cross_attention_cache.layers
+    cache = output[CACHE_NAME]
+    layers = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
     for layer, cross_layer in zip(*layers, strict=True):
         assert shapes((layer.keys, layer.values)) == [(4, 2, 3, 12)] * 2  # the last token has not been read
         assert shapes((cross_layer.keys, cross_layer.values)) == [(4, 2, 5, 12)] * 2

@@ -221,6 +221,17 @@ def test_a_file_that_takes_too_long_is_refused_and_its_process_ends(image):
     decoder.close()
 
 
+def test_a_supervisor_that_ends_all_processes_ends_no_decoder(image):
+    decoder = IsolatedDecoder(num_processes=1)
+    data = encoded(image, "PNG").getvalue()
+    decoder.decode(data)
+    process = decoder._processes.queue[0]
+    process.terminate()
+    assert decoder.decode(data).size == (30, 20)
+    assert process.poll() is None and decoder._processes.queue[0] is process
+    decoder.close()
+
+
 def test_threads_share_the_processes(isolated):
     colors = [(index, 2 * index, 255 - index) for index in range(60)]
     results: dict[int, tuple] = {}

@@ -5,7 +5,7 @@ computed once; nothing but a statement and its images, in their order, decides i
 
 import pytest
 import torch
-from tiny_models import gradients_of, kept_by, make_config
+from tiny_models import enable_checkpointing, gradients_of, kept_by, make_config
 
 from modeling_trips import UNPRUNED, TripsModel, use_schedule
 from modeling_trips.modeling_trips import TripsForImagesAndTextClassification
@@ -231,7 +231,7 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     for checkpointing in (True, False):
         model = make_model().double().train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         batch = {**shared_inputs(), "pixel_values": images().double().requires_grad_()}
         model(**batch, labels=LABELS).loss.backward()
         gradients.append(gradients_of(model))

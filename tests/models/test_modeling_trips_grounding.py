@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torchvision
-from tiny_models import gradients_of, kept_by, make_config, share_of_kept
+from tiny_models import enable_checkpointing, gradients_of, kept_by, make_config, share_of_kept
 from transformers import Trainer, TrainingArguments
 
 from modeling_trips import UNPRUNED, TripsModel, use_schedule
@@ -246,7 +246,7 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     for checkpointing in (True, False):
         model = make_model().double().train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         batch = {**inputs(), "pixel_values": images().double().requires_grad_()}
         model(**batch, labels=BOXES).loss.backward()
         gradients.append(gradients_of(model))

@@ -15,6 +15,7 @@ from modeling_trips import (
     TripsTextModel,
 )
 from modeling_trips.modeling_trips_text import TripsLMHead
+from modeling_trips.versions_trips import CACHE_NAME
 
 
 SIZES = {
@@ -304,7 +305,7 @@ def test_decoder_with_a_cache_equals_without(decoder_and_reference, attn_impleme
         output = decoder(IDS[:, start:end], None, states, states_mask, cache=cache, use_cache=True)
         pieces.append(output.last_hidden_state)
         states = torch.full_like(states, torch.nan)  # keys and values of the states are read from the cache
-    assert output.cache.get_seq_length() == 5
+    assert output[CACHE_NAME].get_seq_length() == 5
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
 
 

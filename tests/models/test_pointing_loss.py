@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
+from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, enable_checkpointing, make_config
 
 from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
 from modeling_trips.modeling_trips import pointing_losses, region_targets
@@ -157,7 +157,7 @@ def test_it_teaches_with_gradient_checkpointing_as_without(use_reentrant, fusion
     for checkpointing in (False, True):
         model = make_reader(fusion_type=fusion_type)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         model(**questions()).pointing_loss.backward()
         layer = model.model.fusion_model.encoder.layer[0]
         gradients.append(layer.crossattention.self.query.weight.grad)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import CASES, each_model, gradients_of, loss_of, main_output, share_of_kept
+from tiny_models import CASES, each_model, enable_checkpointing, gradients_of, loss_of, main_output, share_of_kept
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -78,7 +78,7 @@ def assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant, **fiel
         model = case.make_model(**fields).train()
         torch.manual_seed(0)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         calls = []
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import CASES, each_generator, each_model, gradients_of, kept_by, loss_of, main_output, share_of_kept
+from tiny_models import (
+    CASES,
+    each_generator,
+    each_model,
+    enable_checkpointing,
+    gradients_of,
+    kept_by,
+    loss_of,
+    main_output,
+    share_of_kept,
+)
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from torchao.utils import TorchAOBaseTensor
 from transformers import TorchAoConfig
@@ -164,7 +174,7 @@ def test_adapters_are_trained_with_gradient_checkpointing(case, use_reentrant):
     for checkpointing in (True, False):
         model = case.make_model(patch_embedding_type="linear").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
             model.enable_input_require_grads()  # reentrant checkpointing wants inputs with a gradient
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules=EVERYTHING))
         torch.manual_seed(0)

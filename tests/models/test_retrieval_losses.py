@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import enable_checkpointing
 from tiny_retrieval import (
     IMAGE_IDS,
     IMAGE_INDEX,
@@ -197,7 +198,7 @@ def test_no_shape_of_the_losses_depends_on_a_value(selection_guidance):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     expected, model = make_model().train(), make_model().train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    enable_checkpointing(model, use_reentrant=use_reentrant)
     for each in (expected, model):
         run(each).loss.backward()
     torch.testing.assert_close(gradients(model), gradients(expected))

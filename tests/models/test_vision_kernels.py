@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import enable_checkpointing
 from tiny_vision import CLIP_STYLE, SIZES, assert_same_selection, gradients, images, make_model, texts
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
@@ -112,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing(guidance, use_reentrant):
     for checkpointing in (False, True):
         model = make_model(selection_layers=[1, 3], selection_guidance=guidance).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         calls = []
         model.layers[2].attention.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         torch.manual_seed(3)

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from places import ROOT
+from transformers import dynamic_module_utils
 
 from modeling_trips import (
     TripsConfig,
@@ -192,8 +193,8 @@ def forget_remote_code():
 @pytest.fixture
 def run_code(tmp_path, monkeypatch, capsys):
     """Runs a card's code with the checkpoint in `tmp_path`, and returns what it prints."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", sys.path.copy())  # the cache is added to it
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE])
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))  # is added to `sys.path`
     forget_remote_code()
 
     def run(card: ModelCard) -> str:

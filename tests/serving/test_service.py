@@ -17,6 +17,7 @@ import PIL.Image
 import PIL.ImageDraw
 import psutil
 import pytest
+from documents import PAGES
 from running_service import CHECKPOINT, RunningService
 from strange_pictures import bomb, encoded
 
@@ -155,6 +156,16 @@ def test_bad_requests_are_told_what_is_wrong(service, name):
     assert service.post("answer", ask("red")).status_code == 200
 
 
+def test_the_client_of_the_documentation_gets_answers(service, tmp_path, monkeypatch, capsys):
+    document = next(page for page in PAGES if str(page) == "docs/serve.md")
+    draw, client = document.blocks("python")[:2]
+    monkeypatch.chdir(tmp_path)
+    exec(draw, {})
+    assert "127.0.0.1:3000" in client
+    exec(client.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}"), {})
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["teal", "yes"]
+
+
 def test_other_places_and_methods(service):
     for method, path, status in (
         ("GET", "answer", 405),
@@ -272,11 +283,11 @@ def test_a_thousand_random_requests_by_its_own_description(service, tmp_path):
 
 def test_large_images_hold_up_decoding_alone(tmp_path):
     """Who waits longer than the limit for a decoder is refused; requests without a new image do not wait for one."""
-    large = as_text(PIL.Image.new("RGBA", (4000, 4000), (1, 2, 3, 100)))
-    with RunningService(tmp_path / "log", max_latency_ms=400) as service:
+    large = as_text(PIL.Image.new("RGBA", (2500, 2500), (1, 2, 3, 100)))
+    with RunningService(tmp_path / "log", max_latency_ms=300) as service:
         assert service.post("answer", ask("red")).status_code == 200
-        with ThreadPoolExecutor(8) as pool:
-            waiting = [pool.submit(service.post, "answer", {**ask("red"), "image": large}) for _ in range(8)]
+        with ThreadPoolExecutor(16) as pool:
+            waiting = [pool.submit(service.post, "answer", {**ask("red"), "image": large}) for _ in range(16)]
             times = []
             while not all(one.done() for one in waiting):
                 start = time.monotonic()
@@ -286,7 +297,7 @@ def test_large_images_hold_up_decoding_alone(tmp_path):
         refused = [reply for reply in replies if reply.status_code == 503]
         assert {reply.status_code for reply in replies} == {200, 503}
         assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
-        assert len(times) >= 3 and sorted(times)[len(times) // 2] < 0.4
+        assert times and sorted(times)[len(times) // 2] < 0.3
         assert service.post("answer", ask("blue")).status_code == 200
         assert "Traceback" not in service.log.read_text()
 
@@ -369,16 +380,14 @@ def test_what_was_accepted_is_answered_before_it_ends(tmp_path):
         with ThreadPoolExecutor(24) as pool:
             waiting = [pool.submit(service.post, "answer", ask(color)) for color in COLORS * 3]
             until = time.monotonic() + 300
-            while service.metric("trips_requests_in_progress") < 8:
+            while (accepted := service.metric("trips_requests_in_progress")) < 8:
                 assert time.monotonic() < until and not all(one.done() for one in waiting)
-            accepted = sum(not one.done() for one in waiting)
             service.process.send_signal(signal.SIGTERM)
             outcomes = [one.exception() or one.result().status_code for one in waiting]
         assert service.process.wait(300) == 0
-        assert accepted >= 8
-        # Those that had not got in find the door closed; none that had is left without an answer.
-        assert {str(one) for one in outcomes if isinstance(one, int)} == {"200"}
-        assert all(isinstance(one, (int, httpx.ConnectError)) for one in outcomes), outcomes
+        # Connections without a whole request are closed; no request in progress is left without an answer.
+        assert {one for one in outcomes if isinstance(one, int)} == {200} and outcomes.count(200) >= accepted
+        assert all(one == 200 or isinstance(one, httpx.TransportError) for one in outcomes), outcomes
 
 
 def test_memory_stays_where_it_was(tmp_path):

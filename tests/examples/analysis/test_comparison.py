@@ -2,7 +2,8 @@
 
 import pytest
 
-from trips_examples.analysis.comparison import compare, groups_of, groups_of_region, join, mcnemar, score_of
+from trips_examples.analysis.comparison import Item, compare, groups_of, groups_of_region, join, mcnemar, score_of
+from trips_examples.analysis.page import verdict
 
 
 def row(number: int, answer: str, prediction: str, question: str = "what is it?", **columns) -> dict:
@@ -30,6 +31,11 @@ def test_the_test_is_exact():
     items = join(*pair("red", lost=9, won=1, same=30))
     assert mcnemar(items) == pytest.approx(2 * 11 / 1024)
     assert mcnemar(join(*pair("red", lost=0, won=0, same=3))) == 1.0
+
+
+@pytest.mark.parametrize(("lost", "words"), [(12, "(p < 0.001)"), (7, "(p = 0.016)"), (1, "(p = 1.000)")])
+def test_the_verdict_has_one_sign_before_the_p_value(lost, words):
+    assert words in verdict(compare(join(*pair("red", lost, won=0, same=5))).overall)
 
 
 def test_groups_that_lose_beyond_chance_come_first():
@@ -69,6 +75,8 @@ def test_predictions_of_other_items_are_refused():
         ({"answers": ["a", "a", "b", "c"], "prediction": "b"}, 0.25),
         ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 6]}, 1.0),
         ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 4]}, 0.0),
+        ({"box": [0, 0, 10, 10], "prediction": [0, 0, 10, 5]}, 1.0),
+        ({"box": [0, 0, 1000, 10], "prediction": [0, 0, 499, 10]}, 0.0),
         ({"label": 1, "prediction": 1, "probability": 0.7}, 1.0),
         ({"label": 0, "prediction": 1, "probability": 0.7}, 0.0),
         ({"caption": "a cat", "found": ["7"], "first_right": 1}, 1.0),
@@ -77,6 +85,14 @@ def test_predictions_of_other_items_are_refused():
 )
 def test_each_task_has_its_rule(columns, score):
     assert score_of({"source": "row 1", **columns}) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(("score", "is_right"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)])
+def test_more_than_half_of_a_score_is_right(score, is_right):
+    item = Item("row 1", "what is it?", "a", "b", "c", score, 0.25)
+    assert (item.is_right, item.other_is_right) == (is_right, False)
+    other = Item("row 1", "what is it?", "a", "b", "c", 0.25, score)
+    assert (other.is_right, other.other_is_right) == (False, is_right)
 
 
 def test_captions_are_neither_right_nor_wrong():

@@ -1,0 +1,67 @@
+"""Measured speedups, with a clock that counts: each time is of the model that its name says, and a median."""
+
+import random
+
+import pytest
+import torch
+from counting_clock import MEDIAN, CountingClock
+
+from modeling_trips.inspection import speed
+from modeling_trips.inspection.speed import CLOCKS, Setting, count_macs, measure, medians_in_turns, seconds_of_both
+from trips_examples.training.health import macs_ratio, time_ratio
+
+
+def setting(**changes) -> Setting:
+    fields = {"texts_per_image": 1, "text_length": 6, "selection_layers": [2, 3], "keep_rate": 0.5, **changes}
+    return Setting("tiny", 64, 2, attn_implementation="eager", clock="process", num_threads=1, **fields)
+
+
+@pytest.mark.parametrize("mode", ["forward", "training", pytest.param("pretraining", marks=pytest.mark.slow)])
+def test_times_are_medians_of_the_pruned_and_of_the_unpruned_model(mode, monkeypatch):
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    monkeypatch.setattr(speed, "peak_memory", CountingClock(2, [1]))
+    row = measure(setting(mode=mode), warmup=1, repeats=5)
+    pruned, unpruned = (count_macs(setting(mode=mode), rate) for rate in (0.5, 1.0))
+    assert (row["latency"], row["unpruned_latency"]) == (MEDIAN * pruned, MEDIAN * unpruned)
+    assert row["time_ratio"] == row["macs_ratio"] == pruned / unpruned != 1
+    assert row["throughput"] == pytest.approx(2 / (MEDIAN * pruned))
+    assert (row["peak_memory_bytes"], row["unpruned_peak_memory_bytes"]) == (pruned, unpruned)
+    assert row["latency_p99"] is row["unpruned_latency_p99"] is None
+
+
+@pytest.mark.slow
+def test_the_slowest_of_a_hundred_rounds_are_told_of_both_models(monkeypatch):
+    factors = list(range(1, 102))
+    random.Random(0).shuffle(factors)
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2, factors))
+    row = measure(setting(), warmup=0, repeats=101)
+    pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
+    assert (row["latency"], row["latency_p99"]) == (51 * pruned, 100 * pruned)
+    assert (row["unpruned_latency"], row["unpruned_latency_p99"]) == (51 * unpruned, 100 * unpruned)
+
+
+def test_sharing_images_is_compared_with_repeating_them(monkeypatch):
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(3))
+    row = measure(setting(texts_per_image=3), warmup=1, repeats=5)
+    repeated = 3 * count_macs(setting(), 0.5)  # an image for each of the texts
+    assert row["latency"] == MEDIAN * count_macs(setting(texts_per_image=3), 0.5)
+    assert row["speedup_over_repeating_images"] == MEDIAN * repeated / row["latency"] > 1
+    assert row["throughput"] == pytest.approx(6 / row["latency"])
+
+
+def test_medians_are_of_the_timed_rounds(monkeypatch):
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(1))
+    matrix = torch.ones(10, 10)
+    assert medians_in_turns({"a": lambda: matrix @ matrix}, 1, 5, "process") == {"a": MEDIAN * 1000}
+
+
+def test_a_model_in_training_is_timed_as_it_is_and_unpruned(monkeypatch):
+    model = setting().make_model("cpu")
+    inputs = setting().make_inputs(model)
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
+    assert seconds_of_both(model, inputs) == (MEDIAN * pruned, MEDIAN * unpruned)
+    assert model.config.keep_rate == 0.5
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    assert time_ratio(model, inputs) == pruned / unpruned
+    assert macs_ratio(model.config, 6, 1) == pytest.approx(pruned / unpruned)

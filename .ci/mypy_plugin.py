@@ -7,7 +7,7 @@ from mypy.types import Instance, Type
 
 
 OWNER = "modeling_trips.configuration_trips.TripsConfig."
-MODULE_OF_PARTS = "modeling_trips.configuration_trips_parts"
+MODULE_OF_PARTS = "modeling_trips.configuration_trips"
 PARTS = {
     "vision_config": "TripsVisionConfig",
     "text_config": "TripsTextConfig",

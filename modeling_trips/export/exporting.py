@@ -25,6 +25,7 @@ from transformers.exporters.configs import DynamoConfig
 
 from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel
 
+from ..configuration_trips import remove_code_references
 from .graphs import Graph, graphs_of, trunk_of
 from .running import HEAD_FILE, assemble
 
@@ -102,7 +103,8 @@ def export_model(
     trunk_of(model)
     exporter, options = make_exporter(backend, dtype, calibration is not None)
     config = describe(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    generation_config = model.generation_config if model.can_generate() else None
+    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    remove_code_references(generation_config)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     head = head_of(model)
     graphs, components = graphs_of(model), {}
@@ -128,14 +130,11 @@ def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
 
 def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) -> TripsConfig:
     """
-    The configuration of an export: it names the class and what graphs compute in, and no code, which there is none of
-    in the folder.
+    The configuration of an export. It names the class and what graphs compute in, but no code: the folder has none.
     """
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], dtype
-    for name in ("auto_map", "custom_pipelines"):
-        if hasattr(config, name):
-            delattr(config, name)
+    remove_code_references(config)
     return config
 
 

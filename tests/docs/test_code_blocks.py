@@ -74,7 +74,7 @@ def test_most_blocks_are_run():
 def test_what_the_blocks_say_is_so(demo_model, tmp_path):
     used = run(page_named("docs/use.md"))
     assert len(used["boxes"]) == 2 and (tmp_path / "kept.png").stat().st_size > 1000
-    assert used["unpruned"].config.keep_rate == 1.0 and used["faster"].config.keep_rate == [0.5, 0.7]
+    assert used["keeps_all"].config.keep_rate == 1.0 and used["faster"].config.keep_rate == [0.5, 0.7]
     assert used["vilt"].config.fusion_type == "single_stream"
     assert run(page_named("docs/weights.md"))["retriever"].config.keep_rate == [0.7, 0.7, 0.3]
     kept = run(page_named("docs/hosts.md"))["kept"]

@@ -310,21 +310,25 @@ def _serve():
     """Decode the files that come on the standard input until it ends."""
     # Supervisors send it to all processes of a service, which has requests to answer yet.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    source, target = sys.stdin.buffer, sys.stdout.buffer
+    source = sys.stdin.buffer
     while True:
         try:
             num_bytes, max_pixels = _REQUEST.unpack(_read(source, _REQUEST.size))
-            data = _read(source, num_bytes)
+            _reply(_read(source, num_bytes), max_pixels, sys.stdout.buffer)
         except EOFError:
             return
-        try:
-            image = decode_image(data, max_pixels)
-            (width, height), content = image.size, image.tobytes()
-        except ImageError as error:
-            width, height, content = 0, 0, f"{error.reason}\n{error}".encode("utf-8", "backslashreplace")
-        target.write(_REPLY.pack(width, height, len(content)))
-        target.write(content)
-        target.flush()
+
+
+def _reply(data: bytes, max_pixels: int, target):
+    """A function of its own, so that a waiting process holds no image."""
+    try:
+        image = decode_image(data, max_pixels)
+        (width, height), content = image.size, image.tobytes()
+    except ImageError as error:
+        width, height, content = 0, 0, f"{error.reason}\n{error}".encode("utf-8", "backslashreplace")
+    target.write(_REPLY.pack(width, height, len(content)))
+    target.write(content)
+    target.flush()
 
 
 __all__ = [

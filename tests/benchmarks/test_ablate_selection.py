@@ -93,6 +93,17 @@ def test_a_run_that_fails_stops_the_ablation_and_names_its_log(arguments):
         ablate_selection.main([*arguments, "--no_such_option=1"])
 
 
+def test_the_table_has_means_and_deviations_over_the_seeds(capsys):
+    rows = [
+        {"variant": "text", "score": score, "minutes": minutes, "kept": kept}
+        for score, minutes, kept in ((0.5, 1, 0.2), (0.7, 2, 0.4), (0.9, 6, 0.3))
+    ]
+    ablate_selection.print_table([*rows, {"variant": "unpruned", "score": 0.8, "minutes": 4}], "score", ["kept"])
+    *_, text, unpruned = capsys.readouterr().out.splitlines()
+    assert text == "| text | 0.7000 | 0.2000 | 3 | 3.0 | 0.3 |"
+    assert unpruned == "| unpruned | 0.8000 | - | 1 | 4.0 | - |"
+
+
 def test_unknown_variants_are_refused():
     with pytest.raises(ValueError, match="must be of text, image, random, unpruned, got texts"):
         ablate_selection.main(["--variants", "texts"])

@@ -4,8 +4,9 @@ import json
 
 import cost_growth
 import pytest
+from counting_clock import MEDIAN, CountingClock
 
-from modeling_trips.inspection.speed import count_macs
+from modeling_trips.inspection.speed import CLOCKS, count_macs
 
 
 TINY = (
@@ -23,6 +24,14 @@ def test_counts_are_those_of_the_model_that_runs():
     for _, schedule, setting in points:
         assert cost_growth.count(setting, schedule) == count_macs(setting, setting.keep_rate)
         assert cost_growth.count(setting, cost_growth.UNPRUNED) == count_macs(setting, 1.0)
+
+
+def test_times_are_medians_of_the_pruned_and_of_the_unpruned_model(monkeypatch):
+    parser = cost_growth.make_parser(cost_growth.GrowthArguments, description="")
+    (args,) = parser.parse_args_into_dataclasses(args=[*TINY, "--repeats=5", "--clock=process"])
+    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    row = cost_growth.examine(*cost_growth.settings_of(args)[0], args)
+    assert (row["latency"], row["unpruned_latency"]) == (MEDIAN * row["macs"], MEDIAN * row["unpruned_macs"])
 
 
 def test_the_law_is_found_in_points_that_follow_it():

@@ -7,6 +7,7 @@ import threading
 import zlib
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -229,6 +230,13 @@ def test_a_supervisor_that_ends_all_processes_ends_no_decoder(image):
     process.terminate()
     assert decoder.decode(data).size == (30, 20)
     assert process.poll() is None and decoder._processes.queue[0] is process
+    decoder.close()
+
+
+def test_a_waiting_process_holds_no_image():
+    decoder = IsolatedDecoder(num_processes=1, seconds=60)
+    assert decoder.decode(encoded(Image.new("RGB", (4000, 4000)), "PNG").getvalue()).size == (4000, 4000)
+    assert psutil.Process(decoder._processes.queue[0].pid).memory_info().rss < 80_000_000
     decoder.close()
 
 

@@ -55,9 +55,44 @@ def test_groups_that_lose_beyond_chance_come_first():
     assert result.groups.index(first) < result.groups.index(shapes)
 
 
+def test_groups_are_in_the_order_of_their_losses():
+    """First what loses beyond chance, then what loses, then the others; each by how sure that is."""
+    outcomes = {"red": (12, 0, 88), "blue": (4, 0, 6), "green": (0, 6, 4), "purple": (0, 0, 10)}
+    pairs = [pair(name, *counts, kind=name) for name, counts in outcomes.items()]
+    rows, others = (sum(parts, []) for parts in zip(*pairs))
+    result = compare(join(rows, others))
+    kinds = [group for group in result.groups if group.feature == "kind"]
+    assert [group.value for group in kinds] == ["red", "blue", "green", "purple"]
+    assert [group.difference for group in kinds] == pytest.approx([-0.12, -0.4, 0.6, 0.0])
+    # The kind and the answer are the same items: they share the first two places of Benjamini and Hochberg.
+    assert kinds[0].q_value == pytest.approx(kinds[0].p_value * len(result.groups) / 2)
+
+
 def test_small_groups_are_left_out():
-    result = compare(join(*pair("red", 2, 1, 3)), min_count=7)
+    items = join(*pair("red", 2, 1, 3))
+    assert {group.count for group in compare(items, min_count=6).groups} == {6}
+    result = compare(items, min_count=7)
     assert result.groups == [] and result.overall.count == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "group"),
+    [
+        (4, "1 to 4 words"),
+        (5, "5 to 8 words"),
+        (8, "5 to 8 words"),
+        (9, "9 to 12 words"),
+        (12, "9 to 12 words"),
+        (13, "13 words and more"),
+    ],
+)
+def test_lengths_include_their_bounds(words, group):
+    assert groups_of(row(1, "a", "a", question="word " * words))["length of the text"] == group
+
+
+def test_size_and_place_in_an_oblong_image():
+    groups = groups_of_region([60, 20, 100, 50], (50, 200))
+    assert groups == {"size, as a share of the image": "up to 1/4", "place in the image": "bottom"}
 
 
 def test_predictions_of_other_items_are_refused():

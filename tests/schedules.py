@@ -13,3 +13,7 @@ def guidances_of(config: TripsVisionConfig) -> dict[int, str]:
 
 def make_schedule(layers, guidances, keep_rates) -> SelectionSchedule:
     return SelectionSchedule(tuple(layers), tuple(map(LayerSelection, guidances, keep_rates)))
+
+
+def guidances_in(schedule: SelectionSchedule) -> list[str]:
+    return [selection.guidance for selection in schedule.selections]

@@ -64,7 +64,7 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
 def _lock_output(output_dir: str):
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _locks.setdefault(folder, FileLock(folder / ".training.lock", thread_local=False))
+    lock = _locks.setdefault(folder, FileLock(folder / "_training.lock", thread_local=False))
     try:
         lock.acquire(timeout=5)  # workers of a killed run may hold it for a moment
     except Timeout as error:

@@ -148,7 +148,7 @@ def test_command_line_writes_a_row_per_setting(tmp_path, capsys):
         assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
         assert row["throughput"] == pytest.approx(2 / row["latency"])
         assert row["peak_memory_bytes"] > 2**20
-    assert "2, 3 text x 0.5" in capsys.readouterr().out
+    assert "2:text:0.5,3:text:0.5" in capsys.readouterr().out
 
 
 def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     )
     assert rows[3]["macs_ratio"] == count_macs(late, [0.5, 0.25]) / count_macs(late, 1.0)
     assert "speedup_over_repeating_images" not in rows[3]
-    assert "3 texts, 2 image x 0.5; 4 text x 0.25" in capsys.readouterr().out
+    assert "3 texts, 2:image:0.5,4:text:0.25" in capsys.readouterr().out
 
 
 def test_verdict_says_where_pruning_does_not_pay(capsys):

@@ -86,12 +86,12 @@ def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys
     rows = peers.main([*TINY, *ONCE, "--texts_per_image", "1", "3", "--output_json", str(path)])
     assert json.loads(path.read_text()) == rows
     names = [(row["task"], row["texts_per_image"], row["model"]) for row in rows]
-    trips = ["TRIPS, 2, 3 text x 0.7", "TRIPS, unpruned"]
+    trips = ["TRIPS, 2:text:0.7,3:text:0.7", "TRIPS, unpruned"]
     towers = ["timm-vit", "timm-vit, patch dropout", "timm-vit, TRIPS inside"]
     assert names == [
         *(("answer", texts, name) for texts in (1, 3) for name in ("blip", "blip-shared", *trips)),
         *(("match", texts, name) for texts in (1, 3) for name in ("blip-match", "blip-match-shared", *trips)),
-        *(("tower", 1, name) for name in (*towers, "TRIPS, 2, 3 image x 0.7", "TRIPS, unpruned")),
+        *(("tower", 1, name) for name in (*towers, "TRIPS, 2:image:0.7,3:image:0.7", "TRIPS, unpruned")),
     ]
     assert all(row["speedup"] == 1 for row in rows if row["model"] == row["compared_with"])
     assert rows[4]["throughput"] == pytest.approx(6 / rows[4]["latency"])
@@ -119,7 +119,7 @@ def test_trips_is_compared_unpruned_too(monkeypatch):
     monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
     args = arguments(clock="process", warmup=1, repeats=5, schedule=["2:image:0.5,3:text:0.5"])
     pruned, unpruned = peers.measure("match", peers.make_models("match", args), 1, args)
-    assert (pruned["model"], unpruned["model"]) == ("TRIPS, 2 image x 0.5; 3 text x 0.5", "TRIPS, unpruned")
+    assert (pruned["model"], unpruned["model"]) == ("TRIPS, 2:image:0.5,3:text:0.5", "TRIPS, unpruned")
     assert unpruned["speedup"] < 1 == pruned["speedup"]
 
 

@@ -166,7 +166,7 @@ def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
         assert {path.name for path in tmp_path.glob("checkpoint-*")} == folders
         assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
-    with FileLock(tmp_path / ".training.lock", timeout=0):  # the folder is free
+    with FileLock(tmp_path / "_training.lock", timeout=0):  # the folder is free
         pass
 
 

@@ -5,6 +5,7 @@ from statistics import mean
 
 import pytest
 import torch
+from schedules import guidances_in
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel
@@ -78,26 +79,26 @@ def test_every_number_of_texts_has_its_budget():
     plan = plan_selection(BASE, [1, 10], 40, [0.4, 0.75])
     for row in (plan.cheapest, plan.most_tokens):
         assert row.ratios[1] <= 0.4 and row.ratios[10] <= 0.75 and row.fused_tokens >= 0.1 * 577
-        assert "text" in row.schedule.guidances
+        assert row.schedule.first_text_layer is not None
     assert plan.most_tokens.mean_tokens > plan.cheapest.mean_tokens
     assert max(plan_selection(BASE, NUMBERS, 40, 0.8).most_tokens.ratios.values()) <= 0.8
 
 
 def test_few_texts_per_image_may_choose_early_and_many_late():
     first = [plan_selection(BASE, number, 40, 0.8).most_tokens.schedule for number in (1, 10)]
-    assert first[0].guidances == ("text",) and first[0].layers[0] <= 5
-    assert first[1].guidances[0] == "image" and first[1].guidances[-1] == "text" and first[1].layers[-1] >= 11
+    assert guidances_in(first[0]) == ["text"] and first[0].layers[0] <= 5
+    assert guidances_in(first[1])[:: len(first[1].layers) - 1] == ["image", "text"] and first[1].layers[-1] >= 11
 
 
 def test_the_schedules_that_are_written_about_are_candidates():
     candidates = set(candidate_schedules(BASE, guided_by_text=False))
     assert candidates >= {SelectionSchedule.parse(text) for text in NAMED}
-    assert all("text" in schedule.guidances for schedule in candidate_schedules(BASE))
+    assert all(schedule.first_text_layer is not None for schedule in candidate_schedules(BASE))
 
 
 def test_a_single_stream_shares_no_layer_whoever_guides():
     config = TripsConfig.from_preset("tiny", fusion_type="single_stream")
-    assert {guidance for schedule in candidate_schedules(config) for guidance in schedule.guidances} == {"text"}
+    assert {guidance for schedule in candidate_schedules(config) for guidance in guidances_in(schedule)} == {"text"}
     by_text, by_image = plan_schedules(config, map(SelectionSchedule.parse, ("2:text:0.5", "2:image:0.5")), [1, 10], 6)
     assert by_text.cost == by_image.cost
     assert by_text.cost.per_image == forward_cost(config, 6, UNPRUNED).per_image  # patch embeddings
@@ -121,7 +122,7 @@ def test_a_single_stream_shares_no_layer_whoever_guides():
         (
             [1, 10],
             {"budget": [0.5, 0.1]},
-            "3 image x 0.3; 4 text x 0.7, takes 0.822 of the unpruned model's cost where 10 text(s) share an image, "
+            "3:image:0.3,4:text:0.7, takes 0.822 of the unpruned model's cost where 10 text(s) share an image, "
             "and the budget is 0.1: raise it, or lower `min_kept`.",
         ),
     ],

@@ -26,7 +26,7 @@ def test_the_prefix_ends_at_the_first_layer_that_a_text_guides():
     }
     for guidance, first_text_layer in schedules.items():
         config = TripsVisionConfig(selection_layers=[3, 6, 9], selection_guidance=guidance)
-        assert config.first_text_layer == first_text_layer
+        assert config.schedule.first_text_layer == first_text_layer
         assert guidances_of(config) == dict(zip([3, 6, 9], guidance))
     config = TripsVisionConfig(selection_layers=[3, 6], selection_guidance=["text", "image"], keep_rate=[1.0, 0.5])
     assert config.schedule.first_text_layer is None and guidances_of(config) == {6: "image"}

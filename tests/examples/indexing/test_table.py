@@ -29,7 +29,7 @@ from trips_examples.indexing.table import (
 
 
 DIM = 32
-OWN = Fingerprint("a/model", "5 image x 0.7", "0" * 32)
+OWN = Fingerprint("a/model", "5:image:0.7", "0" * 32)
 
 
 def make_rows(numbers: range, broken: int | None = None) -> pa.Table:
@@ -59,7 +59,7 @@ def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
         return fingerprint_of(model, processor)
 
     own = fingerprint()
-    assert own == fingerprint() and own.model == checkpoint and own.schedule == "2, 3 text x 0.5"
+    assert own == fingerprint() and own.model == checkpoint and own.schedule == "2:text:0.5,3:text:0.5"
     copy = save_model(tmp_path / "copy")
     assert fingerprint(copy).digest == own.digest  # whatever it is called
     model, processor = load_model(copy)
@@ -90,7 +90,7 @@ def test_a_table_of_another_fingerprint_is_refused_in_words(table):
     for other in (Fingerprint("b/model", OWN.schedule, "1" * 32), Fingerprint("a/model", "unpruned", "2" * 32)):
         with pytest.raises(ValueError) as error:
             open_or_create_table(table.uri, other, DIM)
-        for word in ("a/model", "5 image x 0.7", other.model, other.schedule, "--schedule", "another table"):
+        for word in ("a/model", "5:image:0.7", other.model, other.schedule, "--schedule", "another table"):
             assert word in str(error.value)
     assert open_table(table.uri, OWN).count_rows() == 3
 

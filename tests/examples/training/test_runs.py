@@ -106,7 +106,7 @@ def test_a_folder_belongs_to_one_training_until_its_process_ends(tmp_path):
 def test_only_the_main_process_locks_the_folder(tmp_path, monkeypatch):
     options = ["--report_to=none", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(TripsTrainingArguments, "process_index", 1)
-    with FileLock(tmp_path / ".training.lock"):
+    with FileLock(tmp_path / "_training.lock"):
         parse_arguments(options, TripsTrainingArguments, description="")
 
 

@@ -187,6 +187,13 @@ def test_verdict_says_where_pruning_does_not_pay(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_parts_are_shares_of_both_models_and_their_ratio(capsys):
+    parts = {"macs_by_part": {"text": 10, "vision": 30}, "unpruned_macs_by_part": {"text": 10, "vision": 90}}
+    benchmark.print_parts([{**vars(setting()), **parts}])
+    _, text, vision = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert text == ["text", "25.0%", "10.0%", "1.00"] and vision == ["vision", "75.0%", "90.0%", "0.33"]
+
+
 def test_steps_take_turns_within_their_limit():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}

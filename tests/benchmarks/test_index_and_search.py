@@ -8,6 +8,8 @@ import plan_scale
 import pytest
 from tiny_collection import save_model
 
+from modeling_trips.inspection.speed import CLOCKS
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
@@ -39,6 +41,16 @@ def test_vectors_differ_and_are_of_length_one():
 
 def test_the_share_found_is_of_the_exact_ones():
     assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a", "x", "y"]) == 0.5
+    assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a"]) == 0.5
+
+
+def test_steps_have_medians_of_both_clocks(monkeypatch):
+    seconds = {"wall": [3, 1, 2], "process": [60, 20, 50]}
+    for name, of_clock in seconds.items():
+        monkeypatch.setitem(CLOCKS, name, lambda step, device, of_clock=of_clock: (step(), of_clock.pop(0))[1])
+    timer = index_and_search.Timer()
+    assert [timer("step", lambda number=number: number) for number in range(3)] == [0, 1, 2]
+    assert timer.medians == {"step_ms": 2000, "step_cpu_ms": 50_000}
 
 
 def test_parts_that_are_none_are_named(checkpoint, tmp_path):

@@ -162,7 +162,7 @@ class MomentumTeacher(nn.Module):
 
     def teach(self, inputs: dict, weight: float) -> dict:
         """Add the teacher's view to the inputs of a [`TripsForPreTraining`], with its weight in the targets."""
-        names = [name for name in inspect.signature(self.forward).parameters if name in inputs]
+        names = [name for name in inspect.signature(MomentumTeacher.forward).parameters if name in inputs]
         return {**inputs, "teacher": self(**{name: inputs[name] for name in names}), "teacher_weight": weight}
 
     def save(self, folder: str | Path):

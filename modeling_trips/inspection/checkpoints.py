@@ -46,7 +46,10 @@ def load_checkpoint(
         ValueError: The checkpoint is of another class; weights are missing, unexpected, of another shape, NaN or
             infinite; or `options` are given for an exported model.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise OSError(f"{name} cannot be loaded. {error}") from error
     architecture = (getattr(config, "architectures", None) or ["model without a head"])[0]
     model_class = getattr(modeling_trips, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, TripsPreTrainedModel)):

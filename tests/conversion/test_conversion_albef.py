@@ -260,7 +260,7 @@ def test_sizes_of_which_there_is_no_model_are_named():
         ConversionError, match="no TRIPS model of these sizes and options: (?s:.*)`num_attention_heads`"
     ):
         convert_albef(random_checkpoint("retrieval"), num_attention_heads=5)
-    with pytest.raises(ConversionError, match="`keep_rate` must lie in"):
+    with pytest.raises(ConversionError, match="`keep_rate`"):
         convert_albef(random_checkpoint("retrieval"), keep_rate=7.0)
     empty = {"visual_encoder.patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
     with pytest.raises(ConversionError, match=r"visual_encoder.patch_embed.proj.weight is empty: it has shape \(0, 3"):

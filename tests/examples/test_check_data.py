@@ -240,7 +240,7 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
         PIL.Image.new("RGB", (64, side)).save(folder / f"{name}.png")
     rows = [{"image": f"{name}.png", "caption": "a"} for name in ("p7", "p8", "p15", "p16")]
     given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows)]
-    folders = [str(checkpoints["TripsForRetrieval"]), str(checkpoints["TripsForRetrieval"] / "tokenizer")]
+    folders = [str(checkpoints["TripsForRetrieval"]), str(folder / "tokenizer")]
     AutoTokenizer.from_pretrained(folders[0]).save_pretrained(folders[1])
     in_checkpoint, base = ["--model_name_or_path", folders[0]], ["--preset", "base"]  # patches of 8, of 16
     tokenizer = ["--tokenizer_name", folders[1]]

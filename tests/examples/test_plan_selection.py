@@ -22,7 +22,7 @@ def test_the_table_has_the_named_schedules_and_the_model_s_own(capsys, tmp_path)
         (line,) = [line for line in lines if line.endswith(name)]
         assert line.startswith(str(row.schedule))
         assert f"{row.ratios[1]:.3f}  {row.ratios[4]:.3f}" in line and f"{row.mean_tokens:.1f}" in line
-    assert any(re.match(r"2, 3 text x 0\.5 .* the model's own$", line) for line in lines)
+    assert any(re.match(r"2:text:0\.5,3:text:0\.5 .* the model's own$", line) for line in lines)
     assert len(lines) <= 2 + 3 + 3
     assert picture.read_bytes().startswith(b"\x89PNG")
 

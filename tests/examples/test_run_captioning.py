@@ -87,7 +87,7 @@ def test_beam_options_and_a_late_choice_stay_with_the_checkpoint_and_bad_options
     assert guidances_of(selecting) == {3: "image", 4: "text"}
     with pytest.raises(ValueError, match="length_penalty"):
         run_captioning.main([*options[:-1], f"--output_dir={tmp_path / 'bad'}", "--length_penalty=0.5"])
-    assert not (tmp_path / "bad").exists()
+    assert not [path for path in tmp_path.glob("bad/*") if path.name != "_training.lock"]
 
 
 @pytest.mark.slow

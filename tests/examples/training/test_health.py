@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from toy_tasks import OPTIONS, SCRIPTS, write_task
 
-from modeling_trips import TripsForQuestionAnswering, TripsProcessor, modeling_trips_vision_layers
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor, modeling_trips_vision
 from trips_examples import run_vqa
 from trips_examples.ask import CHECKPOINT
 from trips_examples.data.scenes import easy_vqa_records
@@ -108,7 +108,7 @@ def test_random_choice_under_the_name_of_text(regions, questions, tmp_path, capl
     def random_scores(query, key, scaling, candidate_mask=None):
         return torch.rand(len(key), key.shape[2]).softmax(dim=-1)
 
-    monkeypatch.setattr(modeling_trips_vision_layers, "score_tokens", random_scores)
+    monkeypatch.setattr(modeling_trips_vision, "score_tokens", random_scores)
     health = health_of(shipped(), questions if regions else questions.remove_columns("region"), tmp_path)
     health.examine()
     assert ("random", 3) in health.told

@@ -77,10 +77,10 @@ def test_a_teacher_that_has_yet_to_take_part_is_the_model(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, **options)
     seen, forward = [], trainer.teacher.forward
 
-    def watched(*args):
+    def watched(**inputs):
         weights = zip(trainer.teacher.model.parameters(), trainer.model.parameters())
         seen.append((trainer.state.global_step, all(torch.equal(*pair) for pair in weights)))
-        return forward(*args)
+        return forward(**inputs)
 
     trainer.teacher.forward = watched
     trainer.train()

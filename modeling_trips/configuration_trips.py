@@ -17,7 +17,7 @@ from .versions_trips import check_release as check_release  # isort: skip
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -152,12 +152,16 @@ class SelectionSchedule:
         layers (`tuple[int, ...]`): Numbers of the layers, from 1, ascending. One with a keep rate of 1.0 is left out.
         selections (`tuple[LayerSelection, ...]`): Settings of each of them.
 
+    Attributes:
+        by_layer (`dict[int, LayerSelection]`): The settings by layer.
+
     Raises:
         ValueError: Layers are not ascending, or a setting is out of its range.
     """
 
     layers: tuple[int, ...] = ()
     selections: tuple[LayerSelection, ...] = ()
+    by_layer: dict[int, LayerSelection] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         layers = self.layers
@@ -177,7 +181,7 @@ class SelectionSchedule:
         selecting = [pair for pair in zip(layers, self.selections) if pair[1].keep_rate < 1]
         object.__setattr__(self, "layers", tuple(layer for layer, _ in selecting))
         object.__setattr__(self, "selections", tuple(selection for _, selection in selecting))
-        object.__setattr__(self, "by_layer", dict(selecting))  # read in every pass
+        object.__setattr__(self, "by_layer", dict(selecting))
 
     @classmethod
     def parse(cls, text: str, keep_rate: float = 0.7) -> "SelectionSchedule":

@@ -254,9 +254,8 @@ def pointing_losses(
 # The bare model
 
 
+@auto_docstring(custom_intro="Base of the models with a [`TripsConfig`]: the bare one, and those with a head on it.")
 class TripsWholeModel(TripsPreTrainedModel):
-    """Base of the models with a [`TripsConfig`]: the bare one, and those with a head on it."""
-
     config: TripsConfig
     # The task of the pipeline that runs the head.
     pipeline_task: ClassVar[str | None] = None
@@ -538,7 +537,7 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     """
 )
 class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
-    auto_classes = ("AutoModelForImageTextToText",)
+    auto_classes: ClassVar[tuple[str, ...]] = ("AutoModelForImageTextToText",)
     pipeline_task = "image-to-text"
     _tied_weights_keys = {"lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
 

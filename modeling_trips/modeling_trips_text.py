@@ -154,7 +154,7 @@ def name_in_checkpoint(cls: type) -> str:
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
-def class_before_sharding(cls: type) -> type:
+def class_before_sharding(cls: type[TripsPreTrainedModel]) -> type[TripsPreTrainedModel]:
     """FSDP makes a class of its own for a model that it shards: the one that this was made from; `cls` otherwise."""
     return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
 

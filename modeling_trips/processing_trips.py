@@ -278,7 +278,7 @@ def _join_words(text: str) -> str:
 
 
 # trf-ignore: TRF019 (until 5.22, Transformers reads defaults from here alone)
-class TripsProcessorKwargs(ProcessingKwargs, total=False):
+class TripsProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"text_kwargs": TEXT_KWARGS}
 
 

@@ -107,7 +107,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     """
     columns = IMAGE_COLUMNS if image_column is None else (image_column,)
     seen: Counter[str] = Counter()
-    paths: set[str] = set()
+    paths: set[str | bytes] = set()
     for record in shard:
         source, image, error = printable(_source(shard, record)), None, None
         if isinstance(shard, TarShard):  # which may use a name twice, or be broken in several places

@@ -10,6 +10,7 @@ or the expression alone, and captions with its own prompt. It writes with the op
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import PIL.Image
 import torch
@@ -70,7 +71,7 @@ class Trips(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size, self.prompt = int(batch_size), prompt
-        changes = {} if keep_rate is None else {"keep_rate": float(keep_rate)}
+        changes: dict[str, Any] = {} if keep_rate is None else {"keep_rate": float(keep_rate)}
         heads = (TripsForQuestionAnswering, TripsForConditionalGeneration, TripsForVisualGrounding)
         model = load_checkpoint(pretrained, heads, dtype=dtype, **changes)
         self.write = {

@@ -16,9 +16,9 @@ class Parser(HfArgumentParser):
         try:
             return super().parse_args_into_dataclasses(args=args, **kwargs)
         except ValueError as error:
-            if args is not None:  # a program asks, which may catch it
-                raise
-            self.error(str(error))
+            if args is None:  # not a program, which may catch it
+                self.error(str(error))
+            raise
 
 
 def make_parser(*classes: type, description: str) -> HfArgumentParser:

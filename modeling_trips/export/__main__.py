@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
@@ -64,7 +65,7 @@ class ExportArguments:
 
 def load_model(args: ExportArguments) -> TripsPreTrainedModel:
     """The checkpoint in its own class, at the schedule that is asked for."""
-    fields = {}
+    fields: dict[str, Any] = {}
     if args.keep_rate is not None:
         fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
     return load_checkpoint(args.model, dtype="float32", **fields)

@@ -170,9 +170,9 @@ class SelectionSchedule:
                 f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
             )
         for layer, selection in zip(layers, self.selections):
-            for field, value in zip(FIELDS_OF_LAYERS, selection):
+            for name, value in zip(FIELDS_OF_LAYERS, selection):
                 if value is not None:
-                    check_field_of_layer(field, value)
+                    check_field_of_layer(name, value)
             if selection.min_keep_rate > selection.keep_rate:
                 raise ValueError(
                     f"`min_keep_rate` ({selection.min_keep_rate}) must be at most the `keep_rate` "
@@ -428,16 +428,16 @@ class TripsVisionConfig(PreTrainedConfig):
             )
 
     def validate_selection(self):
-        for field in FIELDS_OF_LAYERS:
-            given, values = getattr(self, field), self._by_layer(field)
+        for name in FIELDS_OF_LAYERS:
+            given, values = getattr(self, name), self._by_layer(name)
             if len(values) != len(self.selection_layers):
                 raise ValueError(
-                    f"`{field}` must be one value or one per selection layer, got {given} for the `selection_layers` "
+                    f"`{name}` must be one value or one per selection layer, got {given} for the `selection_layers` "
                     f"{self.selection_layers}."
                 )
             # A single value is checked even if no layer uses it.
             for value in given if isinstance(given, (list, tuple)) else [given]:
-                check_field_of_layer(field, value)
+                check_field_of_layer(name, value)
         self.schedule.check_fits(self.num_hidden_layers)
 
 
@@ -777,7 +777,7 @@ class TripsConfig(PreTrainedConfig):
         if self.fusion_type != "single_stream":
             return
         text, vision = self.text_config, self.vision_config
-        for field, value, needed in (
+        for name, value, needed in (
             ("text_config.num_hidden_layers", text.num_hidden_layers, 0),
             ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
             ("text_config.pooling_mode", text.pooling_mode, "cls"),
@@ -785,7 +785,7 @@ class TripsConfig(PreTrainedConfig):
         ):
             if value != needed:
                 raise ValueError(
-                    f"`{field}` must be {needed} with `fusion_type='single_stream'`, where text and patches go "
+                    f"`{name}` must be {needed} with `fusion_type='single_stream'`, where text and patches go "
                     f"through the vision tower's layers together, got {value}."
                 )
 

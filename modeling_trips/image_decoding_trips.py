@@ -277,14 +277,20 @@ class IsolatedDecoder:
 
 
 def _start_process() -> subprocess.Popen:
-    # -I: neither the environment nor the folder of this file decides what the process imports.
-    return subprocess.Popen(
-        [sys.executable, "-I", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pipesize=1 << 20,  # bytes: fewer turns between the processes for an image
-        start_new_session=True,
-    )
+    # A supervisor sends SIGTERM to all processes of a service, which still has requests to answer. The process
+    # inherits the mask, and ends with its standard input.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        # -I: neither the environment nor the folder of this file decides what the process imports.
+        return subprocess.Popen(
+            [sys.executable, "-I", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pipesize=1 << 20,  # bytes: fewer turns between the processes for an image
+            start_new_session=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _request(process: subprocess.Popen, data: bytes, max_pixels: int) -> Image.Image:
@@ -308,8 +314,6 @@ def _read(stream, num_bytes: int) -> bytes:
 
 def _serve():
     """Decode the files that come on the standard input until it ends."""
-    # Supervisors send it to all processes of a service, which has requests to answer yet.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     source = sys.stdin.buffer
     while True:
         try:

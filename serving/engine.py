@@ -101,6 +101,7 @@ class Engine:
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        self.num_preparing = 0  # requests whose images and texts are being prepared
         self.model = load(settings)
         self.cache = PrefixCache(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)

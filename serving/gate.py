@@ -167,6 +167,7 @@ class Gate:
             RequestError: if an image or a text cannot be used.
         """
         engine, seconds = self.get_engine(), self.settings.max_latency_ms / 1000
+        engine.num_preparing += 1
         try:
             with fail_after(seconds):
                 sources = [await self.bytes_of(source) for source in images_of(request)]
@@ -183,6 +184,8 @@ class Gate:
                         )
         except TimeoutError as error:
             raise RequestError(503, f"The images were not decoded within {seconds:g} s. Try again later.") from error
+        finally:
+            engine.num_preparing -= 1
         return items_of(request, pictures, tokens, in_pairs=name != "features")
 
     async def bytes_of(self, source: str | bytes) -> bytes:

@@ -57,7 +57,7 @@ class GuardedService(Service):
         from .batching import adjust
 
         try:
-            get_engine()
+            engine = get_engine()
         except Exception as error:
             if isinstance(error, ValueError):
                 print(error, file=sys.stderr, flush=True)
@@ -69,7 +69,7 @@ class GuardedService(Service):
         self.inject_config()
         factory = ServiceAppFactory(self, is_main=is_main)
         for dispatcher in factory.dispatchers.values():
-            adjust(dispatcher)
+            adjust(dispatcher, lambda: engine.num_preparing > 0)
         return KnownPaths(add_page(factory()))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_processors import encoded, make_processor
 
 from modeling_trips import convert_to_rgb
-from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder, decode_image
+from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder, _start_process, decode_image
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
@@ -225,9 +225,9 @@ def test_a_file_that_takes_too_long_is_refused_and_its_process_ends(image):
 def test_a_supervisor_that_ends_all_processes_ends_no_decoder(image):
     decoder = IsolatedDecoder(num_processes=1)
     data = encoded(image, "PNG").getvalue()
-    decoder.decode(data)
-    process = decoder._processes.queue[0]
-    process.terminate()
+    process = _start_process()
+    decoder._processes.queue[0] = process
+    process.terminate()  # before it has begun
     assert decoder.decode(data).size == (30, 20)
     assert process.poll() is None and decoder._processes.queue[0] is process
     decoder.close()

@@ -69,11 +69,13 @@ def test_a_model_is_needed(tmp_path):
 
 
 def test_a_burst_does_not_make_later_requests_wait():
-    optimizer = BoundedOptimizer(30.0)
+    optimizer = BoundedOptimizer(30.0, is_more_coming=lambda: True)
     for _ in range(50):
         optimizer.log_outbound(n=32, wait=4.0, duration=0.1)
     optimizer.trigger_refresh()
     assert 0 < optimizer.wait <= MAX_WAIT
+    optimizer.is_more_coming = lambda: False
+    assert optimizer.wait == 0
 
 
 def answer_model():

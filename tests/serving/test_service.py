@@ -378,7 +378,7 @@ def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(tmp_path)
 def test_what_was_accepted_is_answered_before_it_ends(tmp_path):
     with RunningService(tmp_path / "log", max_batch_size=2) as service:
         with ThreadPoolExecutor(24) as pool:
-            waiting = [pool.submit(service.post, "answer", ask(color)) for color in COLORS * 3]
+            waiting = [pool.submit(service.post, "answer", ask(color, top_k=10)) for color in COLORS * 3]
             until = time.monotonic() + 300
             while (accepted := service.metric("trips_requests_in_progress")) < 8:
                 assert time.monotonic() < until and not all(one.done() for one in waiting)

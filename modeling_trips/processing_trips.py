@@ -20,9 +20,9 @@ import operator
 import os
 import re
 
-import httpx
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import BlipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature

@@ -1,6 +1,7 @@
 """The rooms, and who may import whom: docs describe them, these tests keep them."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 
 import pytest
@@ -52,6 +53,16 @@ def test_no_module_imports_itself_in_the_end():
 def test_arrows_go_down(name):
     targets = {target.removeprefix("modeling_trips.") for target in MODULES[f"modeling_trips.{name}"].imports}
     assert targets <= ARROWS[name]
+
+
+def test_the_models_import_what_an_installation_without_extras_has():
+    installed = {"PIL", "huggingface_hub", "numpy", "packaging", "safetensors", "torch", "transformers"}
+    for name in FLAT:
+        nodes = [node for node in MODULES[f"modeling_trips.{name}"].tree.body if isinstance(node, ast.Import)]
+        names = [alias.name for node in nodes for alias in node.names]
+        tree = MODULES[f"modeling_trips.{name}"].tree
+        names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+        assert {name.partition(".")[0] for name in names} <= installed | sys.stdlib_module_names, name
 
 
 def test_a_checkpoint_carries_whole_what_it_imports():

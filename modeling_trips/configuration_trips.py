@@ -140,7 +140,7 @@ class LayerSelection(NamedTuple):
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SelectionSchedule:
     """
     Which layers select patches, what scores them, and how many go on. `SelectionSchedule()` selects nothing.

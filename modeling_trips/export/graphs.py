@@ -59,7 +59,9 @@ class ImagesPart(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> TripsVisionPrefix:
-        return self.model.encode_images(pixel_values)
+        prefix = self.model.encode_images(pixel_values)
+        # Graphs give tensors and numbers alone. The schedule of an export is fixed.
+        return TripsVisionPrefix(**{name: value for name, value in prefix.items() if name != "schedule"})
 
 
 class PartBehindPrefix(nn.Module):

@@ -264,9 +264,9 @@ class TripsWholeModel(TripsPreTrainedModel):
     def auto_map(cls) -> dict[str, str]:
         """As in the parent. Where `cls` has no part in an Auto class, a class of its module has."""
         references = {"AutoProcessor": "processing_trips.TripsProcessor"}
-        for model_class in (*reversed(sys.modules[cls.__module__].MODELS), cls):
-            references |= super(TripsWholeModel, model_class).auto_map()
-        return references
+        for model_class in reversed(sys.modules[cls.__module__].MODELS):
+            references |= dict.fromkeys(model_class.auto_classes, name_in_checkpoint(model_class))
+        return references | super().auto_map()
 
     def name_code(self):
         super().name_code()

@@ -4,8 +4,8 @@ What a stranger types to use published checkpoints: run as a script, in an envir
     python stranger.py SOURCE IMAGE RESULTS < heads.json
 
 SOURCE is the path or the Hub name of a checkpoint with `{}` in place of the head's class name. Loads the checkpoint of
-every head through every Auto class, and the pipelines, and writes all that comes out to RESULTS/results.pt. Every head
-is saved again to RESULTS/<class name>.
+every head through each Auto class that it serves, and the pipelines, and writes what comes out to RESULTS/results.pt.
+Each head is saved again to RESULTS/<class name>.
 """
 
 import json

@@ -8,7 +8,7 @@ import torch
 from schedules import guidances_in
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel, use_schedule
 from modeling_trips.inspection.cost import forward_cost
 from modeling_trips.inspection.plan import candidate_schedules, plan_schedules, plan_selection
 
@@ -39,14 +39,12 @@ class Counter:
         self.text_length = text_length
 
     def run(self, schedule: SelectionSchedule, texts_per_image: int) -> tuple[int, list[int]]:
-        for name, value in schedule.config_fields.items():
-            setattr(self.model.config, name, value)
         inputs = {
             "input_ids": torch.zeros(texts_per_image, self.text_length, dtype=torch.long, device="meta"),
             "pixel_values": torch.zeros(1, 3, 64, 64, device="meta"),
             "image_index": torch.zeros(texts_per_image, dtype=torch.long, device="meta"),
         }
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), use_schedule(self.model, schedule):
             outputs = self.model(**inputs, output_hidden_states=True)
         states = outputs.vision_model_output.hidden_states[1:]
         return counter.get_total_flops() // 2, [state.shape[1] for state in states]

@@ -243,7 +243,7 @@ class RetrievalSuite(HeadSuite):
         def pairs(logits, image_ids):
             return matching_pairs(logits, image_ids, torch.Generator().manual_seed(0))
 
-        patched = patch("modeling_trips.modeling_trips_retrieval.matching_pairs", pairs)
+        patched = patch("modeling_trips.modeling_trips_pretraining.matching_pairs", pairs)
         patched.start()
         self.addCleanup(patched.stop)
 

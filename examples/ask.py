@@ -23,7 +23,7 @@ from easy_vqa import get_test_image_paths
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.inspection import plot_selection
-from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from modeling_trips.inspection.speed import timed
 from modeling_trips.processing_trips import read_image
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
@@ -60,7 +60,7 @@ def load_models(checkpoint: str) -> tuple[TripsForQuestionAnswering, TripsForQue
     """The model, and the same weights at keep rate 1.0, unless the model keeps all patches or is exported."""
     try:
         model = load_checkpoint(checkpoint, [TripsForQuestionAnswering])
-        if (Path(checkpoint) / EXPORT_MANIFEST).is_file() or not model.config.vision_config.schedule.layers:
+        if is_exported(checkpoint) or not model.config.vision_config.schedule.layers:
             return model, None
         return model, load_checkpoint(checkpoint, [TripsForQuestionAnswering], keep_rate=1.0)
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -25,7 +24,7 @@ from modeling_trips import (
     use_schedule,
 )
 from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder
-from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 
 from .cache import PrefixCache, form, join, split
 from .errors import RequestError
@@ -59,7 +58,7 @@ def load(settings: Settings):
         ValueError: The checkpoint, the device or the dtype cannot be used; the message names the variable.
     """
     device, dtype = settings.device, settings.dtype
-    if is_exported := (Path(settings.model) / EXPORT_MANIFEST).is_file():
+    if is_exported(settings.model):
         given = {"DTYPE": dtype != "auto", "DEVICE": device not in ("auto", "cpu"), "SCHEDULES": settings.schedules}
         for name in [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"TRIPS_{name} cannot be set for {settings.model}: an exported model has its own.")
@@ -68,7 +67,7 @@ def load(settings: Settings):
     with blamed_on("TRIPS_MODEL", settings.model):
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
         model = load_checkpoint(settings.model, revision=settings.revision, **options)
-    if is_exported:
+    if is_exported(settings.model):
         return model
     with blamed_on("TRIPS_DEVICE", device):
         best = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,6 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import PIL.Image
 import torch
@@ -24,7 +23,7 @@ from modeling_trips import (
     use_schedule,
 )
 from modeling_trips.inspection import draw_kept_patches
-from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from modeling_trips.inspection.pictures import fit_for_drawing
 from modeling_trips.inspection.speed import seconds_of_both
 from trips_examples.analysis.pictures import draw_scores
@@ -83,7 +82,7 @@ class Asker:
     heads = (TripsForQuestionAnswering, TripsForConditionalGeneration, TripsForVisualGrounding)
 
     def __init__(self, checkpoint: str):
-        if (Path(checkpoint) / EXPORT_MANIFEST).is_file():
+        if is_exported(checkpoint):
             raise ValueError(f"{checkpoint} is an exported model with a fixed schedule. Give its original checkpoint.")
         self.model: TripsPreTrainedModel = load_checkpoint(checkpoint, self.heads)
         self.processor = TripsProcessor.from_pretrained(checkpoint)

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from modeling_trips import SelectionSchedule, TripsForPreTraining, TripsForRetrieval, TripsProcessor
-from modeling_trips.inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from trips_examples.indexing.sources import ROW_SCHEMA
 
 
@@ -73,10 +73,6 @@ def load_model(
         raise ValueError(f"{checkpoint} is an exported model, which runs on CPUs alone, got the device {device}.")
     model = load_checkpoint(checkpoint, HEADS, **options)
     return model.to(device), TripsProcessor.from_pretrained(checkpoint)
-
-
-def is_exported(checkpoint: str) -> bool:
-    return (Path(checkpoint) / EXPORT_MANIFEST).is_file()
 
 
 def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:

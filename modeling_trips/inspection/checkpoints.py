@@ -26,6 +26,11 @@ from modeling_trips import TripsPreTrainedModel
 EXPORT_MANIFEST = "export.json"
 
 
+def is_exported(name: str | Path) -> bool:
+    """Whether `name` is a folder that `python -m modeling_trips.export` wrote."""
+    return (Path(name) / EXPORT_MANIFEST).is_file()
+
+
 def load_checkpoint(
     name: str | Path,
     heads: Sequence[type[TripsPreTrainedModel]] | None = None,
@@ -56,7 +61,7 @@ def load_checkpoint(
         raise ValueError(f"{name} is a {architecture}, which is not a TRIPS model.")
     if heads is not None and not issubclass(model_class, tuple(heads)):
         raise ValueError(f"{name} is a {architecture}. Give a {' or '.join(head.__name__ for head in heads)}.")
-    if (Path(name) / EXPORT_MANIFEST).is_file():
+    if is_exported(name):
         if options:
             raise ValueError(f"{name} is an exported model. {', '.join(options)} cannot be changed after the export.")
         from ..export import load_exported  # an extra
@@ -78,4 +83,4 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-__all__ = ["load_checkpoint"]
+__all__ = ["is_exported", "load_checkpoint"]

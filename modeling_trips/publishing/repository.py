@@ -12,7 +12,7 @@ import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
 from modeling_trips.configuration_trips import CODE_FIELDS
 
-from ..inspection.checkpoints import EXPORT_MANIFEST, load_checkpoint
+from ..inspection.checkpoints import is_exported, load_checkpoint
 from .eval_results import write_eval_results
 from .model_card import HEADS, CardArguments, code_of, make_model_card
 from .sentence_transformers import check_kind, prepare, write_modules
@@ -209,7 +209,7 @@ def _load_model(folder: Path) -> TripsPreTrainedModel:
     """Load the model with the head that the folder's configuration names."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json. Give the folder that `save_pretrained` or a training wrote.")
-    if (folder / EXPORT_MANIFEST).is_file():
+    if is_exported(folder):
         raise ValueError(f"{folder} is an exported model. Give the checkpoint that it was exported from.")
     heads = [getattr(modeling_trips, name) for name in HEADS]
     return load_checkpoint(folder, heads, use_safetensors=True)

@@ -1,6 +1,7 @@
-"""Patch selection inside models as they are: ViLT, BLIP, BridgeTower, CLIP, SigLIP, timm's VisionTransformer."""
+"""Patch selection inside models as they are: towers, encoders, and generative vision-language models."""
 
 from .apply import apply_patch_selection, record_patch_selection, remove_patch_selection
+from .vlm import TextGuide, prune_inputs
 
 
-__all__ = ["apply_patch_selection", "record_patch_selection", "remove_patch_selection"]
+__all__ = ["TextGuide", "apply_patch_selection", "prune_inputs", "record_patch_selection", "remove_patch_selection"]

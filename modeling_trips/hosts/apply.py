@@ -12,28 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Patch selection inside models of Transformers and timm: ViLT, BLIP, BridgeTower, CLIP, SigLIP, VisionTransformer.
+Patch selection inside models of Transformers and timm: ViLT, BLIP, BridgeTower, CLIP, SigLIP, VisionTransformer, and
+generative vision-language models such as LLaVA and Qwen-VL.
 
-    apply_patch_selection(model, selection_layers=[5, 10], keep_rate=0.7)
-    outputs = model(**inputs)                      # as before, with fewer image tokens from layer 5 on
+    apply_patch_selection(vilt, "5:text:0.7,10:text:0.7")
+    outputs = vilt(**inputs)                       # as before, with fewer image tokens from layer 5 on
 
-    with record_patch_selection(model) as selections:
-        model(**inputs)
+    apply_patch_selection(llava, "8:image:0.33", visual_tokens=64)
+    llava.generate(**inputs)                       # as before, with 64 visual tokens of 576
+
+    with record_patch_selection(vilt) as selections:
+        vilt(**inputs)
     selections[0].kept_indices                     # what layer 5 kept
 
-    remove_patch_selection(model)
+    remove_patch_selection(vilt)
 
 No parameter is added, renamed or copied: checkpoints saved under selection load without it, and the other way round.
 """
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Real
 
 import torch
 from torch import nn
 from transformers import (
+    Blip2VisionModel,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
@@ -46,11 +49,13 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    InstructBlipVisionModel,
     SiglipModel,
     SiglipVisionModel,
 )
 from transformers.models.vilt.modeling_vilt import ViltPreTrainedModel
 
+from ..configuration_trips import SelectionSchedule
 from ..modeling_trips_vision import TripsSelection, next_candidates
 from .blip import (
     describe_blip_captioner,
@@ -58,13 +63,30 @@ from .blip import (
     install_text_guidance,
     remove_text_guidance,
 )
-from .layers import Host, SelectionLayer, SelectionSettings, StandIn, host_module_of
+from .layers import Host, SelectionLayer, SelectionSettings, StandIn, check_layer
 from .vilt import describe_vilt
-from .vision import describe_blip, describe_bridgetower, describe_clip, describe_siglip
+from .vision import (
+    describe_blip,
+    describe_blip2,
+    describe_bridgetower,
+    describe_clip,
+    describe_instructblip,
+    describe_siglip,
+)
+from .vlm.families import find_family
+from .vlm.guide import TextGuide
+from .vlm.pruning import ExitSelection
+from .vlm.scoring import Scorer
+from .vlm.wrapper import (
+    apply_vlm_selection,
+    check_vlm_schedule,
+    record_vlm_selection,
+    remove_vlm_selection,
+    selection_of,
+)
 
 
-# What is not here is left out for a reason: CLIPForImageClassification and the like average the patches, models of
-# the LLaVA kind count on a fixed number of image tokens.
+# What is not here is left out for a reason: CLIPForImageClassification and the like average the patches.
 HOSTS: dict[Callable[[nn.Module], Host], tuple[type[nn.Module], ...]] = {
     describe_vilt: (ViltPreTrainedModel,),
     describe_blip_with_text: (BlipForQuestionAnswering, BlipForImageTextRetrieval),
@@ -78,75 +100,93 @@ HOSTS: dict[Callable[[nn.Module], Host], tuple[type[nn.Module], ...]] = {
     ),
     describe_clip: (CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection),
     describe_siglip: (SiglipModel, SiglipVisionModel),
+    describe_blip2: (Blip2VisionModel,),
+    describe_instructblip: (InstructBlipVisionModel,),
 }
 TIMM_HOST = ("timm.models.vision_transformer", "VisionTransformer")
 
 
 def apply_patch_selection(
     model: nn.Module,
-    selection_layers: Sequence[int],
-    keep_rate: float | Sequence[float] = 0.7,
-    guidance: str | Sequence[str] = "text",
-    fuse_inattentive_tokens: bool = True,
+    schedule: SelectionSchedule | str,
+    visual_tokens: int | None = None,
+    scorer: str | Scorer = "prompt",
+    guide: TextGuide | None = None,
 ):
     """
-    Puts patch selection into a model, in place. Applied again, it replaces what was applied before. A layer whose rate
-    is 1.0 stays as it is.
+    Put patch selection into a model, in place. Applied again, it replaces what was applied before.
 
     Do this after loading and before wrapping: before `torch.compile`, DDP or FSDP, and Accelerate's device hooks.
     Activation checkpointing works as Transformers sets it by default, `use_reentrant=False`.
 
+    In a generative vision-language model, selection acts in `forward` and `generate`: they encode the image, drop what
+    is not kept, and shorten `input_ids`, masks, positions and `labels`. Logits have the shorter length. Sequences that
+    `generate` returns begin with the caller's prompt. Dropped patches are not fused into one token: it would have no
+    place in the grid that the connector needs.
+
     Args:
         model (`torch.nn.Module`):
             A ViLT model (`ViltModel` or any of its heads); `BlipForQuestionAnswering`, `BlipForImageTextRetrieval`,
-            `BlipForConditionalGeneration`, `BlipModel`, `BlipVisionModel`; `BridgeTowerModel` or a head of it;
-            `CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`; `SiglipModel`, `SiglipVisionModel`; timm's
-            `VisionTransformer`.
-        selection_layers (`Sequence[int]`):
-            Numbers of the vision layers that select (of the joint layers in ViLT), from 1, ascending. In BridgeTower
-            they must come before the first bridge to the cross-modal layers.
-        keep_rate (`float` or `Sequence[float]`, *optional*, defaults to 0.7):
-            Share of the candidates that goes on, in (0, 1]: one for all selection layers, or one each.
-        guidance (`str` or `Sequence[str]`, *optional*, defaults to `"text"`):
-            Who scores the patches: one for all selection layers, or one each. `"image"`: the image's own [CLS], or the
-            mean of all tokens where there is none (SigLIP). `"text"`: in ViLT the text's [CLS]; in BLIP for question
-            answering and for retrieval by matching the [CLS] of the text encoder without cross-attention, which costs
-            another pass of the text encoder; in CLIP, SigLIP, `BlipModel` and lone vision towers a vector per image,
-            `text_embeds` of shape `(batch_size, hidden_size)`, which the vision tower and `get_image_features` take as
-            a keyword. A forward pass without it raises a ValueError: an index of images needs `"image"`.
-        fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
-            Whether the tokens that are not kept go on as one fused token, or are dropped.
+            `BlipForConditionalGeneration`, `BlipModel`, `BlipVisionModel`; the `vision_model` of BLIP-2 and
+            InstructBLIP; `BridgeTowerModel` or a head of it; `CLIPModel`, `CLIPVisionModel`,
+            `CLIPVisionModelWithProjection`; `SiglipModel`, `SiglipVisionModel`; timm's `VisionTransformer`. Or a
+            generative model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3, InternVL,
+            Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+        schedule (`SelectionSchedule` or `str`):
+            The layers of the vision tower that select (of the joint layers in ViLT), and what scores the patches:
+            `"5:image:0.7,10:text:0.7"`, or `"unpruned"`. In BridgeTower they must come before the first bridge to the
+            cross-modal layers, in LLaVA before the layer whose states the language model gets.
+
+            `image`: the image's own [CLS], or the mean of all tokens where there is none. `random`: a control, in
+            generative models alone. `text`: in ViLT the text's [CLS]; in BLIP for question answering and for retrieval
+            by matching the [CLS] of the text encoder without cross-attention, which costs another pass of the text
+            encoder; in generative models the query of `guide`; in CLIP, SigLIP, `BlipModel` and lone vision towers a
+            vector per image, `text_embeds` of shape `(batch_size, hidden_size)`, which the vision tower and
+            `get_image_features` take as a keyword. A forward pass without it raises a ValueError.
+        visual_tokens (`int`, *optional*):
+            Generative models only: number of visual tokens per image that the language model gets. By default all
+            that the tower keeps.
+        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`):
+            What chooses these tokens, as in [`prune_inputs`].
+        guide (`TextGuide`, *optional*):
+            Generative models only: turns the prompt into the query of the one layer that the text scores.
 
     Raises:
-        TypeError: the model, or a layer of it, is none that selection knows.
-        ValueError: layers, rates or guidance do not fit the model; or a layer's forward pass has been taken over by
-            a compiler or by Accelerate.
+        TypeError: Selection does not support the model, or a layer of it.
+        ValueError: The schedule does not fit the model; or a layer's forward pass has been taken over by a compiler or
+            by Accelerate.
     """
-    host = find_host(model)
-    layers = _checked_layers(host, selection_layers)
-    rates = _checked_rates(layers, keep_rate)
-    guidances = _checked_guidances(model, host, layers, guidance)
-    schedule = {layer: (rate, who) for layer, rate, who in zip(layers, rates, guidances) if rate < 1.0}
-    for number in schedule:
-        _check_layer(host, number)
-
-    remove_patch_selection(model)
-    if not schedule:
+    schedule = SelectionSchedule.parse(schedule) if isinstance(schedule, str) else schedule
+    family = find_family(model)
+    if family is not None:
+        check_vlm_schedule(model, family, schedule, guide)
+        exit = ExitSelection(visual_tokens, scorer=scorer)
+        remove_patch_selection(model)
+        apply_vlm_selection(model, family, schedule, exit, guide)
         return
-    for number, (rate, who) in schedule.items():
+    if visual_tokens is not None or guide is not None:
+        raise ValueError(f"`visual_tokens` and `guide` are for generative models, got {type(model).__name__}.")
+    host = find_host(model)
+    _check_schedule(model, host, schedule)
+    for number in schedule.layers:
+        check_layer(host.layers[number - 1], number, [host.layer_class])
+    remove_patch_selection(model)
+    guidances = {selection.guidance for selection in schedule.selections}
+    for number, selection in schedule.by_layer.items():
         settings = SelectionSettings(
-            rate,
-            who,
+            selection.keep_rate,
+            selection.guidance,
             takes_text="text" in guidances,
-            needs_text=who == "text" and not host.passes_its_text,
-            fuse_inattentive_tokens=fuse_inattentive_tokens,
+            needs_text=selection.guidance == "text" and not host.passes_its_text,
+            fuse_inattentive_tokens=selection.fuse,
             num_prefix_tokens=host.num_prefix_tokens,
             has_class_token=host.has_class_token,
         )
         host.layers[number - 1] = host.selection_layer_class.of(host.layers[number - 1], selection=settings)
-    for parent, name, stand_in_class in host.stand_ins:
-        setattr(parent, name, stand_in_class.of(getattr(parent, name)))
-    if host.passes_its_text and any(who == "text" for _, who in schedule.values()):
+    if schedule.layers:
+        for parent, name, stand_in_class in host.stand_ins:
+            setattr(parent, name, stand_in_class.of(getattr(parent, name)))
+    if host.passes_its_text and "text" in guidances:
         install_text_guidance(model)
 
 
@@ -170,6 +210,7 @@ def remove_patch_selection(model: nn.Module):
     for parent, name, stand_in in places:
         setattr(parent, name, stand_in.give_back())
     remove_text_guidance(model)
+    remove_vlm_selection(model)
 
 
 @contextmanager
@@ -178,12 +219,18 @@ def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
     Records what is selected while it is open: one [`TripsSelection`] per selection layer and pass, in order. The
     scores are worked out twice for it. Call the model itself, not a compiled one, and leave before the backward pass.
 
-    In ViLT `kept_indices` number the patches of the padded image, and -2 stands for padding.
+    In ViLT `kept_indices` number the patches of the padded image, and -2 stands for padding. In a generative model
+    they number the units of patches that become one visual token, row by row. Behind the layers of a pass comes one
+    more [`TripsSelection`], without scores: the visual tokens of each image that the language model gets.
 
     Raises:
         ValueError: the model has no selection layers.
         RuntimeError: no selection layer was run while it was open.
     """
+    if selection_of(model) is not None:
+        with record_vlm_selection(model) as selections:
+            yield selections
+        return
     layers = [module for module in model.modules() if isinstance(module, SelectionLayer)]
     if not layers:
         raise ValueError(f"This {type(model).__name__} has no selection layers: call `apply_patch_selection` first.")
@@ -237,58 +284,21 @@ def find_host(model: nn.Module) -> Host:
     )
 
 
-def _checked_layers(host: Host, selection_layers: Sequence[int]) -> list[int]:
-    try:
-        layers = [operator.index(layer) for layer in selection_layers]
-    except TypeError as error:
-        raise ValueError(f"`selection_layers` must be a list of integers, got {selection_layers!r}.") from error
+def _check_schedule(model: nn.Module, host: Host, schedule: SelectionSchedule):
     last = host.num_selectable_layers
-    if layers != sorted(set(layers)) or not all(1 <= layer <= last for layer in layers):
+    if max(schedule.layers, default=1) > last:
         raise ValueError(
-            f"`selection_layers` must be ascending without repetition and lie in 1..{last}, got {layers}."
+            f"Selection layers of {type(model).__name__} must be in 1..{last}, got {list(schedule.layers)}."
             + ("" if last == len(host.layers) else f" Layers {last + 1} on are tied, token by token, to others.")
         )
-    return layers
-
-
-def _one_per_layer(name: str, value, layers: list[int]) -> list:
-    """One value for all layers, or one each, as one each."""
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    values = list(value) if several else [value] * len(layers)
-    if len(values) != len(layers):
-        raise ValueError(f"`{name}` must be one for all or one per selection layer: got {values} for {layers}.")
-    return values
-
-
-def _checked_rates(layers: list[int], keep_rate: float | Sequence[float]) -> list[float]:
-    rates = _one_per_layer("keep_rate", keep_rate, layers)
-    if not all(isinstance(rate, Real) and 0.0 < float(rate) <= 1.0 for rate in rates):
-        raise ValueError(f"`keep_rate` must lie in (0, 1], got {keep_rate!r}.")
-    return rates
-
-
-def _checked_guidances(model: nn.Module, host: Host, layers: list[int], guidance: str | Sequence[str]) -> list[str]:
-    guidances = _one_per_layer("guidance", guidance, layers)
-    single = [guidance] if isinstance(guidance, str) else []  # one for all is checked even if there is no layer
-    if any(who not in ("text", "image") for who in single + guidances):
-        raise ValueError(f'`guidance` must be "text" or "image", or a list of them, got {guidance!r}.')
-    if "text" in single + guidances and host.no_text is not None:
-        raise ValueError(f'The text cannot guide {type(model).__name__}: {host.no_text}. Use guidance="image".')
-    return guidances
-
-
-def _check_layer(host: Host, number: int):
-    layer = host_module_of(host.layers[number - 1])
-    if type(layer) is not host.layer_class:
-        raise TypeError(
-            f"Layer {number} is of class {type(layer).__name__}; patch selection knows {host.layer_class.__name__}."
-        )
-    taken_over = {"forward", "_compiled_call_impl"} & vars(layer).keys()
-    if taken_over:
-        raise ValueError(
-            f"Layer {number} does not run its own code any more (it has {', '.join(taken_over)}). Apply patch "
-            "selection before compiling layers and before Accelerate adds its hooks."
-        )
+    for layer, selection in schedule.by_layer.items():
+        if selection.guidance == "random" or selection.mass is not None:
+            raise ValueError(
+                f"Inside {type(model).__name__}, layer {layer} can be scored by the text or by the image with a fixed "
+                f"keep rate, got {schedule}."
+            )
+        if selection.guidance == "text" and host.no_text is not None:
+            raise ValueError(f"The text cannot score patches in {type(model).__name__}: {host.no_text}. Use `image`.")
 
 
 __all__ = ["apply_patch_selection", "record_patch_selection", "remove_patch_selection"]

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What every host of patch selection shares: modules that stand in for the host's own, and the selecting layer."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +65,24 @@ class StandIn(nn.Module):
 
 def host_module_of(module: nn.Module) -> nn.Module:
     return module.host_module if isinstance(module, StandIn) else module
+
+
+def check_layer(layer: nn.Module, number: int, classes: Collection[type[nn.Module]]):
+    """
+    Raises:
+        TypeError: The layer is of another class than those that selection knows.
+        ValueError: A compiler or Accelerate has taken over its forward pass.
+    """
+    layer = host_module_of(layer)
+    if type(layer) not in classes:
+        names = " or ".join(known.__name__ for known in classes)
+        raise TypeError(f"Layer {number} is of class {type(layer).__name__}; patch selection knows {names}.")
+    taken_over = {"forward", "_compiled_call_impl"} & vars(layer).keys()
+    if taken_over:
+        raise ValueError(
+            f"Layer {number} does not run its own code any more (it has {', '.join(taken_over)}). Apply patch "
+            "selection before compiling layers and before Accelerate adds its hooks."
+        )
 
 
 @dataclass
@@ -209,4 +228,4 @@ class SelectionLayer(StandIn):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-__all__ = ["Host", "SelectionLayer", "SelectionSettings", "StandIn", "host_module_of", "project_rows"]
+__all__ = ["Host", "SelectionLayer", "SelectionSettings", "StandIn", "check_layer", "host_module_of", "project_rows"]

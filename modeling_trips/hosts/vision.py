@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.blip.modeling_blip import BlipEncoderLayer
+from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer
 from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerResidualAttention
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from .layers import Host, SelectionLayer, project_rows
@@ -42,7 +44,7 @@ class SiglipSelectionLayer(SeparateProjections, SiglipEncoderLayer):
     pass
 
 
-class BlipSelectionLayer(SelectionLayer, BlipEncoderLayer):
+class StackedProjections(SelectionLayer):
     """Queries, keys and values are stacked in this order in one linear layer."""
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
@@ -52,6 +54,18 @@ class BlipSelectionLayer(SelectionLayer, BlipEncoderLayer):
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
         key = project_rows(self.self_attn.qkv, states, self.embed_dim, 2 * self.embed_dim)
         return key.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+
+class BlipSelectionLayer(StackedProjections, BlipEncoderLayer):
+    pass
+
+
+class Blip2SelectionLayer(StackedProjections, Blip2EncoderLayer):
+    pass
+
+
+class InstructBlipSelectionLayer(StackedProjections, InstructBlipEncoderLayer):
+    pass
 
 
 class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
@@ -121,6 +135,14 @@ def describe_blip(model: PreTrainedModel) -> Host:
     return Host(layers, BlipEncoderLayer, BlipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
 
 
+def describe_blip2(model: PreTrainedModel) -> Host:
+    return Host(model.encoder.layers, Blip2EncoderLayer, Blip2SelectionLayer, len(model.encoder.layers))
+
+
+def describe_instructblip(model: PreTrainedModel) -> Host:
+    return Host(model.encoder.layers, InstructBlipEncoderLayer, InstructBlipSelectionLayer, len(model.encoder.layers))
+
+
 def describe_bridgetower(model: PreTrainedModel) -> Host:
     model = getattr(model, "bridgetower", model)
     layers = model.vision_model.visual.transformer.resblocks
@@ -135,4 +157,12 @@ def describe_bridgetower(model: PreTrainedModel) -> Host:
     )
 
 
-__all__ = ["BlipSelectionLayer", "describe_blip", "describe_bridgetower", "describe_clip", "describe_siglip"]
+__all__ = [
+    "BlipSelectionLayer",
+    "describe_blip",
+    "describe_blip2",
+    "describe_bridgetower",
+    "describe_clip",
+    "describe_instructblip",
+    "describe_siglip",
+]

@@ -1,0 +1,418 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where each family of vision-language models keeps its tower, and which visual tokens stand for which patches."""
+
+import inspect
+from itertools import accumulate, chain
+
+import torch
+from torch import nn
+from transformers import (
+    Gemma3Model,
+    Idefics3Model,
+    InternVLModel,
+    LlavaModel,
+    LlavaNextModel,
+    LlavaOnevisionModel,
+    PaliGemmaModel,
+    PreTrainedModel,
+    Qwen2_5_VLModel,
+    Qwen2VLModel,
+    Qwen3VLModel,
+    SmolVLMModel,
+)
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.idefics3.modeling_idefics3 import Idefics3EncoderLayer
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
+from transformers.vision_utils import get_vision_window_index
+
+from .tower import (
+    ClipTowerLayer,
+    Idefics3TowerLayer,
+    InternvlTowerLayer,
+    Qwen2TowerLayer,
+    Qwen3TowerLayer,
+    Qwen25TowerLayer,
+    SiglipTowerLayer,
+    SmolvlmTowerLayer,
+    Tower,
+    TowerLayer,
+    TowerPass,
+)
+
+
+class Family:
+    """
+    What patch selection needs to know of a vision-language model. This class knows only the exit of the tower, where
+    `get_image_features` gives one group of visual tokens per image (in SmolVLM and Idefics3 per prompt), and the
+    prompt has one position with the id `image_token_id` for each. Subclasses know the tower, too.
+    """
+
+    # Of each class of the tower's layers, the one that selects. None: no selection inside the tower.
+    layer_classes: dict[type[nn.Module], type[TowerLayer]] = {}
+    # Whether layers behind a selection layer get arguments with one entry per patch, which they have to shorten.
+    layers_follow = False
+
+    def __init__(self, base: PreTrainedModel):
+        self.base = base
+        self.config = base.config
+        self.image_token_id = base.config.image_token_id
+        names = inspect.signature(base.get_image_features).parameters
+        self.encoder_arguments = [name for name in names if name != "kwargs"]
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.base.vision_tower
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.tower, "vision_model", self.tower).encoder.layers
+
+    @property
+    def num_selectable_layers(self) -> int:
+        """Number of the last layer of which the language model sees anything."""
+        return len(self.layers)
+
+    @property
+    def unit(self) -> int:
+        """Patches per side of the square that becomes one visual token."""
+        return 1
+
+    @property
+    def has_class_token(self) -> bool:
+        return False
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Number of heads in the tower's attention, and their width."""
+        config = self.config.vision_config
+        return config.num_attention_heads, config.hidden_size // config.num_attention_heads
+
+    def add_restoring_hooks(self, tower: Tower) -> list:
+        """Let kept patches return to their places. Returns the handles of the hooks."""
+
+        def restore(module, args, output):
+            current = tower.current
+            if current is None or not current.kept:
+                return
+            length = output.last_hidden_state.shape[1]
+            output.last_hidden_state = tower.restore(output.last_hidden_state, current)
+            if output.get("hidden_states") is not None:
+                output.hidden_states = tuple(
+                    tower.restore(states, current) if states is not None and states.shape[1] == length else states
+                    for states in output.hidden_states
+                )
+
+        return [self.tower.register_forward_hook(restore)]
+
+    def begin_pass(self, inputs: dict) -> TowerPass:
+        return TowerPass()
+
+    def encode(self, inputs: dict, current: TowerPass | None):
+        """The output of `get_image_features`."""
+        arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
+        if current is not None and current.segments is not None:  # the tower need not work them out again
+            arguments |= {"image_window_index": current.unit_order, "image_cu_window_seqlens": current.segments}
+        return self.base.get_image_features(**arguments, return_dict=True)
+
+    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        """How many images of the tower's batch belong to each prompt. A tile of an image counts as one."""
+        tokens_per_image = sum(tokens_per_prompt) // len(inputs["pixel_values"])
+        return [tokens // tokens_per_image for tokens in tokens_per_prompt]
+
+    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+        """Of each group of visual tokens, those of kept patches, as positions in ascending order."""
+        kept = current.kept_before()
+        num_others = sizes[0] - current.grid_size  # LLaVA may show the [CLS] of the tower to the language model
+        others = torch.arange(num_others, device=kept.device).expand(len(kept), -1)
+        return [*torch.cat([others, kept + num_others], dim=1)]
+
+    def position_ids(self, inputs: dict) -> torch.Tensor | None:
+        """Spatial positions that must survive, of shape `(3, batch_size, length)`; `None` where positions count up."""
+        return None
+
+
+class Llava(Family):
+    """The connector maps each patch to one visual token. So the kept ones alone pass it and return behind it."""
+
+    layer_classes = {CLIPEncoderLayer: ClipTowerLayer, SiglipEncoderLayer: SiglipTowerLayer}
+
+    @property
+    def num_selectable_layers(self) -> int:
+        # LLaVA-1.5 reads the states in front of the last layer.
+        chosen = getattr(self.config, "vision_feature_layer", -1)
+        chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+        return min(layer if layer >= 0 else len(self.layers) + 1 + layer for layer in chosen)
+
+    @property
+    def has_class_token(self) -> bool:
+        return hasattr(getattr(self.tower, "vision_model", self.tower).embeddings, "class_embedding")
+
+    def add_restoring_hooks(self, tower: Tower) -> list:
+        def restore(module, args, output):
+            if tower.current is not None and tower.current.kept:
+                return tower.restore(output, tower.current)
+
+        return [self.base.multi_modal_projector.register_forward_hook(restore)]
+
+
+class LlavaNext(Llava):
+    """Several tiles per image are packed to one group: padding is cut off, and each row of patches gets a newline."""
+
+    def pack(self, tiles: list[torch.Tensor], inputs: dict) -> list[torch.Tensor]:
+        return self.base.pack_image_features(
+            tiles,
+            inputs["image_sizes"],
+            self.config.vision_feature_select_strategy,
+            image_newline=tiles[0].new_zeros(1),
+        )[0]
+
+    def tiles_per_image(self, inputs: dict) -> list[int]:
+        side = self.config.vision_config.image_size
+        return [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, side) for size in inputs["image_sizes"]
+        ]
+
+    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        config = self.config.vision_config
+        tiles = self.tiles_per_image(inputs)
+        empty = [torch.zeros(number, (config.image_size // config.patch_size) ** 2, 1) for number in tiles]
+        sizes = [len(group) for group in self.pack(empty, inputs)]
+        counts, row, left = [0] * len(tokens_per_prompt), 0, tokens_per_prompt[0]
+        for number, size in zip(tiles, sizes):
+            while left == 0:
+                row += 1
+                left = tokens_per_prompt[row]
+            counts[row] += number
+            left -= size
+        return counts
+
+    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+        kept = current.kept_before()
+        is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device).scatter(1, kept, 0.0)
+        # A token that interpolation mixes from kept and dropped patches is dropped.
+        packed = self.pack([*is_dropped.unsqueeze(-1).split(self.tiles_per_image(inputs))], inputs)
+        return [(group[:, 0] <= 0).nonzero()[:, 0] for group in packed]
+
+
+class LlavaOnevision(LlavaNext):
+    def pack(self, tiles: list[torch.Tensor], inputs: dict) -> list[torch.Tensor]:
+        return self.base.pack_image_features(
+            tiles,
+            inputs["image_sizes"],
+            image_newline=tiles[0].new_zeros(1),
+            vision_aspect_ratio=inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio,
+        )[0]
+
+    def tiles_per_image(self, inputs: dict) -> list[int]:
+        tiles = super().tiles_per_image(inputs)
+        if inputs.get("batch_num_images") is None:
+            return tiles
+        # Only an image that is alone in its prompt is cut into tiles.
+        is_alone = chain.from_iterable([number == 1] * number for number in inputs["batch_num_images"].tolist())
+        return [number if alone else 1 for number, alone in zip(tiles, is_alone)]
+
+
+class Gemma3(Family):
+    layer_classes = {SiglipEncoderLayer: SiglipTowerLayer}
+
+    @property
+    def unit(self) -> int:
+        return self.base.multi_modal_projector.kernel_size
+
+
+class Smolvlm(Family):
+    """The tiles of all images of a prompt are one group."""
+
+    layer_classes = {SmolVLMEncoderLayer: SmolvlmTowerLayer, Idefics3EncoderLayer: Idefics3TowerLayer}
+    layers_follow = True  # the mask of the patches
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.base.vision_model
+
+    @property
+    def unit(self) -> int:
+        return self.config.scale_factor
+
+    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        return [tokens // self.base.image_seq_len for tokens in tokens_per_prompt]
+
+    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+        kept = current.kept_before()
+        tiles = kept.split([size // current.grid_size for size in sizes])
+        firsts = torch.arange(len(kept), device=kept.device) * current.grid_size
+        return [(group + firsts[: len(group), None]).flatten() for group in tiles]
+
+
+class Internvl(Family):
+    layer_classes = {InternVLVisionLayer: InternvlTowerLayer}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.tower.encoder.layer
+
+    @property
+    def num_selectable_layers(self) -> int:
+        layer = self.config.vision_feature_layer
+        return layer if layer >= 0 else len(self.layers) + 1 + layer
+
+    @property
+    def unit(self) -> int:
+        return round(1 / self.config.downsample_ratio)
+
+    @property
+    def has_class_token(self) -> bool:
+        return True
+
+
+class Qwen2Vl(Family):
+    """Images of any size in one sequence, unit by unit, with rotary embeddings; the tower merges the units itself."""
+
+    layer_classes = {Qwen2VLVisionBlock: Qwen2TowerLayer}
+    layers_follow = True  # segments and rotary embeddings
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.base.visual
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.tower.blocks
+
+    @property
+    def unit(self) -> int:
+        return self.tower.spatial_merge_size
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        attention = self.layers[0].attn
+        return attention.num_heads, attention.dim // attention.num_heads
+
+    def add_restoring_hooks(self, tower: Tower) -> list:
+        return [self.tower.merger.register_forward_hook(self.restore_units(tower, len(self.layers)))]
+
+    def restore_units(self, tower: Tower, layer: int):
+        """A hook of a merger behind this layer: merged units return to their places in the sequence."""
+
+        def restore(module, args, output):
+            kept = tower.current.kept_before(layer + 1) if tower.current is not None else None
+            if kept is not None:
+                whole = output.new_zeros(sum(tower.current.num_units), output.shape[1])
+                return whole.index_copy(0, kept, output)
+
+        return restore
+
+    def begin_pass(self, inputs: dict) -> TowerPass:
+        sizes = inputs["image_grid_thw"].prod(dim=-1) // self.unit**2
+        return TowerPass(num_units=sizes.tolist())
+
+    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        sizes = self.begin_pass(inputs).num_units
+        ends, image, counts = [*accumulate(sizes)], 0, []
+        for end in accumulate(tokens_per_prompt):
+            first = image
+            while image < len(ends) and ends[image] <= end:
+                image += 1
+            counts.append(image - first)
+        return counts
+
+    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+        kept = current.kept_before()
+        if current.unit_order is not None:
+            kept = current.unit_order.to(kept.device)[kept]
+        num_kept = current.num_kept[current.last_before(float("inf"))]
+        firsts = accumulate(sizes, initial=0)
+        return [part.sort().values - first for part, first in zip(kept.split(num_kept), firsts)]
+
+    def position_ids(self, inputs: dict) -> torch.Tensor:
+        types = inputs.get("mm_token_type_ids")
+        if types is None:
+            types = (inputs["input_ids"] == self.image_token_id).int()
+        return self.base.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=types,
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=inputs.get("attention_mask"),
+        )[0]
+
+
+class Qwen25Vl(Qwen2Vl):
+    layer_classes = {Qwen2_5_VLVisionBlock: Qwen25TowerLayer}
+
+    def begin_pass(self, inputs: dict) -> TowerPass:
+        current = super().begin_pass(inputs)
+        current.unit_order, current.segments = get_vision_window_index(
+            inputs["image_grid_thw"], self.unit, self.tower.window_size, self.tower.patch_size
+        )
+        return current
+
+
+class Qwen3Vl(Qwen2Vl):
+    layer_classes = {Qwen3VLVisionBlock: Qwen3TowerLayer}
+
+    def add_restoring_hooks(self, tower: Tower) -> list:
+        handles = super().add_restoring_hooks(tower)
+        for merger, index in zip(self.tower.deepstack_merger_list, self.tower.deepstack_visual_indexes):
+            handles.append(merger.register_forward_hook(self.restore_units(tower, index + 1)))
+        return handles
+
+
+FAMILIES: dict[type[PreTrainedModel], type[Family]] = {
+    LlavaModel: Llava,
+    LlavaNextModel: LlavaNext,
+    LlavaOnevisionModel: LlavaOnevision,
+    PaliGemmaModel: Llava,
+    Gemma3Model: Gemma3,
+    SmolVLMModel: Smolvlm,
+    Idefics3Model: Smolvlm,
+    InternVLModel: Internvl,
+    Qwen2VLModel: Qwen2Vl,
+    Qwen2_5_VLModel: Qwen25Vl,
+    Qwen3VLModel: Qwen3Vl,
+}
+NOT_SUPPORTED = {
+    "blip-2": "its Q-Former makes a fixed number of visual tokens; its `vision_model` supports selection",
+    "instructblip": "its Q-Former makes a fixed number of visual tokens; its `vision_model` supports selection",
+    "fast_vlm": "its vision tower is convolutional",
+    "florence2": "its vision tower has convolutions and windows, and its text model is an encoder-decoder",
+    "mllama": "its language model reads each tile of the image by cross-attention",
+}
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """
+    What is known of a vision-language model; `None` if it is not one with visual tokens in its prompt.
+
+    Raises:
+        TypeError: Patch selection cannot support the model.
+    """
+    base = getattr(model, "base_model", None)
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if model_type in NOT_SUPPORTED:
+        raise TypeError(f"Patch selection does not support {type(model).__name__}: {NOT_SUPPORTED[model_type]}.")
+    for model_class, family in FAMILIES.items():
+        if isinstance(base, model_class):
+            return family(base)
+    takes_features = base is not None and "mm_encoder_outputs" in inspect.signature(base.forward).parameters
+    return Family(base) if takes_features and hasattr(base.config, "image_token_id") else None
+
+
+__all__ = ["FAMILIES", "Family", "find_family"]

@@ -1,0 +1,284 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Drop visual tokens between the vision tower and the language model.
+
+Transformers takes features of images that are encoded already, as `mm_encoder_outputs`. So the image is encoded first,
+tokens are chosen, and the model gets the chosen ones with a prompt that has as many placeholders. No model is changed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...patch_selection import num_kept_tokens
+from .families import Family, find_family
+from .guide import TextGuide
+from .scoring import SCORERS, Scorer
+from .tower import Tower
+
+
+# What a position that only pads a row has. Others are 0.
+PADDING_VALUES = {"labels": -100}
+
+
+@dataclass(frozen=True)
+class ExitSelection:
+    """
+    How many visual tokens of each image the language model gets, and which.
+
+    Args:
+        visual_tokens (`int`, *optional*): Number of tokens per image. An image with fewer keeps all.
+        keep_rate (`float`, *optional*): Share of the image's tokens, in (0, 1], in place of a number.
+        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): What chooses.
+
+    Raises:
+        ValueError: Both a number and a rate are given, or one is out of its range, or the scorer has no such name.
+    """
+
+    visual_tokens: int | None = None
+    keep_rate: float | None = None
+    scorer: str | Scorer = "prompt"
+
+    def __post_init__(self):
+        if self.visual_tokens is not None and self.keep_rate is not None:
+            raise ValueError("Give `visual_tokens` or `keep_rate`, not both.")
+        if self.visual_tokens is not None and self.visual_tokens < 1:
+            raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
+        if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
+            raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
+        if not callable(self.scorer) and self.scorer not in SCORERS:
+            raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
+
+    def num_kept(self, size: int, num_candidates: int) -> int:
+        """How many of the tokens of an image stay; `num_candidates` are left of `size` by the tower."""
+        if self.keep_rate is not None:
+            return min(num_candidates, num_kept_tokens(size, self.keep_rate))
+        return min(num_candidates, self.visual_tokens or size)
+
+    def select(self, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+        return (self.scorer if callable(self.scorer) else SCORERS[self.scorer])(*arguments)
+
+
+@dataclass
+class TowerSelection:
+    """What `apply_patch_selection` has put into a model's tower."""
+
+    tower: Tower
+    guide: TextGuide | None = None
+
+
+def prune_inputs(
+    model: nn.Module,
+    inputs: Mapping,
+    visual_tokens: int | None = None,
+    keep_rate: float | None = None,
+    scorer: str | Scorer = "prompt",
+) -> dict:
+    """
+    Encode the images of a prompt and drop visual tokens, before `model(**inputs)` or `model.generate(**inputs)`.
+
+    The model is not changed, and gradients reach its tower. Rows that become shorter than others are padded, on the
+    left unless the inputs are padded on the right.
+
+    Args:
+        model (`PreTrainedModel`): LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3,
+            InternVL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL: the model for generation or the one without a head. Other
+            models that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
+        inputs (`Mapping`): What the processor returns, with `input_ids` of shape `(batch_size, length)`; `labels` of
+            that shape for training. Prompts may have no image, or several.
+        visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. SmolVLM and Idefics3 count the
+            tiles of a prompt as one image.
+        keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in place of a number.
+        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): What chooses: `"prompt"` (relevance to the
+            prompt, with diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of features `(num_images,
+            num_tokens, hidden_size)`, prompt embeddings `(num_images, prompt_length, hidden_size)`, their mask and the
+            number to keep, which returns positions and features. The prompt is the text behind the last image, or all
+            text if there is none; labels are no part of it.
+
+    Returns:
+        `dict`: The inputs with shorter sequences, and with `mm_encoder_outputs` in place of the images. Without images
+        they come back as they are.
+
+    Raises:
+        TypeError: The model is not one of these.
+        ValueError: The inputs have videos or `inputs_embeds`, images and placeholders do not match, or `labels` cover
+            the whole prompt.
+    """
+    family = find_family(model)
+    if family is None:
+        raise TypeError(
+            f"`prune_inputs` does not support {type(model).__name__}: it has no visual tokens in its prompt."
+        )
+    return prune(model, family, dict(inputs), ExitSelection(visual_tokens, keep_rate, scorer))[0]
+
+
+def prune(
+    model: nn.Module, family: Family, inputs: dict, exit: ExitSelection, in_tower: TowerSelection | None = None
+) -> tuple[dict, list[torch.Tensor]]:
+    """`prune_inputs`, after selection inside the tower if there is any, and the kept visual tokens of each image."""
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
+    if inputs.get("pixel_values") is None:
+        return inputs, []
+    if inputs.get("input_ids") is None:
+        raise ValueError("Patch selection needs `input_ids` beside `pixel_values`, to find the visual tokens.")
+    prompts = Prompts(model, family, inputs)
+    current = None
+    if in_tower is not None:
+        current = in_tower.tower.next_pass = family.begin_pass(inputs)
+        if in_tower.guide is not None:
+            per_prompt = family.tower_images_per_prompt(inputs, prompts.num_visual)
+            rows = [row for row, number in enumerate(per_prompt) for _ in range(number)]
+            embeddings, mask = prompts.text()
+            current.query = in_tower.guide(embeddings, mask)[rows]
+    output = family.encode(inputs, current)
+    groups = list(output.pooler_output)
+    sizes = [len(group) for group in groups]
+    if sum(sizes) != sum(prompts.num_visual):
+        raise ValueError(f"`input_ids` have {sum(prompts.num_visual)} placeholders for {sum(sizes)} visual tokens.")
+    rows = prompts.row_of_groups(sizes)
+    kept = [torch.arange(size, device=group.device) for size, group in zip(sizes, groups)]
+    if current is not None and current.kept:
+        kept = family.kept_tokens(sizes, inputs, current)
+        groups = [group[positions] for group, positions in zip(groups, kept)]
+    groups, positions = select_at_exit(prompts, rows, sizes, groups, exit)
+    kept = [own if chosen is None else own[chosen] for own, chosen in zip(kept, positions)]
+
+    features = {"pooler_output": torch.stack(groups) if isinstance(output.pooler_output, torch.Tensor) else groups}
+    if output.get("deepstack_features") is not None:
+        features["deepstack_features"] = [
+            [feature[own] for feature, own in zip(layer, kept)] for layer in output.deepstack_features
+        ]
+    inputs = prompts.shorten(kept, sizes, rows)
+    inputs["mm_encoder_outputs"] = {"image": type(output)(**features)}
+    return inputs, kept
+
+
+def select_at_exit(prompts: "Prompts", rows: list[int], sizes: list[int], groups: list[torch.Tensor], exit):
+    """Features and positions of the tokens that stay of each group; `None` in place of all positions."""
+    numbers = [exit.num_kept(size, len(group)) for size, group in zip(sizes, groups)]
+    groups, positions = list(groups), [None] * len(groups)
+    # Images of equal size are chosen from together.
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, (group, number) in enumerate(zip(groups, numbers)):
+        if number < len(group):
+            alike.setdefault((len(group), number), []).append(index)
+    for (_, number), indices in alike.items():
+        embeddings, mask = prompts.text()
+        own = [rows[index] for index in indices]
+        chosen, features = exit.select(torch.stack([groups[i] for i in indices]), embeddings[own], mask[own], number)
+        for index, position, feature in zip(indices, chosen, features):
+            groups[index], positions[index] = feature, position
+    return groups, positions
+
+
+class Prompts:
+    """The sequences of a batch: where their visual tokens are, what the prompt says, and how they are shortened."""
+
+    def __init__(self, model: nn.Module, family: Family, inputs: dict):
+        self.model, self.family, self.inputs = model, family, inputs
+        self.ids = inputs["input_ids"]
+        self.is_visual = self.ids == family.image_token_id
+        mask = inputs.get("attention_mask")
+        self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
+        self.is_text = self.mask & ~self.is_visual
+        # The only wait for the device, before the tower runs.
+        counts = torch.stack([self.is_visual.sum(dim=1), self.is_text.sum(dim=1), ~self.mask[:, -1]])
+        self.num_visual, self.num_text, is_right_padded = counts.tolist()
+        self.pads_right = any(is_right_padded)
+        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def text(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input embeddings of the text that a prompt asks with, `(batch_size, length, width)`, and their mask."""
+        if self._text is None:
+            is_text = self.is_text
+            if self.inputs.get("labels") is not None:
+                is_text = is_text & (self.inputs["labels"] == -100)
+                if not is_text.any(dim=1).all():
+                    raise ValueError("`labels` must be -100 on the prompt, or its answer would choose visual tokens.")
+            is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
+            is_behind = is_text & ~is_before
+            is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
+            first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(self.num_text)]
+            ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
+            self._text = self.model.get_input_embeddings()(ids), is_text.gather(1, first)
+        return self._text
+
+    def row_of_groups(self, sizes: list[int]) -> list[int]:
+        """The prompt of each group of visual tokens."""
+        rows, row, left = [], 0, self.num_visual[0]
+        for size in sizes:
+            while left == 0 and size > 0:
+                row += 1
+                left = self.num_visual[row]
+            rows.append(row)
+            left -= size
+        return rows
+
+    def shorten(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
+        """The inputs without the images and without the positions of dropped tokens."""
+        stays = torch.cat(
+            [
+                torch.zeros(size, dtype=torch.bool, device=self.ids.device).index_fill_(
+                    0, own.to(self.ids.device), True
+                )
+                for own, size in zip(kept, sizes)
+            ]
+        )
+        stays = self.mask.masked_scatter(self.is_visual, stays)
+        lengths = list(self.num_text)
+        for own, row in zip(kept, rows):
+            lengths[row] += len(own)
+        length = max(lengths)
+        # A stable sort moves what stays to one end, in its order.
+        if self.pads_right:
+            order = (~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :length]
+        else:
+            order = stays.to(torch.int8).argsort(dim=1, stable=True)[:, -length:]
+        mask = stays.gather(1, order)
+
+        inputs = {name: value for name, value in self.inputs.items() if name not in self.family.encoder_arguments}
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
+                padding = self.padding_id if name == "input_ids" else PADDING_VALUES.get(name, 0)
+                inputs[name] = value.gather(1, order).masked_fill(~mask, padding)
+        if len({*lengths}) > 1:
+            inputs["attention_mask"] = mask.to(inputs.get("attention_mask", self.ids).dtype)
+        inputs |= self.shorten_positions(order, mask)
+        return inputs
+
+    def shorten_positions(self, order: torch.Tensor, mask: torch.Tensor) -> dict:
+        """
+        Positions count up without gaps: gaps are read as several packed sequences. Spatial ones stay what they were,
+        with a row of positions that count up in front of them.
+        """
+        spatial = self.family.position_ids(self.inputs)
+        if spatial is None and self.inputs.get("position_ids") is None:
+            return {}
+        text = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if spatial is None:
+            return {"position_ids": text}
+        spatial = spatial.gather(2, order.expand(len(spatial), -1, -1))
+        return {"position_ids": torch.cat([text[None], spatial])}
+
+    @property
+    def padding_id(self) -> int:
+        padding = self.family.config.get_text_config().pad_token_id
+        return 0 if padding is None or padding == self.family.image_token_id else padding
+
+
+__all__ = ["ExitSelection", "TowerSelection", "prune", "prune_inputs"]

@@ -1,0 +1,399 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Selection layers inside the vision towers of vision-language models.
+
+A connector behind the tower needs a whole grid: it pools, shuffles or merges units of neighbouring patches. So a
+layer keeps or drops whole units, and the kept ones return to their places before, or behind, the connector. The places
+of dropped units are zero, and the visual tokens that stand for them are removed before the language model.
+"""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.idefics3.modeling_idefics3 import Idefics3EncoderLayer
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
+
+from ...configuration_trips import LayerSelection
+from ...modeling_trips_vision import TripsSelection
+from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
+from ..layers import StandIn, project_rows
+
+
+@dataclass
+class TowerPass:
+    """
+    What the selection layers choose in one pass of images through the tower.
+
+    Args:
+        query (`torch.Tensor` of shape `(num_images, num_heads, head_dim)`, *optional*): The query of the prompt.
+        num_units (`list[int]`, *optional*): Number of units of each image, where images of different size are packed
+            into one sequence.
+        unit_order, segments (`torch.Tensor`, *optional*): Row-major number of each unit, where a tower permutes them
+            by windows, and the boundaries of the windows.
+    """
+
+    query: torch.Tensor | None = None
+    num_units: list[int] | None = None
+    unit_order: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    # By layer. In a grid, units of shape `(num_images, num_kept)`; packed, units of all images in one row.
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    candidates: dict[int, torch.Tensor] = field(default_factory=dict)
+    # By layer: `(num_images, num_candidates)`; packed, one tensor of shape `(1, num_candidates)` per image.
+    scores: dict[int, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
+    num_kept: dict[int, list[int]] = field(default_factory=dict)  # packed: of each image
+    shortened: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def last_before(self, layer: float) -> int | None:
+        """The last layer that has selected in front of this one."""
+        return max((own for own in self.kept if own < layer), default=None)
+
+    @property
+    def grid_size(self) -> int:
+        """Number of units in the grid of one image, once a layer has selected."""
+        return self.candidates[min(self.candidates)].shape[-1]
+
+    def kept_before(self, layer: float = float("inf")) -> torch.Tensor | None:
+        """The units that are left in front of a layer, by default at the end; `None` if none was dropped."""
+        return self.kept.get(self.last_before(layer))
+
+
+class Tower:
+    """What the selection layers of one tower share. Without a pass that was announced, they are the tower's own."""
+
+    def __init__(self, unit: int, has_class_token: bool):
+        self.unit = unit
+        self.has_class_token = has_class_token
+        self.next_pass: TowerPass | None = None
+        # It stays after the pass: activation checkpointing runs the layers again in the backward pass.
+        self.current: TowerPass | None = None
+
+    def begin(self, module: nn.Module, args: tuple):
+        """A forward pre-hook of the tower."""
+        self.current, self.next_pass = self.next_pass, None
+
+    def to_units(self, patches: torch.Tensor, is_whole: bool) -> torch.Tensor:
+        """
+        Group patches by unit: `(num_images, num_patches, ...)` -> `(num_images, num_units, unit * unit, ...)`. A whole
+        grid is row-major; what an earlier layer has kept is grouped already.
+        """
+        size = self.unit**2
+        if size == 1 or not is_whole:
+            return patches.unflatten(1, (-1, size))
+        side = round(patches.shape[1] ** 0.5) // self.unit
+        grid = patches.unflatten(1, (side, self.unit, side, self.unit))
+        return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def restore(self, tokens: torch.Tensor, current: TowerPass) -> torch.Tensor:
+        """
+        Return kept patches to their places in the grid, with zeros in the others: `(num_images, p + num_kept_patches,
+        width)` -> `(num_images, p + num_patches, width)`, with the p tokens in front as they are.
+        """
+        kept, num_units = current.kept_before(), current.grid_size
+        unit = self.unit
+        num_others = tokens.shape[1] - kept.shape[1] * unit**2
+        units = tokens[:, num_others:].unflatten(1, (-1, unit**2)).flatten(2)
+        whole = units.new_zeros(len(tokens), num_units, units.shape[2])
+        whole = whole.scatter(1, kept.unsqueeze(-1).expand_as(units), units)
+        if unit > 1:
+            side = round(num_units**0.5)
+            whole = whole.unflatten(1, (side, side)).unflatten(3, (unit, unit, -1)).transpose(2, 3)
+        return torch.cat([tokens[:, :num_others], whole.reshape(len(tokens), num_units * unit**2, -1)], dim=1)
+
+
+class TowerLayer(StandIn):
+    """
+    A layer of a tower, from the first selection layer on. `selection` is `None` where it only follows.
+
+    A subclass says where the tower's layer keeps its parts.
+    """
+
+    tower: Tower
+    number: int
+    selection: LayerSelection | None
+
+    def guiding_query(self, current: TowerPass, normed: torch.Tensor) -> torch.Tensor:
+        """The query that scores the patches: `(num_images, num_heads, head_dim)`."""
+        if self.selection.guidance == "text":
+            return current.query.to(normed.dtype)
+        # Without a [CLS], the mean of all queries: the projection is linear, so that it is the query of the mean.
+        return self.project_query(normed[:, 0] if self.tower.has_class_token else normed.mean(dim=1))
+
+    def recorded(self) -> TripsSelection:
+        """What the layer has selected in the current pass, in units."""
+        raise NotImplementedError
+
+
+class GridLayer(TowerLayer):
+    """A layer of a tower in which each image has the same square grid of patches: `(num_images, length, width)`."""
+
+    def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        return self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)[0]
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.layer_norm2(hidden_states))
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        current = self.tower.current
+        if current is None:
+            own_arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
+            return type(self.host_module).forward(self, hidden_states, **own_arguments, **kwargs)
+        attention_mask = self.shorten_mask(current, attention_mask)
+        normed = self.normed_tokens(hidden_states)
+        hidden_states = hidden_states + self.attend(normed, attention_mask, **kwargs)
+        if self.selection is not None:
+            hidden_states = self.select(current, hidden_states, normed)
+        return hidden_states + self.feed_forward(hidden_states)
+
+    def select(self, current: TowerPass, hidden_states: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        num_others = int(self.tower.has_class_token)
+        before = current.kept_before(self.number)
+        if self.selection.guidance == "random":
+            num_units = (normed.shape[1] - num_others) // self.tower.unit**2
+            scores = random_scores(len(normed), num_units, False, normed.device, self.selection.seed)
+        else:
+            key = self.project_key(normed[:, num_others:])
+            scores = score_tokens(self.guiding_query(current, normed), key, self.scaling)
+            scores = self.tower.to_units(scores, before is None).sum(dim=-1)
+        positions = keep_topk(scores, num_kept_tokens(scores.shape[1], self.selection.keep_rate))
+        candidates = before
+        if candidates is None:
+            candidates = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+        kept = candidates.gather(1, positions)
+        current.kept[self.number], current.candidates[self.number] = kept, candidates
+        current.scores[self.number] = scores
+        units = self.tower.to_units(hidden_states[:, num_others:], before is None)
+        patches = gather_tokens(units.flatten(2), positions).unflatten(2, units.shape[2:]).flatten(1, 2)
+        return torch.cat([hidden_states[:, :num_others], patches], dim=1)
+
+    def recorded(self) -> TripsSelection:
+        current = self.tower.current
+        return TripsSelection(*(part[self.number] for part in (current.kept, current.scores, current.candidates)))
+
+    def shorten_mask(self, current: TowerPass, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a mask of patches, `(num_images, length)` or `(num_images, 1, length, length)`, the part that is left."""
+        kept = current.kept_before(self.number)
+        if mask is None or kept is None:
+            return mask
+        num_patches = mask.shape[-1]
+        numbers = self.tower.to_units(torch.arange(num_patches, device=mask.device)[None], True)[0]
+        patches = numbers[kept].flatten(1)
+        if mask.dim() == 2:
+            return mask.gather(1, patches)
+        mask = mask.expand(len(patches), *mask.shape[1:])
+        mask = mask.gather(3, patches[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+        if mask.shape[2] == num_patches:
+            mask = mask.gather(2, patches[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return mask
+
+
+class SeparateProjections:
+    """Queries and keys come from linear layers of their own in `self_attn`."""
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layer_norm1(hidden_states)
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+    @property
+    def scaling(self) -> float:
+        return self.self_attn.scale
+
+
+class ClipTowerLayer(SeparateProjections, GridLayer, CLIPEncoderLayer):
+    pass
+
+
+class SiglipTowerLayer(SeparateProjections, GridLayer, SiglipEncoderLayer):
+    pass
+
+
+class SmolvlmTowerLayer(SeparateProjections, GridLayer, SmolVLMEncoderLayer):
+    pass
+
+
+class Idefics3TowerLayer(SeparateProjections, GridLayer, Idefics3EncoderLayer):
+    pass
+
+
+class InternvlTowerLayer(GridLayer, InternVLVisionLayer):
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layernorm_before(hidden_states)
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        query = self.attention.q_norm(self.attention.q_proj(states))
+        return query.unflatten(-1, (-1, self.attention.head_dim))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        key = self.attention.k_norm(self.attention.k_proj(states))
+        return key.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
+
+    @property
+    def scaling(self) -> float:
+        return self.attention.scale
+
+    def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        return self.lambda_1 * self.attention(normed, attention_mask=attention_mask, **kwargs)[0]
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lambda_2 * self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class PackedLayer(TowerLayer):
+    """
+    A layer of a Qwen-VL tower: the patches of all images are one sequence of shape `(length, width)`, unit by unit,
+    and attention stays within the segments of `cu_seqlens`.
+
+    The scores leave out the rotary embedding: neither a prompt nor a mean of tokens has a place in the image.
+    """
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm1(hidden_states)
+
+    def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
+        """Queries (part 0) or keys (part 1): `(..., num_heads, head_dim)`."""
+        width = self.attn.dim
+        return project_rows(self.attn.qkv, states, part * width, (part + 1) * width).unflatten(
+            -1, (self.attn.num_heads, -1)
+        )
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.project(states, 0)
+
+    def forward(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings=None, **kwargs):
+        current = self.tower.current
+        if current is None:
+            return type(self.host_module).forward(
+                self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+            )
+        kept = current.kept_before(self.number)
+        if kept is not None:
+            cu_seqlens = self.shorten(current, cu_seqlens, kept, self.shorten_segments)
+            position_embeddings = tuple(
+                self.shorten(current, table, kept, self.shorten_table) for table in position_embeddings
+            )
+        normed = self.normed_tokens(hidden_states)
+        hidden_states = hidden_states + self.attn(
+            normed, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+        )
+        if self.selection is not None:
+            hidden_states = self.select(current, hidden_states, normed)
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+    def shorten(self, current: TowerPass, value: torch.Tensor, kept: torch.Tensor, how) -> torch.Tensor:
+        """What is left of a tensor that is the same in many layers, worked out once per pass."""
+        key = (id(value), id(kept))
+        if key not in current.shortened:
+            current.shortened[key] = how(value, kept)
+        return current.shortened[key]
+
+    def shorten_table(self, table: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Rows of the kept units in a table with one row per patch."""
+        return table.unflatten(0, (-1, self.tower.unit**2))[kept].flatten(0, 1)
+
+    def shorten_segments(self, cu_seqlens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Boundaries of the segments after the other units are dropped; empty segments go."""
+        size = self.tower.unit**2
+        boundaries = torch.searchsorted(kept, cu_seqlens.to(kept.dtype) // size) * size
+        return torch.unique_consecutive(boundaries).to(cu_seqlens.dtype)
+
+    def select(self, current: TowerPass, hidden_states: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        before = current.kept_before(self.number)
+        num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
+        size = self.tower.unit**2
+        if len({*num_units}) == 1:
+            scores = self.scores(current, normed.unflatten(0, (len(num_units), -1)), range(len(num_units)))
+            rows = [*scores.split(1)]
+        else:
+            sequences = normed.split([number * size for number in num_units])
+            rows = [self.scores(current, sequence[None], [image]) for image, sequence in enumerate(sequences)]
+        num_kept = [num_kept_tokens(number, self.selection.keep_rate) for number in num_units]
+        firsts = accumulate(num_units, initial=0)
+        positions = torch.cat(
+            [first + keep_topk(row, number)[0] for first, row, number in zip(firsts, rows, num_kept)]
+        )
+        candidates = torch.arange(sum(num_units), device=positions.device) if before is None else before
+        current.kept[self.number], current.candidates[self.number] = candidates[positions], candidates
+        current.scores[self.number], current.num_kept[self.number] = rows, num_kept
+        return hidden_states.unflatten(0, (-1, size))[positions].flatten(0, 1)
+
+    def scores(self, current: TowerPass, normed: torch.Tensor, images) -> torch.Tensor:
+        """Scores of the units of images with the same number of them: `(num_images, num_units)`."""
+        size = self.tower.unit**2
+        if self.selection.guidance == "random":
+            return random_scores(len(normed), normed.shape[1] // size, False, normed.device, self.selection.seed)
+        if self.selection.guidance == "text":
+            query = current.query[[*images]].to(normed.dtype)
+        else:
+            query = self.project_query(normed.mean(dim=1))
+        key = self.project(normed, 1).transpose(1, 2)
+        return score_tokens(query, key, self.attn.scaling).unflatten(1, (-1, size)).sum(dim=-1)
+
+    def recorded(self) -> TripsSelection:
+        """Row-major units of each image; -2 is padding where images of a batch have fewer."""
+        current = self.tower.current
+        firsts = [*accumulate(current.num_units, initial=0)]
+        rows = current.scores[self.number]
+
+        def by_image(units: torch.Tensor, counts: list[int]) -> torch.Tensor:
+            if current.unit_order is not None:
+                units = current.unit_order[units]
+            parts = [part - first for part, first in zip(units.split(counts), firsts)]
+            return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=PADDING)
+
+        return TripsSelection(
+            by_image(current.kept[self.number], current.num_kept[self.number]),
+            nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True),
+            by_image(current.candidates[self.number], [row.shape[1] for row in rows]),
+        )
+
+
+class Qwen2TowerLayer(PackedLayer, Qwen2VLVisionBlock):
+    pass
+
+
+class Qwen25TowerLayer(PackedLayer, Qwen2_5_VLVisionBlock):
+    pass
+
+
+class Qwen3TowerLayer(PackedLayer, Qwen3VLVisionBlock):
+    pass
+
+
+__all__ = [
+    "ClipTowerLayer",
+    "Idefics3TowerLayer",
+    "InternvlTowerLayer",
+    "Qwen25TowerLayer",
+    "Qwen2TowerLayer",
+    "Qwen3TowerLayer",
+    "SiglipTowerLayer",
+    "SmolvlmTowerLayer",
+    "Tower",
+    "TowerLayer",
+    "TowerPass",
+]

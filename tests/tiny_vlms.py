@@ -1,0 +1,259 @@
+"""Tiny generative vision-language models with random weights, and prompts for them."""
+
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 37,
+    "max_position_embeddings": 512,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+GEMMA = {**TEXT, "head_dim": 8}
+MROPE = {
+    **TEXT,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+}
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "image_size": 32,
+    "patch_size": 4,
+    "num_channels": 3,
+}
+CLIP = {"model_type": "clip_vision_model", **VIT}
+SIGLIP = {"model_type": "siglip_vision_model", **VIT}
+QWEN = {
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
+IMAGE, PAD, VISION_START, VISION_END = 90, 1, 91, 92
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 32]]
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """One family: its class, its configuration, and how its images look."""
+
+    name: str
+    class_name: str
+    config_name: str
+    config: dict = field(default_factory=dict)
+    kind: str = "grid"  # of inputs: grid, tiles, anyres, packed
+    tokens: int = 64  # visual tokens per image of a grid, or per tile
+    num_layers: int = 3  # of the tower, that may select
+
+    def make(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config_name)(**self.config)
+        model = getattr(transformers, self.class_name)(config).eval()
+        # Random weights of the usual scale make all tokens alike, so that a wrong token would hardly show.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(4.0)
+        return model
+
+
+def llama_vlm(name: str, prefix: str, vision: dict, text: dict, kind: str = "grid", **options) -> Vlm:
+    config = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": IMAGE,
+        "image_token_index": IMAGE,
+        **options.pop("config", {}),
+    }
+    return Vlm(name, f"{prefix}ForConditionalGeneration", f"{prefix}Config", config, kind, **options)
+
+
+LLAMA = {"model_type": "llama", **TEXT}
+QWEN2 = {"model_type": "qwen2", **TEXT}
+VLMS = [
+    llama_vlm("llava", "Llava", CLIP, LLAMA, config={"vision_feature_layer": -2}, num_layers=2),
+    llama_vlm(
+        "llava_next",
+        "LlavaNext",
+        CLIP,
+        LLAMA,
+        "anyres",
+        config={"vision_feature_layer": -2, "image_grid_pinpoints": PINPOINTS},
+        num_layers=2,
+    ),
+    llama_vlm(
+        "llava_onevision",
+        "LlavaOnevision",
+        SIGLIP,
+        QWEN2,
+        "anyres",
+        config={
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "image_grid_pinpoints": PINPOINTS,
+            "video_token_id": 93,
+            "video_token_index": 93,
+        },
+    ),
+    llama_vlm("paligemma", "PaliGemma", SIGLIP, {"model_type": "gemma", **GEMMA}, config={"projection_dim": 32}),
+    llama_vlm(
+        "gemma3",
+        "Gemma3",
+        SIGLIP,
+        {
+            "model_type": "gemma3_text",
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 32,
+            "query_pre_attn_scalar": 8,
+        },
+        config={"mm_tokens_per_image": 16},
+        tokens=16,
+    ),
+    llama_vlm(
+        "smolvlm",
+        "SmolVLM",
+        {**VIT, "model_type": "smolvlm_vision"},
+        LLAMA,
+        "tiles",
+        config={"scale_factor": 2},
+        tokens=16,
+    ),
+    llama_vlm(
+        "idefics3",
+        "Idefics3",
+        {**VIT, "model_type": "idefics3_vision"},
+        LLAMA,
+        "tiles",
+        config={"scale_factor": 2},
+        tokens=16,
+    ),
+    llama_vlm(
+        "internvl",
+        "InternVL",
+        {
+            **{**VIT, "image_size": [32, 32], "patch_size": [4, 4]},
+            "model_type": "internvl_vision",
+            "use_qk_norm": True,
+            "norm_type": "rms_norm",
+        },
+        QWEN2,
+        config={"downsample_ratio": 0.5},
+        tokens=16,
+    ),
+    llama_vlm(
+        "qwen2_vl",
+        "Qwen2VL",
+        {**QWEN, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
+        {"model_type": "qwen2_vl_text", **MROPE},
+        "packed",
+        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+    ),
+    llama_vlm(
+        "qwen2_5_vl",
+        "Qwen2_5_VL",
+        {
+            **QWEN,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "intermediate_size": 37,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        {"model_type": "qwen2_5_vl_text", **MROPE},
+        "packed",
+        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+    ),
+    llama_vlm(
+        "qwen3_vl",
+        "Qwen3VL",
+        {
+            **QWEN,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "intermediate_size": 37,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        {"model_type": "qwen3_vl_text", **MROPE, "head_dim": 8},
+        "packed",
+        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+    ),
+]
+BY_NAME = {vlm.name: vlm for vlm in VLMS}
+SIZES = [(32, 64), (64, 64), (32, 32), (64, 32)]  # of images that have no fixed size
+
+
+def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[int]]:
+    """Images for prompts with so many each, and the number of visual tokens of each image."""
+    generator = torch.Generator().manual_seed(seed)
+    number = sum(counts)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if number == 0:
+        return {}, []
+    if vlm.kind == "grid":
+        return {"pixel_values": pixels(number, 3, 32, 32)}, [vlm.tokens] * number
+    if vlm.kind == "tiles":  # two per image; rows with fewer images are filled up with zeros
+        images = torch.zeros(len(counts), 2 * max(counts), 3, 32, 32)
+        for row, count in enumerate(counts):
+            images[row, : 2 * count] = pixels(2 * count, 3, 32, 32)
+        return {"pixel_values": images}, [2 * vlm.tokens] * number
+    sizes = [SIZES[index % len(SIZES)] for index in range(number)]
+    if vlm.kind == "packed":
+        grids = torch.tensor([(1, height // 4, width // 4) for height, width in sizes])
+        patches = pixels(int(grids.prod(dim=1).sum()), 3 * 2 * 4 * 4)
+        return {"pixel_values": patches, "image_grid_thw": grids}, (grids.prod(dim=1) // 4).tolist()
+    tiles = [1 + height * width // 32**2 for height, width in sizes]
+    images = torch.zeros(number, max(tiles), 3, 32, 32)
+    for image, count in zip(images, tiles):
+        image[:count] = pixels(count, 3, 32, 32)
+    # The base image, and tiles whose rows end with a newline.
+    tokens = [64 + (height // 4) * (width // 4 + 1) for height, width in sizes]
+    inputs = {"pixel_values": images, "image_sizes": torch.tensor(sizes)}
+    if vlm.name == "llava_onevision":
+        inputs["batch_num_images"] = torch.ones(number, dtype=torch.long)
+    return inputs, tokens
+
+
+def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left", seed: int = 0) -> dict:
+    """A batch of prompts with so many images each, whose texts differ in length."""
+    images, tokens = make_images(vlm, list(counts), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows, image = [], 0
+    for row, count in enumerate(counts):
+        ids = [2, *torch.randint(5, 80, (2,), generator=generator).tolist()]
+        for _ in range(count):
+            ids += [VISION_START, *[IMAGE] * tokens[image], VISION_END]
+            image += 1
+        ids += torch.randint(5, 80, (5 + row,), generator=generator).tolist()
+        rows.append(torch.tensor(ids))
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), PAD)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, own in enumerate(rows):
+        place = slice(length - len(own), length) if padding_side == "left" else slice(0, len(own))
+        ids[row, place], mask[row, place] = own, 1
+    inputs = {"input_ids": ids, "attention_mask": mask, **images}
+    types = (ids == IMAGE).long()
+    if vlm.name in ("paligemma", "gemma3"):
+        inputs["token_type_ids"] = types if vlm.name == "gemma3" else torch.zeros_like(ids)
+    if vlm.kind == "packed":
+        inputs["mm_token_type_ids"] = types
+    return inputs

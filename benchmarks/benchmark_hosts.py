@@ -131,7 +131,8 @@ def measure(name: str, args: HostBenchmarkArguments) -> dict:
     inputs = make_inputs(case, args)
 
     def prune():
-        apply_patch_selection(model, case.selection_layers, args.keep_rate, case.guidance)
+        entries = (f"{layer}:{case.guidance}:{args.keep_rate}" for layer in case.selection_layers)
+        apply_patch_selection(model, ",".join(entries))
 
     @torch.no_grad()
     def forward():

@@ -240,8 +240,7 @@ def make_shortened_vit(args: PeerArguments, shorten: Callable[[int], nn.Module])
 
 def make_selecting_vit(args: PeerArguments) -> nn.Module:
     vit, schedule = make_vit(args), SelectionSchedule.parse(args.tower_schedule)
-    guidances, rates, *_ = zip(*schedule.selections)
-    apply_patch_selection(vit, list(schedule.layers), list(rates), list(guidances))
+    apply_patch_selection(vit, schedule)
     return vit
 
 

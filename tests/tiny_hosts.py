@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from schedules import schedule_of
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import (
@@ -103,7 +104,7 @@ class Host(NamedTuple):
         return model
 
     def apply(self, model: nn.Module, rate=RATE, **options):
-        apply_patch_selection(model, LAYERS, rate, **{"guidance": self.guidance, **options})
+        apply_patch_selection(model, schedule_of(LAYERS, rate, **{"guidance": self.guidance, **options}))
 
     def run(self, model: nn.Module, inputs: dict | None = None) -> torch.Tensor:
         torch.manual_seed(0)  # ViLT draws the order of its patches

@@ -66,6 +66,8 @@ class Vlm:
         # Random weights of the usual scale make all tokens alike, so that a wrong token would hardly show.
         with torch.no_grad():
             for parameter in model.parameters():
+                if not parameter.any():  # Gemma 3 projects with zeros
+                    parameter.normal_(std=0.02)
                 if parameter.dim() > 1:
                     parameter.mul_(4.0)
         return model

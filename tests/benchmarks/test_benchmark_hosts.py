@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from counting_clock import MEDIAN, CountingClock
+from schedules import schedule_of
 from tiny_hosts import RATE, make_timm
 
 from modeling_trips.hosts.apply import apply_patch_selection
@@ -77,6 +78,6 @@ def test_every_host_of_the_benchmark_has_base_size(name):
     case = benchmark_hosts.CASES[name]
     with torch.device("meta"):
         model = case.make_model(384)
-    apply_patch_selection(model, case.selection_layers, RATE, case.guidance)
+    apply_patch_selection(model, schedule_of(case.selection_layers, RATE, case.guidance))
     assert sum(parameter.numel() for parameter in model.parameters()) > 85e6
     assert transformers.__version__

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from schedules import schedule_of
 from tiny_hosts import (
     HOSTS,
     INPUT_IDS,
@@ -162,7 +163,7 @@ def test_clip_and_siglip_agree_with_loops(name, guidance):
     given = {"text_embeds": texts} if "text" in guidance else {}
 
     def apply():
-        apply_patch_selection(model, LAYERS, RATE, guidance)
+        apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
         return model
 
     def run():
@@ -182,7 +183,7 @@ def test_blip_agrees_with_loops(guidance):
     guides = guides_of(guidance, text_states[:, 0], [0] * 3)
 
     def apply():
-        apply_patch_selection(model, LAYERS, RATE, guidance)
+        apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
         return model
 
     def run():
@@ -199,7 +200,7 @@ def test_bridgetower_agrees_with_loops():
     tokens = visual.forward_pre(inputs["pixel_values"]).transpose(0, 1)
 
     def apply():
-        apply_patch_selection(model, LAYERS, RATE, "image")
+        apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
         return model
 
     def run():
@@ -224,7 +225,7 @@ def test_timm_agrees_with_loops(options):
     guides = [dict.fromkeys(LAYERS, 0 if model.has_class_token else None)] * 3
 
     def apply():
-        apply_patch_selection(model, LAYERS, RATE, "image")
+        apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
         return model
 
     def run():
@@ -245,7 +246,7 @@ def test_vilt_agrees_with_loops_over_each_pair_without_its_padding(guidance):
     torch.manual_seed(0)
     _, _, (patch_index, grid) = tower.embeddings.visual_embed(inputs["pixel_values"], PIXEL_MASK, -1)
     layers = [parts_of(layer) for layer in tower.encoder.layer]
-    apply_patch_selection(model, LAYERS, RATE, guidance)
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
     with record_patch_selection(model) as selections:
         actual = tower(**inputs).last_hidden_state
     assert [selection.kept_indices.shape[1] for selection in selections] == KEPT

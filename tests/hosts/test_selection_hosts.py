@@ -40,7 +40,7 @@ def test_the_sequence_gets_as_short_as_counted(host):
     model = host.make_model()
     host.apply(model)
     assert [indices.shape[1] for indices in kept_by(host, model)] == KEPT
-    host.apply(model, fuse_inattentive_tokens=False)  # ceil(.7 * 16) = 12 -> ceil(.7 * 12) = 9
+    host.apply(model, fuse=False)  # ceil(.7 * 16) = 12 -> ceil(.7 * 12) = 9
     kept = kept_by(host, model)
     assert [indices.shape[1] for indices in kept] == [12, 9]
     assert not any((indices == -1).any() for indices in kept)

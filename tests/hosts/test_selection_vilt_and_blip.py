@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from tiny_hosts import (
@@ -84,7 +85,7 @@ def test_vilt_takes_images_that_were_embedded_before():
     torch.manual_seed(0)
     image_embeds, _, _ = model.embeddings.visual_embed(PIXELS, torch.ones(3, 32, 32), -1)
     inputs = {"input_ids": INPUT_IDS, "image_embeds": image_embeds, "pixel_mask": torch.ones(3, 17)}
-    apply_patch_selection(model, LAYERS, RATE)
+    apply_patch_selection(model, schedule_of(LAYERS, RATE))
     with record_patch_selection(model) as selections:
         actual = model(**inputs)
     expected = model(input_ids=INPUT_IDS, pixel_values=PIXELS)  # the order of the patches plays no part
@@ -96,7 +97,7 @@ def test_vilt_takes_images_that_were_embedded_before():
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_hidden_states_and_attentions_of_vilt_get_shorter(return_dict):
     model = make_vilt(ViltModel).eval()
-    apply_patch_selection(model, LAYERS, RATE)
+    apply_patch_selection(model, schedule_of(LAYERS, RATE))
     outputs = model(**PAIRS, output_hidden_states=True, output_attentions=True, return_dict=return_dict)
     hidden_states, attentions = outputs[2:] if not return_dict else (outputs.hidden_states, outputs.attentions)
     assert [states.shape[1] for states in hidden_states] == [5 + 17, 5 + 14, 5 + 12, 5 + 12]
@@ -108,10 +109,10 @@ def test_hidden_states_and_attentions_of_vilt_get_shorter(return_dict):
 def test_heads_of_vilt_run():
     torch.manual_seed(0)
     masked_lm = make_vilt(ViltForMaskedLM).eval()
-    apply_patch_selection(masked_lm, LAYERS, RATE)
+    apply_patch_selection(masked_lm, schedule_of(LAYERS, RATE))
     assert masked_lm(**PAIRS).logits.shape == (3, 5, 50)
     two_images = make_vilt(ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3).eval()
-    apply_patch_selection(two_images, LAYERS, RATE)
+    apply_patch_selection(two_images, schedule_of(LAYERS, RATE))
     with record_patch_selection(two_images) as selections:
         output = two_images(**{**PAIRS, "pixel_values": torch.stack([PIXELS, -PIXELS], dim=1)})
     assert output.logits.shape == (3, 2)
@@ -203,7 +204,7 @@ def test_the_guiding_text_gets_its_gradient_through_the_fused_token():
     model = HOSTS["clip"].make_model()
     text_embeds = torch.randn(3, 32, requires_grad=True)
     for fuses in (True, False):
-        apply_patch_selection(model, LAYERS, RATE, "text", fuse_inattentive_tokens=fuses)
+        apply_patch_selection(model, schedule_of(LAYERS, RATE, "text", fuses))
         features = model.get_image_features(PIXELS, text_embeds=text_embeds).pooler_output
         (gradient,) = torch.autograd.grad(features.square().sum(), text_embeds, allow_unused=True)
         assert (gradient is not None and bool((gradient.abs().amax(dim=1) > 0).all())) == fuses
@@ -223,7 +224,7 @@ def test_a_layer_that_a_text_guides_does_not_select_without_it(name, guidance):
 @pytest.mark.parametrize("model_class", [VisionTransformer, VisionTransformerDistilled])
 def test_registers_and_distillation_tokens_of_timm_always_stay(model_class):
     model = make_timm(model_class, **({"reg_tokens": 3} if model_class is VisionTransformer else {})).eval()
-    apply_patch_selection(model, LAYERS, RATE, "image")
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
     assert model.forward_features(PIXELS).shape[1] == model.num_prefix_tokens + 10 + 1
     with torch.no_grad():  # the prefix after a layer that changes no token is the prefix before it
         for parameter in model.blocks.parameters():
@@ -237,7 +238,7 @@ def test_registers_and_distillation_tokens_of_timm_always_stay(model_class):
 def test_a_head_of_bridgetower_runs():
     torch.manual_seed(0)
     model = make_bridgetower(BridgeTowerForMaskedLM).eval()
-    apply_patch_selection(model, [1], RATE, "image")
+    apply_patch_selection(model, schedule_of([1], RATE, "image"))
     assert model(**PAIRS).logits.shape == (3, 5, 50)
 
 
@@ -254,7 +255,7 @@ def test_rows_of_a_projection_are_those_of_the_whole():
 def test_recorded_numbers_are_those_of_the_original_grid():
     """Of 16 patches 2 stay, and of these and the fused token 1."""
     model = HOSTS["timm"].make_model()
-    apply_patch_selection(model, LAYERS, 0.1, "image")
+    apply_patch_selection(model, schedule_of(LAYERS, 0.1, "image"))
     with record_patch_selection(model) as selections:
         model(PIXELS)
         model(PIXELS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from schedules import schedule_of
 from tiny_single_stream import HEADS, IDS, INDEX, MASK, images, kept, make_config, make_model, randomize
 from transformers import (
     AutoModel,
@@ -92,7 +93,7 @@ def test_with_selection_it_is_vilt_with_patch_selection(guidance, fuse):
     schedule = {"selection_layers": [2, 3], "keep_rate": 0.5}
     model, _ = from_vilt(vilt, selection_guidance=guidance, fuse_inattentive_tokens=fuse, **schedule)
     output = model(IDS, images(4), MASK)
-    apply_patch_selection(vilt, **schedule, guidance=guidance, fuse_inattentive_tokens=fuse)
+    apply_patch_selection(vilt, schedule_of([2, 3], 0.5, guidance, fuse))
     with record_patch_selection(vilt) as selections:
         states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
     assert kept(output) == [entry.kept_indices.tolist() for entry in selections]

@@ -53,7 +53,7 @@ def selecting(model_class: type[PreTrainedModel], guidance: str) -> type[PreTrai
     class Selecting(model_class):
         def __init__(self, config):
             super().__init__(config)
-            apply_patch_selection(self, [1, 2], 0.5, guidance)
+            apply_patch_selection(self, f"1:{guidance}:0.5,2:{guidance}:0.5")
 
     Selecting.__name__ = model_class.__name__  # the suites look classes up by name
     return Selecting

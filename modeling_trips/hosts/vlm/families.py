@@ -132,10 +132,14 @@ class Family:
             arguments |= {"image_window_index": current.unit_order, "image_cu_window_seqlens": current.segments}
         return self.base.get_image_features(**arguments, return_dict=True)
 
-    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
-        """How many images of the tower's batch belong to each prompt. A tile of an image counts as one."""
-        tokens_per_image = sum(tokens_per_prompt) // len(inputs["pixel_values"])
-        return [tokens // tokens_per_image for tokens in tokens_per_prompt]
+    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        """Number of visual tokens of each group."""
+        number = len(inputs["pixel_values"])
+        return [sum(tokens_per_prompt) // number] * number
+
+    def images_per_group(self, inputs: dict, sizes: list[int]) -> list[int]:
+        """How many images of the tower's batch make each group. A tile of an image counts as one."""
+        return [1] * len(sizes)
 
     def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
         """Of each group of visual tokens, those of kept patches, as positions in ascending order."""
@@ -190,19 +194,14 @@ class LlavaNext(Llava):
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, side) for size in inputs["image_sizes"]
         ]
 
-    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
         config = self.config.vision_config
-        tiles = self.tiles_per_image(inputs)
-        empty = [torch.zeros(number, (config.image_size // config.patch_size) ** 2, 1) for number in tiles]
-        sizes = [len(group) for group in self.pack(empty, inputs)]
-        counts, row, left = [0] * len(tokens_per_prompt), 0, tokens_per_prompt[0]
-        for number, size in zip(tiles, sizes):
-            while left == 0:
-                row += 1
-                left = tokens_per_prompt[row]
-            counts[row] += number
-            left -= size
-        return counts
+        num_patches = (config.image_size // config.patch_size) ** 2
+        empty = [torch.zeros(number, num_patches, 1) for number in self.tiles_per_image(inputs)]
+        return [len(group) for group in self.pack(empty, inputs)]
+
+    def images_per_group(self, inputs: dict, sizes: list[int]) -> list[int]:
+        return self.tiles_per_image(inputs)
 
     def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
@@ -252,8 +251,11 @@ class Smolvlm(Family):
     def unit(self) -> int:
         return self.config.scale_factor
 
-    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
-        return [tokens // self.base.image_seq_len for tokens in tokens_per_prompt]
+    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        return tokens_per_prompt
+
+    def images_per_group(self, inputs: dict, sizes: list[int]) -> list[int]:
+        return [size // self.base.image_seq_len for size in sizes]
 
     def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
@@ -321,18 +323,10 @@ class Qwen2Vl(Family):
         return restore
 
     def begin_pass(self, inputs: dict) -> TowerPass:
-        sizes = inputs["image_grid_thw"].prod(dim=-1) // self.unit**2
-        return TowerPass(num_units=sizes.tolist())
+        return TowerPass(num_units=self.group_sizes(inputs, []))
 
-    def tower_images_per_prompt(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
-        sizes = self.begin_pass(inputs).num_units
-        ends, image, counts = [*accumulate(sizes)], 0, []
-        for end in accumulate(tokens_per_prompt):
-            first = image
-            while image < len(ends) and ends[image] <= end:
-                image += 1
-            counts.append(image - first)
-        return counts
+    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+        return (inputs["image_grid_thw"].prod(dim=-1) // self.unit**2).tolist()
 
     def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()

@@ -141,10 +141,10 @@ def prune(
     if in_tower is not None:
         current = in_tower.tower.next_pass = family.begin_pass(inputs)
         if in_tower.guide is not None:
-            per_prompt = family.tower_images_per_prompt(inputs, prompts.num_visual)
-            rows = [row for row, number in enumerate(per_prompt) for _ in range(number)]
-            embeddings, mask = prompts.text()
-            current.query = in_tower.guide(embeddings, mask)[rows]
+            sizes = family.group_sizes(inputs, prompts.num_visual)
+            numbers = family.images_per_group(inputs, sizes)
+            rows = [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
+            current.query = in_tower.guide(*prompts.text())[rows]
     output = family.encode(inputs, current)
     groups = list(output.pooler_output)
     sizes = [len(group) for group in groups]

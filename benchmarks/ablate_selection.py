@@ -1,5 +1,5 @@
 r"""
-Does the text pick better patches? Trains a task with each way of selecting them, and unpruned, over several seeds.
+Train a task with several ways to select patches, and unpruned, over several seeds, and compare the results.
 
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
         --dataset_name easy_vqa_scenes --model_name_or_path demo/model --keep_rate 0.1
@@ -7,13 +7,13 @@ Does the text pick better patches? Trains a task with each way of selecting them
     python benchmarks/ablate_selection.py --variants_file benchmarks/variants/rates.json --output_json rates.json -- \
         --dataset_name easy_vqa_scenes --model_name_or_path outputs/scenes
 
-What stands behind `--` goes to each run of the script, which is told besides it how to select
-(`--selection_guidance`, or `--keep_rate 1.0` for the unpruned twin; or what `--variants_file` says), its `--seed` and
-its folder. A run that has ended is not run again, so that an interrupted ablation goes on where it was. Each run has
-its log in its folder. With `--eval_strategy epoch` the rows hold how each run learnt.
+The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
+for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. Finished runs are not repeated,
+so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy epoch` the rows
+hold the learning curve.
 
-The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor that both must beat.
-plot_ablation.py draws the rows.
+The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor. plot_ablation.py draws the
+rows.
 """
 
 import json
@@ -22,16 +22,16 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
+from measuring import OutputArguments, check_choices, run_benchmark
 from tqdm.auto import tqdm
 
-from modeling_trips.inspection.speed import provenance
 from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -43,27 +43,19 @@ VARIANTS = {
 }
 
 
-@dataclass
-class AblationArguments:
-    script: str = field(default="run_vqa.py", metadata={"help": "Which script of examples/ trains and evaluates."})
-    metric: str = field(default="eval_accuracy", metadata={"help": "What of its eval_results.json is compared."})
-    show: list[str] = field(
-        default_factory=list,
-        metadata={"help": "More of it to print beside the metric, such as eval_layer2_kept: means over the seeds."},
-    )
+@dataclass(kw_only=True)
+class AblationArguments(OutputArguments):
+    script: str = field(default="run_vqa.py", metadata={"help": "Script of examples/ that trains and evaluates."})
+    metric: str = field(default="eval_accuracy", metadata={"help": "Metric of eval_results.json to compare."})
+    show: list[str] = field(default_factory=list, metadata={"help": "Further metrics to print: means over seeds."})
     variants_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON: an object with the options of each variant by its name. Default: "
-            f"{', '.join(VARIANTS)}, each at the keep rate behind `--`."
-        },
+        default=None, metadata={"help": f"JSON: name to options. Default: {', '.join(VARIANTS)}."}
     )
-    variants: list[str] | None = field(default=None, metadata={"help": "Run these only. Default: all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each variant per seed."})
+    variants: list[str] | None = field(default=None, metadata={"help": "Variants to run. Default: all."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each variant."})
     jobs: int = field(default=2, metadata={"help": "Runs side by side."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads of each run."})
-    output_dir: str = field(default="outputs/ablation", metadata={"help": "A folder per run goes in here."})
-    output_json: str | None = field(default=None, metadata={"help": "Write a row per run to this file."})
+    output_dir: str = field(default="outputs/ablation", metadata={"help": "Folder of the runs, one folder each."})
 
 
 @dataclass(frozen=True)
@@ -95,12 +87,10 @@ def read_variants(path: str | None) -> dict[str, list[str]]:
 
 
 def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
-    """Variant by variant within a seed, so that what is there early can be compared."""
+    """Return the runs, seed by seed, so that early results can be compared."""
     variants = read_variants(args.variants_file)
     chosen = list(variants) if args.variants is None else args.variants
-    unknown = set(chosen) - variants.keys()
-    if unknown:
-        raise ValueError(f"--variants must be of {', '.join(variants)}, got {', '.join(sorted(unknown))}.")
+    check_choices("--variants", chosen, variants)
     return [
         Run(
             variant,
@@ -114,7 +104,7 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
 
 
 def execute(run: Run, args: AblationArguments):
-    """Trains and evaluates in a process of its own. A run that ended before with other options is an error."""
+    """Train and evaluate in a process of its own; a `ValueError` if the folder holds a run with other options."""
     if run.is_done:
         options = json.loads(run.results_file.read_text())["options"]
         if options != list(run.options):
@@ -138,7 +128,6 @@ def execute(run: Run, args: AblationArguments):
         "jobs": args.jobs,
         **json.loads((run.folder / "eval_results.json").read_text()),
         "history": learning_curve(run.folder, args.metric),
-        **provenance("cpu"),
     }
     write_json(run.results_file, row)
 
@@ -149,8 +138,9 @@ def learning_curve(folder: Path, metric: str) -> list[dict]:
     return [{name: entry[name] for name in ("epoch", "step", metric)} for entry in log if metric in entry]
 
 
-def print_table(rows: list[dict], metric: str, show: list[str]):
-    """Mean over the seeds and standard deviation, in Markdown; means of what else is shown, where it is."""
+def print_table(rows: list[dict], args: AblationArguments):
+    """Print mean and standard deviation over the seeds in Markdown, and the means of the further metrics."""
+    metric, show = args.metric, args.show
     titles = "".join(f" {name} |" for name in show)
     print(f"| selection | {metric}: mean | standard deviation | seeds | minutes per run |{titles}")
     print("|---|---|---|---|---|" + "---|" * len(show))
@@ -166,16 +156,15 @@ def print_table(rows: list[dict], metric: str, show: list[str]):
 def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    (args,) = make_parser(AblationArguments, description=__doc__).parse_args_into_dataclasses(args=own)
-    runs = make_runs(args, options)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in tqdm(pool.map(lambda run: execute(run, args), runs), total=len(runs), desc="runs"):
-            pass
-    rows = [json.loads(run.results_file.read_text()) for run in runs]
-    if args.output_json is not None:
-        write_json(args.output_json, rows)
-    print_table(rows, args.metric, args.show)
-    return rows
+
+    def measure(args: AblationArguments) -> Iterator[dict]:
+        runs = make_runs(args, options)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            finished = pool.map(lambda run: (execute(run, args), run), runs)
+            for _, run in tqdm(finished, total=len(runs), desc="runs"):
+                yield json.loads(run.results_file.read_text())
+
+    return run_benchmark(AblationArguments, __doc__, measure, print_table, own)
 
 
 if __name__ == "__main__":

@@ -1,75 +1,60 @@
-"""
-Measure what patch selection saves: TRIPS against its unpruned twin (the same weights at keep rate 1.0).
+r"""
+Measure what patch selection saves: TRIPS against the unpruned baseline, the same weights at keep rate 1.0.
 
     python benchmarks/benchmark.py                     # base size, 224 and 384 px, three schedules
     python benchmarks/benchmark.py --mode forward training --plot speed.png --output_json speed.json
     python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
-    python benchmarks/benchmark.py --image_size 384 --schedule 5,10 --batch_size 1 --texts_per_image 10
     python benchmarks/benchmark.py --schedule 5:image:0.7,12:text:0.3 --batch_size 1 --texts_per_image 1 2 5 10
     python benchmarks/benchmark.py --mode pretraining --image_size 256 --schedule 5,10 --batch_size 4
+    python benchmarks/benchmark.py --device cuda --dtype bfloat16 --batch_size 1 8 32 128 --compile True \
+        --compile_mode reduce-overhead --repeats 100 --limit 6          # with CUDA graphs
 
-Pruned and unpruned steps alternate in one run, after a warm-up, and medians are compared, so that a machine that slows
-down slows both. Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCounterMode`. A step is
-the forward pass of text encoder, vision tower and fusion encoder, in `training` mode followed by the backward pass.
-
-In `pretraining` mode a step is the forward pass of all four objectives and of the momentum teacher, and the backward
-pass; the optimizer and the teacher's update, which are the same for both twins, are left out. The forward pass is also
-divided among the parts of the model and the teacher.
+Pruned and unpruned steps alternate after a warm-up, and medians are compared. `FlopCounterMode` counts the
+multiply-accumulates (MACs) of matrix products. A step is the forward pass of text encoder, vision tower and fusion
+encoder, in `training` mode followed by the backward pass. In `pretraining` mode a step is the forward pass of all four
+objectives and of the momentum teacher, and the backward pass, without the optimizer and the teacher's update.
 """
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
+from measuring import TimingArguments, check_choices, run_benchmark
 from tqdm.auto import tqdm
 
 from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.speed import MODES, Setting, measure
-from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
 
 
-@dataclass
-class BenchmarkArguments:
+@dataclass(kw_only=True)
+class BenchmarkArguments(TimingArguments):
     preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
     image_size: list[int] = field(default_factory=lambda: [224, 384], metadata={"help": "Pixels per side."})
     batch_size: list[int] = field(default_factory=lambda: [8], metadata={"help": "Images per step."})
-    texts_per_image: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "Texts that share an image's prefix through `image_index`."}
-    )
-    text_length: int = field(default=40, metadata={"help": "Tokens per text (the paper counts 40)."})
+    texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts per image."})
+    text_length: int = field(default=40, metadata={"help": "Tokens per text."})
     schedule: list[str] = field(
         default_factory=lambda: ["5,10", "2,10", "2,4,8"],
-        metadata={
-            "help": "Selection layers, as in 5,10, or each with its guidance and its keep rate, which are text and "
-            "--keep_rate otherwise: 5:image:0.7,12:text:0.3"
-        },
+        metadata={"help": "Selection layers (5,10) or layer:guidance:keep_rate (5:image:0.7,12:text:0.3)."},
     )
     keep_rate: list[float] = field(
-        default_factory=lambda: [0.7], metadata={"help": "Keep rates to try, of the layers that have none."}
+        default_factory=lambda: [0.7], metadata={"help": "Keep rates of the layers that name none."}
     )
     compare_repeating: bool = field(
-        default=True, metadata={"help": "Where texts share images, also measure repeating the images."}
+        default=True, metadata={"help": "Also measure repeated images where texts share an image."}
     )
-    config_fields: str = field(
-        default="{}",
-        metadata={"help": """Fields of TripsConfig, as JSON: --config_fields '{"projection_dim": 512}'"""},
-    )
+    config_fields: str = field(default="{}", metadata={"help": "Further fields of TripsConfig, as JSON."})
     mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
-    clock: str = field(
-        default="wall",
-        metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."},
-    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flash_attention_2."})
     compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
-    warmup: int = field(default=2, metadata={"help": "Steps of each twin before any is timed."})
-    repeats: int = field(default=10, metadata={"help": "Timed steps of each twin."})
-    output_json: str | None = field(default=None, metadata={"help": "Write one row per setting to this file."})
-    plot: str | None = field(default=None, metadata={"help": "Write a picture of the ratios to this file."})
+    compile_mode: str | None = field(default=None, metadata={"help": "Mode of torch.compile."})
+    plot: str | None = field(default=None, metadata={"help": "Figure of the ratios to write."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices("--mode", self.mode, MODES)
 
 
 def settings_of(args: BenchmarkArguments) -> list[Setting]:
@@ -96,6 +81,7 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
             attn_implementation=args.attn_implementation,
             device=args.device,
             compile=args.compile,
+            compile_mode=args.compile_mode,
             clock=args.clock,
             config_fields=json.loads(args.config_fields),
             **schedule.config_fields,
@@ -122,31 +108,32 @@ def print_table(rows: list[dict]):
     width = max(len(label(row)) for row in rows)
     print(f"{'setting':<{width}}  MACs ratio  time ratio  pairs/s  peak MiB (unpruned)  tokens per layer")
     for row in rows:
-        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}"
-        twin_memory = "" if row["peak_memory_bytes"] is None else f"({row['unpruned_peak_memory_bytes'] / 2**20:.0f})"
+        memory = ""
+        if row["peak_memory_bytes"] is not None:
+            memory = f"{row['peak_memory_bytes'] / 2**20:.0f} ({row['unpruned_peak_memory_bytes'] / 2**20:.0f})"
         print(
             f"{label(row):<{width}}  {row['macs_ratio']:10.3f}  {row['time_ratio']:10.3f}  {row['throughput']:7.1f}  "
-            f"{memory + ' ' + twin_memory:>19}  {' '.join(map(str, row['tokens_per_layer']))}"
+            f"{memory:>19}  {' '.join(map(str, row['tokens_per_layer']))}"
         )
     print_parts(rows)
     print_verdict(rows)
 
 
 def print_parts(rows: list[dict]):
-    """How the forward pass of pre-training is divided, and what is left of each part."""
+    """Print the share of each part in the forward pass of pre-training, and pruned / unpruned."""
     for row in rows:
         if "macs_by_part" in row:
             pruned, unpruned = row["macs_by_part"], row["unpruned_macs_by_part"]
-            total, twin_total = sum(pruned.values()), sum(unpruned.values())
+            total, unpruned_total = sum(pruned.values()), sum(unpruned.values())
             print(f"{label(row)}: shares of the forward pass in MACs, pruned and unpruned, and pruned / unpruned")
             for part, macs in pruned.items():
-                twin = unpruned[part]
-                ratio = f"{macs / twin:9.2f}" if twin else "        -"
-                print(f"  {part:<16} {macs / total:8.1%} {twin / twin_total:8.1%} {ratio}")
+                baseline = unpruned[part]
+                ratio = f"{macs / baseline:9.2f}" if baseline else "        -"
+                print(f"  {part:<16} {macs / total:8.1%} {baseline / unpruned_total:8.1%} {ratio}")
 
 
 def print_verdict(rows: list[dict]):
-    """Where pruning does not pay, or pays less than counted, in words."""
+    """Name the settings where the measured speedup falls short of the MAC ratio."""
     for row in rows:
         if "speedup_over_repeating_images" in row:
             speedup = row["speedup_over_repeating_images"]
@@ -211,21 +198,19 @@ def plot_sharing(rows: list[dict], path: str):
     figure.savefig(path, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    parser = make_parser(BenchmarkArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
-    rows = [
-        measure(setting, args.warmup, args.repeats, args.compare_repeating)
-        for setting in tqdm(settings_of(args), desc="settings")
-    ]
+def measure_all(args: BenchmarkArguments) -> Iterator[dict]:
+    for setting in tqdm(settings_of(args), desc="settings"):
+        yield measure(setting, args.warmup, args.repeats, args.compare_repeating, args.limit)
+
+
+def report(rows: list[dict], args: BenchmarkArguments):
     print_table(rows)
-    if args.output_json is not None:
-        write_json(args.output_json, rows)
     if args.plot is not None:
         plot_rows(rows, args.plot)
-    return rows
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return run_benchmark(BenchmarkArguments, __doc__, measure_all, report, argv)
 
 
 if __name__ == "__main__":

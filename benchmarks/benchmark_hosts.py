@@ -1,5 +1,5 @@
 """
-Measure what patch selection saves inside models of Transformers and timm: each host with it and without it.
+Measure what patch selection saves inside models of Transformers and timm, with and without it.
 
     python benchmarks/benchmark_hosts.py                                  # all hosts, base size, 384 px
     python benchmarks/benchmark_hosts.py --hosts vilt blip_vqa --keep_rate 0.5 --output_json hosts.json
@@ -9,26 +9,23 @@ Multiply-accumulates (MACs) of matrix products are counted by PyTorch's `FlopCou
 the whole model's: text, vision tower, fusion and head.
 """
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+from measuring import TimingArguments, check_choices, run_benchmark
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection, remove_patch_selection
-from modeling_trips.inspection.speed import CLOCKS, check_clock, provenance
-from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
 
 
 @dataclass
 class Case:
-    """One row: a host, how its patches are selected, and what it takes besides pixels."""
+    """A model of another library, the selection inside it, and its inputs besides pixels."""
 
     make_model: Callable[[int], nn.Module]  # of the image size
     guidance: str = "image"
@@ -72,25 +69,17 @@ CASES = {
 }
 
 
-@dataclass
-class HostBenchmarkArguments:
+@dataclass(kw_only=True)
+class HostBenchmarkArguments(TimingArguments):
     hosts: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": f"Of {', '.join(CASES)}."})
     image_size: int = field(default=384, metadata={"help": "Pixels per side."})
     batch_size: int = field(default=2, metadata={"help": "Images per pass, each with a text."})
     text_length: int = field(default=40, metadata={"help": "Tokens per text."})
     keep_rate: float = field(default=0.7, metadata={"help": "Keep rate of both selection layers."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
-    clock: str = field(
-        default="wall",
-        metadata={
-            "help": "wall; or process: the processor's time, which other programs do not lengthen. The latter is for "
-            "one thread of a busy machine."
-        },
-    )
-    warmup: int = field(default=1, metadata={"help": "Passes of each variant before any is timed."})
-    repeats: int = field(default=9, metadata={"help": "Timed passes of each variant."})
-    output_json: str | None = field(default=None, metadata={"help": "Write one row per host to this file."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices("--hosts", self.hosts, CASES)
 
 
 def make_inputs(case: Case, args: HostBenchmarkArguments) -> dict[str, torch.Tensor]:
@@ -125,36 +114,27 @@ def count_tokens(model: nn.Module, inputs: dict[str, torch.Tensor], num_class_to
 
 def measure(name: str, args: HostBenchmarkArguments) -> dict:
     """One row of results: the setting, its counts and its medians."""
-    case, time_of = CASES[name], CLOCKS[args.clock]
-    torch.manual_seed(0)
+    case = CASES[name]
     model = case.make_model(args.image_size).eval().to(args.device)
     inputs = make_inputs(case, args)
 
-    def prune():
-        entries = (f"{layer}:{case.guidance}:{args.keep_rate}" for layer in case.selection_layers)
-        apply_patch_selection(model, ",".join(entries))
+    def prepare(variant: str):
+        remove_patch_selection(model)
+        if variant == "pruned":
+            entries = (f"{layer}:{case.guidance}:{args.keep_rate}" for layer in case.selection_layers)
+            apply_patch_selection(model, ",".join(entries))
 
     @torch.no_grad()
     def forward():
         model(**inputs)
 
-    prune()
+    prepare("pruned")
     tokens = count_tokens(model, inputs, case.num_class_tokens)
     macs = count_macs(model, inputs)
-    remove_patch_selection(model)
+    prepare("unpruned")
     unpruned_macs = count_macs(model, inputs)
-
-    seconds, unpruned_seconds = [], []
-    for round_number in range(args.warmup + args.repeats):
-        remove_patch_selection(model)
-        unpruned_elapsed = time_of(forward, args.device)
-        prune()
-        elapsed = time_of(forward, args.device)
-        if round_number >= args.warmup:
-            seconds.append(elapsed)
-            unpruned_seconds.append(unpruned_elapsed)
-    latency, unpruned_latency = statistics.median(seconds), statistics.median(unpruned_seconds)
-    ratios = [pruned / unpruned for pruned, unpruned in zip(seconds, unpruned_seconds)]
+    times = args.time_in_turns({"unpruned": forward, "pruned": forward}, "unpruned", prepare)
+    pruned, unpruned = times["pruned"], times["unpruned"]
     return {
         "host": type(model).__name__,
         "guidance": case.guidance,
@@ -164,25 +144,22 @@ def measure(name: str, args: HostBenchmarkArguments) -> dict:
         "batch_size": args.batch_size,
         "text_length": args.text_length if case.takes_text else None,
         "device": args.device,
-        "num_threads": torch.get_num_threads(),
         "clock": args.clock,
-        **provenance(args.device),
+        "repeats": args.repeats,
         "unpruned_image_tokens": tokens[0],
         "image_tokens": tokens[1],
         "unpruned_macs": unpruned_macs,
         "macs": macs,
         "macs_ratio": macs / unpruned_macs,
-        "unpruned_latency": unpruned_latency,
-        "latency": latency,
-        "time_ratio": latency / unpruned_latency,
-        # The middle half of the ratios of single rounds says how noisy the machine was.
-        "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
-        "repeats": args.repeats,
+        "unpruned_latency": unpruned["latency"],
+        "latency": pruned["latency"],
+        "time_ratio": pruned["latency"] / unpruned["latency"],
+        "time_ratio_quartiles": pruned["time_ratio_quartiles"],
     }
 
 
-def print_table(rows: list[dict]):
-    """In Markdown, for the README."""
+def print_table(rows: list[dict], args: HostBenchmarkArguments):
+    """Print the rows in Markdown."""
     print("| host (guidance) | layers | image tokens | GMACs per pair | ratio | ms per pair | ratio (middle half) |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -198,23 +175,16 @@ def print_table(rows: list[dict]):
     for row in rows:
         if row["time_ratio"] > 1.05 * row["macs_ratio"]:
             excess = row["time_ratio"] / row["macs_ratio"]
-            print(f"{row['host']} ({row['guidance']}): pays less than counted: {excess:.2f} times the MACs ratio.")
+            print(f"{row['host']} ({row['guidance']}): the time ratio is {excess:.2f} times the MAC ratio.")
+
+
+def measure_all(args: HostBenchmarkArguments) -> Iterator[dict]:
+    for name in tqdm(args.hosts, desc="hosts"):
+        yield measure(name, args)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = make_parser(HostBenchmarkArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
-    unknown = set(args.hosts) - set(CASES)
-    if unknown:
-        raise ValueError(f"--hosts must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}.")
-    check_clock("--clock", args.clock, args.device)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
-    rows = [measure(name, args) for name in tqdm(args.hosts, desc="hosts")]
-    print_table(rows)
-    if args.output_json is not None:
-        write_json(args.output_json, rows)
-    return rows
+    return run_benchmark(HostBenchmarkArguments, __doc__, measure_all, print_table, argv)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ kept patches, and answers, the better half of the matches, or the image that is 
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from measuring import TimingArguments, check_choices, run_benchmark
 from tqdm.auto import tqdm
 
 from modeling_trips import (
@@ -33,9 +34,6 @@ from modeling_trips import (
 from modeling_trips.conversion.files import whole_folder
 from modeling_trips.export import BACKENDS, export_model, load_exported
 from modeling_trips.export.running import RUNTIMES
-from modeling_trips.inspection.speed import CLOCKS, medians_in_turns, provenance
-from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
 
 
 REFERENCE, CALIBRATED = "eager-fp32", "openvino-int8-calibrated"
@@ -45,32 +43,23 @@ WAYS = (*IN_PYTORCH, *EXPORTED)
 ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
 
 
-@dataclass
-class ExportSpeedArguments:
+@dataclass(kw_only=True)
+class ExportSpeedArguments(TimingArguments):
     preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
     image_size: int = field(default=384, metadata={"help": "Pixels per side."})
-    schedule: str = field(default="5,10", metadata={"help": "As of benchmark.py: 5,10 or 5:image:0.7,12:text:0.3"})
-    keep_rate: float = field(default=0.7, metadata={"help": "Of the selection layers that name none; 1.0: unpruned."})
+    schedule: str = field(default="5,10", metadata={"help": "Selection layers (5,10) or layer:guidance:keep_rate."})
+    keep_rate: float = field(default=0.7, metadata={"help": "Keep rate of the layers that name none. 1.0: unpruned."})
     task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, features."})
     ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": f"Of {', '.join(WAYS)}."})
     batch_size: int = field(default=1, metadata={"help": "Images per step."})
-    texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts that share an image."})
+    texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts per image."})
     text_length: int = field(default=40, metadata={"help": "Tokens per text."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of each. Default: PyTorch's choice."})
-    clock: str = field(
-        default="wall", metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."}
-    )
-    warmup: int = field(default=2, metadata={"help": "Steps of each way before any is timed."})
-    repeats: int = field(default=9, metadata={"help": "Timed steps of each way."})
-    export_dir: str = field(default="outputs/exports", metadata={"help": "Where exports are kept."})
-    output_json: str | None = field(default=None, metadata={"help": "Write one row per way and work to this file."})
+    export_dir: str = field(default="outputs/exports", metadata={"help": "Folder of the exported models."})
 
     def __post_init__(self):
-        choices = {"task": (self.task, TASKS), "ways": (self.ways, WAYS), "clock": ([self.clock], CLOCKS)}
-        for name, (given, known) in choices.items():
-            wrong = [one for one in given if one not in known]
-            if wrong:
-                raise ValueError(f"--{name} must be of {', '.join(known)}, got {', '.join(wrong)}.")
+        super().__post_init__()
+        check_choices("--task", self.task, TASKS)
+        check_choices("--ways", self.ways, WAYS)
         if REFERENCE not in self.ways:
             self.ways = [REFERENCE, *self.ways]
 
@@ -157,32 +146,28 @@ def measure(task: str, models: dict[str, TripsPreTrainedModel], texts_per_image:
         own = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
         steps[way] = lambda model=model, own=own: work(model, own)
         results[way], kept[way] = steps[way](), kept_patches(model, own)
-    medians = medians_in_turns(steps, args.warmup, args.repeats, args.clock)
+    times = args.time_in_turns(steps, REFERENCE)
     same = {
         way: sum(len(row & other) for row, other in zip(rows, kept[REFERENCE])) / sum(map(len, kept[REFERENCE]))
         for way, rows in kept.items()
     }
-    fields = asdict(args) | {"num_threads": torch.get_num_threads(), "texts_per_image": texts_per_image}
-    for name in ("ways", "export_dir", "output_json"):
-        del fields[name]
     return [
         {
-            **fields,
-            **provenance("cpu"),
+            **args.settings("ways", "export_dir"),
+            "texts_per_image": texts_per_image,
             **{f"{package}_version": version(package) for package in RUNTIMES.values() if find_spec(package)},
             "task": task,
             "way": way,
-            "latency": median,
-            "throughput": args.batch_size * texts_per_image / median,
-            "speedup": medians[REFERENCE] / median,
+            "throughput": args.batch_size * texts_per_image / own["latency"],
             "same_results": (results[way] == results[REFERENCE]).float().mean().item(),
             "same_patches": same[way],
+            **own,
         }
-        for way, median in medians.items()
+        for way, own in times.items()
     ]
 
 
-def print_table(rows: list[dict]):
+def print_table(rows: list[dict], args: ExportSpeedArguments):
     print(f"{'work':<24}  {'way':<14}  {'ms':>8}  texts/s  speed-up  same results  same patches")
     for row in rows:
         work = f"{row['task']}, {row['texts_per_image']} text(s) per image"
@@ -192,24 +177,20 @@ def print_table(rows: list[dict]):
         )
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    (args,) = make_parser(ExportSpeedArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+def measure_all(args: ExportSpeedArguments) -> Iterator[dict]:
     ways = [way for way in args.ways if is_installed(way)]
     if len(ways) < len(args.ways):
         missing = [way for way in args.ways if way not in ways]
-        print(f"Left out, for want of a package (pip install '.[export]'): {', '.join(missing)}")
-    rows = []
+        print(f"Left out because a package is missing (pip install '.[export]'): {', '.join(missing)}")
     for model_class, tasks in itertools.groupby(args.task, key=lambda task: TASKS[task][0]):
         tasks = list(tasks)
         models = {way: run_as(way, tasks[0], args) for way in tqdm(ways, desc=model_class.__name__)}
         for task, texts_per_image in itertools.product(tasks, args.texts_per_image):
-            rows += measure(task, models, texts_per_image, args)
-    print_table(rows)
-    if args.output_json is not None:
-        write_json(args.output_json, rows)
-    return rows
+            yield from measure(task, models, texts_per_image, args)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return run_benchmark(ExportSpeedArguments, __doc__, measure_all, print_table, argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import ray
-import torch
 import transformers
+from measuring import OutputArguments, check_choices, run_benchmark
 from tqdm.auto import tqdm
 
 from modeling_trips import convert_to_rgb
-from modeling_trips.inspection.speed import CLOCKS, provenance
+from modeling_trips.inspection.speed import CLOCKS
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.source import DataSource
 from trips_examples.indexing.embedding import Embedding, Workers, embed_images, start_ray
@@ -50,8 +50,7 @@ from trips_examples.indexing.table import (
     table_schema,
     write_rows,
 )
-from trips_examples.training.files import write_json, write_whole
-from trips_examples.training.parser import make_parser
+from trips_examples.training.files import write_whole
 
 
 PARTS = ("actors", "memory", "search", "vectors")
@@ -59,8 +58,8 @@ ROWS_PER_FILE = 250  # a block that goes from process to process: a commit
 ACTOR = "ray::MapWorker"
 
 
-@dataclass
-class IndexBenchmarkArguments:
+@dataclass(kw_only=True)
+class IndexBenchmarkArguments(OutputArguments):
     model: str = field(metadata={"help": "A retrieval checkpoint. Untrained ones do for all but the part search."})
     work_dir: str = field(default="outputs/index_benchmark", metadata={"help": "Where images and tables go."})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
@@ -79,7 +78,10 @@ class IndexBenchmarkArguments:
     index_type: str = field(default="IVF_PQ", metadata={"help": "One of Lance's."})
     probes: list[int] = field(default_factory=lambda: [1, 5, 20, 50], metadata={"help": "Partitions looked into."})
     rows_per_commit: int = field(default=256, metadata={"help": "As in index_images.py."})
-    output_json: str | None = field(default=None, metadata={"help": "Where the rows go."})
+    num_threads: int = field(default=1, metadata={"help": "CPU threads."})
+
+    def __post_init__(self):
+        check_choices("--parts", self.parts, PARTS)
 
 
 class Watch:
@@ -323,22 +325,22 @@ def nearest(table, query: np.ndarray, k: int = 50, **how) -> list[str]:
     return table.to_table(columns=["id", "_distance"], nearest=how)["id"].to_pylist()
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    (args,) = make_parser(IndexBenchmarkArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    if unknown := set(args.parts) - set(PARTS):
-        raise SystemExit(f"--parts {' '.join(sorted(unknown))}: choose of {', '.join(PARTS)}.")
+def measure(args: IndexBenchmarkArguments) -> Iterator[dict]:
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
     measures = dict(zip(PARTS, (measure_actors, measure_memory, measure_search, measure_vectors)))
-    rows = []
     for part in args.parts:
         for row in measures[part](args):
-            rows.append({"part": part, **row, "options": asdict(args), **provenance("cpu")})
-            shown = {name: value for name, value in row.items() if not isinstance(value, str)}
-            tqdm.write(f"{part}: " + " ".join(f"{name}={value:.4g}" for name, value in shown.items()))
-            if args.output_json:
-                write_json(args.output_json, rows)
-    return rows
+            yield {"part": part, **row, "options": args.settings()}
+
+
+def print_rows(rows: list[dict], args: IndexBenchmarkArguments):
+    for row in rows:
+        shown = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        print(f"{row['part']}: " + " ".join(f"{name}={value:.4g}" for name, value in shown.items()))
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return run_benchmark(IndexBenchmarkArguments, __doc__, measure, print_rows, argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-Load on a running service, by Locust: throughput and times of 1, 8 and 32 clients that each ask about images of their
-own; and of one client that asks ten questions in ten requests, about one image and about ten.
+Put load on a running service with Locust: throughput and response times of 1, 8 and 32 clients that ask about
+different images, and of one client that asks ten questions in ten requests, about one image and about ten.
 
     TRIPS_MODEL=examples/trips-tiny-easy-vqa bentoml serve trips_serving.service:Trips --host 127.0.0.1 --port 3000 &
     python benchmarks/load_service.py --url http://127.0.0.1:3000 --requests 500 --output_json rows.json
 
-With `--pid`, the memory of that process and its children is read before and after.
+With `--pid`, each row has the memory of that process and its children.
 """
 
 import base64
@@ -13,16 +13,15 @@ import io
 import itertools
 import os
 import random
+import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import PIL.Image
 import PIL.ImageDraw
 import psutil
-
-from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
+from measuring import OutputArguments, run_benchmark
 
 
 QUESTIONS = [
@@ -51,16 +50,15 @@ def make_image(number: int, size: list[int]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@dataclass
-class LoadArguments:
-    url: str = field(default="http://127.0.0.1:3000", metadata={"help": "Where the service is."})
-    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "How many ask at once."})
-    requests: int = field(default=500, metadata={"help": "For each number of clients."})
-    images: int = field(default=200, metadata={"help": "How many different ones each row asks about, in turn."})
-    size: list[int] = field(default_factory=lambda: [640, 480], metadata={"help": "Their width and height."})
-    rounds: int = field(default=7, metadata={"help": "Of ten requests about one image and ten about ten. 0: none."})
-    pid: int | None = field(default=None, metadata={"help": "Of the service, to read its memory."})
-    output_json: str | None = field(default=None, metadata={"help": "Where the rows go."})
+@dataclass(kw_only=True)
+class LoadArguments(OutputArguments):
+    url: str = field(default="http://127.0.0.1:3000", metadata={"help": "Address of the service."})
+    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Numbers of clients."})
+    requests: int = field(default=500, metadata={"help": "Requests for each number of clients."})
+    images: int = field(default=200, metadata={"help": "Different images for each number of clients."})
+    size: list[int] = field(default_factory=lambda: [640, 480], metadata={"help": "Width and height of the images."})
+    rounds: int = field(default=7, metadata={"help": "Rounds of ten requests about one image and ten. 0: none."})
+    pid: int | None = field(default=None, metadata={"help": "Process of the service, to read its memory."})
 
 
 def bodies(images: list[str], num_requests: int) -> Iterator[dict]:
@@ -120,36 +118,38 @@ def memory_of(pid: int | None) -> int | None:
 
 
 def compare_images(url: str, size: list[int], rounds: int) -> dict:
-    """Ten questions in ten requests, about one new image or ten: the median of the rounds, which alternate."""
+    """Return the median seconds of ten questions in ten requests, about one new image and about ten, in turns."""
     seconds: dict[int, list[float]] = {1: [], 10: []}
     numbers = itertools.count(10**6)
     for _ in range(rounds):
         for num_images, found in seconds.items():
             images = [make_image(next(numbers), size) for _ in range(num_images)]
             found.append(10 * run(url, 1, images, 10)["mean_ms"] / 1000)
-    one, ten = (sorted(found)[rounds // 2] for found in seconds.values())
+    one, ten = map(statistics.median, seconds.values())
     return {"one_image_seconds": one, "ten_images_seconds": ten, "ratio": ten / one}
 
 
-def main(argv: list[str] | None = None) -> dict:
-    (args,) = make_parser(LoadArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+def measure(args: LoadArguments) -> Iterator[dict]:
     run(args.url, 8, [make_image(-number, args.size) for number in range(1, 21)], 40)  # warm up
-    result = {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0], "options": asdict(args)}
-    result |= {"memory_before": memory_of(args.pid), "rows": []}
+    shared = {"cores": os.cpu_count(), "options": args.settings("pid")}
     for position, num_clients in enumerate(args.clients):
         # New ones for each row: those of the one before may still be in the cache.
         numbers = range(position * args.images, (position + 1) * args.images)
         images = [make_image(number, args.size) for number in numbers]
         row = run(args.url, num_clients, images, args.requests)
-        result["rows"].append(row)
-        print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)
+        yield {**row, "memory": memory_of(args.pid), "load_average": os.getloadavg()[0], **shared}
     if args.rounds:
-        result["images"] = compare_images(args.url, args.size, args.rounds)
-        print(" ".join(f"{name}={value:.3f}" for name, value in result["images"].items()))
-    result |= {"load_average_after": os.getloadavg()[0], "memory_after": memory_of(args.pid)}
-    if args.output_json:
-        write_json(args.output_json, result)
-    return result
+        yield {**compare_images(args.url, args.size, args.rounds), "load_average": os.getloadavg()[0], **shared}
+
+
+def print_rows(rows: list[dict], args: LoadArguments):
+    for row in rows:
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        print(" ".join(f"{name}={value:.4g}" for name, value in numbers.items()))
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return run_benchmark(LoadArguments, __doc__, measure, print_rows, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-Measure TRIPS beside what people would use instead, in one run: models of Transformers that answer questions or match
-texts with images, and ways to shorten a ViT.
+Measure TRIPS and its alternatives in one run: models of Transformers that answer questions or match texts with images,
+and ways to shorten a ViT.
 
     python benchmarks/peers.py                                        # base size, 384 px, all tasks
     python benchmarks/peers.py --task answer --texts_per_image 1 10 --output_json peers.json
@@ -20,14 +20,14 @@ ViLT has published weights for patches of 32 pixels alone. vilt-16 has patches a
 """
 
 import itertools
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 import transformers
+from measuring import TimingArguments, check_choices, run_benchmark
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -41,10 +41,7 @@ from modeling_trips import (
     TripsVisionModel,
 )
 from modeling_trips.hosts import apply_patch_selection
-from modeling_trips.inspection.speed import check_clock, peak_memory, percentile_99, provenance, seconds_in_turns
 from modeling_trips.patch_selection import num_kept_tokens
-from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
 
 
 PATCH_SIZE = 16
@@ -53,44 +50,28 @@ NUM_ANSWERS = 3129  # that ViLT and others choose from in VQAv2
 ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
 
 
-@dataclass
-class PeerArguments:
+@dataclass(kw_only=True)
+class PeerArguments(TimingArguments):
     task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, tower."})
-    peers: list[str] | None = field(default=None, metadata={"help": "Of them alone, besides TRIPS. Default: all."})
+    peers: list[str] | None = field(default=None, metadata={"help": "Other models to measure. Default: all."})
     schedule: list[str] = field(
         default_factory=lambda: ["5,10", "3:image,6:image,9:image,12:text:0.3", "5:image,10:image"],
-        metadata={"help": "Schedules of TRIPS, as of benchmark.py, where 0.7 is the rate of layers that name none."},
+        metadata={"help": "Schedules of TRIPS; layers that name no keep rate have 0.7."},
     )
-    preset: str = field(default="base", metadata={"help": "Size of TRIPS: that of its peers, unless you test."})
-    tower_schedule: str = field(default="5:image,10:image", metadata={"help": "The one whose tokens towers keep."})
+    preset: str = field(default="base", metadata={"help": "Size of TRIPS. The other models have base size."})
+    tower_schedule: str = field(default="5:image,10:image", metadata={"help": "Schedule of the task tower."})
     image_size: int = field(default=384, metadata={"help": "Pixels per side."})
     batch_size: int = field(default=1, metadata={"help": "Images per step."})
-    texts_per_image: list[int] = field(default_factory=lambda: [1, 10], metadata={"help": "Texts about each image."})
-    text_length: int = field(default=40, metadata={"help": "Tokens per text: at most 40, which ViLT takes."})
+    texts_per_image: list[int] = field(default_factory=lambda: [1, 10], metadata={"help": "Texts per image."})
+    text_length: int = field(default=40, metadata={"help": "Tokens per text, at most 40 (ViLT's limit)."})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
-    clock: str = field(
-        default="wall", metadata={"help": "wall; or process: the processor's time, for one thread of a busy machine."}
-    )
-    warmup: int = field(default=1, metadata={"help": "Steps of each before any is timed."})
-    repeats: int = field(default=9, metadata={"help": "Timed steps of each."})
-    limit: float | None = field(
-        default=None, metadata={"help": "Seconds after which no more are timed, once there are five of each."}
-    )
-    output_json: str | None = field(default=None, metadata={"help": "Write one row per model and work to this file."})
 
     def __post_init__(self):
-        wrong = [task for task in self.task if task not in TASKS]
-        if wrong:
-            raise ValueError(f"--task must be of {', '.join(TASKS)}, got {', '.join(wrong)}.")
+        super().__post_init__()
+        check_choices("--task", self.task, TASKS)
+        check_choices("--peers", self.peers or (), [name for task in self.task for name in TASKS[task].peers])
         if self.text_length > MAX_TEXT_LENGTH:
             raise ValueError(f"--text_length must be at most {MAX_TEXT_LENGTH}, got {self.text_length}.")
-        known = [name for task in self.task for name in TASKS[task].peers]
-        wrong = [name for name in self.peers or () if name not in known]
-        if wrong:
-            raise ValueError(f"--peers must be of {', '.join(known)}, got {', '.join(wrong)}.")
-        check_clock("--clock", self.clock, self.device)
 
     def schedules(self, task: str) -> dict[str, SelectionSchedule]:
         """Those of TRIPS in a task, and none, by the names of their rows."""
@@ -366,36 +347,28 @@ def fits(name: str, step: Callable[[], object]) -> bool:
 
 @torch.no_grad()
 def measure(task: str, models: dict[str, tuple[nn.Module, Callable]], texts_per_image: int, args) -> list[dict]:
-    """A row for each model that finds memory."""
+    """Return a row for each model that fits into memory."""
     inputs = make_inputs(args, texts_per_image)
     steps = {name: partial(work, model, inputs) for name, (model, work) in models.items()}
     steps = {name: step for name, step in steps.items() if fits(name, step)}
-    seconds = seconds_in_turns(steps, args.warmup, args.repeats, args.clock, args.device, limit=args.limit)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first = next(iter(medians), None)
-    left_out = ("peers", "schedule", "output_json", "limit")
-    fields = {name: value for name, value in asdict(args).items() if name not in left_out}
+    if not steps:
+        return []
     return [
         {
-            **fields,
-            **provenance(args.device),
-            "num_threads": torch.get_num_threads(),
+            **args.settings("peers", "schedule"),
             "task": task,
             "texts_per_image": texts_per_image,
             "model": name,
             "num_parameters": sum(parameter.numel() for parameter in models[name][0].parameters()),
-            "latency": median,
-            "latency_p99": percentile_99(seconds[name]),
-            "throughput": len(inputs.input_ids) / median,
-            "peak_memory_bytes": peak_memory(steps[name], args.device),
-            "compared_with": first,
-            "speedup": medians[first] / median,
+            "throughput": len(inputs.input_ids) / times["latency"],
+            "compared_with": next(iter(steps)),
+            **times,
         }
-        for name, median in medians.items()
+        for name, times in args.time_in_turns(steps).items()
     ]
 
 
-def print_table(rows: list[dict]):
+def print_table(rows: list[dict], args: PeerArguments):
     width = max(len(row["model"]) for row in rows)
     for (task, texts), group in itertools.groupby(rows, key=lambda row: (row["task"], row["texts_per_image"])):
         work = task if task == "tower" else f"{task}, {texts} text(s) per image"
@@ -408,19 +381,15 @@ def print_table(rows: list[dict]):
             )
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    (args,) = make_parser(PeerArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
-    rows = []
+def measure_all(args: PeerArguments) -> Iterator[dict]:
     for task in args.task:
         models = make_models(task, args)
         for texts_per_image in args.texts_per_image if TASKS[task].has_texts else [1]:
-            rows += measure(task, models, texts_per_image, args)
-    print_table(rows)
-    if args.output_json is not None:
-        write_json(args.output_json, rows)
-    return rows
+            yield from measure(task, models, texts_per_image, args)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return run_benchmark(PeerArguments, __doc__, measure_all, print_table, argv)
 
 
 if __name__ == "__main__":

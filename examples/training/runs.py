@@ -16,6 +16,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from modeling_trips.inspection import provenance
 from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import without_decoding
@@ -170,8 +171,8 @@ def _read_ends(path: Path):
 def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
     """
     What a script does with its trainer: train (or resume), save, evaluate, as `do_train` and `do_eval` say. Metrics
-    are printed, and written to `train_results.json`, `eval_results.json` and `all_results.json`. In the end, the
-    output folder is free for other processes.
+    are printed, and written with their provenance to `train_results.json`, `eval_results.json` and `all_results.json`.
+    In the end, the output folder is free for other processes.
 
     Args:
         trainer (`Trainer`)
@@ -200,7 +201,7 @@ def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]
 
 def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
     trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    trainer.save_metrics(split, {**metrics, **provenance(trainer.args.device.type, trainer.args.seed)})
 
 
 def end_processes():

@@ -12,6 +12,7 @@ from .diagnostics import (
     text_sensitivity,
 )
 from .pictures import draw_kept_patches, plot_selection
+from .provenance import provenance
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "kept_patches",
     "num_kept",
     "plot_selection",
+    "provenance",
     "score_entropy",
     "share_inside",
     "share_shown",

@@ -5,17 +5,16 @@ Both take their steps in turns, so that a machine that slows down slows both, an
 """
 
 import os
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForPreTraining
@@ -249,7 +248,7 @@ def seconds_in_turns(
     """
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
-    for round_number in tqdm(range(-warmup, repeats), desc="rounds", leave=False):
+    for round_number in tqdm(range(-warmup, repeats), desc="rounds", leave=False, disable=None):
         if round_number == 0:
             start = time.perf_counter()
         if limit is not None and round_number >= MIN_REPEATS and time.perf_counter() - start > limit:
@@ -279,19 +278,19 @@ def percentile_99(seconds: list[float]) -> float | None:
 @torch.no_grad()
 def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats: int = 5) -> tuple[float, float]:
     """
-    Seconds of a forward pass of a model as it is, and unpruned: medians of steps taken in turns behind one that warms
-    up. On a CPU they are the processor's time, which other programs do not lengthen. The schedule is left as it was.
+    Return the seconds of a forward pass of a model as it is and unpruned: medians of steps in turns, after one round
+    of warm-up. On a CPU they are CPU time, which other programs do not lengthen. The schedule is left as it was.
     """
     device = model.device.type
-    clock = CLOCKS["process" if device == "cpu" else "wall"]
-    schedules = (model.base_model.vision_model.schedule, UNPRUNED)
-    seconds = ([], [])
-    for _ in range(1 + repeats):
-        for schedule, times in zip(schedules, seconds):
-            with use_schedule(model, schedule):
-                times.append(clock(lambda: model(**inputs), device))
-    pruned, unpruned = (statistics.median(times[1:]) for times in seconds)
-    return pruned, unpruned
+    schedules = {"pruned": model.base_model.vision_model.schedule, "unpruned": UNPRUNED}
+
+    def step(schedule: SelectionSchedule):
+        with use_schedule(model, schedule):
+            model(**inputs)
+
+    steps: dict[str, Callable[[], object]] = {name: partial(step, schedule) for name, schedule in schedules.items()}
+    medians = medians_in_turns(steps, 1, repeats, "process" if device == "cpu" else "wall", device)
+    return medians["pruned"], medians["unpruned"]
 
 
 def peak_memory(step: Callable[[], object], device: str) -> int | None:
@@ -310,17 +309,6 @@ def peak_memory(step: Callable[[], object], device: str) -> int | None:
     clear_refs.write_text("5")  # resets the peak to the present size
     step()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def provenance(device: str) -> dict[str, str]:
-    """What the numbers depend on besides the setting: names of the device and of the versions."""
-    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
-    cpu = capabilities.get("cpu_name") or platform.machine()
-    return {
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "torch_version": torch.__version__.split("+")[0],
-        "transformers_version": transformers.__version__,
-    }
 
 
 def tokens_per_layer(setting: Setting) -> list[int]:
@@ -345,8 +333,8 @@ def measure(
         limit (`float`, *optional*): seconds of all rounds, see [`seconds_in_turns`].
 
     Returns:
-        `dict`: a row of results, which JSON can hold: the fields of the setting, what the numbers depend on besides
-        (`device_name`, versions), `macs` of a step (multiply-accumulates), `latency` (the median, in seconds),
+        `dict`: a row of results, which JSON can hold: the fields of the setting, `macs` of a step
+        (multiply-accumulates), `latency` (the median, in seconds),
         `latency_p99` (None of fewer than a hundred steps), `throughput` (texts per second), `peak_memory_bytes` (None
         where it cannot be known), `macs_ratio` and `time_ratio` (pruned / unpruned), `tokens_per_layer`; the twin's
         `unpruned_latency`, `unpruned_latency_p99` and `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and
@@ -378,7 +366,6 @@ def measure(
     num_texts = setting.batch_size * setting.texts_per_image
     row = {
         **asdict(setting),
-        **provenance(setting.device),
         "macs": macs["pruned"],
         "macs_ratio": macs["pruned"] / macs["unpruned"],
         "time_ratio": latency["pruned"] / latency["unpruned"],

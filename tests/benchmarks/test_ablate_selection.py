@@ -83,13 +83,13 @@ def test_each_variant_trains_once_and_is_compared(arguments, tmp_path, capsys):
     before = model.stat().st_mtime_ns
     assert ablate_selection.main([*arguments, "--max_steps=1", "--eval_strategy=steps", "--eval_steps=1"]) == rows
     assert model.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"text-seed3 holds a run with other options .*choose another --output_dir"):
+    with pytest.raises(ValueError, match="text-seed3.*--output_dir"):
         ablate_selection.main([*arguments, "--max_steps=2"])
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_stops_the_ablation_and_names_its_log(arguments):
-    with pytest.raises(RuntimeError, match=r"failed with status \d+, see .*text-seed3/log.txt"):
+    with pytest.raises(RuntimeError, match="text-seed3/log.txt"):
         ablate_selection.main([*arguments, "--no_such_option=1"])
 
 
@@ -98,14 +98,15 @@ def test_the_table_has_means_and_deviations_over_the_seeds(capsys):
         {"variant": "text", "score": score, "minutes": minutes, "kept": kept}
         for score, minutes, kept in ((0.5, 1, 0.2), (0.7, 2, 0.4), (0.9, 6, 0.3))
     ]
-    ablate_selection.print_table([*rows, {"variant": "unpruned", "score": 0.8, "minutes": 4}], "score", ["kept"])
+    args = ablate_selection.AblationArguments(metric="score", show=["kept"])
+    ablate_selection.print_table([*rows, {"variant": "unpruned", "score": 0.8, "minutes": 4}], args)
     *_, text, unpruned = capsys.readouterr().out.splitlines()
     assert text == "| text | 0.7000 | 0.2000 | 3 | 3.0 | 0.3 |"
     assert unpruned == "| unpruned | 0.8000 | - | 1 | 4.0 | - |"
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match="must be of text, image, random, unpruned, got texts"):
+    with pytest.raises(ValueError, match="--variants.*texts"):
         ablate_selection.main(["--variants", "texts"])
 
 
@@ -123,5 +124,5 @@ def test_variants_come_from_a_file(tmp_path):
         ),
     ]
     path.write_text('{"text": ["--keep_rate", "0.25"]}')
-    with pytest.raises(ValueError, match="variants.json must hold an object of strings"):
+    with pytest.raises(ValueError, match="variants.json"):
         ablate_selection.make_runs(args, [])

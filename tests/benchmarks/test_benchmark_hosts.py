@@ -48,9 +48,9 @@ def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
     assert (row["unpruned_image_tokens"], row["image_tokens"]) == (17, 12)
     assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
     assert path.exists()
-    with pytest.raises(ValueError, match="--hosts must be of vilt, .*, got word2vec"):
+    with pytest.raises(ValueError, match="--hosts.*word2vec"):
         benchmark_hosts.main(["--hosts", "word2vec"])
-    with pytest.raises(ValueError, match="--clock must be of wall, process, and wall on cuda: got process"):
+    with pytest.raises(ValueError, match="--clock"):
         benchmark_hosts.main(["--clock", "process", "--device", "cuda"])
 
 

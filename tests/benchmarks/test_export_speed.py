@@ -25,13 +25,13 @@ def test_rows_are_of_all_ways_and_works(tmp_path, monkeypatch, capsys):
         assert other["speedup"] == pytest.approx(row["latency"] / other["latency"])
         assert 0.8 < other["same_patches"] <= 1
         assert row["throughput"] == pytest.approx(2 * row["texts_per_image"] / row["latency"])
-    assert "Left out, for want of a package (pip install '.[export]'): openvino-fp32" in capsys.readouterr().out
+    assert "openvino-fp32" in capsys.readouterr().out
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(ValueError, match="--ways must be of eager-fp32, .*, got tensorrt-fp32"):
+    with pytest.raises(ValueError, match="--ways.*tensorrt-fp32"):
         export_speed.main(["--ways", "tensorrt-fp32"])
-    with pytest.raises(ValueError, match="--task must be of answer, match, features, got caption"):
+    with pytest.raises(ValueError, match="--task.*caption"):
         export_speed.main(["--task", "caption"])
 
 

@@ -95,7 +95,7 @@ def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys
     ]
     assert all(row["speedup"] == 1 for row in rows if row["model"] == row["compared_with"])
     assert rows[4]["throughput"] == pytest.approx(6 / rows[4]["latency"])
-    assert "timm-vit, merging is left out: `pip install tomesd` adds it." in capsys.readouterr().out
+    assert "tomesd" in capsys.readouterr().out
 
 
 def test_speedups_are_of_medians_over_the_first_model(monkeypatch):
@@ -124,9 +124,9 @@ def test_trips_is_compared_unpruned_too(monkeypatch):
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(ValueError, match="--task must be of answer, match, tower, got caption"):
+    with pytest.raises(ValueError, match="--task.*caption"):
         peers.main(["--task", "caption"])
-    with pytest.raises(ValueError, match="--peers must be of timm-vit, .*, got blip"):
+    with pytest.raises(ValueError, match="--peers.*blip"):
         peers.main(["--task", "tower", "--peers", "blip"])
 
 

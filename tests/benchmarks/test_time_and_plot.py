@@ -96,10 +96,10 @@ def test_a_picture_is_written_and_what_is_not_measured_is_named(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([row("unpruned", 0, 0.9), row("text 0.5", 0, 0.9)]))
     options = ["--kind=curves", f"--rows={tmp_path / 'rows.json'}", f"--output={tmp_path / 'rates.png'}"]
     path = times(tmp_path / "times.json", unpruned_seed0=1.0)
-    with pytest.raises(ValueError, match=r"times.json has no time of text 0.5"):
+    with pytest.raises(ValueError, match="text 0.5"):
         plot_ablation.main([*options, f"--times={path}"])
     path = times(tmp_path / "times.json", **{"unpruned_seed0": 1.0, "text_0.5_seed0": 0.5})
     plot_ablation.main([*options, f"--times={path}"])
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="--kind must be one of curves, learning, got 'bars'"):
+    with pytest.raises(ValueError, match="--kind"):
         plot_ablation.main(["--kind=bars", *options[1:], f"--times={path}"])

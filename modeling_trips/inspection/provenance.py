@@ -1,0 +1,68 @@
+"""The origin of a row of results: fields that benchmarks and training scripts store beside their numbers."""
+
+import functools
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | int | None]:
+    """
+    Return what a measurement depends on besides its settings.
+
+    Args:
+        device (`str`, *optional*, defaults to `"cpu"`): device that was measured.
+        seed (`int`, *optional*): seed of the run.
+
+    Returns:
+        `dict`: `command`, `git_commit` (`None` outside a checkout of this project; ends with `-dirty` if tracked files
+        differ from the commit), `date` (UTC), `seed`, `device_name`, `machine`, `num_threads`, and the versions of
+        Python, PyTorch and Transformers.
+    """
+    return {
+        "command": _command(),
+        "git_commit": _git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "device_name": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu_name(),
+        "machine": platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "python_version": platform.python_version(),
+        "torch_version": torch.__version__.split("+")[0],
+        "transformers_version": transformers.__version__,
+    }
+
+
+def _command() -> str:
+    """The command line, with the script's path relative to the project where it is part of it."""
+    script, *options = sys.argv
+    path = Path(script).resolve()
+    return shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *options])
+
+
+def _cpu_name() -> str:
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("cpu_name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:  # installed in somebody else's repository
+            return None
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None

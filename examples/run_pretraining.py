@@ -7,7 +7,7 @@ Pre-train TRIPS on pairs of image and caption: contrast (ITC), matching (ITM), m
     accelerate launch examples/run_pretraining.py --train_shards "cc3m-{000..331}.tar" "sbu-{00..82}.tar" \
         --validation_file coco_val.json --image_root coco --max_steps 234000 \
         --vision_model_name_or_path openai/clip-vit-base-patch16 --text_model_name_or_path bert-base-uncased \
-        --image_size 256 --learning_rate 1e-4 --vision_learning_rate 1e-5 --weight_decay 0.02 \
+        --image_size 256 --learning_rate 1e-4 --tower_learning_rate 1e-5 1e-4 --weight_decay 0.02 \
         --per_device_train_batch_size 64 --dataloader_num_workers 8 --save_steps 2000
 
 Pairs come from files, the Hub or the embedded scenes, as for the other tasks, or as a stream: of tar shards or files

@@ -1,9 +1,13 @@
-"""Files in, as numbered records: JSON, JSONL, CSV, Parquet."""
+"""
+Numbered records of JSON, JSONL, CSV and Parquet files.
+
+`datasets.load_dataset` stops at the first line that is not valid JSON, gives a column one type, and turns cells of CSV
+such as `none` and `01` into other values. Here a bad line is named and can be skipped, and texts stay as they are.
+"""
 
 import codecs
 import csv
 import json
-import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +21,10 @@ from trips_examples.data.faults import BadRowError
 NumberedRecords = Iterator[tuple[int, dict | BadRowError]]
 
 ROWS_PER_READ = 256  # of Parquet, which may hold images
-LIST_OR_LINES = "a list of objects, or one object per line, is expected"
 
 
 def existing_file(path: Path) -> Path:
-    """The path, if there is a file; raises a `FileNotFoundError` if not."""
+    """Return the path of a file; a `FileNotFoundError` if there is none."""
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder: give a file.")
     if not path.is_file():
@@ -31,11 +34,10 @@ def existing_file(path: Path) -> Path:
 
 def parsed_json(text: str | bytes) -> Any:
     """
-    Reads JSON.
+    Parse JSON.
 
     Raises:
-        `BadRowError`: Where it is none, or not one that can be read: not UTF-8, nested too deeply, a number of
-        thousands of digits.
+        `BadRowError`: Not valid JSON, not UTF-8, nested too deeply, or with a number of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -52,8 +54,8 @@ def parsed_json(text: str | bytes) -> Any:
 
 def read_records(file: Path) -> NumberedRecords:
     """
-    Yields the records of a file with their numbers, counted from 1: the lines of JSONL, the items of a JSON list, the
-    records of CSV (without the header) and of Parquet. A line that is no record is yielded as the error it is.
+    Yield the records of a file with their numbers from 1: the lines of JSONL, the items of a JSON list, the records of
+    CSV (without the header) and of Parquet. An invalid line is yielded as its error.
 
     Raises:
         `FileNotFoundError`: Where there is no such file.
@@ -78,21 +80,7 @@ def _read_json(file: Path) -> NumberedRecords:
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     if content.lstrip().startswith(b"["):
         return ((number, _as_record(value)) for number, value in enumerate(parsed_json(content), start=1))
-    _refuse_one_object(content)
     return _read_json_lines(file)
-
-
-def _refuse_one_object(content: bytes):
-    """Raises where all of a file is one object that is no record: one over several lines, or one of columns."""
-    if re.search(rb"\}\s*\{", content):
-        return  # one per line, as a rule: do not read them all
-    try:
-        value = parsed_json(content)
-    except BadRowError:
-        return
-    lines = len(content.strip().splitlines())
-    if isinstance(value, dict) and (lines > 1 or all(isinstance(each, (dict, list)) for each in value.values())):
-        raise BadRowError(f"one JSON object, where {LIST_OR_LINES}", f"it has {reprlib.repr(list(value))}")
 
 
 def _read_json_lines(file: Path) -> NumberedRecords:
@@ -103,8 +91,7 @@ def _read_json_lines(file: Path) -> NumberedRecords:
             try:
                 yield number, _as_record(parsed_json(line))
             except BadRowError as error:
-                is_part = line.strip() in (b"{", b"[") or line.startswith((b" ", b"\t"))
-                yield number, BadRowError(error.reason, f"{error.detail}: {LIST_OR_LINES}") if is_part else error
+                yield number, error
 
 
 def _read_csv(file: Path) -> NumberedRecords:

@@ -42,10 +42,7 @@ class PretrainingCollator(RetrievalCollator):
         digest = hashlib.blake2b(rows_and_seed.encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int.from_bytes(digest, "big") >> 1)
-            batch = super().__call__(rows)
-        if "position" in rows[-1]:
-            batch["position"] = rows[-1]["position"]
-        return batch
+            return super().__call__(rows)
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = super().encode(images, image_index, rows)

@@ -2,14 +2,14 @@
 Image-text pairs as a stream, for data that are too many to load or to check before training: tar shards, files of
 rows, data sets on the Hub.
 
-A [`PairStream`] never ends: pass after pass it reads the shards in another order. Each process and each of its data
-loader's workers reads shards of its own and shuffles their pairs block by block. What comes next is determined by the
-seed and by a [`Position`] of six numbers, which every pair carries. A run that is resumed from the positions of its
-last batch goes on with the very next pair, without reading again what it has seen (but for the current block).
+A [`PairStream`] never ends: each pass reads the shards in another order. Each process and each of its data loader's
+workers reads shards of its own and shuffles their pairs block by block. The seed and a [`Position`] of six numbers
+determine the next pair. torchdata's `StatefulDataLoader` saves the positions of all workers, so that a resumed run
+continues with the next pair and reads only the current block again. (`datasets.IterableDataset` loses its shuffle
+buffer when it resumes, and `split_dataset_by_node` makes all processes read all shards if they do not divide evenly.)
 
 Images are decoded as they leave the shuffled block, so that a block holds them compressed. A pair that cannot be used
-stops the run. Where that is asked for it is skipped, counted, and named in `bad_pairs-*.jsonl`; too many of them stop
-the run.
+stops the run, or is skipped, counted, and named in `bad_pairs-*.jsonl`; too many of them stop the run.
 """
 
 import json
@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
-# Before so many pairs the share of bad ones is chance.
-FEWEST_TO_JUDGE = 100
+FEWEST_TO_JUDGE = 100  # pairs before the share of bad ones says anything
 
 Shard = TarShard | FileShard | HubShard
 
@@ -45,8 +44,8 @@ Shard = TarShard | FileShard | HubShard
 @dataclass(frozen=True)
 class Position:
     """
-    How far a reader is: `block_shard` and `block_record` say where its current block of records began (in its share
-    of the shards of pass number `pass_number`), `offset` how many of the shuffled block have left it. `seen` and `bad`
+    The position of a reader: its current block of records begins at `block_record` of shard `block_shard` (in its
+    share of the shards of pass `pass_number`), and `offset` records of the shuffled block were read. `seen` and `bad`
     count records since the beginning of training.
     """
 
@@ -60,8 +59,7 @@ class Position:
 
 class PairStream(TorchIterableDataset):
     """
-    Yields rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`, as the captions of
-    a file have them, and `position`, that of its reader behind the row. There is no end.
+    Endless rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`.
 
     A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) and one or
     several captions, of which each pass takes one at random. Its `image_id`, or else `sha256`, `md5` or `url`, says
@@ -71,7 +69,7 @@ class PairStream(TorchIterableDataset):
         shards (`Sequence[Shard]`): see `find_shards` and `hub_shards`. With fewer shards than readers (processes times
             workers), each reader reads all of them and takes its share of the records.
         seed (`int`, *optional*, defaults to 0): of the order of shards and records, and of the choice of captions.
-        buffer_size (`int`, *optional*, defaults to 1000): how many records are shuffled at a time, in each reader.
+        buffer_size (`int`, *optional*, defaults to 1000): records that are shuffled at a time, in each reader.
         process_index, num_processes (`int`, *optional*): of this process, among those that train.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
@@ -99,89 +97,67 @@ class PairStream(TorchIterableDataset):
         log_folder: str | Path | None = None,
     ):
         if not shards:
-            raise ValueError("A stream needs at least one shard.")
+            raise ValueError("A stream needs at least one of `shards`.")
         if buffer_size < 1:
-            raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
+            raise ValueError(f"`buffer_size` must be at least 1, got {buffer_size}.")
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share must be in [0, 1], got {max_bad_share}.")
+            raise ValueError(f"`max_bad_share` must be in [0, 1], got {max_bad_share}.")
         self.shards, self.seed, self.buffer_size = list(shards), seed, buffer_size
         self.process_index, self.num_processes = process_index, num_processes
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.caption_columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
         self.processor, self.max_bad_share = processor, max_bad_share
         self.log_folder = None if log_folder is None else Path(log_folder)
-        self.positions: list[Position] = []
-        self.first_worker = 0
+        self.position = Position()
+        self.reader, self.num_readers = process_index, num_processes
 
-    def resume(self, positions: Sequence[Position], num_batches: int):
-        """
-        Goes on behind `num_batches` batches of this process.
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self.position)
 
-        Args:
-            positions (`Sequence[Position]`): of each worker of this process, behind its last batch. The number of
-                processes and of workers must be what it was.
-            num_batches (`int`): how many batches the workers made, in turns, since the beginning of training.
-        """
-        self.positions, self.first_worker = list(positions), num_batches % len(positions)
+    def load_state_dict(self, state: dict[str, int]):
+        self.position = Position(**state)
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        if self.positions and len(self.positions) != num_workers:
-            raise ValueError(
-                f"The stream was read by {len(self.positions)} workers, and cannot go on with {num_workers}: give the "
-                "--dataloader_num_workers that the run began with."
-            )
-        # A data loader takes its first batch from worker 0, but it may be another one's turn.
-        number = (worker_id + self.first_worker) % num_workers
-        position = self.positions[number] if self.positions else Position()
-        reader = _Reader(self, self.process_index * num_workers + number, self.num_processes * num_workers)
-        if reader.number == 0 and reader.count > len(self.shards):
+        self.reader = self.process_index * num_workers + worker_id
+        self.num_readers = self.num_processes * num_workers
+        if self.reader == 0 and self.num_readers > len(self.shards):
             logger.warning(
-                "%d readers (processes times --dataloader_num_workers) share %d shards: each reads all of them. More "
-                "and smaller shards are faster.",
-                reader.count,
+                "%d readers (processes times --dataloader_num_workers) share %d shards, and each reads all of them. "
+                "More and smaller shards are faster.",
+                self.num_readers,
                 len(self.shards),
             )
-        return reader.rows(position, number)
+        return self._rows()
 
-
-@dataclass
-class _Reader:
-    """One of the readers of a stream: reader `number` of `count`."""
-
-    stream: PairStream
-    number: int
-    count: int
-
-    def rows(self, position: Position, worker: int) -> Iterator[dict]:
-        """Endless rows from a position on, each with the position behind it."""
+    def _rows(self) -> Iterator[dict]:
         while True:
-            for start, records in self._blocks(position):
+            for start, records in self._blocks(self.position):
                 self._random(start.pass_number, start.block_shard, start.block_record).shuffle(records)
                 for offset in range(start.offset, len(records)):
                     row = self._row(records[offset], start.pass_number)
-                    is_bad = isinstance(row, BadPair)
-                    position = replace(start, offset=offset + 1, seen=position.seen + 1, bad=position.bad + is_bad)
+                    seen, bad = self.position.seen + 1, self.position.bad + isinstance(row, BadPair)
+                    self.position = replace(start, offset=offset + 1, seen=seen, bad=bad)
                     if isinstance(row, BadPair):
-                        self._note(row, position)
+                        self._note(row)
                     else:
-                        yield {**row, "position": (worker, position)}
-            if position.seen == position.bad:
-                raise ValueError(f"Reader {self.number} found no usable pair. {self._where_bad_ones_are()}")
-            self._judge(position, fewest=1)
-            position = Position(position.pass_number + 1, seen=position.seen, bad=position.bad)
+                        yield row
+            if self.position.seen == self.position.bad:
+                raise ValueError(f"Reader {self.reader} found no usable pair. {self._where_bad_ones_are()}")
+            self._judge(fewest=1)
+            self.position = Position(self.position.pass_number + 1, seen=self.position.seen, bad=self.position.bad)
 
     def _blocks(self, position: Position) -> Iterator[tuple[Position, list[dict | BadPair]]]:
-        """The rest of a pass: blocks of records, and the positions that they begin at."""
+        """The rest of a pass: the positions that blocks begin at, and their records."""
         shards, is_shared = self._shards_of_pass(position.pass_number)
         start, records = position, []
         for shard in range(position.block_shard, len(shards)):
             first = position.block_record if shard == position.block_shard else 0
             for number, record in enumerate(islice(shards[shard], first, None), start=first):
-                if not is_shared or number % self.count == self.number:
+                if not is_shared or number % self.num_readers == self.reader:
                     records.append(record)
-                if len(records) == self.stream.buffer_size:
+                if len(records) == self.buffer_size:
                     yield start, records
                     start = Position(position.pass_number, shard, number + 1)
                     records = []
@@ -189,27 +165,27 @@ class _Reader:
             yield start, records
 
     def _shards_of_pass(self, pass_number: int) -> tuple[list[Shard], bool]:
-        """This reader's shards, and whether it shares them with the others."""
-        shards = list(self.stream.shards)
-        random.Random(f"{self.stream.seed}-{pass_number}").shuffle(shards)
-        if len(shards) >= self.count:
-            return shards[self.number :: self.count], False
+        """The shards of this reader, and whether it shares them with the others."""
+        shards = list(self.shards)
+        random.Random(f"{self.seed}-{pass_number}").shuffle(shards)
+        if len(shards) >= self.num_readers:
+            return shards[self.reader :: self.num_readers], False
         return shards, True
 
     def _random(self, *numbers: int) -> random.Random:
-        return random.Random("-".join(map(str, (self.stream.seed, self.number, *numbers))))
+        return random.Random("-".join(map(str, (self.seed, self.reader, *numbers))))
 
     def _row(self, record: dict | BadPair, pass_number: int) -> dict | BadPair:
-        """A record as a row of the stream, its image decoded, or what is wrong with it."""
+        """Return a record as a row with its image decoded, or what is wrong with it."""
         if isinstance(record, BadPair):
             return record
         source, image_root = record["source"], record.get("image_root", "")
         columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
         try:
             caption = self._caption(columns, f"{pass_number}-{source}")
-            encoded = encoded_image(columns, self.stream.image_columns)
+            encoded = encoded_image(columns, self.image_columns)
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
-            image = decode_image(place, 1 if self.stream.processor is None else self.stream.processor.patch_size)
+            image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:
             return BadPair(source, str(error))
@@ -217,32 +193,33 @@ class _Reader:
         return {"image": image, "image_id": image_id or default_id, "caption": caption, "source": source}
 
     def _caption(self, columns: dict, seed: str) -> str:
-        name = _first_filled(columns, self.stream.caption_columns)
+        name = _first_filled(columns, self.caption_columns)
         value = columns.get(name)
         captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
         texts = caption_texts(captions, columns)
-        text = random.Random(f"{self.stream.seed}-{seed}").choice(texts)
-        if (processor := self.stream.processor) is not None:
+        text = random.Random(f"{self.seed}-{seed}").choice(texts)
+        if (processor := self.processor) is not None:
             tokenizer = processor.tokenizer
             (count,) = count_tokens(processor.clean_texts([text]), tokenizer)
             check_length(count, tokenizer.num_special_tokens_to_add(), tokenizer.model_max_length, "caption")
         return text
 
-    def _note(self, pair: BadPair, position: Position):
-        """Names a bad pair, and stops if there are too many."""
-        if self._log is not None and position.pass_number == 0:
+    def _note(self, pair: BadPair):
+        """Log a bad pair, and stop if there are too many."""
+        if self._log is not None and self.position.pass_number == 0:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
-        if self.stream.max_bad_share == 0:
+        if self.max_bad_share == 0:
             raise ValueError(f"{pair.source}: {pair.error}. Mend it, or skip such pairs with --skip_bad_rows.")
-        self._judge(position, fewest=FEWEST_TO_JUDGE)
+        self._judge(fewest=FEWEST_TO_JUDGE)
 
-    def _judge(self, position: Position, fewest: int):
-        if position.seen >= fewest and position.bad > self.stream.max_bad_share * position.seen:
+    def _judge(self, fewest: int):
+        position = self.position
+        if position.seen >= fewest and position.bad > self.max_bad_share * position.seen:
             raise ValueError(
-                f"{position.bad} of the first {position.seen} pairs of reader {self.number} cannot be used, more than "
-                f"--max_bad_share {self.stream.max_bad_share:g} allows. {self._where_bad_ones_are()}"
+                f"{position.bad} of the first {position.seen} pairs of reader {self.reader} cannot be used, more than "
+                f"--max_bad_share {self.max_bad_share:g} allows. {self._where_bad_ones_are()}"
             )
 
     def _where_bad_ones_are(self) -> str:
@@ -255,8 +232,7 @@ class _Reader:
 
     @property
     def _log(self) -> Path | None:
-        folder = self.stream.log_folder
-        return None if folder is None else folder / f"bad_pairs-{self.number:05d}.jsonl"
+        return None if self.log_folder is None else self.log_folder / f"bad_pairs-{self.reader:05d}.jsonl"
 
 
 def _first_filled(columns: dict, names: Iterable[str]) -> str | None:

@@ -239,12 +239,8 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows per device and step."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    tower_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate of the vision tower and the text encoder, where they are pretrained and the "
-            "rest is not: a tenth, say. (METER and BridgeTower have a fifth.) Default: --learning_rate."
-        },
+    tower_learning_rate: list[float] | None = field(
+        default=None, metadata={"help": "Peak learning rates of vision tower and text encoder: one or two values."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
@@ -284,6 +280,8 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
         if self.max_steps == 0:
             raise ValueError("--max_steps must be positive, or -1 to train for --num_train_epochs, got 0.")
+        if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
+            raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
         if self.health_steps < 0:
             raise ValueError(f"--health_steps {self.health_steps}: must be at least 0, which is never.")
         if self.eval_steps is None and self.logging_steps < 1:

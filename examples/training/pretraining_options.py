@@ -73,10 +73,6 @@ class PretrainingArguments(RetrievalTrainingArguments):
         default=0,
         metadata={"help": "How many candidates of each query are matched and ranked again in evaluation. 0: none."},
     )
-    vision_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of the vision tower (the paper: 1e-5). Default: --learning_rate."},
-    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the words that are masked."})
     momentum_teacher: bool = field(
         default=True, metadata={"help": "Whether a momentum teacher softens targets and fills the queues."}

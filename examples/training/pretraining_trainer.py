@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,14 +12,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_trips import MomentumTeacher
 from trips_examples.data.rows import column_of
-from trips_examples.data.streams import PairStream, Position
+from trips_examples.data.streams import PairStream
 from trips_examples.metrics.pretraining import word_and_matching_metrics
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.retrieval_trainer import RetrievalTrainer
 
 
 MAX_QUEUE_SIZE = 65536  # ALBEF's
 EPOCH_OF_A_STREAM = 1 / 30  # of all steps: ALBEF trains for 30 epochs
+
+
+def stream_positions(state: dict) -> list[dict[str, int]]:
+    """The positions of the stream in each worker, from the state of a `StatefulDataLoader`."""
+    workers = state["_snapshot"]["_worker_snapshots"].values() if "_snapshot" in state else [state]
+    return [worker["dataset_state"] for worker in workers]
 
 
 class TeacherCallback(TrainerCallback):
@@ -37,8 +42,8 @@ class TeacherCallback(TrainerCallback):
 class PretrainingTrainer(RetrievalTrainer):
     """
     [`RetrievalTrainer`] for [`TripsForPreTraining`]. Checkpoints hold the teacher with its queues
-    (`momentum.safetensors`), and of a stream where each process is (`stream_0.json`, ...), so that a resumed run ends
-    with the weights of one that was left alone. The model that is saved at the end holds none of it.
+    (`momentum.safetensors`), and in a stream the state of each process's loader (`stream_0.json`, ...), so that a
+    resumed run ends with the same weights as an uninterrupted one. The final model holds none of it.
 
     Args:
         args ([`PretrainingArguments`])
@@ -60,10 +65,10 @@ class PretrainingTrainer(RetrievalTrainer):
             self.teacher = MomentumTeacher(self.model, self.args.momentum, self.queue_size)
             self.teacher.to(self.args.device)  # `Trainer` leaves a model that FSDP or DeepSpeed will wrap where it was
             self.add_callback(TeacherCallback(self))
-        self.positions = [Position()] * max(1, self.args.dataloader_num_workers)
-        self.num_batches = 0
+        self.stream_loader: DataLoader | None = None
+        self.stream_state: dict | None = None
         if self.is_stream:
-            self.args.ignore_data_skip = True  # a stream knows where to go on
+            self.args.ignore_data_skip = True  # the stream's loader has its own state
 
     @property
     def is_stream(self) -> bool:
@@ -84,7 +89,9 @@ class PretrainingTrainer(RetrievalTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.is_stream:
             return super().get_train_dataloader()
-        return DataLoader(
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        self.stream_loader = StatefulDataLoader(
             self.train_dataset,  # each process has its own
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.train_collator,
@@ -93,17 +100,9 @@ class PretrainingTrainer(RetrievalTrainer):
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # or starting workers would draw from the one that training draws from
         )
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is not None or self.args.vision_learning_rate is None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
-        vision = {id(parameter) for parameter in self.model.model.vision_model.parameters()}
-        for group in list(optimizer.param_groups):
-            parameters = [parameter for parameter in group["params"] if id(parameter) in vision]
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in vision]
-            optimizer.add_param_group({**group, "params": parameters, "lr": self.args.vision_learning_rate})
-        return optimizer
+        if self.stream_state is not None:
+            self.stream_loader.load_state_dict(self.stream_state)
+        return self.stream_loader
 
     # Steps
 
@@ -131,14 +130,6 @@ class PretrainingTrainer(RetrievalTrainer):
         ramp = self.epoch_steps if self.args.teacher_ramp_steps is None else self.args.teacher_ramp_steps
         return self.args.teacher_weight * (min(1.0, self.teacher_steps / ramp) if ramp > 0 else 1.0)
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        position = inputs.pop("position", None)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if position is not None:
-            worker, self.positions[worker] = position
-            self.num_batches += 1
-        return loss
-
     def compute_loss(self, model, inputs, **kwargs):
         if not self.teacher_takes_part:
             return super().compute_loss(model, inputs, **kwargs)
@@ -153,8 +144,9 @@ class PretrainingTrainer(RetrievalTrainer):
         if "loss" in logs and self.teacher is not None:
             logs = {**logs, "teacher_weight": self.current_teacher_weight()}
         if "loss" in logs and self.is_stream:  # of this process
-            logs = {**logs, "pairs": sum(position.seen for position in self.positions)}
-            logs = {**logs, "bad_pairs": sum(position.bad for position in self.positions)}
+            positions = stream_positions(self.stream_loader.state_dict())
+            logs = {**logs, "pairs": sum(position["seen"] for position in positions)}
+            logs = {**logs, "bad_pairs": sum(position["bad"] for position in positions)}
         super().log(logs, *args, **kwargs)
 
     # Checkpoints
@@ -168,9 +160,8 @@ class PretrainingTrainer(RetrievalTrainer):
             if self.teacher is not None and self.args.should_save:
                 self.teacher.save(folder)
             if self.is_stream:
-                positions = [asdict(position) for position in self.positions]
-                state = {"num_processes": self.args.world_size, "num_batches": self.num_batches}
-                write_whole(self._stream_file(folder), json.dumps({**state, "positions": positions}))
+                state = {**self._stream_readers, "loader": self.stream_loader.state_dict()}
+                write_json(self._stream_file(folder), state)
             self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
@@ -186,17 +177,17 @@ class PretrainingTrainer(RetrievalTrainer):
                 self._resume_stream(folder)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    @property
+    def _stream_readers(self) -> dict[str, int]:
+        return {"num_processes": self.args.world_size, "num_workers": self.args.dataloader_num_workers}
+
     def _resume_stream(self, folder: Path):
         path = self._stream_file(folder)
-        state: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"num_processes": "other"}
-        if state["num_processes"] != self.args.world_size:
-            raise ValueError(
-                f"{folder} is of a run with {state['num_processes']} processes, and its stream cannot go on with "
-                f"{self.args.world_size}: launch as many."
-            )
-        self.positions = [Position(**position) for position in state["positions"]]
-        self.num_batches = state["num_batches"]
-        self.train_dataset.resume(self.positions, self.num_batches)
+        state: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        readers = {name: state.get(name) for name in self._stream_readers}
+        if readers != self._stream_readers:
+            raise ValueError(f"{folder} is of a stream with {readers}, this run has {self._stream_readers}.")
+        self.stream_state = state["loader"]
 
     # Evaluation
 

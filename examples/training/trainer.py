@@ -26,14 +26,14 @@ class SamplerCallback(TrainerCallback):
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
 
 
-def give_towers_their_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float):
-    """Parts the parameters of the vision tower and of the text encoder from the others, in groups of their own."""
-    parts = {"vision_model", "text_model"}
-    towers = {parameter for name, parameter in model.named_parameters() if parts & {*name.split(".")}}
-    for group in list(optimizer.param_groups):
-        of_towers = [parameter for parameter in group["params"] if parameter in towers]
-        group["params"] = [parameter for parameter in group["params"] if parameter not in towers]
-        optimizer.add_param_group({**group, "params": of_towers, "lr": learning_rate})
+def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: list[float]):
+    """Put the parameters of the vision tower and of the text encoder into groups with learning rates of their own."""
+    for tower, learning_rate in zip(("vision_model", "text_model"), learning_rates):
+        own = {parameter for name, parameter in model.named_parameters() if tower in name.split(".")}
+        for group in list(optimizer.param_groups):
+            parameters = [parameter for parameter in group["params"] if parameter in own]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+            optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
 
 
 class ImageGroupedTrainer(Seq2SeqTrainer):
@@ -86,7 +86,9 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.tower_learning_rate is not None:
-            give_towers_their_rate(optimizer, self.model if model is None else model, self.args.tower_learning_rate)
+            learning_rates = self.args.tower_learning_rate
+            learning_rates = learning_rates * 2 if len(learning_rates) == 1 else learning_rates
+            set_tower_learning_rates(optimizer, self.model if model is None else model, learning_rates)
         return optimizer
 
     def get_train_dataloader(self):

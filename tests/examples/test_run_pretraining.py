@@ -10,6 +10,7 @@ from toy_pairs import CAPTIONS, COLORS, SCRIPT, command, run
 from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from trips_examples import run_pretraining
 from trips_examples.data.task_collators import number_of
+from trips_examples.training.pretraining_trainer import stream_positions
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_a_stream_of_shards(stream, folder, tmp_path):
     config = TripsForPreTraining.from_pretrained(tmp_path).config
     assert (config.itc_weight, config.itm_weight, config.prefix_lm_weight) == (1.0, 0.5, 0.0)
     state = json.loads((tmp_path / "checkpoint-4/stream_0.json").read_text())
-    assert state["num_batches"] == 4 and [position["seen"] for position in state["positions"]] == [24]
+    assert [position["seen"] for position in stream_positions(state["loader"])] == [24]
     log = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [entry["pairs"] for entry in log if "loss" in entry] == [12, 24]
     # The queue knows the images of a stream by their addresses.
@@ -75,5 +76,5 @@ def test_a_bad_pair_stops_a_stream_unless_it_may_be_skipped(folder, stream, tmp_
 
 def test_help_explains_each_option():
     output = run(SCRIPT, "--help")
-    for option in ("--train_shards", "--queue_size", "--vision_learning_rate", "--mlm_weight", "--teacher_ramp_steps"):
+    for option in ("--train_shards", "--queue_size", "--tower_learning_rate", "--mlm_weight", "--teacher_ramp_steps"):
         assert option in output

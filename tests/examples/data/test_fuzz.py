@@ -154,9 +154,9 @@ def test_pairs_of_a_stream_are_read_or_named(folder, processor):
         file = folder / "pairs.jsonl"
         file.write_text("\n".join(map(json.dumps, [GOOD["captions"], *rows])))
         log = folder / "log"
-        pairs = iter(PairStream(find_shards([str(file)]), processor=processor, max_bad_share=1.0, log_folder=log))
-        seen = []
-        while (pair := next(pairs))["position"][1].pass_number == 0:
+        stream = PairStream(find_shards([str(file)]), processor=processor, max_bad_share=1.0, log_folder=log)
+        pairs, seen = iter(stream), []
+        while (pair := next(pairs)) and stream.position.pass_number == 0:
             seen.append(pair)
         assert len(seen) >= 1
         for pair in seen:

@@ -23,9 +23,7 @@ def test_a_batch_says_which_images_are_the_same(processor):
     assert batch["pixel_values"].shape == (6, 3, 64, 64)
     assert batch["image_index"].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
     assert batch["image_ids"].tolist() == [number_of(color) for color in COLORS]
-    assert batch["sources"][7] == "toy row 7" and "position" not in batch
-    rows[-1]["position"] = (1, "where the stream is")
-    assert PretrainingCollator(processor)(rows)["position"] == (1, "where the stream is")
+    assert batch["sources"][7] == "toy row 7"
 
 
 def test_words_are_masked_at_the_rates_of_bert_and_special_tokens_never(processor):

@@ -11,12 +11,12 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import BertTokenizer
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.shards import FileShard, find_shards, hub_shards
-from trips_examples.data.streams import PairStream, Position
+from trips_examples.data.streams import PairStream
 
 
 pytest.importorskip("webdataset")
@@ -99,7 +99,7 @@ def test_processes_share_the_pairs(tars, num_processes, caplog):
         stream = PairStream(find_shards([tars]), buffer_size=4, process_index=index, num_processes=num_processes)
         rows = iter(stream)
         passes.append([])
-        while (row := next(rows))["position"][1].pass_number == 0:
+        while (row := next(rows)) and stream.position.pass_number == 0:
             passes[-1].append(row["caption"])
     assert all(passes) and Counter(sum(passes, [])) == Counter(ALL)
     assert ("7 readers" in caplog.text) == (num_processes == 7)
@@ -111,41 +111,38 @@ def test_processes_share_the_pairs(tars, num_processes, caplog):
 
 @pytest.mark.parametrize("source", ["tars", "rows_file"])
 @pytest.mark.parametrize(("index", "num_processes"), [(0, 1), (1, 2), (4, 6)])
-def test_a_stream_goes_on_behind_any_pair(source, index, num_processes, request):
+def test_a_stream_continues_after_any_pair(source, index, num_processes, request):
     def make_stream():
         shards = find_shards([request.getfixturevalue(source)])
         return PairStream(shards, seed=3, buffer_size=4, process_index=index, num_processes=num_processes)
 
-    rows = take(make_stream(), 40)
+    stream = make_stream()
+    rows, states = [], []
+    for row in islice(stream, 40):
+        rows.append(row)
+        states.append(json.dumps(stream.state_dict()))
     for done in range(1, 30):
         stream = make_stream()
-        _, position = rows[done - 1]["position"]
-        stream.resume([Position(**json.loads(json.dumps(vars(position))))], num_batches=done)
+        stream.load_state_dict(json.loads(states[done - 1]))
         assert captions(take(stream, 10)) == captions(rows[done : done + 10])
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("num_batches", [2, 5])
-def test_batches_of_several_workers_go_on_in_turn(tars, num_batches):
-    def batches(stream: PairStream, count: int) -> list[list[dict]]:
-        loader = DataLoader(stream, batch_size=3, num_workers=2, collate_fn=list)
-        return list(islice(iter(loader), count))
+def test_a_loader_continues_with_the_next_batch(tars, num_workers, num_batches):
+    def make_loader() -> StatefulDataLoader:
+        stream = PairStream(find_shards([tars]), buffer_size=4)
+        return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers, collate_fn=list)
 
-    before = batches(PairStream(find_shards([tars]), buffer_size=4), num_batches + 6)
-    positions = [Position(), Position()]
-    for batch in before[:num_batches]:
-        worker, position = batch[-1]["position"]
-        positions[worker] = position
-    stream = PairStream(find_shards([tars]), buffer_size=4)
-    stream.resume(positions, num_batches)
-    after = batches(stream, 6)
-    assert [captions(batch) for batch in after] == [captions(batch) for batch in before[num_batches:]]
-
-
-def test_another_number_of_workers_cannot_go_on(tars):
-    stream = PairStream(find_shards([tars]))
-    stream.resume([Position(), Position()], num_batches=3)
-    with pytest.raises(ValueError, match="read by 2 workers, and cannot go on with 1: .*--dataloader_num_workers"):
-        iter(stream)
+    loader = make_loader()
+    batches = iter(loader)
+    for _ in range(num_batches):
+        next(batches)
+    state = json.dumps(loader.state_dict())
+    expected = [captions(batch) for batch in islice(batches, 6)]
+    loader = make_loader()
+    loader.load_state_dict(json.loads(state))
+    assert [captions(batch) for batch in islice(loader, 6)] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,9 +171,8 @@ def test_each_pass_takes_one_of_several_captions(tmp_path):
     (tmp_path / "red.png").write_bytes(encoded())
     rows = [{"image": "red.png", "caption": ["one", "two", "three"]}]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    stream = PairStream(find_shards([str(tmp_path / "*.json")]))
-    drawn = captions(take(stream, 20))
-    assert set(drawn) == {"one", "two", "three"} and drawn == captions(take(stream, 20))
+    drawn, again = (captions(take(PairStream(find_shards([str(tmp_path / "*.json")])), 20)) for _ in range(2))
+    assert set(drawn) == {"one", "two", "three"} and drawn == again
 
 
 def test_rows_about_one_path_are_about_one_image(rows_file, tmp_path):
@@ -211,7 +207,7 @@ def test_patterns_name_shards_and_missing_ones_are_named(tars, tmp_path):
     assert find_shards([f"{folder}/*.tar"]) == find_shards([tars])
     assert find_shards(["https://host/{0..1}.tar"])[1].name == "https://host/1.tar"
     assert find_shards([f"{folder}/pairs-000.tar"], image_root="x") == find_shards([f"{folder}/pairs-000.tar"])
-    with pytest.raises(FileNotFoundError, match=r"no files .*pairs-004.tar, .*pairs-005.tar: mend --train_shards"):
+    with pytest.raises(FileNotFoundError, match="pairs-004.tar, .*pairs-005.tar.*--train_shards"):
         find_shards([str(folder / "pairs-{000..005}.tar")])
     (tmp_path / "rows.csv").write_text("image,caption\n")
     assert find_shards([str(tmp_path / "*.csv")]) == [FileShard(str(tmp_path / "rows.csv"), str(tmp_path))]
@@ -238,9 +234,10 @@ def bad_tar(folder: Path, num_good: int) -> Path:
 
 def test_bad_pairs_are_skipped_counted_and_named(tmp_path):
     path = bad_tar(tmp_path, num_good=30)
-    rows = take(PairStream(find_shards([str(path)]), max_bad_share=0.3, log_folder=tmp_path / "logs"), 31)
+    stream = PairStream(find_shards([str(path)]), max_bad_share=0.3, log_folder=tmp_path / "logs")
+    rows = take(stream, 31)
     assert set(captions(rows)) == {f"good {number}" for number in range(30)}
-    _, position = rows[-1]["position"]
+    position = stream.position
     assert position.pass_number == 1 and position.bad >= 8 and position.seen - position.bad == 31
     (log,) = (tmp_path / "logs").iterdir()
     assert log.name == "bad_pairs-00000.jsonl"
@@ -256,10 +253,7 @@ def test_the_first_bad_pair_stops_a_stream_that_was_not_asked_to_skip(tmp_path):
     (tmp_path / "red.png").write_bytes(encoded())
     lines = ['{"image": "red.png", "caption": "a"}', '{"image": "red.png", "caption": ""}'] * 3
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    match = (
-        r"^pairs.jsonl row [246]: no caption \(it has image\)\. Mend it, or skip such pairs with --skip_bad_rows\.$"
-    )
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=r"pairs.jsonl row [246]: no caption .*--skip_bad_rows"):
         take(PairStream(find_shards([str(tmp_path / "pairs.jsonl")])), 4)
 
 
@@ -279,10 +273,10 @@ def test_a_shard_that_is_no_file_of_its_kind_is_named_and_the_next_one_is_read(t
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):
     path = bad_tar(tmp_path, num_good=30)
     stream = PairStream(find_shards([str(path)]), max_bad_share=0.05, log_folder=tmp_path)
-    with pytest.raises(ValueError, match=r"8 of the first 38 pairs .* --max_bad_share 0.05 .*bad_pairs-00000.jsonl"):
+    with pytest.raises(ValueError, match="--max_bad_share.*bad_pairs-00000.jsonl"):
         take(stream, 31)
     # Not at the first of many: a few bad ones say nothing.
-    assert len(take(stream, 30)) == 30
+    assert len(take(PairStream(find_shards([str(path)]), max_bad_share=0.05), 30)) == 30
 
 
 def test_a_torn_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
@@ -298,7 +292,7 @@ def test_a_torn_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
 def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "missing.png", "caption": "a"}\n{"caption": ')
     stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), max_bad_share=1.0, log_folder=tmp_path)
-    with pytest.raises(ValueError, match=r"no usable pair.*pairs.jsonl row 1: missing image .*missing.png"):
+    with pytest.raises(ValueError, match="pairs.jsonl row 1: missing image .*missing.png"):
         take(stream, 1)
     lines = (tmp_path / "bad_pairs-00000.jsonl").read_text()
     assert "pairs.jsonl row 2" in lines and "broken JSON" in lines
@@ -315,11 +309,11 @@ def test_captions_that_do_not_fit_are_bad(tars, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"shards": []}, "at least one shard"), ({"buffer_size": 0}, "buffer_size"), ({"max_bad_share": 5}, "in .0, 1.")],
+    ("options", "name"),
+    [({"shards": []}, "`shards`"), ({"buffer_size": 0}, "`buffer_size`"), ({"max_bad_share": 5}, "`max_bad_share`")],
 )
-def test_options_that_make_no_sense_are_refused(tars, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_options_that_make_no_sense_are_refused(tars, options, name):
+    with pytest.raises(ValueError, match=name):
         PairStream(**{"shards": find_shards([tars]), **options})
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from toy_pairs import TWO_PROCESSES, command, environment, run, write_parts
 
 from trips_examples import run_pretraining
+from trips_examples.training.pretraining_trainer import stream_positions
 
 
 STAND_INS = {
@@ -118,7 +119,8 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
         assert result.stdout.count("'loss'") == 4  # each node says it
     states = [json.loads((tmp_path / f"out/checkpoint-4/stream_{rank}.json").read_text()) for rank in (0, 1)]
     assert [state["num_processes"] for state in states] == [2, 2]
-    assert [position["seen"] for state in states for position in state["positions"]] == [12, 12]
+    seen = [position["seen"] for state in states for position in stream_positions(state["loader"])]
+    assert seen == [12, 12]
 
 
 @pytest.mark.slow

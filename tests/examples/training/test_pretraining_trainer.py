@@ -89,17 +89,18 @@ def test_a_teacher_that_has_yet_to_take_part_is_the_model(processor, tmp_path):
     assert (trainer.teacher.texts.ids != -1).sum() == 4
 
 
-def test_the_vision_tower_has_a_learning_rate_of_its_own(processor, tmp_path):
-    trainer = make_trainer(processor, tmp_path, max_steps=1, learning_rate=1e-4, vision_learning_rate=1e-5)
+def test_towers_have_learning_rates_of_their_own(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, max_steps=1, learning_rate=1e-4, tower_learning_rate=[1e-5, 2e-5])
     optimizer = trainer.create_optimizer()
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    rates, decays = {}, {}
+    decays = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.pop(id(parameter))  # each is in one group
-            rates[name], decays[name] = group["lr"], group["weight_decay"]
+            decays[name] = group["weight_decay"]
+            towers = {"vision_model": 1e-5, "text_model": 2e-5}
+            assert group["lr"] == next((rate for tower, rate in towers.items() if tower in name.split(".")), 1e-4)
     assert not names
-    assert all(rate == (1e-5 if "vision_model." in name else 1e-4) for name, rate in rates.items())
     plain = make_trainer(processor, tmp_path, max_steps=1)
     names = {id(parameter): name for name, parameter in plain.model.named_parameters()}
     for group in plain.create_optimizer().param_groups:

@@ -24,24 +24,20 @@ from trips_examples.training.parser import make_parser
 @dataclass
 class PublishArguments:
     model: str = field(metadata={"help": "Folder of a trained model and its processor."})
-    repo_id: str = field(metadata={"help": "Where to publish it: user/name or organization/name."})
-    private: bool = field(default=False, metadata={"help": "Only you and your organization see it."})
+    repo_id: str = field(metadata={"help": "Repository: user/name or organization/name."})
+    private: bool = field(default=False, metadata={"help": "Create a private repository."})
     revision: str = field(default="main", metadata={"help": "Branch to publish to."})
-    tag: str | None = field(default=None, metadata={"help": "Tag that the published commit gets, as in v1.0."})
+    tag: str | None = field(default=None, metadata={"help": "Tag of the commit, as in v1.0."})
     commit_message: str = field(default="Publish model", metadata={"help": "Title of the commit."})
     sentence_transformers: str | None = field(
         default=None,
-        metadata={
-            "help": "SentenceTransformer or CrossEncoder: what Sentence Transformers loads a retrieval model as."
-        },
+        metadata={"help": "Class of Sentence Transformers for retrieval: SentenceTransformer or CrossEncoder."},
     )
     with_handler: bool = field(default=False, metadata={"help": "Add the handler.py that Inference Endpoints run."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "New or empty folder that keeps the files. Default: a temporary one."}
+        default=None, metadata={"help": "New or empty folder for the files. Default: a temporary one."}
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Show the files and the card, and send nothing. Needs no network."}
-    )
+    dry_run: bool = field(default=False, metadata={"help": "Show the files and the card without uploading them."})
 
     def __post_init__(self):
         if self.repo_id.count("/") != 1:
@@ -74,7 +70,7 @@ def main(argv: list[str] | None = None) -> str | None:
             print(f"Dry run: nothing was sent to {args.repo_id}.")
             return None
         address = publish(
-            files,
+            target,
             args.repo_id,
             private=args.private,
             revision=args.revision,

@@ -1,6 +1,5 @@
 """
-Measured metrics in the Hub's own form, `.eval_results/*.yaml`, from which model pages and the leaderboards of data
-sets are made; beside `model-index` in the card.
+Metrics in the Hub's format, `.eval_results/*.yaml`, for model pages and leaderboards.
 """
 
 from pathlib import Path
@@ -16,9 +15,8 @@ FOLDER = ".eval_results"
 
 def write_eval_results(target: Path, results: Path, args: CardArguments):
     """
-    Writes one file for the data set that the metrics in `results` were measured on, with an entry for each of them:
-    its task is the metric, as the board of a data set has one number for each of its tasks. Nothing is written for a
-    data set that is not on the Hub, as an entry names it by its id there.
+    Write a file for the evaluation data, with an entry for each metric. Nothing is written for data that is not on the
+    Hub, because entries name it by its id there.
     """
     dataset = args.evaluated_on
     if dataset is None or dataset.hub_id is None:

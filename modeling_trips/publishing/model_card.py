@@ -1,6 +1,6 @@
 """
-The model card of a published checkpoint: made from its configuration, from a run of the model, and from files of
-measurements. What none of them says is said to be unknown.
+The model card of a published checkpoint, made from its configuration, a forward pass and files of measurements. Facts
+that none of them has are marked as unknown.
 """
 
 import copy
@@ -108,19 +108,19 @@ class CardArguments:
     license: str | None = field(default=None, metadata={"help": "License of the weights, as in apache-2.0."})
     language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the texts: --language en"})
     datasets: list[str] | None = field(
-        default=None, metadata={"help": "Data sets it was trained on: names, with =id if on the Hub: VQAv2=org/vqa_v2"}
+        default=None, metadata={"help": "Training data: names, with =id if on the Hub, as in VQAv2=org/vqa_v2."}
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Data set it was evaluated on, as above. Default: that of --datasets, if one."}
+        default=None, metadata={"help": "Evaluation data. Default: --datasets, if it is one."}
     )
-    eval_split: str | None = field(default=None, metadata={"help": "Split it was evaluated on, as in test."})
+    eval_split: str | None = field(default=None, metadata={"help": "Evaluation split, as in test."})
     results: str | None = field(
-        default=None, metadata={"help": "Metrics as `Trainer` saves them. Default: eval_results.json of the folder."}
+        default=None, metadata={"help": "File of metrics. Default: eval_results.json of the model's folder."}
     )
-    command: str | None = field(default=None, metadata={"help": "The command that made it."})
+    command: str | None = field(default=None, metadata={"help": "Command that trained the model."})
     speed: str | None = field(
         default=None,
-        metadata={"help": "Rows of this size and schedule, as benchmarks/benchmark.py --output_json wrote them."},
+        metadata={"help": "Rows of benchmarks/benchmark.py for this size and schedule."},
     )
 
     @property
@@ -198,15 +198,15 @@ def head_of(config: TripsConfig) -> Head:
 
 
 def auto_class_of(config: TripsConfig) -> str:
-    """The Auto class that loads the checkpoint with its own head."""
+    """Return the Auto class that loads the checkpoint with its own head."""
     own = [name for name, reference in config.auto_map.items() if reference.endswith(f".{config.architectures[0]}")]
     return own[-1] if own else "AutoModel"  # that of its task behind the one of any
 
 
 def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[tuple[int, int], list[int]]:
     """
-    Runs the model on a blank image: height and width that it sees, and the tokens that leave each vision layer; the
-    most that may, where the scores say how many.
+    Run the model on a blank image. Return the image's height and width, and the number of tokens after each vision
+    layer (in top-p selection the largest possible number).
     """
     inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
     schedule = model.config.vision_config.schedule
@@ -218,7 +218,7 @@ def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[t
 
 
 def in_words(config: TripsConfig, guidance: str) -> str:
-    """What guides, where `selection_guidance` is `guidance`."""
+    """Describe a value of `selection_guidance`."""
     return GUIDANCES[config.text_config.pooling_mode if guidance == "text" else guidance]
 
 
@@ -285,7 +285,7 @@ def make_metadata(
 
 
 def load_options(revision: str, with_code: bool) -> str:
-    """How the arguments of the card's calls go on behind the repository."""
+    """Return the arguments after the repository in the card's calls."""
     options = [", trust_remote_code=True"] if with_code else []
     return "".join(options if revision == "main" else [*options, f', revision="{revision}"'])
 
@@ -302,6 +302,8 @@ def make_model_card(
     with_handler: bool = False,
 ) -> ModelCard:
     """
+    Make the model card of a checkpoint.
+
     Args:
         model (`TripsPreTrainedModel`): as it was saved: saving tells its configuration where the code is.
         processor (`TripsProcessor`)

@@ -1,12 +1,11 @@
-"""A trained model as a repository of the Hub: the folder that is published, and its upload in one commit."""
+"""A trained model as a repository on the Hub: the folder that is published, and its upload in one commit."""
 
 import json
-import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
@@ -18,7 +17,7 @@ from .model_card import HEADS, CardArguments, code_of, make_model_card
 from .sentence_transformers import check_kind, prepare, write_modules
 
 
-# All that a published model consists of; nothing else leaves this machine.
+# The files of a published model. No other file is uploaded.
 PUBLISHED = (
     "README.md",
     "config.json",
@@ -40,7 +39,7 @@ PUBLISHED = (
     # Results, for the Hub
     ".eval_results/*.yaml",
 )
-# What Inference Endpoints run, and the heads that it knows.
+# The handler of Inference Endpoints, and the heads that it supports.
 HANDLER = Path(__file__).with_name("handler.py")
 HANDLED = ("TripsForConditionalGeneration", "TripsForQuestionAnswering", "TripsForRetrieval")
 
@@ -150,7 +149,7 @@ def _code_references(fields, place: str = ""):
 
 
 def publish(
-    files: list[Path],
+    folder: Path,
     repo_id: str,
     *,
     private: bool = False,
@@ -159,43 +158,40 @@ def publish(
     commit_message: str = "Publish model",
 ) -> str:
     """
-    Uploads files in one commit, which either appears whole or not at all, into a repository made if need be.
+    Upload a folder in one commit, which appears whole or not at all, and create the repository if needed.
 
-    Files of an earlier version that are not part of this one are deleted in the same commit; what else there is in
-    the repository stays.
+    Files of an earlier version that are not part of this one are deleted in the same commit. Other files of the
+    repository stay.
 
     Args:
-        files (`list[Path]`): as `build_repository` returns them.
-        repo_id (`str`): where to, as in `"ada/trips-easy-vqa"`.
-        private (`bool`, *optional*, defaults to `False`): whether only its owner may see the repository.
-        revision (`str`, *optional*, defaults to `"main"`): the branch, which must exist.
-        tag (`str`, *optional*): a tag for the commit, which must not exist.
-        commit_message (`str`, *optional*, defaults to `"Publish model"`): the title of the commit.
+        folder (`Path`): As `build_repository` writes it.
+        repo_id (`str`): Repository, as in `"ada/trips-easy-vqa"`.
+        private (`bool`, *optional*, defaults to `False`): Whether only its owner may see the repository.
+        revision (`str`, *optional*, defaults to `"main"`): Branch, which must exist.
+        tag (`str`, *optional*): New tag of the commit.
+        commit_message (`str`, *optional*, defaults to `"Publish model"`): Title of the commit.
 
     Returns:
-        `str`: the address of the commit.
+        `str`: The address of the commit.
 
     Raises:
-        ValueError: before anything is sent, if there is no token, the repository is public and `private` is asked for,
-            there is no such branch, or the tag is taken.
-        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+        ValueError: Before the upload: `private` is asked for and the repository is public, or the tag exists.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
     """
-    if get_token() is None:
-        raise ValueError("There is no token to publish with: run `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
-    _check_target(api, repo_id, private, revision, tag)
     before = api.model_info(repo_id, revision=revision)
-    root = Path(os.path.commonpath([path.parent for path in files]))
-    by_name = {path.relative_to(root).as_posix(): path for path in files}
-    stale = [
-        file.rfilename for file in before.siblings if _is_published(file.rfilename) and file.rfilename not in by_name
-    ]
-    # `upload_folder` would split a long upload into several commits.
+    if private and not before.private:
+        raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
+    if tag in [reference.name for reference in api.list_repo_refs(repo_id).tags]:
+        raise ValueError(f"--tag {tag}: {repo_id} has this tag. Choose another one.")
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    stale = {file.rfilename for file in before.siblings if _is_published(file.rfilename)} - files.keys()
+    # `upload_folder` may split the upload into several commits.
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, path) for name, path in by_name.items()]
-        + [CommitOperationDelete(name) for name in stale],
+        [CommitOperationAdd(name, path) for name, path in files.items()]
+        + [CommitOperationDelete(name) for name in sorted(stale)],
         commit_message=commit_message,
         revision=revision,
         parent_commit=before.sha,
@@ -217,9 +213,7 @@ def _load_model(folder: Path) -> TripsPreTrainedModel:
 
 def _load_processor(folder: Path) -> TripsProcessor:
     if not (folder / "processor_config.json").is_file():
-        raise ValueError(
-            f"{folder} has no processor: save the one that it was trained with there (`save_pretrained`)."
-        )
+        raise ValueError(f"{folder} has no processor_config.json. Save the model's processor there.")
     return TripsProcessor.from_pretrained(folder)
 
 
@@ -229,7 +223,7 @@ def _check_handled(model: TripsPreTrainedModel):
 
 
 def _results_of(folder: Path, args: CardArguments) -> Path | None:
-    """The file of measured metrics: the one given, or the one that training left in the folder."""
+    """Return the file of metrics: the one given, or `eval_results.json` of the folder."""
     if args.results is not None:
         return Path(args.results)
     default = folder / "eval_results.json"
@@ -238,21 +232,3 @@ def _results_of(folder: Path, args: CardArguments) -> Path | None:
 
 def _is_published(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLISHED)
-
-
-def _check_target(api: HfApi, repo_id: str, private: bool, revision: str, tag: str | None):
-    """Finds out before the upload what would make it end halfway, or in the open."""
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(
-            f"{repo_id} was to be private, exists and is public. Run `hf repos settings {repo_id} --private` first."
-        )
-    references = api.list_repo_refs(repo_id)
-    if revision not in [reference.name for reference in references.branches]:
-        raise ValueError(
-            f"{repo_id} has no branch {revision}. Run `hf repos branch create {repo_id} {revision}` first."
-        )
-    if tag in [reference.name for reference in references.tags]:
-        raise ValueError(
-            f"{repo_id} has a tag {tag} already, and tags do not move. Choose another name, or run "
-            f"`hf repos tag delete {repo_id} {tag}` first."
-        )

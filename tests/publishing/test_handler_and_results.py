@@ -70,7 +70,7 @@ def test_results_of_no_data_set_of_the_hub_are_in_the_card_alone(tmp_path, args)
 def test_a_handler_is_written_on_request_for_heads_that_it_knows(tmp_path):
     assert "handler.py" not in build(tmp_path / "without")
     assert "handler.py" in build(tmp_path / "with", with_handler=True)
-    with pytest.raises(ValueError, match="not a TripsForVisualGrounding"):
+    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
         build(tmp_path / "other", TripsForVisualGrounding, with_handler=True)
 
 

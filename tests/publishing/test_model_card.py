@@ -268,9 +268,9 @@ def test_speed_is_that_of_rows_of_this_size_and_schedule(tmp_path):
     assert f"| forward | 1 | 1 | Intel Xeon, 2 threads | float32 | {numbers}" in text
     others = ({"keep_rate": 0.7}, {"selection_layers": [1, 3]}, {"image_size": 96}, {"selection_mode": "mass"})
     for options in others:
-        with pytest.raises(ValueError, match="none of its rows was measured at this model's size"):
+        with pytest.raises(ValueError, match="--speed"):
             make_card(tmp_path, args, **options)
-    with pytest.raises(ValueError, match="none of its rows"):
+    with pytest.raises(ValueError, match="--speed"):
         make_card(tmp_path, args, fusion_encoder_config={"num_hidden_layers": 1})
 
 
@@ -289,7 +289,7 @@ def test_the_cost_is_counted_at_one_and_at_ten_texts_per_image(tmp_path):
 def test_a_file_without_metrics_is_refused(tmp_path):
     path = tmp_path / "train_results.json"
     path.write_text('{"train_loss": 0.1, "eval_runtime": 2.0}')
-    with pytest.raises(ValueError, match="train_results.json holds no metric: names as in eval_accuracy"):
+    with pytest.raises(ValueError, match="train_results.json"):
         make_card(tmp_path, results=path)
 
 

@@ -83,9 +83,9 @@ def test_the_card_is_that_of_a_model_of_the_library(kind, task, printed, tmp_pat
 
 
 def test_what_cannot_serve_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="TripsForQuestionAnswering is no CrossEncoder"):
+    with pytest.raises(ValueError, match="TripsForQuestionAnswering.*CrossEncoder"):
         publish_as("CrossEncoder", tmp_path / "head", model_class=TripsForQuestionAnswering)
-    with pytest.raises(ValueError, match="not 'Encoder'"):
+    with pytest.raises(ValueError, match="Encoder"):
         publish_as("Encoder", tmp_path / "kind")
     with pytest.raises(ValueError, match="itm_weight=0"):
         publish_as("CrossEncoder", tmp_path / "weight", itm_weight=0.0)

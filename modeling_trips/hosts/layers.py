@@ -114,6 +114,28 @@ def project_rows(linear: nn.Linear, states: torch.Tensor, start: int, stop: int)
     return nn.functional.linear(states, linear.weight[start:stop], bias)
 
 
+def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear, rows: slice, scaling: float):
+    """
+    `score_tokens` without the keys: q (W x) = (q W) x, so that the query goes through the layer in place of every
+    token. The bias of the keys adds the same to all tokens, which softmax ignores.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): The guiding query.
+        states (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`): What the keys are projected from.
+        key_layer (`nn.Linear`), rows (`slice`): The layer that projects the keys, and its rows that do.
+        scaling (`float`): Factor of the dot products.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider: each row is positive and sums to 1.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    with torch.autocast(states.device.type, enabled=False):  # rounding would tie patches
+        weight = key_layer.weight[rows].to(dtype).unflatten(0, (query.shape[1], -1))
+        directions = torch.einsum("bhd,hdc->bhc", query.to(dtype) * scaling, weight)
+        logits = directions @ states.to(dtype).transpose(1, 2)
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
 class SelectionLayer(StandIn):
     """
     A pre-norm layer of a host with patch selection between its attention half and its MLP half (paper, section 3.2).
@@ -228,4 +250,13 @@ class SelectionLayer(StandIn):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-__all__ = ["Host", "SelectionLayer", "SelectionSettings", "StandIn", "check_layer", "host_module_of", "project_rows"]
+__all__ = [
+    "Host",
+    "SelectionLayer",
+    "SelectionSettings",
+    "StandIn",
+    "check_layer",
+    "host_module_of",
+    "project_rows",
+    "score_states",
+]

@@ -331,7 +331,7 @@ class Qwen2Vl(Family):
     def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         if current.unit_order is not None:
-            kept = current.unit_order.to(kept.device)[kept]
+            kept = current.unit_order[kept]
         num_kept = current.num_kept[current.last_before(float("inf"))]
         firsts = accumulate(sizes, initial=0)
         return [part.sort().values - first for part, first in zip(kept.split(num_kept), firsts)]
@@ -353,9 +353,11 @@ class Qwen25Vl(Qwen2Vl):
 
     def begin_pass(self, inputs: dict) -> TowerPass:
         current = super().begin_pass(inputs)
-        current.unit_order, current.segments = get_vision_window_index(
-            inputs["image_grid_thw"], self.unit, self.tower.window_size, self.tower.patch_size
+        grids = inputs["image_grid_thw"]
+        order, current.segments = get_vision_window_index(
+            grids, self.unit, self.tower.window_size, self.tower.patch_size
         )
+        current.unit_order = order.to(grids.device)
         return current
 
 

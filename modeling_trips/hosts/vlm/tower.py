@@ -36,7 +36,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
 from ...configuration_trips import LayerSelection
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
-from ..layers import StandIn, project_rows
+from ..layers import StandIn, project_rows, score_states
 
 
 @dataclass
@@ -62,7 +62,7 @@ class TowerPass:
     # By layer: `(num_images, num_candidates)`; packed, one tensor of shape `(1, num_candidates)` per image.
     scores: dict[int, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
     num_kept: dict[int, list[int]] = field(default_factory=dict)  # packed: of each image
-    shortened: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def last_before(self, layer: float) -> int | None:
         """The last layer that has selected in front of this one."""
@@ -139,6 +139,13 @@ class TowerLayer(StandIn):
         # Without a [CLS], the mean of all queries: the projection is linear, so that it is the query of the mean.
         return self.project_query(normed[:, 0] if self.tower.has_class_token else normed.mean(dim=1))
 
+    def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Scores of patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
+        layer, rows = self.key_layer
+        if type(layer) is nn.Linear:
+            return score_states(query, states, layer, rows, self.scaling)
+        return score_tokens(query, self.project_key(states), self.scaling)
+
     def recorded(self) -> TripsSelection:
         """What the layer has selected in the current pass, in units."""
         raise NotImplementedError
@@ -172,8 +179,7 @@ class GridLayer(TowerLayer):
             num_units = (normed.shape[1] - num_others) // self.tower.unit**2
             scores = random_scores(len(normed), num_units, False, normed.device, self.selection.seed)
         else:
-            key = self.project_key(normed[:, num_others:])
-            scores = score_tokens(self.guiding_query(current, normed), key, self.scaling)
+            scores = self.score(self.guiding_query(current, normed), normed[:, num_others:])
             scores = self.tower.to_units(scores, before is None).sum(dim=-1)
         positions = keep_topk(scores, num_kept_tokens(scores.shape[1], self.selection.keep_rate))
         candidates = before
@@ -216,6 +222,10 @@ class SeparateProjections:
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
         return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
 
+    @property
+    def key_layer(self) -> tuple[nn.Module, slice]:
+        return self.self_attn.k_proj, slice(None)
+
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
         return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
 
@@ -247,6 +257,11 @@ class InternvlTowerLayer(GridLayer, InternVLVisionLayer):
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
         query = self.attention.q_norm(self.attention.q_proj(states))
         return query.unflatten(-1, (-1, self.attention.head_dim))
+
+    @property
+    def key_layer(self) -> tuple[nn.Module | None, slice]:
+        is_linear = isinstance(self.attention.k_norm, nn.Identity)
+        return self.attention.k_proj if is_linear else None, slice(None)
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
         key = self.attention.k_norm(self.attention.k_proj(states))
@@ -284,6 +299,17 @@ class PackedLayer(TowerLayer):
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
         return self.project(states, 0)
 
+    @property
+    def key_layer(self) -> tuple[nn.Module, slice]:
+        return self.attn.qkv, slice(self.attn.dim, 2 * self.attn.dim)
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.project(states, 1).transpose(1, 2)
+
+    @property
+    def scaling(self) -> float:
+        return self.attn.scaling
+
     def forward(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings=None, **kwargs):
         current = self.tower.current
         if current is None:
@@ -308,8 +334,8 @@ class PackedLayer(TowerLayer):
         """What is left of a tensor that is the same in many layers, worked out once per pass."""
         key = (id(value), id(kept))
         if key not in current.shortened:
-            current.shortened[key] = how(value, kept)
-        return current.shortened[key]
+            current.shortened[key] = (value, how(value, kept))  # the value stays, so that its id does
+        return current.shortened[key][1]
 
     def shorten_table(self, table: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Rows of the kept units in a table with one row per patch."""
@@ -350,8 +376,7 @@ class PackedLayer(TowerLayer):
             query = current.query[[*images]].to(normed.dtype)
         else:
             query = self.project_query(normed.mean(dim=1))
-        key = self.project(normed, 1).transpose(1, 2)
-        return score_tokens(query, key, self.attn.scaling).unflatten(1, (-1, size)).sum(dim=-1)
+        return self.score(query, normed).unflatten(1, (-1, size)).sum(dim=-1)
 
     def recorded(self) -> TripsSelection:
         """Row-major units of each image; -2 is padding where images of a batch have fewer."""

@@ -62,7 +62,9 @@ def select_by_prompt(
     relevance = (relevance - low) / (high - low).clamp_min(1e-6)
     # 2 is the largest distance: the most relevant token has no token above it.
     distance = 1 - directions @ directions.transpose(1, 2)
-    is_above = relevance[:, None, :] > relevance[:, :, None]
+    own, other = relevance[:, :, None], relevance[:, None, :]
+    is_earlier = torch.ones_like(distance, dtype=torch.bool).tril(diagonal=-1)
+    is_above = (other > own) | ((other == own) & is_earlier)
     separation = distance.masked_fill(~is_above, 2.0).amin(dim=-1)
     kept = keep_topk((relevance + 1e-3) * separation, num_kept)
     return kept, gather_tokens(features, kept)

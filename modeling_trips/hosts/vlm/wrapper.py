@@ -171,8 +171,9 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
             kwargs = {**bound, **bound.get("kwargs", {})}
             del kwargs["self"]
             kwargs.pop("kwargs", None)
-        if kwargs.get("pixel_values") is not None:
-            kwargs = selection_of(self).prune(self, kwargs)
+        selection = selection_of(self)  # none in another model that this class has loaded
+        if selection is not None and kwargs.get("pixel_values") is not None:
+            kwargs = selection.prune(self, kwargs)
         return own_class.forward(self, **kwargs)
 
     members = {"forward": forward, "__module__": own_class.__module__, "__qualname__": own_class.__qualname__}
@@ -186,7 +187,8 @@ def _pruning_generate(own_class: type[nn.Module]):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs):
         if inputs is not None and kwargs.get("input_ids") is None:
             inputs, kwargs["input_ids"] = None, inputs
-        if kwargs.get("pixel_values") is None:
+        selection = selection_of(self)
+        if selection is None or kwargs.get("pixel_values") is None:
             return own_class.generate(self, inputs, generation_config, *args, **kwargs)
         past = kwargs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0:
@@ -196,7 +198,7 @@ def _pruning_generate(own_class: type[nn.Module]):
             )
         ids = kwargs["input_ids"]
         with torch.no_grad():
-            kwargs = selection_of(self).prune(self, kwargs)
+            kwargs = selection.prune(self, kwargs)
         length = kwargs["input_ids"].shape[1]
         for name in ("max_length", "min_length"):  # they count the tokens of the caller's prompt
             value = kwargs.get(name) or getattr(generation_config, name, None)

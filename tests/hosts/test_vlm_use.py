@@ -1,0 +1,175 @@
+"""Selection in vision-language models as users meet it: chat pipelines, Trainer, a guide, the scorers."""
+
+import PIL.Image
+import pytest
+import torch
+from tiny_vlms import BY_NAME, IMAGE, TEXT, make_inputs
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from modeling_trips.hosts import (
+    TextGuide,
+    apply_patch_selection,
+    prune_inputs,
+    record_patch_selection,
+    remove_patch_selection,
+)
+from modeling_trips.hosts.layers import score_states
+from modeling_trips.hosts.vlm.scoring import SCORERS, pool, select_by_prompt, select_diverse
+from modeling_trips.patch_selection import score_tokens
+
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }} "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} "
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def make_processor() -> LlavaProcessor:
+    """For the tiny LLaVA: words, an image of 32 pixels, and a chat template."""
+    words = "<unk> <pad> <s> </s> user assistant what is it ? red dog cat".split()
+    vocabulary = {word: number for number, word in enumerate(words)} | {"<image>": IMAGE}
+    vocabulary |= {f"w{number}": number for number in range(len(words), TEXT["vocab_size"]) if number != IMAGE}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", padding_side="left",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    size = {"height": 32, "width": 32}
+    images = CLIPImageProcessor(size=size, crop_size=size, do_convert_rgb=True)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", chat_template=CHAT,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def test_the_pipeline_takes_chat_messages():
+    model, processor = BY_NAME["llava"].make(), make_processor()
+    image = PIL.Image.new("RGB", (40, 30), "red")
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        for text in ("what is it ?", "red dog ?")
+    ]
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=8)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    results = pipe(messages, return_full_text=False, batch_size=2, generate_kwargs=options)
+    for result, message in zip(results, messages):
+        inputs = processor.apply_chat_template(
+            message, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        sequence = model.generate(**inputs, **options)
+        new = processor.batch_decode(sequence[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert result[0]["generated_text"].strip() == new[0].strip() != ""
+
+
+def test_trainer_trains_and_evaluates(tmp_path):
+    vlm = BY_NAME["llava"]
+    model = vlm.make()
+    rows = []
+    for seed in range(4):
+        row = {name: value[0] for name, value in make_inputs(vlm, [1], seed=seed).items()}
+        row["labels"] = row["input_ids"].masked_fill(torch.arange(len(row["input_ids"])) < 70, -100)
+        rows.append(row)
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=8)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=8, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        prediction_loss_only=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.5
+    trainer.save_model(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved").eval()
+    remove_patch_selection(model)
+    inputs = make_inputs(vlm)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_a_guide_is_saved_loaded_and_trained(tmp_path):
+    vlm = BY_NAME["paligemma"]
+    model, inputs = vlm.make().requires_grad_(False), make_inputs(vlm, [1, 1])
+    guide = TextGuide.for_model(model)
+    apply_patch_selection(model, "1:text:0.3", guide=guide)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1e-2)
+    target, losses = torch.zeros(2, 64).index_fill_(1, torch.tensor([5, 9, 33]), 1.0), []
+    for _ in range(30):
+        with record_patch_selection(model) as selections:
+            model(**inputs)
+        losses.append(-(selections[0].scores * target).sum(dim=1).log().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    guide.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    loaded = TextGuide.from_pretrained(tmp_path)
+    expected = model(**inputs).logits
+    apply_patch_selection(model, "1:text:0.3", guide=loaded)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_guide_fits_one_width_only():
+    with pytest.raises(ValueError, match="heads"):
+        apply_patch_selection(BY_NAME["llava"].make(), "1:text:0.3", guide=TextGuide(32, 2, 16))
+
+
+# ---- Scorers -------------------------------------------------------------------------------------------------------
+
+
+def test_relevance_and_distance_by_hand():
+    # Three pairs of equal tokens. The prompt is close to the first pair, less so to the second.
+    features = torch.tensor([[[4.0, 0, 0], [4, 0, 0], [0, 3, 0], [0, 3, 0], [0, 0, 2], [0, 0, 2]]])
+    prompt, mask = torch.tensor([[[1.0, 0.4, 0], [0, 0, 1]]]), torch.tensor([[True, False]])
+    kept, chosen = select_by_prompt(features, prompt, mask, 2)
+    assert kept.tolist() == [[0, 2]] and torch.equal(chosen, features[:, [0, 2]])
+    kept, _ = select_by_prompt(features, prompt, mask, 1)
+    assert kept.tolist() == [[0]]
+    assert select_by_prompt(features, prompt, torch.tensor([[True, True]]), 2)[0].tolist() == [[0, 4]]
+
+
+def test_diversity_takes_one_of_each_kind():
+    features = torch.eye(4)[torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])] * torch.tensor([5.0, 4, 3, 2])
+    kept, _ = select_diverse(features, features, torch.ones(1, 8, dtype=torch.bool), 4)
+    assert sorted(kept[0].floor_divide(2).tolist()) == [0, 1, 2, 3]
+
+
+def test_pooling_averages_cells_and_keeps_their_middle():
+    features = torch.arange(16.0).reshape(1, 16, 1)
+    kept, pooled = pool(features, features, None, 4)
+    assert kept.tolist() == [[5, 7, 13, 15]] and pooled[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+    with pytest.raises(ValueError):
+        pool(features[:, :15], features, None, 4)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@torch.no_grad()
+def test_every_scorer_keeps_as_many_as_asked_for(name):
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 1])
+    pruned = prune_inputs(model, inputs, visual_tokens=9, scorer=name)
+    assert (pruned["input_ids"] == IMAGE).sum(dim=1).tolist() == [9, 9]
+    assert model(**pruned).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_need_no_keys(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 3 * 24, dtype=dtype)
+    states, query = torch.randn(2, 7, 24).to(dtype), torch.randn(2, 4, 6).to(dtype)
+    rows = slice(24, 48)
+    key = nn.functional.linear(states.float(), layer.weight[rows].float(), layer.bias[rows].float())
+    expected = score_tokens(query.float(), key.unflatten(-1, (4, 6)).transpose(1, 2), 0.4)
+    torch.testing.assert_close(score_states(query, states, layer, rows, 0.4), expected)

@@ -245,7 +245,9 @@ class SelectionLayer(StandIn):
     ) -> torch.Tensor:
         """As the layers of CLIP, SigLIP and BLIP, whose parts have the same names. The vision towers never mask."""
         normed = self.normed_tokens(hidden_states)
-        attn_output, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:  # attention in BLIP-2 takes none
+            kwargs["attention_mask"] = attention_mask
+        attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
         hidden_states = self.select(hidden_states + attn_output, self.score(normed, text_embeds))
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 

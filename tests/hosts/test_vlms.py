@@ -444,6 +444,16 @@ def test_bad_inputs_are_refused():
         model.generate(**inputs, max_new_tokens=2, **{CACHE_NAME: cache})
 
 
+@families
+@torch.no_grad()
+def test_embeddings_take_the_place_of_ids(vlm):
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=7)
+    expected = model(**inputs).logits
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    torch.testing.assert_close(model(**inputs).logits, expected, **TOLERANCE)
+
+
 @torch.no_grad()
 def test_answers_do_not_choose():
     vlm = BY_NAME["llava"]

@@ -56,14 +56,14 @@ def tree(tmp_path_factory):
     return path
 
 
-def run_suite(tree, file, *options):
-    """Runs a file of tests/transformers_suites, which must pass. Gives what passed, and what was skipped and why."""
+def run_suite(tree, file, *options, may_fail=False):
+    """Runs a file of tests/transformers_suites. Gives what passed, and what was skipped and why."""
     report = tree / f"{file}.xml"
     command = [sys.executable, "-m", "pytest", f"tests/models/trips/{file}", f"--junitxml={report}"]
     command += ["--tb=short", "--disable-warnings", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
+    assert result.returncode == 0 or may_fail, result.stdout[-20_000:] + result.stderr[-5_000:]
     passed, skipped = [], {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname').rpartition('.')[2].removesuffix('Test')}.{case.get('name')}"
@@ -115,6 +115,17 @@ def test_saving_and_loading_hosts_of_patch_selection_passes_their_suites(tree):
         "test_can_load_from_already_mapped_keys",
         "test_reverse_loading_mapping",
     }
+
+
+@pytest.mark.slow
+def test_a_generative_model_that_keeps_every_token_passes_what_a_plain_one_passes(tree):
+    # The plain one fails some: the tester of a test is not in the source distribution, and ours knows less.
+    passed, _ = run_suite(tree, "host_suites.py", "-k", "Llava", may_fail=True)
+    plain, pruning = (
+        {name.partition(".")[2] for name in passed if name.startswith(f"{kind}Llava.")}
+        for kind in ("Plain", "Pruning")
+    )
+    assert len(plain) > 90 and plain <= pruning
 
 
 def test_source_that_cannot_be_downloaded_is_an_error_with_a_remedy(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """
-The save and load tests of `ModelTesterMixin` on hosts of patch selection: models of Transformers that select from the
-moment they are made, and load from the checkpoints that plain ones save.
+`ModelTesterMixin` on models of Transformers that select patches from the moment they are made: the save and load tests
+of towers and encoders, and all tests of a LLaVA that prunes its inputs but keeps every token, beside a plain one.
 """
 
 import unittest
 
+import torch
 from transformers import (
     BlipConfig,
     BlipForQuestionAnswering,
@@ -12,6 +13,8 @@ from transformers import (
     BridgeTowerModel,
     CLIPConfig,
     CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     SiglipConfig,
     SiglipModel,
@@ -57,6 +60,22 @@ def selecting(model_class: type[PreTrainedModel], guidance: str) -> type[PreTrai
 
     Selecting.__name__ = model_class.__name__  # the suites look classes up by name
     return Selecting
+
+
+class PlainLlava(LlavaForConditionalGeneration):
+    def __init__(self, config):
+        super().__init__(config)
+
+
+class PruningLlava(LlavaForConditionalGeneration):
+    """Prunes its inputs, and keeps every token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        apply_patch_selection(self, "unpruned", visual_tokens=1000)
+
+
+PlainLlava.__name__ = PruningLlava.__name__ = LlavaForConditionalGeneration.__name__
 
 
 class HostTester:
@@ -119,3 +138,29 @@ class SiglipTest(HostSuite, unittest.TestCase):
     def setUp(self):
         text = {**TEXT, "projection_size": 32}
         self.model_tester = HostTester(SiglipConfig(vision_config=VISION, text_config=text))
+
+
+class LlavaTester(HostTester):
+    num_visual_tokens = 16
+    seq_length = 7 + num_visual_tokens
+
+    def prepare_config_and_inputs_for_common(self):
+        ids = ids_tensor((self.batch_size, self.seq_length), 90) + 3
+        ids[:, 1 : 1 + self.num_visual_tokens] = self.config.image_token_id
+        pixels = floats_tensor([self.batch_size, 3, 16, 16])
+        return self.config, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+class PlainLlavaTest(HostSuite, unittest.TestCase):
+    all_model_classes = (PlainLlava,)
+    _is_composite = True
+
+    def setUp(self):
+        text = {**TEXT, "model_type": "llama", "max_position_embeddings": 64}
+        vision = {**VISION, "model_type": "clip_vision_model"}
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=98, vision_feature_layer=-2)
+        self.model_tester = LlavaTester(config)
+
+
+class PruningLlavaTest(PlainLlavaTest):
+    all_model_classes = (PruningLlava,)

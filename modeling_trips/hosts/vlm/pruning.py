@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...patch_selection import num_kept_tokens
+from ...patch_selection import gather_tokens, num_kept_tokens
 from .families import Family, find_family
 from .guide import TextGuide
 from .scoring import SCORERS, Scorer
@@ -98,8 +98,8 @@ def prune_inputs(
         model (`PreTrainedModel`): LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3,
             InternVL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL: the model for generation or the one without a head. Other
             models that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
-        inputs (`Mapping`): What the processor returns, with `input_ids` of shape `(batch_size, length)`; `labels` of
-            that shape for training. Prompts may have no image, or several.
+        inputs (`Mapping`): What the processor returns, with `input_ids` of shape `(batch_size, length)` (or
+            `inputs_embeds`); `labels` of that shape for training. Prompts may have no image, or several.
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. SmolVLM and Idefics3 count the
             tiles of a prompt as one image.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in place of a number.
@@ -115,8 +115,7 @@ def prune_inputs(
 
     Raises:
         TypeError: The model is not one of these.
-        ValueError: The inputs have videos or `inputs_embeds`, images and placeholders do not match, or `labels` cover
-            the whole prompt.
+        ValueError: The inputs have videos, images and placeholders do not match, or `labels` cover the whole prompt.
     """
     family = find_family(model)
     if family is None:
@@ -134,7 +133,7 @@ def prune(
         raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
     if inputs.get("pixel_values") is None:
         return inputs, []
-    if inputs.get("input_ids") is None:
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise ValueError("Patch selection needs `input_ids` beside `pixel_values`, to find the visual tokens.")
     prompts = Prompts(model, family, inputs)
     current = None
@@ -191,7 +190,11 @@ class Prompts:
 
     def __init__(self, model: nn.Module, family: Family, inputs: dict):
         self.model, self.family, self.inputs = model, family, inputs
-        self.ids = inputs["input_ids"]
+        self.ids, self.embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if self.ids is None:
+            placeholder = torch.tensor(family.image_token_id, device=self.embeddings.device)
+            is_visual = (self.embeddings == model.get_input_embeddings()(placeholder)).all(dim=-1)
+            self.ids = is_visual * placeholder
         self.is_visual = self.ids == family.image_token_id
         mask = inputs.get("attention_mask")
         self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
@@ -214,8 +217,12 @@ class Prompts:
             is_behind = is_text & ~is_before
             is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
             first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(self.num_text)]
-            ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
-            self._text = self.model.get_input_embeddings()(ids), is_text.gather(1, first)
+            if self.embeddings is None:
+                ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
+                embeddings = self.model.get_input_embeddings()(ids)
+            else:
+                embeddings = gather_tokens(self.embeddings, first)
+            self._text = embeddings, is_text.gather(1, first)
         return self._text
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
@@ -254,6 +261,9 @@ class Prompts:
         inputs = {name: value for name, value in self.inputs.items() if name not in self.family.encoder_arguments}
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
+                if value.dim() == 3:  # `inputs_embeds`
+                    inputs[name] = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
+                    continue
                 padding = self.padding_id if name == "input_ids" else PADDING_VALUES.get(name, 0)
                 inputs[name] = value.gather(1, order).masked_fill(~mask, padding)
         if len({*lengths}) > 1:
@@ -266,7 +276,7 @@ class Prompts:
         Positions count up without gaps: gaps are read as several packed sequences. Spatial ones stay what they were,
         with a row of positions that count up in front of them.
         """
-        spatial = self.family.position_ids(self.inputs)
+        spatial = self.family.position_ids({**self.inputs, "input_ids": self.ids})
         if spatial is None and self.inputs.get("position_ids") is None:
             return {}
         text = (mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -49,8 +49,6 @@ class VlmSelection:
     recorded: list[TripsSelection] | None = None
 
     def prune(self, model: nn.Module, inputs: dict) -> dict:
-        if inputs.get("inputs_embeds") is not None:
-            raise ValueError("Patch selection needs `input_ids` in place of `inputs_embeds`.")
         pruned, kept = prune(model, self.family, inputs, self.exit, self.in_tower)
         if self.recorded is not None:
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING)
@@ -190,6 +188,8 @@ def _pruning_generate(own_class: type[nn.Module]):
         selection = selection_of(self)
         if selection is None or kwargs.get("pixel_values") is None:
             return own_class.generate(self, inputs, generation_config, *args, **kwargs)
+        if kwargs.get("input_ids") is None:
+            raise ValueError("`generate` needs `input_ids` under patch selection.")
         past = kwargs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from docstrings import docstring_as_rst  # noqa: E402
+from tables import outdated  # noqa: E402
 
 import modeling_trips  # noqa: E402
 
@@ -37,4 +38,6 @@ napoleon_use_ivar = True
 
 
 def setup(app):
+    if pages := [path.name for path in outdated()]:
+        raise ValueError(f"Tables are out of date in {', '.join(pages)}: run `python docs/tables.py`.")
     app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon, whose sections stay

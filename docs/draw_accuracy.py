@@ -1,0 +1,79 @@
+"""
+Draw accuracy against time for each way of selecting, from the rows in `docs/results`.
+
+    python docs/draw_accuracy.py    # docs/accuracy_against_time.png
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from tables import DOCS, method, percents, read, seconds, variants  # noqa: E402
+
+
+PANELS = {
+    "Grounding, 1 text per image": "scenes_grounding_rates",
+    "Questions, 4 texts per image": "scenes_vqa_rates",
+}
+COLORS = {
+    "by the text, with supervision": "tab:blue",
+    "by the text, without supervision": "tab:purple",
+    "by the image": "tab:orange",
+    "at random": "tab:gray",
+    "unpruned, fewer pixels": "tab:green",
+}
+
+
+def group(row: dict) -> str | None:
+    """The curve that a run belongs to: those with one selection layer, and the unpruned ones."""
+    name = method(row)
+    if "px" in name:
+        return "unpruned, fewer pixels"
+    if not name.startswith("`2:") or "," in name.split("`")[1] or "top-p" in name or "merged" in name:
+        return None
+    if ":text:" in name:
+        return f"by the text, {name.rpartition(', ')[2]}"
+    return "by the image" if ":image:" in name else "at random"
+
+
+def draw(output: Path):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, (title, name) in zip(axes, PANELS.items()):
+        curves: dict[str, list] = {label: [] for label in COLORS}
+        runs, times = variants(read(name)), read(f"{name}_times")
+        for variant, of in runs.items():
+            if label := group(of[0]):
+                values = percents(of, "eval_accuracy")
+                curves[label].append((float(seconds(times, variant)), values))
+        for label, points in curves.items():
+            color = COLORS[label]
+            points.sort()
+            axis.plot([x for x, _ in points], [mean(values) for _, values in points], color=color, label=label)
+            for x, values in points:
+                several = len(values) > 1
+                face, spread = (color, stdev(values)) if several else ("white", None)
+                axis.errorbar(x, mean(values), spread, color=color, marker="o", markerfacecolor=face, capsize=3)
+        unpruned = mean(percents(runs["unpruned"], "eval_accuracy"))
+        axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
+        axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
+        axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
+        axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(output, dpi=110)
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Draw accuracy against time for each way of selecting.")
+    parser.add_argument("--output", type=Path, default=DOCS / "accuracy_against_time.png", help="The figure.")
+    draw(parser.parse_args(arguments).output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,785 @@
+"""
+Write the tables of results into the documents, from the rows in `docs/results`.
+
+    python docs/tables.py            # rewrite every table between `<!-- table: NAME -->` and `<!-- end -->`
+    python docs/tables.py --check    # exit with an error if a document has another table than its rows give
+
+`make docs` and the tests run the check.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import ttest_rel
+
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS / "results"
+TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+TABLES: dict[str, Callable[[], str]] = {}
+
+Row = dict
+
+
+def table(function: Callable[[], str]) -> Callable[[], str]:
+    TABLES[function.__name__] = function
+    return function
+
+
+# Rows
+
+
+@cache
+def read(name: str) -> list[Row]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def select(rows: list[Row], **wanted) -> list[Row]:
+    return [row for row in rows if all(row.get(field) == value for field, value in wanted.items())]
+
+
+def variants(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each variant, in the order of the file."""
+    return {name: select(rows, variant=name) for name in dict.fromkeys(row["variant"] for row in rows)}
+
+
+def option(row: Row, name: str) -> list[str]:
+    """The values behind the last `--name` of a row's command."""
+    options = row["options"]
+    places = [place for place, word in enumerate(options) if word == f"--{name}"]
+    values = options[places[-1] + 1 :] if places else []
+    return values[: next((place for place, word in enumerate(values) if word.startswith("--")), len(values))]
+
+
+def schedule(layers: list, rates: list, guidance: list) -> str:
+    """`5:text:0.7,10:text:0.7`"""
+    rates, guidance = (values * len(layers) if len(values) == 1 else values for values in (rates, guidance))
+    return ",".join(f"{layer}:{guide}:{rate}" for layer, guide, rate in zip(layers, guidance, rates))
+
+
+def schedule_of(row: Row) -> str:
+    """In code type, from a row's command, or from its fields."""
+    if "options" in row:
+        fields = [option(row, name) for name in ("selection_layers", "keep_rate", "selection_guidance")]
+    else:
+        fields = [row["selection_layers"], row["keep_rate"], row.get("selection_guidance", "text")]
+    layers, rates, guidance = (field if isinstance(field, list) else [field] for field in fields)
+    return "unpruned" if rates == ["1.0"] else f"`{schedule(layers, rates, guidance)}`"
+
+
+def method(row: Row, supervised: bool = True) -> str:
+    """How a run selects, in words. `supervised`: whether the code of its day supervised the text by default."""
+    text = schedule_of(row)
+    if text == "unpruned":
+        size = option(row, "image_size")
+        return f"unpruned, {size[0]} px" if "fewer pixels" in row["variant"] else "unpruned baseline"
+    weight = option(row, "selection_loss_weight")
+    if "text" in text:
+        teacher = option(row, "selection_teacher")
+        without = not supervised or weight == ["0"]
+        text += ", with a teacher" if teacher else f", {'without' if without else 'with'} supervision"
+    if option(row, "selection_mode") == ["mass"]:
+        text = f"`2:text:top-p {option(row, 'selection_mass')[0]}`, with supervision"
+    return text + (", the rest merged" if option(row, "merge_inattentive_tokens") else "")
+
+
+# Cells
+
+
+def percents(rows: list[Row], field: str) -> list[float]:
+    return [100 * row[field] for row in rows if row.get(field) is not None]
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; of a single value, the value alone."""
+    if not values:
+        return ""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def difference(rows: list[Row], baseline: list[Row], field: str, scale: float = 100, digits: int = 1) -> str:
+    """Mean difference over common seeds ± deviation, and p of the paired t-test; empty below three seeds."""
+    by_seed = {row["seed"]: row[field] for row in baseline}
+    pairs = [(row[field], by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    if len(pairs) < 3 or rows is baseline:
+        return ""
+    gaps = [scale * (one - other) for one, other in pairs]
+    p = ttest_rel(*zip(*pairs)).pvalue
+    return f"{mean(gaps):+.{digits}f} ± {stdev(gaps):.{digits}f} ({f'p = {p:.2f}' if p >= 0.01 else 'p < 0.01'})"
+
+
+def render(header: list[str], rows: list[list], *sources: str, note: str = "") -> str:
+    """A Markdown table, and the line that says where its rows are and what they do not record."""
+    lines = [header, ["---"] * len(header), *rows]
+    body = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    links = ", ".join(f"[{name.rpartition('/')[2]}]({{results}}/{name}.json)" for name in sources)
+    recorded = [row for name in sources for row in read(name)]
+    facts = [*sorted({row["device_name"] for row in recorded if "device_name" in row}), note]
+    lacking = {field: [row for row in recorded if field not in row] for field in ("commit", "seed")}
+    facts += [f"{len(rows)} of {len(recorded)} rows lack a {field}" for field, rows in lacking.items() if rows]
+    return f"{body}\n\nRows: {links}. {'; '.join(fact for fact in facts if fact)}."
+
+
+def seconds(times: list[Row], variant: str, field: str = "forward_seconds", **wanted) -> str:
+    """The time of a variant's checkpoint over that of the unpruned one."""
+    rows = {row["checkpoint"]: row for row in select(times, **wanted)}
+    row = rows.get(f"{variant.replace(' ', '-')}-seed0")
+    return f"{row[field] / rows['unpruned-seed0'][field]:.2f}" if row and field in row else ""
+
+
+# Guidance
+
+
+@table
+def guidance_questions() -> str:
+    runs = variants(read("scenes_vqa_guidance"))
+    rows = [
+        [
+            method(of[0], supervised=False),
+            spread(percents(of, "eval_accuracy")),
+            difference(of, runs["unpruned"], "eval_accuracy"),
+            spread(percents(of, "eval_layer2_inside"), 0),
+        ]
+        for of in runs.values()
+    ]
+    header = ["Selection", "Accuracy, %", "Difference to unpruned, points", "Patch precision, % (chance: 25)"]
+    return render(header, rows, "scenes_vqa_guidance", note="3 seeds")
+
+
+@table
+def guidance_boxes() -> str:
+    rows = [
+        [
+            method(row, supervised=False),
+            f"{100 * row['eval_accuracy']:.1f}",
+            f"{row['eval_mean_iou']:.3f}",
+            spread(percents([row], "eval_layer2_inside")),
+        ]
+        for row in read("scenes_grounding_guidance")
+    ]
+    header = ["Selection", "Grounding accuracy, %", "Mean IoU", "Patch precision, % (chance: 2.6)"]
+    return render(header, rows, "scenes_grounding_guidance", note="single seed, indicative only")
+
+
+def learning_curves(name: str, epochs: int, metric: str) -> list[list[str]]:
+    runs, times = variants(read(name)), read(f"{name}_times")
+    return [
+        [
+            method(of[0]),
+            *(spread([100 * row["history"][epoch][metric] for row in of]) for epoch in range(epochs)),
+            difference(of, runs["unpruned"], metric),
+            spread([row["minutes"] for row in of]),
+            seconds(times, variant, "training_seconds"),
+        ]
+        for variant, of in runs.items()
+    ]
+
+
+def learning_header(epochs: int) -> list[str]:
+    curve = [f"Epoch {epoch + 1}, %" for epoch in range(epochs)]
+    return ["Selection", *curve, "Last epoch less unpruned, points", "Minutes", "Time of a training step"]
+
+
+@table
+def learning_questions() -> str:
+    rows = learning_curves("scenes_learning", 4, "eval_accuracy")
+    return render(learning_header(4), rows, "scenes_learning", "scenes_learning_times", note="3 seeds")
+
+
+@table
+def learning_boxes() -> str:
+    rows = learning_curves("scenes_learning_boxes", 3, "eval_accuracy")
+    return render(learning_header(3), rows, "scenes_learning_boxes", "scenes_learning_boxes_times", note="3 seeds")
+
+
+def rates(name: str) -> str:
+    runs, times = variants(read(name)), read(f"{name}_times")
+    rows = [
+        [
+            method(of[0]),
+            spread(percents(of, "eval_accuracy")),
+            difference(of, runs["unpruned"], "eval_accuracy"),
+            seconds(times, variant),
+            "/".join(f"{100 * mean(values):.0f}" for values in last_layer(of, "inside", "shown") if values),
+        ]
+        for variant, of in runs.items()
+    ]
+    header = ["Selection", "Accuracy, %", "Difference to unpruned, points", "Time", "Patch precision/region recall, %"]
+    note = "3 seeds where a cell has a deviation, otherwise a single seed, indicative only"
+    return render(header, rows, name, f"{name}_times", note=note)
+
+
+def last_layer(rows: list[Row], *measures: str) -> list[list[float]]:
+    """The values of each measure at the last selection layer."""
+    layers = option(rows[0], "selection_layers")
+    return [
+        [row[field] for row in rows if field in row]
+        for measure in measures
+        for field in [f"eval_layer{layers[-1] if layers else 0}_{measure}"]
+    ]
+
+
+@table
+def rates_boxes() -> str:
+    return rates("scenes_grounding_rates")
+
+
+@table
+def rates_questions() -> str:
+    return rates("scenes_vqa_rates")
+
+
+# Real images
+
+
+def start(row: Row) -> str:
+    """Which of the two trained models a run started from."""
+    return "second" if any(word.startswith("pictures/full/") for word in row["options"]) else "first"
+
+
+def real_images(name: str, groups: list[str]) -> list[list[str]]:
+    """A row of the table for each run: the order is that of the file."""
+    return [
+        [
+            method(row) + (", earlier loss" if "fused_token_counts" in row else ""),
+            f"{start(row)}, {row['seed']}",
+            f"{100 * row['eval_accuracy']:.1f}",
+            *(f"{100 * row[field]:.1f}" if (field := f"eval_accuracy_{group}") in row else "" for group in groups),
+            *(f"{100 * row[field]:.1f}" if (field := f"eval_layer9_{kind}") in row else "" for kind in FOUND),
+        ]
+        for row in read(name)
+    ]
+
+
+FOUND = ("inside", "shown")
+SIZES = ["smallest", "medium", "largest"]
+FOUND_HEADER = ["Patch precision, %", "Region recall, %"]
+THIRDS = ["Smallest third", "Medium third", "Largest third"]
+RUN_HEADER = ["Selection", "Start, seed", "Accuracy, %"]
+
+
+@table
+def real_images_boxes() -> str:
+    rows = real_images("pictures_grounding", ["name", "place", "size", *SIZES])
+    header = [*RUN_HEADER, "Name", "Location", "Size", *THIRDS, *FOUND_HEADER]
+    return render(header, rows, "pictures_grounding", note="one run per line")
+
+
+@table
+def real_images_questions() -> str:
+    rows = real_images("pictures_vqa", ["color", "side", "presence", "count", "place", "size", *SIZES])
+    header = [*RUN_HEADER, "Color", "Side", "Presence", "Count", "Place", "Size", *THIRDS, *FOUND_HEADER]
+    return render(header, rows, "pictures_vqa", note="one run per line")
+
+
+@table
+def real_images_times() -> str:
+    rows = []
+    for task, name in (("grounding", "pictures_grounding_times"), ("questions", "pictures_vqa_times")):
+        times = read(name)
+        for variant in dict.fromkeys(row["checkpoint"].removesuffix("-seed0") for row in times):
+            cells = [
+                seconds(times, variant, f"{step}_seconds", texts_per_image=texts)
+                for texts in (1, 4)
+                for step in ("forward", "training")
+            ]
+            rows.append([task, variant.replace("-", " ").replace("taught", "with supervision"), *cells])
+    header = ["Task", "Selection", "Forward, 1 text", "Training, 1 text", "Forward, 4 texts", "Training, 4 texts"]
+    return render(header, rows, "pictures_grounding_times", "pictures_vqa_times", note="1 thread, processor time")
+
+
+@table
+def real_images_untrained() -> str:
+    rows = [
+        [
+            row["selection_guidance"],
+            row["keep_rate"],
+            *(f"{100 * row[f'eval_layer7_{name}']:.1f}" for name in ("inside", "shown")),
+        ]
+        for row in read("pictures_untrained")
+    ]
+    return render(["Scored by", "Keep rate", *FOUND_HEADER], rows, "pictures_untrained", note="no training")
+
+
+@table
+def real_images_retrieval() -> str:
+    names = {"ridge": "ridge regression", "unpruned": "unpruned baseline"}
+    rows = []
+    for row in read("pictures_retrieval"):
+        for prefix, by in (("", "features"), ("eval_features_", "features"), ("eval_", "reranked")):
+            if f"{prefix}t2i_r1" in row:
+                recalls = [100 * row[f"{prefix}{way}_r{k}"] for way in ("t2i", "i2t") for k in (1, 5, 10)]
+                label = names.get(row["variant"], "`5:image:0.7,10:image:0.7,12:text:0.3`")
+                rows.append([label, by, *(f"{recall:.1f}" for recall in recalls), f"{row['minutes']:.1f}"])
+    ways = [f"{way} R@{k}, %" for way in ("Name to image,", "Image to name,") for k in (1, 5, 10)]
+    return render(["Model", "Ranked by", *ways, "Minutes"], rows, "pictures_retrieval", note="single seed")
+
+
+# Training
+
+
+def task(name: str, field: str, scale: float, digits: int, header: str, supervised: bool = True) -> str:
+    runs = variants(read(name))
+    rows = [
+        [
+            method(of[0], supervised),
+            *(f"{scale * value:.{digits}f}" for value in (row[field] for row in of)),
+            spread([scale * row[field] for row in of], digits),
+            difference(of, runs["unpruned"], field, scale, digits),
+        ]
+        for of in runs.values()
+        if len(of) == 3
+    ]
+    seeds = [f"Seed {seed}" for seed in (0, 1, 2)]
+    return render(["Selection", *seeds, header, "Difference to unpruned"], rows, name)
+
+
+@table
+def captioning() -> str:
+    return task("scenes_captioning", "eval_cider", 1, 2, "CIDEr", supervised=False)
+
+
+@table
+def captioning_continued() -> str:
+    return task("scenes_captioning_continued", "eval_cider", 1, 2, "CIDEr", supervised=False)
+
+
+@table
+def retrieval() -> str:
+    return task("scenes_retrieval", "eval_r_mean", 100, 1, "R-mean after reranking, %", supervised=False)
+
+
+@table
+def retrieval_features() -> str:
+    return task("scenes_retrieval", "eval_features_r_mean", 100, 1, "R-mean of features, %", supervised=False)
+
+
+@table
+def statements() -> str:
+    return task("statements", "eval_accuracy", 100, 1, "Accuracy, %")
+
+
+@table
+def pretraining() -> str:
+    runs = variants(read("scenes_pretraining"))
+    fields = {
+        "i2t R@1, %": "eval_features_i2t_r1",
+        "t2i R@1, %": "eval_features_t2i_r1",
+        "ITM, %": "eval_itm_accuracy",
+        "MLM, %": "eval_mlm_accuracy",
+        "PrefixLM, %": "eval_prefix_lm_accuracy",
+    }
+    rows = [
+        [
+            method(of[0], supervised=False),
+            ", ".join(str(row["seed"]) for row in of),
+            *(spread(percents(of, field)) for field in fields.values()),
+            spread([row["minutes"] for row in of]),
+        ]
+        for of in runs.values()
+    ]
+    default = next(of for of in runs.values() if len(of) == 3 and of is not runs["unpruned"])
+    gaps = [difference(default, runs["unpruned"], field) for field in fields.values()]
+    rows.append(["second line less the first, paired by seed", "0, 1, 2", *gaps, ""])
+    return render(["Selection", "Seeds", *fields, "Minutes"], rows, "scenes_pretraining")
+
+
+# Speed
+
+
+def ratio(row: Row) -> str:
+    return f"{row['macs_ratio']:.2f}, {row['time_ratio']:.2f}"
+
+
+@table
+def machines() -> str:
+    files = sorted(path.stem for path in (RESULTS / "hardware").glob("*.json") if path.stem != "schema")
+    cells: dict[tuple, dict[str, Row]] = {}
+    for name in files:
+        for row in read(f"hardware/{name}"):
+            setting = row["mode"], row["image_size"], row["batch_size"], row["texts_per_image"], schedule_of(row)
+            cells.setdefault(setting, {})[name] = row
+    rows = [
+        [mode, f"{size} px", batch, texts, selection, f"{next(iter(row.values()))['macs_ratio']:.2f}"]
+        + [f"{row[name]['time_ratio']:.2f} ({row[name]['throughput']:.1f})" if name in row else "" for name in files]
+        for (mode, size, batch, texts, selection), row in sorted(cells.items())
+    ]
+    header = ["Step", "Image", "Batch", "Texts per image", "Schedule", "MAC ratio"]
+    header += [f"Time ratio, {name.replace('_', ' ')}" for name in files]
+    return render(
+        header,
+        rows,
+        *(f"hardware/{name}" for name in files),
+        note="base size, random weights, float32; in brackets texts per second",
+    )
+
+
+@table
+def dtypes() -> str:
+    cells: dict[tuple, dict] = {}
+    for row in [*read("speed_bf16_base_cpu"), *read("speed_float32_base_cpu")]:
+        setting = row["dtype"], row["mode"], row["image_size"], schedule_of(row)
+        cells.setdefault(setting, {"macs": row["macs_ratio"]})[row["compile"]] = row
+    rows = []
+    for (dtype, mode, size, selection), found in cells.items():
+        eager = found.get(False)
+        memory = eager["peak_memory_bytes"] / eager["unpruned_peak_memory_bytes"] if eager else None
+        times = [f"{found[compiled]['time_ratio']:.2f}" if compiled in found else "" for compiled in (False, True)]
+        rows.append([dtype, mode, f"{size} px", selection, f"{found['macs']:.2f}", *times])
+        rows[-1].append(f"{memory:.2f}" if memory else "")
+    header = ["Type", "Step", "Image", "Schedule", "MAC ratio", "Time, eager", "Time, compiled", "Peak memory, eager"]
+    return render(header, rows, "speed_bf16_base_cpu", "speed_float32_base_cpu", note="base size, random weights")
+
+
+@table
+def texts_per_image() -> str:
+    runs: dict[tuple, dict[int, Row]] = {}
+    for row in read("cost_by_texts_base_cpu"):
+        runs.setdefault((schedule_of(row), row["batch_size"]), {})[row["texts_per_image"]] = row
+    counts = (1, 2, 5, 10)
+    rows = [
+        [
+            selection,
+            batch,
+            of[1]["tokens_per_layer"][-1],
+            *(ratio(of[count]) if count in of else "" for count in counts),
+        ]
+        for (selection, batch), of in runs.items()
+    ]
+    header = ["Schedule", "Batch", "Tokens to fusion (unpruned: 577)", *(f"{count} texts" for count in counts)]
+    return render(header, rows, "cost_by_texts_base_cpu", note="each cell: MAC ratio, time ratio")
+
+
+@table
+def tiny() -> str:
+    rows = [
+        [row["mode"], row["batch_size"], row["texts_per_image"], *ratio(row).split(", ")]
+        for row in read("speed_tiny_cpu")
+    ]
+    note = "MAC ratios of four texts are of an earlier way of counting; today's code gives 1.17"
+    return render(["Step", "Batch", "Texts per image", "MAC ratio", "Time ratio"], rows, "speed_tiny_cpu", note=note)
+
+
+PEERS = {
+    "blip": "BLIP base",
+    "blip-shared": "BLIP base, one image pass for all texts",
+    "vilt-32": "ViLT B/32",
+    "vilt-16": "ViLT with patches of 16 pixels",
+    "bridgetower": "BridgeTower base",
+    "timm-vit": "timm ViT-B/16",
+}
+
+
+def peer(name: str) -> str:
+    """The label of a model in the rows; schedules in today's form."""
+    if name.startswith("TRIPS, ") and " x " in name:
+        layers = []
+        for part in name.removeprefix("TRIPS, ").split("; "):
+            numbers, guide, rate = re.fullmatch(r"([\d, ]+) (\w+) x ([\d.]+)", part).groups()
+            layers += [f"{layer}:{guide}:{rate}" for layer in numbers.split(", ")]
+        return f"TRIPS, `{','.join(layers)}`"
+    base, comma, rest = name.removesuffix("-match").replace("-match-", "-").partition(", ")
+    return PEERS.get(base, base) + comma + rest
+
+
+def peers_table(name: str) -> str:
+    runs: dict[str, dict[tuple, Row]] = {}
+    for row in read(name):
+        runs.setdefault(peer(row["model"]), {})[row["task"], row["texts_per_image"]] = row
+    settings = list(dict.fromkeys((row["task"], row["texts_per_image"]) for row in read(name)))
+    shared = runs["BLIP base, one image pass for all texts"]
+
+    def cell(row: Row | None, setting: tuple) -> str:
+        if row is None:
+            return ""
+        over = shared[setting]["throughput"] if setting in shared else runs["timm ViT-B/16"][setting]["throughput"]
+        return f"{row['throughput']:.2f} ({row['throughput'] / over:.2f}, {row['speedup']:.2f})"
+
+    rows = [[model, *(cell(of.get(setting), setting) for setting in settings)] for model, of in runs.items()]
+    words = {"answer": "Questions", "match": "Pairs", "tower": "Images"}
+    header = ["Model", *(f"{words[task]}/s, {texts} per image" for task, texts in settings)]
+    header = [title.replace("Images/s, 1 per image", "Images/s, tower alone") for title in header]
+    return render(header, rows, name, note="random weights, 384 px, 1 thread, processor time")
+
+
+@table
+def peers() -> str:
+    return peers_table("peers_base_cpu")
+
+
+@table
+def peers_ten_questions() -> str:
+    return peers_table("peers_ten_questions_base_cpu")
+
+
+@table
+def growth() -> str:
+    rows = [
+        [
+            row["axis"],
+            row["value"],
+            f"`{peer('TRIPS, ' + row['schedule']).partition('`')[2]}",
+            f"{row['macs'] / 1e9:.1f}",
+            f"{row['macs'] / row['unpruned_macs']:.2f}",
+            f"{row['latency']:.2f}" if row["latency"] else "not measured",
+            f"{row['latency'] / row['unpruned_latency']:.2f}" if row["unpruned_latency"] else "",
+        ]
+        for row in read("cost_growth_base_cpu")
+    ]
+    header = ["What grows", "Value", "Schedule", "GMACs", "MAC ratio", "Seconds", "Time ratio"]
+    return render(header, rows, "cost_growth_base_cpu", note="base size, 1 thread, processor time")
+
+
+@table
+def patched_models() -> str:
+    rows = [
+        [
+            f"`{row['host']}`",
+            f"`{schedule(row['selection_layers'], [row['keep_rate']], [row['guidance']])}`",
+            f"{row['unpruned_image_tokens']} -> {row['image_tokens']}",
+            f"{row['unpruned_macs'] / row['batch_size'] / 1e9:.1f} -> {row['macs'] / row['batch_size'] / 1e9:.1f}",
+            f"{row['macs_ratio']:.2f}",
+            f"{row['time_ratio']:.2f} ({row['time_ratio_quartiles'][0]:.2f} to {row['time_ratio_quartiles'][1]:.2f})",
+            f"{100 * (row['time_ratio'] / row['macs_ratio'] - 1):+.1f}",
+        ]
+        for row in read("hosts_base_cpu")
+    ]
+    header = ["Model", "Schedule", "Image tokens", "GMACs per pair", "MAC ratio", "Time ratio (middle half)"]
+    header += ["Time over MACs, %"]
+    return render(header, rows, "hosts_base_cpu", note="random weights, 384 px, 1 thread, processor time")
+
+
+WAYS = {"eager": "PyTorch", "compiled": "PyTorch, `torch.compile`", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+TYPES = {"fp32": "`float32`", "bf16": "`bfloat16`", "int8": "`int8`"}
+
+
+@table
+def export() -> str:
+    runs: dict[str, dict[str, Row]] = {}
+    for row in read("export_base_cpu"):
+        runs.setdefault(row["way"], {})[row["task"]] = row
+    rows = []
+    for way, of in sorted(runs.items(), key=lambda run: run[1]["answer"]["speedup"]):
+        engine, dtype, *calibrated = way.split("-")
+        speedups = [f"{of[name]['speedup']:.2f}" for name in ("answer", "match", "features")]
+        label = f"{WAYS[engine]}, {TYPES[dtype]}{', calibrated' if calibrated else ''}"
+        rows.append([label, *speedups, f"{100 * of['answer']['same_patches']:.1f}"])
+    header = ["Engine and precision", "Answers of 2 tokens", "Matching", "Features", "Same kept patches, %"]
+    return render(header, rows, "export_base_cpu", note="random weights, 384 px, 1 thread, processor time")
+
+
+@table
+def pretraining_step() -> str:
+    (row,) = read("pretraining_step_base_cpu")
+    forward = sum(row["macs_by_part"].values())
+    rows = [
+        [
+            part,
+            *(f"{100 * row[f'{of}macs_by_part'].get(part, 0) / forward:.0f}" for of in ("", "unpruned_")),
+        ]
+        for part in row["macs_by_part"]
+    ]
+    rows.append(["all, MAC ratio", f"{row['macs_ratio']:.2f}", "1"])
+    rows.append(["all, time ratio", f"{row['time_ratio']:.2f}", "1"])
+    header = ["Part of the forward pass", f"{schedule_of(row)}, % of its MACs", "Unpruned, % of the same number"]
+    return render(header, rows, "pretraining_step_base_cpu", note="base size, random weights, 256 px")
+
+
+@table
+def service() -> str:
+    rows = [
+        [
+            "base size, random weights" if "base" in run["options"].get("checkpoint", "") else "shipped, 64 px",
+            row["clients"],
+            row["requests"],
+            f"{row['requests_per_second']:.1f}",
+            row["p50_ms"],
+            row["p99_ms"],
+            row["failures"],
+            f"{run['memory_after'] / 1e6:.0f}" if run.get("memory_after") else "",
+        ]
+        for run in read("load_cpu")
+        for row in run.get("rows", [])
+    ]
+    header = ["Checkpoint", "Clients", "Requests", "Requests/s", "p50, ms", "p99, ms", "Failures", "MB after"]
+    return render(header, rows, "load_cpu", note="AMD EPYC, a machine that did other work")
+
+
+@table
+def indexing() -> str:
+    def part(name: str) -> list[Row]:
+        return select(read("index_cpu"), part=name)
+
+    (search,), (vectors,) = part("search"), part("vectors")
+    rows = [
+        [f"images per second, actors: {row['num_actors']}, round {row['round']}", f"{row['images_per_second']:.0f}"]
+        for row in part("actors")
+    ]
+    rows += [[f"peak memory of {row['images']:,} images", f"{row['peak_mb']:,.0f} MB"] for row in part("memory")]
+    rows += [
+        ["R@1 by features", f"{100 * search['r1_by_features']:.1f} %"],
+        *([f"R@1, {k} reranked", f"{100 * search[f'r1_reranked_{k}']:.1f} %"] for k in (10, 50)),
+        ["recall of the index, 50 nearest of 1,000", f"{100 * search['index_recall_at_50']:.0f} %"],
+        ["features of a text", f"{search['text_features_ms']:.1f} ms"],
+        ["exact search, 1,000 images", f"{search['exact_search_ms']:.1f} ms"],
+        ["search by the index, 1,000 images", f"{search['index_search_ms']:.1f} ms"],
+        *([f"reranking {k}", f"{search[f'rerank_{k}_ms']:.0f} ms"] for k in (10, 50)),
+        ["a million vectors of 256 numbers: build of IVF_PQ", f"{vectors['build_ms'] / 1000:.0f} s"],
+        ["the same: bytes per vector, table", f"{vectors['table_bytes_per_vector']:.0f}"],
+        ["the same: bytes per vector, index", f"{vectors['index_bytes_per_vector']:.0f}"],
+        ["the same: exact search", f"{vectors['exact_ms']:.0f} ms"],
+        *(
+            [
+                f"the same: partitions searched: {probes}",
+                f"recall {100 * vectors[f'recall_at_50_of_{probes}_probes']:.1f} % "
+                f"in {vectors[f'index_{probes}_ms']:.1f} ms",
+            ]
+            for probes in (1, 5, 20, 50)
+        ),
+    ]
+    return render(["What", "Measured"], rows, "index_cpu", note="tiny preset, 64 px, 1 thread per actor")
+
+
+# Summaries
+
+
+@table
+def real_images_paired() -> str:
+    rows = []
+    for name, task_name, starts in (
+        ("pictures_grounding", "grounding", ("first", "second")),
+        ("pictures_vqa", "questions", ("second",)),
+    ):
+        known = [row for row in read(name) if "fused_token_counts" not in row and start(row) in starts]
+        runs = {key: {(start(row), row["seed"]): row for row in of} for key, of in variants(known).items()}
+        for rate in ("0.25", "0.5"):
+            text = runs[f"text, taught {rate}"]
+            for other in ("unpruned", f"image {rate}", f"text, untaught {rate}", f"random {rate}"):
+                pairs = [(row, runs[other][key]) for key, row in text.items() if key in runs.get(other, {})]
+                if not pairs:
+                    continue
+                gaps = [100 * (row["eval_accuracy"] - base["eval_accuracy"]) for row, base in pairs]
+                p = ttest_rel(gaps, [0] * len(gaps)).pvalue if len(gaps) > 2 else None
+                cells = [
+                    ", ".join(f"{gap:+.1f}" for gap in gaps),
+                    f"{mean(gaps):+.1f}",
+                    f"{p:.2f}" if p else "too few runs",
+                ]
+                rows.append([task_name, method(pairs[0][0]), method(pairs[0][1]), *cells])
+    header = ["Task", "Selection", "Less", "By run, points", "Mean", "p, paired t-test"]
+    return render(header, rows, "pictures_grounding", "pictures_vqa")
+
+
+@table
+def shared_image() -> str:
+    (row,) = read("shared_prefix_base_cpu")
+    cells = [schedule_of(row), row["texts_per_image"], f"{row['speedup_over_repeating_images']:.2f}"]
+    rows = [[*cells, f"{1 / row['time_ratio']:.2f}", f"{row['macs_ratio']:.2f}"]]
+    header = [
+        "Schedule",
+        "Texts",
+        "Speedup over one image pass per text",
+        "Speedup over unpruned that shares",
+        "MAC ratio",
+    ]
+    note = "base size, random weights, 384 px; the MAC ratio is of an earlier way of counting, today's code gives 2.95"
+    return render(header, rows, "shared_prefix_base_cpu", note=note)
+
+
+@table
+def headline() -> str:
+    def cells(of: list[Row], base: list[Row]) -> list[str]:
+        return [spread(percents(of, "eval_accuracy")), spread(percents(base, "eval_accuracy"))]
+
+    def scenes(task_name: str, name: str, variant: str, texts: int) -> list[str]:
+        runs = variants(read(name))
+        speedup = 1 / float(seconds(read(f"{name}_times"), variant))
+        what = f"tiny, 64 px: {task_name}, composed scenes, {texts} per image"
+        return [what, method(runs[variant][0]), *cells(runs[variant], runs["unpruned"]), f"{speedup:.2f}x"]
+
+    def real(task_name: str, name: str, starts: tuple, texts: int) -> list[str]:
+        known = [row for row in read(name) if "fused_token_counts" not in row and start(row) in starts]
+        of = select(known, variant="text, taught 0.25")
+        speedup = 1 / float(seconds(read(f"{name}_times"), "text, taught 0.25", texts_per_image=texts))
+        what = f"small, 112 px: {task_name}, drawn images, {texts} per image"
+        return [what, method(of[0]), *cells(of, select(known, variant="unpruned")), f"{speedup:.2f}x"]
+
+    def base(mode: str, words: str) -> list[str]:
+        rows = select(read("hardware/intel_xeon_2_threads"), mode=mode, image_size=384, selection_layers=[5, 10])
+        return [f"base, 384 px: {words}", schedule_of(rows[0]), *[""] * 2, f"{1 / rows[0]['time_ratio']:.2f}x"]
+
+    boxes, questions = ("grounding", "scenes_grounding_rates"), ("questions", "scenes_vqa_rates")
+    (ten,) = read("shared_prefix_base_cpu")
+    rows = [
+        scenes(*boxes, "text, taught 0.05", 1),
+        scenes(*boxes, "text, untaught 0.25", 1),
+        scenes(*boxes, "image 0.25", 1),
+        scenes(*boxes, "random 0.25", 1),
+        scenes(*questions, "text, taught 0.05", 4),
+        scenes(*questions, "text, untaught 0.25", 4),
+        scenes(*questions, "image 0.25", 4),
+        real("grounding", "pictures_grounding", ("first", "second"), 1),
+        real("grounding", "pictures_grounding", ("first", "second"), 4),
+        real("questions", "pictures_vqa", ("second",), 1),
+        base("forward", "forward pass, 1 text per image"),
+        base("training", "training step, 1 text per image"),
+        [
+            "base, 384 px: forward pass, 10 texts per image",
+            schedule_of(ten),
+            *[""] * 2,
+            f"{1 / ten['time_ratio']:.2f}x",
+        ],
+    ]
+    sources = [f"scenes_{task_name}_rates{times}" for task_name in ("grounding", "vqa") for times in ("", "_times")]
+    sources += [f"pictures_{task_name}{times}" for task_name in ("grounding", "vqa") for times in ("", "_times")]
+    sources += ["hardware/intel_xeon_2_threads", "shared_prefix_base_cpu"]
+    header = ["Model and task", "Schedule", "Accuracy, %", "Unpruned baseline, %", "Measured speedup"]
+    return render(header, rows, *sources)
+
+
+# Documents
+
+
+def documents() -> list[Path]:
+    return [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def rewrite(path: Path) -> str:
+    """The text of a document with its tables made anew."""
+    results = os.path.relpath(RESULTS, path.parent)
+
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"{path} asks for the table {name!r}, which docs/tables.py does not make.")
+        return f"<!-- table: {name} -->\n\n{TABLES[name]().replace('{results}', results)}\n\n<!-- end -->"
+
+    return TABLE.sub(fill, path.read_text(encoding="utf-8"))
+
+
+def outdated() -> list[Path]:
+    """The documents whose tables are not those of the rows."""
+    return [path for path in documents() if rewrite(path) != path.read_text(encoding="utf-8")]
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Write the tables of results into the documents.")
+    parser.add_argument("--check", action="store_true", help="Write nothing; fail if a table is out of date.")
+    if parser.parse_args(arguments).check:
+        if names := [str(path.relative_to(DOCS.parent)) for path in outdated()]:
+            raise SystemExit(f"Tables are out of date in {', '.join(names)}: run `python docs/tables.py`.")
+        return
+    for path in outdated():
+        path.write_text(rewrite(path), encoding="utf-8")
+        print(path.relative_to(DOCS.parent))
+
+
+if __name__ == "__main__":
+    main()

@@ -694,6 +694,26 @@ def shared_image() -> str:
 
 
 @table
+def paper_speed() -> str:
+    names = [
+        "hardware/amd_epyc_1_thread",
+        "hardware/intel_xeon_2_threads",
+        "speed_bf16_base_cpu",
+        "speed_float32_base_cpu",
+    ]
+    known = [row for name in names for row in read(name) if row["selection_layers"] == [5, 10]]
+    rows = []
+    for mode, words in (("forward", "forward pass"), ("training", "training step")):
+        for size in (224, 384):
+            of = select(known, mode=mode, image_size=size)
+            times = sorted(row["time_ratio"] for row in of)
+            cells = [f"{times[0]:.2f} to {times[-1]:.2f}", f"{1 / times[-1]:.2f} to {1 / times[0]:.2f}", len(times)]
+            rows.append([f"{size} px, {words}", f"{of[0]['macs_ratio']:.2f}", *cells])
+    note = "CPUs of 2 cores, float32 and bfloat16, eager and compiled"
+    return render(["Step", "MAC ratio", "Time ratio", "Speedup", "Measurements"], rows, *names, note=note)
+
+
+@table
 def headline() -> str:
     def cells(of: list[Row], base: list[Row]) -> list[str]:
         return [spread(percents(of, "eval_accuracy")), spread(percents(base, "eval_accuracy"))]

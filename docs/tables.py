@@ -714,6 +714,22 @@ def paper_speed() -> str:
 
 
 @table
+def speed_summary() -> str:
+    names = ["hardware/amd_epyc_1_thread", "hardware/intel_xeon_2_threads", "speed_bf16_base_cpu", "speed_float32_base_cpu"]
+    known = [row for name in names for row in read(name) if row["image_size"] == 384]
+    rows = []
+    for mode in ("forward", "training"):
+        of = select(known, mode=mode, selection_layers=[5, 10])
+        times = sorted(row["time_ratio"] for row in of)
+        cells = [schedule_of(of[0]), f"{of[0]['macs_ratio']:.2f}", f"{times[0]:.2f} to {times[-1]:.2f}"]
+        rows.append([f"{mode}, 1 text per image", *cells])
+    for texts in (1, 10):
+        for row in select(read("cost_by_texts_base_cpu"), texts_per_image=texts, batch_size=1):
+            rows.append([f"forward, {texts} per image", schedule_of(row), *ratio(row).split(", ")])
+    return render(["Step", "Schedule", "MAC ratio", "Time ratio"], rows, *names, "cost_by_texts_base_cpu")
+
+
+@table
 def headline() -> str:
     def cells(of: list[Row], base: list[Row]) -> list[str]:
         return [spread(percents(of, "eval_accuracy")), spread(percents(base, "eval_accuracy"))]

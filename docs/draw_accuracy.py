@@ -8,12 +8,8 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from tables import DOCS, method, percents, read, seconds, variants  # noqa: E402
+from matplotlib.figure import Figure
+from tables import DOCS, method, percents, read, seconds, variants
 
 
 PANELS = {
@@ -42,7 +38,8 @@ def group(row: dict) -> str | None:
 
 
 def draw(output: Path):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
     for axis, (title, name) in zip(axes, PANELS.items()):
         curves: dict[str, list] = {label: [] for label in COLORS}
         runs, times = variants(read(name)), read(f"{name}_times")

@@ -18,7 +18,6 @@ project_copyright = f"2026 {author}"
 version = release = modeling_trips.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["results/README.md"]
 myst_enable_extensions = ["attrs_inline"]
 nb_execution_mode = "off"  # run_tour.py runs the notebook, which keeps its output
 myst_heading_anchors = 4  # GitHub's, so that a link works there and here

@@ -123,8 +123,9 @@ def render(header: list[str], rows: list[list], *sources: str, note: str = "") -
     links = links if len(sources) <= 5 else f"{len(sources)} files of `docs/results`"
     recorded = [row for name in sources for row in read(name)]
     facts = [*sorted({row["device_name"] for row in recorded if "device_name" in row}), note]
-    lacking = {field: [row for row in recorded if field not in row] for field in ("commit", "seed")}
-    facts += [f"{len(rows)} of {len(recorded)} rows lack a {field}" for field, rows in lacking.items() if rows]
+    for field, word in (("git_commit", "commit"), ("seed", "seed")):
+        if lacking := sum(row.get(field) is None for row in recorded):
+            facts.append(f"{lacking} of {len(recorded)} rows lack a {word}")
     return f"{body}\n\nRows: {links}. {'; '.join(fact for fact in facts if fact)}."
 
 
@@ -401,7 +402,7 @@ def ratio(row: Row) -> str:
 
 @table
 def machines() -> str:
-    files = sorted(path.stem for path in (RESULTS / "hardware").glob("*.json") if path.stem != "schema")
+    files = sorted(path.stem for path in (RESULTS / "hardware").glob("*.json"))
     cells: dict[tuple, dict[str, Row]] = {}
     for name in files:
         for row in read(f"hardware/{name}"):

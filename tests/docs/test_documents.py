@@ -1,4 +1,4 @@
-"""What the documents say is there: links lead somewhere; scripts, options, targets, paths and messages exist."""
+"""What the documents say is there: links lead somewhere; scripts, options, targets and paths exist."""
 
 import importlib
 import importlib.util
@@ -145,19 +145,6 @@ def test_fields_of_the_configuration_exist():
     config = TripsConfig()
     assert {"selection_layers", "keep_rate"} <= set(fields)
     assert all(hasattr(config, field) for field in fields if not field.startswith("Trips")), fields
-
-
-def test_messages_that_troubleshooting_quotes_are_raised_somewhere():
-    """Cells that are nothing but code, shortened by "..."; literals that go over several lines are joined."""
-    (page,) = [document for document in DOCUMENTS if document.path.name == "troubleshooting.md"]
-    code = "".join(
-        path.read_text() for folder in ("modeling_trips", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
-    )
-    code = re.sub(r"[\"']\n\s*\+?\s*f?[\"']", "", code)
-    quotes = re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)? \|", page.text, re.MULTILINE)
-    parts = [part for row in quotes for quote in row for part in quote.split("...") if part.strip()]
-    assert len(parts) > 40
-    assert [part for part in parts if part.strip() not in code] == []
 
 
 def test_the_citation_has_what_the_format_demands():

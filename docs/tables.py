@@ -246,8 +246,8 @@ def start(row: Row) -> str:
     return "second" if any(word.startswith("pictures/full/") for word in row["options"]) else "first"
 
 
-def real_images(name: str, groups: list[str]) -> list[list[str]]:
-    """A row of the table for each run: the order is that of the file."""
+def real_images(names: list[str], groups: list[str]) -> list[list[str]]:
+    """A row of the table for each run, in the order of the files."""
     return [
         [
             method(row) + (", earlier loss" if "fused_token_counts" in row else ""),
@@ -256,6 +256,7 @@ def real_images(name: str, groups: list[str]) -> list[list[str]]:
             *(f"{100 * row[field]:.1f}" if (field := f"eval_accuracy_{group}") in row else "" for group in groups),
             *(f"{100 * row[field]:.1f}" if (field := f"eval_layer9_{kind}") in row else "" for kind in FOUND),
         ]
+        for name in names
         for row in read(name)
     ]
 
@@ -269,16 +270,18 @@ RUN_HEADER = ["Selection", "Start, seed", "Accuracy, %"]
 
 @table
 def real_images_boxes() -> str:
-    rows = real_images("pictures_grounding", ["name", "place", "size", *SIZES])
+    names = ["pictures_grounding", "pictures_grounding_removed"]
+    rows = real_images(names, ["name", "place", "size", *SIZES])
     header = [*RUN_HEADER, "Name", "Location", "Size", *THIRDS, *FOUND_HEADER]
-    return render(header, rows, "pictures_grounding", note="one run per line")
+    return render(header, rows, *names, note="one run per line")
 
 
 @table
 def real_images_questions() -> str:
-    rows = real_images("pictures_vqa", ["color", "side", "presence", "count", "place", "size", *SIZES])
+    names = ["pictures_vqa", "pictures_vqa_removed"]
+    rows = real_images(names, ["color", "side", "presence", "count", "place", "size", *SIZES])
     header = [*RUN_HEADER, "Color", "Side", "Presence", "Count", "Place", "Size", *THIRDS, *FOUND_HEADER]
-    return render(header, rows, "pictures_vqa", note="one run per line")
+    return render(header, rows, *names, note="one run per line")
 
 
 @table

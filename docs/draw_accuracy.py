@@ -1,7 +1,7 @@
 """
-Draw accuracy against time for each way of selecting, from the rows in `docs/results`.
+Draw the results of composed scenes from the rows in `docs/results`: accuracy against time, and against epochs.
 
-    python docs/draw_accuracy.py    # docs/accuracy_against_time.png
+    python docs/draw_accuracy.py    # docs/accuracy_against_time.png, docs/accuracy_against_epochs.png
 """
 
 import argparse
@@ -37,7 +37,8 @@ def group(row: dict) -> str | None:
     return "by the image" if ":image:" in name else "at random"
 
 
-def draw(output: Path):
+def draw_times(output: Path):
+    """Accuracy against the time of a forward pass, a curve for each way of selecting."""
     figure = Figure(figsize=(10, 4))
     axes = figure.subplots(1, 2)
     for axis, (title, name) in zip(axes, PANELS.items()):
@@ -60,16 +61,41 @@ def draw(output: Path):
         axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
         axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
         axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
-    handles, labels = axes[0].get_legend_handles_labels()
+    save(figure, output)
+
+
+def draw_epochs(output: Path):
+    """Accuracy after each epoch of models that learn to read scenes."""
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
+    panels = {"Questions": "scenes_learning", "Grounding": "scenes_learning_boxes"}
+    for axis, (title, name) in zip(axes, panels.items()):
+        for of in variants(read(name)).values():
+            curves = [[100 * point["eval_accuracy"] for point in row["history"]] for row in of]
+            epochs = range(1, len(curves[0]) + 1)
+            values = list(zip(*curves))
+            label = method(of[0]).replace("`", "")
+            axis.errorbar(
+                epochs, [mean(v) for v in values], [stdev(v) for v in values], label=label, marker="o", capsize=3
+            )
+        axis.set(title=title, xlabel="epoch", ylabel="accuracy, %", xticks=epochs)
+    save(figure, output)
+
+
+def save(figure: Figure, output: Path):
+    """Save a figure, with one legend below its panels."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(output, dpi=110)
 
 
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Draw accuracy against time for each way of selecting.")
-    parser.add_argument("--output", type=Path, default=DOCS / "accuracy_against_time.png", help="The figure.")
-    draw(parser.parse_args(arguments).output)
+    parser = argparse.ArgumentParser(description="Draw accuracy against time, and against epochs.")
+    parser.add_argument("--output_dir", type=Path, default=DOCS, help="Folder of the figures.")
+    folder = parser.parse_args(arguments).output_dir
+    draw_times(folder / "accuracy_against_time.png")
+    draw_epochs(folder / "accuracy_against_epochs.png")
 
 
 if __name__ == "__main__":

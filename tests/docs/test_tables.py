@@ -70,7 +70,8 @@ def test_a_schedule_is_read_from_a_command():
     assert tables.method(row) == "unpruned baseline"
 
 
-def test_the_figure_is_drawn(tmp_path):
-    draw_accuracy.main(["--output", str(tmp_path / "figure.png")])
-    with PIL.Image.open(tmp_path / "figure.png") as image:
-        assert min(image.size) > 300
+def test_the_figures_are_drawn(tmp_path):
+    draw_accuracy.main(["--output_dir", str(tmp_path)])
+    for name in ("accuracy_against_time.png", "accuracy_against_epochs.png"):
+        with PIL.Image.open(tmp_path / name) as drawn, PIL.Image.open(ROOT / "docs" / name) as kept:
+            assert drawn.size == kept.size

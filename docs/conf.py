@@ -1,4 +1,4 @@
-"""How `make docs` builds the site: Sphinx with MyST for the pages, autodoc for those of the API. Offline."""
+"""Configuration of the site: Sphinx with MyST for the pages and autodoc for the API, offline."""
 
 import sys
 from pathlib import Path
@@ -19,8 +19,8 @@ version = release = modeling_trips.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["attrs_inline"]
-nb_execution_mode = "off"  # run_tour.py runs the notebook, which keeps its output
-myst_heading_anchors = 4  # GitHub's, so that a link works there and here
+nb_execution_mode = "off"  # docs/run_tour.py runs the notebook and stores its output
+myst_heading_anchors = 4  # as GitHub's, so links work in both
 myst_links_external_new_tab = False
 
 html_theme = "furo"
@@ -29,7 +29,7 @@ html_static_path = ["_static"]
 html_css_files = ["wide_tables.css"]
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings say more: shapes, defaults
+autodoc_typehints = "none"  # docstrings have shapes and defaults
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -39,4 +39,4 @@ napoleon_use_ivar = True
 def setup(app):
     if pages := [path.name for path in outdated()]:
         raise ValueError(f"Tables are out of date in {', '.join(pages)}: run `python docs/tables.py`.")
-    app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon, whose sections stay
+    app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon

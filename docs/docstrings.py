@@ -1,4 +1,4 @@
-"""Docstrings here and in Transformers are Markdown with Google's sections; Sphinx reads reStructuredText."""
+"""Convert docstrings, which are Markdown with Google's sections, to reStructuredText for Sphinx."""
 
 import re
 import textwrap
@@ -6,7 +6,7 @@ import textwrap
 import modeling_trips
 
 
-# What Transformers says alike in every class and every `forward`, or of its own site.
+# Text that Transformers repeats in every class and `forward`, and links into its own site.
 BOILERPLATE = re.compile(
     r"^ *(?:<Tip.*?</Tip>|This model inherits from \[.*?load the model weights\."
     r"|\[What are [^\n]*\]\(\.\./glossary#.*?\))\n",
@@ -24,9 +24,9 @@ INLINE = re.compile(
 
 
 def as_rst(docstring: str) -> str:
-    """A docstring in reStructuredText, with the sections (`Args:`, `Returns:`, ...) as they were."""
+    """Return a docstring as reStructuredText; the sections (`Args:`, `Returns:`, ...) stay."""
     docstring = SECTION.sub("\n", BOILERPLATE.sub("", docstring))
-    # An error may go on in the next line; napoleon takes each line of the same depth for another error.
+    # An error may continue in the next line; napoleon reads each line of the same depth as another error.
     docstring = RAISES.sub(lambda match: f"{match[1]}Raises:\n{CONTINUATION.sub('    ', match[2])}", docstring)
     parts, end = [], 0
     for code in CODE.finditer(docstring):

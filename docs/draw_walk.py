@@ -1,5 +1,5 @@
 """
-Draws docs/walk.png: how a picture and a question walk through the layers of the model that comes with the project.
+Draw docs/walk.png: an image and a question in the layers of the shipped model.
 
     python docs/draw_walk.py
     python docs/draw_walk.py --picture 4 --question "is there a circle?" --output walk.png
@@ -29,13 +29,13 @@ PICTURES, TOKENS, TEXTS = 0.41, 0.03, 0.85  # the bottoms of both rows, and the 
 
 @dataclass
 class WalkArguments:
-    picture: int = field(default=4, metadata={"help": "Number of a test picture of easy-VQA."})
-    question: str = field(default="what color is the shape?", metadata={"help": "What is asked about it."})
-    output: str = field(default=str(Path(__file__).parent / "walk.png"), metadata={"help": "Where to draw it."})
+    picture: int = field(default=4, metadata={"help": "Number of a test image of easy-VQA."})
+    question: str = field(default="what color is the shape?", metadata={"help": "Question about the image."})
+    output: str = field(default=str(Path(__file__).parent / "walk.png"), metadata={"help": "File of the figure."})
 
 
 class Walk:
-    """A model that was asked, and the figure that shows it."""
+    """A model with an answered question, and its figure."""
 
     def __init__(self, path: str, question: str):
         self.model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT).eval()
@@ -52,7 +52,7 @@ class Walk:
         self.figure = Figure(figsize=(13, 5.6), dpi=110)
 
     def boxes(self, indices: torch.LongTensor) -> torch.Tensor:
-        """Of the patches among a row of tokens, in pixels of the picture."""
+        """Return the boxes of the patches among the tokens, in pixels of the image."""
         return self.processor.patch_boxes(indices[None], [(self.image.height, self.image.width)])[0]
 
     def draw(self) -> Figure:
@@ -91,11 +91,11 @@ class Walk:
         picture = draw_kept_patches(self.image, self.boxes(patches))
         self.panel(column, picture, f"layer {layer} keeps {len(patches)} patches")
         num_fused = 1 + len(indices) - len(patches)
-        self.sequence(column, patches, num_fused, f"layer {layer}: {self.tokens[layer - 1]} tokens go on")
+        self.sequence(column, patches, num_fused, f"layer {layer}: {self.tokens[layer - 1]} tokens remain")
         self.arrow_to(column)
 
     def sequence(self, column: int, patches: torch.LongTensor, num_fused: int, title: str):
-        """The tokens in their order: [CLS], from the next line on patches as they look, fused tokens."""
+        """Draw the tokens in their order: [CLS], then from the next line on the patches, then fused tokens."""
         axes = self.figure.add_axes((COLUMNS[column], TOKENS, WIDTH, HEIGHT - 0.03))
         shown = [self.image.crop(tuple(box)) for box in self.boxes(patches).int().tolist()]
         for place, token in enumerate([CLS, *[None] * 7, *shown, *[FUSED] * num_fused]):
@@ -111,27 +111,27 @@ class Walk:
         axes.set_axis_off()
 
     def texts(self):
-        """The question's way above the pictures, and what is made of both behind them."""
+        """Draw the question above the images, and the answer behind them."""
         write, last, middle = self.figure.text, COLUMNS[5], PICTURES + HEIGHT / 2
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#e7f5ff", "edgecolor": CLS}
         write(COLUMNS[0], 0.94, f"“{self.question}”", fontsize=12, va="center", weight="bold")
         self.arrow((COLUMNS[0] + WIDTH / 2, TEXTS), (last + 0.065, TEXTS), CLS, style="-")
         write(COLUMNS[0] + WIDTH / 2, TEXTS, "text encoder", fontsize=11, va="center", ha="center", bbox=box, zorder=5)
-        ways = "its [CLS] is the query of the scores; its words go on to the fusion encoder"
+        ways = "its [CLS] is the query of the scores; its states go to the fusion encoder"
         write(COLUMNS[1], TEXTS + 0.02, ways, fontsize=9, color=CLS)
-        fusion = f"layer 4 and the\nfusion encoder:\nthe words read\n{self.tokens[-1]} tokens, not {self.tokens[0]}"
+        fusion = f"layer 4 and the\nfusion encoder\nread {self.tokens[-1]} tokens\ninstead of {self.tokens[0]}"
         self.arrow_to(5)
         write(last + 0.012, middle, fusion, fontsize=11, va="center", bbox=box)
         self.arrow((last + 0.065, TEXTS), (last + 0.065, middle + 0.12), CLS)
         self.arrow((last + 0.065, middle - 0.12), (last + 0.065, PICTURES - 0.07))
         answer = f"{self.answer['answer']} ({self.answer['score']:.1%})"
         write(last + 0.065, PICTURES - 0.13, answer, fontsize=14, ha="center", weight="bold", color=FUSED)
-        for row, (color, meaning) in enumerate({CLS: "[CLS]", FUSED: "fused: all that is dropped"}.items()):
+        for row, (color, meaning) in enumerate({CLS: "[CLS]", FUSED: "fused token"}.items()):
             write(COLUMNS[1], 0.22 - 0.05 * row, "■", fontsize=12, color=color)
             write(COLUMNS[1] + 0.018, 0.22 - 0.05 * row, meaning, fontsize=9)
 
     def arrow_to(self, column: int):
-        """From the panel before it."""
+        """Draw an arrow from the panel before."""
         middle = PICTURES + HEIGHT / 2
         self.arrow((COLUMNS[column] - 0.031, middle), (COLUMNS[column] - 0.003, middle))
 

@@ -1,11 +1,11 @@
 """
-Runs the notebook of the tour top to bottom, in one or two minutes of two cores, and keeps its output beside the code.
+Run the notebook of the tour and store its output, in one or two minutes of two cores.
 
     python docs/run_tour.py                       # docs/tour.ipynb, in place
-    python docs/run_tour.py --output tour.ipynb   # leaves it as it is
+    python docs/run_tour.py --output tour.ipynb   # a copy
 
-What goes to stderr, counters and times of execution are left out: the file changes where what it says does. Cells with
-the tag `varies` print what depends on the machine.
+Stderr, counters and times of execution are not stored, so the file changes only where the output does. Cells with the
+tag `varies` print what depends on the machine.
 """
 
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ TOUR = Path(__file__).parent / "tour.ipynb"
 
 @dataclass
 class TourArguments:
-    output: str = field(default=str(TOUR), metadata={"help": "Where to write it. Default: in place."})
+    output: str = field(default=str(TOUR), metadata={"help": "File of the notebook. Default: in place."})
 
 
 def run(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the output of its cells. An error in one of them is raised."""
+    """Return the notebook with the output of its cells; an error in a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in notebook.cells:

@@ -68,7 +68,7 @@ def test_python_blocks_run_as_they_stand(document, demo_model):
 def test_most_blocks_are_run():
     blocks = [block for document in DOCUMENTS for block in document.blocks("python")]
     assert len(blocks) >= 12 and README.blocks("python")
-    assert sum(block.startswith(NOT_RUN) for block in blocks) == 6
+    assert sum(block.startswith(NOT_RUN) for block in blocks) < len(blocks) / 3
 
 
 def test_what_the_blocks_say_is_so(demo_model, tmp_path):

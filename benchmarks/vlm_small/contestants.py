@@ -1,0 +1,217 @@
+"""
+Ways to give the language model fewer visual tokens, and what each of them costs.
+
+A contestant is a tower schedule, a choice at the exit of the tower, a lower resolution or FastV's rule in the decoder, or
+a combination of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from small_model import ATTENTION_LAYER, BOS, NUM_PATCHES, PATCH_SIZE
+from torch import nn
+from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from modeling_trips.hosts.vlm.scoring import SCORERS
+from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    Args:
+        name (`str`): Name of the row.
+        kept (`int`): Visual tokens that the decoder gets; with `fastv`, that its later layers get.
+        layer (`int`, *optional*): Tower layer that selects, from 1.
+        guidance (`str`, *optional*): What scores the patches there: `"image"`, `"random"` or the name of a guide.
+        tower_kept (`int`, *optional*): Patches that this layer keeps. Default: `kept`.
+        scorer (`str`, *optional*): Which tokens leave the tower: a name in `SCORERS`.
+        side (`int`, *optional*): Patches along each side of a smaller image.
+        fastv (`bool`): Whether the decoder drops tokens after `ATTENTION_LAYER` by the last token's attention.
+        weights (`str`, *optional*): Name of other weights of the model, fine-tuned for a lower resolution.
+    """
+
+    name: str
+    kept: int = NUM_PATCHES
+    layer: int | None = None
+    guidance: str | None = None
+    tower_kept: int | None = None
+    scorer: str | None = None
+    side: int | None = None
+    fastv: bool = False
+    weights: str | None = None
+
+    @property
+    def tower_part(self) -> tuple:
+        """Contestants with the same one share a pass of the tower."""
+        return self.layer, self.guidance, self.layer and self.kept_in_tower, self.side, self.weights
+
+    @property
+    def kept_in_tower(self) -> int:
+        return self.tower_kept or self.kept
+
+
+def run_tower(
+    model: LlavaForConditionalGeneration,
+    contestant: Contestant,
+    pixel_values: torch.Tensor,
+    prompt: torch.Tensor,
+    guides,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Visual tokens behind the connector, and the numbers of their patches.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images at full resolution.
+        prompt (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Questions.
+        guides (`dict[str, TextGuide]`): By name.
+    """
+    tower = model.model.vision_tower
+    if contestant.side is not None:
+        size = contestant.side * PATCH_SIZE
+        pixel_values = nn.functional.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
+    states = tower.embeddings(pixel_values, interpolate_pos_encoding=contestant.side is not None)
+    states = tower.pre_layrnorm(states)
+    positions = torch.arange(states.shape[1] - 1).expand(len(states), -1)
+    for number, layer in enumerate(tower.encoder.layers, 1):
+        if number != contestant.layer:
+            states = layer(states, None)
+            continue
+        normed = layer.layer_norm1(states)
+        attention = layer.self_attn
+        states = states + attention(normed)[0]
+        if contestant.guidance == "random":
+            positions = keep_topk(torch.rand(positions.shape), contestant.kept_in_tower)
+        else:
+            key = attention.k_proj(normed[:, 1:]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            if contestant.guidance == "image":
+                query = attention.q_proj(normed[:, 0]).unflatten(-1, (-1, attention.head_dim))
+            else:
+                query = guides[contestant.guidance](*embedded(model, prompt))
+            positions = keep_topk(score_tokens(query, key, attention.scale), contestant.kept_in_tower)
+        states = torch.cat([states[:, :1], gather_tokens(states[:, 1:], positions)], dim=1)
+        states = states + layer.mlp(layer.layer_norm2(states))
+    return model.model.multi_modal_projector(states[:, 1:]), positions
+
+
+def embedded(model: LlavaForConditionalGeneration, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return model.get_input_embeddings()(prompt), torch.ones_like(prompt, dtype=torch.bool)
+
+
+def choose_at_exit(
+    model: LlavaForConditionalGeneration,
+    contestant: Contestant,
+    features: torch.Tensor,
+    positions: torch.Tensor,
+    prompt: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left of the visual tokens behind the connector, and of their positions."""
+    if contestant.scorer is None or features.shape[1] <= contestant.kept:
+        return features, positions
+    chosen, features = SCORERS[contestant.scorer](features, *embedded(model, prompt), contestant.kept)
+    return features, positions.gather(1, chosen)
+
+
+def encode(model, contestant: Contestant, pixel_values: torch.Tensor, prompt: torch.Tensor, guides):
+    """Visual tokens for the decoder, and the numbers of their patches."""
+    return choose_at_exit(model, contestant, *run_tower(model, contestant, pixel_values, prompt, guides), prompt)
+
+
+def prefill(
+    model: LlavaForConditionalGeneration, features: torch.Tensor, prompt: torch.Tensor, fastv_kept: int | None = None
+) -> tuple[torch.Tensor, DynamicCache]:
+    """The logits of the next token, and the cache."""
+    decoder = model.model.language_model
+    first = torch.full_like(prompt[:, :1], BOS)
+    embed = model.get_input_embeddings()
+    states = torch.cat([embed(first), features, embed(prompt)], dim=1)
+    cache = DynamicCache(config=decoder.config)
+    if fastv_kept is None:
+        states = decoder(inputs_embeds=states, cache=cache, use_cache=True).last_hidden_state
+        return model.lm_head(states[:, -1]), cache
+    num_visual = features.shape[1]
+    positions = torch.arange(states.shape[1])[None].expand(len(states), -1)
+
+    def run(layers, states, positions):
+        mask = create_causal_mask(decoder.config, states, None, None, position_ids=None)
+        rotary = decoder.rotary_emb(states, positions)
+        for layer in layers:
+            states = layer(
+                states, attention_mask=mask, position_ids=positions, cache=cache, position_embeddings=rotary
+            )
+        return states
+
+    layers = list(decoder.layers)
+    states = run(layers[: ATTENTION_LAYER - 1], states, positions)
+    ranking = layers[ATTENTION_LAYER - 1]
+    weights = last_token_attention(ranking, states, decoder.rotary_emb(states, positions), num_visual)
+    states = run([ranking], states, positions)
+    kept = 1 + keep_topk(weights, fastv_kept)
+    others = torch.arange(1 + num_visual, states.shape[1]).expand(len(states), -1)
+    kept = torch.cat([torch.zeros_like(kept[:, :1]), kept, others], dim=1)
+    states = run(layers[ATTENTION_LAYER:], gather_tokens(states, kept), kept)
+    return model.lm_head(decoder.norm(states[:, -1])), cache
+
+
+def last_token_attention(layer: nn.Module, states: torch.Tensor, rotary, num_visual: int) -> torch.Tensor:
+    """Attention from the last token to the visual tokens, mean over heads: one row, not the map."""
+    attention, (cos, sin) = layer.self_attn, rotary
+    normed = layer.input_layernorm(states)
+    query = attention.q_proj(normed[:, -1:]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    key = attention.k_proj(normed[:, : 1 + num_visual]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query = apply_rotary_pos_emb(query, query, cos[:, -1:], sin[:, -1:])[0]
+    key = apply_rotary_pos_emb(key, key, cos[:, : 1 + num_visual], sin[:, : 1 + num_visual])[0]
+    return score_tokens(query[:, :, 0], key[:, :, 1:], attention.scaling)
+
+
+def costs(config, contestant: Contestant, prompt_length: int, new_tokens: int = 2) -> dict[str, float]:
+    """
+    Multiply-accumulates of one question in millions, by part, and the bytes of the key-value cache in float32.
+
+    All matrix products are counted: projections, attention (causal where it is), feed-forward, scoring and selection.
+    """
+    vision, text = config.vision_config, config.text_config
+    width, inner = vision.hidden_size, vision.intermediate_size
+    num_patches = NUM_PATCHES if contestant.side is None else contestant.side**2
+    tokens, tower = num_patches + 1, num_patches * 3 * PATCH_SIZE**2 * width
+    for number in range(1, vision.num_hidden_layers + 1):
+        tower += 4 * tokens * width**2 + 2 * tokens**2 * width
+        if number == contestant.layer:
+            tower += tokens * width  # one query row
+            if contestant.guidance not in ("image", "random"):
+                tower += prompt_length * 2 * text.hidden_size + text.hidden_size * width  # the guide
+            tokens = contestant.kept_in_tower + 1
+        tower += 2 * tokens * width * inner
+    left, hidden = tokens - 1, text.hidden_size
+    tower += left * (width * hidden + hidden**2)
+    if contestant.scorer is not None and left > contestant.kept:
+        if contestant.scorer == "prompt":
+            tower += left * prompt_length * hidden + left**2 * hidden
+        elif contestant.scorer == "diversity":
+            tower += left * contestant.kept * hidden
+        left = contestant.kept
+    decoder, length, cached = 0, 1 + left + prompt_length, 0
+    for number in range(1, text.num_hidden_layers + 1):
+        if contestant.fastv and number == ATTENTION_LAYER + 1:
+            length = 1 + contestant.kept + prompt_length
+        decoder += (
+            4 * length * hidden**2 + length * (length + 1) * hidden + 3 * length * hidden * text.intermediate_size
+        )
+        cached += length
+    decoder += hidden * text.vocab_size
+    decoding = 0
+    for new in range(1, new_tokens):
+        decoding += text.num_hidden_layers * (4 * hidden**2 + 3 * hidden * text.intermediate_size)
+        decoding += 2 * hidden * (cached + new * text.num_hidden_layers) + hidden * text.vocab_size
+    parts = {"tower_mmacs": tower / 1e6, "prefill_mmacs": decoder / 1e6, "decoding_mmacs": decoding / 1e6}
+    return {**parts, "total_mmacs": sum(parts.values()), "kv_bytes": 2 * cached * hidden * 4}
+
+
+def kept_for(divisor: int) -> int:
+    return math.ceil(NUM_PATCHES / divisor)
+
+
+__all__ = ["Contestant", "choose_at_exit", "costs", "encode", "kept_for", "prefill", "run_tower"]

@@ -1,0 +1,234 @@
+r"""
+Evaluate all ways to reduce visual tokens on the small LLaVA of one seed, and write a row for each.
+
+    OMP_NUM_THREADS=1 python benchmarks/vlm_small/evaluate.py --model outputs/vlm_small/seed0 --seed 0 \
+        --output_json outputs/vlm_small/seed0.json
+
+Guides and fine-tuned weights are trained first and stored beside the model. The layer of the guide and the split between
+tower and exit are chosen on the validation split; all rows are of the test split.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from contestants import Contestant, choose_at_exit, costs, kept_for, prefill, run_tower
+from guides import STEPS, fine_tune_resolution, train_guide
+from safetensors.torch import load_file, save_file
+from small_model import NUM_PATCHES, encode as encode_text, pixels_of
+from tqdm.auto import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from modeling_trips.hosts.vlm.guide import TextGuide
+from modeling_trips.inspection.speed import provenance
+from trips_examples.data.busy_scenes import KINDS, draw_scene, one_of_each_kind
+from trips_examples.training.parser import make_parser
+
+
+DIVISORS = (2, 4, 9, 16)
+GUIDE_LAYERS = (1, 2, 3)
+SIDES = (8, 7, 6, 5, 4, 3)
+TUNED_SIDES = (6, 5, 4, 3)
+
+
+@dataclass
+class EvaluateArguments:
+    model: str = field(metadata={"help": "Folder of the model that train.py wrote."})
+    output_json: str = field(metadata={"help": "File of the rows."})
+    seed: int = field(default=0, metadata={"help": "Seed of the model, for the scenes that train the guides."})
+    test_scenes: int = field(default=400, metadata={"help": "Scenes of the test split, five questions each."})
+    validation_scenes: int = field(default=150, metadata={"help": "Scenes of the validation split."})
+    batch_size: int = field(default=64, metadata={"help": "Questions per forward pass."})
+
+
+def read_questions(split: str, num_scenes: int) -> list[dict]:
+    """One question of each kind and scene."""
+    questions = []
+    for number in range(num_scenes):
+        scene = draw_scene(split, number)
+        pixels = pixels_of(scene.image)
+        for question in one_of_each_kind(scene, number):
+            prompt, answer = encode_text(question.text), encode_text(question.answer)[0]
+            questions.append({"pixels": pixels, "prompt": prompt, "answer": answer, "kind": question.kind})
+    return questions
+
+
+def batches_of(questions: list[dict], batch_size: int) -> list[list[int]]:
+    """Numbers of questions of the same length."""
+    by_length: dict[int, list[int]] = {}
+    for number, question in enumerate(questions):
+        by_length.setdefault(len(question["prompt"]), []).append(number)
+    return [rows[at : at + batch_size] for rows in by_length.values() for at in range(0, len(rows), batch_size)]
+
+
+@torch.no_grad()
+def correct_answers(models: dict, guides: dict, contestants: list[Contestant], questions: list[dict], batch_size: int):
+    """Whether each contestant answers each question: `(num_contestants, num_questions)`."""
+    correct = torch.zeros(len(contestants), len(questions), dtype=torch.bool)
+    torch.manual_seed(0)
+    for numbers in tqdm(batches_of(questions, batch_size), desc="evaluate", mininterval=10):
+        pixel_values = torch.stack([questions[number]["pixels"] for number in numbers])
+        prompt = torch.tensor([questions[number]["prompt"] for number in numbers])
+        answers = torch.tensor([questions[number]["answer"] for number in numbers])
+        towers = {}
+        for row, contestant in enumerate(contestants):
+            model = models[contestant.weights]
+            if contestant.tower_part not in towers:
+                towers[contestant.tower_part] = run_tower(model, contestant, pixel_values, prompt, guides)
+            features, _ = choose_at_exit(model, contestant, *towers[contestant.tower_part], prompt)
+            logits, _ = prefill(model, features, prompt, contestant.kept if contestant.fastv else None)
+            correct[row, numbers] = logits.argmax(-1) == answers
+    return correct
+
+
+def stored_guide(model, folder: Path, name: str, **options) -> TextGuide:
+    folder = folder / "guides" / name
+    if folder.exists():
+        return TextGuide.from_pretrained(folder).eval()
+    start = time.perf_counter()
+    guide = train_guide(model, **options)
+    print(f"guide {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    guide.save_pretrained(folder)
+    return guide
+
+
+def stored_resolution(model, folder: Path, side: int, seed: int):
+    file = folder / "resolutions" / f"{side}.safetensors"
+    if file.exists():
+        tuned = LlavaForConditionalGeneration(model.config).eval()
+        tuned.load_state_dict(load_file(file), strict=False)
+        tuned.tie_weights()
+        return tuned
+    start = time.perf_counter()
+    tuned = fine_tune_resolution(model, side, seed)
+    print(f"resolution {side}: {time.perf_counter() - start:.0f} s", flush=True)
+    file.parent.mkdir(exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tuned.state_dict().items() if name != "lm_head.weight"}, file
+    )
+    return tuned
+
+
+def all_contestants(layer: int, splits: dict[tuple[str, int], int]) -> list[Contestant]:
+    rows = [Contestant("unpruned")]
+    for kept in map(kept_for, DIVISORS):
+        rows += [
+            Contestant("random, exit", kept, scorer="random"),
+            Contestant("random, tower", kept, layer=layer, guidance="random"),
+            Contestant("pooling, exit", kept, scorer="pooling"),
+            Contestant("image [CLS], exit", kept, layer=6, guidance="image"),
+            Contestant("max-min diversity, exit", kept, scorer="diversity"),
+            Contestant("prompt and diversity, exit", kept, scorer="prompt"),
+            Contestant("FastV", kept, fastv=True),
+            Contestant("image [CLS], tower", kept, layer=layer, guidance="image"),
+            Contestant("TextGuide from answers, tower", kept, layer=layer, guidance="answers"),
+            Contestant("TextGuide from attention, tower", kept, layer=layer, guidance="attention"),
+            Contestant("TextGuide from regions, tower", kept, layer=layer, guidance=f"regions{layer}"),
+        ]
+        for name, guidance in (("image [CLS]", "image"), ("TextGuide from regions", f"regions{layer}")):
+            in_tower = splits[guidance, kept]
+            rows.append(
+                Contestant(
+                    f"{name}, tower, then prompt, exit", kept, layer, guidance, tower_kept=in_tower, scorer="prompt"
+                )
+            )
+    for side in SIDES:
+        rows.append(Contestant("fewer pixels", side * side, side=side))
+        if side in TUNED_SIDES:
+            rows.append(Contestant("fewer pixels, fine-tuned", side * side, side=side, weights=f"side{side}"))
+    for early in range(1, layer + 1):
+        for kept in (96, 72, 60, 48, 36, 28, 24):
+            row = Contestant(f"image [CLS], tower layer {early}", kept, layer=early, guidance="image")
+            if early != layer or kept not in map(kept_for, DIVISORS):
+                rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(EvaluateArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    folder = Path(args.model)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    validation = read_questions("validation", args.validation_scenes)
+    guides = {
+        f"regions{layer}": stored_guide(
+            model, folder, f"regions{layer}", layer=layer, teacher="regions", seed=args.seed
+        )
+        for layer in GUIDE_LAYERS
+    }
+    models = {None: model}
+
+    def accuracies(contestants: list[Contestant]) -> list[float]:
+        return correct_answers(models, guides, contestants, validation, args.batch_size).float().mean(1).tolist()
+
+    choices = {}
+    candidates = [
+        Contestant(f"layer {layer}", kept_for(divisor), layer, f"regions{layer}")
+        for layer in GUIDE_LAYERS
+        for divisor in (9, 16)
+    ]
+    scores = accuracies([Contestant("unpruned"), *candidates])
+    choices["validation"] = {"unpruned": scores[0]}
+    by_layer = {}
+    for contestant, score in zip(candidates, scores[1:], strict=True):
+        choices["validation"][f"guide, {contestant.name}, {contestant.kept} tokens"] = score
+        by_layer.setdefault(contestant.layer, []).append(score)
+    # The first layer within a point of the best: an earlier layer costs less.
+    best = max(map(sum, by_layer.values()))
+    layer = min(number for number, values in by_layer.items() if sum(values) >= best - 0.02)
+    for teacher in ("attention", "answers"):
+        guides[teacher] = stored_guide(
+            model, folder, f"{teacher}{layer}", layer=layer, teacher=teacher, seed=args.seed
+        )
+    candidates = [
+        Contestant(guidance, kept, layer, guidance, tower_kept=min(NUM_PATCHES, round(kept * factor)), scorer="prompt")
+        for guidance in ("image", f"regions{layer}")
+        for kept in map(kept_for, DIVISORS)
+        for factor in (1.25, 1.5, 2, 3)
+    ]
+    splits, best_scores = {}, {}
+    for contestant, score in zip(candidates, accuracies(candidates), strict=True):
+        choices["validation"][f"{contestant.guidance}, {contestant.tower_kept} to {contestant.kept} tokens"] = score
+        key = contestant.guidance, contestant.kept
+        if score > best_scores.get(key, -1.0):
+            splits[key], best_scores[key] = contestant.tower_kept, score
+    for side in TUNED_SIDES:
+        models[f"side{side}"] = stored_resolution(model, folder, side, args.seed)
+    test = read_questions("test", args.test_scenes)
+    contestants = all_contestants(layer, splits)
+    correct = correct_answers(models, guides, contestants, test, args.batch_size)
+    kinds = [question["kind"] for question in test]
+    length = round(sum(len(question["prompt"]) for question in test) / len(test))
+    context = {
+        "seed": args.seed,
+        "test_questions": len(test),
+        "guide_layer": layer,
+        "guide_steps": STEPS,
+        "command": f"python benchmarks/vlm_small/evaluate.py {' '.join(sys.argv[1:] if argv is None else argv)}",
+        "num_threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        **provenance("cpu"),
+    }
+    rows = []
+    for contestant, row in zip(contestants, correct, strict=True):
+        of_kind = {kind: row[[own == kind for own in kinds]].float().mean().item() for kind in KINDS}
+        rows.append(
+            {
+                **asdict(replace(contestant, tower_kept=contestant.layer and contestant.kept_in_tower)),
+                "accuracy": row.float().mean().item(),
+                **{f"accuracy_{kind}": round(value, 4) for kind, value in of_kind.items()},
+                **costs(model.config, contestant, length),
+                "correct": f"{int(''.join('01'[bit] for bit in row.int().tolist()), 2):x}",
+                **context,
+            }
+        )
+    Path(args.output_json).write_text(json.dumps({"choices": choices, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['name']:45} {row['kept']:4} {100 * row['accuracy']:6.2f} {row['total_mmacs']:7.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,8 @@ import torch
 from contestants import Contestant, choose_at_exit, costs, kept_for, prefill, run_tower
 from guides import STEPS, fine_tune_resolution, train_guide
 from safetensors.torch import load_file, save_file
-from small_model import NUM_PATCHES, encode as encode_text, pixels_of
+from small_model import NUM_PATCHES, pixels_of
+from small_model import encode as encode_text
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
 

@@ -9,13 +9,14 @@ import random
 
 import torch
 from contestants import Contestant, encode, prefill
-from small_model import BOS, IMAGE, NUM_PATCHES, encode as encode_text, pixels_of
+from small_model import BOS, IMAGE, NUM_PATCHES, pixels_of
+from small_model import encode as encode_text
 from torch import nn
 from train import AttentionRows, TrainArguments, choose_questions, make_batch, region_target
 from transformers import LlavaForConditionalGeneration
 
-from modeling_trips.modeling_trips import selection_loss
 from modeling_trips.hosts.vlm.guide import TextGuide
+from modeling_trips.modeling_trips import selection_loss
 from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
 from trips_examples.data.busy_scenes import draw_scene
 

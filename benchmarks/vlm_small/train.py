@@ -34,7 +34,7 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 class TrainArguments:
     output_dir: str = field(metadata={"help": "Folder of the model and of the checkpoint to resume from."})
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation and of the training scenes."})
-    max_steps: int = field(default=3200, metadata={"help": "Number of steps."})
+    max_steps: int = field(default=2800, metadata={"help": "Number of steps."})
     batch_size: int = field(default=16, metadata={"help": "Images per step."})
     questions: int = field(default=12, metadata={"help": "Questions per image."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate; cosine schedule."})
@@ -111,7 +111,7 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
     ids[:, 0], ids[:, 1:prefix] = BOS, IMAGE
     labels, block = torch.full_like(ids, -100), torch.zeros_like(ids)
     positions = torch.arange(length).repeat(len(rows), 1)
-    ends, targets = [], []
+    ends, targets, guided = [], [], []
     for row, questions in enumerate(rows):
         at = prefix
         for number, question in enumerate(questions, 1):
@@ -123,11 +123,14 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
             block[row, at:end] = number
             ends.append((row, end - 3))
             targets.append(region_target(question.region))
+            first = next(index for index, word in enumerate(question.text.split()) if word in ATTRIBUTES)
+            guided += [(row, token, len(ends) - 1) for token in range(at + first, end - 2)]
             at = end
         block[row, at:] = -1
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
-    mask = (causal & same)[:, None]
+    # Additive: eager attention takes no mask of booleans.
+    mask = torch.zeros(same.shape).masked_fill(~(causal & same), torch.finfo(torch.float32).min)[:, None]
     return {
         "pixel_values": torch.stack(pixels),
         "input_ids": ids,
@@ -135,6 +138,7 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
         "position_ids": positions,
         "attention_mask": mask,
         "ends": torch.tensor(ends),
+        "guided": torch.tensor(guided),
         "targets": torch.stack(targets),
         "content": torch.stack(contents),
         "attributes": torch.stack(attributes),
@@ -207,12 +211,12 @@ def main(argv: list[str] | None = None):
     begin = time.perf_counter()
     for step in tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, mininterval=10):
         batch = make_batch(args, step)
-        recorder.rows = batch["ends"]
+        recorder.rows, question_of_row = batch["guided"].split((2, 1), dim=-1)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             logits = model(
                 input_ids=batch["input_ids"],
                 pixel_values=batch["pixel_values"],
-                attention_mask=batch["attention_mask"],
+                attention_mask=batch["attention_mask"].to(torch.bfloat16 if args.bf16 else torch.float32),
                 position_ids=batch["position_ids"],
                 use_cache=False,
             ).logits
@@ -221,7 +225,7 @@ def main(argv: list[str] | None = None):
         labels = batch["labels"]
         is_label = labels != -100
         loss = nn.functional.cross_entropy(logits[is_label].float(), labels[is_label])
-        weights, targets = recorder.weights, batch["targets"]
+        weights, targets = recorder.weights, batch["targets"][question_of_row.squeeze(-1)]
         inside = (weights * (targets > 0)).sum(-1)
         has_region = targets.sum(-1) > 0
         attention_loss = -inside[has_region].clamp(min=1e-6).log().mean()

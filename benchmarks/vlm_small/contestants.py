@@ -1,21 +1,21 @@
 """
 Ways to give the language model fewer visual tokens, and what each of them costs.
 
-A contestant is a tower schedule, a choice at the exit of the tower, a lower resolution or FastV's rule in the decoder, or
-a combination of them.
+A contestant is a schedule of the tower, a choice at its exit, both of them, a lower resolution, or FastV's rule in the
+decoder.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from small_model import ATTENTION_LAYER, BOS, NUM_PATCHES, PATCH_SIZE
+from small_model import ATTENTION_LAYER, BOS, IMAGE, NUM_PATCHES, PATCH_SIZE
 from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_trips.hosts.vlm.scoring import SCORERS
+from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
 from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
 
 
@@ -45,79 +45,55 @@ class Contestant:
     weights: str | None = None
 
     @property
-    def tower_part(self) -> tuple:
-        """Contestants with the same one share a pass of the tower."""
-        return self.layer, self.guidance, self.layer and self.kept_in_tower, self.side, self.weights
-
-    @property
     def kept_in_tower(self) -> int:
         return self.tower_kept or self.kept
 
 
-def run_tower(
-    model: LlavaForConditionalGeneration,
-    contestant: Contestant,
-    pixel_values: torch.Tensor,
-    prompt: torch.Tensor,
-    guides,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_resolution_features(model: LlavaForConditionalGeneration, side: int, pixel_values: torch.Tensor):
+    """Visual tokens of smaller images, with interpolated positions: `(batch_size, side * side, hidden_size)`."""
+    size = side * PATCH_SIZE
+    pixel_values = nn.functional.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
+    output = model.model.get_image_features(pixel_values, interpolate_pos_encoding=True)
+    return torch.stack([*output.pooler_output])
+
+
+def set_contestant(model: LlavaForConditionalGeneration, contestant: Contestant, guides: dict):
+    """Put the contestant's selection into the model, and remove the one before."""
+    remove_patch_selection(model)
+    if contestant.layer is None and contestant.scorer is None:
+        return
+    schedule, guide = "unpruned", None
+    if contestant.layer is not None:
+        is_scored = contestant.guidance in ("image", "random")
+        guide = None if is_scored else guides[contestant.guidance]
+        rate = contestant.kept_in_tower / NUM_PATCHES
+        schedule = f"{contestant.layer}:{contestant.guidance if is_scored else 'text'}:{rate:.6f}"
+    visual_tokens = None if contestant.scorer is None else contestant.kept
+    apply_patch_selection(model, schedule, visual_tokens, contestant.scorer or "prompt", guide)
+
+
+def next_token(
+    model: LlavaForConditionalGeneration, contestant: Contestant, pixel_values: torch.Tensor, prompt: torch.Tensor
+) -> torch.Tensor:
     """
-    Visual tokens behind the connector, and the numbers of their patches.
+    Logits of the answer's first token: `(batch_size, vocab_size)`. Call `set_contestant` first.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images at full resolution.
         prompt (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Questions.
-        guides (`dict[str, TextGuide]`): By name.
     """
-    tower = model.model.vision_tower
     if contestant.side is not None:
-        size = contestant.side * PATCH_SIZE
-        pixel_values = nn.functional.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
-    states = tower.embeddings(pixel_values, interpolate_pos_encoding=contestant.side is not None)
-    states = tower.pre_layrnorm(states)
-    positions = torch.arange(states.shape[1] - 1).expand(len(states), -1)
-    for number, layer in enumerate(tower.encoder.layers, 1):
-        if number != contestant.layer:
-            states = layer(states, None)
-            continue
-        normed = layer.layer_norm1(states)
-        attention = layer.self_attn
-        states = states + attention(normed)[0]
-        if contestant.guidance == "random":
-            positions = keep_topk(torch.rand(positions.shape), contestant.kept_in_tower)
-        else:
-            key = attention.k_proj(normed[:, 1:]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            if contestant.guidance == "image":
-                query = attention.q_proj(normed[:, 0]).unflatten(-1, (-1, attention.head_dim))
-            else:
-                query = guides[contestant.guidance](*embedded(model, prompt))
-            positions = keep_topk(score_tokens(query, key, attention.scale), contestant.kept_in_tower)
-        states = torch.cat([states[:, :1], gather_tokens(states[:, 1:], positions)], dim=1)
-        states = states + layer.mlp(layer.layer_norm2(states))
-    return model.model.multi_modal_projector(states[:, 1:]), positions
+        features = low_resolution_features(model, contestant.side, pixel_values)
+        return prefill(model, features, prompt)[0]
+    if contestant.fastv:
+        features = torch.stack([*model.model.get_image_features(pixel_values).pooler_output])
+        return prefill(model, features, prompt, contestant.kept)[0]
+    return model(**llava_inputs(pixel_values, prompt), logits_to_keep=1).logits[:, -1]
 
 
-def embedded(model: LlavaForConditionalGeneration, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return model.get_input_embeddings()(prompt), torch.ones_like(prompt, dtype=torch.bool)
-
-
-def choose_at_exit(
-    model: LlavaForConditionalGeneration,
-    contestant: Contestant,
-    features: torch.Tensor,
-    positions: torch.Tensor,
-    prompt: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left of the visual tokens behind the connector, and of their positions."""
-    if contestant.scorer is None or features.shape[1] <= contestant.kept:
-        return features, positions
-    chosen, features = SCORERS[contestant.scorer](features, *embedded(model, prompt), contestant.kept)
-    return features, positions.gather(1, chosen)
-
-
-def encode(model, contestant: Contestant, pixel_values: torch.Tensor, prompt: torch.Tensor, guides):
-    """Visual tokens for the decoder, and the numbers of their patches."""
-    return choose_at_exit(model, contestant, *run_tower(model, contestant, pixel_values, prompt, guides), prompt)
+def llava_inputs(pixel_values: torch.Tensor, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+    image = torch.tensor([BOS] + [IMAGE] * NUM_PATCHES).expand(len(prompt), -1)
+    return {"input_ids": torch.cat([image, prompt], dim=1), "pixel_values": pixel_values}
 
 
 def prefill(
@@ -214,4 +190,13 @@ def kept_for(divisor: int) -> int:
     return math.ceil(NUM_PATCHES / divisor)
 
 
-__all__ = ["Contestant", "choose_at_exit", "costs", "encode", "kept_for", "prefill", "run_tower"]
+__all__ = [
+    "Contestant",
+    "costs",
+    "kept_for",
+    "llava_inputs",
+    "low_resolution_features",
+    "next_token",
+    "prefill",
+    "set_contestant",
+]

@@ -4,19 +4,17 @@ Evaluate all ways to reduce visual tokens on the small LLaVA of one seed, and wr
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/evaluate.py --model outputs/vlm_small/seed0 --seed 0 \
         --output_json outputs/vlm_small/seed0.json
 
-Guides and fine-tuned weights are trained first and stored beside the model. The layer of the guide and the split between
-tower and exit are chosen on the validation split; all rows are of the test split.
+Guides and fine-tuned weights are trained first and stored beside the model. The layer of the guide and the split
+between tower and exit are chosen on the validation split. All rows are of the test split.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from pathlib import Path
 
 import torch
-from contestants import Contestant, choose_at_exit, costs, kept_for, prefill, run_tower
+from contestants import Contestant, costs, kept_for, next_token, set_contestant
 from guides import STEPS, fine_tune_resolution, train_guide
 from safetensors.torch import load_file, save_file
 from small_model import NUM_PATCHES, pixels_of
@@ -24,8 +22,8 @@ from small_model import encode as encode_text
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from modeling_trips.hosts.vlm.guide import TextGuide
-from modeling_trips.inspection.speed import provenance
+from modeling_trips.hosts import TextGuide
+from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.busy_scenes import KINDS, draw_scene, one_of_each_kind
 from trips_examples.training.parser import make_parser
 
@@ -34,6 +32,7 @@ DIVISORS = (2, 4, 9, 16)
 GUIDE_LAYERS = (1, 2, 3)
 SIDES = (8, 7, 6, 5, 4, 3)
 TUNED_SIDES = (6, 5, 4, 3)
+UNPRUNED = Contestant("unpruned")
 
 
 @dataclass
@@ -41,7 +40,7 @@ class EvaluateArguments:
     model: str = field(metadata={"help": "Folder of the model that train.py wrote."})
     output_json: str = field(metadata={"help": "File of the rows."})
     seed: int = field(default=0, metadata={"help": "Seed of the model, for the scenes that train the guides."})
-    test_scenes: int = field(default=400, metadata={"help": "Scenes of the test split, five questions each."})
+    test_scenes: int = field(default=300, metadata={"help": "Scenes of the test split, five questions each."})
     validation_scenes: int = field(default=150, metadata={"help": "Scenes of the validation split."})
     batch_size: int = field(default=64, metadata={"help": "Questions per forward pass."})
 
@@ -70,19 +69,19 @@ def batches_of(questions: list[dict], batch_size: int) -> list[list[int]]:
 def correct_answers(models: dict, guides: dict, contestants: list[Contestant], questions: list[dict], batch_size: int):
     """Whether each contestant answers each question: `(num_contestants, num_questions)`."""
     correct = torch.zeros(len(contestants), len(questions), dtype=torch.bool)
-    torch.manual_seed(0)
-    for numbers in tqdm(batches_of(questions, batch_size), desc="evaluate", mininterval=10):
+    batches = []
+    for numbers in batches_of(questions, batch_size):
         pixel_values = torch.stack([questions[number]["pixels"] for number in numbers])
         prompt = torch.tensor([questions[number]["prompt"] for number in numbers])
         answers = torch.tensor([questions[number]["answer"] for number in numbers])
-        towers = {}
-        for row, contestant in enumerate(contestants):
-            model = models[contestant.weights]
-            if contestant.tower_part not in towers:
-                towers[contestant.tower_part] = run_tower(model, contestant, pixel_values, prompt, guides)
-            features, _ = choose_at_exit(model, contestant, *towers[contestant.tower_part], prompt)
-            logits, _ = prefill(model, features, prompt, contestant.kept if contestant.fastv else None)
-            correct[row, numbers] = logits.argmax(-1) == answers
+        batches.append((numbers, pixel_values, prompt, answers))
+    for row, contestant in enumerate(tqdm(contestants, desc="evaluate", mininterval=10)):
+        model = models[contestant.weights]
+        torch.manual_seed(0)
+        set_contestant(model, contestant, guides)
+        for numbers, pixel_values, prompt, answers in batches:
+            correct[row, numbers] = next_token(model, contestant, pixel_values, prompt).argmax(-1) == answers
+        set_contestant(model, UNPRUNED, guides)
     return correct
 
 
@@ -115,7 +114,7 @@ def stored_resolution(model, folder: Path, side: int, seed: int):
 
 
 def all_contestants(layer: int, splits: dict[tuple[str, int], int]) -> list[Contestant]:
-    rows = [Contestant("unpruned")]
+    rows = [UNPRUNED]
     for kept in map(kept_for, DIVISORS):
         rows += [
             Contestant("random, exit", kept, scorer="random"),
@@ -171,7 +170,7 @@ def main(argv: list[str] | None = None):
         for layer in GUIDE_LAYERS
         for divisor in (9, 16)
     ]
-    scores = accuracies([Contestant("unpruned"), *candidates])
+    scores = accuracies([UNPRUNED, *candidates])
     choices["validation"] = {"unpruned": scores[0]}
     by_layer = {}
     for contestant, score in zip(candidates, scores[1:], strict=True):
@@ -185,10 +184,11 @@ def main(argv: list[str] | None = None):
             model, folder, f"{teacher}{layer}", layer=layer, teacher=teacher, seed=args.seed
         )
     candidates = [
-        Contestant(guidance, kept, layer, guidance, tower_kept=min(NUM_PATCHES, round(kept * factor)), scorer="prompt")
+        Contestant(guidance, kept, layer, guidance, tower_kept=round(kept * factor), scorer="prompt")
         for guidance in ("image", f"regions{layer}")
         for kept in map(kept_for, DIVISORS)
         for factor in (1.25, 1.5, 2, 3)
+        if kept * factor < NUM_PATCHES
     ]
     splits, best_scores = {}, {}
     for contestant, score in zip(candidates, accuracies(candidates), strict=True):
@@ -204,14 +204,10 @@ def main(argv: list[str] | None = None):
     kinds = [question["kind"] for question in test]
     length = round(sum(len(question["prompt"]) for question in test) / len(test))
     context = {
-        "seed": args.seed,
         "test_questions": len(test),
         "guide_layer": layer,
         "guide_steps": STEPS,
-        "command": f"python benchmarks/vlm_small/evaluate.py {' '.join(sys.argv[1:] if argv is None else argv)}",
-        "num_threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
-        **provenance("cpu"),
+        **provenance(seed=args.seed),
     }
     rows = []
     for contestant, row in zip(contestants, correct, strict=True):

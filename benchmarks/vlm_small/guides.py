@@ -8,14 +8,14 @@ import copy
 import random
 
 import torch
-from contestants import Contestant, encode, prefill
+from contestants import low_resolution_features
 from small_model import BOS, IMAGE, NUM_PATCHES, pixels_of
 from small_model import encode as encode_text
 from torch import nn
 from train import AttentionRows, TrainArguments, choose_questions, make_batch, region_target
 from transformers import LlavaForConditionalGeneration
 
-from modeling_trips.hosts.vlm.guide import TextGuide
+from modeling_trips.hosts import TextGuide
 from modeling_trips.modeling_trips import selection_loss
 from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
 from trips_examples.data.busy_scenes import draw_scene
@@ -67,9 +67,9 @@ def train_guide(
     Train a guide on the frozen model.
 
     Args:
-        teacher (`str`): `"regions"`: boxes of the data. `"attention"`: the unpruned model's attention from the last token
-            of the question to the image. `"answers"`: the loss of the answer, by a straight-through factor on the kept
-            patches, with Gumbel noise on the choice.
+        teacher (`str`): `"regions"`: boxes of the data. `"attention"`: the unpruned model's attention from the last
+            token of the question to the image. `"answers"`: the loss of the answer, by a straight-through factor on
+            the kept patches, with Gumbel noise on the choice.
     """
     model.requires_grad_(False)
     torch.manual_seed(seed)
@@ -164,7 +164,6 @@ def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=steps, pct_start=0.1)
     batches = TrainArguments(output_dir="", seed=seed, batch_size=16, questions=12)
-    contestant = Contestant("", kept=side * side, side=side)
     embed = model.get_input_embeddings()
     dropped = NUM_PATCHES - side * side
     for step in range(steps):
@@ -175,7 +174,7 @@ def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: 
         mask = batch["attention_mask"][:, :, ~is_dropped][..., ~is_dropped]
         positions = batch["position_ids"][:, ~is_dropped] - dropped
         positions[:, 0] = 0
-        features, _ = encode(model, contestant, batch["pixel_values"], ids[:, :1], {})
+        features = low_resolution_features(model, side, batch["pixel_values"])
         states = embed(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
         hidden = model.model.language_model(
             inputs_embeds=states, attention_mask=mask, position_ids=positions, use_cache=False
@@ -190,4 +189,4 @@ def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: 
     return model.eval().requires_grad_(False)
 
 
-__all__ = ["STEPS", "fine_tune_resolution", "prefill", "train_guide"]
+__all__ = ["STEPS", "fine_tune_resolution", "train_guide"]

@@ -3,10 +3,11 @@ Train the small LLaVA on busy scenes, from scratch, on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/train.py --seed 0 --output_dir outputs/vlm_small/seed0
 
-Several questions about an image share its image tokens: a block mask keeps them apart. An attention loss leads the last
-token of each question to the region asked about. Two more losses stand for the pretraining of a tower: its patches learn
-color, shape and mark of the item that they show, and its [CLS] learns the names of all items, so that selection scored by
-the image is a fair rival. An interrupted run resumes from its last checkpoint.
+Several questions about an image share its image tokens: a block mask keeps them apart. An attention loss leads the
+question, from its first word that names the item on, to the region asked about. Two more losses stand for the
+pretraining of a tower: its patches learn color, shape and mark of the item that they show, and its [CLS] learns the
+names of all items, so that selection scored by the image is a fair rival. An interrupted run resumes from its last
+checkpoint.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Busy scenes: six to eight marked shapes on textured ground among clutter, and short questions about one of them.
 
-A scene is drawn from its seed alone, in about two milliseconds, so that a training set needs no disk and no scene has to
-be seen twice. The splits draw from different seeds.
+A scene is drawn from its seed alone, in about two milliseconds, so that a training set needs no disk and no scene has
+to be seen twice. The splits draw from different seeds.
 """
 
 import io
@@ -98,8 +98,8 @@ def draw_scene(split: str, number: int, seed: int = 0) -> Scene:
 
 def busy_scene_records(split: str, num_scenes: int, seed: int = 0) -> Iterator[dict]:
     """
-    Yield one record per kind of question and scene: `image`, `image_id`, `kind`, `question`, `answer` and `region`, the
-    columns that `load_task_dataset` reads.
+    Yield one record per kind of question and scene, in the columns that `load_task_dataset` reads: `image`,
+    `image_id`, `kind`, `question`, `answer` and `region`.
     """
     for number in range(num_scenes):
         scene = draw_scene(split, number, seed)

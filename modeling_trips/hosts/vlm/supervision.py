@@ -1,0 +1,189 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Supervision of a text guide on a frozen model: where its layer should look, and where it does.
+
+`selection_loss` of [`modeling_trips.modeling_trips`] compares the two. Targets come from regions of the data, or from
+the attention of the unpruned model's answer. The answer takes no part in scoring.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import PIL.Image
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...modeling_trips_vision import TripsSelection
+from .families import LlavaNext, find_family
+from .tower import TowerLayer
+from .wrapper import record_vlm_selection, selection_of
+
+
+def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
+    """
+    Return what the guide's layer selects. Its scores carry gradients to the guide. The language model does not run.
+
+    Args:
+        model (`PreTrainedModel`): A model to which `apply_patch_selection` has given a `guide`.
+        inputs (`Mapping`): What the processor returns for prompts with images, without answers.
+
+    Returns:
+        `TripsSelection`: `scores` and `candidate_indices` of shape `(num_images, num_units)`. Tiles count as images.
+
+    Raises:
+        ValueError: No layer of the model is scored by the text.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, TowerLayer) and layer.selection is not None]
+    guidances = [layer.selection.guidance for layer in layers]
+    if "text" not in guidances:
+        raise ValueError(f"No layer of this {type(model).__name__} is scored by the text: pass a `guide`.")
+    with record_vlm_selection(model) as selections:
+        selection_of(model).prune(model, dict(inputs))
+    return selections[guidances.index("text")]
+
+
+def region_masks(
+    images: Sequence[PIL.Image.Image], regions: Sequence[Sequence[float] | None]
+) -> list[PIL.Image.Image]:
+    """
+    Paint each region white on a black image of the same size. What the processor makes of these masks shows which
+    patches see the region, whatever it does to an image: resize, crop, pad or cut into tiles.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): The images.
+        regions (`Sequence`): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive, for each image; `None` where not known.
+    """
+    masks = []
+    for image, region in zip(images, regions):
+        mask = PIL.Image.new("RGB", image.size)
+        if region is not None:
+            x0, y0, x1, y1 = (round(edge) for edge in region)
+            mask.paste((255, 255, 255), (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+        masks.append(mask)
+    return masks
+
+
+def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) -> torch.Tensor:
+    """
+    Return the share of each region in the units of patches that become one visual token.
+
+    Args:
+        model (`PreTrainedModel`): The vision-language model.
+        masks (`Mapping`): What the processor returns for `region_masks` and the prompts.
+        blanks (`Mapping`): The same for black images.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1, or to 0 without a region. Tiles count as
+        images; units of packed images are padded with zeros.
+    """
+    family = find_family(model)
+    shown = (masks["pixel_values"] - blanks["pixel_values"]).float().clamp(min=0)
+    num_visual = (masks["input_ids"] == family.image_token_id).sum(dim=1).tolist()
+    sizes = family.group_sizes(masks, num_visual)
+    if shown.dim() == 2:
+        areas = shown.mean(dim=-1).unflatten(0, (-1, family.unit**2)).mean(dim=-1)
+        areas = nn.utils.rnn.pad_sequence([*areas.split(sizes)], batch_first=True)
+    else:
+        if shown.dim() == 5:
+            counts = family.images_per_group(masks, sizes)
+            shown = torch.cat([tiles[:count] for tiles, count in zip(shown, counts)])
+        patch_size = family.config.vision_config.patch_size
+        patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+        areas = nn.functional.avg_pool2d(shown.mean(dim=1), patch_size * family.unit).flatten(1)
+    return areas / areas.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int]) -> torch.Tensor:
+    """
+    Return how much attention the unpruned model's answer pays to each visual token: the mean over layers, heads and
+    the tokens that predict the answer. Only these rows are computed, not the map.
+
+    Args:
+        model (`PreTrainedModel`): The vision-language model, without selection.
+        inputs (`Mapping`): What the processor returns for prompts that end with their answers, padded on the left.
+        num_answer_tokens (`Sequence[int]`): Number of tokens at the end of each row that are the answer.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1. Tiles count as images; units of packed
+        images are padded with zeros.
+
+    Raises:
+        ValueError: The model has a selection, or its visual tokens are not the units of its tower.
+    """
+    family = find_family(model)
+    if selection_of(model) is not None:
+        raise ValueError("The attention of the unpruned model is needed: call `remove_patch_selection` first.")
+    if isinstance(family, LlavaNext):
+        raise ValueError(
+            f"Attention cannot supervise {type(model).__name__}, whose visual tokens are packed anew. Use regions."
+        )
+    ids = inputs["input_ids"]
+    longest, length = max(num_answer_tokens), ids.shape[1]
+    counts = torch.tensor(num_answer_tokens, device=ids.device)
+    rows = torch.arange(length - 1 - longest, length - 1, device=ids.device)
+    # Row r predicts token r + 1.
+    is_row = rows >= length - 1 - counts[:, None]
+    with _record_rows(model.get_decoder(), rows, is_row) as recorded:
+        model.base_model(**inputs, use_cache=False)
+    attention = torch.stack(recorded).mean(dim=0)
+    is_visual = ids == family.image_token_id
+    num_visual = is_visual.sum(dim=1).tolist()
+    groups = attention[is_visual].split(family.group_sizes(inputs, num_visual))
+    numbers = family.images_per_group(inputs, [len(group) for group in groups])
+    images = [image for group, number in zip(groups, numbers) for image in group.chunk(number)]
+    targets = nn.utils.rnn.pad_sequence(images, batch_first=True)
+    return targets / targets.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+_NAME = "trips_answer_rows"
+_recording: ContextVar[tuple | None] = ContextVar(_NAME, default=None)
+
+
+@contextmanager
+def _record_rows(decoder: PreTrainedModel, rows: torch.Tensor, is_row: torch.Tensor):
+    """Record the attention of these rows to all tokens, one tensor of shape `(batch_size, length)` per layer."""
+    own, recorded = decoder.config._attn_implementation, []
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend_and_record)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    token = _recording.set((rows, is_row, recorded))
+    decoder.set_attn_implementation(_NAME)
+    try:
+        yield recorded
+    finally:
+        decoder.set_attn_implementation(own)
+        _recording.reset(token)
+
+
+def _attend_and_record(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
+    rows, is_row, recorded = _recording.get()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query[:, :, rows].float() @ keys.float().transpose(2, 3)) * scaling
+    allowed = torch.arange(key.shape[2], device=key.device) <= rows[:, None]
+    if attention_mask is not None:
+        own = attention_mask[:, :, rows]
+        allowed = own if own.dtype == torch.bool else own == 0
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1).mean(dim=1)
+    recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+__all__ = ["guided_selection", "region_masks", "targets_of_attention", "targets_of_masks"]

@@ -1,0 +1,136 @@
+"""`examples/train_guide.py` on a tiny LLaVA: what it writes, resuming, both teachers, bad options."""
+
+import json
+import random
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_vlms import BY_NAME, IMAGE
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from modeling_trips.hosts import TextGuide
+from trips_examples import train_guide
+
+
+COLORS = ["red", "blue", "green", "white"]
+WORDS = ["<unk>", "<pad>", "<s>", "</s>", "which", "half", "is", "?", "top", "bottom", *COLORS]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    BY_NAME["llava"].make().save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(WORDS)} | {"<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>"]
+    )
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Images of two halves in different colors, with a question about each half; the last has no region."""
+    folder = tmp_path_factory.mktemp("data")
+    rows, rng = [], random.Random(0)
+    for number in range(8):
+        colors = rng.sample(COLORS, 2)
+        image = PIL.Image.new("RGB", (64, 64), colors[0])
+        image.paste(PIL.Image.new("RGB", (64, 32), colors[1]), (0, 32))
+        image.save(folder / f"{number}.png")
+        for half, color in enumerate(colors):
+            rows.append(
+                {
+                    "image": f"{number}.png",
+                    "question": f"which half is {color} ?",
+                    "answer": ("top", "bottom")[half],
+                    "region": [0, 32 * half, 64, 32 * half + 32],
+                }
+            )
+    del rows[-1]["region"]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "rows.jsonl"
+
+
+def options(model_folder: Path, data: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        f"--model_name_or_path={model_folder}",
+        f"--train_file={data}",
+        f"--validation_file={data}",
+        f"--output_dir={output_dir}",
+        "--layer=1",
+        "--keep_rate=0.5",
+        "--batch_size=5",
+        "--warmup_steps=2",
+        *more,
+    ]
+
+
+def test_learns_the_regions(model_folder, data, tmp_path):
+    metrics = train_guide.main(options(model_folder, data, tmp_path, "--max_steps=60", "--learning_rate=0.03"))
+    assert metrics["eval_samples"] == 15  # one row has no region
+    assert metrics["eval_region_recall"] > 0.65  # 0.5 at random
+    guide = TextGuide.from_pretrained(tmp_path)
+    assert guide(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).shape == (1, 4, 8)
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == metrics
+
+
+def test_resumes(model_folder, data, tmp_path):
+    """A run that is interrupted and resumed ends with the guide of a run that is not."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_guide.main(options(model_folder, data, whole, "--max_steps=5", "--save_steps=2"))
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*args):
+        if interrupt.calls == 3:
+            raise Interrupted
+        interrupt.calls += 1
+        return loss_and_recall(*args)
+
+    interrupt.calls = 0
+    loss_and_recall = train_guide.GuideTrainer.loss_and_recall
+    train_guide.GuideTrainer.loss_and_recall = interrupt
+    try:
+        with pytest.raises(Interrupted):
+            train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
+    finally:
+        train_guide.GuideTrainer.loss_and_recall = loss_and_recall
+    assert not (parts / "model.safetensors").exists()
+    train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
+    resumed = load_file(parts / "model.safetensors")
+    for name, expected in load_file(whole / "model.safetensors").items():
+        torch.testing.assert_close(resumed[name], expected)
+
+
+def test_learns_from_attention(model_folder, data, tmp_path):
+    metrics = train_guide.main(options(model_folder, data, tmp_path, "--teacher=attention", "--max_steps=3"))
+    assert metrics["eval_samples"] == 16
+    assert 0 < metrics["eval_region_recall"] <= 1
+
+
+def test_data_without_regions_are_refused(model_folder, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    without = data.parent / "without.jsonl"
+    without.write_text("\n".join(json.dumps({**row, "region": None}) for row in rows))
+    with pytest.raises(ValueError, match="--teacher attention"):
+        train_guide.main(options(model_folder, without, tmp_path))
+
+
+def test_unknown_teacher_is_refused(model_folder, data, tmp_path):
+    with pytest.raises(ValueError, match="--teacher"):
+        train_guide.main(options(model_folder, data, tmp_path, "--teacher=answers"))

@@ -1,0 +1,114 @@
+"""Supervision of a text guide, family by family: where its layer looks, and where it should."""
+
+import PIL.Image
+import pytest
+import torch
+from tiny_vlms import BY_NAME, VLMS, Vlm, make_inputs
+
+from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
+from modeling_trips.hosts.vlm.families import find_family
+from modeling_trips.hosts.vlm.supervision import (
+    guided_selection,
+    region_masks,
+    targets_of_attention,
+    targets_of_masks,
+)
+from modeling_trips.modeling_trips import selection_loss
+
+
+families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
+PACKED_ANEW = ("llava_next", "llava_onevision")
+
+
+def guided(vlm: Vlm):
+    model = vlm.make().requires_grad_(False)
+    guide = TextGuide.for_model(model)
+    apply_patch_selection(model, "1:text:0.5", guide=guide)
+    return model, guide
+
+
+def shown_to_first_unit(vlm: Vlm) -> tuple[dict, dict]:
+    """Inputs whose first unit is white, in each image or tile, and black inputs."""
+    blanks = make_inputs(vlm)
+    pixels = torch.zeros_like(blanks["pixel_values"])
+    unit = find_family(vlm.make()).unit
+    masks = {**blanks, "pixel_values": pixels.clone()}
+    if vlm.kind == "packed":
+        first = blanks["image_grid_thw"][0].prod()
+        masks["pixel_values"][: unit**2] = 1
+        masks["pixel_values"][first : first + unit**2] = 1
+    else:
+        masks["pixel_values"][..., : 4 * unit, : 4 * unit] = 1
+    return masks, {**blanks, "pixel_values": pixels}
+
+
+@families
+def test_scores_have_gradients_and_the_shape_of_targets(vlm):
+    model, guide = guided(vlm)
+    selection = guided_selection(model, make_inputs(vlm))
+    targets = targets_of_masks(model, *shown_to_first_unit(vlm))
+    assert targets.shape == selection.scores.shape
+    torch.testing.assert_close(targets[:, 0], torch.ones(len(targets)))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
+    selection_loss(selection.scores, selection.candidate_indices, targets).mean().backward()
+    assert guide.query.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@families
+def test_attention_is_that_of_the_eager_map(vlm):
+    """The rows that predict the answer, as the whole map has them."""
+    model, inputs = vlm.make(), make_inputs(vlm)
+    if vlm.name in PACKED_ANEW:
+        with pytest.raises(ValueError):
+            targets_of_attention(model, inputs, [2, 3])
+        return
+    family = find_family(model)
+    own = model.get_decoder().config._attn_implementation
+    targets = targets_of_attention(model, inputs, [2, 3])
+    assert model.get_decoder().config._attn_implementation == own
+    assert targets.shape == guided_selection(guided(vlm)[0], inputs).scores.shape
+
+    model.set_attn_implementation("eager")
+    maps = torch.stack(model(**inputs, output_attentions=True).attentions).mean(dim=(0, 2))
+    rows = torch.stack([maps[0, -3:-1].mean(dim=0), maps[1, -4:-1].mean(dim=0)])
+    visual = [row[ids == family.image_token_id] for row, ids in zip(rows, inputs["input_ids"])]
+    numbers = [len(targets) // 2] * 2  # images or tiles per prompt
+    expected = [image / image.sum() for own, number in zip(visual, numbers) for image in own.chunk(number)]
+    for image, target in zip(expected, targets):
+        torch.testing.assert_close(target[: len(image)], image, atol=1e-5, rtol=1e-3)
+        assert not target[len(image) :].any()
+
+
+def test_attention_needs_the_unpruned_model():
+    model, _ = guided(BY_NAME["llava"])
+    with pytest.raises(ValueError):
+        targets_of_attention(model, make_inputs(BY_NAME["llava"]), [1, 1])
+
+
+def test_guided_selection_needs_a_guide():
+    model = BY_NAME["llava"].make()
+    apply_patch_selection(model, "1:image:0.5")
+    with pytest.raises(ValueError):
+        guided_selection(model, make_inputs(BY_NAME["llava"]))
+
+
+def test_region_masks():
+    images = [PIL.Image.new("RGB", (10, 6), "red")] * 3
+    masks = region_masks(images, [(2, 1, 5, 3), None, (4, 4, 4, 4)])
+    assert [mask.getbbox() for mask in masks] == [(2, 1, 5, 3), None, (4, 4, 5, 5)]
+    assert all(mask.size == (10, 6) for mask in masks)
+
+
+def test_the_answer_does_not_choose():
+    """Scores depend on the prompt alone: `guided_selection` and `prune_inputs` get it without its answer."""
+    vlm = BY_NAME["llava"]
+    model, _ = guided(vlm)
+    inputs = make_inputs(vlm)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    with_answer = guided_selection(model, {**inputs, "labels": labels}).scores
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -2:] = 7
+    torch.testing.assert_close(guided_selection(model, {**other, "labels": labels}).scores, with_answer)
+    assert prune_inputs(vlm.make(), inputs, visual_tokens=4)["input_ids"].shape[1] < inputs["input_ids"].shape[1]

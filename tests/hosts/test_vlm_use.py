@@ -141,6 +141,15 @@ def test_relevance_and_distance_by_hand():
     assert select_by_prompt(features, prompt, torch.tensor([[True, True]]), 2)[0].tolist() == [[0, 4]]
 
 
+@torch.no_grad()
+def test_a_prompt_without_a_word():
+    model = BY_NAME["llava"].make()
+    inputs = {"input_ids": torch.full((1, 64), IMAGE), "pixel_values": torch.randn(1, 3, 32, 32)}
+    apply_patch_selection(model, "1:text:0.5", visual_tokens=5, guide=TextGuide.for_model(model))
+    logits = model(**inputs).logits
+    assert logits.shape[1] == 5 and logits.isfinite().all()
+
+
 def test_diversity_takes_one_of_each_kind():
     features = torch.eye(4)[torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])] * torch.tensor([5.0, 4, 3, 2])
     kept, _ = select_diverse(features, features, torch.ones(1, 8, dtype=torch.bool), 4)

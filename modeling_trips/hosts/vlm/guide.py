@@ -60,6 +60,7 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         # Embeddings of language models have very different scales (Gemma multiplies them by the root of their width).
         prompt = nn.functional.normalize(prompt, dim=-1) * prompt.shape[-1] ** 0.5
         weights = self.weight(prompt).squeeze(-1).masked_fill(~prompt_mask, -torch.inf).softmax(dim=-1)
+        weights = weights.nan_to_num(0.0)  # a prompt without a word
         mean = (weights.unsqueeze(1) @ prompt).squeeze(1)
         return self.query(mean).unflatten(-1, (self.num_heads, self.head_dim))
 

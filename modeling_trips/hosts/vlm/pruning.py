@@ -216,7 +216,7 @@ class Prompts:
             is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
             is_behind = is_text & ~is_before
             is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
-            first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(self.num_text)]
+            first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *self.num_text)]
             if self.embeddings is None:
                 ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
                 embeddings = self.model.get_input_embeddings()(ids)

@@ -48,7 +48,8 @@ def select_by_prompt(
     Args:
         features (`torch.Tensor` of shape `(num_images, num_tokens, hidden_size)`): Visual tokens after the connector.
         prompt (`torch.Tensor` of shape `(num_images, prompt_length, hidden_size)`): Input embeddings of the prompt.
-        prompt_mask (`torch.BoolTensor` of shape `(num_images, prompt_length)`): False marks padding.
+        prompt_mask (`torch.BoolTensor` of shape `(num_images, prompt_length)`): False marks padding. A prompt without
+            a word leaves the choice to the distances.
         num_kept (`int`): Number of tokens to keep per image.
 
     Returns:
@@ -57,7 +58,9 @@ def select_by_prompt(
     """
     directions = centred_directions(features)
     words = nn.functional.normalize(prompt.float(), dim=-1)
-    relevance = (directions @ words.transpose(1, 2)).masked_fill(~prompt_mask[:, None], -math.inf).amax(dim=-1)
+    # Without a single word, all tokens are equally relevant.
+    cosines = (directions @ words.transpose(1, 2)).masked_fill(~prompt_mask[:, None], -1.0)
+    relevance = cosines.amax(dim=-1)
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     relevance = (relevance - low) / (high - low).clamp_min(1e-6)
     # 2 is the largest distance: the most relevant token has no token above it.

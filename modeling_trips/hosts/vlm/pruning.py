@@ -147,8 +147,6 @@ def prune(
     output = family.encode(inputs, current)
     groups = list(output.pooler_output)
     sizes = [len(group) for group in groups]
-    if sum(sizes) != sum(prompts.num_visual):
-        raise ValueError(f"`input_ids` have {sum(prompts.num_visual)} placeholders for {sum(sizes)} visual tokens.")
     rows = prompts.row_of_groups(sizes)
     kept = [torch.arange(size, device=group.device) for size, group in zip(sizes, groups)]
     if current is not None and current.kept:
@@ -227,6 +225,8 @@ class Prompts:
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
         """The prompt of each group of visual tokens."""
+        if sum(sizes) != sum(self.num_visual):
+            raise ValueError(f"`input_ids` have {sum(self.num_visual)} placeholders for {sum(sizes)} visual tokens.")
         rows, row, left = [], 0, self.num_visual[0]
         for size in sizes:
             while left == 0 and size > 0:
@@ -267,7 +267,7 @@ class Prompts:
                 padding = self.padding_id if name == "input_ids" else PADDING_VALUES.get(name, 0)
                 inputs[name] = value.gather(1, order).masked_fill(~mask, padding)
         if len({*lengths}) > 1:
-            inputs["attention_mask"] = mask.to(inputs.get("attention_mask", self.ids).dtype)
+            inputs["attention_mask"] = mask.to(self.ids.dtype)
         inputs |= self.shorten_positions(order, mask)
         return inputs
 

@@ -34,12 +34,12 @@ from .modeling_trips_pretraining import (
 )
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import (
+    TripsImageCache,
     TripsSelection,
     TripsSingleStreamModel,
     TripsSingleStreamModelOutput,
     TripsVisionModel,
     TripsVisionModelOutput,
-    TripsVisionPrefix,
     use_schedule,
 )
 from .momentum_trips import MomentumTeacher
@@ -91,7 +91,7 @@ __all__ = [
     "TripsVisionConfig",
     "TripsVisionModel",
     "TripsVisionModelOutput",
-    "TripsVisionPrefix",
+    "TripsImageCache",
     "TripsVisualGroundingOutput",
     "TripsVisualQuestionAnsweringPipeline",
     "TripsZeroShotImageClassificationPipeline",

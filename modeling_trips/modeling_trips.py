@@ -46,11 +46,11 @@ from .modeling_trips_text import (
     name_in_checkpoint,
 )
 from .modeling_trips_vision import (
+    TripsImageCache,
     TripsSelection,
     TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
-    TripsVisionPrefix,
     next_candidates,
     repeated,
 )
@@ -344,17 +344,17 @@ class TripsModel(TripsWholeModel):
     def set_input_embeddings(self, value):
         self.text_model.set_input_embeddings(value)
 
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """
-        The text-independent part of the vision tower, computed once per image: see [`TripsVisionModel.encode_prefix`].
+        The text-independent part of the vision tower, computed once per image: see [`TripsVisionModel.encode_images`].
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`)
 
         Returns:
-            [`TripsVisionPrefix`], the `prefix` of `forward`.
+            [`TripsImageCache`], the `image_cache` of `forward`.
         """
-        return self.vision_model.encode_prefix(pixel_values, **kwargs)
+        return self.vision_model.encode_images(pixel_values, **kwargs)
 
     def fuse(
         self,
@@ -362,7 +362,7 @@ class TripsModel(TripsWholeModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
@@ -374,7 +374,7 @@ class TripsModel(TripsWholeModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): the `last_hidden_state` of
                 `text_model`. A text that is to meet several images is repeated.
-            attention_mask, pixel_values, image_index, prefix, regions, patch_targets, output_cls_attention: as in
+            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, output_cls_attention: as in
                 `forward`.
 
         Returns:
@@ -383,7 +383,7 @@ class TripsModel(TripsWholeModel):
         Raises:
             `ValueError`: if `output_cls_attention` is asked of a single stream.
         """
-        images = {"pixel_values": pixel_values, "image_index": image_index, "prefix": prefix}
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
         # CODEPATH: as in `__init__`.
         if self.fusion_model is None:
             if output_cls_attention:
@@ -397,7 +397,9 @@ class TripsModel(TripsWholeModel):
                 selection=joint.selection,
                 hidden_states=joint.hidden_states,
                 attentions=joint.attentions,
-                selection_losses=self.selection_losses(joint.selection, regions, patch_targets, pixel_values, prefix),
+                selection_losses=self.selection_losses(
+                    joint.selection, regions, patch_targets, pixel_values, image_cache
+                ),
                 vision_model_output=joint,
             )
         # What no text has touched is projected to keys and values once per image.
@@ -421,14 +423,14 @@ class TripsModel(TripsWholeModel):
             cross_attentions=fused.cross_attentions,
             cls_attention=fused.cls_attention,
             selection_losses=self.selection_losses(
-                vision_output.selection, regions, patch_targets, pixel_values, prefix
+                vision_output.selection, regions, patch_targets, pixel_values, image_cache
             ),
             vision_model_output=vision_output,
         )
 
-    def grid_of(self, pixel_values: torch.Tensor | None, prefix: TripsVisionPrefix | None) -> tuple[int, int]:
+    def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:
         """Patches of each image, down and across."""
-        return prefix.grid_size if pixel_values is None else self.vision_model.embeddings.grid_of(pixel_values)
+        return image_cache.grid_size if pixel_values is None else self.vision_model.embeddings.grid_of(pixel_values)
 
     def selection_losses(
         self,
@@ -436,7 +438,7 @@ class TripsModel(TripsWholeModel):
         regions: torch.FloatTensor | None,
         patch_targets: torch.FloatTensor | None,
         pixel_values: torch.Tensor | None,
-        prefix: TripsVisionPrefix | None,
+        image_cache: TripsImageCache | None,
     ) -> torch.Tensor | None:
         """The mean over the layers that a text guides, `(num_texts,)`; `None` where there is nothing to teach."""
         by_layer = zip(selection, self.vision_model.schedule.selections)
@@ -446,7 +448,7 @@ class TripsModel(TripsWholeModel):
         if not (is_taught and by_text) or (regions is None and patch_targets is None):
             return None
         if regions is not None:
-            of_regions = region_targets(regions, self.grid_of(pixel_values, prefix))
+            of_regions = region_targets(regions, self.grid_of(pixel_values, image_cache))
             has_none = of_regions.sum(dim=-1, keepdim=True) == 0
             patch_targets = of_regions if patch_targets is None else patch_targets.where(has_none, of_regions)
         losses = [selection_loss(layer.scores, layer.candidate_indices, patch_targets) for layer in by_text]
@@ -461,7 +463,7 @@ class TripsModel(TripsWholeModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
@@ -471,7 +473,7 @@ class TripsModel(TripsWholeModel):
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i looks at image `image_index[i]`. By default text i looks at image i.
-        prefix (`TripsVisionPrefix`, *optional*):
+        image_cache (`TripsImageCache`, *optional*):
             Result of `encode_images`, in place of `pixel_values`.
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
             What each text is about: boxes (center_x, center_y, width, height) in [0, 1] of the image in
@@ -489,7 +491,7 @@ class TripsModel(TripsWholeModel):
             attention_mask,
             pixel_values,
             image_index,
-            prefix,
+            image_cache,
             regions,
             patch_targets,
             output_cls_attention,
@@ -583,8 +585,8 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict):
         super()._validate_model_kwargs(model_kwargs)
-        index, prefix = model_kwargs.get("image_index"), model_kwargs.get("prefix")
-        images = model_kwargs.get("pixel_values") if prefix is None else prefix.hidden_states
+        index, image_cache = model_kwargs.get("image_index"), model_kwargs.get("image_cache")
+        images = model_kwargs.get("pixel_values") if image_cache is None else image_cache.hidden_states
         # Of another device than the CPU, the values are known only when it has finished all its work.
         if index is not None and images is not None and index.device.type == "cpu":
             check_image_index(index, num_images=len(images))
@@ -622,7 +624,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
@@ -640,7 +642,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i looks at image `image_index[i]`. By default text i looks at image i.
-        prefix (`TripsVisionPrefix`, *optional*):
+        image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
         cache (`Cache`, *optional*):
             Keys and values of the tokens before `decoder_input_ids`.
@@ -666,7 +668,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
                 attention_mask,
                 token_type_ids,
                 image_index,
-                prefix,
+                image_cache,
                 inputs_embeds,
                 regions,
                 patch_targets,
@@ -703,7 +705,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             num_items = kwargs.get("num_items_in_batch")
             of_texts["selection_loss"] = encoder_outputs.get("selection_losses")
             if is_pointed:
-                of_texts["pointing_loss"] = self._pointing_losses(encoder_outputs, regions, pixel_values, prefix)
+                of_texts["pointing_loss"] = self._pointing_losses(encoder_outputs, regions, pixel_values, image_cache)
             for name, losses in of_texts.items():
                 if losses is not None:
                     losses = losses if text_index is None else losses[text_index]
@@ -732,7 +734,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         encoder_outputs: TripsModelOutput,
         regions: torch.FloatTensor,
         pixel_values: torch.FloatTensor | None,
-        prefix: TripsVisionPrefix | None,
+        image_cache: TripsImageCache | None,
     ) -> torch.Tensor:
         """How far each text's [CLS] looks from its region in the last cross-attention, all heads: `(num_texts,)`."""
         weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
@@ -740,7 +742,9 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             weights = weights * vision.attention_mask[:, None].to(weights.device)
             weights = weights / weights.sum(dim=-1, keepdim=True)
         indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
-        return pointing_losses(weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, prefix))
+        return pointing_losses(
+            weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, image_cache)
+        )
 
     @torch.no_grad()
     def score_labels(
@@ -1040,7 +1044,7 @@ class TripsForVisualGrounding(TripsWholeModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -1049,7 +1053,7 @@ class TripsForVisualGrounding(TripsWholeModel):
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i looks at image `image_index[i]`, so that the expressions of one image share it. By default text i
             looks at image i.
-        prefix (`TripsVisionPrefix`, *optional*):
+        image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
             The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
@@ -1060,7 +1064,7 @@ class TripsForVisualGrounding(TripsWholeModel):
             attention_mask,
             token_type_ids,
             image_index,
-            prefix,
+            image_cache,
             inputs_embeds,
             regions=labels,
             **kwargs,
@@ -1068,7 +1072,7 @@ class TripsForVisualGrounding(TripsWholeModel):
         image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
         image_mask = outputs.vision_model_output.attention_mask
         image_mask = None if image_mask is None else image_mask[:, 1:]
-        grid_size = self.model.grid_of(pixel_values, prefix)
+        grid_size = self.model.grid_of(pixel_values, image_cache)
         indices = token_indices(outputs.selection, image_states)
         centers = token_centers(indices, grid_size)
         pred_boxes, weights = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
@@ -1199,7 +1203,7 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
@@ -1213,7 +1217,7 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
             those of text 1, and so on.
         image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
             Image j of text i is image `image_index[i, j]`, so that texts that share images share their computation.
-        prefix (`TripsVisionPrefix`, *optional*):
+        image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             The class of each text, in `[0, config.num_labels)`; -100 is ignored.
@@ -1224,7 +1228,7 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
         """
         text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         num_texts = text_output.last_hidden_state.shape[0]
-        pixel_values, image_index = _flatten_images(pixel_values, prefix, image_index, num_texts, self.num_images)
+        pixel_values, image_index = _flatten_images(pixel_values, image_cache, image_index, num_texts, self.num_images)
 
         # From here on, row `i * num_images + j` is text i with its image j.
         text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
@@ -1232,7 +1236,7 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
         regions = None if regions is None else regions.flatten(0, 1)
         fused = self.model.fuse(
-            text_states, attention_mask, pixel_values, image_index, prefix, regions, patch_targets, **kwargs
+            text_states, attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, **kwargs
         )
 
         logits = self.classifier(fused.last_hidden_state[:, 0].reshape(num_texts, -1))
@@ -1258,7 +1262,7 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
 
 def _flatten_images(
     pixel_values: torch.Tensor | None,
-    prefix: TripsVisionPrefix | None,
+    image_cache: TripsImageCache | None,
     image_index: torch.LongTensor | None,
     num_texts: int,
     num_images: int,
@@ -1279,7 +1283,7 @@ def _flatten_images(
                 f"{tuple(image_index.shape)}."
             )
         return pixel_values, image_index.flatten()
-    images = pixel_values if prefix is None else prefix.hidden_states
+    images = pixel_values if image_cache is None else image_cache.hidden_states
     if images is not None and images.shape[0] != num_texts * num_images:
         raise ValueError(
             f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "

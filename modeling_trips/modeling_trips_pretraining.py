@@ -44,7 +44,7 @@ from .modeling_trips import (
     weighted_sum,
 )
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsSelection, TripsVisionModelOutput, TripsVisionPrefix, select_rows
+from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionModelOutput, select_rows
 
 
 # Losses
@@ -566,18 +566,18 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsVisionModelOutput:
         r"""
-        prefix (`TripsVisionPrefix`, *optional*):
+        image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
 
         Returns:
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalised features.
         """
-        vision_outputs = self.model.vision_model(pixel_values, prefix=prefix, **kwargs)
+        vision_outputs = self.model.vision_model(pixel_values, image_cache=image_cache, **kwargs)
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
         return vision_outputs
 
@@ -590,7 +590,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         text_states: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -601,7 +601,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
 
         image_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
             Pair p has image `image_index[p]`. By default image p.
-        prefix (`TripsVisionPrefix`, *optional*):
+        image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
         text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`, *optional*):
             The `last_hidden_state` of `get_text_features`, in place of `input_ids`.
@@ -614,7 +614,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         if text_index is not None:
             text_states, attention_mask = _select_texts(text_index, text_states, attention_mask)
-        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, prefix, **kwargs)
+        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, image_cache, **kwargs)
         return TripsMatchingOutput(
             itm_logits=self.itm_head(fused.last_hidden_state[:, 0]),
             selection=fused.selection,
@@ -642,7 +642,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
     def pair_losses(
         self,
         text_outputs: BaseModelOutputWithPooling,
-        prefix: TripsVisionPrefix,
+        image_cache: TripsImageCache,
         attention_mask: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor | None,
@@ -653,7 +653,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
     ) -> dict:
         """The fields of the output of `forward` with its losses, from what text and image give on their own."""
         text_states = text_outputs.last_hidden_state
-        image_index, image_ids = check_captions(text_states, len(prefix.hidden_states), image_index, image_ids)
+        image_index, image_ids = check_captions(text_states, len(image_cache.hidden_states), image_index, image_ids)
         pair_ids = image_ids[image_index]
         config = self.config
         itc_loss = itm_loss = selection_loss = None
@@ -661,7 +661,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
         # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
         if config.itc_weight > 0:
-            outputs = self.compare(text_outputs, self.get_image_features(prefix=prefix, **kwargs))
+            outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
             embeds = outputs.image_embeds, outputs.text_embeds
             itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids)
             pair_logits = outputs.logits_per_text[:, image_index]
@@ -671,7 +671,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
             matched = self.match(
                 attention_mask=attention_mask,
                 image_index=image_index[pairs.image_index],
-                prefix=prefix,
+                image_cache=image_cache,
                 text_states=text_states,
                 text_index=pairs.text_index,
                 regions=_of_true_pairs(regions, len(pairs.labels)),
@@ -736,10 +736,10 @@ class TripsForRetrieval(TripsContrastiveModel):
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         if return_loss:
-            prefix = self.model.encode_images(pixel_values, **kwargs)
+            image_cache = self.model.encode_images(pixel_values, **kwargs)
             teaching = {"regions": regions, "patch_targets": patch_targets}
             outputs = self.pair_losses(
-                text_outputs, prefix, attention_mask, image_index, image_ids, **teaching, **kwargs
+                text_outputs, image_cache, attention_mask, image_index, image_ids, **teaching, **kwargs
             )
             if outputs["loss"] is None:
                 raise ValueError("`itc_weight` and `itm_weight` are both 0: there is no loss. Give one a weight.")
@@ -879,7 +879,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             Where a teacher looks, see [`TripsForRetrieval`].
         """
         config = self.config
-        prefix = self.model.encode_images(pixel_values, **kwargs)
+        image_cache = self.model.encode_images(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         find_contrastive_loss, teacher_logits = contrastive_loss, None
         if teacher is not None:
@@ -887,7 +887,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             find_contrastive_loss = partial(distilled_contrastive_loss, teacher, teacher_weight)
         outputs = self.pair_losses(
             text_outputs,
-            prefix,
+            image_cache,
             attention_mask,
             image_index,
             image_ids,
@@ -899,13 +899,15 @@ class TripsForPreTraining(TripsContrastiveModel):
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
-            mlm_logits = self.guess_words(mlm_input_ids, attention_mask, token_type_ids, image_index, prefix, **kwargs)
+            mlm_logits = self.guess_words(
+                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, **kwargs
+            )
             num_masked = mean_count((mlm_labels != -100).sum())
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continue_texts(
-                prompt_input_ids, prompt_attention_mask, image_index, prefix, labels, **kwargs
+                prompt_input_ids, prompt_attention_mask, image_index, image_cache, labels, **kwargs
             )
             num_tokens = mean_count((labels != -100).sum())  # there may be none: each text is too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
@@ -923,19 +925,19 @@ class TripsForPreTraining(TripsContrastiveModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`; the
-        images are the `prefix` that `model.encode_images` makes of them.
+        images are the `image_cache` that `model.encode_images` makes of them.
         """
         fused = self.model(
             mlm_input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             image_index=image_index,
-            prefix=prefix,
+            image_cache=image_cache,
             **kwargs,
         )
         return self.mlm_score(fused.last_hidden_state)
@@ -945,7 +947,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         prompt_input_ids: torch.LongTensor,
         prompt_attention_mask: torch.Tensor | None,
         image_index: torch.LongTensor | None,
-        prefix: TripsVisionPrefix,
+        image_cache: TripsImageCache,
         labels: torch.LongTensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -954,7 +956,11 @@ class TripsForPreTraining(TripsContrastiveModel):
         before it. Arguments as in `forward` and `guess_words`.
         """
         fused = self.model(
-            prompt_input_ids, attention_mask=prompt_attention_mask, image_index=image_index, prefix=prefix, **kwargs
+            prompt_input_ids,
+            attention_mask=prompt_attention_mask,
+            image_index=image_index,
+            image_cache=image_cache,
+            **kwargs,
         )
         decoded = self.decoder(
             shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id),

@@ -186,10 +186,10 @@ def check_text_length(length: int, max_length: int):
         raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {max_length}.")
 
 
-def check_image_source(pixel_values: torch.Tensor | None, prefix: object | None):
-    if (pixel_values is None) == (prefix is None):
-        found = "neither: give an image" if prefix is None else "both"
-        raise ValueError(f"Specify exactly one of `pixel_values` and `prefix`, got {found}.")
+def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | None):
+    if (pixel_values is None) == (image_cache is None):
+        found = "neither: give an image" if image_cache is None else "both"
+        raise ValueError(f"Specify exactly one of `pixel_values` and `image_cache`, got {found}.")
 
 
 # Layers

@@ -318,7 +318,7 @@ class TripsSelection(ModelOutput):
 
 @auto_docstring(custom_intro="The text-independent part of the vision tower's work, computed once per image.")
 @dataclass
-class TripsVisionPrefix(ModelOutput):
+class TripsImageCache(ModelOutput):
     r"""
     hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_candidates, hidden_size)`):
         [CLS] and candidates after the attention half of the first layer that a text guides; after the last layer if
@@ -338,7 +338,7 @@ class TripsVisionPrefix(ModelOutput):
     candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
         False marks padding; `None` where there is none.
     schedule (`SelectionSchedule`):
-        The schedule of the layers before `next_layer`. A model with another schedule refuses the prefix.
+        The schedule of the layers before `next_layer`. A model with another schedule refuses the cache.
     """
 
     hidden_states: torch.FloatTensor | None = None
@@ -360,7 +360,7 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
         One entry per selection layer with a keep rate below 1, in the order of the layers.
     hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
         They get shorter behind each selection layer. With `image_index` they have one row per image up to the first
-        layer that a text guides, and one per text after. With `prefix`, they begin where it ends.
+        layer that a text guides, and one per text after. With `image_cache`, they begin where it ends.
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text, where all texts of an image have one in common: see `repeat_images` of the model.
     attention_mask (`torch.BoolTensor` of shape `(num_rows, num_image_tokens)`, *optional*):
@@ -461,9 +461,9 @@ class TripsVisionModel(TripsPreTrainedModel):
             return []
         return list(self.selection_projection.parameters())
 
-    def encode_prefix(
+    def encode_images(
         self, pixel_values: torch.Tensor, select_patches: bool = True, **kwargs: Unpack[TransformersKwargs]
-    ) -> TripsVisionPrefix:
+    ) -> TripsImageCache:
         """
         All that does not depend on the text: the layers before the first one that a text guides, the selections of
         those that the image guides included, and the attention half of that layer; the whole tower if there is none.
@@ -472,10 +472,10 @@ class TripsVisionModel(TripsPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): height and width are
                 multiples of the patch size; positions are interpolated if they are not the configured `image_size`.
-            select_patches (`bool`, *optional*, defaults to `True`): without, the prefix ends before any selection.
+            select_patches (`bool`, *optional*, defaults to `True`): without, the cache ends before any selection.
 
         Returns:
-            [`TripsVisionPrefix`], for `forward` at the same selection schedule.
+            [`TripsImageCache`], for `forward` at the same selection schedule.
 
         Raises:
             ValueError: if the number of channels, the height or the width does not fit the model.
@@ -496,7 +496,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             _, hidden_states, class_query, key = self.layers[next_layer - 1](
                 hidden_states, attention_mask=mask, attention_only=True, **kwargs
             )
-        return TripsVisionPrefix(
+        return TripsImageCache(
             hidden_states,
             class_query,
             key,
@@ -559,7 +559,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         select_patches: bool = True,
         repeat_images: bool = True,
         **kwargs: Unpack[TransformersKwargs],
@@ -569,35 +569,35 @@ class TripsVisionModel(TripsPreTrainedModel):
             The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i looks at image `image_index[i]`. By default text i looks at image i.
-        prefix (`TripsVisionPrefix`, *optional*):
-            Result of `encode_prefix`, in place of `pixel_values`.
+        image_cache (`TripsImageCache`, *optional*):
+            Result of `encode_images`, in place of `pixel_values`.
         select_patches (`bool`, *optional*, defaults to `True`):
             Whether the selection layers select. Without, all patches go on: a plain ViT.
         repeat_images (`bool`, *optional*, defaults to `True`):
             Whether each text has a row of its own where no text plays a part. Without, there is one per image, and
             `image_index` of the output says which is each text's.
         """
-        check_image_source(pixel_values, prefix)
-        if prefix is None:
-            prefix = self.encode_prefix(pixel_values, select_patches, **kwargs)
-        self.check_prefix(prefix, select_patches)
+        check_image_source(pixel_values, image_cache)
+        if image_cache is None:
+            image_cache = self.encode_images(pixel_values, select_patches, **kwargs)
+        self.check_image_cache(image_cache, select_patches)
         if text_embeds is not None:
-            check_counts(text_embeds.shape[0], prefix.hidden_states.shape[0], image_index)
+            check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
         # CODEPATH: a text plays a part only where it guides a layer.
         if self.schedule.first_text_layer is None or not select_patches:
             text_embeds = None
         if text_embeds is not None and image_index is not None:
-            prefix, image_index = select_rows(prefix, image_index), None
+            image_cache, image_index = select_rows(image_cache, image_index), None
         if text_embeds is not None and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
         hidden_states, _, candidate_mask, selection = self.run_layers(
-            range(prefix.next_layer or len(self.layers) + 1, len(self.layers) + 1),
-            prefix.hidden_states,
-            prefix.candidate_indices,
-            prefix.candidate_mask,
+            range(image_cache.next_layer or len(self.layers) + 1, len(self.layers) + 1),
+            image_cache.hidden_states,
+            image_cache.candidate_indices,
+            image_cache.candidate_mask,
             text_embeds,
-            prefix.class_query,
-            prefix.key,
+            image_cache.class_query,
+            image_cache.key,
             select_patches,
             **kwargs,
         )
@@ -605,24 +605,24 @@ class TripsVisionModel(TripsPreTrainedModel):
         output = TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
-            selection=(prefix.selection or ()) + selection,
+            selection=(image_cache.selection or ()) + selection,
             image_index=image_index,
             attention_mask=with_class_token(candidate_mask),
         )
         return repeated(output) if repeat_images else output
 
-    def check_prefix(self, prefix: TripsVisionPrefix, select_patches: bool):
-        """Raises a `ValueError` if `prefix` was made by another schedule, or selects and `select_patches` is off."""
+    def check_image_cache(self, image_cache: TripsImageCache, select_patches: bool):
+        """Raise a `ValueError` if the cache has another schedule, or dropped patches and `select_patches` is off."""
         schedule = self.schedule
-        if prefix.next_layer not in (schedule.first_layer, schedule.first_text_layer) or (
-            prefix.schedule != schedule.before(prefix.next_layer)
+        if image_cache.next_layer not in (schedule.first_layer, schedule.first_text_layer) or (
+            image_cache.schedule != schedule.before(image_cache.next_layer)
         ):
             raise ValueError(
-                f"`prefix` was encoded up to layer {prefix.next_layer} with the schedule {prefix.schedule}, the model "
-                f"has the schedule {schedule}. Encode it again."
+                f"`image_cache` was encoded up to layer {image_cache.next_layer} with the schedule "
+                f"{image_cache.schedule}, the model has the schedule {schedule}. Encode it again."
             )
-        if prefix.selection and not select_patches:
-            raise ValueError("Patches were dropped in `prefix`: encode it again with `select_patches=False`.")
+        if image_cache.selection and not select_patches:
+            raise ValueError("Patches were dropped in `image_cache`: encode it again with `select_patches=False`.")
 
 
 @contextmanager
@@ -750,18 +750,18 @@ class TripsSingleStreamModel(TripsVisionModel):
         self.modality_embeddings = nn.Embedding(NUM_MODALITIES, config.hidden_size)
         self.post_init()
 
-    def encode_prefix(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsVisionPrefix:
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """
         All that does not depend on the text: the embeddings, no layer, as the text takes part in the first one.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): as in
-                [`TripsVisionModel.encode_prefix`].
+                [`TripsVisionModel.encode_images`].
 
         Returns:
-            [`TripsVisionPrefix`], for `forward`.
+            [`TripsImageCache`], for `forward`.
         """
-        return TripsVisionPrefix(self.embeddings(pixel_values), grid_size=self.embeddings.grid_of(pixel_values))
+        return TripsImageCache(self.embeddings(pixel_values), grid_size=self.embeddings.grid_of(pixel_values))
 
     def join(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
         """One sequence of text and image tokens, each with the embedding of its modality."""
@@ -824,7 +824,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSingleStreamModelOutput:
         r"""
@@ -834,11 +834,13 @@ class TripsSingleStreamModel(TripsVisionModel):
             0 marks padding of the texts.
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i is joined with image `image_index[i]`. By default text i with image i.
-        prefix (`TripsVisionPrefix`, *optional*):
-            Result of `encode_prefix`, in place of `pixel_values`.
+        image_cache (`TripsImageCache`, *optional*):
+            Result of `encode_images`, in place of `pixel_values`.
         """
-        check_image_source(pixel_values, prefix)
-        image_states = (self.encode_prefix(pixel_values, **kwargs) if prefix is None else prefix).hidden_states
+        check_image_source(pixel_values, image_cache)
+        image_states = (
+            self.encode_images(pixel_values, **kwargs) if image_cache is None else image_cache
+        ).hidden_states
         check_counts(text_states.shape[0], image_states.shape[0], image_index)
         if image_index is not None:
             image_states = image_states.index_select(0, image_index.to(image_states.device))
@@ -869,6 +871,6 @@ __all__ = [
     "TripsSingleStreamModelOutput",
     "TripsVisionModel",
     "TripsVisionModelOutput",
-    "TripsVisionPrefix",
+    "TripsImageCache",
     "use_schedule",
 ]

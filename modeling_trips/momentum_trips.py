@@ -115,13 +115,13 @@ class MomentumTeacher(nn.Module):
         """
         teacher, config = self.model.eval(), self.model.config
         output: dict = {}
-        prefix = teacher.model.encode_images(pixel_values)
+        image_cache = teacher.model.encode_images(pixel_values)
         # CODEPATH: an objective of weight 0 needs nothing from the teacher.
         if config.itc_weight > 0:
             if image_ids is None:
                 raise ValueError("`image_ids` is missing: the teacher's queues hold images of past batches.")
             texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
-            images = teacher.get_image_features(prefix=prefix).pooler_output
+            images = teacher.get_image_features(image_cache=image_cache).pooler_output
             output |= {
                 "image_embeds": images,
                 "text_embeds": texts,
@@ -130,7 +130,7 @@ class MomentumTeacher(nn.Module):
         # CODEPATH: as above.
         if config.mlm_weight > 0 and mlm_input_ids is not None:
             output["mlm_logits"] = teacher.guess_words(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, prefix
+                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache
             )
         return TeacherOutput(**output)
 

@@ -6,47 +6,50 @@ from threading import Lock
 
 import torch
 
-from modeling_trips import TripsVisionPrefix
+from modeling_trips import TripsImageCache
 
 
-def tensors_of(prefix: TripsVisionPrefix) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in prefix.items() if isinstance(value, torch.Tensor)}
+def tensors_of(image_cache: TripsImageCache) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in image_cache.items() if isinstance(value, torch.Tensor)}
 
 
-def split(prefix: TripsVisionPrefix) -> list[TripsVisionPrefix]:
+def split(image_cache: TripsImageCache) -> list[TripsImageCache]:
     """
-    One prefix per image, each with memory of its own. What the layers before it kept is left out: no answer needs it.
+    One image cache per image, each with memory of its own, without the selections of the layers before: no answer
+    needs them.
     """
     return [
-        _with_tensors(prefix, {name: value[row : row + 1].clone() for name, value in tensors_of(prefix).items()})
-        for row in range(len(prefix.hidden_states))
+        _with_tensors(
+            image_cache, {name: value[row : row + 1].clone() for name, value in tensors_of(image_cache).items()}
+        )
+        for row in range(len(image_cache.hidden_states))
     ]
 
 
-def join(prefixes: list[TripsVisionPrefix]) -> TripsVisionPrefix:
-    """The inverse of `split`, for prefixes of one `form`."""
-    names = tensors_of(prefixes[0])
-    return _with_tensors(prefixes[0], {name: torch.cat([prefix[name] for prefix in prefixes]) for name in names})
+def join(image_caches: list[TripsImageCache]) -> TripsImageCache:
+    """The inverse of `split`, for image caches of one `form`."""
+    names = tensors_of(image_caches[0])
+    return _with_tensors(image_caches[0], {name: torch.cat([one[name] for one in image_caches]) for name in names})
 
 
-def form(prefix: TripsVisionPrefix) -> Hashable:
-    """Equal for prefixes that one batch can hold."""
-    shapes = tuple((name, value.shape[1:]) for name, value in tensors_of(prefix).items())
-    return shapes, prefix.grid_size, prefix.next_layer
+def form(image_cache: TripsImageCache) -> Hashable:
+    """Equal for image caches that one batch can hold."""
+    shapes = tuple((name, value.shape[1:]) for name, value in tensors_of(image_cache).items())
+    return shapes, image_cache.grid_size, image_cache.next_layer
 
 
-def num_bytes(prefix: TripsVisionPrefix) -> int:
-    return sum(value.nbytes for value in tensors_of(prefix).values())
+def num_bytes(image_cache: TripsImageCache) -> int:
+    return sum(value.nbytes for value in tensors_of(image_cache).values())
 
 
-def _with_tensors(prefix: TripsVisionPrefix, tensors: dict[str, torch.Tensor]) -> TripsVisionPrefix:
-    fields = {name: value for name, value in prefix.items() if not isinstance(value, torch.Tensor)}
-    return TripsVisionPrefix(**{**fields, **tensors, "selection": ()})
+def _with_tensors(image_cache: TripsImageCache, tensors: dict[str, torch.Tensor]) -> TripsImageCache:
+    fields = {name: value for name, value in image_cache.items() if not isinstance(value, torch.Tensor)}
+    return TripsImageCache(**{**fields, **tensors, "selection": ()})
 
 
-class PrefixCache:
+class ImageCaches:
     """
-    Prefixes of single images by key, of at most `max_bytes` together. Threads may share it.
+    Image caches of single images by key, of at most `max_bytes` together. Threads may share it.
 
     Args:
         max_bytes (`int`): 0 keeps nothing.
@@ -55,25 +58,25 @@ class PrefixCache:
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._prefixes: OrderedDict[Hashable, TripsVisionPrefix] = OrderedDict()
+        self._image_caches: OrderedDict[Hashable, TripsImageCache] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self._prefixes)
+        return len(self._image_caches)
 
-    def get(self, key: Hashable) -> TripsVisionPrefix | None:
+    def get(self, key: Hashable) -> TripsImageCache | None:
         with self._lock:
-            if key in self._prefixes:
-                self._prefixes.move_to_end(key)
-            return self._prefixes.get(key)
+            if key in self._image_caches:
+                self._image_caches.move_to_end(key)
+            return self._image_caches.get(key)
 
-    def put(self, key: Hashable, prefix: TripsVisionPrefix):
-        size = num_bytes(prefix)
+    def put(self, key: Hashable, image_cache: TripsImageCache):
+        size = num_bytes(image_cache)
         with self._lock:
-            if key in self._prefixes or size > self.max_bytes:
+            if key in self._image_caches or size > self.max_bytes:
                 return
-            self._prefixes[key] = prefix
+            self._image_caches[key] = image_cache
             self.bytes += size
             while self.bytes > self.max_bytes:
-                _, oldest = self._prefixes.popitem(last=False)
+                _, oldest = self._image_caches.popitem(last=False)
                 self.bytes -= num_bytes(oldest)

@@ -17,16 +17,16 @@ from modeling_trips import (
     SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
+    TripsImageCache,
     TripsImageToTextPipeline,
     TripsProcessor,
-    TripsVisionPrefix,
     TripsVisualQuestionAnsweringPipeline,
     use_schedule,
 )
 from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 
-from .cache import PrefixCache, form, join, split
+from .cache import ImageCaches, form, join, split
 from .errors import RequestError
 from .requests import Item, Picture, key_of
 from .settings import DEFAULT, Settings
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 DECODERS = 2  # processes that decode images; more requests wait for them
 STATUSES = {"empty": 422, "format": 415, "pixels": 413, "work": 422, "broken": 422}  # by the reason of an `ImageError`
 
-PREFIXES = Counter("trips_image_prefixes", "Images by where their text-independent part came from.", ["source"])
+IMAGE_CACHES = Counter("trips_image_caches", "Images by where their text-independent part came from.", ["source"])
 CACHE_BYTES = Gauge("trips_image_cache_bytes", "What the cache of images holds.", multiprocess_mode="livesum")
 
 
@@ -102,7 +102,7 @@ class Engine:
         self.settings = settings
         self.num_preparing = 0  # requests whose images and texts are being prepared
         self.model = load(settings)
-        self.cache = PrefixCache(settings.cache_bytes)
+        self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # a fast tokenizer refuses a second thread
         with blamed_on("TRIPS_MODEL", settings.model):
@@ -152,7 +152,7 @@ class Engine:
     def find_image(self, data: bytes, schedule: str) -> Picture:
         """An image with what the cache has of it."""
         key = key_of(data)
-        return Picture(key, prefix=self.cache.get((key, schedule)))
+        return Picture(key, image_cache=self.cache.get((key, schedule)))
 
     def read_image(self, key: str, data: bytes) -> Picture:
         """An image as the model takes it."""
@@ -221,7 +221,7 @@ class Engine:
         return [{**item.place, "features": result} for item, result in zip(items, results)]
 
     def _image_features(self, inputs: dict, _) -> list[list[float]]:
-        features = self.model.get_image_features(prefix=inputs["prefix"]).pooler_output
+        features = self.model.get_image_features(image_cache=inputs["image_cache"]).pooler_output
         return features[inputs["image_index"]].tolist()
 
     def _pipe(self, inputs: dict, **options) -> list:
@@ -236,17 +236,17 @@ class Engine:
     @torch.inference_mode()
     def _by_class(self, items: list[Item], compute: Callable[[dict, int], list]) -> list:
         """Results of items with an image, class by class, so that each batch is rectangular."""
-        prefixes = self._prefixes(items)
+        image_caches = self._image_caches(items)
         classes: dict[Hashable, list[int]] = {}
-        for position, (item, prefix) in enumerate(zip(items, prefixes)):
-            classes.setdefault((item.request_class, form(prefix)), []).append(position)
+        for position, (item, image_cache) in enumerate(zip(items, image_caches)):
+            classes.setdefault((item.request_class, form(image_cache)), []).append(position)
         results = [None] * len(items)
         for positions in classes.values():
             own = [items[position] for position in positions]
-            by_key = {items[position].picture.key: prefixes[position] for position in positions}
+            by_key = {items[position].picture.key: image_caches[position] for position in positions}
             index = {key: row for row, key in enumerate(by_key)}
             inputs = {} if own[0].tokens is None else self._texts(own)
-            inputs["prefix"] = join(list(by_key.values()))
+            inputs["image_cache"] = join(list(by_key.values()))
             inputs["image_index"] = torch.tensor([index[item.picture.key] for item in own], device=self.model.device)
             with self._selecting_by(own[0].schedule):
                 self._scatter(results, positions, compute(inputs, own[0].top_k))
@@ -256,23 +256,23 @@ class Engine:
         padded = self.processor.tokenizer.pad([item.tokens for item in items], return_tensors="pt")
         return dict(padded.to(self.model.device))
 
-    def _prefixes(self, items: list[Item]) -> list[TripsVisionPrefix]:
+    def _image_caches(self, items: list[Item]) -> list[TripsImageCache]:
         """One per item; each image's is computed once."""
         known, missing = {}, {}
         for item in items:
             key = item.picture.key, item.schedule
-            prefix = known.get(key) or item.picture.prefix or self.cache.get(key)
-            if prefix is not None:
-                known[key] = prefix
+            image_cache = known.get(key) or item.picture.image_cache or self.cache.get(key)
+            if image_cache is not None:
+                known[key] = image_cache
             else:
                 missing.setdefault((item.schedule, item.picture.pixel_values.shape), {})[key] = item.picture
-        PREFIXES.labels("cache").inc(len(known))
+        IMAGE_CACHES.labels("cache").inc(len(known))
         for (schedule, _), pictures in missing.items():
             pixel_values = torch.cat([picture.pixel_values for picture in pictures.values()])
             with self._selecting_by(schedule):
-                prefix = self.model.base_model.encode_images(pixel_values.to(self.model.device))
-            PREFIXES.labels("computed").inc(len(pictures))
-            for key, row in zip(pictures, split(prefix)):
+                image_cache = self.model.base_model.encode_images(pixel_values.to(self.model.device))
+            IMAGE_CACHES.labels("computed").inc(len(pictures))
+            for key, row in zip(pictures, split(image_cache)):
                 known[key] = row
                 self.cache.put(key, row)
         CACHE_BYTES.set(self.cache.bytes)

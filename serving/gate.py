@@ -178,7 +178,7 @@ class Gate:
 
                 pictures, tokens = await to_thread.run_sync(look_up, limiter=self.validators)
                 for position, picture in enumerate(pictures):
-                    if picture.prefix is None:
+                    if picture.image_cache is None:
                         pictures[position] = await to_thread.run_sync(
                             engine.read_image, picture.key, sources[position], limiter=self.decoders
                         )

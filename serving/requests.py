@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WithJsonSchema, create_model
 
-from modeling_trips import TripsVisionPrefix
+from modeling_trips import TripsImageCache
 
 from .errors import RequestError
 from .settings import DEFAULT, Settings
@@ -53,12 +53,12 @@ class Picture:
     Args:
         key (`str`): hash of its bytes.
         pixel_values (`torch.Tensor` of shape `(1, num_channels, height, width)`, *optional*): as the model takes it.
-        prefix (`TripsVisionPrefix`, *optional*): what was computed of it before, in place of `pixel_values`.
+        image_cache (`TripsImageCache`, *optional*): what was computed of it before, in place of `pixel_values`.
     """
 
     key: str
     pixel_values: torch.Tensor | None = None
-    prefix: TripsVisionPrefix | None = None
+    image_cache: TripsImageCache | None = None
 
 
 @dataclass(frozen=True)

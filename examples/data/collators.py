@@ -18,7 +18,8 @@ from trips_examples.data.rows import read_image
 
 class ImageGroupedSampler(Sampler[int]):
     """
-    Rows in random order, but up to `group_size` rows of one image next to each other, so that they share its prefix.
+    Rows in random order, but up to `group_size` rows of one image next to each other, so that they share its cached
+    image states.
 
     Args:
         image_ids (`Sequence[Hashable]`): the image (or the images) of each row.

@@ -53,27 +53,29 @@ def results_by_text(
     model: TripsForPreTraining, batch: dict[str, torch.Tensor], generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """For each text of a batch how many guesses were right, and out of what: tensors with a row per text."""
-    prefix = model.model.encode_images(batch["pixel_values"])
+    image_cache = model.model.encode_images(batch["pixel_values"])
     image_index, results = batch["image_index"], {}
     if model.config.itm_weight > 0:
-        results |= _matched(model, batch, prefix, generator)
+        results |= _matched(model, batch, image_cache, generator)
     if model.config.mlm_weight > 0:
         token_type_ids = batch.get("token_type_ids")
         logits = model.guess_words(
-            batch["mlm_input_ids"], batch["attention_mask"], token_type_ids, image_index, prefix
+            batch["mlm_input_ids"], batch["attention_mask"], token_type_ids, image_index, image_cache
         )
         results |= _guessed("mlm", logits, batch["mlm_labels"], model)
     if model.config.prefix_lm_weight > 0:
         logits = model.continue_texts(
-            batch["prompt_input_ids"], batch["prompt_attention_mask"], image_index, prefix, batch["labels"]
+            batch["prompt_input_ids"], batch["prompt_attention_mask"], image_index, image_cache, batch["labels"]
         )
         results |= _guessed("prefix_lm", logits, batch["labels"], model)
     return results
 
 
-def _matched(model, batch: dict[str, torch.Tensor], prefix, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _matched(
+    model, batch: dict[str, torch.Tensor], image_cache, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     texts = model.get_text_features(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
-    images = model.get_image_features(prefix=prefix)
+    images = model.get_image_features(image_cache=image_cache)
     logits = similarity(texts.pooler_output, images.pooler_output, model.temp())
     image_index, image_ids = batch["image_index"], batch["image_ids"]
     same_image = image_ids[image_index][:, None] == image_ids
@@ -82,7 +84,7 @@ def _matched(model, batch: dict[str, torch.Tensor], prefix, generator: torch.Gen
     says_match = model.match(
         attention_mask=batch["attention_mask"],
         image_index=torch.cat((image_index, negatives)),
-        prefix=prefix,
+        image_cache=image_cache,
         text_states=texts.last_hidden_state,
         text_index=text_index,
     ).itm_logits.argmax(dim=-1)

@@ -11,9 +11,9 @@ at k if one of its right candidates is among its k best (as in the evaluations o
    to be corrected. (BLIP adds the bare similarity to the logit of "match"; ALBEF takes that logit alone, much as
    `rerank_by="matching"` takes the log-odds alone.) Equal ones keep their order, and all others stay behind them.
 
-The pairs of both directions are matched together, each once and sorted by image. An image's text-independent part (its
-prefix) is so computed once for all of its pairs, and is forgotten after them. With several processes each takes its
-share of the images; batches are the same however many there are.
+The pairs of both directions are matched together, each once and sorted by image. The cached image states of an
+image are computed once for all of its pairs, and are freed after them. With several processes each takes its share of
+the images; batches are the same however many there are.
 """
 
 import time
@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsForRetrieval, TripsProcessor, TripsVisionPrefix
+from modeling_trips import TripsForRetrieval, TripsImageCache, TripsProcessor
 from modeling_trips.modeling_trips_vision import select_rows
 
 
@@ -106,7 +106,7 @@ class RetrievalEvaluator:
         model ([`TripsForRetrieval`]): in evaluation mode, not wrapped for several processes; each has it whole.
         processor ([`TripsProcessor`])
         batch_size (`int`, *optional*, defaults to 128): of images, of texts and of pairs that are computed at a time,
-            and of images whose prefixes are held at a time.
+            and of images whose image caches are held at a time.
         num_workers (`int`, *optional*, defaults to 0): processes that read images ahead.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): in which features and text states are kept.
         progress (`bool`, *optional*, defaults to `True`): whether the main process shows bars, of its own share.
@@ -178,19 +178,19 @@ class RetrievalEvaluator:
     def _match_chunk(
         self, pixel_values: torch.Tensor, images: list[int], texts: TextIndex, pairs: torch.LongTensor, bar: tqdm
     ) -> torch.FloatTensor:
-        """Log-odds of the pairs of some images, ascending, whose prefixes are held until all are matched."""
-        prefix, scores = self.model.model.encode_images(pixel_values), []
+        """Log-odds of the pairs of some images, ascending, whose image caches are held until all are matched."""
+        image_cache, scores = self.model.model.encode_images(pixel_values), []
         image_rows = torch.searchsorted(torch.tensor(images), pairs[:, 0].contiguous())
         for rows, numbers in zip(image_rows.split(self.batch_size), pairs[:, 1].split(self.batch_size)):
             # No more images than this step has: without a text's guidance, the rest of the tower runs on each of them.
-            part = select_rows(prefix, torch.arange(rows[0], rows[-1] + 1))
+            part = select_rows(image_cache, torch.arange(rows[0], rows[-1] + 1))
             scores.append(self._match_step(part, rows - rows[0], texts, numbers))
             bar.update(len(numbers))
         return torch.cat(scores)
 
     def _match_step(
         self,
-        prefix: TripsVisionPrefix,
+        image_cache: TripsImageCache,
         image_index: torch.LongTensor,
         texts: TextIndex,
         text_numbers: torch.LongTensor,
@@ -203,7 +203,7 @@ class RetrievalEvaluator:
             attention_mask=attention_mask,
             text_index=text_index.to(device),
             image_index=image_index.to(device),
-            prefix=prefix,
+            image_cache=image_cache,
         ).itm_logits.float()
         return (logits[:, 1] - logits[:, 0]).cpu()
 

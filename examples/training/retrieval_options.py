@@ -34,7 +34,7 @@ class RetrievalTrainingArguments(TripsTrainingArguments):
     )
     texts_per_image: int = field(
         default=1,
-        metadata={"help": "How many captions of an image stand in a training batch together; they share its prefix."},
+        metadata={"help": "Captions of one image in a training batch; they share its cached image states."},
     )
     rerank_k: int = field(
         default=16,

@@ -2,9 +2,9 @@
 The parts of a model that become graphs, each with the inputs that it is traced with.
 
     text             ids, types, mask           -> states of the text
-    images           pixels                     -> prefix: all that no text has touched
-    fusion           states, mask, prefix       -> fused states, kept patches
-    image_features   prefix                     -> states of the image alone, for retrieval
+    images           pixels                     -> image_cache: all that no text has touched
+    fusion           states, mask, image_cache  -> fused states, kept patches
+    image_features   image_cache                -> states of the image alone, for retrieval
     cross_attention  fused states               -> keys and values that the decoder reads at every step
     decoder          tokens, keys and values    -> logits, keys and values of these tokens
 
@@ -25,12 +25,12 @@ from modeling_trips import (
     TripsForConditionalGeneration,
     TripsForPreTraining,
     TripsForRetrieval,
+    TripsImageCache,
     TripsModel,
     TripsModelOutput,
     TripsPreTrainedModel,
     TripsVisionConfig,
     TripsVisionModelOutput,
-    TripsVisionPrefix,
 )
 
 
@@ -49,7 +49,7 @@ class Graph(NamedTuple):
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors in nested outputs, in order: what of a prefix is given to a graph."""
+    """The tensors in nested outputs, in order: what of an image cache is given to a graph."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
@@ -58,35 +58,37 @@ class ImagesPart(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: torch.Tensor) -> TripsVisionPrefix:
-        prefix = self.model.encode_images(pixel_values)
+    def forward(self, pixel_values: torch.Tensor) -> TripsImageCache:
+        image_cache = self.model.encode_images(pixel_values)
         # Graphs give tensors and numbers alone. The schedule of an export is fixed.
-        return TripsVisionPrefix(**{name: value for name, value in prefix.items() if name != "schedule"})
+        return TripsImageCache(**{name: value for name, value in image_cache.items() if name != "schedule"})
 
 
-class PartBehindPrefix(nn.Module):
-    """A part that takes the tensors of a prefix, and knows what else is in it."""
+class PartBehindCache(nn.Module):
+    """A part that takes the tensors of an image cache, and knows what else is in it."""
 
-    def __init__(self, model: TripsModel, prefix: TripsVisionPrefix):
+    def __init__(self, model: TripsModel, image_cache: TripsImageCache):
         super().__init__()
         self.model = model
-        self.leaves, self.structure = tree_flatten(prefix)
+        self.leaves, self.structure = tree_flatten(image_cache)
 
-    def whole(self, prefix: list[torch.Tensor]) -> TripsVisionPrefix:
-        tensors = iter(prefix)
+    def whole(self, image_cache: list[torch.Tensor]) -> TripsImageCache:
+        tensors = iter(image_cache)
         leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.structure)
 
 
-class FusionPart(PartBehindPrefix):
+class FusionPart(PartBehindCache):
     def forward(
         self,
         text_states: torch.Tensor,
         attention_mask: torch.Tensor,
         image_index: torch.LongTensor,
-        prefix: list[torch.Tensor],
+        image_cache: list[torch.Tensor],
     ) -> TripsModelOutput:
-        fused = self.model.fuse(text_states, attention_mask, image_index=image_index, prefix=self.whole(prefix))
+        fused = self.model.fuse(
+            text_states, attention_mask, image_index=image_index, image_cache=self.whole(image_cache)
+        )
         vision = fused.vision_model_output
         return TripsModelOutput(
             last_hidden_state=fused.last_hidden_state,
@@ -97,9 +99,9 @@ class FusionPart(PartBehindPrefix):
         )
 
 
-class ImageFeaturesPart(PartBehindPrefix):
-    def forward(self, prefix: list[torch.Tensor]) -> TripsVisionModelOutput:
-        return self.model.vision_model(prefix=self.whole(prefix))
+class ImageFeaturesPart(PartBehindCache):
+    def forward(self, image_cache: list[torch.Tensor]) -> TripsVisionModelOutput:
+        return self.model.vision_model(image_cache=self.whole(image_cache))
 
 
 class CrossAttentionPart(nn.Module):
@@ -160,8 +162,8 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
     texts, images = Dim("num_texts", max=2**16), Dim("num_images", max=2**16)
     text_length = Dim("text_length", max=trunk.config.text_config.max_position_embeddings)
     by_text, by_token = {0: texts}, {0: texts, 1: text_length}
-    mask, prefix = torch.ones(NUM_TEXTS, TEXT_LENGTH, dtype=torch.long), samples["prefix"]
-    of_prefix = {"prefix": [{0: images} for _ in tensors_of(prefix)]}
+    mask, image_cache = torch.ones(NUM_TEXTS, TEXT_LENGTH, dtype=torch.long), samples["image_cache"]
+    of_cache = {"image_cache": [{0: images} for _ in tensors_of(image_cache)]}
 
     graphs = {
         "text": Graph(
@@ -172,18 +174,20 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
         ),
         "images": Graph(ImagesPart(trunk), {"pixel_values": samples["pixel_values"]}, {"pixel_values": {0: images}}),
         "fusion": Graph(
-            FusionPart(trunk, prefix),
+            FusionPart(trunk, image_cache),
             {
                 "text_states": samples["text_states"],
                 "attention_mask": mask,
                 "image_index": torch.arange(NUM_TEXTS) % NUM_IMAGES,
-                "prefix": tensors_of(prefix),
+                "image_cache": tensors_of(image_cache),
             },
-            {"text_states": by_token, "attention_mask": by_token, "image_index": by_text, **of_prefix},
+            {"text_states": by_token, "attention_mask": by_token, "image_index": by_text, **of_cache},
         ),
     }
     if isinstance(model, TripsForRetrieval):
-        graphs["image_features"] = Graph(ImageFeaturesPart(trunk, prefix), {"prefix": tensors_of(prefix)}, of_prefix)
+        graphs["image_features"] = Graph(
+            ImageFeaturesPart(trunk, image_cache), {"image_cache": tensors_of(image_cache)}, of_cache
+        )
     if isinstance(model, TripsForConditionalGeneration):
         graphs |= graphs_of_decoder(model, samples["fused_states"], texts, text_length)
     return graphs
@@ -201,7 +205,7 @@ def sample_outputs(model: TripsModel) -> dict[str, torch.Tensor | ModelOutput]:
     text_states = torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.text_config.hidden_size)
     samples = {
         "pixel_values": pixel_values,
-        "prefix": model.encode_images(pixel_values),
+        "image_cache": model.encode_images(pixel_values),
         "text_states": text_states,
         "fused_states": torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.fusion_encoder_config.hidden_size),
     }

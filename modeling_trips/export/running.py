@@ -17,11 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 import modeling_trips
 from modeling_trips import (
     TripsConfig,
+    TripsImageCache,
     TripsModel,
     TripsModelOutput,
     TripsPreTrainedModel,
     TripsVisionModelOutput,
-    TripsVisionPrefix,
 )
 
 from ..modeling_trips_text import check_counts, check_image_index, check_image_source, check_text_length
@@ -146,7 +146,7 @@ class GraphVisionModel(nn.Module):
         super().__init__()
         self.config, self.runners = config.vision_config, runners
 
-    def encode_prefix(self, pixel_values: torch.Tensor, **kwargs) -> TripsVisionPrefix:
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> TripsImageCache:
         size = image_shape(self.config)
         if tuple(pixel_values.shape[2:]) != size:
             raise ValueError(
@@ -156,11 +156,11 @@ class GraphVisionModel(nn.Module):
         return run(self.runners["images"], kwargs, pixel_values=pixel_values.float())
 
     def forward(
-        self, pixel_values: torch.Tensor | None = None, prefix: TripsVisionPrefix | None = None, **kwargs
+        self, pixel_values: torch.Tensor | None = None, image_cache: TripsImageCache | None = None, **kwargs
     ) -> TripsVisionModelOutput:
-        check_image_source(pixel_values, prefix)
-        prefix = self.encode_prefix(pixel_values) if prefix is None else prefix
-        return run(self.runners["image_features"], kwargs, prefix=tensors_of(prefix))
+        check_image_source(pixel_values, image_cache)
+        image_cache = self.encode_images(pixel_values) if image_cache is None else image_cache
+        return run(self.runners["image_features"], kwargs, image_cache=tensors_of(image_cache))
 
 
 class TripsGraphModel(TripsModel):
@@ -180,17 +180,17 @@ class TripsGraphModel(TripsModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        prefix: TripsVisionPrefix | None = None,
+        image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
         **kwargs,
     ) -> TripsModelOutput:
         """As in the parent."""
-        check_image_source(pixel_values, prefix)
-        if prefix is None:
-            prefix = self.encode_images(pixel_values)
-        num_texts, num_images = len(text_states), len(prefix.hidden_states)
+        check_image_source(pixel_values, image_cache)
+        if image_cache is None:
+            image_cache = self.encode_images(pixel_values)
+        num_texts, num_images = len(text_states), len(image_cache.hidden_states)
         check_counts(num_texts, num_images, image_index)
         if image_index is None:
             image_index = torch.arange(num_texts)
@@ -206,10 +206,10 @@ class TripsGraphModel(TripsModel):
             text_states=text_states,
             attention_mask=mask_of(text_states, attention_mask),
             image_index=image_index,
-            prefix=tensors_of(prefix),
+            image_cache=tensors_of(image_cache),
         )
 
-    def grid_of(self, pixel_values: torch.Tensor | None, prefix: TripsVisionPrefix | None) -> tuple[int, int]:
+    def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:
         """As in the parent."""
         return self.config.vision_config.grid_size
 

@@ -43,7 +43,7 @@ class Setting:
         preset (`str`): size of the model, see [`TripsConfig.presets`].
         image_size (`int`): pixels per side.
         batch_size (`int`): images per step.
-        texts_per_image (`int`): texts about each image, which share its prefix.
+        texts_per_image (`int`): texts about each image, which share its cached states.
         text_length (`int`): tokens per text.
         selection_layers (`list[int]`): layers that select, numbered from 1.
         keep_rate (`float` or `list[float]`): share of the tokens that each of them keeps: one for all, or one each.
@@ -104,8 +104,8 @@ class Setting:
 
         Args:
             model (`TripsModel` or `TripsForPreTraining`): of `make_model`.
-            share_images (`bool`, *optional*, defaults to `True`): whether the texts of an image share its prefix, or
-                the image comes once per text.
+            share_images (`bool`, *optional*, defaults to `True`): whether the texts of an image share its cached
+                states, or the image comes once per text.
         """
         num_texts = self.batch_size * self.texts_per_image
         config, device = model.config, model.device
@@ -180,9 +180,9 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     student, teacher = type(model).__name__, MomentumTeacher.__name__
     tower = f"{student}.model.vision_model"
-    end_of_prefix = model.model.vision_model.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
-    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_prefix - 1))]
-    shared += [f"{tower}.layers.{end_of_prefix - 1}.attention"]  # its other half comes behind the selection
+    end_of_cache = model.model.vision_model.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
+    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_cache - 1))]
+    shared += [f"{tower}.layers.{end_of_cache - 1}.attention"]  # its other half comes behind the selection
     parts = {
         "vision, shared": sum(macs.get(name, 0) for name in shared),
         "text": macs[f"{student}.model.text_model"],

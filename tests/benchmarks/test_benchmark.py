@@ -61,7 +61,7 @@ def test_counted_macs_equal_the_formula():
     assert count_macs(setting(), 1.0) == 2 * unpruned
 
 
-def test_a_shared_prefix_is_counted_once_per_image():
+def test_a_shared_image_cache_is_counted_once_per_image():
     one = count_macs(setting(batch_size=1), 0.5)
     three = count_macs(setting(batch_size=1, texts_per_image=3), 0.5)
     assert one < three < 3 * one

@@ -65,7 +65,7 @@ def test_every_model_gives_the_same_outputs_and_patches(case, backend, tmp_path)
 @pytest.mark.parametrize("mode", ["topk", "mass"])
 @torch.no_grad()
 def test_schedules_that_the_image_begins(guidance, mode, tmp_path):
-    """The prefix then holds what was selected, and with `mass` rows of padding."""
+    """The image cache then holds what was selected, and with `mass` rows of padding."""
     case = CASES[0]
     model = case.make_model(selection_guidance=guidance, selection_mode=mode, selection_mass=0.5)
     export_model(model, tmp_path, "onnx")
@@ -102,8 +102,8 @@ def test_what_encode_images_returns_serves_again(answerers):
     model, exported = answerers
     given = {**inputs(), "token_type_ids": (QUESTIONS > 6).long()}
     expected = model.model(**given)
-    prefix = exported.model.encode_images(given.pop("pixel_values"))
-    outputs = exported.model(**given, prefix=prefix)
+    image_cache = exported.model.encode_images(given.pop("pixel_values"))
+    outputs = exported.model(**given, image_cache=image_cache)
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
     assert kept_by(outputs) == kept_by(expected)
 

@@ -1,6 +1,6 @@
 """
 Tests of what `generate` promises, on every class that writes text. They stand in for Transformers' own generation
-suite, which its source distribution lacks. Caches, beam search among all answers, prefixes and padding are in
+suite, which its source distribution lacks. Caches, beam search among all answers, image caches and padding are in
 test_modeling_trips_question_answering.py.
 """
 

@@ -17,7 +17,7 @@ def rows_seen(module, call) -> list[int]:
     return seen
 
 
-def test_the_prefix_ends_at_the_first_layer_that_a_text_guides():
+def test_the_image_cache_ends_at_the_first_layer_that_a_text_guides():
     schedules = {
         ("image", "image", "text"): 9,
         ("image", "text", "image"): 6,
@@ -67,35 +67,35 @@ def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(
     assert rows_seen(cross.key, lambda: by_text(IDS, images(2), MASK, image_index=INDEX)) == [4]
 
 
-def test_a_prefix_carries_what_was_kept_so_far():
+def test_an_image_cache_carries_what_was_kept_so_far():
     model = make_model(selection_layers=[1, 3], selection_guidance=["image", "text"])
-    prefix = model.encode_images(images(2))
-    assert prefix.next_layer == 3 and [layer.kept_indices.shape for layer in prefix.selection] == [(2, 8)]
-    assert prefix.candidate_indices[:, -1].tolist() == [-1, -1]
-    output = model(IDS, attention_mask=MASK, prefix=prefix, image_index=INDEX)
-    assert torch.equal(output.selection[0].kept_indices, prefix.selection[0].kept_indices[INDEX])
-    assert torch.equal(output.selection[1].candidate_indices, prefix.candidate_indices[INDEX])
+    image_cache = model.encode_images(images(2))
+    assert image_cache.next_layer == 3 and [layer.kept_indices.shape for layer in image_cache.selection] == [(2, 8)]
+    assert image_cache.candidate_indices[:, -1].tolist() == [-1, -1]
+    output = model(IDS, attention_mask=MASK, image_cache=image_cache, image_index=INDEX)
+    assert torch.equal(output.selection[0].kept_indices, image_cache.selection[0].kept_indices[INDEX])
+    assert torch.equal(output.selection[1].candidate_indices, image_cache.candidate_indices[INDEX])
 
 
-def test_a_prefix_of_another_schedule_is_refused():
+def test_an_image_cache_of_another_schedule_is_refused():
     model = make_model(selection_layers=[1, 3], selection_guidance=["image", "text"])
-    prefix = model.encode_images(images(2))
+    image_cache = model.encode_images(images(2))
     with pytest.raises(ValueError, match="encode it again with `select_patches=False`"):
-        model.vision_model(prefix=prefix, select_patches=False)
+        model.vision_model(image_cache=image_cache, select_patches=False)
     other = make_model(selection_layers=[1, 3], selection_guidance=["text", "image"]).vision_model.schedule
-    with pytest.raises(ValueError, match="prefix"), use_schedule(model, other):
-        model(IDS, attention_mask=MASK, prefix=prefix, image_index=INDEX)
+    with pytest.raises(ValueError, match="image_cache"), use_schedule(model, other):
+        model(IDS, attention_mask=MASK, image_cache=image_cache, image_index=INDEX)
 
 
 def test_the_pass_without_a_text_is_the_same_trunk():
     model = make_model(selection_layers=[1, 3], selection_guidance=["image", "text"])
-    prefix = model.encode_images(images(2))
-    for output in (model.vision_model(images(2)), model.vision_model(prefix=prefix)):
-        assert torch.equal(output.selection[0].kept_indices, prefix.selection[0].kept_indices)
+    image_cache = model.encode_images(images(2))
+    for output in (model.vision_model(images(2)), model.vision_model(image_cache=image_cache)):
+        assert torch.equal(output.selection[0].kept_indices, image_cache.selection[0].kept_indices)
     # The text chooses at the door of the fusion encoder: what is compared does not depend on it.
     texts = torch.randn(4, 16)
-    pooled = model.vision_model(text_embeds=texts, prefix=prefix, image_index=INDEX).pooler_output
-    torch.testing.assert_close(pooled, model.vision_model(prefix=prefix).pooler_output[INDEX])
+    pooled = model.vision_model(text_embeds=texts, image_cache=image_cache, image_index=INDEX).pooler_output
+    torch.testing.assert_close(pooled, model.vision_model(image_cache=image_cache).pooler_output[INDEX])
 
 
 def test_a_checkpoint_keeps_its_guidance(tmp_path):

@@ -179,6 +179,6 @@ def test_an_offloaded_model_encodes_images_ahead(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = case.model_class.from_pretrained(tmp_path, device_map=split_device_map(model), offload_folder=tmp_path)
     inputs = case.make_inputs()
-    prefix = loaded.encode_images(inputs.pop("pixel_values"))
-    outputs, expected = loaded(**inputs, prefix=prefix), model(**case.make_inputs())
+    image_cache = loaded.encode_images(inputs.pop("pixel_values"))
+    outputs, expected = loaded(**inputs, image_cache=image_cache), model(**case.make_inputs())
     assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)

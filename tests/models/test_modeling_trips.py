@@ -95,7 +95,7 @@ def test_order_of_the_questions_changes_nothing():
         assert torch.equal(entry.kept_indices, entry_expected.kept_indices[order])
 
 
-@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 @pytest.mark.parametrize(
     "selection",
     [
@@ -109,15 +109,15 @@ def test_order_of_the_questions_changes_nothing():
     ],
     ids=str,
 )
-def test_image_index_equals_repeated_images(selection, as_prefix):
+def test_image_index_equals_repeated_images(selection, as_cache):
     results = []
     for shared in (True, False):
         model = make_model(**selection).double()
         pixel_values = images(2).double().requires_grad_()
         if not shared:
             output = model(IDS, pixel_values[INDEX], MASK)
-        elif as_prefix:
-            output = model(IDS, attention_mask=MASK, prefix=model.encode_images(pixel_values), image_index=INDEX)
+        elif as_cache:
+            output = model(IDS, attention_mask=MASK, image_cache=model.encode_images(pixel_values), image_index=INDEX)
         else:
             output = model(IDS, pixel_values, MASK, image_index=INDEX)
         output.last_hidden_state.sin().sum().backward()
@@ -205,7 +205,7 @@ def test_other_bad_inputs():
         model(IDS, images(4)[..., :15], MASK)
     with pytest.raises(ValueError, match="13 tokens, `max_position_embeddings` allows 12"):
         model(torch.ones(4, 13, dtype=torch.long), images(4))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
-        model(IDS, images(4), MASK, prefix=model.encode_images(images(4)))
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
+        model(IDS, images(4), MASK, image_cache=model.encode_images(images(4)))
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         model(pixel_values=images(4))

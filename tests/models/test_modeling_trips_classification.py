@@ -84,9 +84,9 @@ def test_the_head_is_vilts():
     assert head.dense.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
 
 
-@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 @pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}, {"keep_rate": 1.0}], ids=str)
-def test_shared_images_equal_repeated_ones(selection, as_prefix):
+def test_shared_images_equal_repeated_ones(selection, as_cache):
     results = []
     for shared in (True, False):
         model = make_model(**selection).double()
@@ -94,8 +94,8 @@ def test_shared_images_equal_repeated_ones(selection, as_prefix):
         batch = {"input_ids": STATEMENTS, "attention_mask": MASK, "labels": LABELS}
         if not shared:
             output = model(**batch, pixel_values=pixel_values[PAIRS])
-        elif as_prefix:
-            output = model(**batch, prefix=model.model.encode_images(pixel_values), image_index=PAIRS)
+        elif as_cache:
+            output = model(**batch, image_cache=model.model.encode_images(pixel_values), image_index=PAIRS)
         else:
             output = model(**batch, pixel_values=pixel_values, image_index=PAIRS)
         output.loss.backward()
@@ -112,8 +112,8 @@ def test_a_flat_batch_holds_the_images_of_each_statement_in_order():
     expected = model(**inputs()).logits
     pixel_values = inputs()["pixel_values"].flatten(0, 1)
     torch.testing.assert_close(model(STATEMENTS, pixel_values, MASK).logits, expected)
-    prefix = model.model.encode_images(pixel_values)
-    torch.testing.assert_close(model(STATEMENTS, attention_mask=MASK, prefix=prefix).logits, expected)
+    image_cache = model.model.encode_images(pixel_values)
+    torch.testing.assert_close(model(STATEMENTS, attention_mask=MASK, image_cache=image_cache).logits, expected)
 
 
 @torch.no_grad()
@@ -122,13 +122,13 @@ def test_a_statement_is_encoded_once_and_so_is_an_image():
     rows = {}
     for name, layer in {
         "text": model.model.text_model.encoder.layer[0],
-        "prefix": model.model.vision_model.embeddings,
+        "image_cache": model.model.vision_model.embeddings,
         "selected": model.model.vision_model.layers[-1],
         "fused": model.model.fusion_model.encoder.layer[0],
     }.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: rows.setdefault(name, []).append(len(args[0])))
     model(**shared_inputs())
-    assert rows == {"text": [4], "prefix": [3], "selected": [8], "fused": [8]}
+    assert rows == {"text": [4], "image_cache": [3], "selected": [8], "fused": [8]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,8 +345,8 @@ def test_bad_inputs_are_refused():
     with pytest.raises(ValueError, match=r"3 images for 4 texts with 2 images each.*`image_index`"):
         model(STATEMENTS, images(), MASK)
     with pytest.raises(ValueError, match="3 images for 4 texts with 2 images each"):
-        model(STATEMENTS, attention_mask=MASK, prefix=model.model.encode_images(images()))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+        model(STATEMENTS, attention_mask=MASK, image_cache=model.model.encode_images(images()))
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
         model(STATEMENTS, attention_mask=MASK)
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         model(pixel_values=images())

@@ -108,7 +108,10 @@ def test_places_are_those_of_the_image_itself_not_of_the_configured_grid():
     batch = {"input_ids": TEXTS, "attention_mask": MASK, "image_index": IMAGE_INDEX}
     seen = []
     model.box_head.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
-    for images_of_any_form in ({"pixel_values": pixel_values}, {"prefix": model.model.encode_images(pixel_values)}):
+    for images_of_any_form in (
+        {"pixel_values": pixel_values},
+        {"image_cache": model.model.encode_images(pixel_values)},
+    ):
         output = model(**batch, **images_of_any_form)
         kept = output.selection[-1].kept_indices
         rows, columns = kept // 16, kept % 16
@@ -116,8 +119,8 @@ def test_places_are_those_of_the_image_itself_not_of_the_configured_grid():
         torch.testing.assert_close(seen[-1][:, :-1, 1].where(kept >= 0, 0), ((rows + 0.5) / 4).where(kept >= 0, 0))
 
 
-@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
-def test_expressions_of_one_image_share_it(as_prefix):
+@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
+def test_expressions_of_one_image_share_it(as_cache):
     results = []
     for shared in (True, False):
         model = make_model().double()
@@ -125,8 +128,8 @@ def test_expressions_of_one_image_share_it(as_prefix):
         batch = {"input_ids": TEXTS, "attention_mask": MASK, "labels": BOXES}
         if not shared:
             output = model(**batch, pixel_values=pixel_values[IMAGE_INDEX])
-        elif as_prefix:
-            output = model(**batch, prefix=model.model.encode_images(pixel_values), image_index=IMAGE_INDEX)
+        elif as_cache:
+            output = model(**batch, image_cache=model.model.encode_images(pixel_values), image_index=IMAGE_INDEX)
         else:
             output = model(**batch, pixel_values=pixel_values, image_index=IMAGE_INDEX)
         output.loss.backward()
@@ -368,5 +371,5 @@ def test_bad_inputs_are_refused():
             model(**inputs(), labels=labels)
     with pytest.raises(ValueError, match="4 texts for 2 images"):
         model(TEXTS, images(), MASK)
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
-        model(**inputs(), prefix=model.model.encode_images(images()))
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
+        model(**inputs(), image_cache=model.model.encode_images(images()))

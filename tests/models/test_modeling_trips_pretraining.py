@@ -1,4 +1,4 @@
-"""Pre-training: each objective against a naive computation, the shared prefix, and what a weight of 0 leaves out."""
+"""Pre-training: each objective against a naive computation, the shared image cache, weights of 0."""
 
 from itertools import combinations
 
@@ -136,7 +136,7 @@ def count_calls(modules: dict[str, torch.nn.Module], run) -> dict[str, int]:
         ("prefix_lm_weight", {"text": 2, "fusion": 2}, {"decoder", "lm_head"}),
     ],
 )
-def test_a_weight_of_zero_skips_an_objective_and_the_prefix_is_always_shared(off, text_passes, unused):
+def test_a_weight_of_zero_skips_an_objective_and_the_image_cache_is_always_shared(off, text_passes, unused):
     model, batch = make_model(**({off: 0.0} if off else {})), make_batch()
     modules = {
         "images": model.model.vision_model.embeddings,

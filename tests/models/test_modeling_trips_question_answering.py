@@ -266,10 +266,12 @@ def test_bad_inputs_are_refused():
         model(QUESTIONS, images(4)[..., :15], MASK, labels=ANSWERS[:4])
     with pytest.raises(ValueError, match="13 tokens, `max_position_embeddings` allows 12"):
         model(QUESTIONS, images(4), MASK, labels=torch.full((4, 13), 5))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`, got neither: give an image"):
+    with pytest.raises(
+        ValueError, match="exactly one of `pixel_values` and `image_cache`, got neither: give an image"
+    ):
         model(QUESTIONS, labels=ANSWERS[:4])
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`, got both"):
-        model(**inputs(), prefix=model.model.encode_images(images()), labels=ANSWERS[:4])
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`, got both"):
+        model(**inputs(), image_cache=model.model.encode_images(images()), labels=ANSWERS[:4])
     with pytest.raises(ValueError, match="6 rows of `labels` for 4 texts.*`text_index`"):
         model(**inputs(), labels=ANSWERS)
     with pytest.raises(ValueError, match=r"`loss_weights` must have shape \(4,\)"):
@@ -282,13 +284,13 @@ def test_bad_inputs_are_refused():
         model(**inputs())
 
 
-@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 @pytest.mark.parametrize("wrong", [2, -1])
-def test_generating_for_an_image_that_is_not_there_is_refused(as_prefix, wrong):
+def test_generating_for_an_image_that_is_not_there_is_refused(as_cache, wrong):
     model, batch = make_model(), inputs()
     batch["image_index"] = torch.tensor([1, 0, wrong, 0])
-    if as_prefix:
-        batch["prefix"] = model.model.encode_images(batch.pop("pixel_values"))
+    if as_cache:
+        batch["image_cache"] = model.model.encode_images(batch.pop("pixel_values"))
     with pytest.raises(ValueError, match=rf"`image_index\[2\]` is {wrong}, but must be in \[0, 1\]"):
         model.generate(**batch, max_new_tokens=2)
 

@@ -37,8 +37,8 @@ def test_features_are_normalised_projections_of_each_tower_alone():
     torch.testing.assert_close(text_features.pooler_output, expected)
     assert image_features.pooler_output.shape == (4, 8) and text_features.pooler_output.shape == (6, 8)
     assert kept(image_features) == kept(vision)
-    from_prefix = model.get_image_features(prefix=model.model.encode_images(images()))
-    torch.testing.assert_close(from_prefix.pooler_output, image_features.pooler_output)
+    from_cache = model.get_image_features(image_cache=model.model.encode_images(images()))
+    torch.testing.assert_close(from_cache.pooler_output, image_features.pooler_output)
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_matching_many_pairs_equals_matching_each_alone(selection_guidance):
     output = model.match(TEXTS, images(), **pairs)
     torch.testing.assert_close(output.itm_logits, expected)
     text_states = model.get_text_features(TEXTS, MASK).last_hidden_state
-    reused = model.match(text_states=text_states, prefix=model.model.encode_images(images()), **pairs)
+    reused = model.match(text_states=text_states, image_cache=model.model.encode_images(images()), **pairs)
     torch.testing.assert_close(reused.itm_logits, expected)
     one_to_one = model.match(TEXTS[text_index], images()[image_index], MASK[text_index])
     torch.testing.assert_close(one_to_one.itm_logits, expected)
@@ -152,7 +152,7 @@ def test_bad_inputs():
         run(make_model(itc_weight=0.0, itm_weight=0.0))
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `text_states`"):
         model.match(pixel_values=images())
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
         model.match(TEXTS)
     with pytest.raises(ValueError, match="6 texts for 4 images"):
         model.match(TEXTS, images(), MASK)

@@ -104,16 +104,16 @@ def test_padding_and_batch_change_nothing(guidance):
     assert kept(shuffled) == [[rows[i] for i in order] for rows in kept(together)]
 
 
-@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 @pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}, {"keep_rate": 1.0}], ids=str)
-def test_image_index_equals_repeated_images(selection, as_prefix):
+def test_image_index_equals_repeated_images(selection, as_cache):
     results = []
     for shared in (True, False):
         model, pixel_values = make_model(**selection).double(), images(2).double().requires_grad_()
         if not shared:
             output = model(IDS, pixel_values[INDEX], MASK)
-        elif as_prefix:
-            output = model(IDS, attention_mask=MASK, prefix=model.encode_images(pixel_values), image_index=INDEX)
+        elif as_cache:
+            output = model(IDS, attention_mask=MASK, image_cache=model.encode_images(pixel_values), image_index=INDEX)
         else:
             output = model(IDS, pixel_values, MASK, image_index=INDEX)
         output.last_hidden_state.sin().sum().backward()
@@ -226,8 +226,8 @@ def test_bad_inputs():
         model(IDS, images(3), MASK)
     with pytest.raises(ValueError, match=r"`image_index` must have shape \(4,\).*got \(1,\)"):
         model(IDS, images(3), MASK, image_index=torch.tensor([0]))
-    for wrong in ({}, {"pixel_values": images(4), "prefix": model.encode_images(images(4))}):
-        with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+    for wrong in ({}, {"pixel_values": images(4), "image_cache": model.encode_images(images(4))}):
+        with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
             model(IDS, attention_mask=MASK, **wrong)
     with pytest.raises(ValueError, match="13 tokens, `max_position_embeddings` allows 12"):
         model(torch.ones(4, 13, dtype=torch.long), images(4))

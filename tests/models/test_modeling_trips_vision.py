@@ -181,9 +181,9 @@ SHARING = {
 }
 
 
-@pytest.mark.parametrize("as_prefix", [False, True], ids=["pixels", "prefix"])
+@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 @pytest.mark.parametrize("fields", SHARING.values(), ids=SHARING)
-def test_image_index_equals_repeated_images(fields, as_prefix):
+def test_image_index_equals_repeated_images(fields, as_cache):
     width = fields.get("guidance_hidden_size", 8)
     results = []
     for shared in (True, False):
@@ -192,8 +192,8 @@ def test_image_index_equals_repeated_images(fields, as_prefix):
         text_embeds = texts(5, width, dtype=torch.float64).requires_grad_()
         arguments = {"text_embeds": text_embeds, "image_index": INDEX if shared else None}
         given = pixel_values if shared else pixel_values[INDEX]
-        if shared and as_prefix:
-            output = model(prefix=model.encode_prefix(given), **arguments)
+        if shared and as_cache:
+            output = model(image_cache=model.encode_images(given), **arguments)
         else:
             output = model(given, **arguments)
         (output.last_hidden_state * torch.arange(1.0, 6.0)[:, None, None]).sin().sum().backward()
@@ -213,27 +213,27 @@ def test_captured_outputs_have_a_row_per_text_from_where_the_text_plays_a_part(g
     assert [len(states) for states in output.hidden_states] == rows
 
 
-def test_the_prefix_is_computed_per_image_and_without_the_text():
+def test_the_image_cache_is_computed_per_image_and_without_the_text():
     model = make_model(selection_layers=[2, 3])
-    prefix = model.encode_prefix(images(2))
-    assert prefix.hidden_states.shape == (2, 7, 8)
-    assert prefix.class_query.shape == (2, 2, 4)
-    assert prefix.key.shape == (2, 2, 7, 4)
+    image_cache = model.encode_images(images(2))
+    assert image_cache.hidden_states.shape == (2, 7, 8)
+    assert image_cache.class_query.shape == (2, 2, 4)
+    assert image_cache.key.shape == (2, 2, 7, 4)
     calls = []
     handle = model.layers[0].register_forward_hook(lambda *args: calls.append(1))
-    model(prefix=prefix, text_embeds=texts(5), image_index=INDEX)
+    model(image_cache=image_cache, text_embeds=texts(5), image_index=INDEX)
     handle.remove()
     assert calls == []  # the layers before the first selection do not run again
 
 
 @pytest.mark.parametrize("before, after", [([2], []), ([], [2]), ([2], [3]), ([1, 3], [3])])
-def test_a_prefix_of_another_schedule_is_refused(before, after):
+def test_an_image_cache_of_another_schedule_is_refused(before, after):
     model = make_model(selection_layers=before)
-    prefix = model.encode_prefix(images(2))
+    image_cache = model.encode_images(images(2))
     other = make_model(selection_layers=after).schedule
     with pytest.raises(ValueError) as raised, use_schedule(model, other):
-        model(prefix=prefix, text_embeds=texts(2))
-    assert str(prefix.schedule) in str(raised.value) and str(other) in str(raised.value)
+        model(image_cache=image_cache, text_embeds=texts(2))
+    assert str(image_cache.schedule) in str(raised.value) and str(other) in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -250,34 +250,35 @@ def test_a_prefix_of_another_schedule_is_refused(before, after):
     ],
     ids=str,
 )
-def test_a_prefix_of_other_settings_before_the_text_is_refused(changes):
+def test_an_image_cache_of_other_settings_before_the_text_is_refused(changes):
     fields = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
     model, changed = make_model(**fields), make_model(**{**fields, **changes})
-    prefix = model.encode_prefix(images(2))
+    image_cache = model.encode_images(images(2))
     with pytest.raises(ValueError) as raised, use_schedule(model, changed.schedule):
-        model(prefix=prefix, text_embeds=texts(2))
-    assert str(prefix.schedule) in str(raised.value) and str(changed.schedule) in str(raised.value)
-    with use_schedule(model, make_model(**{**fields, "keep_rate": [0.5, 0.4]}).schedule):  # changed behind the prefix
+        model(image_cache=image_cache, text_embeds=texts(2))
+    assert str(image_cache.schedule) in str(raised.value) and str(changed.schedule) in str(raised.value)
+    changed_behind_the_cache = make_model(**{**fields, "keep_rate": [0.5, 0.4]}).schedule
+    with use_schedule(model, changed_behind_the_cache):
         expected = model(images(2), texts(2)).last_hidden_state
-        torch.testing.assert_close(model(prefix=prefix, text_embeds=texts(2)).last_hidden_state, expected)
+        torch.testing.assert_close(model(image_cache=image_cache, text_embeds=texts(2)).last_hidden_state, expected)
 
 
-def test_a_prefix_of_mass_by_another_mass_is_refused():
+def test_an_image_cache_of_mass_by_another_mass_is_refused():
     fields = {"selection_mode": "mass", "selection_layers": [1, 3], "selection_guidance": ["image", "text"]}
     model = make_model(**fields, selection_mass=[0.5, 0.5])
-    prefix = model.encode_prefix(images(2))
+    image_cache = model.encode_images(images(2))
     for changes in ({"selection_mass": [0.6, 0.5]}, {"min_keep_rate": [0.4, 0.0], "selection_mass": [0.5, 0.5]}):
         other = make_model(**{**fields, **changes}).schedule
-        with pytest.raises(ValueError, match="prefix"), use_schedule(model, other):
-            model(prefix=prefix, text_embeds=texts(2))
+        with pytest.raises(ValueError, match="image_cache"), use_schedule(model, other):
+            model(image_cache=image_cache, text_embeds=texts(2))
 
 
-def test_an_unpruned_prefix_is_refused_where_the_image_prunes():
+def test_an_unpruned_image_cache_is_refused_where_the_image_prunes():
     model = make_model(selection_layers=[])
-    prefix = model.encode_prefix(images(2))
+    image_cache = model.encode_images(images(2))
     other = make_model(selection_layers=[2], selection_guidance="image").schedule
-    with pytest.raises(ValueError, match="prefix"), use_schedule(model, other):
-        model(prefix=prefix)
+    with pytest.raises(ValueError, match="image_cache"), use_schedule(model, other):
+        model(image_cache=image_cache)
 
 
 def test_rows_do_not_depend_on_the_batch():
@@ -338,9 +339,9 @@ def test_number_of_channels_must_be_the_configured_one():
         make_model()(images()[:, :1], texts())
 
 
-def test_exactly_one_of_pixels_and_prefix():
+def test_exactly_one_of_pixels_and_image_cache():
     model = make_model()
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
-        model(images(), texts(), prefix=model.encode_prefix(images()))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `prefix`"):
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
+        model(images(), texts(), image_cache=model.encode_images(images()))
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
         model(text_embeds=texts())

@@ -172,11 +172,11 @@ def test_training_with_it_is_one_graph():
     torch.testing.assert_close(compiled(**questions()).pointing_loss, model(**questions()).pointing_loss)
 
 
-def test_a_prefix_in_place_of_pixels_has_the_same_loss():
+def test_an_image_cache_in_place_of_pixels_has_the_same_loss():
     model = without_batch_statistics(make_reader(selection_layers=[3]))
     inputs = questions()
-    prefix = model.model.encode_images(inputs["pixel_values"])
-    given = {**inputs, "pixel_values": None, "prefix": prefix}
+    image_cache = model.model.encode_images(inputs["pixel_values"])
+    given = {**inputs, "pixel_values": None, "image_cache": image_cache}
     torch.testing.assert_close(model(**given).pointing_loss, model(**inputs).pointing_loss)
 
 

@@ -257,11 +257,11 @@ INDEX = torch.tensor([1, 0, 1, 1, 0, 0])
 
 @each_form
 @each_fusion
-def test_sharing_images_and_prefixes_changes_neither_outputs_nor_gradients(fields, fusion_type):
+def test_sharing_images_and_image_caches_changes_neither_outputs_nor_gradients(fields, fusion_type):
     case = next(case for case in CASES if case.model_class is TripsForVisualGrounding)
 
     def run(**images) -> tuple[torch.Tensor, list, dict]:
-        images = images or {"prefix": model.model.encode_images(IMAGES[:2, 0]), "image_index": INDEX}
+        images = images or {"image_cache": model.model.encode_images(IMAGES[:2, 0]), "image_index": INDEX}
         outputs = model(TEXTS, attention_mask=(TEXTS != 0).long(), **images)
         model.zero_grad()
         outputs.pred_boxes.sin().sum().backward()
@@ -279,11 +279,14 @@ def test_sharing_images_and_prefixes_changes_neither_outputs_nor_gradients(field
         torch.testing.assert_close(gradients_shared, gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_a_prefix_carries_its_padding():
+def test_an_image_cache_carries_its_padding():
     model = CASES[0].make_model(**MASS, selection_guidance=["image", "text"])
-    prefix = model.encode_images(IMAGES[:4, 0])
-    assert prefix.candidate_mask.shape == prefix.candidate_indices.shape
-    assert torch.equal(prefix.candidate_mask, prefix.candidate_indices != -2) and not prefix.candidate_mask.all()
+    image_cache = model.encode_images(IMAGES[:4, 0])
+    assert image_cache.candidate_mask.shape == image_cache.candidate_indices.shape
+    assert (
+        torch.equal(image_cache.candidate_mask, image_cache.candidate_indices != -2)
+        and not image_cache.candidate_mask.all()
+    )
 
 
 @each_generator

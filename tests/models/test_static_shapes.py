@@ -43,16 +43,16 @@ def test_one_graph_serves_all_batches_of_a_shape(guidance):
 
 
 @torch.no_grad()
-def test_one_graph_serves_all_prefixes_of_a_schedule():
+def test_one_graph_serves_all_image_caches_of_a_schedule():
     torch._dynamo.reset()
     model = make_model(selection_guidance=["image", "text"])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for seed in range(3):
         inputs = make_inputs(seed=seed)
         expected = model(**inputs).last_hidden_state
-        prefix = model.encode_images(inputs.pop("pixel_values"))
+        image_cache = model.encode_images(inputs.pop("pixel_values"))
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
-            actual = compiled(**inputs, prefix=prefix).last_hidden_state
+            actual = compiled(**inputs, image_cache=image_cache).last_hidden_state
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 

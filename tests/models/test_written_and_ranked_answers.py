@@ -83,15 +83,15 @@ def test_beam_search_with_enough_beams_is_the_exhaustive_search():
 
 
 @torch.no_grad()
-def test_generation_from_a_prefix_equals_from_pixels():
+def test_generation_from_an_image_cache_equals_from_pixels():
     model = make_model()
-    prefix = model.model.encode_images(images())
-    with_prefix = {name: value for name, value in inputs().items() if name != "pixel_values"}
+    image_cache = model.model.encode_images(images())
+    with_cache = {name: value for name, value in inputs().items() if name != "pixel_values"}
     for num_beams in (1, 3):
         expected = model.generate(**inputs(), max_new_tokens=6, num_beams=num_beams)
-        output = model.generate(**with_prefix, prefix=prefix, max_new_tokens=6, num_beams=num_beams)
+        output = model.generate(**with_cache, image_cache=image_cache, max_new_tokens=6, num_beams=num_beams)
         assert torch.equal(output, expected)
-    ranking = model.rank_answers(ANSWERS, **with_prefix, prefix=prefix)
+    ranking = model.rank_answers(ANSWERS, **with_cache, image_cache=image_cache)
     assert torch.equal(ranking.answer_indices, model.rank_answers(ANSWERS, **inputs()).answer_indices)
 
 

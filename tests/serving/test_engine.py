@@ -42,7 +42,7 @@ def make_items(engine: Engine, pairs, schedule="default", top_k=1) -> list[Item]
     files = [encoded(image) for image in IMAGES]
     pictures = [engine.find_image(data, schedule) for data in files]
     for position, picture in enumerate(pictures):
-        if picture.prefix is None:
+        if picture.image_cache is None:
             pictures[position] = engine.read_image(picture.key, files[position])
     return [
         Item(

@@ -17,7 +17,7 @@ from tiny_retrieval import images, make_model
 pytest.importorskip("bentoml")
 
 from trips_serving.batching import MAX_WAIT, BoundedOptimizer  # noqa: E402
-from trips_serving.cache import PrefixCache, form, join, num_bytes, split  # noqa: E402
+from trips_serving.cache import ImageCaches, form, join, num_bytes, split  # noqa: E402
 from trips_serving.errors import RequestError  # noqa: E402
 from trips_serving.gate import Gate  # noqa: E402
 from trips_serving.images import fetch, from_base64, is_public  # noqa: E402
@@ -222,15 +222,15 @@ def test_a_site_that_never_answers_is_given_up(monkeypatch):
 
 @pytest.mark.parametrize("guidance", ["text", ["image", "text"], "image"])
 @torch.no_grad()
-def test_rows_of_prefixes_split_and_join(guidance):
+def test_rows_of_image_caches_split_and_join(guidance):
     model = make_model(selection_guidance=guidance)
     whole = model.model.encode_images(images())
     rows = split(whole)
     order = torch.tensor([2, 0])
     joined = join([rows[2], rows[0]])
     tokens = torch.tensor([[1, 5, 2], [1, 8, 2]])
-    expected = model.match(tokens, prefix=whole, image_index=order).itm_logits
-    torch.testing.assert_close(model.match(tokens, prefix=joined).itm_logits, expected)
+    expected = model.match(tokens, image_cache=whole, image_index=order).itm_logits
+    torch.testing.assert_close(model.match(tokens, image_cache=joined).itm_logits, expected)
     assert len({form(row) for row in rows}) == 1
     # A row holds its own memory, not that of the batch that it came from.
     assert num_bytes(rows[0]) == sum(
@@ -242,7 +242,7 @@ def test_rows_of_prefixes_split_and_join(guidance):
 def test_the_cache_holds_so_many_bytes_and_drops_what_was_not_used():
     rows = split(make_model().model.encode_images(images()))
     size = num_bytes(rows[0])
-    cache = PrefixCache(3 * size)
+    cache = ImageCaches(3 * size)
     for key in range(3):
         cache.put(key, rows[key])
     assert cache.get(0) is rows[0]
@@ -251,7 +251,7 @@ def test_the_cache_holds_so_many_bytes_and_drops_what_was_not_used():
     assert cache.bytes == 3 * size and len(cache) == 3
     cache.put(3, rows[3])
     assert cache.bytes == 3 * size
-    nothing = PrefixCache(size - 1)
+    nothing = ImageCaches(size - 1)
     nothing.put(0, rows[0])
     assert len(nothing) == 0 == nothing.bytes
 

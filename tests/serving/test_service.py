@@ -89,12 +89,12 @@ def test_an_upload_and_a_data_url_are_the_same_image(service):
 
 def test_an_image_is_computed_once_for_all_its_questions(service):
     def counts():
-        return service.metric("trips_image_prefixes_total")
+        return service.metric("trips_image_caches_total")
 
     body = ask("purple")
     assert service.post("answer", body).status_code == 200
     text = httpx.get(f"{service.url}/metrics").text
-    computed = [line for line in text.splitlines() if line.startswith('trips_image_prefixes_total{source="computed"}')]
+    computed = [line for line in text.splitlines() if line.startswith('trips_image_caches_total{source="computed"}')]
     for question in QUESTIONS * 2:
         assert service.post("answer", {**body, "questions": [question]}).status_code == 200
     text = httpx.get(f"{service.url}/metrics").text

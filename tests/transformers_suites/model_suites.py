@@ -276,7 +276,7 @@ class RetrievalSuite(HeadSuite):
 
 class PreTrainingSuite(RetrievalSuite):
     model_tester = TripsForPreTrainingTester()
-    vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the prefix were computed before
+    vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the image cache were computed before
 
     def test_batching_equivalence(self):
         """Negatives are drawn among the rows of a batch: here there are none."""

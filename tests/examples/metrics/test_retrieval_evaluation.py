@@ -214,16 +214,16 @@ def test_half_precision_is_kept_where_it_is_asked_for():
     torch.testing.assert_close(scores, exact, rtol=0.02, atol=0.02)
 
 
-def test_a_prefix_is_computed_once_per_image_and_gone_before_the_next_ones(monkeypatch):
-    evaluator, prefixes, encoded, steps = make_evaluator(batch_size=2), [], [], []
+def test_an_image_cache_is_computed_once_per_image_and_gone_before_the_next_ones(monkeypatch):
+    evaluator, image_caches, encoded, steps = make_evaluator(batch_size=2), [], [], []
     encode_images, match = evaluator.model.model.encode_images, evaluator.model.match
 
     def counting_encode_images(pixel_values):
-        assert all(reference() is None for reference in prefixes)
-        prefix = encode_images(pixel_values)
-        prefixes.append(weakref.ref(prefix.hidden_states))
+        assert all(reference() is None for reference in image_caches)
+        image_cache = encode_images(pixel_values)
+        image_caches.append(weakref.ref(image_cache.hidden_states))
         encoded.append(len(pixel_values))
-        return prefix
+        return image_cache
 
     def counting_match(**inputs):
         steps.append(len(inputs["image_index"]))

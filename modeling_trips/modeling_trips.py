@@ -43,6 +43,7 @@ from .modeling_trips_text import (
     TripsPreTrainedModel,
     TripsTextModel,
     check_image_index,
+    class_states,
     name_in_checkpoint,
 )
 from .modeling_trips_vision import (
@@ -52,7 +53,7 @@ from .modeling_trips_vision import (
     TripsVisionModel,
     TripsVisionModelOutput,
     next_candidates,
-    repeated,
+    select_rows,
 )
 from .patch_selection import PADDING
 from .versions_trips import CACHE_NAME, accept_former_cache_name
@@ -402,9 +403,8 @@ class TripsModel(TripsWholeModel):
                 ),
                 vision_model_output=joint,
             )
-        # What no text has touched is projected to keys and values once per image.
         text_embeds = self.text_model.pooled(text_states, attention_mask)
-        vision_output = self.vision_model(text_embeds=text_embeds, repeat_images=False, **images, **kwargs)
+        vision_output = self.vision_model(text_embeds=text_embeds, **images, **kwargs)
         fused = self.fusion_model(
             text_states,
             vision_output.last_hidden_state,
@@ -414,17 +414,15 @@ class TripsModel(TripsWholeModel):
             output_cls_attention,
             **kwargs,
         )
-        vision_output = repeated(vision_output)
+        selection = select_rows(vision_output.selection, vision_output.image_index)
         return TripsModelOutput(
             last_hidden_state=fused.last_hidden_state,
-            selection=vision_output.selection,
+            selection=selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
             cls_attention=fused.cls_attention,
-            selection_losses=self.selection_losses(
-                vision_output.selection, regions, patch_targets, pixel_values, image_cache
-            ),
+            selection_losses=self.selection_losses(selection, regions, patch_targets, pixel_values, image_cache),
             vision_model_output=vision_output,
         )
 
@@ -738,8 +736,9 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
     ) -> torch.Tensor:
         """How far each text's [CLS] looks from its region in the last cross-attention, all heads: `(num_texts,)`."""
         weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
-        if vision.attention_mask is not None:
-            weights = weights * vision.attention_mask[:, None].to(weights.device)
+        image_mask = select_rows(vision.attention_mask, vision.image_index)
+        if image_mask is not None:
+            weights = weights * image_mask[:, None].to(weights.device)
             weights = weights / weights.sum(dim=-1, keepdim=True)
         indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
         return pointing_losses(
@@ -1069,13 +1068,14 @@ class TripsForVisualGrounding(TripsWholeModel):
             regions=labels,
             **kwargs,
         )
-        image_states = outputs.vision_model_output.last_hidden_state[:, 1:]
-        image_mask = outputs.vision_model_output.attention_mask
-        image_mask = None if image_mask is None else image_mask[:, 1:]
+        vision = outputs.vision_model_output
+        image_states, image_mask = select_rows((vision.last_hidden_state, vision.attention_mask), vision.image_index)
+        image_states, image_mask = image_states[:, 1:], None if image_mask is None else image_mask[:, 1:]
         grid_size = self.model.grid_of(pixel_values, image_cache)
         indices = token_indices(outputs.selection, image_states)
         centers = token_centers(indices, grid_size)
-        pred_boxes, weights = self.box_head(outputs.last_hidden_state[:, 0], image_states, centers, image_mask)
+        class_state = class_states(outputs.last_hidden_state, attention_mask)
+        pred_boxes, weights = self.box_head(class_state, image_states, centers, image_mask)
         config, loss = self.config, None
         losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
         if labels is not None:
@@ -1239,7 +1239,7 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
             text_states, attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, **kwargs
         )
 
-        logits = self.classifier(fused.last_hidden_state[:, 0].reshape(num_texts, -1))
+        logits = self.classifier(class_states(fused.last_hidden_state, attention_mask).reshape(num_texts, -1))
         loss = selection_loss = None
         if labels is not None:
             labels, num_items = labels.to(logits.device), kwargs.get("num_items_in_batch")

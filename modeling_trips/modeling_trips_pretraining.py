@@ -43,7 +43,7 @@ from .modeling_trips import (
     shift_right,
     weighted_sum,
 )
-from .modeling_trips_text import TripsDecoder, TripsLMHead
+from .modeling_trips_text import TripsDecoder, TripsLMHead, class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionModelOutput, select_rows
 
 
@@ -616,7 +616,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
             text_states, attention_mask = _select_texts(text_index, text_states, attention_mask)
         fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, image_cache, **kwargs)
         return TripsMatchingOutput(
-            itm_logits=self.itm_head(fused.last_hidden_state[:, 0]),
+            itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
             selection=fused.selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,

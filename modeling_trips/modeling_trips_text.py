@@ -16,7 +16,7 @@ The text side of TRIPS: text encoder, fusion encoder and decoder, with BERT's pa
 models stands first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +47,7 @@ from .configuration_trips import (
     TripsTextConfig,
     remove_code_references,
 )
+from .patch_selection import gather_tokens
 from .versions_trips import CACHE_NAME, accept_former_cache_name
 
 
@@ -93,6 +94,18 @@ def joint_padding_mask(*masks_and_lengths: tuple[torch.Tensor | None, int]) -> t
         for mask, length in masks_and_lengths
     ]
     return torch.cat(parts, dim=1)
+
+
+def first_positions(attention_mask: torch.Tensor) -> torch.LongTensor:
+    """Return the position of each text's first token, [CLS], `(num_texts,)`: 0 unless texts are padded on the left."""
+    return attention_mask.long().argmax(dim=-1)
+
+
+def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the state of each text's [CLS]: `(num_texts, text_length, hidden_size)` -> `(num_texts, hidden_size)`."""
+    if attention_mask is None:
+        return hidden_states[:, 0]
+    return gather_tokens(hidden_states, first_positions(attention_mask).to(hidden_states.device)[:, None])[:, 0]
 
 
 @auto_docstring
@@ -212,8 +225,12 @@ class TripsTextEmbeddings(nn.Module):
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         cache_length: int | torch.Tensor = 0,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`cache_length`: number of tokens before the first one given, which are in the decoder's cache."""
+        """
+        `cache_length` is the number of tokens in the decoder's cache, before the first one given. With
+        `attention_mask`, positions are counted from each text's first token.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -221,6 +238,9 @@ class TripsTextEmbeddings(nn.Module):
         batch_size, seq_length = inputs_embeds.shape[:2]
         self.check_length(seq_length, cache_length)
         position_ids = torch.arange(seq_length, device=inputs_embeds.device) + cache_length
+        if attention_mask is not None:
+            starts = first_positions(attention_mask).to(position_ids.device)
+            position_ids = (position_ids - starts[:, None]).clamp(min=0)
         if token_type_ids is None:
             token_type_ids = torch.zeros((batch_size, seq_length), dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
@@ -362,13 +382,18 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         return super().attend(query, key, value, attention_mask, **kwargs)
 
     def cls_attention(
-        self, hidden_states: torch.Tensor, source_states: torch.Tensor, source_index: torch.LongTensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        source_states: torch.Tensor,
+        source_index: torch.LongTensor | None = None,
+        text_start: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
-        How much [CLS] attends to each of the other states, padding among them: `(num_texts, num_heads, num_tokens)`,
-        float32. Fast attention does not tell.
+        Return the attention of [CLS] to each of the other states, padding included: `(num_texts, num_heads,
+        num_tokens)`, float32. Fast attention implementations do not return it.
         """
-        query = self.split_heads(self.query(hidden_states[:, :1]))
+        start = hidden_states[:, :1] if text_start is None else gather_tokens(hidden_states, text_start[:, None])
+        query = self.split_heads(self.query(start))
         key = self.split_heads(self.key(source_states))
         if source_index is not None:
             key = key.index_select(0, source_index.to(key.device))
@@ -450,29 +475,33 @@ class TripsCrossLayer(TripsTextLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        encoder_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        text_start: torch.LongTensor | None = None,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        `encoder_index`: row i reads row `encoder_index[i]` of `encoder_hidden_states`, by default row i. With
-        `output_cls_attention` it also returns what `TripsTextCrossAttention.cls_attention` does.
+        Return the hidden states and, with `output_cls_attention`, the attention of [CLS], else `None`.
+
+        Row i reads row `image_index[i]` of `encoder_hidden_states`, by default row i. `text_start` is the position of
+        each text's [CLS], by default 0.
         """
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
         cls_attention = None
         if output_cls_attention:
-            cls_attention = self.crossattention.self.cls_attention(hidden_states, encoder_hidden_states, encoder_index)
+            cls_attention = self.crossattention.self.cls_attention(
+                hidden_states, encoder_hidden_states, image_index, text_start
+            )
         hidden_states = self.crossattention(
-            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, encoder_index, **kwargs
+            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, image_index, **kwargs
         )
-        hidden_states = self.output(self.intermediate(hidden_states), hidden_states)
-        return hidden_states if cls_attention is None else (hidden_states, cls_attention)
+        return self.output(self.intermediate(hidden_states), hidden_states), cls_attention
 
 
 class TripsConnectedLayer(TripsTextLayer):
     """
-    BERT's layer over text and image tokens joined, as in mPLUG: it changes the image tokens too, which skipped the
-    layers before it. What it makes of them is added to what they were.
+    BERT's layer over text and image tokens joined, as in mPLUG. It also changes the image tokens, which skipped the
+    layers before: its output is added to them.
     """
 
     def forward(
@@ -488,81 +517,70 @@ class TripsConnectedLayer(TripsTextLayer):
         return text_states, encoder_hidden_states + image_states
 
 
-class TripsLayerStack(nn.Module):
-    """Layers under the name `layer`, as in BERT's encoder."""
+class TripsTextStack(nn.Module):
+    """BERT's layers, under the name `layer`."""
 
-    def __init__(self, config: TripsTextConfig, layer_class: type[nn.Module]):
+    def __init__(self, config: TripsTextConfig):
         super().__init__()
-        self.layer = nn.ModuleList(layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(TripsTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args,
-        output_cls_attention: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """`output_cls_attention`: whether the last layer, a [`TripsCrossLayer`], also tells where [CLS] looks."""
-        for number, layer in enumerate(self.layer, start=1):
-            if output_cls_attention and number == len(self.layer):
-                return layer(hidden_states, *args, output_cls_attention=True, **kwargs)
-            hidden_states = layer(hidden_states, *args, **kwargs)
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return hidden_states
 
 
-class TripsSkipConnectedStack(nn.Module):
-    """
-    mPLUG's fusion: layers that change the text alone, which the image tokens skip, and now and then one that both go
-    through together.
-    """
+class TripsCrossStack(nn.Module):
+    """Layers with cross-attention, under the name `layer`. Those at `connected_layers` join their inputs (mPLUG)."""
 
-    def __init__(self, config: TripsFusionConfig):
+    def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, connected_layers: Sequence[int] = ()):
         super().__init__()
-        layer_classes = [TripsCrossLayer] * config.num_hidden_layers
-        for number in config.connected_layers:
-            layer_classes[number - 1] = TripsConnectedLayer
-        self.last_cross_layer = max(set(range(1, config.num_hidden_layers + 1)) - set(config.connected_layers))
+        layers = range(1, config.num_hidden_layers + 1)
+        self.last_cross_layer = max({*layers} - {*connected_layers}, default=None)
         self.layer = nn.ModuleList(
-            layer_class(config, layer_idx) for layer_idx, layer_class in enumerate(layer_classes)
+            (TripsConnectedLayer if number in connected_layers else TripsCrossLayer)(config, number - 1)
+            for number in layers
         )
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        joint_attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        encoder_index: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        image_index: torch.LongTensor | None = None,
+        joint_attention_mask: torch.Tensor | None = None,
+        text_start: torch.LongTensor | None = None,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """`output_cls_attention`: whether the last layer with cross-attention also tells where [CLS] looks."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the hidden states and, with `output_cls_attention`, where [CLS] looks in the last cross layer."""
         cls_attention = None
         for number, layer in enumerate(self.layer, start=1):
             if isinstance(layer, TripsConnectedLayer):
-                if encoder_index is not None:  # from here on, each text has image tokens of its own
-                    encoder_hidden_states = encoder_hidden_states.index_select(
-                        0, encoder_index.to(encoder_hidden_states.device)
-                    )
-                    encoder_index = None
+                if image_index is not None:  # from here on, each text has image tokens of its own
+                    index, image_index = image_index.to(encoder_hidden_states.device), None
+                    encoder_hidden_states = encoder_hidden_states.index_select(0, index)
                 hidden_states, encoder_hidden_states = layer(
                     hidden_states, encoder_hidden_states, joint_attention_mask, **kwargs
                 )
-            else:
-                is_asked = output_cls_attention and number == self.last_cross_layer
-                hidden_states = layer(
-                    hidden_states,
-                    encoder_hidden_states,
-                    attention_mask,
-                    encoder_attention_mask,
-                    encoder_index=encoder_index,
-                    output_cls_attention=is_asked,
-                    **kwargs,
-                )
-                if is_asked:
-                    hidden_states, cls_attention = hidden_states
-        return (hidden_states, cls_attention) if output_cls_attention else hidden_states
+                continue
+            is_last = number == self.last_cross_layer
+            hidden_states, cls_attention = layer(
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                encoder_attention_mask,
+                cache,
+                image_index,
+                text_start=text_start,
+                output_cls_attention=output_cls_attention and is_last,
+                **kwargs,
+            )
+        return hidden_states, cls_attention
 
 
 class TripsLMHead(nn.Module):
@@ -581,8 +599,8 @@ class TripsLMHead(nn.Module):
 
 @auto_docstring(
     custom_intro="""
-    The layers of BERT that see only the text. The output of its first token, [CLS], guides the patch selection, or the
-    mean of all (`pooling_mode`): pad texts on the right.
+    The layers of BERT that see only the text. The output of its first token, [CLS], or the mean of all
+    (`pooling_mode`) guides the patch selection.
     """
 )
 class TripsTextModel(TripsPreTrainedModel):
@@ -594,7 +612,7 @@ class TripsTextModel(TripsPreTrainedModel):
     def __init__(self, config: TripsTextConfig):
         super().__init__(config)
         self.embeddings = TripsTextEmbeddings(config)
-        self.encoder = TripsLayerStack(config, TripsTextLayer)
+        self.encoder = TripsTextStack(config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -614,7 +632,7 @@ class TripsTextModel(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, attention_mask=attention_mask)
         extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
         hidden_states = self.encoder(hidden_states, extended_mask, **kwargs)
         return BaseModelOutputWithPooling(
@@ -628,7 +646,7 @@ class TripsTextModel(TripsPreTrainedModel):
         """
         # CODEPATH: BERT gathers a text in [CLS], sentence encoders in the mean of its tokens.
         if self.config.pooling_mode == "cls":
-            return hidden_states[:, 0]
+            return class_states(hidden_states, attention_mask)
         if attention_mask is None:
             return hidden_states.mean(dim=1)
         counts = attention_mask.to(hidden_states.dtype)[:, :, None]
@@ -667,14 +685,11 @@ class TripsFusionModel(TripsPreTrainedModel):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
         self.image_projection = None
-        # CODEPATH: ALBEF's layers read the image tokens as they are; mPLUG's also change them.
-        if config.fusion_type == "skip_connected":
-            self.encoder = TripsSkipConnectedStack(config)
-            # CODEPATH: what is joined must be equally wide.
-            if config.encoder_hidden_size not in (None, config.hidden_size):
-                self.image_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
-        else:
-            self.encoder = TripsLayerStack(config, TripsCrossLayer)
+        # CODEPATH: ALBEF's layers read the image tokens as they are; some of mPLUG's also change them.
+        self.encoder = TripsCrossStack(config, config.connected_layers)
+        # CODEPATH: tokens that are joined must be equally wide.
+        if config.connected_layers and config.encoder_hidden_size not in (None, config.hidden_size):
+            self.image_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         self.post_init()
 
     @merge_with_config_defaults
@@ -685,25 +700,26 @@ class TripsFusionModel(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
-        encoder_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsFusionModelOutput:
         r"""
-        encoder_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i reads row `encoder_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i reads row `image_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
         encoder_attention_mask (`torch.Tensor` of shape `(num_rows, num_image_tokens)`, *optional*):
             0 marks padding of `encoder_hidden_states`.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`.
         """
-        masks, image_mask = [bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)], None
-        num_image_tokens, one_token = encoder_hidden_states.shape[1], inputs_embeds[:, :1]  # looked at for its shape
+        text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
+        num_image_tokens, one_token = encoder_hidden_states.shape[1], inputs_embeds[:, :1]  # only its shape is used
+        image_mask = joint_mask = text_start = None
         if encoder_attention_mask is not None:
-            if encoder_index is not None:
-                index = encoder_index.to(encoder_attention_mask.device)
+            if image_index is not None:
+                index = image_index.to(encoder_attention_mask.device)
                 encoder_attention_mask = encoder_attention_mask.index_select(0, index)
             image_mask = bidirectional_mask(
                 self.config,
@@ -713,25 +729,27 @@ class TripsFusionModel(TripsPreTrainedModel):
             )
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
-        # CODEPATH: as in `__init__`.
-        if self.config.fusion_type == "skip_connected":
+        # CODEPATH: only mPLUG's fusion joins text and image tokens.
+        if self.config.connected_layers:
             text_length = inputs_embeds.shape[1]
             joint_mask = bidirectional_mask(
                 self.config,
                 joint_padding_mask((attention_mask, text_length), (encoder_attention_mask, num_image_tokens)),
                 inputs_embeds=one_token.expand(-1, text_length + num_image_tokens, -1),
             )
-            masks.append(joint_mask)
-        fused = self.encoder(
+        if output_cls_attention and attention_mask is not None:
+            text_start = first_positions(attention_mask).to(inputs_embeds.device)
+        hidden_states, cls_attention = self.encoder(
             inputs_embeds,
             encoder_hidden_states,
-            *masks,
-            encoder_attention_mask=image_mask,
-            encoder_index=encoder_index,
+            text_mask,
+            image_mask,
+            image_index=image_index,
+            joint_attention_mask=joint_mask,
+            text_start=text_start,
             output_cls_attention=output_cls_attention,
             **kwargs,
         )
-        hidden_states, cls_attention = fused if output_cls_attention else (fused, None)
         return TripsFusionModelOutput(last_hidden_state=hidden_states, cls_attention=cls_attention)
 
 
@@ -749,7 +767,7 @@ class TripsDecoder(TripsPreTrainedModel):
     def __init__(self, config: TripsDecoderConfig):
         super().__init__(config)
         self.embeddings = TripsTextEmbeddings(config)
-        self.encoder = TripsLayerStack(config, TripsCrossLayer)
+        self.encoder = TripsCrossStack(config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -791,7 +809,7 @@ class TripsDecoder(TripsPreTrainedModel):
                 inputs_embeds=hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        hidden_states = self.encoder(
+        hidden_states, _ = self.encoder(
             hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, cache=cache, **kwargs
         )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})

@@ -18,7 +18,7 @@ alone or in a single stream with the text (ViLT's form).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ from .modeling_trips_text import (
     check_counts,
     check_image_source,
     eager_attention_forward,
+    first_positions,
     joint_padding_mask,
 )
 from .patch_selection import FUSED_TOKEN, PADDING, random_scores, score_tokens, select_mass, select_tokens
@@ -160,11 +161,10 @@ class TripsVisionMLP(nn.Module):
 
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
-    A pre-norm ViT layer in two halves, attention and MLP. Patches are selected between them (paper, section 3.2), so
-    the MLP already runs on the shorter sequence.
+    A pre-norm ViT layer that selects patches between attention and MLP (paper, section 3.2): the MLP already runs on
+    the shorter sequence.
 
-    Both halves go through `forward`, on which FSDP, device maps and gradient checkpointing hook. Every tensor with a
-    gradient is an argument by position and an item of the result: reentrant checkpointing sees no others.
+    Reentrant checkpointing sees tensors that are arguments by position and items of the result, and no others.
     """
 
     def __init__(self, config: TripsVisionConfig):
@@ -182,39 +182,33 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The attention half: hidden states, and the queries and keys of all tokens."""
+        """Return the hidden states after attention, and the queries and keys of all tokens."""
         attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         return hidden_states + self.dropout(attn_output), query, key
-
-    def score(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        selection: LayerSelection,
-        candidate_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Scores of the candidates, whose keys are `key`, by the guiding token's `query`; or random ones."""
-        if selection.guidance == "random":
-            return random_scores(key.shape[0], key.shape[2], self.training, key.device, selection.seed, candidate_mask)
-        return score_tokens(query, key, self.attention.scaling, candidate_mask)
 
     def select_and_transform(
         self,
         hidden_states: torch.Tensor,
-        scores: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
         selection: LayerSelection | None,
         candidate_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """The MLP half, on the tokens that are left. Without `scores` nothing is selected."""
-        kept_positions = new_mask = None
-        if scores is not None:
-            rest = {"fuse": selection.fuse, "normalize": selection.normalize}
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Score the candidates, whose keys are `key`, by the guiding token's `query`, and run the MLP on the rest."""
+        scores = kept_positions = new_mask = None
+        if selection is not None:
+            if selection.guidance == "random":
+                size, device = (key.shape[0], key.shape[2]), key.device
+                scores = random_scores(*size, self.training, device, selection.seed, candidate_mask)
+            else:
+                scores = score_tokens(query, key, self.attention.scaling, candidate_mask)
+            options = {"fuse": selection.fuse, "normalize": selection.normalize}
             if selection.mass is None:
-                hidden_states, kept_positions = select_tokens(hidden_states, scores, selection.keep_rate, **rest)
+                hidden_states, kept_positions = select_tokens(hidden_states, scores, selection.keep_rate, **options)
             else:
                 bounds = (selection.mass, selection.keep_rate, selection.min_keep_rate)
                 hidden_states, kept_positions, new_mask = select_mass(
-                    hidden_states, scores, *bounds, candidate_mask=candidate_mask, **rest
+                    hidden_states, scores, *bounds, candidate_mask=candidate_mask, **options
                 )
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, new_mask
@@ -225,54 +219,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         text_embeds: torch.Tensor | None = None,
         class_query: torch.Tensor | None = None,
         key: torch.Tensor | None = None,
-        selection: LayerSelection | None = None,
-        candidate_mask: torch.Tensor | None = None,
-        attention_only: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, ...]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, seq_length, hidden_size)`): the layer's input; with
-                `class_query` and `key`, what the attention half left.
-            text_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*): the text guidance.
-            class_query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`, *optional*): the query of [CLS].
-            key (`torch.Tensor` of shape `(batch_size, num_heads, seq_length, head_dim)`, *optional*): all keys. With
-                it the attention half is not computed again.
-            selection ([`LayerSelection`], *optional*): how the layer selects; by default it does not.
-            candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks
-                padding that an earlier layer left. `attention_mask` hides it, in the form of the attention in use.
-            attention_only (`bool`, *optional*, defaults to `False`): whether to stop after the attention half.
-
-        Returns:
-            `(hidden_states, scores, kept_positions, candidate_mask)`, the last of the tokens that are left and `None`
-            with top-k selection, all but the first `None` if nothing is selected; `(None, hidden_states, class_query,
-            key)` if `attention_only`.
-        """
-        if key is None:
-            hidden_states, query, key = self.attend(hidden_states, **kwargs)
-            class_query = query[:, :, 0]
-        if attention_only:
-            return None, hidden_states, class_query, key
-        scores = None
-        if selection is not None:
-            query = class_query
-            # The image's own [CLS] guides where a text does not, or is not given.
-            if selection.guidance == "text" and text_embeds is not None:
-                query = self.attention.q_proj(text_embeds).view(class_query.shape)
-            scores = self.score(query, key[:, :, 1:], selection, candidate_mask)
-        return self.select_and_transform(hidden_states, scores, selection, candidate_mask)
-
-
-class TripsJointLayer(TripsVisionLayer):
-    """
-    A layer of a single stream, over the text, the image's [CLS] and the patches. The patches alone are candidates, and
-    the text that guides is in the sequence: its [CLS] is the first token.
-    """
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        text_length: int,
+        image_index: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         selection: LayerSelection | None = None,
         candidate_mask: torch.Tensor | None = None,
@@ -280,21 +227,71 @@ class TripsJointLayer(TripsVisionLayer):
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, text_length + 1 + num_candidates, hidden_size)`)
-            text_length (`int`): number of text tokens, padding included.
-            attention_mask (`torch.Tensor`, *optional*): hides the padding, in the form of the attention in use.
-            selection, candidate_mask: as in [`TripsVisionLayer`].
+            hidden_states (`torch.Tensor` of shape `(num_rows, 1 + num_candidates, hidden_size)`)
+            text_embeds (`torch.Tensor` of shape `(num_texts, hidden_size)`, *optional*): The text guidance. Without it
+                the image's [CLS] guides.
+            class_query (`torch.Tensor` of shape `(num_rows, num_heads, head_dim)`, *optional*): With `key`, the
+                `attended` of an earlier call, whose attention is not computed again.
+            key (`torch.Tensor` of shape `(num_rows, num_heads, 1 + num_candidates, head_dim)`, *optional*)
+            image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*): The row of each text. From the
+                selection on, each text has a row of its own. By default text i has row i.
+            attention_mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use.
+            selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
+            candidate_mask (`torch.BoolTensor` of shape `(num_rows, num_candidates)`, *optional*): False marks padding
+                that an earlier layer left.
+
+        Returns:
+            `(hidden_states, scores, kept_positions, candidate_mask, *attended)`. `scores` and `kept_positions` are
+            `None` without `selection`, and `candidate_mask`, of the remaining tokens, is `None` with top-k selection.
+            `attended` are the hidden states after attention, the query of [CLS] and the keys, one row per image.
+        """
+        if key is None:
+            hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
+            class_query = query[:, :, 0]
+        attended = hidden_states, class_query, key
+        hidden_states, query, key, candidate_mask = select_rows((*attended, candidate_mask), image_index)
+        if selection is not None and selection.guidance == "text" and text_embeds is not None:
+            query = self.attention.q_proj(text_embeds).view(query.shape)
+        outputs = self.select_and_transform(hidden_states, query, key[:, :, 1:], selection, candidate_mask)
+        return (*outputs, *attended)
+
+
+class TripsJointLayer(TripsVisionLayer):
+    """
+    A layer of a single stream, over the text, the image's [CLS] and the patches. Only patches are candidates; the text
+    that guides is in the sequence.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text_length: int,
+        text_start: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        selection: LayerSelection | None = None,
+        candidate_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_texts, text_length + 1 + num_candidates, hidden_size)`)
+            text_length (`int`): Number of text tokens, padding included.
+            text_start (`torch.LongTensor` of shape `(num_texts,)`, *optional*): Position of each text's [CLS], by
+                default 0.
+            attention_mask, selection, candidate_mask: As in [`TripsVisionLayer`].
 
         Returns:
             `(hidden_states, scores, kept_positions, candidate_mask)`, as there.
         """
         hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
-        scores = None
-        if selection is not None:
-            # The text's [CLS] comes first, the image's own behind the text.
-            guide = 0 if selection.guidance == "text" else text_length
-            scores = self.score(query[:, :, guide], key[:, :, text_length + 1 :], selection, candidate_mask)
-        return self.select_and_transform(hidden_states, scores, selection, candidate_mask)
+        if selection is None or selection.guidance != "text":
+            query = query[:, :, text_length]
+        elif text_start is None:
+            query = query[:, :, 0]
+        else:
+            rows = text_start.to(query.device)[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3])
+            query = query.gather(2, rows)[:, :, 0]
+        return self.select_and_transform(hidden_states, query, key[:, :, text_length + 1 :], selection, candidate_mask)
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -316,40 +313,61 @@ class TripsSelection(ModelOutput):
     candidate_indices: torch.LongTensor | None = None
 
 
-@auto_docstring(custom_intro="The text-independent part of the vision tower's work, computed once per image.")
-@dataclass
-class TripsImageCache(ModelOutput):
+@dataclass(frozen=True)
+class TripsImageCache:
     r"""
-    hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_candidates, hidden_size)`):
-        [CLS] and candidates after the attention half of the first layer that a text guides; after the last layer if
-        there is none.
-    class_query (`torch.FloatTensor` of shape `(num_images, num_heads, head_dim)`, *optional*):
-        The query of [CLS] in that layer: the guidance where no text is given.
-    key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_candidates, head_dim)`, *optional*):
-        The keys of that layer, which the guiding query is scored against.
-    candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`):
-        The original index of each candidate, -1 for a fused token, -2 for padding.
-    selection (`tuple(TripsSelection)`):
-        What the selection layers before it kept.
-    next_layer (`int`, *optional*):
-        Number of that layer (from 1); `None` if there is none.
-    grid_size (`tuple(int, int)`):
-        Patches of each image, down and across.
-    candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
-        False marks padding; `None` where there is none.
-    schedule (`SelectionSchedule`):
-        The schedule of the layers before `next_layer`. A model with another schedule refuses the cache.
+    The text-independent part of the vision tower's work, computed once per image. `image_cache[rows]` are the rows of
+    some images.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_candidates, hidden_size)`):
+            [CLS] and candidates after the attention of the first layer that a text guides; after the last layer if
+            there is none.
+        grid_size (`tuple(int, int)`):
+            Patches of each image, down and across.
+        class_query (`torch.FloatTensor` of shape `(num_images, num_heads, head_dim)`, *optional*):
+            The query of [CLS] in that layer, which guides where no text is given.
+        key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_candidates, head_dim)`, *optional*):
+            The keys of that layer, which the guiding query is compared with.
+        candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`, *optional*):
+            The original index of each candidate, -1 for a fused token, -2 for padding.
+        candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
+            False marks padding; `None` where there is none.
+        selection (`tuple(TripsSelection)`, *optional*):
+            What the layers before `next_layer` kept.
+        next_layer (`int`, *optional*):
+            Number of that layer (from 1); `None` if there is none.
+        schedule (`SelectionSchedule`, *optional*):
+            The schedule of the layers before `next_layer`. A model with another schedule refuses the cache.
     """
 
-    hidden_states: torch.FloatTensor | None = None
+    hidden_states: torch.FloatTensor
+    grid_size: tuple[int, int]
     class_query: torch.FloatTensor | None = None
     key: torch.FloatTensor | None = None
     candidate_indices: torch.LongTensor | None = None
-    selection: tuple[TripsSelection, ...] | None = None
-    next_layer: int | None = None
-    grid_size: tuple[int, int] | None = None
     candidate_mask: torch.BoolTensor | None = None
+    selection: tuple[TripsSelection, ...] = ()
+    next_layer: int | None = None
     schedule: SelectionSchedule | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors but those of `selection`, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TripsImageCache":
+        """Return a cache with the result of `function` in place of each tensor."""
+        tensors = {name: function(value) for name, value in self.tensors.items()}
+        selection = tuple(TripsSelection(*map(function, layer.to_tuple())) for layer in self.selection)
+        return replace(self, **tensors, selection=selection)
+
+    def to(self, device: torch.device | str, **kwargs) -> "TripsImageCache":
+        """Move the tensors to a device. `kwargs` are those of `torch.Tensor.to`."""
+        return self.map(lambda value: value.to(device, **kwargs))
+
+    def __getitem__(self, rows: slice | torch.LongTensor) -> "TripsImageCache":
+        return self.map(lambda value: value[rows])
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -359,10 +377,11 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     selection (`tuple(TripsSelection)`):
         One entry per selection layer with a keep rate below 1, in the order of the layers.
     hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
-        They get shorter behind each selection layer. With `image_index` they have one row per image up to the first
+        They get shorter after each selection layer. With `image_index` they have one row per image up to the first
         layer that a text guides, and one per text after. With `image_cache`, they begin where it ends.
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-        The row of each text, where all texts of an image have one in common: see `repeat_images` of the model.
+        The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
+        text guides a layer.
     attention_mask (`torch.BoolTensor` of shape `(num_rows, num_image_tokens)`, *optional*):
         False marks padding of `last_hidden_state`, where rows keep different numbers of tokens
         (`selection_mode="mass"`).
@@ -461,52 +480,44 @@ class TripsVisionModel(TripsPreTrainedModel):
             return []
         return list(self.selection_projection.parameters())
 
+    def embed_images(self, pixel_values: torch.Tensor) -> TripsImageCache:
+        """Return the input of the first layer."""
+        hidden_states = self.embeddings(pixel_values)
+        if self.pre_layernorm is not None:
+            hidden_states = self.pre_layernorm(hidden_states)
+        num_images, seq_length = hidden_states.shape[:2]
+        indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
+        grid_size = self.embeddings.grid_of(pixel_values)
+        return TripsImageCache(hidden_states, grid_size, candidate_indices=indices, next_layer=1)
+
     def encode_images(
         self, pixel_values: torch.Tensor, select_patches: bool = True, **kwargs: Unpack[TransformersKwargs]
     ) -> TripsImageCache:
         """
-        All that does not depend on the text: the layers before the first one that a text guides, the selections of
-        those that the image guides included, and the attention half of that layer; the whole tower if there is none.
-        Computed once, it serves any number of texts.
+        Run the layers before the first one that a text guides, and the attention of that layer; all layers if there is
+        none. The result does not depend on the text and serves any number of texts.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): height and width are
-                multiples of the patch size; positions are interpolated if they are not the configured `image_size`.
-            select_patches (`bool`, *optional*, defaults to `True`): without, the cache ends before any selection.
+            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Height and width are
+                multiples of the patch size. Positions are interpolated if they are not the configured `image_size`.
+            select_patches (`bool`, *optional*, defaults to `True`): Without, stop at the first selection layer.
 
         Returns:
             [`TripsImageCache`], for `forward` at the same selection schedule.
 
         Raises:
-            ValueError: if the number of channels, the height or the width does not fit the model.
+            ValueError: The number of channels, the height or the width does not fit the model.
         """
-        hidden_states, grid_size = self.embeddings(pixel_values), self.embeddings.grid_of(pixel_values)
-        if self.pre_layernorm is not None:
-            hidden_states = self.pre_layernorm(hidden_states)
-        num_images, seq_length = hidden_states.shape[:2]
-        candidate_indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
-        next_layer = self.schedule.first_text_layer if select_patches else self.schedule.first_layer
-        numbers = range(1, next_layer or len(self.layers) + 1)
-        hidden_states, candidate_indices, candidate_mask, selection = self.run_layers(
-            numbers, hidden_states, candidate_indices, **kwargs
-        )
-        class_query = key = None
-        if next_layer is not None:
-            mask = self.padding_mask(hidden_states, candidate_mask)
-            _, hidden_states, class_query, key = self.layers[next_layer - 1](
-                hidden_states, attention_mask=mask, attention_only=True, **kwargs
-            )
-        return TripsImageCache(
-            hidden_states,
-            class_query,
-            key,
-            candidate_indices,
-            selection,
-            next_layer,
-            grid_size,
-            candidate_mask,
-            self.schedule.before(next_layer),
-        )
+        stop = self.schedule.first_text_layer if select_patches else self.schedule.first_layer
+        states = self.run_layers(self.embed_images(pixel_values), stop, **kwargs)
+        states = replace(states, schedule=self.schedule.before(stop))
+        if stop is None:
+            return states
+        # FSDP and device maps hook on the call of the layer. For no text, it computes its attention alone.
+        no_text = torch.empty(0, dtype=torch.long, device=states.hidden_states.device)
+        mask = self.padding_mask(states.hidden_states, states.candidate_mask)
+        attended = self.layers[stop - 1](states.hidden_states, image_index=no_text, attention_mask=mask, **kwargs)[4:]
+        return replace(states, **dict(zip(("hidden_states", "class_query", "key"), attended)))
 
     def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
         """Hides the padding among [CLS] and the candidates, in the form that the attention in use wants."""
@@ -516,40 +527,52 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def run_layers(
         self,
-        numbers: range,
-        hidden_states: torch.Tensor,
-        candidate_indices: torch.LongTensor,
-        candidate_mask: torch.BoolTensor | None = None,
+        states: TripsImageCache,
+        stop: int | None = None,
         text_embeds: torch.Tensor | None = None,
-        class_query: torch.Tensor | None = None,
-        key: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         select_patches: bool = True,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor | None, tuple[TripsSelection, ...]]:
+    ) -> TripsImageCache:
         """
-        The layers `numbers`, row i under the guidance of row i of `text_embeds`. With `class_query` and `key`, the
-        attention half of the first of them was computed before. Returns hidden states, the original indices of the
-        candidates behind [CLS], which of these are no padding, and what was selected.
+        Run the layers from `states.next_layer` up to the one before `stop`, or all the others. The first layer that a
+        text guides gives each text a row of its own.
         """
-        by_layer, selections = self.schedule.by_layer if select_patches else {}, []
+        by_layer = self.schedule.by_layer if select_patches else {}
+        hidden_states, selections = states.hidden_states, states.selection
+        class_query, key = states.class_query, states.key
+        candidate_indices, candidate_mask = states.candidate_indices, states.candidate_mask
         mask = self.padding_mask(hidden_states, candidate_mask)
-        for number in numbers:
-            hidden_states, scores, kept_positions, new_mask = self.layers[number - 1](
+        end = len(self.layers) + 1
+        for number in range(states.next_layer or end, stop or end):
+            layer_selection, index = by_layer.get(number), None
+            if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
+                index, image_index = image_index, None
+                candidate_indices, selections = select_rows((candidate_indices, selections), index)
+            hidden_states, scores, kept_positions, new_mask, *_ = self.layers[number - 1](
                 hidden_states,
                 text_embeds,
                 class_query,
                 key,
-                selection=by_layer.get(number),
-                candidate_mask=candidate_mask,
+                image_index=index,
                 attention_mask=mask,
+                selection=layer_selection,
+                candidate_mask=candidate_mask,
                 **kwargs,
             )
             class_query = key = None
             if kept_positions is not None:
-                selections.append(selection_of(scores, kept_positions, candidate_indices, new_mask))
+                selections += (selection_of(scores, kept_positions, candidate_indices, new_mask),)
                 candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - 1, new_mask)
                 candidate_mask, mask = new_mask, self.padding_mask(hidden_states, new_mask)
-        return hidden_states, candidate_indices, candidate_mask, tuple(selections)
+        return TripsImageCache(
+            hidden_states,
+            states.grid_size,
+            candidate_indices=candidate_indices,
+            candidate_mask=candidate_mask,
+            selection=selections,
+            next_layer=stop,
+        )
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -561,55 +584,40 @@ class TripsVisionModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         select_patches: bool = True,
-        repeat_images: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         r"""
         text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
             The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`. By default text i looks at image i.
+            Text i looks at image `image_index[i]`. By default text i looks at image i. If no text guides a layer, the
+            output has one row per image and this index.
         image_cache (`TripsImageCache`, *optional*):
             Result of `encode_images`, in place of `pixel_values`.
         select_patches (`bool`, *optional*, defaults to `True`):
             Whether the selection layers select. Without, all patches go on: a plain ViT.
-        repeat_images (`bool`, *optional*, defaults to `True`):
-            Whether each text has a row of its own where no text plays a part. Without, there is one per image, and
-            `image_index` of the output says which is each text's.
         """
         check_image_source(pixel_values, image_cache)
         if image_cache is None:
-            image_cache = self.encode_images(pixel_values, select_patches, **kwargs)
-        self.check_image_cache(image_cache, select_patches)
+            image_cache = self.embed_images(pixel_values)
+        else:
+            self.check_image_cache(image_cache, select_patches)
         if text_embeds is not None:
             check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
-        # CODEPATH: a text plays a part only where it guides a layer.
-        if self.schedule.first_text_layer is None or not select_patches:
-            text_embeds = None
-        if text_embeds is not None and image_index is not None:
-            image_cache, image_index = select_rows(image_cache, image_index), None
-        if text_embeds is not None and self.selection_projection is not None:
+        # CODEPATH: a text takes part only where it guides a layer.
+        is_guided = text_embeds is not None and select_patches and self.schedule.first_text_layer is not None
+        if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        hidden_states, _, candidate_mask, selection = self.run_layers(
-            range(image_cache.next_layer or len(self.layers) + 1, len(self.layers) + 1),
-            image_cache.hidden_states,
-            image_cache.candidate_indices,
-            image_cache.candidate_mask,
-            text_embeds,
-            image_cache.class_query,
-            image_cache.key,
-            select_patches,
-            **kwargs,
-        )
-        hidden_states = self.layernorm(hidden_states)
-        output = TripsVisionModelOutput(
+        guidance = (text_embeds, image_index) if is_guided else ()
+        states = self.run_layers(image_cache, None, *guidance, select_patches=select_patches, **kwargs)
+        hidden_states = self.layernorm(states.hidden_states)
+        return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
-            selection=(image_cache.selection or ()) + selection,
-            image_index=image_index,
-            attention_mask=with_class_token(candidate_mask),
+            selection=states.selection,
+            image_index=None if is_guided else image_index,
+            attention_mask=with_class_token(states.candidate_mask),
         )
-        return repeated(output) if repeat_images else output
 
     def check_image_cache(self, image_cache: TripsImageCache, select_patches: bool):
         """Raise a `ValueError` if the cache has another schedule, or dropped patches and `select_patches` is off."""
@@ -646,22 +654,6 @@ def use_schedule(model: TripsPreTrainedModel, schedule: SelectionSchedule) -> It
         tower.schedule = own
 
 
-def repeated(output: TripsVisionModelOutput) -> TripsVisionModelOutput:
-    """The output with a row for each text, where rows are of images."""
-    index = output.image_index
-    if index is None:
-        return output
-    last_hidden_state = select_rows(output.last_hidden_state, index)
-    return TripsVisionModelOutput(
-        last_hidden_state=last_hidden_state,
-        pooler_output=last_hidden_state[:, 0],
-        hidden_states=output.hidden_states,
-        attentions=output.attentions,
-        selection=select_rows(output.selection, index),
-        attention_mask=select_rows(output.attention_mask, index),
-    )
-
-
 def with_class_token(candidate_mask: torch.BoolTensor | None) -> torch.BoolTensor | None:
     """The mask of [CLS] and the candidates."""
     return None if candidate_mask is None else nn.functional.pad(candidate_mask, (1, 0), value=True)
@@ -690,13 +682,14 @@ def next_candidates(
     return indices if candidate_mask is None else indices.masked_fill(~candidate_mask, PADDING)
 
 
-def select_rows(value, index: torch.LongTensor):
-    """The rows `index` of a tensor, or of each in a model output or a tuple of them; what is no tensor stays."""
+def select_rows(value, index: torch.LongTensor | None):
+    """Return the rows `index` of a tensor, or of each in a tuple or a model output. Without an index, all rows."""
+    if index is None or value is None:
+        return value
     if isinstance(value, torch.Tensor):
         return value.index_select(0, index.to(value.device))
-    if isinstance(value, ModelOutput):
-        return type(value)(**{name: select_rows(item, index) for name, item in value.items()})
-    return tuple(select_rows(item, index) for item in value) if isinstance(value, tuple) else value
+    rows = [select_rows(item, index) for item in (value.to_tuple() if isinstance(value, ModelOutput) else value)]
+    return type(value)(*rows) if isinstance(value, ModelOutput) else tuple(rows)
 
 
 TripsVisionModel.register_for_auto_class("AutoModel")
@@ -752,16 +745,16 @@ class TripsSingleStreamModel(TripsVisionModel):
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """
-        All that does not depend on the text: the embeddings, no layer, as the text takes part in the first one.
+        Embed images. The text takes part in the first layer, so that no layer is in the cache.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): as in
+            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): As in
                 [`TripsVisionModel.encode_images`].
 
         Returns:
             [`TripsImageCache`], for `forward`.
         """
-        return TripsImageCache(self.embeddings(pixel_values), grid_size=self.embeddings.grid_of(pixel_values))
+        return TripsImageCache(self.embeddings(pixel_values), self.embeddings.grid_of(pixel_values))
 
     def join(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
         """One sequence of text and image tokens, each with the embedding of its modality."""
@@ -796,6 +789,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_length = text_states.shape[1]
         hidden_states, selections = self.join(text_states, image_states), []
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
+        text_start = None if attention_mask is None else first_positions(attention_mask)
         num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
         by_layer, candidate_mask = self.schedule.by_layer, None
@@ -803,7 +797,8 @@ class TripsSingleStreamModel(TripsVisionModel):
             hidden_states, scores, kept_positions, new_mask = layer(
                 hidden_states,
                 text_length,
-                mask,
+                text_start=text_start,
+                attention_mask=mask,
                 selection=by_layer.get(number),
                 candidate_mask=candidate_mask,
                 **kwargs,
@@ -829,7 +824,7 @@ class TripsSingleStreamModel(TripsVisionModel):
     ) -> TripsSingleStreamModelOutput:
         r"""
         text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
-            Embeddings of the texts. The first token, [CLS], guides: pad texts on the right.
+            Embeddings of the texts. The first token that is not padding, [CLS], guides.
         attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*):
             0 marks padding of the texts.
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
@@ -842,10 +837,8 @@ class TripsSingleStreamModel(TripsVisionModel):
             self.encode_images(pixel_values, **kwargs) if image_cache is None else image_cache
         ).hidden_states
         check_counts(text_states.shape[0], image_states.shape[0], image_index)
-        if image_index is not None:
-            image_states = image_states.index_select(0, image_index.to(image_states.device))
         hidden_states, candidate_mask, selection = self.encode_pairs(
-            text_states, image_states, attention_mask, **kwargs
+            text_states, select_rows(image_states, image_index), attention_mask, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
         text_length = text_states.shape[1]

@@ -212,20 +212,11 @@ TEXT_KWARGS = {"padding": True, "truncation": False}
 BOX_TOLERANCE = 1.0
 
 
-def _padding_masks(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[np.ndarray]:
-    """For each text, which of its tokens are not padding. A single text may come without a batch axis."""
+def _text_lengths(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[int]:
+    """Return the number of tokens of each text without padding. A single text may come without a batch axis."""
     name, padding = ("attention_mask", 0) if "attention_mask" in inputs else ("input_ids", pad_token_id)
     rows = np.asarray(inputs[name]).reshape(1, -1) if is_single else inputs[name]
-    return [np.asarray(row) != padding for row in rows]
-
-
-def _check_padding_side(masks: list[np.ndarray]):
-    for position, mask in enumerate(masks):
-        if not mask[:1].all():
-            raise ValueError(
-                f"`text[{position}]` is padded on the left, but a text's first token is the one that selects the "
-                "patches. Pass `padding_side='right'`."
-            )
+    return [int((np.asarray(row) != padding).sum()) for row in rows]
 
 
 def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
@@ -348,7 +339,7 @@ class TripsProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: An image that cannot be read, or is lower or narrower than a patch; a text with more tokens
-            than `max_length` or the tokenizer's `model_max_length`, or padded on the left; as many images as texts are
+            than `max_length` or the tokenizer's `model_max_length`; as many images as texts are
             needed but not there; an `image_index` that is out of range; an argument of another type. Each message
             names the position of the item.
         """
@@ -362,14 +353,12 @@ class TripsProcessor(ProcessorMixin):
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )["text_kwargs"]
         if text is not None:
-            masks = _padding_masks(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str))
             self._check_lengths(
-                [int(mask.sum()) for mask in masks],
+                _text_lengths(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str)),
                 text_kwargs.get("max_length"),
                 name="text",
                 remedy="Shorten it, or pass `truncation=True` to cut it",
             )
-            _check_padding_side(masks)
         if image_index is not None:
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
         return inputs

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import replace
 from threading import Lock
 
 import torch
@@ -9,42 +10,29 @@ import torch
 from modeling_trips import TripsImageCache
 
 
-def tensors_of(image_cache: TripsImageCache) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in image_cache.items() if isinstance(value, torch.Tensor)}
-
-
 def split(image_cache: TripsImageCache) -> list[TripsImageCache]:
     """
     One image cache per image, each with memory of its own, without the selections of the layers before: no answer
     needs them.
     """
-    return [
-        _with_tensors(
-            image_cache, {name: value[row : row + 1].clone() for name, value in tensors_of(image_cache).items()}
-        )
-        for row in range(len(image_cache.hidden_states))
-    ]
+    image_cache = replace(image_cache, selection=())
+    return [image_cache[row : row + 1].map(torch.clone) for row in range(len(image_cache.hidden_states))]
 
 
 def join(image_caches: list[TripsImageCache]) -> TripsImageCache:
     """The inverse of `split`, for image caches of one `form`."""
-    names = tensors_of(image_caches[0])
-    return _with_tensors(image_caches[0], {name: torch.cat([one[name] for one in image_caches]) for name in names})
+    first = image_caches[0]
+    return replace(first, **{name: torch.cat([one.tensors[name] for one in image_caches]) for name in first.tensors})
 
 
 def form(image_cache: TripsImageCache) -> Hashable:
     """Equal for image caches that one batch can hold."""
-    shapes = tuple((name, value.shape[1:]) for name, value in tensors_of(image_cache).items())
+    shapes = tuple((name, value.shape[1:]) for name, value in image_cache.tensors.items())
     return shapes, image_cache.grid_size, image_cache.next_layer
 
 
 def num_bytes(image_cache: TripsImageCache) -> int:
-    return sum(value.nbytes for value in tensors_of(image_cache).values())
-
-
-def _with_tensors(image_cache: TripsImageCache, tensors: dict[str, torch.Tensor]) -> TripsImageCache:
-    fields = {name: value for name, value in image_cache.items() if not isinstance(value, torch.Tensor)}
-    return TripsImageCache(**{**fields, **tensors, "selection": ()})
+    return sum(value.nbytes for value in image_cache.tensors.values())
 
 
 class ImageCaches:

@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_trips import TripsForRetrieval, TripsImageCache, TripsProcessor
-from modeling_trips.modeling_trips_vision import select_rows
 
 
 RECALL_AT = (1, 5, 10)
@@ -183,7 +182,7 @@ class RetrievalEvaluator:
         image_rows = torch.searchsorted(torch.tensor(images), pairs[:, 0].contiguous())
         for rows, numbers in zip(image_rows.split(self.batch_size), pairs[:, 1].split(self.batch_size)):
             # No more images than this step has: without a text's guidance, the rest of the tower runs on each of them.
-            part = select_rows(image_cache, torch.arange(rows[0], rows[-1] + 1))
+            part = image_cache[rows[0] : rows[-1] + 1]
             scores.append(self._match_step(part, rows - rows[0], texts, numbers))
             bar.update(len(numbers))
         return torch.cat(scores)

@@ -12,14 +12,14 @@ The numbers of texts and images, and the lengths of texts and answers vary; the 
 those of the configuration, so that all numbers of image tokens are constants.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.utils import ModelOutput
 
 from modeling_trips import (
     TripsForConditionalGeneration,
@@ -32,6 +32,8 @@ from modeling_trips import (
     TripsVisionConfig,
     TripsVisionModelOutput,
 )
+
+from ..modeling_trips_vision import select_rows
 
 
 # Sizes to trace with: all differ, or what is equal by chance would stay so.
@@ -48,9 +50,14 @@ class Graph(NamedTuple):
     dynamic_shapes: dict[str, Any]
 
 
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors in nested outputs, in order: what of an image cache is given to a graph."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+def fields_of(image_cache: TripsImageCache) -> dict[str, Any]:
+    """Return the fields of an image cache that differ from image to image."""
+    return {**image_cache.tensors, "selection": image_cache.selection}
+
+
+def tensors_of(image_cache: TripsImageCache) -> list[torch.Tensor]:
+    """Return the tensors of an image cache in order, as graphs take them."""
+    return tree_leaves(fields_of(image_cache))
 
 
 class ImagesPart(nn.Module):
@@ -58,24 +65,21 @@ class ImagesPart(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: torch.Tensor) -> TripsImageCache:
-        image_cache = self.model.encode_images(pixel_values)
-        # Graphs give tensors and numbers alone. The schedule of an export is fixed.
-        return TripsImageCache(**{name: value for name, value in image_cache.items() if name != "schedule"})
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        return fields_of(self.model.encode_images(pixel_values))
 
 
 class PartBehindCache(nn.Module):
-    """A part that takes the tensors of an image cache, and knows what else is in it."""
+    """A part that takes the tensors of an image cache. The other fields are those of `image_cache`."""
 
     def __init__(self, model: TripsModel, image_cache: TripsImageCache):
         super().__init__()
         self.model = model
-        self.leaves, self.structure = tree_flatten(image_cache)
+        self.image_cache = image_cache
+        self.structure = tree_structure(fields_of(image_cache))
 
-    def whole(self, image_cache: list[torch.Tensor]) -> TripsImageCache:
-        tensors = iter(image_cache)
-        leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.structure)
+    def whole(self, tensors: list[torch.Tensor]) -> TripsImageCache:
+        return replace(self.image_cache, **tree_unflatten(tensors, self.structure))
 
 
 class FusionPart(PartBehindCache):
@@ -94,7 +98,8 @@ class FusionPart(PartBehindCache):
             last_hidden_state=fused.last_hidden_state,
             selection=fused.selection,
             vision_model_output=TripsVisionModelOutput(
-                last_hidden_state=vision.last_hidden_state, attention_mask=vision.attention_mask
+                last_hidden_state=select_rows(vision.last_hidden_state, vision.image_index),
+                attention_mask=select_rows(vision.attention_mask, vision.image_index),
             ),
         )
 
@@ -198,20 +203,22 @@ def image_shape(config: TripsVisionConfig) -> tuple[int, ...]:
     return tuple(patches * side for patches, side in zip(config.grid_size, config.patch_shape))
 
 
-def sample_outputs(model: TripsModel) -> dict[str, torch.Tensor | ModelOutput]:
+def sample_outputs(model: TripsModel) -> dict[str, torch.Tensor | TripsImageCache]:
     """What goes from part to part of a model on the meta device: zeros of the same shapes on the CPU."""
     config = model.config.vision_config
     pixel_values = torch.zeros(NUM_IMAGES, config.num_channels, *image_shape(config))
     text_states = torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.text_config.hidden_size)
     samples = {
         "pixel_values": pixel_values,
-        "image_cache": model.encode_images(pixel_values),
         "text_states": text_states,
         "fused_states": torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.fusion_encoder_config.hidden_size),
     }
-    leaves, structure = tree_flatten(samples)
-    zeros = [torch.zeros_like(leaf, device="cpu") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    return tree_unflatten(zeros, structure)
+    samples = tree_map(zeros_on_cpu, samples)
+    return {**samples, "image_cache": model.encode_images(pixel_values).map(zeros_on_cpu)}
+
+
+def zeros_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor, device="cpu")
 
 
 def graphs_of_decoder(

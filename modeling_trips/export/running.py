@@ -153,7 +153,8 @@ class GraphVisionModel(nn.Module):
                 f"The graphs take images of {size[0]} x {size[1]} pixels, got {tuple(pixel_values.shape)}: export "
                 "again with another `image_size`."
             )
-        return run(self.runners["images"], kwargs, pixel_values=pixel_values.float())
+        fields = run(self.runners["images"], kwargs, pixel_values=pixel_values.float())
+        return TripsImageCache(**{"selection": (), **fields}, grid_size=self.config.grid_size)
 
     def forward(
         self, pixel_values: torch.Tensor | None = None, image_cache: TripsImageCache | None = None, **kwargs

@@ -17,6 +17,7 @@ from tiny_vision import (
 )
 
 from modeling_trips import use_schedule
+from modeling_trips.modeling_trips_vision import select_rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,13 +197,15 @@ def test_image_index_equals_repeated_images(fields, as_cache):
             output = model(image_cache=model.encode_images(given), **arguments)
         else:
             output = model(given, **arguments)
-        (output.last_hidden_state * torch.arange(1.0, 6.0)[:, None, None]).sin().sum().backward()
-        results.append((output, pixel_values.grad, text_embeds.grad, gradients(model)))
-    (output, *grads), (expected, *expected_grads) = results
-    assert output.last_hidden_state.shape[0] == 5
-    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
-    torch.testing.assert_close(output.pooler_output, expected.pooler_output)
-    assert_same_selection(output.selection, expected.selection)
+        fields_by_text = (output.last_hidden_state, output.pooler_output, output.selection)
+        fields_by_text = states, *_ = select_rows(fields_by_text, output.image_index)
+        (states * torch.arange(1.0, 6.0)[:, None, None]).sin().sum().backward()
+        results.append((fields_by_text, pixel_values.grad, text_embeds.grad, gradients(model)))
+    ((states, pooled, selection), *grads), ((expected, expected_pooled, expected_selection), *expected_grads) = results
+    assert len(states) == 5
+    torch.testing.assert_close(states, expected)
+    torch.testing.assert_close(pooled, expected_pooled)
+    assert_same_selection(selection, expected_selection)
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
 
 

@@ -77,17 +77,6 @@ def test_padding_does_not_count_as_text(processor):
     assert inputs.input_ids.shape == (2, 20)
 
 
-@pytest.mark.parametrize("return_tensors", [None, "pt"])
-def test_padding_on_the_left_is_refused(return_tensors):
-    processor = make_processor(padding_side="left")
-    options = {"return_tensors": return_tensors}
-    with pytest.raises(ValueError, match=r"`text\[1\]` is padded on the left.*padding_side='right'"):
-        processor(text=["what is this", "cat"], **options)
-    assert [list(row) for row in processor(text=["red", "cat"], **options)["input_ids"]] == [[2, 7, 3], [2, 11, 3]]
-    rows = processor(text=["what is this", "cat"], padding_side="right", **options)["input_ids"]
-    assert list(rows[1]) == [CLS, VOCABULARY["cat"], SEP, PAD, PAD]
-
-
 @pytest.mark.parametrize("text", [("red", "cat"), ["red", 5], [["red"], ["cat"]], b"what", 5, {"red": "cat"}])
 def test_texts_must_be_strings(processor, image, text):
     with pytest.raises(ValueError, match="`text` must be a string or a list of strings, got") as error:

@@ -233,9 +233,7 @@ def test_rows_of_image_caches_split_and_join(guidance):
     torch.testing.assert_close(model.match(tokens, image_cache=joined).itm_logits, expected)
     assert len({form(row) for row in rows}) == 1
     # A row holds its own memory, not that of the batch that it came from.
-    assert num_bytes(rows[0]) == sum(
-        value.untyped_storage().nbytes() for value in rows[0].values() if isinstance(value, torch.Tensor)
-    )
+    assert num_bytes(rows[0]) == sum(value.untyped_storage().nbytes() for value in rows[0].tensors.values())
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ import PIL.Image
 from easy_vqa import get_test_image_paths
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.image_decoding_trips import IsolatedDecoder
+from modeling_trips.isolated_decoding import IsolatedDecoder
 from trips_examples.analysis import SAME_WEIGHTS_NOTE
 from trips_examples.analysis.asking import Asker
 from trips_examples.analysis.page import render_look

@@ -15,16 +15,17 @@ from .image_decoding_trips import convert_to_rgb
 from .modeling_trips import (
     TripsAnswerRanking,
     TripsForConditionalGeneration,
-    TripsForImagesAndTextClassification,
-    TripsForImagesAndTextClassificationOutput,
     TripsForQuestionAnswering,
-    TripsForVisualGrounding,
     TripsModel,
     TripsModelOutput,
     TripsPreTrainedModel,
     TripsSeq2SeqLMOutput,
-    TripsVisualGroundingOutput,
 )
+from .modeling_trips_classification import (
+    TripsForImagesAndTextClassification,
+    TripsForImagesAndTextClassificationOutput,
+)
+from .modeling_trips_grounding import TripsForVisualGrounding, TripsVisualGroundingOutput
 from .modeling_trips_pretraining import (
     TripsForPreTraining,
     TripsForPreTrainingOutput,
@@ -43,11 +44,8 @@ from .modeling_trips_vision import (
     use_schedule,
 )
 from .momentum_trips import MomentumTeacher
-from .pipeline_trips import (
-    TripsImageToTextPipeline,
-    TripsVisualQuestionAnsweringPipeline,
-    TripsZeroShotImageClassificationPipeline,
-)
+from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
+from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 from .processing_trips import TripsProcessor
 from .registration_trips import register
 
@@ -75,6 +73,7 @@ __all__ = [
     "TripsForVisualGrounding",
     "TripsFusionConfig",
     "TripsFusionModel",
+    "TripsImageCache",
     "TripsImageToTextPipeline",
     "TripsMatchingOutput",
     "TripsModel",
@@ -91,7 +90,6 @@ __all__ = [
     "TripsVisionConfig",
     "TripsVisionModel",
     "TripsVisionModelOutput",
-    "TripsImageCache",
     "TripsVisualGroundingOutput",
     "TripsVisualQuestionAnsweringPipeline",
     "TripsZeroShotImageClassificationPipeline",

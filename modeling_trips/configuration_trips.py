@@ -1,19 +1,40 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Configurations of TRIPS: the whole model, and its vision tower, text encoder, fusion encoder and decoder."""
+# SPDX-License-Identifier: Apache-2.0
+"""
+Configurations of TRIPS: the whole model, and its vision tower, text encoder, fusion encoder and decoder.
 
-from .versions_trips import check_release as check_release  # isort: skip
+Every use of a checkpoint begins with this module, so that it checks the release of Transformers: others lack what is
+imported next. It imports no sibling: old releases copy only what the first module imports itself.
+"""
+
+# ruff: noqa: E402
+import transformers
+from packaging.version import Version
+from transformers.utils import logging
+
+
+LOWEST, BEYOND = "5.20", "6"  # as in pyproject.toml: from LOWEST on, below BEYOND
+NEWEST_TESTED = "5.24"
+
+
+def check_release(release: str):
+    """
+    Warns if `release` is newer than the tested ones.
+
+    Raises:
+        ImportError: if `release` is not supported.
+    """
+    supported = f"transformers>={LOWEST},<{BEYOND}"
+    if not Version(LOWEST) <= Version(release) < Version(BEYOND):
+        raise ImportError(f'TRIPS needs {supported}, got {release}. Run `pip install -U "{supported}"`.')
+    if Version(release).release[:2] > Version(NEWEST_TESTED).release:
+        logging.get_logger(__name__).warning(
+            f"TRIPS was tested with transformers {LOWEST} to {NEWEST_TESTED}, got {release}. If something fails, "
+            f"install {NEWEST_TESTED}."
+        )
+
+
+check_release(transformers.__version__)
 
 import copy
 import math

@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 TRIPS: the bare model, and the heads that write (answers, captions), ground and classify.
 
@@ -19,31 +8,28 @@ head reads the fused states.
 """
 
 import copy
-import math
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import distributed, nn
-from transformers.activations import ACT2FN
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.image_transforms import center_to_corners_format
-from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
 from .modeling_trips_text import (
+    CACHE_NAME,
     TripsDecoder,
     TripsFusionModel,
     TripsLMHead,
     TripsPreTrainedModel,
     TripsTextModel,
+    accept_former_cache_name,
     check_image_index,
-    class_states,
     name_in_checkpoint,
 )
 from .modeling_trips_vision import (
@@ -56,72 +42,13 @@ from .modeling_trips_vision import (
     select_rows,
 )
 from .patch_selection import PADDING
-from .versions_trips import CACHE_NAME, accept_former_cache_name
 
 
 # Losses
 
 
-# Areas below this count as it: a union or an enclosing box of no area divides nothing.
-SMALLEST_AREA = 1e-12
+SMALLEST_AREA = 1e-12  # of a region, before it is a divisor
 SMALLEST_ATTENTION = 1e-6  # to a candidate, before its logarithm is taken
-
-
-def _areas(boxes: torch.Tensor) -> torch.Tensor:
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    return (x1 - x0) * (y1 - y0)
-
-
-def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
-    bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
-    widths, heights = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    intersections = widths * heights
-    return intersections, _areas(boxes) + _areas(target_boxes) - intersections
-
-
-def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-    """
-    Intersection over union of box i and target box i (`torchvision.ops.box_iou` pairs each with all).
-
-    Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
-
-    Returns:
-        `torch.Tensor` of shape `(num_boxes,)`, in [0, 1]. It is 0 where both boxes have no area.
-    """
-    intersections, unions = _intersections_and_unions(boxes, target_boxes)
-    return intersections / unions.clamp(min=SMALLEST_AREA)
-
-
-def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-    """
-    `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630). Boxes that do not meet are drawn together:
-    the share of their enclosing box that neither covers is added to the loss.
-
-    `torchvision.ops.generalized_box_iou_loss` gives the same values, but a model's code does without torchvision, and
-    a GPU would wait for its mask of the boxes that meet.
-
-    Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
-
-    Returns:
-        `torch.Tensor` of shape `(num_boxes,)`, in [0, 2].
-    """
-    intersections, unions = _intersections_and_unions(boxes, target_boxes)
-    top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
-    bottom_right = torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
-    enclosing = _areas(torch.cat((top_left, bottom_right), dim=-1))
-    iou = intersections / unions.clamp(min=SMALLEST_AREA)
-    return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
-
-
-def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-    """
-    L1 distance of box i and target box i, in whatever format both have: `(num_boxes, 4)` -> `(num_boxes,)`, the sum
-    over the four numbers.
-    """
-    return (boxes - target_boxes).abs().sum(dim=-1)
 
 
 def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -192,25 +119,6 @@ def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, ta
     return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
 
 
-def num_processes() -> int:
-    """How many processes train together; 1 if `torch.distributed` is not in use."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def mean_count(count: torch.Tensor) -> torch.Tensor:
-    """
-    The mean of a number of items (shape `()`) over the processes, at least one item in all of them.
-
-    A process that divides the sum over its items by it has a loss whose mean over the processes, as data parallel
-    training takes it, is the mean over all items, also if one process has more of them than another.
-    """
-    if num_processes() == 1:
-        return count.clamp_min(1)
-    total = count.clone()
-    distributed.all_reduce(total)
-    return total.clamp_min(1) / num_processes()
-
-
 def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
     """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
     losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
@@ -269,12 +177,17 @@ class TripsWholeModel(TripsPreTrainedModel):
             references |= dict.fromkeys(model_class.auto_classes, name_in_checkpoint(model_class))
         return references | super().auto_map()
 
+    @classmethod
+    def pipeline_class(cls) -> type:
+        """Return the class of `pipeline_task`."""
+        from .pipeline_trips import PIPELINES  # only saving needs it
+
+        return PIPELINES[cls.pipeline_task]
+
     def name_code(self):
         super().name_code()
-        from .pipeline_trips import PIPELINES  # here, so that only saving needs it
-
         if self.pipeline_task is not None:
-            pipeline = {"impl": name_in_checkpoint(PIPELINES[self.pipeline_task]), "pt": [self.auto_classes[0]]}
+            pipeline = {"impl": name_in_checkpoint(self.pipeline_class()), "pt": [self.auto_classes[0]]}
             self.config.custom_pipelines = {self.pipeline_task: {**pipeline, "type": "multimodal"}}
 
     def get_input_embeddings(self):
@@ -922,397 +835,19 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
 TripsForQuestionAnswering.register_for_auto_class("AutoModelForVisualQuestionAnswering")
 
 
-# The head that grounds
-
-
-@auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
-@dataclass
-class TripsVisualGroundingOutput(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`, and in training
-        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
-    l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        L1 distance of predicted box and label, summed over the four numbers, per box.
-    giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        1 - generalised IoU of predicted box and label, per box.
-    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Teaches the texts to choose the patches in their boxes. In training, where a text guides.
-    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Teaches the head of boxes to look at the patches in them. In training, unless its coefficient is 0.
-    pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
-        Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
-        [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
-    selection (`tuple(TripsSelection)`):
-        What each selection layer kept, in the order of the layers.
-    """
-
-    loss: torch.FloatTensor | None = None
-    l1_loss: torch.FloatTensor | None = None
-    giou_loss: torch.FloatTensor | None = None
-    selection_loss: torch.FloatTensor | None = None
-    pointing_loss: torch.FloatTensor | None = None
-    pred_boxes: torch.FloatTensor | None = None
-    selection: tuple[TripsSelection, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class TripsBoxHead(nn.Module):
-    """
-    The fused [CLS] attends to the image tokens that selection left. The mean of their places is where the box is
-    looked for, and DETR's box head (three linear layers with ReLU) says how far from there it is, and how large: as in
-    Conditional DETR (https://arxiv.org/abs/2108.06152), which reads its reference point from the query alone.
-    """
-
-    def __init__(self, config: TripsConfig):
-        super().__init__()
-        hidden_size, image_hidden_size = config.fusion_encoder_config.hidden_size, config.vision_config.hidden_size
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(image_hidden_size, hidden_size)
-        self.value = nn.Linear(image_hidden_size, hidden_size)
-        self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        image_states: torch.Tensor,
-        image_centers: torch.Tensor,
-        image_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
-            image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
-            image_centers (`torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`): see `token_centers`.
-            image_mask (`torch.BoolTensor` of shape `(num_texts, num_tokens)`, *optional*): False marks padding.
-
-        Returns:
-            `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
-            `torch.Tensor` of shape `(num_texts, num_tokens)`: attention to each token, float32; rows sum to 1.
-        """
-        query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
-        scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
-        if image_mask is not None:
-            scores = scores.masked_fill(~image_mask, -math.inf)
-        weights = scores.float().softmax(dim=-1)
-        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast would round places
-        hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
-        for layer in self.layers[:-1]:
-            hidden_states = nn.functional.relu(layer(hidden_states))
-        offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
-        return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
-
-
-def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """
-    Where the patches `indices` (see `token_indices`) are.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
-        the middle of the image for a fused token, which is of many places, and for padding.
-    """
-    rows, columns = grid_size
-    x = (indices % columns + 0.5) / columns
-    y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
-    return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)
-
-
-@auto_docstring(
-    custom_intro="""
-    TRIPS that points: the text (a referring expression) selects the patches and is fused with them; among those that
-    were kept its [CLS] finds the place of what it describes, and gives the box around it.
-    """
-)
-class TripsForVisualGrounding(TripsWholeModel):
-    auto_classes = ("AutoModelForZeroShotObjectDetection",)
-
-    def __init__(self, config: TripsConfig):
-        super().__init__(config)
-        self.model = TripsModel(config)
-        self.box_head = TripsBoxHead(config)
-        self.post_init()
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        image_cache: TripsImageCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.FloatTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsVisualGroundingOutput:
-        r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`, so that the expressions of one image share it. By default text i
-            looks at image i.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
-        """
-        outputs = self.model(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            token_type_ids,
-            image_index,
-            image_cache,
-            inputs_embeds,
-            regions=labels,
-            **kwargs,
-        )
-        vision = outputs.vision_model_output
-        image_states, image_mask = select_rows((vision.last_hidden_state, vision.attention_mask), vision.image_index)
-        image_states, image_mask = image_states[:, 1:], None if image_mask is None else image_mask[:, 1:]
-        grid_size = self.model.grid_of(pixel_values, image_cache)
-        indices = token_indices(outputs.selection, image_states)
-        centers = token_centers(indices, grid_size)
-        class_state = class_states(outputs.last_hidden_state, attention_mask)
-        pred_boxes, weights = self.box_head(class_state, image_states, centers, image_mask)
-        config, loss = self.config, None
-        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
-        if labels is not None:
-            num_items = kwargs.get("num_items_in_batch")
-            losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
-            if outputs.selection_losses is not None:
-                losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
-            # CODEPATH: a coefficient of 0, the default, leaves the loss out.
-            if self.training and config.pointing_loss_coefficient > 0:
-                pointing = pointing_losses(weights, indices, labels, grid_size)
-                losses["pointing_loss"] = mean_over_boxes(pointing, num_items)
-            loss = weighted_sum(
-                (config.bbox_loss_coefficient, losses["l1_loss"]),
-                (config.giou_loss_coefficient, losses["giou_loss"]),
-                (config.selection_loss_weight, losses["selection_loss"]),
-                (config.pointing_loss_coefficient, losses["pointing_loss"]),
-            )
-        return TripsVisualGroundingOutput(
-            loss=loss,
-            **losses,
-            pred_boxes=pred_boxes,
-            selection=outputs.selection,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
-
-
-def box_losses(
-    pred_boxes: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    L1 and generalised IoU loss of boxes (center_x, center_y, width, height), each the sum over the boxes divided by
-    their number.
-
-    `num_items_in_batch` is what `Trainer` counts in the `labels` of a whole batch: four numbers per box. With it,
-    gradient accumulation and several processes give the gradient of the whole batch.
-    """
-    if labels.shape != pred_boxes.shape:
-        raise ValueError(
-            f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
-        )
-    labels = labels.to(pred_boxes)
-    l1_losses = box_l1_loss(pred_boxes, labels)
-    giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
-    return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
-
-
-def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
-    """The mean over boxes of what each costs, `(num_texts,)`; over those of the whole batch where they are counted."""
-    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
-
-
-TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
-
-
-# The head that classifies
-
-
-@auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")
-@dataclass
-class TripsForImagesAndTextClassificationOutput(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
-    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        How far the texts' choice of patches is from their regions or targets: the mean over texts and images. In
-        training, if either is given.
-    logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
-        Scores of the classes, before the softmax.
-    selection (`tuple(TripsSelection)`):
-        What each selection layer kept, in the order of the layers. Row `i * num_images + j` is image j of text i, here
-        and in `hidden_states`, `attentions` and `cross_attentions`, which are the fusion encoder's.
-    """
-
-    loss: torch.FloatTensor | None = None
-    selection_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    selection: tuple[TripsSelection, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class TripsImagesAndTextClassificationHead(nn.Module):
-    """ViLT's head for NLVR2. It tells the images apart by their place in the concatenated [CLS] states."""
-
-    def __init__(self, config: TripsConfig, num_images: int):
-        super().__init__()
-        fusion_config = config.fusion_encoder_config
-        hidden_size = num_images * fusion_config.hidden_size
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=fusion_config.layer_norm_eps)
-        self.activation_fn = ACT2FN[fusion_config.hidden_act]
-        self.out_proj = nn.Linear(hidden_size, config.num_labels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.activation_fn(self.LayerNorm(self.dense(hidden_states))))
-
-
-@auto_docstring(
-    custom_intro="""
-    TRIPS that classifies a text together with `config.num_images` images: NLVR2 (a statement about two images, true or
-    false), or with one image visual entailment. The text is encoded once, selects patches in each of its images, and
-    is fused with each of them; the [CLS] states of all of them, in the order of the images, give the class.
-    """
-)
-class TripsForImagesAndTextClassification(TripsWholeModel):
-    auto_classes = ("AutoModelForSequenceClassification",)
-
-    def __init__(self, config: TripsConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.num_images = config.num_images
-        self.model = TripsModel(config)
-        self.classifier = TripsImagesAndTextClassificationHead(config, self.num_images)
-        self.post_init()
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        image_cache: TripsImageCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsForImagesAndTextClassificationOutput:
-        r"""
-        pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels, height, width)`, *optional*):
-            The images of each text, in order. With `image_index`, all images in any order, each once, of shape
-            `(num_all_images, num_channels, height, width)`; without it, that shape holds the images of text 0, then
-            those of text 1, and so on.
-        image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
-            Image j of text i is image `image_index[i, j]`, so that texts that share images share their computation.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            The class of each text, in `[0, config.num_labels)`; -100 is ignored.
-        regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
-            What each text is about in each of its images, see [`TripsModel`].
-        patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
-            Where a teacher looks, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
-        """
-        text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        num_texts = text_output.last_hidden_state.shape[0]
-        pixel_values, image_index = _flatten_images(pixel_values, image_cache, image_index, num_texts, self.num_images)
-
-        # From here on, row `i * num_images + j` is text i with its image j.
-        text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
-        if attention_mask is not None:
-            attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
-        regions = None if regions is None else regions.flatten(0, 1)
-        fused = self.model.fuse(
-            text_states, attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, **kwargs
-        )
-
-        logits = self.classifier(class_states(fused.last_hidden_state, attention_mask).reshape(num_texts, -1))
-        loss = selection_loss = None
-        if labels is not None:
-            labels, num_items = labels.to(logits.device), kwargs.get("num_items_in_batch")
-            loss = fixed_cross_entropy(logits.float(), labels, num_items)
-            if fused.selection_losses is not None:
-                losses = fused.selection_losses.view(num_texts, self.num_images).mean(dim=1)
-                counts = labels != -100
-                selection_loss = (losses * counts).sum() / (counts.sum() if num_items is None else num_items)
-                loss = loss + self.config.selection_loss_weight * selection_loss
-        return TripsForImagesAndTextClassificationOutput(
-            loss=loss,
-            selection_loss=selection_loss,
-            logits=logits,
-            selection=fused.selection,
-            hidden_states=fused.hidden_states,
-            attentions=fused.attentions,
-            cross_attentions=fused.cross_attentions,
-        )
-
-
-def _flatten_images(
-    pixel_values: torch.Tensor | None,
-    image_cache: TripsImageCache | None,
-    image_index: torch.LongTensor | None,
-    num_texts: int,
-    num_images: int,
-) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
-    """Makes one batch of all images, and one entry of `image_index` per text and image, as the vision tower has it."""
-    if pixel_values is not None and pixel_values.ndim == 5:
-        if pixel_values.shape[:2] != (num_texts, num_images) or image_index is not None:
-            raise ValueError(
-                f"`pixel_values` must have shape ({num_texts}, {num_images}, num_channels, height, width), the images "
-                "of each text, or with `image_index` (num_all_images, num_channels, height, width), got "
-                f"{tuple(pixel_values.shape)}{'' if image_index is None else ' with `image_index`'}."
-            )
-        pixel_values = pixel_values.flatten(0, 1)
-    if image_index is not None:
-        if image_index.shape != (num_texts, num_images):
-            raise ValueError(
-                f"`image_index` must have shape ({num_texts}, {num_images}), the images of each text, got "
-                f"{tuple(image_index.shape)}."
-            )
-        return pixel_values, image_index.flatten()
-    images = pixel_values if image_cache is None else image_cache.hidden_states
-    if images is not None and images.shape[0] != num_texts * num_images:
-        raise ValueError(
-            f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "
-            "Give all of them, or say with `image_index` which images each text looks at."
-        )
-    return pixel_values, None
-
-
-TripsForImagesAndTextClassification.register_for_auto_class("AutoModelForSequenceClassification")
-
 # Of several classes for an Auto class, the first loads checkpoints that are of none of them.
 MODELS = (
     TripsModel,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
-    TripsForImagesAndTextClassification,
-    TripsForVisualGrounding,
 )
 
 __all__ = [
     "TripsAnswerRanking",
     "TripsForConditionalGeneration",
-    "TripsForImagesAndTextClassification",
-    "TripsForImagesAndTextClassificationOutput",
     "TripsForQuestionAnswering",
-    "TripsForVisualGrounding",
     "TripsModel",
     "TripsModelOutput",
     "TripsPreTrainedModel",
     "TripsSeq2SeqLMOutput",
-    "TripsVisualGroundingOutput",
 ]

@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 Retrieval and pre-training: the contrastive model with matching, its losses over the batch of all processes, and
 pre-training's objectives.
@@ -38,8 +27,6 @@ from .modeling_trips import (
     TripsModel,
     TripsWholeModel,
     label_loss,
-    mean_count,
-    num_processes,
     shift_right,
     weighted_sum,
 )
@@ -48,6 +35,25 @@ from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionM
 
 
 # Losses
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 if `torch.distributed` is not in use."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def mean_count(count: torch.Tensor) -> torch.Tensor:
+    """
+    The mean of a number of items (shape `()`) over the processes, at least one item in all of them.
+
+    A process that divides the sum over its items by it has a loss whose mean over the processes, as data parallel
+    training takes it, is the mean over all items, also if one process has more of them than another.
+    """
+    if num_processes() == 1:
+        return count.clamp_min(1)
+    total = count.clone()
+    distributed.all_reduce(total)
+    return total.clamp_min(1) / num_processes()
 
 
 LOWEST_LOGIT = -1e9  # not minus infinity, which times a target of 0 is no number
@@ -699,6 +705,13 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
 class TripsForRetrieval(TripsContrastiveModel):
     auto_classes = ("AutoModelForZeroShotImageClassification", "AutoModel")
     pipeline_task = "zero-shot-image-classification"
+
+    @classmethod
+    def pipeline_class(cls) -> type:
+        """As in the parent."""
+        from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
+
+        return TripsZeroShotImageClassificationPipeline
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)

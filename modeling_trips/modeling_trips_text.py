@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 The text side of TRIPS: text encoder, fusion encoder and decoder, with BERT's parameter names. The base class of all
 models stands first.
@@ -18,9 +7,12 @@ models stands first.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -37,6 +29,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -48,7 +41,24 @@ from .configuration_trips import (
     remove_code_references,
 )
 from .patch_selection import gather_tokens
-from .versions_trips import CACHE_NAME, accept_former_cache_name
+
+
+# What `generate` and Transformers' outputs call the keys and values of the tokens written so far.
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+def accept_former_cache_name(forward: Callable) -> Callable:
+    """Lets a `forward` that has an argument `cache` take it as `past_key_values`, too."""
+    if CACHE_NAME == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
+
+    @wraps(forward)
+    def renamed(*args, **kwargs):
+        if CACHE_NAME in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE_NAME)
+        return forward(*args, **kwargs)
+
+    return renamed
 
 
 def eager_attention_forward(

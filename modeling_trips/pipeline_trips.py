@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sized
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import Pipeline, ZeroShotImageClassificationPipeline
+from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .processing_trips import read_image
@@ -287,71 +287,10 @@ class TripsImageToTextPipeline(TripsPipeline):
         return [{"generated_text": f"{prompt.rstrip()} {text}".strip()} for text in texts]
 
 
-class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
-    """
-    Sorts labels by how well they describe an image, under the task name `"zero-shot-image-classification"`.
-
-    Arguments and results are those of Transformers' pipeline. Images and texts go through [`TripsProcessor`], so that
-    the pipeline gives the tensors of training: transparent pixels are white, and texts are cleaned.
-
-    ```python
-    >>> from transformers import pipeline
-
-    >>> classifier = pipeline("zero-shot-image-classification", model="org/trips-retrieval", trust_remote_code=True)
-    >>> classifier = TripsZeroShotImageClassificationPipeline(model=model, processor=processor)  # or of a loaded model
-    >>> classifier("picture.png", candidate_labels=["red", "blue"], hypothesis_template="a {} square")
-    [{'score': 0.98, 'label': 'red'}, {'score': 0.02, 'label': 'blue'}]
-    ```
-    """
-
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-
-    default_task = "zero-shot-image-classification"
-
-    def __init__(self, *args, task: str = "", **kwargs):
-        super().__init__(*args, task=task or self.default_task, **kwargs)
-
-    def __call__(self, image, candidate_labels: list[str] | None = None, **kwargs):
-        """
-        Args:
-            image: An image (PIL image, path or URL), or a list of images.
-            candidate_labels (`list[str]`): The labels.
-            hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): Text of a label.
-            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default without limit.
-
-        Returns:
-            `list[dict]`: `label` (`str`) and `score` (`float`) of each label, the best first; a list of such lists
-            for several images.
-        """
-        return super().__call__(image, candidate_labels=candidate_labels, **kwargs)
-
-    def check_model_type(self, supported_models):
-        if self.model.config.model_type != "trips":
-            raise ValueError(f"The model must be a TRIPS model, got a {self.model.config.model_type}.")
-
-    def preprocess(
-        self,
-        image,
-        candidate_labels=None,
-        hypothesis_template="This is a photo of {}.",
-        timeout=None,
-        tokenizer_kwargs=None,
-    ):
-        inputs = self.processor(images=read_image(image, timeout), return_tensors="pt").to(self.dtype)
-        inputs["candidate_labels"] = candidate_labels
-        texts = [hypothesis_template.format(label) for label in candidate_labels]
-        options = {"padding": True, **(tokenizer_kwargs or {})}
-        inputs["text_inputs"] = [self.processor(text=texts, return_tensors="pt", **options)]
-        return inputs
-
-
 PIPELINES = {
     pipeline_class.default_task: pipeline_class
     for pipeline_class in (
         TripsImageToTextPipeline,
         TripsVisualQuestionAnsweringPipeline,
-        TripsZeroShotImageClassificationPipeline,
     )
 }

@@ -4,14 +4,26 @@ import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from .configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
-from .modeling_trips_pretraining import MODELS as WHOLE_MODELS
+from .modeling_trips import MODELS as WRITERS
+from .modeling_trips_classification import TripsForImagesAndTextClassification
+from .modeling_trips_grounding import TripsForVisualGrounding
+from .modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
 from .modeling_trips_text import TripsTextModel
 from .modeling_trips_vision import TripsSingleStreamModel, TripsVisionModel
 from .processing_trips import TripsProcessor
 
 
 CONFIGS = (TripsConfig, TripsVisionConfig, TripsTextConfig)
-CLASSES = (*WHOLE_MODELS, TripsVisionModel, TripsSingleStreamModel, TripsTextModel)
+CLASSES = (
+    *WRITERS,
+    TripsForImagesAndTextClassification,
+    TripsForVisualGrounding,
+    TripsForRetrieval,
+    TripsForPreTraining,
+    TripsVisionModel,
+    TripsSingleStreamModel,
+    TripsTextModel,
+)
 
 # Of several classes with one configuration, a checkpoint's own comes first; the first one serves other checkpoints.
 MODELS = {

@@ -23,8 +23,9 @@ from modeling_trips import (
     TripsVisualQuestionAnsweringPipeline,
     use_schedule,
 )
-from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder
+from modeling_trips.image_decoding_trips import ImageError
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
+from modeling_trips.isolated_decoding import IsolatedDecoder
 
 from .cache import ImageCaches, form, join, split
 from .errors import RequestError

@@ -16,13 +16,13 @@ PACKAGES_OF_EXAMPLES = {name for name in MODULES if name.startswith("trips_examp
 
 # What each file that a checkpoint may carry imports of the others: arrows point down.
 ARROWS = {
-    "versions_trips": set(),
     "image_decoding_trips": set(),
     "patch_selection": set(),
-    "configuration_trips": {"versions_trips"},
-    "processing_trips": {"configuration_trips", "image_decoding_trips", "versions_trips"},
+    "configuration_trips": set(),
+    "processing_trips": {"configuration_trips", "image_decoding_trips"},
     "pipeline_trips": {"processing_trips"},
-    "modeling_trips_text": {"configuration_trips", "versions_trips"},
+    "pipeline_trips_retrieval": {"processing_trips"},
+    "modeling_trips_text": {"configuration_trips", "patch_selection"},
     "modeling_trips_vision": {"configuration_trips", "modeling_trips_text", "patch_selection"},
     "modeling_trips": {
         "configuration_trips",
@@ -30,13 +30,25 @@ ARROWS = {
         "modeling_trips_vision",
         "patch_selection",
         "pipeline_trips",
-        "versions_trips",
+    },
+    "modeling_trips_classification": {
+        "configuration_trips",
+        "modeling_trips",
+        "modeling_trips_text",
+        "modeling_trips_vision",
+    },
+    "modeling_trips_grounding": {
+        "configuration_trips",
+        "modeling_trips",
+        "modeling_trips_text",
+        "modeling_trips_vision",
     },
     "modeling_trips_pretraining": {
         "configuration_trips",
         "modeling_trips",
         "modeling_trips_text",
         "modeling_trips_vision",
+        "pipeline_trips_retrieval",
     },
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from scipy.stats import binomtest, false_discovery_control
 
-from modeling_trips.modeling_trips import paired_box_iou
+from modeling_trips.modeling_trips_grounding import paired_box_iou
 from trips_examples.metrics.vqa_accuracy import normalize_answer, vqa_score
 
 

@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import torch
 
-from modeling_trips.modeling_trips import paired_box_iou
+from modeling_trips.modeling_trips_grounding import paired_box_iou
 
 
 _DESCRIPTION = "Share of boxes whose intersection over union with the true box is at least 0.5, and the mean of it."

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_trips import SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor, use_schedule
-from modeling_trips.versions_trips import BEYOND, LOWEST, NEWEST_TESTED
+from modeling_trips.configuration_trips import BEYOND, LOWEST, NEWEST_TESTED
 
 from ..inspection.plan import plan_schedules
 from .sentence_transformers import CROSS_ENCODER, SENTENCE_TRANSFORMER

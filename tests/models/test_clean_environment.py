@@ -14,8 +14,8 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
 
+from modeling_trips.configuration_trips import LOWEST
 from modeling_trips.registration_trips import MODELS
-from modeling_trips.versions_trips import LOWEST
 
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_trips import TripsConfig, TripsForVisualGrounding
+from modeling_trips.modeling_trips_text import CACHE_NAME
 from modeling_trips.registration_trips import MODELS
-from modeling_trips.versions_trips import CACHE_NAME
 
 
 PAD, START, END = 0, 1, 2

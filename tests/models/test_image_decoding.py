@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_processors import encoded, make_processor
 
 from modeling_trips import convert_to_rgb
-from modeling_trips.image_decoding_trips import ImageError, IsolatedDecoder, _start_process, decode_image
+from modeling_trips.image_decoding_trips import ImageError, decode_image
+from modeling_trips.isolated_decoding import IsolatedDecoder, _start_process
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"

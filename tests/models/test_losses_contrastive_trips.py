@@ -9,7 +9,6 @@ import pytest
 import torch
 from two_processes import results_of
 
-from modeling_trips.modeling_trips import mean_count
 from modeling_trips.modeling_trips_pretraining import (
     contrastive_loss,
     contrastive_targets,
@@ -18,6 +17,7 @@ from modeling_trips.modeling_trips_pretraining import (
     hard_negative_indices,
     matching_loss,
     matching_pairs,
+    mean_count,
     row_counts,
     similarity,
 )

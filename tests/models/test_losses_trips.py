@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from modeling_trips.modeling_trips import box_l1_loss, generalized_box_iou_loss, paired_box_iou
+from modeling_trips.modeling_trips_grounding import box_l1_loss, generalized_box_iou_loss, paired_box_iou
 
 
 # box, target box, IoU, 1 - GIoU = 1 - IoU + (enclosing - union) / enclosing

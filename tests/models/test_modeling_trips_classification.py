@@ -8,7 +8,7 @@ import torch
 from tiny_models import enable_checkpointing, gradients_of, kept_by, make_config
 
 from modeling_trips import UNPRUNED, TripsModel, use_schedule
-from modeling_trips.modeling_trips import TripsForImagesAndTextClassification
+from modeling_trips.modeling_trips_classification import TripsForImagesAndTextClassification
 
 
 STATEMENTS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])

@@ -12,7 +12,7 @@ from tiny_models import enable_checkpointing, gradients_of, kept_by, make_config
 from transformers import Trainer, TrainingArguments
 
 from modeling_trips import UNPRUNED, TripsModel, use_schedule
-from modeling_trips.modeling_trips import (
+from modeling_trips.modeling_trips_grounding import (
     TripsForVisualGrounding,
     box_losses,
     paired_box_iou,

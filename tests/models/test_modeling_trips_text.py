@@ -14,8 +14,7 @@ from modeling_trips import (
     TripsTextConfig,
     TripsTextModel,
 )
-from modeling_trips.modeling_trips_text import TripsLMHead
-from modeling_trips.versions_trips import CACHE_NAME
+from modeling_trips.modeling_trips_text import CACHE_NAME, TripsLMHead
 
 
 SIZES = {

@@ -25,7 +25,7 @@ from modeling_trips import (
     TripsZeroShotImageClassificationPipeline,
     convert_to_rgb,
 )
-from modeling_trips.pipeline_trips import PIPELINES, best_answers, without_rest
+from modeling_trips.pipeline_trips import best_answers, without_rest
 
 
 QUESTIONS = ["what color is it?", "is it a circle?", "is it red?"]
@@ -40,23 +40,23 @@ IMAGES = [make_image(seed) for seed in range(3)]
 PICTURES = Features({"image": ImageFeature(), "question": Value("string")})
 
 
-def load(task: str, head: type, checkpoints):
+def load(head: type, checkpoints):
     folder = checkpoints[head.__name__]
     model, processor = head.from_pretrained(folder).eval(), TripsProcessor.from_pretrained(folder)
     # Weights of this size give every question about every image an answer of its own, and answers that end.
     for parameter in model.parameters():
         parameter.data *= 2 if parameter.ndim > 1 else 1
-    return PIPELINES[task](model=model, processor=processor)
+    return head.pipeline_class()(model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")
 def oracle(checkpoints):
-    return load("visual-question-answering", TripsForQuestionAnswering, checkpoints)
+    return load(TripsForQuestionAnswering, checkpoints)
 
 
 @pytest.fixture(scope="module")
 def captioner(checkpoints):
-    return load("image-to-text", TripsForConditionalGeneration, checkpoints)
+    return load(TripsForConditionalGeneration, checkpoints)
 
 
 def direct_answers(oracle, image, question, top_k: int, **options) -> list[dict]:

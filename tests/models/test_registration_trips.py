@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,6 @@ from modeling_trips import (
     TripsTextModel,
     TripsVisionModel,
 )
-from modeling_trips.pipeline_trips import PIPELINES
 from modeling_trips.registration_trips import MODELS
 
 
@@ -83,13 +83,13 @@ def test_a_checkpoint_names_a_class_for_every_auto_class(checkpoints, tmp_path, 
             getattr(modeling_trips, name).from_pretrained(folder).save_pretrained(tmp_path / name)
             folder = tmp_path / name
         auto_map = read_config(folder)["auto_map"]
-        contrastive = {"AutoModelForPreTraining", "AutoModelForZeroShotImageClassification"}
-        known = MODELS if name in ("TripsForRetrieval", "TripsForPreTraining") else {*MODELS} - contrastive
+        model_class = getattr(modeling_trips, name)
+        known = {auto_class for head in sys.modules[model_class.__module__].MODELS for auto_class in head.auto_classes}
         assert auto_map.keys() == {"AutoConfig", "AutoProcessor", *known}
         for reference in auto_map.values():
             module, class_name = reference.split(".")
             assert re.search(rf"^class {class_name}\b", (folder / f"{module}.py").read_text(), re.MULTILINE)
-        for auto_class in getattr(modeling_trips, name).auto_classes:
+        for auto_class in model_class.auto_classes:
             assert auto_map[auto_class].endswith(f".{name}")
 
 
@@ -104,9 +104,14 @@ def test_a_checkpoint_holds_the_code_that_its_class_imports_and_no_other(checkpo
         "patch_selection",
         "pipeline_trips",
         "processing_trips",
-        "versions_trips",
     }
-    assert code["TripsForRetrieval"] == code["TripsForQuestionAnswering"] | {"modeling_trips_pretraining"}
+    own = {
+        "TripsForRetrieval": {"modeling_trips_pretraining", "pipeline_trips_retrieval"},
+        "TripsForVisualGrounding": {"modeling_trips_grounding"},
+        "TripsForImagesAndTextClassification": {"modeling_trips_classification"},
+    }
+    for name, files in own.items():
+        assert code[name] == code["TripsForQuestionAnswering"] | files
 
 
 def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
@@ -190,11 +195,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("task", PIPELINES)
+@pytest.mark.parametrize("model_class", [head for head in HEADS if head.pipeline_task])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_every_documented_way_makes_the_pipeline(checkpoints, task, call):
-    own = PIPELINES[task]
-    (model_class,) = (head for head in HEADS if head.pipeline_task == task)
+def test_every_documented_way_makes_the_pipeline(checkpoints, model_class, call):
+    task, own = model_class.pipeline_task, model_class.pipeline_class()
     folder = str(checkpoints[model_class.__name__])
     model, processor = model_class.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
     made = call(task, own, model, processor, folder)

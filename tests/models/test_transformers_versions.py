@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from places import ROOT
 
-from modeling_trips.versions_trips import BEYOND, LOWEST, NEWEST_TESTED, check_release
+from modeling_trips.configuration_trips import BEYOND, LOWEST, NEWEST_TESTED, check_release
 
 
 RANGE = SpecifierSet(f">={LOWEST},<{BEYOND}")

@@ -7,7 +7,7 @@ import torchvision
 from transformers import BertTokenizer, BlipImageProcessor, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
-from modeling_trips.modeling_trips import TripsVisualGroundingOutput
+from modeling_trips.modeling_trips_grounding import TripsVisualGroundingOutput
 
 
 SQUASH = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)

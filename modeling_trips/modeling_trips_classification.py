@@ -1,0 +1,182 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The head that classifies a text together with one image or several."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+
+from .configuration_trips import TripsConfig
+from .modeling_trips import MODELS as WRITERS
+from .modeling_trips import TripsModel, TripsWholeModel
+from .modeling_trips_text import class_states
+from .modeling_trips_vision import TripsImageCache, TripsSelection
+
+
+@auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")
+@dataclass
+class TripsForImagesAndTextClassificationOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        How far the texts' choice of patches is from their regions or targets: the mean over texts and images. In
+        training, if either is given.
+    logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
+        Scores of the classes, before the softmax.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept, in the order of the layers. Row `i * num_images + j` is image j of text i, here
+        and in `hidden_states`, `attentions` and `cross_attentions`, which are the fusion encoder's.
+    """
+
+    loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TripsImagesAndTextClassificationHead(nn.Module):
+    """ViLT's head for NLVR2. It tells the images apart by their place in the concatenated [CLS] states."""
+
+    def __init__(self, config: TripsConfig, num_images: int):
+        super().__init__()
+        fusion_config = config.fusion_encoder_config
+        hidden_size = num_images * fusion_config.hidden_size
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.LayerNorm = nn.LayerNorm(hidden_size, eps=fusion_config.layer_norm_eps)
+        self.activation_fn = ACT2FN[fusion_config.hidden_act]
+        self.out_proj = nn.Linear(hidden_size, config.num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.activation_fn(self.LayerNorm(self.dense(hidden_states))))
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS that classifies a text together with `config.num_images` images: NLVR2 (a statement about two images, true or
+    false), or with one image visual entailment. The text is encoded once, selects patches in each of its images, and
+    is fused with each of them; the [CLS] states of all of them, in the order of the images, give the class.
+    """
+)
+class TripsForImagesAndTextClassification(TripsWholeModel):
+    auto_classes = ("AutoModelForSequenceClassification",)
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.num_images = config.num_images
+        self.model = TripsModel(config)
+        self.classifier = TripsImagesAndTextClassificationHead(config, self.num_images)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        image_cache: TripsImageCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        regions: torch.FloatTensor | None = None,
+        patch_targets: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsForImagesAndTextClassificationOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels, height, width)`, *optional*):
+            The images of each text, in order. With `image_index`, all images in any order, each once, of shape
+            `(num_all_images, num_channels, height, width)`; without it, that shape holds the images of text 0, then
+            those of text 1, and so on.
+        image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
+            Image j of text i is image `image_index[i, j]`, so that texts that share images share their computation.
+        image_cache (`TripsImageCache`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            The class of each text, in `[0, config.num_labels)`; -100 is ignored.
+        regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
+            What each text is about in each of its images, see [`TripsModel`].
+        patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
+            Where a teacher looks, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
+        """
+        text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        num_texts = text_output.last_hidden_state.shape[0]
+        pixel_values, image_index = _flatten_images(pixel_values, image_cache, image_index, num_texts, self.num_images)
+
+        # From here on, row `i * num_images + j` is text i with its image j.
+        text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
+        regions = None if regions is None else regions.flatten(0, 1)
+        fused = self.model.fuse(
+            text_states, attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, **kwargs
+        )
+
+        logits = self.classifier(class_states(fused.last_hidden_state, attention_mask).reshape(num_texts, -1))
+        loss = selection_loss = None
+        if labels is not None:
+            labels, num_items = labels.to(logits.device), kwargs.get("num_items_in_batch")
+            loss = fixed_cross_entropy(logits.float(), labels, num_items)
+            if fused.selection_losses is not None:
+                losses = fused.selection_losses.view(num_texts, self.num_images).mean(dim=1)
+                counts = labels != -100
+                selection_loss = (losses * counts).sum() / (counts.sum() if num_items is None else num_items)
+                loss = loss + self.config.selection_loss_weight * selection_loss
+        return TripsForImagesAndTextClassificationOutput(
+            loss=loss,
+            selection_loss=selection_loss,
+            logits=logits,
+            selection=fused.selection,
+            hidden_states=fused.hidden_states,
+            attentions=fused.attentions,
+            cross_attentions=fused.cross_attentions,
+        )
+
+
+def _flatten_images(
+    pixel_values: torch.Tensor | None,
+    image_cache: TripsImageCache | None,
+    image_index: torch.LongTensor | None,
+    num_texts: int,
+    num_images: int,
+) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
+    """Makes one batch of all images, and one entry of `image_index` per text and image, as the vision tower has it."""
+    if pixel_values is not None and pixel_values.ndim == 5:
+        if pixel_values.shape[:2] != (num_texts, num_images) or image_index is not None:
+            raise ValueError(
+                f"`pixel_values` must have shape ({num_texts}, {num_images}, num_channels, height, width), the images "
+                "of each text, or with `image_index` (num_all_images, num_channels, height, width), got "
+                f"{tuple(pixel_values.shape)}{'' if image_index is None else ' with `image_index`'}."
+            )
+        pixel_values = pixel_values.flatten(0, 1)
+    if image_index is not None:
+        if image_index.shape != (num_texts, num_images):
+            raise ValueError(
+                f"`image_index` must have shape ({num_texts}, {num_images}), the images of each text, got "
+                f"{tuple(image_index.shape)}."
+            )
+        return pixel_values, image_index.flatten()
+    images = pixel_values if image_cache is None else image_cache.hidden_states
+    if images is not None and images.shape[0] != num_texts * num_images:
+        raise ValueError(
+            f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "
+            "Give all of them, or say with `image_index` which images each text looks at."
+        )
+    return pixel_values, None
+
+
+TripsForImagesAndTextClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+MODELS = (*WRITERS, TripsForImagesAndTextClassification)
+
+__all__ = ["TripsForImagesAndTextClassification", "TripsForImagesAndTextClassificationOutput"]

@@ -1,0 +1,296 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The head that grounds: the box of what a text is about."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.image_transforms import center_to_corners_format
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+
+from .configuration_trips import TripsConfig
+from .modeling_trips import MODELS as WRITERS
+from .modeling_trips import TripsModel, TripsWholeModel, pointing_losses, token_indices, weighted_sum
+from .modeling_trips_text import class_states
+from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows
+
+
+# Losses
+
+
+# Areas below this count as it: a union or an enclosing box of no area divides nothing.
+SMALLEST_AREA = 1e-12
+
+
+def _areas(boxes: torch.Tensor) -> torch.Tensor:
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return (x1 - x0) * (y1 - y0)
+
+
+def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
+    widths, heights = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    intersections = widths * heights
+    return intersections, _areas(boxes) + _areas(target_boxes) - intersections
+
+
+def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Intersection over union of box i and target box i (`torchvision.ops.box_iou` pairs each with all).
+
+    Args:
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
+
+    Returns:
+        `torch.Tensor` of shape `(num_boxes,)`, in [0, 1]. It is 0 where both boxes have no area.
+    """
+    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    return intersections / unions.clamp(min=SMALLEST_AREA)
+
+
+def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630). Boxes that do not meet are drawn together:
+    the share of their enclosing box that neither covers is added to the loss.
+
+    `torchvision.ops.generalized_box_iou_loss` gives the same values, but a model's code does without torchvision, and
+    a GPU would wait for its mask of the boxes that meet.
+
+    Args:
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
+
+    Returns:
+        `torch.Tensor` of shape `(num_boxes,)`, in [0, 2].
+    """
+    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
+    enclosing = _areas(torch.cat((top_left, bottom_right), dim=-1))
+    iou = intersections / unions.clamp(min=SMALLEST_AREA)
+    return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
+
+
+def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+    """
+    L1 distance of box i and target box i, in whatever format both have: `(num_boxes, 4)` -> `(num_boxes,)`, the sum
+    over the four numbers.
+    """
+    return (boxes - target_boxes).abs().sum(dim=-1)
+
+
+# The head that grounds
+
+
+@auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
+@dataclass
+class TripsVisualGroundingOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`, and in training
+        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
+    l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        L1 distance of predicted box and label, summed over the four numbers, per box.
+    giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        1 - generalised IoU of predicted box and label, per box.
+    selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Teaches the texts to choose the patches in their boxes. In training, where a text guides.
+    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        Teaches the head of boxes to look at the patches in them. In training, unless its coefficient is 0.
+    pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
+        Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
+        [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
+    selection (`tuple(TripsSelection)`):
+        What each selection layer kept, in the order of the layers.
+    """
+
+    loss: torch.FloatTensor | None = None
+    l1_loss: torch.FloatTensor | None = None
+    giou_loss: torch.FloatTensor | None = None
+    selection_loss: torch.FloatTensor | None = None
+    pointing_loss: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    selection: tuple[TripsSelection, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TripsBoxHead(nn.Module):
+    """
+    The fused [CLS] attends to the image tokens that selection left. The mean of their places is where the box is
+    looked for, and DETR's box head (three linear layers with ReLU) says how far from there it is, and how large: as in
+    Conditional DETR (https://arxiv.org/abs/2108.06152), which reads its reference point from the query alone.
+    """
+
+    def __init__(self, config: TripsConfig):
+        super().__init__()
+        hidden_size, image_hidden_size = config.fusion_encoder_config.hidden_size, config.vision_config.hidden_size
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(image_hidden_size, hidden_size)
+        self.value = nn.Linear(image_hidden_size, hidden_size)
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor,
+        image_centers: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
+            image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
+            image_centers (`torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`): see `token_centers`.
+            image_mask (`torch.BoolTensor` of shape `(num_texts, num_tokens)`, *optional*): False marks padding.
+
+        Returns:
+            `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
+            `torch.Tensor` of shape `(num_texts, num_tokens)`: attention to each token, float32; rows sum to 1.
+        """
+        query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
+        scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
+        if image_mask is not None:
+            scores = scores.masked_fill(~image_mask, -math.inf)
+        weights = scores.float().softmax(dim=-1)
+        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast would round places
+        hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
+        for layer in self.layers[:-1]:
+            hidden_states = nn.functional.relu(layer(hidden_states))
+        offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
+        return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
+
+
+def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Where the patches `indices` (see `token_indices`) are.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
+        the middle of the image for a fused token, which is of many places, and for padding.
+    """
+    rows, columns = grid_size
+    x = (indices % columns + 0.5) / columns
+    y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
+    return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)
+
+
+@auto_docstring(
+    custom_intro="""
+    TRIPS that points: the text (a referring expression) selects the patches and is fused with them; among those that
+    were kept its [CLS] finds the place of what it describes, and gives the box around it.
+    """
+)
+class TripsForVisualGrounding(TripsWholeModel):
+    auto_classes = ("AutoModelForZeroShotObjectDetection",)
+
+    def __init__(self, config: TripsConfig):
+        super().__init__(config)
+        self.model = TripsModel(config)
+        self.box_head = TripsBoxHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        image_cache: TripsImageCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsVisualGroundingOutput:
+        r"""
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+            Text i looks at image `image_index[i]`, so that the expressions of one image share it. By default text i
+            looks at image i.
+        image_cache (`TripsImageCache`, *optional*):
+            Result of `model.encode_images`, in place of `pixel_values`.
+        labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+            The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
+        """
+        outputs = self.model(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            image_index,
+            image_cache,
+            inputs_embeds,
+            regions=labels,
+            **kwargs,
+        )
+        vision = outputs.vision_model_output
+        image_states, image_mask = select_rows((vision.last_hidden_state, vision.attention_mask), vision.image_index)
+        image_states, image_mask = image_states[:, 1:], None if image_mask is None else image_mask[:, 1:]
+        grid_size = self.model.grid_of(pixel_values, image_cache)
+        indices = token_indices(outputs.selection, image_states)
+        centers = token_centers(indices, grid_size)
+        class_state = class_states(outputs.last_hidden_state, attention_mask)
+        pred_boxes, weights = self.box_head(class_state, image_states, centers, image_mask)
+        config, loss = self.config, None
+        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
+        if labels is not None:
+            num_items = kwargs.get("num_items_in_batch")
+            losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
+            if outputs.selection_losses is not None:
+                losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
+            # CODEPATH: a coefficient of 0, the default, leaves the loss out.
+            if self.training and config.pointing_loss_coefficient > 0:
+                pointing = pointing_losses(weights, indices, labels, grid_size)
+                losses["pointing_loss"] = mean_over_boxes(pointing, num_items)
+            loss = weighted_sum(
+                (config.bbox_loss_coefficient, losses["l1_loss"]),
+                (config.giou_loss_coefficient, losses["giou_loss"]),
+                (config.selection_loss_weight, losses["selection_loss"]),
+                (config.pointing_loss_coefficient, losses["pointing_loss"]),
+            )
+        return TripsVisualGroundingOutput(
+            loss=loss,
+            **losses,
+            pred_boxes=pred_boxes,
+            selection=outputs.selection,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+def box_losses(
+    pred_boxes: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    L1 and generalised IoU loss of boxes (center_x, center_y, width, height), each the sum over the boxes divided by
+    their number.
+
+    `num_items_in_batch` is what `Trainer` counts in the `labels` of a whole batch: four numbers per box. With it,
+    gradient accumulation and several processes give the gradient of the whole batch.
+    """
+    if labels.shape != pred_boxes.shape:
+        raise ValueError(
+            f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
+        )
+    labels = labels.to(pred_boxes)
+    l1_losses = box_l1_loss(pred_boxes, labels)
+    giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
+    return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
+
+
+def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
+    """The mean over boxes of what each costs, `(num_texts,)`; over those of the whole batch where they are counted."""
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
+
+
+TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
+
+MODELS = (*WRITERS, TripsForVisualGrounding)
+
+__all__ = ["TripsForVisualGrounding", "TripsVisualGroundingOutput"]

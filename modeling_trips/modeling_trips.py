@@ -395,6 +395,18 @@ class TripsModel(TripsWholeModel):
             whose region is not known.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`. A single stream has none.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_trips import TripsConfig, TripsModel
+
+        >>> model = TripsModel(TripsConfig.from_preset("tiny")).eval()
+        >>> outputs = model(torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 3, 64, 64))
+        >>> [tuple(layer.kept_indices.shape) for layer in outputs.selection]
+        [(1, 32), (1, 17)]
+        ```
         """
         text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         outputs = self.fuse(
@@ -568,6 +580,21 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             What each text is about, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
             Where a teacher looks, see [`TripsModel`].
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+
+        >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-easy-vqa")
+        >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-easy-vqa")
+        >>> image = Image.new("RGB", (64, 64), "teal")
+        >>> inputs = processor(images=image, text="what color is the shape?", return_tensors="pt")
+        >>> processor.post_process_answers(model.generate(**inputs))
+        ['teal']
+        >>> loss = model(**inputs, labels=processor.encode_answers(["teal"])).loss
+        ```
         """
         # CODEPATH: a coefficient of 0, the default, leaves the loss out.
         is_taught = self.training and labels is not None and regions is not None and encoder_outputs is None

@@ -108,6 +108,18 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
             What each text is about in each of its images, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
             Where a teacher looks, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_trips import TripsConfig, TripsForImagesAndTextClassification
+
+        >>> model = TripsForImagesAndTextClassification(TripsConfig.from_preset("tiny", num_labels=2)).eval()
+        >>> outputs = model(torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 2, 3, 64, 64))
+        >>> tuple(outputs.logits.shape)
+        (1, 2)
+        ```
         """
         text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         num_texts = text_output.last_hidden_state.shape[0]

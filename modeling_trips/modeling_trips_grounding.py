@@ -216,6 +216,18 @@ class TripsForVisualGrounding(TripsWholeModel):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
             The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_trips import TripsConfig, TripsForVisualGrounding
+
+        >>> model = TripsForVisualGrounding(TripsConfig.from_preset("tiny")).eval()
+        >>> outputs = model(torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 3, 64, 64))
+        >>> tuple(outputs.pred_boxes.shape)
+        (1, 4)
+        ```
         """
         outputs = self.model(
             input_ids,

@@ -744,6 +744,20 @@ class TripsForRetrieval(TripsContrastiveModel):
             What each text is about in its own image, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
             Where a teacher looks, see [`TripsModel`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_trips import TripsConfig, TripsForRetrieval
+
+        >>> model = TripsForRetrieval(TripsConfig.from_preset("tiny")).eval()
+        >>> texts, images = torch.tensor([[2, 5, 3], [2, 6, 3]]), torch.randn(2, 3, 64, 64)
+        >>> tuple(model(texts, images).logits_per_image.shape)
+        (2, 2)
+        >>> tuple(model.match(texts, images).itm_logits.shape)
+        (2, 2)
+        ```
         """
         if return_loss is None:
             return_loss = image_ids is not None
@@ -890,6 +904,19 @@ class TripsForPreTraining(TripsContrastiveModel):
             What each text is about, see [`TripsForRetrieval`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
             Where a teacher looks, see [`TripsForRetrieval`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_trips import TripsConfig, TripsForPreTraining
+
+        >>> model = TripsForPreTraining(TripsConfig.from_preset("tiny"))
+        >>> texts, images = torch.tensor([[2, 5, 3], [2, 6, 3]]), torch.randn(2, 3, 64, 64)
+        >>> outputs = model(texts, images)
+        >>> [name for name, value in outputs.items() if name.endswith("_loss")]
+        ['itc_loss', 'itm_loss']
+        ```
         """
         config = self.config
         image_cache = self.model.encode_images(pixel_values, **kwargs)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processor class for TRIPS: images and texts to tensors, and back to answers and patch boxes."""
 
-from .configuration_trips import remove_code_references  # isort: skip
+from .configuration_trips import TripsConfig, remove_code_references  # isort: skip
 
 import base64
 import operator
@@ -354,6 +354,10 @@ class TripsProcessor(ProcessorMixin):
     def clean_texts(self, texts: list[str]) -> list[str]:
         """What of each text is tokenized, according to `text_cleaning`; a call does this by itself."""
         return [TEXT_CLEANINGS[self.text_cleaning](text) for text in texts] if self.text_cleaning else texts
+
+    def max_text_length(self, config: TripsConfig) -> int:
+        """Return how many tokens a text may have, special ones included, for a model with `config`."""
+        return min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As in Transformers. The files name the code of this project alone; the processor keeps no `auto_map`."""

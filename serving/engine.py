@@ -167,10 +167,9 @@ class Engine:
             raise RequestError(422, str(error)) from error
 
     def prepare_texts(self, texts: list[str]) -> list[dict[str, list[int]]]:
-        tokenizer, positions = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
         with self._tokenizer_lock:
-            encoded = tokenizer(self.processor.clean_texts(texts)) if texts else {}
-        limit = min(tokenizer.model_max_length, positions)
+            encoded = self.processor.tokenizer(self.processor.clean_texts(texts)) if texts else {}
+        limit = self.processor.max_text_length(self.model.config)
         rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
         for position, row in enumerate(rows):
             if len(row["input_ids"]) > limit:

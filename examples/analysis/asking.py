@@ -140,9 +140,8 @@ class Asker:
         Raises:
             ValueError: A text has more tokens than the model takes.
         """
-        tokenizer = self.processor.tokenizer
-        limit = min(tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
-        for text, tokens in zip(texts, tokenizer(self.processor.clean_texts(texts))["input_ids"]):
+        limit = self.processor.max_text_length(self.model.config)
+        for text, tokens in zip(texts, self.processor.tokenizer(self.processor.clean_texts(texts))["input_ids"]):
             if len(tokens) > limit:
                 raise ValueError(f"The line '{text[:30]}...' has {len(tokens)} tokens; at most {limit} are possible.")
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.exporters import ExportedModel
-from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPooling
 
 import modeling_trips
@@ -24,6 +23,7 @@ from modeling_trips import (
     TripsVisionModelOutput,
 )
 
+from ..inspection.exports import EXPORT_MANIFEST, is_exported
 from ..modeling_trips_text import check_counts, check_image_index, check_image_source, check_text_length
 from .graphs import image_shape, tensors_of
 
@@ -57,7 +57,7 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
         ValueError: if its head is of another model.
     """
     folder = Path(folder)
-    if not (folder / EXPORT_MANIFEST_FILE).is_file():
+    if not is_exported(folder):
         raise FileNotFoundError(f"{folder} holds no export: make one with `python -m modeling_trips.export`.")
     options = runner_options(folder, num_threads or torch.get_num_threads())
     exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
@@ -66,7 +66,7 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
 
 def runner_options(folder: Path, num_threads: int) -> dict:
     """How the runtime of an export is to run it, as `ExportedModel.from_pretrained` takes it."""
-    manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
     backend = manifest["export_format"]
     runtime = import_module(RUNTIMES[backend])  # an error names it
     if backend == "onnx":

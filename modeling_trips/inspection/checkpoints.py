@@ -22,13 +22,7 @@ from transformers import AutoConfig
 import modeling_trips
 from modeling_trips import TripsPreTrainedModel
 
-
-EXPORT_MANIFEST = "export.json"
-
-
-def is_exported(name: str | Path) -> bool:
-    """Whether `name` is a folder that `python -m modeling_trips.export` wrote."""
-    return (Path(name) / EXPORT_MANIFEST).is_file()
+from .exports import is_exported
 
 
 def load_checkpoint(

@@ -330,7 +330,7 @@ def make_model_card(
         head = head._replace(has_pipeline=False)  # by the tasks' names, Transformers finds them in checkpoints alone
     metrics, num_examples = read_metrics(results) if results else ({}, None)
     image_size, tokens = look_once(model, processor)
-    text_length = min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    text_length = processor.max_text_length(config)
     counted_length = min(text_length, TYPICAL_TEXT_LENGTH)
     measured_on = [args.evaluated_on.link if args.evaluated_on else "unknown data", args.eval_split or "unknown split"]
     measured_on.append(f"{num_examples:,} examples" if num_examples else "unknown number of examples")

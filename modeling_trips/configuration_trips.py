@@ -3,8 +3,8 @@
 """
 Configurations of TRIPS: the whole model, and its vision tower, text encoder, fusion encoder and decoder.
 
-Every use of a checkpoint begins with this module, so that it checks the release of Transformers: others lack what is
-imported next. It imports no sibling: old releases copy only what the first module imports itself.
+Every use of a checkpoint begins with this module, which checks the release of Transformers before it imports what old
+releases lack. It imports no sibling, since old releases copy only the siblings of the first module.
 """
 
 # ruff: noqa: E402
@@ -50,10 +50,10 @@ from transformers.utils import PushToHubMixin, auto_docstring
 GUIDANCES = ("text", "image", "random")
 FIELDS_OF_LAYERS = ("selection_guidance", "keep_rate", "selection_mass", "min_keep_rate")
 
-# Fields in which the files of a checkpoint name code to load.
+# Fields in the files of a checkpoint that name code to load.
 CODE_FIELDS = ("auto_map", "_auto_map", "custom_pipelines", "custom_generate")
 
-# The least value that a number may have, in any configuration that has such a field.
+# Least values of fields, in any configuration that has them.
 LEAST_VALUES = {
     "hidden_size": 1,
     "num_hidden_layers": 0,
@@ -84,7 +84,7 @@ def remove_code_references(part):
     """
     Delete the `CODE_FIELDS` at any depth of dictionaries, lists, configurations, image processors and tokenizers.
 
-    A checkpoint may name code of other repositories there. Loading does not run it, but saving would pass it on.
+    A checkpoint may name code of other repositories there. Loading does not run it, but saving would copy the names.
     """
     values = vars(part) if isinstance(part, PushToHubMixin) else part  # the base of all that Transformers saves
     if isinstance(values, dict):
@@ -98,7 +98,7 @@ def remove_code_references(part):
 
 
 def validate_numbers(config: PreTrainedConfig):
-    """Raises a `ValueError` on a field that is below its `LEAST_VALUES`, infinite, or not a number."""
+    """Raise a `ValueError` if a field is below its `LEAST_VALUES`, infinite, or not a number."""
     for name, least in LEAST_VALUES.items():
         value = getattr(config, name, least)
         if not least <= value < math.inf:  # NaN is not either
@@ -106,7 +106,7 @@ def validate_numbers(config: PreTrainedConfig):
 
 
 def _validate_layers(config: PreTrainedConfig):
-    """What all kinds of layers have: widths, heads, dropout, and an activation."""
+    """Check what all kinds of layers have: widths, heads, dropout and activation."""
     validate_numbers(config)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if getattr(config, name) > 1:
@@ -128,7 +128,7 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
 
 
 def check_field_of_layer(field: str, value):
-    """Raises a `ValueError` unless `value` is one that a selection layer can have for this field."""
+    """Raise a `ValueError` if a selection layer cannot have `value` for this field."""
     if field == "selection_guidance":
         if value not in GUIDANCES:
             raise ValueError(f"`{field}` must be one of {', '.join(map(repr, GUIDANCES))}, got {value!r}.")
@@ -143,11 +143,11 @@ class LayerSelection(NamedTuple):
     Args:
         guidance (`str`, *optional*, defaults to `"text"`): What scores the candidates: `"text"`, `"image"` or
             `"random"`.
-        keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that goes on, in (0, 1].
+        keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that is kept, in (0, 1].
         mass (`float`, *optional*): With top-p selection, the sum of scores to keep, in (0, 1]; `keep_rate` is then the
-            most. By default top-k selection.
-        min_keep_rate (`float`, *optional*, defaults to 0.0): With top-p selection, the least share that goes on.
-        fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates go on as one fused token.
+            largest share. By default top-k selection.
+        min_keep_rate (`float`, *optional*, defaults to 0.0): With top-p selection, the smallest share.
+        fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates become one fused token.
         normalize (`bool`, *optional*, defaults to `False`): Whether the weights of the fused token sum to 1.
         seed (`int`, *optional*, defaults to 0): Seed of `"random"` guidance in evaluation.
     """
@@ -164,7 +164,7 @@ class LayerSelection(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class SelectionSchedule:
     """
-    Which layers select patches, what scores them, and how many go on. `SelectionSchedule()` selects nothing.
+    The layers that select patches, what scores the patches, and how many are kept. `SelectionSchedule()` keeps all.
 
     Its text form is one entry per layer, `layer:guidance:keep_rate`, as in `5:image:0.7,12:text:0.3`. Top-p selection
     adds mass and minimum, as in `5:text:0.7:0.9:0.1`. `str` prints it and `parse` reads it.
@@ -295,24 +295,24 @@ class TripsVisionConfig(PreTrainedConfig):
     selection_layers (`list[int]`, *optional*, defaults to `[5, 10]`):
         Layers that select patches, numbered from 1, ascending. An empty list is a plain ViT.
     keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
-        Share of the candidate tokens that goes on after a selection layer, in (0, 1]: one rate, or one per layer.
-        1.0 turns a layer's selection off.
+        Share of the candidate tokens that a selection layer keeps, in (0, 1]: one rate, or one per layer. 1.0 turns a
+        layer's selection off.
     selection_mode (`str`, *optional*, defaults to `"topk"`):
-        How many tokens go on. `"topk"`: the share `keep_rate` of the candidates. `"mass"`: in each row the smallest
-        set of candidates whose scores sum to at least `selection_mass`, of them at most the share `keep_rate` and at
-        least the share `min_keep_rate`. Rows of a batch are padded to the longest; to know it, each such layer waits
-        for the device once. Compiled and exported models pad to `keep_rate`.
+        `"topk"` keeps the share `keep_rate` of the candidates. `"mass"` (top-p selection) keeps in each row the
+        smallest set of candidates whose scores sum to at least `selection_mass`, with shares of `min_keep_rate` to
+        `keep_rate`. Rows are padded to the longest of the batch, which takes one sync with the device per layer.
+        Compiled and exported models pad to `keep_rate`.
     selection_mass (`float` or `list[float]`, *optional*, defaults to 0.9):
-        The sum of scores that is kept if `selection_mode="mass"`, in (0, 1]: one, or one per layer.
+        Sum of scores to keep if `selection_mode="mass"`, in (0, 1]: one, or one per layer.
     min_keep_rate (`float` or `list[float]`, *optional*, defaults to 0.0):
-        The least share of the candidates that is kept if `selection_mode="mass"`, in [0, keep_rate], and at least one
-        of them: one, or one per layer.
+        Smallest share of the candidates to keep if `selection_mode="mass"`, in [0, keep_rate]: one, or one per layer.
+        At least one candidate is kept.
     selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`):
-        What ranks the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
+        What scores the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
         all selection layers, or one per layer. All texts of an image share its computation up to the first layer that
         a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
-        Whether the tokens that are not kept go on as one fused token, or are dropped.
+        Whether the tokens that are not kept become one fused token, or are dropped.
     normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
         Whether the weights of the fused token are rescaled to sum to 1.
     selection_seed (`int`, *optional*, defaults to 0):
@@ -467,8 +467,8 @@ class TripsVisionConfig(PreTrainedConfig):
 class TripsTextConfig(PreTrainedConfig):
     r"""
     pooling_mode (`str`, *optional*, defaults to `"cls"`):
-        What of a text guides the selection and is compared with images: `"cls"` (the output of its first token, [CLS])
-        or `"mean"` (the mean of all its tokens, as sentence encoders such as MiniLM are trained).
+        Representation of a text, for selection and retrieval: `"cls"` (the output of its first token, [CLS]) or
+        `"mean"` (the mean of its tokens, as in sentence encoders such as MiniLM).
 
     Example:
 
@@ -501,7 +501,7 @@ class TripsTextConfig(PreTrainedConfig):
         _validate_layers(self)
 
     def validate_token_ids(self):
-        """Only padding is refused: no model can be made with it. The rest is a warning, as in Transformers."""
+        """Refuse padding outside of the vocabulary. Other tokens raise a warning, as in Transformers."""
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}).")
         super().validate_token_ids()
@@ -515,15 +515,15 @@ class TripsFusionConfig(TripsTextConfig):
         Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the
         width of its vision tower.
     fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
-        How text and image meet. `"cross_attention"`: every layer changes the text alone, which attends to the image
-        tokens (ALBEF). `"skip_connected"`: so do `skip_stride` layers, then one attends over text and image tokens
-        joined and changes both, and so on (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: there is no
-        fusion encoder; text and patches go through the vision tower's layers together, from the first one on (ViLT,
-        https://arxiv.org/abs/2102.03334). [`TripsConfig`] then leaves the text encoder nothing but its embeddings.
+        How text and image are fused. `"cross_attention"`: the text attends to the image tokens in every layer (ALBEF).
+        `"skip_connected"`: after each `skip_stride` such layers, one attends over text and image tokens joined and
+        changes both (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: text and patches go through the
+        vision tower together, without a fusion encoder (ViLT, https://arxiv.org/abs/2102.03334); the text encoder of
+        [`TripsConfig`] then consists of its embeddings.
     pooling_mode (`str`, *optional*, defaults to `"cls"`):
         Of the text encoder; not used here.
     skip_stride (`int`, *optional*, defaults to 3):
-        How many layers the image tokens skip before each layer that they go through, if `"skip_connected"`.
+        Number of layers that the image tokens skip before each joined layer, if `"skip_connected"`.
     """
 
     model_type = "trips_fusion"
@@ -535,14 +535,14 @@ class TripsFusionConfig(TripsTextConfig):
 
     @property
     def connected_layers(self) -> list[int]:
-        """Numbers (from 1) of the layers that text and image tokens go through together."""
+        """Numbers (from 1) of the layers over text and image tokens joined."""
         if self.fusion_type != "skip_connected":
             return []
         return list(range(self.skip_stride + 1, self.num_hidden_layers + 1, self.skip_stride + 1))
 
     @property
     def cross_attention_hidden_size(self) -> int:
-        """Width of the states that cross-attention reads: image tokens that join the text are made as wide as it."""
+        """Width of the states that cross-attention reads. Image tokens that join the text have its width."""
         return (self.encoder_hidden_size if self.fusion_type != "skip_connected" else None) or self.hidden_size
 
     def validate_skip_stride(self):
@@ -551,7 +551,7 @@ class TripsFusionConfig(TripsTextConfig):
         if self.fusion_type == "skip_connected" and not self.connected_layers:
             raise ValueError(
                 f"`skip_stride` ({self.skip_stride}) must be below the `num_hidden_layers` ({self.num_hidden_layers}) "
-                "of the fusion encoder, or text and image are never joined."
+                "of the fusion encoder."
             )
 
 
@@ -600,7 +600,7 @@ FUSION_FIELDS = ("fusion_type", "skip_stride")
 # Fields of a part that are fields of `TripsConfig` too.
 FORWARDED_FIELDS = {"vision_config": (*SELECTION_FIELDS, "image_size"), "fusion_encoder_config": FUSION_FIELDS}
 
-# What the fusion encoder and the decoder take from the text encoder unless they are told otherwise.
+# Defaults of the fusion encoder and the decoder that come from the text encoder.
 FIELDS_SHARED_WITH_TEXT = (
     "vocab_size",
     "hidden_size",
@@ -619,22 +619,21 @@ FIELDS_SHARED_WITH_TEXT = (
 
 @auto_docstring(
     custom_intro="""
-    Configuration of a [`TripsModel`] and of the models with a head. The defaults are the paper's: ViT-B/16 that keeps
-    70% of its tokens after layers 5 and 10, and a BERT-base split into 6 text and 6 fusion layers.
+    Configuration of a [`TripsModel`] and of the models with a head. The defaults are the paper's: a ViT-B/16 that
+    keeps 70% of its tokens after layers 5 and 10, and a BERT-base split into 6 text and 6 fusion layers.
     """
 )
 @strict
 class TripsConfig(PreTrainedConfig):
     r"""
     fusion_encoder_config (`dict` or `TripsFusionConfig`, *optional*):
-        The fusion encoder. What is not given is taken from `text_config` (but for `num_hidden_layers`).
+        The fusion encoder. Its defaults, except `num_hidden_layers`, come from `text_config`.
     decoder_config (`dict` or `TripsDecoderConfig`, *optional*):
-        The text decoder of the generative heads. What is not given is taken from `text_config` (but for
-        `num_hidden_layers`).
+        The text decoder of the generative heads. Its defaults, except `num_hidden_layers`, come from `text_config`.
     projection_dim (`int`, *optional*, defaults to 256):
-        Width of the features of images and texts that retrieval compares.
+        Width of the features of images and texts in retrieval.
     itc_weight (`float`, *optional*, defaults to 1.0):
-        Weight of image-text contrast, in retrieval and pre-training. 0 turns an objective off and skips its compute.
+        Weight of image-text contrast, in retrieval and pre-training. 0 skips an objective.
     itm_weight (`float`, *optional*, defaults to 1.0):
         Weight of image-text matching, in retrieval and pre-training.
     mlm_weight (`float`, *optional*, defaults to 1.0):
@@ -642,12 +641,11 @@ class TripsConfig(PreTrainedConfig):
     prefix_lm_weight (`float`, *optional*, defaults to 1.0):
         Weight of prefix language modelling in pre-training.
     answer_ranking (`str`, *optional*, defaults to `"likelihood"`):
-        What [`TripsForQuestionAnswering.rank_answers`] ranks by: `"likelihood"`, or `"albef"`, where the first token's
-        log-probability counts twice, as in ALBEF's `rank_answer` (its models/model_vqa.py), with which its accuracies
-        were measured. Converted checkpoints of ALBEF have the latter.
+        Score of [`TripsForQuestionAnswering.rank_answers`]: `"likelihood"`, or `"albef"`, where the first token's
+        log-probability counts twice, as in ALBEF's models/model_vqa.py and in its converted checkpoints.
     selection_loss_weight (`float`, *optional*, defaults to 0.5):
-        Weight of the loss that teaches texts to choose their patches, in training, where regions or the targets of a
-        teacher are given. 0 turns it off.
+        Weight of the selection supervision in training, if regions or the targets of a teacher are given. 0 turns it
+        off.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     bbox_loss_coefficient (`float`, *optional*, defaults to 5.0):
@@ -655,14 +653,11 @@ class TripsConfig(PreTrainedConfig):
     giou_loss_coefficient (`float`, *optional*, defaults to 2.0):
         Weight of its generalised IoU loss.
     pointing_loss_coefficient (`float`, *optional*, defaults to 0.0):
-        Weight of the loss that teaches where to look, in training: the head of [`TripsForVisualGrounding`] at the
-        patches of the box; where text is written about `regions`, the [CLS] of what was asked at their patches, in the
-        last cross-attention of the fusion. 0 turns it off.
+        Weight of the attention supervision in training: of the box head of [`TripsForVisualGrounding`], or of the
+        text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
     kwargs:
-        `selection_layers`, `keep_rate`, `selection_mode`, `selection_mass`, `min_keep_rate`, `selection_guidance`,
-        `fuse_inattentive_tokens`, `normalize_fusion_weights`, `selection_seed` and `image_size` are passed on to
-        `vision_config`, `fusion_type` and `skip_stride` to `fusion_encoder_config` (where they are documented), here
-        and in `from_pretrained`.
+        Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, are passed to `vision_config`;
+        `fusion_type` and `skip_stride` are passed to `fusion_encoder_config`; here and in `from_pretrained`.
 
     Example:
 
@@ -721,15 +716,15 @@ class TripsConfig(PreTrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "TripsConfig":
         """
-        A configuration of a named size, with random weights when a model is made from it.
+        Return a configuration of a named size.
 
         Args:
-            name (`str`): one of [`TripsConfig.presets`]: `"tiny"` (64 px, trains on a laptop's CPU), `"small"` (384
-                wide), `"base"` (ViT-B/16 + BERT-base split 6/6, decoder of 6).
-            kwargs: fields that override the preset. Sub-configurations are merged field by field.
+            name (`str`): `"tiny"` (64 px, trains on a laptop's CPU), `"small"` (384 wide) or `"base"` (ViT-B/16 and
+                BERT-base split 6/6, decoder of 6).
+            kwargs: Fields that override the preset. Sub-configurations are merged field by field.
 
         Raises:
-            ValueError: if there is no preset of that name.
+            ValueError: There is no preset of that name.
         """
         if name not in PRESETS:
             raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {name!r}.")
@@ -741,7 +736,7 @@ class TripsConfig(PreTrainedConfig):
 
     @classmethod
     def presets(cls) -> list[str]:
-        """The names that [`TripsConfig.from_preset`] knows."""
+        """Return the names of the presets."""
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
@@ -775,7 +770,7 @@ class TripsConfig(PreTrainedConfig):
         if value is None or isinstance(value, dict):
             value, _ = self.sub_configs_defaults[name].create_subconfig(name, {**defaults, **(value or {})})
             return value
-        return copy.deepcopy(value)  # widths are filled in below: what was passed in stays as it is
+        return copy.deepcopy(value)  # widths are filled in below, but not in the argument
 
     def _fill_width(self, part: str, field: str, width: int):
         config = getattr(self, part)
@@ -791,7 +786,7 @@ class TripsConfig(PreTrainedConfig):
         if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
             raise ValueError(
                 f"`fusion_encoder_config.hidden_size` ({self.fusion_encoder_config.hidden_size}) must equal "
-                f"`text_config.hidden_size` ({self.text_config.hidden_size}): the fusion layers go on with its states."
+                f"`text_config.hidden_size` ({self.text_config.hidden_size})."
             )
 
     def validate_single_stream(self):
@@ -805,17 +800,14 @@ class TripsConfig(PreTrainedConfig):
             ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
         ):
             if value != needed:
-                raise ValueError(
-                    f"`{name}` must be {needed} with `fusion_type='single_stream'`, where text and patches go "
-                    f"through the vision tower's layers together, got {value}."
-                )
+                raise ValueError(f"`{name}` must be {needed} with `fusion_type='single_stream'`, got {value}.")
 
     def check_start_token(self):
         """
-        For the heads that write; all others may have any start token, as the defaults of the decoder are BERT's.
+        Check the start token of the heads that write.
 
         Raises:
-            ValueError: if the start token is outside of the decoder's vocabulary.
+            ValueError: The start token is outside of the decoder's vocabulary.
         """
         start, vocab_size = self.decoder_start_token_id, self.decoder_config.vocab_size
         if start is not None and not 0 <= start < vocab_size:

@@ -1,11 +1,9 @@
 # Copyright 2026 The TRIPS for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Image files to 8-bit RGB images, within limits.
+Decode image files from untrusted sources to 8-bit RGB images, within limits.
 
-The service, the app, the endpoint handler and the index decode files from strangers with [`decode_image`], or with
-[`IsolatedDecoder`], which does the same in processes that it can kill. This file imports nothing local: it is also the
-program that these processes run, so that they start without PyTorch.
+This file imports neither siblings nor PyTorch, so that processes which decode start fast.
 """
 
 import io

@@ -1,10 +1,10 @@
 # Copyright 2026 The TRIPS for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-TRIPS: the bare model, and the heads that write (answers, captions), ground and classify.
+The bare TRIPS model, and the heads that write answers and captions.
 
-A text passes `TripsTextModel`, picks patches in `TripsVisionModel` and is fused with them in `TripsFusionModel`. A
-head reads the fused states.
+`TripsTextModel` encodes a text, `TripsVisionModel` encodes an image and keeps the patches that the text scores
+highest, and `TripsFusionModel` fuses both. A head reads the fused states.
 """
 
 import copy
@@ -53,15 +53,15 @@ SMALLEST_ATTENTION = 1e-6  # to a candidate, before its logarithm is taken
 
 def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """
-    Where a text that is about a region should look: at each patch as much as it is a part of the region.
+    Return the share of each text's region that lies in each patch.
 
     Args:
-        regions (`torch.Tensor` of shape `(num_texts, 4)`): boxes (center_x, center_y, width, height) in [0, 1] of the
-            image. A text without a region has a box of no area.
-        grid_size (`tuple(int, int)`): patches down and across.
+        regions (`torch.Tensor` of shape `(num_texts, 4)`): Boxes (center_x, center_y, width, height) in [0, 1] of the
+            image. A text without a region has a box without area.
+        grid_size (`tuple(int, int)`): Patches down and across.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order: each row sums to 1, or
+        `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order. Each row sums to 1, or
         to 0 without a region in the image.
     """
     center_x, center_y, width, height = regions.float().unbind(-1)
@@ -78,16 +78,8 @@ def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.T
 
 def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
     """
-    Of what should be looked at, the part of each candidate; a fused token has that of all patches which are no
-    candidates, since they are behind it.
-
-    Args:
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`)
-        candidate_indices (`torch.LongTensor` of shape `(num_texts, num_candidates)`): -1 for a fused token, -2 for
-            padding, which has none.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts, num_candidates)`.
+    Return the target of each candidate, `(num_texts, num_candidates)`: a patch has its own, a fused token that of all
+    patches which are not candidates, and padding 0. `targets` is of shape `(num_texts, num_patches)`.
     """
     is_patch = candidate_indices >= 0
     shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
@@ -97,21 +89,17 @@ def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTe
 
 def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    How far the attention that selects is from where it should be. It teaches a text to choose, which top-k has no
-    gradient for.
+    Return the selection supervision, `(num_texts,)`, float32: the Kullback-Leibler divergence of the scores from the
+    targets. Top-k itself has no gradient.
 
-    A region says where to look, not what in it matters: the target is the region weighted by the square root of what
-    the text finds in it, and the loss the Kullback-Leibler divergence of the scores from that. (The weights themselves
-    would be expectation maximisation, which soon looks at a patch or two; none would want all of a region alike.)
+    A region does not tell which of its patches matter, so that targets are weighted by the square root of the scores.
+    (The scores themselves would be expectation maximisation, which collapses to a patch or two; without weights, all
+    patches of a region would be equally important.)
 
     Args:
-        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): attention of a selection
-            layer or a head, and to which patches.
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): where to look, not negative; a row of zeros
-            teaches nothing.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts,)`, float32.
+        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): Attention of a selection
+            layer or a head, and the patches that it is paid to.
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. The loss of a row of zeros is 0.
     """
     scores = scores.float().clamp(min=SMALLEST_ATTENTION)
     targets = targets_of_candidates(targets.float(), candidate_indices) * scores.detach().sqrt()
@@ -120,15 +108,15 @@ def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, ta
 
 
 def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
-    """The sum of losses, each given with its weight; those that are `None` are left out, and so is a sum of none."""
+    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
     losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
     return sum(losses) if losses else None
 
 
 def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
     """
-    Which patches the image tokens behind [CLS] are: `(num_texts or 1, num_tokens)`, in row-major order of the image;
-    negative for a fused token and for padding.
+    Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
+    a fused token and padding.
     """
     num_tokens, device = image_states.shape[1], image_states.device
     if selection:
@@ -140,19 +128,17 @@ def pointing_losses(
     weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
 ) -> torch.Tensor:
     """
-    How far attention is from each text's region, as [`selection_loss`] tells it of the patches that were kept. A fused
-    token shows no place: what it gets counts neither for nor against. (Were it wrong to look at it, it would be taught
-    to be unlike the region, and with it the scores that it is weighted by: to choose what the text is not about.)
+    Return the attention supervision: the [`selection_loss`] of attention to the kept patches, `(num_texts,)`, float32.
+    It is 0 if no kept patch lies in the region.
+
+    Attention to a fused token is not counted. A penalty would make the fused token unlike the region, and through its
+    weights would raise the scores of patches outside of the region.
 
     Args:
-        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): attention to the image tokens behind [CLS]; with
-            what else is attended to, rows sum to 1. Padding gets none.
-        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): see `token_indices`.
-        regions (`torch.Tensor` of shape `(num_texts, 4)`): see [`region_targets`].
-        grid_size (`tuple(int, int)`): patches down and across.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts,)`, float32; 0 where nothing of the region is among them.
+        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS], 0 at
+            padding. With all other tokens, rows sum to 1.
+        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): See `token_indices`.
+        regions, grid_size: See `region_targets`.
     """
     indices = indices.to(weights.device).masked_fill(indices < 0, PADDING).expand_as(weights)
     to_fused = weights.where(indices == PADDING, 0.0).sum(dim=-1, keepdim=True)
@@ -163,7 +149,7 @@ def pointing_losses(
 # The bare model
 
 
-@auto_docstring(custom_intro="Base of the models with a [`TripsConfig`]: the bare one, and those with a head on it.")
+@auto_docstring(custom_intro="Base of the models with a [`TripsConfig`]: the bare model and those with a head.")
 class TripsWholeModel(TripsPreTrainedModel):
     config: TripsConfig
     # The task of the pipeline that runs the head.
@@ -171,7 +157,7 @@ class TripsWholeModel(TripsPreTrainedModel):
 
     @classmethod
     def auto_map(cls) -> dict[str, str]:
-        """As in the parent. Where `cls` has no part in an Auto class, a class of its module has."""
+        """As in the parent, with the other classes of the module for the other Auto classes."""
         references = {"AutoProcessor": "processing_trips.TripsProcessor"}
         for model_class in reversed(sys.modules[cls.__module__].MODELS):
             references |= dict.fromkeys(model_class.auto_classes, name_in_checkpoint(model_class))
@@ -202,20 +188,20 @@ class TripsWholeModel(TripsPreTrainedModel):
 class TripsModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
-        The fused states: the text's tokens after they attended to the image tokens.
+        The fused states: the text tokens after attention to the image tokens.
     selection (`tuple(TripsSelection)`):
         What each selection layer kept, in the order of the layers.
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
-        With `output_cls_attention=True`: how much the text's [CLS] attends to each image token in the last layer with
-        cross-attention, float32, whatever the attention implementation. Padding has a part in it.
+        Attention of the text's [CLS] to each image token, padding included, in the last layer with cross-attention;
+        float32. With `output_cls_attention=True`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        How far each text's choice of patches is from its region; 0 without one. In training, if regions are given.
+        The `selection_loss` of each text; 0 without a region. In training, if regions or targets are given.
     text_model_output (`BaseModelOutputWithPooling`):
-        Output of the text encoder. Its `pooler_output` is the text guidance t (but in a single stream).
+        Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
-        Output of the vision tower: the image tokens that selection left.
+        Output of the vision tower: the remaining image tokens.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -231,9 +217,9 @@ class TripsModelOutput(ModelOutput):
 
 @auto_docstring(
     custom_intro="""
-    The bare TRIPS model. The text goes first, since it picks the patches: text encoder -> vision tower under the
-    text's guidance -> fusion encoder. Nothing goes back. `config.fusion_type` gives it the form of ALBEF, of mPLUG, or
-    of ViLT: text embeddings -> vision tower, through which text and patches go together.
+    The bare TRIPS model: text encoder -> vision tower, whose patches the text scores -> fusion encoder.
+    `config.fusion_type` selects the form of ALBEF, mPLUG, or ViLT, where text embeddings and patches go through the
+    vision tower together.
     """
 )
 class TripsModel(TripsWholeModel):
@@ -260,13 +246,8 @@ class TripsModel(TripsWholeModel):
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """
-        The text-independent part of the vision tower, computed once per image: see [`TripsVisionModel.encode_images`].
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`)
-
-        Returns:
-            [`TripsImageCache`], the `image_cache` of `forward`.
+        Return the `image_cache` of `forward`, the text-independent part of the vision tower: see
+        [`TripsVisionModel.encode_images`]. `pixel_values` are of shape `(num_images, num_channels, height, width)`.
         """
         return self.vision_model.encode_images(pixel_values, **kwargs)
 
@@ -283,26 +264,26 @@ class TripsModel(TripsWholeModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
-        All that comes behind the text encoder, for texts that are encoded already, one row per pair of text and image.
+        Run everything after the text encoder, one row per pair of text and image.
 
         Args:
-            text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): the `last_hidden_state` of
-                `text_model`. A text that is to meet several images is repeated.
-            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, output_cls_attention: as in
+            text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
+                `text_model`. Repeat a text that has several images.
+            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, output_cls_attention: As in
                 `forward`.
 
         Returns:
             [`TripsModelOutput`] without `text_model_output`.
 
         Raises:
-            `ValueError`: if `output_cls_attention` is asked of a single stream.
+            `ValueError`: `output_cls_attention` is set for a single stream.
         """
         images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
         # CODEPATH: as in `__init__`.
         if self.fusion_model is None:
             if output_cls_attention:
                 raise ValueError(
-                    "A single stream has no cross-attention: leave out `output_cls_attention`, and set "
+                    "`output_cls_attention` is not supported with `fusion_type='single_stream'`. Set "
                     "`pointing_loss_coefficient` to 0."
                 )
             joint = self.vision_model(text_states, attention_mask=attention_mask, **images, **kwargs)
@@ -340,7 +321,7 @@ class TripsModel(TripsWholeModel):
         )
 
     def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:
-        """Patches of each image, down and across."""
+        """Return the patches of each image, down and across."""
         return image_cache.grid_size if pixel_values is None else self.vision_model.embeddings.grid_of(pixel_values)
 
     def selection_losses(
@@ -351,11 +332,11 @@ class TripsModel(TripsWholeModel):
         pixel_values: torch.Tensor | None,
         image_cache: TripsImageCache | None,
     ) -> torch.Tensor | None:
-        """The mean over the layers that a text guides, `(num_texts,)`; `None` where there is nothing to teach."""
+        """Return the mean over the layers that a text guides, `(num_texts,)`, or `None` without any loss."""
         by_layer = zip(selection, self.vision_model.schedule.selections)
         by_text = [kept for kept, settings in by_layer if settings.guidance == "text"]
         is_taught = self.training and self.config.selection_loss_weight > 0
-        # CODEPATH: a weight of 0 turns the loss off; in evaluation, nothing is taught.
+        # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
         if not (is_taught and by_text) or (regions is None and patch_targets is None):
             return None
         if regions is not None:
@@ -387,11 +368,11 @@ class TripsModel(TripsWholeModel):
         image_cache (`TripsImageCache`, *optional*):
             Result of `encode_images`, in place of `pixel_values`.
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            What each text is about: boxes (center_x, center_y, width, height) in [0, 1] of the image in
-            `pixel_values`, as [`TripsProcessor.encode_boxes`] makes them; one of no area where it is not known. In
-            training they teach the texts to choose their patches, see `selection_loss_weight`.
+            The target region of each text: boxes (center_x, center_y, width, height) in [0, 1] of the image in
+            `pixel_values`, as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In
+            training they supervise the selection, see `selection_loss_weight`.
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Where a teacher looks for each text, patches in row-major order: each row sums to 1. They teach those texts
+            Attention of a teacher for each text, patches in row-major order: each row sums to 1. They supervise texts
             whose region is not known.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`. A single stream has none.
@@ -430,7 +411,7 @@ TripsModel.register_for_auto_class("AutoModel")
 # Heads that write
 
 
-# How many tokens `generate` writes unless a checkpoint or a call says otherwise: enough for a caption.
+# Default of `generate`, enough for a caption.
 MAX_NEW_TOKENS = 32
 
 
@@ -442,10 +423,10 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
         `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        The part of `loss` that teaches texts to choose, before its weight. In training, if `regions` are given.
+        Selection supervision. In training, if `regions` or `patch_targets` are given.
     pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        The part that teaches the text's [CLS] to look at its region in the last cross-attention, before its weight. In
-        training, if `regions` are given and `encoder_outputs` are not, unless its coefficient is 0.
+        Attention supervision of the text's [CLS] in the last cross-attention. In training, if `regions` are given and
+        `encoder_outputs` are not, unless its coefficient is 0.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
@@ -457,8 +438,8 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 @auto_docstring(
     custom_intro="""
-    TRIPS with a text decoder. The text (a prompt, a question, or nothing) selects the patches and is fused with them;
-    the decoder reads the fused states and writes what follows the text: a caption, an answer.
+    TRIPS with a text decoder. The text (a prompt, a question, or an empty text) selects the patches and is fused with
+    them. The decoder reads the fused states and writes a caption or an answer.
     """
 )
 class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
@@ -478,8 +459,8 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
 
     def adjust_generation_fn(self, *args, **kwargs):
         """
-        As in Transformers. But a checkpoint of a task that does not write has no generation config, and its model
-        config does not say which token ends a text: its decoder's does.
+        As in Transformers. A checkpoint of a task without generation has no generation config, so that the special
+        tokens come from the decoder's config.
         """
         of_decoder = self.generation_config
         super().adjust_generation_fn(*args, **kwargs)
@@ -492,8 +473,8 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
 
     def get_output_embeddings(self):
         """
-        The head, if it has weights of its own. PEFT and FSDP know of heads that share those of `get_input_embeddings`,
-        which are the text encoder's, but not of one that shares the decoder's: they would untie it or shard it twice.
+        Return the head if its weights are not tied. PEFT and FSDP expect tied weights in `get_input_embeddings`, the
+        text encoder's, but the head shares the decoder's: they would untie it or shard it twice.
         """
         return None if self.config.tie_word_embeddings else self.lm_head.decoder
 
@@ -501,7 +482,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         self.lm_head.decoder = new_embeddings
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and the head."""
+        """Resize the embeddings of the text encoder and of the decoder, which are not tied, and the head."""
         size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
         self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
         return super().resize_token_embeddings(*args, **kwargs)
@@ -510,7 +491,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         super()._validate_model_kwargs(model_kwargs)
         index, image_cache = model_kwargs.get("image_index"), model_kwargs.get("image_cache")
         images = model_kwargs.get("pixel_values") if image_cache is None else image_cache.hidden_states
-        # Of another device than the CPU, the values are known only when it has finished all its work.
+        # Values on another device than the CPU would take a sync.
         if index is not None and images is not None and index.device.type == "cpu":
             check_image_index(index, num_images=len(images))
 
@@ -527,13 +508,8 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """
-        The decoder's input for teacher forcing: labels shifted right behind the start token, -100 replaced by padding.
-
-        Args:
-            labels (`torch.LongTensor` of shape `(num_labels, label_length)`)
-
-        Returns:
-            `torch.LongTensor` of the same shape.
+        Return the decoder's input for teacher forcing, `(num_labels, label_length)`: the labels shifted right after
+        the start token, with padding in place of -100.
         """
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
@@ -572,14 +548,14 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
             Token ids of the answers or captions, ending with the end token; -100 is ignored.
         loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
-            Weight of each row of `labels` in the loss, as VQAv2 has ten answers of which some are equal. 1 by default.
+            Weight of each row of `labels` in the loss, such as the share of VQAv2's ten answers. 1 by default.
         text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
-            Row j of `labels` follows text `text_index[j]`, so that the answers to one question, or the captions of one
-            image, share all but the decoder. By default row j follows text j.
+            Row j of `labels` follows text `text_index[j]`, so that several answers to one question share everything
+            except the decoder. By default row j follows text j.
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            What each text is about, see [`TripsModel`].
+            The target region of each text, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Where a teacher looks, see [`TripsModel`].
+            Attention of a teacher, see [`TripsModel`].
 
         Example:
 
@@ -674,7 +650,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         pixel_values: torch.FloatTensor | None,
         image_cache: TripsImageCache | None,
     ) -> torch.Tensor:
-        """How far each text's [CLS] looks from its region in the last cross-attention, all heads: `(num_texts,)`."""
+        """Return the attention supervision of [CLS] in the last cross-attention, mean over heads: `(num_texts,)`."""
         weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
         image_mask = select_rows(vision.attention_mask, vision.image_index)
         if image_mask is not None:
@@ -694,15 +670,13 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         text_index: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
-        Log-likelihood of given answers or captions. Call `eval()` first, as for `generate`.
+        Return the log-likelihood of given answers or captions, `(num_labels,)`, float32: the sum over the tokens of
+        each row. Call `eval()` first, as for `generate`.
 
         Args:
-            labels, text_index: as in `forward`.
-            encoder_outputs ([`TripsModelOutput`]): what `get_encoder()` returned for the texts and images.
-            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*): of the texts.
-
-        Returns:
-            `torch.FloatTensor` of shape `(num_labels,)`, float32: the sum over the tokens of each row.
+            labels, text_index: As in `forward`.
+            encoder_outputs ([`TripsModelOutput`]): Output of `get_encoder()` for the texts and images.
+            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*): Of the texts.
         """
         logits = self(
             attention_mask=attention_mask,
@@ -718,8 +692,7 @@ def _check_labels(labels, loss_weights, text_index, num_texts: int):
     num_labels = len(labels)
     if text_index is None and num_labels != num_texts:
         raise ValueError(
-            f"Got {num_labels} rows of `labels` for {num_texts} texts. Say with `text_index` which text each of them "
-            "follows."
+            f"Got {num_labels} rows of `labels` for {num_texts} texts. Pass `text_index`, the text of each row."
         )
     for name, value in (("loss_weights", loss_weights), ("text_index", text_index)):
         if value is not None and tuple(value.shape) != (num_labels,):
@@ -727,14 +700,14 @@ def _check_labels(labels, loss_weights, text_index, num_texts: int):
 
 
 def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int) -> torch.LongTensor:
-    """`(num_labels, label_length)` -> the same: a start token and all but the last label; -100 becomes padding."""
+    """Return a start token and all labels except the last, with padding in place of -100."""
     start = torch.full_like(labels[:, :1], start_token_id)
     shifted = torch.cat((start, labels[:, :-1]), dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-    """Negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 where the label is -100."""
+    """Return the negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 for -100."""
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
 
 
@@ -742,8 +715,8 @@ def mean_over_labels(
     losses: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The mean over the label tokens of what each row of labels costs as a whole, `(num_labels,)`: as `label_loss`
-    counts, so that gradient accumulation and several processes give the gradient of the whole batch.
+    Return the mean over label tokens of the loss of each row, `(num_labels,)`. It counts as `label_loss` does, so that
+    gradient accumulation and several processes give the gradient of the whole batch.
     """
     num_tokens = (labels != -100).sum(dim=-1)
     return (losses * num_tokens).sum() / (num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
@@ -756,11 +729,10 @@ def label_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Weighted cross-entropy, divided by the number of label tokens.
+    Return the weighted cross-entropy, divided by the number of label tokens, whatever their weights.
 
-    ALBEF divides by the number of questions instead. Tokens are what `Trainer` counts (`num_items_in_batch`), so that
-    gradient accumulation and several processes give the gradient of the whole batch. All label tokens count in full,
-    whatever the weights: the more distinct answers a batch has, the smaller its loss.
+    ALBEF divides by the number of questions. `Trainer` counts tokens (`num_items_in_batch`), so that gradient
+    accumulation and several processes give the gradient of the whole batch.
     """
     nll = token_nll(logits, labels).sum(dim=-1)
     if loss_weights is not None:
@@ -779,8 +751,8 @@ class TripsAnswerRanking(ModelOutput):
     answer_indices (`torch.LongTensor` of shape `(num_texts, k)`):
         Rows of `answer_ids`, the best first.
     scores (`torch.FloatTensor` of shape `(num_texts, k)`):
-        Log-likelihood of each of these answers: the sum over its tokens. With `config.answer_ranking="albef"` the
-        first token's log-probability is in it twice.
+        Log-likelihood of each of these answers, the sum over its tokens. With `config.answer_ranking="albef"` it
+        counts the first token twice.
     selection (`tuple(TripsSelection)`):
         What each selection layer kept.
     """
@@ -811,24 +783,24 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         **inputs,
     ) -> TripsAnswerRanking:
         """
-        Ranks given answers by their likelihood, or as ALBEF does (see `config.answer_ranking`), in ALBEF's two stages:
+        Rank given answers by their likelihood, or as ALBEF does (see `config.answer_ranking`), in ALBEF's two stages:
         the `k` answers with the most likely first token are scored in full. Call `eval()` first, as for `generate`.
 
         Args:
-            answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): the answers as labels, that is
-                without the start token and ending with the end token; padded with the padding token or -100.
+            answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): The answers without a start token,
+                ending with the end token, padded with the padding token or -100.
             answer_attention_mask (`torch.Tensor` of shape `(num_answers, answer_length)`, *optional*): 0 marks
-                padding. By default padding and -100 are told from `answer_ids`.
-            k (`int`, *optional*, defaults to 128): how many answers are scored in full.
-            answers_per_step (`int`, *optional*, defaults to 16): how many answers per question the decoder scores at
-                once, which bounds the memory.
-            inputs: the question and image inputs of `forward`.
+                padding. By default it follows from `answer_ids`.
+            k (`int`, *optional*, defaults to 128): Number of answers that are scored in full.
+            answers_per_step (`int`, *optional*, defaults to 16): Number of answers per question that the decoder
+                scores at once, which bounds the memory.
+            inputs: The question and image inputs of `forward`.
 
         Returns:
-            [`TripsAnswerRanking`]: the `min(k, num_answers)` best answers of each question, the best first.
+            [`TripsAnswerRanking`]: The `min(k, num_answers)` best answers of each question, the best first.
 
         Raises:
-            ValueError: if `k` is below 1 or an answer has no tokens.
+            ValueError: `k` is below 1, or an answer has no tokens.
         """
         if answer_attention_mask is None:
             answer_attention_mask = (answer_ids != self.config.pad_token_id) & (answer_ids != -100)
@@ -862,7 +834,7 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
 TripsForQuestionAnswering.register_for_auto_class("AutoModelForVisualQuestionAnswering")
 
 
-# Of several classes for an Auto class, the first loads checkpoints that are of none of them.
+# For an Auto class with several classes, the first one loads checkpoints of other classes.
 MODELS = (
     TripsModel,
     TripsForConditionalGeneration,

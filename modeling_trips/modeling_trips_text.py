@@ -1,8 +1,7 @@
 # Copyright 2026 The TRIPS for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The text side of TRIPS: text encoder, fusion encoder and decoder, with BERT's parameter names. The base class of all
-models stands first.
+The base class of all models, and the text side: text encoder, fusion encoder and decoder, with BERT's parameter names.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,12 +42,12 @@ from .configuration_trips import (
 from .patch_selection import gather_tokens
 
 
-# What `generate` and Transformers' outputs call the keys and values of the tokens written so far.
+# Name of the keys and values in `generate` and the outputs of Transformers.
 CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 def accept_former_cache_name(forward: Callable) -> Callable:
-    """Lets a `forward` that has an argument `cache` take it as `past_key_values`, too."""
+    """Accept `past_key_values` for the argument `cache` of a `forward`."""
     if CACHE_NAME == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
 
@@ -82,8 +81,8 @@ def eager_attention_forward(
 
 def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
     """
-    Transformers' `create_bidirectional_mask`, but where there is a mask of padding it is used: looking whether it
-    hides anything would sync with the host.
+    Return Transformers' `create_bidirectional_mask`. A given padding mask is always used, since a look at its values
+    would sync with the host.
     """
     return create_bidirectional_mask(
         config=config, attention_mask=attention_mask, allow_is_bidirectional_skip=attention_mask is None, **kwargs
@@ -92,13 +91,13 @@ def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | 
 
 def joint_padding_mask(*masks_and_lengths: tuple[torch.Tensor | None, int]) -> torch.Tensor | None:
     """
-    The mask of a sequence that is joined of several, each given as its own mask, or `None` where none of its tokens is
-    padding, and its length. `None` if no part has any.
+    Return the mask of joined sequences, each given as its mask (`None` without padding) and its length; `None` if no
+    part has padding.
     """
     given = next((mask for mask, _ in masks_and_lengths if mask is not None), None)
     if given is None:
         return None
-    # Of `len(given)`, an exported program would make a constant.
+    # `len(given)` would become a constant in an exported program.
     parts = [
         given.new_ones(given.shape[0], length) if mask is None else mask.to(given)
         for mask, length in masks_and_lengths
@@ -144,8 +143,8 @@ class TripsPreTrainedModel(PreTrainedModel):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """
-        Those that get no gradient with this configuration: freeze them where data parallel training is told not to
-        look for unused parameters, or it waits for their gradients.
+        Return the parameters without a gradient in this configuration. Freeze them for data parallel training that
+        does not look for unused parameters.
         """
         parts = [module for module in self.children() if isinstance(module, TripsPreTrainedModel)]
         return [parameter for part in parts for parameter in part.unused_parameters()]
@@ -157,36 +156,36 @@ class TripsPreTrainedModel(PreTrainedModel):
         return {"AutoConfig": name_in_checkpoint(cls.config_class), **own}
 
     def name_code(self):
-        """Name the code of this project, and no other, in the configurations of a model that is about to be saved."""
+        """Name the code of this project, and no other, in the configurations before they are saved."""
         remove_code_references([self.config, getattr(self, "generation_config", None)])
         self.config.auto_map = class_before_sharding(type(self)).auto_map()
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in Transformers. The folder gets the code that the class imports, and names no other code."""
+        """As in Transformers. The folder holds the code that the class imports, and names no other code."""
         self.name_code()
         sharded_class, self.__class__ = type(self), class_before_sharding(type(self))
         try:
-            # A part that was loaded from a whole model is saved under its own names.
+            # A part of a whole model is saved under its own names.
             super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
         finally:
             self.__class__ = sharded_class
 
 
 def name_in_checkpoint(cls: type) -> str:
-    """How a checkpoint names a class in its code: `"modeling_trips.TripsModel"`."""
+    """Return the name of a class in the code of a checkpoint: `"modeling_trips.TripsModel"`."""
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
 def class_before_sharding(cls: type[TripsPreTrainedModel]) -> type[TripsPreTrainedModel]:
-    """FSDP makes a class of its own for a model that it shards: the one that this was made from; `cls` otherwise."""
+    """Return the class from which FSDP made the class of a sharded model, otherwise `cls`."""
     return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
 
 
 def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
     if image_index is None and num_texts != num_images:
         raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
-            "which image each text looks at."
+            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index`, the image of "
+            "each text."
         )
     if image_index is not None and tuple(image_index.shape) != (num_texts,):
         raise ValueError(
@@ -195,7 +194,7 @@ def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor 
 
 
 def check_image_index(image_index: torch.LongTensor, num_images: int):
-    """Its values: not within a forward pass, where no shape or branch may depend on them."""
+    """Check the values, outside of forward passes, where branches must not depend on them."""
     outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
     if len(outside):
         position = outside[0, 0].item()
@@ -211,7 +210,7 @@ def check_text_length(length: int, max_length: int):
 
 def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | None):
     if (pixel_values is None) == (image_cache is None):
-        found = "neither: give an image" if image_cache is None else "both"
+        found = "neither" if image_cache is None else "both"
         raise ValueError(f"Specify exactly one of `pixel_values` and `image_cache`, got {found}.")
 
 
@@ -258,7 +257,7 @@ class TripsTextEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
     def check_length(self, seq_length: int, cache_length: int | torch.Tensor):
-        # A static cache counts on the device: asking it would sync with the host.
+        # The length of a static cache is on the device.
         length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
         check_text_length(length, self.position_embeddings.num_embeddings)
 
@@ -303,7 +302,7 @@ class TripsTextSelfAttention(nn.Module):
         source_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`source_index`: row i reads row `source_index[i]` of `source_states`, by default row i."""
+        """Row i reads row `source_index[i]` of `source_states`, by default row i."""
         query = self.split_heads(self.query(hidden_states))
         key, value = self.key_value(source_states, cache)
         if source_index is not None:
@@ -338,8 +337,8 @@ def unpad_keys(
     key: torch.Tensor, value: torch.Tensor, padding_mask: torch.Tensor, query_length: int
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """
-    The keys and values of all rows in one sequence, without padding, and where each row's begin: flash attention's
-    arguments. `(batch_size, num_heads, key_length, head_dim)` -> `(1, num_heads, num_keys, head_dim)`.
+    Return the keys and values of all rows in one sequence without padding, and the arguments of flash attention that
+    say where rows begin: `(batch_size, num_heads, key_length, head_dim)` -> `(1, num_heads, num_keys, head_dim)`.
     """
     key, value = (states.transpose(1, 2)[padding_mask].transpose(0, 1).unsqueeze(0) for states in (key, value))
     batch_size, key_length = padding_mask.shape
@@ -358,7 +357,7 @@ def unpad_keys(
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
-    """Attention of the text to other states: keys and values are computed once and cached."""
+    """Attention of the text to other states, whose keys and values are cached."""
 
     def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -385,7 +384,7 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Flash attention's mask, of shape (batch_size, key_length): given that, it would drop queries, too.
+        # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             key, value, lengths = unpad_keys(key, value, attention_mask.bool(), query_length=query.shape[2])
             return super().attend(query, key, value, None, **lengths, **kwargs)
@@ -651,10 +650,10 @@ class TripsTextModel(TripsPreTrainedModel):
 
     def pooled(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The text guidance t, `(num_texts, hidden_size)`, of the states of all tokens, `(num_texts, text_length,
-        hidden_size)`. Padding, where `attention_mask` is 0, does not count.
+        Return the text guidance t, `(num_texts, hidden_size)`, from the states of all tokens, `(num_texts,
+        text_length, hidden_size)`, without padding.
         """
-        # CODEPATH: BERT gathers a text in [CLS], sentence encoders in the mean of its tokens.
+        # CODEPATH: BERT represents a text by [CLS], sentence encoders by the mean of its tokens.
         if self.config.pooling_mode == "cls":
             return class_states(hidden_states, attention_mask)
         if attention_mask is None:
@@ -668,8 +667,8 @@ class TripsTextModel(TripsPreTrainedModel):
 class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
     r"""
     cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
-        With `output_cls_attention=True`: how much the text's [CLS] attends to each image token in the last layer with
-        cross-attention, float32, whatever the attention implementation. Padding has a part in it.
+        Attention of the text's [CLS] to each image token, padding included, in the last layer with cross-attention;
+        float32. With `output_cls_attention=True`.
     """
 
     cls_attention: torch.FloatTensor | None = None
@@ -677,9 +676,9 @@ class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
 
 @auto_docstring(
     custom_intro="""
-    The upper layers of BERT with cross-attention to the image tokens that patch selection left (ALBEF's multimodal
-    encoder), or mPLUG's skip-connected network. There, `attentions` of a connected layer are those of text and image
-    tokens together, in this order; `cross_attentions` are those of the other layers, `hidden_states` the text's.
+    The upper layers of BERT with cross-attention to the remaining image tokens (ALBEF's multimodal encoder), or
+    mPLUG's skip-connected network. There, `attentions` of a connected layer are those of text and image tokens
+    together, in this order; `cross_attentions` are those of the other layers, `hidden_states` those of the text.
     """
 )
 class TripsFusionModel(TripsPreTrainedModel):

@@ -1,8 +1,8 @@
 # Copyright 2026 The TRIPS for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The image side of TRIPS: a Vision Transformer whose selection layers drop the patches that the text does not need,
-alone or in a single stream with the text (ViLT's form).
+The vision towers of TRIPS: a Vision Transformer with selection layers, and the same in a single stream with the text
+(ViLT's form).
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ from .patch_selection import FUSED_TOKEN, PADDING, random_scores, score_tokens, 
 
 
 class TripsBatchNorm(nn.BatchNorm2d):
-    """Statistics of a frozen norm stay, too: adapters that are trained on a frozen model do not hold them."""
+    """Batch norm that keeps its statistics while it is frozen, as adapters do not save them."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.weight.requires_grad or not self.training:
@@ -49,8 +49,8 @@ class TripsBatchNorm(nn.BatchNorm2d):
 
 class TripsConvolutionalStem(nn.Module):
     """
-    3x3 convolutions of stride 2, each with twice the channels of the one before, batch-normalised, that take an image
-    down to its patch grid (https://arxiv.org/abs/2106.14881).
+    Batch-normalised 3x3 convolutions of stride 2 with doubling channels, from an image to its patch grid
+    (https://arxiv.org/abs/2106.14881).
     """
 
     def __init__(self, config: TripsVisionConfig):
@@ -92,7 +92,7 @@ class TripsPatchEmbeddings(nn.Module):
 
 
 class TripsVisionAttention(nn.Module):
-    """Self-attention of the ViT. Its queries and keys are returned too, for patch selection."""
+    """Self-attention of the ViT. It also returns the queries and keys, for patch selection."""
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
@@ -288,11 +288,10 @@ class TripsJointLayer(TripsVisionLayer):
 class TripsSelection(ModelOutput):
     r"""
     kept_indices (`torch.LongTensor` of shape `(batch_size, num_kept)`):
-        The candidates that went on, in order: row-major index of each patch in the original grid, -1 for the fused
-        token of an earlier selection layer, -2 for padding, where rows keep different numbers
-        (`selection_mode="mass"`).
+        The kept candidates, in order: row-major index of each patch in the original grid, -1 for the fused token of an
+        earlier selection layer, -2 for padding, where rows keep different numbers (`selection_mode="mass"`).
     scores (`torch.FloatTensor` of shape `(batch_size, num_candidates)`):
-        The scores of all candidates of this layer, in order. Each row sums to 1; padding has 0.
+        The scores of all candidates of this layer. Each row sums to 1; padding has 0.
     candidate_indices (`torch.LongTensor` of shape `(batch_size, num_candidates)`):
         The original index of each candidate, -1 for a fused token, -2 for padding.
     """
@@ -382,7 +381,7 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
 
 
 class TripsVisionEmbeddings(nn.Module):
-    """[CLS] and patch embeddings plus learned positions, interpolated to the image's own grid where it differs."""
+    """[CLS] and patch embeddings plus learned positions, interpolated for images of another size."""
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
@@ -407,7 +406,7 @@ class TripsVisionEmbeddings(nn.Module):
 
     def interpolated_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Positions of shape `(1, 1 + rows * columns, hidden_size)`, bicubic as in DeiT and ALBEF."""
-        # CODEPATH: images of the configured size take the positions as they are; all others interpolate them.
+        # CODEPATH: images of another size interpolate the positions.
         if grid == self.config.grid_size:
             return self.position_embeddings
         class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
@@ -448,7 +447,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         # CODEPATH: CLIP normalises the embeddings before the first layer, ViT and DeiT do not.
         if config.use_pre_layernorm:
             self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # CODEPATH: the only parameter that selection ever adds, where text and vision differ in width.
+        # CODEPATH: selection adds parameters only if text and vision differ in width.
         if config.guidance_hidden_size not in (None, config.hidden_size):
             self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
         self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
@@ -464,7 +463,7 @@ class TripsVisionModel(TripsPreTrainedModel):
     def unused_parameters(self) -> list[nn.Parameter]:
         """As in the parent."""
         fuses_by_text = self.schedule.first_text_layer is not None and self.config.fuse_inattentive_tokens
-        # CODEPATH: the text gets a gradient from the weights of fused tokens alone, which unpruned models have not.
+        # CODEPATH: only the weights of fused tokens give the text a gradient.
         if self.selection_projection is None or fuses_by_text:
             return []
         return list(self.selection_projection.parameters())
@@ -509,7 +508,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         return replace(states, **dict(zip(("hidden_states", "class_query", "key"), attended)))
 
     def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
-        """Hides the padding among [CLS] and the candidates, in the form that the attention in use wants."""
+        """Return a mask that hides padding among [CLS] and the candidates, in the form of the attention in use."""
         if candidate_mask is None:
             return None
         return bidirectional_mask(self.config, with_class_token(candidate_mask), inputs_embeds=hidden_states)
@@ -538,7 +537,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
                 index, image_index = image_index, None
                 candidate_indices, selections = select_rows((candidate_indices, selections), index)
-            hidden_states, scores, kept_positions, new_mask, *_ = self.layers[number - 1](
+            hidden_states, scores, kept_positions, new_mask = self.layers[number - 1](
                 hidden_states,
                 text_embeds,
                 class_query,
@@ -548,7 +547,7 @@ class TripsVisionModel(TripsPreTrainedModel):
                 selection=layer_selection,
                 candidate_mask=candidate_mask,
                 **kwargs,
-            )
+            )[:4]
             class_query = key = None
             if kept_positions is not None:
                 selections += (selection_of(scores, kept_positions, candidate_indices, new_mask),)
@@ -644,7 +643,7 @@ def use_schedule(model: TripsPreTrainedModel, schedule: SelectionSchedule) -> It
 
 
 def with_class_token(candidate_mask: torch.BoolTensor | None) -> torch.BoolTensor | None:
-    """The mask of [CLS] and the candidates."""
+    """Return the mask of [CLS] and the candidates."""
     return None if candidate_mask is None else nn.functional.pad(candidate_mask, (1, 0), value=True)
 
 
@@ -654,8 +653,8 @@ def selection_of(
     candidate_indices: torch.LongTensor,
     candidate_mask: torch.BoolTensor | None = None,
 ) -> TripsSelection:
-    """What a layer kept, given the original index of each of its candidates, and the mask of those behind it."""
-    candidate_indices = candidate_indices.to(kept_positions.device)  # layers may lie on several devices
+    """Return the selection of a layer, given the original indices of its candidates and the mask of the kept ones."""
+    candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
     kept_indices = candidate_indices.gather(1, kept_positions)
     if candidate_mask is not None:
         kept_indices = kept_indices.masked_fill(~candidate_mask[:, : kept_indices.shape[1]], PADDING)
@@ -665,7 +664,7 @@ def selection_of(
 def next_candidates(
     selection: TripsSelection, num_candidates: int, candidate_mask: torch.BoolTensor | None = None
 ) -> torch.LongTensor:
-    """Original indices of the candidates behind a selection layer: those that it kept, and -1 for a fused token."""
+    """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
     num_kept = selection.kept_indices.shape[1]
     indices = nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
     return indices if candidate_mask is None else indices.masked_fill(~candidate_mask, PADDING)
@@ -701,13 +700,13 @@ NUM_MODALITIES = 2  # text, image
 class TripsSingleStreamModelOutput(TripsVisionModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(num_texts, num_image_tokens, hidden_size)`):
-        The image tokens that selection left: [CLS], patches, and the fused token.
+        The remaining image tokens: [CLS], patches, and the fused token.
     pooler_output (`torch.FloatTensor` of shape `(num_texts, hidden_size)`):
         The image's [CLS].
     text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
-        The text tokens. They are fused states: they attended to the image tokens in every layer.
+        The text tokens, fused with the image tokens by the attention of every layer.
     hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
-        Of the whole sequence: text, the image's [CLS], patches. They get shorter behind each selection layer.
+        Of the whole sequence: text, the image's [CLS], patches. They get shorter after each selection layer.
     """
 
     text_states: torch.FloatTensor | None = None
@@ -716,9 +715,8 @@ class TripsSingleStreamModelOutput(TripsVisionModelOutput):
 @auto_docstring(
     custom_intro="""
     ViLT's transformer (https://arxiv.org/abs/2102.03334): the layers of a ViT over a text's embeddings, the image's
-    [CLS] and its patches, with text-relevant patch selection. The text guides by its own [CLS], the first token of the
-    sequence; only patches are candidates. It is the vision tower of a [`TripsModel`] with
-    `fusion_type="single_stream"`, and has the weights of a [`TripsVisionModel`] and one embedding per modality.
+    [CLS] and its patches, with text-relevant patch selection by the text's [CLS]. It is the vision tower of a
+    [`TripsModel`] with `fusion_type="single_stream"`: a [`TripsVisionModel`] with one embedding per modality.
     """
 )
 class TripsSingleStreamModel(TripsVisionModel):
@@ -746,10 +744,10 @@ class TripsSingleStreamModel(TripsVisionModel):
         return TripsImageCache(self.embeddings(pixel_values), self.embeddings.grid_of(pixel_values))
 
     def join(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
-        """One sequence of text and image tokens, each with the embedding of its modality."""
+        """Return one sequence of text and image tokens, with the embeddings of their modalities."""
         modalities = torch.arange(NUM_MODALITIES, device=image_states.device)
         text_type, image_type = self.modality_embeddings(modalities)
-        text_states = text_states.to(image_states.device)  # the parts may lie on several devices
+        text_states = text_states.to(image_states.device)  # the parts may be on several devices
         return torch.cat((text_states + text_type, image_states + image_type), dim=1)
 
     def joint_mask(
@@ -759,7 +757,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_length: int,
         candidate_mask: torch.Tensor | None = None,
     ):
-        """The mask of the sequence as long as it is now, in the form that the attention in use wants."""
+        """Return the mask of the sequence at its current length, in the form of the attention in use."""
         image_tokens = (with_class_token(candidate_mask), hidden_states.shape[1] - text_length)
         mask = joint_padding_mask((attention_mask, text_length), image_tokens)
         return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
@@ -772,8 +770,8 @@ class TripsSingleStreamModel(TripsVisionModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.BoolTensor | None, tuple[TripsSelection, ...]]:
         """
-        All layers, on row i of `text_states` and row i of `image_states`: hidden states, which candidates are no
-        padding, and what was selected.
+        Run all layers on row i of `text_states` and row i of `image_states`. Return hidden states, the mask of the
+        candidates, and the selections.
         """
         text_length = text_states.shape[1]
         hidden_states, selections = self.join(text_states, image_states), []

@@ -3,9 +3,8 @@
 """
 The patch selection of TRIPS (https://arxiv.org/abs/2403.07883, section 3.2) as pure functions: score, keep, fuse.
 
-Every function is differentiable where the paper's is and never forms a full attention map. Shapes are static (they
-depend on shapes and rates only) and nothing syncs with the host, but for `select_mass`, which keeps as many tokens as
-the scores ask for.
+The functions never form a full attention map. Shapes depend on shapes and rates only and nothing syncs with the host,
+except in `select_mass`, whose number of tokens depends on the scores.
 """
 
 import math
@@ -13,26 +12,25 @@ import math
 import torch
 
 
-# In place of the original index of a candidate that is no patch.
+# Indices of candidates that are not patches.
 FUSED_TOKEN, PADDING = -1, -2
-ROUNDING = 1e-6  # what a product or a sum in floating point may be off
+ROUNDING = 1e-6  # tolerance for products and sums in floating point
 
 
 def num_kept_tokens(num_candidates: int, keep_rate: float) -> int:
     """
-    How many candidates go on: `ceil(keep_rate * num_candidates)`, at least 1.
+    Return the number of kept candidates: `ceil(keep_rate * num_candidates)`, at least 1.
 
-    The product is taken down by 1e-6 first, so that a float that is a hair above a whole number does not keep one
-    token more: 0.1 of 30 is 3, although `0.1 * 30 > 3` in floating point.
+    The product is lowered by 1e-6 first: 0.1 of 30 is 3, although `0.1 * 30 > 3` in floating point.
     """
     return max(1, math.ceil(keep_rate * num_candidates - ROUNDING))
 
 
 def num_kept_by_row(num_candidates: torch.LongTensor, keep_rate: float) -> torch.LongTensor:
     """
-    `num_kept_tokens` of each number in a tensor.
+    Return `num_kept_tokens` of each number in a tensor.
 
-    In fixed point: float32 is too coarse, not all devices have float64, and a table would sync with the host.
+    It computes in fixed point, since float32 is too coarse and not all devices have float64.
     """
     unit = 2**40
     num_kept = num_candidates * round(keep_rate * unit) - round(ROUNDING * unit)
@@ -43,19 +41,19 @@ def score_tokens(
     query: torch.Tensor, key: torch.Tensor, scaling: float, candidate_mask: torch.BoolTensor | None = None
 ) -> torch.Tensor:
     """
-    The attention that one guiding token pays to each candidate, averaged over the heads.
+    Return the attention of one guiding token to each candidate, averaged over the heads.
 
     Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): the guiding token's query.
-        key (`torch.Tensor` of shape `(batch_size, num_heads, num_candidates, head_dim)`): the candidates' keys.
-        scaling (`float`): factor of the dot products, usually `head_dim ** -0.5`.
+        query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): The guiding token's query.
+        key (`torch.Tensor` of shape `(batch_size, num_heads, num_candidates, head_dim)`): The candidates' keys.
+        scaling (`float`): Factor of the dot products, usually `head_dim ** -0.5`.
         candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks padding.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider: each row is positive and sums to 1,
-        but for padding, which has 0.
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider. Each row is positive and sums to 1;
+        padding has 0.
     """
-    # A product and a sum in full precision: autocast would lower a matmul, and rounding would tie patches.
+    # A product and a sum, since autocast would lower the precision of a matmul and rounding would tie patches.
     dtype = torch.promote_types(key.dtype, torch.float32)
     logits = (key.to(dtype) * (query.to(dtype) * scaling).unsqueeze(2)).sum(dim=-1)
     if candidate_mask is not None:
@@ -72,14 +70,14 @@ def random_scores(
     candidate_mask: torch.BoolTensor | None = None,
 ) -> torch.Tensor:
     """
-    Scores that know nothing: the floor that every way of selecting must beat.
+    Return random scores, the baseline of every guidance.
 
-    In training they are drawn anew from PyTorch's global generator. Otherwise they are a fixed pseudo-random sequence,
-    the same for each row, so that an evaluation depends on `seed` but not on the batch or on the generator's state.
-    Where `candidate_mask` is False there is padding, which is not counted and has the score 0.
+    In training they come from PyTorch's global generator. In evaluation they are a fixed pseudo-random sequence, the
+    same for each row, that depends on `seed` but not on the batch or the generator. Padding, where `candidate_mask` is
+    False, is not counted and has the score 0.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32: each row is positive and sums to 1.
+        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32. Each row is positive and sums to 1.
     """
     if training:
         scores = torch.rand(batch_size, num_candidates, device=device)
@@ -99,14 +97,8 @@ def random_scores(
 
 def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
-    Positions of the `num_kept` largest scores, in ascending order. Of equal scores the lower position wins.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
-        num_kept (`int`): at most `num_candidates`.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_kept)`.
+    Return the positions of the `num_kept` largest scores, in ascending order: `(batch_size, num_candidates)` ->
+    `(batch_size, num_kept)`. Of equal scores the lower position wins.
     """
     lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]
     kept = _are_kept(scores, lowest_kept, num_kept)
@@ -116,8 +108,8 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 def _are_kept(scores: torch.Tensor, lowest_kept: torch.Tensor, num_kept: int | torch.LongTensor) -> torch.BoolTensor:
-    """Which are among the `num_kept` largest, of which the least is `lowest_kept`; of equal ones the first are."""
-    # A stable sort would do the same, but ONNX has none.
+    """Return a mask of the `num_kept` largest scores, of which `lowest_kept` is the least; the first of equal ones."""
+    # ONNX has no stable sort.
     above, ties = scores > lowest_kept, scores == lowest_kept
     num_ties_kept = num_kept - above.sum(dim=-1, keepdim=True)
     return above | (ties & (ties.long().cumsum(dim=-1) <= num_ties_kept))
@@ -131,13 +123,13 @@ def keep_mass(
     candidate_mask: torch.BoolTensor | None = None,
 ) -> torch.BoolTensor:
     """
-    Which candidates make the smallest set whose scores sum to at least `mass`: as few of the largest as will do. Of
-    equal scores the lower position wins.
+    Return a mask of the smallest set of candidates whose scores sum to at least `mass` (top-p selection). Of equal
+    scores the lower position wins.
 
     Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): each row is positive and sums to 1.
-        mass (`float`): in (0, 1]. A sum that is a hair below it is enough, but 1.0 asks for all candidates.
-        keep_rate, min_keep_rate (`float`): at most and at least `num_kept_tokens` of the row's candidates are kept.
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): Each row is positive and sums to 1.
+        mass (`float`): In (0, 1], with a tolerance of 1e-6. 1.0 keeps all candidates.
+        keep_rate, min_keep_rate (`float`): Bounds of the share of the row's candidates, see `num_kept_tokens`.
         candidate_mask (`torch.BoolTensor` of shape `(batch_size, num_candidates)`, *optional*): False marks padding,
             which is not kept.
 
@@ -146,7 +138,7 @@ def keep_mass(
     """
     if candidate_mask is None:
         candidate_mask = torch.ones_like(scores, dtype=torch.bool)
-    # A row of NaN keeps its first candidates, and stays NaN. Padding is below a score that is rounded to 0.
+    # A row of NaN keeps its first candidates. Padding is below a score that is rounded to 0.
     scores = scores.detach().masked_fill(scores.isnan(), 0.0).masked_fill(~candidate_mask, -1.0)
     largest_first = scores.sort(dim=-1, descending=True).values
     sums = largest_first.clamp(min=0).cumsum(dim=-1)
@@ -159,7 +151,7 @@ def keep_mass(
 
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
-    The tokens at `positions`: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_kept)` ->
+    Return the tokens at `positions`: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_kept)` ->
     `(batch_size, num_kept, hidden_size)`.
     """
     return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -169,15 +161,15 @@ def fuse_tokens(
     tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor, normalize: bool = False
 ) -> torch.Tensor:
     """
-    One token in place of those that are not kept: their sum, weighted by their scores.
+    Return the fused token: the sum of the tokens that are not kept, weighted by their scores.
 
-    Top-k has no gradient; this sum is where the scores, and through them the guiding text, get theirs.
+    Top-k has no gradient. The scores, and through them the guiding text, get their gradient from this sum.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
         kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
-        normalize (`bool`, *optional*, defaults to `False`): whether the weights are rescaled to sum to 1.
+        normalize (`bool`, *optional*, defaults to `False`): Whether the weights are rescaled to sum to 1.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, hidden_size)`, in the dtype of `tokens`.
@@ -196,20 +188,20 @@ def select_tokens(
     normalize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Shortens a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
-    original order, and, with `fuse`, one token for the rest.
+    Shorten a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
+    original order and, with `fuse`, one token for the rest.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, n)`)
-        keep_rate (`float`): share of the candidates to keep, in (0, 1].
-        fuse (`bool`, *optional*, defaults to `True`): whether the others go on as one token, or are dropped.
-        normalize (`bool`, *optional*, defaults to `False`): whether its weights are rescaled to sum to 1.
+        keep_rate (`float`): Share of the candidates to keep, in (0, 1].
+        fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
+        normalize (`bool`, *optional*, defaults to `False`): Whether its weights are rescaled to sum to 1.
 
     Returns:
-        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`), and the
-        positions of the kept ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`. If `k` is
-        `n`, nothing is dropped and `tokens` come back as they are, with no fused token.
+        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`), and the positions of the
+        kept candidates, a `torch.LongTensor` of shape `(batch_size, k)`. If all are kept, `tokens` are returned
+        unchanged, without a fused token.
     """
     num_candidates = scores.shape[1]
     num_kept = num_kept_tokens(num_candidates, keep_rate)
@@ -225,8 +217,8 @@ def select_tokens(
 
 def _longest_row(kept: torch.BoolTensor, most: int) -> int:
     """
-    How many the row keeps that keeps most: one sync with the host. Where there is none to ask, under `torch.compile`
-    and `torch.export` and on the meta device, it is `most`, as many as any row may keep, and shapes are static.
+    Return the largest number of kept candidates of a row, which takes one sync with the host. Under `torch.compile`
+    and `torch.export` and on the meta device it is `most`, the upper bound, so that shapes are static.
     """
     if torch.compiler.is_compiling() or kept.is_meta:
         return most
@@ -244,19 +236,19 @@ def select_mass(
     candidate_mask: torch.BoolTensor | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
     """
-    As `select_tokens`, but each row keeps as many candidates as `keep_mass` says. The longest row keeps k; others are
-    padded between their kept candidates and the fused token, which is padding too in a row that keeps all it has.
+    As `select_tokens`, with the candidates that `keep_mass` selects in each row. The longest row keeps k; the others
+    are padded before the fused token, which is padding too in a row that keeps all candidates.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, n)`)
-        mass, keep_rate, min_keep_rate, candidate_mask: as in `keep_mass`.
-        fuse, normalize: as in `select_tokens`.
+        mass, keep_rate, min_keep_rate, candidate_mask: As in `keep_mass`.
+        fuse, normalize: As in `select_tokens`.
 
     Returns:
         The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`); the positions of the kept
-        ones among the candidates, a `torch.LongTensor` of shape `(batch_size, k)`, where padding repeats the row's
-        first; and which of the tokens behind the first p are no padding, a `torch.BoolTensor`.
+        candidates, a `torch.LongTensor` of shape `(batch_size, k)`, where padding repeats the row's first; and a
+        `torch.BoolTensor` that is False at padding among the tokens after the first p.
     """
     num_candidates = scores.shape[1]
     kept = keep_mass(scores, mass, keep_rate, min_keep_rate, candidate_mask)

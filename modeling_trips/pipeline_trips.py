@@ -1,12 +1,9 @@
 """
-Pipelines for visual question answering, image captioning and zero-shot image classification.
+Pipelines for visual question answering and image captioning.
 
-Transformers 5 dropped the tasks `visual-question-answering` and `image-to-text`; here they are again, with the calls
-and the results that version 4 documented. Several questions about one image share its computation. Transformers'
-`zero-shot-image-classification` drops the alpha channel that training lays on white; the class here does not.
-
-Checkpoints name these classes in `custom_pipelines`, where `pipeline(task, model=..., trust_remote_code=True)` looks
-first. For a model that is loaded already, `pipeline` refuses the names of the tasks: call the class.
+Transformers 5 dropped the tasks `visual-question-answering` and `image-to-text`. The calls and results are those of
+version 4; several questions about one image share its computation. Checkpoints name the classes in `custom_pipelines`,
+for `pipeline(task, model=..., trust_remote_code=True)`. For a loaded model, call the class.
 """
 
 from collections.abc import Iterator, Sized
@@ -23,20 +20,20 @@ NUM_RANKED_ANSWERS = 128  # how many of a given list are scored in full, as in A
 
 
 def _torch_dataset(inputs):
-    """A data set or column of the library `datasets` as a dataset of PyTorch; all else as it is."""
-    # By name: `datasets` is an extra, and nothing of it can be there without it.
+    """Return a dataset or column of the library `datasets` as a PyTorch dataset, and other inputs unchanged."""
+    # By name, since `datasets` is an extra.
     from_datasets = type(inputs).__module__.partition(".")[0] == "datasets"
     return Subset(inputs, range(len(inputs))) if from_datasets and isinstance(inputs, Sized) else inputs
 
 
 def without_rest(labels: torch.LongTensor, end_token_id: int | list[int] | None) -> torch.LongTensor:
-    """Generated tokens as labels: -100 behind the first end token of each row."""
+    """Return generated tokens as labels, with -100 after the first end token of each row."""
     is_end = torch.isin(labels, labels.new_tensor([] if end_token_id is None else end_token_id)).long()
     return labels.masked_fill(is_end.cumsum(dim=-1) > is_end, -100)
 
 
 def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
-    """Texts with their probabilities -> answers, the best first: equal texts as one; no empty one beside others."""
+    """Return the answers of pairs of text and probability, the best first. Equal texts count as one."""
     scores = {}
     for text, score in pairs:
         scores[text] = scores.get(text, 0.0) + score
@@ -47,8 +44,7 @@ def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
 
 class TripsPipeline(Pipeline):
     """
-    What both pipelines share: an item is one image with one text or several. The images of a batch are prepared once
-    each, and `image_index` says which of them each text looks at.
+    Base of the pipelines. An item is one image with one text or several; each image of a batch is prepared once.
     """
 
     _load_processor = True
@@ -67,7 +63,7 @@ class TripsPipeline(Pipeline):
             )
 
     def __call__(self, inputs, **kwargs):
-        """As in Transformers. An empty list has no results; what `datasets` loads counts as a dataset, too."""
+        """As in Transformers. An empty list has no results, and inputs may come from the library `datasets`."""
         inputs = _torch_dataset(inputs)
         return [] if isinstance(inputs, (list, tuple)) and not inputs else super().__call__(inputs, **kwargs)
 
@@ -83,7 +79,7 @@ class TripsPipeline(Pipeline):
         return {"image": image, "texts": [texts] if single else texts, "single": single, "truncation": truncation}
 
     def collate(self, items: list[dict]) -> dict:
-        """A batch: the model's inputs, and which of its texts belong to which item."""
+        """Return a batch: the model's inputs, and the number of texts of each item."""
         num_texts = [len(item["texts"]) for item in items]
         inputs = self.processor(
             images=[item["image"] for item in items],
@@ -149,30 +145,29 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
                 An image (PIL image, path or URL), a list of images or a dataset of them. Without `question`: a dict
                 `{"image": ..., "question": ...}`, or a list, dataset or generator of such dicts.
             question (`str` or `list[str]`, *optional*):
-                One question or several. Several are asked about each image, and share its computation.
+                One question or several. Several are asked about each image and share its computation.
             top_k (`int`, *optional*, defaults to 5):
-                How many answers are returned for each question at most: those that a beam search of this width finds,
-                equal ones as one. 1 is the fastest.
+                Largest number of answers for each question, and the width of the beam search that finds them.
             answers (`list[str]`, *optional*):
-                Picks the answers from this list (see [`TripsForQuestionAnswering.rank_answers`]).
+                List to choose the answers from (see [`TripsForQuestionAnswering.rank_answers`]).
             batch_size (`int`, *optional*, defaults to 1):
-                How many images go through the model at once.
+                Number of images per batch.
             timeout (`float`, *optional*):
-                Seconds to wait for an image from the web; forever by default.
+                Seconds to wait for an image from the web. By default without limit.
             truncation (`bool`, *optional*, defaults to `False`):
-                Whether a question that is too long for the model is cut, or refused.
+                Whether a question that is too long for the model is cut or refused.
             kwargs:
                 Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
             `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability
             (times its first token's, if `answers` are ranked with `config.answer_ranking="albef"`).
-            A list of them for several images or questions, in the order question by question, then image by image.
-            An iterator for a dataset or a generator.
+            A list of them for several images or questions, question by question, then image by image. An iterator for
+            a dataset or a generator.
 
         Raises:
-            ValueError: if an image cannot be read, a question is missing, empty or too long for the model, or options
-                of `generate` come with `answers`.
+            ValueError: An image cannot be read; a question is missing, empty or too long; or options of `generate`
+                come with `answers`.
         """
         image = _torch_dataset(image)
         if question is None:
@@ -186,11 +181,11 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
 
     def preprocess(self, inputs: dict, **options) -> dict:
         if not isinstance(inputs, dict) or not {"image", "question"} <= inputs.keys():
-            raise ValueError(f"Give an image and a question: a dict with 'image' and 'question', not {inputs!r:.200}")
+            raise ValueError(f"An input must be a dict with 'image' and 'question', got {inputs!r:.200}.")
         image, question = inputs["image"], inputs["question"]
         questions = [question] if isinstance(question, str) else question
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
-            raise ValueError(f"A question, or one of a list, is empty or no text: {question!r}, about {image!r:.200}.")
+            raise ValueError(f"`question` must be a text that is not empty, got {question!r} for {image!r:.200}.")
         return self.make_item(image, question, **options)
 
     def _forward(self, batch: dict, top_k: int = 5, answers: list[str] | None = None, **generate_kwargs) -> dict:
@@ -200,7 +195,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             return {"outputs": self._write_answers(batch["inputs"], top_k, **generate_kwargs)}
         if generate_kwargs:
             names = ", ".join(f"`{name}`" for name in generate_kwargs)
-            raise ValueError(f"{names}: an option of `generate` does not go with `answers`, which are not written.")
+            raise ValueError(f"{names} cannot be combined with `answers`, which are ranked and not generated.")
         return {"outputs": self._rank_answers(answers, batch["inputs"], top_k)}
 
     def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> list[list[dict]]:
@@ -257,18 +252,18 @@ class TripsImageToTextPipeline(TripsPipeline):
         """
         Args:
             inputs: an image (PIL image, path or URL), or a list, dataset or generator of them.
-            prompt (`str`, *optional*): how the caption begins. It selects the patches, too.
-            batch_size (`int`, *optional*, defaults to 1): how many images go through the model at once.
-            timeout (`float`, *optional*): seconds to wait for an image from the web; forever by default.
-            truncation (`bool`, *optional*, defaults to `False`): whether a prompt that is too long is cut, or refused.
-            kwargs: options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
+            prompt (`str`, *optional*): Beginning of the caption. It also selects the patches.
+            batch_size (`int`, *optional*, defaults to 1): Number of images per batch.
+            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default without limit.
+            truncation (`bool`, *optional*, defaults to `False`): Whether a prompt that is too long is cut or refused.
+            kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
 
         Returns:
-            `list[dict]` per image, with `generated_text` (`str`): one dict for each returned sequence. A list of them
-            for a list of images, an iterator for a dataset or a generator.
+            `list[dict]` per image, with `generated_text` (`str`) of each returned sequence. A list of them for a list
+            of images, an iterator for a dataset or a generator.
 
         Raises:
-            ValueError: if an image cannot be read, or the prompt is too long for the model.
+            ValueError: An image cannot be read, or the prompt is too long for the model.
         """
         return super().__call__(inputs, **kwargs)
 

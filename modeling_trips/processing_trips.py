@@ -30,18 +30,15 @@ from .image_decoding_trips import convert_to_rgb, decode_image
 
 def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
     """
-    Prepares every image of whatever a processor is given. Pictures, paths and URLs become RGB pictures; arrays and
-    tensors stay as they are, but grey ones of shape `(H, W)` become `(3, H, W)`.
+    Prepare the images of a call. PIL images, paths and URLs become RGB images. Arrays and tensors are unchanged,
+    except that grey ones of shape `(H, W)` become `(3, H, W)`.
 
     Args:
-        images (`ImageInput`): an image, a list of images (nested or not), or a batch `(num_images, ...)`.
-        patch_size (`int`): sides below it are an error.
-
-    Returns:
-        `list`: one picture, array or tensor for each image, in order.
+        images (`ImageInput`): An image, a list of images (nested or not), or a batch `(num_images, ...)`.
+        patch_size (`int`): Smallest height and width.
 
     Raises:
-        `ValueError`: Where one cannot be used, naming its position and path, or there is none.
+        `ValueError`: An image cannot be used; the message names its position and path. Or there is none.
     """
     prepared = []
     for position, image in enumerate(_flatten_images(images)):
@@ -58,14 +55,14 @@ def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np
 
 
 def _flatten_images(images: ImageInput) -> list:
-    """Makes a flat list of one image, a list of images (nested or not) or a batch (a 4-dimensional array)."""
+    """Return a flat list of one image, a list of images (nested or not) or a batch (a 4-dimensional array)."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flatten_images(item)]
     return list(images) if getattr(images, "ndim", None) == 4 else [images]
 
 
 def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
-    """Reads a path or URL, converts pictures to RGB; arrays pass as they are, but grey (H, W) becomes (3, H, W)."""
+    """Read and convert one image, see `prepare_images`."""
     if isinstance(image, (str, os.PathLike, Image.Image)):
         return read_image(image)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
@@ -114,13 +111,12 @@ def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size
         height, width = image.shape[1:] if image.shape[0] in (1, 3, 4) else image.shape[:2]
     if min(height, width) < patch_size:
         raise ValueError(
-            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}: "
-            "scale it up first if it is meant"
+            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}"
         )
 
 
 def check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
-    """Raises a `ValueError` unless every text has its image, by position or by `image_index`."""
+    """Raise a `ValueError` unless every text has an image, by position or by `image_index`."""
     texts = [text] if isinstance(text, str) else text
     if texts is not None and not (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
         raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.200}.")
@@ -128,14 +124,14 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
         raise ValueError("`text` is empty: pass at least one text, or None.")
     if images is None or texts is None:
         if image_index is not None:
-            raise ValueError("`image_index` says which image each text is about: pass both `images` and `text`.")
+            raise ValueError("`image_index` needs both `images` and `text`.")
         return
     num_images, num_texts = len(images), len(texts)
     if image_index is None:
         if num_images != num_texts:
             raise ValueError(
-                f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, where "
-                "text i is about image image_index[i]."
+                f"Got {num_images} images and {num_texts} texts. Pass one image per text, or `image_index`, the image "
+                "of each text."
             )
         return
     try:
@@ -164,22 +160,22 @@ PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")
 
 
 def clean_question(text: str) -> str:
-    """ALBEF's `pre_question`: no punctuation; hyphens and slashes part words."""
+    """Remove punctuation and split words at hyphens and slashes, as ALBEF's `pre_question`."""
     return re.sub("[-/]", " ", PUNCTUATION.sub("", text))
 
 
 def clean_caption(text: str) -> str:
-    """ALBEF's `pre_caption`: as a question, and `<person>`, which stands for a name, is a word."""
+    """Clean as a question and replace `<person>` by a word, as ALBEF's `pre_caption`."""
     return re.sub("<person>", "person", clean_question(text), flags=re.IGNORECASE)
 
 
 TEXT_CLEANINGS = {"albef_question": clean_question, "albef_caption": clean_caption}
 
 
-# These models read one text about an image: that of one message, without anything around it.
+# The models read the text of one message.
 CHAT_TEMPLATE = """
 {%- if messages | length != 1 or messages[0]["role"] != "user" -%}
-    {{- raise_exception("This model reads one message of the user: an image with a question or a prompt.") -}}
+    {{- raise_exception("A chat must be one message of the user: an image with a question or a prompt.") -}}
 {%- endif -%}
 {%- set content = messages[0]["content"] -%}
 {%- if content is string -%}
@@ -193,10 +189,10 @@ CHAT_TEMPLATE = """
 
 logger = logging.get_logger(__name__)
 
-# Without an explicit `truncation=False` a tokenizer that gets `max_length` alone cuts texts.
+# With `max_length` alone, a tokenizer truncates unless `truncation=False`.
 TEXT_KWARGS = {"padding": True, "truncation": False}
 
-# How far a box may reach beyond its image, in pixels: annotations are rounded.
+# Tolerance of boxes beyond the image, in pixels, as annotations are rounded.
 BOX_TOLERANCE = 1.0
 
 
@@ -208,20 +204,19 @@ def _text_lengths(inputs: BatchFeature, pad_token_id: int | None, is_single: boo
 
 
 def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
-    """The (height, width) that an image processor with this `size` resizes an image of (height, width) to."""
+    """Return the (height, width) after the resize of an image of (height, width)."""
     if set(size) == {"height", "width"}:
         return size["height"], size["width"]
     if set(size) == {"shortest_edge"}:
         height, width = (int(size["shortest_edge"] * length / min(image_size)) for length in image_size)
         return height, width
     raise ValueError(
-        f"`size` is {size}, but only a resize to a 'height' and 'width', or to a 'shortest_edge' alone, can be traced "
-        "back"
+        f"`size` is {size}, but only a resize to 'height' and 'width' or to a 'shortest_edge' can be traced back"
     )
 
 
 def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Boxes (x0, y0, x1, y1), float32 of shape (num_kept, 4), of what are patches in a grid of (rows, columns)."""
+    """Return boxes (x0, y0, x1, y1), float32 `(num_kept, 4)`, of the patches in a grid of (rows, columns)."""
     rows, columns = grid
     outside = patch_indices[(patch_indices < -2) | (patch_indices >= rows * columns)]
     if len(outside):
@@ -235,12 +230,12 @@ def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_si
 
 
 def _has_no_area(boxes: torch.Tensor) -> torch.BoolTensor:
-    """Which of the boxes (x0, y0, x1, y1) are empty or inverted."""
+    """Return a mask of the boxes (x0, y0, x1, y1) that are empty or inverted."""
     return (boxes[:, :2] >= boxes[:, 2:]).any(dim=-1)
 
 
 def _refuse_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, rows: torch.BoolTensor, problem: str):
-    """Raises on the first of the boxes at `rows`, if there is one. `image_sizes` are (width, height, ...)."""
+    """Raise a `ValueError` about the first of the boxes at `rows`. `image_sizes` are (width, height, ...)."""
     if rows.any():
         row = rows.nonzero()[0].item()
         width, height = image_sizes[row, :2].long().tolist()
@@ -251,7 +246,7 @@ def _refuse_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, rows: torch.Bo
 
 
 def _join_words(text: str) -> str:
-    """Undoes the spaces that decoding puts around punctuation within numbers and words."""
+    """Remove the spaces that decoding puts around punctuation within numbers and words."""
     text = re.sub(r"(?<=\d)\s*([.,:/])\s*(?=\d)", r"\1", text)
     return re.sub(r"(?<=\w)\s*(['\-])\s*(?=\w)", r"\1", text)
 
@@ -276,16 +271,15 @@ class TripsProcessor(ProcessorMixin):
     ):
         r"""
         image_processor (`BaseImageProcessor`, *optional*):
-            Any image processor of Transformers. The default is a [`BlipImageProcessor`], which prepares images as
-            ALBEF does: squashed to a square of 384 x 384 pixels (bicubic), CLIP's mean and standard deviation.
+            Any image processor of Transformers. The default is a [`BlipImageProcessor`], which resizes images to
+            384 x 384 pixels (bicubic) and normalizes by CLIP's mean and standard deviation, as ALBEF does.
         patch_size (`int`, *optional*, defaults to 16):
             Side of the vision tower's square patches, in pixels of `pixel_values`. Must be the model's.
         text_cleaning (`str`, *optional*):
-            What becomes of texts (but not of answers) before they are tokenized. By default nothing;
-            `"albef_question"` and `"albef_caption"` take out punctuation as ALBEF does: converted checkpoints need it.
+            Cleaning of texts, but not of answers, before they are tokenized. `"albef_question"` and `"albef_caption"`
+            remove punctuation as ALBEF does, for its converted checkpoints. By default none.
         chat_template (`str`, *optional*):
-            Jinja template of chat messages. The default takes one message of the user with an image and a text, and
-            gives the text as it is.
+            Jinja template of chat messages. The default returns the text of one user message.
         """
         if not isinstance(patch_size, int) or patch_size < 1:
             raise ValueError(f"`patch_size` must be a positive integer, got {patch_size!r}.")
@@ -310,12 +304,11 @@ class TripsProcessor(ProcessorMixin):
             ((H, W), (H, W, C) or (C, H, W)), paths, URLs or base64 strings (which lose their alpha channel). A string
             is opened or fetched: do not pass on strings from strangers.
         text (`str` or `list[str]`, *optional*):
-            One text or several. Several are padded to the longest unless `padding` says otherwise; none is ever cut
-            unless `truncation=True`. An empty text is allowed: it is the prompt of unprompted captioning.
+            One text or several, padded to the longest by default and cut only with `truncation=True`. An empty text is
+            the prompt of unprompted captioning.
         image_index (`list[int]` or `torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text `i` is about image `image_index[i]`, so one image can serve many texts and is prepared once. Without
-            it, text `i` is about image `i`, and there must be as many images as texts. Of shape
-            `(num_texts, images_per_text)`, text `i` is about several images, as in NLVR2.
+            Text `i` is about image `image_index[i]`; an image with several texts is prepared once. By default text `i`
+            is about image `i`. With shape `(num_texts, images_per_text)`, text `i` is about several images (NLVR2).
 
         Returns:
             [`BatchFeature`] with the fields below, tensors if `return_tensors` is set.
@@ -352,7 +345,7 @@ class TripsProcessor(ProcessorMixin):
         return inputs
 
     def clean_texts(self, texts: list[str]) -> list[str]:
-        """What of each text is tokenized, according to `text_cleaning`; a call does this by itself."""
+        """Return the texts as they are tokenized, according to `text_cleaning`. A call does this itself."""
         return [TEXT_CLEANINGS[self.text_cleaning](text) for text in texts] if self.text_cleaning else texts
 
     def max_text_length(self, config: TripsConfig) -> int:
@@ -367,7 +360,7 @@ class TripsProcessor(ProcessorMixin):
         return files
 
     def _check_lengths(self, lengths: list[int], max_length: int | None, name: str, remedy: str):
-        """Raises on a text longer than the model takes: it would overrun the model's position table."""
+        """Raise a `ValueError` if a text is longer than the model's position table."""
         limit = min(self.tokenizer.model_max_length, max_length or self.tokenizer.model_max_length)
         for position, length in enumerate(lengths):
             if length > limit:
@@ -378,19 +371,18 @@ class TripsProcessor(ProcessorMixin):
 
     def encode_answers(self, answers: list[str]) -> torch.LongTensor:
         """
-        Turns answers into the `labels` of a model that writes them, or the `answer_ids` of `rank_answers`.
+        Return the `labels` of a model that writes answers, or the `answer_ids` of `rank_answers`.
 
         Args:
-            answers (`list[str]`): One or more answers, none of them empty. Those with words that the tokenizer does
-                not know are warned of, each once: what they hold of them is its unknown token, which no model can
-                write and no ranking can tell from another.
+            answers (`list[str]`): One or more answers, none of them empty. A warning names each answer with words that
+                the tokenizer does not know, since a model cannot write its unknown token.
 
         Returns:
-            `torch.LongTensor` of shape `(num_answers, answer_length)`: token ids without a start token, ending with
+            `torch.LongTensor` of shape `(num_answers, answer_length)`: Token ids without a start token, ending with
             the tokenizer's [SEP], padded with -100.
 
         Raises:
-            `ValueError`: No list of texts; an answer without tokens, or with more than the tokenizer's
+            `ValueError`: `answers` is not a list of texts, or an answer has no tokens or more than the tokenizer's
             `model_max_length`.
         """
         answers = answers if isinstance(answers, str) else list(answers)
@@ -408,20 +400,20 @@ class TripsProcessor(ProcessorMixin):
 
     def post_process_answers(self, sequences: torch.LongTensor | list[list[int]]) -> list[str]:
         """
-        Turns generated token ids into answers or captions.
+        Return the answers or captions of generated token ids.
 
         Args:
             sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `list[list[int]]`):
-                What `generate` returned.
+                Output of `generate`.
 
         Returns:
-            `list[str]`: One text per sequence, without special tokens and without spaces around it. Numbers, times and
-            words that WordPiece tokenizers take apart are joined again: "2.5", "10:30", "don't", "t-shirt".
+            `list[str]`: One text per sequence, without special tokens. Numbers, times and words that WordPiece
+            tokenizers split are joined: "2.5", "10:30", "don't", "t-shirt".
         """
         return self.post_process_image_text_to_text(sequences)
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
-        """As `post_process_answers`: what the `image-text-to-text` pipeline calls."""
+        """As `post_process_answers`, for the `image-text-to-text` pipeline."""
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [_join_words(text).strip() for text in texts]
 
@@ -435,17 +427,17 @@ class TripsProcessor(ProcessorMixin):
         crop_size: int | dict[str, int] | None = None,
     ) -> list[torch.Tensor]:
         """
-        Finds where the kept patches lie in the original images.
+        Return the boxes of kept patches in the original images.
 
         Args:
-            patch_indices (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
-                Row-major index of each kept patch in the grid of `pixel_values`. -1 marks a fused token, -2 padding,
-                which have no box. A list of tensors of different lengths will do as well.
+            patch_indices (`torch.LongTensor` of shape `(batch_size, num_tokens)`, or a list of tensors):
+                Row-major index of each kept patch in the grid of `pixel_values`. -1 marks a fused token and -2
+                padding, which have no box.
             image_sizes (`torch.LongTensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`):
-                (height, width) of each original image in pixels, upright: after its EXIF orientation is applied.
-                Mind that Pillow's `image.size` is (width, height).
+                (height, width) of each original image in pixels, after its EXIF orientation is applied. Pillow's
+                `image.size` is (width, height).
             do_resize, size, do_center_crop, crop_size (*optional*):
-                What the call that made `pixel_values` was given, where it differed from the image processor's own.
+                Options of the call that made `pixel_values`, by default the image processor's own.
 
         Returns:
             `list[torch.Tensor]`: Per item a float32 tensor of shape `(num_kept, 4)`: boxes (x0, y0, x1, y1) in pixels
@@ -453,8 +445,8 @@ class TripsProcessor(ProcessorMixin):
             padding of a center crop has an empty box.
 
         Raises:
-            `ValueError`: The lengths differ, an index is out of the grid, or the image processor's way of resizing
-            (padding, `longest_edge`, ...) cannot be traced back.
+            `ValueError`: The lengths differ, an index is out of the grid, or the resize (padding, `longest_edge`, ...)
+            cannot be traced back.
         """
         if len(patch_indices) != len(image_sizes):
             raise ValueError(f"Got {len(patch_indices)} rows of `patch_indices` and {len(image_sizes)} `image_sizes`.")
@@ -487,7 +479,7 @@ class TripsProcessor(ProcessorMixin):
         crop_size: int | dict[str, int] | None = None,
     ) -> torch.FloatTensor:
         """
-        Turns boxes in the original images into the `labels` of a [`TripsForVisualGrounding`].
+        Return the `labels` of a [`TripsForVisualGrounding`] for boxes in the original images.
 
         Args:
             boxes (`torch.Tensor` of shape `(num_boxes, 4)` or `list[list[float]]`):
@@ -496,7 +488,7 @@ class TripsProcessor(ProcessorMixin):
             image_sizes (`torch.LongTensor` of shape `(num_boxes, 2)` or `list[tuple[int, int]]`):
                 (height, width) of each box's image, as in `patch_boxes`.
             do_resize, size, do_center_crop, crop_size (*optional*):
-                What the call that made `pixel_values` was given, where it differed from the image processor's own.
+                Options of the call that made `pixel_values`, by default the image processor's own.
 
         Returns:
             `torch.FloatTensor` of shape `(num_boxes, 4)`: (center_x, center_y, width, height) in [0, 1] of the image
@@ -534,7 +526,7 @@ class TripsProcessor(ProcessorMixin):
         crop_size: int | dict[str, int] | None = None,
     ) -> torch.FloatTensor:
         """
-        Turns the boxes that a [`TripsForVisualGrounding`] found into pixels of the original images.
+        Return the boxes of a [`TripsForVisualGrounding`] in pixels of the original images.
 
         Args:
             outputs ([`TripsVisualGroundingOutput`] or `torch.Tensor` of shape `(num_texts, 4)`):
@@ -542,7 +534,7 @@ class TripsProcessor(ProcessorMixin):
             target_sizes (`torch.LongTensor` of shape `(num_texts, 2)` or `list[tuple[int, int]]`):
                 (height, width) of each text's original image, as in `patch_boxes`.
             do_resize, size, do_center_crop, crop_size (*optional*):
-                What the call that made `pixel_values` was given, where it differed from the image processor's own.
+                Options of the call that made `pixel_values`, by default the image processor's own.
 
         Returns:
             `torch.FloatTensor` of shape `(num_texts, 4)`, on the CPU: corners (x0, y0, x1, y1), clipped to the image.

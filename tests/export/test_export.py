@@ -150,7 +150,7 @@ def test_what_no_graph_takes_is_refused(answerers, changes, message):
 
 
 def test_a_static_cache_is_refused(answerers):
-    with pytest.raises(ValueError, match="not in a StaticCache: leave `cache_implementation` out"):
+    with pytest.raises(ValueError, match="cache_implementation"):
         answerers[1].generate(**inputs(), cache_implementation="static")
 
 
@@ -166,7 +166,7 @@ def test_other_backends_dtypes_and_models_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             export_model(*arguments)
-    with pytest.raises(FileNotFoundError, match="holds no export: make one with `python -m modeling_trips.export`"):
+    with pytest.raises(FileNotFoundError, match="modeling_trips.export"):
         load_exported(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -98,24 +98,24 @@ def test_options_of_the_command_are_checked(tmp_path):
     options = ["--model", str(CHECKPOINT), "--output_dir"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").touch()
-    with pytest.raises(ValueError, match="model exists and is not empty"):
+    with pytest.raises(ValueError, match="model"):
         main([*options, str(tmp_path / "model")])
-    with pytest.raises(ValueError, match="model exists and is not empty"):
+    with pytest.raises(ValueError, match="model"):
         export_model(TripsForQuestionAnswering.from_pretrained(CHECKPOINT), tmp_path / "model")
-    with pytest.raises(ValueError, match="no backend 'onnx' with the dtype 'bf16'"):
+    with pytest.raises(ValueError, match="bf16"):
         main([*options, str(tmp_path / "new"), "--backend", "onnx", "--dtype", "bf16"])
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "what color?"}\n')
     calibrated = [*options, str(tmp_path / "new"), "--dtype", "int8", "--calibration_file", str(rows)]
-    with pytest.raises(ValueError, match="rows.jsonl, line 1, needs .* it has question"):
+    with pytest.raises(ValueError, match="line 1"):
         main(calibrated)
     rows.write_text('{"image": "none.png", "question": "what color?"}\n')
-    with pytest.raises(ValueError, match="rows.jsonl, line 1, .*none.png.* no such file"):
+    with pytest.raises(ValueError, match="none.png"):
         main([*calibrated, "--image_root", str(tmp_path)])
     rows.write_text("\n")
     with pytest.raises(ValueError, match="has no rows"):
         main(calibrated)
-    with pytest.raises(ValueError, match="--image_root goes with --calibration_file"):
+    with pytest.raises(ValueError, match="image_root"):
         main([*options, str(tmp_path / "new"), "--image_root", str(tmp_path)])
     assert not (tmp_path / "new").exists()
 

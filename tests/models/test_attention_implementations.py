@@ -75,7 +75,7 @@ def test_it_may_be_changed_later(case):
 
 @each_model
 def test_flash_attention_is_accepted_and_asks_for_its_package(case):
-    with pytest.raises(ImportError, match="FlashAttention2.*the package for FlashAttention2"):
+    with pytest.raises(ImportError, match="FlashAttention2"):
         case.make_model("flash_attention_2")
 
 
@@ -106,7 +106,7 @@ def test_flex_attention_refuses_dropout_in_training(case):
     model = case.make_model("flex_attention", dropout=0.5)
     with torch.compiler.set_stance("force_eager"):
         model(**case.make_inputs())
-        with pytest.raises(ValueError, match="does not support `dropout`"):
+        with pytest.raises(ValueError, match="dropout"):
             model.train()(**case.make_inputs())
 
 

@@ -205,7 +205,7 @@ def test_presets_have_the_documented_sizes():
     # The tiny one, all four parts and the selection included, makes a model.
     assert TripsModel(tiny).num_parameters() < 3_000_000
     assert len(rates_of(tiny.vision_config)) == 2
-    with pytest.raises(ValueError, match=r"\['base', 'small', 'tiny'\], got 'huge'"):
+    with pytest.raises(ValueError, match="huge"):
         TripsConfig.from_preset("huge")
 
 

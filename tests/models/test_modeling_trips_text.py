@@ -80,7 +80,7 @@ def test_text_encoder_takes_embeddings_in_place_of_ids():
     expected = model(IDS, MASK).last_hidden_state
     torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=MASK).last_hidden_state, expected)
     for wrong in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
-        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        with pytest.raises(ValueError, match="inputs_embeds"):
             model(**wrong)
 
 
@@ -97,7 +97,7 @@ def test_padding_changes_no_text(attn_implementation):
 def test_text_longer_than_the_positions_is_refused():
     model = TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=1))
     model(torch.ones(1, 12, dtype=torch.long))
-    with pytest.raises(ValueError, match="13 tokens, `max_position_embeddings` allows 12"):
+    with pytest.raises(ValueError, match="max_position_embeddings"):
         model(torch.ones(1, 13, dtype=torch.long))
 
 

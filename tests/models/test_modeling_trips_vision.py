@@ -323,28 +323,28 @@ def test_the_text_gets_its_gradient_through_the_fused_token_alone(fuse):
 
 def test_number_of_texts_and_images_must_agree():
     model = make_model()
-    with pytest.raises(ValueError, match="3 texts for 2 images"):
+    with pytest.raises(ValueError, match="image_index"):
         model(images(2), texts(3))
-    with pytest.raises(ValueError, match=r"`image_index` must have shape \(4,\).*got \(3,\)"):
+    with pytest.raises(ValueError, match="image_index"):
         model(images(2), texts(4), image_index=torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match="3 texts for 2 images"):
+    with pytest.raises(ValueError, match="image_index"):
         make_model(selection_layers=[])(images(2), texts(3))
 
 
 @pytest.mark.parametrize("size", [(12, 9), (13, 8), (3, 8)])
 def test_image_size_must_be_a_multiple_of_the_patch_size(size):
-    with pytest.raises(ValueError, match=rf"multiples of the patch size \(4x4\), got {size[0]}x{size[1]}"):
+    with pytest.raises(ValueError, match="pixel_values"):
         make_model()(images(2, size), texts())
 
 
 def test_number_of_channels_must_be_the_configured_one():
-    with pytest.raises(ValueError, match="3 channels, got 1"):
+    with pytest.raises(ValueError, match="pixel_values"):
         make_model()(images()[:, :1], texts())
 
 
 def test_exactly_one_of_pixels_and_image_cache():
     model = make_model()
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
+    with pytest.raises(ValueError, match="image_cache"):
         model(images(), texts(), image_cache=model.encode_images(images()))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `image_cache`"):
+    with pytest.raises(ValueError, match="image_cache"):
         model(text_embeds=texts())

@@ -36,7 +36,7 @@ def test_a_queue_overwrites_its_oldest_rows():
         queue.push(ids[:, None].float() * 10, ids)
     assert queue.ids.tolist() == [8, 5, 6, 7] and queue.features[:, 0].tolist() == [80, 50, 60, 70]
     assert queue.position == 1
-    with pytest.raises(ValueError, match="holds 4 rows, too few for the 5"):
+    with pytest.raises(ValueError, match="4 rows"):
         queue.push(torch.zeros(5, 1), torch.arange(5))
 
 
@@ -121,9 +121,9 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
     again = MomentumTeacher(make_model(), queue_size=8)
     again.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(FileNotFoundError, match="momentum.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match="momentum.safetensors"):
         again.load(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"images.features \(8, 8\), not \(6, 8\)"):
+    with pytest.raises(ValueError, match="images.features"):
         MomentumTeacher(model, queue_size=6).load(tmp_path)
 
 

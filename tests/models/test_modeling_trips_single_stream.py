@@ -13,7 +13,6 @@ from modeling_trips import (
     TripsForPreTraining,
     TripsForRetrieval,
     TripsModel,
-    TripsSingleStreamModel,
 )
 
 
@@ -149,34 +148,6 @@ def test_outputs_of_every_layer():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and graphs
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_no_shape_depends_on_a_value(training):
-    with torch.device("meta"):
-        model = TripsSingleStreamModel(make_config().vision_config).train(training)
-        output = model(torch.empty(4, 5, 16), torch.empty(4, 3, 16, 16), torch.ones(4, 5))
-    assert output.text_states.shape == (4, 5, 16)
-    assert output.last_hidden_state.shape == (4, 7, 16)
-    assert [entry.kept_indices.shape for entry in output.selection] == [(4, 8), (4, 5)]
-
-
-def test_one_graph_serves_all_batches_of_a_shape():
-    torch._dynamo.reset()
-    model, graphs = make_model(), []
-
-    def count_graphs(graph_module, example_inputs):
-        graphs.append(graph_module)
-        return graph_module.forward
-
-    compiled = torch.compile(model, backend=count_graphs, fullgraph=True)
-    with torch.no_grad():
-        for order in (torch.tensor([0, 1, 2, 3]), torch.tensor([3, 1, 0, 2])):
-            inputs = IDS[order], images(4), MASK[order]
-            actual, expected = compiled(*inputs), model(*inputs)
-            torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
-            assert kept(actual) == kept(expected)
-    assert len(graphs) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from transformers import (
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
 from modeling_trips.hosts.layers import score_states
 from modeling_trips.hosts.vlm.scoring import centred_directions, select_by_prompt, select_diverse
+from modeling_trips.modeling_trips_text import CACHE_NAME
 from modeling_trips.patch_selection import keep_topk
-from modeling_trips.versions_trips import CACHE_NAME
 
 
 IMAGE_TOKEN = 10

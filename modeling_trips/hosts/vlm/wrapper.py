@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from ...configuration_trips import SelectionSchedule
+from ...modeling_trips_text import CACHE_NAME
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING
-from ...versions_trips import CACHE_NAME
 from ..layers import check_layer
 from .families import Family
 from .guide import TextGuide

@@ -22,7 +22,8 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, BlipForQuestionAnswering, PreTrainedConfig, PreTrainedModel
 from transformers.models.vilt import modeling_vilt
 
-from ..modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding, TripsModel
+from ..modeling_trips import TripsForQuestionAnswering, TripsModel
+from ..modeling_trips_grounding import TripsForVisualGrounding
 from ..modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
 from ..modeling_trips_text import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor

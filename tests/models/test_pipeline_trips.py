@@ -339,25 +339,25 @@ def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, kind
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "item"),
     [
-        (lambda oracle: oracle(IMAGES[0], ""), "empty or no text: ''"),
-        (lambda oracle: oracle(IMAGES[0], ["is it red?", "  "]), "empty or no text: .*'  '"),
-        (lambda oracle: oracle({"image": IMAGES[0], "question": None}), "empty or no text: None"),
-        (lambda oracle: oracle(IMAGES[0], []), r"empty or no text: \[\]"),
-        (lambda oracle: oracle(IMAGES[0]), "'image' and 'question'"),
-        (lambda oracle: oracle({"image": IMAGES[0]}), "'image' and 'question'"),
-        (lambda oracle: oracle(IMAGES[0], "red " * 100), r"`text\[0\]` has \d+ tokens .* only \d+ are allowed"),
-        (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "`top_k` must be at least 1, got 0"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"`answers\[1\]` \(''\) has no tokens"),
+        (lambda oracle: oracle(IMAGES[0], ""), "question"),
+        (lambda oracle: oracle(IMAGES[0], ["is it red?", "  "]), "'  '"),
+        (lambda oracle: oracle({"image": IMAGES[0], "question": None}), "question"),
+        (lambda oracle: oracle(IMAGES[0], []), "question"),
+        (lambda oracle: oracle(IMAGES[0]), "question"),
+        (lambda oracle: oracle({"image": IMAGES[0]}), "question"),
+        (lambda oracle: oracle(IMAGES[0], "red " * 100), r"text\[0\]"),
+        (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "top_k"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"answers\[1\]"),
         (lambda oracle: oracle(IMAGES[0], "red?", max_tokens=3), "max_tokens"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers="red"), "`answers` must be a list .*, got 'red'"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=[]), r"`answers` must be a list .*, got \[\]"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red"], num_beams=2), "`num_beams`.*not go with `answers`"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers="red"), "answers"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers=[]), "answers"),
+        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red"], num_beams=2), "num_beams"),
     ],
 )
-def test_bad_input_is_refused_by_name(oracle, call, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+def test_bad_input_is_refused_by_name(oracle, call, item):
+    with pytest.raises((ValueError, TypeError), match=item):
         call(oracle)
 
 

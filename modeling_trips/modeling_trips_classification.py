@@ -25,8 +25,7 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        How far the texts' choice of patches is from their regions or targets: the mean over texts and images. In
-        training, if either is given.
+        Selection supervision, the mean over texts and images. In training, if regions or targets are given.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
         Scores of the classes, before the softmax.
     selection (`tuple(TripsSelection)`):
@@ -44,7 +43,7 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
 
 
 class TripsImagesAndTextClassificationHead(nn.Module):
-    """ViLT's head for NLVR2. It tells the images apart by their place in the concatenated [CLS] states."""
+    """ViLT's head for NLVR2, over the concatenated [CLS] states of the images."""
 
     def __init__(self, config: TripsConfig, num_images: int):
         super().__init__()
@@ -61,9 +60,9 @@ class TripsImagesAndTextClassificationHead(nn.Module):
 
 @auto_docstring(
     custom_intro="""
-    TRIPS that classifies a text together with `config.num_images` images: NLVR2 (a statement about two images, true or
-    false), or with one image visual entailment. The text is encoded once, selects patches in each of its images, and
-    is fused with each of them; the [CLS] states of all of them, in the order of the images, give the class.
+    TRIPS with a classifier of a text and `config.num_images` images: NLVR2 (a statement about two images, true or
+    false), or visual entailment with one image. The text is encoded once, selects patches in each of its images, and
+    is fused with each of them. The classifier reads the [CLS] states in the order of the images.
     """
 )
 class TripsForImagesAndTextClassification(TripsWholeModel):
@@ -105,9 +104,9 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
         labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             The class of each text, in `[0, config.num_labels)`; -100 is ignored.
         regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
-            What each text is about in each of its images, see [`TripsModel`].
+            The target region of each text in each of its images, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
-            Where a teacher looks, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
+            Attention of a teacher, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
 
         Example:
 
@@ -182,7 +181,7 @@ def _flatten_images(
     if images is not None and images.shape[0] != num_texts * num_images:
         raise ValueError(
             f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "
-            "Give all of them, or say with `image_index` which images each text looks at."
+            "Pass all images, or `image_index`, the images of each text."
         )
     return pixel_values, None
 

@@ -21,7 +21,7 @@ from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows
 # Losses
 
 
-# Areas below this count as it: a union or an enclosing box of no area divides nothing.
+# Least area of a union or an enclosing box, before it is a divisor.
 SMALLEST_AREA = 1e-12
 
 
@@ -40,13 +40,11 @@ def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -
 
 def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    Intersection over union of box i and target box i (`torchvision.ops.box_iou` pairs each with all).
+    Return the intersection over union of box i and target box i, `(num_boxes,)`; 0 if both boxes have no area.
+    (`torchvision.ops.box_iou` returns it for all pairs.)
 
     Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
-
-    Returns:
-        `torch.Tensor` of shape `(num_boxes,)`, in [0, 1]. It is 0 where both boxes have no area.
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
     """
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     return intersections / unions.clamp(min=SMALLEST_AREA)
@@ -54,17 +52,13 @@ def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Ten
 
 def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630). Boxes that do not meet are drawn together:
-    the share of their enclosing box that neither covers is added to the loss.
+    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2]. It also
+    has a gradient for boxes that do not overlap.
 
-    `torchvision.ops.generalized_box_iou_loss` gives the same values, but a model's code does without torchvision, and
-    a GPU would wait for its mask of the boxes that meet.
+    `torchvision.ops.generalized_box_iou_loss` returns the same values with a sync with the device.
 
     Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): corners (x0, y0, x1, y1) in any one unit.
-
-    Returns:
-        `torch.Tensor` of shape `(num_boxes,)`, in [0, 2].
+        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
     """
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
@@ -76,8 +70,8 @@ def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) ->
 
 def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    L1 distance of box i and target box i, in whatever format both have: `(num_boxes, 4)` -> `(num_boxes,)`, the sum
-    over the four numbers.
+    Return the L1 distance of box i and target box i, `(num_boxes,)`: the sum over the four numbers of the format that
+    both have.
     """
     return (boxes - target_boxes).abs().sum(dim=-1)
 
@@ -97,9 +91,9 @@ class TripsVisualGroundingOutput(ModelOutput):
     giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         1 - generalised IoU of predicted box and label, per box.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Teaches the texts to choose the patches in their boxes. In training, where a text guides.
+        Selection supervision by the boxes. In training, if a text guides a layer.
     pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Teaches the head of boxes to look at the patches in them. In training, unless its coefficient is 0.
+        Attention supervision of the box head. In training, unless its coefficient is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
         Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
         [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
@@ -121,9 +115,9 @@ class TripsVisualGroundingOutput(ModelOutput):
 
 class TripsBoxHead(nn.Module):
     """
-    The fused [CLS] attends to the image tokens that selection left. The mean of their places is where the box is
-    looked for, and DETR's box head (three linear layers with ReLU) says how far from there it is, and how large: as in
-    Conditional DETR (https://arxiv.org/abs/2108.06152), which reads its reference point from the query alone.
+    The fused [CLS] attends to the remaining image tokens. The mean of their positions is the reference point, and
+    DETR's box head (three linear layers with ReLU) predicts the offset from it and the size of the box. Conditional
+    DETR (https://arxiv.org/abs/2108.06152) predicts the reference point from the query alone.
     """
 
     def __init__(self, config: TripsConfig):
@@ -167,11 +161,8 @@ class TripsBoxHead(nn.Module):
 
 def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """
-    Where the patches `indices` (see `token_indices`) are.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`: x and y of each patch's center in [0, 1], float32;
-        the middle of the image for a fused token, which is of many places, and for padding.
+    Return x and y of the centers of patches (see `token_indices`), `(num_texts or 1, num_tokens, 2)`, float32, in
+    [0, 1]; the center of the image for a fused token and padding.
     """
     rows, columns = grid_size
     x = (indices % columns + 0.5) / columns
@@ -181,8 +172,8 @@ def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torc
 
 @auto_docstring(
     custom_intro="""
-    TRIPS that points: the text (a referring expression) selects the patches and is fused with them; among those that
-    were kept its [CLS] finds the place of what it describes, and gives the box around it.
+    TRIPS with a box head: the text (a referring expression) selects the patches and is fused with them, and its [CLS]
+    predicts the box of the object that it describes.
     """
 )
 class TripsForVisualGrounding(TripsWholeModel):
@@ -280,11 +271,10 @@ def box_losses(
     pred_boxes: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    L1 and generalised IoU loss of boxes (center_x, center_y, width, height), each the sum over the boxes divided by
-    their number.
+    Return the L1 and the generalised IoU loss of boxes (center_x, center_y, width, height), each the mean over boxes.
 
-    `num_items_in_batch` is what `Trainer` counts in the `labels` of a whole batch: four numbers per box. With it,
-    gradient accumulation and several processes give the gradient of the whole batch.
+    `Trainer` counts four numbers per box in `num_items_in_batch`. With it, gradient accumulation and several processes
+    give the gradient of the whole batch.
     """
     if labels.shape != pred_boxes.shape:
         raise ValueError(
@@ -297,7 +287,7 @@ def box_losses(
 
 
 def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
-    """The mean over boxes of what each costs, `(num_texts,)`; over those of the whole batch where they are counted."""
+    """Return the mean of losses of boxes, `(num_texts,)`, over the whole batch if its items are given."""
     return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
 
 

@@ -38,7 +38,7 @@ from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionM
 
 
 def num_processes() -> int:
-    """How many processes train together; 1 if `torch.distributed` is not in use."""
+    """Return the number of processes of the training; 1 without `torch.distributed`."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
@@ -56,13 +56,13 @@ def mean_count(count: torch.Tensor) -> torch.Tensor:
     return total.clamp_min(1) / num_processes()
 
 
-LOWEST_LOGIT = -1e9  # not minus infinity, which times a target of 0 is no number
+LOWEST_LOGIT = -1e9  # minus infinity times a target of 0 would be NaN
 
 
 class MatchingPairs(NamedTuple):
     """
-    Pairs to tell apart, made from T true ones: those, then each text with another image, then each image with another
-    text. Each field has `3 * T` entries.
+    Pairs of image-text matching from T true pairs: those, then each text with another image, then each image with
+    another text. Each field has `3 * T` entries.
     """
 
     text_index: torch.LongTensor  # the pair's text
@@ -75,8 +75,8 @@ def similarity(
     queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """
-    Dot products of every query with every candidate, divided by the temperature, in full precision: autocast would
-    round them, and a small temperature would blow that up.
+    Return the dot products of every query with every candidate, divided by the temperature. They are in full
+    precision, since a small temperature would amplify the rounding of autocast.
 
     Args:
         queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape `(num_candidates,
@@ -93,7 +93,7 @@ def similarity(
 
 def contrastive_targets(query_ids: torch.LongTensor, candidate_ids: torch.LongTensor) -> torch.FloatTensor:
     """
-    Which candidates a query should find: those of the same image, in equal shares.
+    Return the targets of retrieval: the candidates of the query's image, in equal shares.
 
     Args:
         query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
@@ -115,12 +115,12 @@ def contrastive_loss(
     text_image_ids: torch.LongTensor,
 ) -> torch.Tensor:
     """
-    Image-text contrastive loss (ITC): the mean of the cross-entropies of images that look for their texts and of texts
-    that look for their images.
+    Return the image-text contrastive loss (ITC): the mean of the cross-entropies of image-to-text and text-to-image
+    retrieval.
 
-    With several processes, each looks among the images and texts of all, and its loss is the sum over its own rows,
-    divided by the mean number of rows of a process. The mean of the processes' losses and gradients, as data parallel
-    training takes it, is then that of one process with the whole batch, also if one has more images than another.
+    With several processes, the candidates are those of all processes, and the loss of a process is the sum over its
+    rows divided by the mean number of rows. The mean of the processes' losses and gradients is then that of one
+    process with the whole batch, also for unequal numbers of images.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
@@ -153,8 +153,8 @@ def distilled_loss(
     teacher_weight: float,
 ) -> torch.Tensor:
     """
-    One direction of ITC with a momentum teacher (ALBEF, equation 6): queries look for their partners among the
-    teacher's features, and the targets are part `contrastive_targets`, part what the teacher's own queries find.
+    Return one direction of ITC with a momentum teacher (ALBEF, equation 6). The candidates are the teacher's features;
+    the targets are a mixture of `contrastive_targets` and the teacher's own distribution.
 
     Args:
         queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalised.
@@ -177,8 +177,8 @@ def distilled_loss(
 
 class TeacherOutput(NamedTuple):
     """
-    A momentum teacher's view of a batch (ALBEF, https://arxiv.org/abs/2107.07651, section 3). What no objective needs
-    is `None`.
+    Output of a momentum teacher for a batch (ALBEF, https://arxiv.org/abs/2107.07651, section 3). Fields that no
+    objective needs are `None`.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, projection_dim)`), text_embeds (`torch.Tensor` of shape
@@ -208,7 +208,7 @@ def distilled_contrastive_loss(
     text_image_ids: torch.LongTensor,
 ) -> torch.Tensor:
     """
-    ITC against the candidates of a momentum teacher, in both directions.
+    Return ITC against the candidates of a momentum teacher, in both directions.
 
     Args:
         teacher ([`TeacherOutput`])
@@ -237,10 +237,10 @@ def hard_negative_indices(
     logits: torch.Tensor, same_image: torch.BoolTensor, generator: torch.Generator | None = None
 ) -> tuple[torch.LongTensor, torch.BoolTensor]:
     """
-    One negative for each query, drawn from the softmax of its logits over the candidates of other images.
+    Draw one negative for each query from the softmax of its logits over the candidates of other images.
 
-    The draw is the largest sum of logit and Gumbel noise, which has that distribution. Unlike `torch.multinomial` it
-    works with probabilities that are too small for a float, and never waits for the device.
+    The largest sum of logit and Gumbel noise has that distribution. Unlike `torch.multinomial`, it works with tiny
+    probabilities and does not sync with the device.
 
     Args:
         logits (`torch.Tensor` of shape `(num_queries, num_candidates)`)
@@ -260,8 +260,8 @@ def matching_pairs(
     logits: torch.Tensor, image_ids: torch.LongTensor, generator: torch.Generator | None = None
 ) -> MatchingPairs:
     """
-    The pairs of image-text matching (ITM): for each of T true pairs, that pair, its text with a hard negative image
-    and its image with a hard negative text. The number of pairs is always the same.
+    Return the pairs of image-text matching (ITM): for each of T true pairs, that pair, its text with a hard negative
+    image and its image with a hard negative text.
 
     Args:
         logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) says how well the text of pair i fits the image of pair
@@ -287,8 +287,7 @@ def matching_pairs(
 
 def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    Image-text matching loss (ITM): weighted mean of the cross-entropies of the pairs, of all processes' pairs if there
-    are several.
+    Return the image-text matching loss (ITM): the weighted mean of the cross-entropies of the pairs of all processes.
 
     Args:
         logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 speaks for a match.
@@ -304,7 +303,7 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
 
 
 def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
-    """For each of the tensors how many rows the processes have, in the order of their ranks. The host waits for it."""
+    """Return the numbers of rows of each tensor in all processes, by rank. This syncs with the host."""
     counts = [len(tensor) for tensor in tensors]
     if num_processes() == 1:
         return [[count] for count in counts]
@@ -313,8 +312,7 @@ def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
 
 def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """
-    The rows of all processes, in the order of their ranks; with one process, `tensor` itself. Each process gets the
-    gradient that its rows have in the losses of all.
+    Return the rows of all processes, by rank. The gradient of a process's rows is that of the losses of all processes.
 
     Args:
         tensor (`torch.Tensor` of shape `(num_rows, ...)`)
@@ -344,7 +342,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of all processes, of one shape."""
+    """Return the tensors of all processes, which have the same shape."""
     gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
     distributed.all_gather(gathered, tensor)
     return gathered
@@ -352,7 +350,7 @@ def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
     """
-    Image ids for a batch in which no image is twice, in this process or in another.
+    Return image ids for a batch without repeated images, different in all processes.
 
     Returns:
         `torch.LongTensor` of shape `(num_images,)`.
@@ -367,12 +365,12 @@ def check_captions(
     image_index: torch.LongTensor | None,
     image_ids: torch.LongTensor | None,
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`image_index` and `image_ids` for the losses, with their defaults."""
+    """Return `image_index` and `image_ids` for the losses, with their defaults."""
     num_texts, device = len(text_states), text_states.device
     if image_index is None and num_texts != num_images:
         raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Give as many images as texts, or say with `image_index` "
-            "which image each text is a caption of."
+            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index`, the image of "
+            "each text."
         )
     for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
         if value is not None and tuple(value.shape) != (count,):
@@ -392,8 +390,8 @@ def masked_language_loss(
     num_masked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Cross-entropy of the masked tokens, the mean over them. With a momentum teacher (ALBEF, equation 7), the share
-    `teacher_weight` of the target is what the teacher guesses.
+    Return the mean cross-entropy of the masked tokens. With a momentum teacher (ALBEF, equation 7), the share
+    `teacher_weight` of the target is the teacher's distribution.
 
     Args:
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
@@ -602,8 +600,8 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
         r"""
-        Image-text matching, to rank again what the features found. What depends on the text or on the image alone is
-        computed once, however many pairs it is in.
+        Score pairs of image and text, to rerank the results of the features. A text or image in several pairs is
+        encoded once.
 
         image_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
             Pair p has image `image_index[p]`. By default image p.
@@ -631,7 +629,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         )
 
     def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
-        """The similarities of all images and texts, from their features."""
+        """Return the similarities of all images and texts, from their features."""
         image_embeds, text_embeds = image_outputs.pooler_output, text_outputs.pooler_output
         image_embeds = image_embeds.to(text_embeds.device)  # the parts may lie on several devices
         logits_per_text = similarity(text_embeds, image_embeds, self.temp())
@@ -697,9 +695,9 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
 
 @auto_docstring(
     custom_intro="""
-    TRIPS for image-text retrieval, in ALBEF's two stages. The features of images and texts do not know of each other,
-    so that both can be indexed: no text selects an image's patches there, its own [CLS] does. The best few are then
-    compared in depth by `match`: the text selects the patches and is fused with them.
+    TRIPS for image-text retrieval, in ALBEF's two stages. The features of images and texts are independent, so that
+    both can be indexed; the image's own [CLS] selects patches. `match` then scores the best candidates: the text
+    selects the patches and is fused with them.
     """
 )
 class TripsForRetrieval(TripsContrastiveModel):

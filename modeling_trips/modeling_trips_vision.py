@@ -1,5 +1,16 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-# SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 The vision towers of TRIPS: a Vision Transformer with selection layers, and the same in a single stream with the text
 (ViLT's form).
@@ -596,8 +607,13 @@ class TripsVisionModel(TripsPreTrainedModel):
         is_guided = text_embeds is not None and select_patches and self.schedule.first_text_layer is not None
         if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        guidance = (text_embeds, image_index) if is_guided else ()
-        states = self.run_layers(image_cache, None, *guidance, select_patches=select_patches, **kwargs)
+        states = self.run_layers(
+            image_cache,
+            text_embeds=text_embeds if is_guided else None,
+            image_index=image_index if is_guided else None,
+            select_patches=select_patches,
+            **kwargs,
+        )
         hidden_states = self.layernorm(states.hidden_states)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,

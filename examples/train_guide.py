@@ -91,7 +91,7 @@ class GuideCollator:
     def __call__(self, rows: list[dict]) -> dict:
         images = [read_image(row) for row in rows]
         prompts = [self.prompt(row["question"]) for row in rows]
-        batch = {"inputs": self.encode(images, prompts)}
+        batch: dict = {"inputs": self.encode(images, prompts)}
         if self.teacher == "regions":
             blanks = [PIL.Image.new("RGB", image.size) for image in images]
             batch["masks"] = self.encode(region_masks(images, [row["region"] for row in rows]), prompts)

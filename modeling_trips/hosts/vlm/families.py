@@ -14,6 +14,7 @@
 """Where each family of vision-language models keeps its tower, and which visual tokens stand for which patches."""
 
 import inspect
+from collections.abc import Mapping
 from itertools import accumulate, chain
 
 import torch
@@ -122,33 +123,33 @@ class Family:
 
         return [self.tower.register_forward_hook(restore)]
 
-    def begin_pass(self, inputs: dict) -> TowerPass:
+    def begin_pass(self, inputs: Mapping) -> TowerPass:
         return TowerPass()
 
-    def encode(self, inputs: dict, current: TowerPass | None):
+    def encode(self, inputs: Mapping, current: TowerPass | None):
         """The output of `get_image_features`."""
         arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
         if current is not None and current.segments is not None:  # the tower need not work them out again
             arguments |= {"image_window_index": current.unit_order, "image_cu_window_seqlens": current.segments}
         return self.base.get_image_features(**arguments, return_dict=True)
 
-    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+    def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         """Number of visual tokens of each group."""
         number = len(inputs["pixel_values"])
         return [sum(tokens_per_prompt) // number] * number
 
-    def images_per_group(self, inputs: dict, sizes: list[int]) -> list[int]:
+    def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         """How many images of the tower's batch make each group. A tile of an image counts as one."""
         return [1] * len(sizes)
 
-    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
         """Of each group of visual tokens, those of kept patches, as positions in ascending order."""
         kept = current.kept_before()
         num_others = sizes[0] - current.grid_size  # LLaVA may show the [CLS] of the tower to the language model
         others = torch.arange(num_others, device=kept.device).expand(len(kept), -1)
         return [*torch.cat([others, kept + num_others], dim=1)]
 
-    def position_ids(self, inputs: dict) -> torch.Tensor | None:
+    def position_ids(self, inputs: Mapping) -> torch.Tensor | None:
         """Spatial positions that must survive, of shape `(3, batch_size, length)`; `None` where positions count up."""
         return None
 
@@ -180,7 +181,7 @@ class Llava(Family):
 class LlavaNext(Llava):
     """Several tiles per image are packed to one group: padding is cut off, and each row of patches gets a newline."""
 
-    def pack(self, tiles: list[torch.Tensor], inputs: dict) -> list[torch.Tensor]:
+    def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return self.base.pack_image_features(
             tiles,
             inputs["image_sizes"],
@@ -188,22 +189,22 @@ class LlavaNext(Llava):
             image_newline=tiles[0].new_zeros(1),
         )[0]
 
-    def tiles_per_image(self, inputs: dict) -> list[int]:
+    def tiles_per_image(self, inputs: Mapping) -> list[int]:
         side = self.config.vision_config.image_size
         return [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, side) for size in inputs["image_sizes"]
         ]
 
-    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+    def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         config = self.config.vision_config
         num_patches = (config.image_size // config.patch_size) ** 2
         empty = [torch.zeros(number, num_patches, 1) for number in self.tiles_per_image(inputs)]
         return [len(group) for group in self.pack(empty, inputs)]
 
-    def images_per_group(self, inputs: dict, sizes: list[int]) -> list[int]:
+    def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
 
-    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device).scatter(1, kept, 0.0)
         # A token that interpolation mixes from kept and dropped patches is dropped.
@@ -212,7 +213,7 @@ class LlavaNext(Llava):
 
 
 class LlavaOnevision(LlavaNext):
-    def pack(self, tiles: list[torch.Tensor], inputs: dict) -> list[torch.Tensor]:
+    def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return self.base.pack_image_features(
             tiles,
             inputs["image_sizes"],
@@ -220,7 +221,7 @@ class LlavaOnevision(LlavaNext):
             vision_aspect_ratio=inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio,
         )[0]
 
-    def tiles_per_image(self, inputs: dict) -> list[int]:
+    def tiles_per_image(self, inputs: Mapping) -> list[int]:
         tiles = super().tiles_per_image(inputs)
         if inputs.get("batch_num_images") is None:
             return tiles
@@ -251,13 +252,13 @@ class Smolvlm(Family):
     def unit(self) -> int:
         return self.config.scale_factor
 
-    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+    def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         return tokens_per_prompt
 
-    def images_per_group(self, inputs: dict, sizes: list[int]) -> list[int]:
+    def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return [size // self.base.image_seq_len for size in sizes]
 
-    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         tiles = kept.split([size // current.grid_size for size in sizes])
         firsts = torch.arange(len(kept), device=kept.device) * current.grid_size
@@ -322,13 +323,13 @@ class Qwen2Vl(Family):
 
         return restore
 
-    def begin_pass(self, inputs: dict) -> TowerPass:
+    def begin_pass(self, inputs: Mapping) -> TowerPass:
         return TowerPass(num_units=self.group_sizes(inputs, []))
 
-    def group_sizes(self, inputs: dict, tokens_per_prompt: list[int]) -> list[int]:
+    def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         return (inputs["image_grid_thw"].prod(dim=-1) // self.unit**2).tolist()
 
-    def kept_tokens(self, sizes: list[int], inputs: dict, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         if current.unit_order is not None:
             kept = current.unit_order[kept]
@@ -336,7 +337,7 @@ class Qwen2Vl(Family):
         firsts = accumulate(sizes, initial=0)
         return [part.sort().values - first for part, first in zip(kept.split(num_kept), firsts)]
 
-    def position_ids(self, inputs: dict) -> torch.Tensor:
+    def position_ids(self, inputs: Mapping) -> torch.Tensor:
         types = inputs.get("mm_token_type_ids")
         if types is None:
             types = (inputs["input_ids"] == self.image_token_id).int()
@@ -351,7 +352,7 @@ class Qwen2Vl(Family):
 class Qwen25Vl(Qwen2Vl):
     layer_classes = {Qwen2_5_VLVisionBlock: Qwen25TowerLayer}
 
-    def begin_pass(self, inputs: dict) -> TowerPass:
+    def begin_pass(self, inputs: Mapping) -> TowerPass:
         current = super().begin_pass(inputs)
         grids = inputs["image_grid_thw"]
         order, current.segments = get_vision_window_index(

@@ -213,7 +213,7 @@ class GridLayer(TowerLayer):
         return mask
 
 
-class SeparateProjections:
+class SeparateProjections(GridLayer):
     """Queries and keys come from linear layers of their own in `self_attn`."""
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -234,19 +234,19 @@ class SeparateProjections:
         return self.self_attn.scale
 
 
-class ClipTowerLayer(SeparateProjections, GridLayer, CLIPEncoderLayer):
+class ClipTowerLayer(SeparateProjections, CLIPEncoderLayer):
     pass
 
 
-class SiglipTowerLayer(SeparateProjections, GridLayer, SiglipEncoderLayer):
+class SiglipTowerLayer(SeparateProjections, SiglipEncoderLayer):
     pass
 
 
-class SmolvlmTowerLayer(SeparateProjections, GridLayer, SmolVLMEncoderLayer):
+class SmolvlmTowerLayer(SeparateProjections, SmolVLMEncoderLayer):
     pass
 
 
-class Idefics3TowerLayer(SeparateProjections, GridLayer, Idefics3EncoderLayer):
+class Idefics3TowerLayer(SeparateProjections, Idefics3EncoderLayer):
     pass
 
 

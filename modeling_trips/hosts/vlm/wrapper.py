@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ from .tower import Tower, TowerLayer
 
 # Where the model holds its selection. It is no module, so that no parameter is added.
 ATTRIBUTE = "_patch_selection"
+PRUNING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 @dataclass
@@ -154,12 +155,17 @@ def _put_into_tower(family: Family, schedule: SelectionSchedule, guide: TextGuid
     return TowerSelection(tower, guide), handles
 
 
-@cache
 def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     """
     A class of the same name whose `forward` and `generate` prune their inputs. Transformers goes by the name: for the
     `architectures` of a configuration, and in pipelines.
     """
+    if own_class not in PRUNING_CLASSES:
+        PRUNING_CLASSES[own_class] = _make_pruning_class(own_class)
+    return PRUNING_CLASSES[own_class]
+
+
+def _make_pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     parameters = inspect.signature(own_class.forward)
 
     @wraps(own_class.forward)

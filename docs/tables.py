@@ -742,6 +742,38 @@ def speed_summary() -> str:
 
 
 @table
+def vlm_cost() -> str:
+    rows = [row for row in read("vlm_cost") if "variant" in row]
+    cells = []
+    for row in rows:
+        (unpruned,) = select(rows, shape=row["shape"], batch_size=row["batch_size"], variant="unpruned")
+        first = row["seconds_to_first_token"]
+        cells.append(
+            [
+                f"`{row['shape']}`",
+                row["batch_size"],
+                row["variant"],
+                f"{row['visual_tokens']} to {row['cached_tokens'] - row['text_length']}",
+                f"{first / unpruned['seconds_to_first_token']:.2f}",
+                f"{row['ratio_to_exit']:.2f}",
+                f"{row['seconds_per_token'] / unpruned['seconds_per_token']:.2f}",
+                f"{row['cache_bytes'] / 1e6:.2f}",
+                f"{row['peak_memory_bytes'] / 1e6:.0f}" if row["peak_memory_bytes"] else "",
+            ]
+        )
+    header = ["Shape", "Batch", "Variant", "Visual tokens", "First token, of unpruned", "First token, of exit alone"]
+    header += ["Next token, of unpruned", "KV cache, MB", "Peak memory, MB"]
+    return render(header, cells, "vlm_cost")
+
+
+@table
+def vlm_choices() -> str:
+    rows = [row for row in read("vlm_cost") if "choice" in row]
+    cells = [[row["choice"], f"{row['milliseconds']:.2f}"] for row in rows]
+    return render(["Choice of 64 tokens", "Milliseconds"], cells, "vlm_cost")
+
+
+@table
 def headline() -> str:
     def cells(of: list[Row], base: list[Row]) -> list[str]:
         return [spread(percents(of, "eval_accuracy")), spread(percents(base, "eval_accuracy"))]

@@ -1,0 +1,164 @@
+"""Vision-language models of Transformers as an evaluation uses them: conversations in, answers out."""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from modeling_trips.hosts import record_patch_selection
+from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, find_family
+from modeling_trips.hosts.vlm.wrapper import selection_of
+
+
+def generation_options(task_options: Mapping) -> dict:
+    """
+    Return the arguments of `generate` that a task may set: how many tokens, beams, and how it samples. A task is text
+    from elsewhere: nothing that loads code passes.
+    """
+    options = {"max_new_tokens": task_options.get("max_new_tokens") or 1024, "num_beams": 1}
+    if task_options.get("num_beams"):
+        options["num_beams"] = task_options["num_beams"]
+    temperature = task_options.get("temperature")
+    if temperature == 0 or not task_options.get("do_sample", temperature is not None):
+        # `None` overrides the sampling options of the checkpoint.
+        return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {name: task_options[name] for name in ("temperature", "top_p") if task_options.get(name) is not None}
+    return {**options, "do_sample": True, **sampling}
+
+
+def cut_until(text: str, until: list[str]) -> str:
+    """Return the text up to the first of these strings, without white space around it."""
+    text = text.strip()
+    for stop in until:
+        if stop:
+            text = text.partition(stop)[0]
+    return text.strip()
+
+
+class VisionLanguageModel:
+    """
+    A model with its processor.
+
+    Args:
+        pretrained (`str`): Folder or Hub repository of a model that `AutoModelForImageTextToText` loads. Code in the
+            repository is not run.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
+
+    Attributes:
+        num_images (`int`): Images that were seen.
+        num_visual_tokens (`torch.Tensor`): Visual tokens of these images that the language model got.
+    """
+
+    def __init__(self, pretrained: str, dtype: str = "auto"):
+        options = {"trust_remote_code": False}
+        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, **options)
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            pretrained, dtype=dtype, use_safetensors=True, **options
+        ).eval()
+        self.num_images = 0
+        self.num_visual_tokens = torch.zeros((), dtype=torch.long)
+
+    @property
+    def visual_tokens_per_image(self) -> float | None:
+        """Mean number of visual tokens that the language model got; `None` without images."""
+        return self.num_visual_tokens.item() / self.num_images if self.num_images else None
+
+    def encode(self, conversations: list[list[dict]]) -> dict:
+        """
+        Return the inputs of a batch of conversations, padded on the left. Where the processor has no chat template,
+        the prompt is one image token per image, and the texts.
+        """
+        options = {"padding": True, "return_tensors": "pt"}
+        if self.processor.chat_template is not None:
+            return self.processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=options,
+            )
+        parts = [[part for message in conversation for part in message["content"]] for conversation in conversations]
+        images = [[part["image"] for part in own if part["type"] == "image"] for own in parts]
+        texts = [
+            self.processor.image_token * len(own_images)
+            + "\n".join(part["text"] for part in own if part["type"] == "text")
+            for own, own_images in zip(parts, images)
+        ]
+        return self.processor(text=texts, images=images if any(images) else None, **options)
+
+    @torch.no_grad()
+    def answer(self, conversations: list[list[dict]], options: Mapping) -> list[str]:
+        """
+        Continue a batch of conversations.
+
+        Args:
+            conversations (`list[list[dict]]`): Messages with `role` and `content`, a list of parts `{"type": "image",
+                "image": ...}` and `{"type": "text", "text": ...}`. An image is one of Pillow, a path or an address.
+            options (`Mapping`): A task's options. Only those of [`generation_options`], and `until`, count.
+
+        Returns:
+            `list[str]`: The new text of each conversation, up to the first string in `until`.
+        """
+        inputs = self.encode(conversations)
+        has_images = inputs.get("pixel_values") is not None
+        placeholders = inputs["input_ids"] == getattr(self.model.config, "image_token_id", -1)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        is_pruned = has_images and selection_of(self.model) is not None
+        with record_patch_selection(self.model) if is_pruned else nullcontext() as selections:
+            outputs = self.model.generate(**inputs, **generation_options(options))
+        if has_images:
+            kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
+            self.num_visual_tokens = self.num_visual_tokens.to(kept.device) + kept.sum()
+            self.num_images += sum(
+                part["type"] == "image"
+                for conversation in conversations
+                for message in conversation
+                for part in message["content"]
+            )
+        new = outputs[:, inputs["input_ids"].shape[1] :]
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        return [cut_until(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def lower_resolution(self, visual_tokens: int):
+        """
+        Let the processor reduce images so that each has about this number of visual tokens, or fewer if it is small.
+        In LLaVA-1.5 and PaliGemma, position embeddings of the tower are interpolated.
+
+        Raises:
+            ValueError: The model has no images of a lower resolution.
+        """
+        family = find_family(self.model)
+        image_processor = self.processor.image_processor
+        if isinstance(family, Qwen2Vl):
+            side = family.unit * image_processor.patch_size
+            largest = visual_tokens * side**2
+            size = image_processor.size
+            image_processor.size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
+        elif type(family) is Llava:
+            config = family.config.vision_config
+            grid = min(round(math.sqrt(visual_tokens)), config.image_size // config.patch_size)
+            size = grid * config.patch_size
+            for name in ("size", "crop_size"):
+                if current := getattr(image_processor, name, None):
+                    setattr(image_processor, name, dict.fromkeys(dict(current), size))
+            if hasattr(self.processor, "image_seq_length"):  # PaliGemma
+                self.processor.image_seq_length = grid**2
+            embeddings = getattr(family.tower, "vision_model", family.tower).embeddings
+            embeddings.register_forward_pre_hook(_interpolate_positions, with_kwargs=True)
+        else:
+            raise ValueError(
+                f"Lower resolution is not supported for {type(self.model).__name__}: it cuts images into tiles of a "
+                "fixed size, or gives each image a fixed number of visual tokens."
+            )
+
+
+def _interpolate_positions(embeddings: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {**kwargs, "interpolate_pos_encoding": True}

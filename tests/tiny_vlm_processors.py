@@ -1,0 +1,80 @@
+"""Processors that fit the tiny models of `tiny_vlms`: a vocabulary of words, and images of 32 x 32 pixels."""
+
+from pathlib import Path
+
+from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, TEXT, VISION_END, VISION_START
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+
+COLORS = ["red", "green", "blue", "yellow"]
+WORDS = [*COLORS, *"what color is it ? which one a the picture same no image".split()]
+LLAVA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+QWEN_TEMPLATE = LLAVA_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
+    """One token per word, with the special tokens in the places that the tiny models have for them."""
+    tokens = [f"w{number}" for number in range(TEXT["vocab_size"])]
+    tokens[:4] = ["<unk>", "<pad>", "<s>", "</s>"]
+    tokens[5 : 5 + len(WORDS)] = WORDS
+    tokens[IMAGE], tokens[VISION_START], tokens[VISION_END] = image_token, "<|vision_start|>", "<|vision_end|>"
+    tokens[93] = "<|video_pad|>"
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[image_token, "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"],
+    )
+    assert tokenizer.pad_token_id == PAD
+    return tokenizer
+
+
+def make_llava_processor(chat_template: str | None = LLAVA_TEMPLATE) -> LlavaProcessor:
+    side = CLIP["image_size"]
+    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return LlavaProcessor(
+        image_processor,
+        make_tokenizer("<image>"),
+        patch_size=CLIP["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=chat_template,
+    )
+
+
+def make_qwen_processor() -> Qwen2_5_VLProcessor:
+    sizes = {"patch_size": QWEN["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"min_pixels": 16 * 16, "max_pixels": 64 * 64}
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**sizes, **limits),
+        make_tokenizer("<|image_pad|>"),
+        Qwen2VLVideoProcessor(**sizes, **limits),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = None) -> Path:
+    """A tiny model with random weights and its processor, in a folder."""
+    model = BY_NAME[name].make()
+    model.generation_config.eos_token_id = None  # answers have all the words that they may
+    model.save_pretrained(folder)
+    (processor or {"llava": make_llava_processor, "qwen2_5_vl": make_qwen_processor}[name]()).save_pretrained(folder)
+    return folder

@@ -22,6 +22,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -112,10 +113,17 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
     return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", **guide}
 
 
+@cache
+def task_manager(include_path: str | None):
+    """The tasks that lmms-eval knows, and those in a folder of the user's."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("WARNING", include_path=include_path, model_name="trips_vlm")
+
+
 def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
     """The results of a task, and how many visual tokens per image the language model got."""
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
 
     from trips_examples.lmms.vlm import TripsVlm
 
@@ -133,11 +141,12 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
         tasks=[task],
         batch_size=args.batch_size,
         limit=args.limit,
-        task_manager=TaskManager("WARNING", include_path=args.include_path, model_name="trips_vlm"),
+        task_manager=task_manager(args.include_path),
         torch_random_seed=args.seed,
         log_samples=False,
         verbosity="WARNING",
-        cli_args=Namespace(output_path=str(Path(args.output_json).parent)),  # tasks write submissions there
+        # Tasks write files for submission into this folder.
+        cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
     )
     return {
         "visual_tokens_per_image": model.vlm.visual_tokens_per_image,
@@ -190,10 +199,10 @@ def make_rows(args: EvaluationArguments) -> Iterator[dict]:
         yield row
 
 
-def score_of(row: dict, metrics: list[str]) -> float | None:
+def score_of(row: dict, metrics: list[str]) -> tuple[float | None, float | None]:
     """
-    The chosen metric of a task, or the first in which higher is better. A group of tasks without a score of its own
-    has the mean of theirs. `None` if there is no such metric.
+    The chosen metric of a task, or the first in which higher is better, and its standard error. A group of tasks
+    without a score of its own has the mean of theirs. `None` for what there is not.
     """
     scores = []
     for name in [row["task"], *row["results"]]:
@@ -201,30 +210,32 @@ def score_of(row: dict, metrics: list[str]) -> float | None:
         first = [metric for metric, higher in row["higher_is_better"].get(name, {}).items() if higher]
         chosen = next((metric for metric in [*metrics, *first] if metric in own), None)
         if chosen is not None:
-            scores.append(own[chosen])
             if name == row["task"]:
-                break
-    return sum(scores) / len(scores) if scores else None
+                return own[chosen], own.get(f"{chosen}_stderr")
+            scores.append(own[chosen])
+    return (sum(scores) / len(scores) if scores else None), None
 
 
 def print_table(rows: list[dict], args: EvaluationArguments):
-    """Print percent of the unpruned model's score in Markdown: by task, and the mean."""
+    """
+    Print percent of the unpruned model's score in Markdown, with the standard error of the task's metric, and the mean
+    over the tasks. In the row of the unpruned model its scores are in brackets.
+    """
     done = [row for row in rows if "results" in row]
-    base = {row["task"]: score_of(row, args.metrics) for row in done if row["selection"] == UNPRUNED}
-    titles = [f"{task} (%)" for task in args.tasks]
-    print(f"| selection | visual tokens | mean per image | {' | '.join(titles)} | mean (%) |")
-    print("|---|---|---|" + "---|" * (len(titles) + 1))
+    base = {row["task"]: score_of(row, args.metrics)[0] for row in done if row["selection"] == UNPRUNED}
+    print(f"| selection | visual tokens | mean per image | {' | '.join(args.tasks)} | mean (%) |")
+    print("|---|---|---|" + "---|" * (len(args.tasks) + 1))
     for selection, number in dict.fromkeys((row["selection"], row["visual_tokens"]) for row in done):
         own = {row["task"]: row for row in done if (row["selection"], row["visual_tokens"]) == (selection, number)}
         tokens = [row["visual_tokens_per_image"] for row in own.values() if row["visual_tokens_per_image"] is not None]
         cells, shares = [], []
         for task in args.tasks:
-            score = score_of(own[task], args.metrics) if task in own else None
-            if score is None or not base[task]:
-                cells.append("-")
-                continue
-            shares.append(100 * score / base[task])
-            cells.append(f"{shares[-1]:.1f}" + (f" ({score:.4g})" if selection == UNPRUNED else ""))
+            score, error = score_of(own[task], args.metrics) if task in own else (None, None)
+            cell = "-"
+            if score is not None and base[task]:
+                shares.append(100 * score / base[task])
+                cell = f"{shares[-1]:.1f}" + ("" if error is None else f" ± {100 * error / base[task]:.1f}")
+            cells.append(f"{cell} ({score:.4g})" if selection == UNPRUNED and score is not None else cell)
         mean = f"{sum(shares) / len(shares):.1f}" if len(shares) == len(args.tasks) else "-"
         per_image = f"{sum(tokens) / len(tokens):.1f}" if tokens else "-"
         title = SELECTIONS.get(selection, selection)

@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
-from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, TEXT, VISION_END, VISION_START
+import PIL.Image
+from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END, VISION_START
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     LlavaProcessor,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    SiglipImageProcessor,
 )
 
 
@@ -76,5 +79,27 @@ def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = No
     model = BY_NAME[name].make()
     model.generation_config.eos_token_id = None  # answers have all the words that they may
     model.save_pretrained(folder)
-    (processor or {"llava": make_llava_processor, "qwen2_5_vl": make_qwen_processor}[name]()).save_pretrained(folder)
+    makers = {"llava": make_llava_processor, "paligemma": make_paligemma_processor, "qwen2_5_vl": make_qwen_processor}
+    (processor or makers[name]()).save_pretrained(folder)
     return folder
+
+
+def make_paligemma_processor() -> PaliGemmaProcessor:
+    """Without a chat template, as PaliGemma's checkpoints are."""
+    side = SIGLIP["image_size"]
+    image_processor = SiglipImageProcessor(size={"height": side, "width": side})
+    image_processor.image_seq_length = BY_NAME["paligemma"].tokens
+    tokenizer = make_tokenizer("<image>")
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", IMAGE
+    return PaliGemmaProcessor(image_processor, tokenizer)
+
+
+def conversation(text: str, *images: PIL.Image.Image) -> list[dict]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def noise(width: int, height: int) -> PIL.Image.Image:
+    """An image of random colors."""
+    channels = [PIL.Image.effect_noise((width, height), 80) for _ in range(3)]
+    return PIL.Image.merge("RGB", channels)

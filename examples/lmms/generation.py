@@ -139,7 +139,8 @@ class VisionLanguageModel:
         image_processor = self.processor.image_processor
         if isinstance(family, Qwen2Vl):
             side = family.unit * image_processor.patch_size
-            largest = visual_tokens * side**2
+            # The processor rounds both sides down, by half a unit in the mean.
+            largest = round((math.sqrt(visual_tokens) + 0.5) ** 2 * side**2)
             size = image_processor.size
             image_processor.size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
         elif type(family) is Llava:

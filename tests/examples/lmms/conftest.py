@@ -1,0 +1,41 @@
+"""lmms-eval, where tests run it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+# lmms-eval wants some fifty packages, most of them for other models. These are those without which it does not start.
+PACKAGES = """lmms-eval>=0.7.3 filelock<4 colorama loguru lxml portalocker sacrebleu tenacity pytablewriter
+DataProperty chardet mbstrdecoder pathvalidate tabledata tcolorpy typepy""".split()
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory) -> Path:
+    """A folder that only these tests see: filelock is before 4, whose inside lmms-eval changes."""
+    folder = tmp_path_factory.mktemp("packages")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
+    subprocess.run(install, check=True)
+    return folder
+
+
+@pytest.fixture
+def run_python(packages, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run Python with these arguments where lmms-eval is installed."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+        environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    return run

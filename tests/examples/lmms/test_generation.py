@@ -1,0 +1,198 @@
+"""Conversations that a vision-language model answers in an evaluation, beside `generate` by hand."""
+
+import json
+
+import PIL.Image
+import pytest
+import torch
+from tiny_vlm_processors import conversation, make_llava_processor, noise, save_tiny_vlm
+from tiny_vlms import BY_NAME
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_trips.hosts import apply_patch_selection, prune_inputs
+from trips_examples.lmms.generation import VisionLanguageModel, cut_until, generation_options
+
+
+FAMILIES = ["llava", "qwen2_5_vl"]
+PLACEHOLDERS = {"llava": "<image> ", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|> "}
+OPTIONS = {"max_new_tokens": 6}
+QUESTIONS = ["what color is it ?", "which one is the same ?", "what is it ?"]
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict:
+    names = [*FAMILIES, "paligemma"]
+    return {name: save_tiny_vlm(name, tmp_path_factory.mktemp(name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[list[PIL.Image.Image]]:
+    """Of three questions: one image, two of different sizes, none."""
+    return [[noise(40, 40)], [noise(64, 30), noise(48, 48)], []]
+
+
+def conversations(images) -> list[list[dict]]:
+    return [conversation(text, *own) for text, own in zip(QUESTIONS, images)]
+
+
+def answers_by_hand(folder, family: str, images, generate) -> list[str]:
+    """Each question alone, its prompt written here, continued by `generate` of a model and its inputs."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    answers = []
+    for text, own in zip(QUESTIONS, images):
+        prompt = f"<s>{PLACEHOLDERS[family] * len(own)}{text} "
+        inputs = processor(text=prompt, images=own or None, return_tensors="pt")
+        with torch.no_grad():
+            tokens = generate(model, inputs)[0]
+        answers.append(processor.decode(tokens, skip_special_tokens=True).strip())
+    return answers
+
+
+@each_family
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_are_those_of_generate(family, batch_size, folders, images):
+    def generate(model, inputs):
+        return model.generate(**inputs, **OPTIONS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+
+    expected = answers_by_hand(folders[family], family, images, generate)
+    assert len({*expected}) == 3
+    vlm, asked = VisionLanguageModel(folders[family]), conversations(images)
+    batches = [asked[start : start + batch_size] for start in range(0, 3, batch_size)]
+    assert [answer for batch in batches for answer in vlm.answer(batch, OPTIONS)] == expected
+
+
+@each_family
+def test_answers_under_selection_are_those_of_generate_with_pruned_inputs(family, folders, images):
+    def generate(model, inputs):
+        pruned = prune_inputs(model, inputs, visual_tokens=5)
+        return model.generate(**pruned, **OPTIONS, do_sample=False)[:, pruned["input_ids"].shape[1] :]
+
+    expected = answers_by_hand(folders[family], family, images, generate)
+    vlm = VisionLanguageModel(folders[family])
+    whole = vlm.answer(conversations(images), OPTIONS)
+    apply_patch_selection(vlm.model, "unpruned", visual_tokens=5)
+    assert vlm.answer(conversations(images), OPTIONS) == expected != whole
+
+
+@each_family
+def test_visual_tokens_are_counted(family, folders, images):
+    def count(vlm) -> float:
+        vlm.answer(conversations(images), OPTIONS)
+        return vlm.visual_tokens_per_image
+
+    vlm = VisionLanguageModel(folders[family])
+    assert vlm.visual_tokens_per_image is None
+    # Of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
+    assert count(vlm) == (64 if family == "llava" else pytest.approx((5 * 5 + 8 * 4 + 6 * 6) / 3))
+    vlm = VisionLanguageModel(folders[family])
+    apply_patch_selection(vlm.model, "2:image:0.5", visual_tokens=4)
+    assert count(vlm) == 4
+    vlm = VisionLanguageModel(folders[family])
+    apply_patch_selection(vlm.model, "2:image:0.25")
+    assert count(vlm) == (16 if family == "llava" else pytest.approx((7 + 8 + 9) / 3))
+
+
+def test_without_a_chat_template_the_prompt_is_image_tokens_and_text(folders, images, tmp_path):
+    folder = save_tiny_vlm("llava", tmp_path / "plain", make_llava_processor(chat_template=None))
+    vlm = VisionLanguageModel(folder)
+    encoded = vlm.encode(conversations(images))
+    expected = vlm.processor(text=f"<image><image>{QUESTIONS[1]}", images=images[1])["input_ids"][0]
+    assert encoded["input_ids"][1].tolist() == expected
+    assert len(vlm.answer(conversations(images), OPTIONS)[1].split()) == 6
+    paligemma = VisionLanguageModel(folders["paligemma"])
+    assert all(paligemma.answer(conversations(images)[:1], OPTIONS))
+
+
+def test_only_harmless_options_of_a_task_reach_generate(folders, images):
+    foreign = {"custom_generate": "mallory/foreign", "trust_remote_code": True, "assistant_model": "mallory/foreign"}
+    assert {*generation_options(foreign)} == {
+        "max_new_tokens",
+        "num_beams",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+    }
+    vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
+    assert vlm.answer(asked, {**OPTIONS, **foreign}) == vlm.answer(asked, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("task_options", "expected"),
+    [
+        ({}, {"max_new_tokens": 1024, "do_sample": False}),
+        ({"temperature": 0, "top_p": 0.9, "num_beams": 3}, {"num_beams": 3, "do_sample": False, "top_p": None}),
+        ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
+        ({"temperature": 0.5, "do_sample": False}, {"do_sample": False, "temperature": None}),
+        ({"temperature": 0.5, "top_p": 0.9}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}),
+        ({"do_sample": True}, {"do_sample": True}),
+    ],
+)
+def test_options_of_a_task(task_options, expected):
+    assert expected.items() <= generation_options(task_options).items()
+
+
+def test_an_answer_ends_before_the_first_stop(folders, images):
+    assert cut_until("\n\na b\n\nc\nd", ["\n\n", "", "d"]) == "a b"
+    vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
+    words = vlm.answer(asked, OPTIONS)[2].split()
+    (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": words[2]})
+    assert answer.split() == words[: words.index(words[2])]
+
+
+def test_lower_resolution_interpolates_position_embeddings(folders, images):
+    for family, edges in (("llava", {"shortest_edge": 16}), ("paligemma", {"height": 16, "width": 16})):
+        vlm = VisionLanguageModel(folders[family])
+        whole = vlm.encode(conversations(images)[:1])
+        vlm.lower_resolution(visual_tokens=16)
+        reduced = vlm.encode(conversations(images)[:1])
+        pixels = vlm.processor.image_processor(
+            images[0], size=edges, crop_size={"height": 16, "width": 16}, return_tensors="pt"
+        )["pixel_values"]
+        assert torch.equal(reduced["pixel_values"], pixels)
+        assert whole["input_ids"].shape[1] - reduced["input_ids"].shape[1] == 64 - 16
+        tower = AutoModelForImageTextToText.from_pretrained(folders[family]).eval().model.vision_tower
+        with torch.no_grad():
+            expected = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
+            assert torch.equal(vlm.model.model.vision_tower(pixels).last_hidden_state, expected)
+        vlm.answer(conversations(images)[:1], OPTIONS)
+        assert vlm.visual_tokens_per_image == 16
+
+
+def test_lower_resolution_of_images_of_any_size(folders, images):
+    vlm = VisionLanguageModel(folders["qwen2_5_vl"])
+    vlm.lower_resolution(visual_tokens=20)
+    grids = vlm.encode(conversations([[noise(64, 64)], [noise(64, 32), noise(16, 24)], []]))["image_grid_thw"]
+    # 8 x 8 units become 4 x 4, and 4 x 8 become 3 x 7. The small image stays as it is.
+    assert (grids[:, 1:] // 2).tolist() == [[4, 4], [3, 7], [3, 2]]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "smolvlm", "internvl"])
+def test_lower_resolution_is_refused_where_the_number_of_tokens_is_fixed(family, folders):
+    vlm = VisionLanguageModel(folders["llava"])
+    vlm.model = BY_NAME[family].make()
+    with pytest.raises(ValueError, match=type(vlm.model).__name__):
+        vlm.lower_resolution(visual_tokens=16)
+
+
+def test_neither_code_nor_pickles_of_a_checkpoint_are_loaded(tmp_path):
+    folder = save_tiny_vlm("llava", tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    reference = f"{tmp_path}--foreign.Foreign"
+    config |= {
+        "model_type": "foreign",
+        "auto_map": {"AutoConfig": reference, "AutoModelForImageTextToText": reference},
+    }
+    (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError):
+        VisionLanguageModel(folder)
+    assert not (tmp_path / "ran").exists()
+
+    folder = save_tiny_vlm("llava", tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save(BY_NAME["llava"].make().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(OSError):
+        VisionLanguageModel(folder)

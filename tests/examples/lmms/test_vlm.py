@@ -1,0 +1,141 @@
+"""lmms-eval with vision-language models of Transformers, and the script that evaluates their selection by it."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from places import ROOT
+from tiny_vlm_processors import conversation, noise, save_tiny_vlm
+from transformers import AutoModelForImageTextToText
+
+from modeling_trips.hosts import TextGuide, apply_patch_selection
+from trips_examples.lmms.generation import VisionLanguageModel
+
+
+TASK = """
+task: tiny_words
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    validation: {file}
+test_split: validation
+output_type: generate_until
+doc_to_visual: !function tools.images_of
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 3
+  custom_generate: mallory/foreign
+  trust_remote_code: true
+process_results: !function tools.compare
+metric_list:
+  - metric: same_answer
+    aggregation: mean
+    higher_is_better: true
+"""
+TOOLS = """
+def images_of(doc):
+    return [image.convert("RGB") for image in doc["images"]]
+
+
+def compare(doc, results):
+    return {"same_answer": float(results[0] == doc["answer"])}
+"""
+REFUSED = """
+import sys
+from lmms_eval.api.instance import Instance
+from trips_examples.lmms.vlm import TripsVlm
+
+model = TripsVlm(sys.argv[1], device="cpu")
+video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}]
+model.task_dict = {"task": {"test": [None]}}
+origin = {"task": "task", "doc_id": 0, "repeats": 1}
+request = Instance("generate_until", ("", lambda doc: video, {}, 0, "task", "test"), 0, origin)
+for method, requests in (
+    (model.loglikelihood, []), (model.generate_until_multi_round, []), (model.generate_until, [request])
+):
+    try:
+        method(requests)
+    except NotImplementedError:
+        print("refused")
+"""
+OPTIONS = {"max_new_tokens": 3}
+NUM_ROWS = 6
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["llava", "qwen2_5_vl"])
+def checkpoint(request, tmp_path) -> Path:
+    return save_tiny_vlm(request.param, tmp_path / "checkpoint")
+
+
+def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
+    """A task whose right answers are those of the unpruned model, but for the last. Returns its conversations."""
+    torch.manual_seed(0)
+    images = [[noise(40 + 8 * row, 40)] for row in range(NUM_ROWS - 1)] + [[noise(40, 40), noise(64, 32)]]
+    questions = ["what color is it ?", "which one is the same ?"] * (NUM_ROWS // 2)
+    asked = [conversation(text, *own) for text, own in zip(questions, images)]
+    vlm = VisionLanguageModel(checkpoint)
+    answers = [vlm.answer([own], OPTIONS)[0] for own in asked]
+    assert len({*answers}) > 2
+    rows = {"images": images, "question": questions, "answer": [*answers[:-1], "wrong"]}
+    text = datasets.Value("string")
+    features = {"images": datasets.List(datasets.Image()), "question": text, "answer": text}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(folder / "rows.parquet")
+    (folder / "tiny_words.yaml").write_text(TASK.format(file=folder / "rows.parquet"))
+    (folder / "tools.py").write_text(TOOLS)
+    return asked
+
+
+def test_a_task_gets_the_answers_of_the_model_under_selection(checkpoint, run_python, tmp_path):
+    asked = write_task(tmp_path, checkpoint)
+    vlm = VisionLanguageModel(checkpoint)
+    schedule = "1:image:0.75,2:random:0.5"
+    apply_patch_selection(vlm.model, schedule, visual_tokens=6, scorer="diversity")
+    expected = [vlm.answer([own], OPTIONS)[0] for own in asked]
+
+    command = ["-m", "lmms_eval", "--model", "trips_vlm", "--tasks", "tiny_words", "--batch_size", "4"]
+    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results"), "--log_samples"]
+    model_args = f'pretrained={checkpoint},schedule="{schedule}",visual_tokens=6,scorer=diversity,device=cpu'
+    result = run_python(*command, "--model_args", model_args)
+    # A failure ends with 0, too, but without a table.
+    assert result.returncode == 0 and "|tiny_words|" in result.stdout, (result.stdout + result.stderr)[-4000:]
+    (samples,) = (tmp_path / "results").rglob("*_samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [line["filtered_resps"] for line in sorted(lines, key=lambda line: line["doc_id"])] == expected
+
+
+def test_what_is_not_a_question_about_images_is_refused(run_python, tmp_path):
+    checkpoint = save_tiny_vlm("llava", tmp_path / "checkpoint")
+    result = run_python("-c", REFUSED, str(checkpoint))
+    assert result.stdout.split() == ["refused"] * 3, result.stderr[-4000:]
+
+
+def test_the_script_compares_selections_and_goes_on_where_it_was(checkpoint, run_python, tmp_path):
+    write_task(tmp_path, checkpoint)
+    guide = TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint))
+    guide.save_pretrained(tmp_path / "guide")
+    options = ["--model_name_or_path", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path]
+    options += ["--guide", tmp_path / "guide", "--device", "cpu", "--batch_size", "2"]
+    options += ["--output_json", tmp_path / "rows.json", "--visual_tokens"]
+
+    def run(*numbers: str) -> list[dict]:
+        result = run_python(str(ROOT / "examples" / "evaluate_vlm.py"), *map(str, options), *numbers)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads((tmp_path / "rows.json").read_text())
+
+    first = run("576", "8")
+    assert [row["selection"] for row in first] == [
+        "unpruned",
+        *("tower_image", "tower_text", "tower_random", "exit_prompt", "exit_random", "fewer_pixels"),
+    ]
+    for row in first:
+        assert 0 <= row["results"]["tiny_words"]["same_answer,none"] <= 1
+        assert row["num_samples"] == NUM_ROWS and row["torch_version"] and row["device_name"]
+    assert first[0]["results"]["tiny_words"]["same_answer,none"] == pytest.approx(1 - 1 / NUM_ROWS)
+    assert [row["visual_tokens_per_image"] for row in first[1:]] == pytest.approx([8] * 6, abs=2)
+    second = run("8", "4")
+    assert second[:7] == first and len(second) == 13

@@ -1,0 +1,96 @@
+"""Rows, scores and the table of an evaluation of a vision-language model. Its run: lmms/test_vlm.py."""
+
+import json
+
+import pytest
+from tiny_vlms import BY_NAME
+
+from modeling_trips import SelectionSchedule
+from trips_examples import evaluate_vlm
+from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments, print_table, score_of
+
+
+def make_args(**options) -> EvaluationArguments:
+    return EvaluationArguments(**{"model_name_or_path": "model", "tasks": ["gqa"], "layer": 2, **options})
+
+
+def make_row(selection: str, visual_tokens: int | None, task: str, **fields) -> dict:
+    return {**make_args().settings, "selection": selection, "visual_tokens": visual_tokens, "task": task, **fields}
+
+
+def scored(score: float, tokens: float = 64.0, task: str = "gqa") -> dict:
+    results = {task: {"exact_match,none": score, "exact_match_stderr,none": 0.01}}
+    return {
+        "results": results,
+        "higher_is_better": {task: {"exact_match": True}},
+        "visual_tokens_per_image": tokens,
+    }
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_default_layer_is_a_third_of_the_way(name, tmp_path):
+    vlm = BY_NAME[name]
+    model = vlm.make()
+    model.config.save_pretrained(tmp_path)
+    assert default_layer(tmp_path) == 1 == round(vlm.num_layers / 3)
+
+
+def test_tower_selection_keeps_what_is_asked_for():
+    arguments = model_arguments("tower_image", 192, 192 / 576, make_args())
+    (selection,) = SelectionSchedule.parse(arguments.pop("schedule")).by_layer.items()
+    assert selection[0] == 2 and selection[1].guidance == "image" and selection[1].keep_rate == 192 / 576
+    assert not arguments
+    arguments = model_arguments("tower_text", 192, 0.5, make_args(guide="guide"))
+    assert arguments == {"schedule": "2:text:0.5", "guide": "guide"}
+
+
+def test_selections_and_numbers_are_checked():
+    assert "tower_text" in make_args(guide="guide").selections and "tower_text" not in make_args().selections
+    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}):
+        with pytest.raises(ValueError):
+            make_args(**wrong)
+
+
+def test_score_of_a_task_and_of_a_group():
+    row = make_row("unpruned", None, "gqa", **scored(0.5))
+    assert score_of(row, []) == (0.5, 0.01)
+    row["results"]["gqa"]["f1,none"] = 0.7
+    assert score_of(row, ["f1"]) == (0.7, None)
+    row["higher_is_better"] = {"gqa": {"exact_match": False}}
+    assert score_of(row, []) == (None, None)
+    group = scored(0.5, task="a")
+    group["results"] |= {"gqa": {}, "b": {"f1,none": 0.9}}
+    group["higher_is_better"]["b"] = {"f1": True}
+    assert score_of(make_row("unpruned", None, "gqa", **group), []) == (pytest.approx(0.7), None)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_is_relative_to_the_unpruned_model(capsys):
+    rows = [
+        make_row("unpruned", None, "gqa", **scored(0.5)),
+        make_row("unpruned", None, "pope", **scored(0.8, task="pope")),
+        make_row("exit_prompt", 16, "gqa", **scored(0.4, 16.0)),
+        make_row("exit_prompt", 16, "pope", **scored(0.8, 14.0, task="pope")),
+        make_row("tower_image", 16, "gqa", **scored(0.6, 16.0)),
+        make_row("fewer_pixels", 16, "gqa", not_supported="Tiles."),
+    ]
+    print_table(rows, make_args(tasks=["gqa", "pope"]))
+    _, _, unpruned, prompt, image, *rest = capsys.readouterr().out.splitlines()
+    assert cells(unpruned)[1:] == ["all", "64.0", "100.0 ± 2.0 (0.5)", "100.0 ± 1.2 (0.8)", "100.0"]
+    assert cells(prompt)[1:] == ["16", "15.0", "80.0 ± 2.0", "100.0 ± 1.2", "90.0"]
+    assert cells(image)[1:] == ["16", "16.0", "120.0 ± 2.0", "-", "-"]
+    assert "Tiles." in rest[-1]
+
+
+def test_rows_of_a_file_are_not_evaluated_again(tmp_path, monkeypatch):
+    args = make_args(visual_tokens=[64, 16], selections=["tower_image"], output_json=str(tmp_path / "rows.json"))
+    rows = [make_row("unpruned", None, "gqa", **scored(0.5)), make_row("tower_image", 16, "gqa", **scored(0.4, 16.0))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
+    assert list(evaluate_vlm.make_rows(args)) == rows  # 64 tokens are all that the unpruned model has
+    args.limit = 5
+    with pytest.raises(ValueError, match="limit"):
+        list(evaluate_vlm.make_rows(args))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from modeling_trips.hosts import record_patch_selection
 from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, find_family
@@ -69,7 +69,7 @@ class VisionLanguageModel:
         """Mean number of visual tokens that the language model got; `None` without images."""
         return self.num_visual_tokens.item() / self.num_images if self.num_images else None
 
-    def encode(self, conversations: list[list[dict]]) -> dict:
+    def encode(self, conversations: list[list[dict]]) -> BatchFeature:
         """
         Return the inputs of a batch of conversations, padded on the left. Where the processor has no chat template,
         the prompt is one image token per image, and the texts.
@@ -104,7 +104,7 @@ class VisionLanguageModel:
             options (`Mapping`): A task's options. Only those of [`generation_options`], and `until`, count.
 
         Returns:
-            `list[str]`: The new text of each conversation, up to the first string in `until`.
+            `list[str]`: The new text of each conversation, up to the first string in `until`. A blank line is none.
         """
         inputs = self.encode(conversations)
         has_images = inputs.get("pixel_values") is not None
@@ -124,7 +124,8 @@ class VisionLanguageModel:
             )
         new = outputs[:, inputs["input_ids"].shape[1] :]
         until = options.get("until") or []
-        until = [until] if isinstance(until, str) else until
+        # lmms-eval gives tasks that name no stop a blank line, which would cut answers after their first paragraph.
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop != "\n\n"]
         return [cut_until(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
     def lower_resolution(self, visual_tokens: int):

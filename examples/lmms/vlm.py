@@ -60,9 +60,8 @@ class TripsVlm(lmms):
         if resolution_tokens is not None:
             self.vlm.lower_resolution(int(resolution_tokens))
         if schedule != "unpruned" or visual_tokens is not None or guide is not None:
-            if guide is not None:
-                guide = TextGuide.from_pretrained(guide).to(self.vlm.model.device).eval()
-            apply_patch_selection(self.vlm.model, schedule, visual_tokens, scorer, guide)
+            loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.vlm.model.device).eval()
+            apply_patch_selection(self.vlm.model, schedule, visual_tokens, scorer, loaded)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request."""

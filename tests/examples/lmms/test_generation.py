@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_vlm_processors import conversation, make_llava_processor, noise, save_tiny_vlm
 from tiny_vlms import BY_NAME
+from tokenizers import decoders
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_trips.hosts import apply_patch_selection, prune_inputs
@@ -138,8 +139,12 @@ def test_an_answer_ends_before_the_first_stop(folders, images):
     assert cut_until("\n\na b\n\nc\nd", ["\n\n", "", "d"]) == "a b"
     vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
     words = vlm.answer(asked, OPTIONS)[2].split()
-    (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": words[2]})
-    assert answer.split() == words[: words.index(words[2])]
+    for until in (words[2], ["\n\n", words[2]]):
+        (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": until})
+        assert answer.split() == words[: words.index(words[2])]
+    vlm.processor.tokenizer.backend_tokenizer.decoder = decoders.Replace(words[2], "\n\n")
+    (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": ["\n\n"]})
+    assert "\n\n" in answer
 
 
 def test_lower_resolution_interpolates_position_embeddings(folders, images):

@@ -23,6 +23,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -156,6 +157,9 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
         },
         "higher_is_better": found["higher_is_better"],
         "num_samples": sum(number["effective"] for number in found["n-samples"].values()),
+        "task_versions": found["versions"],
+        "lmms_eval_version": version("lmms_eval"),
+        "model_commit": getattr(model.vlm.model.config, "_commit_hash", None),  # on the Hub
         "device": str(model.vlm.model.device),
         "minutes": round((time.perf_counter() - start) / 60, 2),
     }

@@ -134,7 +134,7 @@ def test_the_script_compares_selections_and_goes_on_where_it_was(checkpoint, run
     ]
     for row in first:
         assert 0 <= row["results"]["tiny_words"]["same_answer,none"] <= 1
-        assert row["num_samples"] == NUM_ROWS and row["torch_version"] and row["device_name"]
+        assert row["num_samples"] == NUM_ROWS and row["lmms_eval_version"] and row["device_name"]
     assert first[0]["results"]["tiny_words"]["same_answer,none"] == pytest.approx(1 - 1 / NUM_ROWS)
     assert [row["visual_tokens_per_image"] for row in first[1:]] == pytest.approx([8] * 6, abs=2)
     second = run("8", "4")

@@ -7,6 +7,8 @@ from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END,
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     LlavaProcessor,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
@@ -33,7 +35,7 @@ def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
     tokens[:4] = ["<unk>", "<pad>", "<s>", "</s>"]
     tokens[5 : 5 + len(WORDS)] = WORDS
     tokens[IMAGE], tokens[VISION_START], tokens[VISION_END] = image_token, "<|vision_start|>", "<|vision_end|>"
-    tokens[93] = "<|video_pad|>"
+    tokens[93:97] = ["<|video_pad|>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,7 +45,7 @@ def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=[image_token, "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"],
+        additional_special_tokens=tokens[IMAGE:97],
     )
     assert tokenizer.pad_token_id == PAD
     return tokenizer
@@ -79,9 +81,23 @@ def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = No
     model = BY_NAME[name].make()
     model.generation_config.eos_token_id = None  # answers have all the words that they may
     model.save_pretrained(folder)
-    makers = {"llava": make_llava_processor, "paligemma": make_paligemma_processor, "qwen2_5_vl": make_qwen_processor}
+    makers = {
+        "idefics3": make_idefics3_processor,
+        "llava": make_llava_processor,
+        "paligemma": make_paligemma_processor,
+        "qwen2_5_vl": make_qwen_processor,
+    }
     (processor or makers[name]()).save_pretrained(folder)
     return folder
+
+
+def make_idefics3_processor() -> Idefics3Processor:
+    """Images of at most 128 pixels per side, in tiles of 32 pixels."""
+    image_processor = Idefics3ImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
+    tokens = BY_NAME["idefics3"].tokens
+    return Idefics3Processor(
+        image_processor, make_tokenizer("<image>"), image_seq_len=tokens, chat_template=LLAVA_TEMPLATE
+    )
 
 
 def make_paligemma_processor() -> PaliGemmaProcessor:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from modeling_trips.hosts import record_patch_selection
-from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, find_family
+from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, Smolvlm, find_family
 from modeling_trips.hosts.vlm.wrapper import selection_of
 
 
@@ -131,7 +131,8 @@ class VisionLanguageModel:
     def lower_resolution(self, visual_tokens: int):
         """
         Let the processor reduce images so that each has about this number of visual tokens, or fewer if it is small.
-        In LLaVA-1.5 and PaliGemma, position embeddings of the tower are interpolated.
+        In LLaVA-1.5 and PaliGemma, position embeddings of the tower are interpolated. In SmolVLM and Idefics3, images
+        have fewer tiles.
 
         Raises:
             ValueError: The model has no images of a lower resolution.
@@ -155,10 +156,14 @@ class VisionLanguageModel:
                 self.processor.image_seq_length = grid**2
             embeddings = getattr(family.tower, "vision_model", family.tower).embeddings
             embeddings.register_forward_pre_hook(_interpolate_positions, with_kwargs=True)
+        elif isinstance(family, Smolvlm) and visual_tokens >= family.base.image_seq_len:
+            # A square of tiles, and the whole image as one more.
+            tiles = max(1, math.isqrt(visual_tokens // family.base.image_seq_len - 1))
+            image_processor.size = {"longest_edge": tiles * image_processor.max_image_size["longest_edge"]}
         else:
             raise ValueError(
-                f"Lower resolution is not supported for {type(self.model).__name__}: it cuts images into tiles of a "
-                "fixed size, or gives each image a fixed number of visual tokens."
+                f"Lower resolution is not supported for {type(self.model).__name__} with {visual_tokens} visual "
+                "tokens: its images, or the tiles of an image, have a fixed number of tokens."
             )
 
 

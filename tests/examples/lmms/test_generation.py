@@ -23,7 +23,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict:
-    names = [*FAMILIES, "paligemma"]
+    names = [*FAMILIES, "idefics3", "paligemma"]
     return {name: save_tiny_vlm(name, tmp_path_factory.mktemp(name)) for name in names}
 
 
@@ -174,12 +174,20 @@ def test_lower_resolution_of_images_of_any_size(folders, images):
     assert (grids[:, 1:] // 2).tolist() == [[4, 4], [3, 7], [3, 2]]
 
 
+def test_lower_resolution_of_images_in_tiles(folders):
+    for visual_tokens, expected in ((16, 1), (79, 1), (80, 5), (160, 10)):  # a tile has 16 tokens
+        vlm = VisionLanguageModel(folders["idefics3"])
+        vlm.lower_resolution(visual_tokens)
+        vlm.answer([conversation(QUESTIONS[0], noise(100, 100))], OPTIONS)
+        assert vlm.visual_tokens_per_image == 16 * expected
+
+
 @pytest.mark.parametrize("family", ["llava_next", "gemma3", "smolvlm", "internvl"])
 def test_lower_resolution_is_refused_where_the_number_of_tokens_is_fixed(family, folders):
     vlm = VisionLanguageModel(folders["llava"])
     vlm.model = BY_NAME[family].make()
     with pytest.raises(ValueError, match=type(vlm.model).__name__):
-        vlm.lower_resolution(visual_tokens=16)
+        vlm.lower_resolution(visual_tokens=15)
 
 
 def test_neither_code_nor_pickles_of_a_checkpoint_are_loaded(tmp_path):

@@ -114,6 +114,19 @@ def test_what_is_not_a_question_about_images_is_refused(run_python, tmp_path):
     assert result.stdout.split() == ["refused"] * 3, result.stderr[-4000:]
 
 
+def test_a_selection_that_the_model_does_not_support_has_its_reason(run_python, tmp_path):
+    checkpoint = save_tiny_vlm("idefics3", tmp_path / "checkpoint")
+    write_task(tmp_path, checkpoint)
+    options = ["--model_name_or_path", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path, "--limit", 2]
+    options += ["--device", "cpu", "--visual_tokens", 8, "--selections", "fewer_pixels"]
+    options += ["--output_json", tmp_path / "rows.json"]
+    result = run_python(str(ROOT / "examples" / "evaluate_vlm.py"), *map(str, options))
+    assert result.returncode == 0, result.stderr[-4000:]
+    unpruned, reduced = json.loads((tmp_path / "rows.json").read_text())
+    assert unpruned["num_samples"] == 2 and "results" not in reduced
+    assert "Idefics3" in reduced["not_supported"] and reduced["not_supported"] in result.stdout
+
+
 def test_the_script_compares_selections_and_goes_on_where_it_was(checkpoint, run_python, tmp_path):
     write_task(tmp_path, checkpoint)
     guide = TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint))

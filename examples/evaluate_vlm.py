@@ -6,13 +6,16 @@ Evaluate patch selection in a vision-language model on tasks of lmms-eval, besid
     python examples/evaluate_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --visual_tokens 64 \
         --selections tower_image fewer_pixels --limit 500 --output_json outputs/qwen.json
 
-Every selection keeps the same number of visual tokens per image: inside the vision tower (`tower_image`, `tower_text`
-with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`, `exit_random`), or by
-a lower resolution (`fewer_pixels`). A tower keeps a share of the patches: the number divided by the unpruned model's
-mean on the task. Numbers that are not below this mean are left out.
+Every selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
+`tower_text` with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`,
+`exit_random`), or by a lower resolution (`fewer_pixels`). A tower keeps a share of the patches: the number divided by
+the unpruned model's mean on the task. Numbers that are not below this mean are left out.
 
-The table has the score of each task in percent of the unpruned model's, and the mean over the tasks. Each row is
-written to --output_json as soon as it is there; rows that are there are not evaluated again.
+The table has the measured mean of visual tokens per image, the score of each task in percent of the unpruned model's,
+and the mean over the tasks. Each row is written to --output_json as soon as it is there; rows that are there are not
+evaluated again. Run one process.
+
+Installed without its source, the script is `python -m trips_examples.evaluate_vlm`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -70,7 +73,7 @@ class EvaluationArguments:
     limit: int | None = field(default=None, metadata={"help": "Questions per task. Default: all."})
     device: str | None = field(default=None, metadata={"help": "Device to run on. Default: a GPU if there is one."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
-    seed: int = field(default=0, metadata={"help": "Seed of random selection and of sampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of random selection at the exit and of sampling."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with tasks of your own."})
     output_json: str = field(default="outputs/vlm.json", metadata={"help": "File that the rows are written to."})
 

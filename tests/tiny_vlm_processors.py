@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END, VISION_START
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -115,7 +116,7 @@ def conversation(text: str, *images: PIL.Image.Image) -> list[dict]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def noise(width: int, height: int) -> PIL.Image.Image:
+def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
     """An image of random colors."""
-    channels = [PIL.Image.effect_noise((width, height), 80) for _ in range(3)]
-    return PIL.Image.merge("RGB", channels)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from places import ROOT
 from tiny_vlm_processors import conversation, noise, save_tiny_vlm
 from transformers import AutoModelForImageTextToText
@@ -74,13 +73,12 @@ def checkpoint(request, tmp_path) -> Path:
 
 def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
     """A task whose right answers are those of the unpruned model, but for the last. Returns its conversations."""
-    torch.manual_seed(0)
-    images = [[noise(40 + 8 * row, 40)] for row in range(NUM_ROWS - 1)] + [[noise(40, 40), noise(64, 32)]]
+    images = [[noise(40 + 8 * row, 40, seed=row)] for row in range(NUM_ROWS - 1)] + [[noise(40, 40), noise(64, 32)]]
     questions = ["what color is it ?", "which one is the same ?"] * (NUM_ROWS // 2)
     asked = [conversation(text, *own) for text, own in zip(questions, images)]
     vlm = VisionLanguageModel(checkpoint)
     answers = [vlm.answer([own], OPTIONS)[0] for own in asked]
-    assert len({*answers}) > 2
+    assert len({*answers}) > 1
     rows = {"images": images, "question": questions, "answer": [*answers[:-1], "wrong"]}
     text = datasets.Value("string")
     features = {"images": datasets.List(datasets.Image()), "question": text, "answer": text}

@@ -1,6 +1,6 @@
 """
-The whole of TRIPS in one run, on 2 CPU cores: train on easy-VQA, evaluate, answer questions, draw what the questions
-kept, and time the model against its unpruned twin.
+Train TRIPS on easy-VQA on 2 CPU cores, evaluate it, answer questions, draw the kept patches, and measure its speed
+against the unpruned baseline.
 
     python examples/demo.py                         # what `make demo` runs
     python examples/demo.py --num_train_epochs 1    # options for the training of run_vqa.py
@@ -9,7 +9,9 @@ kept, and time the model against its unpruned twin.
 
 import trips_examples  # noqa: F401  # isort: skip
 
+import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +22,14 @@ import torch
 from easy_vqa import get_test_image_paths, get_test_questions
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from modeling_trips.configuration_trips import remove_code_references
 from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import answers_of, draw_selection
-from trips_examples.training.estimate import DurationEstimate
+from trips_examples.training.files import write_whole
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.question_answering import train_question_answering
 from trips_examples.training.runs import parse_arguments
-from trips_examples.training.shipping import ship
 
 
 OUTPUT = Path("demo")
@@ -38,24 +40,18 @@ RECIPE = (
     "--num_train_epochs 3 --per_device_train_batch_size 64 --texts_per_image 10 --learning_rate 3e-4 "
     "--logging_steps 100 --save_strategy no"
 ).split()
-SHARE_AFTER_TRAINING = 0.1  # of its time: evaluation, drawing and the measurement of speed
+WEIGHTS = "model.safetensors"
 
 
 @dataclass
 class DemoArguments:
     publish_to: str | None = field(
-        default=None,
-        metadata={"help": "Folder that gets the trained model to ship: bfloat16 weights, processor, model card."},
+        default=None, metadata={"help": "Folder for the trained model in bfloat16, its processor and model card."}
     )
 
 
-def describe_duration(seconds: float) -> str:
-    minutes = seconds * (1 + SHARE_AFTER_TRAINING) / 60
-    return f"The demo will take about {minutes:.1f} more minutes here (threads: {torch.get_num_threads()})."
-
-
 def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor, num_images: int = 3):
-    """Prints the model's answers to the first questions on the first test images, beside the right ones."""
+    """Print the model's answers to questions about the first test images, beside the right ones."""
     paths, rows = get_test_image_paths(), list(zip(*get_test_questions()))
     for image_id in range(num_images):
         asked = [row for row in rows if row[2] == image_id][:4]
@@ -71,7 +67,7 @@ def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor
 
 
 def measure_speed(model: TripsForQuestionAnswering, texts_per_image: int) -> dict:
-    """Text encoder, vision tower and fusion encoder of this size and schedule against their unpruned twin."""
+    """Measure text encoder, vision tower and fusion encoder against the unpruned baseline."""
     vision: Any = model.config.vision_config  # a preset's sizes and rates are single numbers
     setting = Setting(
         preset="tiny",
@@ -92,8 +88,31 @@ def measure_speed(model: TripsForQuestionAnswering, texts_per_image: int) -> dic
     return measure(setting, warmup=2, repeats=10)
 
 
+def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsProcessor]:
+    """
+    Write the model and the processor of `source` into `target`, without code. The weights are stored as bfloat16 and
+    load as float32, which is faster on CPUs.
+
+    Returns:
+        The model, in bfloat16, and the processor, for a card.
+    """
+    model = TripsForQuestionAnswering.from_pretrained(source, dtype=torch.bfloat16)
+    processor = TripsProcessor.from_pretrained(source)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for path in Path(folder).glob("*.json"):
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "config.json":
+                fields["dtype"] = "float32"
+            remove_code_references(fields)
+            write_whole(target / path.name, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        write_whole(target / WEIGHTS, (Path(folder) / WEIGHTS).read_bytes())
+    return model, processor
+
+
 def publish(folder: Path, data_args: DataArguments, command: str):
-    """Ships the trained model, with a card that says how it was made and how well the shipped weights do."""
+    """Write the trained model with a card that has its command and the accuracy of the rounded weights."""
     model, processor = ship(MODEL, folder)
     evaluated = OUTPUT / "shipped"
     train_question_answering(
@@ -116,8 +135,7 @@ def main(argv: list[str]):
     demo_args, model_args, data_args, training_args = parse_arguments(
         options, DemoArguments, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__
     )
-    estimate = DurationEstimate(describe_duration)
-    metrics = train_question_answering(model_args, data_args, training_args, callbacks=[estimate])
+    metrics = train_question_answering(model_args, data_args, training_args)
     model = TripsForQuestionAnswering.from_pretrained(MODEL).eval()
     processor = TripsProcessor.from_pretrained(MODEL)
     print("\nAnswers to test questions:")
@@ -133,8 +151,8 @@ def main(argv: list[str]):
     for texts_per_image, title in ((1, "one question per image"), (4, "four questions that share their image")):
         speed = measure_speed(model, texts_per_image)
         print(
-            f"Speed, {title}: {1 / speed['time_ratio']:.2f} times that of the unpruned twin (forward pass of 64 "
-            f"images), with {speed['macs_ratio']:.2f} of its multiply-accumulates"
+            f"Speed, {title}: {1 / speed['time_ratio']:.2f} times that of the unpruned baseline (forward pass of "
+            f"64 images), MAC ratio {speed['macs_ratio']:.2f}"
         )
     print(f"Kept patches: {picture}   Model: {MODEL}   Total: {(time.perf_counter() - start) / 60:.1f} minutes")
     if demo_args.publish_to is not None:

@@ -26,40 +26,37 @@ from trips_examples.data.rows import one_row_per_image
 from trips_examples.data.task_collators import CaptionCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.training.late_choice import LateChoiceModelArguments
-from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, TripsTrainingArguments
+from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
-class CaptioningArguments(DataArguments):
-    prompt: str = field(
-        default="a picture of ",
-        metadata={"help": "The text that selects the patches and is fused with them. The caption does not repeat it."},
-    )
-    augment: bool | None = field(
-        default=None, metadata={"help": "Random shifts of the images. Default: for scenes only."}
-    )
+class CaptioningArguments:
+    prompt: str = field(default="a picture of ", metadata={"help": "Text that the image is pruned and fused with."})
     length_penalty: float = field(
         default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
     )
-    no_repeat_ngram_size: int = field(default=0, metadata={"help": "Write no group of so many tokens twice. 0: may."})
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "Forbid repeated n-grams of this size (0 disables)."}
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv, LateChoiceModelArguments, CaptioningArguments, TripsTrainingArguments, description=__doc__
+    model_args, task_args, data_args, training_args = parse_arguments(
+        argv, ModelArguments, CaptioningArguments, DataArguments, TripsTrainingArguments, description=__doc__
     )
     metric = evaluate.load(CAPTION_METRICS)
-    start = ModelStart(TripsForConditionalGeneration, model_args, image_size=data_args.half_scene_size("captions"))
+    start = ModelStart(
+        TripsForConditionalGeneration, model_args, data_args.half_scene_size("captions"), late_choice=True
+    )
     writing = {
         "max_new_tokens": training_args.generation_max_length or start.config.decoder_config.max_position_embeddings,
         "num_beams": training_args.generation_num_beams or 1,
-        "length_penalty": data_args.length_penalty,
-        "no_repeat_ngram_size": data_args.no_repeat_ngram_size,
+        "length_penalty": task_args.length_penalty,
+        "no_repeat_ngram_size": task_args.no_repeat_ngram_size,
     }
     GenerationConfig(**writing).validate(strict=True)  # before data are read
     data = load_data("captions", data_args, training_args, start.patch_size)
@@ -77,10 +74,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         args=training_args,
         train_dataset=data.get("train"),
         eval_dataset=images,
-        data_collator=CaptionCollator(processor, prompt=data_args.prompt),
-        train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=data_args.prompt),
+        data_collator=CaptionCollator(processor, prompt=task_args.prompt),
+        train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=task_args.prompt),
         processing_class=processor,
-        selection_teacher=model_args.make_selection_teacher(training_args.device),
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=scores,
     )
 

@@ -30,35 +30,36 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
+from trips_examples.training.question_answering import start_from_questions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
-from trips_examples.training.start import StartedTrainingArguments, start_from_questions
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
-class GroundingArguments(DataArguments):
-    augment: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Random sideways flips, which mirror the boxes and swap the words left and right. Default: for "
-            "scenes only."
-        },
+class GroundingArguments:
+    start_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of a new model on easy-VQA. Default: 6; 0 with --max_steps."}
     )
-    num_pictures: int = field(
-        default=0,
-        metadata={"help": "How many predictions to draw, beside true boxes, on the kept patches."},
-    )
+    num_pictures: int = field(default=0, metadata={"help": "Number of predictions to draw beside the true boxes."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, GroundingArguments, StartedTrainingArguments, description=__doc__
+    model_args, task_args, data_args, training_args = parse_arguments(
+        argv,
+        ModelArguments,
+        GroundingArguments,
+        DataArguments,
+        TripsTrainingArguments,
+        description=__doc__,
+        num_train_epochs=5.0,
+        per_device_train_batch_size=64,
+        learning_rate=5e-4,
     )
     data_args.check("grounding")  # before a start model is trained
-    model_args = start_from_questions(model_args, data_args, training_args)
+    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs)
     start = ModelStart(TripsForVisualGrounding, model_args, image_size=data_args.half_scene_size("grounding"))
     data = load_data("grounding", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "expression"))
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=GroundingCollator(processor),
         train_collator=GroundingCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=model_args.make_selection_teacher(training_args.device),
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,
     )
 
@@ -96,12 +97,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             folder, rows = training_args.output_dir, data["validation"]
             predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
             write_predictions(folder, rows, ["source", "question_id", "expression", "box"], predictions)
-            if data_args.num_pictures:
+            if task_args.num_pictures:
 
                 def image_of(row: dict) -> PIL.Image.Image:
                     return image_with_kept_patches(row, row["expression"], model.eval(), processor)
 
-                draw_predicted_boxes(folder, rows, boxes, data_args.num_pictures, image_of)
+                draw_predicted_boxes(folder, rows, boxes, task_args.num_pictures, image_of)
         groups = accuracy_by_group(metric, boxes, column_of(data["validation"], "box"), data["validation"])
         samples = {"eval_samples": len(data["validation"])}
         return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}

@@ -24,17 +24,19 @@ from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.task_collators import Nlvr2Collator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import write_predictions
+from trips_examples.training.question_answering import start_from_questions
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
-from trips_examples.training.start import StartedTrainingArguments, start_from_questions
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
-class Nlvr2TrainingArguments(StartedTrainingArguments):
-    num_train_epochs: float = field(default=10.0, metadata={"help": "How often to train on each row."})
+class Nlvr2Arguments:
+    start_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of a new model on easy-VQA. Default: 6; 0 with --max_steps."}
+    )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -48,11 +50,19 @@ def judgements_of(logits: np.ndarray) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, DataArguments, Nlvr2TrainingArguments, description=__doc__
+    model_args, task_args, data_args, training_args = parse_arguments(
+        argv,
+        ModelArguments,
+        Nlvr2Arguments,
+        DataArguments,
+        TripsTrainingArguments,
+        description=__doc__,
+        num_train_epochs=10.0,
+        per_device_train_batch_size=64,
+        learning_rate=5e-4,
     )
     data_args.check("nlvr2")  # before a start model is trained
-    model_args = start_from_questions(model_args, data_args, training_args)
+    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs)
     side = data_args.half_scene_size("nlvr2")
     start = ModelStart(TripsForImagesAndTextClassification, model_args, image_size=side, num_images=2, num_labels=2)
     data = load_data("nlvr2", data_args, training_args, start.patch_size)
@@ -66,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=Nlvr2Collator(processor),
         train_collator=Nlvr2Collator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=model_args.make_selection_teacher(training_args.device),
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,
     )
 

@@ -19,45 +19,57 @@ Installed without its source, the script is `python -m trips_examples.run_pretra
 
 from functools import partial
 
+from modeling_trips import TripsForPreTraining
 from trips_examples.data.pretraining import PretrainingCollator
 from trips_examples.data.texts import with_fitting_texts
-from trips_examples.training.pretraining_loading import PretrainingStart, load_pairs
-from trips_examples.training.pretraining_options import (
+from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.options import (
+    DataArguments,
+    ModelArguments,
     PretrainingArguments,
-    PretrainingDataArguments,
-    PretrainingModelArguments,
+    TripsTrainingArguments,
 )
-from trips_examples.training.pretraining_trainer import PretrainingTrainer
+from trips_examples.training.pretraining import PretrainingTrainer, check_objectives, load_pairs
 from trips_examples.training.runs import end_processes, parse_arguments, train_and_evaluate
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv, PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments, description=__doc__
+    model_args, task_args, data_args, training_args = parse_arguments(
+        argv,
+        ModelArguments,
+        PretrainingArguments,
+        DataArguments,
+        TripsTrainingArguments,
+        description=__doc__,
+        num_train_epochs=3.0,
+        per_device_train_batch_size=48,
+        texts_per_image=1,
     )
-    start = PretrainingStart(model_args, data_args.half_scene_size("captions"))
-    data, stream = load_pairs(data_args, training_args, start.patch_size, start.processor)
+    side = None if task_args.is_stream else data_args.half_scene_size("captions")
+    start = ModelStart(TripsForPreTraining, model_args, side, late_choice=True, **task_args.config_overrides())
+    check_objectives(start.config)
+    data, stream = load_pairs(task_args, data_args, training_args, start.patch_size, start.processor)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     make_collator = partial(
         PretrainingCollator,
         processor,
-        mlm_probability=training_args.mlm_probability,
         masks_words=model.config.mlm_weight > 0,
         cuts_captions=model.config.prefix_lm_weight > 0,
         seed=training_args.seed,
     )
-    if training_args.teacher_start_steps is None and model_args.starts_from_weights:
-        training_args.teacher_start_steps = 0
+    if task_args.teacher_start_steps is None and model_args.starts_from_weights:
+        task_args.teacher_start_steps = 0
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
+        task_args=task_args,
         train_dataset=data.get("train") if stream is None else stream,
         eval_dataset=data.get("validation"),
         data_collator=make_collator(),
-        train_collator=make_collator(training=True, augment=data_args.augment),
+        train_collator=make_collator(training=True, augment=bool(data_args.augment)),
         processing_class=processor,
-        selection_teacher=model_args.make_selection_teacher(training_args.device),
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
     )
     return train_and_evaluate(trainer, trainer.evaluate)
 

@@ -20,12 +20,11 @@ from modeling_trips import TripsForRetrieval
 from trips_examples.data.task_collators import RetrievalCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.retrieval import RECALL_AT
-from trips_examples.training.models import ModelStart
-from trips_examples.training.options import DataArguments
+from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TripsTrainingArguments
 from trips_examples.training.predictions import write_rankings
-from trips_examples.training.retrieval_options import RetrievalModelArguments, RetrievalTrainingArguments
-from trips_examples.training.retrieval_trainer import RetrievalTrainer
 from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.trainer import RetrievalTrainer
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -39,22 +38,32 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv, RetrievalModelArguments, DataArguments, RetrievalTrainingArguments, description=__doc__
+    model_args, task_args, data_args, training_args = parse_arguments(
+        argv,
+        ModelArguments,
+        RetrievalArguments,
+        DataArguments,
+        TripsTrainingArguments,
+        description=__doc__,
+        num_train_epochs=5.0,
+        per_device_train_batch_size=48,
+        texts_per_image=1,
     )
-    start = ModelStart(TripsForRetrieval, model_args, image_size=data_args.half_scene_size("captions"))
+    side = data_args.half_scene_size("captions")
+    start = ModelStart(TripsForRetrieval, model_args, side, late_choice=True, **task_args.config_overrides())
     data = load_data("captions", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,
+        task_args=task_args,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=RetrievalCollator(processor),
         train_collator=RetrievalCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=model_args.make_selection_teacher(training_args.device),
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
     )
 
     def evaluate_search() -> dict[str, float]:

@@ -5,11 +5,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor, from_vision_text_pretrained
+from modeling_trips import (
+    TripsConfig,
+    TripsModel,
+    TripsPreTrainedModel,
+    TripsProcessor,
+    from_vision_text_pretrained,
+)
 from modeling_trips.conversion.processors import make_processor
+from trips_examples.data.task_collators import a_text_per_image
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.options import ModelArguments
 
@@ -19,22 +26,24 @@ logger = logging.getLogger(__name__)
 
 class ModelStart:
     """
-    What a run starts with: a checkpoint and its processor, a model of two towers that were trained apart, or one from
-    scratch with a tokenizer to go with it. All that needs no texts happens here, so that wrong options are told before
-    any data are read; `finish` does the rest.
+    The model and the processor that a run starts with: a checkpoint, a model of two towers that were trained apart, or
+    a model from scratch with a tokenizer. All that needs no texts happens here, so that wrong options stop the run
+    before data are read; `finish` does the rest.
 
     Args:
         model_class (`type[TripsPreTrainedModel]`): the task's.
         args (`ModelArguments`)
-        image_size (`int`, *optional*): side in pixels that images get where `args` has no other.
+        image_size (`int`, *optional*): side of the images in pixels where `args` has none.
+        late_choice (`bool`, *optional*, defaults to `False`): whether a new model selects by [`late_choice`] where
+            `args` names no layers.
         config_fields: fields of `TripsConfig` that the task fixes.
 
     Attributes:
-        config (`TripsConfig`): the model's, but for the vocabulary, if a tokenizer is to be trained.
-        model, processor: those of the run, or None until a tokenizer is trained.
+        config (`TripsConfig`): the model's, without the vocabulary where a tokenizer is to be trained.
+        model, processor: None until a tokenizer is trained.
 
     Raises:
-        `ValueError`, `OSError`: Where options make no model, or there is no such checkpoint or tokenizer.
+        `ValueError`, `OSError`: The options make no model, or there is no such checkpoint or tokenizer.
     """
 
     def __init__(
@@ -42,9 +51,13 @@ class ModelStart:
         model_class: type[TripsPreTrainedModel],
         args: ModelArguments,
         image_size: int | None = None,
+        late_choice: bool = False,
         **config_fields,
     ):
-        self.model_class, self.args, self.config_fields = model_class, args, config_fields
+        self.model_class, self.args = model_class, args
+        self.config_fields = {**args.config_overrides(), **config_fields}
+        if late_choice and args.model_name_or_path is None and args.selection_layers is None:
+            self.config_fields = {**late_choice_fields(num_vision_layers(args)), **self.config_fields}
         if args.image_size is None:
             self.args = replace(args, image_size=image_size)
         self.model: TripsPreTrainedModel | None = None
@@ -64,7 +77,7 @@ class ModelStart:
         return self.config.vision_config.patch_shape[0]
 
     def finish(self, texts: Iterable[str]) -> tuple[TripsPreTrainedModel, TripsProcessor]:
-        """The model and the processor. `texts` are what a tokenizer is trained on, and not read if there is one."""
+        """Return the model and the processor. `texts` train a tokenizer where there is none."""
         if self.model is None:
             self._make_model(train_wordpiece_tokenizer(texts))
         if self.args.freeze_vision_layers is not None:
@@ -82,7 +95,6 @@ class ModelStart:
             args.model_name_or_path,
             attn_implementation=args.attn_implementation,
             output_loading_info=True,
-            **args.config_overrides(),
             **self.config_fields,
         )
         self.config = self.model.config
@@ -90,7 +102,7 @@ class ModelStart:
             logger.info("%s has no decoder: it starts from the text encoder.", args.model_name_or_path)
 
     def _load_parts(self):
-        """The fusion and the decoder start from the text encoder; pixels are normalised as the vision tower's."""
+        """Fusion and decoder start from the text encoder; images are normalised as for the vision tower."""
         args = self.args
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.text_model_name_or_path)
         self.model = from_vision_text_pretrained(
@@ -101,7 +113,6 @@ class ModelStart:
             image_size=args.image_size,
             decoder_from_text=True,
             decoder_config={"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id},
-            **args.config_overrides(),
             **self.config_fields,
         )
         if args.attn_implementation is not None:
@@ -117,7 +128,6 @@ class ModelStart:
             self.args.preset,
             vision_config={} if self.args.image_size is None else {"image_size": self.args.image_size},
             **vocabulary,
-            **self.args.config_overrides(),
             **self.config_fields,
         )
 
@@ -136,7 +146,7 @@ class ModelStart:
 
 
 def has_new_decoder(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool:
-    """Whether a model has a decoder of which all layers are among the `missing` names of a checkpoint."""
+    """Whether a model has a decoder whose layers are all among the `missing` names."""
     layers = {name for name, _ in model.named_parameters() if name.startswith("decoder.encoder.")}
     return bool(layers) and layers <= set(missing)
 
@@ -144,9 +154,9 @@ def has_new_decoder(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool
 @torch.no_grad()
 def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
     """
-    Copies the embeddings and the upper layers of the text encoder to the decoder, whose cross-attention stays new, as
-    `from_vision_text_pretrained` does with `decoder_from_text`. Returns whether it did: not where their sizes differ,
-    the text encoder has no layers of its own (`fusion_type="single_stream"`), or DeepSpeed has the weights in pieces.
+    Copy the embeddings and the upper layers of the text encoder to the decoder, whose cross-attention stays new.
+    Return False where their sizes differ, the text encoder has no layers (`fusion_type="single_stream"`), or under
+    ZeRO-3.
     """
     text, decoder = model.base_model.text_model, model.decoder
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -169,8 +179,8 @@ def check_frozen_layers(config: TripsConfig, num_layers: int | None):
 
 def freeze_vision_layers(model: TripsPreTrainedModel, num_layers: int):
     """
-    Leaves the embeddings and the lowest `num_layers` layers of the vision tower as they are. Nothing is recorded for a
-    backward pass, nor kept, up to the first layer that is trained or that a trained text guides.
+    Freeze the embeddings and the first `num_layers` layers of the vision tower. Up to the first layer that is trained,
+    or scored by a trained text, there is no backward pass.
     """
     tower = model.base_model.vision_model
     for part in (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[:num_layers]):
@@ -179,10 +189,83 @@ def freeze_vision_layers(model: TripsPreTrainedModel, num_layers: int):
 
 
 def set_image_size(processor: TripsProcessor, side: int):
-    """Makes a processor squash whole images to squares of this side."""
+    """Make a processor resize whole images to squares of this side."""
     if side < 1 or side % processor.patch_size:
         raise ValueError(f"--image_size {side} must be a multiple of the model's patch size, {processor.patch_size}.")
     size = {"height": side, "width": side}
     processor.image_processor.size = size
     if getattr(processor.image_processor, "do_center_crop", False):  # as CLIP's do: of the whole image, then
         processor.image_processor.crop_size = dict(size)
+
+
+def late_choice_fields(num_layers: int) -> dict:
+    """
+    Return the schedule of new models whose vision tower many texts share, as fields of `TripsConfig`: patches are
+    scored by the image in the paper's layers, at 5/12 and 10/12 of `num_layers` (from layer 3 on), and by the text in
+    the last layer, so that a further text costs next to nothing in the tower.
+    """
+    places = (round(num_layers * part / 12) for part in (5, 10))
+    by_image = [layer for layer in places if 3 <= layer < num_layers]
+    return {
+        "selection_layers": [*by_image, num_layers],
+        "keep_rate": [0.7] * len(by_image) + [0.3],
+        "selection_guidance": ["image"] * len(by_image) + ["text"],
+    }
+
+
+def num_vision_layers(args: ModelArguments) -> int:
+    """Return the depth of a new model's vision tower."""
+    if not args.starts_from_parts:
+        return TripsConfig.from_preset(args.preset).vision_config.num_hidden_layers
+    config = AutoConfig.from_pretrained(args.vision_model_name_or_path)
+    config = getattr(config, "vision_config", config)  # CLIP's
+    return getattr(config, "num_hidden_layers", 12)  # models without it are refused when they are loaded
+
+
+def make_selection_teacher(args: ModelArguments, device: torch.device) -> "SelectionTeacher | None":
+    """Return the model of `--selection_teacher`, or None."""
+    if args.selection_teacher is None:
+        return None
+    if args.selection_teacher != "start":
+        return SelectionTeacher(args.selection_teacher, device)
+    if args.model_name_or_path is None:
+        raise ValueError("--selection_teacher start needs a checkpoint to start from: give --model_name_or_path.")
+    return SelectionTeacher(args.model_name_or_path, device)
+
+
+class SelectionTeacher:
+    """
+    An unpruned model whose attention supervises the selection where the data have no regions: the attention of the
+    text's [CLS] to the patches, averaged over heads and layers of the fusion encoder. It costs a forward pass a step.
+
+    Args:
+        name_or_path (`str`): a TRIPS checkpoint of any task, which is run at a keep rate of 1.0.
+        device (`torch.device`, *optional*, defaults to the CPU)
+
+    Raises:
+        `ValueError`: The checkpoint is a single-stream model, which has no fusion encoder.
+    """
+
+    def __init__(self, name_or_path: str, device: torch.device | str = "cpu"):
+        # Only eager attention returns its maps.
+        self.model = TripsModel.from_pretrained(name_or_path, attn_implementation="eager", keep_rate=1.0).to(device)
+        if self.model.fusion_model is None:
+            raise ValueError(f"--selection_teacher {name_or_path}: a single-stream model has no fusion encoder.")
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def patch_targets(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Return the teacher's attention to the patches.
+
+        Args:
+            inputs (`dict`): those of any head: `pixel_values`, `input_ids`, and what goes with them.
+
+        Returns:
+            `torch.Tensor` of shape `(num_texts, num_patches)`, float32, each row of sum 1. Of a text with several
+            images there is a row for each.
+        """
+        outputs = self.model(**a_text_per_image(inputs), output_attentions=True)
+        attention = torch.stack([layer[:, :, 0].float().mean(dim=1) for layer in outputs.cross_attentions]).mean(dim=0)
+        to_patches = attention[:, 1:]
+        return to_patches / to_patches.sum(dim=-1, keepdim=True)

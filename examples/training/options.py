@@ -1,4 +1,7 @@
-"""The options that the scripts share, one dataclass per subject."""
+"""
+The options of the scripts: [`ModelArguments`], [`DataArguments`] and [`TripsTrainingArguments`] for all of them, and a
+class of its own for some.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,107 +16,68 @@ from trips_examples.data.rows import column_of
 from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
 from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
-from trips_examples.training.selection_teacher import SelectionTeacher
 
 
 @dataclass
 class ModelArguments:
-    """What the model is made from, and how it selects patches."""
+    """The weights that the model starts from, and how it selects patches."""
 
     model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A TRIPS checkpoint of any task to start from, with its processor; weights of this task that it "
-            "lacks start at random, and are reported. Default: from scratch."
-        },
+        default=None, metadata={"help": "TRIPS checkpoint of any task to start from. Default: from scratch."}
     )
     vision_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A ViT, DeiT, CLIP or DINOv2 to start the vision tower from. Goes with the next one."},
+        default=None, metadata={"help": "ViT, DeiT, CLIP or DINOv2 for the vision tower; needs a text model, too."}
     )
     text_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A BERT, MiniLM or RoBERTa to start the text encoder, the fusion and the decoder from."},
+        default=None, metadata={"help": "BERT, MiniLM or RoBERTa for text encoder, fusion encoder and decoder."}
     )
     num_fusion_layers: int | None = field(
-        default=None,
-        metadata={"help": "Fusion layers of a model of these two. Default: the text encoder's upper half, or 6 new."},
+        default=None, metadata={"help": "Fusion layers above these two. Default: half of the text encoder, or 6 new."}
     )
     freeze_vision_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Leave the patch embedding and so many of the vision tower's lowest layers as they are: what lies "
-            "below the first layer that is trained costs no backward pass. Default: all is trained."
-        },
+        default=None, metadata={"help": "Freeze the patch embedding and the first N vision layers."}
     )
     preset: str = field(
-        default="tiny", metadata={"help": f"Size of a model from scratch: one of {', '.join(TripsConfig.presets())}."}
+        default="tiny", metadata={"help": f"Size of a model from scratch: {', '.join(TripsConfig.presets())}."}
     )
     tokenizer_name: str | None = field(
-        default=None,
-        metadata={"help": "Tokenizer of a model from scratch. Default: a WordPiece trained on the training texts."},
+        default=None, metadata={"help": "Tokenizer of a model from scratch. Default: trained on the training texts."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Height and width in pixels. Default: the model's, or that of the scenes."}
     )
     selection_layers: list[int] | None = field(
-        default=None, metadata={"help": "ViT layers that select patches, numbered from 1: --selection_layers 5 10"}
+        default=None, metadata={"help": "Vision layers that select patches, numbered from 1: 5 10."}
     )
     keep_rate: list[float] | None = field(
-        default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
+        default=None, metadata={"help": "Share of the tokens kept: one value, or one per layer. 1.0: unpruned."}
     )
     selection_mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "How many tokens are kept: topk (the keep rate, the default) or mass (as few as have the share "
-            "--selection_mass of the scores; the keep rate is the most)."
-        },
+        default=None, metadata={"help": "topk: a fixed number of tokens; mass: top-p selection (--selection_mass)."}
     )
     selection_mass: list[float] | None = field(
-        default=None, metadata={"help": "Sum of the scores that mass keeps, in (0, 1]: one, or one per layer."}
+        default=None, metadata={"help": "Sum of the kept scores in top-p selection: one value, or one per layer."}
     )
     min_keep_rate: list[float] | None = field(
-        default=None, metadata={"help": "Least share of the tokens that mass keeps: one rate, or one per layer."}
+        default=None, metadata={"help": "Smallest keep rate in top-p selection: one value, or one per layer."}
     )
     selection_guidance: list[str] | None = field(
-        default=None,
-        metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
+        default=None, metadata={"help": "What scores the patches: text, image or random; one, or one per layer."}
     )
     selection_loss_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the loss that teaches texts to choose their patches, where the data say what a text is "
-            "about. Default: the model's, 0.5. 0: the choice is learnt through the fused token alone."
-        },
+        default=None, metadata={"help": "Weight of selection supervision, where the data have regions."}
     )
     pointing_loss_coefficient: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the loss that teaches where to look: the head of boxes at the patches of the box, a "
-            "question at those of its region, where the data know it (and no --selection_teacher stands in). Other "
-            "tasks do not use it. Default: the model's, 0. 2 helps much with real pictures of many names."
-        },
+        default=None, metadata={"help": "Weight of attention supervision, where the data have regions."}
     )
     selection_teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "A TRIPS checkpoint that, unpruned, shows the texts where to look, for data that do not say what "
-            "a text is about; start: the one that the run starts from. A forward pass more per step. Default: none."
-        },
+        default=None, metadata={"help": "Checkpoint whose attention supervises the selection; start: the initial one."}
     )
     fusion_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "How text and image meet: cross_attention (as in ALBEF), skip_connected (mPLUG) or single_stream "
-            "(ViLT). Default: the checkpoint's; cross_attention from scratch."
-        },
+        default=None, metadata={"help": "cross_attention, skip_connected (mPLUG) or single_stream (ViLT)."}
     )
     attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "eager, sdpa, flash_attention_2. Default: sdpa; eager where there is no accelerator, since CPUs "
-            "train small models fastest with it."
-        },
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2. Default: sdpa; eager on CPUs."}
     )
 
     def __post_init__(self):
@@ -135,7 +99,7 @@ class ModelArguments:
         return self.starts_from_parts or self.model_name_or_path is not None
 
     def config_overrides(self) -> dict:
-        """The fields of `TripsConfig` that were given."""
+        """Return the fields of `TripsConfig` that were given."""
         fields = {
             "selection_layers": self.selection_layers,
             "keep_rate": one_or_several(self.keep_rate),
@@ -147,58 +111,48 @@ class ModelArguments:
             "pointing_loss_coefficient": self.pointing_loss_coefficient,
             "fusion_type": self.fusion_type,
         }
-        return {name: value for name, value in fields.items() if value is not None}
+        return given(fields)
 
-    def make_selection_teacher(self, device: torch.device) -> SelectionTeacher | None:
-        if self.selection_teacher is None:
-            return None
-        if self.selection_teacher != "start":
-            return SelectionTeacher(self.selection_teacher, device)
-        if self.model_name_or_path is None:
-            raise ValueError("--selection_teacher start: the run starts from nothing. Give --model_name_or_path.")
-        return SelectionTeacher(self.model_name_or_path, device)
+
+def given(fields: dict) -> dict:
+    """Return the fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def one_or_several(values: list | None):
-    """What an option of one value, or one per selection layer, stands for."""
+    """Return the value of an option that takes one value, or one per selection layer."""
     return values[0] if values is not None and len(values) == 1 else values
 
 
 @dataclass
 class DataArguments(DataSource):
-    """`DataSource`, and what becomes of the rows on their way to the model."""
+    """[`DataSource`], and how the rows are used."""
 
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     augment: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Random shifts of the images, and flips where texts do not say what is left. Default: for the "
-            "embedded data only. Not for questions about picture_scenes, which ask for places."
-        },
+        default=None, metadata={"help": "Random shifts and flips of the images. Default: for bundled data only."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation split."})
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the data are made of easy-VQA's package, and not the user's."""
+        """Whether the data are the bundled synthetic data."""
         no_file = self.train_file is None and self.validation_file is None
         return no_file and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
     def check(self, task: str):
         super().check(task)
         if self.augment and task == "vqa" and self.dataset_name == "picture_scenes":
-            raise ValueError(
-                "augment moves and flips, and questions about picture_scenes ask for places: leave it out."
-            )
+            raise ValueError("--augment: questions about picture_scenes ask for places. Leave it out.")
 
     @property
     def augments(self) -> bool:
-        """What `augment` is, or its default."""
+        """Whether to augment: `augment`, or its default."""
         return self.is_embedded if self.augment is None else self.augment
 
     def side_of_scenes(self, task: str) -> int | None:
-        """Side of the scenes in pixels, or None where the data are no scenes."""
+        """Return the side of composed scenes in pixels, or None for other data."""
         if self.pictures is not None:
             return self.scene_size
         is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
@@ -207,12 +161,12 @@ class DataArguments(DataSource):
         return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
 
     def half_scene_size(self, task: str) -> int | None:
-        """At half their size easy-VQA's scenes still show colours and most shapes; a model is four times as fast."""
+        """Return half the side of easy-VQA's scenes: most shapes stay visible, at a quarter of the cost."""
         side = self.side_of_scenes(task)
         return side if side is None or self.pictures is not None else side // 2
 
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
-        """What a tokenizer is trained on: the texts in these columns, or for embedded data those of every task."""
+        """Yield the texts to train a tokenizer on: these columns, or for bundled data the words of all tasks."""
         if self.is_embedded:
             yield from EMBEDDED_WORDS
             return
@@ -224,66 +178,51 @@ class DataArguments(DataSource):
 @dataclass
 class TripsTrainingArguments(Seq2SeqTrainingArguments):
     """
-    `Seq2SeqTrainingArguments` whose defaults train the tiny preset from scratch on the embedded data. Fine-tuning a
-    larger model wants a learning rate of about 2e-5 and fewer texts per batch.
+    `Seq2SeqTrainingArguments` with defaults that train the tiny preset from scratch on the bundled data. Fine-tuning a
+    larger model needs a learning rate of about 2e-5 and smaller batches.
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
     auto_bf16: bool = field(
-        default=True,
-        metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it (unless --fp16 is given)."},
+        default=True, metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it."}
     )
-    num_train_epochs: float = field(default=6.0, metadata={"help": "How often to train on each row."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows per device and step."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Number of training epochs."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Texts per device and training step."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     tower_learning_rate: list[float] | None = field(
         default=None, metadata={"help": "Peak learning rates of vision tower and text encoder: one or two values."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Of weights; biases and norms have none."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except for biases and norms."})
     texts_per_image: int = field(
         default=4,
-        metadata={
-            "aliases": ["--questions_per_image"],
-            "help": "How many texts about an image may stand in a training batch; they share its computation.",
-        },
+        metadata={"aliases": ["--questions_per_image"], "help": "Texts of an image that may share a training batch."},
     )
-    logging_steps: float = field(
-        default=0.05, metadata={"help": "How often to log the loss: steps, or below 1 their share of all steps."}
-    )
+    logging_steps: float = field(default=0.05, metadata={"help": "Log every N steps; below 1, a share of all steps."})
     health_steps: float = field(
-        default=0.25,
-        metadata={
-            "help": "How often to examine the selection, to log what it does and warn if it is not healthy: steps, or "
-            "below 1 their share of all. 0: never."
-        },
+        default=0.25, metadata={"help": "Check the selection every N steps; below 1, a share of all. 0: never."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
-    predict_with_generate: bool = field(
-        default=True,
-        metadata={"help": "Evaluate models that write on what they write, not on the true text's scores."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Not needed: a loss that is NaN or infinite stops the run."}
-    )
-    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
+    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate generated texts."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite stops the run."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):
         if self.label_smoothing_factor != 0.0:
-            raise ValueError("--label_smoothing_factor: the losses of these models have no smoothing, leave it at 0.")
+            raise ValueError("--label_smoothing_factor is not supported. Leave it at 0.")
         if not self.predict_with_generate:
-            raise ValueError("--predict_with_generate: these examples evaluate what the model writes, leave it on.")
+            raise ValueError("--predict_with_generate False is not supported. Leave it on.")
         if self.max_steps == 0:
-            raise ValueError("--max_steps must be positive, or -1 to train for --num_train_epochs, got 0.")
+            raise ValueError("--max_steps must be positive, or -1 for --num_train_epochs, got 0.")
         if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
             raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
         if self.health_steps < 0:
-            raise ValueError(f"--health_steps {self.health_steps}: must be at least 0, which is never.")
+            raise ValueError(f"--health_steps must be at least 0, got {self.health_steps}.")
         if self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = self.save_steps  # an evaluation takes longer than a line of the log
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -295,6 +234,67 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     def n_gpu(self) -> int:
         """At most 1 per process: `nn.DataParallel` would part images from their texts. Use `accelerate launch`."""
         return min(super().n_gpu, 1)
+
+
+@dataclass
+class RetrievalArguments:
+    """The options of run_retrieval.py: losses, and reranking in evaluation."""
+
+    itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
+    itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
+    rerank_k: int = field(default=16, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
+    rerank_by: str = field(default="both", metadata={"help": "Rank by matching, or by both matching and similarity."})
+
+    def config_overrides(self) -> dict:
+        return given({"itc_weight": self.itc_weight, "itm_weight": self.itm_weight})
+
+
+@dataclass
+class PretrainingArguments:
+    """The options of run_pretraining.py: objectives, momentum teacher, streams, and reranking in evaluation."""
+
+    itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
+    itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
+    mlm_weight: float | None = field(default=None, metadata={"help": "Weight of masked language modelling."})
+    prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modelling."})
+    rerank_k: int = field(default=0, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
+    rerank_by: str = field(default="both", metadata={"help": "Rank by matching, or by both matching and similarity."})
+    momentum_teacher: bool = field(default=True, metadata={"help": "Train with a momentum teacher and its queues."})
+    momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher."})
+    queue_size: int | None = field(
+        default=None, metadata={"help": "Queued features. Default: 65536, or a tenth of the captions if that is less."}
+    )
+    teacher_weight: float = field(default=0.4, metadata={"help": "Weight of the teacher in the targets."})
+    teacher_ramp_steps: int | None = field(
+        default=None, metadata={"help": "Steps until the full teacher weight. Default: an epoch, or 1/30 of a stream."}
+    )
+    teacher_start_steps: int | None = field(
+        default=None, metadata={"help": "Steps without the teacher. Default: 0 from a checkpoint, else an epoch."}
+    )
+    train_shards: list[str] | None = field(
+        default=None, metadata={"help": "Streamed pairs: tar, JSONL, JSON, CSV or Parquet, as in cc3m-{000..331}.tar."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Stream --dataset_name from the Hub."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of a stream's images."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column of a stream's captions."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Pairs of a stream to shuffle at a time per worker."})
+    max_bad_share: float | None = field(
+        default=None,
+        metadata={"help": "Largest share of bad pairs to skip. Default: 0.05 with --skip_bad_rows, else 0."},
+    )
+
+    def __post_init__(self):
+        for name in ("momentum", "teacher_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
+
+    @property
+    def is_stream(self) -> bool:
+        return self.train_shards is not None or self.streaming
+
+    def config_overrides(self) -> dict:
+        names = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
+        return given({name: getattr(self, name) for name in names})
 
 
 def bf16_is_fast() -> bool:

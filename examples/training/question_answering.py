@@ -1,32 +1,38 @@
-"""
-Training and evaluation on questions. It is here, and not in run_vqa.py, since models of other tasks begin with it.
-"""
+"""Training and evaluation of question answering, which other tasks on the bundled data start from."""
 
-from collections.abc import Sequence
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import evaluate
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.rows import column_of
+from trips_examples.data.scenes import TILE_SIZE
 from trips_examples.data.task_collators import VqaCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_json
-from trips_examples.training.models import ModelStart
+from trips_examples.training.models import ModelStart, make_selection_teacher
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import load_data, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
+logger = logging.getLogger(__name__)
+
+START_EPOCHS = 6.0
+
+
 def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
     """
-    Writes `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; prints the frequent answers.
+    Write `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; print the frequent answers.
     """
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
@@ -40,9 +46,8 @@ def train_question_answering(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Trains a model to answer questions, and evaluates it, as these options say; returns the metrics of both."""
+    """Train and evaluate a model that answers questions; return the metrics."""
     start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.side_of_scenes("vqa"))
     data = load_data("vqa", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "question", "answers"))
@@ -62,9 +67,8 @@ def train_question_answering(
         data_collator=VqaCollator(processor),
         train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=model_args.make_selection_teacher(training_args.device),
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,
-        callbacks=list(callbacks),
     )
 
     def evaluate_answers() -> dict[str, float]:
@@ -77,3 +81,53 @@ def train_question_answering(
         return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
 
     return train_and_evaluate(trainer, evaluate_answers)
+
+
+def start_from_questions(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TripsTrainingArguments,
+    start_epochs: float | None,
+) -> ModelArguments:
+    """
+    Train a model on easy-VQA at half size first, if it is new and the data are bundled: NLVR2 and grounding teach
+    little to a model that knows neither words nor shapes.
+
+    Args:
+        model_args, data_args, training_args: options of the task.
+        start_epochs (`float`, *optional*): epochs on easy-VQA. Default: 6, or none with `--max_steps`.
+
+    Returns:
+        `ModelArguments`: those of a start from that model, or `model_args`.
+    """
+    if model_args.starts_from_weights or not data_args.is_embedded or not training_args.do_train:
+        return model_args
+    if start_epochs is None and training_args.max_steps > 0:
+        logger.warning("--max_steps is given: easy-VQA is skipped, and the model learns little (--start_epochs).")
+        return model_args
+    epochs = START_EPOCHS if start_epochs is None else start_epochs
+    if epochs == 0:
+        return model_args
+    if training_args.deepspeed_plugin is not None:
+        raise ValueError("DeepSpeed trains one model per launch: give --model_name_or_path or --start_epochs 0.")
+    folder = Path(training_args.output_dir) / "easy_vqa"
+    if training_args.resume_from_checkpoint is None or not (folder / "train_results.json").exists():
+        logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", epochs, folder)
+        questions_args = replace(  # type: ignore[call-arg]  # of fields that Transformers declares
+            training_args,
+            output_dir=str(folder),
+            do_train=True,
+            do_eval=False,
+            num_train_epochs=epochs,
+            max_steps=-1,
+            per_device_train_batch_size=TripsTrainingArguments.per_device_train_batch_size,
+            learning_rate=TripsTrainingArguments.learning_rate,
+            eval_strategy="no",
+            save_strategy="no",
+            resume_from_checkpoint=None,
+        )
+        questions = DataArguments(max_train_samples=data_args.max_train_samples)
+        started_args = replace(model_args, image_size=TILE_SIZE // 2, pointing_loss_coefficient=None)
+        train_question_answering(started_args, questions, questions_args)
+        PartialState().wait_for_everyone()
+    return replace(model_args, model_name_or_path=str(folder))

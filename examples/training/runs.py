@@ -37,11 +37,11 @@ STATE_FILES = {
 _locks: dict[Path, FileLock] = {}  # held by this process, by output folder
 
 
-def parse_arguments(argv: list[str] | None, *classes: type, description: str) -> tuple[Any, ...]:
+def parse_arguments(argv: list[str] | None, *classes: type, description: str, **defaults) -> tuple[Any, ...]:
     """
-    The options of a script, one object per class; `TripsTrainingArguments` or a subclass has to be the last class.
-    Also sets up logging, where one process speaks for all, and the seed. A run that trains locks its output folder
-    until `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
+    Return the options of a script, one object per class, of which `TripsTrainingArguments` is the last. `defaults` are
+    options whose default differs in this script. Also set up logging and the seed. A run that trains locks its output
+    folder until `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
 
     Raises:
         BlockingIOError: if another process trains in the output folder.
@@ -49,6 +49,7 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str) ->
         ValueError: as `checkpoint_to_resume`.
     """
     parser = make_parser(*classes, description=description)
+    parser.set_defaults(**defaults)
     arguments = parser.parse_args_into_dataclasses(args=argv)
     training_args = arguments[-1]
     level = logging.INFO if training_args.should_log else logging.WARNING

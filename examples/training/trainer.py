@@ -1,22 +1,25 @@
-"""The trainer that the scripts share."""
+"""The trainers that the scripts share."""
 
 from collections import defaultdict
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from modeling_trips import TripsPreTrainedModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
-from trips_examples.data.rows import column_of
-from trips_examples.training.guard import LossGuard
-from trips_examples.training.health import SelectionHealth
-from trips_examples.training.selection_teacher import SelectionTeacher
+from trips_examples.data.rows import DecodedImages, column_of, images_of
+from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
+from trips_examples.training.callbacks import TrainingMonitor
+from trips_examples.training.models import SelectionTeacher
+from trips_examples.training.options import PretrainingArguments, RetrievalArguments
 
 
 class SamplerCallback(TrainerCallback):
-    """Tells the sampler the epoch. Accelerate does not in the epoch that several processes resume in the middle of."""
+    """Set the epoch of the sampler. Accelerate does not when several processes resume within an epoch."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -38,15 +41,14 @@ def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module,
 
 class ImageGroupedTrainer(Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` that draws the texts about an image together, collates training and evaluation apart, stops at a
-    loss that is NaN or infinite ([`LossGuard`]), and evaluates each row once, whether the model writes or not.
-    Parameters that get no gradient are frozen, so that data parallel training need not look for them. The parts of the
-    loss that a model tells (`logged_losses`) are logged beside it, and what [`SelectionHealth`] finds.
+    `Seq2SeqTrainer` that draws the texts of an image together, collates training and evaluation apart, watches the
+    loss and the selection ([`TrainingMonitor`]), and evaluates each row once, whether the model generates or not.
+    Parameters without a gradient are frozen, so that data parallel training need not look for them. The parts of the
+    loss (`logged_losses`) are logged beside it.
 
     Args:
         train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
-        selection_teacher ([`SelectionTeacher`], *optional*): says in training where texts should look, whether or
-            not their regions are known.
+        selection_teacher ([`SelectionTeacher`], *optional*): supervises the selection in place of the regions.
         args, kwargs: as in `Seq2SeqTrainer`.
     """
 
@@ -67,11 +69,8 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
-        in_pieces = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        makes_batches = isinstance(self.data_collator, ImageBatchCollator)  # of evaluation, which are looked at
-        if self.args.health_steps > 0 and makes_batches and not in_pieces:
-            self.add_callback(SelectionHealth(self, self.args.health_steps))
-        self.loss_guard = LossGuard(self.accelerator, self.args.output_dir)
+        self.monitor = TrainingMonitor(self, self.args.health_steps)
+        self.add_callback(self.monitor)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -100,7 +99,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
-        self.loss_guard.check()
+        self.monitor.check_loss()
         return output
 
     def _run_epoch(self, *args, **kwargs):
@@ -113,13 +112,13 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         sources = inputs.pop("sources", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.loss_guard.watch(loss, self.state.global_step + 1, sources)
+        self.monitor.watch_loss(loss, self.state.global_step + 1, sources)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if model.training and self.selection_teacher is not None:
             inputs = {**inputs, "patch_targets": self.selection_teacher.patch_targets(inputs)}
-            inputs.pop("regions", None)  # who asks for a teacher wants to be taught by it
+            inputs.pop("regions", None)  # the teacher takes their place
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:
@@ -134,7 +133,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
-        self.loss_guard.check()
+        self.monitor.check_loss()
         super()._save_checkpoint(model, trial)
 
     def evaluation_loop(self, *args, **kwargs):
@@ -149,3 +148,64 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
             self.model.generation_config.max_length = None  # it was set beside `max_new_tokens`, which warns
             return result
         return Trainer.prediction_step(self, model, inputs, *args, **kwargs)
+
+
+class RetrievalTrainer(ImageGroupedTrainer):
+    """
+    Trainer that evaluates by searching, also during training.
+
+    Args:
+        task_args ([`RetrievalArguments`] or [`PretrainingArguments`]): with `rerank_k` and `rerank_by`.
+        args, kwargs: as in [`ImageGroupedTrainer`].
+    """
+
+    logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
+
+    def __init__(self, *args, task_args: RetrievalArguments | PretrainingArguments, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.task_args = task_args
+        if self.args.do_eval and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "The evaluation needs the whole model in each process. Train with --do_eval False, and evaluate what "
+                "was saved without FSDP or ZeRO-3: --model_name_or_path OUTPUT --do_train False."
+            )
+
+    def model_to_evaluate(self) -> TripsPreTrainedModel:
+        """Return the unwrapped model on the device, in half precision with --bf16_full_eval or --fp16_full_eval."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        if self.is_in_train:
+            return model
+        model = model.to(self.args.device)  # `Trainer` leaves it where it was loaded if there is more to do
+        return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
+
+    @property
+    def full_eval_dtype(self) -> torch.dtype | None:
+        return torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+
+    def search(self, dataset: Dataset) -> RetrievalResults:
+        """Search among all images and captions of a data set, in both directions."""
+        args, model = self.args, self.model_to_evaluate()
+        evaluator = RetrievalEvaluator(
+            model,
+            self.processing_class,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            dtype=self.full_eval_dtype or torch.float32,
+            progress=not args.disable_tqdm,
+        )
+        image_rows, image_of_text = images_of(dataset)
+        with self.accelerator.autocast():
+            return evaluator.evaluate(
+                DecodedImages(dataset.select(image_rows)),
+                column_of(dataset, "caption"),
+                image_of_text,
+                self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # or the matching head knows nothing
+                self.task_args.rerank_by,
+            )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        results = self.search(self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -8,15 +8,14 @@ import pytest
 from named_pictures import write_pictures
 
 from trips_examples import pictures
-from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TripsTrainingArguments
 from trips_examples.training.parser import make_parser
-from trips_examples.training.start import StartedTrainingArguments
 
 
 ARGUMENTS = {
-    "run_grounding": ["GroundingArguments", ModelArguments, StartedTrainingArguments],
-    "run_retrieval": [DataArguments, "RetrievalModelArguments", "RetrievalTrainingArguments"],
-    "run_vqa": ["DataArguments", ModelArguments, StartedTrainingArguments],
+    "run_grounding": [DataArguments, ModelArguments, TripsTrainingArguments, "GroundingArguments"],
+    "run_retrieval": [DataArguments, ModelArguments, TripsTrainingArguments, RetrievalArguments],
+    "run_vqa": [DataArguments, ModelArguments, TripsTrainingArguments],
     "make_towers": ["TowerArguments"],
 }
 

@@ -10,7 +10,7 @@ from toy_pairs import CAPTIONS, COLORS, SCRIPT, command, run
 from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from trips_examples import run_pretraining
 from trips_examples.data.task_collators import number_of
-from trips_examples.training.pretraining_trainer import stream_positions
+from trips_examples.training.pretraining import stream_positions
 
 
 @pytest.mark.slow

@@ -5,29 +5,18 @@ from schedules import guidances_of, rates_of
 from toy_pairs import write_parts
 from transformers import HfArgumentParser
 
-from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsForRetrieval
-from trips_examples.training.late_choice import LateChoiceModelArguments, late_choice
-from trips_examples.training.models import ModelStart
-from trips_examples.training.pretraining_loading import PretrainingStart
-from trips_examples.training.pretraining_options import PretrainingModelArguments
-from trips_examples.training.retrieval_options import RetrievalModelArguments
+from modeling_trips import TripsConfig, TripsForRetrieval
+from trips_examples.training.models import ModelStart, late_choice_fields
+from trips_examples.training.options import ModelArguments
 
 
 LATE = {3: ("image", 0.7), 4: ("text", 0.3)}
 
 
-def captioning_start(args: LateChoiceModelArguments) -> ModelStart:
-    return ModelStart(TripsForConditionalGeneration, args)
-
-
-def retrieval_start(args: RetrievalModelArguments) -> ModelStart:
-    return ModelStart(TripsForRetrieval, args)
-
-
-def selection_of(arguments: type, start, *options: str) -> dict[int, tuple[str, float]]:
+def selection_of(*options: str, late_choice: bool = True) -> dict[int, tuple[str, float]]:
     """Guidance and keep rate by layer, of the model that these options make."""
-    (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses([*options])
-    vision = start(args).config.vision_config
+    (args,) = HfArgumentParser(ModelArguments).parse_args_into_dataclasses([*options])
+    vision = ModelStart(TripsForRetrieval, args, late_choice=late_choice).config.vision_config
     return {layer: (guidances_of(vision)[layer], rate) for layer, rate in rates_of(vision).items()}
 
 
@@ -35,7 +24,7 @@ def selection_of(arguments: type, start, *options: str) -> dict[int, tuple[str, 
     ("num_layers", "layers"), [(12, [5, 10, 12]), (4, [3, 4]), (24, [10, 20, 24]), (6, [5, 6]), (3, [3]), (1, [1])]
 )
 def test_a_late_choice_at_any_depth(num_layers, layers):
-    fields = late_choice(num_layers)
+    fields = late_choice_fields(num_layers)
     assert fields["selection_layers"] == layers
     assert fields["keep_rate"] == [0.7] * (len(layers) - 1) + [0.3]
     assert fields["selection_guidance"] == ["image"] * (len(layers) - 1) + ["text"]
@@ -56,24 +45,22 @@ def test_a_late_choice_at_any_depth(num_layers, layers):
     ids=str,
 )
 def test_from_scratch_the_text_chooses_late_unless_layers_are_named(options, expected):
-    for arguments, start in (
-        (LateChoiceModelArguments, captioning_start),
-        (RetrievalModelArguments, retrieval_start),
-        (PretrainingModelArguments, PretrainingStart),
-    ):
-        assert selection_of(arguments, start, *options) == expected
+    assert selection_of(*options) == expected
+
+
+def test_other_tasks_have_the_schedule_of_the_preset():
+    assert selection_of(late_choice=False) == {2: ("text", 0.5), 3: ("text", 0.5)}
 
 
 def test_from_parts_it_does_so_at_the_depth_of_the_tower(tmp_path):
     parts = write_parts(tmp_path)
-    assert selection_of(PretrainingModelArguments, PretrainingStart, *parts) == {3: ("text", 0.3)}
-    assert selection_of(PretrainingModelArguments, PretrainingStart, *parts, "--keep_rate=1.0") == {}
+    assert selection_of(*parts) == {3: ("text", 0.3)}
+    assert selection_of(*parts, "--keep_rate=1.0") == {}
 
 
 def test_a_checkpoint_keeps_its_selection(tmp_path):
-    start = retrieval_start(RetrievalModelArguments(selection_layers=[2], keep_rate=[0.25]))
+    start = ModelStart(TripsForRetrieval, ModelArguments(selection_layers=[2], keep_rate=[0.25]), late_choice=True)
     model, processor = start.finish(["a shape"])
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    options = [f"--model_name_or_path={tmp_path}"]
-    assert selection_of(PretrainingModelArguments, PretrainingStart, *options) == {2: ("text", 0.25)}
+    assert selection_of(f"--model_name_or_path={tmp_path}") == {2: ("text", 0.25)}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from toy_pairs import TWO_PROCESSES, command, environment, run, write_parts
 
 from trips_examples import run_pretraining
-from trips_examples.training.pretraining_trainer import stream_positions
+from trips_examples.training.pretraining import stream_positions
 
 
 STAND_INS = {

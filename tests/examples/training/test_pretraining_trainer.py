@@ -10,8 +10,8 @@ from toy_pairs import make_rows, make_tokenizer
 from modeling_trips import TripsConfig, TripsForPreTraining
 from trips_examples.data.pretraining import PretrainingCollator
 from trips_examples.training.models import make_processor
-from trips_examples.training.pretraining_options import PretrainingArguments
-from trips_examples.training.pretraining_trainer import PretrainingTrainer
+from trips_examples.training.options import PretrainingArguments, TripsTrainingArguments
+from trips_examples.training.pretraining import PretrainingTrainer
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,13 @@ def make_trainer(processor, folder: Path, rows: list[dict] | None = None, **opti
     config = TripsConfig.from_preset(
         "tiny", text_config={"vocab_size": len(processor.tokenizer)}, projection_dim=16, **config_fields
     )
-    defaults = {"per_device_train_batch_size": 4, "auto_bf16": False, "queue_size": 16, "report_to": "none"}
-    defaults["teacher_start_steps"] = 0
+    task = {"queue_size": 16, "teacher_start_steps": 0}
+    task |= {name: options.pop(name) for name in PretrainingArguments.__dataclass_fields__ if name in options}
+    defaults = {"per_device_train_batch_size": 4, "auto_bf16": False, "report_to": "none", "texts_per_image": 1}
     return PretrainingTrainer(
         model=TripsForPreTraining(config),
-        args=PretrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
+        args=TripsTrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
+        task_args=PretrainingArguments(**task),
         train_dataset=Dataset.from_list(make_rows(20) if rows is None else rows),
         train_collator=PretrainingCollator(processor, training=True),
         processing_class=processor,
@@ -66,9 +68,9 @@ def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
         return found
 
     assert weights() == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4, 0.4])
-    trainer.args.teacher_start_steps, trainer.args.teacher_ramp_steps = None, 2
+    trainer.task_args.teacher_start_steps, trainer.task_args.teacher_ramp_steps = None, 2
     assert weights() == pytest.approx([0, 0, 0, 0, 0.2, 0.4, 0.4])
-    trainer.args.teacher_ramp_steps = 0
+    trainer.task_args.teacher_ramp_steps = 0
     assert weights() == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4])
 
 

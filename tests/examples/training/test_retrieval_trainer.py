@@ -11,8 +11,8 @@ from modeling_trips import TripsConfig, TripsForRetrieval
 from trips_examples.data.task_collators import RetrievalCollator, number_of
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
-from trips_examples.training.retrieval_options import RetrievalTrainingArguments
-from trips_examples.training.retrieval_trainer import RetrievalTrainer
+from trips_examples.training.options import RetrievalArguments, TripsTrainingArguments
+from trips_examples.training.trainer import RetrievalTrainer
 
 
 COLORS = ["red", "blue", "green", "white", "black", "yellow"]
@@ -56,7 +56,7 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
     collator, batches, gradients = RetrievalCollator(processor, training=True), [], []
     trainer = RetrievalTrainer(
         model=model,
-        args=RetrievalTrainingArguments(
+        args=TripsTrainingArguments(
             output_dir=str(tmp_path),
             per_device_train_batch_size=3,
             gradient_accumulation_steps=steps,
@@ -65,9 +65,11 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
             learning_rate=0.0,
             auto_bf16=False,
             do_eval=False,
+            texts_per_image=1,
             save_strategy="no",
             disable_tqdm=True,
         ),
+        task_args=RetrievalArguments(),
         train_dataset=Dataset.from_list(caption_rows(*"abcdef")),
         train_collator=lambda rows: batches.append(collator(rows)) or dict(batches[-1]),
         processing_class=processor,

@@ -1,25 +1,101 @@
-"""The trainer of pre-training: momentum teacher, learning rates by part, streams, and checkpoints that hold it all."""
+"""Pre-training: pairs as splits or as a stream, and the trainer with its momentum teacher."""
 
+import copy
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from datasets import DatasetDict
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_trips import MomentumTeacher
+from modeling_trips import MomentumTeacher, TripsConfig, TripsProcessor
 from trips_examples.data.rows import column_of
-from trips_examples.data.streams import PairStream
+from trips_examples.data.shards import find_shards, hub_shards
+from trips_examples.data.streams import PairStream, Shard
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_json
-from trips_examples.training.retrieval_trainer import RetrievalTrainer
+from trips_examples.training.options import DataArguments, PretrainingArguments, TripsTrainingArguments
+from trips_examples.training.runs import load_data
+from trips_examples.training.trainer import RetrievalTrainer
 
 
+OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
 MAX_QUEUE_SIZE = 65536  # ALBEF's
 EPOCH_OF_A_STREAM = 1 / 30  # of all steps: ALBEF trains for 30 epochs
+
+
+def check_objectives(config: TripsConfig):
+    """Raise a `ValueError` if all objectives are off."""
+    if all(getattr(config, name) == 0 for name in OBJECTIVES):
+        raise ValueError(f"All objectives have weight 0. Give one of {', '.join(OBJECTIVES)} a weight.")
+
+
+def load_pairs(
+    args: PretrainingArguments,
+    data_args: DataArguments,
+    training_args: TripsTrainingArguments,
+    patch_size: int,
+    processor: TripsProcessor | None,
+) -> tuple[DatasetDict, PairStream | None]:
+    """
+    Return the splits that are loaded, and the stream in place of the training split, if there is one.
+
+    Raises:
+        ValueError: The options of the stream contradict each other or others.
+    """
+    if not args.is_stream:
+        return load_data("captions", data_args, training_args, patch_size), None
+    if args.train_shards is not None and (data_args.train_file is not None or args.streaming):
+        raise ValueError("--train_shards goes with neither --train_file nor --streaming.")
+    if args.streaming and data_args.dataset_name is None:
+        raise ValueError("--streaming needs --dataset_name.")
+    if training_args.do_train and training_args.max_steps <= 0:
+        raise ValueError("A stream has no end: say with --max_steps how long to train.")
+    if training_args.do_eval and data_args.validation_file is None:
+        raise ValueError("A stream has no validation split: give --validation_file or --do_eval False.")
+    stream = open_stream(args, data_args, training_args, processor)
+    if data_args.validation_file is None:
+        return DatasetDict(), stream
+    evaluation_args = copy.copy(training_args)
+    evaluation_args.do_train = False
+    files = replace(data_args, dataset_name=None, dataset_config_name=None)
+    return load_data("captions", files, evaluation_args, patch_size), stream
+
+
+def open_stream(
+    args: PretrainingArguments,
+    data_args: DataArguments,
+    training_args: TripsTrainingArguments,
+    processor: TripsProcessor | None,
+) -> PairStream:
+    """Return this process's part of the stream of shards, files or a data set on the Hub."""
+    if args.train_shards is not None:
+        shards: Sequence[Shard] = find_shards(args.train_shards, data_args.image_root)
+    else:
+        shards = hub_shards(data_args.dataset_name, data_args.dataset_config_name, data_args.train_split or "train")
+    if processor is None:
+        raise ValueError("A stream cannot train a tokenizer: give --tokenizer_name.")
+    max_bad_share = args.max_bad_share
+    if max_bad_share is None:
+        max_bad_share = 0.05 if data_args.skip_bad_rows else 0.0
+    return PairStream(
+        shards,
+        seed=training_args.seed,
+        buffer_size=args.shuffle_buffer,
+        process_index=training_args.process_index,
+        num_processes=training_args.world_size,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        processor=processor,
+        max_bad_share=max_bad_share,
+        log_folder=training_args.output_dir,
+    )
 
 
 def stream_positions(state: dict) -> list[dict[str, int]]:
@@ -46,7 +122,7 @@ class PretrainingTrainer(RetrievalTrainer):
     resumed run ends with the same weights as an uninterrupted one. The final model holds none of it.
 
     Args:
-        args ([`PretrainingArguments`])
+        task_args ([`PretrainingArguments`])
         train_dataset (`datasets.Dataset` or [`PairStream`])
     """
 
@@ -56,13 +132,10 @@ class PretrainingTrainer(RetrievalTrainer):
         super().__init__(*args, **kwargs)
         config = self.model.config
         self.teacher = None
-        if self.args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
+        if self.task_args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
             if is_deepspeed_zero3_enabled():
-                raise ValueError(
-                    "A momentum teacher averages whole weights, of which ZeRO-3 leaves each process a part: take "
-                    "zero2.yaml, fsdp2.yaml or ddp.yaml, or --momentum_teacher False."
-                )
-            self.teacher = MomentumTeacher(self.model, self.args.momentum, self.queue_size)
+                raise ValueError("ZeRO-3 does not support --momentum_teacher: use zero2.yaml, fsdp2.yaml or ddp.yaml.")
+            self.teacher = MomentumTeacher(self.model, self.task_args.momentum, self.queue_size)
             self.teacher.to(self.args.device)  # `Trainer` leaves a model that FSDP or DeepSpeed will wrap where it was
             self.add_callback(TeacherCallback(self))
         self.stream_loader: DataLoader | None = None
@@ -77,8 +150,8 @@ class PretrainingTrainer(RetrievalTrainer):
     @property
     def queue_size(self) -> int:
         """As in [`PretrainingArguments`], but at least the batch of all processes."""
-        if self.args.queue_size is not None:
-            return self.args.queue_size
+        if self.task_args.queue_size is not None:
+            return self.task_args.queue_size
         if self.train_dataset is None or self.is_stream:
             return MAX_QUEUE_SIZE
         batch = self.args.train_batch_size * self.args.world_size
@@ -117,7 +190,7 @@ class PretrainingTrainer(RetrievalTrainer):
     @property
     def teacher_steps(self) -> int:
         """How many steps the teacher has taken part in; below 0, how many are left until it does."""
-        start = self.args.teacher_start_steps
+        start = self.task_args.teacher_start_steps
         return self.state.global_step - (self.epoch_steps if start is None else start)
 
     @property
@@ -127,8 +200,8 @@ class PretrainingTrainer(RetrievalTrainer):
     def current_teacher_weight(self) -> float:
         if not self.teacher_takes_part:
             return 0.0
-        ramp = self.epoch_steps if self.args.teacher_ramp_steps is None else self.args.teacher_ramp_steps
-        return self.args.teacher_weight * (min(1.0, self.teacher_steps / ramp) if ramp > 0 else 1.0)
+        ramp = self.epoch_steps if self.task_args.teacher_ramp_steps is None else self.task_args.teacher_ramp_steps
+        return self.task_args.teacher_weight * (min(1.0, self.teacher_steps / ramp) if ramp > 0 else 1.0)
 
     def compute_loss(self, model, inputs, **kwargs):
         if not self.teacher_takes_part:
@@ -153,7 +226,7 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def _save_checkpoint(self, model, trial):
         """The trainer's state is written last: a checkpoint that has it is whole."""
-        self.loss_guard.check()
+        self.monitor.check_loss()
         if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)

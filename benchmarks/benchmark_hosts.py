@@ -71,7 +71,10 @@ CASES = {
 
 @dataclass(kw_only=True)
 class HostBenchmarkArguments(TimingArguments):
-    hosts: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": f"Of {', '.join(CASES)}."})
+    hosts: list[str] = field(
+        default_factory=lambda: list(CASES),
+        metadata={"help": "Models to measure. Default: all."},
+    )
     image_size: int = field(default=384, metadata={"help": "Pixels per side."})
     batch_size: int = field(default=2, metadata={"help": "Images per pass, each with a text."})
     text_length: int = field(default=40, metadata={"help": "Tokens per text."})

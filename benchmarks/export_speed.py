@@ -50,7 +50,10 @@ class ExportSpeedArguments(TimingArguments):
     schedule: str = field(default="5,10", metadata={"help": "Selection layers (5,10) or layer:guidance:keep_rate."})
     keep_rate: float = field(default=0.7, metadata={"help": "Keep rate of the layers that name none. 1.0: unpruned."})
     task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, features."})
-    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": f"Of {', '.join(WAYS)}."})
+    ways: list[str] = field(
+        default_factory=lambda: list(WAYS),
+        metadata={"help": "Backends and dtypes, as in openvino-bf16. Default: all."},
+    )
     batch_size: int = field(default=1, metadata={"help": "Images per step."})
     texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts per image."})
     text_length: int = field(default=40, metadata={"help": "Tokens per text."})

@@ -55,6 +55,7 @@ from trips_examples.training.files import write_whole
 
 PARTS = ("actors", "memory", "search", "vectors")
 ROWS_PER_FILE = 250  # a block that goes from process to process: a commit
+IMAGE_SIDE = 64  # of the images of the parts actors and memory
 ACTOR = "ray::MapWorker"
 
 
@@ -67,7 +68,6 @@ class IndexBenchmarkArguments(OutputArguments):
     actor_images: int = field(default=10_000, metadata={"help": "Images of each run of the part actors."})
     rounds: int = field(default=3, metadata={"help": "Runs of each number of actors."})
     memory_images: list[int] = field(default_factory=lambda: [1000, 50_000], metadata={"help": "Few, and many."})
-    image_side: int = field(default=64, metadata={"help": "Of the images of the parts actors and memory, in pixels."})
     scenes: int = field(default=1000, metadata={"help": "Of the part search: images, each with its captions."})
     dataset_name: str | None = field(default=None, metadata={"help": "As in run_retrieval.py: its validation split."})
     pictures: list[str] | None = field(default=None, metadata={"help": "Of --dataset_name picture_scenes."})
@@ -205,7 +205,7 @@ def embed(args: IndexBenchmarkArguments, places: list[str], num_actors: int, nam
 
 
 def measure_actors(args: IndexBenchmarkArguments) -> Iterator[dict]:
-    files = write_images(Path(args.work_dir) / "images", args.actor_images, args.image_side)
+    files = write_images(Path(args.work_dir) / "images", args.actor_images, IMAGE_SIDE)
     for number in range(args.rounds):
         for num_actors in args.num_actors:
             yield {"round": number, **embed(args, files, num_actors, "actors")}
@@ -213,7 +213,7 @@ def measure_actors(args: IndexBenchmarkArguments) -> Iterator[dict]:
 
 def measure_memory(args: IndexBenchmarkArguments) -> Iterator[dict]:
     for count in args.memory_images:
-        files = write_images(Path(args.work_dir) / "images", count, args.image_side)
+        files = write_images(Path(args.work_dir) / "images", count, IMAGE_SIDE)
         yield embed(args, files, 1, "memory")
 
 

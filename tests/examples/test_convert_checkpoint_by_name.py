@@ -76,7 +76,7 @@ def test_other_models_of_blip_and_options_for_albef_are_refused(blip_folder, tmp
         convert(arguments, task="retrieval")
     config = BlipConfig.from_pretrained(blip_folder)
     BlipForImageTextRetrieval(config).save_pretrained(tmp_path / "retrieval")
-    with pytest.raises(ConversionError, match="A BlipForImageTextRetrieval cannot become a TRIPS model"):
+    with pytest.raises(ConversionError, match="BlipForImageTextRetrieval"):
         convert(arguments, checkpoint=tmp_path / "retrieval")
 
 
@@ -206,7 +206,7 @@ def test_heads_of_older_versions_of_vilt_are_left_out(vilt_arguments, architectu
 
 def test_a_weight_that_is_no_vilts_is_refused_by_name(vilt_arguments):
     add_weights(vilt_arguments["checkpoint"], "vilt.adapter.weight")
-    with pytest.raises(ConversionError, match=r"left out by name \(1\):\n +vilt.adapter.weight"):
+    with pytest.raises(ConversionError, match="vilt.adapter.weight"):
         convert(vilt_arguments)
     assert not vilt_arguments["output_dir"].exists()
 
@@ -224,5 +224,5 @@ def test_a_model_of_another_type_is_refused_by_name(tmp_path, model_type):
     BertConfig().save_pretrained(tmp_path)
     change_config(tmp_path, model_type=model_type)
     known = r"files of ALBEF \(.pth, .pt, .bin, .safetensors\), and models of type blip, vilt"
-    with pytest.raises(ConversionError, match=f"is a model of type '{model_type}'. What is known: {known}"):
+    with pytest.raises(ConversionError, match=f"'{model_type}'.*{known}"):
         convert({"checkpoint": tmp_path, "output_dir": tmp_path / "out"})

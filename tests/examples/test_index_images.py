@@ -215,5 +215,5 @@ def test_searches_for_nothing_are_refused(option, folder):
 
 def test_a_second_run_on_a_table_is_refused(folder, tmp_path):
     table = str(tmp_path / "t.lance")
-    with only_writer(table), pytest.raises(SystemExit, match="Another process is writing"):
+    with only_writer(table), pytest.raises(SystemExit):
         index_images.main(["--model", str(folder / "model"), "--table", table, "--images", str(folder / "images")])

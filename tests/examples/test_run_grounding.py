@@ -101,7 +101,7 @@ def test_expressions_of_one_image_share_its_flip(processor):
 
 
 def test_a_box_out_of_its_image_is_named_by_its_row(processor):
-    with pytest.raises(ValueError, match="reaches out of the image.* The batch is: toy row a"):
+    with pytest.raises(ValueError, match="toy row a"):
         GroundingCollator(processor)([row([10, 5, 120, 25])])
 
 

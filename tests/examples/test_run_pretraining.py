@@ -68,7 +68,7 @@ def test_a_bad_pair_stops_a_stream_unless_it_may_be_skipped(folder, stream, tmp_
     lines.insert(1, json.dumps({"image": str(tmp_path / "banner.png"), "caption": "a banner"}))
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     shards = [f"--train_shards={tmp_path / 'pairs.jsonl'}", f"--image_root={folder}", *stream[1:]]
-    with pytest.raises(ValueError, match=r"^pairs.jsonl row 2: image smaller than a patch .* with --skip_bad_rows\.$"):
+    with pytest.raises(ValueError, match="pairs.jsonl row 2: image smaller than a patch.*--skip_bad_rows"):
         run_pretraining.main(command(shards, tmp_path / "out", "--max_steps=1")[1:])
     run_pretraining.main(command(shards, tmp_path / "out", "--max_steps=1", "--skip_bad_rows")[1:])
     assert "pairs.jsonl row 2" in (tmp_path / "out" / "bad_pairs-00000.jsonl").read_text()

@@ -115,9 +115,9 @@ def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog
 
 
 def test_a_missing_split_is_named_at_once(data, tmp_path):
-    with pytest.raises(ValueError, match="no validation split: give --validation_file, or turn --do_eval off"):
+    with pytest.raises(ValueError, match="--validation_file"):
         run_vqa.main(command(data[:1], tmp_path)[1:])
-    with pytest.raises(ValueError, match="no train split: give --train_file"):
+    with pytest.raises(ValueError, match="--train_file"):
         run_vqa.main(command(data[1:], tmp_path)[1:])
 
 

@@ -170,16 +170,16 @@ def test_a_bad_box_is_named_by_its_row(box, problem):
 
 
 def test_a_box_outside_of_the_crop_is_named():
-    with pytest.raises(ValueError, match=r"`boxes\[1\]`.*no part that `pixel_values` show"):
+    with pytest.raises(ValueError, match=r"`boxes\[1\]`.*`pixel_values`"):
         make_processor(CROP).encode_boxes([[70, 0, 90, 20], [0, 0, 60, 120]], [(120, 240)] * 2)
 
 
 def test_boxes_need_one_size_each_and_four_numbers():
     processor = make_processor(SQUASH)
     for boxes in ([[0, 0, 1, 1]], [[0, 0, 1]] * 2, [0, 0, 1, 1]):
-        with pytest.raises(ValueError, match=r"`boxes` must have shape \(2, 4\), one box per entry of `image_sizes`"):
+        with pytest.raises(ValueError, match=r"`boxes`.*\(2, 4\).*`image_sizes`"):
             processor.encode_boxes(boxes, [(8, 8)] * 2)
-        with pytest.raises(ValueError, match=r"must have shape \(2, 4\), one box per entry of `target_sizes`"):
+        with pytest.raises(ValueError, match=r"\(2, 4\).*`target_sizes`"):
             processor.post_process_grounding(torch.tensor(boxes), [(8, 8)] * 2)
 
 

@@ -88,10 +88,10 @@ def test_evaluation_label_is_the_most_common_answer(processor):
 def test_errors_name_the_row(processor):
     bad = row("a", 0, ["red"])
     bad["image"]["bytes"] = bad["image"]["bytes"][:60]
-    with pytest.raises(ValueError, match=r"^toy row a-0: unreadable image \(60 bytes: .*truncated.*\)\.$"):
+    with pytest.raises(ValueError, match="toy row a-0: unreadable image"):
         VqaCollator(processor)([bad])
     long = {**row("a", 0, ["red"]), "question": "red " * 100}
-    with pytest.raises(ValueError, match=r"text\[1\].* The batch is: toy row b-1, toy row a-0\.$"):
+    with pytest.raises(ValueError, match=r"text\[1\].*toy row b-1, toy row a-0"):
         VqaCollator(processor)([row("b", 1, ["no"]), long])
 
 

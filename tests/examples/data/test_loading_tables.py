@@ -51,7 +51,7 @@ def test_parquet_with_plain_bytes(folder, type):
     given = {"train_file": folder / "train.parquet", "cache_dir": str(folder / "cache")}
     table = {"image": pyarrow.array([a, b, None], type), "caption": ["one", "two", "three"]}
     pyarrow.parquet.write_table(pyarrow.table(table), given["train_file"])
-    with pytest.raises(ValueError, match="1 of the 3 rows .*\n.*row 3: no image"):
+    with pytest.raises(ValueError, match="row 3: no image"):
         load("captions", **given)
     rows = load("captions", **given, skip_bad_rows=True)["train"]
     assert rows["caption"][:] == ["one", "two"]
@@ -124,7 +124,7 @@ def test_hub_splits_by_name(repository):
     swapped = load("vqa", name, train_split="validation", validation_split="train", **given)
     assert swapped["train"]["source"][0] == f"{name} validation row 1"
     assert swapped["validation"]["source"][0] == f"{name} train row 1"
-    with pytest.raises(ValueError, match="no split .'testA'., only .'train', 'validation'.: .*validation_split"):
+    with pytest.raises(ValueError, match="'testA'.*validation_split"):
         load("vqa", name, validation_split="testA", **given)
 
 
@@ -143,7 +143,7 @@ def test_hub_for_evaluation_only(repository):
 
 
 def test_hub_without_the_columns_of_the_task(repository):
-    with pytest.raises(ValueError, match="has no columns .'caption'., only .*'question'.*: rename them"):
+    with pytest.raises(ValueError, match="'caption'.*'question'"):
         load("captions", str(repository / "repository"), cache_dir=str(repository / "cache"))
 
 
@@ -155,5 +155,5 @@ def test_hub_checks_boxes_against_images(folder):
     )
     for split in ("train", "validation"):
         table.cast_column("image", datasets.Image()).to_parquet(folder / "repository" / f"{split}-0.parquet")
-    with pytest.raises(ValueError, match="1 of the 2 rows .*\n.*row 2: box outside the image .* is 32 x 32"):
+    with pytest.raises(ValueError, match="row 2: box outside the image.*32 x 32"):
         load("grounding", str(folder / "repository"), cache_dir=str(folder / "cache"))

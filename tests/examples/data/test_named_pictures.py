@@ -97,7 +97,7 @@ def test_what_is_wrong_with_a_list_is_told_by_row(tmp_path):
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="There are no named pictures in .*: give a folder or a list"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         read_pictures([tmp_path])
 
 

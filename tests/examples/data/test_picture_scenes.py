@@ -71,7 +71,7 @@ def test_a_recipe_decides_whether_a_name_is_there(pictures):
 
 
 def test_scenes_need_several_names(pictures):
-    with pytest.raises(ValueError, match="The validation scenes have pictures of 1 names, and need two or more"):
+    with pytest.raises(ValueError, match="validation.* 1 names"):
         SceneMaker(pictures[:1], "validation")
 
 

@@ -28,7 +28,7 @@ def test_hostile_pickle_runs_nothing(tmp_path, protocol):
     file = tmp_path / "refs(unc).p"
     content = pickle.dumps([{"ref_id": 1, "sentences": Hostile(tmp_path / "made")}], protocol)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"refs.unc..p is not read: it refers to \w+.mkdir"):
+    with pytest.raises(ValueError, match=r"refs.unc..p.*\w+.mkdir"):
         load("grounding", train_file=file)
     assert not (tmp_path / "made").exists()
     pickle.loads(content)  # the same file, read as anyone would

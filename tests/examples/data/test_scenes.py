@@ -244,9 +244,7 @@ def test_captions_of_a_larger_grid():
 
 
 def test_captions_of_too_few_different_scenes():
-    with pytest.raises(
-        ValueError, match="13 test scenes of 1 x 1 tiles cannot be told apart .* only 24 .* at most 12"
-    ):
+    with pytest.raises(ValueError, match="13 test scenes.* 24 .* 12"):
         scene_records("captions", "test", 13, grid=1)
     assert len({record["captions"][0] for record in scene_records("captions", "test", 12, grid=1)}) == 12
 

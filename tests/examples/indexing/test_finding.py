@@ -197,7 +197,7 @@ def test_images_that_are_gone_or_were_not_stored_are_left_out_and_named(checkpoi
 
 
 def test_a_finder_refuses_what_another_schedule_made(checkpoint, collection):
-    with pytest.raises(ValueError, match="cannot be compared"):
+    with pytest.raises(ValueError, match="compared"):
         Finder(collection[1], checkpoint, schedule="2:image:0.25")
     model, processor = load_model(checkpoint)
     assert open_table(collection[1], fingerprint_of(model, processor)).count_rows() == 42
@@ -212,9 +212,9 @@ def test_an_exported_model_indexes_and_searches(checkpoint, collection, tmp_path
     processor.save_pretrained(tmp_path / "exported")
     exported, uri = str(tmp_path / "exported"), str(tmp_path / "t.lance")
     for options in ({"schedule": "2:image:0.5"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
-        with pytest.raises(ValueError, match="is an exported model"):
+        with pytest.raises(ValueError, match="exported"):
             load_model(exported, **options)
-    with pytest.raises(ValueError, match="cannot be compared"):
+    with pytest.raises(ValueError, match="compared"):
         Finder(collection[1], exported)
     embed(exported, uri, collection[0] / "images")
     ours, reference = Finder(uri, exported, batch_size=6), Finder(collection[1], checkpoint, batch_size=6)

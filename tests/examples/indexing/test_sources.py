@@ -64,9 +64,9 @@ def test_paths_of_rows_are_relative_to_a_root_and_an_image_of_several_rows_is_gi
     found = [row for shard in find_images([str(file)], str(tmp_path / "images")) for row in rows_of(shard)]
     assert [row["image"]["path"] for row in found] == [str(tmp_path / "images" / f"{n}.png") for n in (1, 2)]
     assert [row["source"] for row in found] == [f"{file} row 1", f"{file} row 3"]
-    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         find_images([str(file)], "nowhere")
-    with pytest.raises(ValueError, match="--image_root goes with"):
+    with pytest.raises(ValueError, match="--image_root"):
         find_images([str(tmp_path / "images")], str(tmp_path))
 
 

@@ -45,7 +45,7 @@ def test_images_are_resized_to_the_size_of_the_model_square_or_not():
 
 
 def test_patches_that_are_not_square_are_refused():
-    with pytest.raises(ValueError, match="`patch_size`: processors cut square patches, not 8 x 16 pixels"):
+    with pytest.raises(ValueError, match="`patch_size`"):
         processor_of(image_size=64, patch_size=[8, 16])
 
 
@@ -90,7 +90,7 @@ def test_frozen_layers_compute_the_same_and_cost_no_backward_pass(parts):
 
 
 def test_no_more_layers_are_frozen_than_there_are(parts):
-    with pytest.raises(ValueError, match="--freeze_vision_layers 4: the vision tower has 3 layers, give 0 to 3"):
+    with pytest.raises(ValueError, match="--freeze_vision_layers 4"):
         start_from(parts, freeze_vision_layers=4)
 
 

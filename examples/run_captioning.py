@@ -1,9 +1,9 @@
 r"""
-Train and evaluate TRIPS on image captioning. The text is a prompt, the same for all images, which names nothing to
-choose by: from scratch, the image thins out its patches early, and the prompt chooses last.
+Train and evaluate TRIPS on image captioning. The text is a prompt, the same for all images. A model from scratch
+selects patches by the image in early layers, and by the prompt in the last one.
 
     python examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
-    python examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # its twin
+    python examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
     accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
         --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5

@@ -2,7 +2,7 @@ r"""
 Train and evaluate TRIPS on image-text retrieval: texts find images, images find texts.
 
     python examples/run_retrieval.py                  # scenes of easy-VQA, the tiny preset: on a laptop
-    python examples/run_retrieval.py --keep_rate 1.0 --output_dir unpruned  # its twin
+    python examples/run_retrieval.py --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
     accelerate launch examples/run_retrieval.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model_name_or_path albef_trips --rerank_k 128 --learning_rate 1e-5
 

@@ -1,16 +1,14 @@
 """
-Data of the tasks: files, annotations, images, scenes, streams -> rows -> batches.
+Data of the tasks: files, annotations, images, scenes and streams to rows to batches.
 
-One rule for bad items holds everywhere. A bad item is a row of a file or a table, or a pair of a stream, that a task
-cannot use, however it comes to be so: a line that is no record, a missing column, a text that is none, a box outside
-its image, an image that is missing, broken, of no fixed range of grey values, or smaller than a patch, a text of which
-the tokenizer makes no tokens or too many.
+A bad item is a row of a file or table, or a pair of a stream, that a task cannot use: invalid JSON, a missing column,
+an empty text, a text longer than the model's limit, a box outside its image, or an image that is missing, broken,
+without a fixed range of grey values or smaller than a patch.
 
-- It is named: the file and the row, a reason, the value at fault.
-- Files and tables are looked through before training: the first five are named, all are counted, and the run stops.
-  Of a stream nothing can be known before: the first one stops it. What only decoding shows (that a GIF, BMP or TIFF is
-  cut short) is left to the batch that needs it, which names the row as well.
-- It is skipped only where that is asked for, with `--skip_bad_rows` or, of streams, `--max_bad_share`. Images are then
-  decoded before training. What is skipped is counted by reason, and of streams named in `bad_pairs-*.jsonl`.
-- `check_data.py` finds every one, names it in the same words, and goes on.
+- Its error names the file and the row, a reason and the value.
+- Files and tables are checked before training: the first five faults are named, all are counted, and the run stops. A
+  stream stops at its first bad pair. Images that only decoding finds to be cut short (GIF, BMP, TIFF) stop the batch.
+- Bad items are skipped with `--skip_bad_rows` (streams: up to `--max_bad_share`). Images are then decoded before
+  training. Skipped rows are counted by reason; those of streams are listed in `bad_pairs-*.jsonl`.
+- `check_data.py` lists all of them.
 """

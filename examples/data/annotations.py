@@ -1,4 +1,4 @@
-"""Public annotation files as they are, told by what is in the file, never by its name.
+"""Public annotation files, recognised by their content, not by their name.
 
 Their records come out in the columns that `load_task_dataset` reads:
 
@@ -59,7 +59,7 @@ class AnnotationFile:
         return f"--{'train' if self.default_split == 'train' else 'validation'}_{what}"
 
     def refuse_unused(self, name: str, split: bool, annotations: bool):
-        """Raises where a split or a second file is given that data of this name do not have."""
+        """Raise a `ValueError` if a split or a second file is given that this format does not have."""
         if self.split is not None and not split:
             raise ValueError(f"{self.path} is {name}, without splits: leave out {self.option('split')} {self.split}.")
         if self.annotations is not None and not annotations:
@@ -67,7 +67,7 @@ class AnnotationFile:
             raise ValueError(f"{self.path} is {name}, without a second file: leave out {option}.")
 
     def second_file(self, official_name: str, what: str) -> Path:
-        """The second file: the one given, or the one beside this that has its official name."""
+        """Return the second file: the one given, or the one with the official name beside this file."""
         file = self.annotations or self.path.with_name(official_name)
         if not file.is_file():
             option = self.option("annotations")
@@ -75,7 +75,7 @@ class AnnotationFile:
         return file
 
     def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
-        """The items of the split that is asked for, with their numbers in the file."""
+        """Return the items of the requested split with their numbers in the file."""
         wanted = self.split or self.default_split
         numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
         if not numbered:
@@ -154,7 +154,7 @@ def _first(items: Any) -> dict:
 
 
 def _converted(items: Iterable[tuple[int, Any]], make_record: Callable[[Any], dict], name: str) -> NumberedRecords:
-    """Makes a record of each item, unless it is an error already; `name` says what a bad one should have been."""
+    """Make a record of each item that is not an error already; `name` is the format, for errors."""
     for number, item in items:
         try:
             yield number, item if isinstance(item, BadRowError) else make_record(item)
@@ -244,7 +244,7 @@ _KARPATHY = _PublicFormat(
 
 
 class _PlainUnpickler(pickle._Unpickler):  # the one in C would make a table as long as a memo's number says
-    """Refuses every class and every function, and so all that runs code. Takes no more memory than its data."""
+    """An unpickler that refuses every class and function, and so all code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data")

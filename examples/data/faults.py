@@ -1,4 +1,4 @@
-"""Bad rows: what is wrong with one, and what becomes of those of a split."""
+"""Bad rows: their faults, and whether they stop a run or are skipped."""
 
 import logging
 from collections import Counter
@@ -15,10 +15,10 @@ def printable(text: str) -> str:
 
 class BadRowError(ValueError):
     """
-    A row that cannot be used.
+    Error of a row that cannot be used.
 
     Args:
-        reason (`str`): What is wrong, in words that are the same for all rows with the same fault.
+        reason (`str`): The fault, the same text for all rows that have it.
         detail (`str`, *optional*, defaults to `""`): The value at fault.
     """
 
@@ -29,7 +29,7 @@ class BadRowError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row: where the row is from, a reason that rows share, the value at fault."""
+    """The fault of a row: its source, a reason that rows share, and the value."""
 
     source: str
     reason: str
@@ -42,7 +42,7 @@ class Fault:
 @dataclass(frozen=True)
 class BadRows:
     """
-    How closely to look for bad rows, and what becomes of them.
+    How bad rows are looked for, and whether they stop a run.
 
     Args:
         skip (`bool`, *optional*, defaults to `False`):
@@ -63,7 +63,7 @@ class BadRows:
 
     def settle(self, faults: list[Fault], name: str, total: int):
         """
-        Does with the faults of a split of `total` rows what is to become of them.
+        Collect, skip or raise the faults of a split of `total` rows.
 
         Raises:
             `ValueError`: Where they are neither collected nor skipped, naming the first few.

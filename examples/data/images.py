@@ -1,4 +1,4 @@
-"""Where the images of records are, and whether they can be read: files, encoded images, tables that hold them."""
+"""The images of records: files, encoded images and tables that hold them; how they are checked and decoded."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import PIL.Image
 import pyarrow.parquet
-from datasets import Dataset, Features, Image, Sequence
+from datasets import Dataset, Features, Image
 
 from modeling_trips import image_decoding_trips
 from modeling_trips.image_decoding_trips import check_format, convert_to_rgb, orientation_of
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 1 << 29  # 50 million pixels without compression, at 16 bits in
 
 
 class Found(NamedTuple):
-    """An image as `datasets.Image` takes it; its path and (width, height) where they are known."""
+    """An image as `datasets.Image` takes it, with its path and (width, height) where they are known."""
 
     image: Any
     path: str | None
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 def _image_values(record: dict, task: Task) -> list:
-    """The images of a record, none of them missing."""
+    """Return the images of a record; a `BadRowError` if one is missing."""
     if task.image_column == "images" and not is_missing(record.get("images")):
         values = list_of(record["images"], "images")
         if len(values) != 2:
@@ -49,7 +49,7 @@ def _image_values(record: dict, task: Task) -> list:
 
 class ImageFinder:
     """
-    Finds the images of a record: files in a folder, each checked once, or encoded ones as they are.
+    Find and check the images of a record: files in a folder, each checked once, or encoded images.
 
     Args:
         task (`Task`)
@@ -62,7 +62,7 @@ class ImageFinder:
         self.inspect = functools.partial(inspect_image, check=check, patch_size=patch_size)
         self.inspect_once = functools.cache(self.inspect)  # texts share images
 
-    def __call__(self, number: int, record: dict) -> list[Found]:
+    def __call__(self, record: dict) -> list[Found]:
         return [self.find(value) for value in _image_values(record, self.task)]
 
     def find(self, value: Any) -> Found:
@@ -76,7 +76,7 @@ class ImageFinder:
 
 
 def path_or_bytes(image: Any) -> Any:
-    """Of an image as the datasets library encodes it, a dictionary, its bytes or else its path; others as they are."""
+    """Return the bytes, or else the path, of an image as the datasets library encodes it; other values as they are."""
     if isinstance(image, dict) and image.keys() & {"bytes", "path"}:
         return image.get("path") if image.get("bytes") is None else image["bytes"]
     return image
@@ -84,9 +84,8 @@ def path_or_bytes(image: Any) -> Any:
 
 def inspect_image(image: str | bytes, check: str | None, patch_size: int = 1) -> tuple[int, int] | BadRowError | None:
     """
-    The width and height of an image, upright, by its path or encoded, or what is wrong with it. By `check`,
-    `"header"` reads no more than these, `"verify"` looks for damage without decoding it, `"decode"` makes of it what
-    the models see, and None looks at nothing.
+    Return the upright width and height of an image, given by its path or encoded, or what is wrong with it. `check`
+    `"header"` reads the size, `"verify"` looks for damage without decoding, `"decode"` decodes; None does nothing.
     """
     if check is None:
         return None
@@ -104,10 +103,10 @@ def inspect_image(image: str | bytes, check: str | None, patch_size: int = 1) ->
 
 def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """
-    An image as the models see it, RGB and upright, by its path or encoded.
+    Decode an image, given by its path or encoded, to upright RGB.
 
     Raises:
-        `BadRowError`: Where it is missing, cannot be read, or is lower or narrower than `patch_size` pixels.
+        `BadRowError`: The image is missing, cannot be read, or has a side below `patch_size` pixels.
     """
     with open_image(image) as opened:
         usable_size(opened, patch_size)
@@ -116,8 +115,8 @@ def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
 
 def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """
-    As [`decode_image`], for files from untrusted sources: formats, pixels and work are limited, see
-    [`modeling_trips.image_decoding_trips.decode_image`].
+    Decode an image from an untrusted source within the limits on formats, pixels and work of
+    [`modeling_trips.image_decoding_trips.decode_image`]. ([`decode_image`] accepts every format that Pillow decodes.)
     """
     try:
         decoded = image_decoding_trips.decode_image(_content_of(image))
@@ -138,7 +137,7 @@ def _content_of(image: str | bytes) -> bytes:
 
 @contextlib.contextmanager
 def open_image(image: str | bytes) -> Iterator[PIL.Image.Image]:
-    """The opened image; whatever goes wrong until it is closed becomes a `BadRowError` that names it."""
+    """Open an image. Errors until it is closed become a `BadRowError` that names it."""
     try:
         if isinstance(image, str):
             _check_is_file(image)
@@ -150,13 +149,13 @@ def open_image(image: str | bytes) -> Iterator[PIL.Image.Image]:
 
 
 def _check_is_file(path: str):
-    """Opening a pipe waits for whoever writes to it, and a device may never end."""
+    """Refuse pipes and devices, which may block."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadRowError("not a regular file")
 
 
 def _named(error: Exception, image: str | bytes) -> BadRowError:
-    """The error of an image as one that names it."""
+    """Return the error of an image as a `BadRowError` that names it."""
     name = image if isinstance(image, str) else f"{len(image)} bytes"
     if isinstance(error, BadRowError):
         return BadRowError(error.reason, f"{name}: {error.detail}" if error.detail else name)
@@ -167,11 +166,11 @@ def _named(error: Exception, image: str | bytes) -> BadRowError:
 
 def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
     """
-    Width and height of an opened image as its EXIF data turn it. Reads the header only.
+    Return the upright width and height of an opened image. Only the header is read.
 
     Raises:
-        `BadRowError`: Where no model can use the image, for what its header says.
-        `ValueError`: Where the format is not supported.
+        `BadRowError`: The mode or the size cannot be used.
+        `ValueError`: The format is not supported.
     """
     check_format(image)
     if image.mode in ("I", "F"):
@@ -186,12 +185,12 @@ def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
 
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image as its EXIF data turn it."""
+    """Return the upright width and height of an opened image."""
     return image.size[::-1] if orientation_of(image) >= 5 else image.size
 
 
 def _verify(opened: PIL.Image.Image, image: str | bytes):
-    """Looks for damage, for as much as can be seen without decoding; an image that was verified is no longer open."""
+    """Look for damage without decoding. The image is closed afterwards."""
     if opened.format == "JPEG":
         with open(image, "rb") if isinstance(image, str) else io.BytesIO(image) as content:
             if not _is_whole_jpeg(content):
@@ -200,7 +199,7 @@ def _verify(opened: PIL.Image.Image, image: str | bytes):
 
 
 def _is_whole_jpeg(content: BinaryIO) -> bool:
-    """Whether there is an end marker, behind the start of the scan: before it thumbnails have theirs."""
+    """Whether there is an end marker after the start of the scan (thumbnails before it have their own)."""
     content.seek(-2, io.SEEK_END)
     if content.read() == JPEG_END:
         return True
@@ -234,7 +233,7 @@ def has_encoded_images(file: Path, task: Task) -> bool:
 
 
 def images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
-    """The column of the images alone, as the schema has it."""
+    """Return the column of the images alone, as the schema has it."""
     column, pair = task.image_column, ["left_image", "right_image"]
     has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
     if absent := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
@@ -250,29 +249,3 @@ def images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
         features=Features({column: task.features[column]}),
         desc=f"Pairing the images of {name}",
     )
-
-
-class TableImageFinder:
-    """
-    Checks the images of a record, whose place in the table is its number, and leaves them there.
-
-    Args:
-        images (`Dataset`): See `images_of_table`.
-        task (`Task`)
-        check (`str`, *optional*), patch_size (`int`): How to check them, see `inspect_image`.
-    """
-
-    def __init__(self, images: Dataset, task: Task, check: str | None, patch_size: int):
-        self.column, self.check, self.patch_size = task.image_column, check, patch_size
-        encoded = Image(decode=False)
-        self.images = images.cast_column(self.column, encoded if self.column == "image" else Sequence(encoded))
-
-    def __call__(self, number: int, record: dict) -> list[Found]:
-        value = self.images[number - 1][self.column]
-        images = value if isinstance(value, list) else [value]
-        if len(images) != (1 if self.column == "image" else 2):
-            raise BadRowError("not two images", f"{len(images)} of them")
-        encoded = list(map(path_or_bytes, images))
-        if None in encoded:
-            raise missing(self.column.removesuffix("s"), record)
-        return [Found(None, None, _size(inspect_image(image, self.check, self.patch_size))) for image in encoded]

@@ -1,4 +1,4 @@
-"""Rows before they are batches: their images read, those about one image found."""
+"""Rows before they are batched: reading their images, and grouping them by image."""
 
 import PIL.Image
 import torch
@@ -9,12 +9,12 @@ from trips_examples.data.images import decode_image, open_image, path_or_bytes, 
 
 
 def column_of(dataset: Dataset, name: str) -> list:
-    """A column, without making images: `dataset[name]` runs the transform of scenes, which makes those of all rows."""
+    """Return a column without running transforms, which would compose the scenes of all rows."""
     return dataset.with_format(None)[name][:]
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
-    """The data set with `image` or `images` left encoded: a collator decodes an image once for all of its rows."""
+    """Return the data set with encoded images: a collator decodes an image once for all of its rows."""
     encoded = Image(decode=False)
     for column, feature in (("image", encoded), ("images", Sequence(encoded))):
         if column in dataset.column_names:
@@ -24,7 +24,7 @@ def without_decoding(dataset: Dataset) -> Dataset:
 
 def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
     """
-    The image of a row as the models see it, RGB and upright.
+    Return the image of a row, RGB and upright.
 
     Args:
         row (`dict`): With `source` and `image`: not decoded, or, of a stream, decoded already.

@@ -1,4 +1,4 @@
-"""Shards of image-text pairs: records, or what is wrong with one, in an order that never changes."""
+"""Shards of image-text pairs: records, or faults in their place, in a fixed order."""
 
 import glob
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True)
 class BadPair:
-    """A pair that cannot be used: where it is from, and why."""
+    """A pair that cannot be used: its source and the error."""
 
     source: str
     error: str
@@ -84,7 +84,7 @@ def _emptied(errors: list[BadPair]) -> Iterator[BadPair]:
 
 
 def _record_of_tar(sample: dict[str, Any]) -> dict | BadPair:
-    """The files `.jpg` (or of another suffix of images), `.txt` and `.json` of one name as a record."""
+    """Return the image, `.txt` and `.json` files of one name as a record."""
     source = printable(f"{sample['__url__']}/{sample['__key__']}")
     record = {}
     try:
@@ -106,7 +106,7 @@ def find_shards(
     patterns: Sequence[str], image_root: str | None = None, option: str = "--train_shards"
 ) -> list[TarShard | FileShard]:
     """
-    The shards that patterns name, in order.
+    Return the shards that patterns name, in order.
 
     Args:
         patterns (`Sequence[str]`): paths or URLs of tar files (`.tar`, `.tar.gz`), or paths of files with rows
@@ -151,7 +151,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def hub_shards(name: str, config_name: str | None = None, split: str = "train", **load_options) -> list[HubShard]:
-    """The shards of a data set on the Hub, nothing of which is downloaded before it is read."""
+    """Return the shards of a streamed data set on the Hub."""
     dataset = load_dataset(name, config_name, split=split, streaming=True, **load_options)
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):

@@ -1,37 +1,37 @@
-"""From a record to rows of a task's schema, and from all records to a split."""
+"""Records to rows of a task's schema, and to splits."""
 
 import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, Features, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Image, Sequence, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 
 from trips_examples.data.annotations import AnnotationFile, read_annotations
 from trips_examples.data.faults import BadRowError, BadRows, Fault
-from trips_examples.data.images import Found, ImageFinder, TableImageFinder, has_encoded_images, images_of_table
+from trips_examples.data.images import Found, ImageFinder, has_encoded_images, images_of_table
 from trips_examples.data.tasks import BOX_COLUMNS, Task, has_area, is_missing, list_of, text_of
 
 
 class RowMaker:
     """
-    Makes the rows of a split.
+    Make the rows of a split.
 
     Args:
         task (`Task`)
-        name (`str`): Of the split, for `source` and errors.
-        find_images (`Callable[[int, dict], list[Found]]`): Given a record's number and the record.
+        name (`str`): Name of the split, for `source` and errors.
+        find_images (`Callable[[dict], list[Found]]`): Finds the images of a record.
     """
 
-    def __init__(self, task: Task, name: str, find_images: Callable[[int, dict], list[Found]]):
+    def __init__(self, task: Task, name: str, find_images: Callable[[dict], list[Found]]):
         self.task, self.name, self.find_images = task, name, find_images
         self.path_of_id: dict[str, str] = {}
 
     def __call__(self, number: int, record: dict) -> list[dict]:
         texts = self.task.read_texts(record)
-        found = self.find_images(number, record)
+        found = self.find_images(record)
         images, image_ids = [image for image, _, _ in found], self.image_ids(number, record, found)
         if self.task.image_column == "image":
             shared = {"image": images[0], "image_id": image_ids[0]}
@@ -64,7 +64,7 @@ class RowMaker:
 
 
 def _within(box: list[float], size: tuple[int, int], column: str, tolerance: float = 1.0) -> list[float]:
-    """The box cut to the image: data sets round corners, so that some are off by less than a pixel."""
+    """Clip a box to the image. Rounded corners may be off by up to a pixel."""
     limits = [*size, *size]
     cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
     is_near = all(-tolerance <= value <= limit + tolerance for value, limit in zip(box, limits))
@@ -77,11 +77,11 @@ def _within(box: list[float], size: tuple[int, int], column: str, tolerance: flo
 @dataclass(frozen=True)
 class SplitReader:
     """
-    Reads the splits of a task.
+    Read the splits of a task.
 
     Args:
         task (`Task`)
-        bad_rows (`BadRows`): What becomes of rows that cannot be used.
+        bad_rows (`BadRows`): Treatment of rows that cannot be used.
         cache_dir (`str`, *optional*): Folder for tables with images.
     """
 
@@ -114,20 +114,23 @@ class SplitReader:
         return _as_dataset(self.good_rows(enumerate(records, start=1), make_rows, name), self.task.features)
 
     def read_table(self, table: Dataset, name: str) -> Dataset:
+        """Read a table that holds its images. They are checked and stay in the table: only the texts are read."""
+        column = self.task.image_column
         images = images_of_table(table, self.task, name)
-        find_images = TableImageFinder(images, self.task, self.image_check, self.bad_rows.patch_size)
-        make_known_rows = RowMaker(self.task, name, find_images)
-        indices = []
+        texts = table.select_columns([column for column in table.column_names if column in self.task.columns])
+        records = concatenate_datasets([texts, images], axis=1)
+        encoded = Image(decode=False)
+        records = records.cast_column(column, encoded if column == "image" else Sequence(encoded))
+        find_images = ImageFinder(self.task, Path(), self.image_check, self.bad_rows.patch_size)
+        make_whole_rows, indices = RowMaker(self.task, name, find_images), []
 
         def make_rows(number: int, record: dict) -> list[dict]:
-            rows = make_known_rows(number, record)
+            rows = make_whole_rows(number, record)
             indices.extend([number - 1] * len(rows))
-            return rows
+            return [{key: value for key, value in row.items() if key != column} for row in rows]
 
-        # The images stay where they are: only the texts are read.
-        texts = table.select_columns([column for column in table.column_names if column in self.task.columns])
-        rows = self.good_rows(enumerate(texts, start=1), make_rows, name)
-        features = {name: feature for name, feature in self.task.features.items() if name != self.task.image_column}
+        rows = self.good_rows(enumerate(records, start=1), make_rows, name)
+        features = {key: feature for key, feature in self.task.features.items() if key != column}
         rows = _as_dataset(rows, Features(features))
         return concatenate_datasets([images.select(indices), rows], axis=1).select_columns(list(self.task.features))
 
@@ -137,7 +140,7 @@ class SplitReader:
         make_rows: Callable[[int, dict], list[dict]],
         name: str,
     ) -> list[dict]:
-        """All `make_rows(number, record)`. A record may be an error already: a line that is no JSON."""
+        """Return the rows of all records. A record may be an error already: a line that is not valid JSON."""
         rows, faults, total = [], [], 0
         for number, record in tqdm(records, desc=f"Reading {name}", unit=" rows"):
             total += 1

@@ -1,4 +1,4 @@
-"""What each task needs of its data: the columns that come out, and how they are read from a record."""
+"""The tasks: the columns of their rows, and how these are read from a record."""
 
 import math
 import reprlib
@@ -64,7 +64,7 @@ BOX_COLUMNS = {"box", "region"}
 @dataclass(frozen=True)
 class Task:
     """
-    What a task needs of its data.
+    The data of a task.
 
     Args:
         name (`str`): As users say it.
@@ -95,7 +95,7 @@ class Task:
 
 
 def text_of(value: Any, column: str) -> str:
-    """The text of a value, without spaces around it; `""` where there is none, or nothing in it that can be seen."""
+    """Return the stripped text of a value; `""` if it is missing or has no visible character."""
     if is_missing(value):
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -107,7 +107,7 @@ def text_of(value: Any, column: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """None, and what it becomes in CSV (empty) and in pandas (NaN)."""
+    """Whether a value is None, or what it becomes in CSV (empty) and in pandas (NaN)."""
     return value in (None, "", []) or value != value
 
 
@@ -124,7 +124,7 @@ def filled_text(record: dict, column: str) -> str:
 
 
 def list_of(value: Any, column: str) -> list:
-    """A list, or the cell of CSV that stands for one."""
+    """Return a list, or the list that a cell of CSV stands for."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parsed_json(value)
@@ -165,7 +165,7 @@ def _captions(record: dict) -> list[dict]:
 
 
 def caption_texts(captions: list, record: dict) -> list[str]:
-    """The texts of the captions of a record, none of them empty."""
+    """Return the texts of captions; a `BadRowError` if one is empty."""
     texts = [text_of(caption, "a caption") for caption in captions]
     if not any(texts):
         raise missing("caption", record)
@@ -190,13 +190,13 @@ def _statement(record: dict) -> list[dict]:
 
 
 def has_area(box: list[float], smallest_side: float = 0.01) -> bool:
-    """Whether (x0, y0, x1, y1) in pixels is more than a line; less than a hundredth is lost in float32."""
+    """Whether both sides of (x0, y0, x1, y1) have at least a hundredth of a pixel."""
     x0, y0, x1, y1 = box
     return x1 - x0 >= smallest_side and y1 - y0 >= smallest_side
 
 
 def _box(record: dict, column: str) -> list[float]:
-    """The corners (x0, y0, x1, y1) of a box with an area."""
+    """Return the corners (x0, y0, x1, y1) of a box; a `BadRowError` if it has no area."""
     try:
         box = [float(number) for number in list_of(record[column], column)]
     except (TypeError, ValueError, OverflowError) as error:

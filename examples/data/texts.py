@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the texts of a split: too many tokens, none, or ones that it does not know."""
+"""Checks of a split's texts against a tokenizer: their length, and unknown tokens."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 class TokenCount(NamedTuple):
-    """How many tokens a text has, without special ones, and whether the tokenizer does not know one of them."""
+    """The number of tokens of a text, without special ones, and whether one of them is unknown."""
 
     length: int
     has_unknown: bool
 
 
 def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[TokenCount]:
-    """The tokens of each of the texts."""
+    """Count the tokens of each text."""
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [TokenCount(len(row), tokenizer.unk_token_id in row) for row in rows]
 
 
 def check_length(count: TokenCount, num_special: int, limit: int, what: str):
-    """Raises a `BadRowError` for a text without tokens, or of more than `limit` with the special ones."""
+    """Raise a `BadRowError` for a text without tokens, or with more than `limit` including special ones."""
     if count.length == 0:
         raise BadRowError(f"{what} without tokens", "the tokenizer knows none of its characters")
     if count.length + num_special > limit:
@@ -40,7 +40,7 @@ def check_length(count: TokenCount, num_special: int, limit: int, what: str):
 
 class TextCheck:
     """
-    Looks through the texts of a split that a model reads or writes.
+    Check the texts of a split that a model reads or generates.
 
     Args:
         dataset (`Dataset`): Rows of the task.
@@ -49,9 +49,9 @@ class TextCheck:
         limit (`int`, *optional*): Tokens a text may have, with special ones. Default: the tokenizer's.
 
     Attributes:
-        faults (`dict[int, Fault]`): What is wrong with a row, by its place in the split.
-        unknown (`dict[str, list[str]]`): By column, the different texts that hold a token which the tokenizer does not
-            know. Such an answer can be learnt by no model, and such a word is not seen.
+        faults (`dict[int, Fault]`): Faults by the row's place in the split.
+        unknown (`dict[str, list[str]]`): The different texts with an unknown token, by column. No model can learn such
+            an answer or see such a word.
     """
 
     def __init__(self, dataset: Dataset, task: str, processor: TripsProcessor, limit: int | None = None):
@@ -87,7 +87,7 @@ class TextCheck:
 
 def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, skip: bool) -> DatasetDict:
     """
-    The rows whose texts fit the model, found before training starts; words that it does not know are warned of.
+    Return the rows whose texts fit the model, and warn of unknown words.
 
     Args:
         data (`DatasetDict`): Splits of the task.

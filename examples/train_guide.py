@@ -33,6 +33,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_attention,
     targets_of_masks,
 )
+from modeling_trips.inspection import provenance
 from modeling_trips.modeling_trips import selection_loss, targets_of_candidates
 from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
@@ -206,7 +207,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics = trainer.evaluate(loader, accelerator)
         remove_patch_selection(model)
         if accelerator.is_main_process:
-            write_json(Path(args.output_dir) / "eval_results.json", metrics)
+            rows = {**metrics, **provenance(accelerator.device.type, args.seed)}
+            write_json(Path(args.output_dir) / "eval_results.json", rows)
             print(json.dumps(metrics))
     accelerator.end_training()
     return metrics

@@ -72,6 +72,9 @@ def predictions(folder: Path) -> list[dict]:
 def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     metrics = run_vqa.main(command(data, tmp_path, "--max_steps=100", "--per_device_train_batch_size=12")[1:])
     assert metrics["eval_accuracy"] == 1.0
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert (results["eval_accuracy"], results["seed"]) == (1.0, 42)
+    assert {"command", "git_commit", "date", "device_name", "num_threads", "torch_version"} <= results.keys()
     rows = predictions(tmp_path)
     assert len(rows) == 8 and all(row["prediction"] == row["answers"][0] for row in rows)
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}

@@ -85,7 +85,7 @@ def test_learns_the_regions(model_folder, data, tmp_path):
     assert metrics["eval_region_recall"] > 0.65  # 0.5 at random
     guide = TextGuide.from_pretrained(tmp_path)
     assert guide(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).shape == (1, 4, 8)
-    assert json.loads((tmp_path / "eval_results.json").read_text()) == metrics
+    assert json.loads((tmp_path / "eval_results.json").read_text()).items() >= metrics.items()
 
 
 def test_resumes(model_folder, data, tmp_path):

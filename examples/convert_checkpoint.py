@@ -18,12 +18,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from modeling_trips.conversion import ALBEF_TASKS, AlbefDepths, ConversionReport
 from modeling_trips.conversion.files import WEIGHT_FILES, whole_folder
 from modeling_trips.conversion.published import convert_published
 from trips_examples.training.options import one_or_several
+from trips_examples.training.parser import make_parser
 
 
 PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
@@ -87,7 +86,7 @@ class ConvertArguments:
 
 
 def main(argv: list[str] | None = None) -> ConversionReport:
-    parser = HfArgumentParser(ConvertArguments, description=__doc__)
+    parser = make_parser(ConvertArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     print(f"Reading {args.checkpoint}")
     model, processor, report = convert_published(args.checkpoint, **args.options())

@@ -1,5 +1,6 @@
-"""What an evaluation leaves besides its metrics: what was predicted of each row, or found by it, and pictures."""
+"""The files of an evaluation besides its metrics: predictions, rankings and figures."""
 
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,21 +14,21 @@ from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.rows import column_of, images_of, read_image
 from trips_examples.metrics.retrieval import Ranking, RetrievalResults
-from trips_examples.training.files import write_json_lines
+from trips_examples.training.files import write_json_lines, write_whole
 
 
 KIND_COLUMNS = ("kind", "answer_type")  # of item, for `analyze_errors.py`
 
 
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
-    """The texts that a model wrote: tokens of shape `(num_texts, text_length)`, filled up with -100 by `Trainer`."""
+    """Decode generated tokens of shape `(num_texts, text_length)`, which `Trainer` pads with -100."""
     return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
 
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
     """
-    Writes `predictions.jsonl`: an object per row with these of its columns, and what was predicted of it; where the
-    data have `KIND_COLUMNS`, with these, too.
+    Write `predictions.jsonl`: an object per row with these columns, its prediction, and `KIND_COLUMNS` where the data
+    have them.
     """
     columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
     rows = zip(dataset.select_columns(columns), predictions, strict=True)
@@ -36,8 +37,8 @@ def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], 
 
 def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults, num_shown: int = 10):
     """
-    Writes `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image: the best that it found,
-    and the place of the first right one, from 1.
+    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image: the best candidates, and
+    the rank of the first right one.
     """
     rows, _ = images_of(dataset)
     sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
@@ -56,7 +57,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
 
 @torch.inference_mode()
 def image_with_kept_patches(row: dict, text: str, model: TripsPreTrainedModel, processor: TripsProcessor):
-    """The image of a row, all faded but what the last selection layer keeps under `text`; whole where none selects."""
+    """Draw the image of a row with the patches that the last selection layer drops faded."""
     image = read_image(row)
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
     selection = model.base_model(**inputs).selection
@@ -74,12 +75,12 @@ def draw_predicted_boxes(
     image_of: Callable[[dict], PIL.Image.Image] = read_image,
 ):
     """
-    Draws `predictions.png`: a sheet of predicted boxes beside the true ones on what `image_of` makes of their rows,
-    evenly spread over the data set.
+    Draw `predictions.png`: predicted and true boxes of rows that are evenly spread over the data set, on the images
+    that `image_of` makes of them.
     """
     step = max(1, len(dataset) // num_pictures)
     rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
     pictures = [draw_boxes(image_of(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
-    partial = Path(folder, "partial-predictions.png")
-    sheet(pictures, column_of(rows, "expression")).save(partial)
-    partial.replace(Path(folder, "predictions.png"))
+    png = io.BytesIO()
+    sheet(pictures, column_of(rows, "expression")).save(png, "PNG")
+    write_whole(Path(folder, "predictions.png"), png.getvalue())

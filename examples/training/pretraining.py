@@ -126,6 +126,7 @@ class PretrainingTrainer(RetrievalTrainer):
         train_dataset (`datasets.Dataset` or [`PairStream`])
     """
 
+    task_args: PretrainingArguments
     logged_losses = ("itc_loss", "itm_loss", "selection_loss", "mlm_loss", "prefix_lm_loss")
 
     def __init__(self, *args, **kwargs):

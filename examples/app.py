@@ -167,7 +167,7 @@ def build(args: AppArguments):
                 image.preprocess = lambda payload: None if payload is None else payload.path
                 lines = gr.Textbox(texts, label=label, lines=3, max_lines=MAX_TEXTS)
                 button = gr.Button("Look", variant="primary")
-                with gr.Accordion("Which layer keeps how much, and who chooses", open=False):
+                with gr.Accordion("Selection schedule by layer", open=False):
                     rates = [
                         gr.Slider(MIN_RATE, 1.0, rate, step=0.05, label=f"Layer {layer} keeps (1: all)")
                         for layer, (rate, _) in schedule.items()

@@ -163,8 +163,10 @@ class PretrainingTrainer(RetrievalTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.is_stream:
             return super().get_train_dataloader()
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
+        try:
+            from torchdata.stateful_dataloader import StatefulDataLoader
+        except ImportError as error:
+            raise ImportError("A stream needs torchdata: `pip install torchdata`.") from error
         self.stream_loader = StatefulDataLoader(
             self.train_dataset,  # each process has its own
             batch_size=self.args.per_device_train_batch_size,

@@ -1,17 +1,11 @@
 """`docs/tables.py` and `docs/draw_accuracy.py`: tables and figure are those of the rows."""
 
 import re
-import sys
 
+import draw_accuracy
 import PIL.Image
 import pytest
-from places import ROOT
-
-
-sys.path.insert(0, str(ROOT / "docs"))
-
-import draw_accuracy  # noqa: E402
-import tables  # noqa: E402
+import tables
 
 
 @pytest.fixture

@@ -80,8 +80,8 @@ def test_frozen_layers_compute_the_same_and_cost_no_backward_pass(parts):
             layer.register_forward_pre_hook(lambda _, args, name=name: recorded[name].append(args[0].requires_grad))
         losses[name] = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
     assert losses["frozen"].item() == losses["free"].item()
-    # What comes into each layer; then into the second half of the third, where the text has chosen.
-    assert recorded == {"free": [True] * 4, "frozen": [False, False, False, True]}
+    # What comes into each layer. The third trains its own weights.
+    assert recorded == {"free": [True] * 3, "frozen": [False] * 3}
     losses["frozen"].backward()
     tower = models["frozen"].base_model.vision_model
     still = [*tower.embeddings.parameters(), *tower.layers[:2].parameters()]

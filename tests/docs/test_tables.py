@@ -6,6 +6,7 @@ import draw_accuracy
 import PIL.Image
 import pytest
 import tables
+from places import ROOT
 
 
 @pytest.fixture

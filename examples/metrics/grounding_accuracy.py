@@ -1,7 +1,7 @@
-"""Accuracy of predicted boxes as an `evaluate` metric, as RefCOCO, RefCOCO+ and RefCOCOg are scored.
+"""Accuracy of predicted boxes as an `evaluate` metric, by the rule of RefCOCO, RefCOCO+ and RefCOCOg.
 
-A box is right where its intersection over union with the true box is at least a threshold, 0.5 unless asked for
-another. No network is needed, by import or by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
+A box is right where its intersection over union with the true box is at least `REFCOCO_IOU`, 0.5, or another threshold
+that the caller gives. No network is needed, by import or by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
 """
 
 import datasets
@@ -10,6 +10,8 @@ import torch
 
 from modeling_trips.modeling_trips_grounding import paired_box_iou
 
+
+REFCOCO_IOU = 0.5
 
 _DESCRIPTION = "Share of boxes whose intersection over union with the true box is at least 0.5, and the mean of it."
 
@@ -54,7 +56,7 @@ class GroundingAccuracy(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: list[list[float]], references: list[list[float]], threshold: float = 0.5
+        self, predictions: list[list[float]], references: list[list[float]], threshold: float = REFCOCO_IOU
     ) -> dict[str, float]:
         if not predictions:
             raise ValueError("The accuracy of no boxes is undefined: give at least one.")

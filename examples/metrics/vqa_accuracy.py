@@ -1,10 +1,10 @@
-"""VQA accuracy as an `evaluate` metric: normalised answers scored against the answers of several annotators.
+"""VQA accuracy as an `evaluate` metric, by the rule of VQAv2's official evaluation script.
 
-The rule is that of Antol et al. 2015 (arXiv 1505.00468) as the evaluation script of VQAv2 applies it. Three things
-differ from that script. It normalises only the questions whose annotators disagree; here every prediction and every
-answer is normalised, so "two" also matches a unanimous "2". A question with one answer, which the script would score
-0 for lack of other annotators, counts as unanimous. Accuracies are fractions, neither percentages nor rounded. No
-network is needed, by import or by `evaluate.load("examples/metrics/vqa_accuracy.py")`.
+The rule is that of Antol et al. 2015 (arXiv 1505.00468) as `vqaEval.py` of https://github.com/GT-Vision-Lab/VQA
+computes it: the mean over the leave-one-out subsets of the annotators of min(matches / 3, 1), with answers normalised
+where the annotators disagree. Data with one answer per question have no subsets; they are scored by exact match of
+normalised answers, and the result says so by name. Accuracies are fractions in [0, 1]. No network is needed, by import
+or by `evaluate.load("examples/metrics/vqa_accuracy.py")`.
 """
 
 import functools
@@ -34,9 +34,10 @@ Args:
     by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
 
 Returns:
-    `dict`: `accuracy`, the mean score in [0, 1]; with `by_answer` also `by_answer`, a `dict` from the normalised most
-    common answer of the questions (the first given where several are as common) to their `accuracy` and their
-    `count`, most frequent first.
+    `dict`: `accuracy`, the mean score in [0, 1], and the same by the name of its rule: `vqa_accuracy`, the mean over
+    the questions with several answers, and `exact_match`, over those with one. With `by_answer` also `by_answer`, a
+    `dict` from the normalised most common answer of the questions (the first given where several are as common) to
+    their `accuracy` and their `count`, most frequent first.
 
 Raises:
     `ValueError`: Where there are no predictions, or a question has no answers.
@@ -45,7 +46,9 @@ Example:
 
 >>> metric = evaluate.load("examples/metrics/vqa_accuracy.py")
 >>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
-{'accuracy': 0.5}
+{'accuracy': 0.5, 'exact_match': 0.5}
+>>> metric.compute(predictions=["red"], references=[["red", "red", "dark red"]])
+{'accuracy': 0.4444444444444444, 'vqa_accuracy': 0.4444444444444444}
 """
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
@@ -57,8 +60,8 @@ _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
     o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd've something'll that's there'd there'd've there're there's
-    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
     where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
     y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
@@ -69,6 +72,10 @@ _REPAIRS["somebody'd"] = "somebodyd"
 _PUNCTUATION = re.compile(r'[;/\[\]"{}()=+\\_\-><@`,?!]')
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _strip_punctuation(text: str) -> str:
@@ -96,21 +103,27 @@ def normalize_answer(text: str) -> str:
     Returns:
         `str`: The normalised answer: `"2 dogs"`.
     """
-    text = _strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    text = _strip_punctuation(_on_one_line(text))
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_REPAIRS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_score(prediction: str, answers: list[str]) -> float:
-    """
-    Scores one prediction: the mean over the annotators of min(matches among the other annotators / 3, 1).
+def exact_match(prediction: str, answer: str) -> float:
+    """Return 1 if the normalised answers are equal, else 0: the score of data with one answer per question."""
+    return float(normalize_answer(prediction) == normalize_answer(answer))
 
-    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction that is 0.3, 0.6, 0.9 or 1. With two or
-    three annotators even a unanimous answer scores 1/3 or 2/3, for nobody has three others to agree with.
+
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """
+    Score one prediction by the rule of VQAv2: the mean over the annotators of min(matches among the others / 3, 1).
+
+    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction, that is 0.3, 0.6, 0.9 or 1. As in the
+    official script, unanimous answers are compared as they are, and all others after `normalize_answer`.
 
     Args:
         prediction (`str`): The answer of the model.
-        answers (`list[str]`): The answers of the annotators. A single one counts as unanimous: it scores 0 or 1.
+        answers (`list[str]`): The answers of the annotators, 10 in VQAv2. With two or three, even a unanimous answer
+            scores 1/3 or 2/3.
 
     Returns:
         `float`: The score in [0, 1].
@@ -120,12 +133,18 @@ def vqa_score(prediction: str, answers: list[str]) -> float:
     """
     if not answers:
         raise ValueError(f"The prediction {prediction!r} has no answers to be scored against: give at least one.")
-    matches = Counter(map(normalize_answer, answers))[normalize_answer(prediction)]
-    if len(answers) == 1:
-        return float(matches)
+    prediction, *answers = map(_on_one_line, [prediction, *answers])
+    if len(set(answers)) > 1:
+        prediction, *answers = map(normalize_answer, [prediction, *answers])
+    matches = answers.count(prediction)
     agreeing = matches * min((matches - 1) / 3, 1)
     disagreeing = (len(answers) - matches) * min(matches / 3, 1)
     return (agreeing + disagreeing) / len(answers)
+
+
+def answer_score(prediction: str, answers: list[str]) -> float:
+    """Return the `exact_match` with a single answer, and the `vqa_accuracy` with several."""
+    return exact_match(prediction, answers[0]) if len(answers) == 1 else vqa_accuracy(prediction, answers)
 
 
 def _most_common_answer(answers: list[str]) -> str:
@@ -162,8 +181,11 @@ class VqaAccuracy(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[list[str]], by_answer: bool = False) -> dict:
         if not predictions:
             raise ValueError("VQA accuracy of no predictions is undefined: give at least one prediction.")
-        scores = [vqa_score(*pair) for pair in zip(predictions, references, strict=True)]
-        result: dict = {"accuracy": _mean(scores)}
+        scores = [answer_score(*pair) for pair in zip(predictions, references, strict=True)]
+        by_rule = defaultdict(list)
+        for score, answers in zip(scores, references):
+            by_rule["exact_match" if len(answers) == 1 else "vqa_accuracy"].append(score)
+        result: dict = {"accuracy": _mean(scores), **{rule: _mean(of_rule) for rule, of_rule in by_rule.items()}}
         if by_answer:
             result["by_answer"] = _accuracy_by_answer(scores, references)
         return result

@@ -4,7 +4,7 @@ import evaluate
 import pytest
 
 from trips_examples.metrics import VQA_ACCURACY
-from trips_examples.metrics.vqa_accuracy import VqaAccuracy, normalize_answer, vqa_score
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, exact_match, normalize_answer, vqa_accuracy
 
 
 SCRIPT = VQA_ACCURACY
@@ -28,6 +28,7 @@ SCRIPT = VQA_ACCURACY
         ("yall'd've", "y'all'd've"),
         ("'ows'at", "'ow's'at"),
         ("somebody'd", "somebodyd"),
+        ("somethingd", "something'd"),
         ("its", "its"),
         ("1,000", "1000"),
         ("1.5", "1.5"),
@@ -47,29 +48,55 @@ def test_normalize_answer(text, normalized):
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1), (10, 1)])
 def test_ten_annotators(matches, score):
-    assert vqa_score("red", ["red"] * matches + ["blue"] * (10 - matches)) == pytest.approx(score, abs=1e-12)
+    assert vqa_accuracy("red", ["red"] * matches + ["blue"] * (10 - matches)) == pytest.approx(score, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("prediction", "answers", "score"),
     [
-        ("red", ["red"], 1),
-        ("red", ["blue"], 0),
-        ("The two.", ["2"], 1),
-        ("2", ["two"] * 10, 1),
         ("red", ["red", "red"], 1 / 3),
         ("red", ["red", "red", "red"], 2 / 3),
         ("red", ["red", "blue"], (0 + 1 / 3) / 2),
         ("red", ["Red", "the red", "red.", "red"], 1),
+        ("The two.", ["2"] * 9 + ["3"], 1),
+        ("\tyes \n", ["yes"] * 10, 1),
     ],
 )
 def test_few_annotators(prediction, answers, score):
-    assert vqa_score(prediction, answers) == pytest.approx(score, abs=1e-12)
+    assert vqa_accuracy(prediction, answers) == pytest.approx(score, abs=1e-12)
+
+
+def test_unanimous_answers_are_compared_as_they_are():
+    """The official script normalises only what annotators disagree about."""
+    assert vqa_accuracy("2", ["two"] * 10) == 0
+    assert vqa_accuracy("two", ["two"] * 10) == 1
+    assert vqa_accuracy("2", ["two"] * 9 + ["three"]) == 1
+
+
+def leave_one_out(prediction, answers):
+    """The rule as the paper states it: the mean over the subsets without one annotator of min(matches / 3, 1)."""
+    subsets = [answers[:left_out] + answers[left_out + 1 :] for left_out in range(len(answers))]
+    return sum(min(subset.count(prediction) / 3, 1) for subset in subsets) / len(subsets)
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 10])
+def test_the_score_is_the_mean_over_leave_one_out_subsets(number):
+    for matches in range(number + 1):
+        answers = ["red"] * matches + [f"other{place}" for place in range(number - matches)]
+        assert vqa_accuracy("red", answers) == pytest.approx(leave_one_out("red", answers), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"), [("red", "red", 1), ("red", "blue", 0), ("The two.", "2", 1), ("2", "two", 1)]
+)
+def test_a_single_answer_is_exact_match(prediction, answer, score):
+    assert exact_match(prediction, answer) == answer_score(prediction, [answer]) == score
 
 
 def test_no_answers_name_the_prediction():
-    with pytest.raises(ValueError, match="'red'.*at least one"):
-        vqa_score("red", [])
+    for score in (vqa_accuracy, answer_score):
+        with pytest.raises(ValueError, match="'red'"):
+            score("red", [])
 
 
 PREDICTIONS = ["red", "yes", "Two", "yes"]
@@ -79,7 +106,11 @@ REFERENCES = [["red"] * 2 + ["blue"] * 8, ["yes"], ["2"], ["no"]]
 @pytest.mark.parametrize("load", [VqaAccuracy, lambda: evaluate.load(str(SCRIPT))], ids=["import", "load"])
 def test_metric(load):
     metric = load()
-    assert metric.compute(predictions=PREDICTIONS, references=REFERENCES) == {"accuracy": pytest.approx(2.6 / 4)}
+    assert metric.compute(predictions=PREDICTIONS, references=REFERENCES) == {
+        "accuracy": pytest.approx(2.6 / 4),
+        "vqa_accuracy": pytest.approx(0.6),
+        "exact_match": pytest.approx(2 / 3),
+    }
 
 
 def test_metric_in_batches():
@@ -95,6 +126,8 @@ def test_accuracy_by_most_common_answer_most_frequent_first():
     )
     assert result == {
         "accuracy": pytest.approx((2 / 9 + 0 + 1) / 3),
+        "vqa_accuracy": pytest.approx(2 / 9),
+        "exact_match": 0.5,
         "by_answer": {
             "yes": {"accuracy": 0.5, "count": 2},
             "blue": {"accuracy": pytest.approx(2 / 9), "count": 1},

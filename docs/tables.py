@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from scipy.stats import ttest_rel
+from trips_examples.analysis.paired import paired_difference
 
 
 DOCS = Path(__file__).resolve().parent
@@ -107,12 +107,12 @@ def spread(values: list[float], digits: int = 1) -> str:
 def difference(rows: list[Row], baseline: list[Row], field: str, scale: float = 100, digits: int = 1) -> str:
     """Mean difference over common seeds ± deviation, and p of the paired t-test; empty below three seeds."""
     by_seed = {row["seed"]: row[field] for row in baseline}
-    pairs = [(row[field], by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    pairs = [(scale * row[field], scale * by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
     if len(pairs) < 3 or rows is baseline:
         return ""
-    gaps = [scale * (one - other) for one, other in pairs]
-    p = ttest_rel(*zip(*pairs)).pvalue
-    return f"{mean(gaps):+.{digits}f} ± {stdev(gaps):.{digits}f} ({f'p = {p:.2f}' if p >= 0.01 else 'p < 0.01'})"
+    gap = paired_difference(*zip(*pairs))
+    p = f"p = {gap.p_value:.2f}" if gap.p_value >= 0.01 else "p < 0.01"
+    return f"{gap.mean:+.{digits}f} ± {gap.deviation:.{digits}f} ({p})"
 
 
 def render(header: list[str], rows: list[list], *sources: str, note: str = "") -> str:
@@ -678,12 +678,12 @@ def real_images_paired() -> str:
                 pairs = [(row, runs[other][key]) for key, row in text.items() if key in runs.get(other, {})]
                 if not pairs:
                     continue
-                gaps = [100 * (row["eval_accuracy"] - base["eval_accuracy"]) for row, base in pairs]
-                p = ttest_rel(gaps, [0] * len(gaps)).pvalue if len(gaps) > 2 else None
+                results = [[100 * row["eval_accuracy"] for row in side] for side in zip(*pairs)]
+                gap = paired_difference(*results)
                 cells = [
-                    ", ".join(f"{gap:+.1f}" for gap in gaps),
-                    f"{mean(gaps):+.1f}",
-                    f"{p:.2f}" if p else "too few runs",
+                    ", ".join(f"{one - other:+.1f}" for one, other in zip(*results)),
+                    f"{gap.mean:+.1f}",
+                    f"{gap.p_value:.2f}" if gap.count > 2 else "too few runs",
                 ]
                 rows.append([task_name, method(pairs[0][0]), method(pairs[0][1]), *cells])
     header = ["Task", "Selection", "Less", "By run, points", "Mean", "p, paired t-test"]

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import false_discovery_control
 
 from modeling_trips.modeling_trips_grounding import paired_box_iou
-from trips_examples.metrics.vqa_accuracy import normalize_answer, vqa_score
+from trips_examples.analysis.paired import exact_sign_test
+from trips_examples.metrics.grounding_accuracy import REFCOCO_IOU
+from trips_examples.metrics.vqa_accuracy import answer_score, normalize_answer
 
 
 TEXT_COLUMNS = ("question", "expression", "statement", "caption")
@@ -106,10 +108,10 @@ def score_of(row: dict) -> float:
         ValueError: if it is of no task that has right and wrong answers, as captions have not.
     """
     if "answers" in row:
-        return vqa_score(row["prediction"], row["answers"])
+        return answer_score(row["prediction"], row["answers"])
     if "box" in row:
         boxes = (torch.tensor([row[column]], dtype=torch.float64) for column in ("prediction", "box"))
-        return float(paired_box_iou(*boxes).item() >= 0.5)
+        return float(paired_box_iou(*boxes).item() >= REFCOCO_IOU)
     if "label" in row:
         return float(row["prediction"] == row["label"])
     if "first_right" in row:
@@ -230,8 +232,7 @@ def compare(items: list[Item], min_count: int = 10) -> Comparison:
 
 def mcnemar(items: list[Item]) -> float:
     """The exact test: of the items that change, as many are lost as won, but for chance."""
-    lost, won = _changes(items)
-    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return exact_sign_test(*_changes(items))
 
 
 def _changes(items: list[Item]) -> tuple[int, int]:

@@ -1,0 +1,64 @@
+"""Paired tests: two models over the same seeds, or over the same items."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from scipy.stats import binomtest, ttest_rel
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """
+    The difference of two lists of results, pair by pair.
+
+    Args:
+        mean (`float`): mean of the differences, the first less the second.
+        deviation (`float`): their standard deviation; NaN with one pair.
+        standard_error (`float`): of the mean; NaN with one pair.
+        p_value (`float`): of the two-sided paired t-test; NaN with one pair, 1 if all differences are 0.
+        count (`int`): number of pairs.
+    """
+
+    mean: float
+    deviation: float
+    standard_error: float
+    p_value: float
+    count: int
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
+    """
+    Compare the results of two models over the same seeds.
+
+    Args:
+        values, baseline (`Sequence[float]`): a result per seed, in the same order of seeds.
+
+    Returns:
+        [`PairedDifference`] of `values` less `baseline`.
+
+    Raises:
+        ValueError: if there are no pairs, or not as many results of one model as of the other.
+    """
+    if len(values) != len(baseline) or not values:
+        raise ValueError(
+            f"`values` and `baseline` must have one result per seed each, got {len(values)} and {len(baseline)}."
+        )
+    gaps = [one - other for one, other in zip(values, baseline)]
+    if len(gaps) == 1:
+        return PairedDifference(gaps[0], math.nan, math.nan, math.nan, 1)
+    deviation = stdev(gaps)
+    p_value = float(ttest_rel(values, baseline).pvalue) if any(gaps) else 1.0
+    return PairedDifference(mean(gaps), deviation, deviation / math.sqrt(len(gaps)), p_value, len(gaps))
+
+
+def exact_sign_test(lost: int, won: int) -> float:
+    """
+    Return the two-sided p value of McNemar's exact test, which is the sign test over the items that change.
+
+    Args:
+        lost (`int`): number of items that only the other model has right.
+        won (`int`): number of items that only this model has right.
+    """
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

@@ -98,6 +98,25 @@ def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTe
     return shown.where(is_patch, hidden[:, None] * (candidate_indices == -1))
 
 
+def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_images: int) -> torch.Tensor:
+    """
+    Return the union of the targets of the texts of each image, for layers that the image scores.
+
+    Args:
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. A row of zeros is a text without a
+            target.
+        image_index (`torch.LongTensor` of shape `(num_texts,)`): Image of each text.
+        num_images (`int`)
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_patches)`: At each patch the largest target of the image's texts; zeros
+        for a text without a target.
+    """
+    index = image_index[:, None].expand_as(targets)
+    union = targets.new_zeros(num_images, targets.shape[1]).scatter_reduce(0, index, targets, "amax")
+    return union[image_index] * (targets.sum(dim=-1, keepdim=True) > 0)
+
+
 def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Return the selection supervision, `(num_texts,)`, float32: the Kullback-Leibler divergence of the scores from the
@@ -303,9 +322,7 @@ class TripsModel(TripsWholeModel):
                 selection=joint.selection,
                 hidden_states=joint.hidden_states,
                 attentions=joint.attentions,
-                selection_losses=self.selection_losses(
-                    joint.selection, regions, patch_targets, pixel_values, image_cache
-                ),
+                selection_losses=self.selection_losses(joint.selection, regions, patch_targets, **images),
                 vision_model_output=joint,
             )
         text_embeds = self.text_model.pooled(text_states, attention_mask)
@@ -327,7 +344,7 @@ class TripsModel(TripsWholeModel):
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
             cls_attention=fused.cls_attention,
-            selection_losses=self.selection_losses(selection, regions, patch_targets, pixel_values, image_cache),
+            selection_losses=self.selection_losses(selection, regions, patch_targets, **images),
             vision_model_output=vision_output,
         )
 
@@ -341,20 +358,28 @@ class TripsModel(TripsWholeModel):
         regions: torch.FloatTensor | None,
         patch_targets: torch.FloatTensor | None,
         pixel_values: torch.Tensor | None,
+        image_index: torch.LongTensor | None,
         image_cache: TripsImageCache | None,
     ) -> torch.Tensor | None:
-        """Return the mean over the layers that a text guides, `(num_texts,)`, or `None` without any loss."""
+        """
+        Return the mean over the layers that the text or the image scores, `(num_texts,)`, or `None` without any loss.
+        The target is the text's region, or, of a layer that the image scores, the union of those of the image's texts.
+        """
         by_layer = zip(selection, self.vision_model.schedule.selections)
-        by_text = [kept for kept, settings in by_layer if settings.guidance == "text"]
+        scored = [(kept, settings.guidance) for kept, settings in by_layer if settings.guidance != "random"]
         is_taught = self.training and self.config.selection_loss_weight > 0
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        if not (is_taught and by_text) or (regions is None and patch_targets is None):
+        if not (is_taught and scored) or (regions is None and patch_targets is None):
             return None
         if regions is not None:
             of_regions = region_targets(regions, self.grid_of(pixel_values, image_cache))
             has_none = of_regions.sum(dim=-1, keepdim=True) == 0
             patch_targets = of_regions if patch_targets is None else patch_targets.where(has_none, of_regions)
-        losses = [selection_loss(layer.scores, layer.candidate_indices, patch_targets) for layer in by_text]
+        targets = {"text": patch_targets, "image": patch_targets}
+        if image_index is not None:
+            num_images = len(image_cache.hidden_states if pixel_values is None else pixel_values)
+            targets["image"] = union_of_targets(patch_targets, image_index, num_images)
+        losses = [selection_loss(kept.scores, kept.candidate_indices, targets[guide]) for kept, guide in scored]
         return torch.stack(losses).mean(dim=0)
 
     @can_return_tuple

@@ -1,4 +1,4 @@
-"""The loss that teaches texts to choose: exact examples, what it pulls at, and how batches add up."""
+"""Selection supervision: exact examples, what it pulls at, and how batches add up."""
 
 import math
 
@@ -11,7 +11,7 @@ from modeling_trips import (
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
 )
-from modeling_trips.modeling_trips import region_targets, selection_loss, targets_of_candidates
+from modeling_trips.modeling_trips import region_targets, selection_loss, targets_of_candidates, union_of_targets
 
 
 def test_targets_of_a_region_by_hand():
@@ -76,14 +76,63 @@ def test_it_is_a_part_of_the_loss_in_training_alone():
     assert model(**batch()).selection_loss is None
 
 
-@pytest.mark.parametrize("guidance", ["image", "random"])
-def test_only_texts_are_taught(guidance):
-    assert make_model(TripsForQuestionAnswering, selection_guidance=guidance)(**batch()).selection_loss is None
-    taught = make_model(TripsForQuestionAnswering, selection_guidance=[guidance, "text"])(**batch())
-    scores, candidates = taught.selection[1].scores, taught.selection[1].candidate_indices
+def test_random_layers_have_no_loss():
+    assert make_model(TripsForQuestionAnswering, selection_guidance="random")(**batch()).selection_loss is None
+    outputs = make_model(TripsForQuestionAnswering, selection_guidance=["random", "text"])(**batch())
+    scores, candidates = outputs.selection[1].scores, outputs.selection[1].candidate_indices
     expected = selection_loss(scores, candidates, region_targets(BOXES[:4], (8, 8)))
     num_tokens = (ANSWERS[:4] != -100).sum(dim=1)
-    torch.testing.assert_close(taught.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
+    torch.testing.assert_close(outputs.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
+
+
+def test_the_union_of_the_targets_of_an_image_by_hand():
+    """Texts 0, 1 and 3 are about image 1, text 2 about image 0. Text 3 has no target. Image 2 has no text."""
+    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    union = union_of_targets(targets, torch.tensor([1, 1, 0, 1]), num_images=3)
+    assert union.tolist() == [[0.5, 0.5, 0.75], [0.5, 0.5, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_the_image_is_supervised_by_all_regions_of_its_texts():
+    """Two texts about one image, left and right half: the layer that the image scores should keep both alike."""
+    halves = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]])
+    model = make_model(TripsForQuestionAnswering, selection_guidance=["image", "text"])
+    shared = {"pixel_values": IMAGES[:1, 0], "image_index": torch.tensor([0, 0]), "regions": halves}
+    outputs = model.model(TEXTS[:2], attention_mask=(TEXTS[:2] != 0).long(), **shared)
+    by_image, by_text = outputs.selection
+    everywhere = torch.full((2, 64), 1 / 64)
+    expected = selection_loss(by_image.scores, by_image.candidate_indices, everywhere)
+    expected += selection_loss(by_text.scores, by_text.candidate_indices, region_targets(halves, (8, 8)))
+    torch.testing.assert_close(outputs.selection_losses, expected / 2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion_type": "single_stream"}], ids=["two towers", "single stream"])
+def test_the_image_learns_to_keep_the_regions(fields):
+    """Texts 0 and 1 share an image: its attention moves into the union of their regions."""
+    model = make_model(TripsForQuestionAnswering, selection_guidance="image", **fields)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    inputs = {**batch(), "pixel_values": IMAGES[:3, 0], "image_index": torch.tensor([0, 0, 1, 2])}
+    inside = union_of_targets(region_targets(BOXES[:4], (8, 8)), inputs["image_index"], 3) > 0
+    attention = []
+    for _ in range(60):
+        outputs = model(**inputs)
+        attention.append((outputs.selection[0].scores * inside).sum(dim=1).mean().item())
+        optimizer.zero_grad()
+        outputs.selection_loss.backward()
+        optimizer.step()
+    assert attention[0] < 0.6 and attention[-1] > 0.9
+
+
+def test_a_cached_image_is_supervised_too():
+    model = make_model(TripsForQuestionAnswering, selection_guidance=["image", "text"])
+    texts = {"input_ids": TEXTS[:4], "attention_mask": (TEXTS[:4] != 0).long(), "regions": BOXES[:4]}
+    index = torch.tensor([0, 0, 1, 2])
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    direct = model.model(pixel_values=IMAGES[:3, 0], image_index=index, **texts)
+    image_cache = model.model.encode_images(IMAGES[:3, 0])
+    cached = model.model(image_cache=image_cache, image_index=index, **texts)
+    torch.testing.assert_close(direct.selection_losses, cached.selection_losses)
 
 
 def test_the_text_learns_to_look_into_its_region():

@@ -126,10 +126,16 @@ def execute(run: Run, args: AblationArguments):
         "minutes": round((time.perf_counter() - start) / 60, 2),
         "num_threads": args.num_threads,
         "jobs": args.jobs,
-        **json.loads((run.folder / "eval_results.json").read_text()),
+        **read_results(run.folder),
         "history": learning_curve(run.folder, args.metric),
     }
     write_json(run.results_file, row)
+
+
+def read_results(folder: Path) -> dict:
+    """The metrics of the validation split, and of the test split if there is one."""
+    files = (folder / f"{split}_results.json" for split in ("test", "eval"))
+    return {name: value for file in files if file.exists() for name, value in json.loads(file.read_text()).items()}
 
 
 def learning_curve(folder: Path, metric: str) -> list[dict]:

@@ -86,7 +86,8 @@ def predictions_of(name: str, task: AnalyzedTask, folder: Path, options: list[st
     """Those in a file, or those that a checkpoint makes of the data that `options` name."""
     path = Path(name)
     if not is_file(name):
-        task.run(["--model_name_or_path", name, "--do_train", "False", "--output_dir", str(folder), *options])
+        only_evaluate = ["--do_train", "False", "--do_predict", "False"]
+        task.run(["--model_name_or_path", name, *only_evaluate, "--output_dir", str(folder), *options])
         path = folder / task.predictions
     if not path.is_file():
         raise SystemExit(f"{path}: there is no such file of predictions.")

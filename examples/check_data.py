@@ -160,7 +160,7 @@ def check(args: CheckArguments) -> dict:
     return {
         "task": args.task,
         "splits": splits,
-        "images_in_both_splits": len(set.intersection(*images.values())) if len(images) > 1 else 0,
+        "images_in_several_splits": sum(map(len, images.values())) - len(set().union(*images.values())),
         "unknown_words": unknown,
         "unseen_answers": describe_unseen_answers(data) if args.task == "vqa" else [],
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
@@ -178,8 +178,8 @@ def print_report(report: dict, max_shown: int):
     print()
     for split, counts in report["splits"].items():
         print(f"{split:<12}" + "".join(f"{count:>10,} {name}" for name, count in counts.items()))
-    if report["images_in_both_splits"]:
-        print(f"{'both':<12}{report['images_in_both_splits']:>10,} images: evaluation on them says little")
+    if report["images_in_several_splits"]:
+        print(f"{'several':<12}{report['images_in_several_splits']:>10,} images: evaluation on them says little")
     for line in report["unknown_words"]:
         print(f"{'unknown':<12}{line}")
     for line in report["unseen_answers"]:

@@ -118,12 +118,12 @@ def publish(folder: Path, data_args: DataArguments, command: str):
     train_question_answering(
         ModelArguments(model_name_or_path=str(folder)),
         data_args,
-        TripsTrainingArguments(output_dir=str(evaluated), do_train=False),
+        TripsTrainingArguments(output_dir=str(evaluated), do_train=False, do_eval=False),
     )
     args = CardArguments(
         license="apache-2.0", language=["en"], datasets=["easy-VQA"], eval_split="test", command=command
     )
-    results = evaluated / "eval_results.json"
+    results = evaluated / "test_results.json"
     card = make_model_card(model, processor, folder.as_posix(), args, results=results, with_code=False)
     card.save(folder / "README.md")
     print(f"Shipped: {folder}")
@@ -144,9 +144,9 @@ def main(argv: list[str]):
     image, questions = PIL.Image.open(get_test_image_paths()[0]), ["what color is the shape?", "is there a circle?"]
     answers = [best["answer"] for best in answers_of(model, processor, image, questions)]
     draw_selection(model, processor, image, questions, answers, picture)
-    print(f"\nAccuracy on easy-VQA's test split: {metrics['eval_accuracy']:.2%} (always answering yes: 37.33%)")
+    print(f"\nAccuracy on easy-VQA's test split: {metrics['test_accuracy']:.2%} (always answering yes: 37.33%)")
     for layer, selection in model.config.vision_config.schedule.by_layer.items():
-        if shown := metrics.get(f"eval_layer{layer}_shown"):
+        if shown := metrics.get(f"test_layer{layer}_shown"):
             print(f"Layer {layer} keeps {selection.keep_rate:.0%} of its tokens: {shown:.1%} of the shape asked about")
     for texts_per_image, title in ((1, "one question per image"), (4, "four questions that share their image")):
         speed = measure_speed(model, texts_per_image)

@@ -64,16 +64,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     model.generation_config.update(max_length=None, **writing)
     model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
-    images, references = one_row_per_image(data["validation"]) if "validation" in data else (None, [])
+    evaluated = {split: one_row_per_image(data[split]) for split in ("validation", "test") if split in data}
+    images = {split: rows for split, (rows, _) in evaluated.items()}
+
+    def references() -> list[list[str]]:
+        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
+        return evaluated[split][1]
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=texts_of(prediction.predictions, processor), references=references)
+        return metric.compute(predictions=texts_of(prediction.predictions, processor), references=references())
 
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
         train_dataset=data.get("train"),
-        eval_dataset=images,
+        eval_dataset=images.get("validation"),
         data_collator=CaptionCollator(processor, prompt=task_args.prompt),
         train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=task_args.prompt),
         processing_class=processor,
@@ -84,12 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def evaluate_captions() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            captions = zip(references, texts_of(output.predictions, processor), strict=True)
+            captions = zip(references(), texts_of(output.predictions, processor), strict=True)
             rows = ({"captions": truths, "prediction": caption} for truths, caption in captions)
-            write_predictions(training_args.output_dir, images, ["source", "image_id"], rows)
-        return {**output.metrics, "eval_samples": len(images)}
+            write_predictions(training_args.output_dir, trainer.eval_dataset, ["source", "image_id"], rows)
+        return {**output.metrics, "eval_samples": len(trainer.eval_dataset)}
 
-    return train_and_evaluate(trainer, evaluate_captions)
+    return train_and_evaluate(trainer, evaluate_captions, images.get("test"))
 
 
 if __name__ == "__main__":

@@ -68,15 +68,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     @cache
-    def sizes() -> list[tuple[int, int]]:
-        of_images = image_sizes(data["validation"])
-        return [of_images[image_id] for image_id in column_of(data["validation"], "image_id")]
+    def sizes(split: str) -> list[tuple[int, int]]:
+        of_images = image_sizes(data[split])
+        return [of_images[image_id] for image_id in column_of(data[split], "image_id")]
 
     def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
-        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes()).tolist()
+        split = "test" if trainer.eval_dataset is data.get("test") else "validation"
+        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes(split)).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=boxes_of(prediction), references=column_of(data["validation"], "box"))
+        return metric.compute(predictions=boxes_of(prediction), references=column_of(trainer.eval_dataset, "box"))
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -91,10 +92,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     def evaluate_boxes() -> dict[str, float]:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        rows = trainer.eval_dataset
+        output = trainer.predict(rows, metric_key_prefix="eval")
         boxes = boxes_of(output)
         if trainer.is_world_process_zero():
-            folder, rows = training_args.output_dir, data["validation"]
+            folder = training_args.output_dir
             predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
             write_predictions(folder, rows, ["source", "question_id", "expression", "box"], predictions)
             if task_args.num_pictures:
@@ -103,11 +105,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     return image_with_kept_patches(row, row["expression"], model.eval(), processor)
 
                 draw_predicted_boxes(folder, rows, boxes, task_args.num_pictures, image_of)
-        groups = accuracy_by_group(metric, boxes, column_of(data["validation"], "box"), data["validation"])
-        samples = {"eval_samples": len(data["validation"])}
-        return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
+        groups = accuracy_by_group(metric, boxes, column_of(rows, "box"), rows)
+        return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
 
-    return train_and_evaluate(trainer, evaluate_boxes)
+    return train_and_evaluate(trainer, evaluate_boxes, data.get("test"))
 
 
 if __name__ == "__main__":

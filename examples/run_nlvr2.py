@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if trainer.is_world_process_zero():
             columns = ["source", "question_id", "statement", "label"]
             predictions = judgements_of(output.predictions)
-            write_predictions(training_args.output_dir, data["validation"], columns, predictions)
-        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(data["validation"])}
+            write_predictions(training_args.output_dir, trainer.eval_dataset, columns, predictions)
+        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(trainer.eval_dataset)}
 
-    return train_and_evaluate(trainer, evaluate)
+    return train_and_evaluate(trainer, evaluate, data.get("test"))
 
 
 if __name__ == "__main__":

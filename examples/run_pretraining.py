@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         selection_teacher=make_selection_teacher(model_args, training_args.device),
     )
-    return train_and_evaluate(trainer, trainer.evaluate)
+    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
 
 
 if __name__ == "__main__":

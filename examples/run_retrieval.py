@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         samples = {"samples": len(trainer.eval_dataset), "images": len(results.found_texts.candidates)}
         return {f"eval_{name}": value for name, value in {**results.metrics, **samples}.items()}
 
-    return train_and_evaluate(trainer, evaluate_search)
+    return train_and_evaluate(trainer, evaluate_search, data.get("test"))
 
 
 if __name__ == "__main__":

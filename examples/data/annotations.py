@@ -33,7 +33,7 @@ class AnnotationFile:
 
     Args:
         path (`Path`): The file.
-        default_split (`str`): `"train"` or `"val"`: what to read of a file with several splits.
+        default_split (`str`): `"train"`, `"val"` or `"test"`: what to read of a file with several splits.
         split (`str`, *optional*): The same, where it was asked for: another file is then an error.
         annotations (`Path`, *optional*): The second file of VQAv2 and RefCOCO. Default: that of the official name.
     """
@@ -56,7 +56,7 @@ class AnnotationFile:
         return None
 
     def option(self, what: str) -> str:
-        return f"--{'train' if self.default_split == 'train' else 'validation'}_{what}"
+        return f"--{'validation' if self.default_split == 'val' else self.default_split}_{what}"
 
     def refuse_unused(self, name: str, split: bool, annotations: bool):
         """Raise a `ValueError` if a split or a second file is given that this format does not have."""

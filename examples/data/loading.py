@@ -4,7 +4,7 @@ from datasets import DatasetDict, load_dataset
 
 from trips_examples.data.faults import BadRows
 from trips_examples.data.picture_tasks import load_picture_scenes, load_pictures_alone
-from trips_examples.data.scenes import easy_vqa_records, scene_records
+from trips_examples.data.scenes import SPLITS, easy_vqa_records, scene_records
 from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.splits import SplitReader
 from trips_examples.data.tasks import TASKS
@@ -42,24 +42,22 @@ def load_task_dataset(
     name = source.name_for(task)
     if name in EMBEDDED_DATASETS:
         records = _embedded_records(task, source, seed)
-        train, test = (reader.read_embedded(part, f"{name} {split}") for split, part in records.items())
-        return DatasetDict(train=train, validation=test)
+        return DatasetDict({split: reader.read_embedded(part, f"{name} {split}") for split, part in records.items()})
     if name == "picture_scenes":
-        num_scenes = {"train": source.train_scenes, "validation": source.validation_scenes}
         first, last = source.pictures_per_scene
         return load_picture_scenes(
             task,
             source.pictures,
-            num_scenes,
+            source.num_scenes,
             source.scene_size,
             (first, last),
-            source.validation_names,
+            source.held_out_names,
             reader.bad_rows,
             seed,
             source.question_kinds,
         )
     if name == "pictures":
-        return load_pictures_alone(source.pictures, source.scene_size, source.validation_names, reader.bad_rows)
+        return load_pictures_alone(source.pictures, source.scene_size, source.held_out_names, reader.bad_rows)
     hub = load_dataset(name, source.dataset_config_name, cache_dir=source.cache_dir)
     splits = _hub_splits(hub, name, source.splits)
     return DatasetDict({split: reader.read_table(hub[part], f"{name} {part}") for split, part in splits})
@@ -67,16 +65,19 @@ def load_task_dataset(
 
 def _embedded_records(task: str, source: DataSource, seed: int) -> dict:
     if source.name_for(task) == "easy_vqa":
-        return {split: easy_vqa_records(split) for split in ("train", "test")}
+        return {split: easy_vqa_records(split) for split in SPLITS}
     return {
-        "train": scene_records(task, "train", source.train_scenes, source.grid, seed),
-        "test": scene_records(task, "test", source.validation_scenes, source.grid, seed),
+        split: scene_records(task, split, number, source.grid, seed) for split, number in source.num_scenes.items()
     }
 
 
 def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:
-    """Pairs of our split and the data set's. One that is there for evaluation only has no training split."""
-    parts = [(split, part or split) for split, part in splits.items() if part or split in hub or split != "train"]
+    """
+    Pairs of our split and the data set's. One for evaluation has no training split. A test split is asked for by name:
+    those of public data sets are often without answers.
+    """
+    defaults = {"train", "validation"} if "train" in hub else {"validation"}
+    parts = [(split, part or split) for split, part in splits.items() if part or split in defaults]
     if missing := {part for _, part in parts} - hub.keys():
         raise ValueError(
             f"{name} has no split {sorted(missing)}, only {sorted(hub)}: choose with train_split and "

@@ -81,7 +81,7 @@ class SceneMaker:
         if len(self.by_name) < 2:
             raise ValueError(
                 f"The {self.split} scenes have pictures of {len(self.by_name)} names, and need two or more: give a "
-                "longer list, or another share for tests."
+                "longer list, or another share of names (--validation_names, --test_names)."
             )
 
     @cached_property

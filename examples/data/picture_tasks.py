@@ -10,7 +10,7 @@ from datasets import Sequence as ListOf
 from trips_examples.data.faults import BadRows
 from trips_examples.data.picture_scenes import Recipe, SceneMaker
 from trips_examples.data.picture_texts import QUESTION_KINDS, caption, expressions, questions, with_article
-from trips_examples.data.pictures import NamedPicture, is_held_out, load_picture, read_pictures
+from trips_examples.data.pictures import NamedPicture, load_picture, read_pictures, split_of
 from trips_examples.data.scenes import NLVR2_STATEMENTS
 from trips_examples.data.tasks import TASKS
 
@@ -30,7 +30,7 @@ def load_picture_scenes(
     num_scenes: dict[str, int],
     side: int,
     counts: tuple[int, int],
-    test_share: float,
+    held_out: dict[str, float],
     bad_rows: BadRows,
     seed: int,
     question_kinds: Sequence[str] = QUESTION_KINDS,
@@ -42,10 +42,11 @@ def load_picture_scenes(
     Args:
         task (`str`): `"vqa"`, `"captions"`, `"nlvr2"` or `"grounding"`.
         sources (`Sequence[str]`): files and folders of named pictures, see `read_pictures`.
-        num_scenes (`dict[str, int]`): of `"train"` and `"validation"`; for `"nlvr2"` the number of statements.
+        num_scenes (`dict[str, int]`): of each split; for `"nlvr2"` the number of statements.
         side (`int`): height and width of the scenes in pixels.
         counts (`tuple[int, int]`): the least and the largest number of pictures in a scene.
-        test_share (`float`): of the names, and with them of the pictures, that only `validation` has.
+        held_out (`dict[str, float]`): shares of the names, and with them of the pictures, that a split alone has:
+            `"validation"`, perhaps `"test"`.
         bad_rows ([`BadRows`]): what becomes of pictures that cannot be used.
         seed (`int`): of all choices.
         question_kinds (`Sequence[str]`, *optional*): which of `QUESTION_KINDS` to ask. Default: all.
@@ -55,7 +56,7 @@ def load_picture_scenes(
         `FileNotFoundError`: where a source does not exist.
     """
     asks_colors = task == "vqa" and "color" in question_kinds
-    splits = _split(read_pictures(sources, bad_rows, with_colors=asks_colors), test_share)
+    splits = _split(read_pictures(sources, bad_rows, with_colors=asks_colors), held_out)
     data = {}
     for split, pictures in splits.items():
         maker = SceneMaker(tuple(pictures), split, seed, side, counts)
@@ -68,14 +69,16 @@ def load_picture_scenes(
     return DatasetDict(data)
 
 
-def load_pictures_alone(sources: Sequence[str], side: int, test_share: float, bad_rows: BadRows) -> DatasetDict:
+def load_pictures_alone(
+    sources: Sequence[str], side: int, held_out: dict[str, float], bad_rows: BadRows
+) -> DatasetDict:
     """
     Pictures, each alone on white, for captions and retrieval: one of each name, whose caption is the name.
 
     Args: as of `load_picture_scenes`.
     """
     data = {}
-    for split, pictures in _split(read_pictures(sources, bad_rows), test_share).items():
+    for split, pictures in _split(read_pictures(sources, bad_rows), held_out).items():
         first = list({picture.name: picture for picture in reversed(pictures)}.values())[::-1]
         rows = [
             {"image_id": picture.path, "caption": picture.name, "source": picture.path, "recipe": [number]}
@@ -85,10 +88,10 @@ def load_pictures_alone(sources: Sequence[str], side: int, test_share: float, ba
     return DatasetDict(data)
 
 
-def _split(pictures: list[NamedPicture], test_share: float) -> dict[str, list[NamedPicture]]:
-    splits: dict[str, list[NamedPicture]] = {"train": [], "validation": []}
+def _split(pictures: list[NamedPicture], held_out: dict[str, float]) -> dict[str, list[NamedPicture]]:
+    splits: dict[str, list[NamedPicture]] = {split: [] for split in ("train", *held_out)}
     for picture in pictures:
-        splits["validation" if is_held_out(picture.name, test_share) else "train"].append(picture)
+        splits[split_of(picture.name, held_out)].append(picture)
     return splits
 
 

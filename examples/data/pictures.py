@@ -82,10 +82,16 @@ def clean_name(text: str) -> str:
     return " ".join(words) if len(words) <= MAX_WORDS else ""
 
 
-def is_held_out(name: str, share: float) -> bool:
-    """Whether a name is for tests, as about `share` of all names are."""
-    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-    return number < share * 2**64
+def split_of(name: str, held_out: dict[str, float]) -> str:
+    """
+    Return the split that has a name, by its hash: one in `held_out`, each with about its share of all names, or train.
+    """
+    place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+    for split, share in held_out.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
 
 
 def read_pictures(

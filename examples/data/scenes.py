@@ -27,6 +27,11 @@ MAX_GRID = 8
 TILE_SIZE = 64
 
 
+SPLITS = ("train", "validation", "test")
+# Of the training images of easy-VQA, those whose number leaves this rest are the validation split.
+VALIDATION_IMAGES = (10, 9)
+
+
 # easy-VQA
 
 
@@ -44,9 +49,16 @@ def _read_easy_vqa(split: str) -> _EasyVqaSplit:
         raise ImportError(
             "The data set easy-VQA is in the package easy-vqa, which is not installed: `pip install easy-vqa`."
         ) from error
-    if split == "train":
-        return _EasyVqaSplit._make([*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()])
-    return _EasyVqaSplit._make([*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()])
+    if split == "test":
+        return _EasyVqaSplit._make([*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()])
+    divisor, rest = VALIDATION_IMAGES
+
+    def is_in(image_id: int) -> bool:
+        return (image_id % divisor == rest) == (split == "validation")
+
+    rows = [row for row in zip(*easy_vqa.get_train_questions(), strict=True) if is_in(row[2])]
+    paths = {image_id: path for image_id, path in easy_vqa.get_train_image_paths().items() if is_in(image_id)}
+    return _EasyVqaSplit(*map(list, zip(*rows)), paths)
 
 
 def easy_vqa_records(split: str) -> Iterator[dict]:
@@ -54,7 +66,8 @@ def easy_vqa_records(split: str) -> Iterator[dict]:
     Yields the questions of easy-VQA.
 
     Args:
-        split (`str`): `"train"` or `"test"`, as officially split.
+        split (`str`): `"test"`, the official one; `"validation"`, a tenth of the official training images with their
+            questions; or `"train"`, the others.
 
     Yields:
         `dict`: `image` (a path), `image_id`, `question` and `answer`; and `region`, (x0, y0, x1, y1) in pixels of
@@ -78,7 +91,7 @@ def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
     few questions to tell both its colour and its shape: it is left out.
 
     Args:
-        split (`str`): `"train"` or `"test"`.
+        split (`str`): `"train"`, `"validation"` or `"test"`.
 
     Returns:
         `dict[int, tuple[str, str]]`: The colour and the shape by number of image, in ascending order.
@@ -184,9 +197,11 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
 
     Args:
         task (`str`): `"vqa"`, `"captions"`, `"nlvr2"` or `"grounding"`.
-        split (`str`): `"train"` or `"test"`: the part of easy-VQA all tiles are from.
+        split (`str`): `"train"`, `"validation"` or `"test"`: the part of easy-VQA that all tiles are from. Splits have
+            no tile in common, and different random numbers.
         num_scenes (`int`): Number of scenes, at least 1; for `"nlvr2"` the number of statements, with 4 scenes each.
-        grid (`int`, *optional*): Tiles of 64 x 64 pixels along each side, 1 to 8. Default: `DEFAULT_GRID[task]`.
+        grid (`int`, *optional*): Tiles of 64 x 64 pixels along each side, 1 to 8. Default: `DEFAULT_GRID[task]`. With
+            4, a region is at most a sixteenth of the image, so that a low keep rate needs the text.
         seed (`int`, *optional*, defaults to 0): Seed of all choices, mixed with the split.
 
     Returns:

@@ -36,13 +36,13 @@ class DataSource:
 
     **The Hub** has data sets with the same columns, named by `dataset_name`.
 
-    **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official split, whose test
-    part is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed scenes of its
-    images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
+    **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a tenth
+    of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed
+    scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
 
     **Named images** of your own (`pictures`, see `pictures.read_pictures`): `dataset_name="picture_scenes"` composes
-    scenes of them, for every task; `"pictures"` shows each alone, for `"captions"`. The split `validation` has names
-    that `train` does not have.
+    scenes of them, for every task; `"pictures"` shows each alone, for `"captions"`. The splits
+    `validation` and `test` have names that no other split has.
     """
 
     dataset_name: str | None = field(
@@ -58,11 +58,16 @@ class DataSource:
         default=None, metadata={"help": "Second file of VQAv2 and RefCOCO. Default: that of the official name."}
     )
     validation_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
+    test_file: str | None = field(default=None, metadata={"help": "Like --train_file: for the reported metrics."})
+    test_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
     train_split: str | None = field(
         default=None, metadata={"help": "Split of a file or Hub data set with several splits. Default: train."}
     )
     validation_split: str | None = field(
         default=None, metadata={"help": "Like --train_split. Default: val in files, validation on the Hub."}
+    )
+    test_split: str | None = field(
+        default=None, metadata={"help": "Like --train_split. Default: test in files, none on the Hub."}
     )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are relative to. Default: that of their file."}
@@ -72,6 +77,7 @@ class DataSource:
     )
     train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
     validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
+    test_scenes: int = field(default=1000, metadata={"help": "Number of test scenes."})
     pictures: list[str] | None = field(
         default=None, metadata={"help": "Folders or files of named images for picture_scenes and pictures."}
     )
@@ -85,12 +91,15 @@ class DataSource:
     validation_names: float = field(
         default=0.2, metadata={"help": "Share of the image names that only the validation split has."}
     )
+    test_names: float = field(
+        default=0.1, metadata={"help": "Share of the image names that only the test split has. 0: no test split."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Cache of the datasets library."})
 
     @property
     def splits(self) -> dict[str, str | None]:
         """What to take for each of our splits, where that is given."""
-        return {"train": self.train_split, "validation": self.validation_split}
+        return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
 
     @property
     def files(self) -> dict[str, AnnotationFile]:
@@ -100,8 +109,20 @@ class DataSource:
             "validation": AnnotationFile.of(
                 self.validation_file, self.validation_annotations, "val", self.validation_split
             ),
+            "test": AnnotationFile.of(self.test_file, self.test_annotations, "test", self.test_split),
         }
         return {split: file for split, file in files.items() if file is not None}
+
+    @property
+    def num_scenes(self) -> dict[str, int]:
+        """The number of scenes of each split."""
+        return {"train": self.train_scenes, "validation": self.validation_scenes, "test": self.test_scenes}
+
+    @property
+    def held_out_names(self) -> dict[str, float]:
+        """The share of the names of images that a split alone has."""
+        shares = {"validation": self.validation_names, "test": self.test_names}
+        return {split: share for split, share in shares.items() if share}
 
     def name_for(self, task: str) -> str:
         """The name of a data set that is not in files."""
@@ -151,8 +172,13 @@ class DataSource:
             raise ValueError(f"question_kinds has {unknown[0]!r}: choose from {', '.join(QUESTION_KINDS)}.")
         if not 0 < self.validation_names < 1:
             raise ValueError(f"validation_names is {self.validation_names}: give a share between 0 and 1.")
-        if min(self.scene_size, self.train_scenes, self.validation_scenes) < 1:
-            raise ValueError("scene_size, train_scenes and validation_scenes must be 1 or more.")
+        if not 0 <= self.test_names < 1 - self.validation_names:
+            raise ValueError(
+                f"test_names is {self.test_names}: give a share from 0 on that leaves names to train on beside "
+                f"validation_names ({self.validation_names})."
+            )
+        if min(self.scene_size, self.train_scenes, self.validation_scenes, self.test_scenes) < 1:
+            raise ValueError("scene_size, train_scenes, validation_scenes and test_scenes must be 1 or more.")
 
     def _check_embedded(self, name: str, task: str):
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
@@ -161,4 +187,5 @@ class DataSource:
             raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
         if name == "easy_vqa_scenes":
             check_scenes(task, "train", self.train_scenes, self.grid)
-            check_scenes(task, "test", self.validation_scenes, self.grid)
+            check_scenes(task, "validation", self.validation_scenes, self.grid)
+            check_scenes(task, "test", self.test_scenes, self.grid)

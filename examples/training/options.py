@@ -133,13 +133,12 @@ class DataArguments(DataSource):
         default=None, metadata={"help": "Random shifts and flips of the images. Default: for bundled data only."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation split."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation and test splits."})
 
     @property
     def is_embedded(self) -> bool:
         """Whether the data are the bundled synthetic data."""
-        no_file = self.train_file is None and self.validation_file is None
-        return no_file and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
+        return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
     def check(self, task: str):
         super().check(task)
@@ -185,6 +184,7 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
+    do_predict: bool = field(default=True, metadata={"help": "Evaluate on the test split, if there is one."})
     auto_bf16: bool = field(
         default=True, metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it."}
     )

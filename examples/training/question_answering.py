@@ -57,7 +57,7 @@ def train_question_answering(
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         answers = texts_of(prediction.predictions, processor)
-        return metric.compute(predictions=answers, references=column_of(data["validation"], "answers"))
+        return metric.compute(predictions=answers, references=column_of(trainer.eval_dataset, "answers"))
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -72,15 +72,15 @@ def train_question_answering(
     )
 
     def evaluate_answers() -> dict[str, float]:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        rows = trainer.eval_dataset
+        output = trainer.predict(rows, metric_key_prefix="eval")
         answers = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
-            write_answers(Path(training_args.output_dir), data["validation"], answers, metric)
-        groups = accuracy_by_group(metric, answers, column_of(data["validation"], "answers"), data["validation"])
-        samples = {"eval_samples": len(data["validation"])}
-        return {**output.metrics, **groups, **diagnose_selection(trainer), **samples}
+            write_answers(Path(training_args.output_dir), rows, answers, metric)
+        groups = accuracy_by_group(metric, answers, column_of(rows, "answers"), rows)
+        return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
 
-    return train_and_evaluate(trainer, evaluate_answers)
+    return train_and_evaluate(trainer, evaluate_answers, data.get("test"))
 
 
 def start_from_questions(
@@ -118,6 +118,7 @@ def start_from_questions(
             output_dir=str(folder),
             do_train=True,
             do_eval=False,
+            do_predict=False,
             num_train_epochs=epochs,
             max_steps=-1,
             per_device_train_batch_size=TripsTrainingArguments.per_device_train_batch_size,

@@ -3,13 +3,14 @@
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import Trainer, set_seed
@@ -86,12 +87,13 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
     bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=patch_size)
     data = load_task_dataset(task, args, bad_rows, seed=training_args.seed)
     _check_splits(data, wanted)
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
     for split, limit in limits.items():
         if limit is not None and split in data:
             data[split] = data[split].select(range(min(limit, len(data[split]))))
-    if "validation" in data and "image_id" in data["validation"].column_names:
-        data["validation"] = data["validation"].sort("image_id")  # rows of one image share its computation
+    for split in ("validation", "test"):
+        if split in data and "image_id" in data[split].column_names:
+            data[split] = data[split].sort("image_id")  # rows of one image share its computation
     return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
 
 
@@ -169,18 +171,24 @@ def _read_ends(path: Path):
         zipfile.ZipFile(path).close()
 
 
-def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+def train_and_evaluate(
+    trainer: Trainer, evaluate: Callable[[], dict[str, float]], test_dataset: Dataset | None = None
+) -> dict[str, float]:
     """
-    What a script does with its trainer: train (or resume), save, evaluate, as `do_train` and `do_eval` say. Metrics
-    are printed, and written with their provenance to `train_results.json`, `eval_results.json` and `all_results.json`.
-    In the end, the output folder is free for other processes.
+    What a script does with its trainer: train (or resume), save, evaluate, test, as `do_train`, `do_eval` and
+    `do_predict` say. Metrics are printed, and written with their provenance to `train_results.json`,
+    `eval_results.json`, `test_results.json` and `all_results.json`; what else the test writes goes to the folder
+    `test`. In the end, the output folder is free for other processes.
 
     Args:
         trainer (`Trainer`)
-        evaluate (`Callable[[], dict[str, float]]`): called in every process; returns the metrics of the evaluation.
+        evaluate (`Callable[[], dict[str, float]]`): evaluates on `trainer.eval_dataset` and returns metrics named
+            `eval_...`; called in every process.
+        test_dataset (`Dataset`, *optional*): the test split, in the form of `trainer.eval_dataset`.
 
     Returns:
-        `dict[str, float]`: the metrics of both.
+        `dict[str, float]`: all metrics: of the training, of the validation split (`eval_...`) and of the test split
+        (`test_...`).
     """
     metrics = {}
     try:
@@ -194,10 +202,28 @@ def train_and_evaluate(trainer: Trainer, evaluate: Callable[[], dict[str, float]
             evaluation = evaluate()
             _report(trainer, "eval", evaluation)
             metrics |= evaluation
+        if trainer.args.do_predict and test_dataset is not None:
+            with _on_test_split(trainer, test_dataset):
+                evaluation = evaluate()
+            evaluation = {f"test_{name.removeprefix('eval_')}": value for name, value in evaluation.items()}
+            _report(trainer, "test", evaluation)
+            metrics |= evaluation
     finally:
         if lock := _locks.pop(Path(trainer.args.output_dir).resolve(), None):
             lock.release(force=True)
     return metrics
+
+
+@contextmanager
+def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
+    """Let an evaluation use the test split, and write into the folder `test`."""
+    eval_dataset, output_dir = trainer.eval_dataset, trainer.args.output_dir
+    trainer.eval_dataset, trainer.args.output_dir = dataset, str(Path(output_dir) / "test")
+    Path(trainer.args.output_dir).mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        trainer.eval_dataset, trainer.args.output_dir = eval_dataset, output_dir
 
 
 def _report(trainer: Trainer, split: str, metrics: dict[str, float]):

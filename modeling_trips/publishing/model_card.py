@@ -115,7 +115,7 @@ class CardArguments:
     )
     eval_split: str | None = field(default=None, metadata={"help": "Evaluation split, as in test."})
     results: str | None = field(
-        default=None, metadata={"help": "File of metrics. Default: eval_results.json of the model's folder."}
+        default=None, metadata={"help": "File of metrics. Default: test_results.json or eval_results.json."}
     )
     command: str | None = field(default=None, metadata={"help": "Command that trained the model."})
     speed: str | None = field(
@@ -135,9 +135,10 @@ class CardArguments:
 
 
 def read_metrics(path: Path) -> tuple[dict[str, float], int | None]:
-    """The metrics of an `eval_results.json`, and how many examples they were measured on, if it says so."""
+    """The metrics of an `eval_results.json` or `test_results.json`, and the number of examples if it has one."""
     results = json.loads(path.read_text(encoding="utf-8"))
-    results = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
+    named = (re.fullmatch("(?:eval|test)_(.*)", name) for name in results)
+    results = {name[1]: results[name[0]] for name in named if name}
     metrics = {name: value for name, value in results.items() if not NOT_METRICS.fullmatch(name)}
     if not metrics:
         raise ValueError(f"{path} holds no metric: names as in eval_accuracy are expected, as `Trainer` saves them.")

@@ -223,11 +223,11 @@ def _check_handled(model: TripsPreTrainedModel):
 
 
 def _results_of(folder: Path, args: CardArguments) -> Path | None:
-    """Return the file of metrics: the one given, or `eval_results.json` of the folder."""
+    """Return the file of metrics: the one given, or `test_results.json` or else `eval_results.json` of the folder."""
     if args.results is not None:
         return Path(args.results)
-    default = folder / "eval_results.json"
-    return default if default.is_file() else None
+    defaults = (folder / f"{split}_results.json" for split in ("test", "eval"))
+    return next((path for path in defaults if path.is_file()), None)
 
 
 def _is_published(name: str) -> bool:

@@ -92,7 +92,7 @@ def test_every_fault_is_named(folder, capsys):
     assert report["faults"][-1]["detail"] == "q: train.jsonl row 10 has it too"
     assert report["splits"]["train"] == {"rows": 5, "images": 3, "different expressions": 1}
     assert report["splits"]["validation"] == {"rows": 1, "images": 1, "different expressions": 1}
-    assert report["images_in_both_splits"] == 1
+    assert report["images_in_several_splits"] == 1
     assert report["reasons"] == {"unreadable image": 2} | {
         reason: 1 for _, reason in faults_of(report) if "unr" not in reason
     }
@@ -106,7 +106,7 @@ def test_what_is_right_is_said(folder, capsys):
     code, report = run(folder, "--task", "grounding", "--train_file", train)
     assert code == 0
     assert report["splits"] == {"train": {"rows": 2, "images": 2, "different expressions": 2}}
-    assert (report["faults"], report["reasons"], report["images_in_both_splits"]) == ([], {}, 0)
+    assert (report["faults"], report["reasons"], report["images_in_several_splits"]) == ([], {}, 0)
     assert "Nothing is wrong." in capsys.readouterr().out
 
 
@@ -300,7 +300,7 @@ def test_encoded_images(folder, monkeypatch):
     assert faults_of(report) == [
         (f"{name} {split} row {n}", why) for split in ("train", "validation") for n, why in expected
     ]
-    assert report["images_in_both_splits"] == 0  # images without an id or a path are taken for different ones
+    assert report["images_in_several_splits"] == 0  # images without an id or a path are taken for different ones
 
 
 @pytest.mark.slow

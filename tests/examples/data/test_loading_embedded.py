@@ -19,9 +19,9 @@ def easy_vqa_dataset():
     return load("vqa")
 
 
-def test_easy_vqa_has_its_official_split(easy_vqa_dataset):
-    assert list(easy_vqa_dataset) == ["train", "validation"]
-    counts = {"train": (38575, 4000), "validation": (9673, 1000)}
+def test_easy_vqa_has_its_official_test_split_and_a_tenth_of_the_training_images_as_validation(easy_vqa_dataset):
+    assert list(easy_vqa_dataset) == ["train", "validation", "test"]
+    counts = {"train": (34683, 3600), "validation": (3892, 400), "test": (9673, 1000)}
     for split, (questions, images) in counts.items():
         rows = easy_vqa_dataset[split]
         assert (len(rows), len(set(rows["image_id"]))) == (questions, images)
@@ -31,11 +31,12 @@ def test_easy_vqa_has_its_official_split(easy_vqa_dataset):
             "yes",
             "no",
         }
-    assert not set(easy_vqa_dataset["train"]["image_id"]) & set(easy_vqa_dataset["validation"]["image_id"])
+    images = {image_id for split in counts for image_id in easy_vqa_dataset[split]["image_id"]}
+    assert len(images) == 5000
 
 
 def test_easy_vqa_row(easy_vqa_dataset):
-    rows = easy_vqa_dataset["validation"]
+    rows = easy_vqa_dataset["test"]
     assert rows.features == VQA_FEATURES
     row = rows[2]
     x0, y0, x1, y1 = row["region"]  # of the shape: all in its colour, but for the edge
@@ -48,7 +49,7 @@ def test_easy_vqa_row(easy_vqa_dataset):
 
 def test_easy_vqa_answers_fit_the_pixels(easy_vqa_dataset):
     """Also that each question has got the image it is about."""
-    rows = easy_vqa_dataset["train"].select(range(0, 38575, 97))
+    rows = easy_vqa_dataset["train"].select(range(0, 34683, 87))
     seen = Counter()
     for row in rows:
         color, shape = color_and_shape(np.asarray(row["image"]))
@@ -71,13 +72,14 @@ def test_missing_easy_vqa_names_the_package(monkeypatch):
 @pytest.mark.parametrize("task", TASKS)
 def test_scenes_of_each_task(task):
     pytest.importorskip("easy_vqa")
-    loaded = load(task, "easy_vqa_scenes", train_scenes=3, validation_scenes=2, seed=5)
-    assert list(loaded) == ["train", "validation"]
-    for split, part, number in (("train", "train", 3), ("validation", "test", 2)):
-        rows, records = loaded[split], list(scene_records(task, part, number, seed=5))
+    numbers = {"train": 3, "validation": 2, "test": 4}
+    loaded = load(task, "easy_vqa_scenes", seed=5, **{f"{split}_scenes": number for split, number in numbers.items()})
+    assert list(loaded) == list(numbers)
+    for split, number in numbers.items():
+        rows, records = loaded[split], list(scene_records(task, split, number, seed=5))
         assert rows.features == TASKS[task].features
         texts = [row[TASKS[task].text] for row in rows]
         several = [record.get("captions") or [record[TASKS[task].text]] for record in records]
         assert texts == sum(several, [])
         number = 1 + len(texts) // (3 if task == "captions" else 1) - 1
-        assert rows[-1]["source"] == f"easy_vqa_scenes {part} row {number}"
+        assert rows[-1]["source"] == f"easy_vqa_scenes {split} row {number}"

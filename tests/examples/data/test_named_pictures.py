@@ -8,7 +8,7 @@ import pytest
 from named_pictures import NAMES, SIZES, write_pictures
 
 from trips_examples.data.faults import BadRows
-from trips_examples.data.pictures import MAX_PER_NAME, clean_name, is_held_out, load_picture, read_pictures
+from trips_examples.data.pictures import MAX_PER_NAME, clean_name, load_picture, read_pictures, split_of
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,11 @@ def test_a_folder_without_pictures_is_an_error(tmp_path):
 
 def test_a_name_alone_decides_its_split():
     names = [f"thing {number}" for number in range(2000)]
-    held_out = {name for name in names if is_held_out(name, 0.2)}
-    assert 340 < len(held_out) < 460
-    assert held_out < {name for name in names if is_held_out(name, 0.3)}
-    assert is_held_out("owl", 0.5) and not is_held_out("apple", 0.5)  # for ever: a split that moved would leak
+    splits = [split_of(name, {"validation": 0.2, "test": 0.1}) for name in names]
+    assert 340 < splits.count("validation") < 460 and 160 < splits.count("test") < 240
+    alone = [split_of(name, {"validation": 0.2}) for name in names]
+    # A test split takes its names from training alone.
+    assert all(one == other for one, other in zip(splits, alone) if one != "test")
+    assert {other for one, other in zip(splits, alone) if one == "test"} == {"train"}
+    # For ever: a split that moved would leak.
+    assert (split_of("owl", {"validation": 0.5}), split_of("apple", {"validation": 0.5})) == ("validation", "train")

@@ -9,7 +9,7 @@ from modeling_trips import TripsConfig
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.picture_scenes import SceneMaker
 from trips_examples.data.picture_texts import QUESTION_KINDS
-from trips_examples.data.pictures import is_held_out
+from trips_examples.data.pictures import split_of
 from trips_examples.data.rows import column_of, image_sizes, images_of, without_decoding
 from trips_examples.data.source import DataSource
 from trips_examples.data.texts import with_fitting_texts
@@ -21,13 +21,15 @@ from trips_examples.training.options import DataArguments
 
 TASKS = ["vqa", "captions", "nlvr2", "grounding"]
 TEXTS = {"vqa": "question", "captions": "caption", "nlvr2": "statement", "grounding": "expression"}
-HELD_OUT = {name for name in NAMES if is_held_out(name, 0.4)}
+SHARES = {"validation": 0.4, "test": 0.15}
+NAMES_OF = {split: {name for name in NAMES if split_of(name, SHARES) == split} for split in ("train", *SHARES)}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> dict:
     file = str(write_pictures(tmp_path_factory.mktemp("pictures")))
-    sizes = {"train_scenes": 12, "validation_scenes": 8, "scene_size": 64, "validation_names": 0.4}
+    sizes = {"train_scenes": 12, "validation_scenes": 8, "test_scenes": 8, "scene_size": 64}
+    sizes |= {f"{split}_names": share for split, share in SHARES.items()}
     return {"dataset_name": "picture_scenes", "pictures": [file], **sizes}
 
 
@@ -38,8 +40,8 @@ def names_in(text: str) -> set[str]:
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_share_no_name_and_are_the_same_each_time(task, source):
     data, again = (load_task_dataset(task, DataSource(**source)) for _ in range(2))
-    assert 2 <= len(HELD_OUT) <= 8
-    for split, names in (("train", set(NAMES) - HELD_OUT), ("validation", HELD_OUT)):
+    assert all(len(names) >= 2 for names in NAMES_OF.values()) and list(data) == list(NAMES_OF)
+    for split, names in NAMES_OF.items():
         rows = list(data[split])
         assert rows == list(again[split]) and len(rows) >= 8
         said = set().union(*(names_in(row[TEXTS[task]]) for row in rows))
@@ -110,8 +112,8 @@ def test_statements_are_as_often_true_as_false_and_say_nothing_alone(source):
 
 def test_pictures_alone_have_their_names_as_captions(source):
     data = load_task_dataset("captions", DataSource(**{**source, "dataset_name": "pictures"}))
-    assert set(data["validation"]["caption"]) == HELD_OUT and len(data["validation"]) == len(HELD_OUT)
-    assert len(data["train"]) == len(NAMES) - len(HELD_OUT)
+    for split, names in NAMES_OF.items():
+        assert set(data[split]["caption"]) == names and len(data[split]) == len(names)
     image = data["train"][0]["image"]
     color = image.getpixel((32, 32))
     assert image.size == (64, 64) and image.getpixel((0, 0)) == (255, 255, 255) != color

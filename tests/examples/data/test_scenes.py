@@ -2,8 +2,9 @@
 
 import functools
 import io
+import itertools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from trips_examples.data.scenes import (
     EASY_VQA_COLORS,
     EASY_VQA_SHAPES,
     NLVR2_STATEMENTS,
+    SPLITS,
     _Scenes,
     easy_vqa_attributes,
     scene_records,
@@ -56,9 +58,13 @@ def color_and_shape(tile):
     return color, "rectangle" if box[0].all() else "triangle" if box[-1].all() else "circle"
 
 
-@pytest.mark.parametrize(("split", "resolved"), [("train", 3578), ("test", 888)])
+def image_paths(split):
+    return easy_vqa.get_test_image_paths() if split == "test" else easy_vqa.get_train_image_paths()
+
+
+@pytest.mark.parametrize(("split", "resolved"), [("train", 3217), ("validation", 361), ("test", 888)])
 def test_attributes_fit_the_pixels(split, resolved):
-    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    paths = image_paths(split)
     attributes = easy_vqa_attributes(split)
     assert len(attributes) == resolved
     for image_id in list(attributes)[::2]:
@@ -145,7 +151,7 @@ def test_scenes_ask_for_all_that_is_unique(scenes):
 
 def test_scenes_tiles_are_from_the_split(scenes):
     split, grid, rows = scenes
-    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    paths = image_paths(split)
     known = {PIL.Image.open(path).convert("RGB").tobytes() for path in paths.values()}
     images = {row["image_id"]: row["image"] for row in rows}
     assert len(images) == 60
@@ -153,6 +159,26 @@ def test_scenes_tiles_are_from_the_split(scenes):
         pixels = {tile.tobytes() for tile in tiles_of(image, grid).values()}
         assert len(pixels) == grid**2, f"{image_id} repeats a tile"
         assert pixels <= known, f"{image_id} has a tile that is not of {split}"
+
+
+def test_splits_have_no_tile_in_common():
+    shown = {split: {tile.image.tobytes() for tile in scenes_module.read_tiles(split)} for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not shown[one] & shown[other], (one, other)
+
+
+@pytest.mark.parametrize("task", ["vqa", "grounding"])
+def test_in_a_grid_of_four_a_region_is_at_most_a_tenth_of_the_image(task):
+    """And texts about one scene ask for different places, so that the image alone does not say what to keep."""
+    regions = defaultdict(set)
+    for record in scene_records(task, "validation", 40, grid=4):
+        box = record.get("region") or record.get("box")
+        if box is not None:
+            x0, y0, x1, y1 = box
+            assert (x1 - x0) * (y1 - y0) <= 256**2 / 10
+            regions[record["image_id"]].add(tuple(box))
+    numbers = [len(of_scene) for of_scene in regions.values()]
+    assert len(numbers) == 40 and sum(numbers) > 2 * 40
 
 
 def test_scenes_presence_is_balanced(scenes):

@@ -158,8 +158,8 @@ def table(folder: Path, ended: dict[str, dict]) -> str:
     for variant in VARIANTS:
         cells = []
         for task in TASKS:
-            result = json.loads((folder / f"{task}-{variant}/eval_results.json").read_text())
-            cells += [f"{result['eval_accuracy']:.1%}", f"{ended[f'{folder.name}/{task}-{variant}']['minutes']:.1f}"]
+            result = json.loads((folder / f"{task}-{variant}/test_results.json").read_text())
+            cells += [f"{result['test_accuracy']:.1%}", f"{ended[f'{folder.name}/{task}-{variant}']['minutes']:.1f}"]
         lines.append(f"| `{variant}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

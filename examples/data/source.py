@@ -77,7 +77,7 @@ class DataSource:
     )
     train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
     validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
-    test_scenes: int = field(default=1000, metadata={"help": "Number of test scenes."})
+    test_scenes: int | None = field(default=None, metadata={"help": "Default: as many as --validation_scenes."})
     pictures: list[str] | None = field(
         default=None, metadata={"help": "Folders or files of named images for picture_scenes and pictures."}
     )
@@ -116,7 +116,8 @@ class DataSource:
     @property
     def num_scenes(self) -> dict[str, int]:
         """The number of scenes of each split."""
-        return {"train": self.train_scenes, "validation": self.validation_scenes, "test": self.test_scenes}
+        test_scenes = self.validation_scenes if self.test_scenes is None else self.test_scenes
+        return {"train": self.train_scenes, "validation": self.validation_scenes, "test": test_scenes}
 
     @property
     def held_out_names(self) -> dict[str, float]:
@@ -177,7 +178,7 @@ class DataSource:
                 f"test_names is {self.test_names}: give a share from 0 on that leaves names to train on beside "
                 f"validation_names ({self.validation_names})."
             )
-        if min(self.scene_size, self.train_scenes, self.validation_scenes, self.test_scenes) < 1:
+        if min(self.scene_size, *self.num_scenes.values()) < 1:
             raise ValueError("scene_size, train_scenes, validation_scenes and test_scenes must be 1 or more.")
 
     def _check_embedded(self, name: str, task: str):
@@ -186,6 +187,5 @@ class DataSource:
         if name == "easy_vqa" and task != "vqa":
             raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
         if name == "easy_vqa_scenes":
-            check_scenes(task, "train", self.train_scenes, self.grid)
-            check_scenes(task, "validation", self.validation_scenes, self.grid)
-            check_scenes(task, "test", self.test_scenes, self.grid)
+            for split, number in self.num_scenes.items():
+                check_scenes(task, split, number, self.grid)

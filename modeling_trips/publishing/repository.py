@@ -88,7 +88,7 @@ def build_repository(
         shutil.copyfile(HANDLER, target / HANDLER.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    results = _results_of(folder, card_args)
+    results = results_of(folder, card_args)
     card = make_model_card(
         model,
         processor,
@@ -222,7 +222,7 @@ def _check_handled(model: TripsPreTrainedModel):
         raise ValueError(f"Inference Endpoints run {', '.join(HANDLED)}, not a {type(model).__name__}.")
 
 
-def _results_of(folder: Path, args: CardArguments) -> Path | None:
+def results_of(folder: Path, args: CardArguments) -> Path | None:
     """Return the file of metrics: the one given, or `test_results.json` or else `eval_results.json` of the folder."""
     if args.results is not None:
         return Path(args.results)

@@ -50,7 +50,8 @@ def test_what_has_ended_is_not_run_again(tmp_path, capsys):
     parts += pictures.trainings(folder, tmp_path / "out", [str(file)], quick=False)
     for number, part in enumerate(parts):
         part.result.parent.mkdir(parents=True, exist_ok=True)
-        part.result.write_text(json.dumps({"eval_accuracy": number / 100}))
+        part.result.write_text("{}")
+        part.result.with_name("test_results.json").write_text(json.dumps({"test_accuracy": number / 100}))
     ended = {part.name: {"options": part.options, "minutes": 1.0} for part in parts}
     (tmp_path / "out" / "done.json").write_text(json.dumps(ended))
     pictures.main([f"--output_dir={tmp_path / 'out'}", f"--pictures={file}"])

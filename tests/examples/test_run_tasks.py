@@ -83,6 +83,26 @@ def test_towers_have_a_learning_rate_of_their_own(backbone, tmp_path):
     assert {"fusion_model.encoder.layer.0.attention.self.query.weight"} <= changed
 
 
+@each_task
+def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java, which would take seconds to start
+    _, validation = write_task(task, tmp_path)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:3]))
+    options = [validation, f"--test_file={tmp_path / 'test.jsonl'}", *OPTIONS, backbone, "--do_train=False"]
+    metrics = main_of(task)([*options, "--generation_max_length=5", f"--output_dir={tmp_path / 'out'}"])
+    assert metrics["eval_samples"] == len(predictions(tmp_path / "out")) == len(lines)
+    rows = predictions(tmp_path / "out" / "test")
+    assert metrics["test_samples"] == len(rows) == 3
+    assert all(row["source"].startswith("test.jsonl") for row in rows)
+    for split in ("eval", "test"):
+        results = json.loads((tmp_path / f"out/{split}_results.json").read_text())
+        assert f"{split}_{METRICS[task]}" in results
+        assert not [name for name in results if name.startswith({"eval": "test_", "test": "eval_"}[split])]
+    without = main_of(task)([*options, "--do_predict=False", f"--output_dir={tmp_path / 'without'}"])
+    assert not [name for name in without if name.startswith("test_")]
+
+
 @pytest.mark.slow
 @each_task
 def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):

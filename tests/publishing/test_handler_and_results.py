@@ -22,6 +22,8 @@ from modeling_trips import (
 )
 from modeling_trips.publishing import CardArguments, build_repository
 from modeling_trips.publishing.handler import MAX_ANSWERS, MAX_IMAGE_BYTES, MAX_TEXT_LENGTH, MAX_TEXTS, EndpointHandler
+from modeling_trips.publishing.model_card import read_metrics
+from modeling_trips.publishing.repository import results_of
 
 
 HANDLED = ("TripsForQuestionAnswering", "TripsForConditionalGeneration", "TripsForRetrieval")
@@ -48,6 +50,16 @@ def build(tmp_path: Path, model_class=TripsForRetrieval, args: CardArguments | N
     )
     files = build_repository(tmp_path / "target", folder, "ada/finder", args or CardArguments(), **options)
     return [path.relative_to(tmp_path / "target").as_posix() for path in files]
+
+
+def test_results_of_the_test_split_come_before_those_of_the_validation_split(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for split, recall in (("eval", 0.5), ("test", 0.25)):
+        path = folder / f"{split}_results.json"
+        path.write_text(json.dumps({f"{split}_img_r1": recall, f"{split}_samples": 30}))
+        assert read_metrics(path) == ({"img_r1": recall}, 30)
+        assert results_of(folder, CardArguments()) == path
 
 
 def test_results_are_written_as_the_hub_reads_them(tmp_path):

@@ -10,6 +10,7 @@ from loading import load
 from test_scenes import color_and_shape
 
 from trips_examples.data.scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
+from trips_examples.data.source import DataSource
 from trips_examples.data.tasks import TASKS, VQA_FEATURES
 
 
@@ -67,6 +68,10 @@ def test_missing_easy_vqa_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(ImportError, match="pip install easy-vqa"):
         load("vqa", "easy_vqa")
+
+
+def test_as_many_test_scenes_as_validation_scenes_by_default():
+    assert DataSource(validation_scenes=7).num_scenes == {"train": 4000, "validation": 7, "test": 7}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -46,6 +46,15 @@ def test_without_selection_there_is_nothing_to_describe(tmp_path):
     assert not {name for name in grounding_metrics(tmp_path, "--keep_rate=1.0") if "layer" in name}
 
 
+def test_a_row_has_the_metrics_of_both_splits_and_the_command_of_the_run(tmp_path):
+    for split in ("eval", "test"):
+        results = {f"{split}_accuracy": 0.5, "command": split}
+        (tmp_path / f"{split}_results.json").write_text(json.dumps(results))
+    assert ablate_selection.read_results(tmp_path) == {"eval_accuracy": 0.5, "test_accuracy": 0.5, "command": "eval"}
+    (tmp_path / "test_results.json").unlink()
+    assert ablate_selection.read_results(tmp_path) == {"eval_accuracy": 0.5, "command": "eval"}
+
+
 @pytest.fixture
 def arguments(tmp_path):
     data = write_task("grounding", tmp_path)

@@ -109,8 +109,8 @@ def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_i
         num_images (`int`)
 
     Returns:
-        `torch.Tensor` of shape `(num_texts, num_patches)`: At each patch the largest target of the image's texts; zeros
-        for a text without a target.
+        `torch.Tensor` of shape `(num_texts, num_patches)`: At each patch the largest target of the image's texts, and
+        zeros for a text without a target.
     """
     index = image_index[:, None].expand_as(targets)
     union = targets.new_zeros(num_images, targets.shape[1]).scatter_reduce(0, index, targets, "amax")

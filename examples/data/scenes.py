@@ -58,7 +58,8 @@ def _read_easy_vqa(split: str) -> _EasyVqaSplit:
 
     rows = [row for row in zip(*easy_vqa.get_train_questions(), strict=True) if is_in(row[2])]
     paths = {image_id: path for image_id, path in easy_vqa.get_train_image_paths().items() if is_in(image_id)}
-    return _EasyVqaSplit(*map(list, zip(*rows)), paths)
+    questions, answers, image_ids = map(list, zip(*rows))
+    return _EasyVqaSplit(questions, answers, image_ids, paths)
 
 
 def easy_vqa_records(split: str) -> Iterator[dict]:

@@ -241,7 +241,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
                 that an earlier layer left.
 
         Returns:
-            `(hidden_states, scores, kept_positions, candidate_mask, *attended)`. `scores` and `kept_positions` are
+            `(hidden_states, scores, kept_positions, candidate_mask, *attended)`, the first four `None` for an empty
+            `image_index`. `scores` and `kept_positions` are
             `None` without `selection`, and `candidate_mask`, of the remaining tokens, is `None` with top-k selection.
             `attended` are the hidden states after attention, the query of [CLS] and the keys, one row per image.
         """
@@ -249,6 +250,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
             class_query = query[:, :, 0]
         attended = hidden_states, class_query, key
+        if image_index is not None and len(image_index) == 0:  # for an image cache: no text has chosen yet
+            return None, None, None, None, *attended
         hidden_states, query, key, candidate_mask = select_rows((*attended, candidate_mask), image_index)
         if selection is not None and selection.guidance == "text" and text_embeds is not None:
             query = self.attention.q_proj(text_embeds).view(query.shape)

@@ -337,9 +337,12 @@ def test_texts_are_taught_what_to_see_of_their_own_images(selection_guidance):
     num_patches = model.config.vision_config.grid_size[0] * model.config.vision_config.grid_size[1]
     targets = torch.rand(len(TEXTS), num_patches).softmax(dim=-1)
     output, plain = run(model, patch_targets=targets), run(model)
-    by_text = [layer for layer in output.selection if len(layer.scores) == len(TEXTS)]
-    by_text = by_text[-1:] if selection_guidance != "text" else by_text
-    expected = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in by_text]
+    union = torch.stack([targets[IMAGE_INDEX == image].amax(dim=0) for image in IMAGE_INDEX])
+    guidances = [settings.guidance for settings in model.model.vision_model.schedule.selections]
+    expected = [
+        selection_loss(layer.scores, layer.candidate_indices, targets if guide == "text" else union)
+        for layer, guide in zip(output.selection, guidances)
+    ]
     torch.testing.assert_close(output.selection_loss, torch.stack(expected).mean())
     torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
     assert plain.selection_loss is None and run(model.eval(), patch_targets=targets).selection_loss is None

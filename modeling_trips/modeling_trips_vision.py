@@ -250,7 +250,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
             class_query = query[:, :, 0]
         attended = hidden_states, class_query, key
-        if image_index is not None and len(image_index) == 0:  # for an image cache: no text has chosen yet
+        if image_index is not None and image_index.shape[0] == 0:  # for an image cache: no text has chosen yet
             return None, None, None, None, *attended
         hidden_states, query, key, candidate_mask = select_rows((*attended, candidate_mask), image_index)
         if selection is not None and selection.guidance == "text" and text_embeds is not None:

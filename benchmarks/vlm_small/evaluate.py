@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from contestants import Contestant, costs, kept_for, next_token, set_contestant
-from guides import STEPS, fine_tune_resolution, train_guide
+from guides import RESOLUTION_STEPS, STEPS, fine_tune_resolution, train_guide
 from safetensors.torch import load_file, save_file
 from small_model import NUM_PATCHES, pixels_of
 from small_model import encode as encode_text
@@ -25,23 +25,27 @@ from transformers import LlavaForConditionalGeneration
 from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.busy_scenes import KINDS, draw_scene, one_of_each_kind
+from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
 
 DIVISORS = (2, 4, 9, 16)
 GUIDE_LAYERS = (1, 2, 3)
-SIDES = (8, 7, 6, 5, 4, 3)
-TUNED_SIDES = (6, 5, 4, 3)
+SIDES = (8, 6, 5, 4, 3)
+EQUAL_COST_KEPT = (16, 9)  # where rows of equal total cost are added
 UNPRUNED = Contestant("unpruned")
 
 
 @dataclass
 class EvaluateArguments:
     model: str = field(metadata={"help": "Folder of the model that train.py wrote."})
-    output_json: str = field(metadata={"help": "File of the rows."})
+    output_json: str = field(metadata={"help": "File of the rows. Rows of other seeds in it are kept."})
     seed: int = field(default=0, metadata={"help": "Seed of the model, for the scenes that train the guides."})
-    test_scenes: int = field(default=300, metadata={"help": "Scenes of the test split, five questions each."})
-    validation_scenes: int = field(default=150, metadata={"help": "Scenes of the validation split."})
+    test_scenes: int = field(default=200, metadata={"help": "Scenes of the test split, five questions each."})
+    validation_scenes: int = field(default=80, metadata={"help": "Scenes of the validation split."})
+    layer: int | None = field(
+        default=None, metadata={"help": "Tower layer of the guide. Default: chosen on the validation split."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Questions per forward pass."})
 
 
@@ -113,14 +117,14 @@ def stored_resolution(model, folder: Path, side: int, seed: int):
     return tuned
 
 
-def all_contestants(layer: int, splits: dict[tuple[str, int], int]) -> list[Contestant]:
+def all_contestants(config, layer: int, splits: dict[tuple[str, int], int], tuned_sides: set[int]) -> list[Contestant]:
     rows = [UNPRUNED]
     for kept in map(kept_for, DIVISORS):
         rows += [
             Contestant("random, exit", kept, scorer="random"),
             Contestant("random, tower", kept, layer=layer, guidance="random"),
             Contestant("pooling, exit", kept, scorer="pooling"),
-            Contestant("image [CLS], exit", kept, layer=6, guidance="image"),
+            Contestant("image [CLS], exit", kept, layer=config.vision_config.num_hidden_layers, guidance="image"),
             Contestant("max-min diversity, exit", kept, scorer="diversity"),
             Contestant("prompt and diversity, exit", kept, scorer="prompt"),
             Contestant("FastV", kept, fastv=True),
@@ -136,16 +140,41 @@ def all_contestants(layer: int, splits: dict[tuple[str, int], int]) -> list[Cont
                     f"{name}, tower, then prompt, exit", kept, layer, guidance, tower_kept=in_tower, scorer="prompt"
                 )
             )
-    for side in SIDES:
+    sides = sorted({*SIDES, *equal_cost_sides(config, layer)}, reverse=True)
+    for side in sides:
         rows.append(Contestant("fewer pixels", side * side, side=side))
-        if side in TUNED_SIDES:
+        if side in tuned_sides:
             rows.append(Contestant("fewer pixels, fine-tuned", side * side, side=side, weights=f"side{side}"))
-    for early in range(1, layer + 1):
-        for kept in (96, 72, 60, 48, 36, 28, 24):
-            row = Contestant(f"image [CLS], tower layer {early}", kept, layer=early, guidance="image")
-            if early != layer or kept not in map(kept_for, DIVISORS):
-                rows.append(row)
-    return rows
+    for kept in EQUAL_COST_KEPT:
+        limit = guide_cost(config, layer, kept)
+        for early in range(1, layer):
+            rows.append(largest_within(config, limit, Contestant("image [CLS], earlier layer", 0, early, "image")))
+        rows.append(largest_within(config, limit, Contestant("random, first layer", 0, 1, "random")))
+        both = Contestant("image [CLS], first layer, then prompt, exit", kept, 1, "image", scorer="prompt")
+        candidates = (replace(both, tower_kept=number) for number in range(NUM_PATCHES - 1, kept, -1))
+        rows += [row for row in candidates if cost_of(config, row) <= limit][:1]
+    return list(dict.fromkeys(rows))
+
+
+def cost_of(config, contestant: Contestant) -> float:
+    return costs(config, contestant, prompt_length=6)["total_mmacs"]
+
+
+def guide_cost(config, layer: int, kept: int) -> float:
+    return cost_of(config, Contestant("guide", kept, layer, "regions"))
+
+
+def largest_within(config, limit: float, contestant: Contestant) -> Contestant:
+    """The contestant with as many tokens as cost at most `limit`."""
+    rows = (replace(contestant, kept=number) for number in range(NUM_PATCHES - 1, 0, -1))
+    return next(row for row in rows if cost_of(config, row) <= limit)
+
+
+def equal_cost_sides(config, layer: int) -> set[int]:
+    """The largest images that cost at most what the guide does."""
+    limits = [guide_cost(config, layer, kept) for kept in EQUAL_COST_KEPT]
+    cost = {side: cost_of(config, Contestant("", side * side, side=side)) for side in range(2, 12)}
+    return {max(side for side in cost if cost[side] <= limit) for limit in limits}
 
 
 def main(argv: list[str] | None = None):
@@ -161,24 +190,39 @@ def main(argv: list[str] | None = None):
     }
     models = {None: model}
 
-    def accuracies(contestants: list[Contestant]) -> list[float]:
-        return correct_answers(models, guides, contestants, validation, args.batch_size).float().mean(1).tolist()
+    origin = {"guide_steps": STEPS, "resolution_steps": RESOLUTION_STEPS, **provenance(seed=args.seed)}
 
-    choices = {}
+    def measure(*contestants: Contestant, split: str = "validation") -> list[dict]:
+        questions = validation if split == "validation" else read_questions("test", args.test_scenes)
+        correct = correct_answers(models, guides, contestants, questions, args.batch_size)
+        kinds = [question["kind"] for question in questions]
+        length = round(sum(len(question["prompt"]) for question in questions) / len(questions))
+        return [
+            {
+                **asdict(contestant),
+                "split": split,
+                "questions": len(questions),
+                "accuracy": row.float().mean().item(),
+                **{f"accuracy_{kind}": row[[own == kind for own in kinds]].float().mean().item() for kind in KINDS},
+                **costs(model.config, contestant, length),
+                "correct": f"{int(''.join('01'[bit] for bit in row.int().tolist()), 2):x}",
+                **origin,
+            }
+            for contestant, row in zip(contestants, correct, strict=True)
+        ]
+
     candidates = [
-        Contestant(f"layer {layer}", kept_for(divisor), layer, f"regions{layer}")
+        Contestant("TextGuide from regions, tower", kept_for(divisor), layer, f"regions{layer}")
         for layer in GUIDE_LAYERS
         for divisor in (9, 16)
     ]
-    scores = accuracies([UNPRUNED, *candidates])
-    choices["validation"] = {"unpruned": scores[0]}
-    by_layer = {}
-    for contestant, score in zip(candidates, scores[1:], strict=True):
-        choices["validation"][f"guide, {contestant.name}, {contestant.kept} tokens"] = score
-        by_layer.setdefault(contestant.layer, []).append(score)
+    rows = measure(UNPRUNED, *candidates)
+    by_layer: dict[int, list[float]] = {}
+    for row in rows[1:]:
+        by_layer.setdefault(row["layer"], []).append(row["accuracy"])
     # The first layer within a point of the best: an earlier layer costs less.
     best = max(map(sum, by_layer.values()))
-    layer = min(number for number, values in by_layer.items() if sum(values) >= best - 0.02)
+    layer = args.layer or min(number for number, values in by_layer.items() if sum(values) >= best - 0.02)
     for teacher in ("attention", "answers"):
         guides[teacher] = stored_guide(
             model, folder, f"{teacher}{layer}", layer=layer, teacher=teacher, seed=args.seed
@@ -187,44 +231,23 @@ def main(argv: list[str] | None = None):
         Contestant(guidance, kept, layer, guidance, tower_kept=round(kept * factor), scorer="prompt")
         for guidance in ("image", f"regions{layer}")
         for kept in map(kept_for, DIVISORS)
-        for factor in (1.25, 1.5, 2, 3)
+        for factor in (1.5, 2, 3)
         if kept * factor < NUM_PATCHES
     ]
-    splits, best_scores = {}, {}
-    for contestant, score in zip(candidates, accuracies(candidates), strict=True):
-        choices["validation"][f"{contestant.guidance}, {contestant.tower_kept} to {contestant.kept} tokens"] = score
-        key = contestant.guidance, contestant.kept
-        if score > best_scores.get(key, -1.0):
-            splits[key], best_scores[key] = contestant.tower_kept, score
-    for side in TUNED_SIDES:
+    rows_of_splits = measure(*candidates)
+    splits = {}
+    for row in sorted(rows_of_splits, key=lambda row: row["accuracy"]):  # the last is the best
+        splits[row["guidance"], row["kept"]] = row["tower_kept"]
+    tuned_sides = {4, *equal_cost_sides(model.config, layer)}
+    for side in sorted(tuned_sides):
         models[f"side{side}"] = stored_resolution(model, folder, side, args.seed)
-    test = read_questions("test", args.test_scenes)
-    contestants = all_contestants(layer, splits)
-    correct = correct_answers(models, guides, contestants, test, args.batch_size)
-    kinds = [question["kind"] for question in test]
-    length = round(sum(len(question["prompt"]) for question in test) / len(test))
-    context = {
-        "test_questions": len(test),
-        "guide_layer": layer,
-        "guide_steps": STEPS,
-        **provenance(seed=args.seed),
-    }
-    rows = []
-    for contestant, row in zip(contestants, correct, strict=True):
-        of_kind = {kind: row[[own == kind for own in kinds]].float().mean().item() for kind in KINDS}
-        rows.append(
-            {
-                **asdict(replace(contestant, tower_kept=contestant.layer and contestant.kept_in_tower)),
-                "accuracy": row.float().mean().item(),
-                **{f"accuracy_{kind}": round(value, 4) for kind, value in of_kind.items()},
-                **costs(model.config, contestant, length),
-                "correct": f"{int(''.join('01'[bit] for bit in row.int().tolist()), 2):x}",
-                **context,
-            }
-        )
-    Path(args.output_json).write_text(json.dumps({"choices": choices, "rows": rows}, indent=1) + "\n")
+    rows += rows_of_splits + measure(*all_contestants(model.config, layer, splits, tuned_sides), split="test")
+    output = Path(args.output_json)
+    others = json.loads(output.read_text()) if output.exists() else []
+    write_json(output, [row for row in others if row["seed"] != args.seed] + rows)
     for row in rows:
-        print(f"{row['name']:45} {row['kept']:4} {100 * row['accuracy']:6.2f} {row['total_mmacs']:7.1f}")
+        if row["split"] == "test":
+            print(f"{row['name']:45} {row['kept']:4} {100 * row['accuracy']:6.2f} {row['total_mmacs']:7.1f}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trips_examples.data.busy_scenes import draw_scene
 
 FIRST_SCENE = 10_000_000
 STEPS = 300
+RESOLUTION_STEPS = 200
 
 
 def draw_questions(seed: int, step: int, num_images: int, per_image: int) -> tuple[torch.Tensor, list[list]]:
@@ -106,11 +107,8 @@ def train_guide(
             key = keys_of_layer(model, layer, pixel_values)[image]
             scores = score_tokens(guide(embed(prompt), mask), key, attention.scale)
             candidates = torch.arange(NUM_PATCHES).expand(len(scores), -1)
-            if teacher == "attention":
-                loss = -(targets * scores.log()).sum(-1).mean()
-            else:
-                has_region = targets.sum(-1) > 0
-                loss = selection_loss(scores, candidates, targets)[has_region].mean()
+            has_target = targets.sum(-1) > 0
+            loss = selection_loss(scores, candidates, targets)[has_target].mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(guide.parameters(), 1.0)
@@ -158,7 +156,9 @@ def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: to
     return nn.functional.cross_entropy(logits, answers)
 
 
-def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: int = 0, steps: int = STEPS):
+def fine_tune_resolution(
+    model: LlavaForConditionalGeneration, side: int, seed: int = 0, steps: int = RESOLUTION_STEPS
+):
     """A copy of the model that is trained for images of `side` x `side` patches, by the loss of the answers."""
     model = copy.deepcopy(model).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
@@ -189,4 +189,4 @@ def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: 
     return model.eval().requires_grad_(False)
 
 
-__all__ = ["STEPS", "fine_tune_resolution", "train_guide"]
+__all__ = ["RESOLUTION_STEPS", "STEPS", "fine_tune_resolution", "train_guide"]

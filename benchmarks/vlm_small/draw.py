@@ -1,0 +1,78 @@
+r"""
+Draw what two questions about one image keep: patches in the tower, and visual tokens behind its exit.
+
+    python benchmarks/vlm_small/draw.py --model outputs/vlm_small/seed0 --output docs/vlm_scenes_kept.png
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from contestants import llava_inputs
+from small_model import GRID, NUM_PATCHES, PATCH_SIZE, WORDS, pixels_of
+from small_model import encode as encode_text
+from transformers import LlavaForConditionalGeneration
+
+from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_selection
+from trips_examples.data.busy_scenes import draw_scene
+from trips_examples.training.parser import make_parser
+
+
+@dataclass
+class DrawArguments:
+    model: str = field(metadata={"help": "Folder of the model that train.py wrote and evaluate.py gave guides."})
+    output: str = field(default="docs/vlm_scenes_kept.png", metadata={"help": "File of the figure."})
+    layer: int = field(default=2, metadata={"help": "Tower layer that selects."})
+    tower_kept: int = field(default=24, metadata={"help": "Patches that the tower keeps."})
+    kept: int = field(default=16, metadata={"help": "Visual tokens that the language model gets."})
+    scene: int = field(default=0, metadata={"help": "Number of the scene in the test split."})
+    kinds: list[str] = field(
+        default_factory=lambda: ["color", "shape"],
+        metadata={"help": "Kinds of the questions, each about another item."},
+    )
+
+
+def shown(image: np.ndarray, kept: torch.Tensor) -> np.ndarray:
+    """The image with all but the kept patches dimmed."""
+    mask = torch.zeros(NUM_PATCHES).index_fill(0, kept, 1.0).view(GRID, GRID)
+    mask = mask.repeat_interleave(PATCH_SIZE, 0).repeat_interleave(PATCH_SIZE, 1).numpy()[..., None]
+    return (image * mask + (0.25 * image + 160) * (1 - mask)).clip(0, 255).astype(np.uint8)
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(DrawArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    guide = TextGuide.from_pretrained(Path(args.model) / "guides" / f"regions{args.layer}").eval()
+    rate = args.tower_kept / NUM_PATCHES
+    apply_patch_selection(model, f"{args.layer}:text:{rate:.6f}", visual_tokens=args.kept, guide=guide)
+    scene = draw_scene("test", args.scene)
+    questions, regions = [], set()
+    for kind in args.kinds:
+        question = next(own for own in scene.questions if own.kind == kind and own.region not in regions)
+        questions.append(question)
+        regions.add(question.region)
+    image = np.asarray(scene.image)
+    figure, axes = plt.subplots(len(questions), 3, figsize=(9, 3.3 * len(questions)), squeeze=False)
+    for row, question in zip(axes, questions):
+        prompt = torch.tensor([encode_text(question.text)])
+        with torch.no_grad(), record_patch_selection(model) as selections:
+            inputs = llava_inputs(pixels_of(scene.image)[None], prompt)
+            answer = WORDS[model(**inputs, logits_to_keep=1).logits[0, -1].argmax()]
+        titles = (
+            f"{question.text.replace(' ?', '?')} {answer}",
+            f"{args.tower_kept} of {NUM_PATCHES} patches behind tower layer {args.layer}",
+            f"{args.kept} visual tokens for the language model",
+        )
+        views = (image, shown(image, selections[0].kept_indices[0]), shown(image, selections[1].kept_indices[0]))
+        for axis, view, title in zip(row, views, titles):
+            axis.imshow(view, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
+            axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(args.output, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

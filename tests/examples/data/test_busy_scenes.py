@@ -1,0 +1,87 @@
+"""Busy scenes: what they hold, that their questions have one answer, and that splits and seeds differ."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from trips_examples.data.busy_scenes import (
+    COLORS,
+    IMAGE_SIZE,
+    KINDS,
+    SHAPES,
+    busy_scene_records,
+    draw_scene,
+    one_of_each_kind,
+    vocabulary,
+)
+
+
+SCENES = [draw_scene("train", number) for number in range(40)]
+
+
+def test_a_scene_is_drawn_from_its_number():
+    again = draw_scene("train", 3)
+    assert again.items == SCENES[3].items and again.questions == SCENES[3].questions
+    assert np.array_equal(again.image, SCENES[3].image)
+    for other in (draw_scene("train", 4), draw_scene("test", 3), draw_scene("train", 3, seed=1)):
+        assert other.items != again.items
+
+
+def test_scenes_have_many_small_items():
+    for scene in SCENES:
+        assert 6 <= len(scene.items) <= 8
+        for x0, y0, x1, y1 in (item.box for item in scene.items):
+            assert 0 <= x0 < x1 <= IMAGE_SIZE and 0 <= y0 < y1 <= IMAGE_SIZE
+            assert (x1 - x0) * (y1 - y0) <= IMAGE_SIZE**2 / 10
+
+
+def test_questions_name_one_item():
+    for scene in SCENES:
+        for question in scene.questions:
+            if question.answer == "no":
+                assert question.region is None
+                continue
+            words = set(question.text.split()) & {*COLORS, *SHAPES}
+            (item,) = [item for item in scene.items if words <= {item.color, item.shape}]
+            assert item.box == question.region
+            expected = {"color": item.color, "shape": item.shape, "mark": item.mark, "place": item.place}
+            assert question.answer == expected.get(question.kind, "yes")
+
+
+def test_absent_items_have_a_color_and_a_shape_of_the_scene():
+    for scene in SCENES:
+        names = {item.name for item in scene.items}
+        for question in scene.questions:
+            if question.answer == "no":
+                *_, color, shape, _ = question.text.split()
+                assert f"{color} {shape}" not in names
+                assert color in {item.color for item in scene.items}
+                assert shape in {item.shape for item in scene.items}
+
+
+def test_the_middle_of_an_item_has_its_color():
+    """Between the mark and the edge."""
+    for scene in SCENES[:10]:
+        for item in (item for item in scene.items if item.shape == "square"):
+            x0, y0, _, _ = item.box
+            pixel = np.asarray(scene.image)[y0 + 3, x0 + 3].astype(int)
+            assert abs(pixel - COLORS[item.color]).max() <= 26
+
+
+def test_records():
+    records = list(busy_scene_records("validation", 3))
+    assert {record["kind"] for record in records} == set(KINDS)
+    assert len({record["image_id"] for record in records}) == 3
+    words = set(vocabulary())
+    assert all({*record["question"].split(), record["answer"]} <= words for record in records)
+    scene = draw_scene("validation", 0)
+    assert [record["question"] for record in records][:4] == [own.text for own in one_of_each_kind(scene, 0)][:4]
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError):
+        draw_scene("dev", 0)
+
+
+def test_images_are_rgb():
+    assert isinstance(SCENES[0].image, PIL.Image.Image) and SCENES[0].image.mode == "RGB"

@@ -18,7 +18,7 @@ KEPT = (72, 36, 16, 9)
 EXACT = "TextGuide from regions, tower"
 # Rows whose selection has no parameters of its own.
 UNTRAINED = ("random", "pooling", "image", "max-min", "prompt", "FastV", "fewer pixels")
-KINDS = ("color", "shape", "mark", "place", "presence")
+KINDS = ("color", "shape", "place", "presence")
 
 
 class Rows:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from trips_examples.data.busy_scenes import IMAGE_SIZE, vocabulary
@@ -51,7 +52,10 @@ def make_config(tower_layers: int = 6, decoder_layers: int = 4) -> LlavaConfig:
 
 def make_model(seed: int, **sizes) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(make_config(**sizes))
+    model = LlavaForConditionalGeneration(make_config(**sizes))
+    # At the usual scale of 0.02, places take most of so short a training.
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.1)
+    return model
 
 
 def encode(text: str) -> list[int]:

@@ -5,9 +5,9 @@ Train the small LLaVA on busy scenes, from scratch, on one thread.
 
 Several questions about an image share its image tokens: a block mask keeps them apart. An attention loss leads the
 question, from its first word that names the item on, to the region asked about. Two more losses stand for the
-pretraining of a tower: its patches learn color, shape and mark of the item that they show and their quarter of the
-image, and its [CLS] learns the names of all items, so that selection scored by the image is a fair rival. An
-interrupted run resumes from its last checkpoint.
+pretraining of a tower: its patches learn color and shape of the item that they show and their quarter of the image,
+and its [CLS] learns the names of all items, so that selection scored by the image is a fair rival. An interrupted run
+resumes from its last checkpoint.
 """
 
 import json
@@ -23,11 +23,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from trips_examples.data.busy_scenes import COLORS, IMAGE_SIZE, MARKS, PLACES, SHAPES, draw_scene
+from trips_examples.data.busy_scenes import COLORS, IMAGE_SIZE, PLACES, SHAPES, draw_scene
 from trips_examples.training.parser import make_parser
 
 
-ATTRIBUTES = [*COLORS, *SHAPES, *MARKS]
+ATTRIBUTES = [*COLORS, *SHAPES]
 NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
 
@@ -35,7 +35,7 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 class TrainArguments:
     output_dir: str = field(metadata={"help": "Folder of the model and of the checkpoint to resume from."})
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation and of the training scenes."})
-    max_steps: int = field(default=1800, metadata={"help": "Number of steps."})
+    max_steps: int = field(default=1200, metadata={"help": "Number of steps."})
     batch_size: int = field(default=16, metadata={"help": "Images per step."})
     questions: int = field(default=12, metadata={"help": "Questions per image."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate; cosine schedule."})
@@ -63,24 +63,21 @@ def region_target(region: tuple[int, int, int, int] | None) -> torch.Tensor:
 
 def patch_attributes(scene) -> torch.Tensor:
     """
-    Numbers of color, shape and mark of the item in each patch, and of the quarter of the image, or -100: color and
-    shape where the item covers half of the patch, the mark where it is visible.
+    Numbers of color and shape of the item that covers at least half of each patch, or -100, and of the patch's quarter
+    of the image.
     """
-    attributes = torch.full((NUM_PATCHES, 4), -100)
+    attributes = torch.full((NUM_PATCHES, 3), -100)
     for item in scene.items:
         x0, y0, x1, y1 = item.box
         covered = region_target(item.box) * (x1 - x0) * (y1 - y0) >= PATCH_SIZE**2 / 2
         attributes[covered, :2] = torch.tensor([list(COLORS).index(item.color), SHAPES.index(item.shape)])
-        middle_x, middle_y = (x0 + x1) // 2, (y0 + y1) // 2
-        visible = region_target((middle_x - 4, middle_y - 4, middle_x + 4, middle_y + 4)) >= 1 / 4
-        attributes[visible, 2] = MARKS.index(item.mark)
     half = (torch.arange(GRID) >= GRID // 2).long()
-    attributes[:, 3] = (2 * half[:, None] + half[None]).flatten()
+    attributes[:, 2] = (2 * half[:, None] + half[None]).flatten()
     return attributes
 
 
 def attribute_loss(logits: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
-    parts = logits.split((len(COLORS), len(SHAPES), len(MARKS), len(PLACES)), dim=-1)
+    parts = logits.split((len(COLORS), len(SHAPES), len(PLACES)), dim=-1)
     losses = [
         nn.functional.cross_entropy(part.flatten(0, 1), attributes[..., i].flatten()) for i, part in enumerate(parts)
     ]

@@ -1,4 +1,4 @@
-"""Busy scenes: six to eight marked shapes on textured ground among clutter, and short questions about one of them.
+"""Busy scenes: six to eight marked shapes on textured ground among clutter, short questions about one of them.
 
 A scene is drawn from its seed alone, in about two milliseconds, so that a training set needs no disk and no scene has
 to be seen twice. The splits draw from different seeds.
@@ -26,9 +26,9 @@ COLORS = {
     "pink": (240, 130, 180),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-MARKS = ("dot", "bar", "dash", "ring")
+MARKS = ("dot", "bar", "dash", "ring")  # inside the shapes; no question is about them
 PLACES = ("topleft", "topright", "bottomleft", "bottomright")
-KINDS = ("color", "shape", "mark", "place", "presence")
+KINDS = ("color", "shape", "place", "presence")
 
 IMAGE_SIZE = 96
 CELLS = 4  # along each side; a cell holds at most one shape
@@ -41,7 +41,6 @@ class Item:
 
     color: str
     shape: str
-    mark: str
     box: tuple[int, int, int, int]
 
     @property
@@ -79,8 +78,8 @@ class Scene:
 
 def vocabulary() -> list[str]:
     """All words of questions and answers, in a fixed order."""
-    words = ["what", "color", "shape", "mark", "has", "is", "the", "one", "where", "there", "a", "?", "yes", "no"]
-    return [*words, *COLORS, *SHAPES, *MARKS, *PLACES]
+    words = ["what", "color", "shape", "is", "the", "one", "where", "there", "a", "?", "yes", "no"]
+    return [*words, *COLORS, *SHAPES, *PLACES]
 
 
 def draw_scene(split: str, number: int, seed: int = 0) -> Scene:
@@ -137,7 +136,6 @@ def _questions(items: list[Item], rng: random.Random) -> Iterator[Question]:
         names += [f"the {item.name}"] * alone[item.name]
         if not names:
             continue
-        yield Question("mark", f"what mark has {rng.choice(names)} ?", item.mark, item.box)
         if item.place is not None:
             yield Question("place", f"where is {rng.choice(names)} ?", item.place, item.box)
         if alone[item.name]:
@@ -183,7 +181,7 @@ def _draw_item(draw: PIL.ImageDraw.ImageDraw, cell: int, rng: random.Random) -> 
     side, size = IMAGE_SIZE // CELLS, rng.randint(17, 22)
     x0 = cell % CELLS * side + rng.randint(0, side - size)
     y0 = cell // CELLS * side + rng.randint(0, side - size)
-    item = Item(rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(MARKS), (x0, y0, x0 + size, y0 + size))
+    item = Item(rng.choice(list(COLORS)), rng.choice(SHAPES), (x0, y0, x0 + size, y0 + size))
     fill, edge = _shade(COLORS[item.color], rng), _shade((25, 25, 25), rng)
     x1, y1, middle_x, middle_y = x0 + size - 1, y0 + size - 1, x0 + (size - 1) / 2, y0 + (size - 1) / 2
     if item.shape == "circle":
@@ -194,7 +192,7 @@ def _draw_item(draw: PIL.ImageDraw.ImageDraw, cell: int, rng: random.Random) -> 
         corners = _corners(item.shape)
         points = [(middle_x + x * (size - 1) / 2, middle_y + y * (size - 1) / 2) for x, y in corners]
         draw.polygon(points, fill=fill, outline=edge)
-    _draw_mark(draw, item.mark, middle_x, middle_y + (2 if item.shape == "triangle" else 0))
+    _draw_mark(draw, rng.choice(MARKS), middle_x, middle_y + (2 if item.shape == "triangle" else 0))
     return item
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from trips_examples.analysis.paired import paired_difference
+from trips_examples.analysis.paired import exact_sign_test, paired_difference
 
 
 DOCS = Path(__file__).resolve().parent
@@ -820,6 +820,134 @@ def headline() -> str:
     sources += [*MACHINES, *ten]
     header = ["Model and task", "Schedule", "Accuracy, %", "Unpruned baseline, %", "Measured speedup"]
     return render(header, rows, *sources)
+
+
+# Busy scenes: a small generative model
+
+VLM_GUIDE = "TextGuide from regions, tower"
+VLM_KINDS = ("color", "shape", "place", "presence")
+# The names of rows whose selection has no parameters of its own begin so.
+VLM_UNTRAINED = ("random", "pooling", "image", "max-min", "prompt", "FastV", "fewer pixels")
+
+
+def vlm_rows() -> dict[tuple[str, int], list[Row]]:
+    """Rows of the test split by name and number of visual tokens, one per seed."""
+    rows = select(read("vlm_scenes"), split="test")
+    keys = dict.fromkeys((row["name"], row["kept"]) for row in rows)
+    return {key: select(rows, name=key[0], kept=key[1]) for key in keys}
+
+
+def vlm_render(header: list[str], body: list[list]) -> str:
+    rows = select(read("vlm_scenes"), split="test", name="unpruned")
+    seeds = f"{len(rows)} seeds" if len(rows) > 1 else "single seed, indicative only"
+    return render(header, body, "vlm_scenes", note=f"{seeds}, {rows[0]['questions']} test questions each")
+
+
+def vlm_average(rows: list[Row], field: str) -> float:
+    return mean(row[field] for row in rows)
+
+
+@table
+def vlm_accuracy() -> str:
+    rows, numbers, sides = vlm_rows(), (72, 36, 16, 9), (8, 6, 4, 3)
+    unpruned = spread(percents(rows["unpruned", 144], "accuracy"))
+    body = [["unpruned", *[unpruned] * len(numbers)]]
+    for name in dict.fromkeys(name for name, _ in rows):
+        places = [side * side for side in sides] if name == "fewer pixels" else numbers
+        if all((name, number) in rows for number in places):
+            body.append([name, *(spread(percents(rows[name, number], "accuracy")) for number in places)])
+    head = ["Selection", "1/2: 72 tokens, %", "1/4: 36 tokens, %", "1/9: 16 tokens, %", "1/16: 9 tokens, %"]
+    return vlm_render(head, body)
+
+
+def vlm_costs(kept: int) -> str:
+    rows = vlm_rows()
+    body = [
+        [
+            name,
+            spread(percents(of, "accuracy")),
+            *(spread(percents(of, f"accuracy_{kind}")) for kind in VLM_KINDS),
+            *(f"{vlm_average(of, f'{part}_mmacs'):.0f}" for part in ("tower", "prefill", "decoding", "total")),
+            f"{vlm_average(of, 'kv_bytes') / 1024:.0f}",
+        ]
+        for (name, number), of in rows.items()
+        if number in (kept, 144)
+    ]
+    parts = ["Tower, MMACs", "Prefill, MMACs", "Decoding, MMACs", "Total, MMACs", "KV cache, KiB"]
+    return vlm_render(["Selection", "Accuracy, %", *(f"{kind.capitalize()}, %" for kind in VLM_KINDS), *parts], body)
+
+
+@table
+def vlm_costs_16() -> str:
+    return vlm_costs(16)
+
+
+@table
+def vlm_costs_9() -> str:
+    return vlm_costs(9)
+
+
+def correct_answers(row: Row) -> list[bool]:
+    return [bit == "1" for bit in f"{int(row['correct'], 16):0{row['questions']}b}"]
+
+
+def mcnemar(rows: list[Row], others: list[Row]) -> list[str]:
+    """Questions that one way alone or the other alone answers, over all seeds, and the exact two-sided p."""
+    by_seed = {row["seed"]: correct_answers(row) for row in others}
+    pairs = [pair for row in rows for pair in zip(correct_answers(row), by_seed[row["seed"]], strict=True)]
+    one, other = pairs.count((True, False)), pairs.count((False, True))
+    p = exact_sign_test(one, other)
+    return [f"{one} : {other}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+
+
+@table
+def vlm_equal_cost() -> str:
+    rows, body = vlm_rows(), []
+    for kept in (16, 9):
+        guide = rows[VLM_GUIDE, kept]
+        limit = 1.001 * vlm_average(guide, "total_mmacs")
+        within = sorted(
+            (key for key, of in rows.items() if vlm_average(of, "total_mmacs") <= limit),
+            key=lambda key: -vlm_average(rows[key], "accuracy"),
+        )
+        untrained = [key for key in within if key[0].startswith(VLM_UNTRAINED) and "fine-tuned" not in key[0]][:4]
+        tuned = [key for key in within if "fine-tuned" in key[0]][:1]
+        guides = [key for key in rows if key[1] == kept and key[0].startswith("TextGuide")]
+        dearer = [(name, kept) for name in ("max-min diversity, exit", "prompt and diversity, exit", "FastV")]
+        for key in [*guides, *untrained, *tuned, *dearer, ("unpruned", 144)]:
+            of = rows[key]
+            body.append(
+                [
+                    f"{key[0]}, {key[1]} tokens",
+                    spread(percents(of, "accuracy")),
+                    f"{vlm_average(of, 'total_mmacs'):.0f}",
+                    *(
+                        ["", "", ""]
+                        if key == (VLM_GUIDE, kept)
+                        else [
+                            f"{100 * (vlm_average(guide, 'accuracy') - vlm_average(of, 'accuracy')):+.1f}",
+                            *mcnemar(guide, of),
+                        ]
+                    ),
+                ]
+            )
+    head = ["Selection", "Accuracy, %", "Total, MMACs", "Guide from regions, points", "Alone correct", "p (McNemar)"]
+    return vlm_render(head, body)
+
+
+@table
+def vlm_times() -> str:
+    body = [
+        [
+            f"{row['name']}, {row['kept']} tokens",
+            *(f"{row[f'{part}_ms']:.1f}" for part in ("tower", "prefill", "decoding")),
+            f"{row['tower_ms'] + row['prefill_ms']:.1f}",
+            f"{row['total_mmacs']:.0f}",
+        ]
+        for row in read("vlm_scenes_times")
+    ]
+    head = ["Selection", "Tower, ms", "Prefill, ms", "One decoding step, ms", "Tower and prefill, ms", "Total, MMACs"]
+    return render(head, body, "vlm_scenes_times")
 
 
 # Documents

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from contestants import Contestant, costs, kept_for, llava_inputs, low_resolution_features, prefill, set_contestant
-from small_model import EOS, make_model
+from small_model import EOS, WORDS, make_model
 
 from modeling_trips.hosts import TextGuide, prune_inputs
 from modeling_trips.hosts.vlm.wrapper import selection_of
@@ -60,7 +60,7 @@ class Steps:
     def __init__(self, model, contestant: Contestant, guides: dict, args: TimesArguments):
         self.model, self.contestant, self.guides = model, contestant, guides
         self.pixel_values = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
-        self.prompt = torch.randint(10, 40, (args.batch_size, args.prompt_length))
+        self.prompt = torch.randint(4, len(WORDS), (args.batch_size, args.prompt_length))
         self.is_applied = contestant.side is None and not contestant.fastv
 
     def prepare(self):

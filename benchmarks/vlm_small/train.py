@@ -35,7 +35,7 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 class TrainArguments:
     output_dir: str = field(metadata={"help": "Folder of the model and of the checkpoint to resume from."})
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation and of the training scenes."})
-    max_steps: int = field(default=1200, metadata={"help": "Number of steps."})
+    max_steps: int = field(default=1600, metadata={"help": "Number of steps."})
     batch_size: int = field(default=16, metadata={"help": "Images per step."})
     questions: int = field(default=12, metadata={"help": "Questions per image."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate; cosine schedule."})

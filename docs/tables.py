@@ -924,14 +924,18 @@ def vlm_equal_cost() -> str:
                     *(
                         ["", "", ""]
                         if key == (VLM_GUIDE, kept)
-                        else [
-                            f"{100 * (vlm_average(guide, 'accuracy') - vlm_average(of, 'accuracy')):+.1f}",
-                            *mcnemar(guide, of),
-                        ]
+                        else [difference(guide, of, "accuracy"), *mcnemar(guide, of)]
                     ),
                 ]
             )
-    head = ["Selection", "Accuracy, %", "Total, MMACs", "Guide from regions, points", "Alone correct", "p (McNemar)"]
+    head = [
+        "Selection",
+        "Accuracy, %",
+        "Total, MMACs",
+        "Lead of the guide from regions, points",
+        "Alone correct",
+        "p (McNemar)",
+    ]
     return vlm_render(head, body)
 
 

@@ -34,7 +34,7 @@ class TimesArguments(TimingArguments):
 
 def contestants_of(layer: int) -> list[Contestant]:
     rows = [Contestant("unpruned")]
-    for kept in map(kept_for, (2, 4, 9, 16)):
+    for kept in map(kept_for, (9, 16)):
         rows += [
             Contestant("max-min diversity, exit", kept, scorer="diversity"),
             Contestant("prompt and diversity, exit", kept, scorer="prompt"),
@@ -51,7 +51,7 @@ def contestants_of(layer: int) -> list[Contestant]:
                 scorer="prompt",
             ),
         ]
-    return rows + [Contestant("fewer pixels", side * side, side=side) for side in (8, 6, 5, 4, 3)]
+    return rows + [Contestant("fewer pixels", side * side, side=side) for side in (7, 6, 4, 3)]
 
 
 class Steps:

@@ -33,6 +33,7 @@ DIVISORS = (2, 4, 9, 16)
 GUIDE_LAYERS = (1, 2, 3)
 SIDES = (8, 6, 5, 4, 3)
 EQUAL_COST_KEPT = (16, 9)  # where rows of equal total cost are added
+LONG_STEPS = 900  # of a guide that is trained longer than the others
 UNPRUNED = Contestant("unpruned")
 
 
@@ -140,6 +141,12 @@ def all_contestants(config, layer: int, splits: dict[tuple[str, int], int], tune
                     f"{name}, tower, then prompt, exit", kept, layer, guidance, tower_kept=in_tower, scorer="prompt"
                 )
             )
+    for kept in EQUAL_COST_KEPT:
+        guidance = f"regions{layer}-{LONG_STEPS}"
+        rows.append(Contestant(f"TextGuide from regions, {LONG_STEPS} steps, tower", kept, layer, guidance))
+        guidance = f"regions{layer + 1}-{LONG_STEPS}"
+        name = f"TextGuide from regions, one layer later, {LONG_STEPS} steps, tower"
+        rows.append(Contestant(name, kept, layer + 1, guidance))
     sides = sorted({*SIDES, *equal_cost_sides(config, layer)}, reverse=True)
     for side in sides:
         rows.append(Contestant("fewer pixels", side * side, side=side))
@@ -226,6 +233,11 @@ def main(argv: list[str] | None = None):
     for teacher in ("attention", "answers"):
         guides[teacher] = stored_guide(
             model, folder, f"{teacher}{layer}", layer=layer, teacher=teacher, seed=args.seed
+        )
+    for number in (layer, layer + 1):
+        name = f"regions{number}-{LONG_STEPS}"
+        guides[name] = stored_guide(
+            model, folder, name, layer=number, teacher="regions", seed=args.seed, steps=LONG_STEPS
         )
     candidates = [
         Contestant(guidance, kept, layer, guidance, tower_kept=round(kept * factor), scorer="prompt")

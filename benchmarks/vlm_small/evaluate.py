@@ -144,9 +144,6 @@ def all_contestants(config, layer: int, splits: dict[tuple[str, int], int], tune
     for kept in EQUAL_COST_KEPT:
         guidance = f"regions{layer}-{LONG_STEPS}"
         rows.append(Contestant(f"TextGuide from regions, {LONG_STEPS} steps, tower", kept, layer, guidance))
-        guidance = f"regions{layer + 1}-{LONG_STEPS}"
-        name = f"TextGuide from regions, one layer later, {LONG_STEPS} steps, tower"
-        rows.append(Contestant(name, kept, layer + 1, guidance))
     sides = sorted({*SIDES, *equal_cost_sides(config, layer)}, reverse=True)
     for side in sides:
         rows.append(Contestant("fewer pixels", side * side, side=side))
@@ -234,11 +231,8 @@ def main(argv: list[str] | None = None):
         guides[teacher] = stored_guide(
             model, folder, f"{teacher}{layer}", layer=layer, teacher=teacher, seed=args.seed
         )
-    for number in (layer, layer + 1):
-        name = f"regions{number}-{LONG_STEPS}"
-        guides[name] = stored_guide(
-            model, folder, name, layer=number, teacher="regions", seed=args.seed, steps=LONG_STEPS
-        )
+    name = f"regions{layer}-{LONG_STEPS}"
+    guides[name] = stored_guide(model, folder, name, layer=layer, teacher="regions", seed=args.seed, steps=LONG_STEPS)
     candidates = [
         Contestant(guidance, kept, layer, guidance, tower_kept=round(kept * factor), scorer="prompt")
         for guidance in ("image", f"regions{layer}")

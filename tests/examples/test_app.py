@@ -112,7 +112,7 @@ def test_a_lower_keep_rate_keeps_less(page):
     upload(page, get_test_image_paths()[0])
     ask(page, "what color is the shape?")
     page.locator("#result", has_text="layer 2 keeps 32 patches").wait_for()
-    page.get_by_role("button", name="Which layer keeps how much").click()
+    page.get_by_role("button", name="Selection schedule by layer").click()
     rate = page.get_by_label("number input for Layer 2 keeps")
     rate.fill("0.25")
     rate.press("Enter")

@@ -308,7 +308,7 @@ def test_encoded_images(folder, monkeypatch):
 def test_embedded_data(folder, task):
     code, report = run(folder, "--task", task)
     assert code == 0
-    assert report["splits"]["train"]["images"] == {"nlvr2": 16000}.get(task, 4000)
+    assert report["splits"]["train"]["images"] == {"nlvr2": 16000, "vqa": 3600}.get(task, 4000)
 
 
 @pytest.mark.slow

@@ -104,10 +104,10 @@ def prune_inputs(
             tiles of a prompt as one image.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in place of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): What chooses: `"prompt"` (relevance to the
-            prompt, with diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of features `(num_images,
-            num_tokens, hidden_size)`, prompt embeddings `(num_images, prompt_length, hidden_size)`, their mask and the
-            number to keep, which returns positions and features. The prompt is the text behind the last image, or all
-            text if there is none; labels are no part of it.
+            prompt, with diversity), `"diversity"`, `"random"`, `"pooling"`, or a function. The function gets the
+            features, the embeddings of the prompt, both three-dimensional with one row per image, the mask of the
+            embeddings and the number to keep; it returns positions and features. The prompt is the text behind the
+            last image, or all text if there is none; labels are no part of it.
 
     Returns:
         `dict`: The inputs with shorter sequences, and with `mm_encoder_outputs` in place of the images. Without images

@@ -19,6 +19,8 @@ releases lack. It imports no sibling, since old releases copy only the siblings 
 """
 
 # ruff: noqa: E402
+import sys
+
 import transformers
 from packaging.version import Version
 from transformers.utils import logging
@@ -45,7 +47,11 @@ def check_release(release: str):
         )
 
 
-check_release(transformers.__version__)
+try:
+    check_release(transformers.__version__)
+except ImportError:
+    sys.modules.pop(__name__, None)  # Transformers 4 keeps a module whose code has failed, for the next class
+    raise
 
 import copy
 import math

@@ -211,8 +211,7 @@ def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
     assert len(rows.split(", ")) == 4 // processes and poisoned in rows.split(", ")
     saved = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert saved == {f"checkpoint-{number}" for number in range(1, int(step))}
-    last = f"The last good checkpoint is {tmp_path}/checkpoint-{int(step) - 1}"
-    assert rest.startswith(last if saved else "There is no good checkpoint")
+    assert (f"{tmp_path}/checkpoint-{int(step) - 1}" in rest) == bool(saved)
 
 
 @pytest.mark.slow

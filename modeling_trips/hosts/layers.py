@@ -136,6 +136,23 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear
     return logits.softmax(dim=-1).mean(dim=1)
 
 
+class SeparateProjections(StandIn):
+    """A layer of CLIP's form: queries and keys come from linear layers of their own in `self_attn`."""
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layer_norm1(hidden_states)
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+    @property
+    def scaling(self) -> float:
+        return self.self_attn.scale
+
+
 class SelectionLayer(StandIn):
     """
     A pre-norm layer of a host with patch selection between its attention half and its MLP half (paper, section 3.2).
@@ -256,6 +273,7 @@ __all__ = [
     "Host",
     "SelectionLayer",
     "SelectionSettings",
+    "SeparateProjections",
     "StandIn",
     "check_layer",
     "host_module_of",

@@ -23,24 +23,14 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from .layers import Host, SelectionLayer, project_rows
+from .layers import Host, SelectionLayer, SeparateProjections, project_rows
 
 
-class SeparateProjections(SelectionLayer):
-    """Queries and keys come from linear layers of their own."""
-
-    def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
-
-    def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
-
-
-class ClipSelectionLayer(SeparateProjections, CLIPEncoderLayer):
+class ClipSelectionLayer(SeparateProjections, SelectionLayer, CLIPEncoderLayer):
     pass
 
 
-class SiglipSelectionLayer(SeparateProjections, SiglipEncoderLayer):
+class SiglipSelectionLayer(SeparateProjections, SelectionLayer, SiglipEncoderLayer):
     pass
 
 

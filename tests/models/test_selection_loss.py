@@ -105,13 +105,9 @@ def test_the_image_is_supervised_by_all_regions_of_its_texts():
     torch.testing.assert_close(outputs.selection_losses, expected / 2)
 
 
-@pytest.mark.parametrize("fields", [{}, {"fusion_type": "single_stream"}], ids=["two towers", "single stream"])
-def test_the_image_learns_to_keep_the_regions(fields):
-    """Texts 0 and 1 share an image: its attention moves into the union of their regions."""
-    model = make_model(TripsForQuestionAnswering, selection_guidance="image", **fields)
+def attention_while_learning(model, inputs, inside):
+    """Share of the attention that is inside, at each of 60 steps of the loss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    inputs = {**batch(), "pixel_values": IMAGES[:3, 0], "image_index": torch.tensor([0, 0, 1, 2])}
-    inside = union_of_targets(region_targets(BOXES[:4], (8, 8)), inputs["image_index"], 3) > 0
     attention = []
     for _ in range(60):
         outputs = model(**inputs)
@@ -119,6 +115,16 @@ def test_the_image_learns_to_keep_the_regions(fields):
         optimizer.zero_grad()
         outputs.selection_loss.backward()
         optimizer.step()
+    return attention
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion_type": "single_stream"}], ids=["two towers", "single stream"])
+def test_the_image_learns_to_keep_the_regions(fields):
+    """Texts 0 and 1 share an image: its attention moves into the union of their regions."""
+    model = make_model(TripsForQuestionAnswering, selection_guidance="image", **fields)
+    inputs = {**batch(), "pixel_values": IMAGES[:3, 0], "image_index": torch.tensor([0, 0, 1, 2])}
+    inside = union_of_targets(region_targets(BOXES[:4], (8, 8)), inputs["image_index"], 3) > 0
+    attention = attention_while_learning(model, inputs, inside)
     assert attention[0] < 0.6 and attention[-1] > 0.9
 
 
@@ -138,15 +144,8 @@ def test_a_cached_image_is_supervised_too():
 def test_the_text_learns_to_look_into_its_region():
     """Top-k has no gradient, and the weights of one fused token teach little: with the loss, all attention moves."""
     model = make_model(TripsForQuestionAnswering)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     inputs, inside = batch(), region_targets(BOXES[:4], (8, 8)) > 0
-    attention = []
-    for _ in range(60):
-        outputs = model(**inputs)
-        attention.append((outputs.selection[0].scores * inside).sum(dim=1).mean().item())
-        optimizer.zero_grad()
-        outputs.selection_loss.backward()
-        optimizer.step()
+    attention = attention_while_learning(model, inputs, inside)
     assert attention[0] < 0.4 and attention[-1] > 0.9
 
 

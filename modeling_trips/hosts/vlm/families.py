@@ -83,8 +83,13 @@ class Family:
         return self.base.vision_tower
 
     @property
+    def transformer(self) -> nn.Module:
+        """What holds the tower's embeddings and layers."""
+        return getattr(self.tower, "vision_model", self.tower)
+
+    @property
     def layers(self) -> nn.ModuleList:
-        return getattr(self.tower, "vision_model", self.tower).encoder.layers
+        return self.transformer.encoder.layers
 
     @property
     def num_selectable_layers(self) -> int:
@@ -168,7 +173,7 @@ class Llava(Family):
 
     @property
     def has_class_token(self) -> bool:
-        return hasattr(getattr(self.tower, "vision_model", self.tower).embeddings, "class_embedding")
+        return hasattr(self.transformer.embeddings, "class_embedding")
 
     def add_restoring_hooks(self, tower: Tower) -> list:
         def restore(module, args, output):

@@ -20,6 +20,7 @@ tokens are chosen, and the model gets the chosen ones with a prompt that has as 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -238,14 +239,8 @@ class Prompts:
 
     def shorten(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
         """The inputs without the images and without the positions of dropped tokens."""
-        stays = torch.cat(
-            [
-                torch.zeros(size, dtype=torch.bool, device=self.ids.device).index_fill_(
-                    0, own.to(self.ids.device), True
-                )
-                for own, size in zip(kept, sizes)
-            ]
-        )
+        visual = torch.cat([first + own for first, own in zip(accumulate(sizes, initial=0), kept)])
+        stays = self.mask.new_zeros(sum(sizes)).index_fill(0, visual.to(self.ids.device), True)
         stays = self.mask.masked_scatter(self.is_visual, stays)
         lengths = list(self.num_text)
         for own, row in zip(kept, rows):

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...modeling_trips_vision import TripsSelection
 from .families import LlavaNext, find_family
-from .tower import TowerLayer
+from .tower import selecting_layers
 from .wrapper import record_vlm_selection, selection_of
 
 
@@ -50,8 +50,7 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     Raises:
         ValueError: No layer of the model is scored by the text.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, TowerLayer) and layer.selection is not None]
-    guidances = [layer.selection.guidance for layer in layers]
+    guidances = [layer.selection.guidance for layer in selecting_layers(model)]
     if "text" not in guidances:
         raise ValueError(f"No layer of this {type(model).__name__} is scored by the text: pass a `guide`.")
     with record_vlm_selection(model) as selections:

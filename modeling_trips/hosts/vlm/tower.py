@@ -36,7 +36,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
 from ...configuration_trips import LayerSelection
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
-from ..layers import StandIn, project_rows, score_states
+from ..layers import SeparateProjections, StandIn, project_rows, score_states
 
 
 @dataclass
@@ -132,10 +132,10 @@ class TowerLayer(StandIn):
     number: int
     selection: LayerSelection | None
 
-    def guiding_query(self, current: TowerPass, normed: torch.Tensor) -> torch.Tensor:
-        """The query that scores the patches: `(num_images, num_heads, head_dim)`."""
+    def guiding_query(self, current: TowerPass, normed: torch.Tensor, images: slice = slice(None)) -> torch.Tensor:
+        """The query that scores the patches of these images: `(num_images, num_heads, head_dim)`."""
         if self.selection.guidance == "text":
-            return current.query.to(normed.dtype)
+            return current.query[images].to(normed.dtype)
         # Without a [CLS], the mean of all queries: the projection is linear, so that it is the query of the mean.
         return self.project_query(normed[:, 0] if self.tower.has_class_token else normed.mean(dim=1))
 
@@ -149,6 +149,11 @@ class TowerLayer(StandIn):
     def recorded(self) -> TripsSelection:
         """What the layer has selected in the current pass, in units."""
         raise NotImplementedError
+
+
+def selecting_layers(model: nn.Module) -> list[TowerLayer]:
+    """The layers of a model's tower that select, in order."""
+    return [layer for layer in model.modules() if isinstance(layer, TowerLayer) and layer.selection is not None]
 
 
 class GridLayer(TowerLayer):
@@ -213,40 +218,25 @@ class GridLayer(TowerLayer):
         return mask
 
 
-class SeparateProjections(GridLayer):
-    """Queries and keys come from linear layers of their own in `self_attn`."""
-
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layer_norm1(hidden_states)
-
-    def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
-
+class ClipLikeLayer(SeparateProjections, GridLayer):
     @property
     def key_layer(self) -> tuple[nn.Module, slice]:
         return self.self_attn.k_proj, slice(None)
 
-    def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
 
-    @property
-    def scaling(self) -> float:
-        return self.self_attn.scale
-
-
-class ClipTowerLayer(SeparateProjections, CLIPEncoderLayer):
+class ClipTowerLayer(ClipLikeLayer, CLIPEncoderLayer):
     pass
 
 
-class SiglipTowerLayer(SeparateProjections, SiglipEncoderLayer):
+class SiglipTowerLayer(ClipLikeLayer, SiglipEncoderLayer):
     pass
 
 
-class SmolvlmTowerLayer(SeparateProjections, SmolVLMEncoderLayer):
+class SmolvlmTowerLayer(ClipLikeLayer, SmolVLMEncoderLayer):
     pass
 
 
-class Idefics3TowerLayer(SeparateProjections, Idefics3EncoderLayer):
+class Idefics3TowerLayer(ClipLikeLayer, Idefics3EncoderLayer):
     pass
 
 
@@ -352,11 +342,14 @@ class PackedLayer(TowerLayer):
         num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
         size = self.tower.unit**2
         if len({*num_units}) == 1:
-            scores = self.scores(current, normed.unflatten(0, (len(num_units), -1)), range(len(num_units)))
+            scores = self.scores(current, normed.unflatten(0, (len(num_units), -1)))
             rows = [*scores.split(1)]
         else:
             sequences = normed.split([number * size for number in num_units])
-            rows = [self.scores(current, sequence[None], [image]) for image, sequence in enumerate(sequences)]
+            rows = [
+                self.scores(current, sequence[None], slice(image, image + 1))
+                for image, sequence in enumerate(sequences)
+            ]
         num_kept = [num_kept_tokens(number, self.selection.keep_rate) for number in num_units]
         firsts = accumulate(num_units, initial=0)
         positions = torch.cat(
@@ -367,16 +360,12 @@ class PackedLayer(TowerLayer):
         current.scores[self.number], current.num_kept[self.number] = rows, num_kept
         return hidden_states.unflatten(0, (-1, size))[positions].flatten(0, 1)
 
-    def scores(self, current: TowerPass, normed: torch.Tensor, images) -> torch.Tensor:
+    def scores(self, current: TowerPass, normed: torch.Tensor, images: slice = slice(None)) -> torch.Tensor:
         """Scores of the units of images with the same number of them: `(num_images, num_units)`."""
         size = self.tower.unit**2
         if self.selection.guidance == "random":
             return random_scores(len(normed), normed.shape[1] // size, False, normed.device, self.selection.seed)
-        if self.selection.guidance == "text":
-            query = current.query[[*images]].to(normed.dtype)
-        else:
-            query = self.project_query(normed.mean(dim=1))
-        return self.score(query, normed).unflatten(1, (-1, size)).sum(dim=-1)
+        return self.score(self.guiding_query(current, normed, images), normed).unflatten(1, (-1, size)).sum(dim=-1)
 
     def recorded(self) -> TripsSelection:
         """Row-major units of each image; -2 is padding where images of a batch have fewer."""
@@ -421,4 +410,5 @@ __all__ = [
     "Tower",
     "TowerLayer",
     "TowerPass",
+    "selecting_layers",
 ]

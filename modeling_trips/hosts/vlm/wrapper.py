@@ -30,7 +30,7 @@ from ..layers import check_layer
 from .families import Family
 from .guide import TextGuide
 from .pruning import ExitSelection, TowerSelection, prune
-from .tower import Tower, TowerLayer
+from .tower import Tower, TowerLayer, selecting_layers
 
 
 # Where the model holds its selection. It is no module, so that no parameter is added.
@@ -131,8 +131,7 @@ def record_vlm_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
         if layer.tower.current is not None:
             recorded.append(layer.recorded())
 
-    layers = [layer for layer in model.modules() if isinstance(layer, TowerLayer) and layer.selection is not None]
-    handles = [layer.register_forward_hook(record) for layer in layers]
+    handles = [layer.register_forward_hook(record) for layer in selecting_layers(model)]
     selection.recorded = recorded
     try:
         yield recorded

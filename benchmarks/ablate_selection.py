@@ -8,10 +8,10 @@ Train a task with several ways to select patches, and unpruned, over several see
         --dataset_name easy_vqa_scenes --model_name_or_path outputs/scenes
 
 The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
-for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in an option stands for
-the seed: `--model_name_or_path outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
-not repeated, so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy epoch`
-the rows hold the learning curve.
+for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in an option is the
+seed: `--model_name_or_path outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
+not repeated, so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy
+epoch` the rows hold the learning curve.
 
 The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor. plot_ablation.py draws the
 rows.

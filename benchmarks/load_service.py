@@ -2,7 +2,7 @@
 Put load on a running service with Locust: throughput and response times of 1, 8 and 32 clients that ask about
 different images, and of one client that asks ten questions in ten requests, about one image and about ten.
 
-    TRIPS_MODEL=examples/trips-tiny-easy-vqa bentoml serve trips_serving.service:Trips --host 127.0.0.1 --port 3000 &
+    TRIPS_MODEL=examples/trips-tiny-scenes bentoml serve trips_serving.service:Trips --host 127.0.0.1 --port 3000 &
     python benchmarks/load_service.py --url http://127.0.0.1:3000 --requests 500 --output_json rows.json
 
 With `--pid`, each row has the memory of that process and its children.

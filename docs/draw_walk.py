@@ -2,7 +2,7 @@
 Draw docs/walk.png: an image and a question in the layers of the shipped model.
 
     python docs/draw_walk.py
-    python docs/draw_walk.py --picture 4 --question "is there a circle?" --output walk.png
+    python docs/draw_walk.py --question "what shape is the red shape?" --output walk.png
 """
 
 from dataclasses import dataclass, field
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from easy_vqa import get_test_image_paths
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsSelection
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.analysis.pictures import draw_scores
-from trips_examples.ask import CHECKPOINT, answers_of
+from trips_examples.ask import CHECKPOINT, SCENE, answers_of
 from trips_examples.training.parser import make_parser
 
 
@@ -29,8 +28,8 @@ PICTURES, TOKENS, TEXTS = 0.41, 0.03, 0.85  # the bottoms of both rows, and the 
 
 @dataclass
 class WalkArguments:
-    picture: int = field(default=4, metadata={"help": "Number of a test image of easy-VQA."})
-    question: str = field(default="what color is the shape?", metadata={"help": "Question about the image."})
+    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a scene of four shapes."})
+    question: str = field(default="what color is the circle?", metadata={"help": "Question about the image."})
     output: str = field(default=str(Path(__file__).parent / "walk.png"), metadata={"help": "File of the figure."})
 
 
@@ -141,7 +140,7 @@ class Walk:
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(WalkArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    Walk(get_test_image_paths()[args.picture], args.question).draw().savefig(args.output)
+    Walk(args.image, args.question).draw().savefig(args.output)
 
 
 if __name__ == "__main__":

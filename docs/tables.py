@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
+from modeling_trips.inspection.cost import forward_cost
 from trips_examples.analysis.paired import exact_sign_test, paired_difference
 
 
@@ -238,6 +240,108 @@ def rates_questions() -> str:
     return rates("scenes_vqa_rates")
 
 
+# The protocol: independent starts, the same regions for all, test split
+
+PROTOCOL_PIXELS = {"0.05": 64, "0.25": 72, "0.5": 80, "0.7": 88}  # sides that cost as much as the keep rates
+PROTOCOL_SIZE = 96
+
+
+@cache
+def protocol_macs(image_size: int, text: str | None, texts: int) -> float:
+    """MACs of a schedule at an image size over those of the unpruned model at 96 pixels."""
+    config = TripsConfig.from_preset("tiny", vision_config={"image_size": image_size})
+    full = TripsConfig.from_preset("tiny", vision_config={"image_size": PROTOCOL_SIZE})
+    plan = UNPRUNED if text is None else SelectionSchedule.parse(text)
+    return forward_cost(config, 10, plan).macs(texts) / forward_cost(full, 10, UNPRUNED).macs(texts)
+
+
+def gap(rows: list[Row], baseline: list[Row], field: str = "test_accuracy") -> str:
+    """Mean difference over common seeds, its standard error, and p of the paired t-test; empty below three seeds."""
+    by_seed = {row["seed"]: 100 * row[field] for row in baseline}
+    pairs = [(100 * row[field], by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    if len(pairs) < 3:
+        return ""
+    found = paired_difference(*zip(*pairs))
+    p = f"p = {found.p_value:.2f}" if found.p_value >= 0.01 else "p < 0.01"
+    return f"{found.mean:+.1f} ({found.standard_error:.1f}; {p})"
+
+
+def protocol(name: str, suffix: str = "") -> str:
+    runs = variants(read(name))
+    baseline = runs[f"unpruned{suffix}"]
+    ways = [way for way in ("text", "image", "random") if any(key == f"{way} 0.25{suffix}" for key in runs)]
+    rows = [
+        ["1.0, unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * len(ways), "", "", "", ""]
+    ]
+    for rate, pixels in PROTOCOL_PIXELS.items():
+        of = {way: runs.get(f"{way} {rate}{suffix}", []) for way in ways}
+        if not any(of.values()):
+            continue
+        fewer = runs.get(f"fewer pixels {pixels}", []) if not suffix else []
+        rows.append(
+            [
+                rate,
+                *(f"{protocol_macs(PROTOCOL_SIZE, f'2:text:{rate}', texts):.2f}" for texts in (1, 4)),
+                *(spread(percents(found, "test_accuracy")) for found in of.values()),
+                f"{spread(percents(fewer, 'test_accuracy'))} ({pixels} px)" if fewer else "",
+                gap(of["text"], baseline),
+                gap(of["text"], of["image"]),
+                gap(of["text"], fewer),
+            ]
+        )
+    header = ["Keep rate", "MACs, 1 text", "MACs, 4 texts", *(f"By {way}, %" for way in ways), "Fewer pixels, %"]
+    header += ["Text less unpruned", "Text less image", "Text less fewer pixels"]
+    return render(header, rows, name, note=f"{len(baseline)} independent starts")
+
+
+@table
+def protocol_questions() -> str:
+    return protocol("protocol_questions")
+
+
+@table
+def protocol_questions_no_regions() -> str:
+    return protocol("protocol_questions", ", no regions")
+
+
+@table
+def protocol_precision() -> str:
+    rows = []
+    for task_name in ("questions", "boxes"):
+        runs = variants(read(f"protocol_{task_name}"))
+        for rate in PROTOCOL_PIXELS:
+            keys = [
+                f"text {rate}",
+                f"image {rate}",
+                f"random {rate}",
+                f"text {rate}, no regions",
+                f"image {rate}, no regions",
+            ]
+            cells = [spread(percents(runs.get(key, []), "test_layer2_inside")) for key in keys]
+            if any(cells):
+                rows.append([task_name, rate, *cells])
+    header = ["Task", "Keep rate", "Text, %", "Image, %", "Random, %", "Text, no regions, %", "Image, no regions, %"]
+    return render(header, rows, "protocol_questions", "protocol_boxes", note="patch precision")
+
+
+@table
+def protocol_top_p() -> str:
+    runs = variants(read("protocol_questions"))
+    names = {"text 0.05": "`2:text:0.05`", "text 0.25": "`2:text:0.25`", "text 0.5": "`2:text:0.5`"}
+    names |= {f"text top-p {mass}": f"top-p {mass}, at most half" for mass in ("0.9", "0.99")}
+    rows = [
+        [
+            label,
+            f"{mean(row['test_layer2_kept'] for row in runs[key]):.1f}",
+            *(spread(percents(runs[key], f"test_accuracy{kind}")) for kind in ("", "_shape", "_presence")),
+            gap(runs[key], runs["unpruned"]),
+        ]
+        for key, label in names.items()
+    ]
+    header = ["Selection", "Kept of 144 patches", "Accuracy, %", "Shape, %", "Presence, %", "Less unpruned"]
+    return render(header, rows, "protocol_questions", note="with regions")
+
+
 # Real images
 
 
@@ -344,6 +448,25 @@ def task(name: str, field: str, scale: float, digits: int, header: str, supervis
     ]
     seeds = [f"Seed {seed}" for seed in (0, 1, 2)]
     return render(["Selection", *seeds, header, "Difference to unpruned"], rows, name)
+
+
+@table
+def demo_runs() -> str:
+    runs: dict[tuple, dict[int, Row]] = {}
+    for row in sorted(read("demo_runs"), key=lambda row: (row["variant"], row["num_threads"], row["seed"])):
+        runs.setdefault((row["variant"], row["num_threads"]), {})[row["seed"]] = row
+    seeds = sorted({row["seed"] for row in read("demo_runs")})
+    rows = [
+        [
+            precision,
+            threads,
+            *(f"{100 * of[seed]['test_accuracy']:.2f}" if seed in of else "" for seed in seeds),
+            spread([row["minutes"] for row in of.values()]),
+        ]
+        for (precision, threads), of in runs.items()
+    ]
+    header = ["Precision", "Threads", *(f"Seed {seed}, %" for seed in seeds), "Minutes"]
+    return render(header, rows, "demo_runs", note="two runs side by side on 2 cores")
 
 
 @table
@@ -743,11 +866,12 @@ def speed_summary() -> str:
 
 @table
 def vlm_cost() -> str:
-    rows = [row for row in read("vlm_cost") if "variant" in row]
+    files = ("vlm_cost", "vlm_cost_batch_8")
+    rows = [row for name in files for row in read(name) if "variant" in row]
     cells = []
     for row in rows:
         (unpruned,) = select(rows, shape=row["shape"], batch_size=row["batch_size"], variant="unpruned")
-        first = row["seconds_to_first_token"]
+        first, later = row["seconds_to_first_token"], row["seconds_per_token"]
         cells.append(
             [
                 f"`{row['shape']}`",
@@ -756,14 +880,15 @@ def vlm_cost() -> str:
                 f"{row['visual_tokens']} to {row['cached_tokens'] - row['text_length']}",
                 f"{first / unpruned['seconds_to_first_token']:.2f}",
                 f"{row['ratio_to_exit']:.2f}",
-                f"{row['seconds_per_token'] / unpruned['seconds_per_token']:.2f}",
+                # Of a tower with a language model of one layer, the next token takes no time that can be measured.
+                "" if row["shape"].endswith("_tower") else f"{later / unpruned['seconds_per_token']:.2f}",
                 f"{row['cache_bytes'] / 1e6:.2f}",
                 f"{row['peak_memory_bytes'] / 1e6:.0f}" if row["peak_memory_bytes"] else "",
             ]
         )
     header = ["Shape", "Batch", "Variant", "Visual tokens", "First token, of unpruned", "First token, of exit alone"]
     header += ["Next token, of unpruned", "KV cache, MB", "Peak memory, MB"]
-    return render(header, cells, "vlm_cost")
+    return render(header, cells, *files)
 
 
 @table

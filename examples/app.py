@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
-from easy_vqa import get_test_image_paths
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.isolated_decoding import IsolatedDecoder
 from trips_examples.analysis import SAME_WEIGHTS_NOTE
 from trips_examples.analysis.asking import Asker
 from trips_examples.analysis.page import render_look
-from trips_examples.ask import CHECKPOINT
+from trips_examples.ask import CHECKPOINT, SCENE
 from trips_examples.training.parser import make_parser
 
 
@@ -38,22 +37,18 @@ MAX_TEXTS, MAX_LENGTH = 6, 300
 MIN_RATE = 0.05
 GUIDANCES = ["text", "image", "random"]
 TITLES = {
-    "TripsForQuestionAnswering": ("Questions, one per line", "what color is the shape?\nis there a circle?"),
+    "TripsForQuestionAnswering": (
+        "Questions, one per line",
+        "what color is the circle?\nwhat shape is the red shape?",
+    ),
     "TripsForConditionalGeneration": ("How the caption begins", "a picture of"),
     "TripsForVisualGrounding": ("What to find, one per line", "the red circle"),
 }
-EXAMPLES = {  # questions by the number of a test picture of easy-VQA
-    0: "what color is the shape?\nwhat shape is in the image?",
-    1: "is there a circle?\nis there a rectangle?\nis there a triangle?",
-    2: "is there not a red shape?",
-    3: "what is the color of the shape?",
-    4: "does the image contain a triangle?\nis there a green shape?",
-    5: "what shape does the image contain?",
-    6: "is there a blue shape?\nis there not a blue shape?",
-    7: "what color is the shape?",
-    8: "is a circle present?",
-    9: "is there a black shape?\nwhat shape is present?",
-}
+EXAMPLES = [  # questions about the scene
+    "what color is the circle?\nwhat color is the triangle?",
+    "what shape is the red shape?\nwhat shape is the gray shape?",
+    "is there a blue rectangle?\nis there a blue circle?",
+]
 CSS = """
 .told { display: flex; flex-wrap: wrap; gap: 1rem; }
 .told section { flex: 1 1 16rem; min-width: 0; padding: .75rem; border-radius: 8px; }
@@ -112,8 +107,8 @@ def read_rates(values: Sequence[float | None], layers: Sequence[int]) -> list[fl
     return [float(value) for value in values]
 
 
-def knows_easy_vqa(asker: Asker) -> bool:
-    """Tell by its vocabulary, which training makes of its data, if a checkpoint was trained on easy-VQA."""
+def knows_scenes(asker: Asker) -> bool:
+    """Tell by its vocabulary, which training makes of its data, if a checkpoint was trained on the bundled data."""
     own, shipped = asker.processor, TripsProcessor.from_pretrained(CHECKPOINT)
     has_vocabulary = own.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
     return has_vocabulary and isinstance(asker.model, TripsForQuestionAnswering)
@@ -123,8 +118,10 @@ def introduction(asker: Asker, checkpoint: str) -> str:
     """Markdown that says what the page shows, and what the model knows."""
     name = "/".join(Path(checkpoint).parts[-2:])
     lines = ["# What the text makes the model look at", "Faded patches are dropped; the text chooses which."]
-    if knows_easy_vqa(asker):
-        lines.append(f"Model: `{name}`. It knows the questions of easy-VQA alone, about one colored shape per image.")
+    if knows_scenes(asker):
+        lines.append(
+            f"Model: `{name}`. It knows composed scenes alone: four colored shapes, and questions as in the examples."
+        )
     else:
         lines.append(
             f"Model: `{name}`. Images and texts unlike its training data get an answer, too, but not a good one."
@@ -185,9 +182,8 @@ def build(args: AppArguments):
         changes = [control.change for control in [*rates, *guidances]]
         options = {"api_name": False, "show_progress": "minimal", "concurrency_limit": 1}
         gr.on(changes, update, inputs, result, trigger_mode="always_last", **options)
-        if knows_easy_vqa(asker):
-            paths = get_test_image_paths()
-            rows = [[str(paths[number]), text] for number, text in EXAMPLES.items()]
+        if knows_scenes(asker):
+            rows = [[str(SCENE), text] for text in EXAMPLES]
             clicked = gr.Examples(rows, [image, lines], cache_examples=False, elem_id="examples").load_input_event
             clicked = clicked.then(look, inputs, result, api_name=False)
             clicked.then(js="() => document.querySelector('#result').scrollIntoView()")  # far above, on a phone
@@ -197,12 +193,11 @@ def build(args: AppArguments):
 def main(argv: list[str] | None = None, **launching):
     (args,) = make_parser(AppArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     page = build(args).queue(max_size=32, default_concurrency_limit=1)
-    folder = str(Path(get_test_image_paths()[0]).parent)
     return page.launch(
         server_name=args.host,
         server_port=args.port,
         max_file_size=args.max_megabytes * 2**20,
-        allowed_paths=[folder],
+        allowed_paths=[str(SCENE)],
         css=CSS,
         **launching,
     )

@@ -1,9 +1,9 @@
 """
 Ask a trained model about an image, draw the patches that it keeps, and compare it with the same weights at keep rate
-1.0. Takes less than a minute and needs no network: the model that comes with this project knows easy-VQA.
+1.0. Takes less than a minute and needs no network: the model that comes with this project knows composed scenes.
 
-    python examples/ask.py                                      # what `make try` runs: a test image of easy-VQA
-    python examples/ask.py --image picture.png --question "what color is the shape?" "is there a circle?"
+    python examples/ask.py                                      # what `make try` runs: a test scene
+    python examples/ask.py --image picture.png --question "what color is the circle?" "is there a red circle?"
     python examples/ask.py --model demo/model                   # after `make demo`; exported folders work, too
 
 Installed without its source, the script is `python -m trips_examples.ask`.
@@ -19,7 +19,6 @@ from pathlib import Path
 import PIL.Image
 import torch
 import transformers
-from easy_vqa import get_test_image_paths
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.inspection import plot_selection
@@ -30,12 +29,13 @@ from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.training.parser import make_parser
 
 
-CHECKPOINT = Path(__file__).parent / "trips-tiny-easy-vqa"
+CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
+SCENE = Path(__file__).parent / "scene.png"  # test scene 35 of seed 0
 QUESTIONS = [
-    "what shape is in the image?",
-    "what color is the shape?",
-    "is there a circle?",
-    "is there not a red shape?",
+    "what color is the circle?",
+    "what shape is the red shape?",
+    "is there a blue rectangle?",
+    "is there a yellow triangle?",
 ]
 
 
@@ -44,14 +44,16 @@ class AskArguments:
     model: str = field(
         default=str(CHECKPOINT), metadata={"help": "Checkpoint or exported model that answers questions."}
     )
-    image: str | None = field(default=None, metadata={"help": "An image. Default: one of easy-VQA's test split."})
+    image: str | None = field(
+        default=None, metadata={"help": "An image. Default: a composed scene of the test split."}
+    )
     question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
     picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
 
 
 def load_image(path: str | None) -> PIL.Image.Image:
     try:
-        return read_image(get_test_image_paths()[0] if path is None else path)
+        return read_image(SCENE if path is None else path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--image {path}: {error}") from error
 
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None):
     processor = TripsProcessor.from_pretrained(args.model)
     schedule = model.config.vision_config.schedule.by_layer
 
-    print(f"Asked about {args.image or 'a test image of easy-VQA'}:")
+    print(f"Asked about {args.image or 'a scene of four shapes'}:")
     found = answers_of(model, processor, image, args.question)
     compared = [] if same_weights is None else answers_of(same_weights, processor, image, args.question)
     for question, own, other in itertools.zip_longest(args.question, found, compared):

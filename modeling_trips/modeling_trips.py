@@ -599,13 +599,13 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         >>> from PIL import Image
         >>> from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 
-        >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-easy-vqa")
-        >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-easy-vqa")
-        >>> image = Image.new("RGB", (64, 64), "teal")
-        >>> inputs = processor(images=image, text="what color is the shape?", return_tensors="pt")
+        >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-scenes")
+        >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-scenes")
+        >>> image = Image.open("examples/scene.png")  # four shapes, one of them a yellow circle
+        >>> inputs = processor(images=image, text="what color is the circle?", return_tensors="pt")
         >>> processor.post_process_answers(model.generate(**inputs))
-        ['teal']
-        >>> loss = model(**inputs, labels=processor.encode_answers(["teal"])).loss
+        ['yellow']
+        >>> loss = model(**inputs, labels=processor.encode_answers(["yellow"])).loss
         ```
         """
         # CODEPATH: a coefficient of 0, the default, leaves the loss out.

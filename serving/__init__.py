@@ -2,5 +2,5 @@
 A service that answers questions about images, writes captions, matches and compares: BentoML's, with its adaptive
 batching, over a checkpoint of TRIPS.
 
-    TRIPS_MODEL=examples/trips-tiny-easy-vqa bentoml serve trips_serving.service:Trips
+    TRIPS_MODEL=examples/trips-tiny-scenes bentoml serve trips_serving.service:Trips
 """

@@ -12,7 +12,7 @@ import psutil
 from places import EXAMPLES
 
 
-CHECKPOINT = EXAMPLES / "trips-tiny-easy-vqa"
+CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
 
 
 def free_port() -> int:

@@ -148,10 +148,15 @@ def read_metrics(path: Path) -> tuple[dict[str, float], int | None]:
 def headline_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """
     Return the metrics that a card lists: all but the recalls by features alone, of which it lists the mean where there
-    is no matching.
+    is no matching, and but for an exact match that is the accuracy.
     """
     mean = [] if "r_mean" in metrics else ["features_r_mean"]
-    return {name: value for name, value in metrics.items() if name in mean or not name.startswith("features_")}
+    left_out = {"exact_match"} if metrics.get("exact_match") == metrics.get("accuracy") else set()
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name in mean or not name.startswith("features_") and name not in left_out
+    }
 
 
 def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> list[dict]:

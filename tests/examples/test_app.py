@@ -14,10 +14,10 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from easy_vqa import get_test_image_paths
 from places import EXAMPLES
 
 from trips_examples.analysis import SAME_WEIGHTS
+from trips_examples.ask import SCENE
 
 
 pytest.importorskip("gradio")
@@ -89,9 +89,9 @@ def shot(page, name: str):
 
 
 def test_upload_ask_twice_and_see_the_patches_change(page):
-    upload(page, get_test_image_paths()[0])
+    upload(page, SCENE)
     page.get_by_role("img").first.wait_for()
-    result = ask(page, "what color is the shape?", "is there a circle?")
+    result = ask(page, "what color is the circle?", "what shape is the red shape?")
     text = result.inner_text()
     assert (
         re.search(r"65 → \d+ → \d+ → \d+ image tokens", text)
@@ -99,39 +99,39 @@ def test_upload_ask_twice_and_see_the_patches_change(page):
         and re.search(r"\d% ?\)", text)
     )
     first = pictures(page)
-    assert len(first) == 8  # of two questions and two layers: what is kept, and the scores
-    assert page.locator("#result img[alt*='keeps']").count() == 4
+    assert len(first) == 4  # of two questions: what is kept, and the scores
+    assert page.locator("#result img[alt*='keeps']").count() == 2
     shot(page, "questions.png")
 
-    other = ask(page, "is there not a rectangle?")
-    assert other.locator("h3").all_inner_texts() == ["is there not a rectangle?"]
+    other = ask(page, "is there a yellow triangle?")
+    assert other.locator("h3").all_inner_texts() == ["is there a yellow triangle?"]
     assert pictures(page)[0] not in first
 
 
 def test_a_lower_keep_rate_keeps_less(page):
-    upload(page, get_test_image_paths()[0])
+    upload(page, SCENE)
     ask(page, "what color is the shape?")
-    page.locator("#result", has_text="layer 2 keeps 32 patches").wait_for()
+    page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
     page.get_by_role("button", name="Selection schedule by layer").click()
     rate = page.get_by_label("number input for Layer 2 keeps")
-    rate.fill("0.25")
+    rate.fill("0.1")
     rate.press("Enter")
-    page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
+    page.locator("#result", has_text="layer 2 keeps 7 patches").wait_for()
 
     slider = page.locator("input[type=range]").first
     slider.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    page.locator("#result", has_text="layer 2 keeps 23 patches").wait_for()  # 0.35 of 65 tokens, and [CLS]
+    page.locator("#result", has_text="layer 2 keeps 13 patches").wait_for()  # 0.2 of 64
 
     rate.fill("")
     page.locator("#result", has_text="Layer 2 needs a keep rate from 0.05 to 1.").wait_for()
-    rate.fill("0.25")
+    rate.fill("0.1")
     rate.press("Tab")
-    page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
+    page.locator("#result", has_text="layer 2 keeps 7 patches").wait_for()
 
     page.locator("button[aria-label*='eset']").first.click()
-    page.locator("#result", has_text="layer 2 keeps 32 patches").wait_for()
+    page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
     first = pictures(page)[0]
     page.get_by_label("random").first.click()
     page.wait_for_function("first => document.querySelector('#result img').src != first", arg=first)
@@ -139,7 +139,7 @@ def test_a_lower_keep_rate_keeps_less(page):
 
 def test_the_page_names_its_model_and_what_that_knows(page):
     text = page.locator("body").inner_text()
-    assert "examples/trips-tiny-easy-vqa" in text and "easy-VQA alone" in text
+    assert "examples/trips-tiny-scenes" in text and "composed scenes alone" in text
     assert "An unpruned baseline needs its own training." in text
 
 
@@ -150,12 +150,12 @@ def test_a_tall_image_makes_no_tall_page(page, tmp_path):
     ask(page, "what color is the shape?")
     shot(page, "tall.png")
     heights = page.locator("#result img").evaluate_all("images => images.map(image => image.clientHeight)")
-    assert len(heights) == 4 and max(heights) < 500
+    assert len(heights) == 2 and max(heights) < 500
     assert page.evaluate("document.documentElement.scrollHeight") < 3000
 
 
 def test_the_keyboard_is_enough(page):
-    upload(page, get_test_image_paths()[1])
+    upload(page, SCENE)
     page.get_by_label("Questions, one per line").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("is there a triangle?")
@@ -165,8 +165,8 @@ def test_the_keyboard_is_enough(page):
 
 
 def test_an_example_is_asked_at_a_click(page):
-    page.get_by_text("is there not a red shape?").first.click()
-    page.locator("#result h3", has_text="is there not a red shape?").wait_for()
+    page.get_by_text("is there a blue rectangle?").first.click()
+    page.locator("#result h3", has_text="is there a blue rectangle?").wait_for()
 
 
 def told(page, words: str):
@@ -176,7 +176,7 @@ def told(page, words: str):
 
 def test_what_is_wrong_is_said_in_words(page, tmp_path):
     told(page, "There is no image yet. Upload one, or click an example.")
-    (tmp_path / "broken.png").write_bytes(Path(get_test_image_paths()[0]).read_bytes()[:60])
+    (tmp_path / "broken.png").write_bytes(SCENE.read_bytes()[:60])
     upload(page, tmp_path / "broken.png")
     page.wait_for_timeout(2000)
     told(page, "The image file is broken or cut off")
@@ -221,12 +221,12 @@ def test_it_fits_a_phone(browser, address):
     page.goto(address)
     page.get_by_role("button", name="Look", exact=True).wait_for()
     upload(page, get_test_image_paths()[2])
-    ask(page, "what color is the shape?", "is there a circle?")
+    ask(page, "what color is the circle?", "what shape is the red shape?")
     shot(page, "phone.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
-    page.get_by_text("is there not a red shape?").first.click()  # at the end of the page
-    answer = page.locator("#result h3", has_text="is there not a red shape?")
+    page.get_by_text("is there a blue rectangle?").first.click()  # at the end of the page
+    answer = page.locator("#result h3", has_text="is there a blue rectangle?")
     answer.wait_for()
     page.wait_for_function("document.querySelector('#result').getBoundingClientRect().top >= -1")
     assert answer.bounding_box()["y"] < 844
@@ -235,8 +235,8 @@ def test_it_fits_a_phone(browser, address):
 
 def test_ten_at_once_are_all_answered(address):
     client = pytest.importorskip("gradio_client")
-    path = client.handle_file(str(get_test_image_paths()[0]))
-    arguments = [path, "what color is the shape?", 0.5, 0.5, "text", "text"]
+    path = client.handle_file(str(SCENE))
+    arguments = [path, "what color is the circle?", 0.25, "text"]
 
     def answer(_) -> str:
         return client.Client(address, verbose=False).predict(*arguments, api_name="/look")
@@ -244,4 +244,4 @@ def test_ten_at_once_are_all_answered(address):
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(answer, range(10)))
     stripped = {re.sub(r"[\d.]+ ms", "", answer) for answer in answers}
-    assert len(stripped) == 1 and "what color is the shape?" in answers[0]
+    assert len(stripped) == 1 and "what color is the circle?" in answers[0]

@@ -76,8 +76,8 @@ class RunningApp:
         self.process.terminate()
         self.process.wait(60)
 
-    def ask(self, image: Path | str, lines: str = "what color is the shape?", rates=(0.5, 0.5)) -> str:
-        return self.client.predict(client.handle_file(str(image)), lines, *rates, "text", "text", api_name="/look")
+    def ask(self, image: Path | str, lines: str = "what color is the shape?", rate: float = 0.25) -> str:
+        return self.client.predict(client.handle_file(str(image)), lines, rate, "text", api_name="/look")
 
     def error(self, *question, **options) -> str:
         with pytest.raises(client.exceptions.AppError) as raised:
@@ -148,7 +148,7 @@ def seconds_of(pid: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [None, 0, 7, "0.5"])
 def test_a_rate_that_is_none_is_named(app, rate):
-    assert app.error(get_test_image_paths()[0], rates=(rate, 0.5)) == "Layer 2 needs a keep rate from 0.05 to 1."
+    assert app.error(get_test_image_paths()[0], rate=rate) == "Layer 2 needs a keep rate from 0.05 to 1."
 
 
 @pytest.mark.slow

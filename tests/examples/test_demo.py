@@ -15,10 +15,10 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     options = "--max_steps 16 --max_train_samples 512 --max_eval_samples 64 --publish_to shipped/tiny".split()
     demo.main(options)
     printed = capsys.readouterr().out
-    assert printed.count("image 0: ") == 4
-    assert "Accuracy on easy-VQA's test split: " in printed
-    assert "MAC ratio 0.66" in printed
-    # One row of panels per selection layer: the picture shows the original and two questions.
+    assert printed.count("test scene 1: ") == 4
+    assert "Accuracy: " in printed and "questions about test scenes" in printed
+    assert "MAC ratio 0.62" in printed
+    # One row of panels per selection layer: the picture shows the original and the questions.
     with PIL.Image.open(tmp_path / "demo/kept_patches.png") as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10**6)) > 20
 
@@ -31,4 +31,4 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
         assert torch.equal(shipped.state_dict()[name], weight.to(trained[name].dtype)), name
     card = (tmp_path / "shipped/tiny/README.md").read_text()
     assert f"Made by `python examples/demo.py {' '.join(options)}`." in card
-    assert "| easy-VQA, test, 64 examples | 0." in card and "| weights | bfloat16 |" in card
+    assert "| composed scenes, test, 64 examples | 0." in card and "| weights | bfloat16 |" in card

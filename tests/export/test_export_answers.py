@@ -1,5 +1,6 @@
-"""The checkpoint that comes with the project, exported by the command: it answers easy-VQA as PyTorch does."""
+"""The checkpoint that comes with the project, exported by the command: it answers questions about scenes as PyTorch does."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -7,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from easy_vqa import get_test_image_paths, get_test_questions, get_train_image_paths, get_train_questions
 from PIL import Image
 from places import EXAMPLES
 from safetensors.torch import load_file, save_file
@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import BACKENDS, export_model, load_exported
 from modeling_trips.export.__main__ import main, read_calibration
+from trips_examples.data.scenes import scene_records
 
 
-CHECKPOINT = EXAMPLES / "trips-tiny-easy-vqa"
-NUM_QUESTIONS = 600
+CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
 WAYS = [(backend, dtype, False) for backend, dtypes in BACKENDS.items() for dtype in dtypes]
 WAYS.append(("openvino", "int8", True))
 
@@ -30,10 +30,10 @@ def processor() -> TripsProcessor:
 
 @pytest.fixture(scope="module")
 def questions() -> tuple[list[str], list[str], list[Image.Image]]:
-    """Some of the test split: questions, their answers, and the images that they are about."""
-    texts, answers, image_ids = (column[:: len(column) // NUM_QUESTIONS] for column in get_test_questions())
-    paths = get_test_image_paths()
-    return texts, answers, [Image.open(paths[number]).convert("RGB") for number in image_ids]
+    """Some 600 of the test split: questions, their answers, and the images that they are about."""
+    records = list(scene_records("vqa", "test", 100))
+    images = [Image.open(io.BytesIO(record["image"]["bytes"])) for record in records]
+    return [record["question"] for record in records], [record["answer"] for record in records], images
 
 
 def answers_of(model, processor, texts, images) -> tuple[list[str], list]:
@@ -55,13 +55,14 @@ def expected(processor, questions):
 
 @pytest.fixture(scope="module")
 def calibration_file(tmp_path_factory):
-    """Rows of the training split."""
-    texts, _, image_ids = (column[:: len(column) // 100] for column in get_train_questions())
-    paths = get_train_image_paths()
-    rows = [{"image": str(paths[number]), "question": text} for text, number in zip(texts, image_ids)]
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    """Rows of the training split, a question of each image."""
+    folder, rows = tmp_path_factory.mktemp("rows"), {}
+    for record in scene_records("vqa", "train", 100):
+        name = f"{record['image_id']}.png"
+        (folder / name).write_bytes(record["image"]["bytes"])
+        rows[name] = {"image": name, "question": record["question"]}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    return folder / "rows.jsonl"
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: "-".join(map(str, way)))
@@ -156,7 +157,7 @@ def test_a_checkpoint_with_missing_weights_is_not_exported(tmp_path):
 def test_the_command_runs_as_a_module(tmp_path):
     """With another keep rate: what is kept is what the configuration says."""
     command = [sys.executable, "-m", "modeling_trips.export", "--model", str(CHECKPOINT), "--backend", "onnx"]
-    subprocess.run([*command, "--keep_rate", "0.25", "--output_dir", str(tmp_path / "new")], check=True)
+    subprocess.run([*command, "--keep_rate", "0.5", "--output_dir", str(tmp_path / "new")], check=True)
     model, processor = load_exported(tmp_path / "new"), TripsProcessor.from_pretrained(tmp_path / "new")
     inputs = processor(images=Image.new("RGB", (64, 64), "teal"), text="is there a circle?", return_tensors="pt")
-    assert [layer.kept_indices.shape[1] for layer in model.model(**inputs).selection] == [16, 5]
+    assert [layer.kept_indices.shape[1] for layer in model.model(**inputs).selection] == [32]

@@ -22,7 +22,7 @@ LOGITS = [[9.942533, 1.715019, 1.065390], [7.866401, 3.769530, 0.478318]]
 
 @torch.no_grad()
 def test_kept_patches_answers_and_logits_are_as_ever():
-    folder = EXAMPLES / "trips-tiny-easy-vqa"
+    folder = EXAMPLES / "trips-tiny-scenes"
     model, processor = TripsForQuestionAnswering.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((16, 16, 47, 47), fill="teal")

@@ -59,7 +59,7 @@ RUN = ["loss", "runtime", "model_preparation_time", "samples_per_second", "steps
 SELECTION = ["layer2_entropy", "layer2_coverage", "layer10_text_sensitivity", "layer10_inside", "inside_at_random"]
 # What each script writes to eval_results.json: metrics, and the rest.
 WRITTEN = {
-    "vqa": (["accuracy"], RUN + SELECTION),
+    "vqa": (["accuracy", "exact_match"], RUN + SELECTION),
     "nlvr2": (["accuracy"], RUN + SELECTION),
     "grounding": (["accuracy", "mean_iou"], RUN + SELECTION),
     "captioning": ([*(f"bleu_{length}" for length in range(1, 5)), "meteor", "rouge_l", "cider"], RUN),
@@ -71,6 +71,7 @@ WRITTEN = {
 }
 # The metrics that a card lists, where these are not all. `model-index` has all.
 LISTED = {
+    "vqa": ["accuracy"],  # which is the exact match where a question has one answer
     "retrieval": RECALLS,
     "pretraining": ["features_r_mean", "itm_accuracy", "mlm_accuracy", "prefix_lm_accuracy"],
 }

@@ -14,7 +14,7 @@
 """
 Decode image files from untrusted sources to 8-bit RGB images, within limits.
 
-This file imports neither siblings nor PyTorch, so that processes which decode start fast.
+This file does not import siblings or PyTorch, so that decoding processes start fast.
 """
 
 import io
@@ -50,8 +50,8 @@ class ImageError(ValueError):
     Args:
         reason (`str`):
             `"empty"`; `"format"`: not one of the accepted formats; `"pixels"`: too many pixels; `"work"`: takes too
-            long to decode; `"broken"`: damaged or cut off, or without a fixed range of grey values.
-        message (`str`): What is wrong, and what is accepted.
+            long to decode; `"broken"`: damaged, truncated, or without a fixed range of gray values.
+        message (`str`): The fault and what is accepted.
     """
 
     def __init__(self, reason: str, message: str):
@@ -66,9 +66,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     Decode an image file from an untrusted source.
 
-    The size is read from the header before any pixel. Files that need much more work than their size suggests are
-    refused before they are decoded: JPEGs with more than 100 scans, GIFs with comments above 64 KiB, and BMPs with
-    run-length encoding.
+    The size is checked before any pixel is decoded. Files that need much more work than their size suggests are
+    refused: JPEGs with more than 100 scans, GIFs with comments above 64 KiB, and BMPs with run-length encoding.
 
     Args:
         data (`bytes`): Content of a JPEG, PNG, WebP, GIF or BMP file. Of an animation, the first frame is decoded.
@@ -78,7 +77,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         `PIL.Image.Image`: The image as [`convert_to_rgb`] returns it.
 
     Raises:
-        [`ImageError`]: The file cannot be used; `reason` says why.
+        [`ImageError`]: The file cannot be used, see its `reason`.
     """
     if not data:
         raise ImageError("empty", "The image file is empty.")
@@ -97,17 +96,17 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("pixels", f"The image has too many pixels; at most {max_pixels:,} are accepted.") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError("format", f"The file is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
-    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ImageError("broken", f"The image file is broken or cut off: {str(error).rstrip('.')}.") from error
 
 
 def _check_work(data: bytes):
-    """Refuse files that keep a decoder busy for long, from their structure alone."""
+    """Refuse files whose structure makes them slow to decode."""
     if data.startswith(b"\xff\xd8") and _has_too_many_scans(data):
         raise ImageError("work", f"The JPEG has more than {MAX_JPEG_SCANS} scans. Save it again as a plain JPEG.")
     if data.startswith((b"GIF87a", b"GIF89a")) and _gif_comment_bytes(data) > MAX_GIF_COMMENT_BYTES:
         raise ImageError("work", f"The GIF has comments of more than {MAX_GIF_COMMENT_BYTES:,} bytes. Remove them.")
-    # Bytes 30 to 33 of a BMP file are its compression: 1 and 2 are run-length encodings, which Pillow reads in Python.
+    # Bytes 30 to 33 of a BMP are its compression. 1 and 2 are run-length encodings, which Pillow decodes in Python.
     if data.startswith(b"BM") and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
         raise ImageError("work", "The BMP is run-length encoded. Save it without compression, or as a PNG.")
 
@@ -130,7 +129,7 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 
 def _gif_comment_bytes(data: bytes) -> int:
-    """Number of bytes in the comments before the first frame."""
+    """Return the number of bytes in the comments before the first frame."""
     total, position = 0, 13 + _color_table_bytes(data[10:11])
     while data[position : position + 1] == b"!":  # an extension
         is_comment = data[position + 1 : position + 2] == b"\xfe"
@@ -149,21 +148,19 @@ def _color_table_bytes(flags: bytes) -> int:
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """
-    Convert an image of any mode to 8-bit RGB, upright and opaque. The argument is left as it is.
+    Convert an image to 8-bit RGB, upright and opaque. The argument is not changed.
 
-    The EXIF orientation is applied, transparent pixels (an alpha channel, or a transparent color of a palette) are
-    laid on white, and 16-bit grey is scaled to 8 bits (`round(value / 257)`). An EXIF block that cannot be read counts
-    as upright.
+    The EXIF orientation is applied, transparent pixels become white, and 16-bit gray is scaled to 8 bits
+    (`round(value / 257)`). An EXIF block that cannot be read counts as upright.
 
     Args:
         image (`PIL.Image.Image`): Image of any Pillow mode but "I" and "F", of any format but EPS.
 
     Returns:
         `PIL.Image.Image`: A new image of mode "RGB" without metadata, so that its orientation is not applied again.
-        Width and height are swapped where the orientation asks for it.
 
     Raises:
-        `ValueError`: The image has no pixels; its mode is "I" or "F", which have no fixed range of grey values; or
+        `ValueError`: The image has no pixels; its mode is "I" or "F", which have no fixed range of gray values; or
             its format is EPS, which Pillow decodes by starting Ghostscript.
     """
     check_format(image)
@@ -174,7 +171,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
             f'Mode "{image.mode}" has no fixed range of grey values: scale the image to mode "L" (0 to 255) or '
             '"I;16" (0 to 65535).'
         )
-    image.load()  # a PNG may have its EXIF block behind its pixels
+    image.load()  # the EXIF block of a PNG may follow its pixels
     if (method := TRANSPOSE_METHODS.get(orientation_of(image))) is not None:
         image = image.transpose(method)
     if image.mode.startswith("I;16"):
@@ -191,10 +188,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_format(image: Image.Image):
-    """
-    Raises:
-        `ValueError`: Pillow would start another program to decode the opened image.
-    """
+    """Raise a `ValueError` if Pillow starts another program to decode the opened image."""
     if image.format in FORMATS_OF_PROGRAMS:
         raise ValueError(f"{image.format} images are not supported. Save the image as a PNG.")
 

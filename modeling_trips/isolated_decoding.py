@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Decode image files from strangers in processes that can be killed, for the service and the app."""
+"""Decode untrusted image files in processes that can be killed, for the service and the app."""
 
 import queue
 import signal
@@ -26,7 +26,7 @@ from PIL import Image
 from .image_decoding_trips import MAX_PIXELS, ImageError, decode_image
 
 
-# A package of this name without its `__init__`: the processes start without PyTorch.
+# The package is replaced by one without `__init__`, so that the processes start without PyTorch.
 _PROGRAM = """
 import sys
 from types import ModuleType
@@ -41,13 +41,13 @@ _REPLY = struct.Struct(">IIQ")  # width and height, or zeros for an error; bytes
 
 class IsolatedDecoder:
     """
-    Decode image files in separate processes, and kill the ones that take too long. Threads may share it.
+    Decoder of image files in separate processes, which are killed if they take too long. It is thread-safe.
 
     The processes start with the first images and end with this process.
 
     Args:
-        num_processes (`int`, *optional*, defaults to 2): How many files are decoded at a time; other calls wait.
-        seconds (`float`, *optional*, defaults to 5.0): Longest time for one file.
+        num_processes (`int`, *optional*, defaults to 2): Number of files that are decoded at a time; other calls wait.
+        seconds (`float`, *optional*, defaults to 5.0): Time limit for one file.
     """
 
     def __init__(self, num_processes: int = 2, seconds: float = 5.0):
@@ -58,10 +58,10 @@ class IsolatedDecoder:
 
     def decode(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """
-        As [`decode_image`].
+        Decode an image file as [`decode_image`] does.
 
         Raises:
-            [`ImageError`]: Also with the reason `"work"` where it takes longer than `seconds`, or ends the process.
+            [`ImageError`]: As there; also with the reason `"work"` if decoding exceeds `seconds` or ends the process.
         """
         process = self._processes.get()
         try:
@@ -92,16 +92,16 @@ class IsolatedDecoder:
 
 
 def _start_process() -> subprocess.Popen:
-    # A supervisor sends SIGTERM to all processes of a service, which still has requests to answer. The process
-    # inherits the mask, and ends with its standard input.
+    # A supervisor sends SIGTERM to all processes of a service while requests are in flight. The process inherits the
+    # mask and ends when its standard input closes.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        # -I: neither the environment nor the folder of this file decides what the process imports.
+        # -I: the environment and the folder of this file do not affect imports.
         return subprocess.Popen(
             [sys.executable, "-I", "-c", _PROGRAM, str(Path(__file__).parent)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pipesize=1 << 20,  # bytes: fewer turns between the processes for an image
+            pipesize=1 << 20,  # bytes, for fewer switches between the processes
             start_new_session=True,
         )
     finally:
@@ -128,7 +128,7 @@ def _read(stream, num_bytes: int) -> bytes:
 
 
 def serve():
-    """Decode the files that come on the standard input until it ends."""
+    """Decode the files from standard input until it closes."""
     source = sys.stdin.buffer
     while True:
         try:
@@ -139,7 +139,7 @@ def serve():
 
 
 def _reply(data: bytes, max_pixels: int, target):
-    """A function of its own, so that a waiting process holds no image."""
+    """Decode a file and write the reply. Its own scope frees the image while the process waits."""
     try:
         image = decode_image(data, max_pixels)
         (width, height), content = image.size, image.tobytes()

@@ -36,12 +36,12 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision, the mean over texts and images. In training, if regions or targets are given.
+        Selection supervision, the mean over texts and images. Returned in training, if regions or targets are given.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
         Scores of the classes, before the softmax.
     selection (`tuple(TripsSelection)`):
-        What each selection layer kept, in the order of the layers. Row `i * num_images + j` is image j of text i, here
-        and in `hidden_states`, `attentions` and `cross_attentions`, which are the fusion encoder's.
+        Kept patches of each selection layer. Row `i * num_images + j` is image j of text i, here and in
+        `hidden_states`, `attentions` and `cross_attentions` of the fusion encoder.
     """
 
     loss: torch.FloatTensor | None = None
@@ -105,11 +105,11 @@ class TripsForImagesAndTextClassification(TripsWholeModel):
     ) -> TripsForImagesAndTextClassificationOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels, height, width)`, *optional*):
-            The images of each text, in order. With `image_index`, all images in any order, each once, of shape
-            `(num_all_images, num_channels, height, width)`; without it, that shape holds the images of text 0, then
-            those of text 1, and so on.
+            The images of each text, in order. The shape may also be `(num_all_images, num_channels, height, width)`:
+            with `image_index`, distinct images in any order; without it, the images of text 0, then those of text 1,
+            and so on.
         image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
-            Image j of text i is image `image_index[i, j]`, so that texts that share images share their computation.
+            Image j of text i is image `image_index[i, j]`. Texts with the same image share its computation.
         image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
@@ -172,7 +172,7 @@ def _flatten_images(
     num_texts: int,
     num_images: int,
 ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
-    """Makes one batch of all images, and one entry of `image_index` per text and image, as the vision tower has it."""
+    """Return all images as one batch, and `image_index` with one entry per text and image."""
     if pixel_values is not None and pixel_values.ndim == 5:
         if pixel_values.shape[:2] != (num_texts, num_images) or image_index is not None:
             raise ValueError(
@@ -192,7 +192,7 @@ def _flatten_images(
     if images is not None and images.shape[0] != num_texts * num_images:
         raise ValueError(
             f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "
-            "Pass all images, or `image_index`, the images of each text."
+            "Pass all images, or `image_index` with the images of each text."
         )
     return pixel_values, None
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The head that grounds: the box of what a text is about."""
+"""The head for visual grounding: the box of the object that a text describes."""
 
 import math
 from dataclasses import dataclass
@@ -32,8 +32,7 @@ from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows
 # Losses
 
 
-# Least area of a union or an enclosing box, before it is a divisor.
-SMALLEST_AREA = 1e-12
+SMALLEST_AREA = 1e-12  # lower bound of areas that are divisors
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -63,10 +62,9 @@ def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Ten
 
 def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2]. It also
-    has a gradient for boxes that do not overlap.
+    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2].
 
-    `torchvision.ops.generalized_box_iou_loss` returns the same values with a sync with the device.
+    `torchvision.ops.generalized_box_iou_loss` returns the same values but syncs with the device.
 
     Args:
         boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
@@ -80,14 +78,11 @@ def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) ->
 
 
 def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-    """
-    Return the L1 distance of box i and target box i, `(num_boxes,)`: the sum over the four numbers of the format that
-    both have.
-    """
+    """Return the L1 distance of box i and target box i, `(num_boxes,)`, the sum over their four numbers."""
     return (boxes - target_boxes).abs().sum(dim=-1)
 
 
-# The head that grounds
+# Head
 
 
 @auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
@@ -100,16 +95,16 @@ class TripsVisualGroundingOutput(ModelOutput):
     l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         L1 distance of predicted box and label, summed over the four numbers, per box.
     giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        1 - generalised IoU of predicted box and label, per box.
+        1 - generalized IoU of predicted box and label, per box.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision by the boxes. In training, if a text guides a layer.
+        Selection supervision by the boxes. Returned in training, if a layer is scored by the text.
     pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Attention supervision of the box head. In training, unless its coefficient is 0.
+        Attention supervision of the box head. Returned in training, unless its coefficient is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
         Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
         [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
     selection (`tuple(TripsSelection)`):
-        What each selection layer kept, in the order of the layers.
+        Kept patches of each selection layer.
     """
 
     loss: torch.FloatTensor | None = None
@@ -126,9 +121,9 @@ class TripsVisualGroundingOutput(ModelOutput):
 
 class TripsBoxHead(nn.Module):
     """
-    The fused [CLS] attends to the remaining image tokens. The mean of their positions is the reference point, and
-    DETR's box head (three linear layers with ReLU) predicts the offset from it and the size of the box. Conditional
-    DETR (https://arxiv.org/abs/2108.06152) predicts the reference point from the query alone.
+    Box head with a reference point. The fused [CLS] attends to the remaining image tokens, and the mean of their
+    positions is the reference point. DETR's box head (three linear layers with ReLU) predicts the offset from it and
+    the size of the box. Conditional DETR (https://arxiv.org/abs/2108.06152) predicts the point from the query alone.
     """
 
     def __init__(self, config: TripsConfig):
@@ -162,7 +157,7 @@ class TripsBoxHead(nn.Module):
         if image_mask is not None:
             scores = scores.masked_fill(~image_mask, -math.inf)
         weights = scores.float().softmax(dim=-1)
-        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast would round places
+        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast rounds positions
         hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
         for layer in self.layers[:-1]:
             hidden_states = nn.functional.relu(layer(hidden_states))
@@ -172,8 +167,8 @@ class TripsBoxHead(nn.Module):
 
 def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """
-    Return x and y of the centers of patches (see `token_indices`), `(num_texts or 1, num_tokens, 2)`, float32, in
-    [0, 1]; the center of the image for a fused token and padding.
+    Return the centers (x, y) of patches, `(num_texts or 1, num_tokens, 2)`, float32, in [0, 1]. Fused tokens and
+    padding (see `token_indices`) get the center of the image.
     """
     rows, columns = grid_size
     x = (indices % columns + 0.5) / columns
@@ -183,8 +178,8 @@ def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torc
 
 @auto_docstring(
     custom_intro="""
-    TRIPS with a box head: the text (a referring expression) selects the patches and is fused with them, and its [CLS]
-    predicts the box of the object that it describes.
+    TRIPS with a box head. The text is a referring expression. It selects the patches and is fused with them, and its
+    [CLS] predicts the box of the object that it describes.
     """
 )
 class TripsForVisualGrounding(TripsWholeModel):
@@ -212,12 +207,11 @@ class TripsForVisualGrounding(TripsWholeModel):
     ) -> TripsVisualGroundingOutput:
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`, so that the expressions of one image share it. By default text i
-            looks at image i.
+            Text i belongs to image `image_index[i]`. By default to image i.
         image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            The box of each text, in the format of `pred_boxes`: [`TripsProcessor.encode_boxes`] makes it of pixels.
+            The box of each text, in the format of `pred_boxes`. [`TripsProcessor.encode_boxes`] converts pixels to it.
 
         Example:
 
@@ -282,9 +276,9 @@ def box_losses(
     pred_boxes: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the L1 and the generalised IoU loss of boxes (center_x, center_y, width, height), each the mean over boxes.
+    Return the L1 and the generalized IoU loss of boxes (center_x, center_y, width, height), each the mean over boxes.
 
-    `Trainer` counts four numbers per box in `num_items_in_batch`. With it, gradient accumulation and several processes
+    `Trainer` counts four items per box in `num_items_in_batch`. With it, gradient accumulation and several processes
     give the gradient of the whole batch.
     """
     if labels.shape != pred_boxes.shape:
@@ -298,7 +292,7 @@ def box_losses(
 
 
 def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
-    """Return the mean of losses of boxes, `(num_texts,)`, over the whole batch if its items are given."""
+    """Return the mean of the losses, `(num_texts,)`, over the whole batch if its number of items is given."""
     return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
 
 

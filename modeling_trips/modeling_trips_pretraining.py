@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Retrieval and pre-training: the contrastive model with matching, its losses over the batch of all processes, and
-pre-training's objectives.
+Retrieval and pre-training: the contrastive model with matching, its losses over the batch of all processes, and the
+pre-training objectives.
 
-"The same image" always means an equal image id, so that the captions of one image, and an image that is in the batch
-twice, are never taken for negatives.
+Images with equal ids are the same image. The captions of one image are never negatives of each other, even if the
+image is in the batch twice.
 """
 
 from collections.abc import Callable
@@ -49,16 +49,16 @@ from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionM
 
 
 def num_processes() -> int:
-    """Return the number of processes of the training; 1 without `torch.distributed`."""
+    """Return the number of processes, 1 without `torch.distributed`."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def mean_count(count: torch.Tensor) -> torch.Tensor:
     """
-    The mean of a number of items (shape `()`) over the processes, at least one item in all of them.
+    Return the mean number of items per process, for a total of at least one item.
 
-    A process that divides the sum over its items by it has a loss whose mean over the processes, as data parallel
-    training takes it, is the mean over all items, also if one process has more of them than another.
+    Each process divides the sum over its items by it. The mean of these losses over the processes, which data parallel
+    training takes, is then the mean over all items, also if processes have different numbers of items.
     """
     if num_processes() == 1:
         return count.clamp_min(1)
@@ -72,12 +72,12 @@ LOWEST_LOGIT = -1e9  # minus infinity times a target of 0 would be NaN
 
 class MatchingPairs(NamedTuple):
     """
-    Pairs of image-text matching from T true pairs: those, then each text with another image, then each image with
-    another text. Each field has `3 * T` entries.
+    Pairs of image-text matching: T true pairs, then each text with a negative image, then each image with a negative
+    text. Each field has `3 * T` entries.
     """
 
     text_index: torch.LongTensor  # the pair's text
-    image_index: torch.LongTensor  # the pair's image, named by the true pair that it comes from
+    image_index: torch.LongTensor  # the true pair that the pair's image comes from
     labels: torch.LongTensor  # 1 for a true pair, 0 for a negative one
     weights: torch.FloatTensor  # 0 where the batch holds no negative, 1 elsewhere
 
@@ -86,12 +86,12 @@ def similarity(
     queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """
-    Return the dot products of every query with every candidate, divided by the temperature. They are in full
-    precision, since a small temperature would amplify the rounding of autocast.
+    Return the dot products of every query with every candidate, divided by the temperature. Autocast is off, since a
+    small temperature amplifies rounding errors.
 
     Args:
         queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape `(num_candidates,
-            dim)`): usually normalised.
+            dim)`): usually normalized.
         temperature (`float` or `torch.Tensor` of one element, *optional*, defaults to 1.0)
 
     Returns:
@@ -104,15 +104,15 @@ def similarity(
 
 def contrastive_targets(query_ids: torch.LongTensor, candidate_ids: torch.LongTensor) -> torch.FloatTensor:
     """
-    Return the targets of retrieval: the candidates of the query's image, in equal shares.
+    Return the targets of retrieval: equal shares for the candidates of the query's image.
 
     Args:
         query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
             `(num_candidates,)`): image ids.
 
     Returns:
-        `torch.FloatTensor` of shape `(num_queries, num_candidates)`, float32. A row sums to 1, or to 0 if no candidate
-        is of the query's image.
+        `torch.FloatTensor` of shape `(num_queries, num_candidates)`. A row sums to 1, or to 0 if no candidate belongs
+        to the query's image.
     """
     same_image = (query_ids[:, None] == candidate_ids).float()
     return same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
@@ -129,16 +129,16 @@ def contrastive_loss(
     Return the image-text contrastive loss (ITC): the mean of the cross-entropies of image-to-text and text-to-image
     retrieval.
 
-    With several processes, the candidates are those of all processes, and the loss of a process is the sum over its
-    rows divided by the mean number of rows. The mean of the processes' losses and gradients is then that of one
-    process with the whole batch, also for unequal numbers of images.
+    The candidates come from all processes. The loss of a process is the sum over its rows, divided by the mean number
+    of rows per process. The mean of the processes' losses and gradients then equals that of one process with the whole
+    batch, also for unequal numbers of images.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
-            dim)`): normalised.
+            dim)`): normalized.
         temperature (`float` or `torch.Tensor` of one element)
         image_ids (`torch.LongTensor` of shape `(num_images,)`), text_image_ids (`torch.LongTensor` of shape
-            `(num_texts,)`): which image each one is, or belongs to. An image without a text adds nothing of its own.
+            `(num_texts,)`): the id of each image, and of each text's image.
 
     Returns:
         `torch.Tensor` of shape `()`, float32 or wider.
@@ -164,14 +164,14 @@ def distilled_loss(
     teacher_weight: float,
 ) -> torch.Tensor:
     """
-    Return one direction of ITC with a momentum teacher (ALBEF, equation 6). The candidates are the teacher's features;
-    the targets are a mixture of `contrastive_targets` and the teacher's own distribution.
+    Return one direction of ITC with a momentum teacher (ALBEF, equation 6). The candidates are the teacher's features.
+    The targets are a mixture of `contrastive_targets` and the teacher's distribution.
 
     Args:
-        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalised.
+        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalized.
         query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): image ids. A candidate of id -1 is none: it is left out.
-        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalised, without gradient.
+            `(num_candidates,)`): image ids. Candidates with the id -1 are ignored.
+        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalized, without gradient.
         temperature (`float` or `torch.Tensor` of one element)
         teacher_weight (`float`): share of the teacher in the targets (ALBEF's alpha).
 
@@ -193,11 +193,11 @@ class TeacherOutput(NamedTuple):
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, projection_dim)`), text_embeds (`torch.Tensor` of shape
-            `(num_texts, projection_dim)`): normalised.
-        mlm_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`): of the masked texts.
-        images, texts (`tuple[torch.Tensor, torch.LongTensor]`): features and image ids of the candidates: those of the
-            batch, from all processes, and then those of past batches. The id -1 marks none.
-        num_images, num_texts (`int`): how many of them are of the batch.
+            `(num_texts, projection_dim)`): normalized.
+        mlm_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`): scores of the masked texts.
+        images, texts (`tuple[torch.Tensor, torch.LongTensor]`): features and image ids of the candidates: first the
+            batch of all processes, then past batches. The id -1 marks an empty entry.
+        num_images, num_texts (`int`): number of candidates that belong to the batch.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -250,7 +250,7 @@ def hard_negative_indices(
     """
     Draw one negative for each query from the softmax of its logits over the candidates of other images.
 
-    The largest sum of logit and Gumbel noise has that distribution. Unlike `torch.multinomial`, it works with tiny
+    The maximum of logits plus Gumbel noise has that distribution. Unlike `torch.multinomial`, it works with tiny
     probabilities and does not sync with the device.
 
     Args:
@@ -259,8 +259,9 @@ def hard_negative_indices(
         generator (`torch.Generator`, *optional*): by default PyTorch's global one.
 
     Returns:
-        The drawn candidates, a `torch.LongTensor` of shape `(num_queries,)`, and whether each of them is a negative, a
-        `torch.BoolTensor` of that shape. It is not where all candidates are of the same image: mask that row's loss.
+        `torch.LongTensor` of shape `(num_queries,)`: the drawn candidates.
+        `torch.BoolTensor` of shape `(num_queries,)`: False if all candidates are of the query's image. The drawn
+        candidate is then no negative; mask that row's loss.
     """
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     noisy_logits = (logits.detach() + noise).masked_fill(same_image, float("-inf"))
@@ -271,17 +272,14 @@ def matching_pairs(
     logits: torch.Tensor, image_ids: torch.LongTensor, generator: torch.Generator | None = None
 ) -> MatchingPairs:
     """
-    Return the pairs of image-text matching (ITM): for each of T true pairs, that pair, its text with a hard negative
-    image and its image with a hard negative text.
+    Return the pairs of image-text matching (ITM): each of T true pairs, its text with a hard negative image, and its
+    image with a hard negative text.
 
     Args:
-        logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) says how well the text of pair i fits the image of pair
-            j. An image that is in several pairs can be drawn as each of them.
-        image_ids (`torch.LongTensor` of shape `(T,)`): which image each pair has.
+        logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) is the similarity of text i and the image of pair j. An
+            image in several pairs can be drawn from each of them.
+        image_ids (`torch.LongTensor` of shape `(T,)`): image id of each pair.
         generator (`torch.Generator`, *optional*): by default PyTorch's global one.
-
-    Returns:
-        [`MatchingPairs`].
     """
     same_image = image_ids[:, None] == image_ids
     negative_images, found = hard_negative_indices(logits, same_image, generator)
@@ -301,7 +299,7 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
     Return the image-text matching loss (ITM): the weighted mean of the cross-entropies of the pairs of all processes.
 
     Args:
-        logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 speaks for a match.
+        logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 is the score of a match.
         labels (`torch.LongTensor` of shape `(num_pairs,)`), weights (`torch.Tensor` of shape `(num_pairs,)`): see
             [`MatchingPairs`].
 
@@ -314,7 +312,7 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
 
 
 def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
-    """Return the numbers of rows of each tensor in all processes, by rank. This syncs with the host."""
+    """Return the number of rows of each tensor in each process, by rank. This syncs with the host."""
     counts = [len(tensor) for tensor in tensors]
     if num_processes() == 1:
         return [[count] for count in counts]
@@ -323,20 +321,17 @@ def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
 
 def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """
-    Return the rows of all processes, by rank. The gradient of a process's rows is that of the losses of all processes.
+    Return the rows of all processes, by rank. The gradient of a process's rows sums over the losses of all processes.
 
     Args:
         tensor (`torch.Tensor` of shape `(num_rows, ...)`)
-        counts (`list[int]`): the number of rows of each process, see `row_counts`.
-
-    Returns:
-        `torch.Tensor` of shape `(sum(counts), ...)`.
+        counts (`list[int]`): number of rows of each process, see `row_counts`.
     """
     return _GatherWithGradient.apply(tensor, counts) if num_processes() > 1 else tensor
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """`torch.distributed.nn` has one too, but deprecated, and its successor is private."""
+    """Gather with gradient. The one in `torch.distributed.nn` is deprecated, and its successor is private."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -347,25 +342,20 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place, and not ours
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         distributed.all_reduce(gradient)
         return gradient.split(ctx.counts)[distributed.get_rank()], None
 
 
 def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors of all processes, which have the same shape."""
+    """Return the tensors of all processes. They must have the same shape."""
     gathered = [torch.empty_like(tensor) for _ in range(num_processes())]
     distributed.all_gather(gathered, tensor)
     return gathered
 
 
 def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
-    """
-    Return image ids for a batch without repeated images, different in all processes.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images,)`.
-    """
+    """Return image ids, `(num_images,)`, for a batch without repeated images. They differ between processes."""
     rank = distributed.get_rank() if num_processes() > 1 else 0
     return torch.arange(num_images, device=device) * num_processes() + rank
 
@@ -376,12 +366,12 @@ def check_captions(
     image_index: torch.LongTensor | None,
     image_ids: torch.LongTensor | None,
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Return `image_index` and `image_ids` for the losses, with their defaults."""
+    """Check `image_index` and `image_ids` and fill in their defaults."""
     num_texts, device = len(text_states), text_states.device
     if image_index is None and num_texts != num_images:
         raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index`, the image of "
-            "each text."
+            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index` with the image "
+            "of each text."
         )
     for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
         if value is not None and tuple(value.shape) != (count,):
@@ -401,18 +391,18 @@ def masked_language_loss(
     num_masked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Return the mean cross-entropy of the masked tokens. With a momentum teacher (ALBEF, equation 7), the share
-    `teacher_weight` of the target is the teacher's distribution.
+    Return the mean cross-entropy of the masked tokens. With a momentum teacher (ALBEF, equation 7), its distribution
+    has the share `teacher_weight` in the targets.
 
     Args:
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 where nothing is masked.
+        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked.
         teacher_weight (`float`, *optional*, defaults to 0.0)
-        num_masked (`torch.Tensor` of shape `()`, *optional*): what the sum over the tokens is divided by. By default
-            their number.
+        num_masked (`torch.Tensor` of shape `()`, *optional*): divisor of the sum over the tokens. By default their
+            number.
 
     Returns:
-        `torch.Tensor` of shape `()`, float32. It is 0 if nothing is masked.
+        `torch.Tensor` of shape `()`, float32. It is 0 if no token is masked.
     """
     log_probabilities = logits.float().log_softmax(dim=-1)
     masked = labels != -100
@@ -427,7 +417,7 @@ def masked_language_loss(
 # Retrieval
 
 
-# ALBEF's temperature: where it starts, and the bounds of what is used.
+# ALBEF's temperature: initial value and bounds.
 INITIAL_TEMPERATURE = 0.07
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
@@ -443,22 +433,22 @@ class TripsRetrievalOutput(ModelOutput):
     itm_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Image-text matching loss.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        How far the texts' choice of patches in their own images is from their regions or targets: the mean over the
-        texts. In training, if either is given and there is a matching loss.
+        Selection supervision of the texts in their own images, the mean over the texts. Returned in training, if
+        regions or targets are given and there is a matching loss.
     logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
         Similarity of each image to each text of this process, divided by the temperature.
     logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*):
         Its transpose.
     itm_logits (`torch.FloatTensor` of shape `(3 * num_texts, 2)`, *optional*):
-        The pairs of the matching loss: each text with its image, then with a negative image, then each of these images
-        with a negative text. Column 1 speaks for a match.
+        Scores of the pairs of the matching loss: each text with its image, then with a negative image, then each image
+        with a negative text. Column 1 is the score of a match.
     image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*):
-        Normalised features of the images.
+        Normalized features of the images.
     text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*):
-        Normalised features of the texts.
+        Normalized features of the texts.
     selection (`tuple(TripsSelection)`, *optional*):
-        What each selection layer kept: of each text's image under its guidance if there is a matching loss, else of
-        each image under its own.
+        Kept patches of each selection layer: scored by each text in its image if there is a matching loss, else scored
+        by each image.
     text_model_output (`BaseModelOutputWithPooling`, *optional*):
         Output of the text encoder.
     vision_model_output (`TripsVisionModelOutput`, *optional*):
@@ -484,9 +474,9 @@ class TripsRetrievalOutput(ModelOutput):
 class TripsMatchingOutput(ModelOutput):
     r"""
     itm_logits (`torch.FloatTensor` of shape `(num_pairs, 2)`):
-        Column 1 speaks for a match: `itm_logits.softmax(-1)[:, 1]` is its probability.
+        Scores of the pairs. `itm_logits.softmax(-1)[:, 1]` is the probability of a match.
     selection (`tuple(TripsSelection)`):
-        What each selection layer kept of each pair's image.
+        Kept patches of each pair's image, one entry per selection layer.
     selection_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
         As in [`TripsModelOutput`].
     """
@@ -501,8 +491,10 @@ class TripsMatchingOutput(ModelOutput):
 
 class TripsTemperature(nn.Module):
     """
-    What similarities are divided by: a parameter, clamped to its bounds. Device maps and int8 checkpoints know only
-    parameters of modules like this one, and FSDP shards along a dimension, so that it is no scalar.
+    Learned temperature of the similarities, clamped to its bounds.
+
+    It is a module because device maps and int8 checkpoints handle only parameters of modules, and it has one dimension
+    because FSDP shards along a dimension.
     """
 
     def __init__(self):
@@ -514,7 +506,7 @@ class TripsTemperature(nn.Module):
 
 
 @auto_docstring(
-    custom_intro="What retrieval and pre-training share: features that compare images with texts, and matching."
+    custom_intro="Base of retrieval and pre-training: features that compare images with texts, and matching."
 )
 class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads call `post_init`, when complete)
     accepts_loss_kwargs = False  # each loss is a mean over its own items: `Trainer` averages accumulated batches
@@ -538,7 +530,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
             init.constant_(module.weight, INITIAL_TEMPERATURE)
 
     def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that one objective alone trains, by the name of its weight in the configuration."""
+        """Return the parameters that only one objective trains, by the name of its weight in the configuration."""
         features = (self.vision_proj, self.text_proj, self.temp)
         return {
             "itc_weight": [parameter for module in features for parameter in module.parameters()],
@@ -546,14 +538,14 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         }
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """As in the parent, and those of objectives of weight 0."""
+        """Return the unused parameters of the parent and those of objectives of weight 0."""
         own = self.parameters_by_objective()
         off = [name for name in own if getattr(self.config, name) == 0]
         unused = super().unused_parameters() + [parameter for name in off for parameter in own[name]]
         if {*off, "itc_weight"} == own.keys():  # contrast alone: no text is fused with an image
             unused += self.model.fusion_model.parameters()
             projection = self.model.vision_model.selection_projection
-            # CODEPATH: it is there where text and vision differ in width.
+            # CODEPATH: the projection exists if text and vision differ in width.
             if projection is not None:
                 unused += projection.parameters()
         return unused
@@ -570,7 +562,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         r"""
         Returns:
             The output of the text encoder. Its `pooler_output`, of shape `(num_texts, projection_dim)` and float32 or
-            wider, holds the normalised features; its `last_hidden_state` can be given to `match` as `text_states`.
+            wider, holds the normalized features. Its `last_hidden_state` can be passed to `match` as `text_states`.
         """
         text_outputs = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
         text_outputs.pooler_output = _normalized(self.text_proj(text_outputs.pooler_output))
@@ -590,7 +582,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
 
         Returns:
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
-            and float32 or wider, holds the normalised features.
+            and float32 or wider, holds the normalized features.
         """
         vision_outputs = self.model.vision_model(pixel_values, image_cache=image_cache, **kwargs)
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
@@ -611,8 +603,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
         r"""
-        Score pairs of image and text, to rerank the results of the features. A text or image in several pairs is
-        encoded once.
+        Score pairs of image and text, for reranking. A text or image in several pairs is encoded once.
 
         image_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
             Pair p has image `image_index[p]`. By default image p.
@@ -640,7 +631,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         )
 
     def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
-        """Return the similarities of all images and texts, from their features."""
+        """Return the similarities of all images and texts."""
         image_embeds, text_embeds = image_outputs.pooler_output, text_outputs.pooler_output
         image_embeds = image_embeds.to(text_embeds.device)  # the parts may lie on several devices
         logits_per_text = similarity(text_embeds, image_embeds, self.temp())
@@ -666,7 +657,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         patch_targets: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
-        """The fields of the output of `forward` with its losses, from what text and image give on their own."""
+        """Return the losses and the other fields of the output of `forward`."""
         text_states = text_outputs.last_hidden_state
         image_index, image_ids = check_captions(text_states, len(image_cache.hidden_states), image_index, image_ids)
         pair_ids = image_ids[image_index]
@@ -674,7 +665,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         itc_loss = itm_loss = selection_loss = None
         outputs = {"text_embeds": text_outputs.pooler_output, "text_model_output": text_outputs}
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
-        # CODEPATH: a weight of 0 leaves out a loss and all that it alone needs.
+        # CODEPATH: a weight of 0 leaves out a loss and its compute.
         if config.itc_weight > 0:
             outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
             embeds = outputs.image_embeds, outputs.text_embeds
@@ -706,9 +697,9 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
 
 @auto_docstring(
     custom_intro="""
-    TRIPS for image-text retrieval, in ALBEF's two stages. The features of images and texts are independent, so that
-    both can be indexed; the image's own [CLS] selects patches. `match` then scores the best candidates: the text
-    selects the patches and is fused with them.
+    TRIPS for image-text retrieval, in ALBEF's two stages. The features of images and texts are independent, so both
+    can be indexed. Their patches are scored by the image's [CLS]. `match` then reranks the best candidates with
+    patches that are scored by the text.
     """
 )
 class TripsForRetrieval(TripsContrastiveModel):
@@ -717,7 +708,6 @@ class TripsForRetrieval(TripsContrastiveModel):
 
     @classmethod
     def pipeline_class(cls) -> type:
-        """As in the parent."""
         from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 
         return TripsZeroShotImageClassificationPipeline
@@ -743,16 +733,16 @@ class TripsForRetrieval(TripsContrastiveModel):
     ) -> tuple | TripsRetrievalOutput:
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i is a caption of image `image_index[i]`, for the losses. By default text i is one of image i.
+            Text i is a caption of image `image_index[i]`, for the losses. By default of image i.
         image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-            Images of equal id, in this process or another, are the same: the texts of each are right for all of them.
-            By default all images are distinct.
+            Images with equal ids, in any process, are the same image and share their texts. By default all images are
+            distinct.
         return_loss (`bool`, *optional*):
             Whether to compute the losses. By default, if `image_ids` are given.
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            What each text is about in its own image, see [`TripsModel`].
+            Target region of each text in its image, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Where a teacher looks, see [`TripsModel`].
+            Attention of a teacher, see [`TripsModel`].
 
         Example:
 
@@ -778,7 +768,7 @@ class TripsForRetrieval(TripsContrastiveModel):
                 text_outputs, image_cache, attention_mask, image_index, image_ids, **teaching, **kwargs
             )
             if outputs["loss"] is None:
-                raise ValueError("`itc_weight` and `itm_weight` are both 0: there is no loss. Give one a weight.")
+                raise ValueError("`itc_weight` and `itm_weight` are both 0. Set one of them to get a loss.")
             return TripsRetrievalOutput(**outputs)
         return self.compare(text_outputs, self.get_image_features(pixel_values, **kwargs))
 
@@ -788,7 +778,7 @@ def _normalized(embeds: torch.Tensor) -> torch.Tensor:
 
 
 def _of_true_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
-    """What teaches the texts, which are the first pairs; zeros, which teach nothing, for the negative pairs."""
+    """Pad the supervision of the true pairs, which come first, with zeros (no supervision) for the negative pairs."""
     return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
 
 
@@ -811,9 +801,9 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*):
         The weighted sum of the losses below.
     mlm_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Masked language modelling: words are guessed from the rest of the text and the image.
+        Masked language modeling: masked words are predicted from the rest of the text and the image.
     prefix_lm_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        The decoder continues a caption from its beginning and the image.
+        Prefix language modeling: the decoder continues a caption from its beginning and the image.
     mlm_logits (`torch.FloatTensor` of shape `(num_texts, text_length, vocab_size)`, *optional*):
         Scores of the masked text's tokens.
     """
@@ -825,9 +815,9 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
 
 @auto_docstring(
     custom_intro="""
-    TRIPS in pre-training (ALBEF's objectives, and mPLUG's prefix language modelling). The objectives share one pass of
-    the vision tower up to the first layer that a text guides; from there on, every text selects for itself: a caption,
-    its masked form, its beginning, and that of a negative pair.
+    TRIPS for pre-training with ALBEF's objectives and mPLUG's prefix language modeling. The objectives share the
+    cached image states. Above them, each text selects its own patches: a caption, its masked form, its beginning, and
+    the caption of a negative pair.
     """
 )
 class TripsForPreTraining(TripsContrastiveModel):
@@ -839,13 +829,13 @@ class TripsForPreTraining(TripsContrastiveModel):
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
-        # CODEPATH: without prefix language modelling nothing is written.
+        # CODEPATH: only prefix language modeling generates text.
         if config.prefix_lm_weight > 0:
             config.check_start_token()
         self.mlm_score = TripsLMHead(config.text_config)
         decoder = TripsDecoder(config.decoder_config)
         self.lm_head = TripsLMHead(config.decoder_config)
-        self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
+        self.decoder = decoder  # after the head, or automatic device maps take `lm_head.decoder` for a part of it
         self.post_init()
 
     def get_output_embeddings(self):
@@ -855,13 +845,13 @@ class TripsForPreTraining(TripsContrastiveModel):
         self.mlm_score.decoder = new_embeddings
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resizes the embeddings of the text encoder and those of the decoder, which are not tied, and both heads."""
+        """Resize the untied embeddings of the text encoder and the decoder, and both heads."""
         size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
         self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
         return super().resize_token_embeddings(*args, **kwargs)
 
     def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
-        mlm_score = self.mlm_score  # whose decoder's weight is that of the text encoder
+        mlm_score = self.mlm_score  # its decoder's weight is tied to the text encoder
         return {
             **super().parameters_by_objective(),
             "mlm_weight": [*mlm_score.dense.parameters(), *mlm_score.LayerNorm.parameters(), mlm_score.decoder.bias],
@@ -891,28 +881,28 @@ class TripsForPreTraining(TripsContrastiveModel):
     ) -> tuple | TripsForPreTrainingOutput:
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i is a caption of image `image_index[i]`. By default text i is one of image i.
+            Text i is a caption of image `image_index[i]`. By default of image i.
         image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-            Images of equal id are the same. By default all images are distinct.
+            Images with equal ids are the same image. By default all images are distinct.
         mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
             The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
         mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
-            What was masked; -100 elsewhere.
+            The masked tokens; -100 elsewhere.
         prompt_input_ids (`torch.LongTensor` of shape `(num_texts, prompt_length)`, *optional*):
             The beginnings of the texts.
         prompt_attention_mask (`torch.Tensor` of shape `(num_texts, prompt_length)`, *optional*):
-            0 marks padding in them.
+            0 marks padding in `prompt_input_ids`.
         labels (`torch.LongTensor` of shape `(num_texts, label_length)`, *optional*):
-            How they go on, ending with the end token; -100 is ignored.
+            The continuations of the texts, with the end token; -100 is ignored.
         teacher ([`TeacherOutput`], *optional*):
-            A momentum teacher's view of the batch. It softens the targets of the contrastive and the masked-language
-            loss, and gives the former more candidates.
+            Output of a momentum teacher. It softens the targets of the contrastive loss and of masked language
+            modeling, and adds candidates to the contrastive loss.
         teacher_weight (`float`, *optional*, defaults to 0.0):
-            Share of the teacher's opinion in the targets (ALBEF's alpha).
+            Share of the teacher in the targets (ALBEF's alpha).
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            What each text is about, see [`TripsForRetrieval`].
+            Target region of each text, see [`TripsForRetrieval`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Where a teacher looks, see [`TripsForRetrieval`].
+            Attention of a teacher, see [`TripsForRetrieval`].
 
         Example:
 
@@ -958,7 +948,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             logits = self.continue_texts(
                 prompt_input_ids, prompt_attention_mask, image_index, image_cache, labels, **kwargs
             )
-            num_tokens = mean_count((labels != -100).sum())  # there may be none: each text is too short to be cut
+            num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
         losses = {"mlm_weight": mlm_loss, "prefix_lm_weight": prefix_lm_loss}
         outputs["loss"] = weighted_sum(
@@ -978,8 +968,8 @@ class TripsForPreTraining(TripsContrastiveModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        Scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in `forward`; the
-        images are the `image_cache` that `model.encode_images` makes of them.
+        Return the scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in
+        `forward`; `image_cache` is the result of `model.encode_images`.
         """
         fused = self.model(
             mlm_input_ids,
@@ -1001,8 +991,8 @@ class TripsForPreTraining(TripsContrastiveModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        Scores of what follows the beginnings, `(num_texts, label_length, vocab_size)`: of each label, given those
-        before it. Arguments as in `forward` and `guess_words`.
+        Return the scores of each label given the labels before it, `(num_texts, label_length, vocab_size)`. Arguments
+        as in `forward` and `guess_words`.
         """
         fused = self.model(
             prompt_input_ids,

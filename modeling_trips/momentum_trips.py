@@ -14,9 +14,8 @@
 """
 The momentum teacher of pre-training and its queues (ALBEF, https://arxiv.org/abs/2107.07651, section 3; MoCo).
 
-The teacher is a slow copy of the model. Its features of past batches wait in queues, as more candidates for the
-contrastive loss, and its opinions soften the targets. It belongs to training, not to the model, and checkpoints of the
-model do not hold it.
+The teacher is a moving average of the model. Queues hold its features of past batches, which are more candidates for
+the contrastive loss, and its outputs soften the targets. Checkpoints of the model do not hold the teacher.
 """
 
 import copy
@@ -33,8 +32,7 @@ from .modeling_trips_pretraining import TeacherOutput, check_captions, gather_wi
 
 class FeatureQueue(nn.Module):
     """
-    The last `size` feature vectors, with the image ids they belong to; the oldest are overwritten. Entries that were
-    never written have the id -1.
+    The last `size` feature vectors and their image ids. The id of empty entries is -1.
     """
 
     def __init__(self, size: int, dim: int):
@@ -44,15 +42,17 @@ class FeatureQueue(nn.Module):
         self.position = nn.Buffer(torch.zeros((), dtype=torch.long))
 
     def behind(self, features: torch.Tensor, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
-        """The given rows and, after them, the queue's: features and ids. What is pushed later does not change them."""
+        """Return features and ids of the given rows, followed by the queue's. Later pushes do not change them."""
         return torch.cat((features, self.features.to(features.dtype))), torch.cat((ids, self.ids))
 
     @torch.no_grad()
     def push(self, features: torch.Tensor, ids: torch.LongTensor):
-        """Adds rows: `features` of shape `(num_rows, dim)`, `ids` of shape `(num_rows,)`, at most `size` of them."""
+        """Add at most `size` rows: `features` of shape `(num_rows, dim)`, `ids` of shape `(num_rows,)`."""
         size = len(self.ids)
         if len(ids) > size:
-            raise ValueError(f"The queue holds {size} rows, too few for the {len(ids)} of all processes' batch.")
+            raise ValueError(
+                f"The queue holds {size} rows, fewer than the {len(ids)} of all processes' batch. Raise `queue_size`."
+            )
         slots = (self.position + torch.arange(len(ids), device=ids.device)) % size
         self.features[slots] = features.to(self.features.dtype)
         self.ids[slots] = ids
@@ -61,11 +61,12 @@ class FeatureQueue(nn.Module):
 
 class MomentumTeacher(nn.Module):
     """
+    Momentum teacher with a queue of image features and a queue of text features.
+
     Args:
         model ([`TripsForPreTraining`]): the model that is trained. The teacher starts as its copy.
-        momentum (`float`, *optional*, defaults to 0.995): share of the teacher that stays in an update.
-        queue_size (`int`, *optional*, defaults to 65536): how many features of past images, and of past texts, are
-            kept as candidates; at least the batch of all processes.
+        momentum (`float`, *optional*, defaults to 0.995): share of the teacher that an update keeps.
+        queue_size (`int`, *optional*, defaults to 65536): size of each queue; at least the batch of all processes.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.995, queue_size: int = 65536):
@@ -79,13 +80,13 @@ class MomentumTeacher(nn.Module):
     @torch.no_grad()
     def update(self, model: nn.Module, momentum: float | None = None):
         """
-        After each optimizer step: `teacher = momentum * teacher + (1 - momentum) * model`. Buffers are copied; with
-        several processes, from the first one, so that the teachers of all stay equal.
+        Set `teacher = momentum * teacher + (1 - momentum) * model`, after each optimizer step. Buffers are copied from
+        the first process, so that the teachers of all processes stay equal.
 
         Args:
-            model ([`TripsForPreTraining`]): not wrapped by DistributedDataParallel. Parameters that FSDP2 shards are
+            model ([`TripsForPreTraining`]): not wrapped by DistributedDataParallel. FSDP2's sharded parameters are
                 gathered one after another. A model in half precision may have a teacher in full precision.
-            momentum (`float`, *optional*): in place of the teacher's own. 0 makes it a copy of the model.
+            momentum (`float`, *optional*): by default the teacher's. 0 copies the model.
         """
         momentum = self.momentum if momentum is None else momentum
         for parameter, source in zip(self.model.parameters(), model.parameters()):
@@ -107,18 +108,18 @@ class MomentumTeacher(nn.Module):
         mlm_input_ids: torch.LongTensor | None = None,
     ) -> TeacherOutput:
         """
-        Compute the teacher's view of a batch. Arguments are those of [`TripsForPreTraining`].
+        Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`].
 
         Raises:
-            ValueError: `image_ids` is missing, without which the images in the queues cannot be told apart.
+            ValueError: `image_ids` is missing.
         """
         teacher, config = self.model.eval(), self.model.config
         output: dict = {}
         image_cache = teacher.model.encode_images(pixel_values)
-        # CODEPATH: an objective of weight 0 needs nothing from the teacher.
+        # CODEPATH: an objective of weight 0 does not need the teacher.
         if config.itc_weight > 0:
             if image_ids is None:
-                raise ValueError("`image_ids` is missing: the teacher's queues hold images of past batches.")
+                raise ValueError("`image_ids` is missing. The teacher's queues need the id of each image.")
             texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
             images = teacher.get_image_features(image_cache=image_cache).pooler_output
             output |= {
@@ -140,7 +141,7 @@ class MomentumTeacher(nn.Module):
         image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor,
     ) -> dict:
-        """The features of this batch, from all processes, followed by those in the queues."""
+        """Return the features of the batch of all processes, followed by those in the queues."""
         image_index, image_ids = check_captions(text_embeds, len(image_embeds), image_index, image_ids)
         text_ids = image_ids[image_index]
         image_counts, text_counts = row_counts(image_ids, text_ids)
@@ -160,12 +161,12 @@ class MomentumTeacher(nn.Module):
             self.texts.push(*(rows[: output.num_texts] for rows in output.texts))
 
     def teach(self, inputs: dict, weight: float) -> dict:
-        """Add the teacher's view to the inputs of a [`TripsForPreTraining`], with its weight in the targets."""
+        """Add the teacher's output and its weight to the inputs of [`TripsForPreTraining`]."""
         names = [name for name in inspect.signature(MomentumTeacher.forward).parameters if name in inputs]
         return {**inputs, "teacher": self(**{name: inputs[name] for name in names}), "teacher_weight": weight}
 
     def save(self, folder: str | Path):
-        """Writes `momentum.safetensors`, by way of a temporary file."""
+        """Write `momentum.safetensors` atomically."""
         target = Path(folder) / "momentum.safetensors"
         temporary = target.with_suffix(".tmp")
         save_file({name: tensor.contiguous() for name, tensor in self._own_state().items()}, temporary)
@@ -173,29 +174,29 @@ class MomentumTeacher(nn.Module):
 
     def load(self, folder: str | Path):
         """
-        Reads what `save` wrote.
+        Read the file that `save` wrote.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it is the teacher of another model, or its queues are of another size.
+            FileNotFoundError: The file is missing.
+            ValueError: The teacher has another architecture or queue size.
         """
         path = Path(folder) / "momentum.safetensors"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: without the momentum teacher this run cannot go on.")
+            raise FileNotFoundError(f"{path} is missing. The run cannot resume without its momentum teacher.")
         saved, own = load_file(path), self._own_state()
         shapes, own_shapes = ({name: tuple(value.shape) for name, value in state.items()} for state in (saved, own))
         if shapes != own_shapes:
             different = sorted(dict(shapes.items() ^ own_shapes.items()))
             found = ", ".join(f"{name} {shapes.get(name)}, not {own_shapes.get(name)}" for name in different[:5])
-            raise ValueError(f"{path} does not fit this run's model and queue size: it has {found}.")
+            raise ValueError(f"{path} does not fit this run's model and queue size: {found}.")
         for name, tensor in own.items():
             tensor.copy_(saved[name])
 
     def _own_state(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, each tied one once."""
+        """Return parameters and buffers by name, tied ones once."""
         return dict(self.named_parameters()) | dict(self.named_buffers())
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter itself, or all of it where FSDP2 left each process a part."""
+    """Return a parameter, gathered if FSDP2 shards it."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

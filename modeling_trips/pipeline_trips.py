@@ -16,12 +16,12 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from .processing_trips import read_image
 
 
-NUM_RANKED_ANSWERS = 128  # how many of a given list are scored in full, as in ALBEF
+NUM_RANKED_ANSWERS = 128  # candidates that are scored in full, as in ALBEF
 
 
 def _torch_dataset(inputs):
     """Return a dataset or column of the library `datasets` as a PyTorch dataset, and other inputs unchanged."""
-    # By name, since `datasets` is an extra.
+    # `datasets` is an extra and may be missing.
     from_datasets = type(inputs).__module__.partition(".")[0] == "datasets"
     return Subset(inputs, range(len(inputs))) if from_datasets and isinstance(inputs, Sized) else inputs
 
@@ -33,7 +33,7 @@ def without_rest(labels: torch.LongTensor, end_token_id: int | list[int] | None)
 
 
 def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
-    """Return the answers of pairs of text and probability, the best first. Equal texts count as one."""
+    """Return the answers of (text, probability) pairs, best first. Probabilities of equal texts add up."""
     scores = {}
     for text, score in pairs:
         scores[text] = scores.get(text, 0.0) + score
@@ -43,9 +43,7 @@ def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
 
 
 class TripsPipeline(Pipeline):
-    """
-    Base of the pipelines. An item is one image with one text or several; each image of a batch is prepared once.
-    """
+    """Base of the pipelines. An item is an image with one or more texts; each image is processed once."""
 
     _load_processor = True
     _load_tokenizer = False
@@ -63,7 +61,7 @@ class TripsPipeline(Pipeline):
             )
 
     def __call__(self, inputs, **kwargs):
-        """As in Transformers. An empty list has no results, and inputs may come from the library `datasets`."""
+        """Run the pipeline. Unlike in Transformers, inputs may be empty or come from the library `datasets`."""
         inputs = _torch_dataset(inputs)
         return [] if isinstance(inputs, (list, tuple)) and not inputs else super().__call__(inputs, **kwargs)
 
@@ -73,7 +71,7 @@ class TripsPipeline(Pipeline):
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             try:
                 image = read_image(image, timeout)
-            except Exception as error:  # the network and Pillow raise many kinds
+            except Exception as error:  # the network and Pillow raise many types
                 raise ValueError(f"The image {image} cannot be used: {error}") from error
         single = isinstance(texts, str)
         return {"image": image, "texts": [texts] if single else texts, "single": single, "truncation": truncation}
@@ -85,7 +83,7 @@ class TripsPipeline(Pipeline):
             images=[item["image"] for item in items],
             text=[text for item in items for text in item["texts"]],
             image_index=[position for position, count in enumerate(num_texts) for _ in range(count)],
-            truncation=items[0]["truncation"],  # one option for all of a call
+            truncation=items[0]["truncation"],  # the same for all items of a call
             return_tensors="pt",
         )
         single = [item["single"] for item in items]
@@ -111,13 +109,13 @@ class TripsPipeline(Pipeline):
 
 class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     """
-    Answers questions about images, under the task name `"visual-question-answering"`.
+    Pipeline that answers questions about images, under the task name `"visual-question-answering"`.
 
     ```python
     >>> from transformers import pipeline
 
     >>> oracle = pipeline("visual-question-answering", model="org/trips-vqa", trust_remote_code=True)
-    >>> oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)  # or of a loaded model
+    >>> oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)  # or a loaded model
     >>> oracle(image="picture.png", question="what color is the shape?", top_k=2)
     [{'score': 0.99, 'answer': 'teal'}, {'score': 0.004, 'answer': 'green'}]
     ```
@@ -145,25 +143,25 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
                 An image (PIL image, path or URL), a list of images or a dataset of them. Without `question`: a dict
                 `{"image": ..., "question": ...}`, or a list, dataset or generator of such dicts.
             question (`str` or `list[str]`, *optional*):
-                One question or several. Several are asked about each image and share its computation.
+                One or more questions. Each question is asked about each image.
             top_k (`int`, *optional*, defaults to 5):
-                Largest number of answers for each question, and the width of the beam search that finds them.
+                Maximum number of answers for each question, and the width of the beam search.
             answers (`list[str]`, *optional*):
-                List to choose the answers from (see [`TripsForQuestionAnswering.rank_answers`]).
+                Candidate answers to rank (see [`TripsForQuestionAnswering.rank_answers`]).
             batch_size (`int`, *optional*, defaults to 1):
                 Number of images per batch.
             timeout (`float`, *optional*):
-                Seconds to wait for an image from the web. By default without limit.
+                Seconds to wait for an image from the web. By default there is no limit.
             truncation (`bool`, *optional*, defaults to `False`):
-                Whether a question that is too long for the model is cut or refused.
+                Whether to cut a question that is too long, instead of raising an error.
             kwargs:
                 Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
             `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability
-            (times its first token's, if `answers` are ranked with `config.answer_ranking="albef"`).
-            A list of them for several images or questions, question by question, then image by image. An iterator for
-            a dataset or a generator.
+            (times its first token's, if `answers` are ranked with `config.answer_ranking="albef"`). Several images or
+            questions give a list of them, ordered by question, then by image. A dataset or a generator gives an
+            iterator.
 
         Raises:
             ValueError: An image cannot be read; a question is missing, empty or too long; or options of `generate`
@@ -185,7 +183,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         image, question = inputs["image"], inputs["question"]
         questions = [question] if isinstance(question, str) else question
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
-            raise ValueError(f"`question` must be a text that is not empty, got {question!r} for {image!r:.200}.")
+            raise ValueError(f"`question` must be a non-empty text, got {question!r} for {image!r:.200}.")
         return self.make_item(image, question, **options)
 
     def _forward(self, batch: dict, top_k: int = 5, answers: list[str] | None = None, **generate_kwargs) -> dict:
@@ -199,7 +197,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         return {"outputs": self._rank_answers(answers, batch["inputs"], top_k)}
 
     def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> list[list[dict]]:
-        """For each question the answers among the `top_k` sequences of a beam search."""
+        """Return for each question the answers among the `top_k` sequences of a beam search."""
         attention_mask = inputs["attention_mask"]
         encoder_outputs = self.model.get_encoder()(**inputs)
         sequences = self.model.generate(
@@ -217,7 +215,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         return [best_answers(pairs[start : start + top_k]) for start in range(0, len(pairs), top_k)]
 
     def _rank_answers(self, answers: list[str], inputs, top_k: int) -> list[list[dict]]:
-        """For each question the `top_k` best of the given answers."""
+        """Return for each question the `top_k` best of the given answers."""
         answer_ids = self.processor.encode_answers(answers).to(self.device)
         ranking = self.model.rank_answers(answer_ids, k=max(top_k, NUM_RANKED_ANSWERS), **inputs)
         rows = zip(ranking.answer_indices[:, :top_k].tolist(), ranking.scores[:, :top_k].exp().tolist())
@@ -226,13 +224,13 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
 
 class TripsImageToTextPipeline(TripsPipeline):
     """
-    Writes captions, under the task name `"image-to-text"`.
+    Pipeline that generates captions, under the task name `"image-to-text"`.
 
     ```python
     >>> from transformers import pipeline
 
     >>> captioner = pipeline("image-to-text", model="org/trips-captioning", trust_remote_code=True)
-    >>> captioner = TripsImageToTextPipeline(model=model, processor=processor)  # or of a loaded model
+    >>> captioner = TripsImageToTextPipeline(model=model, processor=processor)  # or a loaded model
     >>> captioner("picture.png", prompt="a picture of")
     [{'generated_text': 'a picture of a teal circle'}]
     ```
@@ -242,7 +240,7 @@ class TripsImageToTextPipeline(TripsPipeline):
 
     def _sanitize_parameters(self, timeout=None, truncation=None, prompt=None, generate_kwargs=None, **kwargs):
         if not isinstance(prompt, (str, type(None))):
-            raise ValueError(f"`prompt` must be one text, which is that of all images, got {prompt!r:.200}.")
+            raise ValueError(f"`prompt` must be one text for all images, got {prompt!r:.200}.")
         options = {"timeout": timeout, "truncation": truncation, "prompt": prompt}
         preprocess_params = {name: value for name, value in options.items() if value is not None}
         postprocess_params = {} if prompt is None else {"prompt": prompt}
@@ -254,13 +252,14 @@ class TripsImageToTextPipeline(TripsPipeline):
             inputs: an image (PIL image, path or URL), or a list, dataset or generator of them.
             prompt (`str`, *optional*): Beginning of the caption. It also selects the patches.
             batch_size (`int`, *optional*, defaults to 1): Number of images per batch.
-            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default without limit.
-            truncation (`bool`, *optional*, defaults to `False`): Whether a prompt that is too long is cut or refused.
+            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
+            truncation (`bool`, *optional*, defaults to `False`): Whether to cut a prompt that is too long, instead of
+                raising an error.
             kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
 
         Returns:
-            `list[dict]` per image, with `generated_text` (`str`) of each returned sequence. A list of them for a list
-            of images, an iterator for a dataset or a generator.
+            `list[dict]` per image, with `generated_text` (`str`) of each sequence. A list of images gives a list of
+            them, a dataset or a generator gives an iterator.
 
         Raises:
             ValueError: An image cannot be read, or the prompt is too long for the model.

@@ -20,16 +20,16 @@ from .processing_trips import read_image
 
 class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
     """
-    Sorts labels by how well they describe an image, under the task name `"zero-shot-image-classification"`.
+    Pipeline that ranks labels of an image, under the task name `"zero-shot-image-classification"`.
 
-    Arguments and results are those of Transformers' pipeline. Images and texts go through [`TripsProcessor`], so that
-    the pipeline gives the tensors of training: transparent pixels are white, and texts are cleaned.
+    Arguments and results are those of Transformers' pipeline. Images and texts go through [`TripsProcessor`], as in
+    training.
 
     ```python
     >>> from transformers import pipeline
 
     >>> classifier = pipeline("zero-shot-image-classification", model="org/trips-retrieval", trust_remote_code=True)
-    >>> classifier = TripsZeroShotImageClassificationPipeline(model=model, processor=processor)  # or of a loaded model
+    >>> classifier = TripsZeroShotImageClassificationPipeline(model=model, processor=processor)  # or a loaded model
     >>> classifier("picture.png", candidate_labels=["red", "blue"], hypothesis_template="a {} square")
     [{'score': 0.98, 'label': 'red'}, {'score': 0.02, 'label': 'blue'}]
     ```
@@ -50,11 +50,11 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
             image: An image (PIL image, path or URL), or a list of images.
             candidate_labels (`list[str]`): The labels.
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): Text of a label.
-            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default without limit.
+            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
 
         Returns:
-            `list[dict]`: `label` (`str`) and `score` (`float`) of each label, the best first; a list of such lists
-            for several images.
+            `list[dict]`: `label` (`str`) and `score` (`float`) of each label, the best first. Several images give a
+            list of such lists.
         """
         return super().__call__(image, candidate_labels=candidate_labels, **kwargs)
 

@@ -25,7 +25,7 @@ CLASSES = (
     TripsTextModel,
 )
 
-# Of several classes with one configuration, a checkpoint's own comes first; the first one serves other checkpoints.
+# Auto classes load the class that a checkpoint names, or else the first class with its configuration.
 MODELS = {
     auto_class: tuple(model for model in CLASSES if auto_class in model.auto_classes)
     for auto_class in sorted({auto_class for model in CLASSES for auto_class in model.auto_classes})
@@ -33,12 +33,12 @@ MODELS = {
 
 
 def model_classes(auto_class: str, config_class: type) -> tuple[type[PreTrainedModel], ...]:
-    """The models that an Auto class makes from a configuration."""
+    """Return the models that an Auto class makes from a configuration."""
     return tuple(model for model in MODELS[auto_class] if model.config_class is config_class)
 
 
 def register():
-    """Makes the Auto classes know the classes of this project."""
+    """Register the classes of this project with the Auto classes."""
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class in MODELS:

@@ -1,15 +1,13 @@
-"""Public annotation files, recognised by their content, not by their name.
+"""Public annotation files, recognized by their content and converted to the columns of `load_task_dataset`.
 
-Their records come out in the columns that `load_task_dataset` reads:
-
-| data set | file | task |
+| Data set | File | Task |
 |---|---|---|
 | VQAv2 | questions, with the file of annotations | `"vqa"` |
 | COCO | `captions_train2014.json` | `"captions"` |
 | COCO, Flickr8k, Flickr30k as split by Karpathy | `dataset_coco.json` | `"captions"` |
 | NLVR2 | `train.json` | `"nlvr2"` |
 | RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` | `"grounding"` |
-| ALBEF's lists | captions, questions, NLVR2; RefCOCO with `refs(unc).p` | as their names say |
+| ALBEF's lists | captions, questions, NLVR2; RefCOCO with `refs(unc).p` | the task of the list |
 """
 
 import codecs
@@ -29,13 +27,13 @@ from trips_examples.data.formats import NumberedRecords, existing_file, parsed_j
 @dataclass(frozen=True)
 class AnnotationFile:
     """
-    A file of annotations, and what else it takes to read it.
+    A file of annotations and the options for reading it.
 
     Args:
-        path (`Path`): The file.
-        default_split (`str`): `"train"`, `"val"` or `"test"`: what to read of a file with several splits.
-        split (`str`, *optional*): The same, where it was asked for: another file is then an error.
-        annotations (`Path`, *optional*): The second file of VQAv2 and RefCOCO. Default: that of the official name.
+        path (`Path`)
+        default_split (`str`): Split to read from a file with several splits: `"train"`, `"val"` or `"test"`.
+        split (`str`, *optional*): Replaces `default_split`. A file without splits is then an error.
+        annotations (`Path`, *optional*): Second file of VQAv2 and RefCOCO. Default: the file with the official name.
     """
 
     path: Path
@@ -47,12 +45,12 @@ class AnnotationFile:
     def of(
         cls, path: str | None, annotations: str | None, default_split: str, split: str | None
     ) -> "AnnotationFile | None":
-        """The file at a path, if there is one; a second file alone is an error."""
+        """Return the file at a path, or None without a path. A second file alone is an error."""
         if path is not None:
             return cls(Path(path), default_split, split, None if annotations is None else Path(annotations))
         if annotations is not None:
             name = {"val": "validation"}.get(default_split, default_split)
-            raise ValueError(f"{name}_annotations (is {str(annotations)!r}) goes with {name}_file: give both.")
+            raise ValueError(f"{name}_annotations (is {str(annotations)!r}) goes with {name}_file. Give both.")
         return None
 
     def option(self, what: str) -> str:
@@ -71,33 +69,33 @@ class AnnotationFile:
         file = self.annotations or self.path.with_name(official_name)
         if not file.is_file():
             option = self.option("annotations")
-            raise FileNotFoundError(f"{self.path} goes with {what}: give it with {option}. There is no {file}.")
+            raise FileNotFoundError(f"{self.path} needs {what}, but {file} does not exist. Give it with {option}.")
         return file
 
     def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
-        """Return the items of the requested split with their numbers in the file."""
+        """Return the items of the requested split and their numbers in the file."""
         wanted = self.split or self.default_split
         numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
         if not numbered:
             counts = Counter(map(split_of, items))
             only = ", ".join(f"{split} ({count})" for split, count in counts.items())
             option = self.option("split")
-            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}: choose one with {option}.")
+            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {option}.")
         return numbered
 
 
 def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     """
-    Yields the records of a file in any of the formats above, as `read_records` does. A path to try at several places
-    is a tuple, the likeliest first.
+    Yield the records of a file in any of the formats above, as `read_records` does. An image with several possible
+    paths has a tuple of them, the likeliest first.
 
     Args:
         file (`AnnotationFile`)
-        task (`str`): What the records are for.
+        task (`str`)
 
     Raises:
-        `FileNotFoundError`: Where the file, or the second one it goes with, does not exist.
-        `ValueError`: Where it cannot be read, or holds no data for the task or no such split.
+        `FileNotFoundError`: The file or its second file does not exist.
+        `ValueError`: The file cannot be read, belongs to another task, or lacks the split.
     """
     existing_file(file.path)
     if file.path.suffix.lower() in (".p", ".pkl", ".pickle"):
@@ -110,12 +108,12 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     if public is None:
         return _read_lists(file, task)
     if public.task != task:
-        raise ValueError(f"{file.path} is {public.name}, which is for the task {public.task!r}, not {task!r}.")
+        raise ValueError(f"{file.path} is {public.name} for the task {public.task!r}, not {task!r}.")
     file.refuse_unused(public.name, split=public.has_splits, annotations=public.has_second_file)
     try:
         return public.read(content, file)
     except (KeyError, TypeError, AttributeError) as error:
-        message = f"{file.path} is {public.name}, but not whole: {type(error).__name__}: {error}."
+        message = f"{file.path} is {public.name}, but incomplete: {type(error).__name__}: {error}."
         raise ValueError(message) from error
 
 
@@ -130,7 +128,7 @@ class _PublicFormat:
 
 
 def _document(file: Path) -> dict | None:
-    """The content of a file that is one JSON object as a whole."""
+    """Return the content of a file that is one JSON object, or None."""
     if file.suffix.lower() != ".json":
         return None
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -139,14 +137,14 @@ def _document(file: Path) -> dict | None:
     try:
         return parsed_json(content)
     except BadRowError:
-        return None  # perhaps JSON lines: reading the records says what is wrong
+        return None  # JSON lines, or an error that reading the records reports
 
 
 def _load_json(file: Path) -> Any:
     try:
         return parsed_json(file.read_bytes())
     except BadRowError as error:
-        raise ValueError(f"{file} is no valid JSON file: {error}.") from error
+        raise ValueError(f"{file} is not a valid JSON file: {error}.") from error
 
 
 def _first(items: Any) -> dict:
@@ -154,7 +152,7 @@ def _first(items: Any) -> dict:
 
 
 def _converted(items: Iterable[tuple[int, Any]], make_record: Callable[[Any], dict], name: str) -> NumberedRecords:
-    """Make a record of each item that is not an error already; `name` is the format, for errors."""
+    """Convert items to records. Errors are passed on; `name` is the format, for new errors."""
     for number, item in items:
         try:
             yield number, item if isinstance(item, BadRowError) else make_record(item)
@@ -170,7 +168,7 @@ def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
     content = _load_json(annotations)
     if "answers" not in _first(content.get("annotations") if isinstance(content, dict) else None):
         option = file.option("annotations")
-        raise ValueError(f"{annotations} has no answers: {option} takes the annotations of {file.path}.")
+        raise ValueError(f"{annotations} has no answers. {option} takes the annotations of {file.path}.")
     by_question = {each["question_id"]: each for each in content["annotations"]}
     folder = document["data_subtype"].replace("test-dev", "test")
 
@@ -204,7 +202,7 @@ def _read_coco_captions(document: dict, file: AnnotationFile) -> NumberedRecords
 
 
 def _coco_paths(image: dict) -> tuple[str, ...]:
-    """Images lie in a folder such as `train2014`, which their name or their address says, or all together."""
+    """Return the possible paths of an image: in a folder such as `train2014`, from its name or URL, or without one."""
     name = image["file_name"]
     if name.startswith("COCO_"):
         return f"{name.split('_')[1]}/{name}", name
@@ -229,7 +227,7 @@ def _read_karpathy(document: dict, file: AnnotationFile) -> NumberedRecords:
             "captions": [sentence["raw"] for sentence in image["sentences"]],
         }
 
-    # `restval` is what the validation images of COCO have left, which everyone trains on.
+    # `restval` holds the remaining validation images of COCO, which are commonly used for training.
     items = file.of_split(document["images"], lambda image: {"restval": "train"}.get(image["split"], image["split"]))
     return _converted(items, make_record, _KARPATHY.name)
 
@@ -243,8 +241,8 @@ _KARPATHY = _PublicFormat(
 )
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the one in C would make a table as long as a memo's number says
-    """An unpickler that refuses every class and function, and so all code."""
+class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates a table of the size that a memo index claims
+    """An unpickler that refuses all classes and functions, and therefore code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data")
@@ -252,23 +250,23 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in C would make a table as 
 
 def read_plain_pickle(file: Path) -> Any:
     """
-    Reads a pickle of plain data: lists, dictionaries, texts, numbers. Nothing in a hostile one is run.
+    Read a pickle of lists, dictionaries, texts and numbers. No code in it is executed.
 
     Raises:
-        `ValueError`: Where there is anything else in it, or it is no pickle.
+        `ValueError`: The file holds other objects or is not a pickle.
     """
     try:
         return _PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="utf-8").load()
-    # What a broken pickle raises depends on where it is broken.
+    # A broken pickle can raise any type of error.
     except Exception as error:
         raise ValueError(
-            f"{file} is not read: {error}. Only pickles of lists, dicts, texts and numbers are."
+            f"{file} cannot be read: {error}. Only pickles of lists, dicts, texts and numbers are supported."
         ) from error
 
 
 @dataclass(frozen=True)
 class _Instances:
-    """The boxes of `instances.json`, whose images are COCO's."""
+    """Boxes of `instances.json` in COCO's images."""
 
     images: dict[int, dict]
     annotations: dict[int, dict]
@@ -277,7 +275,7 @@ class _Instances:
     def read(cls, file: Path) -> "_Instances":
         content = _load_json(file)
         if not isinstance(content, dict) or "bbox" not in _first(content.get("annotations")):
-            raise ValueError(f"{file} has no boxes: it should be the instances.json of RefCOCO or COCO.")
+            raise ValueError(f"{file} has no boxes. Give the instances.json of RefCOCO or COCO.")
         images, annotations = content["images"], content["annotations"]
         return cls({image["id"]: image for image in images}, {each["id"]: each for each in annotations})
 
@@ -299,7 +297,7 @@ def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
 
 
 def _sentences(refs: list[tuple[int, dict]]) -> Iterator[tuple[int, tuple[dict, dict] | BadRowError]]:
-    """Each sentence with its ref and the number of that."""
+    """Yield each sentence with its ref and the ref's number."""
     for number, ref in refs:
         sentences = ref.get("sentences")
         if not isinstance(sentences, list) or not sentences:
@@ -331,7 +329,7 @@ def _read_lists(file: AnnotationFile, task: str) -> NumberedRecords:
 
 
 def _statement_record(record: dict) -> dict:
-    """A record of NLVR2, whose images are named after it, or of ALBEF's list, which has `images`; ours as it is."""
+    """Convert a record of NLVR2, or of ALBEF's list, which has `images`. Other records are returned unchanged."""
     if "sentence" not in record or "statement" in record:
         return record
     record = {**record, "statement": record["sentence"]}
@@ -341,7 +339,7 @@ def _statement_record(record: dict) -> dict:
 
 
 def _nlvr2_paths(record: dict) -> list[tuple[str, ...]]:
-    """The images of train-10171-0-1 are train-10171-0-img0.png and -img1.png, in numbered folders or all together."""
+    """Return the possible paths of both images. Those of train-10171-0-1 are train-10171-0-img0.png and -img1.png."""
     split, stem = record["identifier"].split("-")[0], record["identifier"].rpartition("-")[0]
     numbered = f"{record['directory']}/" if "directory" in record else ""
     folders = dict.fromkeys([f"{split}/{numbered}", numbered, f"{split}/", ""])
@@ -349,12 +347,12 @@ def _nlvr2_paths(record: dict) -> list[tuple[str, ...]]:
 
 
 def _expression_record(file: AnnotationFile) -> Callable[[dict], dict]:
-    """Converts records of ALBEF's list, whose boxes are those that the second file has for `ref_id`; ours stay."""
+    """Return a converter of ALBEF's records, which takes the box of a `ref_id` from the second file."""
     refs, instances = {}, None
     if file.annotations is not None:
         content = read_plain_pickle(file.annotations)
         if not _REFS.matches(content):
-            raise ValueError(f"{file.annotations} has no refs: {file.option('annotations')} takes refs(unc).p here.")
+            raise ValueError(f"{file.annotations} has no refs. {file.option('annotations')} takes refs(unc).p here.")
         refs = {ref["ref_id"]: ref for ref in content}
         instances = _Instances.read(AnnotationFile(file.annotations, "").second_file("instances.json", "its boxes"))
 

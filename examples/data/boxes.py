@@ -1,4 +1,4 @@
-"""Boxes in pictures: seen by the model or not, mirrored with what is said about them, and drawn."""
+"""Boxes in images: visibility to the model, mirroring together with expressions, and drawing."""
 
 import re
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ _OPPOSITES = {"left": "right", "right": "left"}
 
 def hidden_boxes(dataset: Dataset, processor: TripsProcessor) -> dict[int, Fault]:
     """
-    Boxes that no model sees, since the processor cuts out the middle of images, as CLIP's does: what is wrong with
-    their rows, by place in the data set. Other processors show whole images.
+    Return the faults of rows whose box is outside the center crop of the processor, by row index. Processors without a
+    center crop have none.
     """
     if not getattr(processor.image_processor, "do_center_crop", False):
         return {}
@@ -35,10 +35,10 @@ def hidden_boxes(dataset: Dataset, processor: TripsProcessor) -> dict[int, Fault
 
 def with_visible_boxes(data: DatasetDict, processor: TripsProcessor, skip: bool) -> DatasetDict:
     """
-    The rows whose boxes the model sees, found before training starts.
+    Return the rows whose boxes the model sees.
 
     Raises:
-        `ValueError`: Where some are not seen and `skip` is off, naming the first few.
+        `ValueError`: Some boxes are not seen and `skip` is off. The message names the first few.
     """
     visible = {}
     for split, dataset in data.items():
@@ -51,14 +51,14 @@ def with_visible_boxes(data: DatasetDict, processor: TripsProcessor, skip: bool)
 
 
 def mirrored_row(row: dict, width: int) -> dict:
-    """A row with `box` and `expression` as it is true of its image, `width` pixels wide, flipped sideways."""
+    """Return a row with `box` and `expression` for its image, `width` pixels wide, after a horizontal flip."""
     x0, y0, x1, y1 = row["box"]
     return {**row, "box": [width - x1, y0, width - x0, y1], "expression": swap_left_and_right(row["expression"])}
 
 
 def swap_left_and_right(text: str) -> str:
     """
-    The text with each "left" and "right" in place of the other, also in "leftmost", "left-hand" and the like.
+    Swap "left" and "right" in a text, also in "leftmost", "left-hand" and similar words.
 
     Example:
 
@@ -77,10 +77,10 @@ def swap_left_and_right(text: str) -> str:
 def draw_boxes(
     image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float], side: int = 240
 ) -> PIL.Image.Image:
-    """The image, its longer side made `side` pixels long, with the true box green and the predicted one blue."""
+    """Draw the true box in green and the predicted box in blue. The image's longer side becomes `side` pixels."""
     scale = side / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    picture = image.resize(size, reducing_gap=2.0)  # large images take 10 times as long without
+    picture = image.resize(size, reducing_gap=2.0)  # 10 times as fast for large images
     draw = PIL.ImageDraw.Draw(picture)
     for box, color in ((true_box, TRUE_COLOR), (predicted_box, PREDICTED_COLOR)):
         draw.rectangle([number * scale for number in box], outline=color, width=3)
@@ -88,7 +88,7 @@ def draw_boxes(
 
 
 def sheet(pictures: list[PIL.Image.Image], titles: list[str], columns: int = 4, side: int = 240) -> PIL.Image.Image:
-    """Pictures of at most `side` pixels with a line of text below each, row by row."""
+    """Arrange images of at most `side` pixels in rows, with a title below each."""
     cell_width, cell_height = side + 10, side + 30
     rows = -(-len(pictures) // columns)
     whole = PIL.Image.new("RGB", (columns * cell_width, rows * cell_height), "white")

@@ -1,7 +1,7 @@
-"""Busy scenes: six to eight marked shapes on textured ground among clutter, short questions about one of them.
+"""Busy scenes: six to eight marked shapes on a textured background with clutter, and short questions about one shape.
 
-A scene is drawn from its seed alone, in about two milliseconds, so that a training set needs no disk and no scene has
-to be seen twice. The splits draw from different seeds.
+A scene is drawn from its seed in about two milliseconds, so a training set needs no disk and no scene has to repeat.
+The splits use different seeds.
 """
 
 import io
@@ -26,7 +26,7 @@ COLORS = {
     "pink": (240, 130, 180),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-MARKS = ("dot", "bar", "dash", "ring")  # inside the shapes; no question is about them
+MARKS = ("dot", "bar", "dash", "ring")  # inside the shapes; no question asks about them
 PLACES = ("topleft", "topright", "bottomleft", "bottomright")
 KINDS = ("color", "shape", "place", "presence")
 
@@ -49,7 +49,7 @@ class Item:
 
     @property
     def place(self) -> str | None:
-        """The quarter of the image that holds the shape; None close to a border between quarters."""
+        """The quarter of the image that holds the shape, or None close to a border between quarters."""
         x0, y0, x1, y1 = self.box
         dx, dy = (x0 + x1 - IMAGE_SIZE) / 2, (y0 + y1 - IMAGE_SIZE) / 2
         if min(abs(dx), abs(dy)) < 6:
@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """`region` is the box of the shape asked about; None where the answer is that there is no such shape."""
+    """A question. `region` is the box of its shape, or None if the shape is absent."""
 
     kind: str
     text: str
@@ -69,7 +69,7 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """An image with its items, and every question that the generator asks about it."""
+    """An image with its items and all questions about it."""
 
     image: PIL.Image.Image
     items: list[Item]
@@ -77,13 +77,13 @@ class Scene:
 
 
 def vocabulary() -> list[str]:
-    """All words of questions and answers, in a fixed order."""
+    """Return all words of questions and answers, in a fixed order."""
     words = ["what", "color", "shape", "is", "the", "one", "where", "there", "a", "?", "yes", "no"]
     return [*words, *COLORS, *SHAPES, *PLACES]
 
 
 def draw_scene(split: str, number: int, seed: int = 0) -> Scene:
-    """Draw scene `number` of a split. `seed` gives another collection of the same kind."""
+    """Draw scene `number` of a split. Another `seed` gives other scenes."""
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
     rng = random.Random(f"busy {split} {seed} {number}")
@@ -116,7 +116,7 @@ def busy_scene_records(split: str, num_scenes: int, seed: int = 0) -> Iterator[d
 
 
 def one_of_each_kind(scene: Scene, number: int) -> list[Question]:
-    """Draw one question of each kind, where the scene has one."""
+    """Draw one question of each kind that the scene has."""
     rng = random.Random(number)
     by_kind = {kind: [question for question in scene.questions if question.kind == kind] for kind in KINDS}
     return [rng.choice(questions) for questions in by_kind.values() if questions]
@@ -140,7 +140,7 @@ def _questions(items: list[Item], rng: random.Random) -> Iterator[Question]:
             yield Question("place", f"where is {rng.choice(names)} ?", item.place, item.box)
         if alone[item.name]:
             yield Question("presence", f"is there a {item.name} ?", "yes", item.box)
-    # An absent shape has a colour and a form of the scene, so that both have to be seen in one place.
+    # An absent item combines a color and a shape of the scene, so that neither alone gives the answer.
     absent = {f"{a.color} {b.shape}" for a in items for b in items} - {item.name for item in items}
     for name in rng.sample(sorted(absent), min(len(items), len(absent))):
         yield Question("presence", f"is there a {name} ?", "no", None)
@@ -161,7 +161,7 @@ def _shade(color: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
 
 
 def _draw_clutter(draw: PIL.ImageDraw.ImageDraw, rng: random.Random):
-    """A thin line, an outline or a few dots, often in the colour of a shape."""
+    """Draw a thin line, an outline or a few dots, often in the color of a shape."""
     named = rng.random() < 0.6
     color = _shade(rng.choice(list(COLORS.values())) if named else (rng.randint(0, 255),) * 3, rng)
     x, y, angle, length = rng.uniform(0, 96), rng.uniform(0, 96), rng.uniform(0, 2 * math.pi), rng.uniform(4, 14)
@@ -197,7 +197,7 @@ def _draw_item(draw: PIL.ImageDraw.ImageDraw, cell: int, rng: random.Random) -> 
 
 
 def _corners(shape: str) -> list[tuple[float, float]]:
-    """Corners of a polygon in the square from (-1, -1) to (1, 1)."""
+    """Return the corners of a polygon in the square from (-1, -1) to (1, 1)."""
     if shape == "triangle":
         return [(0, -1), (1, 1), (-1, 1)]
     if shape == "diamond":

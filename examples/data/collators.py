@@ -1,4 +1,4 @@
-"""From rows to batches: sampling by image, images decoded once per batch, augmentation."""
+"""Sampling by image, batching with each image decoded once, and augmentation."""
 
 import random
 from collections import defaultdict
@@ -18,13 +18,13 @@ from trips_examples.data.rows import read_image
 
 class ImageGroupedSampler(Sampler[int]):
     """
-    Rows in random order, but up to `group_size` rows of one image next to each other, so that they share its cached
-    image states.
+    Sampler of rows in random order, with up to `group_size` rows of one image next to each other, so that they share
+    its cached image states.
 
     Args:
-        image_ids (`Sequence[Hashable]`): the image (or the images) of each row.
-        group_size (`int`): how many rows of an image stay together. All rows are drawn once per epoch.
-        seed (`int`): with the epoch it determines the order, in every process alike.
+        image_ids (`Sequence[Hashable]`): image or images of each row.
+        group_size (`int`): number of rows of an image that stay together.
+        seed (`int`): seed of the order, together with the epoch. All processes have the same order.
     """
 
     def __init__(self, image_ids: Sequence[Hashable], group_size: int, seed: int = 0):
@@ -53,17 +53,17 @@ class ImageGroupedSampler(Sampler[int]):
 @dataclass
 class ImageBatchCollator:
     """
-    Rows of a data set whose images are not decoded -> inputs of a model. Each image is decoded and comes once, however
-    many rows are about it. A task's collator says in `encode` what the inputs are. Beside them a batch has `sources`,
-    where its rows are from, for errors; [`ImageGroupedTrainer`] takes them out again.
+    Base of collators from rows with encoded images to model inputs. Each image is decoded once per batch. Subclasses
+    implement `encode`. A batch also has `sources`, the sources of its rows for error messages, which
+    [`ImageGroupedTrainer`] removes.
 
     Args:
         processor (`TripsProcessor`)
-        training (`bool`): whether the batches are to train on.
-        augment (`bool`): random flips and shifts in training, see `augmented`.
+        training (`bool`): whether the batches are for training.
+        augment (`bool`): whether to apply random flips and shifts in training, see `augmented`.
 
     Raises:
-        `ValueError`: Where a batch cannot be made, naming its rows.
+        `ValueError`: A batch cannot be made. The message names its rows.
     """
 
     processor: TripsProcessor
@@ -82,22 +82,22 @@ class ImageBatchCollator:
         return {**inputs, "sources": [row["source"] for row in rows]}
 
     def encode(self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """The inputs and labels of the model. Row i is about image `image_index[i]`."""
+        """Return the inputs and labels of the model. Row i has image `image_index[i]`."""
         raise NotImplementedError
 
     def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
-        """The images of the rows, each once, upright and RGB, and for each row the position of its own."""
+        """Return the distinct images of the rows, upright and RGB, and the index of each row's image."""
         return distinct_images(rows, self.processor.patch_size)
 
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]
     ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """The images flipped and shifted, and the rows as they are: for tasks that do not depend on the place."""
+        """Flip and shift the images and keep the rows, for tasks that do not depend on positions."""
         return [flip_and_shift(image) for image in images], rows
 
 
 def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.Image], list[int]]:
-    """The images of rows with `image`, `image_id` and `source`, each once, and for each row its image's position."""
+    """Return the distinct images of rows with `image`, `image_id` and `source`, and the index of each row's image."""
     first_rows = {}
     for row in rows:
         first_rows.setdefault(row["image_id"], row)
@@ -106,7 +106,7 @@ def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.I
 
 
 class Move(NamedTuple):
-    """How an image is augmented: flipped sideways or not, then moved to the left and upwards by so many pixels."""
+    """Augmentation of an image: an optional horizontal flip, then a shift left and up in pixels."""
 
     flips: bool
     left: int
@@ -114,7 +114,7 @@ class Move(NamedTuple):
 
 
 def draw_move(size: tuple[int, int], max_shift: float = 0.125) -> Move:
-    """A flip or none, and a shift by up to `max_shift` of an image's `size` (width, height)."""
+    """Draw a flip or none, and a shift by up to `max_shift` of an image's `size` (width, height)."""
     flips = bool(torch.rand(()) < 0.5)
     pad_x, pad_y = (int(length * max_shift) for length in size)
     up, left = (int(torch.randint(2 * pad + 1, ())) - pad for pad in (pad_y, pad_x))
@@ -122,7 +122,7 @@ def draw_move(size: tuple[int, int], max_shift: float = 0.125) -> Move:
 
 
 def move_image(image: PIL.Image.Image, move: Move) -> PIL.Image.Image:
-    """The image moved; its border fills what opens up."""
+    """Apply a move to an image. Its border pixels fill the gap."""
     image = F.horizontal_flip(image) if move.flips else image
     pad_x, pad_y = abs(move.left), abs(move.up)
     padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")
@@ -130,7 +130,7 @@ def move_image(image: PIL.Image.Image, move: Move) -> PIL.Image.Image:
 
 
 def move_box(box: Sequence[float], move: Move, size: tuple[int, int]) -> list[float]:
-    """A box (x0, y0, x1, y1) in an image of `size` (width, height) moved with it, and cut to it: it may get empty."""
+    """Apply a move to a box (x0, y0, x1, y1) in an image of `size` (width, height) and clip it, maybe to nothing."""
     x0, y0, x1, y1 = box
     width, height = size
     if move.flips:
@@ -141,10 +141,10 @@ def move_box(box: Sequence[float], move: Move, size: tuple[int, int]) -> list[fl
 
 
 def flip_and_shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image, flipped sideways or not, moved by up to an eighth of its size."""
+    """Flip an image at random and shift it by up to an eighth of its size."""
     return move_image(image, draw_move(image.size))
 
 
 def shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image moved by up to an eighth of its size."""
+    """Shift an image by up to an eighth of its size."""
     return move_image(image, draw_move(image.size)._replace(flips=False))

@@ -1,22 +1,30 @@
-"""What color a picture has, by a rule, as one of the eleven basic color terms of English (Berlin and Kay, 1969)."""
+"""The main color of an image, as one of the eleven basic color terms of English (Berlin and Kay, 1969)."""
 
 import numpy as np
 import PIL.Image
 
 
-SHARE = 0.6  # of what can be seen, that the color of a picture has at least
-SIDE = 32  # in pixels, that a picture is looked at with
-DARK, LIGHT = 0.25, 0.85  # values (HSV) below which all is black, and above which what has no hue is white
-UNSATURATED = 0.2  # saturation below which there is no hue
-BROWN = 0.65  # the value below which red and orange are brown
-HUES = {"red": 15, "orange": 42, "yellow": 68, "green": 165, "blue": 255, "purple": 290, "pink": 345}  # ends, degrees
+SHARE = 0.6  # smallest share of the visible pixels for the main color
+SIDE = 32  # pixels, size of the image that is examined
+DARK, LIGHT = 0.25, 0.85  # HSV values: black below the first, white above the second without a hue
+UNSATURATED = 0.2  # saturation below which a pixel has no hue
+BROWN = 0.65  # HSV value below which red and orange are brown
+HUES = {
+    "red": 15,
+    "orange": 42,
+    "yellow": 68,
+    "green": 165,
+    "blue": 255,
+    "purple": 290,
+    "pink": 345,
+}  # up to, degrees
 COLORS = (*HUES, "brown", "black", "gray", "white")
 COLOR_WORDS = {*COLORS, "grey"}
 
 
 def main_color(image: PIL.Image.Image) -> str:
     """
-    The color of at least `SHARE` of the visible pixels, one of `COLORS`; `""` where none has so much.
+    Return the color of at least `SHARE` of the visible pixels, one of `COLORS`, or `""` if no color has that share.
 
     Args:
         image (`PIL.Image.Image`): RGBA, of any size. Pixels less than half opaque do not count.

@@ -1,4 +1,4 @@
-"""The emoji of a font as a list of named pictures."""
+"""The emoji of a font as a list of named images."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -9,18 +9,18 @@ from trips_examples.data.pictures import clean_name
 
 
 def emoji_pictures(font_file: str | Path) -> dict[str, bytes]:
-    """The PNG picture of each character that has one."""
+    """Return the PNG image of each character that has one."""
     from fontTools.ttLib import TTFont
 
     font = TTFont(font_file)
     if "CBDT" not in font:
-        raise ValueError(f"{font_file} has no pictures (no table CBDT): give a colour font such as Noto Color Emoji.")
+        raise ValueError(f"{font_file} has no images (table CBDT). Give a color font such as Noto Color Emoji.")
     glyphs = font["CBDT"].strikeData[0]
     return {chr(code): glyphs[glyph].imageData for code, glyph in font.getBestCmap().items() if glyph in glyphs}
 
 
 def character_names(annotations_file: str | Path) -> dict[str, str]:
-    """CLDR's short name of each character; those that the rule of names leaves nothing of are left out."""
+    """Return CLDR's short name of each character, without characters whose name `clean_name` rejects."""
     nodes = ElementTree.parse(annotations_file).iterfind(".//annotation[@type='tts']")
     names = {node.get("cp"): clean_name(node.text) for node in nodes}
     return {character: name for character, name in names.items() if name}
@@ -28,18 +28,18 @@ def character_names(annotations_file: str | Path) -> dict[str, str]:
 
 def write_emoji(font_file: str | Path, annotations_file: str | Path, folder: str | Path) -> int:
     """
-    Writes a folder of PNG files and `pictures.jsonl`, their list.
+    Write a folder of PNG files and `pictures.jsonl`, their list.
 
     Args:
-        font_file (`str`): a font with pictures of characters, such as Noto Color Emoji.
-        annotations_file (`str`): CLDR's names of characters in a language: "owl", "fire engine".
-        folder (`str`): it must not exist yet.
+        font_file (`str`): a color font such as Noto Color Emoji.
+        annotations_file (`str`): CLDR's names of characters in a language, such as "owl" and "fire engine".
+        folder (`str`): must not exist yet.
 
     Returns:
-        `int`: How many pictures there are: of the single characters that have a picture and a name.
+        `int`: Number of images: single characters with an image and a name.
 
     Raises:
-        `ValueError`: where the font has no pictures.
+        `ValueError`: The font has no images.
     """
     pictures, names = emoji_pictures(font_file), character_names(annotations_file)
     rows = []

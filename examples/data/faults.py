@@ -1,4 +1,4 @@
-"""Bad rows: their faults, and whether they stop a run or are skipped."""
+"""Faults of bad rows, and the choice between stopping and skipping."""
 
 import logging
 from collections import Counter
@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates, which no file and no screen takes, written out as `\\ud800`."""
+    """Return a text with lone surrogates, which cannot be encoded, escaped as `\\ud800`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -42,18 +42,18 @@ class Fault:
 @dataclass(frozen=True)
 class BadRows:
     """
-    How bad rows are looked for, and whether they stop a run.
+    Options for bad rows.
 
     Args:
         skip (`bool`, *optional*, defaults to `False`):
-            Whether to leave them out, with a warning that counts them, rather than to raise.
+            Whether to skip bad rows with a warning that counts them, instead of raising an error.
         image_check (`str`, *optional*):
-            How to check images: `"header"`, `"verify"` or `"decode"`, see `inspect_image`. Default: `"decode"` where
-            rows are skipped, else `"verify"`. Scenes and easy-VQA are not checked unless it is given.
+            Check of images: `"header"`, `"verify"` or `"decode"`, see `inspect_image`. Default: `"decode"` if rows are
+            skipped, else `"verify"`. Scenes and easy-VQA are only checked if it is given.
         patch_size (`int`, *optional*, defaults to 1):
-            Side of the model's patches in pixels: images that are lower or narrower cannot be used.
+            Side of the model's patches in pixels. Images with a shorter side cannot be used.
         collected (`list[Fault]`, *optional*):
-            Takes what is wrong with the rows, which is then not raised: the splits have the other rows.
+            List that receives the faults. Bad rows are then left out and no error is raised.
     """
 
     skip: bool = False
@@ -66,7 +66,7 @@ class BadRows:
         Collect, skip or raise the faults of a split of `total` rows.
 
         Raises:
-            `ValueError`: Where they are neither collected nor skipped, naming the first few.
+            `ValueError`: The faults are neither collected nor skipped. The message names the first few.
         """
         if self.collected is not None:
             self.collected.extend(faults)

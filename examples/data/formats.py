@@ -1,8 +1,8 @@
 """
 Numbered records of JSON, JSONL, CSV and Parquet files.
 
-`datasets.load_dataset` stops at the first line that is not valid JSON, gives a column one type, and turns cells of CSV
-such as `none` and `01` into other values. Here a bad line is named and can be skipped, and texts stay as they are.
+`datasets.load_dataset` stops at the first line that is not valid JSON, gives each column one type, and converts CSV
+cells such as `none` and `01` to other values. These readers name a bad line, can skip it, and keep texts unchanged.
 """
 
 import codecs
@@ -20,15 +20,15 @@ from trips_examples.data.faults import BadRowError
 
 NumberedRecords = Iterator[tuple[int, dict | BadRowError]]
 
-ROWS_PER_READ = 256  # of Parquet, which may hold images
+ROWS_PER_READ = 256  # Parquet rows may hold images
 
 
 def existing_file(path: Path) -> Path:
-    """Return the path of a file; a `FileNotFoundError` if there is none."""
+    """Return the path of a file. Raise a `FileNotFoundError` if it does not exist."""
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder: give a file.")
+        raise FileNotFoundError(f"{path} is a folder. Give a file.")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"The file {path} does not exist.")
     return path
 
 
@@ -37,7 +37,7 @@ def parsed_json(text: str | bytes) -> Any:
     Parse JSON.
 
     Raises:
-        `BadRowError`: Not valid JSON, not UTF-8, nested too deeply, or with a number of thousands of digits.
+        `BadRowError`: The text is not valid JSON, not UTF-8, nested too deeply, or has a number that is too long.
     """
     try:
         return json.loads(text)
@@ -48,28 +48,28 @@ def parsed_json(text: str | bytes) -> Any:
         raise BadRowError("not UTF-8", str(error)) from error
     except RecursionError as error:
         raise BadRowError("broken JSON", "nested too deeply") from error
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise BadRowError("broken JSON", str(error).partition(";")[0]) from error
 
 
 def read_records(file: Path) -> NumberedRecords:
     """
-    Yield the records of a file with their numbers from 1: the lines of JSONL, the items of a JSON list, the records of
-    CSV (without the header) and of Parquet. An invalid line is yielded as its error.
+    Yield the records of a file with their numbers from 1: lines of JSONL, items of a JSON list, records of CSV
+    (without the header) and of Parquet. The record of an invalid line is its error.
 
     Raises:
-        `FileNotFoundError`: Where there is no such file.
-        `ValueError`: Where the file as a whole cannot be read.
+        `FileNotFoundError`: The file does not exist.
+        `ValueError`: The file as a whole cannot be read.
     """
     existing_file(file)
     readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
     if (suffix := file.suffix.lower()) not in readers:
-        raise ValueError(f"{file} ends with {suffix!r}: convert it to one of {', '.join(readers)}.")
+        raise ValueError(f"{file} ends with {suffix!r}. Convert it to one of {', '.join(readers)}.")
     try:
         yield from readers[suffix](file)
-    # Of a broken Parquet file pyarrow raises errors of several kinds, OSError among them.
+    # For a broken Parquet file pyarrow raises several types of errors, including OSError.
     except (BadRowError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is no valid {suffix} file: {error}. Mend or convert it.") from error
+        raise ValueError(f"{file} is not a valid {suffix} file: {error}. Repair or convert it.") from error
 
 
 def _as_record(value: Any) -> dict | BadRowError:

@@ -1,4 +1,4 @@
-"""The images of records: files, encoded images and tables that hold them; how they are checked and decoded."""
+"""Images of records: finding, checking and decoding files, encoded images and images in tables."""
 
 import contextlib
 import functools
@@ -20,11 +20,11 @@ from trips_examples.data.tasks import Task, filled_text, is_missing, list_of, mi
 
 
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
-MAX_FILE_BYTES = 1 << 29  # 50 million pixels without compression, at 16 bits in 4 channels, have 400 MB
+MAX_FILE_BYTES = 1 << 29  # 50 million uncompressed pixels of 4 x 16 bits have 400 MB
 
 
 class Found(NamedTuple):
-    """An image as `datasets.Image` takes it, with its path and (width, height) where they are known."""
+    """An image as `datasets.Image` takes it, with its path and (width, height), if known."""
 
     image: Any
     path: str | None
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 def _image_values(record: dict, task: Task) -> list:
-    """Return the images of a record; a `BadRowError` if one is missing."""
+    """Return the images of a record. Raise a `BadRowError` if one is missing."""
     if task.image_column == "images" and not is_missing(record.get("images")):
         values = list_of(record["images"], "images")
         if len(values) != 2:
@@ -49,18 +49,18 @@ def _image_values(record: dict, task: Task) -> list:
 
 class ImageFinder:
     """
-    Find and check the images of a record: files in a folder, each checked once, or encoded images.
+    Finder of the images of a record: files in a folder, each checked once, or encoded images.
 
     Args:
         task (`Task`)
         root (`Path`): Folder that paths are relative to.
-        check (`str`, *optional*), patch_size (`int`): How to check them, see `inspect_image`.
+        check (`str`, *optional*), patch_size (`int`): see `inspect_image`.
     """
 
     def __init__(self, task: Task, root: Path, check: str | None, patch_size: int):
         self.task, self.root = task, root
         self.inspect = functools.partial(inspect_image, check=check, patch_size=patch_size)
-        self.inspect_once = functools.cache(self.inspect)  # texts share images
+        self.inspect_once = functools.cache(self.inspect)  # images occur in several rows
 
     def __call__(self, record: dict) -> list[Found]:
         return [self.find(value) for value in _image_values(record, self.task)]
@@ -69,14 +69,14 @@ class ImageFinder:
         value = path_or_bytes(value)
         if isinstance(value, bytes):
             return Found({"bytes": value, "path": None}, None, _size(self.inspect(value)))
-        values = value if isinstance(value, tuple) else (value,)  # of places, the likeliest first
+        values = value if isinstance(value, tuple) else (value,)  # possible paths, the likeliest first
         places = [str(self.root / filled_text({"image": value}, "image")) for value in values]
         path = next(filter(os.path.isfile, places), places[0])
         return Found(path, path, _size(self.inspect_once(path)))
 
 
 def path_or_bytes(image: Any) -> Any:
-    """Return the bytes, or else the path, of an image as the datasets library encodes it; other values as they are."""
+    """Return the bytes, or else the path, of an image as the datasets library encodes it; other values unchanged."""
     if isinstance(image, dict) and image.keys() & {"bytes", "path"}:
         return image.get("path") if image.get("bytes") is None else image["bytes"]
     return image
@@ -84,8 +84,8 @@ def path_or_bytes(image: Any) -> Any:
 
 def inspect_image(image: str | bytes, check: str | None, patch_size: int = 1) -> tuple[int, int] | BadRowError | None:
     """
-    Return the upright width and height of an image, given by its path or encoded, or what is wrong with it. `check`
-    `"header"` reads the size, `"verify"` looks for damage without decoding, `"decode"` decodes; None does nothing.
+    Return the upright width and height of an image (path or encoded), or its error. `check="header"` reads the size,
+    `"verify"` looks for damage without decoding, `"decode"` decodes, and None does nothing.
     """
     if check is None:
         return None
@@ -103,7 +103,7 @@ def inspect_image(image: str | bytes, check: str | None, patch_size: int = 1) ->
 
 def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """
-    Decode an image, given by its path or encoded, to upright RGB.
+    Decode an image (path or encoded) to upright RGB.
 
     Raises:
         `BadRowError`: The image is missing, cannot be read, or has a side below `patch_size` pixels.
@@ -115,8 +115,8 @@ def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
 
 def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """
-    Decode an image from an untrusted source within the limits on formats, pixels and work of
-    [`modeling_trips.image_decoding_trips.decode_image`]. ([`decode_image`] accepts every format that Pillow decodes.)
+    Decode an image from an untrusted source, within the limits of
+    [`modeling_trips.image_decoding_trips.decode_image`]. [`decode_image`] accepts every format that Pillow decodes.
     """
     try:
         decoded = image_decoding_trips.decode_image(_content_of(image))
@@ -137,13 +137,13 @@ def _content_of(image: str | bytes) -> bytes:
 
 @contextlib.contextmanager
 def open_image(image: str | bytes) -> Iterator[PIL.Image.Image]:
-    """Open an image. Errors until it is closed become a `BadRowError` that names it."""
+    """Open an image. Errors inside the context become a `BadRowError` that names it."""
     try:
         if isinstance(image, str):
             _check_is_file(image)
         with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
             yield opened
-    # What a broken file raises is up to the Pillow plugin of its format.
+    # Broken files raise any type of error, depending on Pillow's plugin.
     except Exception as error:
         raise _named(error, image) from error
 
@@ -190,7 +190,7 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
 
 
 def _verify(opened: PIL.Image.Image, image: str | bytes):
-    """Look for damage without decoding. The image is closed afterwards."""
+    """Look for damage without decoding, and close the image."""
     if opened.format == "JPEG":
         with open(image, "rb") if isinstance(image, str) else io.BytesIO(image) as content:
             if not _is_whole_jpeg(content):
@@ -199,11 +199,11 @@ def _verify(opened: PIL.Image.Image, image: str | bytes):
 
 
 def _is_whole_jpeg(content: BinaryIO) -> bool:
-    """Whether there is an end marker after the start of the scan (thumbnails before it have their own)."""
+    """Return whether an end marker follows the start of the scan. Thumbnails before it have their own markers."""
     content.seek(-2, io.SEEK_END)
     if content.read() == JPEG_END:
         return True
-    content.seek(2)  # behind the start marker
+    content.seek(2)  # after the start marker
     while (marker := content.read(2))[:1] == b"\xff" and marker != JPEG_SCAN:
         content.seek(int.from_bytes(content.read(2), "big") - 2, io.SEEK_CUR)
     return JPEG_END in content.read()
@@ -224,20 +224,20 @@ def has_encoded_images(file: Path, task: Task) -> bool:
     try:
         schema = pyarrow.parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError):
-        return False  # reading the records says so
+        return False  # reading the records reports the error
     columns = [task.image_column] if task.image_column in schema.names else ["left_image"]
     types = [schema.field(column).type for column in columns if column in schema.names]
-    types = [getattr(type, "value_type", type) for type in types]  # of lists, what they hold
+    types = [getattr(type, "value_type", type) for type in types]  # element types of lists
     is_encoded = (pyarrow.types.is_struct, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
     return any(matches(type) for type in types for matches in is_encoded)
 
 
 def images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
-    """Return the column of the images alone, as the schema has it."""
+    """Return the image column of a table, as in the task's schema."""
     column, pair = task.image_column, ["left_image", "right_image"]
     has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
     if absent := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
-        raise ValueError(f"{name} has no columns {sorted(absent)}, only {table.column_names}: rename them.")
+        raise ValueError(f"{name} has no columns {sorted(absent)}, only {table.column_names}. Rename them.")
     if not has_pair:
         return table.select_columns(column).cast_column(column, task.features[column])
     sides = table.select_columns(pair)

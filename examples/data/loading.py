@@ -1,4 +1,4 @@
-"""Data sets in, one schema per task: files, the Hub, easy-VQA, named pictures, and scenes made of either."""
+"""Loading of data sets in one schema per task: files, the Hub, easy-VQA, named images and composed scenes."""
 
 from datasets import DatasetDict, load_dataset
 
@@ -14,26 +14,25 @@ def load_task_dataset(
     task: str, source: DataSource | None = None, bad_rows: BadRows | None = None, seed: int = 0
 ) -> DatasetDict:
     """
-    Loads the data of a task. Whatever their origin, the splits, `train` and `validation`, have the columns of the
-    task's schema. Rows are checked where they are read, so that bad ones are named before any training starts.
+    Load the data of a task, with the same columns from any source. Rows are checked when they are read.
 
     Args:
         task (`str`): `"vqa"`, `"captions"` (for retrieval, captioning and pre-training), `"nlvr2"` or `"grounding"`.
-        source ([`DataSource`], *optional*): Where the data come from. Default: what is made of easy-VQA.
-        bad_rows ([`BadRows`], *optional*): What becomes of rows that cannot be used. Default: they are raised.
+        source ([`DataSource`], *optional*): Source of the data. Default: the bundled synthetic data.
+        bad_rows ([`BadRows`], *optional*): Options for rows that cannot be used. Default: they raise an error.
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
 
     Returns:
-        `DatasetDict`: Splits with the columns of `TASKS[task].features`. Images of scenes of pictures are no column:
-        they are made when rows are read.
+        `DatasetDict`: Splits with the columns of `TASKS[task].features`. Scenes of named images have no image column;
+        a transform composes them when rows are read.
 
     Raises:
-        `ValueError`: Where rows cannot be used, naming the first few, or where the arguments contradict each other.
-        `FileNotFoundError`: Where a file or `image_root` does not exist.
-        `ImportError`: Where easy-VQA is asked for and its package is missing.
+        `ValueError`: Rows cannot be used (the message names the first few), or the arguments contradict each other.
+        `FileNotFoundError`: A file or `image_root` does not exist.
+        `ImportError`: The package easy-vqa is needed and missing.
     """
     if task not in TASKS:
-        raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
+        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
     source = source or DataSource()
     source.check(task)
     reader = SplitReader(TASKS[task], bad_rows or BadRows(), source.cache_dir)
@@ -73,14 +72,14 @@ def _embedded_records(task: str, source: DataSource, seed: int) -> dict:
 
 def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:
     """
-    Pairs of our split and the data set's. One for evaluation has no training split. A test split is asked for by name:
-    those of public data sets are often without answers.
+    Return pairs of split names: this project's and the data set's. A data set without a training split is for
+    evaluation. The test split must be requested by name, because public test splits often lack answers.
     """
     defaults = {"train", "validation"} if "train" in hub else {"validation"}
     parts = [(split, part or split) for split, part in splits.items() if part or split in defaults]
     if missing := {part for _, part in parts} - hub.keys():
         raise ValueError(
-            f"{name} has no split {sorted(missing)}, only {sorted(hub)}: choose with train_split and "
+            f"{name} has no split {sorted(missing)}, only {sorted(hub)}. Choose with train_split and "
             "validation_split, or choose another data set or configuration."
         )
     return parts

@@ -1,6 +1,6 @@
-"""Scenes of named pictures: some of them, of different sizes, at free places that do not overlap, on a background.
+"""Composed scenes of named images: several images of different sizes on a background, without overlap.
 
-A scene is made of its recipe, a few numbers, whenever it is looked at: neither memory nor disk holds images.
+A scene is rendered from its recipe, a few numbers, whenever it is read. No scene is kept in memory or on disk.
 """
 
 import random
@@ -15,14 +15,14 @@ import PIL.ImageDraw
 from trips_examples.data.pictures import NamedPicture, by_name, load_picture
 
 
-SMALLEST, LARGEST = 0.14, 0.5  # of the longer side of a picture, in sides of the scene
-NUM_TRIES = 60  # to find a free place, before a picture gets smaller
+SMALLEST, LARGEST = 0.14, 0.5  # longer side of an image, as a share of the scene's side
+NUM_TRIES = 60  # attempts to find a free place before the image is made smaller
 SHRINK = 0.8
-TWIN_PROBABILITY = 0.5  # that a scene has a name twice or thrice
+TWIN_PROBABILITY = 0.5  # probability that a scene has two or three images of one name
 
 
 class Thing(NamedTuple):
-    """A picture in a scene, and its box (x0, y0, x1, y1) in pixels, x1 and y1 exclusive."""
+    """A named image in a scene, and its box (x0, y0, x1, y1) in pixels, x1 and y1 exclusive."""
 
     picture: NamedPicture
     box: tuple[int, int, int, int]
@@ -44,14 +44,13 @@ class Thing(NamedTuple):
 
 class Recipe(NamedTuple):
     """
-    What a scene is made from.
+    Recipe of a scene.
 
     Args:
-        number (`int`): seeds all choices.
-        picture (`int`, *optional*, defaults to -1): place in the list of the picture whose name the scene has, or has
-            not; -1 for none in particular.
-        has_picture (`bool`, *optional*, defaults to `True`): whether it has that picture, once, or nothing of its
-            name.
+        number (`int`): seed of the scene.
+        picture (`int`, *optional*, defaults to -1): index of a named image that is controlled; -1 for none.
+        has_picture (`bool`, *optional*, defaults to `True`): whether the scene contains the controlled image exactly
+            once, or no image of its name.
     """
 
     number: int
@@ -62,13 +61,13 @@ class Recipe(NamedTuple):
 @dataclass(frozen=True)
 class SceneMaker:
     """
-    Makes the scenes of a split.
+    Generator of the scenes of a split.
 
     Args:
-        pictures (`tuple[NamedPicture, ...]`): what is in them, of two names or more.
-        split (`str`), seed (`int`): with the number of a scene, they determine it.
+        pictures (`tuple[NamedPicture, ...]`): named images, with at least two names.
+        split (`str`), seed (`int`): seed of the scenes, together with a scene's number.
         side (`int`): height and width of the scenes in pixels.
-        counts (`tuple[int, int]`): the least and the largest number of pictures in a scene.
+        counts (`tuple[int, int]`): smallest and largest number of images in a scene.
     """
 
     pictures: tuple[NamedPicture, ...]
@@ -80,7 +79,7 @@ class SceneMaker:
     def __post_init__(self):
         if len(self.by_name) < 2:
             raise ValueError(
-                f"The {self.split} scenes have pictures of {len(self.by_name)} names, and need two or more: give a "
+                f"The {self.split} scenes need images with at least two names, got {len(self.by_name)} names. Give a "
                 "longer list, or another share of names (--validation_names, --test_names)."
             )
 
@@ -96,14 +95,14 @@ class SceneMaker:
         return random.Random(f"{self.seed} {self.split} {number} {purpose}")
 
     def things(self, recipe: Recipe) -> tuple[Thing, ...]:
-        """What is in a scene and where. If they find no room, it has fewer pictures than it was to have."""
+        """Return the objects of a scene with their boxes. Objects that do not fit are left out."""
         rng = self.rng(recipe.number)
         wanted = self.pictures[recipe.picture] if recipe.picture >= 0 else None
         pictures = self._choose(rng, wanted, recipe.has_picture)
         largest = min(LARGEST, 1.1 / len(pictures) ** 0.5)
         sides = [rng.uniform(SMALLEST, largest) for _ in pictures]
         things: list[Thing] = []
-        # What is placed first finds room: what is wanted, then the largest.
+        # The controlled image is placed first, then the largest ones, so that they fit.
         for picture, side in sorted(zip(pictures, sides), key=lambda pair: (pair[0] != wanted, -pair[1])):
             box = self._free_box(rng, picture, round(side * self.side), [thing.box for thing in things])
             if box is not None:
@@ -111,7 +110,7 @@ class SceneMaker:
         return tuple(things)
 
     def _choose(self, rng: random.Random, wanted: NamedPicture | None, has_wanted: bool) -> list[NamedPicture]:
-        """Pictures of different names, but for one that some scenes have twice or thrice. That of `wanted` is none."""
+        """Draw images with distinct names. Some scenes repeat one name, but never that of `wanted`."""
         names = [name for name in self.names if wanted is None or name != wanted.name]
         names = rng.sample(names, min(rng.randint(*self.counts), len(names)))
         pictures = [rng.choice(self.by_name[name]) for name in names]
@@ -136,7 +135,7 @@ class SceneMaker:
         return None
 
     def render(self, recipe: Recipe) -> PIL.Image.Image:
-        """The scene as an image, RGB."""
+        """Return the scene as an RGB image."""
         rng = self.rng(recipe.number, "background")
         scene = (_busy if rng.random() < 0.5 else _plain)(rng, self.side)
         for picture, (x0, y0, x1, y1) in self.things(recipe):
@@ -159,7 +158,7 @@ def _plain(rng: random.Random, side: int) -> PIL.Image.Image:
 
 
 def _busy(rng: random.Random, side: int) -> PIL.Image.Image:
-    """Clouds of colours, crossed by lines."""
+    """Draw clouds of colors, crossed by lines."""
     clouds = PIL.Image.frombytes("RGB", (6, 6), rng.randbytes(6 * 6 * 3))
     scene = clouds.resize((side, side), PIL.Image.Resampling.BICUBIC)
     draw = PIL.ImageDraw.Draw(scene)

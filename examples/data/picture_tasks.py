@@ -1,4 +1,4 @@
-"""Scenes of pictures, and pictures alone, as the data of each task: rows of texts, whose images are made when read."""
+"""Composed scenes and single named images as data of each task. Rows hold texts; a transform makes the images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from trips_examples.data.scenes import NLVR2_STATEMENTS
 from trips_examples.data.tasks import TASKS
 
 
-# What rows have besides the columns of their task, all but those of the images.
+# Columns of the rows besides the text columns of their task.
 EXTRA_FEATURES = {
     "vqa": {"kind": Value("string"), "recipe": ListOf(Value("int32"))},
     "grounding": {"kind": Value("string"), "recipe": ListOf(Value("int32"))},
@@ -36,24 +36,23 @@ def load_picture_scenes(
     question_kinds: Sequence[str] = QUESTION_KINDS,
 ) -> DatasetDict:
     """
-    Scenes of pictures for a task, with the columns of its schema and `kind`, what a text must tell apart (for
-    `"vqa"` and `"grounding"`). Their images are made whenever a row is read.
+    Load composed scenes of named images for a task, with the columns of its schema and, for `"vqa"` and `"grounding"`,
+    `kind`, the kind of the text. Images are rendered whenever a row is read.
 
     Args:
         task (`str`): `"vqa"`, `"captions"`, `"nlvr2"` or `"grounding"`.
-        sources (`Sequence[str]`): files and folders of named pictures, see `read_pictures`.
-        num_scenes (`dict[str, int]`): of each split; for `"nlvr2"` the number of statements.
+        sources (`Sequence[str]`): files and folders of named images, see `read_pictures`.
+        num_scenes (`dict[str, int]`): number of scenes of each split; for `"nlvr2"` the number of statements.
         side (`int`): height and width of the scenes in pixels.
-        counts (`tuple[int, int]`): the least and the largest number of pictures in a scene.
-        held_out (`dict[str, float]`): shares of the names, and with them of the pictures, that a split alone has:
-            `"validation"`, perhaps `"test"`.
-        bad_rows ([`BadRows`]): what becomes of pictures that cannot be used.
-        seed (`int`): of all choices.
-        question_kinds (`Sequence[str]`, *optional*): which of `QUESTION_KINDS` to ask. Default: all.
+        counts (`tuple[int, int]`): smallest and largest number of images in a scene.
+        held_out (`dict[str, float]`): shares of the names that only the split `"validation"` or `"test"` has.
+        bad_rows ([`BadRows`]): options for images that cannot be used.
+        seed (`int`)
+        question_kinds (`Sequence[str]`, *optional*): kinds of questions, of `QUESTION_KINDS`. Default: all.
 
     Raises:
-        `ValueError`: where pictures cannot be used, naming the first few, or are too few.
-        `FileNotFoundError`: where a source does not exist.
+        `ValueError`: Images cannot be used (the message names the first few), or there are too few.
+        `FileNotFoundError`: A source does not exist.
     """
     asks_colors = task == "vqa" and "color" in question_kinds
     splits = _split(read_pictures(sources, bad_rows, with_colors=asks_colors), held_out)
@@ -73,9 +72,8 @@ def load_pictures_alone(
     sources: Sequence[str], side: int, held_out: dict[str, float], bad_rows: BadRows
 ) -> DatasetDict:
     """
-    Pictures, each alone on white, for captions and retrieval: one of each name, whose caption is the name.
-
-    Args: as of `load_picture_scenes`.
+    Load single named images on white, for captioning and retrieval: one image per name, with the name as its caption.
+    Arguments as in `load_picture_scenes`.
     """
     data = {}
     for split, pictures in _split(read_pictures(sources, bad_rows), held_out).items():
@@ -103,7 +101,7 @@ def _as_dataset(task: str, rows: list[dict]) -> Dataset:
 
 @dataclass(frozen=True)
 class SceneImages:
-    """Adds the images to a batch of rows: of rows of one scene, one image."""
+    """Transform that adds the images to a batch of rows. Each scene is rendered once per batch."""
 
     maker: SceneMaker
 
@@ -125,7 +123,7 @@ class SceneImages:
 
 @dataclass(frozen=True)
 class LonePictures:
-    """Adds the images to a batch of rows: a picture in the middle of a white square."""
+    """Transform that adds the images to a batch of rows, each centered on a white square."""
 
     pictures: tuple[NamedPicture, ...]
     side: int
@@ -183,7 +181,7 @@ def _caption_rows(maker: SceneMaker, num_scenes: int, captions_per_scene: int = 
 
 
 def _nlvr2_rows(maker: SceneMaker, num_statements: int) -> Iterator[dict]:
-    """Each statement once about a pair that it is true of and once about one that it is false of."""
+    """Yield each statement with a pair of scenes for which it is true and a pair for which it is false."""
     for number in range(num_statements):
         rng = maker.rng(number, "texts")
         statement, pairs = rng.choice(sorted(NLVR2_STATEMENTS.items()))

@@ -1,4 +1,4 @@
-"""What is said and asked about scenes of pictures, with the part of the scene that each text is about."""
+"""Expressions, questions and captions of composed scenes, with the target region of each text."""
 
 import random
 from collections import Counter
@@ -9,16 +9,16 @@ from trips_examples.data.colors import COLOR_WORDS
 from trips_examples.data.picture_scenes import Thing
 
 
-CLEARLY_LARGER = 1.7  # times the area
-CLEARLY_BESIDE = 0.1  # of the scene's side, between centers
+CLEARLY_LARGER = 1.7  # smallest ratio of areas
+CLEARLY_BESIDE = 0.1  # smallest distance of centers, as a share of the scene's side
 MAX_CAPTIONED = 4
 
-# By place: the axis, and whether what is there comes before what it is compared with.
+# The axis of each relation, and whether the object comes before its reference on that axis.
 PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
-# By axis: its two ends, and what stands before them.
+# The two ends of each axis, and the words before them.
 SIDES = (("left", "right", "on the"), ("top", "bottom", "at the"))
-# What is asked: a name; which side of the scene a thing is on; whether it is on one side of another, or larger; how
-# often it is there, and whether; its color. Only the first is answered in words that a training may not have.
+# Questions about the name of an object; the side of the scene; whether it is on one side of another object, or larger;
+# the number of objects of a name, and their presence; the color. Only names may be words that training does not have.
 QUESTION_KINDS = ("name", "side", "place", "size", "count", "presence", "color")
 CELLS = (
     ("at the top left", "at the top", "at the top right"),
@@ -32,11 +32,10 @@ class SceneText(NamedTuple):
     A text about a scene.
 
     Args:
-        kind (`str`): what must be told apart: `"name"`, `"size"`, `"place"`, and of questions one of
-            `QUESTION_KINDS`.
+        kind (`str`): kind of an expression (`"name"`, `"size"` or `"place"`) or question (one of `QUESTION_KINDS`).
         text (`str`): an expression or a question.
-        box (`tuple`, *optional*): (x0, y0, x1, y1) in pixels of what it is about; None where that is not there.
-        answer (`str`): of a question.
+        box (`tuple`, *optional*): target region (x0, y0, x1, y1) in pixels; None for an absent object.
+        answer (`str`): answer of a question.
     """
 
     kind: str
@@ -47,8 +46,8 @@ class SceneText(NamedTuple):
 
 def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[SceneText]:
     """
-    Expressions that each fit one thing: up to three names that only one has, both of two of one name of which one is
-    clearly larger, and the only thing on one side of another.
+    Yield expressions that each fit one object: up to three unique names, both objects of one name if one is clearly
+    larger, and the only object on one side of another.
     """
     single = _single(things)
     for thing in rng.sample(single, min(3, len(single))):
@@ -63,14 +62,14 @@ def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[SceneTe
 
 def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: random.Random) -> Iterator[SceneText]:
     """
-    Questions and answers of all `QUESTION_KINDS`, in their order, as far as the scene has what they ask for; about
-    presence two, of a name that is there and of one of `names` that is not.
+    Yield questions and answers of all `QUESTION_KINDS` that the scene allows, in that order. Presence has two
+    questions: about a name in the scene, and about one of `names` that is absent.
 
     Args:
-        things (`Sequence[Thing]`): what is in the scene.
-        names (`Sequence[str]`): that it might have had.
-        side (`int`): of the scene in pixels.
-        rng (`random.Random`): of all choices.
+        things (`Sequence[Thing]`): objects in the scene.
+        names (`Sequence[str]`): all names of the split.
+        side (`int`): side of the scene in pixels.
+        rng (`random.Random`)
     """
     single = _single(things)
     yield from _named(things, single, rng)
@@ -105,7 +104,7 @@ def questions(things: Sequence[Thing], names: Sequence[str], side: int, rng: ran
 
 
 def caption(things: Sequence[Thing], side: int, rng: random.Random) -> str:
-    """The largest things with their places, up to `MAX_CAPTIONED`, in any order."""
+    """Return a caption of the `MAX_CAPTIONED` largest objects with their positions, in random order."""
     largest = sorted(things, key=lambda thing: -thing.area)[:MAX_CAPTIONED]
     return ", ".join(f"{with_article(thing.name)} {_cell(thing, side)}" for thing in rng.sample(largest, len(largest)))
 
@@ -115,7 +114,7 @@ def with_article(name: str) -> str:
 
 
 def _named(things: Sequence[Thing], single: list[Thing], rng: random.Random) -> Iterator[SceneText]:
-    """Asks for names: of the only thing on one side of another, the clearly largest, the further left of two."""
+    """Yield questions for a name: of the only object beside another, the largest object, the further left of two."""
     if beside := _beside(things, rng):
         place, anchor, thing = beside
         yield SceneText("name", f"what is {place} the {anchor.name}?", thing.box, thing.name)
@@ -136,12 +135,12 @@ def _single(things: Sequence[Thing]) -> list[Thing]:
 
 
 def _has_untold_color(thing: Thing) -> bool:
-    """Whether a thing has one color, and a name that speaks of none."""
+    """Return whether an object has one color that its name does not mention."""
     return bool(thing.picture.color) and not set(thing.name.split()) & COLOR_WORDS
 
 
 def _pair(things: Sequence[Thing]) -> tuple[Thing, Thing] | None:
-    """The two things of the name that exactly two have, if one is clearly larger: the smaller one first."""
+    """Return two objects that share a name no third one has, the smaller one first, if one is clearly larger."""
     times = Counter(thing.name for thing in things)
     pair = sorted((thing for thing in things if times[thing.name] == 2), key=lambda thing: thing.area)
     if len(pair) != 2 or pair[1].area < CLEARLY_LARGER * pair[0].area:
@@ -150,7 +149,7 @@ def _pair(things: Sequence[Thing]) -> tuple[Thing, Thing] | None:
 
 
 def _beside(things: Sequence[Thing], rng: random.Random) -> tuple[str, Thing, Thing] | None:
-    """A place, a thing of a name of its own, and the only other thing there, if there is such a pair."""
+    """Return a relation, a reference object with a unique name, and the only object in that relation, if any."""
     found = []
     margin = CLEARLY_BESIDE * _side(things)
     for anchor in _single(things):
@@ -164,7 +163,7 @@ def _beside(things: Sequence[Thing], rng: random.Random) -> tuple[str, Thing, Th
 
 
 def _side(things: Sequence[Thing]) -> int:
-    """The extent of all things, for what is clearly beside what."""
+    """Return the largest coordinate of all objects, as an estimate of the scene's side."""
     return max(max(thing.box[2:]) for thing in things)
 
 

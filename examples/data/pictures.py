@@ -1,17 +1,16 @@
-"""Pictures with names: lists and folders of them, read, named by a rule, and split by name.
+"""Named images: reading of lists and folders, cleaning of names, and splits by name.
 
-**Names.** In a file (JSONL, JSON, CSV, Parquet) each row has `image`, a path, and `name`. In a folder, searched with
-its sub-folders, a picture's name is the title in its own metadata, or, where it has none or more than `MAX_SHARED`
-pictures have the same (it then names a collection), the name of its file without the words that begin those of the
-author in its metadata. Either is cleaned: words are what stands between characters that are no letters, in lower case;
-left out are words with digits, single letters, articles at either end, and words that lead on ("and") at the end. A
-name of more than `MAX_WORDS` words, or of none, is none: in a folder such pictures are counted and left out, in a file
-they are bad rows.
+**Names.** In a file (JSONL, JSON, CSV, Parquet) each row has `image`, a path, and `name`. In a folder, which is
+searched recursively, the name is the title in the image's metadata. If the title is missing or more than `MAX_SHARED`
+images have the same title (it then names a collection), the name is the file name without words that begin a word of
+the author in the metadata. Names are split at characters that are not letters and lower-cased. Words with digits,
+single letters, articles at either end, and conjunctions such as "and" at the end are removed. Images whose name has no
+words or more than `MAX_WORDS` are counted and left out of a folder; in a file they are bad rows.
 
-**Copies.** Of files with equal content the first counts. Of a name, `MAX_PER_NAME` pictures are used.
+**Copies.** The first of several files with equal content is used, and up to `MAX_PER_NAME` images of each name.
 
-**Splits.** A name, with all of its pictures, is in one split: which one is decided by a hash of the name alone. So
-what is tested was neither seen nor read in training, whatever else the list holds.
+**Splits.** A hash of the name determines its split, with all images of that name. Names and images of the validation
+and test splits therefore never occur in training.
 """
 
 import functools
@@ -42,15 +41,15 @@ LEADING_ON = {"and", "at", "by", "for", "from", "in", "of", "on", "or", "to", "w
 MAX_WORDS = 4
 MAX_SHARED = 3
 MAX_PER_NAME = 5
-MAX_LOADED = 4096  # pictures in memory, 50 kB each for scenes of 224 pixels
-MAX_PIXELS = 16_000_000  # more take seconds to decode, each time that a scene shows them
+MAX_LOADED = 4096  # images in memory, 50 kB each for scenes of 224 pixels
+MAX_PIXELS = 16_000_000  # larger images take seconds to decode for each scene
 
 
 @dataclass(frozen=True)
 class NamedPicture:
     """
-    A picture file, what it shows, the box (x0, y0, x1, y1) in pixels of what can be seen of it, and its color: one of
-    `COLORS`, or `""` where it has several or was not looked at.
+    An image file, its name, the box (x0, y0, x1, y1) in pixels of its visible part, and its color: one of `COLORS`, or
+    `""` if it has several or was not examined.
     """
 
     path: str
@@ -60,14 +59,14 @@ class NamedPicture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of what can be seen."""
+        """Width and height of the visible part."""
         x0, y0, x1, y1 = self.visible
         return x1 - x0, y1 - y0
 
 
 def clean_name(text: str) -> str:
     """
-    The words of a name by the rule above; `""` where it leaves none or too many.
+    Return the words of a name by the rule above, or `""` if it has none or too many.
 
     Example:
 
@@ -84,7 +83,7 @@ def clean_name(text: str) -> str:
 
 def split_of(name: str, held_out: dict[str, float]) -> str:
     """
-    Return the split that has a name, by its hash: one in `held_out`, each with about its share of all names, or train.
+    Return the split of a name by its hash: a split in `held_out`, which maps splits to their share of names, or train.
     """
     place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
     for split, share in held_out.items():
@@ -98,26 +97,25 @@ def read_pictures(
     sources: Sequence[str | Path], bad_rows: BadRows | None = None, with_colors: bool = False
 ) -> list[NamedPicture]:
     """
-    Reads lists and folders of named pictures. Each picture is decoded once, to see that it can be.
+    Read lists and folders of named images. Each image is decoded once as a check.
 
     Args:
         sources (`Sequence[str]`): Files and folders. Paths in a file are relative to its folder.
-        bad_rows ([`BadRows`], *optional*): What becomes of pictures that cannot be used. Default: they are raised.
-        with_colors (`bool`, *optional*, defaults to `False`): Whether to look at their colors, which takes about as
-            long as the rest.
+        bad_rows ([`BadRows`], *optional*): Options for images that cannot be used. Default: they raise an error.
+        with_colors (`bool`, *optional*, defaults to `False`): Whether to determine main colors. It doubles the time.
 
     Returns:
-        `list[NamedPicture]`: In the order of the sources and files; of folders, by path.
+        `list[NamedPicture]`: In the order of the sources and their rows; in folders, sorted by path.
 
     Raises:
-        `ValueError`: Where pictures cannot be used, naming the first few, or there are none.
-        `FileNotFoundError`: Where a source does not exist.
+        `ValueError`: Images cannot be used (the message names the first few), or there are none.
+        `FileNotFoundError`: A source does not exist.
     """
     bad_rows, seen, times = bad_rows or BadRows(), set(), Counter()
     pictures: list[NamedPicture] = []
     for source in map(Path, sources):
         rows, faults = _folder_rows(source) if source.is_dir() else list(_file_rows(source)), []
-        for where, found in tqdm(rows, desc=f"Reading {source.name}", unit=" pictures"):
+        for where, found in tqdm(rows, desc=f"Reading {source.name}", unit=" images"):
             try:
                 if isinstance(found, BadRowError):
                     raise found
@@ -132,11 +130,11 @@ def read_pictures(
                 faults.append(Fault(where, error.reason, error.detail))
         bad_rows.settle(faults, source.name, len(rows))
     if not pictures:
-        raise ValueError(f"There are no named pictures in {', '.join(map(str, sources))}: give a folder or a list.")
+        raise ValueError(f"{', '.join(map(str, sources))} has no named images. Give another folder or list.")
     return pictures
 
 
-# Where a row is from, and the path of its picture with its clean name, or what is wrong with it.
+# The source of a row, and the path and clean name of its image, or its error.
 Row = tuple[str, tuple[Path, str] | BadRowError]
 
 
@@ -156,19 +154,19 @@ def _file_rows(file: Path) -> Iterator[Row]:
 
 
 def _folder_rows(folder: Path) -> list[Row]:
-    """Of the pictures that have a name."""
+    """Return the rows of the images that have a name."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     notes = {path: _metadata(path) for path in paths}
     shared = Counter(title for title, _ in notes.values())
     names = {path: clean_name(title) if shared[title] <= MAX_SHARED else "" for path, (title, _) in notes.items()}
     names = {path: name or clean_name(_without(path.stem, notes[path][1])) for path, name in names.items()}
     if nameless := [path for path, name in names.items() if not name]:
-        logger.warning(f"{folder}: {len(nameless)} of {len(paths)} pictures have no name and are left out.")
+        logger.warning(f"{folder}: {len(nameless)} of {len(paths)} images have no name and are left out.")
     return [(str(path.relative_to(folder)), (path, name)) for path, name in names.items() if name]
 
 
 def _metadata(path: Path) -> tuple[str, str]:
-    """The title and the author in a picture's metadata. One that cannot be opened has none; reading it says why."""
+    """Return title and author in an image's metadata, or empty texts if it cannot be opened."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
@@ -179,7 +177,7 @@ def _metadata(path: Path) -> tuple[str, str]:
 
 
 def _without(stem: str, author: str) -> str:
-    """The words of a file name, but for those that begin a word of the author, as names of files are cut short."""
+    """Return the words of a file name, without those that begin a word of the author's name."""
     names = re.findall(r"[^\W_]+", author.lower())
     words = re.findall(r"[^\W_]+", stem.lower())
     return " ".join(word for word in words if len(word) < 3 or not any(name.startswith(word) for name in names))
@@ -193,7 +191,7 @@ def _digest(path: Path) -> bytes:
 
 
 def _look(path: Path, with_color: bool) -> tuple[tuple[int, int, int, int], str]:
-    """The box of what is not transparent, and its color where that is asked for."""
+    """Return the box of the pixels that are not transparent, and their main color if requested."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         with open_image(str(path)) as image:
@@ -208,7 +206,7 @@ def _look(path: Path, with_color: bool) -> tuple[tuple[int, int, int, int], str]
 
 @functools.lru_cache(maxsize=MAX_LOADED)
 def load_picture(picture: NamedPicture, longest_side: int) -> PIL.Image.Image:
-    """What can be seen of a picture, RGBA, made smaller until no side is longer than `longest_side` pixels."""
+    """Return the visible part of an image, RGBA, with sides of at most `longest_side` pixels."""
     with open_image(picture.path) as image:
         image = image.convert("RGBA").crop(picture.visible)
     scale = min(1.0, longest_side / max(image.size))
@@ -216,7 +214,7 @@ def load_picture(picture: NamedPicture, longest_side: int) -> PIL.Image.Image:
 
 
 def by_name(pictures: Sequence[NamedPicture]) -> dict[str, list[NamedPicture]]:
-    """The pictures of each name, in order."""
+    """Group images by name."""
     groups = defaultdict(list)
     for picture in pictures:
         groups[picture.name].append(picture)

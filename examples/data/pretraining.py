@@ -14,16 +14,16 @@ from trips_examples.data.task_collators import RetrievalCollator
 @dataclass
 class PretrainingCollator(RetrievalCollator):
     """
-    Rows with `image`, `image_id` and `caption` -> inputs of [`TripsForPreTraining`].
+    Collator from rows with `image`, `image_id` and `caption` to inputs of [`TripsForPreTraining`].
 
-    What is drawn (words to mask, where to cut, augmentation) is determined by `seed` and the batch's rows: a run that
-    is resumed, or that has another number of workers, draws the same.
+    `seed` and the batch's rows determine masked words, cuts and augmentation, independently of resuming and of the
+    number of workers.
 
     Args:
-        mlm_probability (`float`, *optional*, defaults to 0.15): share of the words that are masked. Of these, 80%
-            become [MASK], 10% another word, 10% stay.
-        masks_words, cuts_captions (`bool`, *optional*, defaults to `True`): whether there are inputs for masked
-            language modelling, and for prefix language modelling.
+        mlm_probability (`float`, *optional*, defaults to 0.15): share of masked words. 80% of them become [MASK], 10%
+            another word, and 10% stay.
+        masks_words, cuts_captions (`bool`, *optional*, defaults to `True`): whether to add inputs of masked language
+            modeling, and of prefix language modeling.
         seed (`int`, *optional*, defaults to 0)
     """
 
@@ -53,7 +53,7 @@ class PretrainingCollator(RetrievalCollator):
         return inputs
 
     def masked_words(self, input_ids: torch.LongTensor) -> dict[str, torch.LongTensor]:
-        """`(num_texts, text_length)` -> the same with masked words, and what these were; -100 elsewhere."""
+        """Mask words of `(num_texts, text_length)`. The labels are the masked tokens, and -100 elsewhere."""
         tokenizer = self.processor.tokenizer
         special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))
         masked, labels = self.masker.torch_mask_tokens(input_ids.clone(), special_tokens_mask=special)
@@ -61,9 +61,8 @@ class PretrainingCollator(RetrievalCollator):
 
     def cut_captions(self, input_ids: torch.LongTensor) -> dict[str, torch.LongTensor]:
         """
-        Captions of shape `(num_texts, text_length)`, each cut at random between two words: beginnings, with the
-        special tokens that a prompt has, and continuations, ending with [SEP]. A caption of one word has none: it is
-        the whole beginning, and its labels are all -100.
+        Cut captions, `(num_texts, text_length)`, at random between two words. The beginnings have the special tokens
+        of a prompt; the continuations end with [SEP]. A caption of one word is not cut, and its labels are all -100.
         """
         tokenizer = self.processor.tokenizer
         ends = {tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}

@@ -1,4 +1,4 @@
-"""Rows before they are batched: reading their images, and grouping them by image."""
+"""Access to the images of rows, and grouping of rows by image."""
 
 import PIL.Image
 import torch
@@ -9,12 +9,12 @@ from trips_examples.data.images import decode_image, open_image, path_or_bytes, 
 
 
 def column_of(dataset: Dataset, name: str) -> list:
-    """Return a column without running transforms, which would compose the scenes of all rows."""
+    """Return a column without running transforms, which compose scenes."""
     return dataset.with_format(None)[name][:]
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
-    """Return the data set with encoded images: a collator decodes an image once for all of its rows."""
+    """Return the data set with encoded images, which a collator decodes once for all rows of an image."""
     encoded = Image(decode=False)
     for column, feature in (("image", encoded), ("images", Sequence(encoded))):
         if column in dataset.column_names:
@@ -27,15 +27,15 @@ def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
     Return the image of a row, RGB and upright.
 
     Args:
-        row (`dict`): With `source` and `image`: not decoded, or, of a stream, decoded already.
-        patch_size (`int`, *optional*, defaults to 1): Side in pixels that the image needs at least.
+        row (`dict`): With `source` and `image`, which is encoded, or decoded in rows of a stream.
+        patch_size (`int`, *optional*, defaults to 1): Smallest accepted side in pixels.
 
     Raises:
-        `ValueError`: Where it cannot be used, naming the row.
+        `ValueError`: The image cannot be used. The message names the row.
     """
     image = row["image"]
     try:
-        if isinstance(image, PIL.Image.Image):  # streams decode, to skip what is broken
+        if isinstance(image, PIL.Image.Image):  # streams decode images, to skip broken ones
             usable_size(image, patch_size)
             return image
         return decode_image(path_or_bytes(image), patch_size)
@@ -44,7 +44,7 @@ def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
 
 
 def image_size(row: dict) -> tuple[int, int]:
-    """(height, width) in pixels, upright, of the image of a row whose `image` is not decoded, or made when read."""
+    """Return the upright (height, width) in pixels of a row's image, which is encoded or a composed scene."""
     if isinstance(row["image"], PIL.Image.Image):
         return row["image"].size[::-1]
     with open_image(path_or_bytes(row["image"])) as image:
@@ -52,7 +52,7 @@ def image_size(row: dict) -> tuple[int, int]:
 
 
 class DecodedImages(torch.utils.data.Dataset):
-    """The images of rows, decoded when they are asked for."""
+    """Images of rows, decoded on access."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -65,7 +65,7 @@ class DecodedImages(torch.utils.data.Dataset):
 
 
 def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
-    """The first row of each image, and for each row the position of its image among them."""
+    """Return the first row of each image, and the index of each row's image among them."""
     rows, image_ids = {}, column_of(dataset, "image_id")
     for row, image_id in enumerate(image_ids):
         rows.setdefault(image_id, row)
@@ -74,13 +74,13 @@ def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
 
 
 def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
-    """(height, width) in pixels, upright, of each image by its `image_id`."""
+    """Return the upright (height, width) in pixels of each image by `image_id`."""
     rows, _ = images_of(dataset)
     return {row["image_id"]: image_size(row) for row in dataset.select(rows)}
 
 
 def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
-    """The first row of each image, and all captions of each image."""
+    """Return the first row of each image, and all captions of each image."""
     rows, image_of_row = images_of(dataset)
     captions = [[] for _ in rows]
     for image, caption in zip(image_of_row.tolist(), column_of(dataset, "caption")):

@@ -1,7 +1,6 @@
-"""easy-VQA, the data set inside the PyPI package of that name, and scenes made of its images, for every task.
+"""Bundled synthetic data: easy-VQA, which the PyPI package easy-vqa holds, and composed scenes of its images.
 
-All is made in memory in seconds: no network, no cache on disk. What comes out are records, as from a file: the columns
-are those that `load_task_dataset` reads.
+The records are made in memory in seconds, without network or cache, with the columns that `load_task_dataset` reads.
 """
 
 import functools
@@ -20,15 +19,15 @@ import PIL.ImageChops
 EASY_VQA_COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 EASY_VQA_SHAPES = {"circle", "rectangle", "triangle"}
 
-# Tiles along each side of a scene, by task, where nothing else is asked for.
+# Default number of tiles along each side of a scene.
 DEFAULT_GRID = {"vqa": 2, "captions": 2, "nlvr2": 1, "grounding": 2}
-# In larger scenes hardly any colour or shape is unique, so that there is next to nothing to ask.
+# In larger scenes hardly any color or shape is unique, which leaves few questions.
 MAX_GRID = 8
 TILE_SIZE = 64
 
 
 SPLITS = ("train", "validation", "test")
-# Of the training images of easy-VQA, those whose number leaves this rest are the validation split.
+# Training images of easy-VQA with this remainder of their number are the validation split.
 VALIDATION_IMAGES = (10, 9)
 
 
@@ -47,7 +46,7 @@ def _read_easy_vqa(split: str) -> _EasyVqaSplit:
         import easy_vqa
     except ImportError as error:
         raise ImportError(
-            "The data set easy-VQA is in the package easy-vqa, which is not installed: `pip install easy-vqa`."
+            "The data set easy-VQA needs the package easy-vqa, which is not installed: `pip install easy-vqa`."
         ) from error
     if split == "test":
         return _EasyVqaSplit._make([*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()])
@@ -64,18 +63,18 @@ def _read_easy_vqa(split: str) -> _EasyVqaSplit:
 
 def easy_vqa_records(split: str) -> Iterator[dict]:
     """
-    Yields the questions of easy-VQA.
+    Yield the questions of easy-VQA.
 
     Args:
-        split (`str`): `"test"`, the official one; `"validation"`, a tenth of the official training images with their
-            questions; or `"train"`, the others.
+        split (`str`): `"test"`, the official split; `"validation"`, a tenth of the official training images with their
+            questions; or `"train"`, the remaining training images.
 
     Yields:
-        `dict`: `image` (a path), `image_id`, `question` and `answer`; and `region`, (x0, y0, x1, y1) in pixels of
-        the shape that all questions are about, x1 and y1 exclusive.
+        `dict`: `image` (a path), `image_id`, `question`, `answer` and `region`, the box (x0, y0, x1, y1) of the shape
+        in pixels, x1 and y1 exclusive.
 
     Raises:
-        `ImportError`: Where the package easy-vqa is missing.
+        `ImportError`: The package easy-vqa is missing.
     """
     data = _read_easy_vqa(split)
     box_of = functools.cache(lambda image_id: shape_box(PIL.Image.open(data.image_paths[image_id]).convert("RGB")))
@@ -86,19 +85,19 @@ def easy_vqa_records(split: str) -> Iterator[dict]:
 
 def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
     """
-    Recovers what the images of easy-VQA show from their own questions and answers.
+    Infer color and shape of the images of easy-VQA from their questions and answers.
 
-    A yes or no question about "no" or "not" is read as its opposite. Of the official images, about one in ten has too
-    few questions to tell both its colour and its shape: it is left out.
+    A yes or no question with "no" or "not" is read as its opposite. About one image in ten is left out, because its
+    questions do not determine both color and shape.
 
     Args:
         split (`str`): `"train"`, `"validation"` or `"test"`.
 
     Returns:
-        `dict[int, tuple[str, str]]`: The colour and the shape by number of image, in ascending order.
+        `dict[int, tuple[str, str]]`: Color and shape by image number, in ascending order.
 
     Raises:
-        `ValueError`: Where the questions about an image contradict each other.
+        `ValueError`: The questions about an image contradict each other.
     """
     data = _read_easy_vqa(split)
     left: dict[int, tuple[set[str], ...]] = dict.fromkeys(sorted(data.image_paths), (EASY_VQA_COLORS, EASY_VQA_SHAPES))
@@ -108,8 +107,8 @@ def easy_vqa_attributes(split: str) -> dict[int, tuple[str, str]]:
         left[image_id] = tuple(_narrow(names, words | {answer}, denied) for names in left[image_id])
         if not all(left[image_id]):
             raise ValueError(
-                f"The questions about the {split} image {image_id} of easy-VQA contradict each other, at the latest "
-                f"in {question!r} with the answer {answer!r}: install the package easy-vqa anew."
+                f"The questions about the {split} image {image_id} of easy-VQA contradict each other, see "
+                f"{question!r} with the answer {answer!r}. Reinstall the package easy-vqa."
             )
     return {
         image_id: (min(colors), min(shapes))
@@ -129,7 +128,7 @@ def _narrow(names: set[str], words: set[str], denied: bool) -> set[str]:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """An image of easy-VQA, 64 x 64 pixels, and what it shows."""
+    """An image of easy-VQA, 64 x 64 pixels, with its color and shape."""
 
     color: str
     shape: str
@@ -146,7 +145,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class _Scenes:
-    """What the records of a task are made from: the tiles of a split, a grid, and the source of randomness."""
+    """Generator of scenes: the tiles of a split, the grid, and the random state."""
 
     split: str
     tiles: list[Tile]
@@ -164,7 +163,7 @@ class _Scenes:
         return self.rng.sample(self.tiles, self.grid * self.grid)
 
     def paste(self, tiles: list[Tile]) -> dict:
-        """The scene, encoded as `datasets.Image` takes it, tiles row by row."""
+        """Return the scene of tiles, row by row, encoded as `datasets.Image` takes it."""
         side = self.grid * TILE_SIZE
         scene = PIL.Image.new("RGB", (side, side))
         for cell, tile in enumerate(tiles):
@@ -176,42 +175,40 @@ class _Scenes:
 
 def scene_records(task: str, split: str, num_scenes: int, grid: int | None = None, seed: int = 0) -> Iterator[dict]:
     """
-    Makes scenes of `grid` x `grid` images of easy-VQA, with texts that need the image, and in it the right place.
+    Compose scenes of `grid` x `grid` images of easy-VQA, with texts that need a region of the image.
 
-    The first scenes are the same however many are made. Images whose colour and shape easy-VQA does not tell are not
-    used, see `easy_vqa_attributes`. By task:
+    The first scenes do not depend on `num_scenes`. Only images with a known color and shape are used, see
+    `easy_vqa_attributes`. By task:
 
-    - `"vqa"`: a question for each colour and each shape that only one of the tiles has ("what shape is the red
-      shape?", "what color is the circle?"), and one pair about presence, as often "yes" as "no" ("is there a red
-      circle?"). Whatever is said to be absent has a colour that is in the scene, so that colour and shape have to be
-      seen together. `region`: (x0, y0, x1, y1) in pixels of the tile asked about, x1 and y1 exclusive; None where
-      the answer is that there is no such tile. `kind`: shape, color or presence.
-    - `"captions"`: three captions of each scene, which name the colour, shape and place of every tile: tile by tile in
-      any order, row by row, and column by column. No two scenes of a split show the same, so that every caption fits
-      one scene only.
-    - `"nlvr2"`: a statement about two scenes ("only one image has a red circle"), once about a pair that it is true of
-      and once about one that it is false of: the text alone says nothing. See `NLVR2_STATEMENTS` for what one image
-      says. An image without a red circle has something red or a circle.
-    - `"grounding"`: for each tile that its colour, its shape or both tell from all others, one expression that does
-      ("the red shape", "the circle", "the red circle"), and for one tile of each scene its place ("the shape at the
-      top left"). `box`: (x0, y0, x1, y1) in pixels of the shape itself, x1 and y1 exclusive.
+    - `"vqa"`: a question for each color and each shape that only one tile has ("what shape is the red shape?", "what
+      color is the circle?"), and a pair about presence with the answers "yes" and "no" ("is there a red circle?"). An
+      absent tile has a color of the scene, so that color and shape must be seen together. `region`: the box (x0, y0,
+      x1, y1) of the tile in pixels, x1 and y1 exclusive; None for an absent tile. `kind`: shape, color or presence.
+    - `"captions"`: three captions of each scene with color, shape and position of each tile: tile by tile in random
+      order, row by row, and column by column. Scenes of a split are distinct, so that each caption fits one scene.
+    - `"nlvr2"`: a statement about two scenes ("only one image has a red circle"), with a pair for which it is true and
+      a pair for which it is false, so that the text alone does not give the label. An image without a red circle has a
+      red shape or a circle.
+    - `"grounding"`: an expression for each tile that is unique by color, shape or both ("the red shape", "the circle",
+      "the red circle"), and the position of one tile of each scene ("the shape at the top left"). `box`: (x0, y0, x1,
+      y1) of the shape in pixels, x1 and y1 exclusive.
 
     Args:
         task (`str`): `"vqa"`, `"captions"`, `"nlvr2"` or `"grounding"`.
-        split (`str`): `"train"`, `"validation"` or `"test"`: the part of easy-VQA that all tiles are from. Splits have
-            no tile in common, and different random numbers.
+        split (`str`): Part of easy-VQA with the tiles: `"train"`, `"validation"` or `"test"`. Splits have disjoint
+            tiles and different seeds.
         num_scenes (`int`): Number of scenes, at least 1; for `"nlvr2"` the number of statements, with 4 scenes each.
         grid (`int`, *optional*): Tiles of 64 x 64 pixels along each side, 1 to 8. Default: `DEFAULT_GRID[task]`. With
-            4, a region is at most a sixteenth of the image, so that a low keep rate needs the text.
-        seed (`int`, *optional*, defaults to 0): Seed of all choices, mixed with the split.
+            4, a region is at most a sixteenth of the image.
+        seed (`int`, *optional*, defaults to 0)
 
     Returns:
         `Iterator[dict]`: Records in the columns that `load_task_dataset` reads. For `grid=2`, about six per scene for
-        `"vqa"`, five for `"grounding"`; one for `"captions"`, two per statement for `"nlvr2"`. `image_id` is equal for
-        records of one scene.
+        `"vqa"`, five for `"grounding"`; one for `"captions"`, two per statement for `"nlvr2"`. Records of one scene
+        have equal `image_id`.
 
     Raises:
-        `ValueError`: Where `grid` or `num_scenes` is out of its range.
+        `ValueError`: `grid` or `num_scenes` is out of range.
     """
     check_scenes(task, split, num_scenes, grid)
     grid = DEFAULT_GRID[task] if grid is None else grid
@@ -219,7 +216,7 @@ def scene_records(task: str, split: str, num_scenes: int, grid: int | None = Non
 
 
 def check_scenes(task: str, split: str, num_scenes: int, grid: int | None):
-    """Raises a `ValueError` where `scene_records` cannot make such scenes."""
+    """Raise a `ValueError` if `scene_records` cannot make these scenes."""
     grid = DEFAULT_GRID[task] if grid is None else grid
     if not 1 <= grid <= MAX_GRID:
         raise ValueError(f"grid is {grid}: choose 1 to {MAX_GRID} tiles along each side of a scene.")
@@ -228,20 +225,20 @@ def check_scenes(task: str, split: str, num_scenes: int, grid: int | None):
     different = (len(EASY_VQA_COLORS) * len(EASY_VQA_SHAPES)) ** (grid * grid)
     if task == "captions" and num_scenes > different // 2:
         raise ValueError(
-            f"{num_scenes} {split} scenes of {grid} x {grid} tiles cannot be told apart by captions, there are only "
-            f"{different} different ones: choose a larger grid, or at most {different // 2} scenes."
+            f"{num_scenes} {split} scenes of {grid} x {grid} tiles cannot have distinct captions, as only {different} "
+            f"exist. Choose a larger grid, or at most {different // 2} scenes."
         )
 
 
 def read_tiles(split: str) -> list[Tile]:
-    """The images of `easy_vqa_attributes(split)`, in that order."""
+    """Return the images of `easy_vqa_attributes(split)`, in that order."""
     paths = _read_easy_vqa(split).image_paths
     attributes = easy_vqa_attributes(split)
     return [Tile(*names, PIL.Image.open(paths[image_id]).convert("RGB")) for image_id, names in attributes.items()]
 
 
 def cell_origin(cell: int, grid: int) -> tuple[int, int]:
-    """The left and upper edge of a cell in pixels. Cells are numbered row by row from 0."""
+    """Return the left and upper edge of a cell in pixels. Cells are numbered row by row from 0."""
     return cell % grid * TILE_SIZE, cell // grid * TILE_SIZE
 
 
@@ -270,7 +267,7 @@ def _vqa_records(scenes: _Scenes, num_scenes: int) -> Iterator[dict]:
 
 
 def _questions(tiles: list[Tile], rng: random.Random) -> Iterator[tuple[str, str, str, int | None]]:
-    """Yields the kind of each question, the question, its answer and the cell it is about."""
+    """Yield kind, question, answer and target cell."""
     times = Counter(name for tile in tiles for name in (tile.color, tile.shape, tile.name))
     for cell, tile in enumerate(tiles):
         if times[tile.color] == 1:
@@ -321,9 +318,8 @@ def _by_column(names: tuple[str, ...], grid: int) -> str:
 
 # Statements about two images
 
-# By statement: whether the left and the right image have what it names, where it is true and where it is false; each
-# is equally likely. Who sees one image only can be right about three in four of the first three kinds, and about half
-# of the last two.
+# Whether the left and the right image contain the named object, for true and for false statements, equally likely. A
+# model that sees one image can reach 75% on the first three kinds and 50% on the last two.
 NLVR2_STATEMENTS = {
     "both images have {}": ([(True, True)], [(True, False), (False, True)]),
     "only the left image has {}": ([(True, False)], [(True, True), (False, False)]),
@@ -347,18 +343,18 @@ def _nlvr2_records(scenes: _Scenes, num_scenes: int) -> Iterator[dict]:
 
 
 def _named(rng: random.Random) -> tuple[str | None, str | None]:
-    """A colour, a shape, or both."""
+    """Draw a color, a shape, or both."""
     color, shape = rng.choice(sorted(EASY_VQA_COLORS)), rng.choice(sorted(EASY_VQA_SHAPES))
     return rng.choice([(color, None), (None, shape), (color, shape)])
 
 
 def _tiles_with(color: str | None, shape: str | None, has: bool, scenes: _Scenes) -> list[Tile]:
     """
-    Tiles of which one shows what is named (`has`), or none. If both colour and shape are named, one of those that do
-    not show it has the colour or the shape: that of `has=False` cannot be told by one of them.
+    Draw tiles with (`has`) or without a tile of the given color and shape. If both are given, one of the other tiles
+    has the color or the shape, so that neither alone gives the answer.
     """
     rng, names = scenes.rng, list(scenes.tiles_by_name)
-    fit = {name: (color in (None, name[0])) + (shape in (None, name[1])) for name in names}  # 2: what is named
+    fit = {name: (color in (None, name[0])) + (shape in (None, name[1])) for name in names}  # 2: a match
     first = rng.choice([name for name in names if fit[name] == (2 if has else 1)])
     others = rng.choices([name for name in names if fit[name] < 2], k=scenes.grid**2 - 1)
     tiles = [rng.choice(scenes.tiles_by_name[name]) for name in (first, *others)]
@@ -394,8 +390,8 @@ def _moved(box: tuple[int, int, int, int], cell: int, grid: int) -> list[int]:
 
 def shape_box(tile: PIL.Image.Image) -> tuple[int, int, int, int]:
     """
-    The box (x0, y0, x1, y1), x1 and y1 exclusive, of what stands out from the plain background of a tile, its
-    most common colour. Pixels at the edge, mixed of both colours, count where they are at least half the shape's.
+    Return the box (x0, y0, x1, y1), x1 and y1 exclusive, of the shape on a tile's plain background, the most common
+    color. Mixed pixels at the edge count if at least half of their color is the shape's.
     """
     _, background = max(tile.getcolors(tile.width * tile.height))
     difference = PIL.ImageChops.difference(tile, PIL.Image.new(tile.mode, tile.size, background))

@@ -1,4 +1,4 @@
-"""Shards of image-text pairs: records, or faults in their place, in a fixed order."""
+"""Shards of image-text pairs. A shard yields records, or faults in their place, in a fixed order."""
 
 import glob
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class BadPair:
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar file of WebDataset (https://github.com/webdataset/webdataset): a pair is the files of one name."""
+    """A tar file of WebDataset (https://github.com/webdataset/webdataset). The files of one name are a pair."""
 
     name: str
 
@@ -37,7 +37,7 @@ class TarShard:
 
         def keep(error: Exception) -> bool:
             errors.append(BadPair(self.name, f"broken tar file ({error.args[0] if error.args else error})"))
-            return True  # go on
+            return True  # continue
 
         for sample in tarfile_samples([{"url": self.name}], handler=keep):
             yield from _emptied(errors)
@@ -60,13 +60,13 @@ class FileShard:
                     yield {**record, "source": source, "image_root": self.image_root}
                 else:
                     yield BadPair(source, str(record))
-        except (ValueError, OSError) as error:  # of the file as a whole: as a tar file that is torn
+        except (ValueError, OSError) as error:  # an error of the whole file, as for a broken tar file
             yield BadPair(self.name, printable(str(error)))
 
 
 @dataclass(frozen=True)
 class HubShard:
-    """One of the shards of a data set on the Hub that the library streams."""
+    """A shard of a streamed data set on the Hub."""
 
     name: str
     dataset: IterableDataset
@@ -106,18 +106,18 @@ def find_shards(
     patterns: Sequence[str], image_root: str | None = None, option: str = "--train_shards"
 ) -> list[TarShard | FileShard]:
     """
-    Return the shards that patterns name, in order.
+    Return the shards that match patterns, in order.
 
     Args:
         patterns (`Sequence[str]`): paths or URLs of tar files (`.tar`, `.tar.gz`), or paths of files with rows
-            (`.jsonl`, `.json`, `.csv`, `.parquet`), with braces as in `cc3m-{000..331}.tar`, or with `*`. Remote ones
-            are opened as the webdataset library does it, from `https://...`, `s3://...`, or `pipe:command`.
-        image_root (`str`, *optional*): folder that paths of images in rows are relative to. By default that of the
-            file they are in.
-        option (`str`, *optional*, defaults to `"--train_shards"`): what the message names.
+            (`.jsonl`, `.json`, `.csv`, `.parquet`), with braces as in `cc3m-{000..331}.tar`, or with `*`. The
+            webdataset library opens remote files: `https://...`, `s3://...`, or `pipe:command`.
+        image_root (`str`, *optional*): folder that image paths in rows are relative to. Default: the folder of the
+            file.
+        option (`str`, *optional*, defaults to `"--train_shards"`): name of the option in error messages.
 
     Raises:
-        FileNotFoundError: if a path names no file.
+        FileNotFoundError: A path does not exist.
     """
     names, missing = [], []
     for pattern in patterns:
@@ -127,7 +127,7 @@ def find_shards(
             missing += [] if found else [name]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise FileNotFoundError(f"There are no files {shown}: mend {option}.")
+        raise FileNotFoundError(f"The files {shown} do not exist. Correct {option}.")
     return [
         TarShard(name) if name.endswith(TAR_SUFFIXES) else FileShard(name, image_root or str(Path(name).parent))
         for name in names

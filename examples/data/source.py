@@ -23,26 +23,26 @@ class DataSource:
     are JSON lists or texts separated by `|`. Columns by task:
 
     - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
-    - `"captions"`: `image`, and `caption` (one) or `captions` (a list: a row each)
+    - `"captions"`: `image`, and `caption` (one) or `captions` (a list, one row each)
     - `"nlvr2"`: `images` (two) or `left_image` and `right_image`; `statement`; `label` (1, 0, true or false)
     - `"grounding"`: `image`, `expression`, `box` ([x0, y0, x1, y1] in pixels, at most one pixel outside the image, and
-      cut to it)
+      clipped to it)
 
     An `image` is a path, in Parquet also the encoded image, as bytes or as a struct of `bytes` and `path`. `image_id`
     (`image_ids` for `"nlvr2"`) and `question_id` are optional. Annotation files of VQAv2, COCO, Flickr30k, NLVR2,
-    RefCOCO and ALBEF are read as they are, see `annotations`; their rows count from 1 in the list of questions,
-    captions, images or refs. One of `train_file` and `validation_file` suffices. Second files are VQAv2's annotations,
+    RefCOCO and ALBEF are supported, see `annotations`; their rows count from 1 in the list of questions, captions,
+    images or refs. One of `train_file` and `validation_file` is enough. Second files are VQAv2's annotations,
     RefCOCO's `instances.json`, or RefCOCO's `refs(unc).p` for a list of ALBEF.
 
-    **The Hub** has data sets with the same columns, named by `dataset_name`.
+    **The Hub**: `dataset_name` is a data set with the same columns.
 
     **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a tenth
     of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed
     scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
 
     **Named images** of your own (`pictures`, see `pictures.read_pictures`): `dataset_name="picture_scenes"` composes
-    scenes of them, for every task; `"pictures"` shows each alone, for `"captions"`. The splits
-    `validation` and `test` have names that no other split has.
+    scenes of them, for every task; `"pictures"` gives single images, for `"captions"`. The splits `validation` and
+    `test` have names that no other split has.
     """
 
     dataset_name: str | None = field(
@@ -55,10 +55,10 @@ class DataSource:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Like --train_file."})
     train_annotations: str | None = field(
-        default=None, metadata={"help": "Second file of VQAv2 and RefCOCO. Default: that of the official name."}
+        default=None, metadata={"help": "Second file of VQAv2 and RefCOCO. Default: the file with the official name."}
     )
     validation_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
-    test_file: str | None = field(default=None, metadata={"help": "Like --train_file: for the reported metrics."})
+    test_file: str | None = field(default=None, metadata={"help": "Like --train_file, for the reported metrics."})
     test_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
     train_split: str | None = field(
         default=None, metadata={"help": "Split of a file or Hub data set with several splits. Default: train."}
@@ -70,7 +70,7 @@ class DataSource:
         default=None, metadata={"help": "Like --train_split. Default: test in files, none on the Hub."}
     )
     image_root: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to. Default: that of their file."}
+        default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of their file."}
     )
     grid: int | None = field(
         default=None, metadata={"help": "Tiles per side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
@@ -98,7 +98,7 @@ class DataSource:
 
     @property
     def splits(self) -> dict[str, str | None]:
-        """What to take for each of our splits, where that is given."""
+        """The requested split of the source for each split, or None."""
         return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
 
     @property
@@ -121,71 +121,71 @@ class DataSource:
 
     @property
     def held_out_names(self) -> dict[str, float]:
-        """The share of the names of images that a split alone has."""
+        """The share of the image names that only this split has, by split."""
         shares = {"validation": self.validation_names, "test": self.test_names}
         return {split: share for split, share in shares.items() if share}
 
     def name_for(self, task: str) -> str:
-        """The name of a data set that is not in files."""
+        """Return the name of the data set, or the default of the task."""
         return self.dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
 
     def check(self, task: str):
         """
-        Finds what is wrong with this before anything is read.
+        Check the options before any data is read.
 
         Raises:
-            `ValueError`: Where fields contradict each other or the task.
-            `FileNotFoundError`: Where a file or `image_root` does not exist.
+            `ValueError`: Options contradict each other or the task.
+            `FileNotFoundError`: A file or `image_root` does not exist.
         """
         files = self.files
         if files and self.dataset_name is not None:
             raise ValueError(
-                f"dataset_name is {self.dataset_name!r}, and there are files as well ({sorted(files)}): give one or "
+                f"dataset_name is {self.dataset_name!r}, but there are files as well ({sorted(files)}). Give one or "
                 "the other."
             )
         if self.image_root is not None and not files:
             root = str(self.image_root)
-            raise ValueError(f"image_root (is {root!r}) goes with train_file or validation_file: give one.")
+            raise ValueError(f"image_root (is {root!r}) needs train_file or validation_file. Give one of them.")
         for file in files.values():
             existing_file(file.path)
         if self.image_root is not None and not Path(self.image_root).is_dir():
-            raise FileNotFoundError(f"There is no folder {self.image_root}: image_root is the one the images are in.")
+            raise FileNotFoundError(f"The folder {self.image_root} does not exist. Correct image_root.")
         if not files and self.name_for(task) in EMBEDDED_DATASETS:
             self._check_embedded(self.name_for(task), task)
         self._check_pictures(task)
 
     def _check_pictures(self, task: str):
         if (self.pictures is not None) != (self.dataset_name in PICTURE_DATASETS):
-            raise ValueError(f"pictures goes with dataset_name {' or '.join(PICTURE_DATASETS)}: give both or neither.")
+            raise ValueError(f"pictures goes with dataset_name {' or '.join(PICTURE_DATASETS)}. Give both or neither.")
         if self.pictures is None:
             return
         if absent := [source for source in self.pictures if not Path(source).exists()]:
-            raise FileNotFoundError(f"There is no {absent[0]}: pictures are folders and files that exist.")
+            raise FileNotFoundError(f"{absent[0]} does not exist. Correct pictures.")
         if self.dataset_name == "pictures" and task != "captions":
-            raise ValueError(f"pictures have names only: for {task} take picture_scenes.")
+            raise ValueError(f"dataset_name pictures does not support {task}. Use picture_scenes.")
         if len(self.pictures_per_scene) != 2 or not 2 <= self.pictures_per_scene[0] <= self.pictures_per_scene[1]:
             raise ValueError(
-                f"pictures_per_scene is {self.pictures_per_scene}: give two numbers from 2 on, as in 2 9."
+                f"pictures_per_scene must be two numbers of at least 2, as in 2 9, got {self.pictures_per_scene}."
             )
         if not self.question_kinds:
-            raise ValueError(f"question_kinds has none: choose from {', '.join(QUESTION_KINDS)}.")
+            raise ValueError(f"question_kinds is empty. Choose from {', '.join(QUESTION_KINDS)}.")
         if unknown := [kind for kind in self.question_kinds if kind not in QUESTION_KINDS]:
-            raise ValueError(f"question_kinds has {unknown[0]!r}: choose from {', '.join(QUESTION_KINDS)}.")
+            raise ValueError(f"question_kinds has {unknown[0]!r}. Choose from {', '.join(QUESTION_KINDS)}.")
         if not 0 < self.validation_names < 1:
-            raise ValueError(f"validation_names is {self.validation_names}: give a share between 0 and 1.")
+            raise ValueError(f"validation_names must be between 0 and 1, got {self.validation_names}.")
         if not 0 <= self.test_names < 1 - self.validation_names:
             raise ValueError(
-                f"test_names is {self.test_names}: give a share from 0 on that leaves names to train on beside "
-                f"validation_names ({self.validation_names})."
+                f"test_names must be at least 0 and below 1 - validation_names ({self.validation_names}), got "
+                f"{self.test_names}."
             )
         if min(self.scene_size, *self.num_scenes.values()) < 1:
-            raise ValueError("scene_size, train_scenes, validation_scenes and test_scenes must be 1 or more.")
+            raise ValueError("scene_size, train_scenes, validation_scenes and test_scenes must be at least 1.")
 
     def _check_embedded(self, name: str, task: str):
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
-            raise ValueError(f"{' and '.join(chosen)}: {name} has its own splits, leave them out.")
+            raise ValueError(f"{name} has its own splits. Leave out {' and '.join(chosen)}.")
         if name == "easy_vqa" and task != "vqa":
-            raise ValueError(f"easy_vqa has questions only: for {task} take easy_vqa_scenes.")
+            raise ValueError(f"easy_vqa does not support {task}. Use easy_vqa_scenes.")
         if name == "easy_vqa_scenes":
             for split, number in self.num_scenes.items():
                 check_scenes(task, split, number, self.grid)

@@ -1,4 +1,4 @@
-"""Records to rows of a task's schema, and to splits."""
+"""Conversion of records to rows of a task's schema, and to splits."""
 
 import reprlib
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from trips_examples.data.tasks import BOX_COLUMNS, Task, has_area, is_missing, l
 
 class RowMaker:
     """
-    Make the rows of a split.
+    Converter from records to the rows of a split.
 
     Args:
         task (`Task`)
@@ -77,11 +77,11 @@ def _within(box: list[float], size: tuple[int, int], column: str, tolerance: flo
 @dataclass(frozen=True)
 class SplitReader:
     """
-    Read the splits of a task.
+    Reader of the splits of a task.
 
     Args:
         task (`Task`)
-        bad_rows (`BadRows`): Treatment of rows that cannot be used.
+        bad_rows (`BadRows`): Options for rows that cannot be used.
         cache_dir (`str`, *optional*): Folder for tables with images.
     """
 
@@ -106,7 +106,9 @@ class SplitReader:
         try:
             return load_dataset("parquet", data_files=str(file), split="train", cache_dir=self.cache_dir)
         except DatasetGenerationError as error:
-            raise ValueError(f"{file} is no valid .parquet file: {error.__cause__}. Mend or convert it.") from error
+            raise ValueError(
+                f"{file} is not a valid .parquet file: {error.__cause__}. Repair or convert it."
+            ) from error
 
     def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
         check, patch_size = self.bad_rows.image_check, self.bad_rows.patch_size
@@ -114,7 +116,7 @@ class SplitReader:
         return _as_dataset(self.good_rows(enumerate(records, start=1), make_rows, name), self.task.features)
 
     def read_table(self, table: Dataset, name: str) -> Dataset:
-        """Read a table that holds its images. They are checked and stay in the table: only the texts are read."""
+        """Read a table that holds its images. The images are checked and stay in the table."""
         column = self.task.image_column
         images = images_of_table(table, self.task, name)
         texts = table.select_columns([column for column in table.column_names if column in self.task.columns])
@@ -140,7 +142,7 @@ class SplitReader:
         make_rows: Callable[[int, dict], list[dict]],
         name: str,
     ) -> list[dict]:
-        """Return the rows of all records. A record may be an error already: a line that is not valid JSON."""
+        """Return the rows of all records. Records of invalid lines are errors."""
         rows, faults, total = [], [], 0
         for number, record in tqdm(records, desc=f"Reading {name}", unit=" rows"):
             total += 1

@@ -1,15 +1,15 @@
 """
-Image-text pairs as a stream, for data that are too many to load or to check before training: tar shards, files of
+Image-text pairs as a stream, for data that is too large to load or to check before training: tar shards, files of
 rows, data sets on the Hub.
 
-A [`PairStream`] never ends: each pass reads the shards in another order. Each process and each of its data loader's
-workers reads shards of its own and shuffles their pairs block by block. The seed and a [`Position`] of six numbers
-determine the next pair. torchdata's `StatefulDataLoader` saves the positions of all workers, so that a resumed run
-continues with the next pair and reads only the current block again. (`datasets.IterableDataset` loses its shuffle
-buffer when it resumes, and `split_dataset_by_node` makes all processes read all shards if they do not divide evenly.)
+A [`PairStream`] is endless. Each pass reads the shards in another order. Each worker of a data loader reads its own
+shards and shuffles their pairs block by block. The seed and a [`Position`] of six numbers determine the next pair.
+torchdata's `StatefulDataLoader` saves the positions of all workers, so that a resumed run continues with the next pair
+and only reads the current block again. (`datasets.IterableDataset` loses its shuffle buffer when it resumes, and with
+`split_dataset_by_node` all processes read all shards if these do not divide evenly.)
 
-Images are decoded as they leave the shuffled block, so that a block holds them compressed. A pair that cannot be used
-stops the run, or is skipped, counted, and named in `bad_pairs-*.jsonl`; too many of them stop the run.
+Images are decoded after shuffling, so that a block holds compressed images. A bad pair stops the run, or is skipped,
+counted, and logged in `bad_pairs-*.jsonl`. Too many bad pairs stop the run.
 """
 
 import json
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
-FEWEST_TO_JUDGE = 100  # pairs before the share of bad ones says anything
+FEWEST_TO_JUDGE = 100  # pairs before the share of bad pairs is checked
 
 Shard = TarShard | FileShard | HubShard
 
@@ -44,9 +44,9 @@ Shard = TarShard | FileShard | HubShard
 @dataclass(frozen=True)
 class Position:
     """
-    The position of a reader: its current block of records begins at `block_record` of shard `block_shard` (in its
-    share of the shards of pass `pass_number`), and `offset` records of the shuffled block were read. `seen` and `bad`
-    count records since the beginning of training.
+    Position of a reader. Its current block begins at `block_record` of shard `block_shard` (among its shards of pass
+    `pass_number`), and `offset` records of the shuffled block were read. `seen` and `bad` count records since the
+    beginning of training.
     """
 
     pass_number: int = 0
@@ -59,28 +59,28 @@ class Position:
 
 class PairStream(TorchIterableDataset):
     """
-    Endless rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`.
+    Endless stream of rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`.
 
     A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) and one or
-    several captions, of which each pass takes one at random. Its `image_id`, or else `sha256`, `md5` or `url`, says
-    which records are about the same image; without any, its path does, and images without a path are all distinct.
+    more captions. Each pass draws one of them. `image_id`, or else `sha256`, `md5`, `url` or the path, identifies the
+    image. Images without any of these are distinct.
 
     Args:
         shards (`Sequence[Shard]`): see `find_shards` and `hub_shards`. With fewer shards than readers (processes times
             workers), each reader reads all of them and takes its share of the records.
-        seed (`int`, *optional*, defaults to 0): of the order of shards and records, and of the choice of captions.
-        buffer_size (`int`, *optional*, defaults to 1000): records that are shuffled at a time, in each reader.
-        process_index, num_processes (`int`, *optional*): of this process, among those that train.
+        seed (`int`, *optional*, defaults to 0): seed of the order of shards and records, and of the captions.
+        buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block of a reader.
+        process_index, num_processes (`int`, *optional*): rank and number of training processes.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
-        processor (`TripsProcessor`, *optional*): the model's. Captions of which it makes no tokens or too many are
-            bad, and so are images smaller than one of its patches.
-        max_bad_share (`float`, *optional*, defaults to 0.0): bad pairs are skipped, and a larger share of them stops
-            the run; at 0 the first one does.
-        log_folder (`str` or `Path`, *optional*): where bad pairs are named, in a file per reader, in the first pass.
+        processor (`TripsProcessor`, *optional*): the model's processor. Captions with no tokens or too many are bad,
+            and so are images smaller than a patch.
+        max_bad_share (`float`, *optional*, defaults to 0.0): largest share of bad pairs, which are skipped. With 0,
+            the first bad pair stops the run.
+        log_folder (`str` or `Path`, *optional*): folder for the bad pairs of the first pass, one file per reader.
 
     Raises:
-        ValueError: while it is read, if there are too many bad pairs or no good one.
+        ValueError: Raised by iteration, if there are too many bad pairs or no good pair.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PairStream(TorchIterableDataset):
             self.position = Position(self.position.pass_number + 1, seen=self.position.seen, bad=self.position.bad)
 
     def _blocks(self, position: Position) -> Iterator[tuple[Position, list[dict | BadPair]]]:
-        """The rest of a pass: the positions that blocks begin at, and their records."""
+        """Yield the remaining blocks of a pass: their positions and records."""
         shards, is_shared = self._shards_of_pass(position.pass_number)
         start, records = position, []
         for shard in range(position.block_shard, len(shards)):
@@ -165,7 +165,7 @@ class PairStream(TorchIterableDataset):
             yield start, records
 
     def _shards_of_pass(self, pass_number: int) -> tuple[list[Shard], bool]:
-        """The shards of this reader, and whether it shares them with the others."""
+        """Return the shards of this reader, and whether it shares them with other readers."""
         shards = list(self.shards)
         random.Random(f"{self.seed}-{pass_number}").shuffle(shards)
         if len(shards) >= self.num_readers:
@@ -176,7 +176,7 @@ class PairStream(TorchIterableDataset):
         return random.Random("-".join(map(str, (self.seed, self.reader, *numbers))))
 
     def _row(self, record: dict | BadPair, pass_number: int) -> dict | BadPair:
-        """Return a record as a row with its image decoded, or what is wrong with it."""
+        """Return a record as a row with its decoded image, or its fault."""
         if isinstance(record, BadPair):
             return record
         source, image_root = record["source"], record.get("image_root", "")
@@ -211,7 +211,7 @@ class PairStream(TorchIterableDataset):
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
         if self.max_bad_share == 0:
-            raise ValueError(f"{pair.source}: {pair.error}. Mend it, or skip such pairs with --skip_bad_rows.")
+            raise ValueError(f"{pair.source}: {pair.error}. Repair it, or skip such pairs with --skip_bad_rows.")
         self._judge(fewest=FEWEST_TO_JUDGE)
 
     def _judge(self, fewest: int):
@@ -240,6 +240,6 @@ def _first_filled(columns: dict, names: Iterable[str]) -> str | None:
 
 
 def encoded_image(columns: dict, names: Iterable[str]) -> str | bytes:
-    """The path or the encoded bytes of a record's image, which may be a dictionary with one of both."""
+    """Return the path or the encoded bytes of a record's image, which may be a dictionary with either."""
     image = path_or_bytes(columns.get(_first_filled(columns, names)))
     return image if isinstance(image, bytes) else filled_text({**columns, "image": image}, "image")

@@ -1,4 +1,4 @@
-"""What each task makes of its rows: batches as its model takes them."""
+"""Collators of the tasks, from rows to model inputs."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from trips_examples.data.tasks import has_area
 @dataclass
 class VqaCollator(ImageBatchCollator):
     """
-    Rows of `tasks.VQA_FEATURES` -> inputs of [`TripsForQuestionAnswering`]. In training all distinct answers of a
-    question become labels, weighted by how many annotators gave them (`text_index`, `loss_weights`). In evaluation the
-    label is the most common answer. Where rows say what they are about (`region`), training gets `regions`.
+    Collator from rows of `tasks.VQA_FEATURES` to inputs of [`TripsForQuestionAnswering`]. In training, all distinct
+    answers of a question are labels, weighted by their number of annotators (`text_index`, `loss_weights`), and
+    `regions` are added for rows with a `region`. In evaluation, the label is the most common answer.
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
@@ -37,7 +37,7 @@ class VqaCollator(ImageBatchCollator):
         return {**inputs, **self.weighted_labels(rows), **self.regions(rows, sizes)}
 
     def regions(self, rows: list[dict], sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Boxes of what the rows are about, in images of `sizes` (height, width); empty ones where it is unknown."""
+        """Return the target regions of the rows in images of `sizes` (height, width); unknown regions are empty."""
         known = [place for place, row in enumerate(rows) if _has_region(row)]
         if not known:
             return {}
@@ -49,7 +49,7 @@ class VqaCollator(ImageBatchCollator):
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
     ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """The images flipped and shifted, with the boxes of what their rows are about."""
+        """Flip and shift the images together with the target regions of their rows."""
         moves = [draw_move(image.size) for image in images]
         rows = [
             {**row, "region": move_box(row["region"], moves[index], images[index].size)} if _has_region(row) else row
@@ -82,11 +82,11 @@ def _has_region(row: dict) -> bool:
 @dataclass
 class CaptionCollator(ImageBatchCollator):
     """
-    Rows of `tasks.CAPTION_FEATURES` -> inputs of [`TripsForConditionalGeneration`]. In training the captions of an
-    image that stand in one batch share all but the decoder (`text_index`).
+    Collator from rows of `tasks.CAPTION_FEATURES` to inputs of [`TripsForConditionalGeneration`]. In training, the
+    captions of an image in one batch share its encoding (`text_index`).
 
     Args:
-        prompt (`str`): the text of every image.
+        prompt (`str`): text input of every image.
     """
 
     prompt: str = ""
@@ -103,13 +103,13 @@ class CaptionCollator(ImageBatchCollator):
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
     ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """No flips: captions say what is on the left, and in which order."""
+        """Shift the images without flips: captions may mention left and right."""
         return [shift(image) for image in images], rows
 
 
 @dataclass
 class GroundingCollator(ImageBatchCollator):
-    """Rows of `tasks.GROUNDING_FEATURES` -> inputs of [`TripsForVisualGrounding`]."""
+    """Collator from rows of `tasks.GROUNDING_FEATURES` to inputs of [`TripsForVisualGrounding`]."""
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.processor(
@@ -121,7 +121,7 @@ class GroundingCollator(ImageBatchCollator):
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
     ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Half of the images flipped sideways, with the boxes and words of their rows."""
+        """Flip half of the images horizontally, with the boxes and words of their rows."""
         flips = torch.rand(len(images)) < 0.5
         rows = [
             mirrored_row(row, images[index].width) if flips[index] else row for row, index in zip(rows, image_index)
@@ -132,8 +132,8 @@ class GroundingCollator(ImageBatchCollator):
 @dataclass
 class Nlvr2Collator(ImageBatchCollator):
     """
-    Rows of `tasks.NLVR2_FEATURES` -> inputs of [`TripsForImagesAndTextClassification`]: row i is about the
-    images `image_index[i, 0]` on the left and `image_index[i, 1]` on the right.
+    Collator from rows of `tasks.NLVR2_FEATURES` to inputs of [`TripsForImagesAndTextClassification`]. Row i has the
+    left image `image_index[i, 0]` and the right image `image_index[i, 1]`.
     """
 
     def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list[list[int]]]:
@@ -155,8 +155,8 @@ class Nlvr2Collator(ImageBatchCollator):
 @dataclass
 class RetrievalCollator(ImageBatchCollator):
     """
-    Rows of `tasks.CAPTION_FEATURES` -> inputs of [`TripsForRetrieval`] with its losses: of each image also a number
-    (`image_ids`), by which processes know an image that is in the batches of several.
+    Collator from rows of `tasks.CAPTION_FEATURES` to inputs of [`TripsForRetrieval`] with its losses. `image_ids` are
+    numbers of the images, equal in all processes.
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
@@ -168,17 +168,17 @@ class RetrievalCollator(ImageBatchCollator):
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
     ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """No flips: captions say what is on the left, and in which order."""
+        """Shift the images without flips: captions may mention left and right."""
         return [shift(image) for image in images], rows
 
 
 def number_of(image_id: str) -> int:
-    """A number below 2^63 for an image, the same in every process; those of two images differ but for a freak."""
+    """Return a number below 2^63 for an image, a hash that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def a_text_per_image(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a batch of any task the inputs of a [`TripsModel`]: where a text has several images, it comes with each."""
+    """Return the inputs of a [`TripsModel`] from a batch of any task. A text with several images is repeated."""
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
     image_index = inputs.get("image_index")
     if image_index is None:

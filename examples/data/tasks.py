@@ -1,4 +1,4 @@
-"""The tasks: the columns of their rows, and how these are read from a record."""
+"""The tasks: the columns of their rows, and conversion of records to rows."""
 
 import math
 import reprlib
@@ -12,9 +12,9 @@ from trips_examples.data.faults import BadRowError, printable
 from trips_examples.data.formats import parsed_json
 
 
-# Schemas: one row per text. `image`: decoded when a row is read, to a `PIL.Image` of the mode it is stored in, of
-# which a processor, and `convert_to_rgb`, make what the models see. `image_id`: equal for rows that share an image.
-# `question_id`: the one given, or else the number of the row. `source`: where it is from, as in "train.jsonl row 17".
+# Schemas, with one row per text. `image` is decoded to a `PIL.Image` of its stored mode when a row is read; the
+# processor converts it with `convert_to_rgb`. `image_id` is equal for rows that share an image. `question_id` is the
+# given one, or the number of the row. `source` is the origin, as in "train.jsonl row 17".
 
 VQA_FEATURES = Features(
     {
@@ -22,10 +22,10 @@ VQA_FEATURES = Features(
         "image_id": Value("string"),
         "question_id": Value("string"),
         "question": Value("string"),
-        "answers": Sequence(Value("string")),  # those of the annotators, one or several
-        "region": Sequence(Value("float32")),  # what is asked about, as `box` below; None where that is not known
-        "kind": Value("string"),  # of question, as VQAv2's question_type; None where that is not known
-        "answer_type": Value("string"),  # as in VQAv2; likewise
+        "answers": Sequence(Value("string")),  # one per annotator
+        "region": Sequence(Value("float32")),  # target region, as `box` below; None if unknown
+        "kind": Value("string"),  # kind of the question, as VQAv2's question_type; None if unknown
+        "answer_type": Value("string"),  # as in VQAv2; None if unknown
         "source": Value("string"),
     }
 )
@@ -43,7 +43,7 @@ NLVR2_FEATURES = Features(
         "image_ids": Sequence(Value("string")),
         "question_id": Value("string"),
         "statement": Value("string"),
-        "label": Value("int64"),  # 1 where the statement is true, 0 where it is false
+        "label": Value("int64"),  # 1: true, 0: false
         "source": Value("string"),
     }
 )
@@ -64,18 +64,18 @@ BOX_COLUMNS = {"box", "region"}
 @dataclass(frozen=True)
 class Task:
     """
-    The data of a task.
+    Data format of a task.
 
     Args:
-        name (`str`): As users say it.
-        features (`Features`): The columns of its rows.
-        text (`str`): The column the model reads.
-        columns (`tuple[str, ...]`): The columns it reads of a record, besides those of the images.
-        needs (`str`): The columns that a record must have, in words.
+        name (`str`): Name in options.
+        features (`Features`): Columns of the rows.
+        text (`str`): Column with the model's text input.
+        columns (`tuple[str, ...]`): Columns that are read from a record, besides those of the images.
+        needs (`str`): Required columns of a record, in words.
         read_texts (`Callable[[dict], list[dict]]`):
-            Makes rows of a record, as a rule one: all columns but those of the images and `source`. `question_id` is
-            left empty where the record has none.
-        written (`str`, *optional*): A column of texts that the model does not read, but learns to write.
+            Converts a record to rows, usually one, without the image columns and `source`. `question_id` is empty if
+            the record has none.
+        written (`str`, *optional*): Column of texts that the model generates.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Task:
         return "image" if "image" in self.features else "images"
 
 
-# Texts: what each task reads from a record
+# Texts of each task
 
 
 def text_of(value: Any, column: str) -> str:
-    """Return the stripped text of a value; `""` if it is missing or has no visible character."""
+    """Return the stripped text of a value, or `""` if it is missing or has no visible character."""
     if is_missing(value):
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -107,7 +107,7 @@ def text_of(value: Any, column: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value is None, or what it becomes in CSV (empty) and in pandas (NaN)."""
+    """Return whether a value is None, empty (as in CSV) or NaN (as in pandas)."""
     return value in (None, "", []) or value != value
 
 
@@ -124,7 +124,7 @@ def filled_text(record: dict, column: str) -> str:
 
 
 def list_of(value: Any, column: str) -> list:
-    """Return a list, or the list that a cell of CSV stands for."""
+    """Return a list, parsed if it is a cell of CSV."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parsed_json(value)
@@ -146,7 +146,7 @@ def _one_or_several(record: dict, one: str, several: str) -> list:
 
 def _question(record: dict) -> list[dict]:
     question = filled_text(record, "question")
-    # VQAv2 has a dict per annotator, with the confidence and the number of the annotator beside the answer.
+    # VQAv2 has a dict per annotator, with the answer, the confidence and the annotator's number.
     answers = _one_or_several(record, "answer", "answers")
     texts = [text_of(each.get("answer") if isinstance(each, dict) else each, "an answer") for each in answers]
     texts = [text for text in texts if text]
@@ -165,7 +165,7 @@ def _captions(record: dict) -> list[dict]:
 
 
 def caption_texts(captions: list, record: dict) -> list[str]:
-    """Return the texts of captions; a `BadRowError` if one is empty."""
+    """Return the texts of captions. Raise a `BadRowError` if one is empty."""
     texts = [text_of(caption, "a caption") for caption in captions]
     if not any(texts):
         raise missing("caption", record)
@@ -174,7 +174,14 @@ def caption_texts(captions: list, record: dict) -> list[str]:
     return texts
 
 
-LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}  # pandas makes floats where a label is missing
+LABELS = {
+    "true": 1,
+    "false": 0,
+    "1": 1,
+    "0": 0,
+    "1.0": 1,
+    "0.0": 0,
+}  # pandas writes floats if labels are missing
 
 
 def _statement(record: dict) -> list[dict]:
@@ -190,13 +197,13 @@ def _statement(record: dict) -> list[dict]:
 
 
 def has_area(box: list[float], smallest_side: float = 0.01) -> bool:
-    """Whether both sides of (x0, y0, x1, y1) have at least a hundredth of a pixel."""
+    """Return whether both sides of a box (x0, y0, x1, y1) have at least `smallest_side` pixels."""
     x0, y0, x1, y1 = box
     return x1 - x0 >= smallest_side and y1 - y0 >= smallest_side
 
 
 def _box(record: dict, column: str) -> list[float]:
-    """Return the corners (x0, y0, x1, y1) of a box; a `BadRowError` if it has no area."""
+    """Return the corners (x0, y0, x1, y1) of a box. Raise a `BadRowError` if it has no area."""
     try:
         box = [float(number) for number in list_of(record[column], column)]
     except (TypeError, ValueError, OverflowError) as error:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenCount(NamedTuple):
-    """The number of tokens of a text, without special ones, and whether one of them is unknown."""
+    """Number of tokens of a text, without special tokens, and whether one of them is unknown."""
 
     length: int
     has_unknown: bool
@@ -31,7 +31,7 @@ def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[T
 
 
 def check_length(count: TokenCount, num_special: int, limit: int, what: str):
-    """Raise a `BadRowError` for a text without tokens, or with more than `limit` including special ones."""
+    """Raise a `BadRowError` for a text without tokens, or with more than `limit` tokens including special ones."""
     if count.length == 0:
         raise BadRowError(f"{what} without tokens", "the tokenizer knows none of its characters")
     if count.length + num_special > limit:
@@ -40,18 +40,17 @@ def check_length(count: TokenCount, num_special: int, limit: int, what: str):
 
 class TextCheck:
     """
-    Check the texts of a split that a model reads or generates.
+    Check of the texts of a split that a model reads or generates.
 
     Args:
         dataset (`Dataset`): Rows of the task.
         task (`str`)
         processor (`TripsProcessor`)
-        limit (`int`, *optional*): Tokens a text may have, with special ones. Default: the tokenizer's.
+        limit (`int`, *optional*): Largest number of tokens, with special tokens. Default: the tokenizer's limit.
 
     Attributes:
-        faults (`dict[int, Fault]`): Faults by the row's place in the split.
-        unknown (`dict[str, list[str]]`): The different texts with an unknown token, by column. No model can learn such
-            an answer or see such a word.
+        faults (`dict[int, Fault]`): Faults by row index.
+        unknown (`dict[str, list[str]]`): Distinct texts with an unknown token, by column.
     """
 
     def __init__(self, dataset: Dataset, task: str, processor: TripsProcessor, limit: int | None = None):
@@ -60,7 +59,7 @@ class TextCheck:
         self.faults, self.unknown = {}, {}
         self._check(TASKS[task].text, processor.tokenizer.num_special_tokens_to_add(), processor.clean_texts)
         if TASKS[task].written is not None:
-            self._check(TASKS[task].written, 1, list)  # as it is, with a [SEP] where it ends
+            self._check(TASKS[task].written, 1, list)  # without cleaning, with a [SEP] at the end
 
     def _check(self, column: str, num_special: int, clean: Callable[[list[str]], list[str]]):
         rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(self.dataset, column)]
@@ -93,10 +92,10 @@ def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, 
         data (`DatasetDict`): Splits of the task.
         task (`str`)
         processor (`TripsProcessor`)
-        skip (`bool`): Whether to leave other rows out, with a warning that counts them, rather than to raise.
+        skip (`bool`): Whether to skip other rows with a warning that counts them, instead of raising an error.
 
     Raises:
-        `ValueError`: Where some do not fit and `skip` is off, naming the first few.
+        `ValueError`: Some texts do not fit and `skip` is off. The message names the first few.
     """
     fitting = {}
     for split, dataset in data.items():

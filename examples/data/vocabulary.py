@@ -1,4 +1,4 @@
-"""A WordPiece tokenizer trained on texts, for runs without a pretrained one; the words of the embedded data."""
+"""Training of a WordPiece tokenizer for runs without a pretrained one; words of the bundled synthetic data."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,8 @@ from transformers import BertTokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-# All words of easy-VQA and of scenes, of every task, and of the prompt of captions: models trained on any of them
-# share a vocabulary, so that one can start from another.
+# All words of easy-VQA, of its scenes for every task, and of the captioning prompt. Models of all tasks share this
+# vocabulary, so that one can start from another.
 EMBEDDED_WORDS = """
     a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
     neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
@@ -19,20 +19,16 @@ EMBEDDED_WORDS = """
 
 def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> BertTokenizer:
     """
-    Trains a lower-casing WordPiece tokenizer as BERT's on texts; the same texts always give the same vocabulary.
+    Train a lower-casing WordPiece tokenizer like BERT's. Equal texts give an equal vocabulary.
 
     Args:
-        texts (`Iterable[str]`):
-            The texts, such as the questions of a data set.
+        texts (`Iterable[str]`)
         vocab_size (`int`, *optional*, defaults to 1000):
-            Size of the vocabulary at most, though never fewer than the special tokens, `[PAD]` (id 0), `[UNK]`,
-            `[CLS]`, `[SEP]` and `[MASK]`, and twice the characters of the texts: at the start of a word and within.
-
-    Returns:
-        `BertTokenizer`: It makes `[CLS] ... [SEP]` of a text, and saves and loads as any other tokenizer.
+            Largest size of the vocabulary. It always contains the special tokens `[PAD]` (id 0), `[UNK]`, `[CLS]`,
+            `[SEP]` and `[MASK]`, and each character of the texts twice: at the start of a word and within.
 
     Raises:
-        `ValueError`: Where the texts have no characters to learn from.
+        `ValueError`: The texts have no characters.
     """
     texts = list(texts)
     backend = BertTokenizer().backend_tokenizer
@@ -45,9 +41,9 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> B
         }
     )
     if not alphabet:
-        raise ValueError(f"A tokenizer cannot be trained on {len(texts)} texts without a character: give it texts.")
-    # The trainer numbers the characters within words in the order of a hash map, another one each run, and breaks ties
-    # by these numbers. Given as special tokens they have theirs before it starts.
+        raise ValueError(f"A tokenizer cannot be trained on {len(texts)} texts without a character.")
+    # The trainer numbers the characters within words in the random order of a hash map and breaks ties by number.
+    # Passing them as special tokens fixes their numbers.
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS + [f"##{character}" for character in alphabet],

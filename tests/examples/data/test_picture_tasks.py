@@ -122,19 +122,16 @@ def test_pictures_alone_have_their_names_as_captions(source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pictures": None}, "pictures goes with dataset_name picture_scenes or pictures"),
-        ({"dataset_name": "easy_vqa_scenes"}, "pictures goes with dataset_name"),
-        ({"pictures": ["nowhere"]}, "There is no nowhere: pictures are folders and files"),
-        ({"dataset_name": "pictures"}, "pictures have names only: for vqa take picture_scenes"),
-        ({"pictures_per_scene": [1, 4]}, r"pictures_per_scene is \[1, 4\]: give two numbers from 2 on"),
-        ({"validation_names": 1.0}, "validation_names is 1.0: give a share between 0 and 1"),
-        (
-            {"question_kinds": ["side", "shape"]},
-            "question_kinds has 'shape': choose from name, side, place, size,",
-        ),
-        ({"question_kinds": []}, "question_kinds has none: choose from name, side"),
-        ({"train_scenes": 0}, "must be 1 or more"),
-        ({"train_file": __file__}, "there are files as well"),
+        ({"pictures": None}, "pictures .*dataset_name"),
+        ({"dataset_name": "easy_vqa_scenes"}, "pictures .*dataset_name"),
+        ({"pictures": ["nowhere"]}, "nowhere.* pictures"),
+        ({"dataset_name": "pictures"}, "vqa.*picture_scenes"),
+        ({"pictures_per_scene": [1, 4]}, r"pictures_per_scene .*\[1, 4\]"),
+        ({"validation_names": 1.0}, "validation_names .*1.0"),
+        ({"question_kinds": ["side", "shape"]}, "question_kinds .*'shape'.* name, side, place, size,"),
+        ({"question_kinds": []}, "question_kinds .*name, side"),
+        ({"train_scenes": 0}, "train_scenes"),
+        ({"train_file": __file__}, "dataset_name .*train"),
     ],
 )
 def test_options_that_make_no_scenes_are_refused(options, message, source):

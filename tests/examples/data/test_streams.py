@@ -266,8 +266,8 @@ def test_a_shard_that_is_no_file_of_its_kind_is_named_and_the_next_one_is_read(t
     assert set(captions(rows)) == {f"0-{number}" for number in range(5)}
     named = [json.loads(line) for line in (tmp_path / "bad_pairs-00000.jsonl").read_text().splitlines()]
     errors = {Path(pair["source"]).name: pair["error"] for pair in named}
-    assert "broken.json is no valid .json file: broken JSON" in errors["broken.json"]
-    assert "broken.parquet is no valid .parquet file" in errors["broken.parquet"]
+    assert "broken JSON" in errors["broken.json"]
+    assert ".parquet" in errors["broken.parquet"]
 
 
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):

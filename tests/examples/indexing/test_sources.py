@@ -109,9 +109,7 @@ def test_a_name_that_is_no_text_is_an_error_not_an_end(tmp_path):
     assert "not valid Unicode" in row["error"] and row["source"].endswith("\\udcff.png")
 
 
-@pytest.mark.parametrize(
-    "place, message", [("nowhere", "no files nowhere: mend --images"), (".", 'give the files: "./')]
-)
+@pytest.mark.parametrize("place, message", [("nowhere", "nowhere.*--images"), (".", r"\./\*\.tar")])
 def test_places_without_images_are_named(place, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=message):

@@ -1,4 +1,4 @@
-"""Metrics of the tasks. Three of them are scripts of `evaluate`, which loads them by their path."""
+"""Metrics of the tasks. `evaluate` loads three of them by path."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr of captions as an `evaluate` metric, by pycocoevalcap, the scorers of COCO.
+"""BLEU, METEOR, ROUGE-L and CIDEr of captions as an `evaluate` metric, with COCO's scorers in pycocoevalcap.
 
-With Java, captions are split into words by the PTB tokenizer of COCO's evaluation, and scores are those of
-`pycocoevalcap.eval.COCOEvalCap`. Without it METEOR is left out, and a simpler rule splits the words: scores of
-captions with unusual punctuation then differ a little from published ones. No network is needed, by import or by
+With Java, COCO's PTB tokenizer splits the words, and scores equal those of `pycocoevalcap.eval.COCOEvalCap`. Without
+Java, METEOR is missing and a simpler rule splits the words, so that scores of captions with unusual punctuation differ
+slightly from published ones. The metric needs no network, also by
 `evaluate.load("examples/metrics/caption_metrics.py")`.
 """
 
@@ -21,7 +21,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 logger = logging.getLogger(__name__)
 
-_DESCRIPTION = "BLEU, METEOR, ROUGE-L and CIDEr of image captions against one or several references each."
+_DESCRIPTION = "BLEU, METEOR, ROUGE-L and CIDEr of image captions with one or more references each."
 
 _CITATION = """\
 @article{chen2015microsoft,
@@ -37,15 +37,14 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): A caption of each image.
     references (`list[list[str]]`): The true captions of each image, at least one.
-    use_java (`bool`, *optional*): Whether to use Java. Defaults to whether it runs.
+    use_java (`bool`, *optional*): Whether to use Java. By default, if it is installed.
 
 Returns:
     `dict`: `bleu_1` to `bleu_4`, `rouge_l` and, with Java, `meteor`, in [0, 1]; `cider`, in [0, 10] (tables often show
-    100 times these numbers). CIDEr weighs words by how many of the images' references have them: with one image it is
-    0.
+    100 times these numbers). CIDEr is 0 for a single image, because it weights words by their frequency over images.
 
 Raises:
-    `ValueError`: Where there are no predictions, or an image has no references.
+    `ValueError`: There are no predictions, or an image has no references.
 
 Example:
 
@@ -54,13 +53,13 @@ Example:
 0.9999999...
 """
 
-# The words and marks that COCO's evaluation takes for punctuation, and the endings that PTB splits off.
+# Tokens that COCO's evaluation removes as punctuation, and the endings that PTB splits off.
 _WORD = re.compile(r"[^\W_]+(?:[.,:/'’\-][^\W_]+)*")
 _ENDING = re.compile(r"(?:n['’]t|['’](?:s|m|d|re|ve|ll))$")
 
 
 def split_words(caption: str) -> str:
-    """The lower-cased words of a caption with a space between, without punctuation: as PTB on plain sentences."""
+    """Return the lower-cased words of a caption, separated by spaces, as PTB does for plain sentences."""
     words = []
     for word in _WORD.findall(caption.lower()):
         ending = _ENDING.search(word)
@@ -69,7 +68,7 @@ def split_words(caption: str) -> str:
 
 
 def java_runs() -> bool:
-    """Whether there is a Java that starts: some systems have a `java` that only tells how to get one."""
+    """Return whether Java starts. On some systems `java` only prints how to install it."""
     try:
         return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
     except OSError:
@@ -102,18 +101,18 @@ class CaptionMetrics(evaluate.Metric):
         self, predictions: list[str], references: list[list[str]], use_java: bool | None = None
     ) -> dict[str, float]:
         if not predictions:
-            raise ValueError("Scores of no captions are undefined: give at least one.")
+            raise ValueError("There are no predictions. Give at least one.")
         if bare := [image for image, captions in enumerate(references) if not captions]:
             raise ValueError(
-                f"The prediction {predictions[bare[0]]!r} (number {bare[0]}) has no references: give one."
+                f"The prediction {predictions[bare[0]]!r} (number {bare[0]}) has no references. Give at least one."
             )
         if use_java is None:
             use_java = java_runs()
             if not use_java:
                 logger.warning(
-                    "METEOR is left out, and words are split by a simpler rule than in published scores: both need "
-                    "Java, which does not run here. Install it (apt-get install default-jre-headless, conda install "
-                    "openjdk, brew install openjdk) and evaluate again, or score predictions.jsonl elsewhere."
+                    "Java does not run: METEOR is left out, and words are split by a simpler rule than in published "
+                    "scores. Install Java (apt-get install default-jre-headless, conda install openjdk, brew install "
+                    "openjdk) and evaluate again, or score predictions.jsonl elsewhere."
                 )
         candidates = _tokenized([[prediction] for prediction in predictions], use_java)
         truths = _tokenized(references, use_java)

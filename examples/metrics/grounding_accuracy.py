@@ -1,7 +1,7 @@
-"""Accuracy of predicted boxes as an `evaluate` metric, by the rule of RefCOCO, RefCOCO+ and RefCOCOg.
+"""Grounding accuracy as an `evaluate` metric, by the rule of RefCOCO, RefCOCO+ and RefCOCOg.
 
-A box is right where its intersection over union with the true box is at least `REFCOCO_IOU`, 0.5, or another threshold
-that the caller gives. No network is needed, by import or by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
+A box is correct if its intersection over union with the true box is at least a threshold, by default `REFCOCO_IOU`,
+0.5. The metric needs no network, also by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
 """
 
 import datasets
@@ -13,7 +13,7 @@ from modeling_trips.modeling_trips_grounding import paired_box_iou
 
 REFCOCO_IOU = 0.5
 
-_DESCRIPTION = "Share of boxes whose intersection over union with the true box is at least 0.5, and the mean of it."
+_DESCRIPTION = "Share of boxes with an intersection over union of at least 0.5 with the true box, and the mean IoU."
 
 _CITATION = """\
 @inproceedings{yu2016refcoco,
@@ -28,13 +28,13 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[list[float]]`): A box (x0, y0, x1, y1) for each expression, in pixels of the original image.
     references (`list[list[float]]`): The true boxes.
-    threshold (`float`, *optional*, defaults to 0.5): The intersection over union from which on a box is right.
+    threshold (`float`, *optional*, defaults to 0.5): Smallest intersection over union of a correct box.
 
 Returns:
-    `dict`: `accuracy`, the share of boxes that are right, and `mean_iou`, both in [0, 1].
+    `dict`: `accuracy`, the share of correct boxes, and `mean_iou`, both in [0, 1].
 
 Raises:
-    `ValueError`: Where there are no predictions.
+    `ValueError`: There are no predictions.
 
 Example:
 
@@ -59,7 +59,7 @@ class GroundingAccuracy(evaluate.Metric):
         self, predictions: list[list[float]], references: list[list[float]], threshold: float = REFCOCO_IOU
     ) -> dict[str, float]:
         if not predictions:
-            raise ValueError("The accuracy of no boxes is undefined: give at least one.")
+            raise ValueError("There are no predictions. Give at least one.")
         boxes, true_boxes = (torch.tensor(each, dtype=torch.float64) for each in (predictions, references))
         iou = paired_box_iou(boxes, true_boxes)
         return {"accuracy": (iou >= threshold).double().mean().item(), "mean_iou": iou.mean().item()}

@@ -1,4 +1,4 @@
-"""Where does a model err? Accuracy by what a text must tell apart, and by the size of what it is about."""
+"""Accuracy by the kind of text and by the size of its target region."""
 
 import evaluate
 import torch
@@ -13,8 +13,8 @@ SIZES = ("smallest", "medium", "largest")
 
 def groups_of(rows: Dataset) -> dict[str, list[int]]:
     """
-    The places of the rows of each `kind` that is known, and of the thirds with the smallest, medium and largest boxes.
-    Empty for rows without a column `kind`.
+    Return the indices of the rows of each known `kind`, and of the thirds with the smallest, medium and largest boxes.
+    Rows without a column `kind` have no groups.
     """
     if "kind" not in rows.column_names:
         return {}
@@ -31,7 +31,7 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
 def accuracy_by_group(
     metric: evaluate.Metric, predictions: list, references: list, rows: Dataset, prefix: str = "eval"
 ) -> dict[str, float]:
-    """The `accuracy` of `metric` on each of `groups_of(rows)`, as `{prefix}_accuracy_{group}`."""
+    """Return the accuracy on each of `groups_of(rows)`, as `{prefix}_accuracy_{group}`."""
     predictions, references, results = list(predictions), list(references), {}
     for name, places in groups_of(rows).items():
         own = {

@@ -1,10 +1,10 @@
 """
-What pre-training learnt besides retrieval, against chance: matching, masked words, continuations.
+Metrics of pre-training besides retrieval: matching, masked words and continuations.
 
-- Matching (`itm_accuracy`): each text with its image, and with the most confusing one of other images in its batch,
-  drawn as in training. Chance is 0.5.
-- Words (`mlm_accuracy`, `prefix_lm_accuracy`): share of the masked words that are guessed, and of a caption's next
-  words given all before them. `..._majority` is what always guessing the most frequent one of them would get.
+- Matching (`itm_accuracy`): accuracy on each text with its image, and with a hard negative image of its batch, drawn
+  as in training. Chance is 0.5.
+- Words (`mlm_accuracy`, `prefix_lm_accuracy`): share of masked words that are predicted correctly, and of next words
+  of a caption given the words before. `..._majority` is the accuracy of always predicting the most frequent word.
 """
 
 from collections import Counter
@@ -20,18 +20,18 @@ from modeling_trips.modeling_trips_pretraining import hard_negative_indices, sim
 @torch.no_grad()
 def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
     """
-    The metrics above, as far as their objectives are on, in every process.
+    Compute the metrics above for the objectives with a weight, in all processes.
 
     Args:
-        trainer (`PretrainingTrainer`): its model, collator and batch size are used.
-        dataset (`Dataset`): rows of captions, those of an image next to each other.
+        trainer (`PretrainingTrainer`): provides model, collator and batch size.
+        dataset (`Dataset`): rows of captions, ordered by image.
     """
     model = trainer.model_to_evaluate()
     accelerator, loader = trainer.accelerator, trainer.get_eval_dataloader(dataset)
     rows, is_quiet = [], trainer.args.disable_tqdm or not trainer.args.should_log
     for batch in tqdm(loader, desc="Words and matching", disable=is_quiet):
         batch.pop("sources")
-        generator = torch.Generator(model.device).manual_seed(0)  # the same pairs with any number of processes
+        generator = torch.Generator(model.device).manual_seed(0)  # the pairs do not depend on the number of processes
         with accelerator.autocast():
             results = results_by_text(model, batch, generator)
         rows.append(accelerator.gather_for_metrics(results))
@@ -52,7 +52,7 @@ def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
 def results_by_text(
     model: TripsForPreTraining, batch: dict[str, torch.Tensor], generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """For each text of a batch how many guesses were right, and out of what: tensors with a row per text."""
+    """Return correct predictions and totals for each text of a batch, as tensors with a row per text."""
     image_cache = model.model.encode_images(batch["pixel_values"])
     image_index, results = batch["image_index"], {}
     if model.config.itm_weight > 0:
@@ -93,7 +93,7 @@ def _matched(
 
 
 def _guessed(name: str, logits: torch.Tensor, labels: torch.LongTensor, model) -> dict[str, torch.Tensor]:
-    """Right guesses, and the labels, padded to one length for all batches and processes."""
+    """Return correct predictions and labels, padded to one length for all batches and processes."""
     right = (logits.argmax(dim=-1) == labels).sum(dim=-1)
     length = 1 + model.config.text_config.max_position_embeddings
     labels = torch.nn.functional.pad(labels, (0, length - labels.shape[1]), value=-100)

@@ -1,19 +1,18 @@
-"""Image-text retrieval in both directions: by features, then the best of each query again by matching; R@1, 5, 10.
+"""Recall at 1, 5 and 10 of image-text retrieval in both directions, by features and after reranking.
 
-Every image is a query for its texts, of which it may have several, and every text one for its image. A query succeeds
-at k if one of its right candidates is among its k best (as in the evaluations of ALBEF and BLIP).
+Each image is a query for its texts, and each text is a query for its image. A query succeeds at k if one of its true
+candidates is among its k best (as in the evaluations of ALBEF and BLIP).
 
-1. All images and all texts become features. Candidates are ranked by dot product; equal ones stand in the order of the
-   data, which knows nothing of right and wrong.
-2. The `rerank_k` best candidates of each query are ordered anew by the log-odds that the model's matching head gives
-   the pair, plus its similarity over the temperature. That sum is what training teaches: the head tells true pairs
-   from negatives that were drawn by the softmax of similarities, so that its log-odds say by how much that softmax has
-   to be corrected. (BLIP adds the bare similarity to the logit of "match"; ALBEF takes that logit alone, much as
-   `rerank_by="matching"` takes the log-odds alone.) Equal ones keep their order, and all others stay behind them.
+1. Candidates are ranked by the dot product of features. Ties keep the order of the data.
+2. The `rerank_k` best candidates of each query are reranked by the log-odds of the matching head plus similarity over
+   temperature. The head is trained to separate true pairs from negatives that are drawn by the softmax of
+   similarities, so its log-odds correct that softmax. (BLIP adds the similarity without the temperature to the logit
+   of "match"; ALBEF uses that logit alone, similar to `rerank_by="matching"`.) Ties keep their order, and the other
+   candidates follow.
 
-The pairs of both directions are matched together, each once and sorted by image. The cached image states of an
-image are computed once for all of its pairs, and are freed after them. With several processes each takes its share of
-the images; batches are the same however many there are.
+The pairs of both directions are matched together, each once and sorted by image. The cached image states of an image
+are computed once for all of its pairs. Each process computes a share of the images; batches do not depend on the
+number of processes.
 """
 
 import time
@@ -33,7 +32,7 @@ from modeling_trips import TripsForRetrieval, TripsImageCache, TripsProcessor
 
 
 RECALL_AT = (1, 5, 10)
-# Similarities that are sorted at a time: with their indices and what sorting needs, about 100 MB.
+# Similarities that are sorted at a time; about 100 MB with indices and workspace.
 SIMILARITIES_PER_STEP = 2**22
 
 Result = TypeVar("Result")
@@ -42,19 +41,18 @@ Result = TypeVar("Result")
 @dataclass
 class TextIndex:
     """
-    Texts as the model sees them without an image, on the CPU.
+    Encoded texts on the CPU.
 
     Args:
-        embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`): normalised features.
-        states (`tuple[torch.Tensor]`): of each text, the states of its tokens, `(text_length, hidden_size)`. They take
-            four bytes (two in half precision) times hidden_size for each token of the data.
+        embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`): normalized features.
+        states (`tuple[torch.Tensor]`): token states of each text, `(text_length, hidden_size)`.
     """
 
     embeds: torch.Tensor
     states: tuple[torch.Tensor, ...]
 
     def batch(self, texts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.LongTensor]:
-        """States, padded, and attention mask of some texts: `(len(texts), text_length, ...)`."""
+        """Return padded states and attention mask of some texts, `(len(texts), text_length, ...)`."""
         lengths = torch.tensor([len(self.states[text]) for text in texts])
         states = pad_sequence([self.states[text] for text in texts], batch_first=True)
         attention_mask = (torch.arange(states.shape[1]) < lengths[:, None]).long()
@@ -64,13 +62,12 @@ class TextIndex:
 @dataclass
 class Ranking:
     """
-    What queries found.
+    Results of queries.
 
     Args:
         candidates (`torch.LongTensor` of shape `(num_queries, k)`): the best candidates of each query, best first.
-        similarities (`torch.FloatTensor` of shape `(num_queries, k)`): their dot products with the query.
-        first_right (`torch.LongTensor` of shape `(num_queries,)`): the place of the first right one among all
-            candidates, from 0.
+        similarities (`torch.FloatTensor` of shape `(num_queries, k)`): dot products of the candidates and the query.
+        first_right (`torch.LongTensor` of shape `(num_queries,)`): rank, from 0, of the first true candidate.
     """
 
     candidates: torch.LongTensor
@@ -78,19 +75,21 @@ class Ranking:
     first_right: torch.LongTensor
 
     def recall(self, k: int) -> float:
-        """Share of the queries that have a right candidate among their `k` best."""
+        """Return the share of queries with a true candidate among their `k` best."""
         return (self.first_right < k).double().mean().item()
 
 
 @dataclass
 class RetrievalResults:
     """
+    Results of an evaluation.
+
     Args:
-        metrics (`dict[str, float]`): `features_i2t_r1` (image to text) to `features_t2i_r10` and `features_r_mean`,
-            their mean, of the features alone, as shares. Where the best were matched also `i2t_r1` to `t2i_r10` and
-            `r_mean` after that, and `reranked_pairs` and `reranked_pairs_per_second`, of all processes together.
-        found_texts ([`Ranking`]): of the images, after matching.
-        found_images ([`Ranking`]): of the texts, after matching.
+        metrics (`dict[str, float]`): recalls of the features: `features_i2t_r1` (image to text) to `features_t2i_r10`,
+            and their mean `features_r_mean`. With reranking also `i2t_r1` to `t2i_r10`, `r_mean`, `reranked_pairs` and
+            `reranked_pairs_per_second` (of all processes together).
+        found_texts ([`Ranking`]): texts of each image, after reranking.
+        found_images ([`Ranking`]): images of each text, after reranking.
     """
 
     metrics: dict[str, float]
@@ -101,14 +100,16 @@ class RetrievalResults:
 @dataclass
 class RetrievalEvaluator:
     """
+    Evaluation of retrieval.
+
     Args:
-        model ([`TripsForRetrieval`]): in evaluation mode, not wrapped for several processes; each has it whole.
+        model ([`TripsForRetrieval`]): in evaluation mode, a whole unwrapped model in each process.
         processor ([`TripsProcessor`])
-        batch_size (`int`, *optional*, defaults to 128): of images, of texts and of pairs that are computed at a time,
-            and of images whose image caches are held at a time.
-        num_workers (`int`, *optional*, defaults to 0): processes that read images ahead.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): in which features and text states are kept.
-        progress (`bool`, *optional*, defaults to `True`): whether the main process shows bars, of its own share.
+        batch_size (`int`, *optional*, defaults to 128): number of images, texts or pairs per batch, and of images
+            whose cached states are kept.
+        num_workers (`int`, *optional*, defaults to 0): worker processes that read images.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of stored features and text states.
+        progress (`bool`, *optional*, defaults to `True`): whether the main process shows progress bars.
     """
 
     model: TripsForRetrieval
@@ -121,11 +122,10 @@ class RetrievalEvaluator:
     @torch.no_grad()
     def index_images(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
         """
-        Normalised features of images, without any text, on the CPU: `(num_images, projection_dim)`.
+        Return the normalized features of images on the CPU, `(num_images, projection_dim)`.
 
         Args:
-            images (`Sequence[PIL.Image.Image]`): read one after another as they are needed, such as a `Dataset` that
-                opens files.
+            images (`Sequence[PIL.Image.Image]`): may be a `Dataset` that opens files on access.
         """
         batches = _batches(len(images), self.batch_size)
         features = {}
@@ -138,14 +138,14 @@ class RetrievalEvaluator:
 
     @torch.no_grad()
     def index_texts(self, texts: Sequence[str]) -> TextIndex:
-        """Features and token states of texts, without any image."""
+        """Return the features and token states of texts."""
         batches = _batches(len(texts), self.batch_size)
         indexed = {}
         with self._bar("Texts", len(texts), "text") as bar:
             for number in _own(batches):
                 inputs = self.processor(text=[texts[text] for text in batches[number]], return_tensors="pt")
                 outputs = self.model.get_text_features(**inputs.to(self.model.device))
-                # A copy of each text's own tokens: a view would keep the padding.
+                # Each text's tokens are copied, because a view would keep the padding.
                 states = outputs.last_hidden_state.to("cpu", self.dtype)
                 lengths = inputs["attention_mask"].sum(dim=-1).tolist()
                 states = tuple(row[:length].clone() for row, length in zip(states, lengths))
@@ -157,12 +157,12 @@ class RetrievalEvaluator:
     @torch.no_grad()
     def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
         """
-        Log-odds that pairs match, float32 on the CPU: `(num_pairs,)`.
+        Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`.
 
         Args:
-            images (`Sequence[PIL.Image.Image]`): as in `index_images`. Those that are in no pair are not read.
+            images (`Sequence[PIL.Image.Image]`): as in `index_images`. Only images of pairs are read.
             texts ([`TextIndex`])
-            pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): image and text of each, sorted by image.
+            pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): image and text of each pair, sorted by image.
         """
         wanted, pairs_per_image = pairs[:, 0].unique_consecutive(return_counts=True)
         chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
@@ -177,11 +177,11 @@ class RetrievalEvaluator:
     def _match_chunk(
         self, pixel_values: torch.Tensor, images: list[int], texts: TextIndex, pairs: torch.LongTensor, bar: tqdm
     ) -> torch.FloatTensor:
-        """Log-odds of the pairs of some images, ascending, whose image caches are held until all are matched."""
+        """Return the log-odds of the pairs of a chunk of images, in ascending order."""
         image_cache, scores = self.model.model.encode_images(pixel_values), []
         image_rows = torch.searchsorted(torch.tensor(images), pairs[:, 0].contiguous())
         for rows, numbers in zip(image_rows.split(self.batch_size), pairs[:, 1].split(self.batch_size)):
-            # No more images than this step has: without a text's guidance, the rest of the tower runs on each of them.
+            # Only images of this step: if no text scores patches, the upper layers run on all cached images.
             part = image_cache[rows[0] : rows[-1] + 1]
             scores.append(self._match_step(part, rows - rows[0], texts, numbers))
             bar.update(len(numbers))
@@ -215,23 +215,22 @@ class RetrievalEvaluator:
         rerank_by: str = "both",
     ) -> RetrievalResults:
         """
-        Recalls in both directions, before and after matching the best again.
+        Compute recalls in both directions, before and after reranking.
 
         Args:
             images (`Sequence[PIL.Image.Image]`): distinct images.
             texts (`Sequence[str]`)
-            image_of_text (`torch.LongTensor` of shape `(num_texts,)`): the one image that each text is right for.
-                Every image has at least one text.
-            rerank_k (`int`, *optional*, defaults to 16): how many candidates of each query are matched. 0: none.
-            rerank_by (`str`, *optional*, defaults to `"both"`): `"both"`: the log-odds of a match plus similarity over
-                temperature; `"matching"`: the log-odds alone.
+            image_of_text (`torch.LongTensor` of shape `(num_texts,)`): image of each text. Each image needs a text.
+            rerank_k (`int`, *optional*, defaults to 16): number of candidates of each query to rerank; 0 for none.
+            rerank_by (`str`, *optional*, defaults to `"both"`): `"both"` is the log-odds of a match plus similarity
+                over temperature; `"matching"` is the log-odds alone.
         """
         if rerank_by not in ("both", "matching"):
             raise ValueError(f'`rerank_by` must be "both" or "matching", got {rerank_by!r}.')
         image_ids = torch.arange(len(images))
         texts_by_image = torch.bincount(image_of_text, minlength=len(images))
         if len(texts_by_image) > len(images) or (texts_by_image == 0).any():
-            raise ValueError(f"Each of the {len(images)} images needs a text, and each text one of these images.")
+            raise ValueError(f"Each of the {len(images)} images needs a text, and each text needs one of the images.")
         image_embeds, text_index = self.index_images(images), self.index_texts(texts)
         found_texts = rank(image_embeds, image_ids, text_index.embeds, image_of_text, rerank_k)
         found_images = rank(text_index.embeds, image_of_text, image_embeds, image_ids, rerank_k)
@@ -256,7 +255,7 @@ class RetrievalEvaluator:
     def _load(
         self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number and `pixel_values`, on the model's device, of each batch of images that is this process's own."""
+        """Yield number and `pixel_values`, on the model's device, of the image batches of this process."""
         own = _own(batches)
         loader = DataLoader(
             images,
@@ -283,14 +282,14 @@ def rank(
     k: int,
 ) -> Ranking:
     """
-    Ranks all candidates of each query by dot product, in float32; equal ones in their order. A few queries at a time.
+    Rank all candidates of each query by dot product, in float32. Ties keep their order.
 
     Args:
         query_embeds (`torch.Tensor` of shape `(num_queries, dim)`), candidate_embeds (`torch.Tensor` of shape
             `(num_candidates, dim)`)
         query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): a candidate is right for the queries of its id. Each query has a right one.
-        k (`int`): how many candidates to keep of each query; all, if there are fewer.
+            `(num_candidates,)`): true candidates have the id of the query. Each query needs one.
+        k (`int`): number of candidates to keep per query, at most all.
     """
     candidate_embeds, parts = candidate_embeds.float(), []
     step = max(1, SIMILARITIES_PER_STEP // len(candidate_ids))
@@ -305,8 +304,8 @@ def rerank(
     ranking: Ranking, scores: torch.Tensor, query_ids: torch.LongTensor, candidate_ids: torch.LongTensor
 ) -> Ranking:
     """
-    The ranking with its best candidates ordered anew by `scores`, of the shape of `ranking.candidates`; equal ones in
-    their order. All other candidates stay behind them. Ids as in `rank`.
+    Reorder the best candidates of a ranking by `scores`, of the shape of `ranking.candidates`. Ties keep their order,
+    and the other candidates follow. Ids as in `rank`.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     candidates = ranking.candidates.gather(1, order)
@@ -317,11 +316,7 @@ def rerank(
 
 def pairs_to_match(found_texts: Ranking, found_images: Ranking) -> torch.LongTensor:
     """
-    The pairs of image and text that one of them found, or both, each once: `(num_pairs, 2)`, sorted.
-
-    Args:
-        found_texts ([`Ranking`]): of the images.
-        found_images ([`Ranking`]): of the texts.
+    Return the distinct (image, text) pairs that were found in either direction, `(num_pairs, 2)`, sorted.
     """
     keys = torch.cat([keys.flatten() for keys in _keys(found_texts, found_images)]).unique()
     num_texts = len(found_images.candidates)
@@ -331,21 +326,21 @@ def pairs_to_match(found_texts: Ranking, found_images: Ranking) -> torch.LongTen
 def scores_by_query(
     found_texts: Ranking, found_images: Ranking, pairs: torch.LongTensor, scores: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores of `pairs_to_match` in the shapes of the candidates of both rankings."""
+    """Return the scores of `pairs_to_match` in the shapes of the candidates of both rankings."""
     keys = pairs[:, 0] * len(found_images.candidates) + pairs[:, 1]
     of_texts, of_images = (scores[torch.searchsorted(keys, wanted)] for wanted in _keys(found_texts, found_images))
     return of_texts, of_images
 
 
 def recalls(found_texts: Ranking, found_images: Ranking) -> dict[str, float]:
-    """`i2t_r1` (image to text) to `t2i_r10` (text to image), as shares, and `r_mean`, the mean of all."""
+    """Return `i2t_r1` (image to text) to `t2i_r10` (text to image) as shares, and their mean `r_mean`."""
     directions = {"i2t": found_texts, "t2i": found_images}
     results = {f"{name}_r{k}": ranking.recall(k) for name, ranking in directions.items() for k in RECALL_AT}
     return {**results, "r_mean": sum(results.values()) / len(results)}
 
 
 def _keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """One number for each pair of image and text, ascending by image and then by text; in the candidates' shapes."""
+    """Return a number for each (image, text) pair in the candidates' shapes, ascending by image, then by text."""
     num_images, num_texts = len(found_texts.candidates), len(found_images.candidates)
     of_images = torch.arange(num_images)[:, None] * num_texts + found_texts.candidates
     of_texts = found_images.candidates * num_texts + torch.arange(num_texts)[:, None]
@@ -353,7 +348,7 @@ def _keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor
 
 
 def _first(right: torch.BoolTensor) -> torch.LongTensor:
-    """The first true column of each row."""
+    """Return the first true column of each row."""
     return right.int().argmax(dim=1)
 
 
@@ -362,13 +357,13 @@ def _batches(count: int, size: int) -> list[range]:
 
 
 def _own(batches: Sequence) -> range:
-    """The numbers of the batches that this process computes."""
+    """Return the numbers of the batches of this process."""
     state = PartialState()
     return range(state.process_index, len(batches), state.num_processes)
 
 
 def _gathered(results: dict[int, Result]) -> list[Result]:
-    """The results of all processes, in the order of their numbers."""
+    """Return the results of all processes, ordered by batch number."""
     return [result for _, result in sorted(gather_object(list(results.items())), key=lambda item: item[0])]
 
 
@@ -376,7 +371,7 @@ def _finite(values: torch.Tensor, unit: str) -> torch.Tensor:
     good = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
     if not good.all():
         raise ValueError(
-            f"The model gives {unit} {int((~good).nonzero()[0])} (from 0) no finite number: {int((~good).sum())} of "
-            f"{len(good)} in all. Is its training sound, and its precision wide enough?"
+            f"The model's output for {unit} {int((~good).nonzero()[0])} (from 0) is not finite, as for "
+            f"{int((~good).sum())} of {len(good)} in total. Check its training, or use a wider dtype."
         )
     return values

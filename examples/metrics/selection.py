@@ -1,4 +1,4 @@
-"""Is the selection of a trained model healthy? What `eval_results.json` says about it, for any task."""
+"""Diagnostics of the patch selection of a trained model, for `eval_results.json` of any task."""
 
 import math
 
@@ -20,20 +20,20 @@ from trips_examples.data.rows import image_size
 
 
 NUM_ROWS = 256
-# Where data says what a text is about: columns with a box (x0, y0, x1, y1) in pixels of the image, or None.
+# Columns with the target region of a text: a box (x0, y0, x1, y1) in pixels of the image, or None.
 REGION_COLUMNS = ("region", "box")
 
 
 def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, float]:
     """
-    Runs the model on the first rows of the evaluation data and describes what each selection layer keeps.
+    Measure the selection on the first rows of the evaluation data.
 
     Args:
         trainer (`Trainer`): with a TRIPS model, an evaluation data set, its collator and a [`TripsProcessor`].
-        prefix (`str`, *optional*, defaults to `"eval"`): begins the names.
+        prefix (`str`, *optional*, defaults to `"eval"`): prefix of the names.
 
     Returns:
-        `dict[str, float]`: what `measure_selection` does, with `{prefix}_` before its names.
+        `dict[str, float]`: metrics of `measure_selection`, with `{prefix}_` before their names.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
@@ -48,20 +48,20 @@ def measure_selection(
     model: TripsPreTrainedModel, inputs: dict[str, torch.Tensor], rows: list[dict], processor: TripsProcessor
 ) -> dict[str, float]:
     """
-    Describes what each selection layer keeps of a batch.
+    Measure the kept patches of each selection layer on a batch.
 
     Args:
         model (`TripsPreTrainedModel`): in evaluation mode; its output has `selection`.
-        inputs (`dict[str, torch.Tensor]`): what it takes, made of these rows by a collator.
-        rows (`list[dict]`): rows of a data set; what a text is about is in one of `REGION_COLUMNS`, if known.
+        inputs (`dict[str, torch.Tensor]`): inputs of the model for these rows, made by a collator.
+        rows (`list[dict]`): rows of a data set, with target regions in one of `REGION_COLUMNS`, if known.
         processor (`TripsProcessor`)
 
     Returns:
-        `dict[str, float]`: for selection layer L `layer{L}_kept` (the mean number of candidates that go on),
-        `_entropy`, `_mass`, `_coverage`, `_text_sensitivity` (where texts share images; 1 minus their overlap),
-        `_image_sensitivity` (where there are several) and, where the data has regions, `_inside` (`inside_at_random`
-        is what patches drawn at random would give), `_inside_z` (how many standard errors it is above that) and
-        `_shown`. Empty where nothing is selected.
+        `dict[str, float]`: for selection layer L `layer{L}_kept` (mean number of kept candidates), `_entropy`,
+        `_mass`, `_coverage`, `_text_sensitivity` (1 minus the overlap of texts that share an image) and
+        `_image_sensitivity` (of several images). With target regions also patch precision `_inside`, its number of
+        standard errors above random selection `_inside_z`, region recall `_shown`, and `inside_at_random`, the patch
+        precision of random selection. Empty without selection.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     selections = model(**inputs).selection
@@ -80,19 +80,21 @@ def measure_selection(
             metrics[f"{name}_text_sensitivity"] = text_sensitivity(selection, image_index, num_patches)
         if num_images > 1:
             metrics[f"{name}_image_sensitivity"] = image_sensitivity(selection, image_index, num_patches)
-        metrics |= _inside(selection, rows, processor, name)
+        metrics |= _region_metrics(selection, rows, processor, name)
     return metrics
 
 
 def regions_of(rows: list[dict]) -> dict[int, list[float]]:
-    """What rows are about, a box in pixels of the image, by the row's number; without those where it is not known."""
+    """Return the known target regions, boxes in pixels of the image, by row index."""
     column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
     if column is None:
         return {}
     return {number: row[column] for number, row in enumerate(rows) if row[column] is not None}
 
 
-def _inside(selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str) -> dict[str, float]:
+def _region_metrics(
+    selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str
+) -> dict[str, float]:
     regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in regions_of(rows).items()}
     if not regions:
         return {}

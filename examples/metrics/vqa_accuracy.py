@@ -1,10 +1,10 @@
 """VQA accuracy as an `evaluate` metric, by the rule of VQAv2's official evaluation script.
 
-The rule is that of Antol et al. 2015 (arXiv 1505.00468) as `vqaEval.py` of https://github.com/GT-Vision-Lab/VQA
-computes it: the mean over the leave-one-out subsets of the annotators of min(matches / 3, 1), with answers normalised
-where the annotators disagree. Data with one answer per question have no subsets; they are scored by exact match of
-normalised answers, and the result says so by name. Accuracies are fractions in [0, 1]. No network is needed, by import
-or by `evaluate.load("examples/metrics/vqa_accuracy.py")`.
+The rule is that of Antol et al. 2015 (arXiv 1505.00468), as in `vqaEval.py` of https://github.com/GT-Vision-Lab/VQA:
+the mean of min(matches / 3, 1) over the leave-one-out subsets of the annotators, with normalized answers if the
+annotators disagree. Questions with one answer are scored by exact match of normalized answers, and the result has
+another name. Accuracies are in [0, 1]. The metric needs no network, also by
+`evaluate.load("examples/metrics/vqa_accuracy.py")`.
 """
 
 import functools
@@ -15,7 +15,7 @@ import datasets
 import evaluate
 
 
-_DESCRIPTION = "Accuracy of open-ended visual question answering against the answers of one or several annotators."
+_DESCRIPTION = "Accuracy of open-ended visual question answering with the answers of one or more annotators."
 
 _CITATION = """\
 @inproceedings{antol2015vqa,
@@ -29,18 +29,17 @@ _CITATION = """\
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[str]`): The answer the model gives to each question.
-    references (`list[list[str]]`): The answers the annotators gave to each question, at least one.
+    predictions (`list[str]`): The model's answer to each question.
+    references (`list[list[str]]`): The annotators' answers to each question, at least one.
     by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
 
 Returns:
-    `dict`: `accuracy`, the mean score in [0, 1], and the same by the name of its rule: `vqa_accuracy`, the mean over
-    the questions with several answers, and `exact_match`, over those with one. With `by_answer` also `by_answer`, a
-    `dict` from the normalised most common answer of the questions (the first given where several are as common) to
-    their `accuracy` and their `count`, most frequent first.
+    `dict`: `accuracy`, the mean score in [0, 1]; `vqa_accuracy`, the mean over the questions with several answers; and
+    `exact_match`, the mean over those with one. With `by_answer` also `by_answer`, a `dict` from the normalized most
+    common answer of a question (the first one of a tie) to `accuracy` and `count`, most frequent first.
 
 Raises:
-    `ValueError`: Where there are no predictions, or a question has no answers.
+    `ValueError`: There are no predictions, or a question has no answers.
 
 Example:
 
@@ -55,7 +54,7 @@ _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _ARTICLES = {"a", "an", "the"}
 
-# The contractions of the official script. It repairs each of them where one apostrophe, and only one, is missing.
+# The contractions of the official script, which repairs them if exactly one apostrophe is missing.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -66,7 +65,7 @@ _CONTRACTIONS = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
 _REPAIRS = {word[: m.start()] + word[m.end() :]: word for word in _CONTRACTIONS for m in re.finditer("'", word)}
-# The one entry of the official table that takes an apostrophe away.
+# The only entry of the official table that removes an apostrophe.
 _REPAIRS["somebody'd"] = "somebodyd"
 
 _PUNCTUATION = re.compile(r'[;/\[\]"{}()=+\\_\-><@`,?!]')
@@ -80,7 +79,7 @@ def _on_one_line(text: str) -> str:
 
 def _strip_punctuation(text: str) -> str:
     def replace(match: re.Match) -> str:
-        # The script decides mark by mark: one that touches a space anywhere in the text goes everywhere in it.
+        # As in the official script, a mark that touches a space anywhere in the text is removed everywhere.
         mark = match.group()
         spaced = f"{mark} " in text or f" {mark}" in text
         return "" if spaced or _DIGIT_COMMA.search(text) else " "
@@ -88,20 +87,20 @@ def _strip_punctuation(text: str) -> str:
     return _PERIOD.sub("", _PUNCTUATION.sub(replace, text))
 
 
-# Annotators repeat themselves: most answers of a data set have been seen before.
+# Cached, because most answers of a data set repeat.
 @functools.lru_cache(maxsize=2**16)
 def normalize_answer(text: str) -> str:
     """
-    Normalises an answer as the evaluation script of VQAv2 does.
+    Normalize an answer as the evaluation script of VQAv2 does.
 
-    Punctuation goes, except apostrophes, colons and the periods of decimal numbers; number words up to ten become
-    digits; articles go; a missing apostrophe of a contraction comes back; the rest is lower-cased.
+    Punctuation is removed, except apostrophes, colons and the periods of decimal numbers. Number words up to ten
+    become digits, articles are removed, missing apostrophes of contractions are added, and the text is lower-cased.
 
     Args:
         text (`str`): An answer: `"The two dogs."`.
 
     Returns:
-        `str`: The normalised answer: `"2 dogs"`.
+        `str`: The normalized answer: `"2 dogs"`.
     """
     text = _strip_punctuation(_on_one_line(text))
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
@@ -109,7 +108,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """Return 1 if the normalised answers are equal, else 0: the score of data with one answer per question."""
+    """Return 1 if the normalized answers are equal, else 0. It is the score of questions with one answer."""
     return float(normalize_answer(prediction) == normalize_answer(answer))
 
 
@@ -117,22 +116,22 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     """
     Score one prediction by the rule of VQAv2: the mean over the annotators of min(matches among the others / 3, 1).
 
-    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction, that is 0.3, 0.6, 0.9 or 1. As in the
-    official script, unanimous answers are compared as they are, and all others after `normalize_answer`.
+    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction, the score is 0.3, 0.6, 0.9 or 1. As in
+    the official script, answers are only normalized if the annotators disagree.
 
     Args:
         prediction (`str`): The answer of the model.
-        answers (`list[str]`): The answers of the annotators, 10 in VQAv2. With two or three, even a unanimous answer
-            scores 1/3 or 2/3.
+        answers (`list[str]`): The answers of the annotators, 10 in VQAv2. With two or three, a unanimous answer scores
+            1/3 or 2/3.
 
     Returns:
         `float`: The score in [0, 1].
 
     Raises:
-        `ValueError`: Where `answers` is empty.
+        `ValueError`: `answers` is empty.
     """
     if not answers:
-        raise ValueError(f"The prediction {prediction!r} has no answers to be scored against: give at least one.")
+        raise ValueError(f"The prediction {prediction!r} has no reference answers. Give at least one.")
     prediction, *answers = map(_on_one_line, [prediction, *answers])
     if len(set(answers)) > 1:
         prediction, *answers = map(normalize_answer, [prediction, *answers])
@@ -143,7 +142,7 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
 
 
 def answer_score(prediction: str, answers: list[str]) -> float:
-    """Return the `exact_match` with a single answer, and the `vqa_accuracy` with several."""
+    """Return `exact_match` for a single answer, and `vqa_accuracy` for several."""
     return exact_match(prediction, answers[0]) if len(answers) == 1 else vqa_accuracy(prediction, answers)
 
 
@@ -180,7 +179,7 @@ class VqaAccuracy(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[list[str]], by_answer: bool = False) -> dict:
         if not predictions:
-            raise ValueError("VQA accuracy of no predictions is undefined: give at least one prediction.")
+            raise ValueError("There are no predictions. Give at least one prediction.")
         scores = [answer_score(*pair) for pair in zip(predictions, references, strict=True)]
         by_rule = defaultdict(list)
         for score, answers in zip(scores, references):

@@ -1,20 +1,20 @@
 r"""
-Where does pruning lose? Two models on the same items: accuracy by kind of item, which answers changed, whether it is
-more than chance, and what was kept where most is lost. One HTML page that stands alone, and JSON.
+Compare two models on the same items: accuracy by group, changed answers, significance, and the kept patches in the
+groups with the largest loss. The report is a self-contained HTML page and JSON.
 
-    python examples/analyze_errors.py --model outputs/pruned      # beside the same weights at keep rate 1.0
+    python examples/analyze_errors.py --model outputs/pruned      # against the same weights at keep rate 1.0
     python examples/analyze_errors.py --model outputs/pruned --other outputs/unpruned --dataset_name easy_vqa_scenes
     python examples/analyze_errors.py --task grounding --model outputs/text --other outputs/image
-    python examples/analyze_errors.py --model a/predictions.jsonl --other b/predictions.jsonl  # nothing is run
+    python examples/analyze_errors.py --model a/predictions.jsonl --other b/predictions.jsonl  # runs no model
 
-All other options (--validation_file, --image_root, --max_eval_samples, ...) go to the task's script, which runs the
-models. Files of predictions are joined with the data only if one of these options says which they are; without, there
-are no groups by size and place, and no pictures.
+All other options (--validation_file, --image_root, --max_eval_samples, ...) are passed to the task's script, which
+runs the models. Files of predictions are joined with the data only if one of these options is given. Without the data
+there are no groups by size and place, and no drawings.
 
-The weights of a pruned model were not trained for keep rate 1.0: to measure what pruning costs, give a model that was
-trained unpruned as --other.
+The weights of a pruned model were not trained for keep rate 1.0. To measure the cost of pruning, give an unpruned
+baseline as --other.
 
-Installed without its source, the script is `python -m trips_examples.analyze_errors`.
+In an installation without source, run `python -m trips_examples.analyze_errors`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -59,23 +59,24 @@ TASKS = {
 }
 
 
-MOST_GROUPS = 4  # with pictures
+MOST_GROUPS = 4  # groups with drawings
 
 
 @dataclass
 class AnalyzeArguments:
-    model: str = field(metadata={"help": "A checkpoint (folder or name on the Hub), or a file of its predictions."})
+    model: str = field(metadata={"help": "Checkpoint (folder or name on the Hub), or a file of its predictions."})
     other: str | None = field(
-        default=None, metadata={"help": "The other model, likewise. Default: the same weights at keep rate 1.0."}
+        default=None,
+        metadata={"help": "Model to compare with, as --model. Default: the same weights at keep rate 1.0."},
     )
     task: str = field(default="vqa", metadata={"help": "What they do.", "choices": list(TASKS)})
-    output_dir: str = field(default="outputs/errors", metadata={"help": "Folder of errors.html and errors.json."})
-    min_count: int = field(default=10, metadata={"help": "Items that a group needs to be looked at."})
-    num_pictures: int = field(default=3, metadata={"help": "Items of each of them that are drawn."})
+    output_dir: str = field(default="outputs/errors", metadata={"help": "Folder for errors.html and errors.json."})
+    min_count: int = field(default=10, metadata={"help": "Smallest number of items of a group."})
+    num_pictures: int = field(default=3, metadata={"help": "Number of items to draw for each of the worst groups."})
 
     def __post_init__(self):
         if self.other is None and is_file(self.model):
-            raise SystemExit(f"--model {self.model} is a file of predictions: say with --other what to compare it to.")
+            raise SystemExit(f"--model {self.model} is a file of predictions. Give the other model with --other.")
 
 
 def is_file(name: str) -> bool:
@@ -83,24 +84,24 @@ def is_file(name: str) -> bool:
 
 
 def predictions_of(name: str, task: AnalyzedTask, folder: Path, options: list[str]) -> list[dict]:
-    """Those in a file, or those that a checkpoint makes of the data that `options` name."""
+    """Return the predictions in a file, or those of a checkpoint for the data of `options`."""
     path = Path(name)
     if not is_file(name):
         only_evaluate = ["--do_train", "False", "--do_predict", "False"]
         task.run(["--model_name_or_path", name, *only_evaluate, "--output_dir", str(folder), *options])
         path = folder / task.predictions
     if not path.is_file():
-        raise SystemExit(f"{path}: there is no such file of predictions.")
+        raise SystemExit(f"The file of predictions {path} does not exist.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass
 class SeedArguments:
-    seed: int = field(default=TrainingArguments.seed, metadata={"help": "Of the scenes, as in the task's script."})
+    seed: int = field(default=TrainingArguments.seed, metadata={"help": "Seed of the scenes, as in training."})
 
 
 def parsed(options: list[str]) -> tuple[DataArguments, ModelArguments, SeedArguments]:
-    """What the options say of the data and of the model; others are left to the script."""
+    """Parse the options of data and model, and ignore the others."""
     parser = HfArgumentParser((DataArguments, ModelArguments, SeedArguments))
     *args, _ = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
     return tuple(args)
@@ -109,7 +110,7 @@ def parsed(options: list[str]) -> tuple[DataArguments, ModelArguments, SeedArgum
 def draw_worst(
     comparison: Comparison, dataset: Dataset, args: AnalyzeArguments, model_args: ModelArguments
 ) -> list[tuple[Group, list]]:
-    """For the groups that lose most, some of their lost items with pictures of what the model kept."""
+    """Return the groups with the largest loss, and drawings of kept patches of some of their lost items."""
     model = load_checkpoint(args.model, **model_args.config_overrides()).base_model
     processor = TripsProcessor.from_pretrained(args.model)
     rows = {key_of(row): number for number, row in enumerate(dataset)}
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> Comparison:
     print(f"{names[0]}: {overall.accuracy:.2%}, {names[1]}: {overall.other_accuracy:.2%}. {verdict(overall)}")
     if note:
         print(note)
-    print(f"Where, and what was kept: {output / 'errors.html'}, {output / 'errors.json'}")
+    print(f"Report: {output / 'errors.html'}, {output / 'errors.json'}")
     return comparison
 
 

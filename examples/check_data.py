@@ -1,14 +1,14 @@
 """
-Check a data set before a day of training: every image is decoded, every row is read.
+Check a data set before training. Every row is read, and every image is decoded.
 
     python examples/check_data.py --task captions --train_file train.jsonl --validation_file val.jsonl
     python examples/check_data.py --task grounding --train_file "refs(unc).p" --image_root coco --output_json all.json
     python examples/check_data.py --task vqa --dataset_name org/data --tokenizer_name bert-base-uncased
 
-All that is wrong is listed by file and row: whatever a script, or a stream of pre-training, would stop at or skip, and
-ids that stand for two things. Images must not be smaller than a patch of the model that the data are for: give the
---model_name_or_path or the --preset of the training script. With a checkpoint or a --tokenizer_name, texts that are
-too long and words that the tokenizer does not know are found, too. The exit code is 1 if anything is wrong.
+Faults are listed by file and row: rows that training stops at or skips, and duplicate ids. Images must not be smaller
+than a patch of the model, so give the --model_name_or_path or the --preset of the training script. With a checkpoint
+or a --tokenizer_name, texts that are too long and unknown words are listed too. The exit code is 1 if there are
+faults.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -38,31 +38,31 @@ from trips_examples.training.parser import make_parser
 
 @dataclass
 class CheckArguments(DataSource):
-    task: str = field(kw_only=True, metadata={"help": "What the data are for.", "choices": list(TASKS)})
+    task: str = field(kw_only=True, metadata={"help": "Task of the data.", "choices": list(TASKS)})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A TRIPS checkpoint to train further: its tokenizer and patch size are used."}
+        default=None, metadata={"help": "TRIPS checkpoint whose tokenizer and patch size are used."}
     )
     preset: str = field(
         default=ModelArguments.preset,
-        metadata={"help": f"Model from scratch, for its patch size: one of {', '.join(TripsConfig.presets())}."},
+        metadata={"help": f"Preset whose patch size is used: one of {', '.join(TripsConfig.presets())}."},
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer, or a checkpoint with one: texts that do not fit it are listed."}
+        default=None, metadata={"help": "Tokenizer, or a checkpoint with one. Texts that are too long are listed."}
     )
     max_text_length: int | None = field(
-        default=None, metadata={"help": "Tokens a text may have. Default: what the tokenizer allows."}
+        default=None, metadata={"help": "Largest number of tokens of a text. Default: the tokenizer's limit."}
     )
     patch_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the model's patches in pixels. Default: the checkpoint's, or the preset's."},
+        metadata={"help": "Side of the model's patches in pixels. Default: that of the checkpoint or preset."},
     )
-    seed: int = field(default=TrainingArguments.seed, metadata={"help": "Of the scenes, as in the task's script."})
-    max_shown: int = field(default=20, metadata={"help": "How many faults to print; the report has all of them."})
-    output_json: str | None = field(default=None, metadata={"help": "Where to write the report."})
+    seed: int = field(default=TrainingArguments.seed, metadata={"help": "Seed of the scenes, as in training."})
+    max_shown: int = field(default=20, metadata={"help": "Number of faults to print; the report has all of them."})
+    output_json: str | None = field(default=None, metadata={"help": "JSON file for the report."})
 
 
 def load_processor(args: CheckArguments) -> TripsProcessor | None:
-    """That of the checkpoint, or one with the tokenizer, if there is either."""
+    """Return the processor of the checkpoint, or one with the tokenizer, or None."""
     if (name := args.model_name_or_path or args.tokenizer_name) is None:
         return None
     is_checkpoint = TripsProcessor.get_processor_dict(name)[0].get("processor_class") == "TripsProcessor"
@@ -76,9 +76,9 @@ def preset_patch_size(preset: str) -> int:
 
 
 def load_splits(args: CheckArguments, patch_size: int, faults: list[Fault]) -> DatasetDict:
-    """The rows that can be used. A file that cannot be read at all is a fault, and does not keep the other from it."""
+    """Return the usable rows. A file that cannot be read is a fault, and the other file is still checked."""
     parts = [args]
-    if args.train_file is not None and args.validation_file is not None:  # both would stop at the first
+    if args.train_file is not None and args.validation_file is not None:  # one by one, to find the errors of both
         no_train = {"train_file": None, "train_annotations": None, "train_split": None}
         no_validation = {"validation_file": None, "validation_annotations": None, "validation_split": None}
         parts = [replace(args, **no_validation), replace(args, **no_train)]
@@ -94,7 +94,7 @@ def load_splits(args: CheckArguments, patch_size: int, faults: list[Fault]) -> D
 
 
 def duplicate_ids(dataset: Dataset) -> Iterator[Fault]:
-    """Rows whose `question_id` another one has already."""
+    """Yield faults of rows with a duplicate `question_id`."""
     if "question_id" not in dataset.column_names:
         return
     first = {}
@@ -110,7 +110,7 @@ def image_ids(dataset: Dataset) -> set[str]:
 
 
 def describe_unseen_answers(data: DatasetDict, shown: int = 3) -> list[str]:
-    """Questions of the validation split none of whose answers occurs in training; as the metric compares answers."""
+    """Describe validation questions whose normalized answers do not occur in training."""
     if not {"train", "validation"} <= data.keys():
         return []
     seen = {normalize_answer(answer) for answers in column_of(data["train"], "answers") for answer in answers}
@@ -128,9 +128,8 @@ def describe_unseen_answers(data: DatasetDict, shown: int = 3) -> list[str]:
 
 def check(args: CheckArguments) -> dict:
     """
-    The report: `splits` (rows, images and different texts that can be used), `reasons` (counts), `faults`, and what is
-    no fault, and yet to be known: `unknown_words`, and `unseen_answers` (lines about validation answers that training
-    lacks).
+    Return the report: `splits` (number of usable rows, images and distinct texts), `reasons` (counts), `faults`, and
+    the notes `unknown_words` and `unseen_answers` (validation answers that do not occur in training).
     """
     faults: list[Fault] = []
     processor = load_processor(args)
@@ -179,7 +178,7 @@ def print_report(report: dict, max_shown: int):
     for split, counts in report["splits"].items():
         print(f"{split:<12}" + "".join(f"{count:>10,} {name}" for name, count in counts.items()))
     if report["images_in_several_splits"]:
-        print(f"{'several':<12}{report['images_in_several_splits']:>10,} images: evaluation on them says little")
+        print(f"{'several':<12}{report['images_in_several_splits']:>10,} images: evaluation on them is biased")
     for line in report["unknown_words"]:
         print(f"{'unknown':<12}{line}")
     for line in report["unseen_answers"]:
@@ -189,7 +188,7 @@ def print_report(report: dict, max_shown: int):
         hint = " (give --image_root?)" if reason == "missing image" and has_empty_split else ""
         print(f"{'wrong':<12}{count:>10,} {reason}{hint}")
     if not report["faults"]:
-        print("Nothing is wrong.")
+        print("No faults found.")
 
 
 def main(argv: list[str] | None = None) -> int:

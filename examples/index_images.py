@@ -1,18 +1,17 @@
 """
-Embeds a collection of images, without any text, and writes a Lance table of vectors that `search.py` searches. Needs
-the extra `index`.
+Embed a collection of images and write a Lance table of vectors for `search.py`. Needs the extra `index`.
 
     python examples/index_images.py --model outputs/retrieval --images photos --table photos.lance
     python examples/index_images.py --model outputs/retrieval --images "shards/{000..099}.tar" --table photos.lance
     python examples/index_images.py --model outputs/retrieval --images "photos/*.parquet" --table photos.lance
     python examples/index_images.py --model outputs/retrieval --dataset_name org/photos --table photos.lance
 
-Started again, it goes on: images that are in the table are skipped. An image that cannot be used is counted and named,
-and has a row without a vector; the exit code is 1 if the table has no other images. Actors of Ray embed: one on one
-CPU by default, others and GPUs as asked (`--num_actors`, `--gpus_per_actor`); on this machine, or on the cluster that
-`--ray_address` names, where paths must mean the same on all machines.
+A second run continues and skips images that are in the table. An image that cannot be used is counted, named, and gets
+a row without a vector; the exit code is 1 if the table has no other images. Ray's actors embed the images, by default
+one actor on one CPU (`--num_actors`, `--gpus_per_actor`), on this machine or on the cluster `--ray_address`, where
+paths must be the same on all machines.
 
-Installed without its source, the script is `python -m trips_examples.index_images`.
+In an installation without source, run `python -m trips_examples.index_images`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -26,48 +25,54 @@ from trips_examples.data.shards import hub_shards
 from trips_examples.training.parser import make_parser
 
 
-NAMED = 20  # of the images that cannot be used
+NAMED = 20  # largest number of unusable images to name
 
 
 @dataclass
 class IndexArguments:
     model: str = field(
-        metadata={"help": "A retrieval checkpoint: folder, repository of the Hub, or folder of an exported model."}
+        metadata={"help": "Retrieval checkpoint (folder or name on the Hub), or folder of an exported model."}
     )
-    table: str = field(metadata={"help": "Where the Lance table is or will be: a folder, or a URI such as s3://..."})
+    table: str = field(metadata={"help": "Location of the Lance table: a folder, or a URI such as s3://..."})
     images: list[str] = field(
         default_factory=list,
         metadata={"help": "Folders of images; WebDataset shards; Parquet, JSONL or CSV files with images or paths."},
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, in place of --images."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub data set."})
     image_root: str | None = field(
-        default=None, metadata={"help": "Folder that paths in rows are relative to. Default: that of their file."}
+        default=None,
+        metadata={"help": "Folder that paths in rows are relative to. Default: the folder of their file."},
     )
-    image_column: str | None = field(default=None, metadata={"help": "Of rows. Default: image, jpg, png, ..."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Image column of rows. Default: image, jpg, png, ..."}
+    )
     schedule: str | None = field(
-        default=None, metadata={"help": "To select by in place of the checkpoint's, as in 5:image:0.7,12:image:0.5"}
+        default=None,
+        metadata={"help": "Selection schedule in place of the checkpoint's, as in 5:image:0.7,12:image:0.5"},
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the weights while they compute, such as bfloat16."})
-    batch_size: int = field(default=32, metadata={"help": "Images that an actor embeds at a time."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the computation, such as bfloat16."})
+    batch_size: int = field(default=32, metadata={"help": "Batch size of each actor."})
     rows_per_commit: int = field(
-        default=512, metadata={"help": "Images of an actor that enter the table at a time; a kill loses these."}
+        default=512, metadata={"help": "Images of an actor per commit; a killed actor loses at most these."}
     )
-    num_actors: int = field(default=1, metadata={"help": "Processes that embed, each with a model."})
-    cpus_per_actor: int = field(default=1, metadata={"help": "Threads of each."})
-    gpus_per_actor: float = field(default=0.0, metadata={"help": "0.25: four actors share a GPU, and decode apart."})
-    num_readers: int = field(default=1, metadata={"help": "Shards that are read at a time, on a CPU each."})
-    ray_address: str | None = field(default=None, metadata={"help": "Of a Ray cluster. Default: this machine alone."})
-    object_store_mb: int = field(default=512, metadata={"help": "Memory for images under way, on this machine."})
+    num_actors: int = field(default=1, metadata={"help": "Number of processes that embed, each with a model."})
+    cpus_per_actor: int = field(default=1, metadata={"help": "Threads of each actor."})
+    gpus_per_actor: float = field(
+        default=0.0, metadata={"help": "GPUs of each actor. With 0.25, four actors share a GPU."}
+    )
+    num_readers: int = field(default=1, metadata={"help": "Shards that are read at a time, with one CPU each."})
+    ray_address: str | None = field(
+        default=None, metadata={"help": "Address of a Ray cluster. Default: this machine."}
+    )
+    object_store_mb: int = field(default=512, metadata={"help": "Memory of Ray's object store on this machine."})
     store_images: bool = field(
-        default=True, metadata={"help": "Whether images of shards and rows go into the table, to be ranked and shown."}
+        default=True, metadata={"help": "Whether to store images of shards and rows, for reranking and display."}
     )
-    retry_broken: bool = field(
-        default=False, metadata={"help": "Forget images that could not be used, and try those that are given again."}
-    )
-    index_type: str = field(default="IVF_PQ", metadata={"help": "One of Lance's, or none."})
-    index_from: int = field(default=10_000, metadata={"help": "Vectors from which there is an index."})
+    retry_broken: bool = field(default=False, metadata={"help": "Try images again that could not be used before."})
+    index_type: str = field(default="IVF_PQ", metadata={"help": "Index type of Lance, or none."})
+    index_from: int = field(default=10_000, metadata={"help": "Number of vectors from which an index is built."})
 
 
 def find_shards_of(args: IndexArguments) -> list:
@@ -77,13 +82,13 @@ def find_shards_of(args: IndexArguments) -> list:
         raise SystemExit("Give either --images or --dataset_name.")
     if args.dataset_name:
         if args.image_root is not None:
-            raise SystemExit("--image_root goes with --images, not with --dataset_name.")
+            raise SystemExit("--image_root needs --images and is not supported with --dataset_name.")
         return hub_shards(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
     return find_images(args.images, args.image_root)
 
 
 def index(args: IndexArguments):
-    # Ray and Lance are not there without the extra, and help is.
+    # Imported late, so that --help works without the extra.
     from trips_examples.indexing import embedding
     from trips_examples.indexing import table as tables
 

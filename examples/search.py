@@ -1,12 +1,12 @@
 """
-Finds images in a table that `index_images.py` made: by their features, and then, for a text, the best by matching,
-where the text chooses the patches of each image. Prints what it found, and shows it on a page. Needs the extra
+Search images in a table that `index_images.py` made, by features. For a text, the best images are reranked by
+matching, with patches that are scored by the text. The results are printed and written to a page. Needs the extra
 `index`.
 
     python examples/search.py --model outputs/retrieval --table photos.lance --text "a red circle" "two dogs"
     python examples/search.py --model outputs/retrieval --table photos.lance --image example.jpg
 
-Several texts share the work that their images need. Installed without its source, the script is
+Several texts share the computation of their images. In an installation without source, run
 `python -m trips_examples.search`.
 """
 
@@ -28,25 +28,29 @@ from trips_examples.training.parser import make_parser
 class SearchArguments:
     model: str = field(metadata={"help": "The checkpoint or the exported model that made the table."})
     table: str = field(metadata={"help": "The Lance table."})
-    text: list[str] = field(default_factory=list, metadata={"help": "One or more texts to find images by."})
-    image: str | None = field(default=None, metadata={"help": "An image to find others by, in place of --text."})
-    schedule: str | None = field(default=None, metadata={"help": "That the table was made with, if one was given."})
-    k: int = field(default=10, metadata={"help": "Images to show for each query."})
-    rerank_k: int = field(default=50, metadata={"help": "Images that are ranked again for a text. 0: none."})
+    text: list[str] = field(default_factory=list, metadata={"help": "One or more texts to search for."})
+    image: str | None = field(
+        default=None, metadata={"help": "An image to search similar ones for, in place of --text."}
+    )
+    schedule: str | None = field(
+        default=None, metadata={"help": "The --schedule that the table was made with, if any."}
+    )
+    k: int = field(default=10, metadata={"help": "Number of images for each query."})
+    rerank_k: int = field(default=50, metadata={"help": "Number of images to rerank for a text (0 disables)."})
     exact: bool = field(default=False, metadata={"help": "Compare with all vectors, without the index."})
-    probes: int = field(default=20, metadata={"help": "Partitions of the index to look into: more find more."})
+    probes: int = field(default=20, metadata={"help": "Partitions of the index to search; more are more accurate."})
     device: str = field(default="cpu", metadata={"help": "Such as cuda."})
     page: str = field(
-        default="outputs/found.html", metadata={"help": "Page with the pictures to write. A file there is replaced."}
+        default="outputs/found.html", metadata={"help": "HTML page for the results; an existing file is replaced."}
     )
     output_json: str | None = field(
-        default=None, metadata={"help": "File for the results: rows of query, rank, source, similarity and score."}
+        default=None, metadata={"help": "JSON file for the results: query, rank, source, similarity and score."}
     )
 
 
 def search(args: SearchArguments) -> list[tuple[str, list]]:
-    """For each query its name and what it found, with pictures."""
-    # Lance is not there without the extra, and help is.
+    """Return the name and the results of each query, with images."""
+    # Imported late, so that --help works without the extra.
     from trips_examples.indexing.finding import Finder
 
     if bool(args.text) == bool(args.image):
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None):
     else:
         print("similarity: cosine of the features")
     write_whole(args.page, page)
-    print(f"With pictures: {args.page}")
+    print(f"Page with images: {args.page}")
     if args.output_json is not None:
         write_whole(args.output_json, json.dumps(rows_of(results), indent=2, ensure_ascii=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""Where two models differ on the same items, and a page that shows it."""
+"""Comparison of two models on the same items, with an HTML report."""
 
 SAME_WEIGHTS = "same weights, keep rate 1.0"
 SAME_WEIGHTS_NOTE = (

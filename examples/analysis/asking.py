@@ -1,4 +1,4 @@
-"""Questions to a checkpoint about one image: its answers, the kept patches and the time, also at keep rate 1.0."""
+"""Inference on one image: answers, kept patches and time, with the checkpoint's schedule and at keep rate 1.0."""
 
 import copy
 import threading
@@ -30,7 +30,7 @@ from trips_examples.analysis.pictures import draw_scores
 from trips_examples.data.boxes import draw_boxes
 
 
-DRAWN_SIDE = 512  # pixels of the longer side of a drawing: pages show it at 256
+DRAWN_SIDE = 512  # longer side of a drawing in pixels; pages show it at 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Told:
     Args:
         text (`str`)
         answers (`list[str]`): Answers with their scores, best first.
-        answers_at_keep_rate_1 (`list[str]`): Those of the same weights when every patch is kept.
+        answers_at_keep_rate_1 (`list[str]`): Answers of the same weights at keep rate 1.0.
         pictures (`list[tuple[str, PIL.Image.Image]]`): Titled images: kept patches and scores of each layer; boxes.
     """
 
@@ -58,7 +58,7 @@ class Look:
 
     Args:
         told (`list[Told]`): One per text.
-        tokens (`list[int]`): Image tokens that leave each vision layer, [CLS] and fused tokens included.
+        tokens (`list[int]`): Number of output image tokens of each vision layer, with [CLS] and fused tokens.
         milliseconds, milliseconds_at_keep_rate_1 (`float`): Time of a forward pass of all texts, without decoding.
     """
 
@@ -70,7 +70,7 @@ class Look:
 
 class Asker:
     """
-    A model that answers questions, writes captions or finds boxes, and its processor. Threads take turns.
+    A model for question answering, captioning or grounding, with its processor. It is thread-safe.
 
     Args:
         checkpoint (`str`): A folder, or a name on the Hub.
@@ -90,7 +90,7 @@ class Asker:
 
     @property
     def schedule(self) -> dict[int, tuple[float, str]]:
-        """Keep rate and guidance of each selection layer, those that keep all included."""
+        """Keep rate and guidance of each selection layer, including layers that keep all patches."""
         vision = self.model.config.vision_config
         return dict(zip(vision.selection_layers, zip(vision.keep_rates, vision.selection_guidances)))
 
@@ -103,12 +103,13 @@ class Asker:
         guidances: Sequence[str] | None = None,
     ) -> Look:
         """
-        Ask about an image, upright and RGB.
+        Run the model on an image and texts.
 
         Args:
-            image (`PIL.Image.Image`), texts (`list[str]`)
-            keep_rates (`Sequence[float]`), guidances (`Sequence[str]`): Replace the checkpoint's, one per layer of
-                `schedule`.
+            image (`PIL.Image.Image`): Upright RGB image.
+            texts (`list[str]`)
+            keep_rates (`Sequence[float]`), guidances (`Sequence[str]`): Replace those of the checkpoint, one per layer
+                of `schedule`.
 
         Raises:
             ValueError: A text is too long for the model, or a keep rate or guidance is invalid.
@@ -136,17 +137,14 @@ class Asker:
         return Look(told, tokens, 1000 * seconds, 1000 * seconds_at_1)
 
     def check_lengths(self, texts: list[str]):
-        """
-        Raises:
-            ValueError: A text has more tokens than the model takes.
-        """
+        """Raise a `ValueError` if a text has more tokens than the model's limit."""
         limit = self.processor.max_text_length(self.model.config)
         for text, tokens in zip(texts, self.processor.tokenizer(self.processor.clean_texts(texts))["input_ids"]):
             if len(tokens) > limit:
-                raise ValueError(f"The line '{text[:30]}...' has {len(tokens)} tokens; at most {limit} are possible.")
+                raise ValueError(f"The text '{text[:30]}...' has {len(tokens)} tokens; at most {limit} are possible.")
 
     def _changed(self, keep_rates: Sequence[float] | None, guidances: Sequence[str] | None) -> SelectionSchedule:
-        """The schedule of the checkpoint with other rates and guidances, one per layer of `schedule`."""
+        """Return the checkpoint's schedule with other keep rates and guidances, one per layer of `schedule`."""
         config = copy.deepcopy(self.model.config.vision_config)
         config.keep_rate = list(keep_rates or config.keep_rates)
         config.selection_guidance = list(guidances or config.selection_guidances)
@@ -154,7 +152,7 @@ class Asker:
         return config.schedule
 
     def _answers(self, image: PIL.Image.Image, texts: list[str], inputs: BatchFeature):
-        """Return the answers of each text with their scores, and titled images of them."""
+        """Return the answers of each text with their scores, and titled images of boxes."""
         none: list[list[tuple[str, PIL.Image.Image]]] = [[] for _ in texts]
         if isinstance(self.model, TripsForQuestionAnswering):
             pipeline = TripsVisualQuestionAnsweringPipeline(model=self.model, processor=self.processor)
@@ -172,7 +170,7 @@ class Asker:
     def _drawn(
         self, image: PIL.Image.Image, row: int, selections: dict[int, TripsSelection]
     ) -> list[tuple[str, PIL.Image.Image]]:
-        """Draw the patches that a text kept in each layer, and its scores of the candidates."""
+        """Draw the kept patches of each layer for a text, and the scores of the candidates."""
         pictures, size = [], (image.height, image.width)
         for layer, selection in selections.items():
             (kept,) = self.processor.patch_boxes(selection.kept_indices[row : row + 1], [size])

@@ -1,4 +1,4 @@
-"""Two models on the same items: which groups lose, which answers change, and whether it is more than chance."""
+"""Comparison of two models on the same items: accuracy by group, changed answers and significance."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,13 +22,13 @@ PLACES = (("top left", "top", "top right"), ("left", "middle", "right"), ("botto
 @dataclass(frozen=True)
 class Item:
     """
-    What both models made of a row.
+    A row with the predictions of both models.
 
     Args:
-        source (`str`), text (`str`): where the row is from, and what it asks.
-        truth, prediction, other_prediction (`str`): in words.
-        score, other_score (`float`): of the predictions, in [0, 1].
-        groups (`dict[str, str]`): what the row has in common with others, by the name of the feature.
+        source (`str`), text (`str`): origin and text of the row.
+        truth, prediction, other_prediction (`str`)
+        score, other_score (`float`): scores of the predictions, in [0, 1].
+        groups (`dict[str, str]`): value of the row by feature.
     """
 
     source: str
@@ -52,16 +52,15 @@ class Item:
 @dataclass(frozen=True)
 class Group:
     """
-    Items that have something in common.
+    Items with the same value of a feature.
 
     Args:
-        feature, value (`str`): what they have in common.
-        count (`int`): how many they are.
-        accuracy, other_accuracy (`float`): means of their scores.
-        lost, won (`int`): items that only the other model has right, and that only the model has.
-        p_value (`float`): of McNemar's exact test, two-sided: that a model no better or worse than the other would
-            differ from it so much on the items that change.
-        q_value (`float`): the same, corrected for the number of groups looked at (Benjamini and Hochberg).
+        feature, value (`str`)
+        count (`int`): number of items.
+        accuracy, other_accuracy (`float`): mean scores.
+        lost, won (`int`): number of items that only the other model, and only this model, gets right.
+        p_value (`float`): p value of McNemar's exact test, two-sided.
+        q_value (`float`): p value corrected for the number of groups (Benjamini and Hochberg).
     """
 
     feature: str
@@ -81,7 +80,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`overall`, `groups` (what loses most first) and `items`, of which some `changed`."""
+    """Comparison of all items, of `groups` (largest loss first), and single `items`."""
 
     overall: Group
     groups: list[Group]
@@ -92,7 +91,7 @@ class Comparison:
         return [item for item in self.items if item.is_right != item.other_is_right]
 
     def lost_in(self, group: Group) -> list[Item]:
-        """The items of a group that only the other model has right."""
+        """Return the items of a group that only the other model gets right."""
         lost = [item for item in self.changed if item.other_is_right]
         return [item for item in lost if item.groups.get(group.feature) == group.value]
 
@@ -102,10 +101,11 @@ class Comparison:
 
 def score_of(row: dict) -> float:
     """
-    The score of a line of `predictions.jsonl`, or of retrieval's `found_images.jsonl`, by the rule of its task.
+    Return the score of a line of `predictions.jsonl`, or of retrieval's `found_images.jsonl`, by the metric of its
+    task.
 
     Raises:
-        ValueError: if it is of no task that has right and wrong answers, as captions have not.
+        ValueError: The task has no right and wrong answers, as captioning.
     """
     if "answers" in row:
         return answer_score(row["prediction"], row["answers"])
@@ -116,7 +116,7 @@ def score_of(row: dict) -> float:
         return float(row["prediction"] == row["label"])
     if "first_right" in row:
         return float(row["first_right"] == 1)
-    raise ValueError(f"A prediction with {', '.join(row)} is not right or wrong: give those of another task.")
+    raise ValueError(f"A prediction with {', '.join(row)} cannot be right or wrong. Give predictions of another task.")
 
 
 def text_of(row: dict) -> str:
@@ -124,30 +124,30 @@ def text_of(row: dict) -> str:
 
 
 def key_of(row: dict) -> tuple[str, str]:
-    """What tells a row from all others, in its data set and in what is predicted of it."""
+    """Return the key that identifies a row in its data set and in predictions."""
     return row["source"], text_of(row)
 
 
 def join(rows: Sequence[dict], others: Sequence[dict], features: dict[tuple[str, str], dict] | None = None):
     """
-    The items that two lists of predictions are about.
+    Join the predictions of two models.
 
     Args:
         rows, others (`Sequence[dict]`): lines of the models' `predictions.jsonl`.
-        features (`dict`, *optional*): more groups of a row, by its key.
+        features (`dict`, *optional*): further groups of each row, by key.
 
     Returns:
         `list[Item]`, in the order of `rows`.
 
     Raises:
-        ValueError: if they are not about the same items.
+        ValueError: The predictions belong to different items.
     """
     by_key = {key_of(row): row for row in others}
     if missing := [key for key in map(key_of, rows) if key not in by_key] or by_key.keys() - set(map(key_of, rows)):
         source, text = next(iter(missing))
         raise ValueError(
-            f"The predictions are not of the same items: {len(missing)} are in one file only, such as {text!r} "
-            f"({source}). Let both models predict the same data."
+            f"The predictions belong to different items: {len(missing)} are in one file only, such as {text!r} "
+            f"({source}). Evaluate both models on the same data."
         )
     items = []
     for row in rows:
@@ -173,7 +173,7 @@ def _most_common(answers: list[str]) -> str:
 
 
 def groups_of(row: dict) -> dict[str, str]:
-    """What a prediction itself says of its row. The first words stand in where a question has no kind."""
+    """Return the groups of a row from its prediction. A question without a kind is grouped by its first words."""
     words = text_of(row).lower().split()
     groups = {"length of the text": _up_to(len(words), LENGTHS, "13 words and more")}
     if row.get("kind"):
@@ -188,7 +188,7 @@ def groups_of(row: dict) -> dict[str, str]:
 
 
 def groups_of_region(region: Sequence[float], size: tuple[int, int]) -> dict[str, str]:
-    """Size and place of a box (x0, y0, x1, y1) in an image of (height, width)."""
+    """Return the groups by size and place of a box (x0, y0, x1, y1) in an image of (height, width)."""
     x0, y0, x1, y1 = region
     height, width = size
     share = (x1 - x0) * (y1 - y0) / (height * width)
@@ -208,14 +208,8 @@ def _up_to(number: float, bounds: Iterable[tuple[float, str]], beyond: str) -> s
 
 def compare(items: list[Item], min_count: int = 10) -> Comparison:
     """
-    Both models on all items, and on each group of at least `min_count`.
-
-    Args:
-        items (`list[Item]`): at least one.
-        min_count (`int`, *optional*, defaults to 10)
-
-    Returns:
-        [`Comparison`]: its groups, those that lose most beyond chance first.
+    Compare both models on all items, and on each group of at least `min_count` items. Groups are ordered by the
+    significance of their loss.
     """
     by_group = defaultdict(list)
     for item in items:
@@ -231,7 +225,7 @@ def compare(items: list[Item], min_count: int = 10) -> Comparison:
 
 
 def mcnemar(items: list[Item]) -> float:
-    """The exact test: of the items that change, as many are lost as won, but for chance."""
+    """Return the p value of McNemar's exact test."""
     return exact_sign_test(*_changes(items))
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that stands alone, with its pictures inside, and as JSON."""
+"""Reports of a comparison: a self-contained HTML page, and JSON."""
 
 import base64
 import io
@@ -25,14 +25,14 @@ def render(
     note: str | None = None,
 ) -> str:
     """
-    Return the page.
+    Return the HTML page.
 
     Args:
         comparison ([`Comparison`])
-        names (`tuple[str, str]`): Names of the model and of the other.
-        worst (`list`): Groups, and some of their items with titled pictures.
-        num_changed (`int`, *optional*, defaults to 100): How many changed answers are listed; the JSON has all.
-        note (`str`, *optional*): What to know of the other model.
+        names (`tuple[str, str]`): Names of both models.
+        worst (`list`): Groups, and some of their items with titled images.
+        num_changed (`int`, *optional*, defaults to 100): Number of changed answers to list; the JSON has all.
+        note (`str`, *optional*): Note about the other model.
     """
     return filled(
         TEMPLATES / "page.html",
@@ -49,19 +49,19 @@ def render(
 
 
 def render_look(look: Look) -> str:
-    """Return the results of an image and its texts as a part of a page."""
+    """Return the results of an image and its texts as HTML."""
     return filled(TEMPLATES / "look.html", look=look, same_weights=SAME_WEIGHTS)
 
 
 def filled(template: Path, **values) -> str:
-    """A template of Jinja with these values, which it shows by the filters `percent`, `data_uri` and `chance`."""
+    """Render a Jinja template, with the filters `percent`, `data_uri` and `chance`."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=lambda share: f"{share:.1%}", data_uri=data_uri, chance=_chance)
     return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def verdict(group: Group) -> str:
-    """The outcome in a sentence."""
+    """Return the outcome in a sentence."""
     if group.lost + group.won == 0:
         return "No item changes between right and wrong."
     changes = f"{group.lost} items are lost and {group.won} won"
@@ -81,7 +81,7 @@ def as_json(comparison: Comparison, names: tuple[str, str], note: str | None = N
 
 
 def data_uri(picture: PIL.Image.Image, side: int = 256) -> str:
-    """Return an image for a page, with a longer side of at most `side` pixels."""
+    """Return an image as a data URI, with a longer side of at most `side` pixels."""
     picture = picture.copy()
     picture.thumbnail((side, side))
     png = io.BytesIO()

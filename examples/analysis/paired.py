@@ -1,4 +1,4 @@
-"""Paired tests: two models over the same seeds, or over the same items."""
+"""Paired tests of two models over the same seeds, or over the same items."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from scipy.stats import binomtest, ttest_rel
 @dataclass(frozen=True)
 class PairedDifference:
     """
-    The difference of two lists of results, pair by pair.
+    Paired difference of two lists of results.
 
     Args:
-        mean (`float`): mean of the differences, the first less the second.
-        deviation (`float`): their standard deviation; NaN with one pair.
-        standard_error (`float`): of the mean; NaN with one pair.
-        p_value (`float`): of the two-sided paired t-test; NaN with one pair, 1 if all differences are 0.
+        mean (`float`): mean of the differences, first minus second.
+        deviation (`float`): standard deviation of the differences; NaN with one pair.
+        standard_error (`float`): standard error of the mean; NaN with one pair.
+        p_value (`float`): p value of the two-sided paired t-test; NaN with one pair, 1 if all differences are 0.
         count (`int`): number of pairs.
     """
 
@@ -33,13 +33,13 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Pai
     Compare the results of two models over the same seeds.
 
     Args:
-        values, baseline (`Sequence[float]`): a result per seed, in the same order of seeds.
+        values, baseline (`Sequence[float]`): one result per seed, in the same order of seeds.
 
     Returns:
-        [`PairedDifference`] of `values` less `baseline`.
+        [`PairedDifference`] of `values` minus `baseline`.
 
     Raises:
-        ValueError: if there are no pairs, or not as many results of one model as of the other.
+        ValueError: There are no pairs, or the lengths differ.
     """
     if len(values) != len(baseline) or not values:
         raise ValueError(
@@ -55,10 +55,10 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Pai
 
 def exact_sign_test(lost: int, won: int) -> float:
     """
-    Return the two-sided p value of McNemar's exact test, which is the sign test over the items that change.
+    Return the two-sided p value of McNemar's exact test, the sign test over the items that change.
 
     Args:
-        lost (`int`): number of items that only the other model has right.
-        won (`int`): number of items that only this model has right.
+        lost (`int`): number of items that only the other model gets right.
+        won (`int`): number of items that only this model gets right.
     """
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

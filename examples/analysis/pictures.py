@@ -1,4 +1,4 @@
-"""What a model kept of the images of a row, and what the data say of a row that its prediction does not."""
+"""Drawings of kept patches and scores, and groups of rows by their target region."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from trips_examples.metrics.selection import REGION_COLUMNS, regions_of
 
 
 def features_of(dataset: Dataset) -> dict[tuple[str, str], dict[str, str]]:
-    """More groups of rows, by key: size and place of what they are about, and how many things of an image are."""
+    """Return groups of rows by key: size and place of the target region, and number of target regions per image."""
     wanted = ("source", "image_id", *TEXT_COLUMNS, *REGION_COLUMNS)
     rows = list(dataset.select_columns([column for column in wanted if column in dataset.column_names]))
     regions = regions_of(rows)
@@ -39,12 +39,12 @@ def draw_scores(
     image: PIL.Image.Image, boxes: torch.Tensor, scores: torch.Tensor, color: str = "#d9480f", min_side: int = 256
 ) -> PIL.Image.Image:
     """
-    Draw the image in grey, each candidate the more colored the higher its score, up to the highest.
+    Draw scores as color on a gray image, relative to the highest score.
 
     Args:
         image (`PIL.Image.Image`): The original image. It is drawn with a longer side of at most 1024 pixels.
         boxes (`torch.Tensor` of shape `(num_candidates, 4)`): (x0, y0, x1, y1) in pixels of the image.
-        scores (`torch.Tensor` of shape `(num_candidates,)`): At least 0. Square roots are shown, as most are small.
+        scores (`torch.Tensor` of shape `(num_candidates,)`): Scores of at least 0. Their square roots are drawn.
         color (`str`, *optional*): Color of the highest score.
         min_side (`int`, *optional*, defaults to 256): Smaller images are enlarged by a whole factor.
     """
@@ -62,12 +62,12 @@ def draw_scores(
 @dataclass
 class KeptPatches:
     """
-    Draws what a model keeps.
+    Drawing of the patches that a model keeps.
 
     Args:
         model ([`TripsModel`]): in evaluation mode.
         processor ([`TripsProcessor`])
-        collator ([`ImageBatchCollator`]): of the rows' task, for evaluation.
+        collator ([`ImageBatchCollator`]): collator of the task, for evaluation.
     """
 
     model: TripsModel
@@ -76,7 +76,7 @@ class KeptPatches:
 
     @torch.no_grad()
     def draw(self, row: dict) -> list[tuple[str, PIL.Image.Image]]:
-        """A title and a picture for each image of the row and each selection layer."""
+        """Return a title and a drawing for each image of the row and each selection layer."""
         images, index = self.collator.distinct_images([row])
         selections = self.model(**a_text_per_image(self.collator([row]))).selection
         shown = [images[number] for number in torch.tensor(index).flatten().tolist()]

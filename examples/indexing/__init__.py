@@ -1,1 +1,1 @@
-"""Images as a Lance table of vectors: how they are read, embedded by Ray's actors, indexed and searched."""
+"""Lance tables of image vectors: reading images, embedding with Ray, indexing and search."""

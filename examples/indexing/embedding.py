@@ -1,6 +1,6 @@
 """
-Images to vectors in Ray's actors. Readers hand rows on, actors embed them and write their data, and this process
-alone commits: an image is in the table once or not at all, whatever is killed.
+Embedding of images in Ray's actors. Readers send rows to the actors, which embed them and write their data. Only this
+process commits, so that an image is in the table once or not at all if a process is killed.
 """
 
 import logging
@@ -22,20 +22,20 @@ from trips_examples.indexing.sources import Shard, blocks_of
 from trips_examples.indexing.table import commit, ids_of, load_model, table_schema, write_rows
 
 
-BLOCK_BYTES = 2**24  # of rows that go from process to process
+BLOCK_BYTES = 2**24  # size of a block of rows that is sent between processes
 
 
 @dataclass(frozen=True)
 class Embedding:
     """
-    How images become vectors.
+    Options of embedding.
 
     Args:
         checkpoint, schedule, dtype: as in `load_model`.
-        device (`str`): of each actor: `"cpu"` or `"cuda"`.
-        num_threads (`int`): of PyTorch, in each actor.
-        batch_size (`int`): images that are embedded at a time.
-        store_images (`bool`): whether images that have no file of their own are stored with their vectors.
+        device (`str`): device of each actor, `"cpu"` or `"cuda"`.
+        num_threads (`int`): PyTorch threads of each actor.
+        batch_size (`int`)
+        store_images (`bool`): whether to store images without their own file in the table.
     """
 
     checkpoint: str
@@ -48,7 +48,7 @@ class Embedding:
 
 
 class Embedder:
-    """An actor: rows by `ROW_SCHEMA` in, fragments of the table at `uri` out."""
+    """Actor that converts rows of `ROW_SCHEMA` to fragments of the table at `uri`."""
 
     def __init__(self, embedding: Embedding, uri: str):
         transformers.utils.logging.disable_progress_bar()
@@ -67,7 +67,7 @@ class Embedder:
         return {"fragments": [fragments], "rows": [len(embedded)], "broken": [broken]}
 
     def embed(self, rows: list[dict]) -> list[dict]:
-        """The rows, each with a `vector` or an `error` now."""
+        """Return the rows, each with a `vector` or an `error`."""
         images, vectors = [], []
         for row in rows:
             if row["error"] is None:
@@ -89,17 +89,19 @@ class Embedder:
         outputs = self.model.get_image_features(pixel_values.to(self.model.device, self.model.dtype))
         vectors = outputs.pooler_output.float().cpu().numpy()
         if not np.isfinite(vectors).all():
-            raise ValueError("The model makes no finite numbers of images: is its precision wide enough?")
+            raise ValueError("The model's image features are not finite. Use a wider --dtype.")
         return vectors
 
 
 @dataclass(frozen=True)
 class Workers:
     """
+    Resources of embedding.
+
     Args:
-        num_actors (`int`): those that embed.
-        cpus_per_actor (`int`), gpus_per_actor (`float`): what each of them takes.
-        num_readers (`int`): shards that are read at a time, each with one CPU.
+        num_actors (`int`): number of actors that embed.
+        cpus_per_actor (`int`), gpus_per_actor (`float`): resources of each actor.
+        num_readers (`int`): number of shards that are read at a time, with one CPU each.
     """
 
     num_actors: int = 1
@@ -115,13 +117,13 @@ class Workers:
 
 def start_ray(address: str | None, workers: Workers, object_store_mb: int):
     """
-    Joins a cluster, or starts what this machine needs, which ends with this process. Nothing is reported about use.
+    Join a Ray cluster, or start Ray on this machine until this process ends. Usage statistics are off.
 
     Raises:
-        ValueError: if the cluster has not what the workers need.
+        ValueError: The cluster has fewer resources than the workers need.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    warnings.filterwarnings("ignore", message="lance is not fork-safe")  # what Ray forks begins anew
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray's forks start a new program
     import ray.data
 
     logging.getLogger("ray.data").setLevel("ERROR")
@@ -135,8 +137,8 @@ def start_ray(address: str | None, workers: Workers, object_store_mb: int):
     lacking = {name: need for name, need in workers.needs.items() if has.get(name, 0) < need}
     if lacking:
         raise ValueError(
-            f"The workers need {workers.needs}, but Ray has { ({name: has.get(name, 0) for name in lacking}) }: take "
-            "fewer --num_actors or --num_readers, or smaller --cpus_per_actor or --gpus_per_actor."
+            f"The workers need {workers.needs}, but Ray has { ({name: has.get(name, 0) for name in lacking}) }. Lower "
+            "--num_actors, --num_readers, --cpus_per_actor or --gpus_per_actor."
         )
 
 
@@ -149,18 +151,18 @@ def embed_images(
     image_column: str | None = None,
 ) -> Iterator[str]:
     """
-    Adds the images of shards that are not in the table. Needs `start_ray`.
+    Add the images of shards that are not in the table. Call `start_ray` first.
 
     Args:
         table (`lance.LanceDataset`)
         shards (`list[Shard]`)
         embedding ([`Embedding`]), workers ([`Workers`])
-        rows_per_commit (`int`, *optional*, defaults to 512): what an actor embeds before it is in the table; a kill
-            loses that much of its work.
+        rows_per_commit (`int`, *optional*, defaults to 512): images of an actor per commit. A killed actor loses at
+            most these.
         image_column (`str`, *optional*): as in `rows_of`.
 
     Yields:
-        `str`: of each image that cannot be used its place, and why.
+        `str`: source and error of each image that cannot be used.
     """
     import ray
 
@@ -178,7 +180,7 @@ def embed_images(
         read,
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=workers.num_readers),
-        memory=8 * BLOCK_BYTES,  # which actors do not ask for: Ray would make one stage of what asks for the same
+        memory=8 * BLOCK_BYTES,  # unlike the actors', because Ray fuses stages with equal resources
     )
     results = rows.map_batches(
         Embedder,

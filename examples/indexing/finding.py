@@ -1,6 +1,6 @@
 """
-Search in two stages: features find the best `k` images of the table, and matching ranks these anew, where the text
-chooses the patches of each.
+Search in two stages: features find the best `k` images of the table, and matching reranks them with patches that are
+scored by the text.
 """
 
 import logging
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Found:
     """
-    An image that a query found.
+    A search result.
 
     Args:
-        source (`str`): its place.
-        image (`str` or `bytes`, *optional*): its path, or itself encoded; None if neither is in the table.
-        similarity (`float`): of its features to the query's.
-        score (`float`, *optional*): after matching: log-odds of a match plus similarity over temperature.
+        source (`str`): origin of the image.
+        image (`str` or `bytes`, *optional*): path or encoded image; None if the table has neither.
+        similarity (`float`): cosine similarity of the features of image and query.
+        score (`float`, *optional*): score of matching: log-odds of a match plus similarity over temperature.
     """
 
     source: str
@@ -46,7 +46,7 @@ class Found:
 
 
 class Images(Sequence):
-    """Images that are decoded when they are asked for."""
+    """Images that are decoded on access."""
 
     def __init__(self, images: Sequence[str | bytes]):
         self.images = images
@@ -60,16 +60,16 @@ class Images(Sequence):
 
 class Finder:
     """
-    A table, and the model that made it.
+    Search in a table with the model that made it.
 
     Args:
-        uri (`str`): of the table.
+        uri (`str`): location of the table.
         checkpoint (`str`), schedule (`str`, *optional*): as in `load_model`.
         device (`str`, *optional*, defaults to `"cpu"`)
-        batch_size (`int`, *optional*, defaults to 32): images, texts and pairs that are computed at a time.
+        batch_size (`int`, *optional*, defaults to 32): number of images, texts or pairs per batch.
 
     Raises:
-        OSError, ValueError: if there is no such table or checkpoint, or another model made the table.
+        OSError, ValueError: The table or checkpoint does not exist, or another model made the table.
     """
 
     def __init__(
@@ -80,25 +80,25 @@ class Finder:
         self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=batch_size, progress=False)
 
     def describe_texts(self, texts: Sequence[str]) -> TextIndex:
-        """Features of texts, and the states that matching needs."""
+        """Return the features of texts and the states for matching."""
         return self.evaluator.index_texts(texts)
 
     def describe_image(self, image: PIL.Image.Image) -> torch.Tensor:
-        """Features of an image: `(1, projection_dim)`."""
+        """Return the features of an image, `(1, projection_dim)`."""
         return self.evaluator.index_images([image])
 
     def nearest(
         self, features: torch.Tensor, k: int, exact: bool = False, probes: int = 20, refine: int = 10
     ) -> list[list[Found]]:
         """
-        For each query the `k` images of the highest cosine similarity, the best first.
+        Return for each query the `k` images of the highest cosine similarity, best first.
 
         Args:
             features (`torch.Tensor` of shape `(num_queries, projection_dim)`)
             k (`int`)
             exact (`bool`, *optional*, defaults to `False`): whether to compare all vectors, without the index.
-            probes (`int`, *optional*, defaults to 20): partitions of the index that are looked into.
-            refine (`int`, *optional*, defaults to 10): so many times `k` candidates are compared by their vectors.
+            probes (`int`, *optional*, defaults to 20): number of partitions of the index to search.
+            refine (`int`, *optional*, defaults to 10): `refine * k` candidates are compared by their exact vectors.
         """
         how = {"column": "vector", "k": k, "metric": "cosine", "use_index": not exact}
         how |= {} if exact else {"nprobes": probes, "refine_factor": refine}
@@ -111,8 +111,8 @@ class Finder:
 
     def rerank(self, texts: TextIndex, found: list[list[Found]]) -> list[list[Found]]:
         """
-        What each text found, in the order of matching. What images share among texts is computed once. Images that
-        cannot be read any more are left out, and named in a warning.
+        Rerank the results of each text by matching. The cached image states are shared among texts. Images that can no
+        longer be read are left out with a warning.
         """
         readable = self._readable(found)
         kept = [[each for each in row if each.source in readable] for row in found]
@@ -149,8 +149,8 @@ class Finder:
     @torch.inference_mode()
     def draw(self, found: Sequence[Found], text: str | None = None) -> dict[str, list[tuple[str, PIL.Image.Image]]]:
         """
-        Titled pictures by source, of images that can be read: each as it is, and the patches that a text keeps of it
-        in the last layer that selects.
+        Return titled images by source: each image that can be read, and its kept patches for a text in the last
+        selection layer.
         """
         images = {source: decode_untrusted_image(image) for source, image in self._readable([list(found)]).items()}
         pictures = {source: [("image", image)] for source, image in images.items()}
@@ -162,5 +162,5 @@ class Finder:
             sizes = [(image.height, image.width) for image in images.values()]
             boxes = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
             for (source, image), kept in zip(images.items(), boxes):
-                pictures[source].append((f"{len(kept)} patches that the text kept", draw_kept_patches(image, kept)))
+                pictures[source].append((f"{len(kept)} patches kept for the text", draw_kept_patches(image, kept)))
         return pictures

@@ -1,4 +1,4 @@
-"""The images of a collection, wherever they are, as rows: each has a place, by which it is known ever after."""
+"""The images of a collection as rows. The source of an image identifies it."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class FolderShard:
-    """Some of the image files of folders."""
+    """Some image files of folders."""
 
     paths: tuple[str, ...]
 
@@ -46,19 +46,19 @@ Shard = FolderShard | TarShard | FileShard | HubShard
 
 def find_images(places: Sequence[str], image_root: str | None = None) -> list[Shard]:
     """
-    What is read of one after the other, each once, under absolute paths.
+    Return the shards of a collection, each once, with absolute paths.
 
     Args:
-        places (`Sequence[str]`): folders, of which all image files are taken, and those of the folders in them; or
-            shards and files of rows, as `find_shards` takes them.
+        places (`Sequence[str]`): folders, which are searched recursively for image files; or shards and files of rows,
+            as in `find_shards`.
         image_root (`str`, *optional*): Folder that paths in files of rows are relative to. Default: the file's folder.
 
     Raises:
-        FileNotFoundError: if a place or `image_root` is not there, or a folder holds no image.
-        ValueError: if `image_root` is given, and no file of rows is.
+        FileNotFoundError: A place or `image_root` does not exist, or a folder has no images.
+        ValueError: `image_root` is given without a file of rows.
     """
     if image_root is not None and not os.path.isdir(image_root):
-        raise FileNotFoundError(f"There is no folder {image_root}: --image_root is the one the images are in.")
+        raise FileNotFoundError(f"The folder {image_root} does not exist. Correct --image_root.")
     files: dict[str, None] = {}
     shards: dict[Shard, None] = {}
     for place in places:
@@ -67,7 +67,7 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
         else:
             shards |= dict.fromkeys(map(_absolute, find_shards([place], image_root, option="--images")))
     if image_root is not None and not any(isinstance(shard, FileShard) for shard in shards):
-        raise ValueError("--image_root goes with --images that are JSONL, JSON, CSV or Parquet files.")
+        raise ValueError("--image_root is only supported for --images that are JSONL, JSON, CSV or Parquet files.")
     paths = iter(files)
     chunks = iter(lambda: tuple(islice(paths, FILES_PER_SHARD)), ())
     return [*map(FolderShard, chunks), *shards]
@@ -78,8 +78,8 @@ def _image_files(folder: str) -> list[str]:
     found = sorted(path for path in paths if path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)))
     if not found:
         raise FileNotFoundError(
-            f"--images {folder}: no file in it ends with .{', .'.join(IMAGE_SUFFIXES)}. "
-            f'Of shards, give the files: "{folder}/*.tar" or "{folder}/*.parquet".'
+            f"--images {folder} has no file that ends with .{', .'.join(IMAGE_SUFFIXES)}. "
+            f'For shards, give the files: "{folder}/*.tar" or "{folder}/*.parquet".'
         )
     return found
 
@@ -92,14 +92,14 @@ def _absolute(shard: TarShard | FileShard) -> TarShard | FileShard:
 
 
 def id_of(source: str) -> str:
-    """32 hexadecimal digits, the same for a place in every run."""
+    """Return a hash of a source, 32 hexadecimal digits."""
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
 
 
 def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     """
-    The images of a shard, by `ROW_SCHEMA`: `image` is encoded or a path; `error` says why there is none. A file that
-    several rows of a shard name is given once, for the first of them.
+    Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
+    several rows name is yielded once.
 
     Args:
         shard (`Shard`)
@@ -110,7 +110,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     paths: set[str | bytes] = set()
     for record in shard:
         source, image, error = printable(_source(shard, record)), None, None
-        if isinstance(shard, TarShard):  # which may use a name twice, or be broken in several places
+        if isinstance(shard, TarShard):  # a tar file may have equal names and several broken places
             seen[source] += 1
             source += f" ({seen[source]})" if seen[source] > 1 else ""
         if isinstance(record, BadPair):
@@ -129,7 +129,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
 
 def _source(shard: Shard, record: dict | BadPair) -> str:
     source = record.source if isinstance(record, BadPair) else record["source"]
-    # Rows of files are known by the file's name alone.
+    # Records have only the name of their file.
     return os.path.join(os.path.dirname(shard.name), source) if isinstance(shard, FileShard) else source
 
 
@@ -142,11 +142,11 @@ def _image(record: dict, columns: Sequence[str]) -> dict[str, bytes | str | None
 
 def blocks_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -> Iterator[pa.Table]:
     """
-    The rows of a shard that are not done yet, some at a time.
+    Yield blocks of the rows of a shard that are not in the table.
 
     Args:
         shard (`Shard`)
-        done (`np.ndarray` of shape `(num_rows,)` and type `S32`): ids, sorted.
+        done (`np.ndarray` of shape `(num_rows,)` and type `S32`): sorted ids of the table.
         image_column (`str`, *optional*)
     """
     rows = (row for row in rows_of(shard, image_column) if not _contains(done, row["id"]))

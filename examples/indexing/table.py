@@ -1,8 +1,8 @@
 """
-The table: a Lance dataset with a row per image, made by one model with one schedule, which its metadata name.
+The table: a Lance dataset with a row per image. Its metadata name the model and the schedule that made it.
 
-A commit adds rows or does not: what is killed before it leaves files that no version of the table knows. An image that
-cannot be used has its row, too, with an `error` and no vector.
+Commits are atomic. A process that is killed before its commit leaves files that no version of the table refers to. An
+image that cannot be used also has a row, with an `error` and no vector.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ Retriever = TripsForRetrieval | TripsForPreTraining
 @dataclass(frozen=True)
 class Fingerprint:
     """
-    What vectors depend on: they can be compared with others of the same `digest`.
+    Identity of the model that made vectors. Vectors with the same `digest` are comparable.
 
     Args:
-        model (`str`): as it was named.
-        schedule (`str`): how it selects, in words.
-        digest (`str`): of its weights as they are stored (of an exported model, its files), the fields of its vision
-            tower, and how pixels are made.
+        model (`str`): name of the model.
+        schedule (`str`): selection schedule in words.
+        digest (`str`): hash of the stored weights (or of the files of an exported model), the vision configuration and
+            the image preprocessing.
     """
 
     model: str
@@ -70,13 +70,13 @@ def load_model(
     if dtype != "auto":
         options["dtype"] = dtype
     if device != "cpu" and is_exported(checkpoint):
-        raise ValueError(f"{checkpoint} is an exported model, which runs on CPUs alone, got the device {device}.")
+        raise ValueError(f"{checkpoint} is an exported model, which only runs on CPU, got the device {device}.")
     model = load_checkpoint(checkpoint, HEADS, **options)
     return model.to(device), TripsProcessor.from_pretrained(checkpoint)
 
 
 def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
-    """Return the fingerprint of a model in the precision in which its weights are stored."""
+    """Return the fingerprint of a model, with weights in their stored precision."""
     checkpoint = model.config.name_or_path
     vision = model.config.vision_config
     parts = [vision.to_dict(), processor.image_processor.to_dict()]
@@ -94,33 +94,33 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
 
 def open_table(uri: str, fingerprint: Fingerprint) -> lance.LanceDataset:
     """
-    The table at a place.
+    Open a table.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it was made by another model or schedule.
+        FileNotFoundError: The table does not exist.
+        ValueError: Another model or schedule made the table.
     """
     try:
         table = lance.dataset(uri)
     except ValueError as error:
         if "was not found" not in str(error):
             raise
-        raise FileNotFoundError(f"There is no table {uri}: make it with index_images.py.") from error
+        raise FileNotFoundError(f"The table {uri} does not exist. Make it with index_images.py.") from error
     stored = (table.schema.metadata or {}).get(METADATA.encode())
     if stored is None:
-        raise ValueError(f"{uri} is a Lance table, but none of images that index_images.py made: name another.")
+        raise ValueError(f"{uri} is a Lance table that index_images.py did not make. Give another.")
     made_by = Fingerprint(**json.loads(stored))
     if made_by.digest != fingerprint.digest:
         raise ValueError(
-            f"The vectors of {uri} are of {made_by.model} ({made_by.schedule}; {made_by.digest}), and cannot be "
+            f"The vectors of {uri} come from {made_by.model} ({made_by.schedule}; {made_by.digest}) and cannot be "
             f"compared with those of {fingerprint.model} ({fingerprint.schedule}; {fingerprint.digest}). Give the "
-            "model and the --schedule that it was made with, or make another table."
+            "--model and --schedule of the table, or make another table."
         )
     return table
 
 
 def open_or_create_table(uri: str, fingerprint: Fingerprint, dim: int) -> lance.LanceDataset:
-    """The table at a place, which is made if there is none; vectors have `dim` numbers. Raises as `open_table`."""
+    """Open a table, or create it for vectors of size `dim`. Raises as `open_table`."""
     with contextlib.suppress(FileNotFoundError):
         return open_table(uri, fingerprint)
     schema = table_schema(dim).with_metadata({METADATA: json.dumps(asdict(fingerprint))})
@@ -133,7 +133,7 @@ def table_schema(dim: int) -> pa.Schema:
 
 @contextlib.contextmanager
 def only_writer(uri: str) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends. A table on an object store has none."""
+    """Hold a lock that ends with the process. A table on an object store has no lock."""
     path = local_path(uri)
     if path is None:
         yield
@@ -143,11 +143,11 @@ def only_writer(uri: str) -> Iterator[None]:
         with FileLock(f"{path}.lock", timeout=0):
             yield
     except Timeout as error:
-        raise BlockingIOError(f"Another process is writing {uri}: let it end, or stop it.") from error
+        raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
 
 
 def local_path(uri: str) -> Path | None:
-    """Return the path of a table on this machine's file systems, without symbolic links; None for other places."""
+    """Return the path of a local table without symbolic links, or None for a remote table."""
     parts = urlsplit(uri)
     if parts.scheme in ("file", "file-object-store"):
         return Path(unquote(parts.path)).resolve()
@@ -155,46 +155,46 @@ def local_path(uri: str) -> Path | None:
 
 
 def forget_missing_images(table: lance.LanceDataset):
-    """Delete the rows of images that were missing: they may be there now."""
+    """Delete the rows of missing images, so that they are tried again."""
     missing = "error LIKE 'missing image%'"
     if table.count_rows(missing):
         table.delete(missing)
 
 
 def count_faults(table: lance.LanceDataset) -> Counter[str]:
-    """Count the images that cannot be used by reason."""
+    """Count the images that cannot be used, by reason."""
     errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
     return Counter(error.partition(" (")[0] for error in errors)
 
 
 def write_rows(uri: str, rows: pa.Table) -> list[str]:
-    """Writes the data of rows beside the table, as fragments that only `commit` makes a part of it."""
+    """Write rows as fragments next to the table. `commit` adds them to the table."""
     fragments = lance.fragment.write_fragments(rows, uri, schema=rows.schema, mode="append")
     return [json.dumps(fragment.to_json()) for fragment in fragments]
 
 
 def commit(table: lance.LanceDataset, fragments: Sequence[str]) -> lance.LanceDataset:
-    """The table with these fragments."""
+    """Add fragments to the table and return its new version."""
     append = lance.LanceOperation.Append([lance.FragmentMetadata.from_json(fragment) for fragment in fragments])
     return lance.LanceDataset.commit(table.uri, append, read_version=table.version)
 
 
 def ids_of(table: lance.LanceDataset) -> np.ndarray:
-    """Sorted, `(num_rows,)`, of type `S32`."""
+    """Return the sorted ids of a table, `(num_rows,)`, of type `S32`."""
     return np.sort(table.to_table(columns=["id"])["id"].to_numpy().astype("S32"))
 
 
 def build_index(table: lance.LanceDataset, index_type: str, fewest: int) -> str:
     """
-    Puts small fragments together and indexes the vectors, unless that is done.
+    Merge small fragments and index the vectors, if necessary.
 
     Args:
         table (`lance.LanceDataset`)
-        index_type (`str`): one of Lance's, such as `"IVF_PQ"`; `"none"` for none.
-        fewest (`int`): rows from which there is an index. Below it search is exact.
+        index_type (`str`): index type of Lance, such as `"IVF_PQ"`; `"none"` for none.
+        fewest (`int`): number of vectors from which an index is built. Search is exact below it.
 
     Returns:
-        `str`: what it did, in words.
+        `str`: The outcome in words.
     """
     table.optimize.compact_files()
     table.cleanup_old_versions(older_than=timedelta(0))
@@ -210,6 +210,6 @@ def build_index(table: lance.LanceDataset, index_type: str, fewest: int) -> str:
 
 
 def rows_without_index(table: lance.LanceDataset) -> int:
-    """Those that a search would have to compare one by one."""
+    """Return the number of rows that the index does not contain."""
     indexed = sum(index.num_rows_indexed for index in table.describe_indices())
     return table.count_rows() - indexed

@@ -4,7 +4,6 @@ A scene is drawn from its seed in about two milliseconds, so a training set need
 The splits use different seeds.
 """
 
-import io
 import math
 import random
 from collections.abc import Iterator
@@ -93,26 +92,6 @@ def draw_scene(split: str, number: int, seed: int = 0) -> Scene:
         _draw_clutter(draw, rng)
     items = [_draw_item(draw, cell, rng) for cell in sorted(rng.sample(range(CELLS**2), rng.randint(6, 8)))]
     return Scene(image, items, list(_questions(items, rng)))
-
-
-def busy_scene_records(split: str, num_scenes: int, seed: int = 0) -> Iterator[dict]:
-    """
-    Yield one record per kind of question and scene, in the columns that `load_task_dataset` reads: `image`,
-    `image_id`, `kind`, `question`, `answer` and `region`.
-    """
-    for number in range(num_scenes):
-        scene = draw_scene(split, number, seed)
-        png = io.BytesIO()
-        scene.image.save(png, "PNG", compress_level=1)
-        for question in one_of_each_kind(scene, number):
-            yield {
-                "image": {"bytes": png.getvalue(), "path": None},
-                "image_id": f"busy {split} {seed} {number}",
-                "kind": question.kind,
-                "question": question.text,
-                "answer": question.answer,
-                "region": None if question.region is None else list(question.region),
-            }
 
 
 def one_of_each_kind(scene: Scene, number: int) -> list[Question]:

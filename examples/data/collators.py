@@ -113,10 +113,10 @@ class Move(NamedTuple):
     up: int
 
 
-def draw_move(size: tuple[int, int], max_shift: float = 0.125) -> Move:
-    """Draw a flip or none, and a shift by up to `max_shift` of an image's `size` (width, height)."""
+def draw_move(size: tuple[int, int]) -> Move:
+    """Draw a flip or none, and a shift by up to an eighth of an image's `size` (width, height)."""
     flips = bool(torch.rand(()) < 0.5)
-    pad_x, pad_y = (int(length * max_shift) for length in size)
+    pad_x, pad_y = (length // 8 for length in size)
     up, left = (int(torch.randint(2 * pad + 1, ())) - pad for pad in (pad_y, pad_x))
     return Move(flips, left, up)
 

@@ -196,10 +196,10 @@ def _statement(record: dict) -> list[dict]:
     return [{"question_id": question_id, "statement": statement, "label": LABELS[label]}]
 
 
-def has_area(box: list[float], smallest_side: float = 0.01) -> bool:
-    """Return whether both sides of a box (x0, y0, x1, y1) have at least `smallest_side` pixels."""
+def has_area(box: list[float]) -> bool:
+    """Return whether both sides of a box (x0, y0, x1, y1) have at least a hundredth of a pixel."""
     x0, y0, x1, y1 = box
-    return x1 - x0 >= smallest_side and y1 - y0 >= smallest_side
+    return min(x1 - x0, y1 - y0) >= 0.01
 
 
 def _box(record: dict, column: str) -> list[float]:

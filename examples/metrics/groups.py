@@ -28,15 +28,13 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
     return dict(sorted(groups.items())) | {name: third.tolist() for name, third in zip(SIZES, thirds) if len(third)}
 
 
-def accuracy_by_group(
-    metric: evaluate.Metric, predictions: list, references: list, rows: Dataset, prefix: str = "eval"
-) -> dict[str, float]:
-    """Return the accuracy on each of `groups_of(rows)`, as `{prefix}_accuracy_{group}`."""
+def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
+    """Return the accuracy on each of `groups_of(rows)`, as `eval_accuracy_{group}`."""
     predictions, references, results = list(predictions), list(references), {}
     for name, places in groups_of(rows).items():
         own = {
             "predictions": [predictions[place] for place in places],
             "references": [references[place] for place in places],
         }
-        results[f"{prefix}_accuracy_{name}"] = metric.compute(**own)["accuracy"]
+        results[f"eval_accuracy_{name}"] = metric.compute(**own)["accuracy"]
     return results

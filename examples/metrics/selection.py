@@ -24,23 +24,22 @@ NUM_ROWS = 256
 REGION_COLUMNS = ("region", "box")
 
 
-def diagnose_selection(trainer: Trainer, prefix: str = "eval") -> dict[str, float]:
+def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     """
     Measure the selection on the first rows of the evaluation data.
 
     Args:
         trainer (`Trainer`): with a TRIPS model, an evaluation data set, its collator and a [`TripsProcessor`].
-        prefix (`str`, *optional*, defaults to `"eval"`): prefix of the names.
 
     Returns:
-        `dict[str, float]`: metrics of `measure_selection`, with `{prefix}_` before their names.
+        `dict[str, float]`: metrics of `measure_selection`, with `eval_` before their names.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
     inputs = trainer.data_collator(rows)
     inputs.pop("sources", None)
     metrics = measure_selection(model, inputs, rows, processor)
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 @torch.no_grad()

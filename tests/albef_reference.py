@@ -1,5 +1,5 @@
 """
-ALBEF from its public description, computed from the weights of a checkpoint alone, and checkpoints to compute it from.
+Independent implementation of ALBEF from its public description, and random checkpoints for it.
 
 timm's ViT (pre-norm, LayerNorm eps 1e-6, q, k and v stacked); BERT (post-norm, eps 1e-12) whose layers 6 to 11 attend
 to the image between self-attention and feed-forward; a decoder of six such layers that reads the question's states.
@@ -91,7 +91,7 @@ def prediction_shapes(sizes: Sizes, name: str) -> dict[str, tuple]:
 
 
 def checkpoint_shapes(task: str, sizes: Sizes = TINY) -> dict[str, tuple]:
-    """Key -> shape of a checkpoint for "pretraining", "retrieval" (RefCOCO's is the same) or "question-answering"."""
+    """Return the shapes of a "pretraining", "retrieval" (or RefCOCO) or "question-answering" checkpoint, by key."""
     text = "text_encoder.bert" if task == "pretraining" else "text_encoder"
     shapes = vit_shapes(sizes) | bert_shapes(sizes, text, sizes.num_text_layers, sizes.first_fusion_layer)
     if task == "question-answering":
@@ -112,7 +112,7 @@ def checkpoint_shapes(task: str, sizes: Sizes = TINY) -> dict[str, tuple]:
 
 
 def random_checkpoint(task: str, sizes: Sizes = TINY) -> dict[str, torch.Tensor]:
-    """A state dict with random values, at a scale where attention is not flat; weights that are shared are equal."""
+    """Return a state dict with random values, at a scale where attention is not flat. Tied weights are equal."""
     weights = {}
     for key, shape in checkpoint_shapes(task, sizes).items():
         scale = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 and "embeddings" not in key else 0.3
@@ -132,7 +132,7 @@ def random_checkpoint(task: str, sizes: Sizes = TINY) -> dict[str, torch.Tensor]
 
 
 class Albef:
-    """The computation. `weights` is a checkpoint's state dict."""
+    """ALBEF with the state dict `weights` of a checkpoint."""
 
     def __init__(self, weights: dict[str, torch.Tensor], sizes: Sizes = TINY):
         self.weights, self.sizes = weights, sizes
@@ -239,9 +239,10 @@ class Albef:
 
     def rank_answers(self, input_ids, attention_mask, pixel_values, answer_ids, k):
         """
-        ALBEF's `rank_answer` (models/model_vqa.py): answers and their probabilities among the k, the best first.
-        `answer_ids` begin with the start token and are padded with 0. The k answers with the likeliest first token go
-        on; the log-probability of this token is added to that of the whole answer, which has it already.
+        Compute ALBEF's `rank_answer` (models/model_vqa.py): answers and their probabilities among the k, best first.
+
+        `answer_ids` begin with the start token and are padded with 0. The k answers with the likeliest first token are
+        scored; the log-probability of this token counts twice.
         """
         start_ids = answer_ids[:1, :1].expand(len(input_ids), 1)
         first = self.decoder_logits(input_ids, attention_mask, pixel_values, start_ids)[:, 0].log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Every kind of row that cannot be used, by task: the record, and the reason that all who read it give."""
+"""All kinds of bad rows by task: the record and its reason."""
 
 import json
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ TEXT = {"vqa": "question", "captions": "caption", "nlvr2": "statement", "groundi
 @dataclass(frozen=True)
 class BadRow:
     """
-    A kind of bad row: a record, or a line that is none, and the reason. `found` says at the latest by what it is:
-    `"reading"` the file, the `"tokenizer"`, or `"decoding"` the image, which a run does in its batches unless it was
-    asked to skip bad rows. `file` is the name of the image that is bad, where there is one.
+    A kind of bad row: a record or an invalid line, and the reason. `found` is the last step that can find it:
+    `"reading"` the file, the `"tokenizer"`, or `"decoding"` the image, which a run does in its batches unless it skips
+    bad rows. `file` is the name of a bad image.
     """
 
     record: dict | str
@@ -191,7 +191,7 @@ _OF_TASK = {
 
 
 def tokenizer():
-    """One that knows none of the characters of the texts above that are to have no tokens."""
+    """Return a tokenizer without the characters of the texts above that must have no tokens."""
     trained = train_wordpiece_tokenizer(WORDS)
     trained.model_max_length = 64
     return trained

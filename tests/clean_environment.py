@@ -1,4 +1,4 @@
-"""Virtual environments on top of the running one: its packages, some in other versions, without this project."""
+"""Virtual environments with the packages of the running one, some in other versions, without this project."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ for name in ("modeling_trips", "trips_examples", "trips_serving", "configuration
 
 def make_environment(folder: str | Path, packages: list[str] | None = None, exclude_project: bool = True) -> Path:
     """
-    Builds a virtual environment that imports the running environment's packages, or takes the one built before.
+    Build a virtual environment that imports the running environment's packages, or reuse an existing one.
 
     The running environment's site-packages come last on its path. pip finds them there, so it installs only `packages`
     and those of their dependencies that the running environment lacks or has in a version that does not fit.

@@ -1,11 +1,11 @@
-"""What all tests share: import paths, one thread (tiny models are slower with two), a seed."""
+"""Import paths, number of threads (tiny models are slower with two), and seed of all tests."""
 
 import os
 import sys
 from pathlib import Path
 
 
-# Before anything imports a library that reads them.
+# Before libraries that read them are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -25,7 +25,7 @@ from trips_examples.training.models import make_processor  # noqa: E402
 
 
 torch.set_num_threads(1)
-# The exporters are new in 5.24, and the documents tell of them.
+# The exporters are new in 5.24, and the docs use them.
 collect_ignore = ["benchmarks/test_export_speed.py", "docs", "export"]
 if Version(transformers.__version__) >= Version("5.24"):
     collect_ignore = []
@@ -46,7 +46,7 @@ def seed():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """A saved checkpoint of every head, untrained, with its processor: folder by class name."""
+    """Return the folders of untrained checkpoints of all heads with their processors, by class name."""
     tokenizer = train_wordpiece_tokenizer(["what color is it?", "is it a circle?", "a picture of red blue yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
     heads = {model for models in MODELS.values() for model in models if model.config_class is TripsConfig}

@@ -1,4 +1,4 @@
-"""examples/convert_checkpoint.py, called from tests, and texts to try what it writes on."""
+"""Calls of examples/convert_checkpoint.py, and texts for the converted models."""
 
 from trips_examples import convert_checkpoint
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
@@ -13,7 +13,7 @@ TEXTS = [
 
 
 def make_tokenizer():
-    """One that knows all words of `TEXTS`."""
+    """Return a tokenizer with all words of `TEXTS`."""
     return train_wordpiece_tokenizer([*TEXTS, "a person", "whats its"])
 
 

@@ -1,4 +1,4 @@
-"""A clock of `inspection.speed.CLOCKS` that counts the work of a step in place of its seconds."""
+"""A clock for `inspection.speed.CLOCKS` that counts MACs instead of seconds."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,12 +14,11 @@ MEDIAN = 3
 
 class CountingClock:
     """
-    Returns the multiply-accumulates of a step, times the factor of its round: the seconds of a machine that does one
-    per second, and is slower in some rounds.
+    Clock that returns the MACs of a step, times the factor of its round.
 
     Args:
-        steps_per_round (`int`): how many steps take their turns.
-        factors (`Sequence[float]`, *optional*, defaults to `FACTORS`): one per round, the warm-up included.
+        steps_per_round (`int`): number of alternating steps.
+        factors (`Sequence[float]`, *optional*, defaults to `FACTORS`): one per round, including the warm-up.
     """
 
     def __init__(self, steps_per_round: int, factors: Sequence[float] = FACTORS):

@@ -1,4 +1,4 @@
-"""The documents that people read, taken apart: links, anchors, blocks of code, commands, words in code type."""
+"""Parsing of the docs: links, anchors, code blocks, commands and code spans."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from mdit_py_plugins.anchors import anchors_plugin
 from places import ROOT
 
 
-# Where a Python block begins so, the tests only compile it and make its imports of this project.
+# Python blocks that begin with this are only compiled, and their imports of this project are run.
 NOT_RUN = "# Not run by the tests: "
 
 
@@ -38,7 +38,7 @@ class Document:
 
     @property
     def links(self) -> list[str]:
-        """Of links and pictures, but for those into the web."""
+        """Return the targets of local links and images."""
         links = [token.attrGet("href") or token.attrGet("src") for token in self.tokens]
         return [link for link in links if link and not link.startswith(("http://", "https://"))]
 
@@ -51,7 +51,7 @@ class Document:
 
     @property
     def commands(self) -> list[list[str]]:
-        """What is typed: the lines of blocks, and the code spans that begin as one of them would; without comments."""
+        """Return the commands: lines of code blocks, and code spans that begin like a command; without comments."""
         spans = [span for span in self.code_spans if re.match(r"(python|make|accelerate launch|pip install) ", span)]
         lines = "\n".join(self.blocks("bash")).replace("\\\n", " ").splitlines()
         return [words for line in [*lines, *spans] if (words := shlex.split(line, comments=True))]

@@ -1,4 +1,4 @@
-"""A checkpoint whose files name code of another repository wherever Transformers looks for such names, and deeper."""
+"""Checkpoints whose files refer to code of another repository."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ class Foreign(BlipImageProcessor):
 
 
 def make_foreign_repository(folder: Path) -> Path:
-    """A repository of code that makes the file `ran` in `folder` when it is imported."""
+    """Make a repository of code that writes the file `ran` to `folder` when it is imported."""
     folder.mkdir()
     (folder / "foreign.py").write_text(CODE.format(marker=str(folder / "ran")))
     return folder
@@ -49,7 +49,7 @@ def name_foreign_code(checkpoint: Path, repository: Path | str = "mallory/foreig
             fields[part].update(code)
 
     def edit_generation_config(fields: dict):
-        fields.pop("_from_model_config", None)  # or unknown fields are not loaded
+        fields.pop("_from_model_config", None)  # otherwise unknown fields are not loaded
         fields.update(code)
 
     edit("config.json", edit_config)

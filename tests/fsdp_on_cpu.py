@@ -1,8 +1,7 @@
 """
-Runs a script under FSDP on CPUs: python fsdp_on_cpu.py SCRIPT OPTIONS...
+Run a script under FSDP on CPU: python fsdp_on_cpu.py SCRIPT OPTIONS...
 
-Accelerate reads the FSDP part of a configuration, but leaves FSDP out where there is no accelerator, although that of
-PyTorch runs over gloo as well. Here its state says FSDP whenever it was told to; all else is as on GPUs.
+Accelerate disables FSDP without an accelerator, although PyTorch's FSDP runs over gloo. This script enables it.
 """
 
 import runpy

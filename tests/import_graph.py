@@ -1,4 +1,4 @@
-"""Who imports what of the project, read from the source: imports inside functions count, too."""
+"""The project's imports, read from the source, including imports inside functions."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ ROOTS = {
 
 
 class Module(NamedTuple):
-    """A module of the project: what it is imported as, its file and source, and the names it imports, by module."""
+    """A module of the project: its name, file, source, and imported names by module."""
 
     name: str
     path: Path
@@ -28,12 +28,12 @@ class Module(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is of the files that a checkpoint carries."""
+        """Whether checkpoints may carry this file."""
         return self.room == ROOTS["modeling_trips"] and self.path.name != "__init__.py"
 
 
 def modules() -> dict[str, Module]:
-    """Those of the package, the examples, the service and the benchmarks, by name."""
+    """Return the modules of the package, the examples, the service and the benchmarks, by name."""
     paths = {_name(package, path): path for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))}
     paths |= {path.stem: path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
     trees = {name: ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
@@ -55,14 +55,14 @@ def _imports(name: str, path: Path, trees: dict[str, ast.Module]) -> dict[str, s
             target = inner if inner in trees else module
             if target in trees:
                 found.setdefault(target, set()).add(imported)
-                room = target.rpartition(".")[0]  # of whose `__init__` Python runs all first
+                room = target.rpartition(".")[0]  # Python imports the parent packages first
                 if "." in room and not name.startswith(room):
                     found.setdefault(room, set())
     return found
 
 
 def _imported(node: ast.AST, package: list[str]) -> list[tuple[str, str]]:
-    """The (module, name) pairs that a statement imports, if it imports anything."""
+    """Yield the (module, name) pairs that a statement imports."""
     if isinstance(node, ast.Import):
         return [(alias.name, "") for alias in node.names]
     if not isinstance(node, ast.ImportFrom):

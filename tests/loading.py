@@ -1,4 +1,4 @@
-"""`load_task_dataset` with the fields of its arguments by name; records written in each format."""
+"""`load_task_dataset` with fields as keyword arguments, and writing of records in each format."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def write(file, records):
 
 
 def write_columns(file, records, columns):
-    """As `write`, with lists as JSON in CSV."""
+    """Write records as `write` does, with lists as JSON in CSV."""
     if file.suffix == ".csv":
         with file.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, columns)

@@ -1,14 +1,13 @@
 """
-A Hub on 127.0.0.1 that the real `huggingface_hub` client talks to: model repositories, commits, LFS, downloads.
+A Hub on 127.0.0.1 for the real `huggingface_hub` client: model repositories, commits, LFS, downloads.
 
     with LoopbackHub(users={"hf_ada": "ada"}) as hub:
         HfApi(endpoint=hub.url, token="hf_ada").create_repo("ada/model")
         subprocess.run(command, env=os.environ | hub.client_environment(home, token="hf_ada"))
 
-It does what the real one does where the client can tell: commits are immutable and apply whole or not at all; large
-files go to a store of their own first, on another host, which takes no token; a missing repository, revision and file
-have error codes of their own; nobody learns that a private repository exists. It has no Xet storage, which the client
-would upload to wherever `hf_xet` is installed: `HF_HUB_DISABLE_XET` must be set.
+It behaves like the real Hub for the client: commits are immutable and atomic; large files are first uploaded to
+another host without a token; missing repositories, revisions and files have different error codes; private
+repositories look like missing ones. It has no Xet storage, so `HF_HUB_DISABLE_XET` must be set.
 """
 
 import base64
@@ -27,7 +26,7 @@ from huggingface_hub.utils.sha import git_hash
 
 
 def is_large(content: bytes) -> bool:
-    """Whether a file is stored by LFS: binary files are."""
+    """Return whether a file is binary, and therefore stored by LFS."""
     return b"\0" in content[:512]
 
 
@@ -40,7 +39,7 @@ def etag(content: bytes) -> str:
 
 
 class HubError(Exception):
-    """An answer that the client turns into one of its own exceptions."""
+    """A response that the client converts to one of its exceptions."""
 
     def __init__(self, status: int, message: str, code: str = "", commit: str = ""):
         super().__init__(message)
@@ -49,7 +48,7 @@ class HubError(Exception):
 
 
 class Repository:
-    """Files (path -> content) by commit, and the commits that branches and tags point to."""
+    """Contents of files by commit and path, and the commits of branches and tags."""
 
     def __init__(self, private: bool):
         self.private = private
@@ -66,7 +65,7 @@ class Repository:
         return sha
 
     def resolve(self, revision: str) -> str:
-        """The commit that a branch, a tag or a commit's own hash means."""
+        """Return the commit of a branch, a tag or a hash."""
         sha = self.branches.get(revision) or self.tags.get(revision) or revision
         if sha not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -80,9 +79,9 @@ class LoopbackHub(ThreadingHTTPServer):
 
     Attributes:
         url (`str`): The `HF_ENDPOINT` to give to the client.
-        repositories (`dict[str, Repository]`): What was published.
+        repositories (`dict[str, Repository]`): Published repositories.
         requests (`list[str]`): Every request so far, as in "GET /api/whoami-v2".
-        refused (`str`): Requests that begin so are answered with 403, to see what a failure leaves.
+        refused (`str`): Requests with this prefix are answered with 403, to test failures.
     """
 
     daemon_threads = True
@@ -106,12 +105,12 @@ class LoopbackHub(ThreadingHTTPServer):
         self.server_close()
 
     def client_environment(self, home: Path, token: str = "") -> dict[str, str]:
-        """Variables that point a client at this Hub, with a cache of its own and perhaps a token."""
+        """Return environment variables that point a client to this Hub, with a separate cache and maybe a token."""
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         return {**variables, "HF_TOKEN": token, "NO_PROXY": "127.0.0.1,localhost"}
 
     def connect(self, monkeypatch: pytest.MonkeyPatch, home: Path, token: str = ""):
-        """`client_environment` for the running process, whose client has read its environment long ago."""
+        """Apply `client_environment` to the running process, whose client has already read its environment."""
         for name, value in self.client_environment(home, token).items():
             monkeypatch.setenv(name, value)
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -119,11 +118,11 @@ class LoopbackHub(ThreadingHTTPServer):
         settings |= {"HF_TOKEN_PATH": str(home / "token"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for the address that holds then
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # created once, with the address at that time
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection. Routes return the content of an answer, or the content, a status and headers."""
+    """A connection. Routes return the content of a response, or content, status and headers."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # small answers would wait for 40 ms
@@ -148,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def log_message(self, *args):
-        """Silent: `LoopbackHub.requests` has them all."""
+        """Log nothing: `LoopbackHub.requests` has all requests."""
 
     def _route(self, path: str):
         self.hub.requests.append(f"{self.command} {path}")
@@ -202,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {**facts, "siblings": [{"rfilename": path} for path in files]}
 
     def list_tree(self, repo_id, revision, folder):
-        """All files below a folder, without the folders between them."""
+        """Return all files below a folder, without folders."""
         repository = self._repository(repo_id)
         sha = repository.resolve(revision)
         files = {path: content for path, content in repository.commits[sha].items() if path.startswith(folder)}
@@ -223,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create_reference(self, repo_id, kind, revision):
         repository = self._repository(repo_id, write=True)
-        if kind == "branch":  # its path names the branch, that of a tag what is tagged
+        if kind == "branch":  # the path of a branch has its name, that of a tag has the tagged revision
             references, name, target = repository.branches, revision, self.json.get("startingPoint", "main")
         else:
             references, name, target = repository.tags, self.json["tag"], revision

@@ -1,5 +1,5 @@
 """
-The vision tower of TRIPS once more, slowly: loops over images, heads and tokens, written from the definition.
+Reference implementation of TRIPS' vision tower from the definition, with loops over images, heads and tokens.
 
     q     = W_q t                                        # the guiding text; without one the query of [CLS]
     a     = mean over heads of softmax_i(q . K_i / sqrt(d_head))     # over the candidates, [CLS] left out
@@ -17,7 +17,7 @@ import torch
 
 
 def bicubic_weights(position):
-    """The four taps (offset from the floor, weight) of cubic convolution with a = -0.75."""
+    """Return the four taps (offset from the floor, weight) of cubic convolution with a = -0.75."""
     a, floor = -0.75, math.floor(position)
     taps = []
     for offset in (-1, 0, 1, 2):
@@ -31,7 +31,7 @@ def bicubic_weights(position):
 
 
 def positions_for(table, old_grid, grid):
-    """Position embeddings `table` (1 + rows * columns, width) of `old_grid`, resampled to `grid`; [CLS] stays."""
+    """Resample position embeddings `table` (1 + rows * columns, width) from `old_grid` to `grid`, without [CLS]."""
     (old_rows, old_columns), (rows, columns) = old_grid, grid
     positions = [table[0]]
     for row in range(rows):
@@ -125,7 +125,7 @@ class NaiveVisionTower:
         return max(1, math.ceil(Fraction(str(least)) * len(scores)), min(num_kept, most))
 
     def run_image(self, image, text):
-        """Last hidden states (num_tokens, width); per selection layer the kept indices, scores, candidates."""
+        """Return last hidden states (num_tokens, width), and kept indices, scores and candidates by layer."""
         tokens, selections = self.embed(image), []
         original = list(range(len(tokens) - 1))
         for number in range(1, self.num_layers + 1):
@@ -171,7 +171,7 @@ class NaiveVisionTower:
         return torch.stack([self.layernorm("layernorm", token) for token in tokens]), selections
 
     def __call__(self, images, texts=None):
-        """One entry per text: `(last_hidden_state, [(kept_indices, scores, candidate_indices), ...])`."""
+        """Return one entry per text: `(last_hidden_state, [(kept_indices, scores, candidate_indices), ...])`."""
         results = []
         for i, image in enumerate(images):
             text = texts[i] if texts is not None else None

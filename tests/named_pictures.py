@@ -1,4 +1,4 @@
-"""A toy list of named pictures: a plain shape each, with a transparent border that is not of the picture."""
+"""A toy list of named images: plain shapes with a transparent border."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ SIZES = {"bar": (40, 10), "card": (24, 30)}
 
 
 def write_pictures(folder: Path) -> Path:
-    """Writes a picture of each of `NAMES`, and returns the list of them."""
+    """Write an image of each of `NAMES`, and return their list."""
     rows = []
     for name in NAMES:
         color, shape = name.split()

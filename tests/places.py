@@ -1,4 +1,4 @@
-"""Where things are, for tests of any room."""
+"""Paths of the repository."""
 
 from pathlib import Path
 

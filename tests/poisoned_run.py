@@ -1,4 +1,4 @@
-"""run_vqa.py with a row, the one named by the environment's POISONED, whose loss is not a number."""
+"""run_vqa.py with a NaN loss for the row that the environment variable POISONED names."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Programs that Pillow starts for some formats, replaced by ones that leave a trace."""
+"""Replacements of the programs that Pillow starts for some formats."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A checkpoint of the tiny preset with random weights and a vocabulary of its own, as a program finds it on disk."""
+"""Checkpoints of the tiny preset with random weights and their own vocabulary."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from trips_examples.training.models import make_processor
 
 
 def save_random_checkpoint(folder: Path, model_class: type, texts: list[str], **fields) -> Path:
-    """Its tokenizer knows the words of `texts`; `fields` are those of [`TripsConfig`]."""
+    """Save a checkpoint whose tokenizer has the words of `texts`; `fields` are those of [`TripsConfig`]."""
     torch.manual_seed(0)
     tokenizer = train_wordpiece_tokenizer(texts)
     config = TripsConfig.from_preset(

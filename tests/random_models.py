@@ -1,4 +1,4 @@
-"""Models with random weights, and how close to their source those of converted models compute."""
+"""Models with random weights, and tolerances for converted models."""
 
 import torch
 from transformers import PreTrainedModel
@@ -9,7 +9,7 @@ IMAGES = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3}
 
 
 def make_random(model: PreTrainedModel) -> PreTrainedModel:
-    """In evaluation, with weights none of which is zero or one."""
+    """Return the model in evaluation mode, with random weights that are neither zero nor one."""
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     return model.eval()

@@ -1,4 +1,4 @@
-"""The service as a process of its own on loopback, and how to talk to it."""
+"""The service in a separate process on loopback, with a client."""
 
 import os
 import socket
@@ -23,10 +23,10 @@ def free_port() -> int:
 
 class RunningService:
     """
-    `bentoml serve`, from entering to leaving.
+    Context that runs `bentoml serve`.
 
     Args:
-        log (`Path`): where it writes what it has to say.
+        log (`Path`): file for its output.
         settings: as in `queue=4`, which is `TRIPS_QUEUE=4` to the process.
     """
 
@@ -67,11 +67,11 @@ class RunningService:
         return httpx.post(f"{self.url}/{endpoint}", timeout=600, **options)
 
     def metric(self, name: str) -> float:
-        """The sum over its labels."""
+        """Return the sum of a metric over its labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", name + "{")))
 
     def memory(self) -> int:
-        """Bytes in RAM of all its processes."""
+        """Return the resident memory of all its processes in bytes."""
         processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         return sum(process.memory_info().rss for process in processes)

@@ -1,4 +1,4 @@
-"""A schedule as plain dictionaries, by layer."""
+"""Schedules as dictionaries by layer."""
 
 from modeling_trips import LayerSelection, SelectionSchedule, TripsVisionConfig
 
@@ -16,7 +16,7 @@ def make_schedule(layers, guidances, keep_rates) -> SelectionSchedule:
 
 
 def schedule_of(layers, keep_rate=0.7, guidance="text", fuse=True) -> SelectionSchedule:
-    """One rate and one guidance for all layers, or one each."""
+    """Return a schedule with one rate and one guidance for all layers, or one for each."""
     rates = [keep_rate] * len(layers) if isinstance(keep_rate, (int, float)) else keep_rate
     guidances = [guidance] * len(layers) if isinstance(guidance, str) else guidance
     settings = [LayerSelection(own, rate, fuse=fuse) for own, rate in zip(guidances, rates)]

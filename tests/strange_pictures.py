@@ -1,4 +1,4 @@
-"""Pictures as files, and files that say to be pictures."""
+"""Valid and malicious image files."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ def encoded(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that says to be of this size, in a few hundred bytes."""
+    """Return a PNG of a few hundred bytes that claims this size."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,11 +1,11 @@
 """
-What a stranger types to use published checkpoints: run as a script, in an environment with or without this project.
+Use published checkpoints in an environment with or without this project, as a script.
 
     python stranger.py SOURCE IMAGE RESULTS < heads.json
 
-SOURCE is the path or the Hub name of a checkpoint with `{}` in place of the head's class name. Loads the checkpoint of
-every head through each Auto class that it serves, and the pipelines, and writes what comes out to RESULTS/results.pt.
-Each head is saved again to RESULTS/<class name>.
+SOURCE is the path or the Hub name of a checkpoint with `{}` in place of the head's class name. The script loads the
+checkpoint of every head with each of its Auto classes and pipelines, writes the results to RESULTS/results.pt, and
+saves each head to RESULTS/<class name>.
 """
 
 import json
@@ -21,7 +21,7 @@ TEXTS = ["what color is it?", "is it a circle?"]
 
 
 def use_model(model, inputs) -> dict:
-    """The class, the weights, and what the model makes of the inputs."""
+    """Return the class, the weights, and the outputs of a model."""
     generated = {
         num_beams: model.generate(**inputs, max_new_tokens=5, num_beams=num_beams) if model.can_generate() else None
         for num_beams in (1, 3)
@@ -40,12 +40,12 @@ def use_model(model, inputs) -> dict:
 
 def use_checkpoint(source: str, image: str, head: str, auto_classes: list[str], folder: str) -> dict:
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    processor.save_pretrained(folder)  # before its use, which leaves its padding in the tokenizer
+    processor.save_pretrained(folder)  # before it is used, which changes the padding of the tokenizer
     inputs = processor(images=Image.open(image), text=TEXTS, image_index=[0, 0], return_tensors="pt")
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     results = {"inputs": dict(inputs), "keep_rate": config.keep_rate}
     for auto_class in auto_classes:
-        torch.manual_seed(0)  # for weights that the checkpoint of another head lacks
+        torch.manual_seed(0)  # for missing weights in the checkpoint of another head
         model = getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True)
         results[auto_class] = use_model(model, inputs)
         if type(model).__name__ == head:

@@ -1,4 +1,4 @@
-"""What people install: a wheel that works without the repository, and a source distribution that builds that wheel."""
+"""Distributions: a wheel that works without the repository, and a source distribution that builds the same wheel."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def run(*command, **options) -> str:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> dict[str, Path]:
-    """The source distribution, the wheel that is built from it, and the wheel of the repository itself."""
+    """Build the source distribution, the wheel from it, and the wheel of the repository."""
     folder = tmp_path_factory.mktemp("distributions")
     python = make_environment(folder / "clean")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
@@ -54,7 +54,7 @@ def distributions(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def python(distributions, tmp_path_factory) -> Path:
-    """An environment with the wheel and nothing else of this project. What it needs, pip finds there already."""
+    """Return the Python of an environment with the wheel and the installed dependencies."""
     python = make_environment(tmp_path_factory.mktemp("installed"))
     run(
         sys.executable, "-m", "pip", "--python", python, "install", "--no-index", f"{distributions['wheel']}[examples]"

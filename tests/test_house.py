@@ -1,4 +1,4 @@
-"""The rooms, and who may import whom: docs describe them, these tests keep them."""
+"""The structure of packages and the direction of imports."""
 
 import ast
 import sys
@@ -14,7 +14,7 @@ FLAT = {name.removeprefix("modeling_trips.") for name in MODULES if name.count("
 SCRIPTS = {name for name, module in MODULES.items() if module.path.parent == ROOT / "examples" and "." in name}
 PACKAGES_OF_EXAMPLES = {name for name in MODULES if name.startswith("trips_examples.")} - SCRIPTS
 
-# What each file that a checkpoint may carry imports of the others: arrows point down.
+# Allowed imports of the files that a checkpoint may carry.
 ARROWS = {
     "image_decoding_trips": set(),
     "patch_selection": set(),
@@ -78,7 +78,7 @@ def test_the_models_import_what_an_installation_without_extras_has():
 
 
 def test_a_checkpoint_carries_whole_what_it_imports():
-    """Transformers copies what is imported as `from .sibling import name`; it finds nothing else of the project."""
+    """Transformers only copies files that are imported as `from .sibling import name`."""
     for name in FLAT:
         for node in ast.walk(MODULES[f"modeling_trips.{name}"].tree):
             if isinstance(node, ast.ImportFrom) and node.level:

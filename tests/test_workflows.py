@@ -1,4 +1,4 @@
-"""The workflows run what people run, on what the package promises."""
+"""The CI workflows use the documented commands and the supported versions."""
 
 import re
 import tomllib

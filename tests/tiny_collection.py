@@ -1,4 +1,4 @@
-"""A collection of small images that all differ, in every form that is indexed, and a retrieval model to embed them."""
+"""A collection of small distinct images in all supported formats, and a retrieval model to embed them."""
 
 import io
 import tarfile
@@ -37,7 +37,7 @@ def write_images(folder: Path, numbers: Iterable[int]) -> Path:
 
 
 def write_parquet(file: Path, numbers: Iterable[int]) -> Path:
-    """As the datasets library writes images."""
+    """Write images as the datasets library does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": encoded(number), "path": None} for number in numbers]
     pyarrow.parquet.write_table(pa.table({"image": images}), file)

@@ -1,4 +1,4 @@
-"""Every host of patch selection, tiny, with inputs to call it and the output that depends on all it does."""
+"""Tiny versions of all patched models, with inputs and a compared output."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -93,12 +93,12 @@ class Host(NamedTuple):
     make: Callable[[], nn.Module]
     guidance: str
     inputs: dict[str, torch.Tensor]
-    main_output: Callable  # of the model's output: a tensor that depends on all that selection touches
+    main_output: Callable  # of the model's output: a tensor that depends on the selection
 
     def make_model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = self.make().eval()
-        with torch.no_grad():  # attention that differs from head to head, token to token
+        with torch.no_grad():  # attention that differs between heads and tokens
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         return model
@@ -107,7 +107,7 @@ class Host(NamedTuple):
         apply_patch_selection(model, schedule_of(LAYERS, rate, **{"guidance": self.guidance, **options}))
 
     def run(self, model: nn.Module, inputs: dict | None = None) -> torch.Tensor:
-        torch.manual_seed(0)  # ViLT draws the order of its patches
+        torch.manual_seed(0)  # ViLT shuffles its patches
         return self.main_output(model(**(self.inputs if inputs is None else inputs)))
 
 

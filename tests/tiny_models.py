@@ -1,4 +1,4 @@
-"""Every model, tiny, with inputs to call it: the tests of what Transformers offers to all models run over `CASES`."""
+"""Tiny versions of all models, with inputs. Shared tests run over `CASES`."""
 
 from typing import NamedTuple
 
@@ -36,12 +36,12 @@ BEGINNINGS = TEXTS[:, :2]
 
 
 class Case(NamedTuple):
-    """A model class, and what it takes to run and to be trained, besides a text and an image in each row."""
+    """A model class, and its inputs and labels besides a text and an image per row."""
 
     model_class: type[TripsPreTrainedModel]
     inputs: dict[str, torch.Tensor] = {}
     training_inputs: dict[str, torch.Tensor] = {}
-    draws: bool = False  # whether its losses draw other rows of the batch at random
+    draws: bool = False  # whether its losses draw random rows of the batch
     fusion_type: str = "cross_attention"
 
     def __str__(self) -> str:
@@ -49,13 +49,13 @@ class Case(NamedTuple):
         return self.model_class.__name__ + form
 
     def make_model(self, attn_implementation: str | dict = "sdpa", **fields) -> TripsPreTrainedModel:
-        """The same random weights each time, in evaluation; `fields` as in `make_config`."""
+        """Return a model in evaluation mode with the same random weights each time; `fields` as in `make_config`."""
         torch.manual_seed(0)
         config = make_config(**{"fusion_type": self.fusion_type, **fields})
         return self.model_class._from_config(config, attn_implementation=attn_implementation).eval()
 
     def make_inputs(self, num_texts: int = 4, training: bool = False) -> dict[str, torch.Tensor]:
-        """Up to 6 padded texts, each with an image of its own. Seeds what is drawn."""
+        """Return up to 6 padded texts, each with its own image. Sets the seed."""
         torch.manual_seed(0)
         inputs = {
             "input_ids": TEXTS,
@@ -100,7 +100,7 @@ CASES = [
 
 
 class NoNumbers(TorchDispatchMode):
-    """Where code asks a device for a number, a GPU would have to finish all its work first."""
+    """Mode that raises on host syncs."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -109,7 +109,7 @@ class NoNumbers(TorchDispatchMode):
 
 
 class LargestSquare(TorchDispatchMode):
-    """Notes the sizes of results whose last two dimensions are equal to a number of tokens."""
+    """Mode that records the sizes of results whose last two dimensions equal a number of tokens."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -128,9 +128,10 @@ each_generator = pytest.mark.parametrize("case", [case for case in CASES if case
 
 def make_config(dropout: float = 0.0, fusion_type: str = "cross_attention", **vision) -> TripsConfig:
     """
-    64 patches -> ceil(.6 * 64) = 39 and 1 fused -> ceil(.6 * 40) = 24 and 1 fused. Vision and text differ in width, so
-    that there is a `selection_projection` (but in a single stream); the stem has BatchNorm's buffers. `vision` are
-    fields of its part.
+    Return a configuration with 64 patches -> ceil(.6 * 64) = 39 and 1 fused -> ceil(.6 * 40) = 24 and 1 fused.
+
+    Vision and text differ in width, so that there is a `selection_projection` (except in a single stream). The stem
+    has BatchNorm's buffers. `vision` are fields of the vision part.
     """
     single_stream = fusion_type == "single_stream"
     return TripsConfig(
@@ -179,14 +180,14 @@ def loss_of(outputs: ModelOutput) -> torch.Tensor:
 
 
 def kept_by(outputs: ModelOutput) -> list[list[list[int]]]:
-    """Kept patches by selection layer and row, without padding."""
+    """Return the kept patches by selection layer and row, without padding."""
     return [
         [[index for index in row if index != -2] for row in layer.kept_indices.tolist()] for layer in outputs.selection
     ]
 
 
 def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
-    """Share of the patches that `expected` kept which `outputs` kept too."""
+    """Return the share of the kept patches of `expected` that `outputs` also kept."""
     pairs = [
         (set(row), set(row_expected))
         for layer, layer_expected in zip(kept_by(outputs), kept_by(expected))
@@ -196,7 +197,7 @@ def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
 
 
 def enable_checkpointing(model: TripsPreTrainedModel, **kwargs):
-    """Activation checkpointing, `kwargs` as for `torch.utils.checkpoint`; 5.24 of Transformers renamed the method."""
+    """Enable activation checkpointing, whose method Transformers 5.24 renamed."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")(kwargs or None)
 

@@ -1,4 +1,4 @@
-"""A tiny model for question answering, four questions about two images, and answers to them."""
+"""A tiny model for question answering, with four questions about two images and their answers."""
 
 import torch
 
@@ -9,7 +9,7 @@ PAD, START, END = 0, 1, 2
 QUESTIONS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
 MASK = (QUESTIONS != PAD).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 0])
-# Six answers; the first two, and the two after, begin with the same token.
+# Six answers; the first two, and the next two, begin with the same token.
 ANSWERS = torch.tensor(
     [[5, 6, END], [5, 7, END], [8, END, -100], [8, 3, END], [4, END, -100], [6, 6, END]],
 )
@@ -69,7 +69,7 @@ def inputs():
 
 
 def inputs_of(row):
-    """One of them alone, without padding and without an index."""
+    """Return the inputs of one question, without padding and index."""
     return {
         "input_ids": QUESTIONS[row : row + 1, : int(MASK[row].sum())],
         "pixel_values": images()[IMAGE_INDEX[row]][None],
@@ -77,7 +77,7 @@ def inputs_of(row):
 
 
 def log_probability(model, row, answer):
-    """Of an answer (a list of ids) to question `row`: token after token, each on its own run of the whole model."""
+    """Compute the log-probability of an answer (a list of ids) to question `row`, token by token."""
     total, written = 0.0, [START]
     for token in answer:
         logits = model(**inputs_of(row), decoder_input_ids=torch.tensor([written])).logits[0, -1]

@@ -1,4 +1,4 @@
-"""A tiny model for retrieval, six captions of four images, and what its losses are compared by."""
+"""A tiny model for retrieval, with six captions of four images and helpers for its losses."""
 
 import torch
 
@@ -6,7 +6,7 @@ from modeling_trips import TripsConfig
 from modeling_trips.modeling_trips_pretraining import TripsForRetrieval, matching_pairs
 
 
-# Six captions of four images, two of which (0 and 3) are the same picture.
+# Six captions of four images; images 0 and 3 are the same.
 TEXTS = torch.tensor(
     [[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2], [1, 6, 2, 0, 0]]
 )
@@ -59,24 +59,24 @@ def images(count=4):
 
 
 def captions():
-    """The six captions and their images."""
+    """Return the six captions and their images."""
     return {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_index": IMAGE_INDEX}
 
 
 def run(model, seed=0, **inputs):
-    """With losses; the seed decides which negatives are drawn."""
+    """Run the model with losses; the seed determines the negatives."""
     torch.manual_seed(seed)
     return model(**{**captions(), "image_ids": IMAGE_IDS, **inputs})
 
 
 def pairs_of(output, seed=0):
-    """The pairs that `run` drew."""
+    """Return the pairs that `run` drew."""
     torch.manual_seed(seed)
     return matching_pairs(output.logits_per_text[:, IMAGE_INDEX], PAIR_IDS)
 
 
 def matched_alone(model, text, image):
-    """One text without its padding, one image: through the whole model."""
+    """Run the whole model on one text without padding and one image."""
     states = model.model(TEXTS[text : text + 1, : int(MASK[text].sum())], images()[image : image + 1])
     return model.itm_head(states.last_hidden_state[0, 0])
 
@@ -90,7 +90,7 @@ def gradients(model):
 
 
 def calls_of(module, run_model):
-    """The number of rows of each call of `module` while `run_model` runs."""
+    """Return the number of rows of each call of `module` during `run_model`."""
     rows = []
     handle = module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
     run_model()

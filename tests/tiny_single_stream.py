@@ -31,7 +31,7 @@ def randomize(model):
 
 
 def make_config(**fields):
-    """16 patches -> 8 and 1 fused -> ceil(4.5) = 5 and 1 fused."""
+    """Return a configuration with 16 patches -> 8 and 1 fused -> ceil(4.5) = 5 and 1 fused."""
     fields = {"selection_layers": [2, 3], "keep_rate": 0.5, **fields}
     return TripsConfig(
         vision_config={

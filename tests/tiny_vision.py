@@ -1,4 +1,4 @@
-"""A tiny vision tower whose parameters are all drawn at random, and its inputs."""
+"""A tiny vision tower with random parameters, and its inputs."""
 
 import torch
 
@@ -11,7 +11,7 @@ CLIP_STYLE = {"use_pre_layernorm": True, "hidden_act": "quick_gelu", "patch_bias
 
 
 def make_model(seed=0, attn_implementation="sdpa", **fields):
-    """A tower whose parameters are all drawn at random, biases and norms too, so that each of them matters."""
+    """Return a tower with random parameters, including biases and norms."""
     config = TripsVisionConfig(**{**SIZES, **GRID, "selection_layers": [2], "keep_rate": 0.5, **fields})
     model = TripsVisionModel._from_config(config, attn_implementation=attn_implementation).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ def assert_same_selection(selection, other, **tolerance):
 
 
 def without_padding(indices):
-    """Kept patches or candidates, row by row."""
+    """Return kept patches or candidates by row, without padding."""
     return [[index for index in row if index != -2] for row in indices.tolist()]
 
 

@@ -1,4 +1,4 @@
-"""Processors that fit the tiny models of `tiny_vlms`: a vocabulary of words, and images of 32 x 32 pixels."""
+"""Processors of the tiny models of `tiny_vlms`: a vocabulary of words, and images of 32 x 32 pixels."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ QWEN_TEMPLATE = LLAVA_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|>
 
 
 def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
-    """One token per word, with the special tokens in the places that the tiny models have for them."""
+    """Return a tokenizer with one token per word, and special tokens with the ids of the tiny models."""
     tokens = [f"w{number}" for number in range(TEXT["vocab_size"])]
     tokens[:4] = ["<unk>", "<pad>", "<s>", "</s>"]
     tokens[5 : 5 + len(WORDS)] = WORDS
@@ -78,9 +78,9 @@ def make_qwen_processor() -> Qwen2_5_VLProcessor:
 
 
 def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = None) -> Path:
-    """A tiny model with random weights and its processor, in a folder."""
+    """Save a tiny model with random weights and its processor."""
     model = BY_NAME[name].make()
-    model.generation_config.eos_token_id = None  # answers have all the words that they may
+    model.generation_config.eos_token_id = None  # answers have the maximal length
     model.save_pretrained(folder)
     makers = {
         "idefics3": make_idefics3_processor,
@@ -93,7 +93,7 @@ def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = No
 
 
 def make_idefics3_processor() -> Idefics3Processor:
-    """Images of at most 128 pixels per side, in tiles of 32 pixels."""
+    """Return a processor for images of at most 128 pixels per side, in tiles of 32 pixels."""
     image_processor = Idefics3ImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
     tokens = BY_NAME["idefics3"].tokens
     return Idefics3Processor(
@@ -102,7 +102,7 @@ def make_idefics3_processor() -> Idefics3Processor:
 
 
 def make_paligemma_processor() -> PaliGemmaProcessor:
-    """Without a chat template, as PaliGemma's checkpoints are."""
+    """Return a processor without a chat template, as in PaliGemma's checkpoints."""
     side = SIGLIP["image_size"]
     image_processor = SiglipImageProcessor(size={"height": side, "width": side})
     image_processor.image_seq_length = BY_NAME["paligemma"].tokens
@@ -117,6 +117,6 @@ def conversation(text: str, *images: PIL.Image.Image) -> list[dict]:
 
 
 def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
-    """An image of random colors."""
+    """Return an image of random colors."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)

@@ -49,24 +49,24 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 32]]
 
 @dataclass(frozen=True)
 class Vlm:
-    """One family: its class, its configuration, and how its images look."""
+    """A family: its class, configuration and format of images."""
 
     name: str
     class_name: str
     config_name: str
     config: dict = field(default_factory=dict)
-    kind: str = "grid"  # of inputs: grid, tiles, anyres, packed
+    kind: str = "grid"  # format of the inputs: grid, tiles, anyres, packed
     tokens: int = 64  # visual tokens per image of a grid, or per tile
-    num_layers: int = 3  # of the tower, that may select
+    num_layers: int = 3  # layers of the tower that may select
 
     def make(self) -> PreTrainedModel:
         torch.manual_seed(0)
         config = getattr(transformers, self.config_name)(**self.config)
         model = getattr(transformers, self.class_name)(config).eval()
-        # Random weights of the usual scale make all tokens alike, so that a wrong token would hardly show.
+        # Random weights of the usual scale give nearly equal tokens, so that a wrong token would not be detected.
         with torch.no_grad():
             for parameter in model.parameters():
-                if not parameter.any():  # Gemma 3 projects with zeros
+                if not parameter.any():  # Gemma 3 initializes its projection with zeros
                     parameter.normal_(std=0.02)
                 if parameter.dim() > 1:
                     parameter.mul_(4.0)
@@ -197,11 +197,11 @@ VLMS = [
     ),
 ]
 BY_NAME = {vlm.name: vlm for vlm in VLMS}
-SIZES = [(32, 64), (64, 64), (32, 32), (64, 32)]  # of images that have no fixed size
+SIZES = [(32, 64), (64, 64), (32, 32), (64, 32)]  # sizes of images without a fixed size
 
 
 def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[int]]:
-    """Images for prompts with so many each, and the number of visual tokens of each image."""
+    """Return images for prompts with `counts` images each, and the number of visual tokens of each image."""
     generator = torch.Generator().manual_seed(seed)
     number = sum(counts)
 
@@ -212,7 +212,7 @@ def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[
         return {}, []
     if vlm.kind == "grid":
         return {"pixel_values": pixels(number, 3, 32, 32)}, [vlm.tokens] * number
-    if vlm.kind == "tiles":  # two per image; rows with fewer images are filled up with zeros
+    if vlm.kind == "tiles":  # two per image; rows with fewer images are padded with zeros
         images = torch.zeros(len(counts), 2 * max(counts), 3, 32, 32)
         for row, count in enumerate(counts):
             images[row, : 2 * count] = pixels(2 * count, 3, 32, 32)
@@ -235,7 +235,7 @@ def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[
 
 
 def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left", seed: int = 0) -> dict:
-    """A batch of prompts with so many images each, whose texts differ in length."""
+    """Return a batch of prompts with `counts` images each and texts of different lengths."""
     images, tokens = make_images(vlm, list(counts), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     rows, image = [], 0

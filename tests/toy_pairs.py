@@ -1,4 +1,4 @@
-"""Toy pairs for pre-training: images of one colour and captions that name it; and how to run the script on them."""
+"""Toy pairs for pre-training: images of one color and captions that name it, with options of the script."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def make_tokenizer() -> BertTokenizer:
 
 
 def write_pairs(folder: Path):
-    """Six images with three captions each: as rows of a file, and in three tar shards. A tokenizer, too."""
+    """Write six images with three captions each as rows of a file and in three tar shards, and a tokenizer."""
     pairs = [(color, caption.format(color)) for color in COLORS for caption in CAPTIONS]
     for color in COLORS:
         (folder / f"{color}.png").write_bytes(encoded(color))
@@ -63,12 +63,12 @@ def write_pairs(folder: Path):
 
 
 def file_options(folder: Path) -> list[str]:
-    """Trains and evaluates on the rows of `write_pairs`."""
+    """Return the options to train and evaluate on the rows of `write_pairs`."""
     return [f"--train_file={folder / 'pairs.jsonl'}", f"--validation_file={folder / 'pairs.jsonl'}"]
 
 
 def stream_options(folder: Path) -> list[str]:
-    """Trains on the shards of `write_pairs`."""
+    """Return the options to train on the shards of `write_pairs`."""
     return [
         f"--train_shards={folder}/pairs-{{0..2}}.tar",
         "--shuffle_buffer=4",
@@ -78,7 +78,7 @@ def stream_options(folder: Path) -> list[str]:
 
 
 def write_parts(folder: Path) -> list[str]:
-    """Writes a ViT and a BERT, untrained, and returns the options that name them."""
+    """Write an untrained ViT and BERT, and return their options."""
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*words: str) -> str:
-    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    """Run Python with these arguments and return the output."""
     result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -1,4 +1,4 @@
-"""A toy data set for each run_*.py script: plain images of 64 x 64 pixels, a row each; and how to run the scripts."""
+"""A toy data set for each run_*.py script: plain images of 64 x 64 pixels, one row each."""
 
 import json
 import os
@@ -22,7 +22,7 @@ OPTIONS = [
 
 
 def write_task(task: str, folder: Path) -> list[str]:
-    """Writes images and `rows.jsonl`, and returns the options that name it as both splits."""
+    """Write images and `rows.jsonl`, and return the options that use it for both splits."""
     for color in COLORS:
         PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
     lines = [json.dumps(row) for row in _ROWS[task](folder)]
@@ -41,7 +41,7 @@ def _captions(folder: Path):
 
 
 def _statements(folder: Path):
-    """Each is true of one pair and false of another; an image is in several pairs."""
+    """Yield statements that are true of one pair and false of another; images occur in several pairs."""
     for number, color in enumerate(COLORS):
         other = COLORS[number - 1]
         yield {"images": [f"{color}.png"] * 2, "statement": f"both are {color}", "label": True}
@@ -49,7 +49,7 @@ def _statements(folder: Path):
 
 
 def _expressions(folder: Path):
-    """Pictures of a square on the left or on the right, 120 x 60 pixels, which the processor squashes."""
+    """Yield expressions about images of 120 x 60 pixels with a square on the left or on the right."""
     for color in COLORS:
         for side, box in (("left", [10, 10, 50, 50]), ("right", [70, 20, 110, 60])):
             image = PIL.Image.new("RGB", (120, 60), "gray")
@@ -62,7 +62,7 @@ _ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "ground
 
 
 def run(*words: str) -> str:
-    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    """Run Python with these arguments and return the output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

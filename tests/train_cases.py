@@ -1,7 +1,7 @@
 """
-Trains every model of `tiny_models.CASES` in two processes that share a batch, and compares the weights with those of
-one process; where losses draw from the batch, checks that all weights were trained. To be started by `accelerate
-launch`; prints the classes that the models were made into.
+Train every model of `tiny_models.CASES` in two processes that share a batch, and compare the weights with those of
+one process. If losses draw from the batch, check that all weights were trained. `accelerate launch` starts this
+script, which prints the classes of the wrapped models.
 """
 
 import conftest  # noqa: F401  (import paths)
@@ -22,7 +22,7 @@ def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accele
 def compare(case: Case, accelerator: Accelerator):
     if accelerator.is_fsdp2 and case.fusion_type == "single_stream":  # as examples/configs/fsdp2.yaml says
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["TripsJointLayer", "TripsCrossLayer"]
-    # No BatchNorm: its statistics are those of a process. Each half of the batch has the same number of labels.
+    # No BatchNorm, whose statistics differ between processes. Both halves of the batch have the same number of labels.
     model, expected = (case.make_model(patch_embedding_type="linear").train() for _ in range(2))
     inputs = case.make_inputs(4, training=True)
     half = slice(2 * accelerator.process_index, 2 * accelerator.process_index + 2)

@@ -1,4 +1,4 @@
-"""Two processes that talk to each other over gloo."""
+"""Functions in two processes that communicate over gloo."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing
 
 
 def results_of(function: Callable[[int], Any], folder: Path) -> list:
-    """What `function(rank)` of a module returns in each of the processes: tensors, in dictionaries and lists."""
+    """Return the result of a module's `function(rank)` in each process: tensors, in dictionaries and lists."""
     multiprocessing.spawn(_run, (function, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -19,4 +19,4 @@ def _run(rank: int, function: Callable[[int], Any], folder: str):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(function(rank), f"{folder}/{rank}.pt")
     distributed.barrier()
-    os._exit(0)  # gloo can wait for itself forever when Python takes its process group down
+    os._exit(0)  # gloo can deadlock when Python destroys its process group

@@ -1,4 +1,4 @@
-"""`benchmarks/ablate_selection.py`, and what an evaluation says about the selection (`metrics/selection.py`)."""
+"""`benchmarks/ablate_selection.py`, and metrics of the selection (`metrics/selection.py`)."""
 
 import json
 
@@ -10,13 +10,13 @@ from toy_tasks import OPTIONS, write_task
 from trips_examples import run_grounding
 
 
-BOXES = {"red": [10, 10, 50, 50], "blue": [70, 20, 110, 60]}  # in a picture of 120 x 60 pixels
+BOXES = {"red": [10, 10, 50, 50], "blue": [70, 20, 110, 60]}  # in an image of 120 x 60 pixels
 EXPRESSIONS = {"red": "red", "blue": "the blue square that is at the right of the other square, and at the bottom"}
 REGION = 40 * 40 / (120 * 60)
 
 
 def grounding_metrics(folder, *options: str) -> dict:
-    """What an evaluation finds on one picture that two expressions are about."""
+    """Return the metrics of two expressions about one image."""
     image = PIL.Image.new("RGB", (120, 60), "gray")
     for color, box in BOXES.items():
         image.paste(color, box)
@@ -34,7 +34,7 @@ def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
     assert {name for name in metrics if "layer" in name} == {f"eval_layer3_{name}" for name in of_layer}
     assert metrics["eval_inside_at_random"] == pytest.approx(REGION)
     assert 0.25 <= metrics["eval_layer3_coverage"] <= 1 and 0 <= metrics["eval_layer3_inside"] <= 1
-    assert metrics["eval_layer3_text_sensitivity"] > 0  # two expressions about one picture keep different patches
+    assert metrics["eval_layer3_text_sensitivity"] > 0  # two expressions about one image keep different patches
 
 
 def test_a_selection_by_the_image_does_not_feel_the_text(tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmark: counted multiply-accumulates against a formula worked out by hand, tokens, rows and verdicts."""
+"""The benchmark: MACs against a formula, tokens, rows and verdicts."""
 
 import json
 
@@ -37,8 +37,8 @@ def setting(**changes) -> Setting:
 
 def macs_by_hand(tokens: list[tuple[int, int]], num_selections: int) -> int:
     """
-    MACs of one image and text of the tiny preset: 128 wide, MLP of 512, 4 vision, 1 text and 2 fusion layers, 64
-    patches. `tokens`: those that enter the attention and the MLP of each vision layer.
+    Return the MACs of one image and text of the tiny preset: width 128, MLP of 512, 4 vision, 1 text and 2 fusion
+    layers, 64 patches. `tokens` are the input lengths of attention and MLP of each vision layer.
     """
     d, mlp, text = 128, 512, 6
     stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
@@ -65,7 +65,7 @@ def test_a_shared_image_cache_is_counted_once_per_image():
     one = count_macs(setting(batch_size=1), 0.5)
     three = count_macs(setting(batch_size=1, texts_per_image=3), 0.5)
     assert one < three < 3 * one
-    # The unpruned vision tower does not depend on the text at all, nor do the keys and values that fusion makes of it.
+    # The unpruned vision tower and the fusion encoder's keys and values do not depend on the text.
     d, mlp, text, image = 128, 512, 6, 65
     language = 3 * (4 * text * d * d + 2 * text * text * d + 2 * text * d * mlp)
     language += 2 * (2 * text * d * d + 2 * text * image * d)
@@ -91,7 +91,7 @@ def test_tokens_per_layer_are_those_of_the_schedule():
     ],
 )
 def test_counted_ratios_at_base_size(image_size, layers, ratio):
-    """Ratios worked out by hand for ViT-B/16, 6 text and 6 fusion layers, 40 text tokens (two decimals)."""
+    """Ratios by hand for ViT-B/16, 6 text and 6 fusion layers, 40 text tokens (two decimals)."""
     point = setting(
         preset="base", image_size=image_size, selection_layers=layers, keep_rate=0.7, batch_size=1, text_length=40
     )
@@ -99,7 +99,7 @@ def test_counted_ratios_at_base_size(image_size, layers, ratio):
 
 
 def test_pre_training_is_divided_among_parts():
-    """By hand for the tiny preset: 65 tokens enter the vision tower, 34 its layer 3, 19 its layer 4."""
+    """In the tiny preset, 65 tokens enter the vision tower, 34 its layer 3, 19 its layer 4."""
     point = setting(mode="pretraining")
     pruned, unpruned = macs_by_part(point, 0.5), macs_by_part(point, 1.0)
     d, mlp, images = 128, 512, 2
@@ -114,7 +114,7 @@ def test_pre_training_is_divided_among_parts():
     assert pruned["vision, shared"] == pytest.approx(images * shared, rel=0.02)
     # Once without a text, for the features; a caption, two negatives, a masked caption, a beginning.
     assert pruned["vision, by text"] == pytest.approx(images * 6 * (by_text + selections), rel=0.02)
-    # An unpruned tower knows no text: it is computed once for all of them.
+    # The unpruned tower does not depend on the text and is computed once for all of them.
     assert unpruned["vision, shared"] == images * (stem + 4 * layer(65, 65)) and unpruned["vision, by text"] == 0
     assert pruned["text"] == unpruned["text"] and pruned["fusion"] < unpruned["fusion"]
     forward = sum(pruned.values())
@@ -157,7 +157,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     benchmark.main([*arguments.split(), *options.split(), f"--output_json={path}", f"--plot={picture}"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())
-    # The first has rates of its own, so that it comes once; the second takes both of the command line.
+    # The first has its own rates and comes once; the second takes both rates of the command line.
     schedules = [([2, 4], [0.5, 0.25]), ([3, 4], 0.5), ([3, 4], 0.7)] * 2
     assert [(row["selection_layers"], row["keep_rate"]) for row in rows] == schedules
     assert all(row["selection_guidance"] == ["image", "text"] for row in rows)

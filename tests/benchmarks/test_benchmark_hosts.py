@@ -1,4 +1,4 @@
-"""The benchmark of hosts: what it counts is what a formula says, and its models have base size."""
+"""The benchmark of patched models: MACs against a formula, and models of base size."""
 
 import time
 
@@ -16,7 +16,7 @@ from modeling_trips.inspection.speed import CLOCKS, processor_time
 
 @pytest.mark.parametrize("clock", ["wall", "process"])
 def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
-    """One layer after another of a ViT of width 32 with 17 tokens, of which 14 go on after layer 1 and 12 after 2."""
+    """A ViT of width 32 with 17 tokens keeps 14 after layer 1 and 12 after layer 2."""
     case = benchmark_hosts.Case(
         lambda image_size: make_timm(img_size=image_size), selection_layers=(1, 2), takes_text=False
     )

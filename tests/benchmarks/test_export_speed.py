@@ -1,4 +1,4 @@
-"""The benchmark of the ways to run a model on a CPU: its rows, what agrees with PyTorch, and what is left out."""
+"""The benchmark of CPU runtimes: rows, agreement with PyTorch, and skipped runtimes."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""`benchmarks/index_and_search.py`: its rows, and what they count."""
+"""Rows of `benchmarks/index_and_search.py`."""
 
 import json
 

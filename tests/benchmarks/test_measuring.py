@@ -1,4 +1,4 @@
-"""The measuring core: rows say how they were made, and are written one by one."""
+"""Measuring: rows have their provenance and are written one by one."""
 
 import json
 import subprocess

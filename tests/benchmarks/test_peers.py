@@ -1,4 +1,4 @@
-"""The benchmark of peers: tiny ones in place of the base models, tokens of shortened ViTs, rows and names."""
+"""The benchmark of peers with tiny models: tokens of shortened ViTs, rows and names."""
 
 import json
 
@@ -25,7 +25,7 @@ def make_blip(model_class):
     )
     torch.manual_seed(0)
     model = model_class(config).eval()
-    with torch.no_grad():  # answers that depend on what is asked
+    with torch.no_grad():  # answers that depend on the question
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
@@ -58,7 +58,7 @@ def test_blip_judges_the_same_when_texts_share_an_image():
 
 @pytest.fixture
 def tiny_vit(monkeypatch):
-    """64 patches, in place of the base model."""
+    """Return a ViT with 64 patches, in place of the base model."""
     sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
     monkeypatch.setattr(peers, "make_vit", lambda args: VisionTransformer(**sizes).eval())
     monkeypatch.setattr(peers, "PATCH_SIZE", 8)
@@ -99,7 +99,7 @@ def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys
 
 
 def test_speedups_are_of_medians_over_the_first_model(monkeypatch):
-    """Two matrix products of which the second takes a fourth, timed by what they count."""
+    """Two matrix products, the second with a quarter of the MACs, are timed by their MACs."""
     models = {
         "first": (torch.nn.Linear(12, 40), lambda model, inputs: model(inputs.pixel_values.reshape(-1, 12))),
         "second": (torch.nn.Linear(12, 10), lambda model, inputs: model(inputs.pixel_values.reshape(-1, 12))),

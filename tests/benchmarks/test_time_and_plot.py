@@ -1,4 +1,4 @@
-"""`benchmarks/time_checkpoints.py`, `benchmarks/plot_ablation.py`: what trained variants cost, and their pictures."""
+"""`benchmarks/time_checkpoints.py` and `benchmarks/plot_ablation.py`: times and figures of trained variants."""
 
 import json
 
@@ -16,7 +16,7 @@ def row(variant: str, seed: int, accuracy: float, history=()) -> dict:
 
 
 def times(path, **seconds) -> str:
-    """Seconds of a forward pass by checkpoint; a step of training takes three times as long."""
+    """Set the seconds of a forward pass by checkpoint; a training step takes three times as long."""
     rows = [
         {"checkpoint": name.replace("_", "-"), "forward_seconds": value, "training_seconds": 3 * value}
         for name, value in seconds.items()

@@ -1,4 +1,4 @@
-"""The small LLaVA on busy scenes: training resumes, rivals are what they are called, costs are those of the code."""
+"""The small LLaVA on busy scenes: resuming, compared methods and costs."""
 
 import sys
 
@@ -64,7 +64,7 @@ def test_fastv_shortens_the_later_layers(model, questions):
     ids=lambda contestant: contestant.name,
 )
 def test_costs_of_the_tower_are_counted(model, questions, contestant):
-    """Products of matrices, as PyTorch counts them; selection itself is below a hundredth."""
+    """PyTorch's count of matrix products agrees; selection itself is below one percent."""
     model.set_attn_implementation("eager")
     set_contestant(model, contestant, {"text": TextGuide.for_model(model)})
     with FlopCounterMode(display=False) as counter:

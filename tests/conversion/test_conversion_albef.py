@@ -1,4 +1,4 @@
-"""Weights of ALBEF in TRIPS: without selection they compute the same."""
+"""Weights of ALBEF in TRIPS give the same outputs without selection."""
 
 import pytest
 import torch

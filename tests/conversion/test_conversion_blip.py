@@ -1,4 +1,4 @@
-"""Weights of BLIP in TRIPS: without selection they compute the same."""
+"""Weights of BLIP in TRIPS give the same outputs without selection."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DINOv2 inside ONNX files: what is read computes what the file does; the packaged one becomes a tower of TRIPS."""
+"""DINOv2 inside ONNX files: equal outputs, and conversion of the packaged model to a tower of TRIPS."""
 
 import json
 
@@ -15,7 +15,7 @@ from trips_examples import make_towers
 
 
 class SaliencyModel(nn.Module):
-    """A backbone and a head, as in the file of the package."""
+    """Backbone and head, as in the package's file."""
 
     def __init__(self, **fields):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files of strangers are read or refused by name, and run nothing; folders are whole or not there."""
+"""Untrusted files are read or refused without executing code; folders are written atomically."""
 
 import signal
 import struct

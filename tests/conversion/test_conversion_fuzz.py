@@ -1,7 +1,7 @@
 """
-Files that chance has damaged convert into models that compute, or are refused by name with our own errors.
+Randomly damaged files convert into working models or raise an error of this project.
 
-FUZZ_EXAMPLES=20000 python -m pytest tests/conversion/test_conversion_fuzz.py looks further than the suite does.
+FUZZ_EXAMPLES=20000 sets the number of examples.
 """
 
 import io
@@ -177,7 +177,7 @@ FILES = {
 @st.composite
 def damaged_files(draw):
     content = bytearray(FILES[draw(st.sampled_from([*FILES]))])
-    # Most of a file is weights; what describes them is at its start and its end.
+    # Metadata is at the start and the end of a file; the rest is weights.
     places = st.one_of(
         st.integers(0, len(content) - 1),
         st.integers(0, 400),

@@ -1,4 +1,4 @@
-"""Rules rename, split and report; what they do not name stops the conversion."""
+"""Rules rename, split and report weights; a weight without a rule stops the conversion."""
 
 import pytest
 import torch

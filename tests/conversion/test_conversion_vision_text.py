@@ -1,4 +1,4 @@
-"""Weights of ViT, DeiT, CLIP, BERT and RoBERTa in TRIPS: they compute the same."""
+"""Weights of ViT, DeiT, CLIP, BERT and RoBERTa in TRIPS give the same outputs."""
 
 import importlib.util
 import json
@@ -85,7 +85,7 @@ def test_the_vision_tower_computes_what_its_source_does(kind):
     model, _ = join(vision, make_text("bert"))
     pixel_values = torch.randn(2, 3, 16, 16)
     tower = vision.vision_model if kind == "clip" else vision
-    if kind == "deit":  # without the distillation token, which DeiT has in the second place
+    if kind == "deit":  # without DeiT's distillation token, the second one
         states = tower.embeddings(pixel_values)
         states = torch.cat((states[:, :1], states[:, 2:]), dim=1)
         for layer in tower.layers:
@@ -108,7 +108,7 @@ def test_layer_scale_becomes_part_of_the_projections_before_it():
     ):
         assert torch.equal(after.weight, before.weight * scale[:, None])
         assert torch.equal(after.bias, before.bias * scale)
-    assert len(vision.state_dict()) == len(Dinov2Model(vision.config).state_dict())  # the source stays as it was
+    assert len(vision.state_dict()) == len(Dinov2Model(vision.config).state_dict())  # the source is not changed
     why = {key: reason for key, reason in report.left_out.items() if key.startswith("vision.")}
     assert why["vision.encoder.layer.2.layer_scale2.lambda1"] == "LayerScale, part of the projections before it"
     assert set(why) - {key for key in why if "layer_scale" in key} == {"vision.embeddings.mask_token"}

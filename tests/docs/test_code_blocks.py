@@ -1,4 +1,4 @@
-"""The documents' Python blocks run as they stand, page by page; the conversion of the weights' page runs, too."""
+"""The Python blocks of the docs run unchanged, page by page, and so does the conversion on the page about weights."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ WITH_PYTHON = [
 
 @pytest.fixture
 def demo_model(tmp_path, monkeypatch):
-    """In the current directory: the examples, and the folder that `make demo` leaves, with an untrained model."""
+    """Put the examples and an untrained model in the folder of `make demo` into the current directory."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
     tokenizer = train_wordpiece_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
@@ -36,7 +36,7 @@ def demo_model(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def registries():
-    """What blocks add to them is gone afterwards."""
+    """Restore the registries after a test."""
     before = [(registry, dict(registry)) for registry in (TASKS, HOSTS)]
     yield
     for registry, entries in before:
@@ -49,7 +49,7 @@ def page_named(name: str):
 
 
 def run(document) -> dict:
-    """The names that the blocks leave. Of a block that is marked as not run, the imports of this project are made."""
+    """Run blocks and return their names. Blocks that are marked as not run only run their imports of this project."""
     namespace = {"__name__": "__main__"}
     for block in document.blocks("python"):
         code = compile(block, str(document), "exec")
@@ -82,7 +82,7 @@ def test_what_the_blocks_say_is_so(demo_model, tmp_path):
 
 
 def test_the_conversion_runs_as_it_stands(tmp_path, monkeypatch):
-    """Of a file with ALBEF's names and small weights; and with a tokenizer from here, as the default is on the Hub."""
+    """The file has ALBEF's names and small weights. The tokenizer is local, because the default is on the Hub."""
     tokenizer = train_wordpiece_tokenizer(["what color is it?"])
     sizes = TINY._replace(width=64, num_heads=1, vocab=len(tokenizer))
     torch.save({"model": random_checkpoint("question-answering", sizes)}, tmp_path / "vqa.pth")

@@ -1,4 +1,4 @@
-"""What the documents say is there: links lead somewhere; scripts, options, targets and paths exist."""
+"""Links, scripts, options, make targets and paths in the docs exist."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ from modeling_trips import TripsConfig
 
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-# The changelog and the reports keep the names and commands of their date.
+# The changelog and the reports may have outdated names and commands.
 each_current_document = pytest.mark.parametrize(
     "document",
     [
@@ -54,7 +54,7 @@ def test_targets_of_make_exist(document):
 
 @cache
 def options_of(script: str) -> set[str]:
-    """All that `script` takes, from the parser that it makes. The demo and the analysis pass options on."""
+    """Return all options of a script from its parser. The demo and the analysis pass options to other scripts."""
     spec = importlib.util.spec_from_file_location(
         f"documented_{script}", SCRIPTS[TRAINED_BY_DEMO if script == "demo" else script]
     )
@@ -80,7 +80,7 @@ def all_options() -> set[str]:
 
 
 def script_of(words: list[str]) -> tuple[str, int] | None:
-    """The script that a command runs, and where in the command it stands."""
+    """Return the script of a command and its position."""
     for place, word in enumerate(words):
         name = word.removeprefix("trips_examples.")
         if word.endswith(".py") or (words[place - 1] == "-m" and name != word):
@@ -130,7 +130,7 @@ def test_names_in_the_text_can_be_imported(document):
 
 
 def can_be_imported(name: str) -> bool:
-    """Whether it is a module, or what a module has."""
+    """Return whether a name is a module or an attribute of a module."""
     module, _, attribute = name.rpartition(".")
     try:
         return importlib.util.find_spec(name) is not None
@@ -139,7 +139,7 @@ def can_be_imported(name: str) -> bool:
 
 
 def test_fields_of_the_configuration_exist():
-    """Those that `docs/use.md` lists."""
+    """The fields are those in `docs/use.md`."""
     (use,) = [document for document in DOCUMENTS if str(document) == "docs/use.md"]
     fields = re.findall(r"^\| `(\w+)` \|", use.text, re.MULTILINE)
     config = TripsConfig()
@@ -148,7 +148,7 @@ def test_fields_of_the_configuration_exist():
 
 
 def test_the_citation_has_what_the_format_demands():
-    """Required by the Citation File Format 1.2.0: https://github.com/citation-file-format/citation-file-format."""
+    """The required fields are those of the Citation File Format 1.2.0: https://github.com/citation-file-format/citation-file-format."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
     assert {"title", "message", "authors"} <= citation.keys()

@@ -1,6 +1,6 @@
 """
-A newcomer's path: the README's commands, from a clone to an answer, to a training on data of one's own, to a published
-model, each typed as it stands in a fresh environment. The Hub is on this machine, and the demo is shortened.
+The README's commands in a fresh environment: from a clone to an answer, to training on your own data, to a published
+model. The Hub is local, and the demo is shortened.
 """
 
 import json
@@ -24,7 +24,7 @@ def path_of_the_readme() -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of the repository, with the newcomer's images, questions and answers in it."""
+    """Return a copy of the repository with the user's images, questions and answers."""
     clone, names = tmp_path / "clone", (".git", ".venv", "build", "outputs", "demo", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*names))
     (clone / "images").mkdir()
@@ -48,7 +48,7 @@ def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "VIRTUAL"))
     }
-    # What pip would fetch is there already; that the project is, too, does not count in an environment of its own.
+    # The dependencies are installed already, but the project is not visible in the new environment.
     environment |= {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
     environment["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # `hf`, which comes with what is there already

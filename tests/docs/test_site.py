@@ -1,4 +1,4 @@
-"""`make docs` builds the site without a warning and without the network; its API is whole and readable."""
+"""`make docs` builds the site without warnings and network, with a complete API reference."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ import modeling_trips
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """What the Makefile's command writes, in another folder."""
+    """Build the site with the Makefile's command in another folder."""
     folder = tmp_path_factory.mktemp("site")
     (command,) = re.findall(
         r"^docs:.*\n\t\$\(BIN\)/python (.*) build/docs$", (ROOT / "Makefile").read_text(), re.MULTILINE
@@ -46,7 +46,7 @@ def test_all_public_names_are_in_the_api(site):
 
 @pytest.mark.slow
 def test_docstrings_came_through_as_prose(site):
-    """No Markdown is left of them, and each argument stands apart, with its type."""
+    """Docstrings have no Markdown left, and each argument has its type."""
     for path in (site / "api").glob("*.html"):
         text = re.sub(r"<pre>.*?</pre>|<script.*?</script>|<style.*?</style>", "", path.read_text(), flags=re.DOTALL)
         assert "[`" not in text and "<Tip" not in text and not re.search(r"[^`]``[^`]", text), path

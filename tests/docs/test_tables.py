@@ -1,4 +1,4 @@
-"""`docs/tables.py` and `docs/draw_accuracy.py`: tables and figure are those of the rows."""
+"""`docs/tables.py` and `docs/draw_accuracy.py`: tables and figure agree with the rows."""
 
 import re
 
@@ -11,7 +11,7 @@ from places import ROOT
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """A document with one table, made from the repository's rows."""
+    """Return a document with one table, made from the repository's rows."""
     page = tmp_path / "page.md"
     page.write_text("Before.\n\n<!-- table: statements -->\n<!-- end -->\n\nAfter.\n")
     monkeypatch.setattr(tables, "documents", lambda: [page])

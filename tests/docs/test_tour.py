@@ -1,4 +1,4 @@
-"""The notebook runs top to bottom without a network, and prints what is kept in it. So does its figure's script."""
+"""The notebook and its figure's script run without network and reproduce the stored output."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from places import ROOT
 
 
 TOUR = ROOT / "docs/tour.ipynb"
-SECONDS = 2 * 300  # five minutes of two cores, by the processors' time: other programs may take theirs
+SECONDS = 2 * 300  # CPU time: five minutes of two cores
 
 
 def run(*command: str):
@@ -27,7 +27,7 @@ def read(path) -> list[NotebookNode]:
 
 
 def printed(cell: NotebookNode) -> list[str]:
-    """What a cell says, as text; pictures by their kind."""
+    """Return the output of a cell as text; images by type."""
     return [output.text if "text" in output else str(sorted(output.data)) for output in cell.outputs]
 
 

@@ -1,4 +1,4 @@
-"""What several tests of pre-training train on."""
+"""Data of several tests of pre-training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`examples/analyze_errors.py` as a user runs it: on predictions, and on checkpoints."""
+"""`examples/analyze_errors.py` on predictions and on checkpoints."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from trips_examples.data.scenes import easy_vqa_records
 
 
 def write_predictions(path, wrong: set[int]):
-    """40 questions, half about colours, of which some are answered wrongly."""
+    """Write predictions of 40 questions, half of them about colors, some of them wrong."""
     path.parent.mkdir()
     rows = (
         {
@@ -61,7 +61,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
-    """It loses, by more than chance; what it kept is in the page."""
+    """The loss is significant, and the page shows the kept patches."""
     rows = []
     for row in itertools.islice(easy_vqa_records("test"), 120):
         name = f"{row['image_id'].split()[1]}.png"
@@ -81,7 +81,7 @@ def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
 
 @pytest.mark.parametrize("seed", [[], ["--seed", "7"]])
 def test_scenes_are_those_that_the_script_evaluates(seed, tmp_path):
-    """Each item finds its row, of which size and place are known and a picture is drawn."""
+    """Items are joined with their rows, which have groups by size and place, and drawings."""
     options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors"), "--num_pictures", "1"]
     data = ["--dataset_name", "easy_vqa_scenes", "--train_scenes", "1", "--validation_scenes", "20", *seed]
     result = analyze_errors.main([*options, *data, "--health_steps", "0", "--keep_rate", "0.02"])

@@ -1,4 +1,4 @@
-"""check_data.py: every fault by file and row, in one run."""
+"""`check_data.py` reports every fault by file and row in one run."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def write(file, records):
 
 
 def run(folder, *arguments):
-    """The exit code and the report."""
+    """Return the exit code and the report."""
     report = folder / "report.json"
     code = main([*arguments, "--output_json", str(report)])
     return code, json.loads(report.read_text())
@@ -219,7 +219,7 @@ def test_image_root_is_named_where_all_images_are_missing(folder, capsys):
 
 
 def test_a_broken_exif_block_is_no_fault_and_a_pipe_is_one(folder):
-    """As for training, which reads the first and stops at the second."""
+    """Training also reads the first and stops at the second."""
     PIL.Image.open(folder / "c.jpg").save(folder / "exif.jpg", exif=b"Exif\0\0" + b"\0" * 64)
     os.mkfifo(folder / "pipe.png")
     rows = [{"image": image, "caption": "a"} for image in ("exif.jpg", "pipe.png")]
@@ -245,7 +245,7 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
     in_checkpoint, base = ["--model_name_or_path", folders[0]], ["--preset", "base"]  # patches of 8, of 16
     tokenizer = ["--tokenizer_name", folders[1]]
     for options, bad in (
-        ([], (1,)),  # as run_vqa.py: the preset tiny
+        ([], (1,)),  # the preset tiny, as in run_vqa.py
         (base, (1, 2, 3)),
         (tokenizer, (1,)),
         ([*tokenizer, *base], (1, 2, 3)),
@@ -258,7 +258,7 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
 
 
 def test_boxes_that_a_center_crop_cuts_away(folder, caplog):
-    """The middle of an image of 40 x 30 pixels is all that a processor such as CLIP's shows: x from 5 to 35."""
+    """CLIP's processor only shows the middle of an image of 40 x 30 pixels: x from 5 to 35."""
     image_processor = CLIPImageProcessor(size={"shortest_edge": 60}, crop_size={"height": 60, "width": 60})
     processor = TripsProcessor(image_processor, train_wordpiece_tokenizer(["the dog"]), patch_size=8)
     processor.tokenizer.model_max_length = 64
@@ -273,12 +273,12 @@ def test_boxes_that_a_center_crop_cuts_away(folder, caplog):
     rows = with_visible_boxes(data, processor, skip=True)["train"]
     assert rows["source"][:] == ["t.jsonl row 1"] and "box outside the center crop: 2" in caplog.text
     GroundingCollator(processor)(list(without_decoding(rows)))
-    with pytest.raises(ValueError, match="`pixel_values`"):  # as it would stop a run
+    with pytest.raises(ValueError, match="`pixel_values`"):  # a run would stop
         GroundingCollator(processor)(list(without_decoding(data["train"])))
 
 
 def test_encoded_images(folder, monkeypatch):
-    """In a table, as on the Hub and in Parquet, the images are decoded too."""
+    """Images in tables, as on the Hub and in Parquet, are decoded too."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     contents = {name: (folder / name).read_bytes() for name in ("a.png", "truncated.jpg", "text.png", "c.jpg")}
     table = {
@@ -300,7 +300,7 @@ def test_encoded_images(folder, monkeypatch):
     assert faults_of(report) == [
         (f"{name} {split} row {n}", why) for split in ("train", "validation") for n, why in expected
     ]
-    assert report["images_in_several_splits"] == 0  # images without an id or a path are taken for different ones
+    assert report["images_in_several_splits"] == 0  # images without an id or a path count as distinct
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""examples/convert_checkpoint.py: from a published file to a folder that loads, with the processor it belongs with."""
+"""`examples/convert_checkpoint.py`: from a published file to a checkpoint with its processor."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ def sizes(tokenizer):
 
 @pytest.fixture
 def arguments(tmp_path, tokenizer, sizes):
-    """Converts a VQA checkpoint as it is published, with its optimizer's state and settings beside the weights."""
+    """Write a VQA checkpoint as published, with optimizer state and settings, and return the arguments."""
     tokenizer.save_pretrained(tmp_path / "bert")
     content = {
         "model": random_checkpoint("question-answering", sizes),
@@ -102,7 +102,7 @@ def test_images_are_prepared_as_albef_does(arguments):
 
 
 def clean(text: str, task: str) -> str:
-    """A text as ALBEF tokenizes it: in lower case, words parted at hyphens and slashes, no other punctuation."""
+    """Clean a text as ALBEF does: lower case, split at hyphens and slashes, no other punctuation."""
     letters = [letter for letter in text.lower() if letter not in ",.'!?\"()*#:;~"]
     text = " ".join("".join(" " if letter in "-/" else letter for letter in letters).split())
     return text if task == "question-answering" else text.replace("<person>", "person")
@@ -146,7 +146,7 @@ def test_answers_keep_their_punctuation(arguments, sizes):
 
 
 def test_a_checkpoint_whose_tokenizer_cleans_still_loads(arguments, tokenizer):
-    """As earlier versions converted: all texts are cleaned by the tokenizer's file, and no field says so."""
+    """In earlier versions the tokenizer's file cleaned all texts, without a field in the processor."""
     convert(arguments)
     folder = arguments["output_dir"]
     own = tokenizer.backend_tokenizer.normalizer
@@ -210,7 +210,7 @@ def test_weights_alone_convert_too(arguments, tmp_path, name):
 
 
 class Touch:
-    """Makes the file `path` when it is unpickled."""
+    """Object that makes the file `path` when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""examples/convert_checkpoint.py on models of Transformers: BLIP and ViLT, by their folders."""
+"""`examples/convert_checkpoint.py` on folders of BLIP and ViLT."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_a_folder_of_blip_converts_with_its_own_tokenizer(blip_folder, tmp_path)
     model = TripsForQuestionAnswering.from_pretrained(tmp_path / "out")
     processor = TripsProcessor.from_pretrained(tmp_path / "out")
     inputs = processor(images=Image.new("RGB", (16, 16), "teal"), text="is it red?", return_tensors="pt")
-    assert inputs["input_ids"][0, -1] == 3  # BLIP's tokenizer as it is
+    assert inputs["input_ids"][0, -1] == 3  # BLIP's tokenizer, unchanged
     blip = BlipForQuestionAnswering.from_pretrained(blip_folder)
     written = blip.generate(inputs["input_ids"], inputs["pixel_values"], max_new_tokens=4)
     assert model.generate(**inputs, max_new_tokens=4).tolist() == written.tolist()
@@ -146,7 +146,7 @@ def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tok
     inputs = processor(images=images, text=["is it red?", "is it a red circle or a person?"], return_tensors="pt")
     pixels = ViltImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs["pixel_values"], pixels)
-    # ViLT draws an order of the patches: the states of the others are the same for all of them.
+    # ViLT shuffles the patches; the other states do not depend on their order.
     states = ViltModel.from_pretrained(folder)(**inputs).last_hidden_state
     text_length = inputs["input_ids"].shape[1]
     outputs = model(**inputs)

@@ -1,4 +1,4 @@
-"""Rows, scores and the table of an evaluation of a vision-language model. Its run: lmms/test_vlm.py."""
+"""Rows, scores and the table of an evaluation of a vision-language model. lmms/test_vlm.py runs it."""
 
 import json
 

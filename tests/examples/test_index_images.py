@@ -1,4 +1,4 @@
-"""`index_images.py` and `search.py` as users run them, and what a kill of a worker or of the whole leaves."""
+"""`index_images.py` and `search.py`, also after a worker or the whole run is killed."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from trips_examples.indexing.table import ids_of, only_writer
 
 NUM_IMAGES = 600
 ACTOR = "ray::MapWorker(MapBatches(Embedder))"
-# Ray is nice to others by default: on a busy machine these tests would wait for minutes.
+# Ray lowers its priority by default; on a busy machine these tests would wait for minutes.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
 
 
@@ -81,7 +81,7 @@ def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def check_rows(folder, table):
-    """Each image has one row, with the vector that the library gives it; the broken one has its error."""
+    """Check that each image has one row with the model's vector, and the broken image has its error."""
     finder = Finder(str(table), str(folder / "model"))
     rows = {row["source"]: row for row in finder.table.to_table().to_pylist()}
     sources = {row["source"] for shard in find_images([str(folder / "images")]) for row in rows_of(shard)}
@@ -112,7 +112,7 @@ def test_killed_workers_and_a_killed_run_lose_and_double_nothing(folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=240)
-    assert not alive  # nothing of Ray stays behind
+    assert not alive  # no process of Ray is left
     assert rows <= rows_in(table) < NUM_IMAGES
     process = start(folder, table)
     wait_for_rows(process, table, rows_in(table))
@@ -161,7 +161,7 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
 
 @pytest.mark.slow
 def test_missing_images_are_tried_again_once_their_folder_is_given(folder, tmp_path):
-    """All rows fail at first, which is an error; then all are found, but for one that is broken."""
+    """All rows fail at first, which is an error. Then all are found, except a broken one."""
     (tmp_path / "train.jsonl").write_text("".join(f'{{"image": "{n}.png", "caption": "a"}}\n' for n in range(5)))
     words = ["--images", tmp_path / "train.jsonl", "--table", tmp_path / "t.lance", "--object_store_mb", "128"]
     printed = finished_run("index_images.py", folder, *words, code=1)

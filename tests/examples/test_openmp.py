@@ -1,4 +1,4 @@
-"""How threads wait in the scripts, as OpenMP itself says when torch loads it, in real processes."""
+"""The wait policy of OpenMP's threads in the scripts."""
 
 import os
 import subprocess

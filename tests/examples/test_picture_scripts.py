@@ -1,4 +1,4 @@
-"""Scripts on pictures of one's own: every task trains on scenes of them, and what it keeps of them is drawn."""
+"""Training of every task on composed scenes of named images, and drawings of kept patches."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_what_a_trained_model_keeps_of_scenes_is_drawn(pictures, tmp_path):
             faded[rate] = np.asarray(image.convert("L"), dtype=float).mean()
         assert {"eval_accuracy_name", "eval_accuracy_smallest"} <= metrics.keys()
         assert ("eval_layer3_inside" in metrics) == (rate == "0.25")
-    assert faded["0.25"] > faded["1.0"] + 20  # most patches are not kept, and fade to white
+    assert faded["0.25"] > faded["1.0"] + 20  # dropped patches fade to white
 
 
 def test_pictures_alone_are_found_by_their_names(pictures, tmp_path):

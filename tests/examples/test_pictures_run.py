@@ -1,4 +1,4 @@
-"""`examples/pictures.py`: its commands are ones that the scripts take, and what has ended is not run again."""
+"""`examples/pictures.py`: its commands are valid, and finished parts are skipped."""
 
 import importlib
 import json
@@ -60,7 +60,7 @@ def test_what_has_ended_is_not_run_again(tmp_path, capsys):
 
 
 def test_what_has_ended_with_other_options_is_run_again(tmp_path):
-    """As of an earlier recipe. That it is run is seen by its failing: there is no tower."""
+    """The run fails, because there is no tower."""
     file, made = write_pictures(tmp_path), tmp_path / "out"
     towers, names, *_ = [pictures.towers_in(made), *pictures.trainings(made / "full", made, [str(file)], quick=False)]
     for part in (towers, names):

@@ -1,4 +1,4 @@
-"""The script that plans a schedule: its table, its picture, and what it cannot know."""
+"""The script that plans a schedule: table, figure and errors."""
 
 import re
 

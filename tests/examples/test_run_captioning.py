@@ -1,4 +1,4 @@
-"""`examples/run_captioning.py`: batches that share an image, each image captioned once, and a run on toy captions."""
+"""`examples/run_captioning.py`: batches with shared images, one caption per image, and a run on toy captions."""
 
 import io
 
@@ -56,7 +56,7 @@ def test_sharing_leaves_the_loss_as_it_is(processor):
 
 
 def test_augmentation_never_flips(processor):
-    """Captions say what is on the left: with red on the left, the right edge stays blue however it is shifted."""
+    """With red on the left, the right edge stays blue for every shift."""
     image = PIL.Image.new("RGB", (64, 64), "red")
     image.paste("blue", (32, 0, 64, 64))
     buffer = io.BytesIO()

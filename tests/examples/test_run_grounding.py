@@ -1,4 +1,4 @@
-"""`examples/run_grounding.py`: flips of boxes and words, boxes through resizing, scores, and a run on toy pictures."""
+"""`examples/run_grounding.py`: flips of boxes and words, resized boxes, scores, and a run on toy images."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def encoded(image: PIL.Image.Image, **options) -> dict:
 
 
 def row(box: list[float], expression: str = "the left square", image_id: str = "a") -> dict:
-    """A picture of 100 x 50 pixels (width x height), red in the box and else black."""
+    """Return a row with an image of 100 x 50 pixels (width x height), red in the box and black elsewhere."""
     image = PIL.Image.new("RGB", (100, 50))
     image.paste("red", [round(number) for number in box])
     source = f"toy row {image_id}"
@@ -62,14 +62,14 @@ def test_a_mirrored_row_is_true_of_the_mirrored_image():
 
 
 def red_box(pixels: torch.Tensor) -> list[float]:
-    """(center_x, center_y, width, height) of what is red in `pixel_values` (3, 64, 64), as shares of the image."""
+    """Return the relative box (center_x, center_y, width, height) of red pixels in `pixel_values` (3, 64, 64)."""
     ys, xs = torch.nonzero(pixels[0] > 0.5, as_tuple=True)
     x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
     return [float(number) / 128 for number in (x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0))]
 
 
 def test_labels_are_where_the_pixels_are_after_resizing_and_flips(processor):
-    """Images are squashed from 100 x 50 to 64 x 64 pixels; the label is compared with the red pixels themselves."""
+    """Images are resized from 100 x 50 to 64 x 64 pixels, and the label is compared with the red pixels."""
     rows = [row([10, 5, 40, 25]), row([60, 20, 90, 45], "the right square", "b"), row([0, 0, 100, 20], "the", "c")]
     collator = GroundingCollator(processor, training=True, augment=True)
     vocabulary, texts = processor.tokenizer.get_vocab(), set()
@@ -81,7 +81,7 @@ def test_labels_are_where_the_pixels_are_after_resizing_and_flips(processor):
         for label, ids in zip(batch["labels"][:2], batch["input_ids"]):
             assert (vocabulary["left"] in ids) == (label[0] < 0.5)
         texts.add(tuple(map(tuple, batch["input_ids"].tolist())))
-    assert len(texts) == 4  # each of the two that name a side was flipped, and was not
+    assert len(texts) == 4  # both expressions that name a side occur with and without a flip
 
 
 def test_evaluation_and_training_without_augmentation_leave_images_as_they_are(processor):
@@ -116,7 +116,7 @@ def test_image_size_is_that_of_the_upright_image():
 def test_accuracy_counts_boxes_from_half_overlap_on():
     metric = evaluate.load(GROUNDING_ACCURACY)
     true_box = [0.0, 0.0, 10.0, 10.0]
-    # Overlaps of 1, 50 / 100 and 25 / 175, and none
+    # IoU of 1, 50 / 100, 25 / 175 and 0
     boxes = [true_box, [0.0, 0.0, 10.0, 5.0], [5.0, 5.0, 15.0, 15.0], [20.0, 20.0, 30.0, 30.0]]
     result = metric.compute(predictions=boxes, references=[true_box] * 4)
     assert result["accuracy"] == 0.5 and result["mean_iou"] == pytest.approx((1 + 0.5 + 25 / 175) / 4)

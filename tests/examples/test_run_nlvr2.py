@@ -1,4 +1,4 @@
-"""`examples/run_nlvr2.py`: batches of pairs that share images, and a run on toy statements."""
+"""`examples/run_nlvr2.py`: batches with shared images, and a run on toy statements."""
 
 import io
 

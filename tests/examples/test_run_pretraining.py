@@ -1,4 +1,4 @@
-"""Pre-training as a user runs it: it learns from files and from a stream, and leaves a model for other scripts."""
+"""`examples/run_pretraining.py`: training on files and on a stream, and a model for other scripts."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_a_stream_of_shards(stream, folder, tmp_path):
     assert [position["seen"] for position in stream_positions(state["loader"])] == [24]
     log = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [entry["pairs"] for entry in log if "loss" in entry] == [12, 24]
-    # The queue knows the images of a stream by their addresses.
+    # URLs identify the images of a stream in the queue.
     teacher = load_file(tmp_path / "checkpoint-4/momentum.safetensors")
     assert set(teacher["texts.ids"].tolist()) == {-1, *map(number_of, COLORS)}
 

@@ -1,4 +1,4 @@
-"""`examples/run_retrieval.py` on a toy data set, as a user runs it: results, batches, two processes."""
+"""`examples/run_retrieval.py` on a toy data set: results, batches and two processes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
-    """Options that name files: six images, two captions each."""
+    """Return the options of files with six images and two captions each."""
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for color in COLORS:
@@ -43,7 +43,7 @@ def data(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> tuple[Path, dict[str, float]]:
-    """A model that knows the toy data, and its metrics."""
+    """Train a model on the toy data. Return it with its metrics."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--max_steps=60", "--per_device_train_batch_size=12", "--logging_steps=20", "--texts_per_image=2"]
     options += ["--eval_strategy=steps", "--eval_steps=30"]
@@ -51,7 +51,7 @@ def trained(data, tmp_path_factory) -> tuple[Path, dict[str, float]]:
 
 
 def run(*words: str) -> str:
-    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    """Run Python with these arguments and return the output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -140,7 +140,7 @@ def test_two_processes_evaluate_as_one(data, trained, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train(data, tmp_path):
-    # Of 3 captions a process may have 2 images or 3. Where texts choose late it learns later, as unpruned.
+    # A process may have 2 or 3 images for 3 captions. With late selection it learns later, like the unpruned baseline.
     options = ["--max_steps=120", "--texts_per_image=2", "--rerank_k=2", f"--output_dir={tmp_path}"]
     options += ["--selection_layers", "2", "3"]
     options += ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]

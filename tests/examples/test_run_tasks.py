@@ -1,4 +1,4 @@
-"""What holds for every run_*.py script: gradient accumulation is a larger batch, two processes evaluate as one."""
+"""All run_*.py scripts: gradient accumulation equals a larger batch, and two processes evaluate as one."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def losses_of(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
-    """An untrained model to start every task from, without BatchNorm: its statistics are those of a batch."""
+    """Return an untrained start model without BatchNorm, whose statistics depend on the batch."""
     words = "what color is it ? all is here a an image both are the square picture of , ".split()
     tokenizer = train_wordpiece_tokenizer([*words, *COLORS])
     config = TripsConfig.from_preset(
@@ -47,7 +47,7 @@ def backbone(tmp_path_factory) -> str:
 
 @each_task
 def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path):
-    """Micro-batches of 1 and of 4 of the same rows in the same order; captions and answers differ in length."""
+    """Compare micro-batches of 1 and of 4 rows in the same order; captions and answers differ in length."""
     data = write_task(task, tmp_path)
     options = [*data, *OPTIONS, backbone, "--max_steps=2", "--optim=sgd", "--do_eval=False", "--texts_per_image=1"]
     for name, size, times in (("whole", 4, 1), ("parts", 1, 4)):
@@ -72,7 +72,7 @@ def test_every_task_starts_from_a_vision_tower_and_a_text_encoder(task, tmp_path
 
 
 def test_towers_have_a_learning_rate_of_their_own(backbone, tmp_path):
-    """Of 0 they stay as they were, and all else learns."""
+    """With a learning rate of 0 the towers do not change, and all other weights do."""
     options = [*write_task("grounding", tmp_path), *OPTIONS, backbone, "--max_steps=2", "--do_eval=False"]
     before = load_file(Path(backbone.removeprefix("--model_name_or_path=")) / "model.safetensors")
     main_of("grounding")([*options, "--tower_learning_rate=0", f"--output_dir={tmp_path / 'out'}"])
@@ -106,7 +106,7 @@ def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, 
 @pytest.mark.slow
 @each_task
 def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
-    """5 or 10 rows in batches of 3 over 2 processes: rows come again to fill up the last batch, and must be cut."""
+    """With 5 or 10 rows in batches of 3 on 2 processes, repeated rows of the last batch must be removed."""
     data = write_task(task, tmp_path)
     options = [*data, *OPTIONS, backbone, "--do_train=False", "--per_device_eval_batch_size=3", "--use_cpu=True"]
     one = main_of(task)([*options, f"--output_dir={tmp_path / 'one'}"])

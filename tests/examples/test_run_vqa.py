@@ -1,4 +1,4 @@
-"""`examples/run_vqa.py` on a toy data set, as a user runs it: results, resuming after a kill, two processes."""
+"""`examples/run_vqa.py` on a toy data set: results, resuming after a kill, and two processes."""
 
 import json
 import os
@@ -36,7 +36,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
-    """Options that name two files: 4 images, 3 questions each for training, 2 of them for validation."""
+    """Return the options of two files: 4 images with 3 training questions each, 2 of them for validation."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
     for color in COLORS:
@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*words: str) -> str:
-    """Runs Python with these arguments and returns what it printed; shows its errors if it fails."""
+    """Run Python with these arguments and return the output."""
     result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -132,7 +132,7 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
 
     killed = command(data, tmp_path / "killed", *options)
     process = subprocess.Popen([sys.executable, *killed], env=environment(), stdout=subprocess.DEVNULL)
-    # The trainer state is written last: once it is there, the checkpoint is whole.
+    # The trainer state is written last and marks a complete checkpoint.
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -143,7 +143,7 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
 
     last_step = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
     printed = run(*killed, "--resume_from_checkpoint=last")
-    assert printed.count("'loss'") == 12 - last_step  # it went on, and did not begin again
+    assert printed.count("'loss'") == 12 - last_step  # it resumed
     expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "killed"))
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
@@ -176,7 +176,7 @@ def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(data, tmp_path):
     run_vqa.main(command(data, tmp_path / "model", "--max_steps=30", "--save_strategy=no")[1:])
-    # 8 questions in batches of 3 over 2 processes: the last batch is padded, and must be cut again.
+    # 8 questions in batches of 3 on 2 processes: repeated rows of the last batch must be removed.
     options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
     one = run_vqa.main(command(data, tmp_path / "one", *options)[1:])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -188,7 +188,7 @@ def test_two_processes_evaluate_as_one(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
-    """12 questions in steps of 4, one epoch: the row comes in one of three steps, in the batch of one process."""
+    """The row comes in one of three steps, in the batch of one process."""
     words = [str(ROOT / "tests" / "poisoned_run.py"), *data, *OPTIONS, f"--output_dir={tmp_path}", "--do_eval=False"]
     words += ["--num_train_epochs=1", "--save_steps=1", f"--per_device_train_batch_size={4 // processes}"]
     words += ["--questions_per_image=1"]
@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
     )
     assert result.returncode != 0
     errors = set(re.findall(r"FloatingPointError: (The loss of step .*)", result.stderr))
-    assert len(errors) == 1, result.stderr[-3000:]  # all processes tell the same
+    assert len(errors) == 1, result.stderr[-3000:]  # all processes report the same
     step, rows, rest = re.fullmatch(r"The loss of step (\d) is nan for the rows (.*?)\. (.*)", errors.pop()).groups()
     assert len(rows.split(", ")) == 4 // processes and poisoned in rows.split(", ")
     saved = {path.name for path in tmp_path.glob("checkpoint-*")}

@@ -1,4 +1,4 @@
-"""`examples/train_guide.py` on a tiny LLaVA: what it writes, resuming, both teachers, bad options."""
+"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, both teachers, bad options."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Images of two halves in different colors, with a question about each half; the last has no region."""
+    """Write images of two halves in different colors, with a question about each half; the last has no region."""
     folder = tmp_path_factory.mktemp("data")
     rows, rng = [], random.Random(0)
     for number in range(8):
@@ -89,7 +89,7 @@ def test_learns_the_regions(model_folder, data, tmp_path):
 
 
 def test_resumes(model_folder, data, tmp_path):
-    """A run that is interrupted and resumed ends with the guide of a run that is not."""
+    """An interrupted and resumed run ends with the guide of an uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_guide.main(options(model_folder, data, whole, "--max_steps=5", "--save_steps=2"))
 

@@ -1,4 +1,4 @@
-"""Supervision of a text guide, family by family: where its layer looks, and where it should."""
+"""Supervision of a text guide for each family: attention of its layer, and targets."""
 
 import PIL.Image
 import pytest
@@ -28,7 +28,7 @@ def guided(vlm: Vlm):
 
 
 def shown_to_first_unit(vlm: Vlm) -> tuple[dict, dict]:
-    """Inputs whose first unit is white, in each image or tile, and black inputs."""
+    """Return inputs whose first unit is white in each image or tile, and black inputs."""
     blanks = make_inputs(vlm)
     pixels = torch.zeros_like(blanks["pixel_values"])
     unit = find_family(vlm.make()).unit
@@ -57,7 +57,7 @@ def test_scores_have_gradients_and_the_shape_of_targets(vlm):
 
 @families
 def test_attention_is_that_of_the_eager_map(vlm):
-    """The rows that predict the answer, as the whole map has them."""
+    """The rows that predict the answer equal those of the eager attention map."""
     model, inputs = vlm.make(), make_inputs(vlm)
     if vlm.name in PACKED_ANEW:
         with pytest.raises(ValueError):
@@ -101,7 +101,7 @@ def test_region_masks():
 
 
 def test_the_answer_does_not_choose():
-    """Scores depend on the prompt alone: `guided_selection` and `prune_inputs` get it without its answer."""
+    """Scores only depend on the prompt: `guided_selection` and `prune_inputs` get it without the answer."""
     vlm = BY_NAME["llava"]
     model, _ = guided(vlm)
     inputs = make_inputs(vlm)

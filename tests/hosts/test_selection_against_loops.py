@@ -25,7 +25,7 @@ from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selec
 
 def naive_tower(tokens, layers, num_heads, num_prefix, guides, schedule):
     """
-    One image through pre-norm layers with selection, token by token, with the whole attention map.
+    Run one image through pre-norm layers with selection, token by token, with the whole attention map.
 
     Args:
         tokens: tensor (n, width). The first `num_prefix` always stay.
@@ -96,7 +96,7 @@ def stacked(weight, bias):
 
 
 def parts_of(layer: nn.Module) -> dict:
-    """Where each host keeps the parts of a layer (the host's own layer, without selection)."""
+    """Return the parts of a layer of each patched model, before patching."""
     name = type(layer).__name__
     if name in ("CLIPEncoderLayer", "SiglipEncoderLayer"):
         attention = layer.self_attn
@@ -122,7 +122,7 @@ def parts_of(layer: nn.Module) -> dict:
 
 
 def check_against_loops(tokens, layers, guides, num_prefix, run: Callable[[], torch.Tensor], apply: Callable):
-    """`tokens` enter the layers; `run` gives what comes out of the last; `apply` selects. All in float64."""
+    """Compare `run` under `apply` with loops over `tokens`, the input of the layers, in float64."""
     model_layers = [parts_of(layer) for layer in layers]
     num_heads = 1 if type(layers[0]).__name__ == "BridgeTowerResidualAttention" else 2
     expected = [
@@ -139,7 +139,7 @@ def check_against_loops(tokens, layers, guides, num_prefix, run: Callable[[], to
 
 
 def guides_of(guidance, by_text, by_image) -> list[dict]:
-    """For each row the guide of each selection layer, given those of its text and of its image."""
+    """Return for each row the guide of each selection layer, from the guides of its text and its image."""
     each = guidance if isinstance(guidance, list) else [guidance] * len(LAYERS)
     return [
         {layer: text if who == "text" else image for layer, who in zip(LAYERS, each)}
@@ -176,7 +176,7 @@ def test_clip_and_siglip_agree_with_loops(name, guidance):
 @torch.no_grad()
 @each_guidance
 def test_blip_agrees_with_loops(guidance):
-    """The text's guide is the [CLS] that the contrastive path shows: the text encoder without cross-attention."""
+    """The text's guide is the [CLS] of the contrastive path: the text encoder without cross-attention."""
     model = HOSTS["blip_retrieval"].make_model().double()
     tower, inputs = model.vision_model, {**PAIRS, "pixel_values": PIXELS.double()}
     text_states = model(**inputs, use_itm_head=False).question_embeds

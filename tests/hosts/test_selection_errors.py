@@ -1,4 +1,4 @@
-"""What `apply_patch_selection` and `record_patch_selection` refuse, and in which words."""
+"""Errors of `apply_patch_selection` and `record_patch_selection`."""
 
 import pytest
 import torch

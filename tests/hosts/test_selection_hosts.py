@@ -1,4 +1,4 @@
-"""What every host of patch selection must do: without a trace after, and as fast as counted."""
+"""All patched models: complete removal, static shapes and lengths of sequences."""
 
 import copy
 
@@ -47,7 +47,7 @@ def test_the_sequence_gets_as_short_as_counted(host):
 
 
 def snapshot(model: nn.Module) -> dict:
-    """The identity of every module, of all that it holds and of what its dictionaries hold."""
+    """Return the identities of all modules, their attributes and the contents of their dictionaries."""
 
     def identity(value):
         return id(value), [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else None
@@ -165,7 +165,7 @@ def test_bfloat16_keeps_nearly_the_same_patches(host):
 
 
 def without_checkpoints(name: str) -> bool:
-    return name == "bridgetower"  # its vision layers know of none
+    return name == "bridgetower"  # its vision layers do not support it
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if not without_checkpoints(name)])
@@ -191,14 +191,14 @@ def test_activation_checkpointing_changes_no_gradient(name):
     else:
         model.set_grad_checkpointing()
     actual = gradients()
-    assert len(calls) == 2  # the selection layer was run again in the backward pass
+    assert len(calls) == 2  # the selection layer ran again in the backward pass
     assert actual.keys() == expected.keys()
     for parameter, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=0, atol=1e-6)
 
 
 def test_what_was_set_meanwhile_stays():
-    """train or eval and checkpointing, set before or under selection, hold under it and after it."""
+    """The mode and checkpointing, set before or under selection, also hold under it and after it."""
     model = HOSTS["clip"].make_model()
     enable_checkpointing(model)
     HOSTS["clip"].apply(model)
@@ -273,7 +273,7 @@ def test_no_attention_map_is_formed_where_the_host_forms_none(name):
 @pytest.mark.parametrize("name", ["blip_vqa", "blip_captioning", "clip", "siglip"])
 @pytest.mark.parametrize("recorded_before", [True, False])
 def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
-    """Transformers hooks layers by their class, the first time that anybody asks."""
+    """Transformers hooks layers by class at the first request."""
     model = HOSTS[name].make_model()
     tower, num_prefix = model.vision_model, int(name != "siglip")
     if recorded_before:

@@ -1,4 +1,4 @@
-"""What is special to single hosts: ViLT's padding, BLIP's text, text that is given, projections, other heads."""
+"""Properties of single patched models: ViLT's padding, BLIP's text, given texts, projections, other heads."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_a_pair_in_vilt_does_not_feel_how_far_its_batch_is_padded():
 
 
 def places(indices: torch.Tensor, columns: int) -> list[tuple[int, int] | int]:
-    """(row, column) of each kept patch, -1 for a fused token; no padding."""
+    """Return (row, column) of each kept patch, -1 for a fused token, without padding."""
     return [divmod(index, columns) if index >= 0 else index for index in indices.tolist() if index != -2]
 
 
@@ -69,7 +69,7 @@ def test_padding_is_never_kept_in_front_of_a_patch():
 
 
 def test_vilt_without_anything_to_drop_has_no_fused_token_in_that_row():
-    """One row of a single patch: it keeps it, so its fused token must not be attended to."""
+    """A row with a single patch keeps it, so that its fused token must not be attended to."""
     host = HOSTS["vilt"]
     model = host.make_model()
     host.apply(model)
@@ -88,7 +88,7 @@ def test_vilt_takes_images_that_were_embedded_before():
     apply_patch_selection(model, schedule_of(LAYERS, RATE))
     with record_patch_selection(model) as selections:
         actual = model(**inputs)
-    expected = model(input_ids=INPUT_IDS, pixel_values=PIXELS)  # the order of the patches plays no part
+    expected = model(input_ids=INPUT_IDS, pixel_values=PIXELS)  # the order of the patches does not matter
     torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
     assert [selection.kept_indices.shape[1] for selection in selections] == KEPT
     assert selections[0].candidate_indices.tolist() == [list(range(16))] * 3
@@ -181,7 +181,7 @@ def test_blip_generates_captions():
         captions = model.generate(PIXELS, max_new_tokens=8)
     assert [selection.kept_indices.shape[1] for selection in selections] == KEPT
     assert torch.equal(model.generate(PIXELS, max_new_tokens=8), captions)
-    # Cross-attention over the 12 tokens that are left: one more of them would change what is said.
+    # Cross-attention over the remaining 12 tokens: another token would change the text.
     model.vision_model.post_layernorm.weight.data.zero_()
     assert not torch.equal(model.generate(PIXELS, max_new_tokens=8), captions)
 
@@ -197,7 +197,7 @@ def test_the_contrastive_image_vector_of_blip_does_not_depend_on_the_text():
     assert torch.equal(model(**PAIRS).last_hidden_state, states)
 
 
-# ---- Text that is given, projections, other heads ------------------------------------------------------------------
+# ---- Given texts, projections, other heads -------------------------------------------------------------------------
 
 
 def test_the_guiding_text_gets_its_gradient_through_the_fused_token():
@@ -253,7 +253,7 @@ def test_rows_of_a_projection_are_those_of_the_whole():
 
 
 def test_recorded_numbers_are_those_of_the_original_grid():
-    """Of 16 patches 2 stay, and of these and the fused token 1."""
+    """2 of 16 patches stay, then 1 of these and the fused token."""
     model = HOSTS["timm"].make_model()
     apply_patch_selection(model, schedule_of(LAYERS, 0.1, "image"))
     with record_patch_selection(model) as selections:

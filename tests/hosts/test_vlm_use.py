@@ -1,4 +1,4 @@
-"""Selection in vision-language models as users meet it: chat pipelines, Trainer, a guide, the scorers."""
+"""Selection in vision-language models: chat pipelines, Trainer, guides and scorers."""
 
 import PIL.Image
 import pytest
@@ -36,7 +36,7 @@ CHAT = (
 
 
 def make_processor() -> LlavaProcessor:
-    """For the tiny LLaVA: words, an image of 32 pixels, and a chat template."""
+    """Return a processor for the tiny LLaVA: words, images of 32 pixels, and a chat template."""
     words = "<unk> <pad> <s> </s> user assistant what is it ? red dog cat".split()
     vocabulary = {word: number for number, word in enumerate(words)} | {"<image>": IMAGE}
     vocabulary |= {f"w{number}": number for number in range(len(words), TEXT["vocab_size"]) if number != IMAGE}

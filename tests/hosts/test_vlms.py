@@ -1,6 +1,6 @@
 """
-Patch selection in generative vision-language models, family by family: beside the model without it, beside the same
-tokens dropped by hand, and beside a tower in which attention masks what the selection drops.
+Patch selection in generative vision-language models for each family: against the unpatched model, against tokens
+dropped by hand, and against a tower that masks the dropped patches in attention.
 """
 
 import pytest
@@ -31,13 +31,13 @@ families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
 
 
 def keep_even(features, prompt, prompt_mask, num_kept):
-    """A scorer that is easy to do by hand."""
+    """Scorer that keeps the even tokens."""
     kept = torch.arange(0, 2 * num_kept, 2).expand(len(features), -1)
     return kept, features[:, ::2][:, :num_kept]
 
 
 def rows_alone(vlm: Vlm, counts: list[int]):
-    """The prompts of `make_inputs(vlm, counts)` one by one, without padding."""
+    """Return the prompts of `make_inputs(vlm, counts)` one by one, without padding."""
     batch = make_inputs(vlm, counts)
     image = patch = 0
     for row, count in enumerate(counts):
@@ -63,7 +63,7 @@ def rows_alone(vlm: Vlm, counts: list[int]):
 
 
 def logits_by_hand(model: nn.Module, vlm: Vlm, inputs: dict) -> torch.Tensor:
-    """Logits of one prompt without its odd visual tokens: features, embeddings and positions put together here."""
+    """Compute the logits of one prompt without its odd visual tokens, from features, embeddings and positions."""
     base, ids = model.model, inputs["input_ids"]
     encoder = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
     features, stays, layers = [], ids[0] != IMAGE, []
@@ -184,8 +184,8 @@ def test_a_training_step(vlm):
 
 class MaskingAttention:
     """
-    Attention that hides patches in the layers behind those that dropped them. It needs no selection: every token stays
-    in its place, and the states of the kept ones must be those of the shorter sequence.
+    Attention that masks dropped patches in the layers above. All tokens keep their places, and the states of the kept
+    patches must equal those of the shorter sequence.
     """
 
     def __init__(self, modules: list[nn.Module], hidden_from: dict[int, torch.Tensor], num_others: int | None):
@@ -208,7 +208,7 @@ class MaskingAttention:
 
 
 def patches_of_units(units: torch.Tensor) -> torch.Tensor:
-    """The patches of marked units in a grid of 8 x 8 patches."""
+    """Return the patches of marked units in a grid of 8 x 8 patches."""
     side = round(units.shape[1] ** 0.5)
     grid = units.unflatten(1, (side, side))
     return grid.repeat_interleave(8 // side, 1).repeat_interleave(8 // side, 2).flatten(1)
@@ -224,7 +224,7 @@ def tower_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def hidden_patches(vlm: Vlm, model: nn.Module, inputs: dict, kept: torch.Tensor, num_units: int) -> torch.Tensor:
-    """Which patches the tower has dropped, in its own order: `(num_images, num_patches)`, packed in one row."""
+    """Return a mask of the dropped patches in the tower's order, `(num_images, num_patches)`, packed in one row."""
     if vlm.kind != "packed":
         return patches_of_units(torch.ones(len(kept), num_units, dtype=torch.bool).scatter(1, kept, False))
     units = []
@@ -272,7 +272,7 @@ def test_kept_patches_have_the_states_that_a_mask_gives_them(vlm, schedule):
 
 
 def scores_by_hand(query, key, scaling, num_others):
-    """Attention of the [CLS], or of the mean of all queries, to the patches, averaged over the heads."""
+    """Compute the attention of [CLS], or of the mean of all queries, to the patches, averaged over the heads."""
     query = query[:, :, 0] if num_others else query.mean(dim=2)
     logits = (key[:, :, num_others:] @ query.unsqueeze(-1)).squeeze(-1) * scaling
     return logits.softmax(dim=-1).mean(dim=1)
@@ -385,7 +385,7 @@ def test_a_checkpoint_saved_under_selection_is_the_models_own(vlm, tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, expected, **TOLERANCE)
 
 
-# ---- What is refused -----------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------------------------
 
 
 def test_models_whose_visual_tokens_cannot_be_dropped_are_refused():
@@ -400,7 +400,7 @@ def test_models_whose_visual_tokens_cannot_be_dropped_are_refused():
 @pytest.mark.parametrize(
     ("schedule", "options"),
     [
-        ("3:image:0.5", {}),  # LLaVA shows the states of the layer before the last one
+        ("3:image:0.5", {}),  # LLaVA uses the states of the layer before the last one
         ("1:image:0.5:0.9", {}),
         ("1:text:0.5", {}),
         ("1:image:0.5", {"visual_tokens": 0}),
@@ -475,5 +475,5 @@ def test_patches_that_only_pad_an_image_are_masked_after_selection():
     apply_patch_selection(model, "1:image:0.99")  # 16 units stay
     remove_patch_selection(model)
     expected = model(**inputs, pixel_attention_mask=mask).logits
-    apply_patch_selection(model, "1:image:0.95")  # the mask travels through every layer behind
+    apply_patch_selection(model, "1:image:0.95")  # the mask goes through all layers above
     assert model(**inputs, pixel_attention_mask=mask).logits.shape == expected.shape

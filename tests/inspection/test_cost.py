@@ -29,9 +29,9 @@ def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:
         ("2:image:0.5,3:image:0.5", {}),
         ("2:random:0.5,4:text:0.25", {}),
         (MIXED, {}),
-        ("4:text:0.3", {}),  # at the door of the fusion encoder
+        ("4:text:0.3", {}),  # before the fusion encoder
         ("1:text:0.1", {}),
-        ("2:text:0.999", {}),  # all candidates are kept, which still are scored
+        ("2:text:0.999", {}),  # all candidates are kept but scored
         ("2:text:1.0,3:image:0.5", {}),
         (MIXED, {"fuse_inattentive_tokens": False}),
         (MIXED, WIDTHS),  # a projection of the guidance
@@ -59,7 +59,7 @@ def test_the_unpruned_model_is_counted_with_what_its_texts_share(fusion_type):
     config = config_of(SelectionSchedule.parse(MIXED), **fields)
     cost = forward_cost(config, 6, UNPRUNED)
     assert [cost.macs(number) for number in (1, 3)] == [counted(UNPRUNED, number, **fields)[0] for number in (1, 3)]
-    # A schedule that is given goes before the configuration's own.
+    # A given schedule replaces the configuration's.
     assert cost.tokens == (65,) * 4 != forward_cost(config, 6).tokens
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics of the selection: hand-worked examples."""
+"""Diagnostics of the selection: examples by hand."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_sensitivity_needs_two_texts_of_one_image():
 
 def test_share_inside_goes_by_the_patches_centres():
     patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8], [0, 8, 8, 16]])
-    # Centres at x = 4, 12, 20 in the first row; the region begins right behind the first and ends right at the third.
+    # Centers at x = 4, 12, 20 in the first row; the region begins right after the first and ends at the third.
     assert share_inside(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
     assert share_inside(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
 
@@ -90,7 +90,7 @@ def test_share_shown_goes_by_areas():
 
 def test_the_kept_hold_the_largest_scores_of_their_row():
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])
-    selection = selection_of([0, 2], [3, -2], scores=scores)  # of the second row one is kept
+    selection = selection_of([0, 2], [3, -2], scores=scores)  # the second row keeps one
     torch.testing.assert_close(kept_mass(selection), torch.tensor([0.7, 0.4]))
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tests of the pictures of kept patches: exact pixels, and what the figure says."""
+"""Drawings of kept patches: exact pixels, and texts of the figure."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_outline_runs_inside_the_kept_area_and_not_between_kept_patches(image):
         ((20, 15), (19, 15), (18, 15)),
     ):
         assert [picture.getpixel(at) for at in (outside, edge, inside)] == [FADED, OUTLINE, COLOR]
-    # between neighbours, and along the border of the picture
+    # between neighbors, and along the border of the image
     assert {picture.getpixel(at) for at in ((5, 9), (5, 10), (9, 15), (10, 15), (0, 5), (5, 0), (15, 19))} == {COLOR}
 
 

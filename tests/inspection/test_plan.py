@@ -1,4 +1,4 @@
-"""Which schedule holds a budget: against a search with PyTorch's counter, and what is refused in words."""
+"""Schedules for a budget, against a search with PyTorch's counter, and errors."""
 
 import re
 from statistics import mean
@@ -15,7 +15,7 @@ from modeling_trips.inspection.plan import candidate_schedules, plan_schedules, 
 
 BASE = TripsConfig.from_preset("base", vision_config={"image_size": 384})
 NUMBERS = (1, 2, 5, 10)
-# Of docs/speed.md and the paper.
+# Schedules of docs/speed.md and the paper.
 NAMED = {
     "5,10",
     "5:image,10:image",
@@ -31,7 +31,7 @@ NAMED = {
 
 
 class Counter:
-    """Multiply-accumulates and tokens of a tiny model that is run on the meta device."""
+    """Counter of MACs and tokens of a tiny model on the meta device."""
 
     def __init__(self, config: TripsConfig, text_length: int):
         with torch.device("meta"):

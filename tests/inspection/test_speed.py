@@ -1,4 +1,4 @@
-"""Measured speedups, with a clock that counts: each time is of the model that its name says, and a median."""
+"""Measured speedups with a counting clock: each time is a median of the right model."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""`attn_implementation`: every kernel gives the same outputs and keeps the same patches, and each layer uses it."""
+"""`attn_implementation`: all kernels give the same outputs and kept patches, and each layer uses the kernel."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from modeling_trips.modeling_trips_text import TripsTextSelfAttention
 from modeling_trips.modeling_trips_vision import TripsVisionAttention
 
 
-# Where rows keep different numbers of patches, image tokens are padded, too.
+# With top-p selection, image tokens are padded too.
 each_mode = pytest.mark.parametrize("mode", [{}, {"selection_mode": "mass", "selection_mass": 0.5}], ids=str)
 
 
@@ -116,7 +116,7 @@ def test_flex_attention_refuses_dropout_in_training(case):
 
 @pytest.fixture
 def register() -> Iterator:
-    """Registers an attention function and the function that makes its masks; forgets them after the test."""
+    """Register an attention function and its mask function for a test."""
     names = []
 
     def register(name, attention_function, mask_function):
@@ -177,7 +177,7 @@ def flash_varlen(
 
 @pytest.fixture
 def flash_in_torch(register, monkeypatch) -> str:
-    """Transformers' own flash attention, masks and unpadding included, with the CUDA kernels replaced by PyTorch."""
+    """Run Transformers' flash attention, with masks and unpadding, on PyTorch in place of the CUDA kernels."""
     functions = (flash, flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
@@ -199,7 +199,7 @@ def test_flash_attentions_masks_and_layout_give_the_same(case, mode, padded, fla
 def assert_outputs_equal_but_for_padding(case, inputs, attn_implementation, **mode):
     outputs, expected = (case.make_model(name, **mode)(**inputs) for name in (attn_implementation, "eager"))
     assert kept_by(outputs) == kept_by(expected)
-    # The states of a text's padding have no meaning.
+    # States of padding are not compared.
     rows = inputs["attention_mask"].bool() if "last_hidden_state" in outputs else ...
     torch.testing.assert_close(main_output(outputs)[rows], main_output(expected)[rows], rtol=1e-4, atol=2e-5)
 

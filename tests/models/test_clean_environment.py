@@ -1,4 +1,4 @@
-"""Published checkpoints load and answer, bit for bit, where this project is not installed: from a folder and a Hub."""
+"""Published checkpoints give bit-identical results without this project, from a folder and from a Hub."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def image(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean_python(tmp_path_factory) -> list[str]:
-    """An interpreter that has what the running one has, but for this project."""
+    """Return an interpreter with the packages of the running one, without this project."""
     return [make_environment(tmp_path_factory.mktemp("clean")), "-I"]
 
 
@@ -59,7 +59,7 @@ def run_stranger(python: list[str], source: str, checkpoints, image: Path, folde
 
 @pytest.fixture(scope="module")
 def expected(checkpoints, image, tmp_path_factory) -> dict:
-    """The results where the project is installed: its own classes serve the Auto classes."""
+    """Return the results of an environment with this project."""
     folder = tmp_path_factory.mktemp("project") / "results"
     python = [sys.executable, "-c", WITH_PROJECT]
     results = run_stranger(python, source_of(checkpoints), checkpoints, image, folder, PYTHONPATH=str(ROOT))
@@ -74,7 +74,7 @@ def source_of(checkpoints) -> str:
 
 
 def differences(actual, expected, where: str = "results") -> list[str]:
-    """Where two nested results are not equal, tensors bit by bit."""
+    """Return the paths at which two nested results differ; tensors must be bit-identical."""
     if isinstance(expected, dict):
         if actual.keys() != expected.keys():
             return [f"{where}: {actual.keys() ^ expected.keys()}"]
@@ -89,10 +89,10 @@ def differences(actual, expected, where: str = "results") -> list[str]:
 
 
 def assert_same_repository(again: Path, folder: Path):
-    """What was loaded from a folder and saved again holds all that the folder held."""
+    """Check that a checkpoint that is loaded and saved again has all files of the original."""
     assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
     for path in folder.iterdir():
-        if path.name not in ("config.json", "tokenizer_config.json"):  # loading notes things in these two
+        if path.name not in ("config.json", "tokenizer_config.json"):  # loading adds fields to these files
             assert (again / path.name).read_bytes() == path.read_bytes(), path
     config, config_again = (json.loads((path / "config.json").read_text()) for path in (folder, again))
     for name in ("architectures", "auto_map", "custom_pipelines"):

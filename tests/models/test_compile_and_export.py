@@ -1,4 +1,4 @@
-"""Graphs of the model: compiled by Inductor, exported by `torch.export`, converted to ONNX and run by ONNX Runtime."""
+"""Compilation by Inductor, `torch.export`, and export to ONNX with ONNX Runtime."""
 
 import onnxruntime
 import pytest
@@ -12,13 +12,13 @@ from modeling_trips.patch_selection import keep_topk
 
 
 QUESTION_ANSWERING = next(case for case in CASES if case.model_class is TripsForQuestionAnswering)
-# Pre-training is left out: all that its model gives are losses.
+# Pre-training is left out, because its model only returns losses.
 each_model_of_use = pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.model_class is not TripsForPreTraining],
     ids=str,
 )
-SIZES = [1, 2, 6]  # numbers of texts, none of which is the one that graphs are made with
+SIZES = [1, 2, 6]  # numbers of texts that differ from the one of the export
 
 
 def without_cache(case) -> dict[str, bool]:
@@ -35,7 +35,7 @@ def assert_same_outputs(outputs, expected):
 
 
 def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
-    """The model as graphs that run without Inductor, and the list that they are entered in."""
+    """Return the model compiled without Inductor, and the list of its graphs."""
     graphs = []
 
     def count_graphs(graph_module, example_inputs):
@@ -48,7 +48,7 @@ def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_batches_of_all_sizes_share_two_graphs():
-    """The first one is for the first size alone; the second size shows that it varies."""
+    """The first graph is specialized for the first size; the second one has a dynamic size."""
     torch._dynamo.reset()
     case = QUESTION_ANSWERING
     model = case.make_model()
@@ -130,7 +130,7 @@ def test_generation_with_a_static_cache_compiles_its_step_once():
 
 
 def dynamic_shapes(inputs: dict) -> dict:
-    """The number of texts, and how many tokens the texts and the answers have."""
+    """Return the dynamic dimensions: the number of texts, and the lengths of texts and answers."""
     texts = Dim("num_texts", max=64)
     lengths = {"decoder_input_ids": Dim("answer_length", min=2, max=16), "pixel_values": None}
     text_length = Dim("text_length", min=2, max=16)
@@ -143,7 +143,7 @@ def dynamic_shapes(inputs: dict) -> dict:
 
 
 def other_inputs(case, num_texts: int) -> dict:
-    """Inputs whose sizes all differ from those that `make_inputs` gives without being asked."""
+    """Return inputs whose sizes all differ from the defaults of `make_inputs`."""
     inputs = {**case.make_inputs(num_texts), **without_cache(case)}
     inputs["input_ids"] = inputs["input_ids"][:, :4]
     inputs["attention_mask"] = inputs["attention_mask"][:, :4]
@@ -207,7 +207,7 @@ def test_of_equal_scores_the_lower_index_wins_in_onnx_too(num_kept):
 
 
 class OutputTuple(torch.nn.Module):
-    """A model called by position that returns its main output and the kept patches."""
+    """Wrapper with positional arguments that returns the main output and the kept patches."""
 
     def __init__(self, model, names: list[str]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests of the configuration: what is refused and in which words, presets, round trips, selection fields anywhere."""
+"""Configuration: errors of invalid fields, presets, round trips and selection fields."""
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -38,7 +38,7 @@ SMALL = {
 }
 
 
-# What is given, and the words (field, value, what is allowed) that the message must have.
+# Fields, and the words (field, value, allowed values) of the error.
 WRONG_VISION_VALUES = [
     ({"keep_rate": 0}, ["`keep_rate`"]),
     ({"keep_rate": 0.0}, ["`keep_rate`"]),
@@ -89,7 +89,7 @@ WRONG_VISION_VALUES = [
     ),
 ]
 NOT_A_NUMBER = float("nan")
-# Fields that several parts have, or the whole; the part that is made of them.
+# Fields that several parts share, and the part that gets them.
 NONSENSE = [
     (TripsVisionConfig, {"hidden_size": 0}, ["`hidden_size`", "at least 1", "got 0"]),
     (TripsTextConfig, {"hidden_size": -8}, ["`hidden_size`", "at least 1", "got -8"]),
@@ -116,7 +116,7 @@ NONSENSE = [
     (TripsConfig, {"pointing_loss_coefficient": -1}, ["`pointing_loss_coefficient`", "at least 0", "got -1"]),
     (TripsConfig, {"num_images": 0}, ["`num_images`", "at least 1", "got 0"]),
 ]
-# Refused too, but without naming the field: see the mark.
+# Invalid too, but the error does not name the field: see the mark.
 UNNAMED_VISION_VALUES = [
     ({"num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
     ({"image_size": [224, 224, 224]}, ["`image_size`", "[224, 224, 224]"]),
@@ -202,7 +202,7 @@ def test_presets_have_the_documented_sizes():
     assert (small.fusion_encoder_config.hidden_size, small.decoder_config.hidden_size) == (384, 384)
     assert base.to_dict() == TripsConfig().to_dict()
     assert (base.decoder_config.num_hidden_layers, base.decoder_config.hidden_size) == (6, 768)
-    # The tiny one, all four parts and the selection included, makes a model.
+    # The tiny preset, with all four parts and selection, makes a model.
     assert TripsModel(tiny).num_parameters() < 3_000_000
     assert len(rates_of(tiny.vision_config)) == 2
     with pytest.raises(ValueError, match="huge"):
@@ -214,7 +214,7 @@ def test_preset_overrides_are_merged_field_by_field_and_do_not_leak():
     changed = TripsConfig.from_preset("tiny", keep_rate=0.123, text_config={"vocab_size": 99})
     assert (changed.keep_rate, changed.text_config.vocab_size) == (0.123, 99)
     assert changed.text_config.hidden_size == 128  # the rest of the part stays the preset's
-    assert changed.decoder_config.vocab_size == 99  # and what depends on it follows
+    assert changed.decoder_config.vocab_size == 99  # and dependent fields change too
     assert TripsConfig.from_preset("tiny").to_dict() == before
 
 
@@ -288,7 +288,7 @@ def test_selection_fields_can_be_overridden_in_from_pretrained(checkpoint):
 
 @pytest.fixture(scope="module")
 def old_checkpoint(tmp_path_factory):
-    """Of pre-training without writing, with BERT's start token, which its twelve words do not reach."""
+    """Return a pre-training checkpoint without a decoder objective, whose start token is outside its vocabulary."""
     path = tmp_path_factory.mktemp("old_checkpoint")
     parts = {**SMALL, "decoder_config": {"num_hidden_layers": 1}}
     TripsForPreTraining(TripsConfig(**parts, prefix_lm_weight=0)).save_pretrained(path)
@@ -299,7 +299,7 @@ def old_checkpoint(tmp_path_factory):
 def test_a_start_token_out_of_the_vocabulary_is_refused_by_heads_that_write(old_checkpoint, head):
     words = ["`decoder_start_token_id` (101)", "vocabulary of 12 tokens", "`bos_token_id`"]
     assert_refused(lambda: head(TripsConfig.from_pretrained(old_checkpoint, prefix_lm_weight=1.0)), words)
-    ends = {"bos_token_id": 1, "eos_token_id": 2}  # what the error advises
+    ends = {"bos_token_id": 1, "eos_token_id": 2}  # the fix that the error suggests
     loaded = head.from_pretrained(old_checkpoint, decoder_config=ends, decoder_start_token_id=1)
     assert (loaded.config.decoder_start_token_id, loaded.config.decoder_config.eos_token_id) == (1, 2)
     assert loaded.config.decoder_config.num_hidden_layers == 1

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the models run and print what they say."""
+"""The examples in the docstrings of the models run and print the documented output."""
 
 import doctest
 import re

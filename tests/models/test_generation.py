@@ -1,6 +1,6 @@
 """
-Tests of what `generate` promises, on every class that writes text. They stand in for Transformers' own generation
-suite, which its source distribution lacks. Caches, beam search among all answers, image caches and padding are in
+`generate` of every class that generates text, in place of Transformers' generation suite, which its source
+distribution lacks. Caches, beam search, cached image states and padding are tested in
 test_modeling_trips_question_answering.py.
 """
 
@@ -24,7 +24,7 @@ each_class = pytest.mark.parametrize("model_class", generative_classes, ids=lamb
 
 
 def make_model(model_class, attn_implementation="sdpa"):
-    """A model whose texts differ from question to question and from token to token. Two of four end by themselves."""
+    """Return a model whose texts differ between questions and tokens. Two of four texts end with the end token."""
     torch.manual_seed(36)
     config = TripsConfig(
         vision_config={
@@ -56,7 +56,7 @@ def make_model(model_class, attn_implementation="sdpa"):
     with torch.no_grad():
         for name, weight in model.decoder.named_parameters():
             if name.endswith("output.dense.weight"):
-                weight.mul_(0.3)  # otherwise the question drowns what was written so far
+                weight.mul_(0.3)  # otherwise the question dominates the generated tokens
     return model
 
 
@@ -71,7 +71,7 @@ def inputs():
 
 
 def next_token_scores(model, written):
-    """Log-probabilities of the token after each row of `written`, by a run of the whole model without a cache."""
+    """Return the log-probabilities of the token after each row of `written`, without a cache."""
     return model(**inputs(), decoder_input_ids=written, use_cache=False).logits[:, -1].log_softmax(dim=-1)
 
 
@@ -120,7 +120,7 @@ def test_lengths_are_kept(model_class):
     assert free.shape == (4, 9)  # with the start token
     assert torch.equal(model.generate(**inputs(), max_new_tokens=4, **ENDLESS), free[:, :5])
     assert torch.equal(model.generate(**inputs(), max_new_tokens=None, max_length=4, **ENDLESS), free[:, :4])
-    ends = free[:, 1].unique().tolist()  # what every text begins with, so all would end at once
+    ends = free[:, 1].unique().tolist()  # the first token of every text, so that all would end at once
     assert model.generate(**inputs(), eos_token_id=ends, pad_token_id=PAD).shape == (4, 2)
     longer = model.generate(**inputs(), min_new_tokens=3, max_new_tokens=3, eos_token_id=ends, pad_token_id=PAD)
     assert longer.shape == (4, 4) and not torch.isin(longer[:, 1:], torch.tensor(ends)).any()
@@ -363,7 +363,7 @@ def test_a_checkpoint_remembers_how_to_generate(model_class, tmp_path):
 
 @each_class
 def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(model_class, tmp_path):
-    """As one of boxes, which has no generation config."""
+    """A grounding checkpoint has no generation config."""
     TripsForVisualGrounding(make_model(model_class).config).save_pretrained(tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
     options = model_class.from_pretrained(tmp_path).generation_config

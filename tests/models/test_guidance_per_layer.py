@@ -1,4 +1,4 @@
-"""Guidance per layer: what texts share, and where each begins to have a computation of its own."""
+"""Guidance per layer: computation that texts share, and the first layer that runs for each text."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from modeling_trips import TripsModel, TripsVisionConfig, use_schedule
 
 
 def rows_seen(module, call) -> list[int]:
-    """The number of rows of each input that `module` gets during `call()`."""
+    """Return the number of rows of each input of `module` during `call()`."""
     seen = []
     hook = module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     call()
@@ -92,7 +92,7 @@ def test_the_pass_without_a_text_is_the_same_trunk():
     image_cache = model.encode_images(images(2))
     for output in (model.vision_model(images(2)), model.vision_model(image_cache=image_cache)):
         assert torch.equal(output.selection[0].kept_indices, image_cache.selection[0].kept_indices)
-    # The text chooses at the door of the fusion encoder: what is compared does not depend on it.
+    # The text only selects before the fusion encoder, so that the compared states do not depend on it.
     texts = torch.randn(4, 16)
     pooled = model.vision_model(text_embeds=texts, image_cache=image_cache, image_index=INDEX).pooler_output
     torch.testing.assert_close(pooled, model.vision_model(image_cache=image_cache).pooler_output[INDEX])

@@ -1,4 +1,4 @@
-"""Files from strangers: decoded within limits, by one decoder, in this process or in one that can be killed."""
+"""Decoding of untrusted image files within limits, in this process or in one that can be killed."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def image():
 
 
 def scan_bomb(side: int, num_scans: int) -> bytes:
-    """A progressive JPEG in which each of `num_scans` refinements is a few bytes, and a pass over all its blocks."""
+    """Return a progressive JPEG with `num_scans` refinements of a few bytes; each needs a pass over all blocks."""
     source = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50).getvalue()
     tables, position = b"", 2
     while (marker := source[position + 1]) != 0xDA:
@@ -120,7 +120,7 @@ def test_others_are_refused_with_the_reason(decode, data, reason):
 
 def test_scans_and_comments_are_counted_where_they_are(decode, image):
     decode(scan_bomb(64, num_scans=90))
-    # What looks like scans within a segment, or behind the end of the image, are none.
+    # Scan markers within a segment or after the end of the image do not count.
     decode(jpeg_with(image, b"\xff\xef", b"\xff\xda\0\2" * 200))
     decode(encoded(image, "JPEG").getvalue() + b"\xff\xda\0\2" * 200)
     decode(gif_with_comment(1 << 15))

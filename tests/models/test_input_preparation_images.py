@@ -1,4 +1,4 @@
-"""Every kind of image becomes `pixel_values`, and what cannot is refused by name."""
+"""Images of every kind become `pixel_values`; the error of an invalid image names it."""
 
 import base64
 

@@ -1,4 +1,4 @@
-"""What ALBEF takes out of questions and captions, in the processor: visible, saved, and not for answers."""
+"""The processor's text cleaning, as in ALBEF: a saved field, for questions and captions but not for answers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints come back whole, into empty models and onto several devices; what they lack is initialised."""
+"""Loading of checkpoints: all weights, empty models, several devices, and initialization of missing weights."""
 
 import accelerate
 import pytest
@@ -17,7 +17,7 @@ def test_every_head_has_a_case():
 
 
 def make_used_model(case):
-    """A model whose BatchNorm statistics are no longer the initial ones."""
+    """Return a model with updated BatchNorm statistics."""
     model = case.make_model().train()
     loss_of(model(**case.make_inputs(training=True)))
     return model.eval()
@@ -57,7 +57,7 @@ def test_a_model_made_without_memory_takes_the_weights(case):
 
 @pytest.fixture
 def uninitialised_memory_is_nan():
-    """PyTorch fills what it does not initialise with NaN, and integers with their largest value."""
+    """Let PyTorch fill uninitialized memory with NaN, and integers with their largest value."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -84,7 +84,7 @@ def test_weights_missing_in_a_checkpoint_are_initialised_and_reported(
 
 
 def assert_drawn_like(tensor: torch.Tensor, expected: torch.Tensor, name: str):
-    """Constants (biases, norms, BatchNorm's statistics) are equal; random weights have the same spread, roughly."""
+    """Check that constants (biases, norms, BatchNorm) are equal and random weights have a similar deviation."""
     assert tensor.isfinite().all(), name
     if expected.numel() == 1 or expected.unique().numel() == 1:
         assert torch.equal(tensor, expected), name
@@ -111,11 +111,11 @@ def test_a_larger_vocabulary_reaches_every_table_and_its_checkpoint(case, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device maps. The disk stands for any device that weights have to be fetched from.
+# Device maps. The disk represents any device that weights are fetched from.
 
 
 def split_device_map(model) -> dict[str, str]:
-    """Every other module of those that must stay whole is on the disk, and so is all that is left."""
+    """Put every other indivisible module, and all remaining weights, on the disk."""
     names = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
     device_map = {name: ("cpu", "disk")[number % 2] for number, name in enumerate(names)}
     rest = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -126,7 +126,7 @@ def split_device_map(model) -> dict[str, str]:
 
 @pytest.fixture(params=CASES, ids=[case.model_class.__name__ for case in CASES])
 def saved(request, tmp_path):
-    """A case, its model, and the folder of its checkpoint in several files."""
+    """Return a case, its model, and the folder of its sharded checkpoint."""
     model = make_used_model(request.param)
     model.save_pretrained(tmp_path / "checkpoint", max_shard_size="50KB")
     return request.param, model, tmp_path / "checkpoint"

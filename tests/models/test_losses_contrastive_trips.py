@@ -1,6 +1,6 @@
 """
-Tests of the contrastive and the matching loss: numbers worked by hand, negatives that are drawn as often as they
-should be and never of the same image, and two processes that give the loss and the gradients of one.
+Contrastive and matching loss: examples by hand, the distribution of hard negatives, and equal losses and gradients
+with one and two processes.
 """
 
 import math
@@ -33,14 +33,14 @@ def ids(*values):
 
 
 def make_batch():
-    """Four images, six texts and their image ids. Image 5 is in both halves, and so are texts of it."""
+    """Return four images, six texts and their image ids. Both halves have image 5 and texts of it."""
     generator = torch.Generator().manual_seed(3)
     images, texts = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (4, 6))
     return images, texts, ids(5, 1, 5, 2), ids(5, 1, 1, 2, 5, 5)
 
 
 def loss_of(logits_per_image, image_ids, text_image_ids, temperature=1.0):
-    """Of any logits: the images are unit vectors, and so each text is its column of logits."""
+    """Return the loss of any logits. The images are unit vectors, so that each text is its column of logits."""
     images, texts = torch.eye(len(logits_per_image)), logits_per_image.T * temperature
     return contrastive_loss(images, texts, temperature, image_ids, text_image_ids).item()
 
@@ -50,7 +50,7 @@ def loss_of(logits_per_image, image_ids, text_image_ids, temperature=1.0):
 
 
 def test_two_orthogonal_pairs():
-    # Each looks at logits 1 and 0, of which the first is right.
+    # Each query has logits 1 and 0; the first is the true candidate.
     assert loss_of(torch.eye(2), ids(0, 1), ids(0, 1)) == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_similarity_is_computed_in_full_precision():
 
 
 def shares_of(logits, same_image, num_draws=40_000):
-    """How often each candidate of one query is drawn."""
+    """Return how often each candidate of one query is drawn."""
     rows = logits.expand(num_draws, -1), same_image.expand(num_draws, -1)
     indices, valid = hard_negative_indices(*rows)
     assert valid.all()
@@ -170,7 +170,7 @@ def test_matching_pairs_are_true_ones_then_negative_images_then_negative_texts()
 
 def test_pairs_of_the_same_image_are_never_negatives():
     image_ids = ids(3, 3, 1, 2, 1, 3)
-    logits = 20.0 * (image_ids[:, None] == image_ids)  # what must not be drawn fits best by far
+    logits = 20.0 * (image_ids[:, None] == image_ids)  # excluded candidates have the highest logits by far
     for _ in range(500):
         pairs = matching_pairs(logits, image_ids)
         same_image = image_ids[pairs.text_index] == image_ids[pairs.image_index]
@@ -214,7 +214,7 @@ def loss_and_gradients(images, texts, image_ids, text_image_ids):
     return [loss.detach(), temperature.grad, images.grad, texts.grad]
 
 
-# How many images and texts of the batch the first process has.
+# Numbers of images and texts of the first process.
 SPLITS = [(2, 3), (3, 2), (1, 5)]
 
 
@@ -239,7 +239,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     for results in zip(*(output["results"] for output in outputs)):
         losses, temperatures, images_by_rank, texts_by_rank = zip(*results)
         torch.testing.assert_close(sum(losses) / 2, loss)
-        # Data parallel training takes the mean of what each process has for a weight: half of each row's gradient.
+        # Data parallel training averages the gradients of the processes.
         torch.testing.assert_close(sum(temperatures) / 2, temperature)
         torch.testing.assert_close(torch.cat(images_by_rank) / 2, images)
         torch.testing.assert_close(torch.cat(texts_by_rank) / 2, texts)

@@ -1,4 +1,4 @@
-"""Tests of the box losses: against numbers worked by hand and torchvision, and where boxes are hardly boxes."""
+"""Box losses against examples by hand and torchvision, including degenerate boxes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests of the whole model without a head: the data flow, padding, batches, shared images, save and load."""
+"""The model without a head: data flow, padding, batches, shared images, saving and loading."""
 
 import pytest
 import torch

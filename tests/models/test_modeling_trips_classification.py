@@ -1,6 +1,6 @@
 """
-Tests of the head for statements about several images: against its three parts, called for one image at a time; what is
-computed once; nothing but a statement and its images, in their order, decides its class.
+The head for statements about several images, against its three parts called for one image at a time; shared
+computation; and independence of a statement's class from the rest of the batch.
 """
 
 import pytest
@@ -41,7 +41,7 @@ def shared_inputs():
 
 
 def composed(model, row, statement_images):
-    """Logits and kept indices of one statement without padding: the three parts, called for one image at a time."""
+    """Return logits and kept indices of one statement from the three parts, called for one image at a time."""
     input_ids = STATEMENTS[row : row + 1, : int(MASK[row].sum())]
     class_states, kept = [], []
     for image in statement_images:
@@ -132,7 +132,7 @@ def test_a_statement_is_encoded_once_and_so_is_an_image():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What decides the class
+# Inputs that determine the class
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def test_every_parameter_is_trained():
 
 
 def test_order_of_the_images_can_be_learned():
-    """Of each two images, which is the brighter? Each pair comes in both orders, with a statement on either side."""
+    """The class says which image is brighter. Each pair comes in both orders, with a statement about either side."""
     model = make_model(selection_layers=[2], keep_rate=0.5)
     left_is_brighter, right_is_brighter = [1, 5, 2], [1, 6, 2]
     brightness = torch.tensor([-1.0, 0.0, 1.0])
@@ -257,7 +257,7 @@ def test_captured_outputs_have_one_row_per_statement_and_image():
     assert [tuple(states.shape) for states in output.hidden_states] == [(8, 5, WIDTH)] * 2
     assert [tuple(weights.shape) for weights in output.attentions] == [(8, 3, 5, 5)]
     assert [tuple(weights.shape) for weights in output.cross_attentions] == [(8, 3, 5, 1 + 24 + 1)]
-    # No token of a statement looks at its padding.
+    # No token attends to padding.
     hidden = MASK.repeat_interleave(2, dim=0)[:, None, None].expand(-1, 3, 5, -1) == 0
     assert (output.attentions[0][hidden] == 0).all()
 

@@ -1,6 +1,6 @@
 """
-Tests of visual grounding: against its three parts, called for one text at a time; losses by hand and by torchvision;
-nothing but a text and its image decides its box.
+Visual grounding against its three parts, called for one text at a time; losses by hand and by torchvision; and
+independence of a text's box from the rest of the batch.
 """
 
 import math
@@ -88,7 +88,7 @@ def test_the_head_is_detrs_around_the_place_that_it_attends_to():
 
 
 def test_centers_of_what_two_layers_kept_by_hand():
-    """A grid of 2 x 4: the patch at the bottom left and the one right of the top middle; fused tokens are nowhere."""
+    """In a grid of 2 x 4, the kept patches are at the bottom left and right of the top middle."""
     selection = (None, TripsSelection(kept_indices=torch.tensor([[4, -1, 2]])))
     image_states = torch.zeros(1, 4, IMAGE_WIDTH)
     indices = token_indices(selection, image_states)
@@ -207,7 +207,7 @@ def test_loss_is_the_weighted_sum_of_both(coefficients):
 
 
 def test_trainer_accumulates_the_gradient_of_the_larger_batch(tmp_path):
-    """It tells the model how many numbers the labels of the whole batch have: the loss must divide by the boxes."""
+    """`Trainer` passes the number of label elements of the whole batch; the loss divides by the number of boxes."""
     samples = [
         {"input_ids": TEXTS[row], "attention_mask": MASK[row], "pixel_values": images(4)[row], "labels": BOXES[row]}
         for row in range(4)
@@ -244,7 +244,7 @@ def test_every_parameter_is_trained():
 
 
 def test_boxes_can_be_learned():
-    """A bright square in one of four corners: one text asks for it, the other for the whole image."""
+    """One text refers to a bright square in one of four corners, the other to the whole image."""
     model = make_model(selection_layers=[2], keep_rate=0.5, patch_size=8)
     where, whole = [1, 5, 2], [1, 6, 2]
     pixel_values = 0.1 * images(4)
@@ -281,7 +281,7 @@ def test_bfloat16_is_close_and_its_boxes_are_in_full_precision():
     assert output.pred_boxes.dtype == output.loss.dtype == torch.float32
     assert share_of_kept(output, expected) > 0.9
     same = [kept == kept_expected for kept, kept_expected in zip(kept_by(output)[-1], kept_by(expected)[-1])]
-    assert sum(same) >= 3  # a patch that only one of them kept is a place that only one of them can point to
+    assert sum(same) >= 3  # a position that only one of them kept can only get attention there
     torch.testing.assert_close(output.pred_boxes[same], expected.pred_boxes[same], rtol=0, atol=0.05)
     torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
 

@@ -1,4 +1,4 @@
-"""Pre-training: each objective against a naive computation, the shared image cache, weights of 0."""
+"""Pre-training: each objective against a naive computation, shared cached image states, and weights of 0."""
 
 from itertools import combinations
 
@@ -14,7 +14,7 @@ from modeling_trips.modeling_trips_pretraining import TripsForPreTraining, Trips
 from modeling_trips.momentum_trips import MomentumTeacher
 
 
-# The paper's, and one where the image thins out what texts share, and each text chooses in the last layer.
+# The paper's schedule, and one with layers scored by the image before a last layer scored by the text.
 SCHEDULES = [
     {},
     {"selection_layers": [2, 3, 4], "keep_rate": [0.7, 0.7, 0.3], "selection_guidance": ["image", "image", "text"]},
@@ -176,7 +176,7 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, sc
 
 @pytest.mark.parametrize(("schedule", "rows"), [(SCHEDULES[0], [3, 15, 5, 5]), (SCHEDULES[1], [3])], ids=str)
 def test_texts_share_the_attention_of_the_last_layer_where_they_choose_in_it(schedule, rows):
-    """Otherwise it runs for the images' features, for five true and ten negative pairs, masked texts, beginnings."""
+    """Otherwise the layer runs for the features, five true and ten negative pairs, masked texts and beginnings."""
     model, seen = make_model(**schedule), []
     last = model.model.vision_model.layers[-1]
     last.attention.k_proj.register_forward_hook(lambda *args: seen.append(len(args[2])))
@@ -192,7 +192,7 @@ def test_captions_that_are_too_short_to_be_cut_add_nothing():
 
 
 def test_accumulated_batches_are_averaged_by_the_trainer():
-    # Each loss is a mean over its own items, so that no one count of label tokens scales their sum.
+    # Each loss is a mean over its own items, so that the number of label tokens does not scale their sum.
     assert TripsForPreTraining.accepts_loss_kwargs is False
 
 
@@ -218,7 +218,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_a_teacher_needs_to_know_the_images():
-    """Or those of the last batch would have the numbers of this one's in the queue."""
+    """Otherwise images of different batches would have equal ids in the queue."""
     model, batch = make_model(), make_batch()
     del batch["image_ids"]
     with pytest.raises(ValueError, match="image_ids"):
@@ -232,7 +232,7 @@ def test_a_teacher_needs_to_know_the_images():
 
 
 def part_of(batch: dict[str, torch.Tensor], first_half: bool) -> dict[str, torch.Tensor]:
-    """Two captions of image 0, with three masked words, or the three others, with two; their ends are unequal too."""
+    """Return two captions of image 0 with three masked words, or the three others with two masked words."""
     texts, images = (slice(2), slice(1)) if first_half else (slice(2, None), slice(1, None))
     part = {name: value[images if name in ("pixel_values", "image_ids") else texts] for name, value in batch.items()}
     return {**part, "image_index": part["image_index"] - (0 if first_half else 1)}

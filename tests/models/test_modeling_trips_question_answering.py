@@ -1,5 +1,5 @@
-"""Tests of question answering: the loss against independent computations; a question's answer depends on nothing
-but the question and its image; checkpoints, kernels, number formats; ten samples can be learned."""
+"""Question answering: the loss against independent computations; independence of an answer from the rest of the
+batch; checkpoints, kernels and dtypes; and learning of ten samples."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_every_parameter_is_trained():
     model(**inputs(), labels=LABELS, text_index=QUESTION_INDEX).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
-    # A decoder that gets its states with a gradient reaches the text and the pixels.
+    # The decoder's gradient reaches the text and the pixels.
     for part in (model.model.text_model, model.model.vision_model, model.model.fusion_model, model.decoder):
         assert sum(parameter.grad.norm() for parameter in part.parameters()) > 1e-3
 
@@ -163,11 +163,11 @@ def test_answers_depend_on_the_question_and_on_the_image():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, kernels, number formats, learning
+# Checkpoints, kernels, dtypes, learning
 
 
 def test_ten_samples_can_be_learned():
-    """Two questions about each of five images: only who reads both the question and the image can tell."""
+    """Two questions about each of five images. The answer depends on both the question and the image."""
     model = make_model(vocab_size=20).train()
     questions = torch.tensor([[1, 5, 7, 2], [1, 6, 2, 0]]).repeat(5, 1)
     image_index = torch.arange(5).repeat_interleave(2)

@@ -1,4 +1,4 @@
-"""Tests of retrieval: features that can be indexed, matching against the model run on each pair, checkpoints."""
+"""Retrieval: features for indexing, matching against the model on each pair, and checkpoints."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests of the single stream: what it selects is what its definition says, and what cannot be one is refused."""
+"""The single stream against its definition, and errors of unsupported options."""
 
 import math
 
@@ -17,7 +17,7 @@ from modeling_trips import (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# It is what its definition says
+# Against the definition
 
 
 def naive_layer_norm(module, states):
@@ -26,7 +26,7 @@ def naive_layer_norm(module, states):
 
 
 def naive_run(model, ids, image):
-    """One text without padding, one image: the states of the text, and what each selection layer kept."""
+    """Run one text without padding and one image. Return the states of the text and the kept patches of each layer."""
     config, tower = model.config.vision_config, model.vision_model
     text = model.text_model(ids[None]).last_hidden_state[0]
     image = tower.embeddings(image[None])[0]
@@ -70,7 +70,7 @@ def test_the_text_picks_the_patches():
     model, same_image = make_model(), {"pixel_values": images(1), "image_index": torch.zeros(4, dtype=torch.long)}
     output = model(IDS, attention_mask=MASK, **same_image)
     assert all(len({tuple(row) for row in rows}) > 1 for rows in kept(output))
-    # Of words that stand in the texts of both batches only [CLS] asks, and it has attended to the others.
+    # Only [CLS] scores the patches, and it has attended to the other words.
     other_word = IDS.clone()
     other_word[:, 1] = 11
     changed = model(other_word, attention_mask=MASK, **same_image)

@@ -1,4 +1,4 @@
-"""Tests of the language side: text encoder, fusion encoder and decoder are BERT's layers, weight by weight."""
+"""Text encoder, fusion encoder and decoder against BERT with the same weights."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def bert(num_layers, model_class=BertModel, **fields):
 
 
 def load_by_name(model, weights, prefix=""):
-    """Every weight of `model` under the same name after `prefix`: a missing one is an error, others are left."""
+    """Load every weight of `model` from the same name after `prefix`. Missing weights are an error."""
     model.load_state_dict({name: weights[prefix + name] for name in model.state_dict()}, strict=True)
     return model.eval()
 
@@ -113,7 +113,7 @@ def test_fusion_encoder_is_the_upper_layers_of_bert_with_cross_attention():
     load_by_name(model, upper_weights)
     text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
 
-    # BERT's eager layers look both ways under a mask that hides nothing but the padding.
+    # BERT's eager layers are bidirectional under a padding mask.
     hidden = (1.0 - MASK[:, None, None].float()) * torch.finfo(torch.float32).min
     expected = text_states
     for layer in upper:
@@ -129,7 +129,7 @@ def test_fusion_encoder_looks_both_ways_and_at_images_of_another_width():
     changed = text_states.clone()
     changed[:, -1] += 1
     assert (model(changed, image_states).last_hidden_state[0, 0] - expected[0, 0]).abs().max() > 1e-3
-    # Attention is over a set of image tokens: their order is nothing, each of them something.
+    # Attention does not depend on the order of the image tokens, but on each of them.
     torch.testing.assert_close(model(text_states, image_states.flip(1)).last_hidden_state, expected)
     for token in range(6):
         changed = image_states.clone()

@@ -1,5 +1,4 @@
-"""Tests of the vision tower: equal to a naive loop implementation in value and gradient, and to itself however images
-are shared or split."""
+"""The vision tower against a naive loop implementation in values and gradients, and with shared and split images."""
 
 from itertools import pairwise
 
@@ -65,7 +64,7 @@ RESOLUTIONS = {"square": (8, 8), "larger": (16, 12), "smaller": (8, 4), "wider":
 
 
 def assert_equals_reference(model, pixel_values, text_embeds):
-    """Outputs, selection, and the gradient of every input and weight. Scores, and resized positions, are float32."""
+    """Compare outputs, selection, and the gradient of every input and weight."""
     config = model.config
     patch_size = config.patch_size if isinstance(config.patch_size, list) else [config.patch_size] * 2
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.state_dict().items()}

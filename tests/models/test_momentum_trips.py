@@ -1,4 +1,4 @@
-"""The momentum teacher: its average, its queues, what it does to the targets, and that it survives a checkpoint."""
+"""The momentum teacher: moving average, queues, distilled targets, saving and loading."""
 
 import pytest
 import torch
@@ -67,9 +67,9 @@ def test_past_batches_are_candidates_and_equal_ids_are_partners():
     model, batch = make_model(itm_weight=0.0, mlm_weight=0.0, prefix_lm_weight=0.0), make_batch()
     teacher = MomentumTeacher(model, queue_size=10)
     for parameter in teacher.model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))  # another opinion than the student's
+        parameter.add_(0.05 * torch.randn_like(parameter))  # differs from the student
     teacher.push(teacher.teach(batch, 0.3)["teacher"])
-    again = {**batch, "image_ids": torch.tensor([4, 8, 1])}  # image 0 was there before, under the same id
+    again = {**batch, "image_ids": torch.tensor([4, 8, 1])}  # a past batch had image 0 under the same id
     actual = model.eval()(**teacher.teach(again, 0.3)).itc_loss
 
     def features(owner):
@@ -130,7 +130,7 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_a_teacher_looks_as_its_student_does(schedule):
-    """With the student's weights it finds what the student finds, whatever selects the patches."""
+    """With the student's weights it gives the student's outputs, for every guidance."""
     model, batch = make_model(**schedule), make_batch()
     taught = MomentumTeacher(model, queue_size=8)(
         *(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")),

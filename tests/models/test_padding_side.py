@@ -1,4 +1,4 @@
-"""Texts that are padded on the left and on the right give the same patches, logits and losses."""
+"""Left and right padding of texts give the same patches, logits and losses."""
 
 import pytest
 import torch

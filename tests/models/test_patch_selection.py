@@ -1,4 +1,4 @@
-"""Tests of the arithmetic of patch selection: an example by hand, rounding, ties, gradients, random scores."""
+"""The functions of patch selection: an example by hand, rounding, ties, gradients and random scores."""
 
 import math
 
@@ -20,7 +20,7 @@ from modeling_trips.patch_selection import (
 TOKENS = torch.tensor([[[9.0, 9.0], [1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0], [5.0, 50.0]]])
 # The largest three are 0.4 (position 4), 0.25 (position 1) and 0.2 (position 3): kept in order 1, 3, 4.
 SCORES = torch.tensor([[0.1, 0.25, 0.05, 0.2, 0.4]])
-# 0.1 * (1, 10) + 0.05 * (3, 30) = (0.25, 2.5); the weights sum to 0.15: normalised (5/3, 50/3).
+# 0.1 * (1, 10) + 0.05 * (3, 30) = (0.25, 2.5); the weights sum to 0.15: normalized (5/3, 50/3).
 FUSED = [0.25, 2.5]
 
 
@@ -161,7 +161,7 @@ def test_random_scores_in_evaluation_are_fixed():
     assert torch.equal(many, one.expand(5, -1))
     assert (one > 0).all()
     torch.testing.assert_close(one.sum(-1), torch.ones(1))
-    # They look random: hardly two equal, no trend along the image, near-uniform spread over the image's quarters.
+    # Random scores: hardly any ties, no trend along the image, nearly uniform over its quarters.
     assert one.unique().numel() > 190
     kept = keep_topk(one, 98)[0]
     assert all(14 <= ((kept >= low) & (kept < low + 49)).sum() <= 35 for low in (0, 49, 98, 147))

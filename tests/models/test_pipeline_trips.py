@@ -1,4 +1,4 @@
-"""The pipelines answer what the model answers, in every form of call that version 4 of Transformers documented."""
+"""The pipelines give the model's answers, in every form of call that version 4 of Transformers documented."""
 
 import base64
 import functools
@@ -43,7 +43,7 @@ PICTURES = Features({"image": ImageFeature(), "question": Value("string")})
 def load(head: type, checkpoints):
     folder = checkpoints[head.__name__]
     model, processor = head.from_pretrained(folder).eval(), TripsProcessor.from_pretrained(folder)
-    # Weights of this size give every question about every image an answer of its own, and answers that end.
+    # Weights of this scale give different answers to all questions and images, and answers that end.
     for parameter in model.parameters():
         parameter.data *= 2 if parameter.ndim > 1 else 1
     return head.pipeline_class()(model=model, processor=processor)
@@ -60,7 +60,7 @@ def captioner(checkpoints):
 
 
 def direct_answers(oracle, image, question, top_k: int, **options) -> list[dict]:
-    """One question about one image by hand: a beam search, and the probability of each sequence token by token."""
+    """Answer one question by hand: a beam search, and the probability of each sequence token by token."""
     inputs = oracle.processor(images=image, text=question, return_tensors="pt")
     model = oracle.model
     sequences = model.generate(**inputs, num_beams=top_k, num_return_sequences=top_k, **options)
@@ -93,7 +93,7 @@ def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
 
 @torch.no_grad()
 def test_all_first_words_have_the_probabilities_that_the_model_gives_them(oracle):
-    """As many beams as tokens, one token each: padding is one of them. Those that say nothing are no answers."""
+    """There are as many beams as tokens, including padding. Empty texts are no answers."""
     inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[0], return_tensors="pt")
     width, start = oracle.model.config.decoder_config.vocab_size, oracle.model.config.decoder_start_token_id
     logits = oracle.model(**inputs, decoder_input_ids=torch.tensor([[start]])).logits[0, 0]
@@ -120,7 +120,7 @@ def test_beams_become_answers_by_hand():
 def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
     all_pairs = itertools.product(range(3), range(3))
     by_hand = {(i, q): direct_answers(oracle, IMAGES[i], QUESTIONS[q], 1, max_new_tokens=4) for i, q in all_pairs}
-    assert len({answers[0]["score"] for answers in by_hand.values()}) == 9  # what mixes pairs up is seen
+    assert len({answers[0]["score"] for answers in by_hand.values()}) == 9  # mixed-up pairs would be detected
 
     def check(actual, *pairs):
         assert len(actual) == len(pairs)
@@ -155,7 +155,7 @@ def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
 
 @pytest.fixture
 def web(tmp_path):
-    """The address of a server of the files in `tmp_path`."""
+    """Serve the files in `tmp_path` and return the URL."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -247,7 +247,7 @@ def test_the_stock_pipeline_captions_and_answers(checkpoints, captioner, oracle)
     answers = stock(IMAGES[:2], text=QUESTIONS[:2], return_full_text=False, max_new_tokens=5)
     expected = [oracle(IMAGES[i], QUESTIONS[i], top_k=1, max_new_tokens=5)[0]["answer"] for i in range(2)]
     assert [answer["generated_text"] for answer in answers] == expected
-    assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: what the checkpoint says, not 256 tokens
+    assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: the checkpoint's limit, not 256 tokens
 
 
 def messages(image, *texts: str) -> list[dict]:

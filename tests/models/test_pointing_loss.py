@@ -1,4 +1,4 @@
-"""The loss that teaches the head of boxes and the [CLS] of a question where to look: by hand, in the loss, learnt."""
+"""Attention supervision of the box head and of a question's [CLS]: examples by hand, weight and learning."""
 
 import math
 
@@ -33,14 +33,14 @@ def batch(rows=slice(0, 4)):
 
 
 def test_the_loss_by_hand():
-    """A grid of 2 x 2, of which patch 3, a fused token and patch 0 are left."""
+    """The remaining tokens of a grid of 2 x 2 are patch 3, a fused token and patch 0."""
     right, top_right = [0.75, 0.5, 0.5, 1.0], [0.75, 0.25, 0.5, 0.5]
     looks, indices = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[3, -1, 0]])
     losses = pointing_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
-    # Of the right half patch 3 is there. Of the top right nothing is: the fused token, which has it, is no place, and
-    # what it gets is left out.
+    # Patch 3 lies in the right half. No remaining patch lies in the top right, which was fused; the attention to the
+    # fused token is ignored.
     assert losses.tolist() == pytest.approx([-math.log(0.2 / 0.7), 0.0])
-    # Unpruned, one row of indices is all texts': 0.4 and 0.1 of the right half are pulled to 2 to 1.
+    # Unpruned, all texts share a row of indices; attention 0.4 and 0.1 to the right half is pulled to 2 to 1.
     looks = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
     loss = pointing_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))
     assert loss.item() == pytest.approx(2 / 3 * math.log(2 / 3 / 0.4) + 1 / 3 * math.log(1 / 3 / 0.1))
@@ -82,7 +82,7 @@ def test_the_head_learns_to_look_into_the_box(keep_rate):
 
 
 def make_reader(coefficient=2.0, attn_implementation="sdpa", **fields):
-    """A model that answers questions, in training."""
+    """Return a question answering model in training mode."""
     torch.manual_seed(0)
     config = make_config(**fields)
     config.pointing_loss_coefficient = coefficient
@@ -123,7 +123,7 @@ def test_questions_have_it_in_training_where_regions_are_known(fields):
 
 @pytest.mark.parametrize("fields", [{}, MASS], ids=str)
 def test_questions_apart_and_together_have_the_same_loss(fields):
-    """Each counts by its label tokens; padding of image tokens beside a row that keeps more is no place to look at."""
+    """Each question has the weight of its label tokens. Padded image tokens are not attended to."""
     model, num_tokens = without_batch_statistics(make_reader(**fields)), int((ANSWERS[:4] != -100).sum())
     rows = (slice(row, row + 1) for row in range(4))
     parts = [model(**questions(row), num_items_in_batch=num_tokens).pointing_loss for row in rows]

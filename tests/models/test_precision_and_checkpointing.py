@@ -1,4 +1,4 @@
-"""What saves memory: half precision, stored or by autocast, and gradient checkpointing."""
+"""Half precision, stored or by autocast, and gradient checkpointing."""
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 
 def assert_close_outputs(outputs, expected):
     """
-    Half precision moves outputs (of unit variance) by a few percent, and no more than a few patches across the rank of
-    the last one kept: 2% in bfloat16 and 0.4% in float16 of the 252 that these random weights keep. A wrong query or
-    rounded scores would keep about 60%.
+    Check that outputs (of unit variance) and kept patches are close.
+
+    Half precision changes few of the 252 kept patches: 2% in bfloat16 and 0.4% in float16. With a wrong query or
+    rounded scores, only about 60% would agree.
     """
     error = main_output(outputs).float() - main_output(expected)
     assert error.square().mean().sqrt() < 0.1 * main_output(expected).std()

@@ -1,4 +1,4 @@
-"""A whole step of pre-training against loops over pairs: four losses and the gradient of every weight."""
+"""A step of pre-training against loops over pairs: four losses and the gradient of every weight."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ SCHEDULES = {
 
 def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Each text and each pair alone, without padding, through a tower of loops. Images share an id with themselves alone.
+    Compute the losses of each text and pair alone, without padding, with the naive tower. All images are distinct.
     """
     trips, vision = model.model, model.config.vision_config
     tower = NaiveVisionTower(

@@ -1,4 +1,4 @@
-"""Boxes of patches in the original images, whatever the resize and the crop."""
+"""Boxes of patches in the original images, for all resizes and crops."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_boxes_of_a_crop_larger_than_the_image_are_clipped():
 @pytest.mark.parametrize("size", [(60, 120), (90, 50), (33, 47), (40, 20)], ids=str)
 @pytest.mark.parametrize("kind", ["squash", "crop", "pad"])
 def test_boxes_agree_with_the_pixels(size, kind):
-    """Whatever the geometry: with all but one patch's box blackened, the light is in that patch."""
+    """With all pixels outside a patch's box blackened, only that patch is bright."""
     if kind == "squash":
         image_processor = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)
     elif kind == "crop":

@@ -1,4 +1,4 @@
-"""Tests of the processor: texts, image_index, answers, construction and saving."""
+"""The processor: texts, image_index, answers, construction and saving."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""int8 by torchao, and LoRA adapters by PEFT, which both replace the linear layers that select patches."""
+"""int8 by torchao and LoRA adapters by PEFT, which replace the linear layers of selection."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def assert_same_outputs(model, expected, case, **tolerance):
 
 
 def load_int8(case, folder):
-    """Weights are rounded to int8 on loading, activations when they come."""
+    """Load a model with int8 weights and dynamic int8 activations."""
     quantization_config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     return case.model_class.from_pretrained(folder, quantization_config=quantization_config)
 
@@ -83,7 +83,7 @@ each_target = pytest.mark.parametrize("targets", [VISION, TEXT, EVERYTHING], ids
 def make_adapted(case, targets, **options) -> PeftModel:
     modules_to_save = options.pop("modules_to_save", None)
     model = case.make_model(**options)
-    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # merging would change the other one
+    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # merging changes the model
     config = LoraConfig(
         r=4,
         target_modules=targets,
@@ -94,7 +94,7 @@ def make_adapted(case, targets, **options) -> PeftModel:
 
 
 def train(model: torch.nn.Module, case, num_steps: int = 20) -> list[float]:
-    """Steps on one batch; the losses."""
+    """Train on one batch and return the losses."""
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     losses = []
     model.train()

@@ -1,4 +1,4 @@
-"""The names users type: Auto classes with the project imported, and what a saved checkpoint says of its code."""
+"""Auto classes and pipelines with the project imported, and the `auto_map` of saved checkpoints."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_auto_classes_make_the_class_of_the_checkpoint(checkpoints):
     for name, folder in checkpoints.items():
         assert type(AutoConfig.from_pretrained(folder)) is TripsConfig
         assert type(AutoProcessor.from_pretrained(folder)) is TripsProcessor
-        # Features of a retrieval model are what `AutoModel` is asked for: Sentence Transformers does.
+        # Sentence Transformers loads retrieval models with `AutoModel`, for their features.
         assert type(AutoModel.from_pretrained(folder)) is (
             TripsForRetrieval if name == "TripsForRetrieval" else TripsModel
         )
@@ -70,7 +70,7 @@ def test_auto_classes_make_models_from_configurations():
 
 
 def test_every_published_model_is_registered():
-    """A class of the package that no Auto class makes would be missing from every checkpoint's auto_map."""
+    """The `auto_map` of checkpoints lacks classes that no Auto class makes."""
     classes = {cls for cls in vars(modeling_trips).values() if isinstance(cls, type)}
     classes = {cls for cls in classes if issubclass(cls, TripsPreTrainedModel) and cls.config_class is TripsConfig}
     assert classes == {TripsPreTrainedModel, *HEADS}
@@ -213,7 +213,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(checkpoints):
 
 
 def test_importing_this_package_leaves_transformers_as_it_was():
-    """Its own refusals of removed tasks stay, for models of others, too."""
+    """Transformers' errors of removed tasks stay."""
     for task in ("summarization", "visual-question-answering"):
         with pytest.raises(KeyError, match=f"{task} has been removed"):
             pipeline(task)

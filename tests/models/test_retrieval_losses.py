@@ -1,4 +1,4 @@
-"""Both losses of retrieval on captions of shared images, and what training needs of them."""
+"""Both losses of retrieval on captions of shared images, and their use in training."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from modeling_trips.modeling_trips import selection_loss
 from modeling_trips.modeling_trips_pretraining import matching_pairs
 
 
-GUIDANCES = ["text", "image", ["image", "text"]]  # the last one: a text chooses in the last layer
+GUIDANCES = ["text", "image", ["image", "text"]]  # the last schedule has a last layer scored by the text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
@@ -72,7 +72,7 @@ def test_every_pair_is_matched_under_its_own_text(fields):
     ("selection_guidance", "attention", "mlp"),
     [
         ("text", [4, 18], [4, 18]),  # each image for its feature; true and negative pairs
-        (["image", "text"], [4], [4, 18]),  # a text chooses between the last layer's two halves
+        (["image", "text"], [4], [4, 18]),  # selection takes place between the last layer's two halves
         ("image", [4], [4]),
     ],
     ids=str,
@@ -88,7 +88,7 @@ def test_negatives_cost_no_second_pass_over_the_image(selection_guidance, attent
 
 @torch.no_grad()
 def test_features_are_of_the_trunk_that_texts_share():
-    """With a text that chooses in the last layer, they are what a tower that no text guides makes of the image."""
+    """If a text only selects in the last layer, the features equal those of a tower without text guidance."""
     model, by_image = make_model(selection_guidance=["image", "text"]), make_model(selection_guidance="image")
     features = run(model).image_embeds
     torch.testing.assert_close(features, model.get_image_features(images()).pooler_output)
@@ -185,7 +185,7 @@ def test_every_parameter_gets_a_gradient(selection_guidance):
 
 @pytest.mark.parametrize("selection_guidance", GUIDANCES, ids=str)
 def test_no_shape_of_the_losses_depends_on_a_value(selection_guidance):
-    """Meta tensors have no values: whatever would wait for a device to look at one is an error on them."""
+    """Meta tensors have no values, so that a host sync raises on them."""
     with torch.device("meta"):
         model = make_model(selection_guidance=selection_guidance).train()
     inputs = {**captions(), "image_ids": IMAGE_IDS}
@@ -235,7 +235,7 @@ def test_six_captions_can_be_learned():
     assert PAIR_IDS[margins.argmax(0)].tolist() == IMAGE_IDS.tolist()
 
 
-# Which images and captions each process has: two images each, of which one is the same picture; three and one.
+# Images and captions of each process: two images each, one of them equal; or three and one.
 SPLITS = {"even": ([0, 1], [2, 3]), "uneven": ([0, 1, 3], [2])}
 
 
@@ -260,7 +260,7 @@ def loss_and_gradients(model, name, inputs):
 
 
 def make_contrastive_model():
-    """Without what contrast does not use: data parallel training would wait for its gradients."""
+    """Return a model with only the parameters of the contrastive loss, as data parallel training needs it."""
     model = make_model(itm_weight=0.0)
     for parameter in model.unused_parameters():
         parameter.requires_grad_(False)
@@ -269,8 +269,8 @@ def make_contrastive_model():
 
 def make_matching_batch():
     """
-    Two groups of two pairs, the members of a group nearly alike. At the lowest temperature the hardest negative of
-    each is then the other of its group, however the noise of the draw falls.
+    Return two groups of two nearly equal pairs. At the lowest temperature the hardest negative of each pair is the
+    other one of its group, for any noise.
     """
     generator = torch.Generator().manual_seed(201)
     pixel_values = torch.randn(2, 1, 3, 16, 16, generator=generator) + 0.02 * torch.randn(
@@ -281,7 +281,7 @@ def make_matching_batch():
 
 
 def make_matching_model():
-    """In double precision: such a temperature multiplies the errors of single precision by a thousand."""
+    """Return a model in double precision, since the temperature multiplies rounding errors by a thousand."""
     model = make_model().double()
     with torch.no_grad():
         model.temp.weight.fill_(0.001)
@@ -305,7 +305,7 @@ def run_process(rank):
 
 @torch.no_grad()
 def test_the_hardest_negative_of_each_is_the_other_of_its_group():
-    """What the next test takes for granted: no noise of the draw, about 20 at most, makes up for these distances."""
+    """The distances exceed the noise of the draw, about 20 at most. The next test relies on it."""
     model = make_matching_model()
     logits = model(**make_matching_batch()).logits_per_text
     for matrix in (logits, logits.T):
@@ -328,7 +328,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The choice of patches
+# Patch selection
 
 
 @pytest.mark.parametrize("selection_guidance", ["text", ["image", "text"]], ids=str)

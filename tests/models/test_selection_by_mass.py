@@ -1,4 +1,4 @@
-"""`selection_mode="mass"`: the rule by hand, and that no result depends on how far a row is padded."""
+"""Top-p selection (`selection_mode="mass"`): the rule by hand, and independence of padding."""
 
 import math
 
@@ -37,7 +37,7 @@ from modeling_trips.patch_selection import (
 )
 
 
-# Of 64 patches at most 39 stay, then of what is left 60% at most.
+# At most 39 of 64 patches stay, then at most 60% of the remaining ones.
 MASS = {"selection_mode": "mass", "selection_mass": 0.5}
 FORMS = {
     "text": {},
@@ -52,7 +52,7 @@ each_fusion = pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_c
 
 
 def pad_further(monkeypatch):
-    """From here on, rows are padded as far as the keep rate allows, as where the device cannot be asked."""
+    """Pad rows to the limit of the keep rate, as if host syncs were not possible."""
     monkeypatch.setattr(modeling_trips.patch_selection, "_longest_row", lambda kept, most: most)
 
 
@@ -69,7 +69,7 @@ SCORES = [0.05, 0.3, 0.1, 0.25, 0.3]
 @pytest.mark.parametrize(
     ("mass", "keep_rate", "min_keep_rate", "expected"),
     [
-        (0.2, 1.0, 0.0, [1]),  # of equal scores the first
+        (0.2, 1.0, 0.0, [1]),  # ties: the first one
         (0.3, 1.0, 0.0, [1]),  # just enough
         (0.31, 1.0, 0.0, [1, 4]),
         (0.6, 1.0, 0.0, [1, 4]),
@@ -146,7 +146,7 @@ def test_counts_of_rows_are_those_of_a_number(rate):
 
 
 def test_a_batch_by_hand():
-    """[CLS] and three candidates; the rows keep one, two and all of them; the last has nothing to fuse."""
+    """The rows keep one, two and all of three candidates. The last row has nothing to fuse."""
     scores = torch.tensor([[0.1, 0.7, 0.2], [0.4, 0.2, 0.4], [0.34, 0.33, 0.33]])
     tokens = torch.tensor([9.0, 10.0, 20.0, 30.0]).expand(3, 4)[:, :, None]
     selected, kept, mask = select_mass(tokens, scores, mass=0.7, keep_rate=1.0)
@@ -182,7 +182,7 @@ def test_scores_of_padding_are_zero_and_of_no_account():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Through every head: padding, companions, order, sharing
+# Every head: padding, other rows, order, shared images
 
 
 @each_model
@@ -196,7 +196,7 @@ def test_rows_keep_different_numbers(case):
 
 
 def outputs_loss_and_gradients(case, **fields) -> tuple:
-    """Of the same model each time."""
+    """Return outputs, loss and gradients of the same model."""
     model = case.make_model(**MASS, **fields)
     outputs = model(**case.make_inputs())
     model.train()
@@ -299,7 +299,7 @@ def test_what_is_written_does_not_depend_on_padding(case, num_beams, monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Limits: nothing dropped, all alike, and what it costs
+# Limits: nothing dropped, equal scores, and cost
 
 
 @each_model

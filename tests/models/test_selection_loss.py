@@ -1,4 +1,4 @@
-"""Selection supervision: exact examples, what it pulls at, and how batches add up."""
+"""Selection supervision: examples by hand, learning, and reduction over batches."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_targets_of_a_region_by_hand():
     targets = region_targets(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
     assert targets[0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0])
     assert targets[1].tolist() == [0] * 8  # no region
-    # A region across patches: each counts as much as it is a part of it. Here a quarter, and three quarters.
+    # A region across patches: the target is the share of each patch, here one and three quarters.
     across = region_targets(torch.tensor([[0.25 + 0.025, 0.25, 0.1, 0.1]]), (2, 4))
     assert across[0].tolist() == pytest.approx([0.25, 0.75, 0, 0, 0, 0, 0, 0])
 
@@ -37,14 +37,14 @@ def test_the_loss_by_hand():
     scores = torch.tensor([[0.64, 0.16, 0.2]]).repeat(3, 1)
     candidates = torch.tensor([[0, 2, -1]]).repeat(3, 1)
     targets = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    # Two patches are wanted alike, and found 4 to 1: the target is 2 to 1. The third text has nothing to look for.
+    # Two patches have equal targets and attention 4 to 1: the target is 2 to 1. The third text has no region.
     two = 2 / 3 * math.log(2 / 3 / 0.64) + 1 / 3 * math.log(1 / 3 / 0.16)
     losses = selection_loss(scores, candidates, targets)
     assert losses.tolist() == pytest.approx([two, -math.log(0.16), 0.0], abs=1e-6)
 
 
 def test_the_target_is_no_way_for_the_gradient():
-    """Scores are pulled to a fixed target: the gradient of the logits is the difference."""
+    """The target is constant, so that the gradient of the logits is the difference."""
     logits = torch.tensor([[0.3, -0.2, 0.9, 0.1]], requires_grad=True)
     wanted = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     scores = logits.softmax(dim=-1)
@@ -86,14 +86,14 @@ def test_random_layers_have_no_loss():
 
 
 def test_the_union_of_the_targets_of_an_image_by_hand():
-    """Texts 0, 1 and 3 are about image 1, text 2 about image 0. Text 3 has no target. Image 2 has no text."""
+    """Texts 0, 1 and 3 belong to image 1, text 2 to image 0. Text 3 has no target. Image 2 has no text."""
     targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     union = union_of_targets(targets, torch.tensor([1, 1, 0, 1]), num_images=3)
     assert union.tolist() == [[0.5, 0.5, 0.75], [0.5, 0.5, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_image_is_supervised_by_all_regions_of_its_texts():
-    """Two texts about one image, left and right half: the layer that the image scores should keep both alike."""
+    """The targets of two texts are the left and right half: the layer scored by the image should keep both."""
     halves = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]])
     model = make_model(TripsForQuestionAnswering, selection_guidance=["image", "text"])
     shared = {"pixel_values": IMAGES[:1, 0], "image_index": torch.tensor([0, 0]), "regions": halves}
@@ -106,7 +106,7 @@ def test_the_image_is_supervised_by_all_regions_of_its_texts():
 
 
 def attention_while_learning(model, inputs, inside):
-    """Share of the attention that is inside, at each of 60 steps of the loss."""
+    """Return the share of attention in the region at each of 60 steps."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     attention = []
     for _ in range(60):
@@ -120,7 +120,7 @@ def attention_while_learning(model, inputs, inside):
 
 @pytest.mark.parametrize("fields", [{}, {"fusion_type": "single_stream"}], ids=["two towers", "single stream"])
 def test_the_image_learns_to_keep_the_regions(fields):
-    """Texts 0 and 1 share an image: its attention moves into the union of their regions."""
+    """Texts 0 and 1 share an image, whose attention moves into the union of their regions."""
     model = make_model(TripsForQuestionAnswering, selection_guidance="image", **fields)
     inputs = {**batch(), "pixel_values": IMAGES[:3, 0], "image_index": torch.tensor([0, 0, 1, 2])}
     inside = union_of_targets(region_targets(BOXES[:4], (8, 8)), inputs["image_index"], 3) > 0
@@ -142,7 +142,7 @@ def test_a_cached_image_is_supervised_too():
 
 
 def test_the_text_learns_to_look_into_its_region():
-    """Top-k has no gradient, and the weights of one fused token teach little: with the loss, all attention moves."""
+    """Attention moves into the region. The gradient through the fused token alone does little."""
     model = make_model(TripsForQuestionAnswering)
     inputs, inside = batch(), region_targets(BOXES[:4], (8, 8)) > 0
     attention = attention_while_learning(model, inputs, inside)

@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the project gives the numbers that it gave when it was made."""
+"""The bundled checkpoint gives the same numbers as when it was made."""
 
 import torch
 from PIL import Image, ImageDraw

@@ -1,4 +1,4 @@
-"""The single stream is ViLT's transformer, whose checkpoints start it; its own are saved and loaded."""
+"""Single-stream checkpoints: ViLT's weights, saving and loading."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ def from_vilt(vilt, model_class=TripsModel, **selection):
 
 
 def run_vilt(vilt):
-    """The states of text and image, the patches in the order of the grid: ViLT draws an order."""
+    """Return ViLT's states of text and image, with patches in grid order, because ViLT shuffles them."""
     torch.manual_seed(0)
     states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
     torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_a_checkpoint_holds_its_code(tmp_path):
     model.vision_model.save_pretrained(paths[1])
     save_file(inputs, paths[2])
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOAD_AS_A_STRANGER, *paths]  # another process: this one knows the classes
+    command = [sys.executable, "-c", LOAD_AS_A_STRANGER, *paths]  # another process, without the classes
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     results = load_file(paths[3])

@@ -1,4 +1,4 @@
-"""Transformers' own `Trainer`, with rows as its users have them."""
+"""Transformers' `Trainer` on plain rows."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 @each_model
 def test_a_trainer_evaluates_the_loss(case, tmp_path):
-    """Of rows that hold what is needed and no more, as of any model of Transformers."""
+    """Rows hold only the model's inputs."""
     if "labels" not in case.training_inputs:
         pytest.skip("no labels")
     inputs = case.make_inputs(training=True)
@@ -28,7 +28,7 @@ SELECTIONS += [{"selection_layers": []}, {"fuse_inattentive_tokens": False}]
 @each_model
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
 def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(case, selection):
-    """Or data parallel training would wait for one."""
+    """Otherwise data parallel training would wait for their gradients."""
     model = case.make_model(**selection).train()
     unused = model.unused_parameters()
     projection = getattr(model, "model", model).vision_model.selection_projection

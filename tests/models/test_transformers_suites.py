@@ -1,6 +1,6 @@
 """
-Tests that Transformers' own test suites pass: `ModelTesterMixin` on every model, `ProcessorTesterMixin` and
-`ConfigTester`. What they ask of this project is in tests/transformers_suites.
+Transformers' test suites pass: `ModelTesterMixin` on every model, `ProcessorTesterMixin` and `ConfigTester`. The
+project's part of them is in tests/transformers_suites.
 """
 
 import os
@@ -18,7 +18,7 @@ from transformers_suites.source_tree import build_tree, download_source
 from modeling_trips.registration_trips import MODELS
 
 
-# The tests that the suites skip themselves, and what it is that TRIPS does not have. This project skips none of them.
+# Tests that the suites skip, and the feature that TRIPS lacks. This project adds no skips.
 PART = "Trips(TextModel|VisionModel|SingleStreamModel|Decoder)"
 MODEL_NAMES = {model.__name__ for models in MODELS.values() for model in models}
 WRITERS = "|".join(model.__name__ for models in MODELS.values() for model in models if model.can_generate())
@@ -45,7 +45,7 @@ NOT_APPLICABLE = {
     r"TripsProcessor\.test_(get_num_multimodal_tokens\w*|replacement_offsets)": "placeholder tokens for images",
     r"TripsProcessor\.test_apply_chat_template_tool_calls_no_content": "tools",
 }
-NOT_HERE = r"test requires .+|test is slow"  # accelerators, flash attention, ...; those that are slow want one too
+NOT_HERE = r"test requires .+|test is slow"  # accelerators, flash attention, ...; slow tests need an accelerator too
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def tree(tmp_path_factory):
 
 
 def run_suite(tree, file, *options, may_fail=False):
-    """Runs a file of tests/transformers_suites. Gives what passed, and what was skipped and why."""
+    """Run a file of tests/transformers_suites. Return the passed tests, and the skipped tests with the reason."""
     report = tree / f"{file}.xml"
     command = [sys.executable, "-m", "pytest", f"tests/models/trips/{file}", f"--junitxml={report}"]
     command += ["--tb=short", "--disable-warnings", *options]
@@ -119,7 +119,7 @@ def test_saving_and_loading_hosts_of_patch_selection_passes_their_suites(tree):
 
 @pytest.mark.slow
 def test_a_generative_model_that_keeps_every_token_passes_what_a_plain_one_passes(tree):
-    # The plain one fails some: the tester of a test is not in the source distribution, and ours knows less.
+    # The unpatched model fails some tests, because its tester is not in the source distribution.
     passed, _ = run_suite(tree, "host_suites.py", "-k", "Llava", may_fail=True)
     plain, pruning = (
         {name.partition(".")[2] for name in passed if name.startswith(f"{kind}Llava.")}

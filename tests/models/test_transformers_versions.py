@@ -1,4 +1,4 @@
-"""The supported releases of Transformers: what refuses others, and the tests of the models with the lowest one."""
+"""Supported releases of Transformers: errors of others, and the model tests with the lowest release."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The vision tower is ViT, and CLIP, where nothing is selected; kernels, outputs, checkpointing, formats."""
+"""The vision tower without selection equals ViT and CLIP; kernels, captured outputs, checkpointing and dtypes."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_selection_adds_no_parameter_unless_the_widths_differ():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels, captured outputs, gradient checkpointing, number formats
+# Kernels, captured outputs, gradient checkpointing, dtypes
 
 BIG = {**VIT_FIELDS, "image_size": 32, "patch_size": 4, "selection_layers": [1, 3], "keep_rate": 0.6}  # 64 patches
 

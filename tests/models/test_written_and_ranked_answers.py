@@ -1,4 +1,4 @@
-"""Greedy and beam generation, and the ranking of given answers, against independent computations."""
+"""Greedy search, beam search and answer ranking against independent computations."""
 
 import itertools
 

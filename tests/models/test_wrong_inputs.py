@@ -1,4 +1,4 @@
-"""Inputs that fit no model are refused by every model, with the name of the input."""
+"""Every model raises an error that names the wrong input."""
 
 from inspect import signature
 
@@ -22,7 +22,7 @@ def encoder_of(model) -> TripsModel:
 def test_as_many_images_as_texts_are_needed(case):
     model, inputs = case.make_model(), case.make_inputs()
     inputs["pixel_values"] = inputs["pixel_values"].flatten(0, -4)[:3]
-    if case.model_class is TripsForRetrieval:  # compares all images with all texts unless it is trained
+    if case.model_class is TripsForRetrieval:  # without losses it compares all images with all texts
         inputs["return_loss"] = True
     with pytest.raises(ValueError, match="image_index"):
         model(**inputs)

@@ -1,4 +1,4 @@
-"""Tests of published files. They need a network and gigabytes, so that only `pytest -m network` runs them."""
+"""Tests of published files, which download gigabytes. Only `pytest -m network` runs them."""
 
 import urllib.request
 from pathlib import Path
@@ -26,7 +26,7 @@ def online():
 
 @pytest.fixture(scope="session")
 def download(online):
-    """Downloads a file once: `download(url)` is its path in PyTorch's cache."""
+    """Return a function that downloads a URL once and returns its path in PyTorch's cache."""
 
     def fetch(url: str) -> Path:
         path = Path(torch.hub.get_dir()) / "trips_network_tests" / url.rsplit("/", 1)[-1]

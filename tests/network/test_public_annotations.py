@@ -1,4 +1,4 @@
-"""One public annotation file of each task, read as it is: the published number of items, and no bad row."""
+"""One public annotation file of each task has the published number of items and no bad rows."""
 
 import zipfile
 from pathlib import Path
@@ -16,7 +16,7 @@ VQA = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
 
 
 def extracted(archive: Path, name: str) -> Path:
-    """The file of this name in an archive, wherever it lies in it."""
+    """Return the file of this name in an archive, in any folder."""
     folder = archive.with_suffix("")
     with zipfile.ZipFile(archive) as file:
         member = next(member for member in file.namelist() if member.rsplit("/", 1)[-1] == name)

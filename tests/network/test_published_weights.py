@@ -1,4 +1,4 @@
-"""Published checkpoints in TRIPS: without selection they compute what their source computes."""
+"""Published checkpoints in TRIPS give the outputs of their source without selection."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_albef_with_selection_keeps_seven_in_ten_tokens_twice(download, two_cats
         .model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")})
         .selection
     )
-    # 24 x 24 patches; the second layer selects among those that are left and the fused token.
+    # 24 x 24 patches; the second layer selects among the remaining ones and the fused token.
     assert (first.kept_indices.shape[1], second.kept_indices.shape[1]) == (404, 284)
     assert answer_of(model, processor, two_cats)
 
@@ -100,7 +100,7 @@ def test_vilt(two_cats):
         pruned = vilt(**inputs).logits
     assert len(kept) == 2 and pruned.isfinite().all() and not torch.equal(pruned, expected)
     remove_patch_selection(vilt)
-    torch.testing.assert_close(vilt(**inputs).logits, expected, **CLOSE)  # ViLT draws an order of the patches
+    torch.testing.assert_close(vilt(**inputs).logits, expected, **CLOSE)  # ViLT shuffles the patches
 
     model, processor, report = convert_published(name, keep_rate=1.0)
     assert not report.new

@@ -1,4 +1,4 @@
-"""What a repository holds for the Hub's services: results in its own form, and the handler of Inference Endpoints."""
+"""Files for the Hub's services: evaluation results, and the handler of Inference Endpoints."""
 
 import base64
 import io
@@ -87,7 +87,7 @@ def test_a_handler_is_written_on_request_for_heads_that_it_knows(tmp_path):
 
 
 def call(folder: Path, requests: list[dict], environment: Path) -> list:
-    """What the handler answers in a process that has not this project."""
+    """Return the handler's answer in a process without this project."""
     python = make_environment(environment)
     result = subprocess.run(
         [python, "-I", "-c", CALL, folder], input=json.dumps(requests), capture_output=True, text=True

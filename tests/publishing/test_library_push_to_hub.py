@@ -1,4 +1,4 @@
-"""`push_to_hub` of the library: a model and its processor make a repository that holds all that loading it takes."""
+"""`push_to_hub` of model and processor writes a repository that is complete for loading."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -19,7 +19,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def push(model_class, folder, copy=None):
-    """By `push_to_hub`, or by `save_pretrained` into the folder `copy` if that is given."""
+    """Publish with `push_to_hub`, or with `save_pretrained` into the folder `copy` if given."""
     for part in (model_class.from_pretrained(folder), TripsProcessor.from_pretrained(folder)):
         if copy is None:
             part.push_to_hub(REPO)
@@ -35,7 +35,7 @@ def test_a_model_and_its_processor_are_published_whole(hub, checkpoints, tmp_pat
     repository = hub.repositories[REPO]
     published = repository.commits[repository.branches["main"]]
     assert published.keys() == {path.name for path in folder.iterdir()} | {"README.md", ".gitattributes"}
-    noted = ("config.json", "tokenizer_config.json")  # loading notes things in these two
+    noted = ("config.json", "tokenizer_config.json")  # loading adds fields to these files
     assert [
         path.name for path in folder.iterdir() if path.name not in noted and published[path.name] != path.read_bytes()
     ] == []

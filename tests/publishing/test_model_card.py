@@ -1,4 +1,4 @@
-"""`examples/model_card.py`: metadata that loads again, facts that are the model's, nothing that nobody measured."""
+"""Model cards: valid metadata, facts of the model, and only measured results."""
 
 import json
 import re
@@ -34,7 +34,7 @@ WHOLE_MODELS = sorted(
     {cls for name in MODELS for cls in model_classes(name, TripsConfig)}, key=lambda cls: cls.__name__
 )
 NUMBER = r"\d+\.\d+"
-# What the card's code prints first, by head.
+# First output of the card's code, by head.
 ANSWERS = {
     TripsForConditionalGeneration: r"\[\{'generated_text': .*\}\]\n.*\n\['.*'\]",
     TripsForImagesAndTextClassification: rf"\{{'LABEL_0': {NUMBER}, 'LABEL_1': {NUMBER}\}}",
@@ -57,7 +57,7 @@ RECALLS = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 1
 FEATURE_RECALLS = [f"features_{name}" for name in RECALLS]
 RUN = ["loss", "runtime", "model_preparation_time", "samples_per_second", "steps_per_second", "samples"]
 SELECTION = ["layer2_entropy", "layer2_coverage", "layer10_text_sensitivity", "layer10_inside", "inside_at_random"]
-# What each script writes to eval_results.json: metrics, and the rest.
+# Contents of eval_results.json of each script: metrics and other fields.
 WRITTEN = {
     "vqa": (["accuracy", "exact_match"], RUN + SELECTION),
     "nlvr2": (["accuracy"], RUN + SELECTION),
@@ -69,7 +69,7 @@ WRITTEN = {
         ["chance_r1", "mlm_majority", "prefix_lm_majority", "samples"],
     ),
 }
-# The metrics that a card lists, where these are not all. `model-index` has all.
+# Metrics in the card, if it does not list all. `model-index` has all.
 LISTED = {
     "vqa": ["accuracy"],  # which is the exact match where a question has one answer
     "retrieval": RECALLS,
@@ -85,7 +85,7 @@ def results(tmp_path) -> Path:
 
 
 def make_checkpoint(folder: Path, model_class=TripsForQuestionAnswering, image_size: int = 64, **options):
-    """A saved model and its processor; `options` are fields of the configuration."""
+    """Save a model and its processor; `options` are fields of the configuration."""
     tokenizer = train_wordpiece_tokenizer(["what color is it?", "red blue yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)}, **options)
     model = model_class(config)
@@ -193,7 +193,7 @@ def forget_remote_code():
 
 @pytest.fixture
 def run_code(tmp_path, monkeypatch, capsys):
-    """Runs a card's code with the checkpoint in `tmp_path`, and returns what it prints."""
+    """Run a card's code with the checkpoint in `tmp_path`, and return the output."""
     monkeypatch.setattr("sys.path", [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE])
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))  # is added to `sys.path`
     forget_remote_code()
@@ -236,7 +236,7 @@ def test_metrics_of_every_head_reach_the_model_index(model_class, tmp_path, resu
     assert measured.task_type in HUB_TASKS
     assert "--eval_dataset" not in caplog.text
     assert ("Accuracy is that of VQAv2" in card.text) == (model_class is TripsForQuestionAnswering)
-    # The tag offers a pipeline: the code shows it, and another test runs it.
+    # The card shows the pipeline of the tag, and another test runs it.
     pipelines = re.findall(r'pipeline\("(.*?)"', code_of(card))
     assert [card.data.pipeline_tag] == (pipelines[:1] or [None]) and pipelines[:1] in ([], [measured.task_type])
     assert pipelines[1:] == (["image-text-to-text"] if model_class.can_generate() else [])

@@ -1,4 +1,4 @@
-"""Publishing with `examples/push_to_hub.py` to a Hub on loopback: what arrives and what does not; the card's code."""
+"""Publishing with `examples/push_to_hub.py` to a local Hub: published files, private files, and the card's code."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def make_checkpoint(folder: Path, model_class=TripsForQuestionAnswering) -> Path:
-    """What training leaves: a model and its processor, results, and much that is nobody else's business."""
+    """Write the files of a training: model, processor, results, and private files."""
     tokenizer = train_wordpiece_tokenizer(["what color is it?", "red blue yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
     model_class(config).save_pretrained(folder)
@@ -51,7 +51,7 @@ def make_checkpoint(folder: Path, model_class=TripsForQuestionAnswering) -> Path
 
 
 def published(folder: Path) -> set[str]:
-    """The files that are to be in the repository: what saving wrote, a card, and the Hub's own first file."""
+    """Return the expected files of the repository: the saved files, a card, and the Hub's initial file."""
     return {path.name for path in folder.iterdir()} - LEFTOVERS | {"README.md", ".gitattributes"}
 
 
@@ -130,7 +130,7 @@ def test_an_upload_that_fails_leaves_the_repository_as_it_was(hub, checkpoint, r
         push(checkpoint)
     assert HfApi().list_repo_files(REPO) == [".gitattributes"]
     hub.refused = "nothing"
-    push(checkpoint)  # and the next attempt ends well
+    push(checkpoint)  # and the next attempt succeeds
     assert set(HfApi().list_repo_files(REPO)) == published(checkpoint)
 
 
@@ -205,7 +205,7 @@ def test_code_that_a_checkpoint_names_is_not_published(hub, checkpoint):
 
 
 class StrangeImageProcessor(BlipImageProcessor):
-    """An image processor whose code is not this project's."""
+    """Image processor with foreign code."""
 
 
 def test_an_image_processor_of_other_code_is_not_published(checkpoint, tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_file_that_is_not_on_the_list_stops_everything(hub, checkpoint):
 
 @pytest.fixture(scope="module")
 def clean_python(tmp_path_factory) -> Path:
-    """A Python that has what the project needs, but not the project."""
+    """Return a Python with the project's dependencies, without the project."""
     return make_environment(tmp_path_factory.mktemp("environment"))
 
 

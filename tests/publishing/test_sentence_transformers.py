@@ -1,4 +1,4 @@
-"""Retrieval checkpoints in the library Sentence Transformers: the real one, from the files that publishing writes."""
+"""Published retrieval checkpoints load in Sentence Transformers."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One service for the tests that change nothing about it, with limits that are soon reached."""
+"""A shared service with low limits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The engine without a process: batches of many requests give what the library gives for each alone."""
+"""The engine in this process: batches of requests give the library's results for single requests."""
 
 import json
 from dataclasses import replace
@@ -108,7 +108,7 @@ def test_captions(tmp_path):
 
 
 def test_answers_of_several_schedules_in_one_batch(tmp_path):
-    """One copy of the weights; each item by its own schedule; an image is computed once for each."""
+    """Schedules share one copy of the weights; an image is computed once per schedule."""
     folder = save(tmp_path, TripsForQuestionAnswering, selection_layers=[2], keep_rate=0.5)
     engine = Engine(Settings(model=folder, schedules=read_schedules("full=;few=1:image:0.5,3:text:0.2")))
     fields = {
@@ -129,7 +129,7 @@ def test_answers_of_several_schedules_in_one_batch(tmp_path):
         assert [one["answer"] for one in answers] == [one["answer"] for one in expected[position]]
         scores = [one["score"] for one in expected[position]]
         assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
-    # Besides, there is the image that the engine tried the model with.
+    # One more image comes from the engine's test of the model.
     assert len(engine.cache) == len(IMAGES) * len(fields) + 1
 
 

@@ -1,4 +1,4 @@
-"""The parts of the service, without a process: settings, images of strangers, the cache of what images share."""
+"""Parts of the service in this process: settings, untrusted images, and the cache of image states."""
 
 import asyncio
 import base64
@@ -232,7 +232,7 @@ def test_rows_of_image_caches_split_and_join(guidance):
     expected = model.match(tokens, image_cache=whole, image_index=order).itm_logits
     torch.testing.assert_close(model.match(tokens, image_cache=joined).itm_logits, expected)
     assert len({form(row) for row in rows}) == 1
-    # A row holds its own memory, not that of the batch that it came from.
+    # A row does not keep the memory of its batch.
     assert num_bytes(rows[0]) == sum(value.untyped_storage().nbytes() for value in rows[0].tensors.values())
 
 

@@ -1,4 +1,4 @@
-"""The service in a process of its own, asked over loopback."""
+"""The service in a separate process, over loopback."""
 
 import base64
 import io
@@ -65,7 +65,7 @@ def test_many_at_once_get_what_the_library_answers(service, fields, schedule):
 
 
 def test_schedules_keep_apart_in_one_batch(service):
-    """Those of other keep rates, asked at the same time about the same image, get what each would alone."""
+    """Concurrent requests with different keep rates for the same image get the results of single requests."""
     bodies = [ask("teal", schedule=name, top_k=top_k) for name in ("default", "full", "fast") for top_k in (1, 2)]
     alone = [service.post("answer", body).json() for body in bodies]
     with ThreadPoolExecutor(12) as pool:
@@ -73,7 +73,7 @@ def test_schedules_keep_apart_in_one_batch(service):
     for found, expected in zip(together, alone * 2):
         check_answers(found["answers"], expected["answers"])
     scores = {one["answers"][0][0]["score"] for one in alone}
-    assert len({round(score, 6) for score in scores}) > 1  # or the names mean nothing
+    assert len({round(score, 6) for score in scores}) > 1  # otherwise the names are not checked
 
 
 def test_an_upload_and_a_data_url_are_the_same_image(service):
@@ -149,7 +149,7 @@ def test_bad_requests_are_told_what_is_wrong(service, name):
     try:
         reply = service.post("answer", **options)
     except (httpx.WriteError, httpx.ReadError):
-        assert name == "an enormous body"  # the service stopped to listen
+        assert name == "an enormous body"  # the service stopped listening
     else:
         assert reply.status_code == status, reply.text
         assert reply.json()["error"] and "Traceback" not in reply.text and ".py" not in reply.text
@@ -180,14 +180,14 @@ def test_other_places_and_methods(service):
         reply = httpx.request(method, f"{service.url}/{path}")
         assert reply.status_code == status, path
         assert status == 200 or reply.json()["error"]
-    # A series of metrics for each path that strangers make up would fill the memory.
+    # Metrics for every unknown path would fill the memory.
     for number in range(20):
         assert httpx.get(f"{service.url}/made-up-{number}").status_code == 404
     assert "made-up" not in httpx.get(f"{service.url}/metrics").text
 
 
 def raw(service, request: bytes) -> bytes:
-    """The whole reply to a request that an HTTP client would not send."""
+    """Return the whole response to a request that HTTP clients do not send."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(65_536), b""))
@@ -258,7 +258,7 @@ def test_slow_clients_are_told_to_leave_and_hold_up_nobody(service):
     head = b"POST /answer HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
     slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(100)]
     for number, connection in enumerate(slow):
-        connection.sendall(head if number % 2 else head[:40])  # every other one does not even finish the header
+        connection.sendall(head if number % 2 else head[:40])  # every other request has an incomplete header
     assert service.post("answer", ask("blue")).status_code == 200
     slow[1].settimeout(30)
     assert slow[1].recv(1000).startswith(b"HTTP/1.1 408")
@@ -282,7 +282,7 @@ def test_a_thousand_random_requests_by_its_own_description(service, tmp_path):
 
 
 def test_large_images_hold_up_decoding_alone(tmp_path):
-    """Who waits longer than the limit for a decoder is refused; requests without a new image do not wait for one."""
+    """Requests that wait too long for a decoder are refused; requests without a new image do not wait."""
     large = as_text(PIL.Image.new("RGBA", (2500, 2500), (1, 2, 3, 100)))
     with RunningService(tmp_path / "log", max_latency_ms=300) as service:
         assert service.post("answer", ask("red")).status_code == 200
@@ -329,7 +329,7 @@ def test_an_idle_service_is_as_fast_after_a_burst_as_before(tmp_path):
             assert {reply.status_code for reply in pool.map(lambda _: service.post("answer", body), range(60))} == {
                 200
             }
-        time.sleep(6)  # until BentoML looks at its waits again
+        time.sleep(6)  # until BentoML checks its timeouts again
         assert sorted(lone() for _ in range(30))[15] < before + 0.1
 
 
@@ -385,13 +385,13 @@ def test_what_was_accepted_is_answered_before_it_ends(tmp_path):
             service.process.send_signal(signal.SIGTERM)
             outcomes = [one.exception() or one.result().status_code for one in waiting]
         assert service.process.wait(300) == 0
-        # Connections without a whole request are closed; no request in progress is left without an answer.
+        # Connections without a complete request are closed; requests in flight are answered.
         assert {one for one in outcomes if isinstance(one, int)} == {200} and outcomes.count(200) >= accepted
         assert all(one == 200 or isinstance(one, httpx.TransportError) for one in outcomes), outcomes
 
 
 def test_memory_stays_where_it_was(tmp_path):
-    """However many images come by; the load test of the documentation sends 10,000."""
+    """Memory does not grow with the number of images; the load test of the docs sends 10,000."""
     with RunningService(tmp_path / "log", cache_bytes=1_000_000) as service:
 
         def send(number: int):

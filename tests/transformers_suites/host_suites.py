@@ -1,6 +1,6 @@
 """
-`ModelTesterMixin` on models of Transformers that select patches from the moment they are made: the save and load tests
-of towers and encoders, and all tests of a LLaVA that prunes its inputs but keeps every token, beside a plain one.
+`ModelTesterMixin` on patched models of Transformers: the save and load tests of towers and encoders, and all tests of
+a LLaVA that prunes its inputs but keeps every token, against the plain model.
 """
 
 import unittest
@@ -51,14 +51,14 @@ BRIDGETOWER_TEXT = {**TEXT, "hidden_size": 64, "num_hidden_layers": 3}
 
 
 def selecting(model_class: type[PreTrainedModel], guidance: str) -> type[PreTrainedModel]:
-    """The host, with selection applied to every instance."""
+    """Return a subclass that applies selection to every instance."""
 
     class Selecting(model_class):
         def __init__(self, config):
             super().__init__(config)
             apply_patch_selection(self, f"1:{guidance}:0.5,2:{guidance}:0.5")
 
-    Selecting.__name__ = model_class.__name__  # the suites look classes up by name
+    Selecting.__name__ = model_class.__name__  # the suites look up classes by name
     return Selecting
 
 
@@ -68,7 +68,7 @@ class PlainLlava(LlavaForConditionalGeneration):
 
 
 class PruningLlava(LlavaForConditionalGeneration):
-    """Prunes its inputs, and keeps every token."""
+    """LLaVA that prunes its inputs but keeps every token."""
 
     def __init__(self, config):
         super().__init__(config)

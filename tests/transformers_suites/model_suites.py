@@ -3,9 +3,9 @@
 new class is tested once it is registered; one whose inputs or labels are its own needs a suite, and an entry in
 `SUITES`.
 
-Where a test of the suites does not fit, one of the same name and purpose stands in for it, and where tokens shrink
-more is checked. Transformers' other mixins do not apply: those for pipelines, FSDP and tensor parallelism need files
-that its source distribution lacks, the one for training feeds token ids alone, the one for memory holds no tests.
+A test of the suites that does not fit is replaced by one of the same name and purpose. Transformers' other mixins do
+not apply: those for pipelines, FSDP and tensor parallelism need files that its source distribution lacks, the one for
+training only has token ids, and the one for memory has no tests.
 """
 
 import tempfile
@@ -52,7 +52,7 @@ from .model_testers import (
 
 
 def make_names_known():
-    """The suites look up in tables of Transformers which classes have no loss, and which take a text as labels."""
+    """Register the classes in Transformers' tables of models without a loss and with texts as labels."""
     known = {
         "AutoModel": (*MODELS["AutoModel"], TripsDecoder),
         "AutoModelForImageTextToText": MODELS["AutoModelForImageTextToText"],
@@ -69,7 +69,7 @@ class TripsSuite(ModelTesterMixin):
         return self.all_model_classes[0]
 
     def forward_with(self, output, by_config):
-        """The outputs of a forward pass with `output_attentions` or `output_hidden_states`, by argument or config."""
+        """Return the outputs of a forward pass with `output_attentions` or `output_hidden_states`."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         if by_config:
             setattr(config, output, True)
@@ -81,7 +81,7 @@ class TripsSuite(ModelTesterMixin):
             return model(**inputs)
 
     def assert_shapes(self, tensors, shapes):
-        """`shapes` are without the batch."""
+        """Check shapes, without the batch dimension."""
         self.assertEqual([tuple(tensor.shape[1:]) for tensor in tensors], shapes)
 
     def test_disk_offload_without_accelerator(self):
@@ -111,10 +111,10 @@ class VisionSuite(TripsSuite):
     model_tester = TripsVisionModelTester()
     additional_model_inputs = ["text_embeds"]
     test_resize_embeddings = False  # no vocabulary
-    lengths = VISION_LENGTHS[:2]  # before and behind the one selection layer
+    lengths = VISION_LENGTHS[:2]  # before and after the only selection layer
 
     def test_attention_outputs(self):
-        super().test_attention_outputs()  # of the first layer alone: those of the next are shorter
+        super().test_attention_outputs()  # of the first layer; those of the next layer are shorter
         for by_config in (False, True):
             outputs = self.forward_with("output_attentions", by_config)
             self.assert_shapes(outputs.attentions, [(2, length, length) for length in self.lengths])
@@ -127,7 +127,7 @@ class VisionSuite(TripsSuite):
             self.assert_shapes(outputs.hidden_states, [(before, 32), (behind, 32), (behind, 32)])
 
     def test_model_get_set_embeddings(self):
-        """As for ViT: images are embedded by a module, not by a table."""
+        """Images are embedded by a module and not by a table, as in ViT."""
         model = self.model_class(self.model_tester.get_config())
         self.assertIs(model.get_input_embeddings(), model.embeddings.patch_embeddings)
         replacement = nn.Conv2d(3, 32, 4)
@@ -136,7 +136,7 @@ class VisionSuite(TripsSuite):
         self.assertIsNone(model.get_output_embeddings())
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self):
-        """The suite looks at the gradient of a table of embeddings; here it must reach the one weight that trains."""
+        """The suite checks the gradient of an embedding table; here it must reach the only trained weight."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = self.model_class(config).train()
         model.requires_grad_(False)
@@ -215,7 +215,7 @@ class GenerativeSuite(HeadSuite, GenerationTesterMixin):
     is_encoder_decoder = True
 
     def test_attention_outputs(self):
-        """The suite counts the outputs, and does not know of `selection`."""
+        """The suite counts the outputs, without `selection`."""
         for by_config in (False, True):
             outputs = self.forward_with("output_attentions", by_config)
             for attentions in (outputs.encoder_attentions, outputs.decoder_attentions, outputs.cross_attentions):
@@ -238,7 +238,7 @@ class RetrievalSuite(HeadSuite):
     vision_attentions = [(2, length, length) for length in VISION_LENGTHS[:-1]]
 
     def setUp(self):
-        """Negatives are drawn at random: here the same each time."""
+        """Draw the same negatives each time."""
 
         def pairs(logits, image_ids):
             return matching_pairs(logits, image_ids, torch.Generator().manual_seed(0))
@@ -248,7 +248,7 @@ class RetrievalSuite(HeadSuite):
         self.addCleanup(patched.stop)
 
     def test_attention_outputs(self):
-        """Text and image are not fused here, so there are two stacks of layers instead of one."""
+        """Text and image are not fused here, so that there are two stacks of layers."""
         for by_config in (False, True):
             outputs = self.forward_with("output_attentions", by_config)
             self.assert_shapes(outputs.vision_model_output.attentions, self.vision_attentions)
@@ -276,10 +276,10 @@ class RetrievalSuite(HeadSuite):
 
 class PreTrainingSuite(RetrievalSuite):
     model_tester = TripsForPreTrainingTester()
-    vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the image cache were computed before
+    vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the cached image states were computed before
 
     def test_batching_equivalence(self):
-        """Negatives are drawn among the rows of a batch: here there are none."""
+        """The losses are off, because negatives depend on the batch."""
         with patch.object(self.model_tester, "itm_weight", 0.0):
             super().test_batching_equivalence()
 

@@ -1,4 +1,4 @@
-"""What the suites ask of a model: a small configuration and inputs. Text and vision differ in width on purpose."""
+"""Small configurations and inputs for the suites. Text and vision differ in width on purpose."""
 
 import torch
 
@@ -28,7 +28,7 @@ VISION_FIELDS = {
     "selection_layers": [1, 2],
     "keep_rate": 0.5,
 }
-# Tokens before each layer and after the last: [CLS] and 16 patches; [CLS], 8 of them and a fused token; [CLS], 5 of
+# Tokens before each layer and after the last: [CLS] and 16 patches; [CLS], 8 patches and a fused token; [CLS], 5 of
 # these 9 and a fused token.
 VISION_LENGTHS = [17, 10, 7]
 
@@ -64,7 +64,7 @@ class TripsVisionModelTester:
     num_attention_heads = VISION_FIELDS["num_attention_heads"]
 
     def get_config(self):
-        # The first layer scores with states that no kernel has rounded yet: all of them select the same patches.
+        # The first layer scores states that no kernel has rounded, so that all kernels select the same patches.
         fields = {**VISION_FIELDS, "selection_layers": [1], "guidance_hidden_size": TEXT_FIELDS["hidden_size"]}
         return TripsVisionConfig(**fields)
 
@@ -101,7 +101,7 @@ class TripsDecoderTester(TripsTextModelTester):
 
 
 class TripsModelTester(TripsTextModelTester):
-    """For the models of a [`TripsConfig`] that have no decoder, so that the suites do not look for one's outputs."""
+    """Tester of [`TripsConfig`] models without a decoder."""
 
     is_encoder_decoder = False
 
@@ -119,7 +119,7 @@ class TripsModelTester(TripsTextModelTester):
         return config, {**inputs, "pixel_values": floats_tensor([self.batch_size, 3, 16, 16])}
 
     def training_inputs(self):
-        """What a head needs for a loss, where the suites do not know it."""
+        """Return the labels of a head that the suites do not support."""
         return {}
 
 
@@ -132,7 +132,7 @@ class TripsSkipConnectedModelTester(TripsModelTester):
 
 
 class TripsSingleStreamedModelTester(TripsModelTester):
-    """With the layers of the vision tower alone, which are as wide as the text embeddings."""
+    """Tester of the single stream, whose layers are as wide as the text embeddings."""
 
     hidden_size = VISION_FIELDS["hidden_size"]
     num_attention_heads = VISION_FIELDS["num_attention_heads"]
@@ -146,7 +146,7 @@ class TripsSingleStreamedModelTester(TripsModelTester):
 
 
 class TripsGenerativeModelTester(TripsModelTester):
-    """For those that have a decoder."""
+    """Tester of models with a decoder."""
 
     is_encoder_decoder = True
 

@@ -10,7 +10,7 @@ from modeling_trips import TripsProcessor
 from ...test_processing_common import ProcessorTesterMixin
 
 
-# What users may give a processor of theirs: the texts of a conversation, one after the other.
+# A chat template that joins the texts of a conversation.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}"
@@ -36,7 +36,7 @@ class TripsProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         return {"patch_size": 8, "chat_template": CHAT_TEMPLATE}
 
     def test_processor_text_has_no_visual(self):
-        """Every text of a batch is about an image, or none is: one without is refused, not given another's image."""
+        """Either all texts of a batch have an image or none has."""
         processor = self.get_processor()
         text, images = self.prepare_text_inputs(batch_size=3), self.prepare_images_inputs(batch_size=3)
         with self.assertRaisesRegex(ValueError, "2 images and 3 texts"):

@@ -1,6 +1,5 @@
 """
-Transformers' own test suites, made runnable for this project: they are not in its wheel but in its source
-distribution, which lacks four of the modules that they import.
+Setup of Transformers' test suites, which are only in its source distribution. It lacks four of their imports.
 """
 
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUR_SUITES = ("config_suite.py", "host_suites.py", "model_suites.py", "model_testers.py", "processor_suite.py")
 
-# What the suites import and the source distribution lacks. Generation has tests of our own: tests/test_generation.py.
+# Stubs of missing imports. Generation is tested in tests/models/test_generation.py.
 STUBS = {
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
@@ -47,17 +46,17 @@ def url_to_local_path(url, *args, **kwargs):
 
 def download_source(version: str, cache: Path) -> Path:
     """
-    The source distribution of a version of Transformers, downloaded once.
+    Download the source distribution of a version of Transformers once.
 
     Args:
-        version (`str`): the version, as `transformers.__version__` says it.
-        cache (`Path`): folder in which the archive is kept, and looked for first.
+        version (`str`): as in `transformers.__version__`.
+        cache (`Path`): folder of the archive.
 
     Returns:
         `Path`: the archive `transformers-{version}.tar.gz` in `cache`.
 
     Raises:
-        RuntimeError: if it is not there and pip cannot download it.
+        RuntimeError: The archive is missing and pip cannot download it.
     """
     archive = cache / f"transformers-{version}.tar.gz"
     if archive.exists():
@@ -78,7 +77,7 @@ def download_source(version: str, cache: Path) -> Path:
 
 
 def build_tree(archive: Path, target: Path):
-    """Unpacks the suites into `target`, with the stubs and with this project's testers in `tests/models/trips`."""
+    """Unpack the suites into `target`, with the stubs, and with this project's testers in `tests/models/trips`."""
     root = archive.name.removesuffix(".tar.gz")
     with tarfile.open(archive) as source:
         members = [member for member in source if member.name.startswith(f"{root}/tests/")]

@@ -1,4 +1,4 @@
-"""Two models on the same items: hand-worked groups and tests."""
+"""Comparison of two models: groups and tests by hand."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def row(number: int, answer: str, prediction: str, question: str = "what is it?"
 
 
 def pair(right: str, lost: int, won: int, same: int, **columns) -> tuple[list[dict], list[dict]]:
-    """Rows of two models: so many that only the other has right, that only the model has, and that both have."""
+    """Return rows of two models: `lost` items, `won` items, and items that both get right."""
     outcomes = [("x", right)] * lost + [(right, "x")] * won + [(right, right)] * same
     numbers = range(100 * len(right), 100 * len(right) + 100)
     rows = [row(number, right, own, **columns) for number, (own, _) in zip(numbers, outcomes)]
@@ -56,7 +56,7 @@ def test_groups_that_lose_beyond_chance_come_first():
 
 
 def test_groups_are_in_the_order_of_their_losses():
-    """First what loses beyond chance, then what loses, then the others; each by how sure that is."""
+    """Groups with a significant loss come first, then other losses, then the rest, each ordered by q value."""
     outcomes = {"red": (12, 0, 88), "blue": (4, 0, 6), "green": (0, 6, 4), "purple": (0, 0, 10)}
     pairs = [pair(name, *counts, kind=name) for name, counts in outcomes.items()]
     rows, others = (sum(parts, []) for parts in zip(*pairs))
@@ -64,7 +64,7 @@ def test_groups_are_in_the_order_of_their_losses():
     kinds = [group for group in result.groups if group.feature == "kind"]
     assert [group.value for group in kinds] == ["red", "blue", "green", "purple"]
     assert [group.difference for group in kinds] == pytest.approx([-0.12, -0.4, 0.6, 0.0])
-    # The kind and the answer are the same items: they share the first two places of Benjamini and Hochberg.
+    # Kind and answer have the same items and share the first two ranks of Benjamini and Hochberg.
     assert kinds[0].q_value == pytest.approx(kinds[0].p_value * len(result.groups) / 2)
 
 

@@ -1,4 +1,4 @@
-"""Paired tests, worked by hand."""
+"""Paired tests by hand."""
 
 import math
 
@@ -18,7 +18,7 @@ def test_difference_over_three_seeds():
 
 
 def test_pairs_count_and_not_the_spread_over_seeds():
-    """The seeds differ by far more than the models. The difference is the first less the second."""
+    """The seeds differ by far more than the models."""
     gap = paired_difference([10.0, 50.0, 90.1], [11.0, 51.1, 91.0])
     assert gap.mean == pytest.approx(-1.0) and gap.p_value < 0.01
 

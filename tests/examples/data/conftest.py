@@ -1,4 +1,4 @@
-"""A folder of pictures, and the suffixes of files with rows."""
+"""A folder of images, and the suffixes of files with rows."""
 
 import numpy as np
 import PIL.Image

@@ -1,4 +1,4 @@
-"""One rule for bad rows: whoever reads a row says the same of it, before training where it can be known."""
+"""All readers report the same faults of bad rows, before training if possible."""
 
 import json
 import logging
@@ -49,14 +49,14 @@ def processor():
 
 
 def write(folder, task, rows) -> str:
-    """A file whose row 1 is good, and row 2 the first of the bad ones."""
+    """Write a file with a good row 1, followed by the bad rows."""
     file = folder / "rows.jsonl"
     file.write_text("\n".join([json.dumps(GOOD[task]), *(row.line for row in rows)]))
     return str(file)
 
 
 def said(faults) -> dict[str, str]:
-    """The reason by source."""
+    """Return the reason by source."""
     return {fault.source: fault.reason for fault in faults}
 
 
@@ -65,7 +65,7 @@ def expected(rows, *found: str) -> dict[str, str]:
 
 
 def collate(processor, task, dataset):
-    """Every row in a batch of its own; what stops a batch, by source."""
+    """Collate each row in its own batch. Return the errors by source."""
     stopped = {}
     for collator in COLLATORS[task]:
         for training in (False, True):
@@ -132,7 +132,7 @@ def test_a_stream_names_them_all_in_the_same_words(folder, processor):
         max_bad_share=1.0,
         log_folder=folder,
     )
-    pairs = list(islice(stream, 2))  # the second pass begins when all have been seen
+    pairs = list(islice(stream, 2))  # the second pass begins after all rows
     assert [pair["source"] for pair in pairs] == ["rows.jsonl row 1"] * 2
     lines = (folder / "bad_pairs-00000.jsonl").read_text().splitlines()
     named = {pair["source"]: pair["error"].partition(" (")[0] for pair in map(json.loads, lines)}
@@ -141,7 +141,7 @@ def test_a_stream_names_them_all_in_the_same_words(folder, processor):
 
 @each_task
 def test_images_in_a_table_are_looked_at_as_closely(task, folder):
-    """Of Parquet files with encoded images, and so of the Hub, whose tables are read in the same way."""
+    """Parquet files with encoded images are checked like files. Data sets on the Hub are read in the same way."""
     column = TASKS[task].image_column
     rows = [row for row in bad_rows(task) if row.file is not None]
 

@@ -1,4 +1,4 @@
-"""Tests of the boxes of visual grounding in the processor: pixels of the image to labels, predictions to pixels."""
+"""Boxes of visual grounding in the processor: pixels to labels, and predictions to pixels."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from modeling_trips.modeling_trips_grounding import TripsVisualGroundingOutput
 
 
 SQUASH = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)
-# 64 x 32 (height x width), as a processor of pictures that are all upright may have it.
+# 64 x 32 (height x width), as for portrait images
 UPRIGHT = BlipImageProcessor(size={"height": 64, "width": 32}, do_normalize=False)
 RESIZE = CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False, do_normalize=False)
 CROP = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, do_normalize=False)
@@ -20,7 +20,7 @@ PAD = CLIPImageProcessor(do_resize=False, crop_size={"height": 128, "width": 128
 each_geometry = pytest.mark.parametrize(
     "image_processor", [SQUASH, UPRIGHT, RESIZE, CROP, PAD], ids=["squash", "upright", "resize", "crop", "pad"]
 )
-# (height, width) of images, and in each a box within the middle square, which a crop keeps.
+# (height, width) of images, each with a box in the middle square, which a crop keeps.
 SIZES = [(60, 120), (100, 50), (33, 47), (64, 64)]
 BOXES = [[40.25, 7.5, 80.0, 59.0], [3.0, 27.0, 46.5, 71.75], [10.0, 5.0, 30.0, 30.0], [0.0, 0.0, 64.0, 64.0]]
 
@@ -48,7 +48,7 @@ def test_boxes_of_a_center_crop():
     # 240 x 120 (width x height) -> 128 x 64 -> the middle 64 x 64, from x = 32: 60 to 180 in the original
     processor, sizes = make_processor(CROP), [(120, 240)] * 2
     labels = processor.encode_boxes([[90, 30, 120, 60], [30, 0, 90, 120]], sizes)
-    # Of the second box, the left half is cut off.
+    # The left half of the second box is cut off.
     torch.testing.assert_close(labels, torch.tensor([[0.375, 0.375, 0.25, 0.25], [0.125, 0.5, 0.25, 1.0]]))
     pixels = processor.post_process_grounding(labels, sizes)
     torch.testing.assert_close(pixels, torch.tensor([[90.0, 30, 120, 60], [60, 0, 90, 120]]))
@@ -59,7 +59,7 @@ def test_boxes_of_a_crop_larger_than_the_image():
     processor, sizes = make_processor(PAD), [(32, 64)]
     labels = processor.encode_boxes([[0, 0, 64, 32]], sizes)
     torch.testing.assert_close(labels, torch.tensor([[0.5, 0.5, 0.5, 0.25]]))
-    # Predictions: one around the image, one in the padding alone.
+    # Predictions: one around the image, one in the padding.
     pixels = processor.post_process_grounding(torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.1, 0.5, 0.1, 0.1]]), sizes * 2)
     assert pixels[0].tolist() == [0, 0, 64, 32]
     assert pixels[1, 0] == pixels[1, 2] == 0
@@ -91,7 +91,7 @@ def test_pixels_come_back(image_processor):
 
 @each_geometry
 def test_labels_agree_with_the_pixels(image_processor):
-    """Whatever the geometry: with an image that is black but for its box, the light in `pixel_values` is the label."""
+    """The bright pixels of `pixel_values` of an image that is only bright in the box agree with the label."""
     processor = make_processor(image_processor)
     for (height, width), box in zip(SIZES, BOXES):
         x0, y0, x1, y1 = box = [round(number) for number in box]
@@ -137,7 +137,7 @@ def test_options_of_the_call_that_made_the_pixels():
 
 def test_outputs_of_a_model_and_their_boxes_alone_are_equal():
     processor = make_processor(SQUASH)
-    # What bfloat16 can hold; the sums of center and half a side it would round.
+    # Exact in bfloat16, but the sums of center and half a side are not.
     boxes = torch.tensor([[0.75, 0.75, 0.0625, 0.00390625]], dtype=torch.bfloat16, requires_grad=True)
     expected = torch.tensor([[143.75, 59.84375, 156.25, 60.15625]])
     for outputs in (TripsVisualGroundingOutput(pred_boxes=boxes), boxes, boxes.detach().float().numpy()):

@@ -59,7 +59,7 @@ def test_absent_items_have_a_color_and_a_shape_of_the_scene():
 
 
 def test_the_middle_of_an_item_has_its_color():
-    """Between the mark and the edge."""
+    """The pixel lies between the mark and the edge."""
     for scene in SCENES[:10]:
         for item in (item for item in scene.items if item.shape == "square"):
             x0, y0, _, _ = item.box

@@ -1,4 +1,4 @@
-"""The batches of the examples: sampling by image, collating with shared images and weighted answers, augmentation."""
+"""Batches: sampling by image, shared images, weighted answers and augmentation."""
 
 import io
 
@@ -141,8 +141,8 @@ def test_training_is_told_where_a_question_is_about(processor):
 
 
 def test_rotated_photos_are_upright_before_they_are_augmented(processor):
-    # Stored red on the left and blue on the right; orientation 6 turns that to red above and blue below, which no
-    # sideways flip changes.
+    # Stored red on the left and blue on the right. Orientation 6 turns it to red above and blue below, which a
+    # horizontal flip does not change.
     image = PIL.Image.new("RGB", (64, 64), "red")
     image.paste("blue", (32, 0, 64, 64))
     exif = PIL.Image.Exif()
@@ -158,7 +158,7 @@ def test_rotated_photos_are_upright_before_they_are_augmented(processor):
 
 
 def test_an_image_that_cannot_be_used_is_named_by_its_row_alone(processor):
-    """Not by its batch: of 64 rows one is to be found."""
+    """The error names the row and not the whole batch."""
     thin = {"bytes": None, "path": None}
     for image, fault in (
         (PIL.Image.new("RGB", (640, 7)), r"image smaller than a patch \(\d+ bytes: 640 x 7, a patch is 8 x 8\)"),

@@ -1,4 +1,4 @@
-"""The color of a picture: plain ones by the names that people gave them, shares of several, what is not seen."""
+"""The main color of an image: plain colors, shares of several colors, and invisible pixels."""
 
 import matplotlib.colors
 import PIL.Image
@@ -9,7 +9,7 @@ from trips_examples.data.pictures import read_pictures
 
 
 def strip(*parts: tuple[int, str | tuple[int, int, int, int]]) -> PIL.Image.Image:
-    """An image of 10 x 10 pixels, of colors in the first pixels of it, each in as many as it says."""
+    """Return an image of 10 x 10 pixels whose first pixels have the given numbers of colors."""
     colors = [PIL.Image.new("RGBA", (1, 1), color).getpixel((0, 0)) for number, color in parts for _ in range(number)]
     image = PIL.Image.new("RGBA", (10, 10))
     image.putdata(colors)
@@ -18,7 +18,7 @@ def strip(*parts: tuple[int, str | tuple[int, int, int, int]]) -> PIL.Image.Imag
 
 @pytest.mark.parametrize("color", COLORS)
 def test_plain_pictures_have_the_color_that_people_call_so(color):
-    """The most typical ones of each name in the survey of xkcd.com."""
+    """The typical colors of each name in the survey of xkcd.com."""
     typical = matplotlib.colors.to_hex(f"xkcd:{color}")
     assert main_color(PIL.Image.new("RGBA", (90, 50), typical)) == color
 

@@ -1,4 +1,4 @@
-"""The emoji of a font as named pictures."""
+"""The emoji of a font as named images."""
 
 import matplotlib
 import pytest

@@ -1,4 +1,4 @@
-"""The annotation files of public data sets: small files of the very same form, loaded as users load them."""
+"""Annotation files of public data sets: small files of the same form."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from trips_examples.data.annotations import AnnotationFile, read_annotations
 
 @pytest.fixture
 def coco(tmp_path):
-    """Images as COCO names and places them, 40 x 30 pixels."""
+    """Write images of 40 x 30 pixels with COCO's names and folders."""
     names = {
         "train2014": ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000581857.jpg"],
         "val2014": ["COCO_val2014_000000391895.jpg", "COCO_val2014_000000060623.jpg"],
@@ -34,7 +34,7 @@ def write(file, content):
 
 
 def names_of(rows):
-    """The files of the images, with the folder they lie in."""
+    """Return the image files with their folders."""
     return [
         re.sub(r".*/(.*/)", r"\1", path)
         for path in rows.data.column("image").combine_chunks().field("path").to_pylist()
@@ -95,7 +95,7 @@ def test_vqa_with_annotations_and_images_elsewhere(coco):
     annotations = annotations.rename(coco / "answers.json")
     with pytest.raises(FileNotFoundError, match="--train_annotations.*v2_mscoco_train2014_annotations.json"):
         load("vqa", train_file=file, image_root=coco / "images")
-    # All images in one folder, without those of the split
+    # All images in one folder, without the split's folder
     folder = coco / "images" / "train2014"
     rows = load("vqa", train_file=file, train_annotations=annotations, image_root=folder)["train"]
     assert names_of(rows)[2] == "train2014/COCO_train2014_000000581857.jpg"
@@ -110,7 +110,7 @@ def test_vqa_question_without_answers_is_named(coco):
 
 
 def test_vqa_test_dev_has_the_images_of_test(coco):
-    """Their questions have no answers: nothing to evaluate here, but the names must be right."""
+    """The questions have no answers; only the names of the images are checked."""
     file, annotations = vqa(coco / "vqa", "test-dev2015")
     _, record = next(iter(read_annotations(AnnotationFile(file, "val", None, annotations), "vqa")))
     assert record["image"] == ("test2015/COCO_test2015_000000000009.jpg", "COCO_test2015_000000000009.jpg")
@@ -181,7 +181,7 @@ def test_karpathy_splits(coco):
 
 
 def test_karpathy_of_flickr30k(coco):
-    """It has neither folders nor numbers of COCO."""
+    """Flickr30k has neither COCO's folders nor its numbers."""
     file = karpathy(coco / "dataset_flickr30k.json", ["train"])
     rows = load("captions", train_file=file, image_root=coco / "images" / "val2014")["train"]
     assert rows["image_id"][:] == ["0", "0"]
@@ -244,7 +244,7 @@ def test_nlvr2_bad_rows_are_named(tmp_path):
 
 
 def refcoco(folder, protocol=0):
-    """Written as the official files are, by an old protocol."""
+    """Write files with the old pickle protocol of the official ones."""
     boxes = {1: [1.5, 2.0, 10.0, 20.5], 2: [0.0, 0.0, 40.0, 30.0]}
     images = [{"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 40, "height": 30}]
     annotations = [{"id": i, "image_id": 581857, "category_id": 1, "bbox": box} for i, box in boxes.items()]

@@ -1,7 +1,7 @@
 """
-Files that nobody wrote on purpose: whatever is in them, it is read, or named, and no traceback comes from below.
+Random files are read or named in an error of this project.
 
-A few examples of each, the same in every run; FUZZ_EXAMPLES=100000 looks at as many, other ones in each run.
+Each run uses the same few examples; FUZZ_EXAMPLES=100000 sets their number and draws other ones in each run.
 """
 
 import csv
@@ -59,7 +59,7 @@ def processor():
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether it was raised by this project, which says what is wrong, and not by something that it called."""
+    """Return whether this project raised the error, and not a library."""
     place = error.__traceback__
     while place.tb_next is not None:
         place = place.tb_next
@@ -69,7 +69,7 @@ def is_ours(error: Exception) -> bool:
 
 
 def read(task: str, file: Path, folder: Path, **source) -> dict:
-    """The rows of a file, or none where it cannot be read and is said to be."""
+    """Return the rows of a file, or none if it is refused."""
     bad_rows = BadRows(image_check="decode", patch_size=PATCH_SIZE, collected=[])
     source = DataSource(train_file=str(file), image_root=str(folder), cache_dir=str(folder / "cache"), **source)
     try:
@@ -80,7 +80,7 @@ def read(task: str, file: Path, folder: Path, **source) -> dict:
         return {}
 
 
-# What may be in a file
+# Contents of files
 
 texts = st.one_of(
     st.text(st.characters(exclude_categories=[]), max_size=8),  # lone surrogates, too
@@ -114,7 +114,7 @@ def records(task: str) -> st.SearchStrategy[dict]:
 
 
 def mutated(content: bytes) -> st.SearchStrategy[bytes]:
-    """The content with a few pieces of it replaced, left out or said again."""
+    """Return the content with a few pieces replaced, removed or repeated."""
     place = st.integers(0, len(content))
     piece = st.one_of(st.binary(max_size=8), st.sampled_from([b'"', b"\n", b"\\", b"\xff", b"[" * 5000, b"\0" * 9]))
 
@@ -132,7 +132,7 @@ def mutated(content: bytes) -> st.SearchStrategy[bytes]:
 
 @each_task
 def test_rows_that_are_read_make_batches(task, folder, processor):
-    """And none of the others goes unnamed: what remains of the rows goes through the collators."""
+    """The remaining rows pass the collators, and all others are named."""
 
     @fuzz
     @given(st.lists(records(task), max_size=6))
@@ -278,7 +278,7 @@ SECOND = {
 
 
 def with_one_value_replaced(document) -> st.SearchStrategy:
-    """Any of the values within, the whole included."""
+    """Replace any of the nested values, or the whole."""
     if not isinstance(document, (dict, list)):
         return values
     items = document.items() if isinstance(document, dict) else enumerate(document)

@@ -1,4 +1,4 @@
-"""An image file is the same image by every road, or refused by every road; what is no file is refused at once."""
+"""All ways to read an image file give the same image or refuse it; paths that are not files are refused at once."""
 
 import io
 import os

@@ -40,7 +40,7 @@ def test_easy_vqa_row(easy_vqa_dataset):
     rows = easy_vqa_dataset["test"]
     assert rows.features == VQA_FEATURES
     row = rows[2]
-    x0, y0, x1, y1 = row["region"]  # of the shape: all in its colour, but for the edge
+    x0, y0, x1, y1 = row["region"]  # of the shape: its color, except for the edge
     shape = np.asarray(row["image"].crop((x0 + 1, y0 + 1, x1 - 1, y1 - 1)))
     background = np.asarray(row["image"])[0, 0]
     assert (np.abs(shape.astype(int) - background).sum(axis=-1) > 0).mean() > 0.5
@@ -49,7 +49,7 @@ def test_easy_vqa_row(easy_vqa_dataset):
 
 
 def test_easy_vqa_answers_fit_the_pixels(easy_vqa_dataset):
-    """Also that each question has got the image it is about."""
+    """Each question also has its own image."""
     rows = easy_vqa_dataset["train"].select(range(0, 34683, 87))
     seen = Counter()
     for row in rows:

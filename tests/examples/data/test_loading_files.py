@@ -1,4 +1,4 @@
-"""Questions in files of each format: rows, bad ones, what is wrong with a whole file."""
+"""Questions in files of each format: rows, bad rows and bad files."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def test_bad_rows_are_skipped_and_counted(folder, suffix, caplog):
     file = write(folder / f"train.{suffix}", [bad[0], GOOD[0], *bad, GOOD[2], bad[-1]])
     with caplog.at_level(logging.WARNING):
         rows = load("vqa", train_file=file, skip_bad_rows=True)["train"]
-    # Row 8 is the first with image_id 8, so row 9, which has it for another image, is the bad one.
+    # Row 9 has the image_id of row 8 for another image, so row 9 is bad.
     assert rows["source"][:] == [f"train.{suffix} row {number}" for number in (2, 8, 10)]
     assert f"Skipped 7 of the 10 rows of train.{suffix} (missing image: 2; " in caplog.text.replace(", ", "; ")
     for reason in list(BAD)[1:]:
@@ -184,7 +184,7 @@ def test_one_object_on_one_line_is_a_record(folder):
 
 
 def test_a_jpeg_is_checked_for_its_end_without_decoding_it(folder):
-    """With junk behind the end, as phones write it, it is whole; the end of the thumbnail within is not its own."""
+    """Bytes after the end, as phones write them, are accepted. The end marker of a thumbnail does not count."""
     image, thumbnail = PIL.Image.open(folder / "b.png"), io.BytesIO()
     image.save(thumbnail, "JPEG")
     exif = PIL.Image.Exif()

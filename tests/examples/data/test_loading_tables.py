@@ -1,4 +1,4 @@
-"""Tables that hold their images: Parquet, and the Hub, for which a local folder stands in."""
+"""Tables with images: Parquet, and data sets on the Hub, replaced by a local folder."""
 
 import re
 
@@ -65,7 +65,7 @@ def test_parquet_with_plain_bytes(folder, type):
 
 
 def test_images_of_a_row_are_those_that_the_models_see(folder):
-    """Whoever reads a row and gives its image to a processor gets what training gets: 16 bits are no white."""
+    """A row's image gives the same `pixel_values` as in training, also with 16 bits."""
     deep, clear = np.full((8, 8), 82 * 257, np.uint16), PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     PIL.Image.fromarray(deep).save(folder / "deep.png")
     clear.save(folder / "clear.png")
@@ -85,7 +85,7 @@ def test_parquet_with_bad_encoded_images(folder):
     assert reasons == ["row 2: unreadable image ", "row 3: no image ", "row 4: box outside the image "]
 
 
-# The Hub: a local folder stands in for a repository
+# The Hub, replaced by a local folder
 
 
 @pytest.fixture

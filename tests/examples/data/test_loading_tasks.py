@@ -105,7 +105,7 @@ def test_bad_row_of_each_task_is_named(folder, task, record, reason):
 
 
 def test_labels_of_pandas(folder):
-    """It makes floats of labels, where one is missing, and NaN of what is missing."""
+    """If a label is missing, pandas writes floats, and NaN for the missing one."""
     rows = [{**STATEMENTS[0], "label": label} for label in (1.0, 0.0, float("nan"))]
     file = write(folder / "train.jsonl", rows)
     with pytest.raises(ValueError, match="1 of the 3 rows .*\n.*row 3: no label"):

@@ -1,4 +1,4 @@
-"""Named pictures: what a name is, what is read of lists and folders, and which split a name is in."""
+"""Named images: cleaning of names, reading of lists and folders, and splits."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_a_folder_names_pictures_by_their_titles_or_files(tmp_path, caplog):
     save_png(tmp_path / "animals" / "owl_karl_bartel_01.png", "brown", author="Karl Bartelsen")
     save_png(tmp_path / "animals" / "x17.png", "gray", title="Gray mouse")
     save_png(tmp_path / "animals" / "17.png", "pink")
-    for color in ("red", "blue", "green", "white"):  # a title of four names a collection
+    for color in ("red", "blue", "green", "white"):  # a title that four images share names a collection
         save_png(tmp_path / "tools" / f"{color}_saw.png", color, title="My tools")
     pictures = read_pictures([tmp_path])
     names = {picture.path.rpartition("/")[2]: picture.name for picture in pictures}
@@ -64,7 +64,7 @@ def test_a_folder_names_pictures_by_their_titles_or_files(tmp_path, caplog):
 def test_equal_files_and_too_many_of_a_name_count_once(tmp_path):
     for number in range(MAX_PER_NAME + 2):
         save_png(tmp_path / f"owl_{number}.png", (number, 0, 0))
-    save_png(tmp_path / "zebra.png", (0, 0, 0))  # the same content as that of owl_0
+    save_png(tmp_path / "zebra.png", (0, 0, 0))  # same content as owl_0
     assert [picture.name for picture in read_pictures([tmp_path])] == ["owl"] * MAX_PER_NAME
 
 
@@ -106,8 +106,8 @@ def test_a_name_alone_decides_its_split():
     splits = [split_of(name, {"validation": 0.2, "test": 0.1}) for name in names]
     assert 340 < splits.count("validation") < 460 and 160 < splits.count("test") < 240
     alone = [split_of(name, {"validation": 0.2}) for name in names]
-    # A test split takes its names from training alone.
+    # The test split only takes names from training.
     assert all(one == other for one, other in zip(splits, alone) if one != "test")
     assert {other for one, other in zip(splits, alone) if one == "test"} == {"train"}
-    # For ever: a split that moved would leak.
+    # Fixed, because names that change their split would leak.
     assert (split_of("owl", {"validation": 0.5}), split_of("apple", {"validation": 0.5})) == ("validation", "train")

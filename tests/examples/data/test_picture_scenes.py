@@ -1,4 +1,4 @@
-"""Scenes of pictures: made of a few numbers, without overlap, with what recipes want; and what is said about them."""
+"""Composed scenes of named images: determinism, no overlap, controlled images, and texts."""
 
 import random
 
@@ -79,7 +79,7 @@ def thing(name: str, *box: int, color: str = "") -> Thing:
     return Thing(NamedPicture(name, name, (0, 0, 9, 9), color), box)
 
 
-# An owl on the left, a small and a large apple on the right, a bat below all.
+# An owl on the left, a small and a large apple on the right, a bat at the bottom.
 OWL, SMALL, LARGE = thing("owl", 0, 10, 20, 50), thing("apple", 40, 0, 50, 10), thing("apple", 60, 10, 90, 40)
 BAT = thing("bat", 33, 80, 53, 100)
 THINGS = (OWL, SMALL, LARGE, BAT)
@@ -115,7 +115,7 @@ def test_questions_have_their_answers_and_regions():
         ("name", "which is further left, the bat or the owl?", "owl"): both,
         ("side", "is the owl on the left or on the right?", "left"): OWL.box,
         ("side", "is the owl at the top or at the bottom?", "top"): OWL.box,
-        ("side", "is the bat at the top or at the bottom?", "bottom"): BAT.box,  # too near the middle for left, right
+        ("side", "is the bat at the top or at the bottom?", "bottom"): BAT.box,  # near the middle
         ("place", "is the owl left of the bat?", "yes"): both,
         ("place", "is the owl right of the bat?", "no"): both,
         ("place", "is the owl above the bat?", "yes"): both,

@@ -1,4 +1,4 @@
-"""Scenes of pictures as data of every task: splits share nothing, images are made when rows are read."""
+"""Composed scenes as data of every task: disjoint splits, and images that are rendered when rows are read."""
 
 from collections import Counter
 
@@ -67,7 +67,7 @@ def test_rows_of_a_scene_share_one_image_that_is_made_when_they_are_read(task, s
 
 @pytest.mark.parametrize("task", TASKS)
 def test_columns_are_read_without_making_images(task, source, monkeypatch):
-    """A training looks through all texts and places before it starts: of thousands of scenes, images take minutes."""
+    """Training reads all texts and boxes before it starts, without rendering thousands of scenes."""
     data = load_task_dataset(task, DataSource(**source))
 
     def render(maker, recipe):
@@ -91,7 +91,7 @@ def test_the_kinds_of_questions_are_chosen(source):
         load_task_dataset("vqa", DataSource(**source, question_kinds=kinds))["train"]
         for kinds in (QUESTION_KINDS, ["count", "presence"])
     )
-    assert set(every["kind"]) == set(QUESTION_KINDS) - {"color"}  # which these names tell
+    assert set(every["kind"]) == set(QUESTION_KINDS) - {"color"}  # the colors of these names
     chosen = {"count", "presence"}
     assert some["question"] == [row["question"] for row in every if row["kind"] in chosen]
     assert {row["kind"] for row in some} == chosen

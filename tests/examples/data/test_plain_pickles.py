@@ -1,4 +1,4 @@
-"""Pickles of annotations: plain data are read, and nothing in a hostile one is run."""
+"""Pickles of annotations: plain data is read, and no code is executed."""
 
 import contextlib
 import pickle
@@ -12,7 +12,7 @@ from trips_examples.data.annotations import AnnotationFile, read_plain_pickle
 
 
 class Hostile:
-    """Unpickled, it makes a folder."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -66,7 +66,7 @@ def test_pickle_of_plain_data_is_read(tmp_path):
     ids=["LONG_BINPUT", "PUT", "BINBYTES", "FRAME"],
 )
 def test_a_small_pickle_takes_little_memory(tmp_path, content):
-    """Its numbers say much: a place in the memo, a length."""
+    """The pickles claim a large memo index or length."""
     file = tmp_path / "file.p"
     file.write_bytes(content)
     peak = getrusage(RUSAGE_SELF).ru_maxrss  # KiB

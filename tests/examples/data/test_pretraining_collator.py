@@ -1,4 +1,4 @@
-"""The batches of pre-training: masked words, cut captions, and what is drawn."""
+"""Batches of pre-training: masked words, cut captions and randomness."""
 
 from collections import Counter
 
@@ -43,7 +43,7 @@ def test_words_are_masked_at_the_rates_of_bert_and_special_tokens_never(processo
         changed["kept"] += int((masked[chosen] == ids[chosen]).sum())
     assert changed["chosen"] / changed["words"] == pytest.approx(0.15, abs=0.01)
     assert changed["mask"] / changed["chosen"] == pytest.approx(0.8, abs=0.03)
-    assert changed["kept"] / changed["chosen"] == pytest.approx(0.1, abs=0.03)  # and a few drawn as themselves
+    assert changed["kept"] / changed["chosen"] == pytest.approx(0.1, abs=0.03)  # some random words equal the original
 
 
 def test_what_is_drawn_depends_on_the_seed_and_the_rows_alone(processor):

@@ -1,4 +1,4 @@
-"""Rows before they are batches: images come once."""
+"""Access to rows: images come once."""
 
 from datasets import Dataset
 

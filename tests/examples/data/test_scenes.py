@@ -50,7 +50,7 @@ def tiles_are_read_once():
 
 
 def color_and_shape(tile):
-    """What a tile shows, by its pixels alone: the colour there is most of, and the outer rows of what has it."""
+    """Infer color and shape of a tile from its pixels: the most common color, and the outer rows of the shape."""
     masks = {color: (tile == rgb).all(-1) for color, rgb in RGB.items()}
     color, mask = max(masks.items(), key=lambda item: item[1].sum())
     ys, xs = np.nonzero(mask)
@@ -97,7 +97,7 @@ def picture(encoded):
 
 
 def tiles_of(image, grid):
-    """Pixels of the tiles by box."""
+    """Return the pixels of the tiles by box."""
     pixels = np.asarray(image)
     assert pixels.shape == (grid * 64, grid * 64, 3)
     origins = [(x, y) for y in range(0, grid * 64, 64) for x in range(0, grid * 64, 64)]
@@ -105,7 +105,7 @@ def tiles_of(image, grid):
 
 
 def expected_answer(question, shown):
-    """Answer and box by the tiles' pixels; fails where the question does not name one tile."""
+    """Return answer and box from the tiles' pixels. Fail if the question does not name one tile."""
     words = re.findall(r"\w+", question)
     if match := re.fullmatch(r"is there a (\w+) (\w+)\?", question):
         boxes = [box for box, tile in shown.items() if tile == match.groups()]
@@ -169,7 +169,7 @@ def test_splits_have_no_tile_in_common():
 
 @pytest.mark.parametrize("task", ["vqa", "grounding"])
 def test_in_a_grid_of_four_a_region_is_at_most_a_tenth_of_the_image(task):
-    """And texts about one scene ask for different places, so that the image alone does not say what to keep."""
+    """Texts about one scene have different target regions, so that scoring by the image is not enough."""
     regions = defaultdict(set)
     for record in scene_records(task, "validation", 40, grid=4):
         box = record.get("region") or record.get("box")
@@ -214,7 +214,7 @@ def test_box_of_a_shape_by_hand():
 
 
 def shown_in(image, grid):
-    """Colour and shape of each tile by its pixels, row by row."""
+    """Infer color and shape of each tile from its pixels, row by row."""
     return [color_and_shape(tile) for tile in tiles_of(image, grid).values()]
 
 
@@ -224,7 +224,7 @@ PLACES = {"top left": 0, "top right": 1, "bottom left": 2, "bottom right": 3}
 
 
 def described(caption):
-    """What a caption of a 2 x 2 scene says of each tile, row by row."""
+    """Parse a caption of a 2 x 2 scene to a description of each tile, row by row."""
     names = re.findall(r"\ba (\w+) (\w+)", caption)
     assert len(names) == 4, caption
     if caption.startswith("a "):
@@ -279,7 +279,7 @@ def test_captions_of_too_few_different_scenes():
 
 
 def holds(statement, left, right):
-    """Whether a statement is true of what two images show."""
+    """Return whether a statement is true of two images."""
     kind, color, shape = re.fullmatch(r"(.*) ha(?:s|ve) a (?:(\w+) )?(\w+?)(?: or neither has)?", statement).groups()
     has = [
         any((color in (None, tile[0])) and (shape in ("shape", tile[1])) for tile in shown) for shown in (left, right)
@@ -305,7 +305,7 @@ def test_statements_fit_the_pixels(grid):
 
 
 def test_statements_alone_say_nothing(monkeypatch):
-    """Each statement comes with one pair that it is true of, and one that it is false of."""
+    """Each statement comes with a pair for which it is true and a pair for which it is false."""
     monkeypatch.setattr(_Scenes, "paste", lambda self, tiles: None)
     records = list(scene_records("nlvr2", "train", 2000))
     pairs = list(zip(records[::2], records[1::2], strict=True))
@@ -318,7 +318,7 @@ def test_statements_alone_say_nothing(monkeypatch):
 
 @pytest.mark.parametrize("statement", NLVR2_STATEMENTS)
 def test_one_image_says_what_the_table_claims(statement):
-    """The best guess from one image, exactly: the likelier label for each of what it may show, over both labels."""
+    """The accuracy of the best guess from one image is computed exactly."""
     right = Fraction(0)
     true_pairs, false_pairs = NLVR2_STATEMENTS[statement]
     for side in (0, 1):
@@ -326,7 +326,7 @@ def test_one_image_says_what_the_table_claims(statement):
             true, false = (
                 Fraction(sum(pair[side] == has for pair in pairs), len(pairs)) for pairs in (true_pairs, false_pairs)
             )
-            right += max(true, false) / 4  # half of the pairs are true, and either image may be the one seen
+            right += max(true, false) / 4  # half of the pairs are true, and either image may be seen
     expected = Fraction(1, 2) if "one image" in statement or "neither" in statement else Fraction(3, 4)
     assert right == expected
     for pairs, label in ((true_pairs, True), (false_pairs, False)):
@@ -337,7 +337,7 @@ def test_one_image_says_what_the_table_claims(statement):
 
 
 def test_images_without_what_is_named_are_alike():
-    """Neither the colour nor the shape alone tells whether there is a red circle."""
+    """Neither color nor shape alone determines whether there is a red circle."""
     seen = Counter()
     for record in scene_records("nlvr2", "test", 150):
         if match := re.search(r"a (\w+) (circle|rectangle|triangle)", record["statement"]):
@@ -351,7 +351,7 @@ def test_images_without_what_is_named_are_alike():
 
 
 def test_boxes_fit_the_pixels():
-    """Against the pixels that have the named colour exactly: those at the edge are mixed, so a box may be larger."""
+    """Boxes contain all pixels of the named color. Pixels at the edge are mixed, so a box may be larger."""
     kinds = Counter()
     for record in scene_records("grounding", "test", 60):
         pixels = np.asarray(picture(record["image"]))
@@ -376,7 +376,7 @@ def test_boxes_fit_the_pixels():
 
 
 def test_boxes_of_all_tiles_are_tight():
-    """Each side of the box touches the shape, and nothing outside is as much as half its colour."""
+    """Each side of the box touches the shape, and no pixel outside has half its color."""
     paths = easy_vqa.get_test_image_paths()
     for image_id, (color, _) in list(easy_vqa_attributes("test").items())[::4]:
         pixels = np.asarray(PIL.Image.open(paths[image_id]).convert("RGB"), dtype=float)

@@ -1,4 +1,4 @@
-"""Streams of pairs: every pair once per pass, exact resuming, sharing among readers, and pairs that cannot be used."""
+"""Streams of pairs: each pair once per pass, exact resuming, sharing among readers, and bad pairs."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def encoded(color: str = "red", suffix: str = "PNG") -> bytes:
 
 
 def write_tar(path: Path, samples: list[dict[str, bytes | str | dict]]) -> Path:
-    """Samples by the suffixes of their files; `key` is their name."""
+    """Write samples with a file per suffix; `key` is their name."""
     with tarfile.open(path, "w") as tar:
         for number, sample in enumerate(samples):
             key = sample.pop("key", f"{path.stem}-{number:04d}")
@@ -44,7 +44,7 @@ def write_tar(path: Path, samples: list[dict[str, bytes | str | dict]]) -> Path:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory) -> str:
-    """A pattern of four shards with 5, 6, 7 and 8 pairs, whose captions are "shard-number"."""
+    """Return a pattern of four shards with 5, 6, 7 and 8 pairs and captions "shard-number"."""
     folder = tmp_path_factory.mktemp("tars")
     for shard in range(4):
         samples = [{"png": encoded(), "txt": f"{shard}-{number}"} for number in range(5 + shard)]
@@ -93,7 +93,7 @@ def test_the_order_depends_on_the_seed_alone(tars):
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4, 7])
 def test_processes_share_the_pairs(tars, num_processes, caplog):
-    """Whole shards, or with more processes than shards, the records of each."""
+    """Processes share shards, or with more processes than shards, records."""
     passes = []
     for index in range(num_processes):
         stream = PairStream(find_shards([tars]), buffer_size=4, process_index=index, num_processes=num_processes)
@@ -186,7 +186,7 @@ def test_rows_about_one_path_are_about_one_image(rows_file, tmp_path):
 
 @pytest.mark.parametrize("name", ["caption", "alt"])
 def test_a_streamed_data_set(tmp_path, name):
-    """Parquet files in place of a data set on the Hub, whose library streams both in the same way."""
+    """The `datasets` library streams Parquet files like a data set on the Hub."""
     features = Features({"image": Image(), name: Value("string"), "image_id": Value("int64")})
     columns = {"image": [{"bytes": encoded(), "path": None}] * 6, "image_id": [5, 5, 6, 7, 8, 9]}
     for shard in range(2):
@@ -214,7 +214,7 @@ def test_patterns_name_shards_and_missing_ones_are_named(tars, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs that cannot be used
+# Bad pairs
 
 
 def bad_tar(folder: Path, num_good: int) -> Path:
@@ -258,7 +258,7 @@ def test_the_first_bad_pair_stops_a_stream_that_was_not_asked_to_skip(tmp_path):
 
 
 def test_a_shard_that_is_no_file_of_its_kind_is_named_and_the_next_one_is_read(tars, tmp_path):
-    """As a torn tar file is."""
+    """Broken tar files are handled in the same way."""
     (tmp_path / "broken.json").write_text("[{]")
     (tmp_path / "broken.parquet").write_text("x")
     shards = find_shards([f"{tmp_path}/*", tars.replace("{000..003}", "000")])
@@ -275,7 +275,7 @@ def test_too_many_bad_pairs_stop_the_stream(tmp_path):
     stream = PairStream(find_shards([str(path)]), max_bad_share=0.05, log_folder=tmp_path)
     with pytest.raises(ValueError, match="--max_bad_share.*bad_pairs-00000.jsonl"):
         take(stream, 31)
-    # Not at the first of many: a few bad ones say nothing.
+    # The share is not checked at the first pairs.
     assert len(take(PairStream(find_shards([str(path)]), max_bad_share=0.05), 30)) == 30
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the texts of a split."""
+"""Checks of a split's texts against a tokenizer."""
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -34,7 +34,7 @@ def test_texts_that_do_not_fit_are_found_before_training(processor, caplog):
 
 
 def test_words_that_the_tokenizer_does_not_know_are_told(processor, caplog):
-    """An answer of them is learnt by no model: it is [UNK], which decodes to nothing."""
+    """Models cannot learn such an answer: it is [UNK], which decodes to an empty text."""
     answers = [["red", "\u2603"], ["\u2603"], ["q\u2603"]]
     rows = Dataset.from_dict({"question": ["is it red?"] * 3, "answers": answers, "source": ["a", "b", "c"]})
     assert len(with_fitting_texts(DatasetDict(train=rows), "vqa", processor, skip=False)["train"]) == 3

@@ -1,4 +1,4 @@
-"""The tokenizer that is trained on texts."""
+"""Training of a tokenizer on texts."""
 
 import subprocess
 import sys

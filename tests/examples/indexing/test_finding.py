@@ -1,4 +1,4 @@
-"""Embedding without Ray, and search: against numpy and against the model on one pair after the other."""
+"""Embedding without Ray, and search, against numpy and the model on single pairs."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ from trips_examples.indexing.table import (
 
 
 def embed(checkpoint: str, uri: str, *places, **options) -> list[str]:
-    """Adds the images of places to a table, as an actor does, and returns the faults."""
+    """Add images to a table, as an actor does, and return the faults."""
     model, processor = load_model(checkpoint)
     table = open_or_create_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
     embedder = Embedder(Embedding(checkpoint, batch_size=7, **options), uri)
@@ -41,7 +41,7 @@ def embed(checkpoint: str, uri: str, *places, **options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def collection(checkpoint, tmp_path_factory):
-    """A table of 20 files and 20 rows with images, and two that are broken."""
+    """Return a table of 20 files, 20 rows with images, and two broken images."""
     folder = tmp_path_factory.mktemp("collection")
     write_images(folder / "images", range(20))
     (folder / "images/broken.png").write_bytes(encoded(1)[:100])
@@ -58,7 +58,7 @@ def finder(checkpoint, collection) -> Finder:
 
 
 def image_of(source: str) -> PIL.Image.Image:
-    """Of this collection."""
+    """Return an image of the collection."""
     number = source.rpartition(" ")[2] if " row " in source else source.rpartition("/")[2].removesuffix(".png")
     return decode_image(encoded(int(number) + (19 if " row " in source else 0)))
 

@@ -1,4 +1,4 @@
-"""The images of a collection as rows: each once, under a name that does not change, or with what is wrong with it."""
+"""The images of a collection as rows: each once, with a stable id, or with its error."""
 
 import os
 
@@ -27,7 +27,7 @@ def test_a_folder_has_its_image_files_and_those_of_its_folders(tmp_path, monkeyp
     assert [row["source"] for row in found] == paths
     assert [row["image"] for row in found] == [{"bytes": None, "path": path} for path in paths]
     monkeypatch.chdir(tmp_path)
-    assert rows("a", "a/b", tmp_path) == found  # however it is named, and each once
+    assert rows("a", "a/b", tmp_path) == found  # under any spelling of the path, and each once
 
 
 def test_a_large_folder_is_several_shards(tmp_path):

@@ -1,4 +1,4 @@
-"""The table: whose vectors it takes, that only a commit changes it, one writer at a time, and its index."""
+"""The table: fingerprints, atomic commits, a single writer, and the index."""
 
 import shutil
 
@@ -61,7 +61,7 @@ def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
     own = fingerprint()
     assert own == fingerprint() and own.model == checkpoint and own.schedule == "2:text:0.5,3:text:0.5"
     copy = save_model(tmp_path / "copy")
-    assert fingerprint(copy).digest == own.digest  # whatever it is called
+    assert fingerprint(copy).digest == own.digest  # under any name
     model, processor = load_model(copy)
     with torch.no_grad():
         model.vision_proj.bias[3] += 1e-3

@@ -1,4 +1,4 @@
-"""lmms-eval, where tests run it."""
+"""Installation of lmms-eval for tests."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 
-# lmms-eval wants some fifty packages, most of them for other models. These are those without which it does not start.
+# lmms-eval requires about fifty packages, most of them for other models. It starts with these.
 PACKAGES = """lmms-eval>=0.7.3 filelock<4 colorama loguru lxml portalocker sacrebleu tenacity pytablewriter
 DataProperty chardet mbstrdecoder pathvalidate tabledata tcolorpy typepy""".split()
 
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory) -> Path:
-    """A folder that only these tests see: filelock is before 4, whose inside lmms-eval changes."""
+    """Return a folder with packages for these tests; lmms-eval patches internals of filelock below 4."""
     folder = tmp_path_factory.mktemp("packages")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
     subprocess.run(install, check=True)

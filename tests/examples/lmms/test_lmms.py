@@ -1,6 +1,5 @@
 """
-lmms-eval with TRIPS as its model, as a user runs it: its tasks VQAv2 and RefCOCO, with bundled synthetic data in their
-columns.
+lmms-eval with TRIPS as its model: its tasks VQAv2 and RefCOCO with bundled synthetic data.
 """
 
 import json
@@ -67,14 +66,14 @@ pytestmark = pytest.mark.slow
 
 
 def run_task(run_python, folder: Path, name: str, text: str, rows: datasets.Dataset, model_args: str):
-    """What lmms-eval says of a task: its results, and the line of each row."""
+    """Run a task. Return its results and the log of each row."""
     rows.to_parquet(folder / "rows.parquet")
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=folder / "rows.parquet") + text)
     (folder / "tools.py").write_text(TOOLS)
     command = ["-m", "lmms_eval", "--model", "trips", "--model_args", model_args, "--tasks", name]
     command += ["--include_path", str(folder), "--output_path", str(folder / "results"), "--log_samples"]
     result = run_python(*command, "--batch_size", "16")
-    # A failure ends with 0, too, but without a table.
+    # The exit code of a failure is 0 too, but there is no table.
     assert result.returncode == 0 and f"|{name}|" in result.stdout, (result.stdout + result.stderr)[-4000:]
     (results,) = (folder / "results").rglob("*_results.json")
     (samples,) = (folder / "results").rglob("*_samples_*.jsonl")
@@ -96,7 +95,7 @@ def test_questions_are_answered_as_by_the_pipeline(run_python, tmp_path):
     pipeline = Pipeline(model=model, processor=TripsProcessor.from_pretrained(ask.CHECKPOINT))
     expected = [pipeline(*pair, top_k=1)[0]["answer"] for pair in zip(images, rows["question"])]
     right = [answer == record["answer"] for answer, record in zip(expected, records)]
-    assert 0.3 < sum(right) / NUM_ROWS < 1  # so that both kinds are compared, and the keep rate reaches the model
+    assert 0.3 < sum(right) / NUM_ROWS < 1  # to compare both kinds and check that the keep rate reaches the model
 
     arguments = f"pretrained={ask.CHECKPOINT},keep_rate=0.1"
     task = "easy_vqa_as_vqav2"

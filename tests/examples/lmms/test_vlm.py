@@ -1,4 +1,4 @@
-"""lmms-eval with vision-language models of Transformers, and the script that evaluates their selection by it."""
+"""lmms-eval with vision-language models of Transformers, and the script that evaluates their selection."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def checkpoint(request, tmp_path) -> Path:
 
 
 def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
-    """A task whose right answers are those of the unpruned model, but for the last. Returns its conversations."""
+    """Write a task with the unpruned model's answers as truth, except the last. Return its conversations."""
     images = [[noise(40 + 8 * row, 40, seed=row)] for row in range(NUM_ROWS - 1)] + [[noise(40, 40), noise(64, 32)]]
     questions = ["what color is it ?", "which one is the same ?"] * (NUM_ROWS // 2)
     asked = [conversation(text, *own) for text, own in zip(questions, images)]
@@ -99,7 +99,7 @@ def test_a_task_gets_the_answers_of_the_model_under_selection(checkpoint, run_py
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results"), "--log_samples"]
     model_args = f'pretrained={checkpoint},schedule="{schedule}",visual_tokens=6,scorer=diversity,device=cpu'
     result = run_python(*command, "--model_args", model_args)
-    # A failure ends with 0, too, but without a table.
+    # The exit code of a failure is 0 too, but there is no table.
     assert result.returncode == 0 and "|tiny_words|" in result.stdout, (result.stdout + result.stderr)[-4000:]
     (samples,) = (tmp_path / "results").rglob("*_samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Conversations that a vision-language model answers in an evaluation, beside `generate` by hand."""
+"""Answers of a vision-language model to conversations of an evaluation, against `generate` by hand."""
 
 import json
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def images() -> list[list[PIL.Image.Image]]:
-    """Of three questions: one image, two of different sizes, none."""
+    """Return the images of three questions: one, two of different sizes, and none."""
     return [[noise(40, 40)], [noise(64, 30), noise(48, 48)], []]
 
 
@@ -38,7 +38,7 @@ def conversations(images) -> list[list[dict]]:
 
 
 def answers_by_hand(folder, family: str, images, generate) -> list[str]:
-    """Each question alone, its prompt written here, continued by `generate` of a model and its inputs."""
+    """Generate the answer to each question alone, with a prompt written by hand."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     answers = []
@@ -85,7 +85,7 @@ def test_visual_tokens_are_counted(family, folders, images):
 
     vlm = VisionLanguageModel(folders[family])
     assert vlm.visual_tokens_per_image is None
-    # Of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
+    # Images of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
     assert count(vlm) == (64 if family == "llava" else pytest.approx((5 * 5 + 8 * 4 + 6 * 6) / 3))
     vlm = VisionLanguageModel(folders[family])
     apply_patch_selection(vlm.model, "2:image:0.5", visual_tokens=4)

@@ -1,4 +1,4 @@
-"""Caption scores: hand-worked values, the scores of pycocoevalcap itself, and life without Java."""
+"""Caption metrics: values by hand, against pycocoevalcap, and without Java."""
 
 import math
 import stat
@@ -36,7 +36,7 @@ def test_words_without_java(caption, words, module):
 
 
 def test_hand_worked_scores(metric):
-    """One image, no Java. Of the 4 words 4 are in the reference, of the 3 pairs 2, of the 2 triples 1, and no more."""
+    """Without Java, 4 of 4 words, 2 of 3 pairs and 1 of 2 triples are in the reference."""
     scores = metric.compute(predictions=["a cat sat down"], references=[["a cat sat up down there"]], use_java=False)
     brevity = math.exp(1 - 6 / 4)
     assert scores["bleu_1"] == pytest.approx(brevity, rel=1e-6)
@@ -65,7 +65,7 @@ def test_without_java_it_says_what_is_left_out_and_how_to_get_it(metric, monkeyp
     scores = metric.compute(predictions=["a cat"], references=[["a cat"]])
     assert "meteor" not in scores and scores["bleu_1"] == pytest.approx(1.0)
     assert "METEOR is left out" in caplog.text and "Install it" in caplog.text
-    # A `java` that only tells how to get one, as macOS has it
+    # A `java` that only prints how to install Java, as on macOS
     stub = tmp_path / "java"
     stub.write_text("#!/bin/sh\necho get one elsewhere >&2\nexit 1\n")
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)

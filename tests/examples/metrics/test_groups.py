@@ -1,4 +1,4 @@
-"""Accuracy by what a text must tell apart, and by the size of what it is about."""
+"""Accuracy by kind of text and by size of the target region."""
 
 import evaluate
 import pytest
@@ -21,7 +21,7 @@ def test_boxes_by_kind_and_size():
         "eval_accuracy_name": 0.5,
         "eval_accuracy_place": 0.0,
         "eval_accuracy_size": 1.0,
-        "eval_accuracy_smallest": 0.5,  # of the four boxes, by area: 1, 3; 2; 0
+        "eval_accuracy_smallest": 0.5,  # thirds of the four boxes by area: 1, 3; 2; 0
         "eval_accuracy_medium": 0.0,
         "eval_accuracy_largest": 1.0,
     }

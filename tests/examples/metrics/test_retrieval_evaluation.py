@@ -1,6 +1,5 @@
 """
-Retrieval's evaluation: rankings and recalls worked by hand, and a whole evaluation against a loop that runs the model
-on one pair of image and text after the other.
+Evaluation of retrieval: rankings and recalls by hand, and a whole evaluation against a loop over single pairs.
 """
 
 import weakref
@@ -67,7 +66,7 @@ def make_evaluator(batch_size: int = 3, selection_guidance: str = "text", keep_r
 
 @torch.no_grad()
 def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int, rerank_by: str = "both") -> dict[str, float]:
-    """One pair at a time through the whole model, all scores in a table, all lists sorted by Python."""
+    """Compute recalls from single pairs, with lists that Python sorts."""
     model, processor, images = evaluator.model, evaluator.processor, make_images()
 
     def inputs(text: int, image: int):
@@ -109,7 +108,7 @@ def test_candidates_stand_by_similarity_and_the_first_right_one_counts():
     ranking = rank(similarities, torch.arange(2), torch.eye(4), image_of_text, k=3)
     assert ranking.candidates.tolist() == [[1, 3, 2], [0, 2, 3]]
     torch.testing.assert_close(ranking.similarities, torch.tensor([[0.9, 0.7, 0.5], [0.6, 0.4, 0.3]]))
-    assert ranking.first_right.tolist() == [2, 2]  # of 0: text 2 at place 2, before text 0; of 1: text 3
+    assert ranking.first_right.tolist() == [2, 2]  # image 0: text 2 at rank 2, before text 0; image 1: text 3
     back = rank(torch.eye(4), image_of_text, similarities, torch.arange(2), k=9)
     assert back.candidates.tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
     assert back.first_right.tolist() == [1, 1, 0, 1]
@@ -139,7 +138,7 @@ def test_reranking_orders_the_best_anew_and_leaves_the_others():
     again = rerank(ranking, scores, torch.tensor([0, 1, 2]), candidate_ids)
     assert again.candidates.tolist() == [[0, 1, 3], [3, 0, 2], [0, 2, 1]]
     assert again.similarities.tolist() == [[8.0, 7.0, 9.0], [5.0, 6.0, 4.0], [1.0, 3.0, 2.0]]
-    assert again.first_right.tolist() == [0, 3, 1]  # the right one of query 1 is not among its best
+    assert again.first_right.tolist() == [0, 3, 1]  # the true candidate of query 1 is not among its best
 
 
 def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():

@@ -1,4 +1,4 @@
-"""VQA accuracy: hand-worked values of the official rule."""
+"""VQA accuracy: values of the official rule by hand."""
 
 import evaluate
 import pytest
@@ -67,14 +67,14 @@ def test_few_annotators(prediction, answers, score):
 
 
 def test_unanimous_answers_are_compared_as_they_are():
-    """The official script normalises only what annotators disagree about."""
+    """The official script only normalizes answers if annotators disagree."""
     assert vqa_accuracy("2", ["two"] * 10) == 0
     assert vqa_accuracy("two", ["two"] * 10) == 1
     assert vqa_accuracy("2", ["two"] * 9 + ["three"]) == 1
 
 
 def leave_one_out(prediction, answers):
-    """The rule as the paper states it: the mean over the subsets without one annotator of min(matches / 3, 1)."""
+    """Compute the rule of the paper: the mean of min(matches / 3, 1) over the subsets without one annotator."""
     subsets = [answers[:left_out] + answers[left_out + 1 :] for left_out in range(len(answers))]
     return sum(min(subset.count(prediction) / 3, 1) for subset in subsets) / len(subsets)
 

@@ -1,4 +1,4 @@
-"""The monitor of a training: it stops at a loss that is not finite, and reports an unhealthy selection."""
+"""Monitoring of training: stopping at a loss that is not finite, and warnings about the selection."""
 
 import importlib
 import itertools
@@ -32,7 +32,7 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 @pytest.fixture(scope="module")
 def questions() -> Dataset:
-    """192 questions about 20 test pictures, with the box of the shape."""
+    """Return 192 questions about 20 test images, with the box of the shape."""
     rows = []
     for number, row in enumerate(itertools.islice(easy_vqa_records("test"), 192)):
         image = {"path": str(row["image"]), "bytes": None}
@@ -87,7 +87,7 @@ def test_it_is_quiet_on_healthy_models(fields, questions, tmp_path, caplog):
 
 def test_patches_that_are_the_same_in_every_image(questions, tmp_path, caplog):
     model = shipped()
-    with torch.no_grad():  # no key differs from another: of equal scores the first patches win
+    with torch.no_grad():  # all keys are equal, so that the first patches win
         for layer in model.model.vision_model.layers:
             layer.attention.k_proj.weight.zero_()
             layer.attention.k_proj.bias.zero_()
@@ -106,7 +106,7 @@ def test_patches_that_are_the_same_whatever_the_text_and_it_is_said_once(questio
     assert health.told == {("deaf", 2), ("deaf", 3)}
     assert len(caplog.records) == 2 and all("100.0%" in record.message for record in caplog.records)  # one per layer
 
-    of_one_thing = health_of(model, questions, tmp_path)  # all questions are about the one shape
+    of_one_thing = health_of(model, questions, tmp_path)  # all questions are about the same shape
     of_one_thing.examine()
     assert of_one_thing.told == set()
 
@@ -126,7 +126,7 @@ def test_random_choice_under_the_name_of_text(regions, questions, tmp_path, capl
 
 
 def test_pruning_that_costs_time(questions, tmp_path, caplog):
-    """Ten questions about an image, each with a pass of its own from layer 2 on."""
+    """Each of ten questions about an image needs its own pass from layer 2 on."""
     model = shipped()
     before = model.config.keep_rate
     health = health_of(model, questions, tmp_path, texts_per_image=10)
@@ -138,7 +138,7 @@ def test_pruning_that_costs_time(questions, tmp_path, caplog):
 
 
 def test_fine_detail_that_suffers(questions, tmp_path, caplog):
-    """Of six patches drawn at random, few show the smallest shapes; the same weights unpruned do."""
+    """Six random patches rarely show the smallest shapes, but all patches do."""
     model = shipped(selection_guidance="random", keep_rate=[0.1, 0.5]).train()
     health = health_of(model, questions, tmp_path)
     health.examine(is_late=False)
@@ -163,14 +163,14 @@ def test_all_scores_on_one_patch():
 
 
 def test_the_ratio_of_work_is_that_of_the_closed_formula():
-    """Layers that no text guides are shared: with more texts per image, pruning by the text saves less."""
+    """Layers below text guidance are shared, so that pruning by the text saves less with more texts per image."""
     config = shipped().config
     assert macs_ratio(config, 10, 1) < 1 < macs_ratio(config, 10, 10)
 
 
 @pytest.mark.parametrize("task", [*SCRIPTS, "retrieval", "pretraining"])
 def test_each_script_logs_it_while_it_trains(task, tmp_path):
-    """At every second step and at the last; an unpruned model has nothing to log."""
+    """It logs at every second step and at the last one. The unpruned baseline has no selection to log."""
     data = write_task(task if task in SCRIPTS else "captions", tmp_path)
     options = [*data, *OPTIONS, "--max_steps=3", "--health_steps=2", "--do_eval=False", "--selection_layers=2"]
     script = importlib.import_module(f"trips_examples.{SCRIPTS.get(task, f'run_{task}')}")
@@ -261,7 +261,7 @@ def test_the_monitor_names_step_rows_and_checkpoint_of_a_loss_that_is_no_number(
 
 
 def test_gradients_that_are_no_numbers_are_found_at_the_next_loss_and_their_checkpoint_is_not_good(tmp_path):
-    """The loss of step 1 is fine, its gradient is not: the weights of checkpoint-1 are no numbers."""
+    """The loss of step 1 is finite, but its gradient and therefore the weights of checkpoint-1 are NaN."""
 
     class Root(torch.nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Several processes, with each configuration of examples/configs, train to the weights of one process."""
+"""Training in several processes with each configuration of examples/configs gives the weights of one process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def load_config(name: str) -> ClusterConfig:
 
 
 def launch(name: str, *command: str, python: str | Path = sys.executable) -> str:
-    """Two processes on this machine's CPU with a configuration from examples/configs; what they printed."""
+    """Launch two CPU processes with a configuration from examples/configs, and return their output."""
     shim = [str(TESTS / "fsdp_on_cpu.py")] if name == "fsdp2" else []
     options = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0"]
     result = subprocess.run(
@@ -62,7 +62,7 @@ def test_every_configuration_is_one_that_accelerate_reads():
 
 
 def layers_to_wrap(case) -> list[str]:
-    """The names that fsdp2.yaml gives, or says to add on the command line, for the form of this case."""
+    """Return the layer names in fsdp2.yaml, or those that it adds on the command line for this case."""
     if case.fusion_type == "single_stream":
         said = re.search(r"--fsdp_transformer_layer_cls_to_wrap (\S+)", (CONFIGS / "fsdp2.yaml").read_text())
         return said[1].split(",")
@@ -73,7 +73,7 @@ def layers_to_wrap(case) -> list[str]:
 def test_fsdp_shards_all_layers_and_only_layers(case):
     modules = list(case.make_model().modules())
     classes = {type(module).__name__: type(module) for module in modules}
-    wrapped = tuple(classes[name] for name in layers_to_wrap(case))  # Accelerate refuses a name that is not there
+    wrapped = tuple(classes[name] for name in layers_to_wrap(case))  # Accelerate refuses unknown names
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     assert [module for module in modules if isinstance(module, wrapped)] == layers
 
@@ -94,14 +94,14 @@ def test_deepspeed_configurations_name_their_stage_and_save_whole_models(stage):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "prefix"), [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDPTrips")])
 def test_two_processes_train_every_model_as_one(name, prefix):
-    """Under DDP no unused parameter is looked for, so that one without a gradient would be an error."""
+    """DDP does not look for unused parameters, so that a missing gradient would be an error."""
     printed = [line for line in launch(name, str(TESTS / "train_cases.py")).splitlines() if line.startswith(prefix)]
     assert len(printed) == len(CASES)
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
-    """Options of run_vqa.py: two images, three questions each, and an untrained model to start from."""
+    """Return options of run_vqa.py: two images with three questions each, and an untrained start model."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
     for color in ("red", "blue"):
@@ -111,7 +111,7 @@ def options(tmp_path_factory) -> list[str]:
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = train_wordpiece_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
-    # No BatchNorm: its statistics are those of a process.
+    # No BatchNorm, whose statistics differ between processes.
     config = TripsConfig.from_preset(
         "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}
     )
@@ -124,7 +124,7 @@ def options(tmp_path_factory) -> list[str]:
         f"--validation_file={folder / 'rows.jsonl'}",
         "--max_steps=6",
         "--lr_scheduler_type=constant",
-        "--adam_epsilon=1e-4",  # or AdamW would make steps of the rounding errors of gradients that are zero
+        "--adam_epsilon=1e-4",  # AdamW would amplify the rounding errors of zero gradients
         "--auto_bf16=False",
         "--augment=False",
         "--use_cpu=True",
@@ -143,7 +143,7 @@ def one_process(options, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def deepspeed_python() -> Path:
-    """DeepSpeed has an environment of its own: Accelerate imports it in every process where it is installed."""
+    """Return an environment with DeepSpeed, because Accelerate imports it wherever it is installed."""
     return make_environment(ROOT / "build" / "deepspeed", ["deepspeed"], exclude_project=False)
 
 
@@ -159,7 +159,7 @@ def test_two_processes_train_and_answer_as_one(name, options, one_process, tmp_p
         assert not torch.equal(weight, start[key]), key
         torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5, msg=key)
     assert (tmp_path / "predictions.jsonl").read_text() == (one_process / "predictions.jsonl").read_text()
-    # The checkpoint brings the code of its class, whatever class the wrapping made of it.
+    # The checkpoint has the code of its class, also after wrapping.
     code = {path.name for path in one_process.glob("*.py")}
     assert code and code == {path.name for path in tmp_path.glob("*.py")}
     configs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, one_process))

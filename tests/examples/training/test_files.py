@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files."""
 
 from trips_examples.training.files import write_json_lines, write_whole
 

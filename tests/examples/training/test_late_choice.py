@@ -1,4 +1,4 @@
-"""Which patches a model for captions, retrieval or pre-training selects where no option says it."""
+"""The default selection of captioning, retrieval and pre-training."""
 
 import pytest
 from schedules import guidances_of, rates_of
@@ -14,7 +14,7 @@ LATE = {3: ("image", 0.7), 4: ("text", 0.3)}
 
 
 def selection_of(*options: str, late_choice: bool = True) -> dict[int, tuple[str, float]]:
-    """Guidance and keep rate by layer, of the model that these options make."""
+    """Return guidance and keep rate by layer of the model that the options give."""
     (args,) = HfArgumentParser(ModelArguments).parse_args_into_dataclasses([*options])
     vision = ModelStart(TripsForRetrieval, args, late_choice=late_choice).config.vision_config
     return {layer: (guidances_of(vision)[layer], rate) for layer, rate in rates_of(vision).items()}

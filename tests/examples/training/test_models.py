@@ -1,4 +1,4 @@
-"""The model and the processor that a run starts with."""
+"""The start model and processor of a run."""
 
 import PIL.Image
 import pytest
@@ -19,7 +19,7 @@ def processor():
 
 @pytest.mark.parametrize("image_processor", [CLIPImageProcessor, DeiTImageProcessor, BlipImageProcessor])
 def test_another_image_size_shows_the_whole_image(image_processor, processor, tmp_path):
-    """Also where the checkpoint's processor would cut out the middle."""
+    """The center crop of the checkpoint's processor is off."""
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
     TripsForQuestionAnswering(config).save_pretrained(tmp_path)
     TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_frozen_layers_compute_the_same_and_cost_no_backward_pass(parts):
             layer.register_forward_pre_hook(lambda _, args, name=name: recorded[name].append(args[0].requires_grad))
         losses[name] = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
     assert losses["frozen"].item() == losses["free"].item()
-    # What comes into each layer. The third trains its own weights.
+    # Inputs of each layer. The third layer is trained.
     assert recorded == {"free": [True] * 3, "frozen": [False] * 3}
     losses["frozen"].backward()
     tower = models["frozen"].base_model.vision_model
@@ -124,7 +124,7 @@ def test_a_decoder_that_a_checkpoint_lacks_starts_from_its_text_encoder(num_laye
         weights = layer.state_dict()
         for name, weight in source.state_dict().items():
             torch.testing.assert_close(weights[name], weight)
-    # What a checkpoint has is not overwritten.
+    # Fields of the checkpoint are not overwritten.
     torch.nn.init.ones_(decoder.encoder.layer[0].output.dense.weight)
     model.save_pretrained(tmp_path)
     again, _ = ModelStart(TripsForQuestionAnswering, args).finish([])

@@ -1,4 +1,4 @@
-"""The options that the scripts share: what they refuse, and what they make of the embedded data."""
+"""Shared options of the scripts: errors, and defaults for the bundled synthetic data."""
 
 from itertools import islice, product
 

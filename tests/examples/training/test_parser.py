@@ -1,4 +1,4 @@
-"""Wrong options end a command in words; a program gets the exception."""
+"""Wrong options end a command with a message, and raise an exception in a program."""
 
 from dataclasses import dataclass
 

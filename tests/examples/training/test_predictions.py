@@ -1,4 +1,4 @@
-"""What an evaluation leaves besides its metrics."""
+"""Files of predictions that an evaluation writes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What pre-training starts with: streams, a vision tower and a text encoder; and what it refuses to start with."""
+"""Start of pre-training: streams, a vision tower and a text encoder, and errors."""
 
 import datasets
 import pytest
@@ -24,7 +24,7 @@ def parts(tmp_path_factory) -> list[str]:
 
 
 def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
-    """A local folder stands in for a data set on the Hub."""
+    """A local folder replaces a data set on the Hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split in ("train", "validation"):
         features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})

@@ -1,4 +1,4 @@
-"""Pre-training in several processes and after a kill: it ends as one process that was left alone."""
+"""Pre-training in several processes and after a kill gives the result of one uninterrupted process."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def assert_equal(folder: Path, expected: Path, *names: str):
 
 
 def killed_and_resumed(words: list[str], folder: Path) -> str:
-    """Kills a run with its workers after its first whole checkpoint, resumes it, and returns what that printed."""
+    """Kill a run with its workers after its first complete checkpoint, resume it, and return the output."""
     process = subprocess.Popen([sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (folder / "checkpoint-4/trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    # torchrun gives its processes sessions of their own: they do not die with it.
+    # torchrun starts its processes in separate sessions, so that they survive it.
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
@@ -69,21 +69,21 @@ def killed_and_resumed(words: list[str], folder: Path) -> str:
     ids=["files", "files in two processes", "stream with two workers", "stream in two processes"],
 )
 def test_killed_and_resumed_ends_as_a_run_left_alone(source, launch, options, request, tmp_path):
-    """Weights, the teacher's weights and its queues; masks, cuts and hard negatives are drawn in between."""
+    """Weights, the teacher and its queues are equal, although masks, cuts and hard negatives are random."""
     data = request.getfixturevalue(source)
     options = [*options, "--max_steps=12", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
     run(*launch, *command(data, tmp_path / "alone", *options))
     printed = killed_and_resumed([*launch, *command(data, tmp_path / "killed", *options)], tmp_path / "killed")
-    assert 0 < printed.count("'loss'") <= 8  # it went on, and did not begin again
+    assert 0 < printed.count("'loss'") <= 8  # it resumed
     last = ("model.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/momentum.safetensors")
     assert_equal(tmp_path / "killed", tmp_path / "alone", *last)
     queue = load_file(tmp_path / "alone" / last[-1])["texts.ids"]
-    assert (queue != -1).all()  # 72 texts went through a queue of 40
+    assert (queue != -1).all()  # 72 texts and a queue of 40
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(files, tmp_path):
-    """18 captions in batches of 3: one that is filled up for the last process would draw other masks."""
+    """With 18 captions in batches of 3, a batch with repeated rows would have other masks."""
     run_pretraining.main(command(files, tmp_path / "model", "--max_steps=1", "--do_eval=False")[1:])
     options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
     one = run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
@@ -96,7 +96,7 @@ def test_two_processes_evaluate_as_one(files, tmp_path):
 
 @pytest.mark.slow
 def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
-    """Two "nodes" on this machine, with stand-ins for SLURM's commands; its other options are those of the script."""
+    """Run two "nodes" on this machine, with replacements for SLURM's commands."""
     for name, code in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{code}\n")
         (tmp_path / name).chmod(0o755)
@@ -107,7 +107,7 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
     options += ["--selection_layers", "2", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
     options += ["--dataloader_num_workers=0", "--use_cpu=True", "--auto_bf16=False", "--logging_steps=1"]
     script = ROOT / "examples/configs/slurm_multi_node.sh"
-    for step in (2, 4):  # the second time it goes on
+    for step in (2, 4):  # the second run resumes
         result = subprocess.run(
             ["bash", script, *options, f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"],
             cwd=ROOT,
@@ -125,8 +125,8 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
 
 @pytest.mark.slow
 def test_queues_hold_what_all_processes_saw(files, tmp_path):
-    """One step of two processes with three texts each leaves the queues that one process with all six leaves."""
-    # No augmentation, dropout or hard negatives: nothing is drawn but the order, which is the same.
+    """A step of two processes with three texts each gives the queues of one process with all six."""
+    # Without augmentation, dropout and hard negatives, only the order is random, and it is the same.
     options = ["--max_steps=1", "--save_steps=1", "--do_eval=False", "--itm_weight=0", "--mlm_weight=0"]
     options += ["--teacher_start_steps=0"]
     run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
@@ -138,7 +138,7 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
             queue = load_file(tmp_path / name / "checkpoint-1/momentum.safetensors")
             ids, features = queue[f"{part}.ids"], queue[f"{part}.features"]
             pairs = sorted(zip(ids.tolist(), features[:, 0].tolist()))[-int((ids != -1).sum()) :]
-            # Processes that have the same image bring one each.
+            # An image of two processes is in the queue twice.
             found.append(sorted(dict(pairs).items()) if part == "images" else pairs)
         assert len(found[0]) > 1 and [image for image, _ in found[0]] == [image for image, _ in found[1]]
         assert [value for _, value in found[0]] == pytest.approx([value for _, value in found[1]], abs=1e-4)

@@ -1,4 +1,4 @@
-"""The trainer of pre-training: the teacher, learning rates by part, the queue, what is logged."""
+"""The trainer of pre-training: teacher, learning rates by part, queue and logs."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_the_teacher_follows_each_step_of_the_optimizer(processor, tmp_path):
 
 def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=1, gradient_accumulation_steps=2)
-    assert trainer.epoch_steps == 3  # 20 rows in batches of 4, two of which are a step
+    assert trainer.epoch_steps == 3  # 20 rows in batches of 4, with two batches per step
 
     def weights() -> list[float]:
         found = []
@@ -86,7 +86,7 @@ def test_a_teacher_that_has_yet_to_take_part_is_the_model(processor, tmp_path):
 
     trainer.teacher.forward = watched
     trainer.train()
-    assert seen == [(2, True)]  # it was asked in the third step alone
+    assert seen == [(2, True)]  # only the third step calls it
     assert not torch.equal(trainer.teacher.model.itm_head.weight, trainer.model.itm_head.weight)
     assert (trainer.teacher.texts.ids != -1).sum() == 4
 

@@ -1,4 +1,4 @@
-"""The trainer of retrieval, and the batches that it gets."""
+"""The trainer of retrieval and its batches."""
 
 import io
 
@@ -24,7 +24,7 @@ def processor():
 
 
 def caption_rows(*image_ids: str) -> list[dict]:
-    """Row i says the i-th colour; images of equal ids have one colour."""
+    """Return rows whose caption is the color of the image; images with equal ids have equal colors."""
     rows = []
     for row, image_id in enumerate(image_ids):
         image = io.BytesIO()
@@ -49,7 +49,7 @@ def test_ids_are_the_same_in_every_process_and_fit_a_long():
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
-    """Each of them contrasts within itself; their losses count alike."""
+    """Each batch has its own contrastive loss, and the losses have equal weights."""
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, itm_weight=0.0)
     config.vision_config.patch_embedding_type = "linear"  # no BatchNorm, no dropout: the same gradients again
     model = TripsForRetrieval(config)

@@ -1,4 +1,4 @@
-"""The order of a run: which checkpoint it goes on from, and which folder it must not touch."""
+"""Setup of a run: the checkpoint to resume from, and protected folders."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def args(tmp_path) -> TripsTrainingArguments:
 
 
 def write_checkpoint(folder):
-    """The files of a whole checkpoint of one process."""
+    """Write the files of a complete checkpoint of one process."""
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(1000)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
@@ -69,7 +69,7 @@ def test_a_run_without_states_resumes_from_weights(args, tmp_path):
 
 def test_a_new_run_leaves_the_checkpoints_of_another_alone(tmp_path):
     options = ["--output_dir", str(tmp_path), "--report_to=none"]
-    (tmp_path / "checkpoint-3").mkdir()  # the beginning of one counts for nothing
+    (tmp_path / "checkpoint-3").mkdir()  # an incomplete checkpoint is ignored
     parse_arguments(options, TripsTrainingArguments, description="")
     write_checkpoint(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="holds checkpoints: .* --resume_from_checkpoint last, or .* --output_dir"):

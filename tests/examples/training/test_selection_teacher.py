@@ -1,4 +1,4 @@
-"""The teacher of the choice: where it looks, what it passes on, and a run that it teaches."""
+"""The selection teacher: its attention, the targets, and a run with it."""
 
 import json
 

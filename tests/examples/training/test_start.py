@@ -1,4 +1,4 @@
-"""What comes before NLVR2 and grounding on the embedded data: a model of the same options, trained on questions."""
+"""The start model of NLVR2 and grounding on bundled synthetic data: trained on questions with the same options."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from trips_examples.training.question_answering import start_from_questions
 
 
 BRIEF = ["--max_train_samples=8", "--max_eval_samples=8", "--start_epochs=1", "--num_train_epochs=1", "--use_cpu=True"]
-# The task's own training leaves the weights as they are.
+# The task's training does not change the weights.
 FROZEN = [*BRIEF, "--learning_rate=0", "--auto_bf16=False", "--disable_tqdm=True", "--save_steps=1"]
 
 
@@ -34,7 +34,7 @@ def test_the_task_starts_from_the_model_that_answers(script, tmp_path):
 
 
 def test_deepspeed_is_told_what_to_do(tmp_path):
-    """It takes one model per launch. (A stand-in for its plugin: only whether there is one counts.)"""
+    """DeepSpeed supports one model per launch. The plugin is a dummy."""
     args = TripsTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     args.deepspeed_plugin = object()
     with pytest.raises(ValueError, match="--start_epochs"):

@@ -1,4 +1,4 @@
-"""Wrong options are told before any data are read: the file of every run here has a row that would stop it, too."""
+"""Errors of wrong options come before the data is read: the file of every run has a bad row too."""
 
 import importlib
 import json

@@ -89,7 +89,7 @@ WRONG_VISION_VALUES = [
     ),
 ]
 NOT_A_NUMBER = float("nan")
-# Fields that several parts share, and the part that gets them.
+# Fields of several classes: the class, invalid values, and words of the error.
 NONSENSE = [
     (TripsVisionConfig, {"hidden_size": 0}, ["`hidden_size`", "at least 1", "got 0"]),
     (TripsTextConfig, {"hidden_size": -8}, ["`hidden_size`", "at least 1", "got -8"]),

@@ -248,7 +248,7 @@ def test_order_of_the_images_can_be_learned():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, kernels, number formats
+# Checkpoints, kernels, dtypes
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def test_the_text_picks_the_patches():
     model, same_image = make_model(), {"pixel_values": images(1), "image_index": torch.zeros(4, dtype=torch.long)}
     output = model(IDS, attention_mask=MASK, **same_image)
     assert all(len({tuple(row) for row in rows}) > 1 for rows in kept(output))
-    # Only [CLS] scores the patches, and it has attended to the other words.
+    # Another word changes the scores of [CLS], which has attended to it.
     other_word = IDS.clone()
     other_word[:, 1] = 11
     changed = model(other_word, attention_mask=MASK, **same_image)

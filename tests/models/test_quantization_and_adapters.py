@@ -83,7 +83,7 @@ each_target = pytest.mark.parametrize("targets", [VISION, TEXT, EVERYTHING], ids
 def make_adapted(case, targets, **options) -> PeftModel:
     modules_to_save = options.pop("modules_to_save", None)
     model = case.make_model(**options)
-    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # merging changes the model
+    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # merging would change both
     config = LoraConfig(
         r=4,
         target_modules=targets,

@@ -119,7 +119,7 @@ def test_saving_and_loading_hosts_of_patch_selection_passes_their_suites(tree):
 
 @pytest.mark.slow
 def test_a_generative_model_that_keeps_every_token_passes_what_a_plain_one_passes(tree):
-    # The unpatched model fails some tests, because its tester is not in the source distribution.
+    # The plain model fails some tests, because their tester is not in the source distribution.
     passed, _ = run_suite(tree, "host_suites.py", "-k", "Llava", may_fail=True)
     plain, pruning = (
         {name.partition(".")[2] for name in passed if name.startswith(f"{kind}Llava.")}

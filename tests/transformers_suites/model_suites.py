@@ -279,7 +279,7 @@ class PreTrainingSuite(RetrievalSuite):
     vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the cached image states were computed before
 
     def test_batching_equivalence(self):
-        """The losses are off, because negatives depend on the batch."""
+        """The matching loss is off, because its negatives depend on the batch."""
         with patch.object(self.model_tester, "itm_weight", 0.0):
             super().test_batching_equivalence()
 

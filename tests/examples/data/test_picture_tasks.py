@@ -91,7 +91,7 @@ def test_the_kinds_of_questions_are_chosen(source):
         load_task_dataset("vqa", DataSource(**source, question_kinds=kinds))["train"]
         for kinds in (QUESTION_KINDS, ["count", "presence"])
     )
-    assert set(every["kind"]) == set(QUESTION_KINDS) - {"color"}  # the colors of these names
+    assert set(every["kind"]) == set(QUESTION_KINDS) - {"color"}  # these names contain colors
     chosen = {"count", "presence"}
     assert some["question"] == [row["question"] for row in every if row["kind"] in chosen]
     assert {row["kind"] for row in some} == chosen

@@ -69,7 +69,7 @@ class AnalyzeArguments:
         default=None,
         metadata={"help": "Model to compare with, as --model. Default: the same weights at keep rate 1.0."},
     )
-    task: str = field(default="vqa", metadata={"help": "What they do.", "choices": list(TASKS)})
+    task: str = field(default="vqa", metadata={"help": "Task of the models.", "choices": list(TASKS)})
     output_dir: str = field(default="outputs/errors", metadata={"help": "Folder for errors.html and errors.json."})
     min_count: int = field(default=10, metadata={"help": "Smallest number of items of a group."})
     num_pictures: int = field(default=3, metadata={"help": "Number of items to draw for each of the worst groups."})

@@ -542,7 +542,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         own = self.parameters_by_objective()
         off = [name for name in own if getattr(self.config, name) == 0]
         unused = super().unused_parameters() + [parameter for name in off for parameter in own[name]]
-        if {*off, "itc_weight"} == own.keys():  # contrast alone: no text is fused with an image
+        if {*off, "itc_weight"} == own.keys():  # the contrastive loss only: nothing is fused
             unused += self.model.fusion_model.parameters()
             projection = self.model.vision_model.selection_projection
             # CODEPATH: the projection exists if text and vision differ in width.

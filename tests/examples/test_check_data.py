@@ -162,7 +162,7 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_other(folder):
 def test_options_that_contradict_are_named(folder):
     code, report = run(folder, "--task", "captions", "--train_file", "a.json", "--dataset_name", "easy_vqa_scenes")
     assert code == 1
-    assert "give one or the other" in report["faults"][0]["detail"]
+    assert "dataset_name" in report["faults"][0]["detail"]
     code, report = run(folder, "--task", "captions", "--train_file", "a.json", "--validation_annotations", "b.json")
     assert "validation_annotations (is 'b.json') goes with validation_file" in report["faults"][0]["detail"]
 

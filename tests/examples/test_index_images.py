@@ -187,7 +187,7 @@ def finished_run(script: str, folder, *options, code: int = 0) -> str:
         (["--images", "{folder}/images", "--dataset_name", "org/photos"], "Give either"),
         (["--images", "{folder}/images", "--table", "{folder}/images/1.png"], "images/1.png"),
         (["--images", "{folder}/images", "--image_root", "nowhere"], "nowhere.*--image_root"),
-        (["--dataset_name", "org/photos", "--image_root", "{folder}"], "--image_root goes with --images"),
+        (["--dataset_name", "org/photos", "--image_root", "{folder}"], "--image_root"),
         (["--images", "{folder}/images", "--model", "nowhere"], "nowhere"),
     ],
 )

@@ -93,7 +93,7 @@ def test_vqa_finds_its_annotations(coco):
 def test_vqa_with_annotations_and_images_elsewhere(coco):
     file, annotations = vqa(coco / "vqa")
     annotations = annotations.rename(coco / "answers.json")
-    with pytest.raises(FileNotFoundError, match="--train_annotations.*v2_mscoco_train2014_annotations.json"):
+    with pytest.raises(FileNotFoundError, match="v2_mscoco_train2014_annotations.json.*--train_annotations"):
         load("vqa", train_file=file, image_root=coco / "images")
     # All images in one folder, without the split's folder
     folder = coco / "images" / "train2014"

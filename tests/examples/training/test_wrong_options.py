@@ -51,7 +51,7 @@ def test_each_script_looks_at_the_model_before_the_data(script, options):
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
         ("--validation_annotations=nowhere.json", "goes with validation_file"),
-        ("--dataset_name=easy_vqa", "give one or the other"),
+        ("--dataset_name=easy_vqa", "dataset_name .*train"),
         ("--do_eval=True", "no validation split: give --validation_file"),
     ],
 )

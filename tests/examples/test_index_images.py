@@ -93,7 +93,7 @@ def check_rows(folder, table):
 
 
 def reports_its_use(process: psutil.Process) -> str | None:
-    """What Ray is told in that process, which may be ending."""
+    """Return Ray's setting of usage statistics in a process, or None if it has ended."""
     with contextlib.suppress(psutil.Error):
         return process.environ().get("RAY_USAGE_STATS_ENABLED")
     return None

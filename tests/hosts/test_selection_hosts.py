@@ -139,15 +139,15 @@ def test_the_order_of_the_batch_plays_no_part(host):
 def test_a_copy_stands_on_its_own(host):
     model = host.make_model()
     host.apply(model)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     expected = host.run(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(host.run(twin), expected)
-    remove_patch_selection(twin)
-    assert not any(isinstance(module, StandIn) for module in twin.modules())
-    assert not torch.equal(host.run(twin), expected)
+    assert torch.equal(host.run(copied), expected)
+    remove_patch_selection(copied)
+    assert not any(isinstance(module, StandIn) for module in copied.modules())
+    assert not torch.equal(host.run(copied), expected)
 
 
 @each_host

@@ -132,16 +132,16 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
 def test_a_teacher_looks_as_its_student_does(schedule):
     """With the student's weights it gives the student's outputs, for every guidance."""
     model, batch = make_model(**schedule), make_batch()
-    taught = MomentumTeacher(model, queue_size=8)(
+    actual = MomentumTeacher(model, queue_size=8)(
         *(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")),
         image_index=batch["image_index"],
         image_ids=batch["image_ids"],
         mlm_input_ids=batch["mlm_input_ids"],
     )
     outputs = model(**batch)
-    torch.testing.assert_close(taught.image_embeds, outputs.image_embeds)
-    torch.testing.assert_close(taught.text_embeds, outputs.text_embeds)
-    torch.testing.assert_close(taught.mlm_logits, outputs.mlm_logits)
+    torch.testing.assert_close(actual.image_embeds, outputs.image_embeds)
+    torch.testing.assert_close(actual.text_embeds, outputs.text_embeds)
+    torch.testing.assert_close(actual.mlm_logits, outputs.mlm_logits)
 
 
 def test_the_teacher_computes_nothing_for_objectives_of_weight_zero():
@@ -153,9 +153,9 @@ def test_the_teacher_computes_nothing_for_objectives_of_weight_zero():
     seen = []
     for projection in (words.model.vision_proj, words.model.text_proj):
         projection.register_forward_hook(lambda *_: seen.append("features"))
-    taught = words(**inputs, mlm_input_ids=batch["mlm_input_ids"])
-    assert taught.image_embeds is taught.text_embeds is None and taught.mlm_logits.shape == (5, 5, 20) and not seen
+    actual = words(**inputs, mlm_input_ids=batch["mlm_input_ids"])
+    assert actual.image_embeds is actual.text_embeds is None and actual.mlm_logits.shape == (5, 5, 20) and not seen
     features = MomentumTeacher(make_model(mlm_weight=0.0), queue_size=8)
     features.model.mlm_score.register_forward_hook(lambda *_: seen.append("words"))
-    taught = features(**inputs, mlm_input_ids=batch["mlm_input_ids"])
-    assert taught.mlm_logits is None and taught.image_embeds.shape == (3, 8) and not seen
+    actual = features(**inputs, mlm_input_ids=batch["mlm_input_ids"])
+    assert actual.mlm_logits is None and actual.image_embeds.shape == (3, 8) and not seen

@@ -48,9 +48,9 @@ def test_the_loss_by_hand():
 
 @pytest.mark.parametrize("keep_rate", [0.5, 1.0])
 def test_it_is_a_part_of_the_loss_in_training_alone(keep_rate):
-    taught, untaught = (make_model(coefficient, keep_rate=keep_rate)(**batch()) for coefficient in (2.0, 0.0))
-    assert untaught.pointing_loss is None and taught.pointing_loss > 0
-    torch.testing.assert_close(taught.loss - untaught.loss, 2 * taught.pointing_loss)
+    supervised, unsupervised = (make_model(coefficient, keep_rate=keep_rate)(**batch()) for coefficient in (2.0, 0.0))
+    assert unsupervised.pointing_loss is None and supervised.pointing_loss > 0
+    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.pointing_loss)
     assert make_model(keep_rate=keep_rate).eval()(**batch()).pointing_loss is None
     assert make_config().pointing_loss_coefficient == 0
 
@@ -112,9 +112,9 @@ def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
 
 @pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}, MASS], ids=str)
 def test_questions_have_it_in_training_where_regions_are_known(fields):
-    taught, untaught = (make_reader(coefficient, **fields)(**questions()) for coefficient in (2.0, 0.0))
-    assert untaught.pointing_loss is None and taught.pointing_loss > 0
-    torch.testing.assert_close(taught.loss - untaught.loss, 2 * taught.pointing_loss)
+    supervised, unsupervised = (make_reader(coefficient, **fields)(**questions()) for coefficient in (2.0, 0.0))
+    assert unsupervised.pointing_loss is None and supervised.pointing_loss > 0
+    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.pointing_loss)
     nowhere = torch.zeros(4, 4)
     assert make_reader(**fields)(**{**questions(), "regions": nowhere}).pointing_loss == 0
     assert make_reader(**fields)(**{**questions(), "regions": None}).pointing_loss is None

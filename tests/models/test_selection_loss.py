@@ -209,6 +209,6 @@ def test_a_statement_is_taught_in_each_of_its_images():
     torch.testing.assert_close(outputs.selection_loss, by_text[:2].mean())  # the third has no label
     plain = model(**inputs, labels=labels)
     torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * outputs.selection_loss)
-    taught = model(**inputs, labels=labels, patch_targets=targets)
-    torch.testing.assert_close(taught.selection_loss, outputs.selection_loss)
+    supervised = model(**inputs, labels=labels, patch_targets=targets)
+    torch.testing.assert_close(supervised.selection_loss, outputs.selection_loss)
     assert plain.selection_loss is None

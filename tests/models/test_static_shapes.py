@@ -69,7 +69,7 @@ def test_no_shape_depends_on_a_value(training):
 
 @each_model
 def test_nothing_waits_for_the_device(case):
-    """Of padded texts, in training, the backward pass included."""
+    """The test covers padded texts and training with the backward pass."""
     model, inputs = case.make_model().train(), case.make_inputs(training=True)
     assert not inputs["attention_mask"].all()
     with NoNumbers():

@@ -27,7 +27,7 @@ def pair(right: str, lost: int, won: int, same: int, **columns) -> tuple[list[di
 
 
 def test_the_test_is_exact():
-    """Of 10 items that change, 9 are lost: 2 * (1 + 10) / 2^10 of fair coins are as far off."""
+    """9 of 10 changed items are lost: the p value is 2 * (1 + 10) / 2^10."""
     items = join(*pair("red", lost=9, won=1, same=30))
     assert mcnemar(items) == pytest.approx(2 * 11 / 1024)
     assert mcnemar(join(*pair("red", lost=0, won=0, same=3))) == 1.0

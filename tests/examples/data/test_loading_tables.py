@@ -46,7 +46,7 @@ def test_parquet_with_encoded_pairs(folder, columns):
 
 @pytest.mark.parametrize("type", [pyarrow.binary(), pyarrow.large_binary()], ids=str)
 def test_parquet_with_plain_bytes(folder, type):
-    """As pandas, Spark and img2dataset write them."""
+    """Pandas, Spark and img2dataset write such files."""
     a, b = ((folder / name).read_bytes() for name in ("a.png", "b.png"))
     given = {"train_file": folder / "train.parquet", "cache_dir": str(folder / "cache")}
     table = {"image": pyarrow.array([a, b, None], type), "caption": ["one", "two", "three"]}

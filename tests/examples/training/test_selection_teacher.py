@@ -72,7 +72,7 @@ def test_a_start_that_is_not_there_is_named():
 def test_a_run_is_taught_and_logs_it(script, task, tmp_path):
     data = write_task(task, tmp_path)
     script.main([*data, *OPTIONS, "--max_steps=1", "--keep_rate=1.0", f"--output_dir={tmp_path / 'start'}"])
-    taught = ["--keep_rate=0.5", f"--model_name_or_path={tmp_path / 'start'}", "--selection_teacher=start"]
-    script.main([*data, *OPTIONS, *taught, "--max_steps=2", "--logging_steps=1", f"--output_dir={tmp_path / 'run'}"])
+    options = ["--keep_rate=0.5", f"--model_name_or_path={tmp_path / 'start'}", "--selection_teacher=start"]
+    script.main([*data, *OPTIONS, *options, "--max_steps=2", "--logging_steps=1", f"--output_dir={tmp_path / 'run'}"])
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert all(entry["selection_loss"] > 0 for entry in log if "loss" in entry)

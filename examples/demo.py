@@ -1,6 +1,6 @@
 """
-Train TRIPS on questions about composed scenes on 2 CPU cores, evaluate it, answer questions, draw the kept patches, and
-measure its speed against the unpruned baseline.
+Train TRIPS on questions about composed scenes on 2 CPU cores, evaluate it, answer questions, draw the kept patches,
+and measure its speed against the unpruned baseline.
 
     python examples/demo.py                         # what `make demo` runs
     python examples/demo.py --num_train_epochs 1    # options for the training of run_vqa.py

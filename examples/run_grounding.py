@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         learning_rate=5e-4,
     )
     data_args.check("grounding")  # before a start model is trained
-    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs)
-    start = ModelStart(TripsForVisualGrounding, model_args, image_size=data_args.half_scene_size("grounding"))
+    side = data_args.half_scene_size("grounding")
+    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs, side)
+    start = ModelStart(TripsForVisualGrounding, model_args, image_size=side)
     data = load_data("grounding", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "expression"))
     data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         learning_rate=5e-4,
     )
     data_args.check("nlvr2")  # before a start model is trained
-    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs)
     side = data_args.half_scene_size("nlvr2")
+    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs, side)
     start = ModelStart(TripsForImagesAndTextClassification, model_args, image_size=side, num_images=2, num_labels=2)
     data = load_data("nlvr2", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "statement"))

@@ -33,7 +33,7 @@ class ModelStart:
     Args:
         model_class (`type[TripsPreTrainedModel]`): the task's.
         args (`ModelArguments`)
-        image_size (`int`, *optional*): side of the images in pixels where `args` has none.
+        image_size (`int`, *optional*): side of the images of a new model in pixels, where `args` has none.
         late_choice (`bool`, *optional*, defaults to `False`): whether a new model selects by [`late_choice`] where
             `args` names no layers.
         config_fields: fields of `TripsConfig` that the task fixes.
@@ -58,7 +58,7 @@ class ModelStart:
         self.config_fields = {**args.config_overrides(), **config_fields}
         if late_choice and args.model_name_or_path is None and args.selection_layers is None:
             self.config_fields = {**late_choice_fields(num_vision_layers(args)), **self.config_fields}
-        if args.image_size is None:
+        if args.image_size is None and args.model_name_or_path is None:
             self.args = replace(args, image_size=image_size)
         self.model: TripsPreTrainedModel | None = None
         self.processor: TripsProcessor | None = None

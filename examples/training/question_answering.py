@@ -88,6 +88,7 @@ def start_from_questions(
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
     start_epochs: float | None,
+    image_size: int | None,
 ) -> ModelArguments:
     """
     Train a model on easy-VQA at half size first, if it is new and the data are bundled: NLVR2 and grounding teach
@@ -96,6 +97,7 @@ def start_from_questions(
     Args:
         model_args, data_args, training_args: options of the task.
         start_epochs (`float`, *optional*): epochs on easy-VQA. Default: 6, or none with `--max_steps`.
+        image_size (`int`, *optional*): side of the task's images in pixels, where `model_args` has none.
 
     Returns:
         `ModelArguments`: those of a start from that model, or `model_args`.
@@ -131,4 +133,4 @@ def start_from_questions(
         started_args = replace(model_args, image_size=TILE_SIZE // 2, pointing_loss_coefficient=None)
         train_question_answering(started_args, questions, questions_args)
         PartialState().wait_for_everyone()
-    return replace(model_args, model_name_or_path=str(folder))
+    return replace(model_args, model_name_or_path=str(folder), image_size=model_args.image_size or image_size)

@@ -220,7 +220,7 @@ def test_it_fits_a_phone(browser, address):
     page.set_default_timeout(PATIENCE)
     page.goto(address)
     page.get_by_role("button", name="Look", exact=True).wait_for()
-    upload(page, get_test_image_paths()[2])
+    upload(page, SCENE)
     ask(page, "what color is the circle?", "what shape is the red shape?")
     shot(page, "phone.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

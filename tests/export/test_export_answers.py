@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the project, exported by the command: it answers questions about scenes as PyTorch does."""
+"""The checkpoint that comes with the project, exported by the command: it answers as PyTorch does."""
 
 import io
 import json

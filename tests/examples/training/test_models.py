@@ -32,6 +32,18 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
     assert (pixels > 0).float().mean() == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.parametrize("image_size, expected", [(None, 48), (96, 96)])
+def test_a_checkpoint_keeps_its_image_size_unless_another_is_asked_for(image_size, expected, processor, tmp_path):
+    """The side of the data is for new models."""
+    config = TripsConfig.from_preset("tiny", vision_config={"image_size": 48})
+    config.text_config.vocab_size = len(processor.tokenizer)
+    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
+    make_processor(processor.tokenizer, config).save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path), image_size=image_size)
+    _, loaded = ModelStart(TripsForQuestionAnswering, args, image_size=128).finish([])
+    assert loaded.image_processor.size == {"height": expected, "width": expected}
+
+
 def processor_of(**vision_config):
     return make_processor(train_wordpiece_tokenizer(["a shape"]), TripsConfig(vision_config=vision_config))
 

@@ -38,8 +38,8 @@ def test_deepspeed_is_told_what_to_do(tmp_path):
     args = TripsTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     args.deepspeed_plugin = object()
     with pytest.raises(ValueError, match="--start_epochs"):
-        start_from_questions(ModelArguments(), DataArguments(), args, None)
-    assert start_from_questions(ModelArguments(), DataArguments(), args, 0.0) == ModelArguments()
+        start_from_questions(ModelArguments(), DataArguments(), args, None, 64)
+    assert start_from_questions(ModelArguments(), DataArguments(), args, 0.0, 64) == ModelArguments()
 
 
 def test_a_short_trial_skips_the_start_and_says_so(tmp_path, caplog):

@@ -21,8 +21,8 @@ from trips_examples.training.parser import make_parser
 
 
 CLS, FUSED, LINE = "#1864ab", "#d9480f", "#495057"
-WIDTH, HEIGHT = 0.135, 0.30  # of a panel, as shares of the figure
-COLUMNS = [0.01 + 0.169 * number for number in range(6)]
+COLUMN = 2.2  # inches, of which a panel takes four fifths
+HEIGHT = 0.30  # of a panel, as a share of the figure
 PICTURES, TOKENS, TEXTS = 0.41, 0.03, 0.85  # the bottoms of both rows, and the middle of the upper one
 
 
@@ -48,7 +48,11 @@ class Walk:
             output = self.model.model(**inputs, output_hidden_states=True)
         self.selections = dict(zip(self.model.config.vision_config.schedule.layers, output.selection))
         self.tokens = [states.shape[1] for states in output.vision_model_output.hidden_states[1:]]
-        self.figure = Figure(figsize=(13, 5.6), dpi=110)
+        num_columns = 2 + 2 * len(self.selections)
+        self.figure = Figure(figsize=(COLUMN * num_columns, 5.6), dpi=110)
+        self.step = 1 / num_columns
+        self.width = 0.8 * self.step
+        self.columns = [0.06 * self.step + self.step * number for number in range(num_columns)]
 
     def boxes(self, indices: torch.LongTensor) -> torch.Tensor:
         """Return the boxes of the patches among the tokens, in pixels of the image."""
@@ -58,7 +62,7 @@ class Walk:
         everything = torch.arange(64)
         self.panel(0, draw_kept_patches(self.image, self.boxes(everything), outline=None), "64 patches", grid=True)
         self.sequence(0, everything, 0, f"layer 1: {self.tokens[0]} tokens\nthe same for every question")
-        columns = iter(range(1, 5))
+        columns = iter(range(1, len(self.columns) - 1))
         for layer, selection in self.selections.items():
             self.scores(next(columns), layer, selection)
             self.kept(next(columns), layer, selection)
@@ -66,7 +70,7 @@ class Walk:
         return self.figure
 
     def panel(self, column: int, picture: PIL.Image.Image, title: str, grid: bool = False):
-        axes = self.figure.add_axes((COLUMNS[column], PICTURES, WIDTH, HEIGHT))
+        axes = self.figure.add_axes((self.columns[column], PICTURES, self.width, HEIGHT))
         axes.imshow(picture)
         axes.set_title(title, fontsize=10)
         axes.set(xticks=[], yticks=[])
@@ -80,7 +84,7 @@ class Walk:
         candidates, scores = selection.candidate_indices[0], selection.scores[0].float()
         picture = draw_scores(self.image, self.boxes(candidates), scores[candidates >= 0])
         self.panel(column, picture, f"layer {layer}: the text's scores")
-        middle = COLUMNS[column] + WIDTH / 2
+        middle = self.columns[column] + self.width / 2
         self.arrow((middle, TEXTS), (middle, PICTURES + HEIGHT + 0.05), CLS)
         self.arrow_to(column)
 
@@ -95,7 +99,7 @@ class Walk:
 
     def sequence(self, column: int, patches: torch.LongTensor, num_fused: int, title: str):
         """Draw the tokens in their order: [CLS], then from the next line on the patches, then fused tokens."""
-        axes = self.figure.add_axes((COLUMNS[column], TOKENS, WIDTH, HEIGHT - 0.03))
+        axes = self.figure.add_axes((self.columns[column], TOKENS, self.width, HEIGHT - 0.03))
         shown = [self.image.crop(tuple(box)) for box in self.boxes(patches).int().tolist()]
         for place, token in enumerate([CLS, *[None] * 7, *shown, *[FUSED] * num_fused]):
             if token is None:
@@ -111,28 +115,31 @@ class Walk:
 
     def texts(self):
         """Draw the question above the images, and the answer behind them."""
-        write, last, middle = self.figure.text, COLUMNS[5], PICTURES + HEIGHT / 2
+        write, middle, half = self.figure.text, PICTURES + HEIGHT / 2, self.width / 2
+        first, second, *_, last = self.columns
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#e7f5ff", "edgecolor": CLS}
-        write(COLUMNS[0], 0.94, f"“{self.question}”", fontsize=12, va="center", weight="bold")
-        self.arrow((COLUMNS[0] + WIDTH / 2, TEXTS), (last + 0.065, TEXTS), CLS, style="-")
-        write(COLUMNS[0] + WIDTH / 2, TEXTS, "text encoder", fontsize=11, va="center", ha="center", bbox=box, zorder=5)
+        write(first, 0.94, f"“{self.question}”", fontsize=12, va="center", weight="bold")
+        self.arrow((first + half, TEXTS), (last + half, TEXTS), CLS, style="-")
+        write(first + half, TEXTS, "text encoder", fontsize=11, va="center", ha="center", bbox=box, zorder=5)
         ways = "its [CLS] is the query of the scores; its states go to the fusion encoder"
-        write(COLUMNS[1], TEXTS + 0.02, ways, fontsize=9, color=CLS)
-        fusion = f"layer 4 and the\nfusion encoder\nread {self.tokens[-1]} tokens\ninstead of {self.tokens[0]}"
-        self.arrow_to(5)
-        write(last + 0.012, middle, fusion, fontsize=11, va="center", bbox=box)
-        self.arrow((last + 0.065, TEXTS), (last + 0.065, middle + 0.12), CLS)
-        self.arrow((last + 0.065, middle - 0.12), (last + 0.065, PICTURES - 0.07))
+        write(second, TEXTS + 0.02, ways, fontsize=9, color=CLS)
+        fusion = f"later layers and\nfusion encoder\nread {self.tokens[-1]} tokens\ninstead of {self.tokens[0]}"
+        self.arrow_to(len(self.columns) - 1)
+        write(last + half, middle, fusion, fontsize=11, va="center", ha="center", bbox=box)
+        self.arrow((last + half, TEXTS), (last + half, middle + 0.12), CLS)
+        self.arrow((last + half, middle - 0.12), (last + half, PICTURES - 0.07))
         answer = f"{self.answer['answer']} ({self.answer['score']:.1%})"
-        write(last + 0.065, PICTURES - 0.13, answer, fontsize=14, ha="center", weight="bold", color=FUSED)
+        write(last + half, PICTURES - 0.13, answer, fontsize=14, ha="center", weight="bold", color=FUSED)
         for row, (color, meaning) in enumerate({CLS: "[CLS]", FUSED: "fused token"}.items()):
-            write(COLUMNS[1], 0.22 - 0.05 * row, "■", fontsize=12, color=color)
-            write(COLUMNS[1] + 0.018, 0.22 - 0.05 * row, meaning, fontsize=9)
+            write(second, 0.22 - 0.05 * row, "■", fontsize=12, color=color)
+            write(second + 0.1 * self.step, 0.22 - 0.05 * row, meaning, fontsize=9)
 
     def arrow_to(self, column: int):
         """Draw an arrow from the panel before."""
         middle = PICTURES + HEIGHT / 2
-        self.arrow((COLUMNS[column] - 0.031, middle), (COLUMNS[column] - 0.003, middle))
+        self.arrow(
+            (self.columns[column] - 0.18 * self.step, middle), (self.columns[column] - 0.02 * self.step, middle)
+        )
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], color: str = LINE, style: str = "-|>"):
         self.figure.add_artist(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=12, color=color))

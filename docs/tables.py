@@ -903,10 +903,23 @@ def headline() -> str:
     def cells(of: list[Row], base: list[Row]) -> list[str]:
         return [spread(percents(of, "eval_accuracy")), spread(percents(base, "eval_accuracy"))]
 
-    def scenes(task_name: str, name: str, variant: str, texts: int) -> list[str]:
+    def questions(variant: str) -> list[str]:
+        runs = variants(read("protocol_questions"))
+        base = "unpruned, no regions" if "no regions" in variant else "unpruned"
+        accuracies = [spread(percents(runs[name], "test_accuracy")) for name in (variant, base)]
+        speedups = [
+            1 / float(seconds(read("protocol_questions_times"), variant, texts_per_image=texts)) for texts in (1, 4)
+        ]
+        label = schedule_of(runs[variant][0]) if "pixels" not in variant else f"unpruned, {variant.split()[-1]} px"
+        label += ", without regions" if "no regions" in variant else ", with regions"
+        what = "tiny, 96 px: questions, scenes of 16"
+        return [what, label, *accuracies, ", ".join(f"{speedup:.2f}x" for speedup in speedups)]
+
+    def boxes(variant: str) -> list[str]:
+        name = "scenes_grounding_rates"
         runs = variants(read(name))
         speedup = 1 / float(seconds(read(f"{name}_times"), variant))
-        what = f"tiny, 64 px: {task_name}, composed scenes, {texts} per image"
+        what = "tiny, 64 px: grounding, scenes of 4, 1 per image"
         return [what, method(runs[variant][0]), *cells(runs[variant], runs["unpruned"]), f"{speedup:.2f}x"]
 
     def real(task_name: str, name: str, starts: tuple, texts: int) -> list[str]:
@@ -924,15 +937,16 @@ def headline() -> str:
     single = [row for name in MACHINES for row in select(read(name), **paper)]
     ten = ("shared_prefix_base_cpu", "cost_by_texts_base_cpu")
     several = [row for name in ten for row in select(read(name), texts_per_image=10, **paper)]
-    boxes, questions = ("grounding", "scenes_grounding_rates"), ("questions", "scenes_vqa_rates")
     rows = [
-        scenes(*boxes, "text, taught 0.05", 1),
-        scenes(*boxes, "text, untaught 0.25", 1),
-        scenes(*boxes, "image 0.25", 1),
-        scenes(*boxes, "random 0.25", 1),
-        scenes(*questions, "text, taught 0.05", 4),
-        scenes(*questions, "text, untaught 0.25", 4),
-        scenes(*questions, "image 0.25", 4),
+        questions("text 0.05"),
+        questions("image 0.05"),
+        questions("random 0.05"),
+        questions("fewer pixels 64"),
+        questions("text 0.7, no regions"),
+        questions("image 0.7, no regions"),
+        boxes("text, taught 0.05"),
+        boxes("text, untaught 0.25"),
+        boxes("random 0.25"),
         real("grounding", "pictures_grounding", ("first", "second"), 1),
         real("grounding", "pictures_grounding", ("first", "second"), 4),
         real("questions", "pictures_vqa", ("second",), 1),
@@ -940,7 +954,12 @@ def headline() -> str:
         base("training step, 1 text per image", select(single, mode="training")),
         base("forward pass, 10 texts per image", several),
     ]
-    sources = [f"scenes_{task_name}_rates{times}" for task_name in ("grounding", "vqa") for times in ("", "_times")]
+    sources = [
+        "protocol_questions",
+        "protocol_questions_times",
+        "scenes_grounding_rates",
+        "scenes_grounding_rates_times",
+    ]
     sources += [f"pictures_{task_name}{times}" for task_name in ("grounding", "vqa") for times in ("", "_times")]
     sources += [*MACHINES, *ten]
     header = ["Model and task", "Schedule", "Accuracy, %", "Unpruned baseline, %", "Measured speedup"]

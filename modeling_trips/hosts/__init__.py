@@ -1,4 +1,4 @@
-"""Patch selection inside models as they are: towers, encoders, and generative vision-language models."""
+"""Patch selection inside models of other libraries: vision towers, encoders, generative vision-language models."""
 
 from .apply import apply_patch_selection, record_patch_selection, remove_patch_selection
 from .vlm import TextGuide, prune_inputs

@@ -16,18 +16,18 @@ Patch selection inside models of Transformers and timm: ViLT, BLIP, BridgeTower,
 generative vision-language models such as LLaVA and Qwen-VL.
 
     apply_patch_selection(vilt, "5:text:0.7,10:text:0.7")
-    outputs = vilt(**inputs)                       # as before, with fewer image tokens from layer 5 on
+    outputs = vilt(**inputs)                       # fewer image tokens from layer 5 on
 
     apply_patch_selection(llava, "8:image:0.33", visual_tokens=64)
-    llava.generate(**inputs)                       # as before, with 64 visual tokens of 576
+    llava.generate(**inputs)                       # 64 visual tokens instead of 576
 
     with record_patch_selection(vilt) as selections:
         vilt(**inputs)
-    selections[0].kept_indices                     # what layer 5 kept
+    selections[0].kept_indices                     # patches that layer 5 kept
 
     remove_patch_selection(vilt)
 
-No parameter is added, renamed or copied: checkpoints saved under selection load without it, and the other way round.
+No parameter is added, renamed or copied: checkpoints saved with selection load without it, and vice versa.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,7 +86,7 @@ from .vlm.wrapper import (
 )
 
 
-# What is not here is left out for a reason: CLIPForImageClassification and the like average the patches.
+# CLIPForImageClassification and similar models average the patches, so they are not supported.
 HOSTS: dict[Callable[[nn.Module], Host], tuple[type[nn.Module], ...]] = {
     describe_vilt: (ViltPreTrainedModel,),
     describe_blip_with_text: (BlipForQuestionAnswering, BlipForImageTextRetrieval),
@@ -114,15 +114,15 @@ def apply_patch_selection(
     guide: TextGuide | None = None,
 ):
     """
-    Put patch selection into a model, in place. Applied again, it replaces what was applied before.
+    Add patch selection to a model, in place. A second call replaces the first.
 
-    Do this after loading and before wrapping: before `torch.compile`, DDP or FSDP, and Accelerate's device hooks.
-    Activation checkpointing works as Transformers sets it by default, `use_reentrant=False`.
+    Call it after loading and before wrapping: before `torch.compile`, DDP or FSDP, and Accelerate's device hooks.
+    Activation checkpointing needs `use_reentrant=False`, the default of Transformers.
 
-    In a generative vision-language model, selection acts in `forward` and `generate`: they encode the image, drop what
-    is not kept, and shorten `input_ids`, masks, positions and `labels`. Logits have the shorter length. Sequences that
-    `generate` returns begin with the caller's prompt. Dropped patches are not fused into one token: it would have no
-    place in the grid that the connector needs.
+    In a generative vision-language model, `forward` and `generate` encode the image, drop visual tokens, and shorten
+    `input_ids`, masks, positions and `labels`. Logits have the shorter length. Sequences that `generate` returns begin
+    with the caller's prompt. Dropped patches are not fused, because a fused token has no place in the grid that the
+    connector needs.
 
     Args:
         model (`torch.nn.Module`):
@@ -133,28 +133,29 @@ def apply_patch_selection(
             generative model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3, InternVL,
             Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
         schedule (`SelectionSchedule` or `str`):
-            The layers of the vision tower that select (of the joint layers in ViLT), and what scores the patches:
+            Selection layers of the vision tower (in ViLT, of the joint layers), and what scores the patches:
             `"5:image:0.7,10:text:0.7"`, or `"unpruned"`. In BridgeTower they must come before the first bridge to the
-            cross-modal layers, in LLaVA before the layer whose states the language model gets.
+            cross-modal layers, in LLaVA before the layer whose states the language model reads.
 
-            `image`: the image's own [CLS], or the mean of all tokens where there is none. `random`: a control, in
-            generative models alone. `text`: in ViLT the text's [CLS]; in BLIP for question answering and for retrieval
-            by matching the [CLS] of the text encoder without cross-attention, which costs another pass of the text
-            encoder; in generative models the query of `guide`; in CLIP, SigLIP, `BlipModel` and lone vision towers a
-            vector per image, `text_embeds` of shape `(batch_size, hidden_size)`, which the vision tower and
-            `get_image_features` take as a keyword. A forward pass without it raises a ValueError.
+            - `image`: the image's [CLS], or the mean of all tokens where there is none.
+            - `random`: a control, in generative models only.
+            - `text`: in ViLT the text's [CLS]. In BLIP for question answering and for retrieval by matching, the [CLS]
+              of the text encoder without cross-attention, which costs another pass of the text encoder. In generative
+              models the query of `guide`. In CLIP, SigLIP, `BlipModel` and bare vision towers `text_embeds` of shape
+              `(batch_size, hidden_size)`, a keyword of the vision tower and `get_image_features`. A forward pass
+              without it raises a ValueError.
         visual_tokens (`int`, *optional*):
-            Generative models only: number of visual tokens per image that the language model gets. By default all
-            that the tower keeps.
+            Generative models only: number of visual tokens per image for the language model. Default: all tokens that
+            the tower keeps.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`):
-            What chooses these tokens, as in [`prune_inputs`].
+            Scorer of these tokens, as in [`prune_inputs`].
         guide (`TextGuide`, *optional*):
-            Generative models only: turns the prompt into the query of the one layer that the text scores.
+            Generative models only: turns the prompt into the query of the layer that is scored by the text.
 
     Raises:
-        TypeError: Selection does not support the model, or a layer of it.
-        ValueError: The schedule does not fit the model; or a layer's forward pass has been taken over by a compiler or
-            by Accelerate.
+        TypeError: The model or one of its layers is not supported.
+        ValueError: The schedule does not fit the model, or a compiler or Accelerate has replaced a layer's forward
+            pass.
     """
     schedule = SelectionSchedule.parse(schedule) if isinstance(schedule, str) else schedule
     family = find_family(model)
@@ -165,7 +166,9 @@ def apply_patch_selection(
         apply_vlm_selection(model, family, schedule, exit, guide)
         return
     if visual_tokens is not None or guide is not None:
-        raise ValueError(f"`visual_tokens` and `guide` are for generative models, got {type(model).__name__}.")
+        raise ValueError(
+            f"`visual_tokens` and `guide` are only supported for generative models, got {type(model).__name__}."
+        )
     host = find_host(model)
     _check_schedule(model, host, schedule)
     for number in schedule.layers:
@@ -192,11 +195,10 @@ def apply_patch_selection(
 
 def remove_patch_selection(model: nn.Module):
     """
-    Puts the model's own modules back, in place; a model without selection stays as it is. Whatever has been trained or
-    set in the modules stays.
+    Restore the model's own modules, in place. Trained weights and attributes set meanwhile are kept.
 
     Raises:
-        ValueError: Accelerate's hooks have been put on top of a selection layer.
+        ValueError: A selection layer has hooks of Accelerate.
     """
     places = [
         (parent, name, child)
@@ -206,7 +208,7 @@ def remove_patch_selection(model: nn.Module):
     ]
     for _, name, stand_in in places:
         if "forward" in vars(stand_in):
-            raise ValueError(f"Module {name} has a hook of Accelerate around its forward pass: remove that first.")
+            raise ValueError(f"Module {name} has a hook of Accelerate around its forward pass. Remove the hook first.")
     for parent, name, stand_in in places:
         setattr(parent, name, stand_in.give_back())
     remove_text_guidance(model)
@@ -216,16 +218,16 @@ def remove_patch_selection(model: nn.Module):
 @contextmanager
 def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
     """
-    Records what is selected while it is open: one [`TripsSelection`] per selection layer and pass, in order. The
-    scores are worked out twice for it. Call the model itself, not a compiled one, and leave before the backward pass.
+    Record one [`TripsSelection`] per selection layer and forward pass, in order. Recording computes the scores twice.
+    Call the model itself, not a compiled one, and leave the context before the backward pass.
 
-    In ViLT `kept_indices` number the patches of the padded image, and -2 stands for padding. In a generative model
-    they number the units of patches that become one visual token, row by row. Behind the layers of a pass comes one
-    more [`TripsSelection`], without scores: the visual tokens of each image that the language model gets.
+    In ViLT `kept_indices` number the patches of the padded image, and -2 marks padding. In a generative model they
+    number the units of patches that become one visual token, row by row. Each pass ends with one more
+    [`TripsSelection`] without scores: the visual tokens of each image that the language model reads.
 
     Raises:
-        ValueError: the model has no selection layers.
-        RuntimeError: no selection layer was run while it was open.
+        ValueError: The model has no selection layers.
+        RuntimeError: No selection layer ran inside the context.
     """
     if selection_of(model) is not None:
         with record_vlm_selection(model) as selections:
@@ -242,11 +244,11 @@ def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
         for handle in handles:
             handle.remove()
     if not recorder.was_called:
-        raise RuntimeError("Nothing was recorded: the model was not called, or only in a compiled form.")
+        raise RuntimeError("Nothing was recorded. Call the uncompiled model inside `record_patch_selection`.")
 
 
 class _Recorder:
-    """A forward hook of all selection layers of a model."""
+    """Forward hook that records all selection layers of a model."""
 
     def __init__(self, first_layer: SelectionLayer):
         self.first_layer = first_layer
@@ -268,11 +270,16 @@ class _Recorder:
 
 
 def find_host(model: nn.Module) -> Host:
-    """Raises TypeError with the list of supported models if this is none of them."""
+    """
+    Return the description of a model for patch selection.
+
+    Raises:
+        TypeError: The model is not supported.
+    """
     for describe, classes in HOSTS.items():
         if isinstance(model, classes):
             return describe(model)
-    # By name: timm is an extra, and a model of its own class cannot be there without it.
+    # By name, because timm is an optional dependency.
     if any((base.__module__, base.__name__) == TIMM_HOST for base in type(model).__mro__):
         from .timm import describe_timm
 
@@ -289,16 +296,18 @@ def _check_schedule(model: nn.Module, host: Host, schedule: SelectionSchedule):
     if max(schedule.layers, default=1) > last:
         raise ValueError(
             f"Selection layers of {type(model).__name__} must be in 1..{last}, got {list(schedule.layers)}."
-            + ("" if last == len(host.layers) else f" Layers {last + 1} on are tied, token by token, to others.")
+            + ("" if last == len(host.layers) else f" Layers from {last + 1} on need all tokens.")
         )
     for layer, selection in schedule.by_layer.items():
         if selection.guidance == "random" or selection.mass is not None:
             raise ValueError(
-                f"Inside {type(model).__name__}, layer {layer} can be scored by the text or by the image with a fixed "
+                f"Layer {layer} of {type(model).__name__} must be scored by the text or by the image with a fixed "
                 f"keep rate, got {schedule}."
             )
         if selection.guidance == "text" and host.no_text is not None:
-            raise ValueError(f"The text cannot score patches in {type(model).__name__}: {host.no_text}. Use `image`.")
+            raise ValueError(
+                f"Guidance 'text' is not supported for {type(model).__name__}: {host.no_text}. Use 'image'."
+            )
 
 
 __all__ = ["apply_patch_selection", "record_patch_selection", "remove_patch_selection"]

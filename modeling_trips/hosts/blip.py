@@ -12,13 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-How BLIP's own text guides its vision tower: the tower runs first, so the text is encoded before it, once more.
+Text guidance of BLIP's vision tower. The tower runs first, so a hook encodes the text once more before it.
 
-BLIP's text model is a mixture of encoder and decoder (https://arxiv.org/abs/2201.12086, section 3.1): without its
-cross-attention, the image-grounded text encoder is the unimodal text encoder, whose [CLS] summarises the text; the
-weights of both are the same. That [CLS] guides. For `BlipForImageTextRetrieval` it is the very encoder of the
-contrastive loss. For `BlipForQuestionAnswering` fine-tuning has since moved the weights for use with an image, so
-there it is a start that training must confirm: compare it with guidance "image".
+BLIP's image-grounded text encoder without its cross-attention is the unimodal text encoder, with the same weights
+(https://arxiv.org/abs/2201.12086, section 3.1). Its [CLS] scores the patches. In `BlipForImageTextRetrieval` it is the
+encoder of the contrastive loss. In `BlipForQuestionAnswering` fine-tuning has changed the weights for use with an
+image, so fine-tune the model with selection and compare with guidance "image".
 """
 
 import copy
@@ -40,12 +39,12 @@ from .vision import describe_blip
 def text_guidance_of(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """[CLS] of the text as BLIP's unimodal text encoder sees it: `(batch_size, hidden_size)`."""
+    """Return the text's [CLS] from BLIP's unimodal text encoder: `(batch_size, hidden_size)`."""
     return model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
 
 
 class TextGuidance:
-    """A forward pre-hook: encodes the text and gives it to the vision tower, as the keyword `text_embeds`."""
+    """Forward pre-hook that encodes the text and passes it to the vision tower as `text_embeds`."""
 
     def __init__(self, model: PreTrainedModel):
         self.parameters = list(signature(type(model).forward).parameters)[1:]  # without self
@@ -53,7 +52,7 @@ class TextGuidance:
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.parameters, args)), **kwargs}
-        # The contrastive score compares each image with all texts: there the image is to guide itself.
+        # The contrastive score compares each image with all texts, so the image scores its own patches.
         is_contrastive = not kwargs.get("use_itm_head", True)
         if kwargs.get("input_ids") is not None and not is_contrastive:
             kwargs["text_embeds"] = text_guidance_of(model, kwargs["input_ids"], kwargs.get("attention_mask"))
@@ -63,8 +62,8 @@ class TextGuidance:
 @wraps(BlipForQuestionAnswering.generate)
 @torch.no_grad()
 def generate_with_text_guidance(self, input_ids, pixel_values, attention_mask=None, **kwargs):
-    # BLIP's generate calls the vision tower with the pixels only. Here it runs on a shallow copy of the model, whose
-    # vision tower has got the text: nothing is left behind in the model, and threads may share it.
+    # BLIP's generate passes only the pixels to the vision tower. A shallow copy of the model, whose vision tower has
+    # the text bound, leaves the model unchanged and thread-safe.
     text_embeds = text_guidance_of(self, torch.as_tensor(input_ids), attention_mask)
     guided = copy.copy(self)
     vars(guided)["vision_model"] = partial(self.vision_model, text_embeds=text_embeds)
@@ -74,7 +73,7 @@ def generate_with_text_guidance(self, input_ids, pixel_values, attention_mask=No
 def install_text_guidance(model: PreTrainedModel):
     TextGuidance(model)
     if isinstance(model, BlipForQuestionAnswering):
-        # No module stands between the caller and `generate`; this is the one attribute that the model itself gets.
+        # `generate` is no module, so no hook reaches it.
         model.generate = MethodType(generate_with_text_guidance, model)
 
 
@@ -95,8 +94,8 @@ def describe_blip_with_text(model: PreTrainedModel) -> Host:
 def describe_blip_captioner(model: BlipForConditionalGeneration) -> Host:
     host = describe_blip(model)
     host.no_text = (
-        "its only text model is a causal decoder, whose first token has seen no other, and in training its "
-        "`input_ids` are the caption that it is to predict"
+        "its only text model is a causal decoder, whose first token sees no other token, and in training its "
+        "`input_ids` are the caption to predict"
     )
     return host
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Patch selection in timm's `VisionTransformer`. It needs timm."""
+"""Patch selection in timm's `VisionTransformer`."""
 
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -24,7 +24,7 @@ class TimmSelectionLayer(SelectionLayer, Block):
         return self.norm1(hidden_states)
 
     def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
-        """Queries (part 0) or keys (part 1), which are stacked in one linear layer: `(..., num_heads, head_dim)`."""
+        """Return queries (part 0) or keys (part 1) of one stacked linear layer: `(..., num_heads, head_dim)`."""
         width = self.attn.num_heads * self.attn.head_dim
         rows = project_rows(self.attn.qkv, states, part * width, (part + 1) * width)
         return rows.unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
@@ -41,7 +41,9 @@ class TimmSelectionLayer(SelectionLayer, Block):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         if attn_mask is not None or is_causal:
-            raise ValueError("Patch selection in timm's VisionTransformer has no `attn_mask` and no `is_causal`.")
+            raise ValueError(
+                "`attn_mask` and `is_causal` are not supported with patch selection in timm's VisionTransformer."
+            )
         normed = self.normed_tokens(x)
         x = x + self.drop_path1(self.ls1(self.attn(normed)))
         x = self.select(x, self.score(normed, None))
@@ -52,8 +54,7 @@ def describe_timm(model: VisionTransformer) -> Host:
     for number, block in enumerate(model.blocks, start=1):
         if isinstance(block, Block) and type(block.attn) is not Attention:
             raise TypeError(
-                f"Layer {number} of this VisionTransformer has {type(block.attn).__name__} for its attention. Patch "
-                "selection knows timm.layers.Attention only."
+                f"The attention of layer {number} must be timm.layers.Attention, got {type(block.attn).__name__}."
             )
     return Host(
         model.blocks,
@@ -62,7 +63,7 @@ def describe_timm(model: VisionTransformer) -> Host:
         num_selectable_layers=len(model.blocks),
         num_prefix_tokens=model.num_prefix_tokens,
         has_class_token=model.has_class_token,
-        no_text="its forward pass takes pixels only",
+        no_text="its forward pass takes only pixels",
     )
 
 

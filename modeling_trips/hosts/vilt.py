@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Patch selection in ViLT: text and patches go through one transformer, and the text's [CLS] picks the patches."""
+"""Patch selection in ViLT, where the text's [CLS] scores the patches in the joint layers."""
 
 import torch
 from transformers.masking_utils import create_bidirectional_mask
@@ -23,18 +23,17 @@ from ..patch_selection import gather_tokens, keep_topk, num_kept_by_row, num_kep
 from .layers import Host, SelectionLayer, StandIn
 
 
-# Every token of the sequence has a number, which goes through the layers in the place of the 0/1 padding mask:
-# 0 is padding, 1 a token that is no patch (text, [CLS], fused), 2 + i the patch i of the padded image's grid.
+# Token numbers replace the 0/1 padding mask: 0 is padding, 1 a token that is not a patch (text, [CLS], fused), 2 + i
+# is patch i in the grid of the padded image.
 PADDING, NO_PATCH, FIRST_PATCH = 0, 1, 2
 
 
 class ViltSelectionEmbeddings(StandIn, ViltEmbeddings):
     """
-    Numbers the tokens, and puts the patches into the order of the grid: ViLT's own order is random.
+    Embeddings that number the tokens and sort the patches by the grid, because ViLT's own order is random.
 
-    ViltModel hands its encoder the embeddings and the mask, and no word of how many tokens are text. But a mask of
-    four dimensions it passes on untouched, so the numbers travel as `(batch_size, 1, text_length, seq_length)`: the
-    same row for each text token.
+    ViltModel does not pass the text length to its encoder, but it passes a mask of four dimensions unchanged. The
+    numbers are such a mask, `(batch_size, 1, text_length, seq_length)`, with the same row for each text token.
     """
 
     def visual_embed(self, pixel_values, pixel_mask, max_image_length=200):
@@ -70,7 +69,7 @@ class ViltSelectionEmbeddings(StandIn, ViltEmbeddings):
         )
         text_length = attention_mask.shape[1]
         numbers = numbers.long()
-        if image_embeds is not None:  # [CLS] and patches, embedded before: ViLT took the mask as it was given
+        if image_embeds is not None:  # ViLT uses the given mask for embedded images
             present = numbers[:, text_length + 1 :]
             patches = torch.arange(FIRST_PATCH, FIRST_PATCH + present.shape[1], device=numbers.device)
             numbers = torch.cat([numbers[:, : text_length + 1], patches * (present != 0)], dim=1)
@@ -78,7 +77,7 @@ class ViltSelectionEmbeddings(StandIn, ViltEmbeddings):
 
 
 class ViltSelectionEncoder(StandIn, ViltEncoder):
-    """Keeps the mask as long as the sequence: a selection layer shortens both."""
+    """Encoder that shortens the mask together with the sequence."""
 
     def forward(
         self,
@@ -101,7 +100,7 @@ class ViltSelectionEncoder(StandIn, ViltEncoder):
                 hidden_states, *attentions = layer(hidden_states, mask, output_attentions)
             all_hidden_states.append(hidden_states)
             all_attentions += attentions
-        return BaseModelOutput(  # ViltModel indexes and slices it where a tuple is wanted
+        return BaseModelOutput(  # ViltModel indexes and slices it for tuple outputs
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
@@ -112,14 +111,14 @@ class ViltSelectionEncoder(StandIn, ViltEncoder):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=token_numbers != PADDING,
-            allow_is_bidirectional_skip=False,  # or it would look at the values to see whether any is padding
+            allow_is_bidirectional_skip=False,  # the check reads the mask, a host sync
         )
 
 
 class ViltSelectionLayer(SelectionLayer, ViltLayer):
     """
-    Text and the image's [CLS] always stay. How many patches stay depends, row by row, on how many the image has, not
-    on how far the batch pads it: the shape is that of the longest row, and where a row keeps fewer, padding fills it.
+    Selection layer that always keeps the text and the image's [CLS]. The number of kept patches of a row depends on
+    the size of its image, not on the padding. The longest row sets the shape, and padding fills shorter rows.
     """
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -138,33 +137,33 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         return self.attention.attention.attention_head_size**-0.5
 
     def score(self, normed: torch.Tensor, token_numbers: torch.Tensor, text_length: int) -> torch.Tensor:
-        """Scores of the candidates; 0 for padding."""
+        """Score the candidates; padding scores 0."""
         guiding_position = 0 if self.selection.guidance == "text" else text_length  # [CLS] of the text or of the image
         query = self.project_query(normed[:, guiding_position])
         key = self.project_key(normed[:, text_length + 1 :])
-        # The mask rides along as one dimension more, in which the query is 1 and the key of padding very negative.
+        # One more dimension masks padding: the query is 1 there, and the key of padding is very negative.
         is_padding = token_numbers[:, None, text_length + 1 :, None] == PADDING
         mask = torch.zeros_like(key[..., :1]).masked_fill(is_padding, torch.finfo(key.dtype).min)
         query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
         return score_tokens(query, torch.cat([key, mask], dim=-1), self.scaling)
 
     def kept_positions(self, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
-        """As in the parent; `numbers` of shape `(batch_size, num_candidates)` are those of the candidates."""
+        """As in the parent. `numbers` of shape `(batch_size, num_candidates)` are the candidates' token numbers."""
         num_kept = num_kept_tokens(scores.shape[1], self.selection.keep_rate)
         if num_kept == scores.shape[1]:
             return None
         is_padding = numbers == PADDING
         order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
         is_attentive = order.argsort(dim=-1) < self.num_kept_of(numbers)
-        # A row that keeps fewer is filled up with padding, of which it always has enough, not with what it drops.
+        # Padding, not dropped patches, fills rows that keep fewer.
         return keep_topk(2 * is_attentive.int() + is_padding.int(), num_kept)
 
     def num_kept_of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """How many candidates each row keeps, by how many it has: `(batch_size, 1)`."""
+        """Return the number of candidates that each row keeps: `(batch_size, 1)`."""
         return num_kept_by_row((numbers != PADDING).sum(dim=1, keepdim=True), self.selection.keep_rate)
 
     def shorten_numbers(self, numbers: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
-        """Numbers of the kept candidates and of the fused token, which is padding where nothing was dropped."""
+        """Return the numbers of the kept candidates and of the fused token (padding if nothing was dropped)."""
         parts = [numbers.gather(1, kept_positions)]
         if self.selection.fuse_inattentive_tokens:
             drops = (numbers != PADDING).sum(dim=1, keepdim=True) > self.num_kept_of(numbers)
@@ -179,7 +178,7 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         token_numbers: torch.Tensor,
         text_length: int,
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states, attention weights if wanted, and the numbers of the tokens that are left."""
+        """Return hidden states, attention weights if requested, and the numbers of the remaining tokens."""
         normed = self.normed_tokens(hidden_states)
         attn_output, *attentions = self.attention(normed, attention_mask, output_attentions=output_attentions)
         hidden_states = attn_output + hidden_states
@@ -194,7 +193,7 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         return self.output(layer_output, hidden_states), *attentions, token_numbers
 
     def selection_of(self, args, kwargs, output, candidate_indices) -> TripsSelection | None:
-        """As in the parent. -1 is a fused token, as everywhere; -2 is padding."""
+        """As in the parent. -1 is a fused token, -2 is padding."""
         hidden_states, _, _, token_numbers, text_length = args
         numbers = token_numbers[:, text_length + 1 :]
         scores = self.score(self.normed_tokens(hidden_states), token_numbers, text_length)

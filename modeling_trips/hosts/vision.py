@@ -59,7 +59,7 @@ class InstructBlipSelectionLayer(StackedProjections, InstructBlipEncoderLayer):
 
 
 class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
-    """A layer over tokens first: `(seq_length, batch_size, hidden_size)`."""
+    """Selection layer for sequence-first states: `(seq_length, batch_size, hidden_size)`."""
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.ln_1(hidden_states).transpose(0, 1)
@@ -90,14 +90,13 @@ class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
 
 
 def _no_text_for_width(model: PreTrainedModel) -> str | None:
-    """Why the text cannot guide, where the towers differ in width. A lone vision tower takes what it is given."""
+    """Return why the text cannot score patches if the towers differ in width, or None. A bare tower has no check."""
     text_config = getattr(model.config, "text_config", None)
     vision_config = getattr(model.config, "vision_config", model.config)
     if text_config is None or text_config.hidden_size == vision_config.hidden_size:
         return None
     return (
-        f"its text is {text_config.hidden_size} wide and its vision tower {vision_config.hidden_size}, and selection "
-        "adds no projection"
+        f"its text encoder has width {text_config.hidden_size} and its vision tower width {vision_config.hidden_size}"
     )
 
 
@@ -120,7 +119,7 @@ def describe_siglip(model: PreTrainedModel) -> Host:
 
 
 def describe_blip(model: PreTrainedModel) -> Host:
-    """A BLIP vision tower to which the text is given by the caller (`BlipVisionModel`, `BlipModel`)."""
+    """Describe a BLIP vision tower that gets its text from the caller (`BlipVisionModel`, `BlipModel`)."""
     layers = getattr(model, "vision_model", model).encoder.layers
     return Host(layers, BlipEncoderLayer, BlipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
 
@@ -136,14 +135,14 @@ def describe_instructblip(model: PreTrainedModel) -> Host:
 def describe_bridgetower(model: PreTrainedModel) -> Host:
     model = getattr(model, "bridgetower", model)
     layers = model.vision_model.visual.transformer.resblocks
-    # From here on each layer's image tokens are added, token by token, to those of the cross-modal layers.
+    # From this layer on, image tokens are added to those of the cross-modal layers, token by token.
     first_bridge = len(model.text_model.encoder.layer) - model.config.num_hidden_layers + 1
     return Host(
         layers,
         BridgeTowerResidualAttention,
         BridgeTowerSelectionLayer,
         num_selectable_layers=first_bridge,
-        no_text="its model hands the vision layers nothing but image tokens",
+        no_text="its vision layers get only image tokens",
     )
 
 

@@ -46,7 +46,7 @@ def shown_to_first_unit(vlm: Vlm) -> tuple[dict, dict]:
 def test_scores_have_gradients_and_the_shape_of_targets(vlm):
     model, guide = guided(vlm)
     selection = guided_selection(model, make_inputs(vlm))
-    targets = targets_of_masks(model, *shown_to_first_unit(vlm))
+    targets = targets_of_masks(model, *inputs_with_white_first_unit(vlm))
     assert targets.shape == selection.scores.shape
     torch.testing.assert_close(targets[:, 0], torch.ones(len(targets)))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
@@ -80,7 +80,7 @@ def test_attention_is_that_of_the_eager_map(vlm):
         assert not target[len(image) :].any()
 
 
-def test_attention_needs_the_unpruned_model():
+def test_attention_targets_need_the_unpruned_model():
     model, _ = guided(BY_NAME["llava"])
     with pytest.raises(ValueError):
         targets_of_attention(model, make_inputs(BY_NAME["llava"]), [1, 1])

@@ -28,7 +28,7 @@ def naive_tower(tokens, layers, num_heads, num_prefix, guides, schedule):
     Run one image through pre-norm layers with selection, token by token, with the whole attention map.
 
     Args:
-        tokens: tensor (n, width). The first `num_prefix` always stay.
+        tokens: tensor (n, width). The first `num_prefix` are always kept.
         layers: per layer a dict with norm1, norm2 (callables), q, k, v, out ((weight, bias) pairs), mlp (callable) and
             optionally q_norm, k_norm, scale1, scale2 (callables).
         guides: by number of the selection layer the position of the guiding token, None for the mean of all queries,
@@ -236,7 +236,7 @@ def test_timm_agrees_with_loops(options):
 
 @torch.no_grad()
 @each_guidance
-def test_vilt_agrees_with_loops_over_each_pair_without_its_padding(guidance):
+def test_vilt_agrees_with_loops_over_unpadded_pairs(guidance):
     model = HOSTS["vilt"].make_model().double()
     host = HOSTS["vilt"]
     inputs = {**host.inputs, "pixel_values": PIXELS.double()}

@@ -25,11 +25,11 @@ from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selec
         lambda: nn.Linear(2, 2),
     ],
 )
-def test_a_model_that_is_not_supported_gets_the_list_of_those_that_are(make_model):
+def test_unsupported_model_raises_with_the_supported_ones(make_model):
     model = make_model()
     with pytest.raises(TypeError) as error:
         apply_patch_selection(model, schedule_of([1]))
-    assert f"does not support {type(model).__name__}" in str(error.value)
+    assert type(model).__name__ in str(error.value)
     for name in (
         "ViltModel and all of its heads",
         "BlipForQuestionAnswering",
@@ -44,7 +44,7 @@ def test_a_model_that_is_not_supported_gets_the_list_of_those_that_are(make_mode
 @pytest.mark.parametrize(
     "schedule", ["0:image", "2:image,4:image", "2:image,1:image", "1:image:1.5", "1:image:0.5:0.9"]
 )
-def test_a_schedule_that_does_not_fit_is_refused_and_changes_nothing(schedule):
+def test_bad_schedule_raises_and_leaves_the_model_unchanged(schedule):
     host = HOSTS["clip"]
     model = host.make_model()
     host.apply(model)
@@ -54,7 +54,7 @@ def test_a_schedule_that_does_not_fit_is_refused_and_changes_nothing(schedule):
     assert torch.equal(host.run(model), expected)
 
 
-def test_bridgetower_cannot_select_behind_its_first_bridge():
+def test_bridgetower_rejects_layers_after_its_first_bridge():
     apply_patch_selection(make_bridgetower(), "1:image:0.5,2:image:0.5")
     with pytest.raises(ValueError, match="3"):
         apply_patch_selection(make_bridgetower(), "1:image:0.5,3:image:0.5")
@@ -64,61 +64,61 @@ def test_bridgetower_cannot_select_behind_its_first_bridge():
     "make_model",
     [lambda: make_blip(BlipForConditionalGeneration), make_bridgetower, lambda: make_clip(hidden_size=16), make_timm],
 )
-def test_the_text_is_refused_where_it_cannot_score(make_model):
+def test_unsupported_text_guidance_raises(make_model):
     model = make_model()
     apply_patch_selection(model, "1:image:0.5,2:image:0.5")
     with pytest.raises(ValueError, match="text"):
         apply_patch_selection(model, "1:image:0.5,2:text:0.5")
 
 
-def test_options_of_generative_models_are_refused_for_others():
+def test_options_of_generative_models_raise_for_other_models():
     with pytest.raises(ValueError, match="visual_tokens"):
         apply_patch_selection(make_clip(), "1:image:0.5", visual_tokens=4)
     with pytest.raises(ValueError, match="random"):
         apply_patch_selection(make_clip(), "1:random:0.5")
 
 
-def test_a_text_that_does_not_fit_is_refused():
+def test_text_embeds_of_wrong_shape_raise():
     model = HOSTS["clip"].make_model()
     apply_patch_selection(model, schedule_of(LAYERS, RATE, "text"))
     for shape in [(3, 16), (2, 32), (3, 5, 32)]:
         with pytest.raises(ValueError, match=r"must have shape \(3, 32\)"):
             model.get_image_features(PIXELS, text_embeds=torch.zeros(shape))
     apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-    with pytest.raises(ValueError, match="applied with guidance='image'"):
+    with pytest.raises(ValueError, match="text_embeds"):
         model.get_image_features(PIXELS, text_embeds=torch.zeros(3, 32))
 
 
-def test_layers_that_selection_does_not_know_are_refused():
-    with pytest.raises(TypeError, match="Layer 1 is of class ParallelScalingBlock; patch selection knows Block"):
+def test_unsupported_layers_raise():
+    with pytest.raises(TypeError, match="Layer 1 .*Block.*ParallelScalingBlock"):
         apply_patch_selection(make_timm(block_fn=ParallelScalingBlock), schedule_of(LAYERS, RATE, "image"))
-    with pytest.raises(TypeError, match="has DiffAttention for its attention"):
+    with pytest.raises(TypeError, match="DiffAttention"):
         apply_patch_selection(make_timm(attn_layer="diff"), schedule_of(LAYERS, RATE, "image"))
     model = make_timm()
     apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-    with pytest.raises(ValueError, match="no `attn_mask`"):
+    with pytest.raises(ValueError, match="attn_mask"):
         model(PIXELS, attn_mask=torch.ones(17, 17, dtype=torch.bool))
 
 
-def test_layers_whose_forward_pass_was_taken_over_are_refused():
+def test_compiled_or_hooked_layers_raise():
     model = HOSTS["clip"].make_model()
     add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="Layer 1 does not run its own code.*forward.*before Accelerate"):
+    with pytest.raises(ValueError, match="layer 1 .*forward"):
         HOSTS["clip"].apply(model)
     model = HOSTS["clip"].make_model()
     model.vision_model.encoder.layers[1].compile()
-    with pytest.raises(ValueError, match="Layer 2 does not run its own code.*_compiled_call_impl"):
+    with pytest.raises(ValueError, match="layer 2 .*_compiled_call_impl"):
         HOSTS["clip"].apply(model)
     model = HOSTS["clip"].make_model()
     HOSTS["clip"].apply(model)
     add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="remove that first"):
+    with pytest.raises(ValueError, match="hook of Accelerate"):
         remove_patch_selection(model)
 
 
-def test_there_must_be_something_to_record():
+def test_recording_nothing_raises():
     model = HOSTS["clip"].make_model()
-    with pytest.raises(ValueError, match="no selection layers: call `apply_patch_selection` first"):
+    with pytest.raises(ValueError, match="no selection layers"):
         with record_patch_selection(model):
             pass
     HOSTS["clip"].apply(model)

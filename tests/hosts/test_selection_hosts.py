@@ -24,7 +24,7 @@ from modeling_trips.hosts.layers import StandIn
 
 
 @each_host
-def test_a_keep_rate_of_one_changes_no_bit(host):
+def test_keep_rate_one_changes_nothing(host):
     model = host.make_model()
     expected = host.run(model)
     host.apply(model, rate=1.0)
@@ -36,7 +36,7 @@ def test_a_keep_rate_of_one_changes_no_bit(host):
 
 
 @each_host
-def test_the_sequence_gets_as_short_as_counted(host):
+def test_sequence_lengths_follow_the_keep_rate(host):
     model = host.make_model()
     host.apply(model)
     assert [indices.shape[1] for indices in kept_by(host, model)] == KEPT
@@ -94,7 +94,7 @@ def test_checkpoints_have_the_same_names_and_load_without_selection(host, tmp_pa
 
 
 @each_host
-def test_training_reaches_all_that_it_reached_before(host):
+def test_training_reaches_the_same_parameters(host):
     model = host.make_model().train()
 
     def loss_of() -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_training_reaches_all_that_it_reached_before(host):
 
 
 @each_host
-def test_the_order_of_the_batch_plays_no_part(host):
+def test_rows_do_not_depend_on_their_order(host):
     model = host.make_model()
     host.apply(model)
     order = torch.tensor([2, 0, 1])
@@ -136,7 +136,7 @@ def test_the_order_of_the_batch_plays_no_part(host):
 
 
 @each_host
-def test_a_copy_stands_on_its_own(host):
+def test_deepcopy_is_independent(host):
     model = host.make_model()
     host.apply(model)
     copied = copy.deepcopy(model)
@@ -168,7 +168,7 @@ def without_checkpoints(name: str) -> bool:
     return name == "bridgetower"  # its vision layers do not support it
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTS if not without_checkpoints(name)])
+@pytest.mark.parametrize("name", [name for name in HOSTS if not lacks_checkpointing(name)])
 def test_activation_checkpointing_changes_no_gradient(name):
     host = HOSTS[name]
     model = host.make_model().train()
@@ -216,11 +216,11 @@ SLOW_TO_COMPILE = ("blip_vqa", "blip_retrieval", "blip_captioning", "bridgetower
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_TO_COMPILE else []) for name in HOSTS]
 )
-def test_compiles_without_a_break_and_only_once(name):
+def test_compiles_once_without_graph_breaks(name):
     torch._dynamo.reset()
     host = HOSTS[name]
     model, inputs = host.make_model(), host.inputs
-    if name == "vilt":  # ViLT's own embedding of pixels breaks graphs: it loops over values
+    if name == "vilt":  # ViLT's pixel embedding loops over values, which breaks graphs
         inputs = {"input_ids": INPUT_IDS, "image_embeds": torch.randn(3, 17, 32), "pixel_mask": torch.ones(3, 17)}
     host.apply(model)
     graphs = []
@@ -235,13 +235,13 @@ def test_compiles_without_a_break_and_only_once(name):
             batch = {key: x * factor if x.is_floating_point() and x.dim() > 2 else x for key, x in inputs.items()}
             actual, expected = host.main_output(compiled(**batch)), host.run(model, batch)
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    # BLIP's text guidance is a hook, which PyTorch runs ahead of the model, as a graph of its own.
+    # BLIP's text guidance is a hook, which PyTorch compiles as a separate graph.
     assert len(graphs) == (2 if name in ("blip_vqa", "blip_retrieval") else 1)
 
 
 @pytest.mark.parametrize("name", ["vilt", "blip_vqa", "blip_captioning", "clip", "siglip", "timm"])
 def test_no_shape_depends_on_a_value(name):
-    """Meta tensors have no values, so that a host sync or a data-dependent shape raises on them."""
+    """Host syncs and data-dependent shapes raise on meta tensors."""
     host = HOSTS[name]
     model = host.make_model()
     host.apply(model)
@@ -251,14 +251,14 @@ def test_no_shape_depends_on_a_value(name):
         inputs = {"input_ids": INPUT_IDS, "image_embeds": torch.randn(3, 17, 32), "pixel_mask": torch.ones(3, 17)}
     if name == "blip_vqa":
         inputs["text_embeds"] = torch.randn(3, 32)
-    # The towers alone: Transformers looks at the values of the text's mask.
+    # Only the towers, because Transformers reads the values of the text's mask.
     tower = getattr(model, "vision_model", model)
     output = tower(**{key: tensor.to("meta") for key, tensor in inputs.items()})
     assert (output if name == "timm" else output[0]).is_meta
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "timm"])
-def test_no_attention_map_is_formed_where_the_host_forms_none(name):
+def test_selection_computes_no_attention_map(name):
     host = HOSTS[name]
     model = host.make_model()
     host.apply(model)

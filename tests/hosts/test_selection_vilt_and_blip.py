@@ -34,7 +34,7 @@ from modeling_trips.hosts.layers import project_rows
 # ---- ViLT's padding ------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_in_vilt_does_not_feel_how_far_its_batch_is_padded():
+def test_vilt_does_not_depend_on_padding():
     host = HOSTS["vilt"]
     model = host.make_model()
     host.apply(model)
@@ -55,7 +55,7 @@ def places(indices: torch.Tensor, columns: int) -> list[tuple[int, int] | int]:
     return [divmod(index, columns) if index >= 0 else index for index in indices.tolist() if index != -2]
 
 
-def test_padding_is_never_kept_in_front_of_a_patch():
+def test_patches_are_kept_before_padding():
     host = HOSTS["vilt"]
     model = host.make_model()
     host.apply(model)
@@ -80,7 +80,7 @@ def test_vilt_without_anything_to_drop_has_no_fused_token_in_that_row():
     torch.testing.assert_close(host.run(model, alone)[0], together[1], rtol=0, atol=1e-5)
 
 
-def test_vilt_takes_images_that_were_embedded_before():
+def test_vilt_takes_image_embeds():
     model = make_vilt(ViltModel).eval()
     torch.manual_seed(0)
     image_embeds, _, _ = model.embeddings.visual_embed(PIXELS, torch.ones(3, 32, 32), -1)
@@ -123,7 +123,7 @@ def test_heads_of_vilt_run():
 
 
 @pytest.mark.parametrize("name", ["blip_vqa", "blip_retrieval"])
-def test_the_text_picks_the_patches_of_blip(name):
+def test_blip_patches_depend_on_the_text(name):
     host = HOSTS[name]
     other_text = {**host.inputs, "input_ids": INPUT_IDS.flip(0), "attention_mask": (INPUT_IDS.flip(0) != 0).long()}
     model = host.make_model()
@@ -138,7 +138,7 @@ def test_the_text_picks_the_patches_of_blip(name):
     assert [torch.equal(a, b) for a, b in zip(kept, kept_for_other)] == [True, False]
 
 
-def test_no_text_is_encoded_where_the_text_guides_no_layer_that_drops_something():
+def test_blip_encodes_the_text_only_for_text_guidance():
     model = HOSTS["blip_vqa"].make_model()
     for guidance, rate in (("image", RATE), (["image", "text"], [RATE, 1.0])):
         HOSTS["blip_vqa"].apply(model, rate=rate, guidance=guidance)
@@ -157,7 +157,7 @@ def test_blip_takes_its_arguments_by_position():
 
 
 @pytest.mark.parametrize("guidance", ["text", "image", ["image", "text"]], ids=str)
-def test_blip_generates_answers_from_the_patches_that_its_forward_pass_keeps(guidance):
+def test_blip_generate_keeps_the_patches_of_its_forward_pass(guidance):
     host = HOSTS["blip_vqa"]
     model = host.make_model()
     unpruned = model.generate(**PAIRS, max_new_tokens=8)
@@ -186,7 +186,7 @@ def test_blip_generates_captions():
     assert not torch.equal(model.generate(PIXELS, max_new_tokens=8), captions)
 
 
-def test_the_contrastive_image_vector_of_blip_does_not_depend_on_the_text():
+def test_contrastive_image_features_of_blip_do_not_depend_on_the_text():
     host = HOSTS["blip_retrieval"]
     model = host.make_model()
     host.apply(model)
@@ -200,7 +200,7 @@ def test_the_contrastive_image_vector_of_blip_does_not_depend_on_the_text():
 # ---- Given texts, projections, other heads -------------------------------------------------------------------------
 
 
-def test_the_guiding_text_gets_its_gradient_through_the_fused_token():
+def test_text_embeds_get_a_gradient_through_the_fused_token():
     model = HOSTS["clip"].make_model()
     text_embeds = torch.randn(3, 32, requires_grad=True)
     for fuses in (True, False):
@@ -212,7 +212,7 @@ def test_the_guiding_text_gets_its_gradient_through_the_fused_token():
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 @pytest.mark.parametrize("guidance", ["text", ["image", "text"]])
-def test_a_layer_that_a_text_guides_does_not_select_without_it(name, guidance):
+def test_text_guidance_without_text_embeds_raises(name, guidance):
     host = HOSTS[name]
     model = host.make_model()
     host.apply(model, guidance=guidance)
@@ -222,7 +222,7 @@ def test_a_layer_that_a_text_guides_does_not_select_without_it(name, guidance):
 
 
 @pytest.mark.parametrize("model_class", [VisionTransformer, VisionTransformerDistilled])
-def test_registers_and_distillation_tokens_of_timm_always_stay(model_class):
+def test_timm_keeps_registers_and_distillation_tokens(model_class):
     model = make_timm(model_class, **({"reg_tokens": 3} if model_class is VisionTransformer else {})).eval()
     apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
     assert model.forward_features(PIXELS).shape[1] == model.num_prefix_tokens + 10 + 1
@@ -242,7 +242,7 @@ def test_a_head_of_bridgetower_runs():
     assert model(**PAIRS).logits.shape == (3, 5, 50)
 
 
-def test_rows_of_a_projection_are_those_of_the_whole():
+def test_project_rows_matches_the_whole_projection():
     class Adapted(nn.Linear):
         def forward(self, states):
             return 2 * super().forward(states) + 1

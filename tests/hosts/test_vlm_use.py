@@ -122,7 +122,7 @@ def test_a_guide_is_saved_loaded_and_trained(tmp_path):
     assert torch.equal(model(**inputs).logits, expected)
 
 
-def test_a_guide_fits_one_width_only():
+def test_guide_of_another_width_raises():
     with pytest.raises(ValueError, match="heads"):
         apply_patch_selection(BY_NAME["llava"].make(), "1:text:0.3", guide=TextGuide(32, 2, 16))
 
@@ -142,7 +142,7 @@ def test_relevance_and_distance_by_hand():
 
 
 @torch.no_grad()
-def test_a_prompt_without_a_word():
+def test_empty_prompt():
     model = BY_NAME["llava"].make()
     inputs = {"input_ids": torch.full((1, 64), IMAGE), "pixel_values": torch.randn(1, 3, 32, 32)}
     apply_patch_selection(model, "1:text:0.5", visual_tokens=5, guide=TextGuide.for_model(model))
@@ -150,13 +150,13 @@ def test_a_prompt_without_a_word():
     assert logits.shape[1] == 5 and logits.isfinite().all()
 
 
-def test_diversity_takes_one_of_each_kind():
+def test_diversity_keeps_one_token_of_each_kind():
     features = torch.eye(4)[torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])] * torch.tensor([5.0, 4, 3, 2])
     kept, _ = select_diverse(features, features, torch.ones(1, 8, dtype=torch.bool), 4)
     assert sorted(kept[0].floor_divide(2).tolist()) == [0, 1, 2, 3]
 
 
-def test_pooling_averages_cells_and_keeps_their_middle():
+def test_pooling_averages_cells():
     features = torch.arange(16.0).reshape(1, 16, 1)
     kept, pooled = pool(features, features, None, 4)
     assert kept.tolist() == [[5, 7, 13, 15]] and pooled[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
@@ -166,7 +166,7 @@ def test_pooling_averages_cells_and_keeps_their_middle():
 
 @pytest.mark.parametrize("name", SCORERS)
 @torch.no_grad()
-def test_every_scorer_keeps_as_many_as_asked_for(name):
+def test_every_scorer_keeps_the_given_number(name):
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm, [1, 1])
     pruned = prune_inputs(model, inputs, visual_tokens=9, scorer=name)
@@ -175,7 +175,7 @@ def test_every_scorer_keeps_as_many_as_asked_for(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_need_no_keys(dtype):
+def test_score_states_matches_score_tokens(dtype):
     torch.manual_seed(0)
     layer = nn.Linear(24, 3 * 24, dtype=dtype)
     states, query = torch.randn(2, 7, 24).to(dtype), torch.randn(2, 4, 6).to(dtype)
@@ -187,7 +187,7 @@ def test_scores_need_no_keys(dtype):
 
 @pytest.mark.parametrize("name", ["Blip2", "InstructBlip"])
 @torch.no_grad()
-def test_the_tower_in_front_of_a_q_former_selects(name):
+def test_towers_of_q_former_models_select(name):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 37}
     text = {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
     config = getattr(transformers, f"{name}Config")(

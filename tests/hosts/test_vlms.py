@@ -103,7 +103,7 @@ def logits_by_hand(model: nn.Module, vlm: Vlm, inputs: dict) -> torch.Tensor:
 
 @families
 @torch.no_grad()
-def test_with_nothing_dropped_every_bit_stays(vlm):
+def test_keeping_all_tokens_changes_nothing(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, COUNTS)
     pruned = prune_inputs(model, inputs, keep_rate=1.0)
     present = pruned["attention_mask"].bool()
@@ -115,7 +115,7 @@ def test_with_nothing_dropped_every_bit_stays(vlm):
 @families
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @torch.no_grad()
-def test_dropped_tokens_are_those_that_one_would_drop_by_hand(vlm, padding_side):
+def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
     model = vlm.make()
     pruned = prune_inputs(model, make_inputs(vlm, COUNTS, padding_side), keep_rate=0.5, scorer=keep_even)
     logits, mask = model(**pruned).logits, pruned["attention_mask"].bool()
@@ -127,7 +127,7 @@ def test_dropped_tokens_are_those_that_one_would_drop_by_hand(vlm, padding_side)
 @families
 @pytest.mark.parametrize("scorer", ["prompt", "diversity"])
 @torch.no_grad()
-def test_a_batch_chooses_like_each_prompt_alone(vlm, scorer):
+def test_batches_select_visual_tokens_like_single_prompts(vlm, scorer):
     model = vlm.make()
     options = {"visual_tokens": 7, "scorer": scorer}
     pruned = prune_inputs(model, make_inputs(vlm, COUNTS), **options)
@@ -241,7 +241,7 @@ def hidden_patches(vlm: Vlm, model: nn.Module, inputs: dict, kept: torch.Tensor,
 @families
 @pytest.mark.parametrize("schedule", ["1:image:0.5", "1:image:0.6,2:random:0.5"])
 @torch.no_grad()
-def test_kept_patches_have_the_states_that_a_mask_gives_them(vlm, schedule):
+def test_kept_patches_match_masked_attention(vlm, schedule):
     model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
     apply_patch_selection(model, schedule)
     with record_patch_selection(model) as recorded:
@@ -280,7 +280,7 @@ def scores_by_hand(query, key, scaling, num_others):
 
 @pytest.mark.parametrize("vlm", [vlm for vlm in VLMS if vlm.kind != "packed"], ids=lambda vlm: vlm.name)
 @torch.no_grad()
-def test_the_units_with_the_most_attention_of_the_image_stay(vlm):
+def test_units_with_the_highest_attention_are_kept(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, [1, 1])
     layer = tower_layers(model)[1]
     module, seen = next(part for name, part in layer.named_children() if "att" in name), []
@@ -307,7 +307,7 @@ def test_the_units_with_the_most_attention_of_the_image_stay(vlm):
 
 @families
 @torch.no_grad()
-def test_a_batch_selects_like_each_prompt_alone(vlm):
+def test_batches_select_patches_like_single_prompts(vlm):
     model = vlm.make()
     guide = TextGuide.for_model(model)
     apply_patch_selection(model, "2:text:0.4", visual_tokens=9, guide=guide)
@@ -321,7 +321,7 @@ def test_a_batch_selects_like_each_prompt_alone(vlm):
 
 @families
 @torch.no_grad()
-def test_the_prompt_chooses_the_patches(vlm):
+def test_patches_depend_on_the_prompt(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, [1])
     apply_patch_selection(model, "1:text:0.3", guide=TextGuide.for_model(model))
     kept = []
@@ -375,7 +375,7 @@ def test_removal_leaves_no_trace(vlm):
 
 @families
 @torch.no_grad()
-def test_a_checkpoint_saved_under_selection_is_the_models_own(vlm, tmp_path):
+def test_checkpoints_saved_with_selection_load_without_it(vlm, tmp_path):
     model, inputs = vlm.make(), make_inputs(vlm, [1])
     expected = model(**inputs).logits
     apply_patch_selection(model, "1:image:0.5", visual_tokens=5)
@@ -388,7 +388,7 @@ def test_a_checkpoint_saved_under_selection_is_the_models_own(vlm, tmp_path):
 # ---- Errors --------------------------------------------------------------------------------------------------------
 
 
-def test_models_whose_visual_tokens_cannot_be_dropped_are_refused():
+def test_unsupported_models_raise():
     for name in ("Florence2", "FastVlm", "Mllama", "Blip2", "InstructBlip"):
         model_class = getattr(transformers, f"{name}ForConditionalGeneration")
         with torch.device("meta"):
@@ -411,7 +411,7 @@ def test_models_whose_visual_tokens_cannot_be_dropped_are_refused():
     ],
 )
 @torch.no_grad()
-def test_what_does_not_fit_is_refused_and_changes_nothing(schedule, options):
+def test_bad_schedules_and_options_raise_and_leave_the_model_unchanged(schedule, options):
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm)
     apply_patch_selection(model, "1:image:0.5")
@@ -422,10 +422,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(schedule, options):
 
 
 @torch.no_grad()
-def test_bad_inputs_are_refused():
+def test_bad_inputs_raise():
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm)
-    with pytest.raises(ValueError, match="placeholders"):
+    with pytest.raises(ValueError, match="placeholder"):
         prune_inputs(model, {**inputs, "input_ids": inputs["input_ids"][:, :-20]} | {"attention_mask": None}, 5)
     with pytest.raises(ValueError, match="input_ids"):
         prune_inputs(model, {"pixel_values": inputs["pixel_values"]}, 5)
@@ -446,7 +446,7 @@ def test_bad_inputs_are_refused():
 
 @families
 @torch.no_grad()
-def test_embeddings_take_the_place_of_ids(vlm):
+def test_inputs_embeds_match_input_ids(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
     apply_patch_selection(model, "1:image:0.5", visual_tokens=7)
     expected = model(**inputs).logits
@@ -455,7 +455,7 @@ def test_embeddings_take_the_place_of_ids(vlm):
 
 
 @torch.no_grad()
-def test_answers_do_not_choose():
+def test_labels_do_not_change_the_selection():
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm, [1])
     labels = inputs["input_ids"].clone()
@@ -467,12 +467,12 @@ def test_answers_do_not_choose():
 
 
 @torch.no_grad()
-def test_patches_that_only_pad_an_image_are_masked_after_selection():
+def test_padding_patches_are_masked_after_selection():
     vlm = BY_NAME["smolvlm"]
     model, inputs = vlm.make(), make_inputs(vlm, [1])
     mask = torch.ones(1, 2, 32, 32, dtype=torch.bool)
     mask[:, 1, :, 16:] = False
-    apply_patch_selection(model, "1:image:0.99")  # 16 units stay
+    apply_patch_selection(model, "1:image:0.99")  # keeps 16 units
     remove_patch_selection(model)
     expected = model(**inputs, pixel_attention_mask=mask).logits
     apply_patch_selection(model, "1:image:0.95")  # the mask goes through all layers above

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Patch selection in generative vision-language models: inside the vision tower, and at its exit."""
+"""Patch selection in generative vision-language models, inside the vision tower and after it."""
 
 from .guide import TextGuide as TextGuide
 from .pruning import prune_inputs as prune_inputs

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where each family of vision-language models keeps its tower, and which visual tokens stand for which patches."""
+"""Families of vision-language models: location of the tower, and mapping from patches to visual tokens."""
 
 import inspect
 from collections.abc import Mapping
@@ -61,14 +61,14 @@ from .tower import (
 
 class Family:
     """
-    What patch selection needs to know of a vision-language model. This class knows only the exit of the tower, where
-    `get_image_features` gives one group of visual tokens per image (in SmolVLM and Idefics3 per prompt), and the
-    prompt has one position with the id `image_token_id` for each. Subclasses know the tower, too.
+    Properties of a vision-language model that patch selection needs. This class supports selection after the tower:
+    `get_image_features` returns one group of visual tokens per image (in SmolVLM and Idefics3 per prompt), and the
+    prompt has one `image_token_id` per visual token. Subclasses also support selection inside the tower.
     """
 
-    # Of each class of the tower's layers, the one that selects. None: no selection inside the tower.
+    # Selection layer for each class of tower layer.
     layer_classes: dict[type[nn.Module], type[TowerLayer]] = {}
-    # Whether layers behind a selection layer get arguments with one entry per patch, which they have to shorten.
+    # Layers after a selection layer get arguments with one entry per patch, which they must shorten.
     layers_follow = False
 
     def __init__(self, base: PreTrainedModel):
@@ -84,7 +84,7 @@ class Family:
 
     @property
     def transformer(self) -> nn.Module:
-        """What holds the tower's embeddings and layers."""
+        """Module that holds the tower's embeddings and layers."""
         return getattr(self.tower, "vision_model", self.tower)
 
     @property
@@ -93,12 +93,12 @@ class Family:
 
     @property
     def num_selectable_layers(self) -> int:
-        """Number of the last layer of which the language model sees anything."""
+        """Number of the last layer that the language model depends on."""
         return len(self.layers)
 
     @property
     def unit(self) -> int:
-        """Patches per side of the square that becomes one visual token."""
+        """Side of the square of patches that becomes one visual token."""
         return 1
 
     @property
@@ -107,12 +107,12 @@ class Family:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Number of heads in the tower's attention, and their width."""
+        """Number and width of the tower's attention heads."""
         config = self.config.vision_config
         return config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
     def add_restoring_hooks(self, tower: Tower) -> list:
-        """Let kept patches return to their places. Returns the handles of the hooks."""
+        """Add hooks that restore kept patches to their places, and return the handles."""
 
         def restore(module, args, output):
             current = tower.current
@@ -132,41 +132,41 @@ class Family:
         return TowerPass()
 
     def encode(self, inputs: Mapping, current: TowerPass | None):
-        """The output of `get_image_features`."""
+        """Return the output of `get_image_features`."""
         arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
-        if current is not None and current.segments is not None:  # the tower need not work them out again
+        if current is not None and current.segments is not None:  # computed once for the tower
             arguments |= {"image_window_index": current.unit_order, "image_cu_window_seqlens": current.segments}
         return self.base.get_image_features(**arguments, return_dict=True)
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        """Number of visual tokens of each group."""
+        """Return the number of visual tokens of each group."""
         number = len(inputs["pixel_values"])
         return [sum(tokens_per_prompt) // number] * number
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
-        """How many images of the tower's batch make each group. A tile of an image counts as one."""
+        """Return the number of images (or tiles) of the tower's batch in each group."""
         return [1] * len(sizes)
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
-        """Of each group of visual tokens, those of kept patches, as positions in ascending order."""
+        """Return ascending positions of the visual tokens of kept patches, per group."""
         kept = current.kept_before()
-        num_others = sizes[0] - current.grid_size  # LLaVA may show the [CLS] of the tower to the language model
+        num_others = sizes[0] - current.grid_size  # LLaVA may pass the tower's [CLS] to the language model
         others = torch.arange(num_others, device=kept.device).expand(len(kept), -1)
         return [*torch.cat([others, kept + num_others], dim=1)]
 
     def position_ids(self, inputs: Mapping) -> torch.Tensor | None:
-        """Spatial positions that must survive, of shape `(3, batch_size, length)`; `None` where positions count up."""
+        """Return spatial positions of shape `(3, batch_size, length)`, or `None` for consecutive positions."""
         return None
 
 
 class Llava(Family):
-    """The connector maps each patch to one visual token. So the kept ones alone pass it and return behind it."""
+    """LLaVA: the connector maps each patch to one visual token, so kept patches are restored after it."""
 
     layer_classes = {CLIPEncoderLayer: ClipTowerLayer, SiglipEncoderLayer: SiglipTowerLayer}
 
     @property
     def num_selectable_layers(self) -> int:
-        # LLaVA-1.5 reads the states in front of the last layer.
+        # LLaVA-1.5 reads the inputs of the last layer.
         chosen = getattr(self.config, "vision_feature_layer", -1)
         chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
         return min(layer if layer >= 0 else len(self.layers) + 1 + layer for layer in chosen)
@@ -184,7 +184,7 @@ class Llava(Family):
 
 
 class LlavaNext(Llava):
-    """Several tiles per image are packed to one group: padding is cut off, and each row of patches gets a newline."""
+    """LLaVA-NeXT: the tiles of an image are packed into one group without padding, with a newline per row."""
 
     def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return self.base.pack_image_features(
@@ -212,7 +212,7 @@ class LlavaNext(Llava):
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device).scatter(1, kept, 0.0)
-        # A token that interpolation mixes from kept and dropped patches is dropped.
+        # Tokens interpolated from kept and dropped patches are dropped.
         packed = self.pack([*is_dropped.unsqueeze(-1).split(self.tiles_per_image(inputs))], inputs)
         return [(group[:, 0] <= 0).nonzero()[:, 0] for group in packed]
 
@@ -230,7 +230,7 @@ class LlavaOnevision(LlavaNext):
         tiles = super().tiles_per_image(inputs)
         if inputs.get("batch_num_images") is None:
             return tiles
-        # Only an image that is alone in its prompt is cut into tiles.
+        # Only images that are alone in their prompt are cut into tiles.
         is_alone = chain.from_iterable([number == 1] * number for number in inputs["batch_num_images"].tolist())
         return [number if alone else 1 for number, alone in zip(tiles, is_alone)]
 
@@ -244,7 +244,7 @@ class Gemma3(Family):
 
 
 class Smolvlm(Family):
-    """The tiles of all images of a prompt are one group."""
+    """SmolVLM and Idefics3: the tiles of all images of a prompt are one group."""
 
     layer_classes = {SmolVLMEncoderLayer: SmolvlmTowerLayer, Idefics3EncoderLayer: Idefics3TowerLayer}
     layers_follow = True  # the mask of the patches
@@ -292,7 +292,7 @@ class Internvl(Family):
 
 
 class Qwen2Vl(Family):
-    """Images of any size in one sequence, unit by unit, with rotary embeddings; the tower merges the units itself."""
+    """Qwen2-VL: images of any size in one sequence, unit by unit, with rotary embeddings. The tower merges units."""
 
     layer_classes = {Qwen2VLVisionBlock: Qwen2TowerLayer}
     layers_follow = True  # segments and rotary embeddings
@@ -318,7 +318,7 @@ class Qwen2Vl(Family):
         return [self.tower.merger.register_forward_hook(self.restore_units(tower, len(self.layers)))]
 
     def restore_units(self, tower: Tower, layer: int):
-        """A hook of a merger behind this layer: merged units return to their places in the sequence."""
+        """Return a hook that restores the units after the merger of this layer to their places in the sequence."""
 
         def restore(module, args, output):
             kept = tower.current.kept_before(layer + 1) if tower.current is not None else None
@@ -391,8 +391,8 @@ FAMILIES: dict[type[PreTrainedModel], type[Family]] = {
     Qwen3VLModel: Qwen3Vl,
 }
 NOT_SUPPORTED = {
-    "blip-2": "its Q-Former makes a fixed number of visual tokens; its `vision_model` supports selection",
-    "instructblip": "its Q-Former makes a fixed number of visual tokens; its `vision_model` supports selection",
+    "blip-2": "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection",
+    "instructblip": "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection",
     "fast_vlm": "its vision tower is convolutional",
     "florence2": "its vision tower has convolutions and windows, and its text model is an encoder-decoder",
     "mllama": "its language model reads each tile of the image by cross-attention",
@@ -401,10 +401,10 @@ NOT_SUPPORTED = {
 
 def find_family(model: nn.Module) -> Family | None:
     """
-    What is known of a vision-language model; `None` if it is not one with visual tokens in its prompt.
+    Return the family of a vision-language model, or `None` for a model without visual tokens in its prompt.
 
     Raises:
-        TypeError: Patch selection cannot support the model.
+        TypeError: The model is not supported.
     """
     base = getattr(model, "base_model", None)
     model_type = getattr(getattr(base, "config", None), "model_type", None)

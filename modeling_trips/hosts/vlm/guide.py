@@ -22,8 +22,8 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
     """
     Turn the input embeddings of a prompt into the query of one selection layer of the vision tower.
 
-    The guide is a learned mean of the embeddings and one linear layer. The language model and the tower stay as they
-    are. `save_pretrained`, `from_pretrained` and `push_to_hub` read and write its own safetensors file.
+    The guide is a learned mean of the embeddings and one linear layer. The language model and the tower do not change.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` read and write its own safetensors file.
 
     Args:
         text_hidden_size (`int`): Width of the language model's input embeddings.
@@ -51,7 +51,7 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         """
         Args:
             prompt (`torch.Tensor` of shape `(num_prompts, prompt_length, text_hidden_size)`): Input embeddings.
-            prompt_mask (`torch.BoolTensor` of shape `(num_prompts, prompt_length)`): False marks what does not count.
+            prompt_mask (`torch.BoolTensor` of shape `(num_prompts, prompt_length)`): False marks ignored tokens.
 
         Returns:
             `torch.Tensor` of shape `(num_prompts, num_heads, head_dim)`, in the dtype of the guide.
@@ -60,17 +60,17 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         # Embeddings of language models have very different scales (Gemma multiplies them by the root of their width).
         prompt = nn.functional.normalize(prompt, dim=-1) * prompt.shape[-1] ** 0.5
         weights = self.weight(prompt).squeeze(-1).masked_fill(~prompt_mask, -torch.inf).softmax(dim=-1)
-        weights = weights.nan_to_num(0.0)  # a prompt without a word
+        weights = weights.nan_to_num(0.0)  # empty prompts
         mean = (weights.unsqueeze(1) @ prompt).squeeze(1)
         return self.query(mean).unflatten(-1, (self.num_heads, self.head_dim))
 
     @classmethod
     def for_model(cls, model: nn.Module) -> "TextGuide":
         """
-        A new guide with the widths of a vision-language model.
+        Make a new guide with the widths of a vision-language model.
 
         Raises:
-            TypeError: Selection inside the tower does not support the model.
+            TypeError: Selection inside the tower is not supported for the model.
         """
         from .families import find_family
 

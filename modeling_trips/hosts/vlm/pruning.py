@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Drop visual tokens between the vision tower and the language model.
+Selection of visual tokens between the vision tower and the language model.
 
-Transformers takes features of images that are encoded already, as `mm_encoder_outputs`. So the image is encoded first,
-tokens are chosen, and the model gets the chosen ones with a prompt that has as many placeholders. No model is changed.
+Models of Transformers accept encoded images as `mm_encoder_outputs`. The image is encoded first, tokens are selected,
+and the model gets them with a prompt that has as many placeholders. The model does not change.
 """
 
 from collections.abc import Mapping
@@ -32,22 +32,22 @@ from .scoring import SCORERS, Scorer
 from .tower import Tower
 
 
-# What a position that only pads a row has. Others are 0.
+# Padding values of the inputs; 0 for all others.
 PADDING_VALUES = {"labels": -100}
 
 
 @dataclass(frozen=True)
 class ExitSelection:
     """
-    How many visual tokens of each image the language model gets, and which.
+    Settings of the selection after the vision tower.
 
     Args:
         visual_tokens (`int`, *optional*): Number of tokens per image. An image with fewer keeps all.
-        keep_rate (`float`, *optional*): Share of the image's tokens, in (0, 1], in place of a number.
-        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): What chooses.
+        keep_rate (`float`, *optional*): Share of the image's tokens in (0, 1], instead of a number.
+        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): Scorer as in [`prune_inputs`].
 
     Raises:
-        ValueError: Both a number and a rate are given, or one is out of its range, or the scorer has no such name.
+        ValueError: Both a number and a rate are given, one of them is out of range, or the scorer is unknown.
     """
 
     visual_tokens: int | None = None
@@ -65,7 +65,7 @@ class ExitSelection:
             raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
 
     def num_kept(self, size: int, num_candidates: int) -> int:
-        """How many of the tokens of an image stay; `num_candidates` are left of `size` by the tower."""
+        """Return the number of kept tokens of an image; the tower has kept `num_candidates` of `size`."""
         if self.keep_rate is not None:
             return min(num_candidates, num_kept_tokens(size, self.keep_rate))
         return min(num_candidates, self.visual_tokens or size)
@@ -76,7 +76,7 @@ class ExitSelection:
 
 @dataclass
 class TowerSelection:
-    """What `apply_patch_selection` has put into a model's tower."""
+    """Selection that `apply_patch_selection` adds to a model's tower."""
 
     tower: Tower
     guide: TextGuide | None = None
@@ -92,36 +92,35 @@ def prune_inputs(
     """
     Encode the images of a prompt and drop visual tokens, before `model(**inputs)` or `model.generate(**inputs)`.
 
-    The model is not changed, and gradients reach its tower. Rows that become shorter than others are padded, on the
+    The model does not change, and gradients reach its tower. Rows that become shorter than others are padded, on the
     left unless the inputs are padded on the right.
 
     Args:
         model (`PreTrainedModel`): LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3,
-            InternVL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL: the model for generation or the one without a head. Other
-            models that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
-        inputs (`Mapping`): What the processor returns, with `input_ids` of shape `(batch_size, length)` (or
-            `inputs_embeds`); `labels` of that shape for training. Prompts may have no image, or several.
+            InternVL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL, for generation or without a head. Other models that take
+            `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
+        inputs (`Mapping`): Outputs of the processor, with `input_ids` of shape `(batch_size, length)` (or
+            `inputs_embeds`), and `labels` of that shape for training. Prompts may have any number of images.
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. SmolVLM and Idefics3 count the
             tiles of a prompt as one image.
-        keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in place of a number.
-        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): What chooses: `"prompt"` (relevance to the
-            prompt, with diversity), `"diversity"`, `"random"`, `"pooling"`, or a function. The function gets the
-            features, the embeddings of the prompt, both three-dimensional with one row per image, the mask of the
-            embeddings and the number to keep; it returns positions and features. The prompt is the text behind the
-            last image, or all text if there is none; labels are no part of it.
+        keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, instead of a number.
+        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
+            diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of the features, the prompt's embeddings
+            (both with one row per image), their mask and the number to keep, which returns positions and features. The
+            prompt is the text after the last image, or all text if none follows, without labels.
 
     Returns:
-        `dict`: The inputs with shorter sequences, and with `mm_encoder_outputs` in place of the images. Without images
-        they come back as they are.
+        `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without
+        images do not change.
 
     Raises:
-        TypeError: The model is not one of these.
+        TypeError: The model is not supported.
         ValueError: The inputs have videos, images and placeholders do not match, or `labels` cover the whole prompt.
     """
     family = find_family(model)
     if family is None:
         raise TypeError(
-            f"`prune_inputs` does not support {type(model).__name__}: it has no visual tokens in its prompt."
+            f"`prune_inputs` does not support {type(model).__name__}, which has no visual tokens in its prompt."
         )
     return prune(model, family, dict(inputs), ExitSelection(visual_tokens, keep_rate, scorer))[0]
 
@@ -129,13 +128,13 @@ def prune_inputs(
 def prune(
     model: nn.Module, family: Family, inputs: dict, exit: ExitSelection, in_tower: TowerSelection | None = None
 ) -> tuple[dict, list[torch.Tensor]]:
-    """`prune_inputs`, after selection inside the tower if there is any, and the kept visual tokens of each image."""
+    """Apply the selections inside and after the tower; return the inputs and the kept visual tokens per image."""
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
     if inputs.get("pixel_values") is None:
         return inputs, []
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
-        raise ValueError("Patch selection needs `input_ids` beside `pixel_values`, to find the visual tokens.")
+        raise ValueError("`input_ids` or `inputs_embeds` are needed with `pixel_values`, got neither.")
     prompts = Prompts(model, family, inputs)
     current = None
     if in_tower is not None:
@@ -167,10 +166,10 @@ def prune(
 
 
 def select_at_exit(prompts: "Prompts", rows: list[int], sizes: list[int], groups: list[torch.Tensor], exit):
-    """Features and positions of the tokens that stay of each group; `None` in place of all positions."""
+    """Return features and positions of the kept tokens of each group; `None` stands for all positions."""
     numbers = [exit.num_kept(size, len(group)) for size, group in zip(sizes, groups)]
     groups, positions = list(groups), [None] * len(groups)
-    # Images of equal size are chosen from together.
+    # Images of equal size form one batch.
     alike: dict[tuple[int, int], list[int]] = {}
     for index, (group, number) in enumerate(zip(groups, numbers)):
         if number < len(group):
@@ -185,7 +184,7 @@ def select_at_exit(prompts: "Prompts", rows: list[int], sizes: list[int], groups
 
 
 class Prompts:
-    """The sequences of a batch: where their visual tokens are, what the prompt says, and how they are shortened."""
+    """Token sequences of a batch, with the positions of their visual tokens and of their text."""
 
     def __init__(self, model: nn.Module, family: Family, inputs: dict):
         self.model, self.family, self.inputs = model, family, inputs
@@ -198,20 +197,20 @@ class Prompts:
         mask = inputs.get("attention_mask")
         self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
         self.is_text = self.mask & ~self.is_visual
-        # The only wait for the device, before the tower runs.
+        # The only host sync, before the tower runs.
         counts = torch.stack([self.is_visual.sum(dim=1), self.is_text.sum(dim=1), ~self.mask[:, -1]])
         self.num_visual, self.num_text, is_right_padded = counts.tolist()
         self.pads_right = any(is_right_padded)
         self._text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def text(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input embeddings of the text that a prompt asks with, `(batch_size, length, width)`, and their mask."""
+        """Return input embeddings of the prompt's text, `(batch_size, length, width)`, and their mask."""
         if self._text is None:
             is_text = self.is_text
             if self.inputs.get("labels") is not None:
                 is_text = is_text & (self.inputs["labels"] == -100)
                 if not is_text.any(dim=1).all():
-                    raise ValueError("`labels` must be -100 on the prompt, or its answer would choose visual tokens.")
+                    raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
             is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
             is_behind = is_text & ~is_before
             is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
@@ -225,9 +224,12 @@ class Prompts:
         return self._text
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
-        """The prompt of each group of visual tokens."""
+        """Return the row of each group of visual tokens."""
         if sum(sizes) != sum(self.num_visual):
-            raise ValueError(f"`input_ids` have {sum(self.num_visual)} placeholders for {sum(sizes)} visual tokens.")
+            raise ValueError(
+                f"`input_ids` must have a placeholder for each of {sum(sizes)} visual tokens, got "
+                f"{sum(self.num_visual)}."
+            )
         rows, row, left = [], 0, self.num_visual[0]
         for size in sizes:
             while left == 0 and size > 0:
@@ -238,7 +240,7 @@ class Prompts:
         return rows
 
     def shorten(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
-        """The inputs without the images and without the positions of dropped tokens."""
+        """Return the inputs without the images and the dropped tokens."""
         visual = torch.cat([first + own for first, own in zip(accumulate(sizes, initial=0), kept)])
         stays = self.mask.new_zeros(sum(sizes)).index_fill(0, visual.to(self.ids.device), True)
         stays = self.mask.masked_scatter(self.is_visual, stays)
@@ -246,7 +248,7 @@ class Prompts:
         for own, row in zip(kept, rows):
             lengths[row] += len(own)
         length = max(lengths)
-        # A stable sort moves what stays to one end, in its order.
+        # A stable sort moves the kept tokens to one end, in order.
         if self.pads_right:
             order = (~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :length]
         else:
@@ -268,8 +270,8 @@ class Prompts:
 
     def shorten_positions(self, order: torch.Tensor, mask: torch.Tensor) -> dict:
         """
-        Positions count up without gaps: gaps are read as several packed sequences. Spatial ones stay what they were,
-        with a row of positions that count up in front of them.
+        Return position ids without gaps, which models read as packed sequences. Spatial positions keep their values
+        and follow a row of consecutive positions.
         """
         spatial = self.family.position_ids({**self.inputs, "input_ids": self.ids})
         if spatial is None and self.inputs.get("position_ids") is None:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which visual tokens of an image a language model gets: by the prompt, by diversity, at random, or pooled."""
+"""Scorers of visual tokens: by the prompt, by diversity, at random, or by pooling."""
 
 import math
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from torch import nn
 from ...patch_selection import gather_tokens, keep_topk
 
 
-# features, prompt, prompt mask, number of tokens to keep -> positions and features of the tokens
+# (features, prompt embeddings, prompt mask, number of tokens to keep) -> (positions, features of the kept tokens)
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 def centred_directions(features: torch.Tensor) -> torch.Tensor:
     """
-    Unit vectors of the features after their mean over the image is subtracted, in float32. Without that, the part that
+    Return the features as float32 unit vectors after their mean over the image is subtracted. Otherwise the part that
     all tokens of an image share dominates every cosine.
     """
     features = features.float()
@@ -48,8 +48,8 @@ def select_by_prompt(
     Args:
         features (`torch.Tensor` of shape `(num_images, num_tokens, hidden_size)`): Visual tokens after the connector.
         prompt (`torch.Tensor` of shape `(num_images, prompt_length, hidden_size)`): Input embeddings of the prompt.
-        prompt_mask (`torch.BoolTensor` of shape `(num_images, prompt_length)`): False marks padding. A prompt without
-            a word leaves the choice to the distances.
+        prompt_mask (`torch.BoolTensor` of shape `(num_images, prompt_length)`): False marks padding. With an empty
+            prompt, only the distances count.
         num_kept (`int`): Number of tokens to keep per image.
 
     Returns:
@@ -58,12 +58,12 @@ def select_by_prompt(
     """
     directions = centred_directions(features)
     words = nn.functional.normalize(prompt.float(), dim=-1)
-    # Without a single word, all tokens are equally relevant.
+    # With an empty prompt, all tokens are equally relevant.
     cosines = (directions @ words.transpose(1, 2)).masked_fill(~prompt_mask[:, None], -1.0)
     relevance = cosines.amax(dim=-1)
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     relevance = (relevance - low) / (high - low).clamp_min(1e-6)
-    # 2 is the largest distance: the most relevant token has no token above it.
+    # 2 is the largest distance, for the most relevant token.
     distance = 1 - directions @ directions.transpose(1, 2)
     own, other = relevance[:, :, None], relevance[:, None, :]
     is_earlier = torch.ones_like(distance, dtype=torch.bool).tril(diagonal=-1)
@@ -78,7 +78,7 @@ def select_diverse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Keep tokens that are far from each other: the farthest from the mean first, then the token with the largest
-    distance to its nearest kept one (DivPrune, https://arxiv.org/abs/2503.02175). A control that ignores the prompt.
+    distance to its nearest kept token (DivPrune, https://arxiv.org/abs/2503.02175). A control without the prompt.
     """
     directions = centred_directions(features)
     images = torch.arange(len(features), device=features.device)
@@ -105,10 +105,10 @@ def pool(
     features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Average the tokens of a square grid over `num_kept` cells, each in the place of its middle token. A control.
+    Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control.
 
     Raises:
-        ValueError: The tokens are not a square grid.
+        ValueError: The tokens are not a square grid, or the cells do not fit it.
     """
     num_tokens = features.shape[1]
     side = math.isqrt(num_tokens)

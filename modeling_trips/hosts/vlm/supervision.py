@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Supervision of a text guide on a frozen model: where its layer should look, and where it does.
+Selection supervision of a text guide on a frozen model.
 
-`selection_loss` of [`modeling_trips.modeling_trips`] compares the two. Targets come from regions of the data, or from
-the attention of the unpruned model's answer. The answer takes no part in scoring.
+`selection_loss` of [`modeling_trips.modeling_trips`] compares the scores of `guided_selection` with targets. Targets
+come from regions of the data, or from the attention of the unpruned model's answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,11 @@ from .wrapper import record_vlm_selection, selection_of
 
 def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     """
-    Return what the guide's layer selects. Its scores carry gradients to the guide. The language model does not run.
+    Return the selection of the guide's layer, without running the language model. Scores carry gradients to the guide.
 
     Args:
-        model (`PreTrainedModel`): A model to which `apply_patch_selection` has given a `guide`.
-        inputs (`Mapping`): What the processor returns for prompts with images, without answers.
+        model (`PreTrainedModel`): A model with a `guide`, see [`apply_patch_selection`].
+        inputs (`Mapping`): Outputs of the processor for prompts with images, without answers.
 
     Returns:
         `TripsSelection`: `scores` and `candidate_indices` of shape `(num_images, num_units)`. Tiles count as images.
@@ -52,7 +52,7 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     """
     guidances = [layer.selection.guidance for layer in selecting_layers(model)]
     if "text" not in guidances:
-        raise ValueError(f"No layer of this {type(model).__name__} is scored by the text: pass a `guide`.")
+        raise ValueError(f"No layer of this {type(model).__name__} is scored by the text. Pass a `guide`.")
     with record_vlm_selection(model) as selections:
         selection_of(model).prune(model, dict(inputs))
     return selections[guidances.index("text")]
@@ -62,12 +62,12 @@ def region_masks(
     images: Sequence[PIL.Image.Image], regions: Sequence[Sequence[float] | None]
 ) -> list[PIL.Image.Image]:
     """
-    Paint each region white on a black image of the same size. What the processor makes of these masks shows which
-    patches see the region, whatever it does to an image: resize, crop, pad or cut into tiles.
+    Paint each region white on a black image of the same size. The processor transforms these masks like the images
+    (resize, crop, pad, tiles), so they show which patches see the region.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): The images.
-        regions (`Sequence`): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive, for each image; `None` where not known.
+        regions (`Sequence`): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive, for each image; `None` if unknown.
     """
     masks = []
     for image, region in zip(images, regions):
@@ -85,7 +85,7 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
 
     Args:
         model (`PreTrainedModel`): The vision-language model.
-        masks (`Mapping`): What the processor returns for `region_masks` and the prompts.
+        masks (`Mapping`): Outputs of the processor for `region_masks` and the prompts.
         blanks (`Mapping`): The same for black images.
 
     Returns:
@@ -112,13 +112,13 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
 @torch.no_grad()
 def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int]) -> torch.Tensor:
     """
-    Return how much attention the unpruned model's answer pays to each visual token: the mean over layers, heads and
-    the tokens that predict the answer. Only these rows are computed, not the map.
+    Return the attention from the unpruned model's answer to each visual token: the mean over layers, heads and the
+    tokens that predict the answer. Only these rows are computed, not the map.
 
     Args:
         model (`PreTrainedModel`): The vision-language model, without selection.
-        inputs (`Mapping`): What the processor returns for prompts that end with their answers, padded on the left.
-        num_answer_tokens (`Sequence[int]`): Number of tokens at the end of each row that are the answer.
+        inputs (`Mapping`): Outputs of the processor for prompts that end with their answers, padded on the left.
+        num_answer_tokens (`Sequence[int]`): Number of answer tokens at the end of each row.
 
     Returns:
         `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1. Tiles count as images; units of packed
@@ -129,10 +129,11 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
     """
     family = find_family(model)
     if selection_of(model) is not None:
-        raise ValueError("The attention of the unpruned model is needed: call `remove_patch_selection` first.")
+        raise ValueError("The model must be unpruned, got one with selection. Call `remove_patch_selection` first.")
     if isinstance(family, LlavaNext):
         raise ValueError(
-            f"Attention cannot supervise {type(model).__name__}, whose visual tokens are packed anew. Use regions."
+            f"Attention targets are not supported for {type(model).__name__}, which repacks its visual tokens. Use "
+            "regions."
         )
     ids = inputs["input_ids"]
     longest, length = max(num_answer_tokens), ids.shape[1]

@@ -14,9 +14,9 @@
 """
 Selection layers inside the vision towers of vision-language models.
 
-A connector behind the tower needs a whole grid: it pools, shuffles or merges units of neighbouring patches. So a
-layer keeps or drops whole units, and the kept ones return to their places before, or behind, the connector. The places
-of dropped units are zero, and the visual tokens that stand for them are removed before the language model.
+The connector after the tower pools, shuffles or merges units of neighboring patches and needs a whole grid. A layer
+therefore keeps or drops whole units, and kept units are restored to their places before or after the connector.
+Dropped units are zero, and their visual tokens are removed before the language model.
 """
 
 from dataclasses import dataclass, field
@@ -42,13 +42,12 @@ from ..layers import SeparateProjections, StandIn, project_rows, score_states
 @dataclass
 class TowerPass:
     """
-    What the selection layers choose in one pass of images through the tower.
+    Selections of all layers in one pass of images through the tower.
 
     Args:
         query (`torch.Tensor` of shape `(num_images, num_heads, head_dim)`, *optional*): The query of the prompt.
-        num_units (`list[int]`, *optional*): Number of units of each image, where images of different size are packed
-            into one sequence.
-        unit_order, segments (`torch.Tensor`, *optional*): Row-major number of each unit, where a tower permutes them
+        num_units (`list[int]`, *optional*): Number of units of each image in a packed sequence.
+        unit_order, segments (`torch.Tensor`, *optional*): Row-major number of each unit in a tower that permutes units
             by windows, and the boundaries of the windows.
     """
 
@@ -56,46 +55,46 @@ class TowerPass:
     num_units: list[int] | None = None
     unit_order: torch.Tensor | None = None
     segments: torch.Tensor | None = None
-    # By layer. In a grid, units of shape `(num_images, num_kept)`; packed, units of all images in one row.
+    # By layer. Grid: units of shape `(num_images, num_kept)`. Packed: units of all images in one row.
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     candidates: dict[int, torch.Tensor] = field(default_factory=dict)
-    # By layer: `(num_images, num_candidates)`; packed, one tensor of shape `(1, num_candidates)` per image.
+    # By layer. Grid: `(num_images, num_candidates)`. Packed: one tensor of shape `(1, num_candidates)` per image.
     scores: dict[int, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
-    num_kept: dict[int, list[int]] = field(default_factory=dict)  # packed: of each image
+    num_kept: dict[int, list[int]] = field(default_factory=dict)  # packed: per image
     shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def last_before(self, layer: float) -> int | None:
-        """The last layer that has selected in front of this one."""
+        """Return the last selection layer before this one."""
         return max((own for own in self.kept if own < layer), default=None)
 
     @property
     def grid_size(self) -> int:
-        """Number of units in the grid of one image, once a layer has selected."""
+        """Number of units in the grid of one image, after the first selection."""
         return self.candidates[min(self.candidates)].shape[-1]
 
     def kept_before(self, layer: float = float("inf")) -> torch.Tensor | None:
-        """The units that are left in front of a layer, by default at the end; `None` if none was dropped."""
+        """Return the units kept before a layer, by default at the end; `None` if none was dropped."""
         return self.kept.get(self.last_before(layer))
 
 
 class Tower:
-    """What the selection layers of one tower share. Without a pass that was announced, they are the tower's own."""
+    """State that the selection layers of one tower share. Without a `next_pass`, the layers do not select."""
 
     def __init__(self, unit: int, has_class_token: bool):
         self.unit = unit
         self.has_class_token = has_class_token
         self.next_pass: TowerPass | None = None
-        # It stays after the pass: activation checkpointing runs the layers again in the backward pass.
+        # Kept after the pass, because activation checkpointing runs the layers again in the backward pass.
         self.current: TowerPass | None = None
 
     def begin(self, module: nn.Module, args: tuple):
-        """A forward pre-hook of the tower."""
+        """Forward pre-hook of the tower."""
         self.current, self.next_pass = self.next_pass, None
 
     def to_units(self, patches: torch.Tensor, is_whole: bool) -> torch.Tensor:
         """
         Group patches by unit: `(num_images, num_patches, ...)` -> `(num_images, num_units, unit * unit, ...)`. A whole
-        grid is row-major; what an earlier layer has kept is grouped already.
+        grid is row-major; patches kept by an earlier layer are already grouped.
         """
         size = self.unit**2
         if size == 1 or not is_whole:
@@ -106,8 +105,8 @@ class Tower:
 
     def restore(self, tokens: torch.Tensor, current: TowerPass) -> torch.Tensor:
         """
-        Return kept patches to their places in the grid, with zeros in the others: `(num_images, p + num_kept_patches,
-        width)` -> `(num_images, p + num_patches, width)`, with the p tokens in front as they are.
+        Restore kept patches to their places in the grid, with zeros elsewhere: `(num_images, p + num_kept_patches,
+        width)` -> `(num_images, p + num_patches, width)`. The p prefix tokens do not change.
         """
         kept, num_units = current.kept_before(), current.grid_size
         unit = self.unit
@@ -123,9 +122,9 @@ class Tower:
 
 class TowerLayer(StandIn):
     """
-    A layer of a tower, from the first selection layer on. `selection` is `None` where it only follows.
+    Layer of a tower from the first selection layer on. `selection` is `None` if the layer only shortens its arguments.
 
-    A subclass says where the tower's layer keeps its parts.
+    Subclasses define where the layer keeps its parts.
     """
 
     tower: Tower
@@ -133,31 +132,31 @@ class TowerLayer(StandIn):
     selection: LayerSelection | None
 
     def guiding_query(self, current: TowerPass, normed: torch.Tensor, images: slice = slice(None)) -> torch.Tensor:
-        """The query that scores the patches of these images: `(num_images, num_heads, head_dim)`."""
+        """Return the query that scores the patches of these images: `(num_images, num_heads, head_dim)`."""
         if self.selection.guidance == "text":
             return current.query[images].to(normed.dtype)
-        # Without a [CLS], the mean of all queries: the projection is linear, so that it is the query of the mean.
+        # Without a [CLS], use the mean of all queries, which is the query of the mean.
         return self.project_query(normed[:, 0] if self.tower.has_class_token else normed.mean(dim=1))
 
     def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Scores of patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
+        """Score patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
         layer, rows = self.key_layer
         if type(layer) is nn.Linear:
             return score_states(query, states, layer, rows, self.scaling)
         return score_tokens(query, self.project_key(states), self.scaling)
 
     def recorded(self) -> TripsSelection:
-        """What the layer has selected in the current pass, in units."""
+        """Return the layer's selection in the current pass, in units."""
         raise NotImplementedError
 
 
 def selecting_layers(model: nn.Module) -> list[TowerLayer]:
-    """The layers of a model's tower that select, in order."""
+    """Return the selection layers of a model's tower in order."""
     return [layer for layer in model.modules() if isinstance(layer, TowerLayer) and layer.selection is not None]
 
 
 class GridLayer(TowerLayer):
-    """A layer of a tower in which each image has the same square grid of patches: `(num_images, length, width)`."""
+    """Tower layer for images with the same square grid of patches: `(num_images, length, width)`."""
 
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         return self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)[0]
@@ -202,7 +201,7 @@ class GridLayer(TowerLayer):
         return TripsSelection(*(part[self.number] for part in (current.kept, current.scores, current.candidates)))
 
     def shorten_mask(self, current: TowerPass, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Of a mask of patches, `(num_images, length)` or `(num_images, 1, length, length)`, the part that is left."""
+        """Shorten a patch mask, `(num_images, length)` or `(num_images, 1, length, length)`, to the kept patches."""
         kept = current.kept_before(self.number)
         if mask is None or kept is None:
             return mask
@@ -270,17 +269,17 @@ class InternvlTowerLayer(GridLayer, InternVLVisionLayer):
 
 class PackedLayer(TowerLayer):
     """
-    A layer of a Qwen-VL tower: the patches of all images are one sequence of shape `(length, width)`, unit by unit,
-    and attention stays within the segments of `cu_seqlens`.
+    Layer of a Qwen-VL tower. The patches of all images are one sequence of shape `(length, width)`, unit by unit, and
+    attention stays within the segments of `cu_seqlens`.
 
-    The scores leave out the rotary embedding: neither a prompt nor a mean of tokens has a place in the image.
+    Scores do not use rotary embeddings, because a prompt or a mean of tokens has no position in the image.
     """
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm1(hidden_states)
 
     def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
-        """Queries (part 0) or keys (part 1): `(..., num_heads, head_dim)`."""
+        """Return queries (part 0) or keys (part 1): `(..., num_heads, head_dim)`."""
         width = self.attn.dim
         return project_rows(self.attn.qkv, states, part * width, (part + 1) * width).unflatten(
             -1, (self.attn.num_heads, -1)
@@ -321,18 +320,18 @@ class PackedLayer(TowerLayer):
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
     def shorten(self, current: TowerPass, value: torch.Tensor, kept: torch.Tensor, how) -> torch.Tensor:
-        """What is left of a tensor that is the same in many layers, worked out once per pass."""
+        """Shorten a tensor that many layers share, once per pass."""
         key = (id(value), id(kept))
         if key not in current.shortened:
-            current.shortened[key] = (value, how(value, kept))  # the value stays, so that its id does
+            current.shortened[key] = (value, how(value, kept))  # holding the value keeps its id unique
         return current.shortened[key][1]
 
     def shorten_table(self, table: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Rows of the kept units in a table with one row per patch."""
+        """Return the rows of the kept units in a table with one row per patch."""
         return table.unflatten(0, (-1, self.tower.unit**2))[kept].flatten(0, 1)
 
     def shorten_segments(self, cu_seqlens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Boundaries of the segments after the other units are dropped; empty segments go."""
+        """Return the boundaries of the segments after units are dropped, without empty segments."""
         size = self.tower.unit**2
         boundaries = torch.searchsorted(kept, cu_seqlens.to(kept.dtype) // size) * size
         return torch.unique_consecutive(boundaries).to(cu_seqlens.dtype)
@@ -361,14 +360,14 @@ class PackedLayer(TowerLayer):
         return hidden_states.unflatten(0, (-1, size))[positions].flatten(0, 1)
 
     def scores(self, current: TowerPass, normed: torch.Tensor, images: slice = slice(None)) -> torch.Tensor:
-        """Scores of the units of images with the same number of them: `(num_images, num_units)`."""
+        """Score the units of images with equal numbers of units: `(num_images, num_units)`."""
         size = self.tower.unit**2
         if self.selection.guidance == "random":
             return random_scores(len(normed), normed.shape[1] // size, False, normed.device, self.selection.seed)
         return self.score(self.guiding_query(current, normed, images), normed).unflatten(1, (-1, size)).sum(dim=-1)
 
     def recorded(self) -> TripsSelection:
-        """Row-major units of each image; -2 is padding where images of a batch have fewer."""
+        """Return the selection in row-major units of each image; -2 is padding."""
         current = self.tower.current
         firsts = [*accumulate(current.num_units, initial=0)]
         rows = current.scores[self.number]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Patch selection in a vision-language model by one call: its `forward` and `generate` prune their own inputs."""
+"""Vision-language models whose `forward` and `generate` prune their own inputs."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -33,14 +33,14 @@ from .pruning import ExitSelection, TowerSelection, prune
 from .tower import Tower, TowerLayer, selecting_layers
 
 
-# Where the model holds its selection. It is no module, so that no parameter is added.
+# Attribute of the model that holds its selection. It is not a module, so no parameter is added.
 ATTRIBUTE = "_patch_selection"
 PRUNING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 @dataclass
 class VlmSelection:
-    """What `apply_vlm_selection` has put into a model of `own_class`, and `handles` of its hooks."""
+    """Selection that `apply_vlm_selection` adds to a model of `own_class`, with the `handles` of its hooks."""
 
     own_class: type[nn.Module]
     family: Family
@@ -64,36 +64,36 @@ def selection_of(model: nn.Module) -> VlmSelection | None:
 def check_vlm_schedule(model: nn.Module, family: Family, schedule: SelectionSchedule, guide: TextGuide | None):
     """
     Raises:
-        TypeError: Selection inside the tower does not support the model, or a layer of it.
-        ValueError: The schedule and the guide do not fit each other and the model.
+        TypeError: Selection inside the tower is not supported for the model or one of its layers.
+        ValueError: The schedule or the guide does not fit the model, or they do not fit each other.
     """
     name = type(model).__name__
     if schedule.layers and not family.layer_classes:
-        raise TypeError(f"Selection inside the tower of {name} is not supported. Use `visual_tokens` alone.")
+        raise TypeError(f"Selection inside the tower of {name} is not supported. Use only `visual_tokens`.")
     if schedule.layers and max(schedule.layers) > family.num_selectable_layers:
         raise ValueError(
-            f"Selection layers of {name} must be in 1..{family.num_selectable_layers}, got {list(schedule.layers)}: "
-            "the language model does not see the layers behind."
+            f"Selection layers of {name} must be in 1..{family.num_selectable_layers}, got {list(schedule.layers)}."
         )
     if any(selection.mass is not None for selection in schedule.selections):
         raise ValueError(f"Top-p selection is not supported inside other models, got {schedule}.")
     by_text = [layer for layer, selection in schedule.by_layer.items() if selection.guidance == "text"]
     if len(by_text) > 1:
-        raise ValueError(f"A `TextGuide` has the query of one layer, got layers {by_text} that the text scores.")
+        raise ValueError(f"At most one layer can be scored by the text, got layers {by_text}.")
     if by_text and guide is None:
-        raise ValueError(f"Layer {by_text[0]} is scored by the text: pass a trained `guide`.")
+        raise ValueError(f"Layer {by_text[0]} is scored by the text, but `guide` is None. Pass a trained `guide`.")
     if guide is not None and not by_text:
-        raise ValueError(f"`guide` needs a layer that the text scores, such as 2:text:0.3, got {schedule}.")
+        raise ValueError(f"`guide` needs a layer that is scored by the text, such as 2:text:0.3, got {schedule}.")
     if guide is not None and (guide.num_heads, guide.head_dim) != family.heads:
         raise ValueError(
-            f"`guide` has {guide.num_heads} heads of width {guide.head_dim}, and the tower of {name} {family.heads}."
+            f"The heads of `guide` must match those of the tower of {name}, (number, width) = {family.heads}, got "
+            f"{(guide.num_heads, guide.head_dim)}."
         )
     for number in _changed_layers(family, schedule):
         check_layer(family.layers[number - 1], number, family.layer_classes)
 
 
 def _changed_layers(family: Family, schedule: SelectionSchedule) -> Sequence[int]:
-    """Numbers of the layers that select, and of those that follow where they have to."""
+    """Return the numbers of the layers to wrap: selection layers, and later layers that must shorten arguments."""
     if family.layers_follow and schedule.layers:
         return range(schedule.first_layer, len(family.layers) + 1)
     return schedule.layers
@@ -102,7 +102,7 @@ def _changed_layers(family: Family, schedule: SelectionSchedule) -> Sequence[int
 def apply_vlm_selection(
     model: nn.Module, family: Family, schedule: SelectionSchedule, exit: ExitSelection, guide: TextGuide | None
 ):
-    """Put a checked schedule into a model that has none."""
+    """Apply a checked schedule to a model without selection."""
     in_tower, handles = None, []
     if schedule.layers:
         in_tower, handles = _put_into_tower(family, schedule, guide)
@@ -111,7 +111,7 @@ def apply_vlm_selection(
 
 
 def remove_vlm_selection(model: nn.Module):
-    """Remove hooks and the class that prunes. The layers are restored like those of any other model."""
+    """Remove the hooks and the pruning class. `remove_patch_selection` restores the layers."""
     selection = selection_of(model)
     if selection is None:
         return
@@ -123,7 +123,7 @@ def remove_vlm_selection(model: nn.Module):
 
 @contextmanager
 def record_vlm_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
-    """Record each selection layer, in units of patches, and then the visual tokens that the language model gets."""
+    """Record each selection layer in units of patches, then the visual tokens that the language model reads."""
     selection = selection_of(model)
     recorded: list[TripsSelection] = []
 
@@ -140,7 +140,7 @@ def record_vlm_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
         for handle in handles:
             handle.remove()
     if not recorded:
-        raise RuntimeError("Nothing was recorded: the model was not called with an image.")
+        raise RuntimeError("Nothing was recorded. Call the model with an image inside `record_patch_selection`.")
 
 
 def _put_into_tower(family: Family, schedule: SelectionSchedule, guide: TextGuide | None):
@@ -156,8 +156,8 @@ def _put_into_tower(family: Family, schedule: SelectionSchedule, guide: TextGuid
 
 def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     """
-    A class of the same name whose `forward` and `generate` prune their inputs. Transformers goes by the name: for the
-    `architectures` of a configuration, and in pipelines.
+    Return a class whose `forward` and `generate` prune their inputs. Its name does not change, because Transformers
+    uses the name for `architectures` and in pipelines.
     """
     if own_class not in PRUNING_CLASSES:
         PRUNING_CLASSES[own_class] = _make_pruning_class(own_class)
@@ -174,7 +174,7 @@ def _make_pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
             kwargs = {**bound, **bound.get("kwargs", {})}
             del kwargs["self"]
             kwargs.pop("kwargs", None)
-        selection = selection_of(self)  # none in another model that this class has loaded
+        selection = selection_of(self)  # None in other models loaded with this class
         if selection is not None and kwargs.get("pixel_values") is not None:
             kwargs = selection.prune(self, kwargs)
         return own_class.forward(self, **kwargs)
@@ -194,18 +194,18 @@ def _pruning_generate(own_class: type[nn.Module]):
         if selection is None or kwargs.get("pixel_values") is None:
             return own_class.generate(self, inputs, generation_config, *args, **kwargs)
         if kwargs.get("input_ids") is None:
-            raise ValueError("`generate` needs `input_ids` under patch selection.")
+            raise ValueError("`generate` needs `input_ids` with patch selection, got None.")
         past = kwargs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(
-                f"`{CACHE_NAME}` holds a pruned prompt, which the whole `input_ids` do not continue. Pass the whole "
-                "conversation without a cache."
+                f"`{CACHE_NAME}` must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the "
+                "whole conversation without a cache."
             )
         ids = kwargs["input_ids"]
         with torch.no_grad():
             kwargs = selection.prune(self, kwargs)
         length = kwargs["input_ids"].shape[1]
-        for name in ("max_length", "min_length"):  # they count the tokens of the caller's prompt
+        for name in ("max_length", "min_length"):  # both count the caller's prompt
             value = kwargs.get(name) or getattr(generation_config, name, None)
             if value:
                 kwargs[name] = value - ids.shape[1] + length

@@ -1,4 +1,4 @@
-"""Weights of other models as checkpoints of TRIPS: ALBEF's and BLIP's files, ViLT, towers that were trained apart."""
+"""Conversion of other models to TRIPS: ALBEF, BLIP, ViLT, and pairs of a vision tower and a text encoder."""
 
 from .albef import ALBEF_TASKS, AlbefDepths, albef_plan
 from .blip import blip_plan, check_blip_architecture

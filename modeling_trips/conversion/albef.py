@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-ALBEF's published checkpoints -> TRIPS: pre-trained, retrieval (Flickr30k, COCO, RefCOCO) and question answering.
+Conversion of ALBEF's checkpoints: pre-trained, retrieval (Flickr30k, COCO, RefCOCO) and question answering.
 
-ALBEF (https://arxiv.org/abs/2107.07651) is TRIPS without selection: timm's ViT, and a BERT whose upper layers attend
-to the image between self-attention and feed-forward.
+ALBEF (https://arxiv.org/abs/2107.07651) is TRIPS without selection: timm's ViT, and a BERT whose upper layers have
+cross-attention to the image between self-attention and feed-forward.
 """
 
 import math
@@ -38,7 +38,7 @@ from .rules import (
 )
 
 
-# What a checkpoint was trained for -> the class that takes it. RefCOCO's is a retrieval model: it has no box head.
+# Task of a checkpoint -> class of its TRIPS model. RefCOCO's has no box head, so it is a retrieval model.
 ALBEF_TASKS = {
     "pretraining": "TripsForPreTraining",
     "retrieval": "TripsForRetrieval",
@@ -48,7 +48,7 @@ ALBEF_TASKS = {
 NEVER_USED = {
     r"(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\..*": "momentum copies",
     r"(image|text|idx)_queue|queue_ptr": "queues of the contrastive loss",
-    r"(.*\.)?embeddings\.position_ids": "the numbers from 0 on",
+    r"(.*\.)?embeddings\.position_ids": "position numbers",
 }
 
 PATCHES = "visual_encoder.patch_embed.proj.weight"
@@ -57,8 +57,8 @@ POSITIONS = "visual_encoder.pos_embed"
 
 class AlbefDepths(NamedTuple):
     """
-    Numbers of layers: of the vision tower, of the text encoder below and from its first cross-attention on, and of the
-    decoder. The defaults are those of all files of ALBEF's authors.
+    Numbers of layers of the vision tower, of the text encoder below its first cross-attention, of the layers with
+    cross-attention, and of the decoder. All published files have the defaults.
     """
 
     vision: int = 12
@@ -71,7 +71,7 @@ ALBEF_DEPTHS = AlbefDepths()
 
 
 class Head(NamedTuple):
-    """What a task adds to the towers."""
+    """Rules and sizes that a task adds to those of the towers."""
 
     rules: tuple[Rule, ...]
     left_out: dict[str, str]
@@ -82,22 +82,27 @@ class Head(NamedTuple):
 
 
 def detect_albef_task(keys: Iterable[str]) -> str:
-    """The task of a checkpoint, one of `ALBEF_TASKS`; a [`ConversionError`] if it is of another task or model."""
+    """
+    Return the task of a checkpoint, one of `ALBEF_TASKS`.
+
+    Raises:
+        ConversionError: The checkpoint is of another task or model.
+    """
     keys = list(keys)
     if any(key.startswith("cls_head.") for key in keys):
-        # Of NLVR2, ALBEF doubles the layers that see an image: one for each of two.
+        # For NLVR2, ALBEF has two copies of the layers with cross-attention, one per image.
         task = "NLVR2" if any(".encoder.layer.17." in key for key in keys) else "visual entailment"
         raise ConversionError(
-            f"This is ALBEF's checkpoint for {task}, whose classifier `cls_head` no TRIPS model has. Convert ALBEF's "
-            "pre-trained checkpoint and fine-tune it instead."
+            f"ALBEF's checkpoint for {task} is not supported, because its classifier `cls_head` has no counterpart in "
+            "TRIPS. Convert ALBEF's pre-trained checkpoint and fine-tune it instead."
         )
     signs = {"text_decoder.": "question-answering", "text_encoder.cls.": "pretraining", "vision_proj.": "retrieval"}
     for sign, task in signs.items():
         if any(key.startswith(sign) for key in keys):
             return task
     raise ConversionError(
-        f"This is no checkpoint of ALBEF: no key begins with one of {', '.join(signs)}. Give a file of its "
-        f"authors for {', '.join(ALBEF_TASKS)}."
+        f"The file is not a checkpoint of ALBEF: no key begins with one of {', '.join(signs)}. Give a published file "
+        f"for {', '.join(ALBEF_TASKS)}."
     )
 
 
@@ -113,24 +118,23 @@ def albef_plan(
     **selection,
 ) -> ConversionPlan:
     """
-    How a checkpoint of ALBEF becomes a TRIPS model. All widths are read from the weights; the numbers of layers are
-    known, so that a file that lost some is not taken for a smaller model.
+    Plan the conversion of a checkpoint of ALBEF. Widths are read from the weights. The numbers of layers are fixed, so
+    a file with missing layers is not mistaken for a smaller model.
 
     Args:
-        source (`dict[str, torch.Tensor]`): the checkpoint's state dict.
-        task (`str`, *optional*): one of `ALBEF_TASKS`; by default what the checkpoint was trained for. A pre-trained
-            one also serves `"retrieval"`, and `"question-answering"`: the decoder then starts from the fusion layers
-            and the masked-language head, as when ALBEF itself is fine-tuned.
-        image_size (`int`, *optional*): another resolution than the checkpoint's, whose positions are interpolated.
-        num_attention_heads (`int`, *optional*): of all parts, as the weights do not tell. By default heads are 64
-            wide, which makes ALBEF's 12.
-        depths (`tuple`, *optional*, defaults to `(12, 6, 6, 6)`): the numbers of layers of [`AlbefDepths`],
-            where they are not those of ALBEF's own files.
-        pad_token_id, bos_token_id, eos_token_id (`int`): the tokenizer's [PAD], [CLS] and [SEP].
-        selection: the fields of [`TripsConfig`] that set the selection.
+        source (`dict[str, torch.Tensor]`): State dict of the checkpoint.
+        task (`str`, *optional*): One of `ALBEF_TASKS`. Default: the task of the checkpoint. A pre-trained checkpoint
+            also converts to `"retrieval"` and to `"question-answering"`, where the decoder starts from the fusion
+            layers and the masked-language head, as in ALBEF's fine-tuning.
+        image_size (`int`, *optional*): New resolution, for which positions are interpolated.
+        num_attention_heads (`int`, *optional*): Attention heads of all parts, which the weights do not determine.
+            Default: heads of width 64, as in ALBEF.
+        depths (`tuple`, *optional*, defaults to `(12, 6, 6, 6)`): Numbers of layers, see [`AlbefDepths`].
+        pad_token_id, bos_token_id, eos_token_id (`int`): [PAD], [CLS] and [SEP] of the tokenizer.
+        selection: Fields of [`TripsConfig`] that set the selection.
 
     Raises:
-        ConversionError: if the weights are not ALBEF's, have other layers, or their sizes cannot be read.
+        ConversionError: The weights are not ALBEF's, have other layers, or their sizes cannot be read.
     """
     trained_for = detect_albef_task(source)
     task = task or trained_for
@@ -183,7 +187,7 @@ def albef_plan(
 
 
 def _grid(source: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Patches (down, across) that the positions are for. ALBEF's images are square."""
+    """Return the (square) patch grid of the positions."""
     _, num_positions, _ = size_of(source, POSITIONS, 3)
     side = math.isqrt(num_positions - 1)
     if num_positions != 1 + side**2:
@@ -198,8 +202,8 @@ def _num_heads(width: int, given: int | None) -> int:
         return given
     if width % 64:
         raise ConversionError(
-            f"The weights do not tell the number of attention heads, and {width} wide layers are not made of heads of "
-            "64: give `num_attention_heads`."
+            f"The number of attention heads is unknown, and width {width} is not divisible into heads of 64. Give "
+            "`num_attention_heads`."
         )
     return width // 64
 
@@ -234,7 +238,7 @@ def _text_fields(source, text: str, num_attention_heads: int | None) -> dict:
 
 
 def _check_layers(source: Mapping[str, torch.Tensor], text: str, depths: AlbefDepths):
-    """Raises unless the source has exactly the layers of `depths`."""
+    """Raise a [`ConversionError`] unless the source has exactly the layers of `depths`."""
     num_text_layers = depths.text + depths.fusion
     expected = {
         "visual_encoder.blocks.*": range(depths.vision),
@@ -261,13 +265,13 @@ def _check_layers(source: Mapping[str, torch.Tensor], text: str, depths: AlbefDe
 
 
 def _layer_numbers(keys: Iterable[str], name: str) -> set[int]:
-    """Which numbers the keys that begin with `name` have in place of its star."""
+    """Return the numbers in place of the star of `name` in keys that begin with it."""
     pattern = re.compile(re.escape(name).replace(r"\*", "([0-9]{1,9})") + r"\.")
     return {int(match[1]) for match in map(pattern.match, keys) if match}
 
 
 def _spans(numbers: set[int]) -> str:
-    """Numbers in short: "0-4, 7", or "none"."""
+    """Format numbers as spans: "0-4, 7", or "none"."""
     starts = sorted(number for number in numbers if number - 1 not in numbers)
     ends = sorted(number for number in numbers if number + 1 not in numbers)
     return ", ".join(f"{start}-{end}" if start < end else f"{start}" for start, end in zip(starts, ends)) or "none"
@@ -292,7 +296,7 @@ def _vision_rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rul
 
 
 def _retrieval_head(source, task: str, text: str) -> Head:
-    """Projections, temperature and matching head; for pre-training the masked-language head too, and a new decoder."""
+    """Return projections, temperature and matching head; in pre-training also the language head and a new decoder."""
     projection_dim, _ = size_of(source, "vision_proj.weight", 2)
     rules = (
         Rule(r"(vision_proj|text_proj|itm_head)\.(.*)", r"\1.\2"),
@@ -306,7 +310,7 @@ def _retrieval_head(source, task: str, text: str) -> Head:
 
 
 def _answering_head(source, trained_for: str, text: str, depths: AlbefDepths) -> Head:
-    """The decoder; that of a checkpoint without one starts from the fusion layers."""
+    """Return the decoder, which starts from the fusion layers if the checkpoint has none."""
     if trained_for == "question-answering":
         decoder, predictions = "text_decoder.bert", "text_decoder.cls.predictions"
         rules: tuple[Rule, ...] = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-BLIP (https://arxiv.org/abs/2201.12086), as Transformers has it, -> TRIPS: `BlipForQuestionAnswering`.
+Conversion of Transformers' `BlipForQuestionAnswering` (BLIP, https://arxiv.org/abs/2201.12086).
 
-BLIP's text encoder attends to the image from its first layer on. All its layers become fusion layers; none is left
-that sees the text alone, whose [CLS] could guide the selection. So the image guides itself.
+All layers of BLIP's text encoder have cross-attention, so all become fusion layers. No text-only layer remains whose
+[CLS] could score patches, so patches are scored by the image.
 """
 
 from collections.abc import Mapping
@@ -39,21 +39,17 @@ from .rules import (
 
 
 WHY_NOT = {
-    "BlipForImageTextRetrieval": (
-        "the layers that compare a text with an image also encode the text without it, while TRIPS has layers of its "
-        "own for each"
-    ),
-    "BlipForConditionalGeneration": "its decoder reads the image, while that of TRIPS reads a text that has seen it",
+    "BlipForImageTextRetrieval": ("its fusion layers also encode the text alone, but TRIPS has separate text layers"),
+    "BlipForConditionalGeneration": "its decoder reads the image, but the decoder of TRIPS reads fused text states",
 }
 
 
 def check_blip_architecture(architecture: str):
-    """Raises a [`ConversionError`] that says why unless TRIPS can compute what the BLIP class computes."""
+    """Raise a [`ConversionError`] unless the BLIP class can be converted."""
     if architecture != "BlipForQuestionAnswering":
-        why = WHY_NOT.get(architecture, "only BlipForQuestionAnswering is known")
+        why = WHY_NOT.get(architecture, "only BlipForQuestionAnswering is supported")
         raise ConversionError(
-            f"A {architecture} cannot become a TRIPS model: {why}. To select patches in a BLIP model as it is, use "
-            "`apply_patch_selection`."
+            f"{architecture} cannot be converted: {why}. Use `apply_patch_selection` on the BLIP model instead."
         )
 
 
@@ -61,22 +57,22 @@ def blip_plan(
     source: Mapping[str, torch.Tensor], blip_config: BlipConfig, image_size: int | None = None, **selection
 ) -> ConversionPlan:
     """
-    How a `BlipForQuestionAnswering` becomes a [`TripsForQuestionAnswering`]. Without selection both compute the same,
-    but for padded questions: BLIP's decoder in Transformers attends to the padding, and this one does not.
+    Plan the conversion of a `BlipForQuestionAnswering` to a [`TripsForQuestionAnswering`]. Without selection both give
+    the same outputs, except for padded questions: BLIP's decoder attends to padding, TRIPS's does not.
 
     Args:
-        source (`dict[str, torch.Tensor]`): the model's state dict.
-        blip_config ([`BlipConfig`]): its configuration.
-        image_size (`int`, *optional*): another resolution than the model's, whose positions are interpolated.
-        selection: the fields of [`TripsConfig`] that set the selection. The guidance is `"image"` by default.
+        source (`dict[str, torch.Tensor]`): State dict of the model.
+        blip_config ([`BlipConfig`]): Configuration of the model.
+        image_size (`int`, *optional*): New resolution, for which positions are interpolated.
+        selection: Fields of [`TripsConfig`] that set the selection. Default guidance: `"image"`.
 
     Raises:
-        ConversionError: if the guidance is to be the text.
+        ConversionError: The guidance is `"text"` in any layer.
     """
     selection = {"selection_guidance": "image"} | selection
     if "text" in selection["selection_guidance"]:  # as the one for all layers, or as one of several
         raise ConversionError(
-            "`selection_guidance` cannot be 'text': BLIP has no layers that see the text alone, before the image."
+            "`selection_guidance` cannot be 'text', because BLIP has no text-only layers. Use 'image'."
         )
     vision, text = blip_config.vision_config, blip_config.text_config
     config = make_config(
@@ -84,7 +80,7 @@ def blip_plan(
             **fields_of(vision, VISION_FIELDS),
             "image_size": image_size or vision.image_size,
             "attention_probs_dropout_prob": vision.attention_dropout,
-            "initializer_range": text.initializer_range,  # that of BLIP's vision tower is next to nothing
+            "initializer_range": text.initializer_range,  # BLIP's vision tower has 1e-10
         },
         text_config=fields_of(text, TEXT_FIELDS) | {"num_hidden_layers": 0},
         fusion_encoder_config={"num_hidden_layers": text.num_hidden_layers},

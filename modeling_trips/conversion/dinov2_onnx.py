@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A DINOv2 inside an ONNX file, as `torch.onnx.export` of a larger model leaves it, -> `Dinov2Model`."""
+"""Conversion of a DINOv2 inside an ONNX file, exported as part of a larger model, to `Dinov2Model`."""
 
 import re
 from pathlib import Path
@@ -23,25 +23,24 @@ from transformers import Dinov2Config, Dinov2Model
 from .rules import ConversionError, printable
 
 
-HEAD_SIZE = 64  # of every DINOv2; the file does not tell how many heads there are
+HEAD_SIZE = 64  # of every DINOv2; the file lacks the number of heads
 
 
 def read_dinov2_onnx(path: str | Path, prefix: str = "backbone.") -> Dinov2Model:
     """
-    The `Dinov2Model` whose weights are in an ONNX file. Weights with a name keep it; the matrices of linear layers,
-    which an export transposes and renames, are found by the biases that are added to their products; the positions by
-    where they are joined.
+    Read a `Dinov2Model` from an ONNX file. Exports rename and transpose the matrices of linear layers, so they are
+    found by the biases that are added to their products. Positions are found by their shapes.
 
     Args:
-        path (`str`): the file.
-        prefix (`str`, *optional*, defaults to `"backbone."`): of the names of DINOv2's weights.
+        path (`str`): ONNX file.
+        prefix (`str`, *optional*, defaults to `"backbone."`): Prefix of the names of DINOv2's weights.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ImportError: if the package onnx is missing.
-        ConversionError: if the file holds no whole DINOv2 under that prefix.
+        ImportError: The package onnx is not installed.
+        ConversionError: The file has no complete DINOv2 with that prefix.
     """
     onnx = _onnx()
     graph = onnx.load(path).graph
@@ -60,18 +59,18 @@ def read_dinov2_onnx(path: str | Path, prefix: str = "backbone.") -> Dinov2Model
 
 def onnx_states(path: str | Path, pixel_values: np.ndarray, prefix: str = "backbone.") -> np.ndarray:
     """
-    What onnxruntime computes as the last hidden states of the DINOv2 in an ONNX file.
+    Compute the last hidden states of the DINOv2 in an ONNX file with onnxruntime.
 
     Args:
-        path (`str`): the file.
-        pixel_values (`np.ndarray` of shape `(batch_size, 3, height, width)`, float32)
-        prefix (`str`, *optional*, defaults to `"backbone."`): as in [`read_dinov2_onnx`].
+        path (`str`): ONNX file.
+        pixel_values (`np.ndarray` of shape `(batch_size, 3, height, width)`, float32): Images.
+        prefix (`str`, *optional*, defaults to `"backbone."`): As in [`read_dinov2_onnx`].
 
     Returns:
         `np.ndarray` of shape `(batch_size, 1 + num_patches, hidden_size)`.
 
     Raises:
-        ImportError: if the packages onnx and onnxruntime are missing.
+        ImportError: The packages onnx and onnxruntime are not installed.
     """
     onnx = _onnx()
     import onnxruntime
@@ -90,23 +89,23 @@ def _onnx():
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "ONNX files are read with the packages onnx and onnxruntime: `pip install onnx onnxruntime`."
+            "Reading ONNX files needs onnx and onnxruntime. Run `pip install onnx onnxruntime`."
         ) from error
     return onnx
 
 
 def _positions(weights: dict[str, torch.Tensor], nameless: list[torch.Tensor], path: str | Path) -> torch.Tensor:
     """
-    The position of [CLS], `(1, 1, hidden_size)`, and those of the patches, `(1, num_patches, hidden_size)`: the only
-    nameless arrays of these shapes, as an export splits them.
+    Return the positions of [CLS], `(1, 1, hidden_size)`, and of the patches, `(1, num_patches, hidden_size)`, joined.
+    An export splits them into the only nameless arrays of these shapes.
     """
     width = len(weights.get("embeddings.patch_embeddings.projection.bias", ()))
     tables = [array for array in nameless if array.ndim == 3 and array.shape[::2] == (1, width)]
     of_class, of_patches = ([table for table in tables if (table.shape[1] == 1) is single] for single in (True, False))
     if len(of_class) != 1 or len(of_patches) != 1:
         raise ConversionError(
-            f"{path} has {len(of_class)} arrays that may be the position of [CLS], and {len(of_patches)} that may be "
-            "those of the patches, not one each: it holds no DINOv2 as expected."
+            f"{path} must have one array for the position of [CLS] and one for those of the patches, got "
+            f"{len(of_class)} and {len(of_patches)}."
         )
     return torch.cat((of_class[0], of_patches[0]), dim=1)
 
@@ -114,7 +113,7 @@ def _positions(weights: dict[str, torch.Tensor], nameless: list[torch.Tensor], p
 def _model_of(weights: dict[str, torch.Tensor], path: str | Path) -> Dinov2Model:
     projection, expansion = "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.bias"
     if absent := [name for name in (projection, expansion) if name not in weights]:
-        raise ConversionError(f"{path} holds no whole DINOv2: {', '.join(absent)}, which tells its sizes, is missing.")
+        raise ConversionError(f"{path} has no complete DINOv2: {', '.join(absent)} is missing.")
     hidden_size, num_channels, patch_size, _ = weights[projection].shape
     layers = {int(match[1]) for name in weights if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
     grid = round((weights["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
@@ -132,5 +131,5 @@ def _model_of(weights: dict[str, torch.Tensor], path: str | Path) -> Dinov2Model
     wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
     if wrong:
         listed = "; ".join(f"{kind}: {', '.join(map(printable, keys[:5]))}" for kind, keys in wrong.items())
-        raise ConversionError(f"{path} holds no whole DINOv2: {listed}.")
+        raise ConversionError(f"{path} has no complete DINOv2: {listed}.")
     return model.eval()

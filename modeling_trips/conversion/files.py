@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files of strangers are read without running them; folders are written whole or not at all."""
+"""Reading untrusted weight files without running code, and writing folders atomically."""
 
 import pickle
 import shutil
@@ -37,11 +37,11 @@ WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    The state dict in a file of PyTorch or safetensors, told apart by what is in them: all of it, or its entry `model`.
-    No code in the file is run.
+    Read the state dict of a PyTorch or safetensors file, or its entry `model`. The content, not the name, determines
+    the format. No code in the file is run.
 
     Raises:
-        ConversionError: if the file is damaged, holds anything that is not data, or no state dict.
+        ConversionError: The file is damaged, has no state dict, or has anything but data.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -49,15 +49,14 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     if not start:
         raise ConversionError(f"{path} is empty. Download it again.")
     try:
-        # A file of safetensors begins with the length of its header, 8 bytes, and the header, JSON.
+        # A safetensors file begins with the length of its JSON header in 8 bytes.
         content = load_file(path) if start[8:] == b"{" else _read_pytorch(path)
     except ConversionError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise ConversionError(
-            f"{path} cannot be read as weights alone. Is the file complete? Compare its size, or download it again. "
-            "If it is older than PyTorch 1.6 and you trust it, load it with `torch.load(..., weights_only=False)` and "
-            f"save its weights anew. ({type(error).__name__})"
+            f"{path} cannot be read ({type(error).__name__}). Download it again; if it is older than PyTorch 1.6 and "
+            "you trust it, save its weights again after `torch.load(..., weights_only=False)`."
         ) from error
     content = content.get("model", content) if isinstance(content, dict) else content
     _check_state_dict(path, content)
@@ -65,33 +64,31 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pytorch(path: Path):
-    """What `torch.load` makes of a file, but checksums are compared, which it does not do."""
+    """Load a file with `torch.load` after checking its checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise ConversionError(
-                f"{path} is damaged: the checksum of its part {printable(damaged)} is wrong. Download it again."
-            )
+            raise ConversionError(f"{path} is damaged: {printable(damaged)} has a wrong checksum. Download it again.")
     try:
-        with path.open("rb") as file:  # by its name, `torch.load` may take it for another format
+        with path.open("rb") as file:  # `torch.load` may choose another format by the name
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # raises if it is no archive of PyTorch
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # raises if not a PyTorch archive
         if not names:
             raise
         raise ConversionError(
-            f"{path} holds more than weights: {', '.join(map(printable, names))}. Loading that can run code of the "
-            "file's author. If you trust the file, take out its weights first: python -c \"import torch; "
+            f"{path} has more than weights: {', '.join(map(printable, names))}. Loading it can run code; if you trust "
+            'the file, extract its weights first: python -c "import torch; '
             f"torch.save(torch.load('{path}', map_location='cpu', weights_only=False)['model'], 'weights.pth')\""
         ) from error
 
 
 def _check_state_dict(path: Path, content):
-    """Raises unless `content` has names and dense tensors, none of which is larger than the file they come from."""
-    what = "has no entry `model`, and is no state dict itself"
+    """Raise a [`ConversionError`] unless `content` maps names to dense tensors that fit the size of the file."""
+    what = "has no entry `model` and is not a state dict"
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} {what}: it holds a {type(content).__name__}. Give a file with ALBEF's weights.")
+        raise ConversionError(f"{path} {what}, got {type(content).__name__}. Give a file with ALBEF's weights.")
     others = [
         printable(str(name))
         for name, value in content.items()
@@ -99,8 +96,7 @@ def _check_state_dict(path: Path, content):
     ]
     if others or not content:
         raise ConversionError(
-            f"{path} {what}: it holds {', '.join(others) or 'nothing'}. Give a file with "
-            "ALBEF's weights by their names."
+            f"{path} {what}, got {', '.join(others) or 'nothing'}. Give a file with ALBEF's weights."
         )
     size = path.stat().st_size
     odd = [
@@ -122,14 +118,14 @@ def _check_state_dict(path: Path, content):
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yields a path where to make what becomes `folder` when the block is over: no part of it ever stands under its own
-    name. What fails, or is stopped by SIGTERM, leaves nothing behind; what earlier runs left is named in a warning.
+    Yield a temporary path that is renamed to `folder` when the block ends. If the block fails or SIGTERM stops it,
+    the temporary folder is removed. A warning names leftovers of killed runs.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-writing-"
     for left in sorted(path for path in folder.parent.iterdir() if path.name.startswith(prefix)):
-        logger.warning(f"A run that was killed left {left} behind, or is still writing it. Remove it if none is.")
+        logger.warning(f"Found the temporary folder {left}. Remove it unless another process is writing it.")
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
         with _sigterm_as_exit():
@@ -141,7 +137,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Lets SIGTERM end the process through its `finally` blocks. Only the main thread may set this up."""
+    """Raise SystemExit on SIGTERM, so that `finally` blocks run. Only the main thread can set this up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The processors of converted models: tokenizers as those models had them, images of the size they take."""
+"""Processors of converted models."""
 
 from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, BlipImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -23,10 +23,10 @@ from ..processing_trips import TripsProcessor
 def make_processor(
     tokenizer: PreTrainedTokenizerBase, config: TripsConfig, text_cleaning: str | None = None
 ) -> TripsProcessor:
-    """A processor for a model: images are resized to the model's size, with CLIP's mean and deviation."""
+    """Make a processor that resizes images to the model's size and uses CLIP's mean and deviation."""
     (rows, columns), (patch_height, patch_width) = config.vision_config.grid_size, config.vision_config.patch_shape
     if patch_height != patch_width:
-        raise ValueError(f"`patch_size`: processors cut square patches, not {patch_height} x {patch_width} pixels.")
+        raise ValueError(f"`patch_size` must be square, got {patch_height} x {patch_width} pixels.")
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     image_processor = BlipImageProcessor(size={"height": rows * patch_height, "width": columns * patch_width})
     return TripsProcessor(image_processor, tokenizer, patch_size=patch_height, text_cleaning=text_cleaning)
@@ -34,8 +34,7 @@ def make_processor(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
-    A tokenizer by name or folder, without the truncation that its file may hold: what it was last used for is none of
-    the model's limits.
+    Load a tokenizer by name or folder, without the truncation stored in its file, which is not a limit of the model.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.backend_tokenizer.no_truncation()
@@ -45,11 +44,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
-    The tokenizer of an uncased BERT as ALBEF uses it: no [SEP] follows a text. What ALBEF takes out of questions and
-    captions beforehand is for the processor: answers keep their punctuation.
+    Load the tokenizer of an uncased BERT as ALBEF uses it, without [SEP] after a text. The processor cleans questions
+    and captions; answers keep their punctuation.
 
     Raises:
-        ValueError: if it lacks a special token of BERT.
+        ValueError: The tokenizer lacks a special token of BERT.
     """
     tokenizer = load_tokenizer(name)
     special_tokens = {
@@ -57,7 +56,7 @@ def load_albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
     }
     absent = [key for key, token in special_tokens.items() if token is None]
     if absent:
-        raise ValueError(f"The tokenizer {name} has no {', '.join(absent)}: give the tokenizer of a BERT.")
+        raise ValueError(f"The tokenizer {name} has no {', '.join(absent)}. Give the tokenizer of a BERT.")
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     own = [] if backend.normalizer is None else [backend.normalizer]
@@ -68,5 +67,5 @@ def load_albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
         pair=f"{first} $A {end} $B:1 {end}:1",
         special_tokens=[(first, tokenizer.cls_token_id), (end, tokenizer.sep_token_id)],
     )
-    # Not the class it was loaded as: BertTokenizer would put its own rules back when it is loaded again.
+    # BertTokenizer would restore its own rules on the next load.
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)

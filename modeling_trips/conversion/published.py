@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Published checkpoints -> TRIPS models with their processors: ALBEF's files; BLIP and ViLT by name or folder."""
+"""Conversion of published checkpoints with their processors: files of ALBEF, names or folders of BLIP and ViLT."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ from .vilt import vilt_plan
 
 
 class Converted(NamedTuple):
-    """A model, what prepares images and texts for it, and what became of every weight."""
+    """Converted model with its processor and report."""
 
     model: TripsPreTrainedModel
     processor: TripsProcessor
@@ -44,7 +44,7 @@ class Converted(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """The weights of another model, how they become those of TRIPS, and what prepares images and texts for them."""
+    """Weights of another model with their conversion plan and processor."""
 
     weights: dict[str, torch.Tensor]
     plan: ConversionPlan
@@ -53,26 +53,28 @@ class _Source(NamedTuple):
 
 def convert_published(checkpoint: str, **options) -> Converted:
     """
+    Convert a published checkpoint.
+
     Args:
-        checkpoint (`str`): a file of ALBEF, or the name on the Hub or folder of a BLIP or ViLT.
+        checkpoint (`str`): File of ALBEF, or Hub repository or folder of a BLIP or ViLT.
         options:
-            - **tokenizer** (`str`, *optional*): name or folder of another tokenizer than bert-base-uncased for ALBEF
-              and the checkpoint's own for the others.
-            - **image_size** (`int`, *optional*): another resolution than the checkpoint's.
-            - **task**, **num_attention_heads**, **depths**: as in [`albef_plan`], for ALBEF alone.
-            - the fields of [`TripsConfig`] that set the selection.
+            - **tokenizer** (`str`, *optional*): Name or folder of a tokenizer. Default: bert-base-uncased for ALBEF,
+              the checkpoint's own for the others.
+            - **image_size** (`int`, *optional*): New resolution, for which positions are interpolated.
+            - **task**, **num_attention_heads**, **depths**: As in [`albef_plan`], only for ALBEF.
+            - Fields of [`TripsConfig`] that set the selection.
 
     Raises:
-        ConversionError: if the checkpoint is unknown or damaged, or its weights do not fit. It is named.
-        ValueError: if an option or the tokenizer does not suit the checkpoint.
+        ConversionError: The checkpoint is unknown or damaged, or its weights do not fit.
+        ValueError: An option or the tokenizer does not suit the checkpoint.
     """
     with _named_in_errors(checkpoint):
         weights, plan, processor = _read(checkpoint)(checkpoint, **options)
         num_tokens, vocab_size = len(processor.tokenizer), plan.config.text_config.vocab_size
         if num_tokens != vocab_size:
             raise ConversionError(
-                f"The tokenizer has {num_tokens} tokens, but the checkpoint was trained with {vocab_size}: give its "
-                "own as `tokenizer`."
+                f"The tokenizer has {num_tokens} tokens, but the checkpoint has {vocab_size}. Give the checkpoint's "
+                "tokenizer as `tokenizer`."
             )
         model, report = make_converted(MODEL_CLASSES[plan.model_class], weights, plan)
     return Converted(model, processor, report)
@@ -89,14 +91,14 @@ def _named_in_errors(checkpoint: str) -> Iterator[None]:
 
 
 def _read(checkpoint: str):
-    """A file is ALBEF's; what a model of Transformers is, its configuration says."""
+    """Read a file of ALBEF, or a model of Transformers by the type in its configuration."""
     if Path(checkpoint).is_file():
         return _read_albef
     model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
     if model_type not in READERS:
         raise ConversionError(
-            f"{checkpoint} is a model of type {model_type!r}. What is known: files of ALBEF "
-            f"({', '.join(WEIGHT_FILES)}), and models of type {', '.join(READERS)}."
+            f"{checkpoint} is of type {model_type!r}, which is not supported. Give a file of ALBEF "
+            f"({', '.join(WEIGHT_FILES)}) or a model of type {', '.join(READERS)}."
         )
     return READERS[model_type]
 
@@ -130,27 +132,27 @@ def _read_albef(
 def _read_blip(
     checkpoint: str, task: str | None = None, tokenizer: str | None = None, image_size: int | None = None, **options
 ) -> _Source:
-    _check_not_for_albef(options, "BLIP's configuration has both.")
+    _check_not_for_albef(options)
     if task not in (None, "question-answering"):
-        raise ValueError(f"`task` cannot be {task!r}: a BLIP for question answering becomes a TRIPS for it.")
+        raise ValueError(f"`task` must be 'question-answering' for BLIP, got {task!r}.")
     config = AutoConfig.from_pretrained(checkpoint)
     check_blip_architecture((config.architectures or [type(config).__name__])[0])
     weights, unexpected = _load(BlipForQuestionAnswering, checkpoint)
     if unexpected:
-        raise ConversionError(f"{checkpoint} has weights of no BLIP: {unexpected}.")
+        raise ConversionError(f"{checkpoint} has weights that are not BLIP's: {unexpected}.")
     own_tokenizer = load_tokenizer(tokenizer or checkpoint)
     plan = blip_plan(weights, config, image_size, **options)
     return _Source(weights, plan, make_processor(own_tokenizer, plan.config))
 
 
 def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | None = None, **options) -> _Source:
-    _check_not_for_albef(options, "ViLT's configuration has the rest, and what it becomes serves every task.")
+    _check_not_for_albef(options)
     own_tokenizer = load_tokenizer(tokenizer or checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, pad_token_id=own_tokenizer.pad_token_id)
-    # "ViltForPreTraining", for one, stands in checkpoints but not in Transformers.
+    # Checkpoints name "ViltForPreTraining", which Transformers does not have.
     model_class = getattr(modeling_vilt, (config.architectures or ["ViltModel"])[0], modeling_vilt.ViltModel)
     weights, unexpected = _load(model_class, checkpoint)
-    weights |= {key: torch.empty(0) for key in unexpected}  # an error, unless the plan leaves them out by name
+    weights |= {key: torch.empty(0) for key in unexpected}  # an error unless the plan leaves them out
     ends = {"bos_token_id": own_tokenizer.cls_token_id, "eos_token_id": own_tokenizer.sep_token_id}
     plan = vilt_plan(weights, config, image_size=image_size, decoder_config=ends, **options)
     processor, own = make_processor(own_tokenizer, plan.config), AutoImageProcessor.from_pretrained(checkpoint)
@@ -171,14 +173,14 @@ MODEL_CLASSES = {
 READERS = {"blip": _read_blip, "vilt": _read_vilt}
 
 
-def _check_not_for_albef(options: dict, why: str):
+def _check_not_for_albef(options: dict):
     given = [name for name in ("task", "num_attention_heads", "depths") if name in options]
     if given:
-        raise ValueError(f"`{'`, `'.join(given)}`: for ALBEF alone, whose file does not tell. {why}")
+        raise ValueError(f"`{'`, `'.join(given)}` is only supported for ALBEF. Leave it out.")
 
 
 def _load(model_class: type[PreTrainedModel], checkpoint: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Those weights of a class of Transformers that a checkpoint has, and the keys that it has beyond them."""
+    """Return the weights of a Transformers class in a checkpoint, and the checkpoint's unexpected keys."""
     model, loaded = model_class.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
     weights = {key: value for key, value in model.state_dict().items() if key not in loaded["missing_keys"]}
     return weights, sorted(loaded["unexpected_keys"])

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Weights of other models -> TRIPS, strictly: rules name the source of every weight; what they do not name stops the
-conversion. This file holds the mechanism and what several models share.
+Rules that convert weights of other models to TRIPS. A rule names the source of each weight, and unnamed weights raise
+an error.
 
-TRIPS adds no parameter, so a checkpoint of an unpruned model is a checkpoint of the pruned one, at any keep rate.
+TRIPS adds no parameter, so a checkpoint of an unpruned model serves the pruned model at any keep rate.
 """
 
 import re
@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 from ..configuration_trips import TripsConfig
 
 
-# What models of Transformers name as TRIPS does.
+# Fields with the same names in models of Transformers and in TRIPS.
 VISION_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -63,24 +63,23 @@ TEXT_FIELDS = (
 )
 
 
-# Beyond float16's range. Trained weights are orders of magnitude smaller; those of a damaged file are not.
+# Beyond float16's range, which only weights of damaged files exceed.
 LARGEST_VALUE = torch.finfo(torch.float16).max
 
 
 class ConversionError(ValueError):
-    """Names every key that is missing, too many, of the wrong shape, or without the values of a weight."""
+    """Error that names all keys that are missing, unexpected, of the wrong shape, or have impossible values."""
 
 
 @dataclass(frozen=True)
 class Rule:
     """
-    The source of the weights whose whole names match `target`.
+    Source of the weights whose whole names match `target`.
 
     Args:
-        target (`str`): regular expression of names in the TRIPS model.
-        source (`str` or `Callable`): key in the source, with `\\1` for what the first group matched; or a function of
-            the match.
-        change (`Callable`, *optional*): turns the source's tensor into the target's.
+        target (`str`): Regular expression of names in the TRIPS model.
+        source (`str` or `Callable`): Key in the source, with `\\1` for the first group; or a function of the match.
+        change (`Callable`, *optional*): Function from the source's tensor to the target's.
     """
 
     target: str
@@ -91,16 +90,16 @@ class Rule:
 @dataclass(frozen=True)
 class ConversionPlan:
     """
-    How a source becomes a TRIPS model.
+    Plan of a conversion.
 
     Args:
-        model_class (`str`): name of the class that takes the weights.
-        config ([`TripsConfig`]): its configuration, with the sizes of the source.
-        rules (`tuple[Rule, ...]`): of several rules that match a target, the first counts.
-        left_out (`dict[str, str]`): regular expression of source keys that are not used -> why.
-        new (`tuple[str, ...]`): regular expressions of targets without a source, which keep their initial values.
-        zero (`tuple[str, ...]`): regular expressions of targets that are set to zero.
-        sized_by (`tuple[str, ...]`): the source keys that the sizes were read from, for error messages.
+        model_class (`str`): Name of the TRIPS class.
+        config ([`TripsConfig`]): Configuration with the sizes of the source.
+        rules (`tuple[Rule, ...]`): Rules, of which the first match applies.
+        left_out (`dict[str, str]`): Regular expressions of unused source keys, and the reasons.
+        new (`tuple[str, ...]`): Regular expressions of targets without a source, which keep their initial values.
+        zero (`tuple[str, ...]`): Regular expressions of targets that are set to zero.
+        sized_by (`tuple[str, ...]`): Source keys that the sizes were read from, for error messages.
     """
 
     model_class: str
@@ -114,7 +113,7 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of every key: `used` and `left_out` (key -> why) are the source's, all others the model's."""
+    """Result of a conversion: source keys `used` and `left_out` (key -> reason), and keys of the model."""
 
     used: list[str]
     left_out: dict[str, str]
@@ -135,12 +134,12 @@ class ConversionReport:
 
 
 def printable(name: str) -> str:
-    """A name from a file, without what a terminal would obey."""
+    """Escape control characters in a name from a file."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _summary(keys: list[str], all_keys: Iterable[str], limit: int = 12) -> str:
-    """How many, and which, in at most `limit` entries: `branch.*` if `keys` has all of a branch, else whole names."""
+    """Summarize keys in at most `limit` entries: `branch.*` if `keys` has all of a branch, else whole names."""
     others = {branch for key in set(all_keys).difference(keys) for branch in _branches(key)}
     whole = (next((f"{branch}.*" for branch in _branches(key) if branch not in others), key) for key in keys)
     entries = _join_layers(dict.fromkeys(whole))
@@ -150,12 +149,12 @@ def _summary(keys: list[str], all_keys: Iterable[str], limit: int = 12) -> str:
 
 
 def _branches(key: str) -> list[str]:
-    """From the shortest to the longest: `a` and `a.b` of `a.b.c`."""
+    """Return the prefixes of a key, shortest first: `a` and `a.b` of `a.b.c`."""
     return [key[: dot.start()] for dot in re.finditer(r"\.", key)]
 
 
 def _join_layers(entries: Iterable[str]) -> list[str]:
-    """Entries that differ in their first number alone become one: `layer.{0,1}.norm.*`."""
+    """Join entries that differ only in their first number: `layer.{0,1}.norm.*`."""
     numbers = defaultdict(list)
     for entry in entries:
         before, number, after = re.match(r"(?s)(.*?\.(?=\d+\.)|.*)(\d*)(.*)", entry).groups()
@@ -171,7 +170,7 @@ def _matches(patterns: Iterable[str], name: str) -> bool:
 
 
 def key_map(targets: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Callable | None]]:
-    """Target -> (source key, change) for every target that a rule names."""
+    """Map every target that a rule names to (source key, change)."""
     sources = {}
     for target in targets:
         for rule in rules:
@@ -187,20 +186,19 @@ def convert_weights(
     source: Mapping[str, torch.Tensor], plan: ConversionPlan, targets: Mapping[str, torch.Size]
 ) -> tuple[dict[str, torch.Tensor], ConversionReport]:
     """
-    Renames, splits and reshapes the weights of another model into those of a TRIPS model.
+    Rename, split and reshape the weights of another model into those of a TRIPS model.
 
     Args:
-        source (`dict[str, torch.Tensor]`): state dict of the other model.
-        plan ([`ConversionPlan`]): the rules.
-        targets (`dict[str, torch.Size]`): the weights that the TRIPS model has, and their shapes.
+        source (`dict[str, torch.Tensor]`): State dict of the other model.
+        plan ([`ConversionPlan`]): Plan of the conversion.
+        targets (`dict[str, torch.Size]`): Names and shapes of the TRIPS model's weights.
 
     Returns:
-        The weights by target (without those that are new) and a [`ConversionReport`].
+        The weights by target (without new ones) and a [`ConversionReport`].
 
     Raises:
-        ConversionError: unless every source key is used or left out by name, every target is filled or new by name,
-            all shapes fit, and all values are those of trained weights: floating point, finite and not beyond float16.
-            It lists all keys that do not.
+        ConversionError: A source key is neither used nor left out, a target is neither filled nor new, a shape does
+            not fit, or values are not floating point, not finite or beyond float16. The message lists all keys.
     """
     sources = key_map(targets, plan.rules)
     used = {key for key, _ in sources.values()}
@@ -225,7 +223,7 @@ def convert_weights(
             "in the source, but neither used nor left out by name": [key for key in unused if left_out[key] is None],
             "in the model, but neither filled nor new": sorted(targets.keys() - sources.keys() - {*zero, *new}),
             "of another shape": misshapen,
-            "whose values are no trained weights': the file is damaged, or of another kind": [
+            "with impossible values (the file may be damaged)": [
                 f"{key}: {fault}" for key in sorted(used & source.keys()) if (fault := _fault_of_values(source[key]))
             ],
         },
@@ -246,12 +244,12 @@ def _changed(tensor: torch.Tensor, change: Callable | None, shape: torch.Size) -
 
 
 def _fault_of_values(weight: torch.Tensor) -> str | None:
-    """What no trained weight is: whole numbers, not finite, or absurdly large."""
+    """Return what is wrong with the values of a weight (integers, not finite, too large), or None."""
     if not weight.is_floating_point():
         return f"{weight.dtype} instead of floating point"
     if weight.numel() == 0:
         return "empty"
-    lowest, highest = weight.float().aminmax()  # both are NaN where one value is
+    lowest, highest = weight.float().aminmax()  # both are NaN if any value is NaN
     largest = max(-lowest.item(), highest.item())
     if lowest.isnan():
         return "NaN"
@@ -271,8 +269,8 @@ def _raise_problems(problems: dict[str, list[str]], sized_by: Iterable[str], sou
 
 def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: ConversionPlan) -> ConversionReport:
     """
-    Fills `model`, made from `plan.config`, in place; raises as `convert_weights`. What is tied to a weight that is
-    filled is not new.
+    Fill `model`, made from `plan.config`, in place. Weights tied to a filled weight are not new. Raises as
+    `convert_weights`.
     """
     return _fill(model, *convert_weights(source, plan, _shapes(model)))
 
@@ -281,8 +279,8 @@ def make_converted(
     model_class: type[nn.Module], source: Mapping[str, torch.Tensor], plan: ConversionPlan
 ) -> tuple[nn.Module, ConversionReport]:
     """
-    Makes a model from `plan.config` and fills it as `load_converted` does, but only once all weights are known to fit:
-    sizes that are read from a stranger's file may ask for more memory than there is.
+    Make a model from `plan.config` and fill it as `load_converted` does, after checking that all weights fit. Sizes
+    from an untrusted file may need more memory than available.
     """
     with torch.device("meta"):
         shapes = _shapes(model_class(plan.config))
@@ -297,7 +295,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], report: ConversionReport) -> ConversionReport:
     state = model.state_dict()
-    model.load_state_dict(weights, strict=False)  # not strict: the new weights keep their initial values
+    model.load_state_dict(weights, strict=False)  # new weights keep their initial values
     places = {state[name].data_ptr() for name in weights}
     tied = [name for name in report.new if state[name].data_ptr() in places]
     new = [name for name in report.new if name not in tied]
@@ -305,12 +303,12 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], report: Conversion
 
 
 def third(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Query (0), key (1) or value (2) of weights that are stacked in this order."""
+    """Return a function that takes query (0), key (1) or value (2) from stacked weights."""
     return lambda stacked: stacked.chunk(3)[index]
 
 
 def resampled(grid: tuple[int, int], new_grid: tuple[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Positions `(1, 1 + rows * columns, hidden_size)` of one patch grid -> another, bicubic; [CLS] stays."""
+    """Return a function that interpolates positions `(1, 1 + rows * columns, hidden_size)` to a new grid, bicubic."""
 
     def change(positions: torch.Tensor) -> torch.Tensor:
         if grid == new_grid:
@@ -323,31 +321,31 @@ def resampled(grid: tuple[int, int], new_grid: tuple[int, int]) -> Callable[[tor
 
 
 def fields_of(config: PreTrainedConfig, names: Iterable[str]) -> dict:
-    """Those of the fields `names` that another model's configuration has."""
+    """Return the fields `names` that a configuration has."""
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def make_config(**fields) -> TripsConfig:
-    """As [`TripsConfig`], but what it refuses is a [`ConversionError`]."""
+    """Make a [`TripsConfig`]; invalid fields raise a [`ConversionError`]."""
     try:
         return TripsConfig(**fields)
     except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConversionError(f"There is no TRIPS model of these sizes and options: {error}") from error
+        raise ConversionError(f"TRIPS does not support these sizes and options: {error}") from error
 
 
 def size_of(source: Mapping[str, torch.Tensor], key: str, num_dimensions: int) -> tuple[int, ...]:
-    """Shape of a weight that a model's sizes are read from."""
+    """Return the shape of a weight that a model's sizes are read from."""
     if key not in source:
-        raise ConversionError(f"{key} is missing from the source: the model's sizes are read from it.")
+        raise ConversionError(f"{key} is missing from the source, but the model's sizes are read from it.")
     if source[key].ndim != num_dimensions:
         raise ConversionError(f"{key} must have {num_dimensions} dimensions, got shape {tuple(source[key].shape)}.")
     if source[key].numel() == 0:
-        raise ConversionError(f"{key} is empty: it has shape {tuple(source[key].shape)}.")
+        raise ConversionError(f"{key} must not be empty, got shape {tuple(source[key].shape)}.")
     return tuple(source[key].shape)
 
 
 def bert_layers(target: str, source: str, first_layer: int = 0) -> Rule:
-    """Layer i of the TRIPS part `target` is layer `first_layer + i` of the BERT `source`; both name parts alike."""
+    """Return the rule that maps layer `first_layer + i` of the BERT `source` to layer i of the TRIPS part `target`."""
     return Rule(
         rf"{target}\.encoder\.layer\.(\d+)\.(.*)",
         lambda match: f"{source}.encoder.layer.{first_layer + int(match[1])}.{match[2]}",
@@ -358,12 +356,11 @@ def lm_head_rules(
     head: str, predictions: str, embeddings: str, source: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[Rule, ...], dict[str, str], bool]:
     """
-    From BERT's prediction head to a `TripsLMHead`.
+    Return the rules from BERT's prediction head to a `TripsLMHead`.
 
     Args:
-        head, predictions (`str`): their names in the TRIPS model and in the source.
-        embeddings (`str`): key of the word embeddings, which the head's output weights are tied to unless the source
-            has others.
+        head, predictions (`str`): Names of the head in the TRIPS model and in the source.
+        embeddings (`str`): Key of the word embeddings. The head's output weights are tied to them if they are equal.
 
     Returns:
         The rules, the source keys to leave out, and whether the weights are tied.
@@ -372,7 +369,7 @@ def lm_head_rules(
     tied = weight not in source or (embeddings in source and _same(source[weight], source[embeddings]))
     left_out = {re.escape(weight): "equal to the word embeddings, which it is tied to"} if tied else {}
     if bias in source and bias_again in source:
-        # Both name one parameter, and BERT's own loading fills it from the former last.
+        # Both keys name one parameter, and BERT loads the former last.
         same = _same(source[bias], source[bias_again])
         left_out[re.escape(bias_again)] = f"{'equal to' if same else 'overwritten by'} the bias that is used"
     rules = (
@@ -384,7 +381,7 @@ def lm_head_rules(
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two weights are equal bit by bit. NaN equals NaN here: damaged weights are as tied as others."""
+    """Return whether two weights are bitwise equal. NaN equals NaN, so damaged weights stay tied."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return torch.equal(*(weight.flatten().contiguous().view(torch.uint8) for weight in (first, second)))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How a text encoder makes one vector of a text, by what Sentence Transformers leaves beside its weights."""
+"""Pooling mode of a text encoder, from the files of Sentence Transformers."""
 
 import json
 import os
@@ -22,23 +22,23 @@ from .rules import ConversionError
 
 
 POOLING_MODES = ("cls", "mean")
-# The older form of the pooling's configuration has a switch per mode.
+# The older form of the configuration has a switch per mode.
 SWITCH = "pooling_mode_"
 MODES_OF_SWITCHES = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
 def stated_pooling_mode(source: str | os.PathLike) -> str:
     """
-    What the folder or the repository of a text encoder says: `modules.json` names the folder of its pooling.
+    Read the pooling mode of a text encoder from the folder that `modules.json` names.
 
     Args:
-        source (`str`): name on the Hub or folder.
+        source (`str`): Hub repository or folder.
 
     Returns:
-        `"cls"` or `"mean"`; `"cls"`, as BERT is trained, where nothing is said.
+        `"cls"` or `"mean"`. Default: `"cls"`, as in BERT.
 
     Raises:
-        ConversionError: if it says something else.
+        ConversionError: The pooling is of another kind.
     """
     modules = _json_beside(source, "modules.json") or []
     folders = [module["path"] for module in modules if module["type"].rpartition(".")[2] == "Pooling"]
@@ -50,14 +50,14 @@ def stated_pooling_mode(source: str | os.PathLike) -> str:
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise ConversionError(
-            f"`text` makes the vector of a text by {' and '.join(modes) or 'nothing'}, as {folders[0]}/config.json "
-            f"says, but TRIPS by one of {', '.join(POOLING_MODES)}: choose one with `pooling_mode`."
+            f"The pooling of `text` must be one of {', '.join(POOLING_MODES)}, got {' and '.join(modes) or 'nothing'} "
+            f"in {folders[0]}/config.json. Choose one with `pooling_mode`."
         )
     return modes[0]
 
 
 def _json_beside(source: str | os.PathLike, name: str):
-    """The content of a JSON file in a model's folder or in its repository on the Hub; `None` where there is none."""
+    """Read a JSON file from a model's folder or Hub repository; `None` if it does not exist."""
     path = cached_file(
         source,
         name,

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-ViLT (https://arxiv.org/abs/2102.03334), as Transformers has it, -> TRIPS: the single stream of any of ViLT's models.
+Conversion of Transformers' ViLT (https://arxiv.org/abs/2102.03334) to a single-stream TRIPS model.
 
-ViLT's heads are left out: those of TRIPS read the fused states themselves, not what ViLT's pooler makes of them.
+ViLT's heads are left out, because heads of TRIPS read the fused states, not the outputs of ViLT's pooler.
 """
 
 from collections.abc import Mapping
@@ -39,17 +39,17 @@ def vilt_plan(
     **selection,
 ) -> ConversionPlan:
     """
-    How a ViLT becomes a [`TripsModel`] with `fusion_type="single_stream"`, or a model with a head, which is new.
-    Without selection both compute the same for images of the configured size. ViLT also takes images of many sizes in
-    one batch, padded; TRIPS resizes all of them to one, and interpolates positions bicubically instead of bilinearly.
+    Plan the conversion of a ViLT to a [`TripsModel`] with `fusion_type="single_stream"`, or to one with a new head.
+    Without selection both give the same outputs for images of the configured size. ViLT pads images of different
+    sizes and interpolates positions bilinearly; TRIPS resizes images and interpolates positions bicubically.
 
     Args:
-        source (`dict[str, torch.Tensor]`): state dict of `ViltModel` or of a ViLT with a head.
-        vilt_config ([`ViltConfig`]): its configuration.
-        model_class (`str`, *optional*, defaults to `"TripsModel"`): name of the class that takes the weights.
-        image_size (`int`, *optional*): another resolution than the model's, whose positions are interpolated.
-        decoder_config (`dict`, *optional*): fields of the decoder of a head that writes.
-        selection: the fields of [`TripsConfig`] that set the selection.
+        source (`dict[str, torch.Tensor]`): State dict of `ViltModel` or of a ViLT with a head.
+        vilt_config ([`ViltConfig`]): Configuration of the model.
+        model_class (`str`, *optional*, defaults to `"TripsModel"`): Name of the TRIPS class.
+        image_size (`int`, *optional*): New resolution, for which positions are interpolated.
+        decoder_config (`dict`, *optional*): Fields of the decoder of a generative head.
+        selection: Fields of [`TripsConfig`] that set the selection.
     """
     pad_token_id = 0 if vilt_config.pad_token_id is None else vilt_config.pad_token_id  # BERT's
     config = make_config(
@@ -69,8 +69,8 @@ def vilt_plan(
         config=config,
         rules=_rules(vilt, grid, config.vision_config.grid_size),
         left_out={
-            rf"{vilt}pooler\..*": "the pooler, which TRIPS has not",
-            rf"{vilt}embeddings\.text_embeddings\.position_ids": "the numbers from 0 on",
+            rf"{vilt}pooler\..*": "the pooler",
+            rf"{vilt}embeddings\.text_embeddings\.position_ids": "position numbers",
             r"(mlm_score|itm_score|classifier|rank_output)\..*": "ViLT's heads",
         },
         new=(rf"(?!{TEXT}|{VISION}).*",),
@@ -87,7 +87,7 @@ def _rules(vilt: str, grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple
         Rule(
             VISION + r"modality_embeddings\.weight",
             f"{vilt}embeddings.token_type_embeddings.weight",
-            lambda table: table[:NUM_MODALITIES],  # ViLT for NLVR2 has a third one, for the second image
+            lambda table: table[:NUM_MODALITIES],  # ViLT for NLVR2 has a third row for the second image
         ),
         Rule(layer + r"attention\.o_proj\.(.*)", source + r"attention.output.dense.\2"),
         Rule(

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A vision tower and a text encoder of Transformers -> TRIPS: ViT, DeiT, CLIP or DINOv2, and BERT, MiniLM or RoBERTa.
+Conversion of a vision tower (ViT, DeiT, CLIP, DINOv2) and a text encoder (BERT, MiniLM, RoBERTa) of Transformers.
 """
 
 import os
@@ -46,12 +46,12 @@ VISION_TYPES = ("vit", "deit", "clip_vision_model", "clip", "dinov2")
 ROBERTA_TYPES = ("roberta", "xlm-roberta")
 TEXT_TYPES = ("bert", *ROBERTA_TYPES)
 
-# The parts of a model whose names have no "model." in front if the model is a bare `TripsModel`.
+# Parts whose names have no prefix "model." in a bare `TripsModel`.
 VISION, TEXT, FUSION = (rf"(?:model\.)?{part}_model" for part in ("vision", "text", "fusion"))
 
 
 class Tower(NamedTuple):
-    """A model of Transformers without head: its configuration, and those of its weights that its checkpoint has."""
+    """Model of Transformers without head: its configuration and the weights in its checkpoint."""
 
     config: PreTrainedConfig
     weights: dict[str, torch.Tensor]
@@ -66,26 +66,24 @@ def from_vision_text_pretrained(
     **options,
 ):
     """
-    Make a model from a vision tower and a text encoder that were trained apart. What neither has is new, and logged.
+    Make a model from a vision tower and a text encoder as [`load_vision_text`] does.
 
     Args:
         model_class (`type`): [`TripsModel`] or a model with a head.
-        vision (`str` or `PreTrainedModel`): a ViT, DeiT, CLIP or DINOv2 model: its name on the Hub, its folder, or
-            itself.
-        text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise.
-        output_loading_info (`bool`, *optional*, defaults to `False`): whether to return a report, too.
-        options: those of [`load_vision_text`], such as `num_text_layers`, `num_fusion_layers` and `image_size`; and
-            the fields of [`TripsConfig`], such as `keep_rate`.
+        vision, text (`str` or `PreTrainedModel`): As in [`load_vision_text`].
+        output_loading_info (`bool`, *optional*, defaults to `False`): Also return the report.
+        options: Options of [`load_vision_text`], such as `num_text_layers`, and fields of [`TripsConfig`], such as
+            `keep_rate`.
 
     Returns:
         The model in evaluation mode, or `(model, ConversionReport)`.
 
     Raises:
-        TypeError: if `model_class` is a part of a model.
-        ConversionError: if `vision` or `text` is of another kind, or its weights are not as expected.
+        TypeError: `model_class` is a part of a model.
+        ConversionError: `vision` or `text` is not supported, or its weights are not as expected.
     """
     if model_class.config_class is not TripsConfig:
-        raise TypeError(f"{model_class.__name__} is a part of a model: load it with `from_pretrained`.")
+        raise TypeError(f"{model_class.__name__} is a part of a model. Load it with `from_pretrained`.")
     model, report = load_vision_text(model_class, vision, text, **options)
     return (model, report) if output_loading_info else model
 
@@ -103,32 +101,33 @@ def load_vision_text(
     **fields,
 ) -> tuple[PreTrainedModel, ConversionReport]:
     """
-    Makes a TRIPS model from a vision tower and a text encoder that were trained apart.
+    Make a TRIPS model from a vision tower and a text encoder. New weights are logged as a warning.
 
     Args:
         model_class (`type`): [`TripsModel`] or a model with a head.
-        vision (`str` or `PreTrainedModel`): a ViT, DeiT, CLIP or DINOv2 model: its name on the Hub, its folder, or the
-            model. DeiT's distillation token is dropped, so its states become slightly different ones. DINOv2's
-            LayerScale becomes part of the projections before it; with registers or SwiGLU it is refused.
-        text (`str` or `PreTrainedModel`): a BERT, MiniLM or RoBERTa, likewise. RoBERTa's padding must be on the right.
-        num_text_layers (`int`, *optional*): how many of the text encoder's lower layers see the text alone. By default
-            half of 12 or more layers, all of fewer.
-        num_fusion_layers (`int`, *optional*): the fusion layers start from the text encoder's next layers; those
-            beyond them are new, as is all cross-attention. By default as many as there are, or 6 if there are none.
-        image_size (`int`, *optional*): another resolution than the vision tower's, whose positions are interpolated.
-        decoder_from_text (`bool`, *optional*, defaults to `False`): whether the decoder of a head that writes starts
-            from the text encoder's embeddings and upper layers, or is new.
-        decoder_config (`dict`, *optional*): fields of the decoder. `bos_token_id` and `eos_token_id` must be the
-            tokenizer's: BERT's 101 and 102 by default, or what the text encoder's configuration says.
-        pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. By default what the text
-            encoder's folder says, in the files of Sentence Transformers; `"cls"` where it has none, and of a model.
-        fields: other fields of [`TripsConfig`], such as the selection's.
+        vision (`str` or `PreTrainedModel`): ViT, DeiT, CLIP or DINOv2: Hub repository, folder, or model. DeiT's
+            distillation token is dropped, which changes its states slightly. DINOv2's LayerScale becomes part of the
+            projections before it; registers and SwiGLU are not supported.
+        text (`str` or `PreTrainedModel`): BERT, MiniLM or RoBERTa: Hub repository, folder, or model. RoBERTa needs
+            padding on the right.
+        num_text_layers (`int`, *optional*): Number of lower layers that become the text encoder. Default: half of 12
+            or more layers, all of fewer.
+        num_fusion_layers (`int`, *optional*): Number of fusion layers. They start from the next layers of the text
+            encoder; further layers and all cross-attention are new. Default: all next layers, or 6 without any.
+        image_size (`int`, *optional*): New resolution, for which positions are interpolated.
+        decoder_from_text (`bool`, *optional*, defaults to `False`): Start the decoder of a generative head from the
+            text encoder's embeddings and upper layers.
+        decoder_config (`dict`, *optional*): Fields of the decoder. `bos_token_id` and `eos_token_id` must be the
+            tokenizer's. Default: those of the text encoder's configuration, or BERT's 101 and 102.
+        pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. Default: the mode in the files
+            of Sentence Transformers in the text encoder's folder, or `"cls"`.
+        fields: Other fields of [`TripsConfig`].
 
     Returns:
-        The model in evaluation mode and a report. What is new is logged as a warning, too.
+        The model in evaluation mode and a [`ConversionReport`].
 
     Raises:
-        ConversionError: if a model is of another kind, or its weights are not as expected.
+        ConversionError: A model is not supported, or its weights are not as expected.
     """
     text_source = text
     vision, text = _load(vision, "vision", VISION_TYPES), _load(text, "text", TEXT_TYPES)
@@ -163,15 +162,15 @@ def _plan(
     model_class, vision: PreTrainedConfig, text: PreTrainedConfig, config: TripsConfig, decoder_from_text: bool
 ) -> ConversionPlan:
     left_out = {
-        r"vision\.pooler\..*|text\.pooler\..*": "poolers, which TRIPS has not",
-        r"vision\.embeddings\.distillation_token": "the distillation token, which TRIPS has not",
-        r"vision\.embeddings\.mask_token": "the mask token, which only DINOv2's training uses",
+        r"vision\.pooler\..*|text\.pooler\..*": "poolers",
+        r"vision\.embeddings\.distillation_token": "the distillation token",
+        r"vision\.embeddings\.mask_token": "the mask token of DINOv2's training",
         r"vision\..*\.layer_scale[12]\.lambda1": "LayerScale, part of the projections before it",
-        r"vision\.(text_model|text_projection|visual_projection|logit_scale)\b.*": "of CLIP, but not of its tower",
+        r"vision\.(text_model|text_projection|visual_projection|logit_scale)\b.*": "parts of CLIP outside its tower",
     }
     num_used = config.text_config.num_hidden_layers + config.fusion_encoder_config.num_hidden_layers
     for number in range(num_used, text.num_hidden_layers):
-        left_out[rf"text\.encoder\.layer\.{number}\..*"] = "layers above those that are used"
+        left_out[rf"text\.encoder\.layer\.{number}\..*"] = "unused upper layers"
     return ConversionPlan(
         model_class=model_class.__name__,
         config=config,
@@ -198,27 +197,25 @@ def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: t
 
 
 def _check_type(config: PreTrainedConfig, part: str, model_types: tuple[str, ...]):
-    """Raises a `ConversionError` if a model of this configuration cannot become that part."""
+    """Raise a [`ConversionError`] if a model of this configuration is not supported as that part."""
     if config.model_type == "dinov2_with_registers":
         raise ConversionError(
-            f"`{part}` is a DINOv2 with register tokens, which TRIPS has no place for: take one without, such as "
+            f"`{part}` is a DINOv2 with register tokens, which are not supported. Use one without, such as "
             "facebook/dinov2-small."
         )
     if config.model_type not in model_types:
-        raise ConversionError(
-            f"`{part}` is a model of type {config.model_type!r}, but must be one of {', '.join(model_types)}."
-        )
+        raise ConversionError(f"`{part}` must be a model of type {', '.join(model_types)}, got {config.model_type!r}.")
     if getattr(config, "use_swiglu_ffn", False):
         raise ConversionError(
-            f"`{part}` is a DINOv2 with SwiGLU in its MLPs (`use_swiglu_ffn`), which TRIPS has not: take a smaller "
-            "one, such as facebook/dinov2-large; only the giant has it."
+            f"`{part}` is a DINOv2 with SwiGLU (`use_swiglu_ffn`), which is not supported. Use a smaller one, such as "
+            "facebook/dinov2-large."
         )
 
 
 def _with_layer_scale_folded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    DINOv2 multiplies what attention and MLP add to the stream by a vector each. As each ends with a projection, its
-    rows and bias may be multiplied instead.
+    Fold DINOv2's LayerScale, which multiplies the outputs of attention and MLP by a vector each, into the projections
+    before it.
     """
     projections = {"layer_scale1": "attention.o_proj", "layer_scale2": "mlp.fc2"}
     folded = dict(weights)
@@ -228,7 +225,7 @@ def _with_layer_scale_folded(weights: dict[str, torch.Tensor]) -> dict[str, torc
             continue
         for name in ("weight", "bias"):
             target = f"{match[1]}{projections[match[2]]}.{name}"
-            if target in weights:  # or its absence is told with that of all others
+            if target in weights:  # `convert_weights` reports missing ones
                 folded[target] = weights[target] * (scale[:, None] if name == "weight" else scale)
     return folded
 
@@ -253,7 +250,7 @@ def _text_fields(config: PreTrainedConfig) -> dict:
 
 
 def _unused_positions(config: PreTrainedConfig) -> int:
-    """RoBERTa numbers positions from the one behind that of the padding token on; the rows up to there have no use."""
+    """Return the number of unused rows: RoBERTa's positions start after the padding token's id."""
     return config.pad_token_id + 1 if config.model_type in ROBERTA_TYPES else 0
 
 
@@ -271,7 +268,7 @@ def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, 
         return _dinov2_rules(resample)
 
     def positions(table: torch.Tensor) -> torch.Tensor:
-        # DeiT has the distillation token's between those of [CLS] and of the patches.
+        # DeiT has the position of its distillation token after that of [CLS].
         return resample(torch.cat((table[:, :1], table[:, 2:]), dim=1) if source.model_type == "deit" else table)
 
     return (
@@ -334,7 +331,7 @@ def _embedding_rules(target: str, source: PreTrainedConfig) -> tuple[Rule, ...]:
 
 
 def _upper_layers(target: str, first_layer: int, num_layers: int) -> tuple[Rule, ...]:
-    """Self-attention and feed-forward of the layers `first_layer` to the last, for the lowest layers of `target`."""
+    """Return rules that map the layers from `first_layer` on, without cross-attention, to the first of `target`."""
     return tuple(
         Rule(
             rf"{target}\.encoder\.layer\.{number - first_layer}\.((?:attention|intermediate|output)\..*)",

@@ -43,7 +43,7 @@ def make_inputs(sizes=TINY, image_size=None):
 
 
 @torch.no_grad()
-def assert_computes_the_same(model, albef, sizes=TINY):
+def assert_same_outputs(model, albef, sizes=TINY):
     inputs = make_inputs(sizes)
     texts = inputs["input_ids"], inputs["attention_mask"]
     outputs = model.model(**inputs)
@@ -66,11 +66,11 @@ def assert_computes_the_same(model, albef, sizes=TINY):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_checkpoint_of_albef_computes_the_same_in_trips(task):
+def test_converted_albef_gives_the_same_outputs(task):
     source = random_checkpoint(task)
     model, report = convert_albef(source)
     assert detect_albef_task(source) == task
-    assert_computes_the_same(model, Albef(source))
+    assert_same_outputs(model, Albef(source))
     assert {*report.used, *report.left_out} == set(source) and not {*report.used} & {*report.left_out}
     assert not report.zero and all(name.startswith(("decoder.", "lm_head.")) for name in report.new)
     assert (report.new == []) == (task != "pretraining")
@@ -78,17 +78,17 @@ def test_a_checkpoint_of_albef_computes_the_same_in_trips(task):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["question-answering", "pretraining"])
-def test_a_checkpoint_of_albefs_true_size_computes_the_same_in_trips(task):
+def test_converted_full_size_albef_gives_the_same_outputs(task):
     source = random_checkpoint(task, BASE)
     source = {key: value for key, value in source.items() if "_m." not in key}
     model, _ = convert_albef(source, BASE, num_attention_heads=None)
     assert model.config.vision_config.num_attention_heads == model.config.text_config.num_attention_heads == 12
     assert model.config.vision_config.image_size == 384
-    assert_computes_the_same(model, Albef(source, BASE), BASE)
+    assert_same_outputs(model, Albef(source, BASE), BASE)
 
 
 @pytest.mark.parametrize("task", ["question-answering", "retrieval"])
-def test_only_momentum_copies_queues_copies_and_position_numbers_are_left_out(task):
+def test_only_unused_keys_are_left_out(task):
     _, report = convert_albef(random_checkpoint(task))
     others = [key for key, why in report.left_out.items() if why != "momentum copies"]
     copies = {
@@ -116,7 +116,7 @@ def test_only_momentum_copies_queues_copies_and_position_numbers_are_left_out(ta
         "text_decoder.cls.predictions.transform.dense.weight",
     ],
 )
-def test_a_missing_key_stops_the_conversion_and_is_named(key):
+def test_missing_key_raises(key):
     source = random_checkpoint("question-answering")
     del source[key]
     with pytest.raises(ConversionError, match=key.replace(".", r"\.")):
@@ -133,7 +133,7 @@ def test_a_missing_key_stops_the_conversion_and_is_named(key):
         "itm_head_m.weight",
     ],
 )
-def test_an_extra_key_stops_the_conversion_and_is_named(key):
+def test_extra_key_raises(key):
     source = random_checkpoint("retrieval") | {key: torch.zeros(2)}
     with pytest.raises(ConversionError, match=f"neither used nor left out by name \\(1\\):\n +{key}"):
         convert_albef(source)
@@ -151,29 +151,29 @@ def test_an_extra_key_stops_the_conversion_and_is_named(key):
         ("temp", (2,), r"temp \(2,\): temp.weight takes \(1,\)"),
     ],
 )
-def test_a_misshapen_key_stops_the_conversion_and_both_shapes_are_named(key, shape, message):
+def test_misshapen_key_raises_with_both_shapes(key, shape, message):
     source = random_checkpoint("retrieval") | {key: torch.zeros(shape)}
     with pytest.raises(ConversionError, match=message):
         convert_albef(source)
 
 
-def test_the_error_says_which_keys_the_sizes_were_read_from():
+def test_error_names_the_keys_of_the_sizes():
     source = random_checkpoint("retrieval")
     source["visual_encoder.patch_embed.proj.weight"] = torch.zeros(18, 3, 4, 4)
     with pytest.raises(ConversionError, match=r"read from visual_encoder.patch_embed.proj.weight \(18, 3, 4, 4\), "):
         convert_albef(source)
 
 
-def test_a_file_of_another_model_is_none_of_albefs():
-    with pytest.raises(ConversionError, match="no checkpoint of ALBEF"):
+def test_file_of_another_model_raises():
+    with pytest.raises(ConversionError, match="ALBEF"):
         detect_albef_task(["fc.weight", "text_decoder_m.bert.embeddings.LayerNorm.bias"])
 
 
 @pytest.mark.parametrize(("num_layers", "task"), [(12, "visual entailment"), (18, "NLVR2")])
-def test_albefs_other_tasks_are_refused_by_their_names(num_layers, task):
+def test_unsupported_tasks_of_albef_raise(num_layers, task):
     source = random_checkpoint("retrieval", TINY._replace(num_text_layers=num_layers))
     source = {key: value for key, value in source.items() if key.startswith(("visual_encoder.", "text_encoder."))}
-    with pytest.raises(ConversionError, match=f"ALBEF's checkpoint for {task}, whose classifier `cls_head` no TRIPS"):
+    with pytest.raises(ConversionError, match=f"{task}.*`cls_head`"):
         convert_albef(source | {"cls_head.0.weight": torch.zeros(16, 16)})
 
 
@@ -195,12 +195,10 @@ def test_albefs_other_tasks_are_refused_by_their_names(num_layers, task):
         ),
     ],
 )
-def test_lost_layers_stop_the_conversion_unless_the_model_is_known_to_have_less(lost, found, depths):
+def test_missing_layers_raise_unless_depths_are_given(lost, found, depths):
     source = random_checkpoint("question-answering")
     source = {key: value for key, value in source.items() if not key.startswith(lost)}
-    with pytest.raises(
-        ConversionError, match=rf"(?s){found}\n.*Is the source complete\? .*12 \(vision\).*as `depths`"
-    ):
+    with pytest.raises(ConversionError, match=rf"(?s){found}\n.*12 \(vision\).*`depths`"):
         convert_albef(source)
     if depths is not None:
         model, _ = convert_albef(source, depths=depths)
@@ -209,7 +207,7 @@ def test_lost_layers_stop_the_conversion_unless_the_model_is_known_to_have_less(
 
 
 @pytest.mark.parametrize("number", ["99999999", "9" * 5000])
-def test_a_layer_of_an_absurd_number_is_refused_before_a_model_is_made(number):
+def test_absurd_layer_numbers_raise_before_a_model_is_made(number):
     key = f"visual_encoder.blocks.{number}.norm1.weight"
     with pytest.raises(ConversionError, match="99999999"):
         convert_albef(random_checkpoint("retrieval") | {key: torch.zeros(2)})
@@ -229,24 +227,24 @@ def test_a_layer_of_an_absurd_number_is_refused_before_a_model_is_made(number):
         (torch.int64, "torch.int64 instead of floating point"),
     ],
 )
-def test_values_that_are_no_weights_stop_the_conversion_and_are_named(key, value, fault):
+def test_impossible_values_raise(key, value, fault):
     source = random_checkpoint("retrieval")
     if isinstance(value, torch.dtype):
         source[key] = source[key].to(value)
     else:
         source[key].view(-1)[-1] = value
-    with pytest.raises(ConversionError, match=rf"no trained weights': .* \(1\):\n +{key}: {fault}$"):
+    with pytest.raises(ConversionError, match=rf"values .*\(1\):\n +{key}: {fault}$"):
         convert_albef(source)
 
 
-def test_values_that_are_not_used_may_be_anything():
+def test_values_of_unused_keys_are_not_checked():
     source = random_checkpoint("retrieval")
     source["image_queue"].fill_(float("nan"))
     source["visual_encoder_m.cls_token"].fill_(float("inf"))
     convert_albef(source)
 
 
-def test_tied_embeddings_stay_tied_where_they_are_damaged():
+def test_damaged_tied_embeddings_stay_tied():
     source = random_checkpoint("pretraining")
     words = source["text_encoder.bert.embeddings.word_embeddings.weight"]
     words[3, 4] = float("nan")
@@ -255,67 +253,65 @@ def test_tied_embeddings_stay_tied_where_they_are_damaged():
         convert_albef(source)
 
 
-def test_sizes_of_which_there_is_no_model_are_named():
-    with pytest.raises(
-        ConversionError, match="no TRIPS model of these sizes and options: (?s:.*)`num_attention_heads`"
-    ):
+def test_unsupported_sizes_raise():
+    with pytest.raises(ConversionError, match="`num_attention_heads`"):
         convert_albef(random_checkpoint("retrieval"), num_attention_heads=5)
     with pytest.raises(ConversionError, match="`keep_rate`"):
         convert_albef(random_checkpoint("retrieval"), keep_rate=7.0)
     empty = {"visual_encoder.patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
-    with pytest.raises(ConversionError, match=r"visual_encoder.patch_embed.proj.weight is empty: it has shape \(0, 3"):
+    with pytest.raises(ConversionError, match=r"visual_encoder.patch_embed.proj.weight .*\(0, 3"):
         convert_albef(random_checkpoint("retrieval") | empty)
 
 
-def test_position_numbers_and_a_second_bias_need_not_be_there():
+def test_position_numbers_and_second_bias_are_optional():
     source = random_checkpoint("question-answering")
     expected = Albef(dict(source))
     for key in [key for key in source if "position_ids" in key or key.endswith("predictions.decoder.bias")]:
         del source[key]
-    assert_computes_the_same(convert_albef(source)[0], expected)
+    assert_same_outputs(convert_albef(source)[0], expected)
 
 
-def test_an_output_layer_of_its_own_is_kept_and_not_tied(tmp_path):
+def test_separate_output_layer_is_not_tied(tmp_path):
     source = random_checkpoint("question-answering")
     source["text_decoder.cls.predictions.decoder.weight"] = torch.randn(TINY.vocab, TINY.width)
     model, report = convert_albef(source)
     assert "text_decoder.cls.predictions.decoder.weight" in report.used
-    assert_computes_the_same(model, Albef(source))
+    assert_same_outputs(model, Albef(source))
     model.save_pretrained(tmp_path)
-    assert_computes_the_same(TripsForQuestionAnswering.from_pretrained(tmp_path), Albef(source))
+    assert_same_outputs(TripsForQuestionAnswering.from_pretrained(tmp_path), Albef(source))
 
 
-def test_of_two_names_of_one_bias_the_one_counts_that_is_loaded_last():
+def test_duplicate_bias_uses_the_one_loaded_last():
     source = random_checkpoint("question-answering")
     source["text_decoder.cls.predictions.bias"] = torch.ones(TINY.vocab)
     model, report = convert_albef(source)
     assert torch.equal(model.lm_head.decoder.bias, source["text_decoder.cls.predictions.decoder.bias"])
     assert report.left_out["text_decoder.cls.predictions.bias"] == "overwritten by the bias that is used"
-    assert_computes_the_same(model, Albef(source))
+    assert_same_outputs(model, Albef(source))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_values_that_are_random_key_by_key_convert(task):
+def test_random_values_convert(task):
     source = {key: torch.randn(shape) / 4 for key, shape in checkpoint_shapes(task).items()}
     model, report = convert_albef(source)
     assert {*report.used, *report.left_out} == set(source)
-    assert_computes_the_same(model, Albef(source))
+    assert_same_outputs(model, Albef(source))
 
 
-def test_the_number_of_heads_is_asked_for_where_heads_of_64_do_not_fit():
-    with pytest.raises(ConversionError, match="16 wide .* give `num_attention_heads`"):
+def test_unknown_number_of_heads_raises():
+    with pytest.raises(ConversionError, match="16 .*`num_attention_heads`"):
         convert_albef(random_checkpoint("retrieval"), num_attention_heads=None)
 
 
-def test_a_pretrained_checkpoint_serves_retrieval():
+def test_pretrained_checkpoint_converts_to_retrieval():
     source = random_checkpoint("pretraining")
     model, report = convert_albef(source, task="retrieval")
-    assert_computes_the_same(model, Albef(source))
+    assert_same_outputs(model, Albef(source))
     assert report.left_out["text_encoder.cls.predictions.transform.dense.weight"] == "not part of this task"
     assert report.new == []
 
 
-def test_a_decoder_starts_from_the_fusion_layers_of_a_pretrained_checkpoint():
+def test_decoder_starts_from_pretrained_fusion_layers():
     source = random_checkpoint("pretraining")
     model, report = convert_albef(source, task="question-answering")
     decoder = {key.replace("text_encoder.", "text_decoder."): value for key, value in source.items() if ".cls." in key}
@@ -326,12 +322,12 @@ def test_a_decoder_starts_from_the_fusion_layers_of_a_pretrained_checkpoint():
         for layer in range(6, 12):
             if key.startswith(f"text_encoder.bert.encoder.layer.{layer}."):
                 decoder[name.replace(f"layer.{layer}.", f"layer.{layer - 6}.")] = value
-    assert_computes_the_same(model, Albef(source | decoder))
+    assert_same_outputs(model, Albef(source | decoder))
     assert report.left_out["itm_head.weight"] == "not part of this task"
     assert report.new == []
 
 
-def test_a_task_needs_its_weights():
+def test_task_without_its_weights_raises():
     with pytest.raises(ConversionError, match="vision_proj.weight is missing"):
         convert_albef(random_checkpoint("question-answering"), task="retrieval")
     with pytest.raises(ConversionError, match="text_encoder.cls.predictions.transform.dense.weight"):
@@ -342,7 +338,7 @@ def test_a_task_needs_its_weights():
 
 @torch.no_grad()
 @pytest.mark.parametrize("k", [3, 8])
-def test_answers_are_ranked_as_albef_does_unless_by_their_likelihood(k):
+def test_answers_are_ranked_like_in_albef(k):
     source = random_checkpoint("question-answering")
     model, _ = convert_albef(source)
     inputs = make_inputs()
@@ -365,7 +361,7 @@ def test_answers_are_ranked_as_albef_does_unless_by_their_likelihood(k):
 
 
 @torch.no_grad()
-def test_positions_for_another_resolution_are_those_of_the_run_time_interpolation():
+def test_resampled_positions_match_run_time_interpolation():
     source = random_checkpoint("question-answering")
     (native, _), (larger, _) = convert_albef(source), convert_albef(source, image_size=20)
     assert larger.config.vision_config.grid_size == (5, 5)
@@ -373,14 +369,14 @@ def test_positions_for_another_resolution_are_those_of_the_run_time_interpolatio
     assert_close(larger.model(**inputs).last_hidden_state, native.model(**inputs).last_hidden_state)
 
 
-def test_the_schedule_is_set_and_the_text_selects():
+def test_schedule_is_set():
     model, _ = convert_albef(random_checkpoint("question-answering"), selection_layers=[3, 8], keep_rate=[0.5, 0.6])
     selection = model.model(**make_inputs()).selection
     assert [layer.kept_indices.shape[1] for layer in selection] == [5, 4]  # of 9 patches; of 5 and a fused token
     assert model.config.selection_guidance == "text"
 
 
-def test_the_key_lists_are_those_of_the_published_files():
+def test_key_lists_match_the_published_files():
     """Spot checks of the reference's lists: names, and that only the layers 6 to 11 see the image."""
     shapes = checkpoint_shapes("pretraining", BASE)
     assert shapes["visual_encoder.pos_embed"] == (1, 577, 768)

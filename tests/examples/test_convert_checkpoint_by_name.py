@@ -70,9 +70,9 @@ def test_a_folder_of_blip_converts_with_its_own_tokenizer(blip_folder, tmp_path)
 
 def test_other_models_of_blip_and_options_for_albef_are_refused(blip_folder, tmp_path):
     arguments = {"checkpoint": blip_folder, "output_dir": tmp_path / "out"}
-    with pytest.raises(ValueError, match="`num_attention_heads`: for ALBEF alone"):
+    with pytest.raises(ValueError, match="`num_attention_heads`"):
         convert(arguments, num_attention_heads=4)
-    with pytest.raises(ValueError, match="`task` cannot be 'retrieval': a BLIP"):
+    with pytest.raises(ValueError, match="`task` .*'retrieval'"):
         convert(arguments, task="retrieval")
     config = BlipConfig.from_pretrained(blip_folder)
     BlipForImageTextRetrieval(config).save_pretrained(tmp_path / "retrieval")
@@ -215,7 +215,7 @@ def test_a_weight_that_is_no_vilts_is_refused_by_name(vilt_arguments):
     "option", [{"task": "question-answering"}, {"num_attention_heads": 4}, {"depths": [1, 1, 1, 1]}]
 )
 def test_options_for_albef_are_refused_for_a_vilt(vilt_arguments, option):
-    with pytest.raises(ValueError, match=f"`{next(iter(option))}`: for ALBEF alone"):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
         convert(vilt_arguments, **option)
 
 

@@ -42,7 +42,7 @@ def assert_same(parts, model, case):
 
 @each_model_of_use
 @torch.no_grad()
-def test_the_parts_of_every_model_are_the_model(case):
+def test_parts_match_the_whole_model(case):
     model = case.make_model()
     parts = in_parts(model)
     assert isinstance(parts, case.model_class)
@@ -54,7 +54,7 @@ def test_the_parts_of_every_model_are_the_model(case):
 @each_model_of_use
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_every_model_gives_the_same_outputs_and_patches(case, backend, tmp_path):
+def test_exported_models_match_pytorch(case, backend, tmp_path):
     model = case.make_model()
     export_model(model, tmp_path, backend)
     assert_same(load_exported(tmp_path), model, case)
@@ -64,7 +64,7 @@ def test_every_model_gives_the_same_outputs_and_patches(case, backend, tmp_path)
 @pytest.mark.parametrize("guidance", [["image", "text"], "image"])
 @pytest.mark.parametrize("mode", ["topk", "mass"])
 @torch.no_grad()
-def test_schedules_that_the_image_begins(guidance, mode, tmp_path):
+def test_schedules_with_image_guidance_first(guidance, mode, tmp_path):
     """The image cache then holds what was selected, and with `mass` rows of padding."""
     case = CASES[0]
     model = case.make_model(selection_guidance=guidance, selection_mode=mode, selection_mass=0.5)
@@ -84,7 +84,7 @@ def answerers(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"min_new_tokens": 5}], ids=str)
-def test_answers_are_written_with_the_cache(answerers, options):
+def test_generate_uses_the_cache(answerers, options):
     model, exported = answerers
     answers = exported.generate(**inputs(), max_new_tokens=5, **options)
     assert torch.equal(answers, model.generate(**inputs(), max_new_tokens=5, **options))
@@ -98,7 +98,7 @@ def test_answers_are_ranked(answerers):
 
 
 @torch.no_grad()
-def test_what_encode_images_returns_serves_again(answerers):
+def test_image_caches_are_reusable(answerers):
     model, exported = answerers
     given = {**inputs(), "token_type_ids": (QUESTIONS > 6).long()}
     expected = model.model(**given)
@@ -144,17 +144,17 @@ def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
     ],
     ids=str,
 )
-def test_what_no_graph_takes_is_refused(answerers, changes, message):
+def test_unsupported_inputs_raise(answerers, changes, message):
     with pytest.raises(ValueError, match=message):
         answerers[1].model(**{**inputs(), "attention_mask": None, **changes})
 
 
-def test_a_static_cache_is_refused(answerers):
+def test_static_cache_raises(answerers):
     with pytest.raises(ValueError, match="cache_implementation"):
         answerers[1].generate(**inputs(), cache_implementation="static")
 
 
-def test_other_backends_dtypes_and_models_are_refused(tmp_path):
+def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
     model = CASES[0].make_model()
     for arguments, message in (
@@ -171,7 +171,7 @@ def test_other_backends_dtypes_and_models_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_openvino_reports_nothing_about_its_use():
+def test_openvino_telemetry_is_off():
     """In a process of its own, since what was imported stays."""
     pytest.importorskip("openvino")
     code = """

@@ -75,7 +75,7 @@ def exported(request, tmp_path_factory, calibration_file):
 
 
 @pytest.mark.slow
-def test_answers_and_patches_are_those_of_pytorch(exported, questions, expected):
+def test_answers_and_patches_match_pytorch(exported, questions, expected):
     """In float32 all of them; with fewer bits 99.7% of the answers, and nearly all patches."""
     (texts, right, images), (dtype, model, processor) = questions, exported
     answers, kept = answers_of(model, processor, texts, images)
@@ -131,7 +131,7 @@ def test_options_of_the_command_are_checked(tmp_path):
     ],
     ids=lambda columns: next(iter(columns)),
 )
-def test_a_file_that_trains_calibrates(columns, processor, tmp_path):
+def test_calibration_reads_training_files(columns, processor, tmp_path):
     """With paths relative to a folder, empty lines, and separators of lines within a text."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "images/1.png")
@@ -144,7 +144,7 @@ def test_a_file_that_trains_calibrates(columns, processor, tmp_path):
         assert inputs.keys() == expected.keys() and all(torch.equal(inputs[name], expected[name]) for name in inputs)
 
 
-def test_a_checkpoint_with_missing_weights_is_not_exported(tmp_path):
+def test_missing_weights_raise(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "torn")
     weights = load_file(tmp_path / "torn/model.safetensors")
     del weights[next(iter(weights))]

@@ -42,7 +42,7 @@ def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:
         ("2:image:0.5,3:text:0.5", {"fusion_type": "single_stream", "fuse_inattentive_tokens": False}),
     ],
 )
-def test_the_formula_counts_what_pytorch_counts(text, fields):
+def test_formula_matches_pytorch_counter(text, fields):
     schedule = SelectionSchedule.parse(text)
     config = config_of(schedule, **fields)
     cost = forward_cost(config, text_length=6)
@@ -54,7 +54,7 @@ def test_the_formula_counts_what_pytorch_counts(text, fields):
 
 
 @pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected", "single_stream"])
-def test_the_unpruned_model_is_counted_with_what_its_texts_share(fusion_type):
+def test_unpruned_cost_shares_the_image(fusion_type):
     fields = {"fusion_type": fusion_type}
     config = config_of(SelectionSchedule.parse(MIXED), **fields)
     cost = forward_cost(config, 6, UNPRUNED)
@@ -63,7 +63,7 @@ def test_the_unpruned_model_is_counted_with_what_its_texts_share(fusion_type):
     assert cost.tokens == (65,) * 4 != forward_cost(config, 6).tokens
 
 
-def test_a_linear_patch_embedding_and_images_that_are_no_squares_are_counted():
+def test_linear_patch_embedding_and_non_square_images():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     config = TripsConfig(
         vision_config={**sizes, "image_size": [32, 48], "patch_size": [16, 8], "selection_layers": []},
@@ -74,7 +74,7 @@ def test_a_linear_patch_embedding_and_images_that_are_no_squares_are_counted():
     assert forward_cost(config, 6).macs(1) == 12 * 3 * 16 * 8 * 32 + layer
 
 
-def test_a_schedule_is_written_and_read():
+def test_schedule_round_trip():
     schedule = SelectionSchedule.parse("3:image:0.5,6:image,12", keep_rate=0.5)
     assert schedule == make_schedule((3, 6, 12), ("image", "image", "text"), (0.5, 0.5, 0.5))
     assert str(schedule) == "3:image:0.5,6:image:0.5,12:text:0.5"
@@ -89,6 +89,6 @@ def test_a_schedule_is_written_and_read():
 
 
 @pytest.mark.parametrize("entry", ["", "x", "5:image:much", "5:image:0.7:more", "5:image:0.7:0.9:0.1:1"])
-def test_what_is_no_schedule_is_quoted(entry):
+def test_bad_schedule_raises_with_its_text(entry):
     with pytest.raises(ValueError, match=f"'{entry}'"):
         SelectionSchedule.parse(f"2,{entry}")

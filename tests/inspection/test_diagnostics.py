@@ -45,16 +45,16 @@ def test_entropy_of_half_precision_scores_is_full_precision():
     assert score_entropy(selection_of([0], scores=scores)).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_kept_patches_are_marked_and_fused_tokens_are_none():
+def test_fused_tokens_are_not_kept_patches():
     mask = kept_patches(selection_of([0, 3], [2, -1]), num_patches=4)
     assert mask.tolist() == [[True, False, False, True], [False, False, True, False]]
 
 
-def test_coverage_counts_a_patch_once_however_many_keep_it():
+def test_coverage_counts_a_patch_once():
     assert kept_coverage(selection_of([0, 1], [1, 2], [1, -1]), num_patches=4) == 0.75
 
 
-def test_sensitivity_is_zero_where_all_texts_keep_the_same_and_one_where_none_is_shared():
+def test_range_of_text_sensitivity():
     same, other = selection_of([0, 1], [0, 1]), selection_of([0, 1], [2, 3])
     image_index = torch.tensor([0, 0])
     assert text_sensitivity(same, image_index, num_patches=4) == 0.0
@@ -73,14 +73,14 @@ def test_sensitivity_needs_two_texts_of_one_image():
         text_sensitivity(selection_of([0], [1]), torch.tensor([0, 1]), num_patches=2)
 
 
-def test_share_inside_goes_by_the_patches_centres():
+def test_share_inside_uses_patch_centers():
     patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8], [0, 8, 8, 16]])
     # Centers at x = 4, 12, 20 in the first row; the region begins right after the first and ends at the third.
     assert share_inside(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
     assert share_inside(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
 
 
-def test_share_shown_goes_by_areas():
+def test_share_shown_uses_areas():
     patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]])
     # 4 x 8 pixels of the region of 16 x 8 in the second patch; 12 x 8 of it are in patches that were not kept.
     assert share_shown(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.25
@@ -88,7 +88,7 @@ def test_share_shown_goes_by_areas():
     assert share_shown(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
 
 
-def test_the_kept_hold_the_largest_scores_of_their_row():
+def test_kept_mass():
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])
     selection = selection_of([0, 2], [3, -2], scores=scores)  # the second row keeps one
     torch.testing.assert_close(kept_mass(selection), torch.tensor([0.7, 0.4]))

@@ -36,7 +36,7 @@ def colors(picture):
     return {color for _, color in picture.getcolors()}
 
 
-def test_kept_pixels_stay_and_dropped_pixels_fade(image):
+def test_dropped_pixels_fade(image):
     picture = draw_kept_patches(image, BOXES, outline=None, min_side=1)
     assert (picture.mode, picture.size) == ("RGB", (30, 20))
     for x in range(30):
@@ -58,7 +58,7 @@ def test_outline_runs_inside_the_kept_area_and_not_between_kept_patches(image):
     assert {picture.getpixel(at) for at in ((5, 9), (5, 10), (9, 15), (10, 15), (0, 5), (5, 0), (15, 19))} == {COLOR}
 
 
-def test_small_images_grow_pixel_by_pixel(image):
+def test_small_images_are_enlarged(image):
     image.putpixel((29, 19), (1, 2, 3))
     picture = draw_kept_patches(image, torch.tensor([[20.0, 10, 30, 20]]), outline=None, min_side=50)
     assert picture.size == (90, 60)  # 3 is the smallest whole factor that makes 20 at least 50
@@ -126,7 +126,7 @@ def test_any_mode_is_drawn():
     assert picture.getpixel((100, 100)) == (255, 255, 255)
 
 
-def test_wrong_arguments_are_named(image):
+def test_wrong_arguments_raise(image):
     with pytest.raises(ValueError, match="fade"):
         draw_kept_patches(image, BOXES, fade=1.5)
     with pytest.raises(ValueError, match=r"\(num_kept, 4\), got \(3, 3\)"):

@@ -51,7 +51,7 @@ class Counter:
 
 
 @pytest.mark.slow
-def test_nothing_cheaper_and_nothing_with_more_tokens_is_missed():
+def test_plan_matches_exhaustive_search():
     number, budget, min_kept = 3, 0.9, 0.2
     config = TripsConfig.from_preset("tiny", vision_config={"num_hidden_layers": 3})
     plan = plan_selection(config, number, 6, budget, min_kept)
@@ -82,19 +82,19 @@ def test_every_number_of_texts_has_its_budget():
     assert max(plan_selection(BASE, NUMBERS, 40, 0.8).most_tokens.ratios.values()) <= 0.8
 
 
-def test_few_texts_per_image_may_choose_early_and_many_late():
+def test_more_texts_per_image_select_later():
     first = [plan_selection(BASE, number, 40, 0.8).most_tokens.schedule for number in (1, 10)]
     assert guidances_in(first[0]) == ["text"] and first[0].layers[0] <= 5
     assert guidances_in(first[1])[:: len(first[1].layers) - 1] == ["image", "text"] and first[1].layers[-1] >= 11
 
 
-def test_the_schedules_that_are_written_about_are_candidates():
+def test_documented_schedules_are_candidates():
     candidates = set(candidate_schedules(BASE, guided_by_text=False))
     assert candidates >= {SelectionSchedule.parse(text) for text in NAMED}
     assert all(schedule.first_text_layer is not None for schedule in candidate_schedules(BASE))
 
 
-def test_a_single_stream_shares_no_layer_whoever_guides():
+def test_single_stream_shares_no_layer():
     config = TripsConfig.from_preset("tiny", fusion_type="single_stream")
     assert {guidance for schedule in candidate_schedules(config) for guidance in guidances_in(schedule)} == {"text"}
     by_text, by_image = plan_schedules(config, map(SelectionSchedule.parse, ("2:text:0.5", "2:image:0.5")), [1, 10], 6)
@@ -125,6 +125,6 @@ def test_a_single_stream_shares_no_layer_whoever_guides():
         ),
     ],
 )
-def test_what_cannot_be_is_said_in_words(numbers, options, message):
+def test_bad_options_raise(numbers, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan_selection(TripsConfig.from_preset("tiny"), numbers, **{"text_length": 6, "budget": 0.8, **options})

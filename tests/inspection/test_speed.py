@@ -30,7 +30,7 @@ def test_times_are_medians_of_the_pruned_and_of_the_unpruned_model(mode, monkeyp
 
 
 @pytest.mark.slow
-def test_the_slowest_of_a_hundred_rounds_are_told_of_both_models(monkeypatch):
+def test_percentile_99_of_both_models(monkeypatch):
     factors = list(range(1, 102))
     random.Random(0).shuffle(factors)
     monkeypatch.setitem(CLOCKS, "process", CountingClock(2, factors))
@@ -49,13 +49,13 @@ def test_sharing_images_is_compared_with_repeating_them(monkeypatch):
     assert row["throughput"] == pytest.approx(6 / row["latency"])
 
 
-def test_medians_are_of_the_timed_rounds(monkeypatch):
+def test_medians_exclude_warmup(monkeypatch):
     monkeypatch.setitem(CLOCKS, "process", CountingClock(1))
     matrix = torch.ones(10, 10)
     assert medians_in_turns({"a": lambda: matrix @ matrix}, 1, 5, "process") == {"a": MEDIAN * 1000}
 
 
-def test_a_model_in_training_is_timed_as_it_is_and_unpruned(monkeypatch):
+def test_seconds_of_both_restores_the_model(monkeypatch):
     model = setting().make_model("cpu")
     inputs = setting().make_inputs(model)
     monkeypatch.setitem(CLOCKS, "process", CountingClock(2))

@@ -1,4 +1,4 @@
-"""Models as graphs of ONNX Runtime and OpenVINO, which run on CPUs without PyTorch's eager mode."""
+"""Export of models to graphs of ONNX Runtime and OpenVINO for CPUs."""
 
 import sys
 
@@ -9,7 +9,7 @@ from packaging.version import Version
 if Version(transformers.__version__) < Version("5.24"):
     raise ImportError(f"Exported graphs need transformers>=5.24, got {transformers.__version__}.")
 
-# OpenVINO's tools report their use over the network, unless this package of theirs is missing at their import.
+# OpenVINO's tools send telemetry unless this package is missing at their import.
 sys.modules.setdefault("openvino_telemetry", None)
 
 from .exporting import BACKENDS, export_model  # noqa: E402

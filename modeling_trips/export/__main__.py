@@ -1,12 +1,12 @@
 """
-Export a checkpoint to graphs that ONNX Runtime or OpenVINO runs on CPUs, with its processor: one folder, which
-`load_exported` loads as the model that it was.
+Export a checkpoint with its processor to a folder of graphs for ONNX Runtime or OpenVINO on CPUs. `load_exported`
+loads the folder as a model of the same class.
 
     python -m modeling_trips.export --model demo/model --output_dir demo-openvino
     python -m modeling_trips.export --model org/trips-vqa --backend onnx --dtype int8 --output_dir vqa-onnx
 
-The graphs have the schedule and the image size of the checkpoint. Their answers and kept patches are those of PyTorch
-in float32; what is the fastest on a machine, benchmarks/export_speed.py measures.
+The schedule and the image size are fixed at export. In float32, answers and kept patches match PyTorch. Measure speed
+with benchmarks/export_speed.py.
 """
 
 import json
@@ -27,44 +27,43 @@ from ..inspection.checkpoints import load_checkpoint
 from .exporting import BACKENDS, check_folder, check_options, export_model
 
 
-NUM_CALIBRATION_ROWS = 300  # as many as NNCF looks at
+NUM_CALIBRATION_ROWS = 300  # NNCF reads no more
 TEXT_COLUMNS = ("question", "text", "caption", "captions", "expression")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Leaves the lines of the docstring as they are."""
+    """Formatter that keeps the line breaks of the docstring."""
 
 
 @dataclass
 class ExportArguments:
-    model: str = field(metadata={"help": "The checkpoint: a folder, or a name on the Hub."})
-    output_dir: str = field(metadata={"help": "Folder to write. It must be empty, or not exist yet."})
-    backend: str = field(default="openvino", metadata={"help": f"What is to run it: {' or '.join(BACKENDS)}."})
-    dtype: str = field(default="fp32", metadata={"help": "fp32; bf16 (openvino); int8: weights of 8 bits."})
+    model: str = field(metadata={"help": "Folder or Hub repository of the checkpoint."})
+    output_dir: str = field(metadata={"help": "Output folder, empty or new."})
+    backend: str = field(default="openvino", metadata={"help": f"Runtime: {' or '.join(BACKENDS)}."})
+    dtype: str = field(default="fp32", metadata={"help": "fp32, bf16 (openvino) or int8 (8-bit weights)."})
     calibration_file: str | None = field(
         default=None,
         metadata={
-            "help": "JSONL file that trains the model, for openvino with int8: activations are rounded by what its "
-            f"first {NUM_CALIBRATION_ROWS} rows give. Faster than without."
+            "help": f"JSONL file whose first {NUM_CALIBRATION_ROWS} rows calibrate 8-bit activations (openvino, int8)."
         },
     )
     image_root: str | None = field(
         default=None,
-        metadata={"help": "Folder that paths in --calibration_file are relative to. Default: that of the file."},
+        metadata={"help": "Root folder of the image paths in --calibration_file. Default: its folder."},
     )
     keep_rate: list[float] | None = field(
-        default=None, metadata={"help": "Share of the tokens kept, of all selection layers or of each. 1.0: all."}
+        default=None, metadata={"help": "Share of the tokens kept: one value, or one per layer. 1.0: unpruned."}
     )
 
     def __post_init__(self):
         check_options(self.backend, self.dtype, self.calibration_file is not None)
         check_folder(self.output_dir)
         if self.image_root is not None and self.calibration_file is None:
-            raise ValueError("--image_root goes with --calibration_file.")
+            raise ValueError("--image_root needs --calibration_file.")
 
 
 def load_model(args: ExportArguments) -> TripsPreTrainedModel:
-    """The checkpoint in its own class, at the schedule that is asked for."""
+    """Load the checkpoint in its own class, with the given schedule."""
     fields: dict[str, Any] = {}
     if args.keep_rate is not None:
         fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
@@ -74,7 +73,7 @@ def load_model(args: ExportArguments) -> TripsPreTrainedModel:
 def read_calibration(
     path: str, image_root: str | None, processor: TripsProcessor
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's inputs, row by row."""
+    """Yield the model's inputs for each row."""
     folder = Path(path).parent if image_root is None else Path(image_root)
     with open(path, "rb") as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
@@ -83,12 +82,12 @@ def read_calibration(
                 row = json.loads(line)
                 text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
                 if text is None or not row.get("image"):
-                    raise ValueError(f"it has {', '.join(row) or 'nothing'}")
+                    raise ValueError(f"got {', '.join(row) or 'nothing'}")
                 text = text[0] if isinstance(text, list) else text
                 yield dict(processor(images=folder / row["image"], text=text, return_tensors="pt"))
             except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"--calibration_file {path}, line {number}, needs an `image` (a path relative to --image_root) "
+                    f"--calibration_file {path}, line {number}, needs an `image` (relative to --image_root) "
                     f"and one of {', '.join(TEXT_COLUMNS)}: {error}"
                 ) from error
 
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None):
                 raise ValueError(f"--calibration_file {args.calibration_file} has no rows.")
         export_model(model, folder, args.backend, args.dtype, calibration)
         processor.save_pretrained(folder)
-    print(f"Written to {args.output_dir}: a {type(model).__name__} for {args.backend}, {args.dtype}.")
+    print(f"Exported {type(model).__name__} for {args.backend} in {args.dtype} to {args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a model to a folder of graphs, with Transformers' exporters."""
+"""Export of a model to a folder of graphs with Transformers' exporters."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -30,35 +30,35 @@ from .graphs import Graph, graphs_of, trunk_of
 from .running import HEAD_FILE, assemble
 
 
-# The precisions of each backend. ONNX Runtime has no bfloat16 on CPUs.
+# ONNX Runtime does not support bfloat16 on CPUs.
 BACKENDS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 
-# The parts of a model whose weights are in graphs.
+# Prefixes of weights in graphs.
 IN_GRAPHS = ("model.", "decoder.", "lm_head.")
 
 
 def check_options(backend: str, dtype: str, is_calibrated: bool = False):
-    """Raises a `ValueError` if a backend has not this precision, or has no use for data."""
+    """Raise a `ValueError` if the backend does not support the dtype or calibration."""
     if dtype not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
-        raise ValueError(f"There is no backend {backend!r} with the dtype {dtype!r}. There are {known}.")
+        raise ValueError(f"`backend` and `dtype` must be one of {known}, got {backend!r} and {dtype!r}.")
     if is_calibrated and (backend, dtype) != ("openvino", "int8"):
-        raise ValueError(f"Calibration is for openvino with int8: leave it out for {backend} with {dtype}.")
+        raise ValueError(f"Calibration is only supported for openvino with int8, got {backend} with {dtype}.")
 
 
 def check_folder(folder: str | Path):
-    """Raises a `ValueError` if there is something in a folder to write to."""
+    """Raise a `ValueError` unless the output folder is empty or new."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty. Choose another folder, or remove it first.")
+        raise ValueError(f"{folder} exists and is not empty. Choose another folder or remove it.")
 
 
 def make_exporter(backend: str, dtype: str, is_calibrated: bool) -> tuple[HfExporter, DynamoConfig]:
-    """Transformers' exporter of a backend, and its options for a precision."""
+    """Return Transformers' exporter of a backend and its options for a dtype."""
     if backend == "onnx":
         quantizer = None
         if dtype == "int8":
-            # Scales of weights are found by column, those of activations as they come: no data is needed.
+            # Weights have a scale per column, activations a dynamic one, so no calibration is needed.
             options = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
             quantizer = OnnxRuntimeQuantizer(options)
         return OnnxExporter(), OnnxConfig(ort_fusions="cpu", quantizer=quantizer)
@@ -76,27 +76,23 @@ def export_model(
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
 ):
     """
-    Writes the graphs of a model to a folder, which [`load_exported`] loads.
+    Export a model to a folder of graphs, which [`load_exported`] loads.
 
-    The schedule and the size of images are those of the model's configuration; how many texts and images there are and
-    how long the texts are is free. Graphs are taken of [`TripsModel`] and of the models for tasks, but not of
-    [`TripsForPreTraining`].
+    The schedule and the image size of the model's configuration are fixed. Numbers of texts and images and the length
+    of texts are dynamic.
 
     Args:
-        model (`TripsPreTrainedModel`): it is left as it was.
-        folder (`str` or `Path`): to write to. It must be empty, or not exist yet.
-        backend (`str`, *optional*, defaults to `"openvino"`): what is to run the graphs: `"openvino"`, or `"onnx"` for
-            ONNX Runtime.
-        dtype (`str`, *optional*, defaults to `"fp32"`): what they compute in: `"fp32"`; `"bf16"` (OpenVINO); or
-            `"int8"`: weights of 8 bits, and activations that are rounded to 8 bits as they come, each batch by its own
-            scale.
-        calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): some inputs of the model, as the processor
-            makes them, for OpenVINO with `"int8"`: activations are rounded by scales that suit these, and stay in 8
-            bits from layer to layer, which is faster.
+        model (`TripsPreTrainedModel`): [`TripsModel`] or a model with a head, but not [`TripsForPreTraining`].
+        folder (`str` or `Path`): Output folder, empty or new.
+        backend (`str`, *optional*, defaults to `"openvino"`): `"openvino"`, or `"onnx"` for ONNX Runtime.
+        dtype (`str`, *optional*, defaults to `"fp32"`): `"fp32"`, `"bf16"` (OpenVINO), or `"int8"`: 8-bit weights, and
+            activations that are quantized to 8 bits with a scale per batch.
+        calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Inputs of the model, for OpenVINO with
+            `"int8"`. They determine fixed scales, so activations stay in 8 bits between layers, which is faster.
 
     Raises:
-        ValueError: if the backend has not this dtype, there are no graphs of such a model, or the folder is not empty.
-        ImportError: if a package of the extra `export` is missing.
+        ValueError: The backend does not support the dtype, the model is not supported, or the folder is not empty.
+        ImportError: A package of the extra `export` is not installed.
     """
     check_options(backend, dtype, calibration is not None)
     check_folder(folder)
@@ -122,7 +118,7 @@ def export_model(
 
 
 def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights that stay in PyTorch."""
+    """Return the weights that stay in PyTorch."""
     if isinstance(model, TripsModel):
         return {}
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(IN_GRAPHS)}
@@ -130,7 +126,7 @@ def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
 
 def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) -> TripsConfig:
     """
-    The configuration of an export. It names the class and what graphs compute in, but no code: the folder has none.
+    Return the configuration of an export, with the class and the dtype of the graphs, but without references to code.
     """
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], dtype
@@ -139,7 +135,7 @@ def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) ->
 
 
 class Recorder:
-    """Runs a part in PyTorch, in place of its graph, and keeps what it is given."""
+    """Part that runs in PyTorch instead of its graph and records its inputs."""
 
     def __init__(self, module: nn.Module):
         self.module, self.calls = module, []
@@ -153,7 +149,7 @@ class Recorder:
 def record(
     graphs: dict[str, Graph], config: TripsConfig, head: dict, generation_config, calibration: Iterable[Mapping]
 ) -> dict[str, list[dict]]:
-    """What each part is given while the model does what it is for."""
+    """Record the inputs of each part while the model processes the calibration data."""
     recorders = {name: Recorder(graph.module) for name, graph in graphs.items()}
     model = assemble(config, recorders, head, generation_config)
     for inputs in calibration:

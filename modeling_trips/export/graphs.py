@@ -1,15 +1,15 @@
 """
-The parts of a model that become graphs, each with the inputs that it is traced with.
+Parts of a model that become graphs, with the inputs for tracing.
 
     text             ids, types, mask           -> states of the text
-    images           pixels                     -> image_cache: all that no text has touched
+    images           pixels                     -> image_cache: image states that depend on no text
     fusion           states, mask, image_cache  -> fused states, kept patches
-    image_features   image_cache                -> states of the image alone, for retrieval
-    cross_attention  fused states               -> keys and values that the decoder reads at every step
+    image_features   image_cache                -> image states without a text, for retrieval
+    cross_attention  fused states               -> keys and values of the decoder's cross-attention
     decoder          tokens, keys and values    -> logits, keys and values of these tokens
 
-The numbers of texts and images, and the lengths of texts and answers vary; the size of images and the schedule are
-those of the configuration, so that all numbers of image tokens are constants.
+The numbers of texts and images and the lengths of texts and answers are dynamic. The image size and the schedule are
+fixed, so all numbers of image tokens are constants.
 """
 
 from dataclasses import replace
@@ -36,14 +36,14 @@ from modeling_trips import (
 from ..modeling_trips_vision import select_rows
 
 
-# Sizes to trace with: all differ, or what is equal by chance would stay so.
+# Sizes for tracing. All differ, because tracing fixes equal sizes as equal.
 NUM_IMAGES, NUM_TEXTS, TEXT_LENGTH, ANSWER_LENGTH, CACHE_LENGTH = 3, 4, 5, 6, 2
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # one pair for each layer
 
 
 class Graph(NamedTuple):
-    """A part of a model, the arguments that it is traced with, and which of their dimensions vary."""
+    """Part of a model with its arguments for tracing and their dynamic dimensions."""
 
     module: nn.Module
     inputs: dict[str, Any]
@@ -56,7 +56,7 @@ def fields_of(image_cache: TripsImageCache) -> dict[str, Any]:
 
 
 def tensors_of(image_cache: TripsImageCache) -> list[torch.Tensor]:
-    """Return the tensors of an image cache in order, as graphs take them."""
+    """Return the tensors of an image cache in the order of the graphs' inputs."""
     return tree_leaves(fields_of(image_cache))
 
 
@@ -70,7 +70,7 @@ class ImagesPart(nn.Module):
 
 
 class PartBehindCache(nn.Module):
-    """A part that takes the tensors of an image cache. The other fields are those of `image_cache`."""
+    """Part that takes the tensors of an image cache. `image_cache` has the other fields."""
 
     def __init__(self, model: TripsModel, image_cache: TripsImageCache):
         super().__init__()
@@ -133,7 +133,7 @@ class DecoderPart(nn.Module):
         cache = EncoderDecoderCache(DynamicCache(own), DynamicCache(cross))
         decoded = self.decoder(
             input_ids,
-            encoder_hidden_states=cross[0][0].transpose(1, 2).flatten(2),  # looked at for its shape
+            encoder_hidden_states=cross[0][0].transpose(1, 2).flatten(2),  # only its shape is used
             encoder_attention_mask=encoder_attention_mask,
             cache=cache,
         )
@@ -144,24 +144,24 @@ class DecoderPart(nn.Module):
 
 def trunk_of(model: TripsPreTrainedModel) -> TripsModel:
     """
-    The [`TripsModel`] in a model.
+    Return the [`TripsModel`] in a model.
 
     Raises:
-        ValueError: if there is none, or the model is for pre-training, whose outputs are losses.
+        ValueError: The model has none, or is for pre-training, whose outputs are losses.
     """
     trunk = model if isinstance(model, TripsModel) else getattr(model, "model", None)
     if not isinstance(trunk, TripsModel) or isinstance(model, TripsForPreTraining):
         raise ValueError(
-            f"A {type(model).__name__} is not exported: a TripsModel is, and every model for a task. Load the "
-            "checkpoint as one of them."
+            f"Export is not supported for {type(model).__name__}. Load the checkpoint as a TripsModel or as a model "
+            "for a task."
         )
     return trunk
 
 
 def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
-    """The graphs of a model, by their names."""
+    """Return the graphs of a model by name."""
     trunk = trunk_of(model)
-    with torch.device("meta"):  # numbers of tokens that depend on scores are as large as they can be there
+    with torch.device("meta"):  # on meta, numbers of tokens that depend on scores have their maximum
         twin = TripsModel(trunk.config).eval()
         samples = sample_outputs(twin)
     texts, images = Dim("num_texts", max=2**16), Dim("num_images", max=2**16)
@@ -173,7 +173,7 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
     graphs = {
         "text": Graph(
             trunk.text_model,
-            # Three tensors, or they were taken for one.
+            # Separate tensors, because tracing merges identical ones.
             {"input_ids": torch.ones_like(mask), "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)},
             {"input_ids": by_token, "attention_mask": by_token, "token_type_ids": by_token},
         ),
@@ -199,12 +199,12 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
 
 
 def image_shape(config: TripsVisionConfig) -> tuple[int, ...]:
-    """Height and width in pixels."""
+    """Return height and width in pixels."""
     return tuple(patches * side for patches, side in zip(config.grid_size, config.patch_shape))
 
 
 def sample_outputs(model: TripsModel) -> dict[str, torch.Tensor | TripsImageCache]:
-    """What goes from part to part of a model on the meta device: zeros of the same shapes on the CPU."""
+    """Return zeros on the CPU with the shapes of the values between the parts of a model."""
     config = model.config.vision_config
     pixel_values = torch.zeros(NUM_IMAGES, config.num_channels, *image_shape(config))
     text_states = torch.zeros(NUM_TEXTS, TEXT_LENGTH, model.config.text_config.hidden_size)

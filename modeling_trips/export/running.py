@@ -1,4 +1,4 @@
-"""From a folder of graphs to a model: the class of the checkpoint, whose parts are graphs."""
+"""Loading of exported models: the class of the checkpoint with graphs as its parts."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,52 +28,51 @@ from ..modeling_trips_text import check_counts, check_image_index, check_image_s
 from .graphs import image_shape, tensors_of
 
 
-Runners = Mapping[str, Callable]  # by the name of a graph: its keyword arguments -> its outputs
+Runners = Mapping[str, Callable]  # name of a graph -> function from its keyword arguments to its outputs
 
-# What a folder holds besides graphs and configurations: the few weights of a head that stay in PyTorch.
+# Weights of a head that stay in PyTorch.
 HEAD_FILE = "head.safetensors"
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPreTrainedModel:
     """
-    Loads what [`export_model`] wrote, to run on CPUs.
+    Load a model that [`export_model`] wrote, to run on CPUs.
 
-    The model has the class of the exported one, so that `generate`, `rank_answers`, `match`, `get_text_features`,
-    pipelines and all else is the same code. Only its parts are graphs, and what lies inside them is fixed: the size of
-    images and the schedule are those of the exported model, and it gives neither hidden states nor attentions. It does
-    not train.
+    The model has the class of the exported one, so `generate`, `rank_answers`, `match`, `get_text_features` and
+    pipelines work. The image size and the schedule are fixed, hidden states and attentions are not returned, and
+    training is not supported.
 
     Args:
-        folder (`str` or `Path`): of the export.
-        num_threads (`int`, *optional*): of ONNX Runtime or OpenVINO. By default as many as PyTorch has.
+        folder (`str` or `Path`): Folder of the export.
+        num_threads (`int`, *optional*): Threads of ONNX Runtime or OpenVINO. Default: PyTorch's number of threads.
 
     Returns:
-        A model in evaluation, on the CPU. Its outputs are float32, whatever the graphs compute in.
+        A model in evaluation mode on the CPU, with float32 outputs for every dtype of the graphs.
 
     Raises:
-        FileNotFoundError: if the folder holds no export.
-        ImportError: if onnxruntime or openvino, which it was made for, is missing.
-        ValueError: if its head is of another model.
+        FileNotFoundError: The folder has no export.
+        ImportError: onnxruntime or openvino is not installed.
+        ValueError: The head is of another model.
     """
     folder = Path(folder)
     if not is_exported(folder):
-        raise FileNotFoundError(f"{folder} holds no export: make one with `python -m modeling_trips.export`.")
+        raise FileNotFoundError(f"{folder} has no exported model. Make one with `python -m modeling_trips.export`.")
     options = runner_options(folder, num_threads or torch.get_num_threads())
     exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
     return assemble(exported.config, exported.runners, load_file(folder / HEAD_FILE), exported.generation_config)
 
 
 def runner_options(folder: Path, num_threads: int) -> dict:
-    """How the runtime of an export is to run it, as `ExportedModel.from_pretrained` takes it."""
+    """Return the options of `ExportedModel.from_pretrained` for the runtime of an export."""
     manifest = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
     backend = manifest["export_format"]
-    runtime = import_module(RUNTIMES[backend])  # an error names it
+    runtime = import_module(RUNTIMES[backend])
     if backend == "onnx":
         options = runtime.SessionOptions()
         options.intra_op_num_threads = num_threads
         return {"session_options": options}
-    # Weights are float32, and OpenVINO would compute in bfloat16 wherever the processor can, if it were not told.
+    # OpenVINO computes float32 weights in bfloat16 by default if the CPU supports it.
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[TripsConfig.from_pretrained(folder).dtype]
     return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
 
@@ -84,7 +83,7 @@ def assemble(
     head: dict[str, torch.Tensor],
     generation_config: GenerationConfig | None = None,
 ) -> TripsPreTrainedModel:
-    """A model of the class that its configuration names: `runners` are its parts, `head` the weights that are left."""
+    """Assemble a model of the configuration's class from its parts (`runners`) and its remaining weights (`head`)."""
     trunk, model_class = TripsGraphModel(config, runners), getattr(modeling_trips, config.architectures[0])
     if issubclass(model_class, TripsModel):
         return trunk.eval()
@@ -96,25 +95,25 @@ def assemble(
         model.generation_config = generation_config
     missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
     if unexpected or missing != ["model.no_parameter"]:
-        raise ValueError(f"{HEAD_FILE} is of another {model_class.__name__}: export again.")
+        raise ValueError(f"{HEAD_FILE} does not fit this {model_class.__name__}. Export the model again.")
     return model.eval()
 
 
 def run(runner: Callable, options: dict, **inputs):
-    """What a graph makes of its inputs. `options` are those that PyTorch's forward passes take besides."""
+    """Run a graph. `options` are further arguments of PyTorch's forward pass, which graphs do not support."""
     given = [f"`{name}`" for name, value in options.items() if value is not None and value is not False]
     if given:
-        raise ValueError(f"An exported model does not take {', '.join(given)}: ask the model that it was made of.")
+        raise ValueError(f"An exported model does not support {', '.join(given)}. Use the original model.")
     return runner(**inputs)
 
 
 def mask_of(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-    """The mask of `(num_texts, text_length, ...)`, which graphs always take."""
+    """Return the mask of `(num_texts, text_length, ...)`, which graphs require."""
     return torch.ones(tokens.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
 
 
 class GraphTextModel(nn.Module):
-    """In place of a [`TripsTextModel`]."""
+    """Graph that replaces a [`TripsTextModel`]."""
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super().__init__()
@@ -128,7 +127,7 @@ class GraphTextModel(nn.Module):
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        # A graph may read past the end of a table.
+        # Graphs do not check bounds.
         check_text_length(input_ids.shape[1], self.config.max_position_embeddings)
         return run(
             self.runners["text"],
@@ -140,7 +139,7 @@ class GraphTextModel(nn.Module):
 
 
 class GraphVisionModel(nn.Module):
-    """In place of a [`TripsVisionModel`], for its two uses without a text."""
+    """Graphs that replace a [`TripsVisionModel`] in its two uses without a text."""
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super().__init__()
@@ -150,7 +149,7 @@ class GraphVisionModel(nn.Module):
         size = image_shape(self.config)
         if tuple(pixel_values.shape[2:]) != size:
             raise ValueError(
-                f"The graphs take images of {size[0]} x {size[1]} pixels, got {tuple(pixel_values.shape)}: export "
+                f"The graphs need images of {size[0]} x {size[1]} pixels, got {tuple(pixel_values.shape)}. Export "
                 "again with another `image_size`."
             )
         fields = run(self.runners["images"], kwargs, pixel_values=pixel_values.float())
@@ -165,14 +164,14 @@ class GraphVisionModel(nn.Module):
 
 
 class TripsGraphModel(TripsModel):
-    """A [`TripsModel`] whose parts are graphs."""
+    """[`TripsModel`] whose parts are graphs."""
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super(TripsModel, self).__init__(config)  # without the parts
         self.runners = runners
         self.text_model = GraphTextModel(config, runners)
         self.vision_model = GraphVisionModel(config, runners)
-        # By their parameters, models know their device and dtype.
+        # Models read their device and dtype from their parameters.
         self.no_parameter = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def fuse(
@@ -216,7 +215,7 @@ class TripsGraphModel(TripsModel):
 
 
 class GraphDecoder(nn.Module):
-    """In place of a [`TripsDecoder`] and the head behind it: its states are logits. The cache is Transformers'."""
+    """Graph that replaces a [`TripsDecoder`] with its head. Its states are logits, its cache is Transformers'."""
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super().__init__()
@@ -257,11 +256,10 @@ class GraphDecoder(nn.Module):
         )
 
     def key_values(self, cache: DynamicCache, num_texts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Those of the tokens written so far: none at first."""
+        """Return the keys and values of the generated tokens."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(
-                f"An exported model keeps keys and values in a DynamicCache, not in a {type(cache).__name__}: leave "
-                "`cache_implementation` out."
+                f"An exported model needs a DynamicCache, got {type(cache).__name__}. Omit `cache_implementation`."
             )
         if cache.get_seq_length() > 0:
             return [(layer.keys, layer.values) for layer in cache.layers]

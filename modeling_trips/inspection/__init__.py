@@ -1,4 +1,4 @@
-"""Looking at a model: pictures of kept patches, diagnostics of its selection, its cost beside its unpruned twin."""
+"""Figures of kept patches, diagnostics of the selection, and its cost against the unpruned baseline."""
 
 from .diagnostics import (
     image_sensitivity,

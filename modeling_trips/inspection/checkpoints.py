@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints as tools load them: with the head that they need, and whole."""
+"""Loading of checkpoints for tools, with checks of the head and the weights."""
 
 from collections.abc import Sequence
 from pathlib import Path

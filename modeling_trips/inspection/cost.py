@@ -1,6 +1,6 @@
 """
-What a forward pass of a [`TripsModel`] costs at a selection schedule, by a closed formula: multiply-accumulates of all
-matrix products and convolutions, the same number that PyTorch's `FlopCounterMode` counts, without running anything.
+Closed formula for the cost of a forward pass of a [`TripsModel`] at a selection schedule: multiply-accumulates (MACs)
+of all matrix products and convolutions, equal to those counted by PyTorch's `FlopCounterMode`.
 """
 
 import math
@@ -15,10 +15,12 @@ from ..patch_selection import num_kept_tokens
 @dataclass(frozen=True)
 class Cost:
     """
+    Cost of an image and its texts.
+
     Args:
-        per_image (`int`): multiply-accumulates that all texts of an image share.
-        per_text (`int`): those that each of its texts adds.
-        tokens (`tuple[int, ...]`): image tokens that leave each vision layer, [CLS] and fused tokens included.
+        per_image (`int`): MACs that all texts of an image share.
+        per_text (`int`): MACs of each text.
+        tokens (`tuple[int, ...]`): Image tokens after each vision layer, including [CLS] and fused tokens.
     """
 
     per_image: int
@@ -26,25 +28,25 @@ class Cost:
     tokens: tuple[int, ...]
 
     def macs(self, texts_per_image: float) -> float:
-        """Of one image and its texts, of which there may be a mean number."""
+        """Return the MACs of one image and its texts."""
         return self.per_image + texts_per_image * self.per_text
 
 
 def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSchedule | None = None) -> Cost:
     """
-    The cost of text encoder, vision tower and fusion encoder, for an image and the texts that share it through
-    `image_index`. Heads and decoders come on top.
+    Compute the cost of text encoder, vision tower and fusion encoder, for an image and the texts that share it through
+    `image_index`, without heads and decoders.
 
     Args:
-        config ([`TripsConfig`]): its `image_size` is that of the images.
-        text_length (`int`): tokens per text, padding included.
-        schedule ([`SelectionSchedule`], *optional*): in place of the configuration's own.
+        config ([`TripsConfig`]): Configuration of the model.
+        text_length (`int`): Tokens per text, including padding.
+        schedule ([`SelectionSchedule`], *optional*): Schedule. Default: that of the configuration.
 
     Returns:
         [`Cost`]
     """
     schedule = config.vision_config.schedule if schedule is None else schedule
-    macs = Counter()  # of an image, and of a text
+    macs = Counter()
     if config.fusion_type == "single_stream":
         tokens = _count_single_stream(config.vision_config, text_length, schedule, macs)
     else:
@@ -58,11 +60,11 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
     return Cost(macs["image"], macs["text"], tokens)
 
 
-# A configuration looks its fields up slowly: the loops below work with what was read before them.
+# Fields of a configuration are slow to read, so they are read before the loops below.
 
 
 def _layer(width: int, mlp_width: int, attending: int, transformed: int) -> int:
-    """Self-attention of so many tokens, and an MLP over so many."""
+    """Count self-attention over `attending` tokens and an MLP over `transformed` tokens."""
     return _attention(width, attending) + _mlp(width, mlp_width, transformed)
 
 
@@ -78,7 +80,7 @@ def _patch_embedding(config: TripsVisionConfig) -> int:
     patches, (height, width) = math.prod(config.grid_size), config.patch_shape
     if config.patch_embedding_type == "linear":
         return patches * config.num_channels * height * width * config.hidden_size
-    macs, channels = patches * config.hidden_size**2, config.num_channels  # a 1x1 convolution behind the others
+    macs, channels = patches * config.hidden_size**2, config.num_channels  # the last, 1x1 convolution
     for halvings_to_go in reversed(range(height.bit_length() - 1)):
         out_channels = config.hidden_size // 2**halvings_to_go
         macs += patches * 4**halvings_to_go * 9 * channels * out_channels
@@ -87,7 +89,7 @@ def _patch_embedding(config: TripsVisionConfig) -> int:
 
 
 def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[int, int]:
-    """Of [CLS] and candidates: how many tokens go on, and what fusing the others costs."""
+    """Return the number of tokens after a selection, including [CLS], and the MACs of the fusion."""
     candidates, width, fuses = tokens - 1, config.hidden_size, int(config.fuse_inattentive_tokens)
     num_kept = num_kept_tokens(candidates, keep_rate)
     if num_kept == candidates:
@@ -96,7 +98,7 @@ def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[i
 
 
 def _count_tower(config: TripsVisionConfig, schedule: SelectionSchedule, macs: Counter) -> tuple[int, ...]:
-    """Adds up the vision tower, and returns the tokens that leave each layer."""
+    """Add the MACs of the vision tower, and return the tokens after each layer."""
     width, mlp_width = config.hidden_size, config.intermediate_size
     tokens, owner, selecting = 1 + math.prod(config.grid_size), "image", schedule.by_layer
     macs[owner] += _patch_embedding(config)
@@ -120,7 +122,7 @@ def _count_tower(config: TripsVisionConfig, schedule: SelectionSchedule, macs: C
 def _count_fusion(
     config: TripsFusionConfig, text_length: int, image_tokens: int, is_guided_by_text: bool, macs: Counter
 ):
-    """Adds up the fusion encoder. Keys and values of image tokens that no text has changed are the image's."""
+    """Add the MACs of the fusion encoder. Keys and values of image tokens that do not depend on a text are shared."""
     width, mlp_width, image_width = config.hidden_size, config.intermediate_size, config.cross_attention_hidden_size
     owner, connected_layers = "text" if is_guided_by_text else "image", config.connected_layers
     if connected_layers and config.encoder_hidden_size not in (None, width):
@@ -138,7 +140,7 @@ def _count_fusion(
 def _count_single_stream(
     config: TripsVisionConfig, text_length: int, schedule: SelectionSchedule, macs: Counter
 ) -> tuple[int, ...]:
-    """Adds up the joint layers, all of them the text's, and returns the image tokens that leave each."""
+    """Add the MACs of the joint layers, all per text, and return the image tokens after each layer."""
     width, mlp_width = config.hidden_size, config.intermediate_size
     tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.by_layer, []
     macs["image"] += _patch_embedding(config)

@@ -12,11 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Is the selection healthy? Numbers that tell whether the text picks the patches, and which ones.
-
-What can go wrong is that the same few patches are kept whatever the text says. Watch the entropy of the scores, how
-much of the image some text keeps, how far the texts of one image agree, and, where data names the region that a text
-is about, how much of what it keeps lies there. A [`TripsSelection`] is that of one selection layer.
+Diagnostics of a selection layer. The main failure is that the same patches are kept for every text. Watch the entropy
+of the scores, the coverage of the image, the sensitivity to the text, and, for data with regions, the patch precision.
 """
 
 import torch
@@ -27,10 +24,10 @@ from ..patch_selection import PADDING
 
 def score_entropy(selection: TripsSelection) -> torch.Tensor:
     """
-    How evenly the scores are spread: 1 if all candidates score alike (nothing is preferred), 0 if one has it all.
+    Compute the entropy of the scores over its maximum: 1 if all candidates score the same, 0 if one has all scores.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size,)`, float32: entropy over its largest possible value.
+        `torch.Tensor` of shape `(batch_size,)`, float32.
     """
     scores = selection.scores.float()
     entropy = -torch.special.xlogy(scores, scores).sum(dim=-1)
@@ -40,19 +37,18 @@ def score_entropy(selection: TripsSelection) -> torch.Tensor:
 
 def kept_mass(selection: TripsSelection) -> torch.Tensor:
     """
-    Share of the scores that the kept candidates hold: what the fused token is left with is the rest. At keep rate r it
-    is about r where nothing is preferred.
+    Compute the sum of the kept candidates' scores. At keep rate r it is about r if all candidates score the same.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float32.
     """
-    largest_first = selection.scores.float().sort(dim=-1, descending=True).values  # kept are the largest
+    largest_first = selection.scores.float().sort(dim=-1, descending=True).values
     return largest_first.cumsum(dim=-1).gather(1, num_kept(selection)[:, None] - 1)[:, 0]
 
 
 def num_kept(selection: TripsSelection) -> torch.LongTensor:
     """
-    How many candidates go on in each row: all the same, but with `selection_mode="mass"`.
+    Count the kept candidates of each row. Rows differ only in top-p selection.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size,)`.
@@ -62,60 +58,60 @@ def num_kept(selection: TripsSelection) -> torch.LongTensor:
 
 def kept_patches(selection: TripsSelection, num_patches: int) -> torch.BoolTensor:
     """
-    Which patches of the grid go on as themselves; neither a fused token nor padding is one.
+    Mark the kept patches of the grid, without fused tokens and padding.
 
     Returns:
         `torch.BoolTensor` of shape `(batch_size, num_patches)`.
     """
     kept = selection.kept_indices
     mask = torch.zeros(len(kept), num_patches + 1, dtype=torch.bool, device=kept.device)
-    mask.scatter_(1, kept.where(kept >= 0, num_patches), True)  # all others go to a column that is cut off
+    mask.scatter_(1, kept.where(kept >= 0, num_patches), True)  # the last column is cut off
     return mask[:, :num_patches]
 
 
 def kept_coverage(selection: TripsSelection, num_patches: int) -> float:
-    """Share of the grid's patches that at least one row keeps. Its least value is what a row keeps: all the same."""
+    """Compute the share of the grid's patches that at least one row keeps."""
     return kept_patches(selection, num_patches).any(dim=0).float().mean().item()
 
 
 def text_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, num_patches: int) -> float:
     """
-    How much the texts of one image differ in what they keep: 1 minus the mean Jaccard index of the kept sets of all
-    pairs of texts with the same image. 0: the text plays no part.
+    Compute 1 minus the mean Jaccard index of the kept patches over all pairs of texts with the same image. At 0, the
+    selection does not depend on the text.
 
     Args:
-        selection ([`TripsSelection`]): of texts of which some share their image.
-        image_index (`torch.LongTensor` of shape `(batch_size,)`): the image of each row.
-        num_patches (`int`): patches of the grid.
+        selection ([`TripsSelection`]): Selection for texts of which some share their image.
+        image_index (`torch.LongTensor` of shape `(batch_size,)`): Image of each row.
+        num_patches (`int`): Patches of the grid.
 
     Returns:
         `float` in [0, 1].
 
     Raises:
-        ValueError: if no two rows have the same image.
+        ValueError: No two rows have the same image.
     """
     same_image = image_index[:, None] == image_index
     if not same_image.triu(diagonal=1).any():
-        raise ValueError("No two rows have the same image: sensitivity to the text compares the texts of an image.")
+        raise ValueError("`image_index` must have two rows with the same image to compare their texts.")
     return 1 - _mean_jaccard(selection, num_patches, same_image)
 
 
 def image_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, num_patches: int) -> float:
     """
-    How much the rows of different images differ in what they keep, as in `text_sensitivity`. 0: the same patches are
-    kept whatever the image shows.
+    Compute 1 minus the mean Jaccard index of the kept patches over all pairs of rows with different images. At 0, the
+    selection does not depend on the image.
 
     Raises:
-        ValueError: if all rows have the same image.
+        ValueError: All rows have the same image.
     """
     other_image = image_index[:, None] != image_index
     if not other_image.any():
-        raise ValueError("All rows have the same image: sensitivity to the image compares rows of different ones.")
+        raise ValueError("`image_index` must have rows with different images to compare them.")
     return 1 - _mean_jaccard(selection, num_patches, other_image)
 
 
 def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.BoolTensor) -> float:
-    """The mean Jaccard index of the kept sets of pairs of rows, of which the half above the diagonal counts."""
+    """Compute the mean Jaccard index of the kept patches of pairs of rows, from the upper triangle of `pairs`."""
     kept = kept_patches(selection, num_patches).float()
     common = kept @ kept.T
     sizes = kept.sum(dim=-1)
@@ -125,12 +121,13 @@ def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.Bool
 
 def share_inside(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
-    Share of kept patches whose centre lies in a region. At random it is the region's share of the image.
+    Compute the patch precision: the share of kept patches whose center lies in a region. Random selection gives the
+    region's share of the image.
 
     Args:
-        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): (x0, y0, x1, y1) of the kept patches of one text, as
-            [`TripsProcessor.patch_boxes`] gives.
-        region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1), in the same pixels.
+        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): (x0, y0, x1, y1) of the kept patches of one text, see
+            [`TripsProcessor.patch_boxes`].
+        region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
 
     Returns:
         `float` in [0, 1]; 0 if nothing is kept.
@@ -142,11 +139,12 @@ def share_inside(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
 
 def share_shown(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
-    Share of a region's area that kept patches show. At random it is the share of the patches that are kept.
+    Compute the region recall: the share of a region's area in kept patches. Random selection gives the share of kept
+    patches.
 
     Args:
-        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): as in `share_inside`; patches do not overlap.
-        region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) of some area, in the same pixels.
+        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): As in `share_inside`; patches do not overlap.
+        region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
 
     Returns:
         `float` in [0, 1].

@@ -1,4 +1,4 @@
-"""How folders of exported models are told from checkpoints; needs no package of the extra `export`."""
+"""Detection of folders of exported models, without packages of the extra `export`."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Drawings of kept patches: which parts of the image a text made the model look at."""
+"""Figures of kept patches."""
 
 import os
 import textwrap
@@ -23,7 +23,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from ..image_decoding_trips import convert_to_rgb
 
 
-MAX_SIDE = 1024  # pixels of the longer side of every drawing
+MAX_SIDE = 1024  # longer side of every figure in pixels
 
 
 def draw_kept_patches(
@@ -34,19 +34,19 @@ def draw_kept_patches(
     min_side: int = 256,
 ) -> Image.Image:
     """
-    Draw the image with its dropped patches faded to white and its kept ones as they are, outlined.
+    Draw the image with dropped patches faded to white and kept patches outlined.
 
     Args:
         image (`PIL.Image.Image`):
             The original image, of any mode and size (see [`convert_to_rgb`]).
         boxes (`torch.Tensor` of shape `(num_kept, 4)`):
-            Boxes (x0, y0, x1, y1) of the kept patches in pixels of the image, as [`TripsProcessor.patch_boxes`] gives.
+            Boxes (x0, y0, x1, y1) of the kept patches in pixels of the image, see [`TripsProcessor.patch_boxes`].
         fade (`float`, *optional*, defaults to 0.75):
-            How far dropped patches go to white: 0 leaves them, 1 makes them white.
+            Fading of dropped patches, from 0 (none) to 1 (white).
         outline (`str`, *optional*, defaults to `"#d9480f"`):
-            Pillow color of the thin line around the kept area, inside it. `None` draws no line.
+            Pillow color of the line inside the border of the kept area. `None` draws no line.
         min_side (`int`, *optional*, defaults to 256):
-            Smaller images are enlarged by a whole factor, pixel by pixel, until their shorter side is that long.
+            Shorter side to which smaller images are enlarged by a whole factor.
 
     Returns:
         `PIL.Image.Image`: A new image of mode "RGB" whose longer side has at most 1024 pixels.
@@ -72,19 +72,18 @@ def fit_for_drawing(
     image: Image.Image, min_side: int = 1, max_side: int = MAX_SIDE
 ) -> tuple[Image.Image, torch.Tensor]:
     """
-    Resize an image to a size that is drawn fast.
+    Resize an image for drawing.
 
-    Larger images are reduced until their longer side has `max_side` pixels. Smaller images are enlarged by a whole
-    factor, pixel by pixel, until their shorter side has `min_side` pixels, as far as the longer side stays within
-    `max_side`.
+    Larger images are reduced to a longer side of `max_side` pixels. Smaller images are enlarged by a whole factor to
+    a shorter side of at least `min_side` pixels, but never beyond `max_side`.
 
     Args:
         image (`PIL.Image.Image`): Image of any mode and size (see [`convert_to_rgb`]).
         min_side, max_side (`int`, *optional*, default to 1 and 1024): Bounds of the sides in pixels.
 
     Returns:
-        `tuple[PIL.Image.Image, torch.Tensor]`: The image in mode "RGB", and the scale of its boxes (x0, y0, x1, y1), a
-        tensor of shape `(4,)` to multiply them by.
+        `tuple[PIL.Image.Image, torch.Tensor]`: The image in mode "RGB", and a tensor of shape `(4,)` that scales its
+        boxes (x0, y0, x1, y1).
     """
     image = convert_to_rgb(image)
     width, height = image.size
@@ -95,7 +94,7 @@ def fit_for_drawing(
 
 
 def _kept_mask(size: tuple[int, int], boxes: torch.Tensor) -> Image.Image:
-    """A mask (mode "L") of (width, height) that is 255 inside the boxes. Neighbours leave no gap."""
+    """Make a mask (mode "L") that is 255 inside the boxes, without gaps between neighbors."""
     mask = Image.new("L", size)
     draw = ImageDraw.Draw(mask)
     for x0, y0, x1, y1 in boxes.round().int().tolist():
@@ -105,9 +104,9 @@ def _kept_mask(size: tuple[int, int], boxes: torch.Tensor) -> Image.Image:
 
 
 def _edge_mask(mask: Image.Image, width: int) -> Image.Image:
-    """The part of a mask within `width` pixels of its border. The border of the whole picture does not count."""
+    """Return the part of a mask within `width` pixels of its border. The border of the image does not count."""
     inner = mask
-    for radius in ((width, 0), (0, width)):  # a blurred pixel is 255 where all pixels around it are
+    for radius in ((width, 0), (0, width)):  # a blurred pixel is 255 if all pixels around it are
         inner = inner.filter(ImageFilter.BoxBlur(radius)).point(lambda value: 255 if value == 255 else 0)
     return ImageChops.subtract(mask, inner)
 
@@ -121,9 +120,9 @@ def plot_selection(
     path: str | os.PathLike | None = None,
 ):
     """
-    Plot the image beside what each question made the model keep of it. Needs matplotlib.
+    Plot the image and the patches kept for each question. Needs matplotlib.
 
-    Columns are the original and the questions, each titled with its answer. Rows are the selection layers.
+    Columns are the original image and the questions with their answers. Rows are the selection layers.
 
     Args:
         image (`PIL.Image.Image`):
@@ -134,13 +133,12 @@ def plot_selection(
             For each question its kept boxes, of shape `(num_kept, 4)` (see [`draw_kept_patches`]), or a list of such
             tensors, one per selection layer.
         num_patches (`int`, *optional*):
-            Patches of the whole grid. If given, panels say "137 of 576 patches" rather than "137 patches".
+            Patches of the whole grid. If given, panels say "137 of 576 patches" instead of "137 patches".
         path (`str` or `os.PathLike`, *optional*):
-            Where to write the figure; the suffix picks the format (.png, .pdf, .svg). The file appears whole or not
-            at all.
+            File to write the figure to, atomically. The suffix sets the format (.png, .pdf, .svg).
 
     Returns:
-        `matplotlib.figure.Figure`: The figure. It is not registered with pyplot, so there is nothing to close.
+        `matplotlib.figure.Figure`: The figure, which is not registered with pyplot and needs no closing.
 
     Raises:
         `ValueError`: There is no question, or questions, answers and boxes (or their numbers of layers) differ in
@@ -149,11 +147,14 @@ def plot_selection(
     layers = [boxes if isinstance(boxes, (list, tuple)) else [boxes] for boxes in boxes_per_question]
     if not len(questions) == len(answers) == len(layers) > 0:
         raise ValueError(
-            f"Got {len(questions)} questions, {len(answers)} answers and boxes for {len(layers)} questions: pass one "
-            "of each per question, and at least one question."
+            "`questions`, `answers` and `boxes_per_question` must have the same length of at least 1, got "
+            f"{len(questions)}, {len(answers)} and {len(layers)}."
         )
     if len({len(boxes) for boxes in layers}) > 1:
-        raise ValueError(f"Questions have different numbers of selection layers: {[len(boxes) for boxes in layers]}.")
+        raise ValueError(
+            "`boxes_per_question` must have the same number of selection layers per question, got "
+            f"{[len(boxes) for boxes in layers]}."
+        )
     image, scale = fit_for_drawing(image)
     figure, axes = _blank_panels(image, num_rows=len(layers[0]), num_columns=1 + len(questions))
     axes[0, 0].imshow(image)
@@ -171,7 +172,7 @@ def plot_selection(
 
 
 def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
-    """A figure with a grid of panels in the image's shape, without ticks or frames, and its axes (rows, columns)."""
+    """Make a figure with panels in the image's shape, without ticks or frames, and return it with its axes."""
     from matplotlib.figure import Figure  # an extra
 
     width = 3.0  # inches
@@ -185,7 +186,7 @@ def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
 
 
 def _save_whole(figure, path: Path):
-    """Writes to a temporary name beside `path` and renames, so that nobody ever reads half a picture."""
+    """Write to a temporary file beside `path` and rename it."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         figure.savefig(temporary)

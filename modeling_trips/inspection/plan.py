@@ -1,9 +1,9 @@
 """
-Which selection schedule for which work: what candidates cost, against the unpruned model that shares its vision tower
-among the texts of an image, and how many image tokens they keep.
+Search for a selection schedule: cost and image tokens of candidates against the unpruned baseline, which shares its
+vision tower among the texts of an image.
 
-A text that chooses at one layer makes all that follows a computation per text. The fewer texts share an image, the
-earlier a text may choose; where many do, the image thins the sequence out for all of them, and the texts choose late.
+All layers after the first layer scored by a text run once per text. With few texts per image, text guidance can start
+early; with many, image guidance reduces the tokens for all texts, and text guidance starts late.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +22,13 @@ TEXT_RATES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7)
 @dataclass(frozen=True)
 class PlannedSchedule:
     """
+    Schedule with its cost.
+
     Args:
-        schedule ([`SelectionSchedule`])
-        cost ([`Cost`]): of an image and of each of its texts.
-        ratios (`dict[int, float]`): multiply-accumulates by the number of texts per image, pruned / unpruned; both
-            share what texts of an image have in common.
-        mean_tokens (`float`): image tokens of a layer, on the mean over the layers that read them: those of the vision
-            tower and of the fusion encoder.
+        schedule ([`SelectionSchedule`]): The schedule.
+        cost ([`Cost`]): Cost of an image and of each of its texts.
+        ratios (`dict[int, float]`): MACs of pruned / unpruned, by the number of texts per image.
+        mean_tokens (`float`): Mean image tokens over the layers of the vision tower and of the fusion encoder.
     """
 
     schedule: SelectionSchedule
@@ -37,7 +37,7 @@ class PlannedSchedule:
     mean_tokens: float
 
     def excess(self, budgets: dict[int, float]) -> float:
-        """Cost over budget, by the number of texts per image at which it is worst: up to 1, it holds them all."""
+        """Return the largest cost over budget among the numbers of texts per image. Up to 1, it fits all budgets."""
         return max(self.ratios[number] / budget for number, budget in budgets.items())
 
     @property
@@ -49,12 +49,14 @@ class PlannedSchedule:
 @dataclass(frozen=True)
 class SelectionPlan:
     """
+    Result of [`plan_selection`].
+
     Args:
-        cheapest ([`PlannedSchedule`]): the candidate that costs least, of those that keep `min_kept` of the tokens.
-        most_tokens ([`PlannedSchedule`]): the candidate within the budget that keeps most tokens.
-        front (`list[PlannedSchedule]`): the candidates that no other one beats in cost and tokens, cheap ones first.
-        num_candidates (`int`): how many candidates keep `min_kept` of the tokens.
-        unpruned ([`PlannedSchedule`]): what they are compared with.
+        cheapest ([`PlannedSchedule`]): Candidate with the lowest cost among those that keep `min_kept` of the tokens.
+        most_tokens ([`PlannedSchedule`]): Candidate within the budget with the most tokens.
+        front (`list[PlannedSchedule]`): Pareto front of cost and tokens, cheap candidates first.
+        num_candidates (`int`): Number of candidates that keep `min_kept` of the tokens.
+        unpruned ([`PlannedSchedule`]): The unpruned baseline.
     """
 
     cheapest: PlannedSchedule
@@ -66,15 +68,13 @@ class SelectionPlan:
 
 def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Iterator[SelectionSchedule]:
     """
-    The schedules that are tried. First the image guides no layer, one, two, or three that are evenly apart, all at one
-    of `IMAGE_RATES`; then a text guides one layer behind them at one of `TEXT_RATES`, or none; where the image guides
-    none, a text guides one or two. No candidate selects in layer 1, whose queries and keys have seen single patches.
-
-    In a single stream a text is part of every layer, and nothing is shared whoever guides: there a text guides all.
+    Yield the candidates: zero to three evenly spaced layers scored by the image at one of `IMAGE_RATES`, then at most
+    one layer scored by the text at one of `TEXT_RATES`, or two without image guidance. Layer 1 never selects, because
+    its queries and keys see single patches. In a single stream all layers run per text, so the text scores all.
 
     Args:
-        config ([`TripsConfig`])
-        guided_by_text (`bool`, *optional*, defaults to `True`): whether a text must guide a layer, as the paper wants.
+        config ([`TripsConfig`]): Configuration of the model.
+        guided_by_text (`bool`, *optional*, defaults to `True`): Require a layer scored by the text, as in the paper.
     """
     last = config.vision_config.num_hidden_layers
     layers = range(2, last + 1)
@@ -93,7 +93,7 @@ def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Ite
 
 
 def _evenly_apart(layers: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """Sets of one to `most` of the layers, with equal steps between them."""
+    """Return sets of one to `most` layers with equal steps between them."""
     sets = [chosen for size in range(1, most + 1) for chosen in combinations(layers, size)]
     return [chosen for chosen in sets if len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1]
 
@@ -108,7 +108,7 @@ def _schedules(
 def plan_schedules(
     config: TripsConfig, schedules: Iterable[SelectionSchedule], texts_per_image: Sequence[int], text_length: int
 ) -> list[PlannedSchedule]:
-    """What each schedule costs at each number of texts per image, and the tokens that it keeps."""
+    """Compute the cost of each schedule at each number of texts per image, and its image tokens."""
     unpruned = forward_cost(config, text_length, UNPRUNED)
     num_fusion_layers = config.fusion_encoder_config.num_hidden_layers
     if config.fusion_type == "single_stream":
@@ -131,25 +131,24 @@ def plan_selection(
     guided_by_text: bool = True,
 ) -> SelectionPlan:
     """
-    The cheapest of the `candidate_schedules`, and the one that keeps most tokens for a budget. Costs are those of
-    `forward_cost`: text encoder, vision tower and fusion encoder. Nothing is said of accuracy.
+    Find the cheapest of the `candidate_schedules` and the one with the most tokens within a budget, by `forward_cost`.
+    The plan does not predict accuracy.
 
     Args:
-        config ([`TripsConfig`]): the model; its `image_size` is that of the images.
-        texts_per_image (`int` or `Sequence[int]`): texts that share an image. Of several numbers, a schedule is judged
-            by the one at which it costs most for its budget.
-        text_length (`int`): tokens per text.
-        budget (`float` or `Sequence[float]`): the largest share of the unpruned model's multiply-accumulates, in
-            (0, 1]: one, or one per number in `texts_per_image`.
-        min_kept (`float`, *optional*, defaults to 0.1): the least share of the image tokens that must leave the vision
-            tower: without it, the cheapest schedule is the one that keeps next to nothing.
-        guided_by_text (`bool`, *optional*, defaults to `True`): whether a text must guide a layer.
+        config ([`TripsConfig`]): Configuration of the model.
+        texts_per_image (`int` or `Sequence[int]`): Texts that share an image. A schedule must fit the budget of each
+            number.
+        text_length (`int`): Tokens per text.
+        budget (`float` or `Sequence[float]`): Largest share of the unpruned model's MACs, in (0, 1]: one value, or one
+            per number in `texts_per_image`.
+        min_kept (`float`, *optional*, defaults to 0.1): Smallest share of the image tokens after the vision tower.
+        guided_by_text (`bool`, *optional*, defaults to `True`): Require a layer scored by the text.
 
     Returns:
         [`SelectionPlan`]
 
     Raises:
-        ValueError: if a number is out of range, or no candidate holds the budget.
+        ValueError: A number is out of range, or no candidate fits the budget.
     """
     numbers = [texts_per_image] if isinstance(texts_per_image, int) else list(texts_per_image)
     shares = [budget] * len(numbers) if isinstance(budget, (int, float)) else list(budget)
@@ -172,7 +171,7 @@ def plan_selection(
 
 
 def _front(cheap_first: list[PlannedSchedule]) -> list[PlannedSchedule]:
-    """Those that keep more tokens than all that cost less."""
+    """Return the schedules that keep more tokens than all cheaper ones."""
     front = cheap_first[:1]
     for row in cheap_first:
         if row.mean_tokens > front[-1].mean_tokens:
@@ -195,13 +194,12 @@ def _check(config: TripsConfig, numbers: list[int], text_length: int, budgets: l
 
 def _nothing_fits(cheap_first: list[PlannedSchedule], budgets: dict[int, float], min_kept: float) -> str:
     if not cheap_first:
-        return f"No candidate keeps {min_kept:g} of the image tokens (`min_kept`): lower it."
+        return f"No candidate keeps {min_kept:g} of the image tokens. Lower `min_kept`."
     best = cheap_first[0]
     number = max(budgets, key=lambda number: best.ratios[number] / budgets[number])
     return (
-        f"No candidate holds the budget and keeps {min_kept:g} of the image tokens (`min_kept`). The nearest, "
-        f"{best.schedule}, takes {best.ratios[number]:.3f} of the unpruned model's cost where {number} text(s) share "
-        f"an image, and the budget is {budgets[number]:g}: raise it, or lower `min_kept`."
+        f"No candidate fits `budget` {budgets[number]:g} at {number} text(s) per image; the nearest, {best.schedule}, "
+        f"costs {best.ratios[number]:.3f} of the unpruned model. Raise `budget` or lower `min_kept` ({min_kept:g})."
     )
 
 

@@ -1,4 +1,4 @@
-"""The origin of a row of results: fields that benchmarks and training scripts store beside their numbers."""
+"""Provenance fields that benchmarks and training scripts store with their results."""
 
 import functools
 import platform
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | int | None]:
     """
-    Return what a measurement depends on besides its settings.
+    Return the command, versions and machine of a measurement.
 
     Args:
         device (`str`, *optional*, defaults to `"cpu"`): device that was measured.
@@ -43,7 +43,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | 
 
 
 def _command() -> str:
-    """The command line, with the script's path relative to the project where it is part of it."""
+    """Return the command line, with paths of the project's scripts relative to the project."""
     script, *options = sys.argv
     path = Path(script).resolve()
     return shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *options])
@@ -61,7 +61,7 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != ROOT:  # installed in somebody else's repository
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:  # installed in another repository
             return None
         return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
 """
-What patch selection saves, counted and measured: a model against its unpruned twin, the same weights at keep rate 1.0.
+MAC ratio and measured speedup of a model against its unpruned baseline, the same weights at keep rate 1.0.
 
-Both take their steps in turns, so that a machine that slows down slows both, and medians are compared.
+Steps of both alternate, so that changes of the machine affect both, and medians are compared.
 """
 
 import os
@@ -31,35 +31,35 @@ from modeling_trips import (
 
 
 MODES = ("forward", "training", "pretraining")
-MIN_REPEATS = 5  # that a limit of time leaves: fewer have no median worth the name
+MIN_REPEATS = 5  # minimum under a time limit
 
 
 @dataclass
 class Setting:
     """
-    What is measured: a model from scratch, its inputs, and what is done with them.
+    Settings of a measurement: model from scratch, inputs, and kind of step.
 
     Args:
-        preset (`str`): size of the model, see [`TripsConfig.presets`].
-        image_size (`int`): pixels per side.
-        batch_size (`int`): images per step.
-        texts_per_image (`int`): texts about each image, which share its cached states.
-        text_length (`int`): tokens per text.
-        selection_layers (`list[int]`): layers that select, numbered from 1.
-        keep_rate (`float` or `list[float]`): share of the tokens that each of them keeps: one for all, or one each.
-        selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`): who ranks the tokens, likewise.
-        mode (`str`, *optional*, defaults to `"forward"`): one of `MODES`: the forward pass of text encoder, vision
-            tower and fusion encoder; that and its backward pass; or both of all pre-training objectives, with a
-            momentum teacher, but without the optimizer and the teacher's update.
-        dtype (`str`, *optional*, defaults to `"float32"`): of weights and images, as PyTorch names it.
-        attn_implementation (`str`, *optional*, defaults to `"sdpa"`): the attention that is timed.
-        device (`str`, *optional*, defaults to `"cpu"`): where it is timed.
-        num_threads (`int`, *optional*): the threads that PyTorch uses, for the record: nothing is set by it.
-        compile (`bool`, *optional*, defaults to `False`): whether the model is compiled.
+        preset (`str`): Size of the model, see [`TripsConfig.presets`].
+        image_size (`int`): Pixels per side.
+        batch_size (`int`): Images per step.
+        texts_per_image (`int`): Texts per image, which share its cached image states.
+        text_length (`int`): Tokens per text.
+        selection_layers (`list[int]`): Selection layers, numbered from 1.
+        keep_rate (`float` or `list[float]`): Share of the tokens kept: one value, or one per layer.
+        selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`): One value, or one per layer.
+        mode (`str`, *optional*, defaults to `"forward"`): One of `MODES`: the forward pass of text encoder, vision
+            tower and fusion encoder; the same with its backward pass; or forward and backward pass of all pre-training
+            objectives with a momentum teacher, without the optimizer and the teacher's update.
+        dtype (`str`, *optional*, defaults to `"float32"`): Dtype of weights and images.
+        attn_implementation (`str`, *optional*, defaults to `"sdpa"`): Attention implementation.
+        device (`str`, *optional*, defaults to `"cpu"`): Device.
+        num_threads (`int`, *optional*): Number of PyTorch's threads, only recorded.
+        compile (`bool`, *optional*, defaults to `False`): Compile the model.
         compile_mode (`str`, *optional*): `mode` of `torch.compile`: `"reduce-overhead"` records CUDA graphs.
-        clock (`str`, *optional*, defaults to `"wall"`): one of `CLOCKS`; `"process"` is the processor's time, which
-            other programs do not lengthen: for one thread of a busy machine.
-        config_fields (`dict`, *optional*): more fields of [`TripsConfig`].
+        clock (`str`, *optional*, defaults to `"wall"`): One of `CLOCKS`. `"process"` is CPU time, for one thread on a
+            shared machine.
+        config_fields (`dict`, *optional*): Further fields of [`TripsConfig`].
     """
 
     preset: str
@@ -84,7 +84,7 @@ class Setting:
         check_clock("`clock`", self.clock, self.device)
 
     def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel | TripsForPreTraining:
-        """A model with random weights, on a device (`"meta"` to count), in training mode unless `mode` is forward."""
+        """Make a model with random weights on a device, in training mode unless `mode` is forward."""
         config = TripsConfig.from_preset(
             self.preset,
             vision_config={"image_size": self.image_size},
@@ -100,12 +100,12 @@ class Setting:
 
     def make_inputs(self, model: TripsModel, share_images: bool = True) -> dict[str, torch.Tensor]:
         """
-        Random texts and images where the model is.
+        Make random texts and images on the model's device.
 
         Args:
-            model (`TripsModel` or `TripsForPreTraining`): of `make_model`.
-            share_images (`bool`, *optional*, defaults to `True`): whether the texts of an image share its cached
-                states, or the image comes once per text.
+            model (`TripsModel` or `TripsForPreTraining`): Model from `make_model`.
+            share_images (`bool`, *optional*, defaults to `True`): Share the cached states of an image among its texts
+                instead of repeating the image.
         """
         num_texts = self.batch_size * self.texts_per_image
         config, device = model.config, model.device
@@ -120,7 +120,7 @@ class Setting:
         return inputs | self.pretraining_inputs(model, input_ids) if self.mode == "pretraining" else inputs
 
     def pretraining_inputs(self, model: TripsForPreTraining, input_ids: torch.Tensor) -> dict:
-        """All words masked, captions cut in the middle, and a teacher with ALBEF's queue."""
+        """Make inputs with all words masked, captions cut in the middle, and a teacher with ALBEF's queue."""
         prompts, labels = input_ids.chunk(2, dim=1)
         texts = {"mlm_input_ids": input_ids, "mlm_labels": input_ids, "prompt_input_ids": prompts, "labels": labels}
         image_ids = torch.arange(self.batch_size, device=input_ids.device)
@@ -128,13 +128,13 @@ class Setting:
 
 
 def set_schedule(schedule: SelectionSchedule, model: torch.nn.Module, inputs: dict):
-    """Let a model, and its teacher if it has one among its inputs, select by a schedule from now on."""
+    """Set the schedule of a model and of the teacher among its inputs, if any."""
     for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
         module.base_model.vision_model.schedule = schedule
 
 
 def run(model: Callable, inputs: dict):
-    """The output of a forward pass; in pre-training, behind one of the teacher."""
+    """Run a forward pass; in pre-training, after one of the teacher."""
     if "teacher" not in inputs:
         return model(**inputs)
     given = {name: value for name, value in inputs.items() if name != "teacher"}
@@ -142,7 +142,7 @@ def run(model: Callable, inputs: dict):
 
 
 def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """The work that is measured, as a function without arguments or results."""
+    """Return the measured step as a function without arguments."""
 
     def forward():
         with torch.no_grad():
@@ -158,8 +158,8 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]
 
 
 def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
-    """Multiply-accumulates of all matrix products and convolutions of one step, counted on the meta device."""
-    # Eager, since the counter sees the products inside; no dtype matters.
+    """Count the MACs of all matrix products and convolutions of one step on the meta device."""
+    # The counter needs eager attention.
     model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
     inputs = setting.make_inputs(model)
     with FlopCounterMode(display=False) as counter:
@@ -169,9 +169,8 @@ def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
 
 def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, float]:
     """
-    Multiply-accumulates of the forward pass of a pre-training step, by part: the layers of the vision tower that all
-    texts about an image share, those that are run for each text, text encoder, fusion encoder, decoder, heads and
-    losses, and all of the teacher. A backward pass doubles them once more, but not for the teacher.
+    Count the MACs of the forward pass of a pre-training step by part: vision layers shared by the texts of an image,
+    vision layers run per text, text encoder, fusion encoder, decoder, heads and losses, and teacher.
     """
     model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
     inputs = setting.make_inputs(model)
@@ -182,7 +181,7 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
     tower = f"{student}.model.vision_model"
     end_of_cache = model.model.vision_model.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
     shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_cache - 1))]
-    shared += [f"{tower}.layers.{end_of_cache - 1}.attention"]  # its other half comes behind the selection
+    shared += [f"{tower}.layers.{end_of_cache - 1}.attention"]  # its MLP comes after the selection
     parts = {
         "vision, shared": sum(macs.get(name, 0) for name in shared),
         "text": macs[f"{student}.model.text_model"],
@@ -198,7 +197,7 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
 
 
 def timed(step: Callable[[], object], device: str) -> float:
-    """Seconds of one step, with the device's queue drained."""
+    """Return the seconds of one step, including synchronization of the device."""
     start = time.perf_counter()
     step()
     if device != "cpu":
@@ -207,7 +206,7 @@ def timed(step: Callable[[], object], device: str) -> float:
 
 
 def processor_time(step: Callable[[], object], device: str) -> float:
-    """Seconds that all threads of this process spent on one step."""
+    """Return the CPU seconds of all threads of this process for one step."""
     start = time.process_time()
     step()
     return time.process_time() - start
@@ -217,9 +216,9 @@ CLOCKS = {"wall": timed, "process": processor_time}
 
 
 def check_clock(name: str, clock: str, device: str):
-    """Raises a `ValueError` that calls it `name` if there is no such clock, or not for that device."""
+    """Raise a `ValueError` with the option's `name` if the clock is unknown or not supported on the device."""
     if clock not in CLOCKS or (clock == "process" and device != "cpu"):
-        raise ValueError(f"{name} must be of {', '.join(CLOCKS)}, and wall on {device}: got {clock}.")
+        raise ValueError(f"{name} must be one of {', '.join(CLOCKS)}, and wall on {device}, got {clock}.")
 
 
 def seconds_in_turns(
@@ -232,19 +231,19 @@ def seconds_in_turns(
     limit: float | None = None,
 ) -> dict[Any, list[float]]:
     """
-    Seconds of several steps that are taken in turns, so that a machine that slows down slows all.
+    Time several steps in turns, so that changes of the machine affect all.
 
     Args:
-        steps (`dict`): functions by their names.
-        warmup (`int`): rounds before any is timed.
-        repeats (`int`): timed rounds.
-        clock (`str`, *optional*, defaults to `"wall"`): one of `CLOCKS`.
-        device (`str`, *optional*, defaults to `"cpu"`): whose queue is drained behind each step.
-        prepare (`Callable`, *optional*): is called with the name of a step before it, outside of its time.
-        limit (`float`, *optional*): seconds after which no other round is timed, once there are `MIN_REPEATS`.
+        steps (`dict`): Functions by name.
+        warmup (`int`): Untimed rounds.
+        repeats (`int`): Timed rounds.
+        clock (`str`, *optional*, defaults to `"wall"`): One of `CLOCKS`.
+        device (`str`, *optional*, defaults to `"cpu"`): Device that is synchronized after each step.
+        prepare (`Callable`, *optional*): Untimed function that is called with the name of a step before it.
+        limit (`float`, *optional*): Seconds after which timing stops, after at least `MIN_REPEATS` rounds.
 
     Returns:
-        `dict[Any, list[float]]`: the seconds of each timed round, by the names of `steps`.
+        `dict[Any, list[float]]`: The seconds of each timed round, by the names of `steps`.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
@@ -265,21 +264,21 @@ def seconds_in_turns(
 def medians_in_turns(
     steps: dict[Any, Callable[[], object]], warmup: int, repeats: int, clock: str = "wall", device: str = "cpu"
 ) -> dict[Any, float]:
-    """The medians of [`seconds_in_turns`], in seconds, by the names of `steps`."""
+    """Return the medians of [`seconds_in_turns`] by the names of `steps`."""
     seconds = seconds_in_turns(steps, warmup, repeats, clock, device)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def percentile_99(seconds: list[float]) -> float | None:
-    """What 99 of a hundred steps do not exceed, in seconds; None of fewer than a hundred steps, which cannot tell."""
+    """Return the 99th percentile, or None for fewer than 100 steps."""
     return None if len(seconds) < 100 else statistics.quantiles(seconds, n=100, method="inclusive")[-1]
 
 
 @torch.no_grad()
 def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats: int = 5) -> tuple[float, float]:
     """
-    Return the seconds of a forward pass of a model as it is and unpruned: medians of steps in turns, after one round
-    of warm-up. On a CPU they are CPU time, which other programs do not lengthen. The schedule is left as it was.
+    Return the median seconds of a forward pass of a model, pruned and unpruned, in turns after one round of warm-up.
+    On a CPU they are CPU time.
     """
     device = model.device.type
     schedules = {"pruned": model.base_model.vision_model.schedule, "unpruned": UNPRUNED}
@@ -295,8 +294,8 @@ def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats:
 
 def peak_memory(step: Callable[[], object], device: str) -> int | None:
     """
-    Peak bytes during one step: allocated by PyTorch on an accelerator; on Linux's CPU, resident in the whole process,
-    with weights and what the allocator holds back; None where it cannot be known.
+    Return the peak bytes during one step: memory allocated by PyTorch on CUDA, resident memory of the process on
+    Linux's CPU, None elsewhere.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -306,13 +305,13 @@ def peak_memory(step: Callable[[], object], device: str) -> int | None:
     clear_refs = Path("/proc/self/clear_refs")
     if device != "cpu" or not os.access(clear_refs, os.W_OK):
         return None
-    clear_refs.write_text("5")  # resets the peak to the present size
+    clear_refs.write_text("5")  # resets the peak to the current size
     step()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def tokens_per_layer(setting: Setting) -> list[int]:
-    """How many tokens leave each vision layer, counted on the meta device."""
+    """Count the tokens after each vision layer on the meta device."""
     setting = replace(setting, mode="forward")
     model = setting.make_model("meta", attn_implementation="eager").eval()
     outputs = model(**setting.make_inputs(model), output_hidden_states=True)
@@ -323,22 +322,21 @@ def measure(
     setting: Setting, warmup: int, repeats: int, compare_repeating: bool = True, limit: float | None = None
 ) -> dict:
     """
-    Measures a model and its unpruned twin, and where texts share images also the model with its images repeated.
+    Measure a model, its unpruned baseline, and, if texts share images, the model with repeated images.
 
     Args:
-        setting ([`Setting`])
-        warmup (`int`): steps of each before any is timed.
-        repeats (`int`): timed steps of each.
-        compare_repeating (`bool`, *optional*, defaults to `True`): whether to measure the third, which takes longest.
-        limit (`float`, *optional*): seconds of all rounds, see [`seconds_in_turns`].
+        setting ([`Setting`]): Settings of the measurement.
+        warmup (`int`): Untimed steps of each.
+        repeats (`int`): Timed steps of each.
+        compare_repeating (`bool`, *optional*, defaults to `True`): Measure the model with repeated images.
+        limit (`float`, *optional*): Seconds of all rounds, see [`seconds_in_turns`].
 
     Returns:
-        `dict`: a row of results, which JSON can hold: the fields of the setting, `macs` of a step
-        (multiply-accumulates), `latency` (the median, in seconds),
-        `latency_p99` (None of fewer than a hundred steps), `throughput` (texts per second), `peak_memory_bytes` (None
-        where it cannot be known), `macs_ratio` and `time_ratio` (pruned / unpruned), `tokens_per_layer`; the twin's
+        `dict`: A row of results for JSON: the fields of the setting, `macs` of a step, `latency` (median seconds),
+        `latency_p99` (None for fewer than 100 steps), `throughput` (texts per second), `peak_memory_bytes` (None if
+        unknown), `macs_ratio` and `time_ratio` (pruned / unpruned), `tokens_per_layer`; of the unpruned baseline
         `unpruned_latency`, `unpruned_latency_p99` and `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and
-        `unpruned_macs_by_part`; with shared images `speedup_over_repeating_images`, if asked for.
+        `unpruned_macs_by_part`; with `compare_repeating` `speedup_over_repeating_images`.
     """
     model = setting.make_model(setting.device)
     callable_model = torch.compile(model, mode=setting.compile_mode) if setting.compile else model

@@ -47,7 +47,7 @@ def test_of_a_single_stream_it_says_what_holds_there(tmp_path, capsys):
         ([], "either a --model_name_or_path or a --preset"),
         ([*TINY, "--model_name_or_path", "x"], "either a --model_name_or_path or a --preset"),
         ([*TINY, "--image_size", "60"], "must be a multiple of `patch_size`"),
-        ([*TINY, "--budget", "0.05"], "No candidate holds the budget"),
+        ([*TINY, "--budget", "0.05"], "`budget`"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

@@ -1,4 +1,4 @@
-"""Exported models: outputs, answers and kept patches of PyTorch, at other sizes than they were traced with."""
+"""Tests of exported models against PyTorch, at other sizes than those of tracing."""
 
 import copy
 import subprocess
@@ -24,14 +24,14 @@ each_model_of_use = pytest.mark.parametrize(
 
 
 def in_parts(model):
-    """The model cut into the parts that become graphs, each of which PyTorch runs."""
+    """Cut the model into the parts that become graphs, which run in PyTorch."""
     model = copy.deepcopy(model)
     runners = {name: Recorder(graph.module) for name, graph in graphs_of(model).items()}
     return assemble(describe(model), runners, head_of(model), getattr(model, "generation_config", None))
 
 
 def assert_same(parts, model, case):
-    """At several numbers of texts, and another length of them than graphs are traced with."""
+    """Compare at several numbers of texts, and at another length than in tracing."""
     for num_texts in SIZES:
         inputs = case.make_inputs(num_texts)
         inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4]
@@ -65,7 +65,7 @@ def test_exported_models_match_pytorch(case, backend, tmp_path):
 @pytest.mark.parametrize("mode", ["topk", "mass"])
 @torch.no_grad()
 def test_schedules_with_image_guidance_first(guidance, mode, tmp_path):
-    """The image cache then holds what was selected, and with `mass` rows of padding."""
+    """The image cache holds selections, and in top-p selection padding."""
     case = CASES[0]
     model = case.make_model(selection_guidance=guidance, selection_mode=mode, selection_mass=0.5)
     export_model(model, tmp_path, "onnx")
@@ -74,7 +74,7 @@ def test_schedules_with_image_guidance_first(guidance, mode, tmp_path):
 
 @pytest.fixture(scope="module", params=["parts", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS)])
 def answerers(request, tmp_path_factory):
-    """A model that answers questions, and itself in parts or exported."""
+    """Make a question-answering model, and the same model in parts or exported."""
     model = make_model()
     if request.param == "parts":
         return model, in_parts(model)
@@ -128,15 +128,15 @@ def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_attentions": True}, "does not take `output_attentions`"),
-        ({"output_cls_attention": True}, "does not take `output_cls_attention`"),
-        ({"inputs_embeds": torch.zeros(4, 5, 24)}, "does not take `inputs_embeds`"),
+        ({"output_attentions": True}, "`output_attentions`"),
+        ({"output_cls_attention": True}, "`output_cls_attention`"),
+        ({"inputs_embeds": torch.zeros(4, 5, 24)}, "`inputs_embeds`"),
         ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens, `max_position_embeddings` allows 12"),
         ({"pixel_values": torch.zeros(2, 3, 32, 32)}, r"images of 16 x 16 pixels, got \(2, 3, 32, 32\)"),
         ({"image_index": None}, "4 texts for 2 images"),
@@ -158,11 +158,11 @@ def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
     model = CASES[0].make_model()
     for arguments, message in (
-        ((model, tmp_path, "onnx", "bf16"), "no backend 'onnx' with the dtype 'bf16'. There are onnx: fp32, int8; "),
-        ((model, tmp_path, "tensorrt"), "no backend 'tensorrt'"),
-        ((model, tmp_path, "onnx", "int8", []), "Calibration is for openvino with int8: leave it out for onnx"),
-        ((pretraining.make_model(), tmp_path), "TripsForPreTraining is not exported"),
-        ((model.vision_model, tmp_path), "TripsVisionModel is not exported"),
+        ((model, tmp_path, "onnx", "bf16"), "onnx: fp32, int8; .*'onnx' and 'bf16'"),
+        ((model, tmp_path, "tensorrt"), "'tensorrt'"),
+        ((model, tmp_path, "onnx", "int8", []), "Calibration"),
+        ((pretraining.make_model(), tmp_path), "TripsForPreTraining"),
+        ((model.vision_model, tmp_path), "TripsVisionModel"),
     ):
         with pytest.raises(ValueError, match=message):
             export_model(*arguments)
@@ -172,7 +172,7 @@ def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
 
 
 def test_openvino_telemetry_is_off():
-    """In a process of its own, since what was imported stays."""
+    """Run in a new process, because imports persist."""
     pytest.importorskip("openvino")
     code = """
 import modeling_trips.export

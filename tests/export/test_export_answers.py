@@ -30,7 +30,7 @@ def processor() -> TripsProcessor:
 
 @pytest.fixture(scope="module")
 def questions() -> tuple[list[str], list[str], list[Image.Image]]:
-    """Some 600 of the test split: questions, their answers, and the images that they are about."""
+    """Return about 600 questions of the test split, their answers and images."""
     records = list(scene_records("vqa", "test", 100))
     images = [Image.open(io.BytesIO(record["image"]["bytes"])) for record in records]
     return [record["question"] for record in records], [record["answer"] for record in records], images
@@ -55,7 +55,7 @@ def expected(processor, questions):
 
 @pytest.fixture(scope="module")
 def calibration_file(tmp_path_factory):
-    """Rows of the training split, a question of each image."""
+    """Write rows of the training split, one question per image."""
     folder, rows = tmp_path_factory.mktemp("rows"), {}
     for record in scene_records("vqa", "train", 100):
         name = f"{record['image_id']}.png"
@@ -76,7 +76,7 @@ def exported(request, tmp_path_factory, calibration_file):
 
 @pytest.mark.slow
 def test_answers_and_patches_match_pytorch(exported, questions, expected):
-    """In float32 all of them; with fewer bits 99.7% of the answers, and nearly all patches."""
+    """In float32 all match; with fewer bits 99.7% of the answers and nearly all patches."""
     (texts, right, images), (dtype, model, processor) = questions, exported
     answers, kept = answers_of(model, processor, texts, images)
     same = sum(map(str.__eq__, answers, expected[0])) / len(texts)
@@ -132,7 +132,7 @@ def test_options_of_the_command_are_checked(tmp_path):
     ids=lambda columns: next(iter(columns)),
 )
 def test_calibration_reads_training_files(columns, processor, tmp_path):
-    """With paths relative to a folder, empty lines, and separators of lines within a text."""
+    """Paths are relative to a folder, and the file has empty lines and line separators within a text."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "images/1.png")
     row = json.dumps({"image": "1.png", **columns, "image_id": "a\u2028b"}, ensure_ascii=False)
@@ -155,7 +155,7 @@ def test_missing_weights_raise(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
-    """With another keep rate: what is kept is what the configuration says."""
+    """The exported model keeps patches at the given keep rate."""
     command = [sys.executable, "-m", "modeling_trips.export", "--model", str(CHECKPOINT), "--backend", "onnx"]
     subprocess.run([*command, "--keep_rate", "0.5", "--output_dir", str(tmp_path / "new")], check=True)
     model, processor = load_exported(tmp_path / "new"), TripsProcessor.from_pretrained(tmp_path / "new")

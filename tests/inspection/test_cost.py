@@ -1,4 +1,4 @@
-"""The closed formula of a forward pass against PyTorch's counter, and the notation of schedules."""
+"""Tests of the cost formula against PyTorch's counter, and of the notation of schedules."""
 
 import pytest
 from schedules import make_schedule

@@ -1,6 +1,5 @@
 """
-A service that answers questions about images, writes captions, matches and compares: BentoML's, with its adaptive
-batching, over a checkpoint of TRIPS.
+BentoML service with adaptive batching for a TRIPS checkpoint: question answering, captioning, matching and features.
 
     TRIPS_MODEL=examples/trips-tiny-scenes bentoml serve trips_serving.service:Trips
 """

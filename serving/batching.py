@@ -1,4 +1,4 @@
-"""How BentoML gathers batches: it waits for requests that are on their way, and for no others."""
+"""Bounded waiting in BentoML's batching."""
 
 from collections.abc import Callable
 
@@ -7,17 +7,17 @@ from bentoml._internal.marshal.dispatcher import CorkDispatcher, Optimizer
 from .errors import RequestError
 
 
-MAX_WAIT = 0.1  # seconds that an idle model waits for requests whose images and texts are being prepared
+MAX_WAIT = 0.1  # seconds that an idle model waits for requests in preparation
 
 
 class BoundedOptimizer(Optimizer):
     """
-    BentoML waits about as long as the last batches waited, which includes their time in the queue: a burst of requests
-    would make all later ones wait.
+    Optimizer that waits only for requests in preparation. BentoML's own waits about as long as the last batches,
+    including their time in the queue, so a burst of requests delays all later ones.
 
     Args:
-        max_latency (`float`): in seconds.
-        is_more_coming: whether other requests are being prepared.
+        max_latency (`float`): Maximum latency in seconds.
+        is_more_coming: Function that returns whether other requests are in preparation.
     """
 
     def __init__(self, max_latency: float, is_more_coming: Callable[[], bool]):
@@ -34,7 +34,7 @@ class BoundedOptimizer(Optimizer):
 
 
 def adjust(dispatcher: CorkDispatcher, is_more_coming: Callable[[], bool]):
-    """Bound the wait of a dispatcher, and answer what it refuses."""
+    """Bound the wait of a dispatcher, and answer requests that it rejects."""
     seconds = dispatcher.max_latency
 
     def refuse():

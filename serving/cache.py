@@ -1,4 +1,4 @@
-"""What images share among their texts, kept for the next ones: the least recently used leave first."""
+"""LRU cache of the image states that texts share."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -12,21 +12,20 @@ from modeling_trips import TripsImageCache
 
 def split(image_cache: TripsImageCache) -> list[TripsImageCache]:
     """
-    One image cache per image, each with memory of its own, without the selections of the layers before: no answer
-    needs them.
+    Split an image cache into one per image, each with its own memory and without recorded selections.
     """
     image_cache = replace(image_cache, selection=())
     return [image_cache[row : row + 1].map(torch.clone) for row in range(len(image_cache.hidden_states))]
 
 
 def join(image_caches: list[TripsImageCache]) -> TripsImageCache:
-    """The inverse of `split`, for image caches of one `form`."""
+    """Join image caches of the same `form`."""
     first = image_caches[0]
     return replace(first, **{name: torch.cat([one.tensors[name] for one in image_caches]) for name in first.tensors})
 
 
 def form(image_cache: TripsImageCache) -> Hashable:
-    """Equal for image caches that one batch can hold."""
+    """Return a key that is equal for image caches that fit in one batch."""
     shapes = tuple((name, value.shape[1:]) for name, value in image_cache.tensors.items())
     return shapes, image_cache.grid_size, image_cache.next_layer
 
@@ -37,10 +36,10 @@ def num_bytes(image_cache: TripsImageCache) -> int:
 
 class ImageCaches:
     """
-    Image caches of single images by key, of at most `max_bytes` together. Threads may share it.
+    Thread-safe LRU cache of single images' caches.
 
     Args:
-        max_bytes (`int`): 0 keeps nothing.
+        max_bytes (`int`): Maximum total size. 0 disables the cache.
     """
 
     def __init__(self, max_bytes: int):

@@ -1,4 +1,4 @@
-"""The model behind the service: items of many requests in, one result for each out."""
+"""Model of the service, which computes batches of items from many requests."""
 
 import io
 import json
@@ -35,16 +35,16 @@ from .settings import DEFAULT, Settings
 
 logger = logging.getLogger(__name__)
 
-DECODERS = 2  # processes that decode images; more requests wait for them
-STATUSES = {"empty": 422, "format": 415, "pixels": 413, "work": 422, "broken": 422}  # by the reason of an `ImageError`
+DECODERS = 2  # processes that decode images
+STATUSES = {"empty": 422, "format": 415, "pixels": 413, "work": 422, "broken": 422}  # by `ImageError` reason
 
-IMAGE_CACHES = Counter("trips_image_caches", "Images by where their text-independent part came from.", ["source"])
-CACHE_BYTES = Gauge("trips_image_cache_bytes", "What the cache of images holds.", multiprocess_mode="livesum")
+IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cached states.", ["source"])
+CACHE_BYTES = Gauge("trips_image_cache_bytes", "Size of the image cache in bytes.", multiprocess_mode="livesum")
 
 
 @contextmanager
 def blamed_on(variable: str, value) -> Iterator[None]:
-    """Name the environment variable behind any error."""
+    """Add the environment variable to any error."""
     try:
         yield
     except Exception as error:
@@ -53,18 +53,18 @@ def blamed_on(variable: str, value) -> Iterator[None]:
 
 def load(settings: Settings):
     """
-    Load the model with the head that it was saved with, or an exported model.
+    Load the model with its saved head, or an exported model.
 
     Raises:
-        ValueError: The checkpoint, the device or the dtype cannot be used; the message names the variable.
+        ValueError: The checkpoint, the device or the dtype is not supported. The message names the variable.
     """
     device, dtype = settings.device, settings.dtype
     if is_exported(settings.model):
         given = {"DTYPE": dtype != "auto", "DEVICE": device not in ("auto", "cpu"), "SCHEDULES": settings.schedules}
         for name in [name for name, is_given in given.items() if is_given]:
-            raise ValueError(f"TRIPS_{name} cannot be set for {settings.model}: an exported model has its own.")
+            raise ValueError(f"TRIPS_{name} is not supported for the exported model {settings.model}. Unset it.")
     elif dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"TRIPS_DTYPE={dtype}: must be auto or a dtype of PyTorch, such as bfloat16.")
+        raise ValueError(f"TRIPS_DTYPE must be auto or a dtype of PyTorch, such as bfloat16, got {dtype}.")
     with blamed_on("TRIPS_MODEL", settings.model):
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
         model = load_checkpoint(settings.model, revision=settings.revision, **options)
@@ -76,7 +76,7 @@ def load(settings: Settings):
 
 
 def endpoints_of(model) -> dict[str, str]:
-    """What a head can be asked, and the name that the results go by."""
+    """Return the endpoints of a head and the names of their results."""
     if isinstance(model, TripsForQuestionAnswering):
         return {"answer": "answers"}
     if isinstance(model, TripsForConditionalGeneration):
@@ -84,28 +84,28 @@ def endpoints_of(model) -> dict[str, str]:
     if hasattr(model, "match"):
         return {"match": "scores", "features": "features"}
     raise ValueError(
-        f"a {type(model).__name__} cannot be served: it answers, describes, matches and compares nothing."
+        f"{type(model).__name__} is not supported. Use a checkpoint for answers, captions, matching or features."
     )
 
 
 class Engine:
     """
-    Prepares what requests hold (threads may share that), and computes batches (one thread at a time).
+    Engine that prepares requests (thread-safe) and computes batches (one thread at a time).
 
     Args:
-        settings (`Settings`)
+        settings (`Settings`): Settings of the service.
 
     Raises:
-        ValueError: The checkpoint cannot be served, or a schedule does not fit it.
+        ValueError: The checkpoint is not supported, or a schedule does not fit it.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.num_preparing = 0  # requests whose images and texts are being prepared
+        self.num_preparing = 0
         self.model = load(settings)
         self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
-        self._tokenizer_lock = Lock()  # a fast tokenizer refuses a second thread
+        self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
         with blamed_on("TRIPS_MODEL", settings.model):
             self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)
             self.endpoints = endpoints_of(self.model)
@@ -134,13 +134,13 @@ class Engine:
             self.model.config.text_config.vocab_size,
         )
         if largest >= vocab_size:
-            raise ValueError(f"the tokenizer has the token id {largest}, the model only {vocab_size} ids.")
+            raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
         file = io.BytesIO()
         PIL.Image.effect_noise((256, 256), 60).save(file, "PNG")
         image = self.decoder.decode(file.getvalue())
         picture = Picture("", self.processor(images=image, return_tensors="pt")["pixel_values"])
         if not picture.pixel_values.isfinite().all():
-            raise ValueError("the image processor gives values that are NaN or infinite.")
+            raise ValueError("the image processor returns values that are NaN or infinite.")
         text = "what is it?"
         (tokens,) = self.prepare_texts([text])
         for name in self.endpoints:
@@ -151,12 +151,12 @@ class Engine:
             json.dumps(results, allow_nan=False)
 
     def find_image(self, data: bytes, schedule: str) -> Picture:
-        """An image with what the cache has of it."""
+        """Return an image with its cached states, if any."""
         key = key_of(data)
         return Picture(key, image_cache=self.cache.get((key, schedule)))
 
     def read_image(self, key: str, data: bytes) -> Picture:
-        """An image as the model takes it."""
+        """Decode and preprocess an image."""
         try:
             image = self.decoder.decode(data, self.settings.max_pixels)
         except ImageError as error:
@@ -174,18 +174,18 @@ class Engine:
         for position, row in enumerate(rows):
             if len(row["input_ids"]) > limit:
                 raise RequestError(
-                    422, f"Text {position} (from 0) has {len(row['input_ids'])} tokens; at most {limit} are accepted."
+                    422, f"Text {position} (from 0) must have at most {limit} tokens, got {len(row['input_ids'])}."
                 )
         return rows
 
     def compute(self, name: str, items: list[Item]) -> list:
-        """The results of an endpoint; an item that the model fails on has a [`RequestError`] for a result."""
+        """Compute the results of an endpoint. The result of a failed item is a [`RequestError`]."""
         try:
             return getattr(self, name)(items)
         except Exception:
             if len(items) == 1:
                 logger.exception("The model failed on an item of /%s.", name)
-                return [RequestError(500, "The model failed on an image or a text of this request.")]
+                return [RequestError(500, "The model failed on this request.")]
             middle = len(items) // 2
             return self.compute(name, items[:middle]) + self.compute(name, items[middle:])
 
@@ -196,7 +196,7 @@ class Engine:
         captions = self._by_class(items, lambda inputs, _: self._pipe(inputs))
         finish = self._pipeline.postprocess
         results = [
-            finish(texts, prompt=item.text)  # type: ignore[call-arg]  # the pipeline of captions takes it
+            finish(texts, prompt=item.text)  # type: ignore[call-arg]  # the captioning pipeline takes it
             for texts, item in zip(captions, items)
         ]
         return [result["generated_text"] for result, *_ in results]
@@ -225,7 +225,7 @@ class Engine:
         return features[inputs["image_index"]].tolist()
 
     def _pipe(self, inputs: dict, **options) -> list:
-        """As the library's pipeline computes them: past its preparation of images and texts."""
+        """Run the library's pipeline after its preprocessing."""
         return self._pipeline._forward({"inputs": inputs}, **options)["outputs"]
 
     @staticmethod
@@ -235,7 +235,7 @@ class Engine:
 
     @torch.inference_mode()
     def _by_class(self, items: list[Item], compute: Callable[[dict, int], list]) -> list:
-        """Results of items with an image, class by class, so that each batch is rectangular."""
+        """Compute items with an image in batches of equal shape."""
         image_caches = self._image_caches(items)
         classes: dict[Hashable, list[int]] = {}
         for position, (item, image_cache) in enumerate(zip(items, image_caches)):
@@ -257,7 +257,7 @@ class Engine:
         return dict(padded.to(self.model.device))
 
     def _image_caches(self, items: list[Item]) -> list[TripsImageCache]:
-        """One per item; each image's is computed once."""
+        """Return an image cache per item; each image is encoded once."""
         known, missing = {}, {}
         for item in items:
             key = item.picture.key, item.schedule
@@ -279,5 +279,5 @@ class Engine:
         return [known[item.picture.key, item.schedule] for item in items]
 
     def _selecting_by(self, schedule: str):
-        """Let the model select by a schedule of this name: one copy of the weights serves all of them."""
+        """Set the schedule of this name inside the context."""
         return nullcontext() if schedule == DEFAULT else use_schedule(self.model, self._schedules[schedule])

@@ -1,4 +1,4 @@
-"""What a request is refused with."""
+"""Errors of requests."""
 
 from starlette.responses import JSONResponse
 
@@ -6,8 +6,8 @@ from starlette.responses import JSONResponse
 class RequestError(Exception):
     """
     Args:
-        status (`int`): of HTTP.
-        message (`str`): for the client: what of its request is wrong, and what would be right.
+        status (`int`): HTTP status.
+        message (`str`): Message for the client, with the remedy.
     """
 
     def __init__(self, status: int, message: str):

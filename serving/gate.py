@@ -1,4 +1,4 @@
-"""The door: what comes in is read within limits, understood, and refused with a status and a sentence if need be."""
+"""Middleware that reads, limits and validates requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -18,24 +18,24 @@ from .requests import Item, Picture, ServiceRequest, images_of, items_of, reques
 from .settings import Settings
 
 
-VALIDATORS = 2  # threads that read JSON and texts: they wait for the model anyway
-CLIENT_LEFT = 499  # nobody reads it, but BentoML waits for a response
-DRAINED = 4  # times the limit that is read of a body which is too large, so that its client gets to read the answer
-IN_PROGRESS = Gauge("trips_requests_in_progress", "Requests that are answered or wait.", multiprocess_mode="livesum")
+VALIDATORS = 2  # threads that read JSON and texts
+CLIENT_LEFT = 499  # BentoML needs a response after a disconnect
+DRAINED = 4  # multiple of the limit that is read of a large body, so that the client reads the answer
+IN_PROGRESS = Gauge("trips_requests_in_progress", "Requests in progress or queued.", multiprocess_mode="livesum")
 
 
 class Disconnected(Exception):
-    """The client left before it had sent its request."""
+    """Client that disconnected before its request was complete."""
 
 
 class Gate:
     """
-    ASGI middleware: requests to the model go on with their `Item`s in `scope["state"]`, all others as they are.
+    ASGI middleware that adds the `Item`s of requests to the model to `scope["state"]`. Other requests do not change.
 
     Args:
-        app: what is behind it.
-        settings (`Settings`)
-        get_engine: the model, once it is loaded.
+        app: Wrapped application.
+        settings (`Settings`): Settings of the service.
+        get_engine: Function that returns the loaded engine.
     """
 
     def __init__(self, app, settings: Settings, get_engine: Callable[[], Engine]):
@@ -45,7 +45,7 @@ class Gate:
         self.models = request_models(settings)
         self.in_progress = 0
         self.buffered_bytes = 0
-        # Each field of a JSON object has one, and so may each character of a text, and the address of an image.
+        # Fields of JSON objects, characters of texts and addresses of images may be colons.
         self.max_colons = 100 + settings.max_texts * settings.max_text_length + 2 * settings.max_images
         self.validators = CapacityLimiter(VALIDATORS)
         self.decoders = CapacityLimiter(DECODERS)
@@ -65,7 +65,7 @@ class Gate:
             self.check_queue()
             with self.counted():
                 scope.setdefault("state", {})["items"] = await self.prepare(name, request)
-                del body, request  # they may be large, and the wait long
+                del body, request  # frees memory during the wait
                 await self.app(scope, receive, send)
         except Disconnected:
             await Response(status_code=CLIENT_LEFT)(scope, receive, send)
@@ -76,16 +76,16 @@ class Gate:
         offered = self.get_engine().endpoints
         if name not in offered:
             raise RequestError(
-                404, f"This checkpoint is asked at {', '.join(f'/{one}' for one in offered)}, not at /{name}."
+                404, f"This checkpoint supports {', '.join(f'/{one}' for one in offered)}, got /{name}."
             )
 
     def check_queue(self):
         if self.in_progress >= self.settings.queue:
-            raise RequestError(503, "Too many requests wait already: try again later.")
+            raise RequestError(503, "Too many requests are waiting. Try again later.")
 
     @asynccontextmanager
     async def body_of(self, scope, receive) -> AsyncIterator[bytes]:
-        """The body, counted among all that are held at once for as long as it is."""
+        """Yield the body and count its bytes among those of all open requests."""
         held = 0
         try:
             try:
@@ -95,7 +95,7 @@ class Gate:
                         held += len(chunk)
                         self.buffered_bytes += len(chunk)
                         if self.buffered_bytes > self.settings.max_buffered_bytes:
-                            raise RequestError(503, "Too much is being sent at once: try again later.")
+                            raise RequestError(503, "Too many bytes are being received. Try again later.")
                         body += chunk
             except TimeoutError as error:
                 seconds = self.settings.read_timeout
@@ -118,12 +118,12 @@ class Gate:
                 yield message.get("body", b"")
             more = message.get("more_body", False) and received <= DRAINED * limit
         if received > limit:
-            raise RequestError(413, f"The body is too large: at most {limit:,} bytes are taken.")
+            raise RequestError(413, f"The body must have at most {limit:,} bytes.")
 
     async def read(self, name: str, scope, body: bytes) -> ServiceRequest:
         """
         Raises:
-            RequestError: 400 or 422 if it is not what the endpoint asks for; 415 if it is neither JSON nor a form.
+            RequestError: 400 or 422 for an invalid body; 415 for a body that is neither JSON nor a form.
         """
         content_type = Headers(scope=scope).get("content-type", "application/json")
         kind = content_type.partition(";")[0].strip().lower()
@@ -131,20 +131,20 @@ class Gate:
         if kind == "multipart/form-data":
             content = await self.read_form(self.models[name], scope, body)
         elif kind != "application/json":
-            raise RequestError(415, "A request is application/json or multipart/form-data.")
+            raise RequestError(415, "The Content-Type must be application/json or multipart/form-data.")
         elif body.count(b":") > self.max_colons:
             raise RequestError(422, "The body has too many fields.")
         return await to_thread.run_sync(validate, self.models[name], content, limiter=self.validators)
 
     async def read_form(self, model: type[ServiceRequest], scope, body: bytes) -> dict:
-        """A form as what JSON would say: fields that are lists are given several times, files are images."""
+        """Convert a form to the fields of a JSON body. Lists are repeated fields, images are files."""
 
         async def receive():
             return {"type": "http.request", "body": body}
 
         most = self.settings.max_images + self.settings.max_texts + len(model.model_fields)
         try:
-            # Without the application: Starlette would answer by itself.
+            # Without the application, or Starlette answers errors itself.
             request = Request({key: value for key, value in scope.items() if key != "app"}, receive)
             async with request.form(max_files=most, max_fields=most, max_part_size=len(body)) as form:
                 values = [
@@ -152,7 +152,7 @@ class Gate:
                     for name, value in form.multi_items()
                 ]
         except Exception as error:  # the parsers raise many kinds
-            raise RequestError(400, "The body is no valid form, or has too many fields.") from error
+            raise RequestError(400, "The body is not a valid form or has too many fields.") from error
         found: dict = {}
         for name, value in values:
             found.setdefault(name, []).append(value)
@@ -164,7 +164,7 @@ class Gate:
     async def prepare(self, name: str, request: ServiceRequest) -> list[Item]:
         """
         Raises:
-            RequestError: if an image or a text cannot be used.
+            RequestError: An image or a text is invalid.
         """
         engine, seconds = self.get_engine(), self.settings.max_latency_ms / 1000
         engine.num_preparing += 1
@@ -194,7 +194,7 @@ class Gate:
         if not is_url(source):
             return from_base64(source)
         if not self.settings.allow_urls:
-            raise RequestError(422, "This service fetches nothing: send the image itself, not its URL.")
+            raise RequestError(422, "URLs are not supported by this service. Send the image itself.")
         return await fetch(source, self.settings.max_body_bytes, self.settings.url_timeout)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The bytes of an image in a request: base64, or behind a URL."""
+"""Images of requests from base64 or URLs."""
 
 import base64
 import binascii
@@ -12,8 +12,7 @@ from .errors import RequestError
 
 
 CHUNK = 1 << 16
-# IPv6 networks that carry IPv4 addresses, of which a gateway may make any address of its own network, and the former
-# site-local ones. `ipaddress` calls them global.
+# IPv6 networks that embed IPv4 addresses, and former site-local ones. `ipaddress` treats them as global.
 TRANSLATED_NETWORKS = [
     ipaddress.ip_network(network)
     for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96", "fec0::/10")
@@ -25,15 +24,15 @@ def is_url(text: str) -> bool:
 
 
 def from_base64(text: str) -> bytes:
-    """Of plain base64, or a data URL of it."""
+    """Decode plain base64 or a data URL."""
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(422, "An image is neither base64 nor a data URL of it.") from error
+        raise RequestError(422, "An image must be base64 or a data URL.") from error
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is of the open internet; of one that carries another within, whether that is."""
+    """Return whether an IP address, or the one embedded in it, is public."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if inner is not None:
@@ -45,12 +44,10 @@ def is_public(address: str) -> bool:
 
 async def fetch(url: str, max_bytes: int, timeout: float, is_allowed: Callable[[str], bool] = is_public) -> bytes:
     """
-    What is behind a URL. The address is checked where the connection is made: it is the one that the name was resolved
-    to, and a redirect goes through the same door.
+    Fetch a URL. The resolved address is checked at each connection, including those of redirects.
 
     Raises:
-        RequestError: 422 if the address is not `is_allowed`, or nothing comes in time; 413 if it is more than
-            `max_bytes`.
+        RequestError: 422 if the address is not `is_allowed` or does not answer in time; 413 for more than `max_bytes`.
     """
 
     def connect(address_info) -> socket.socket:
@@ -69,10 +66,10 @@ async def fetch(url: str, max_bytes: int, timeout: float, is_allowed: Callable[[
                 async for chunk in response.content.iter_chunked(CHUNK):
                     data += chunk
                     if len(data) > max_bytes:
-                        raise RequestError(413, f"What is behind a URL has more than {max_bytes:,} bytes.")
+                        raise RequestError(413, f"The file at a URL must have at most {max_bytes:,} bytes.")
                 return bytes(data)
-    # What exactly went wrong would tell a stranger about the network behind this service.
+    # Details would reveal the network of this service.
     except (TimeoutError, aiohttp.ClientError, ValueError, OSError) as error:
         raise RequestError(
-            422, "A URL could not be fetched: it must be that of an image at a public address."
+            422, "A URL could not be fetched. It must be the URL of an image at a public address."
         ) from error

@@ -1,4 +1,4 @@
-"""The service's description of itself, by OpenAPI: `/docs.json`, which its page `/` shows."""
+"""OpenAPI document of the service at `/docs.json`, which the page `/` shows."""
 
 from copy import deepcopy
 from http import HTTPStatus
@@ -12,20 +12,19 @@ from .requests import ServiceRequest
 
 REFERENCE = "#/components/schemas/{model}"
 REFUSALS = {
-    400: "The body is no JSON, or no form.",
-    404: "The checkpoint has no head for this.",
+    400: "The body is not valid JSON or not a valid form.",
+    404: "The checkpoint does not support this endpoint.",
     408: "The body did not arrive in time.",
     413: "The body is too large, or an image has too many pixels.",
-    415: "The body is neither JSON nor a form, or an image is of no known format.",
-    422: "A field is missing or not as described, an image is broken or takes too long to decode, or a text is too "
-    "long.",
+    415: "The body is neither JSON nor a form, or the format of an image is not supported.",
+    422: "A field is missing or invalid, an image is broken or takes too long to decode, or a text is too long.",
     500: "The model failed on an image or a text.",
-    503: "Too many requests wait: try again after the seconds of Retry-After.",
+    503: "Too many requests are waiting. Try again after the seconds of Retry-After.",
 }
 HEALTH = {
     "/livez": "200 while the process runs.",
     "/readyz": "200 when the model is loaded.",
-    "/metrics": "Counts and times, for Prometheus.",
+    "/metrics": "Counts and times for Prometheus.",
 }
 
 
@@ -35,7 +34,7 @@ class Answer(BaseModel):
 
 
 class AnswerResponse(BaseModel):
-    answers: list[list[Answer]] = Field(description="For each question its answers, the best first.")
+    answers: list[list[Answer]] = Field(description="Answers to each question, best first.")
 
 
 class CaptionResponse(BaseModel):
@@ -43,19 +42,19 @@ class CaptionResponse(BaseModel):
 
 
 class Score(BaseModel):
-    image: int = Field(description="Which of the request's images, from 0.")
-    text: int = Field(description="Which of its texts, from 0.")
-    score: float = Field(description="The probability that they match.")
+    image: int = Field(description="Index of the image in the request, from 0.")
+    text: int = Field(description="Index of the text in the request, from 0.")
+    score: float = Field(description="Probability that image and text match.")
 
 
 class MatchResponse(BaseModel):
-    scores: list[Score] = Field(description="Of each image with each text.")
+    scores: list[Score] = Field(description="Score of each image with each text.")
 
 
 class Features(BaseModel):
-    image: int | None = Field(None, description="Which of the request's images, from 0; or")
-    text: int | None = Field(None, description="which of its texts.")
-    features: list[float] = Field(description="Of length 1: the dot product of two is their similarity.")
+    image: int | None = Field(None, description="Index of the image in the request, from 0.")
+    text: int | None = Field(None, description="Index of the text in the request, from 0.")
+    features: list[float] = Field(description="Vector of length 1. Dot products are similarities.")
 
 
 class FeaturesResponse(BaseModel):
@@ -63,19 +62,19 @@ class FeaturesResponse(BaseModel):
 
 
 class Refusal(BaseModel):
-    error: str = Field(description="What is wrong with the request, and what would be right.")
+    error: str = Field(description="Error message with the remedy.")
 
 
 RESPONSES = {
     "answer": (AnswerResponse, "Answer questions about an image"),
     "caption": (CaptionResponse, "Describe an image"),
-    "match": (MatchResponse, "Match images with texts: rank again what features found"),
-    "features": (FeaturesResponse, "Features of images and texts, which can be compared and indexed"),
+    "match": (MatchResponse, "Match images with texts, to rerank candidates found by features"),
+    "features": (FeaturesResponse, "Features of images and texts for comparison and indexing"),
 }
 
 
 def describe(requests: dict[str, type[ServiceRequest]]) -> dict:
-    """The OpenAPI document of a service with these endpoints, as JSON has it."""
+    """Return the OpenAPI document of a service with these endpoints."""
     schemas: dict = {}
     paths = {f"/{name}": {"post": _operation(name, model, schemas)} for name, model in requests.items()}
     for path, text in HEALTH.items():
@@ -113,7 +112,7 @@ def _operation(name: str, request: type[ServiceRequest], schemas: dict) -> dict:
 
 
 def _form(schema: dict) -> dict:
-    """The schema of a JSON body with files for its images."""
+    """Return the schema of a JSON body with files for its images."""
     schema = deepcopy(schema)
     for name in {"image", "images"} & schema["properties"].keys():
         image = schema["properties"][name]
@@ -125,7 +124,7 @@ def _form(schema: dict) -> dict:
 
 
 def _reference(model: type[BaseModel], schemas: dict) -> dict:
-    """Where the model's schema is, once it is among `schemas`."""
+    """Add the model's schema to `schemas` and return a reference to it."""
     schema = model.model_json_schema(ref_template=REFERENCE)
     schemas |= schema.pop("$defs", {})
     schemas[model.__name__] = schema

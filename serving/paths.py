@@ -1,4 +1,4 @@
-"""The paths that the service has, and none besides."""
+"""Known paths of the service."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from .errors import RequestError
 
 
 PAGE_FILES = {"/": "page.html", "/page.js": "page.js"}
-# Swagger UI sets styles by itself, and has its icons in data URLs.
+# Swagger UI sets inline styles and has icons in data URLs.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -23,7 +23,7 @@ PAGE_HEADERS = {
 
 
 def add_page(app: Starlette) -> Starlette:
-    """Put a page that loads nothing from other hosts in the place of BentoML's, and errors of the routes into JSON."""
+    """Replace BentoML's page by one without files from other hosts, and return errors of routes as JSON."""
 
     def page(request: Request) -> FileResponse:
         return FileResponse(Path(__file__).parent / PAGE_FILES[request.url.path], headers=PAGE_HEADERS)
@@ -39,12 +39,11 @@ def add_page(app: Starlette) -> Starlette:
 
 class KnownPaths:
     """
-    ASGI application that answers for paths which are none of `app`'s itself: BentoML's metrics begin a series for each
-    path that they see, and a stranger could have them fill the memory. It also refuses a Content-Type that BentoML's
-    log of requests fails on.
+    ASGI middleware that rejects unknown paths, because BentoML's metrics start a series per path, which could fill the
+    memory. It also rejects a Content-Type that is not ASCII, which breaks BentoML's request log.
 
     Args:
-        app (`Starlette`)
+        app (`Starlette`): Wrapped application.
     """
 
     def __init__(self, app: Starlette):
@@ -58,8 +57,8 @@ class KnownPaths:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
         elif scope["type"] == "http" and scope["path"] not in self.paths:
-            await RequestError(404, "There is nothing here: / shows what there is.").response(scope, receive, send)
+            await RequestError(404, "Unknown path. The page / lists all endpoints.").response(scope, receive, send)
         elif scope["type"] == "http" and not dict(scope["headers"]).get(b"content-type", b"").isascii():
-            await RequestError(415, "The Content-Type is not ASCII.").response(scope, receive, send)
+            await RequestError(415, "The Content-Type must be ASCII.").response(scope, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What clients may ask, and what the model is given for it: pairs of an image and a text."""
+"""Schemas of requests, and the items (pairs of an image and a text) that the model gets."""
 
 import hashlib
 from collections.abc import Hashable
@@ -14,31 +14,31 @@ from .errors import RequestError
 from .settings import DEFAULT, Settings
 
 
-# 16 x 16 pixels of teal: the least that a patch of that size fits into.
+# 16 x 16 teal pixels.
 EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR42mNkaGhgIAUwMZAIRjWMahg6GgBBvQEgL5Ky8wAAAABJRU5ErkJggg=="
 )
 
-# An upload is bytes, which JSON has not.
+# Uploads are bytes, which JSON does not have.
 ImageSource = Annotated[
     str | bytes,
     WithJsonSchema(
         {
             "type": "string",
-            "description": "JPEG, PNG, WebP, GIF or BMP: in JSON base64, a data URL, or a URL where the service "
-            "allows it; in multipart/form-data a file.",
+            "description": "JPEG, PNG, WebP, GIF or BMP. In JSON: base64, a data URL, or a URL if the service allows "
+            "it. In multipart/form-data: a file.",
             "examples": [EXAMPLE_IMAGE],
         }
     ),
 ]
 
 
-# Sentences for the errors of pydantic that say too little.
+# Messages that replace those of pydantic.
 MESSAGES = {
     "string_pattern_mismatch": "The text must not be empty.",
-    "extra_forbidden": "There is no such field.",
+    "extra_forbidden": "The field is unknown.",
 }
-MAX_ERRORS = 100  # describing each error takes pydantic 10 microseconds
+MAX_ERRORS = 100  # pydantic needs 10 microseconds per error
 
 
 class ServiceRequest(BaseModel):
@@ -48,12 +48,12 @@ class ServiceRequest(BaseModel):
 @dataclass(frozen=True)
 class Picture:
     """
-    An image of a request.
+    Image of a request.
 
     Args:
-        key (`str`): hash of its bytes.
-        pixel_values (`torch.Tensor` of shape `(1, num_channels, height, width)`, *optional*): as the model takes it.
-        image_cache (`TripsImageCache`, *optional*): what was computed of it before, in place of `pixel_values`.
+        key (`str`): Hash of its bytes.
+        pixel_values (`torch.Tensor` of shape `(1, num_channels, height, width)`, *optional*): Preprocessed image.
+        image_cache (`TripsImageCache`, *optional*): Cached image states instead of `pixel_values`.
     """
 
     key: str
@@ -64,15 +64,15 @@ class Picture:
 @dataclass(frozen=True)
 class Item:
     """
-    What one result is computed from.
+    Input of one result.
 
     Args:
-        picture (`Picture`, *optional*)
-        text (`str`, *optional*)
-        tokens (`dict[str, list[int]]`, *optional*): the text, as the tokenizer reads it.
-        schedule (`str`): name of the schedule, whose keep rate all items of a batch have in common.
-        top_k (`int`): how many answers.
-        place (`dict[str, int]`): which of the request's images and texts these are.
+        picture (`Picture`, *optional*): Image.
+        text (`str`, *optional*): Text.
+        tokens (`dict[str, list[int]]`, *optional*): Outputs of the tokenizer for the text.
+        schedule (`str`): Name of the schedule, equal for all items of a batch.
+        top_k (`int`): Number of answers.
+        place (`dict[str, int]`): Indices of the image and the text in the request.
     """
 
     picture: Picture | None
@@ -84,18 +84,18 @@ class Item:
 
     @property
     def request_class(self) -> Hashable:
-        """Only items of one class go through the model together."""
+        """Key that is equal for items that can share a batch."""
         return self.schedule, self.top_k
 
 
 def request_models(settings: Settings) -> dict[str, type[ServiceRequest]]:
-    """What the body of a request to each endpoint must be."""
+    """Make the schema of the request body for each endpoint."""
     text = Annotated[str, StringConstraints(max_length=settings.max_text_length)]
     question = Annotated[text, StringConstraints(pattern=r"\S")]
     names = (DEFAULT, *settings.schedules)
     schedule = (
         Literal[names],
-        Field(DEFAULT, description="How many patches are kept: a name that the operator gave."),
+        Field(DEFAULT, description="Name of the selection schedule."),
     )
     image = (ImageSource, Field())
 
@@ -109,7 +109,7 @@ def request_models(settings: Settings) -> dict[str, type[ServiceRequest]]:
         "answer": {
             "image": image,
             "questions": texts(question, 1, examples=[["what color is the shape?", "is there a circle?"]]),
-            "top_k": (int, Field(1, ge=1, le=10, description="How many answers to each question, at most.")),
+            "top_k": (int, Field(1, ge=1, le=10, description="Maximum number of answers to each question.")),
         },
         "caption": {"image": image, "prompts": texts(text, 1, default=[""], examples=[["a picture of"]])},
         "match": {
@@ -130,16 +130,16 @@ def request_models(settings: Settings) -> dict[str, type[ServiceRequest]]:
 def validate(model: type[ServiceRequest], body: bytes | dict) -> ServiceRequest:
     """
     Raises:
-        RequestError: 400 if `body` is no JSON, 422 if it is not what `model` asks for.
+        RequestError: 400 if `body` is not valid JSON, 422 if it does not fit `model`.
     """
     try:
         return model.model_validate(body) if isinstance(body, dict) else model.model_validate_json(body)
     except ValidationError as error:
         if error.error_count() > MAX_ERRORS:
-            raise RequestError(422, f"The body has {error.error_count()} errors, such as unknown fields.") from error
+            raise RequestError(422, f"The body has {error.error_count()} errors. See /docs.json.") from error
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         if first["type"] == "json_invalid":
-            raise RequestError(400, f"The body is no JSON: {first['msg']}") from error
+            raise RequestError(400, f"The body is not valid JSON: {first['msg']}") from error
         place = ".".join(map(str, first["loc"])) or "the body"
         raise RequestError(422, f"{place}: {MESSAGES.get(first['type'], first['msg'])}") from error
 
@@ -158,17 +158,17 @@ def key_of(data: bytes) -> str:
 
 def items_of(request: ServiceRequest, pictures: list[Picture], tokens: list[dict], in_pairs: bool) -> list[Item]:
     """
-    Each image with each text, or, without `in_pairs`, each alone.
+    Return an item for each pair of image and text, or, without `in_pairs`, for each image and each text.
 
     Raises:
-        RequestError: 422 if there is none.
+        RequestError: 422 without any image or text.
     """
     if in_pairs:
         pairs = [(image, text) for image in range(len(pictures)) for text in range(len(tokens))]
     else:
         pairs = [(image, None) for image in range(len(pictures))] + [(None, text) for text in range(len(tokens))]
     if not pairs:
-        raise RequestError(422, "There is no image and no text.")
+        raise RequestError(422, "The request must have an image or a text.")
     return [
         Item(
             picture=None if image is None else pictures[image],

@@ -1,6 +1,6 @@
 """
-The service itself, for `bentoml serve trips_serving.service:Trips`: BentoML routes, batches, measures and shuts down;
-what comes in was read at the gate.
+Service for `bentoml serve trips_serving.service:Trips`. BentoML does routing, batching, metrics and shutdown; `Gate`
+reads the requests.
 """
 
 import atexit
@@ -12,11 +12,11 @@ from functools import cache
 from typing import Any
 
 
-# Before the import, which reads it: who serves a model tells nobody of it.
+# BentoML reads this at import. It turns off telemetry.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
 import bentoml  # noqa: E402
-from _bentoml_sdk import Service  # noqa: E402  # what `bentoml.service` makes, and takes a class of in its place
+from _bentoml_sdk import Service  # noqa: E402  # the class behind `bentoml.service`
 from bentoml import IODescriptor  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
@@ -27,12 +27,12 @@ from .settings import Settings  # noqa: E402
 
 
 SETTINGS = Settings.from_environment()
-# Seconds for a body to arrive, for its images to be decoded and its batch to come up, and for the work itself.
+# Seconds to receive a body, to decode its images, to wait for a batch, and to compute.
 TIMEOUT = SETTINGS.read_timeout + 2 * SETTINGS.max_latency_ms / 1000 + 10
 BATCHES = {"batchable": True, "max_batch_size": SETTINGS.max_batch_size, "max_latency_ms": SETTINGS.max_latency_ms}
 
 
-# The process that watches over the workers imports this module, too: what needs PyTorch is imported by workers alone.
+# The supervisor also imports this module, so only workers import PyTorch.
 @cache
 def get_engine():
     from .engine import Engine
@@ -46,12 +46,12 @@ def make_gate(app):
     return Gate(app, SETTINGS, get_engine)
 
 
-SUPERVISOR = "BENTOML_TRIPS_SUPERVISOR"  # variable with the id of the process that starts the workers
+SUPERVISOR = "BENTOML_TRIPS_SUPERVISOR"  # environment variable with the process id of the supervisor
 
 
 class GuardedService(Service):
     def to_asgi(self, is_main: bool = True):
-        """The application of a worker. Without a model that can be served, all of the service ends."""
+        """Return the application of a worker. Without a usable model, the whole service exits."""
         from _bentoml_impl.server.app import ServiceAppFactory
 
         from .batching import adjust
@@ -74,7 +74,7 @@ class GuardedService(Service):
 
 
 class Items(IODescriptor):
-    """What the gate made of a request."""
+    """Items that `Gate` made of a request."""
 
     items: list[Any]
 
@@ -84,7 +84,7 @@ class Items(IODescriptor):
 
 
 class Results(IODescriptor):
-    """One per item, in an object that says what they are."""
+    """Object with one result per item."""
 
     results: list[Any]
 
@@ -125,7 +125,7 @@ class Trips:
 
     @bentoml.on_deployment
     def end_with_failed_workers():
-        """Let a worker that cannot start end the supervisor with exit code 1; it would start the worker again."""
+        """Exit the supervisor with code 1 if a worker cannot start. By default it restarts the worker."""
 
         def end(*_):
             atexit.register(os._exit, 1)
@@ -151,4 +151,4 @@ class Trips:
         return self.engine.compute("features", items)
 
 
-Trips.add_asgi_middleware(make_gate)  # type: ignore[attr-defined]  # `bentoml.service` makes a service of it
+Trips.add_asgi_middleware(make_gate)  # type: ignore[attr-defined]  # Trips is a service

@@ -1,6 +1,6 @@
 """
-The configuration of the service, from environment variables: `TRIPS_QUEUE` is the field `queue`. The process that
-watches over the workers reads it, too, so that nothing here needs PyTorch.
+Settings of the service from environment variables: `TRIPS_QUEUE` sets the field `queue`. The supervisor also reads
+them, so this module does not need PyTorch.
 """
 
 import os
@@ -10,23 +10,23 @@ from pathlib import Path
 
 
 PREFIX = "TRIPS_"
-DEFAULT = "default"  # the name of the checkpoint's own schedule
+DEFAULT = "default"  # name of the checkpoint's schedule
 SWITCHES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 def read_schedules(text: str) -> dict[str, str]:
     """
-    `"fast=5:text:0.3,10:text:0.3;full="` -> schedules by name; one that is empty keeps all patches.
+    Parse `"fast=5:text:0.3,10:text:0.3;full="` to schedules by name. An empty schedule keeps all patches.
 
     Raises:
-        ValueError: if an entry has no name of its own.
+        ValueError: An entry has no name, or its name exists.
     """
     schedules: dict[str, str] = {}
     for entry in filter(None, map(str.strip, text.split(";"))):
         name, equals, schedule = (part.strip() for part in entry.partition("="))
         if not equals or not name or name in (DEFAULT, *schedules):
             raise ValueError(
-                f"{entry!r}: give each schedule a name of its own, but not {DEFAULT!r}, as in fast=5:text:0.3"
+                f"each schedule must have a unique name other than {DEFAULT!r}, as in fast=5:text:0.3, got {entry!r}"
             )
         schedules[name] = schedule
     return schedules
@@ -79,41 +79,37 @@ def _setting(default, read, help: str):
 @dataclass(frozen=True)
 class Settings:
     model: str = _setting("", _read_model, "folder or Hub repository of a checkpoint, or folder of an exported model")
-    revision: str = _setting("main", str, "its branch, tag or commit on the Hub")
-    device: str = _setting("auto", str, "where it runs; auto: cuda if there is one")
-    dtype: str = _setting("auto", str, "of its weights, as in bfloat16; auto: as they were saved")
+    revision: str = _setting("main", str, "branch, tag or commit on the Hub")
+    device: str = _setting("auto", str, "device; auto: cuda if available")
+    dtype: str = _setting("auto", str, "dtype of the weights, such as bfloat16; auto: as saved")
     schedules: Mapping[str, str] = _setting(
-        dict, read_schedules, "keep rates that requests may name: fast=5:text:0.3,10:text:0.3;full="
+        dict, read_schedules, "named schedules for requests: fast=5:text:0.3,10:text:0.3;full="
     )
-    workers: int = _setting(1, _read_count, "processes, each with a model, a queue and a cache of its own")
-    max_batch_size: int = _setting(32, _read_count, "pairs of image and text that are computed at once")
-    max_latency_ms: int = _setting(30_000, _read_count, "longest wait for a decoder, and again for a batch (503)")
-    queue: int = _setting(64, _read_count, "requests that are being answered or wait; more are refused (503)")
-    max_body_bytes: int = _setting(8 << 20, _read_count, "of one request; more is refused (413)")
-    max_buffered_bytes: int = _setting(
-        256 << 20, _read_count, "of all bodies that are held at once; more is refused (503)"
-    )
-    read_timeout: float = _setting(10.0, _read_seconds, "seconds that a client has to send its body (408)")
-    max_pixels: int = _setting(16 << 20, _read_count, "of one image; more is refused (413)")
-    max_images: int = _setting(8, _read_count, "in one request; more are refused (422)")
-    max_texts: int = _setting(32, _read_count, "in one request; more are refused (422)")
-    max_text_length: int = _setting(2000, _read_count, "characters of one text; more are refused (422)")
-    cache_bytes: int = _setting(
-        256 << 20, _read_size, "what images share among their texts is kept up to this; 0: never"
-    )
-    allow_urls: bool = _setting(False, _read_switch, "whether an image may be a URL, of public addresses only")
-    url_timeout: float = _setting(5.0, _read_seconds, "seconds for the image behind a URL")
+    workers: int = _setting(1, _read_count, "processes, each with its own model, queue and cache")
+    max_batch_size: int = _setting(32, _read_count, "pairs of image and text per batch")
+    max_latency_ms: int = _setting(30_000, _read_count, "maximum wait for a decoder, and for a batch (503)")
+    queue: int = _setting(64, _read_count, "maximum requests in progress or queued (503)")
+    max_body_bytes: int = _setting(8 << 20, _read_count, "maximum bytes of a request (413)")
+    max_buffered_bytes: int = _setting(256 << 20, _read_count, "maximum bytes of all open requests (503)")
+    read_timeout: float = _setting(10.0, _read_seconds, "seconds to receive a body (408)")
+    max_pixels: int = _setting(16 << 20, _read_count, "maximum pixels of an image (413)")
+    max_images: int = _setting(8, _read_count, "maximum images of a request (422)")
+    max_texts: int = _setting(32, _read_count, "maximum texts of a request (422)")
+    max_text_length: int = _setting(2000, _read_count, "maximum characters of a text (422)")
+    cache_bytes: int = _setting(256 << 20, _read_size, "maximum bytes of cached image states; 0: no cache")
+    allow_urls: bool = _setting(False, _read_switch, "allow image URLs at public addresses")
+    url_timeout: float = _setting(5.0, _read_seconds, "seconds to fetch an image from a URL")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """
         Raises:
-            ValueError: `TRIPS_MODEL` is missing, a variable has no value that fits, or is none of the fields.
+            ValueError: `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value.
         """
         by_name = {PREFIX + one.name.upper(): one for one in fields(cls)}
         unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in by_name)
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no setting of the service; there are {', '.join(by_name)}")
+            raise ValueError(f"unknown settings {', '.join(unknown)}; use one of {', '.join(by_name)}")
         values = {}
         for name, text in {PREFIX + "MODEL": "", **environment}.items():
             if name in by_name:

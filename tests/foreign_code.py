@@ -24,7 +24,7 @@ def make_foreign_repository(folder: Path) -> Path:
 
 
 def name_foreign_code(checkpoint: Path, repository: Path | str = "mallory/foreign"):
-    """Edit all configurations in `checkpoint`. It still loads with the classes of this project."""
+    """Add references to foreign code to all configurations in `checkpoint`, which stays loadable."""
     reference = f"{repository}--foreign.Foreign"
     auto_map = dict.fromkeys(("AutoModel", "AutoProcessor", "AutoImageProcessor"), reference)
     auto_map["AutoTokenizer"] = [reference, reference]

@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub: its repository, and its model card."""
+"""Hub repository and model card of a checkpoint."""
 
 from .model_card import CardArguments, make_model_card
 from .repository import build_repository, publish

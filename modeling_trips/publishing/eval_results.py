@@ -15,8 +15,8 @@ FOLDER = ".eval_results"
 
 def write_eval_results(target: Path, results: Path, args: CardArguments):
     """
-    Write a file for the evaluation data, with an entry for each metric. Nothing is written for data that is not on the
-    Hub, because entries name it by its id there.
+    Write a file for the evaluation data with an entry per metric. Nothing is written for data that are not on the Hub,
+    because entries need the id of the data.
     """
     dataset = args.evaluated_on
     if dataset is None or dataset.hub_id is None:

@@ -1,13 +1,13 @@
 """
 Handler of Inference Endpoints for this repository. Depending on the checkpoint it answers questions about an image,
-describes it, or scores how well texts match it. It needs the packages that the checkpoint needs, and no others.
+captions it, or scores how well texts match it. It needs only the packages of the checkpoint.
 
     {"inputs": {"image": "<base64>", "question": "what color is it?"}, "parameters": {"top_k": 2}}
     {"inputs": {"image": "<base64>", "prompt": "a picture of"}}
     {"inputs": {"image": "<base64>", "texts": ["a teal square", "a red circle"]}}
 
-Clients are not trusted. The only `parameters` are those that `EndpointHandler.__call__` lists, within bounds: other
-options of `generate` load code (`custom_generate`) or cost any amount of time.
+Clients are not trusted. `EndpointHandler.__call__` lists the accepted `parameters` and their bounds, because other
+options of `generate` can load code (`custom_generate`) or take unlimited time.
 """
 
 import base64
@@ -23,7 +23,7 @@ MAX_TEXTS = 32
 MAX_TEXT_LENGTH = 2000  # characters
 MAX_ANSWERS = 4096
 MAX_IMAGE_BYTES = 8 << 20  # `decode_image` also limits the pixels
-# The largest value of each number in `parameters`. `max_new_tokens` is also limited by the decoder's positions.
+# Maxima of numbers in `parameters`. The decoder's positions also limit `max_new_tokens`.
 MAX_NUMBERS = {"top_k": 10, "num_beams": 10, "max_new_tokens": 128}
 
 
@@ -56,12 +56,12 @@ class EndpointHandler:
     def __call__(self, data: dict) -> list | dict:
         """
         Args:
-            data (`dict`): `inputs`, as above, and optionally `parameters`: `top_k` (1 to 10), `answers` (a list of
-                texts to choose from), `max_new_tokens` and `num_beams` (1 to 10), as far as the checkpoint has them.
+            data (`dict`): `inputs`, as above, and optionally the `parameters` that the checkpoint supports: `top_k` (1
+                to 10), `answers` (a list of candidate texts), `max_new_tokens` and `num_beams` (1 to 10).
 
         Raises:
-            ValueError: An input or a parameter is missing, of another type, out of bounds, or unknown; or the image
-                cannot be used. The client of the endpoint sees the message.
+            ValueError: An input or a parameter is missing, unknown, of another type or out of bounds, or the image
+                cannot be decoded. The client sees the message.
         """
         inputs, parameters = data.get("inputs"), data.get("parameters")
         if not isinstance(inputs, dict) or "image" not in inputs:
@@ -70,7 +70,7 @@ class EndpointHandler:
         return self.answer(self.read_image(inputs["image"]), inputs, **parameters)
 
     def check_parameters(self, parameters: dict) -> dict:
-        """Return `parameters`, which hold nothing but accepted names with values in bounds."""
+        """Return `parameters` after checking their names and values."""
         if not isinstance(parameters, dict):
             raise ValueError(f"`parameters` must be an object, got a {type(parameters).__name__}.")
         for name, value in parameters.items():
@@ -86,7 +86,7 @@ class EndpointHandler:
         return parameters
 
     def read_image(self, image: str | PIL.Image.Image) -> PIL.Image.Image:
-        """Decode base64. Paths and URLs are not opened; an endpoint makes images of other bodies by itself."""
+        """Decode base64. Paths and URLs are not opened. Endpoints decode image bodies themselves."""
         if isinstance(image, PIL.Image.Image):
             return image
         if not isinstance(image, str):

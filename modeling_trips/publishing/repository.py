@@ -1,4 +1,4 @@
-"""A trained model as a repository on the Hub: the folder that is published, and its upload in one commit."""
+"""Hub repository of a trained model: its folder, and the upload in one commit."""
 
 import json
 import shutil
@@ -54,26 +54,26 @@ def build_repository(
     with_handler: bool = False,
 ) -> list[Path]:
     """
-    Write a repository into a folder: weights, configuration, processor and code, saved afresh, and a model card.
+    Write a repository into a folder: weights, configuration, processor, code and a model card.
 
     Args:
         target (`Path`): A new or empty folder to write into.
         folder (`Path`): Folder of a model and its processor. The card shows the metrics of its `eval_results.json`.
         repo_id (`str`): Repository that the card's code loads the checkpoint from, as in `"ada/trips-easy-vqa"`.
-        card_args (`CardArguments`): What the card cannot read from the model.
+        card_args (`CardArguments`): Facts for the card that the model does not have.
         revision (`str`, *optional*, defaults to `"main"`): Branch that the card's code loads from.
         sentence_transformers (`str`, *optional*):
-            `"SentenceTransformer"` or `"CrossEncoder"`: adds the files that Sentence Transformers loads a
-            [`TripsForRetrieval`] from.
+            `"SentenceTransformer"` or `"CrossEncoder"`: add the files of Sentence Transformers for a
+            [`TripsForRetrieval`].
         with_handler (`bool`, *optional*, defaults to `False`): Add the `handler.py` of Inference Endpoints.
 
     Returns:
         `list[Path]`: The written files, sorted.
 
     Raises:
-        ValueError: `target` is not empty; `folder` has no processor, or no TRIPS model with all its weights; the head
-            does not fit Sentence Transformers or Inference Endpoints, where one is asked for; a written file is not on
-            the list of published files, or refers to code of others; or as `make_model_card` raises.
+        ValueError: `target` is not empty; `folder` has no processor or no complete TRIPS model; the head does not fit
+            Sentence Transformers or Inference Endpoints, if requested; a written file is not on the list of published
+            files or refers to foreign code; or as `make_model_card` raises.
     """
     target.mkdir(parents=True, exist_ok=True)
     if any(target.iterdir()):
@@ -113,7 +113,7 @@ def build_repository(
 
 def check_code(folder: Path, model: TripsPreTrainedModel):
     """
-    Check that a folder holds and names the code of this project alone.
+    Check that a folder has and names only code of this project.
 
     Raises:
         ValueError: A Python file differs from that of this project, or a JSON file refers to other code.
@@ -122,19 +122,19 @@ def check_code(folder: Path, model: TripsPreTrainedModel):
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
         if name not in own or path.read_bytes() != own[name].read_bytes():
-            raise ValueError(f"{name} is not a file of this project, so it is not published.")
+            raise ValueError(f"{name} differs from the file of this project. Remove it.")
     model.name_code()
     for path in sorted(folder.rglob("*.json")):
         for field, name, reference in _code_references(json.loads(path.read_text(encoding="utf-8"))):
             if getattr(model.config, field.rpartition(".")[2], {}).get(name) != reference:
                 raise ValueError(
-                    f"{path.relative_to(folder).as_posix()}: `{field}` refers to code that is not this project's: "
+                    f"{path.relative_to(folder).as_posix()}: `{field}` must only refer to code of this project, got "
                     f"{name!r}: {reference!r:.200}."
                 )
 
 
 def _code_references(fields, place: str = ""):
-    """Yield each entry of a JSON file that names code: the field that it is in, its name there, and its value."""
+    """Yield the field, name and value of each entry of a JSON file that names code."""
     if isinstance(fields, list):
         fields = dict(enumerate(fields))
     if not isinstance(fields, dict):
@@ -158,15 +158,14 @@ def publish(
     commit_message: str = "Publish model",
 ) -> str:
     """
-    Upload a folder in one commit, which appears whole or not at all, and create the repository if needed.
+    Upload a folder in one atomic commit, and create the repository if needed.
 
-    Files of an earlier version that are not part of this one are deleted in the same commit. Other files of the
-    repository stay.
+    The commit deletes files of an earlier version that are not part of this one, and keeps other files.
 
     Args:
         folder (`Path`): As `build_repository` writes it.
         repo_id (`str`): Repository, as in `"ada/trips-easy-vqa"`.
-        private (`bool`, *optional*, defaults to `False`): Whether only its owner may see the repository.
+        private (`bool`, *optional*, defaults to `False`): Make the repository private.
         revision (`str`, *optional*, defaults to `"main"`): Branch, which must exist.
         tag (`str`, *optional*): New tag of the commit.
         commit_message (`str`, *optional*, defaults to `"Publish model"`): Title of the commit.
@@ -175,8 +174,8 @@ def publish(
         `str`: The address of the commit.
 
     Raises:
-        ValueError: Before the upload: `private` is asked for and the repository is public, or the tag exists.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        ValueError: `private` is set and the repository is public, or the tag exists. Nothing is uploaded.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejects the request.
     """
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -184,7 +183,7 @@ def publish(
     if private and not before.private:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
     if tag in [reference.name for reference in api.list_repo_refs(repo_id).tags]:
-        raise ValueError(f"--tag {tag}: {repo_id} has this tag. Choose another one.")
+        raise ValueError(f"--tag {tag}: {repo_id} already has this tag. Choose another one.")
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     stale = {file.rfilename for file in before.siblings if _is_published(file.rfilename)} - files.keys()
     # `upload_folder` may split the upload into several commits.
@@ -204,7 +203,7 @@ def publish(
 def _load_model(folder: Path) -> TripsPreTrainedModel:
     """Load the model with the head that the folder's configuration names."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json. Give the folder that `save_pretrained` or a training wrote.")
+        raise ValueError(f"{folder} has no config.json. Give a folder written by `save_pretrained` or a training.")
     if is_exported(folder):
         raise ValueError(f"{folder} is an exported model. Give the checkpoint that it was exported from.")
     heads = [getattr(modeling_trips, name) for name in HEADS]
@@ -219,11 +218,11 @@ def _load_processor(folder: Path) -> TripsProcessor:
 
 def _check_handled(model: TripsPreTrainedModel):
     if type(model).__name__ not in HANDLED:
-        raise ValueError(f"Inference Endpoints run {', '.join(HANDLED)}, not a {type(model).__name__}.")
+        raise ValueError(f"Inference Endpoints support {', '.join(HANDLED)}, got {type(model).__name__}.")
 
 
 def results_of(folder: Path, args: CardArguments) -> Path | None:
-    """Return the file of metrics: the one given, or `test_results.json` or else `eval_results.json` of the folder."""
+    """Return the file of metrics: the given one, else `test_results.json` or `eval_results.json` of the folder."""
     if args.results is not None:
         return Path(args.results)
     defaults = (folder / f"{split}_results.json" for split in ("test", "eval"))

@@ -1,7 +1,6 @@
 """
-The files that make a retrieval checkpoint load in Sentence Transformers: as a `SentenceTransformer`, which compares
-texts and images by their features, or as a `CrossEncoder`, which matches a text with an image in depth. One
-repository is the one or the other.
+Files for loading a retrieval checkpoint in Sentence Transformers, either as a `SentenceTransformer`, which compares
+features, or as a `CrossEncoder`, which uses the matching head.
 """
 
 import json
@@ -17,14 +16,14 @@ SENTENCE_TRANSFORMER, CROSS_ENCODER = "SentenceTransformer", "CrossEncoder"
 KINDS = (SENTENCE_TRANSFORMER, CROSS_ENCODER)
 MODULES = "sentence_transformers.base.modules"
 
-# Which method of the model serves which input, and what of its output is wanted.
+# Method of the model and field of its output for each input.
 FEATURES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
     "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
 }
 MATCHING = {"message": {"method": "match", "method_output_name": "itm_logits", "format": "structured"}}
 
-# A pair comes as two messages, of a query and a document, the text in one of them and the image in the other.
+# A pair is two messages, a query and a document, one with the text and the other with the image.
 PAIR_TEMPLATE = """
 {%- for message in messages -%}
     {%- for part in message["content"] if part["type"] == "text" -%}
@@ -33,7 +32,7 @@ PAIR_TEMPLATE = """
 {%- endfor -%}
 """.strip()
 
-# The logits for no match and for a match -> that of the probability of a match: a softmax over two is a sigmoid.
+# Reduces the logits for no match and match to the logit of a sigmoid.
 DIFFERENCE = torch.tensor([[-1.0, 1.0]])
 DIFFERENCE_FOLDER = "1_Dense"
 
@@ -41,26 +40,26 @@ DIFFERENCE_FOLDER = "1_Dense"
 def check_kind(model: TripsPreTrainedModel, kind: str):
     """
     Raises:
-        ValueError: if `kind` is none of `KINDS`, or the model has nothing that would serve it.
+        ValueError: `kind` is unknown, or the model does not support it.
     """
     if kind not in KINDS:
-        raise ValueError(f"Sentence Transformers has {' and '.join(KINDS)}, not {kind!r}.")
+        raise ValueError(f"`sentence_transformers` must be one of {', '.join(KINDS)}, got {kind!r}.")
     if not isinstance(model, TripsForRetrieval):
-        raise ValueError(f"A {type(model).__name__} is no {kind} of Sentence Transformers: a TripsForRetrieval is.")
+        raise ValueError(f"A {kind} needs a TripsForRetrieval, got {type(model).__name__}.")
     weight = "itc_weight" if kind == SENTENCE_TRANSFORMER else "itm_weight"
     if getattr(model.config, weight) == 0:
-        raise ValueError(f"The model was trained with {weight}=0: what a {kind} needs of it has learnt nothing.")
+        raise ValueError(f"A {kind} needs a model trained with {weight} above 0, got 0.")
 
 
 def prepare(model: TripsPreTrainedModel, processor: TripsProcessor, kind: str):
-    """What the files of the model and the processor must say, before they are saved."""
+    """Set the fields of the model and the processor that Sentence Transformers needs, before they are saved."""
     if kind == CROSS_ENCODER:
         model.config.num_labels = 1
         processor.chat_template = PAIR_TEMPLATE
 
 
 def write_modules(target: Path, kind: str):
-    """Writes what Sentence Transformers reads beside the model and the processor in the folder `target`."""
+    """Write the files of Sentence Transformers into the folder `target` of a model and its processor."""
     is_encoder = kind == SENTENCE_TRANSFORMER
     modules = [{"idx": 0, "name": "0", "path": "", "type": f"{MODULES}.transformer.Transformer"}]
     if not is_encoder:

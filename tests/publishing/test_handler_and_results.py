@@ -52,7 +52,7 @@ def build(tmp_path: Path, model_class=TripsForRetrieval, args: CardArguments | N
     return [path.relative_to(tmp_path / "target").as_posix() for path in files]
 
 
-def test_results_of_the_test_split_come_before_those_of_the_validation_split(tmp_path):
+def test_results_prefer_the_test_split(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for split, recall in (("eval", 0.5), ("test", 0.25)):
@@ -62,7 +62,7 @@ def test_results_of_the_test_split_come_before_those_of_the_validation_split(tmp
         assert results_of(folder, CardArguments()) == path
 
 
-def test_results_are_written_as_the_hub_reads_them(tmp_path):
+def test_results_have_the_hub_format(tmp_path):
     names = build(tmp_path, args=CardArguments(eval_dataset="Pairs=ada/pairs", eval_split="test"))
     assert ".eval_results/ada__pairs.yaml" in names
     text = (tmp_path / "target" / ".eval_results" / "ada__pairs.yaml").read_text()
@@ -75,11 +75,11 @@ def test_results_are_written_as_the_hub_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("args", [CardArguments(), CardArguments(eval_dataset="Pairs")])
-def test_results_of_no_data_set_of_the_hub_are_in_the_card_alone(tmp_path, args):
+def test_results_of_unknown_data_are_only_in_the_card(tmp_path, args):
     assert not [name for name in build(tmp_path, args=args) if name.startswith(".eval_results")]
 
 
-def test_a_handler_is_written_on_request_for_heads_that_it_knows(tmp_path):
+def test_handler_is_written_for_supported_heads(tmp_path):
     assert "handler.py" not in build(tmp_path / "without")
     assert "handler.py" in build(tmp_path / "with", with_handler=True)
     with pytest.raises(ValueError, match="TripsForVisualGrounding"):
@@ -98,7 +98,7 @@ def call(folder: Path, requests: list[dict], environment: Path) -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HANDLED)
-def test_the_handler_answers_as_the_library_does(name, tmp_path, monkeypatch, tmp_path_factory):
+def test_handler_matches_the_library(name, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     build(tmp_path, getattr(modeling_trips, name), with_handler=True)
     folder = tmp_path / "target"
@@ -140,7 +140,7 @@ def ask(handler: EndpointHandler, parameters=None, **inputs):
 
 
 @pytest.mark.parametrize("name", HANDLED)
-def test_a_client_cannot_make_the_handler_run_code(name, handlers, tmp_path):
+def test_clients_cannot_run_code(name, handlers, tmp_path):
     code, ran = tmp_path / "custom_generate" / "generate.py", tmp_path / "ran"
     code.parent.mkdir()
     code.write_text(f"open({str(ran)!r}, 'w').close()\ndef generate(model, **options): return model.generate()\n")
@@ -173,13 +173,13 @@ NUMBERS = [0, -1, 11, 10**30, True, 2.0, "5", None, [1]]
         ("TripsForRetrieval", {"top_k": 1}),
     ],
 )
-def test_a_parameter_that_is_not_accepted_is_named(name, parameters, handlers):
+def test_unsupported_parameters_raise(name, parameters, handlers):
     with pytest.raises(ValueError, match=f"{next(iter(parameters))}"):
         ask(handlers[name], parameters)
 
 
 @pytest.mark.parametrize("parameters", [[1], "top_k", 3])
-def test_parameters_are_an_object(parameters, handlers):
+def test_parameters_must_be_an_object(parameters, handlers):
     with pytest.raises(ValueError, match="`parameters`"):
         ask(handlers["TripsForQuestionAnswering"], parameters)
 
@@ -232,7 +232,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpa
     ],
     ids=["path", "url", "number", "none", "empty", "EPS", "TIFF", "pixels", "bytes"],
 )
-def test_images_are_files_of_few_formats_within_limits(image, handlers, tmp_path, monkeypatch):
+def test_unsupported_images_raise(image, handlers, tmp_path, monkeypatch):
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ghostscript.chmod(0o755)
@@ -242,6 +242,6 @@ def test_images_are_files_of_few_formats_within_limits(image, handlers, tmp_path
     assert not (tmp_path / "started").exists()
 
 
-def test_an_image_that_the_endpoint_decoded_is_taken(handlers):
+def test_decoded_images_are_accepted(handlers):
     handler = handlers["TripsForQuestionAnswering"]
     assert handler({"inputs": {"image": IMAGE, "question": TEXTS[0]}}) == ask(handler)

@@ -29,7 +29,7 @@ def push(model_class, folder, copy=None):
 
 @pytest.mark.parametrize("model_class", [TripsForQuestionAnswering, TripsForRetrieval])
 @pytest.mark.parametrize("by_saving", [False, True])
-def test_a_model_and_its_processor_are_published_whole(hub, checkpoints, tmp_path, model_class, by_saving):
+def test_push_to_hub_uploads_model_and_processor(hub, checkpoints, tmp_path, model_class, by_saving):
     folder = checkpoints[model_class.__name__]
     push(model_class, folder, str(tmp_path / "copy") if by_saving else None)
     repository = hub.repositories[REPO]
@@ -42,7 +42,7 @@ def test_a_model_and_its_processor_are_published_whole(hub, checkpoints, tmp_pat
     assert ModelCard(published["README.md"].decode()).data.library_name == "transformers"
 
 
-def test_what_was_published_loads_by_its_name_on_the_hub(hub, checkpoints):
+def test_published_model_loads_from_the_hub(hub, checkpoints):
     folder = checkpoints["TripsForQuestionAnswering"]
     push(TripsForQuestionAnswering, folder)
     model, report = AutoModelForVisualQuestionAnswering.from_pretrained(REPO, output_loading_info=True)
@@ -50,7 +50,7 @@ def test_what_was_published_loads_by_its_name_on_the_hub(hub, checkpoints):
     assert type(AutoProcessor.from_pretrained(REPO)) is TripsProcessor
 
 
-def test_a_part_is_published_with_its_code(hub, checkpoints):
+def test_parts_are_published_with_their_code(hub, checkpoints):
     TripsVisionModel.from_pretrained(checkpoints["TripsModel"]).push_to_hub(REPO)
     repository = hub.repositories[REPO]
     published = repository.commits[repository.branches["main"]]

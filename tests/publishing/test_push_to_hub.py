@@ -64,7 +64,7 @@ def push(folder: Path, *options: str) -> str | None:
     return push_to_hub.main(["--model", str(folder), "--repo_id", REPO, *options])
 
 
-def test_everything_arrives_in_one_commit_and_nothing_else_does(hub, checkpoint):
+def test_all_files_arrive_in_one_commit(hub, checkpoint):
     options = ["--datasets", "easy-VQA", "--tag", "v1.0", "--commit_message", "First version"]
     address = push(checkpoint, *options)
     repository = hub.repositories[REPO]
@@ -80,7 +80,7 @@ def test_everything_arrives_in_one_commit_and_nothing_else_does(hub, checkpoint)
     assert info.card_data.eval_results[0].metric_value == 0.9971
 
 
-def test_a_dry_run_shows_everything_and_sends_nothing(hub, checkpoint, capsys, monkeypatch):
+def test_dry_run_lists_files_without_upload(hub, checkpoint, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert push(checkpoint, "--dry_run", "--license", "mit") is None
     printed = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_private_does_not_publish_into_a_public_repository(hub, checkpoint):
     assert len(hub.repositories[REPO].commits) == 1
 
 
-def test_a_branch_gets_the_commit_and_main_stays(hub, checkpoint):
+def test_commit_to_a_branch_leaves_main_unchanged(hub, checkpoint):
     HfApi().create_repo(REPO)
     with pytest.raises(RevisionNotFoundError):
         push(checkpoint, "--revision", "next")
@@ -115,7 +115,7 @@ def test_a_branch_gets_the_commit_and_main_stays(hub, checkpoint):
     assert set(HfApi().list_repo_files(REPO, revision="next")) == published(checkpoint)
 
 
-def test_a_tag_that_exists_is_not_moved(hub, checkpoint):
+def test_existing_tag_raises(hub, checkpoint):
     push(checkpoint, "--tag", "v1")
     before = dict(hub.repositories[REPO].branches)
     with pytest.raises(ValueError, match="--tag v1"):
@@ -124,7 +124,7 @@ def test_a_tag_that_exists_is_not_moved(hub, checkpoint):
 
 
 @pytest.mark.parametrize("refused", ["PUT /store/", f"POST /api/models/{REPO}/commit/"])
-def test_an_upload_that_fails_leaves_the_repository_as_it_was(hub, checkpoint, refused):
+def test_failed_upload_leaves_the_repository_unchanged(hub, checkpoint, refused):
     hub.refused = refused
     with pytest.raises((HfHubHTTPError, RuntimeError)):
         push(checkpoint)
@@ -134,7 +134,7 @@ def test_an_upload_that_fails_leaves_the_repository_as_it_was(hub, checkpoint, r
     assert set(HfApi().list_repo_files(REPO)) == published(checkpoint)
 
 
-def test_a_new_version_replaces_the_old_one_and_leaves_the_owner_s_files(hub, checkpoint):
+def test_new_version_keeps_files_of_the_owner(hub, checkpoint):
     api = HfApi()
     api.create_repo(REPO)
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_code.py", "docs/a.png"):
@@ -145,7 +145,7 @@ def test_a_new_version_replaces_the_old_one_and_leaves_the_owner_s_files(hub, ch
     assert len(hub.repositories[REPO].commits) == 6
 
 
-def test_mistakes_are_named_with_their_remedy(hub, checkpoint, tmp_path, monkeypatch):
+def test_wrong_options_raise(hub, checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--repo_id model"):
         push_to_hub.main(["--model", str(checkpoint), "--repo_id", "model"])
     with pytest.raises(ValueError, match="nowhere.*config.json"):
@@ -162,7 +162,7 @@ def test_mistakes_are_named_with_their_remedy(hub, checkpoint, tmp_path, monkeyp
     assert not hub.repositories
 
 
-def test_only_whole_models_with_all_their_weights_are_published(hub, checkpoint):
+def test_incomplete_models_raise(hub, checkpoint):
     config = TripsConfig.from_pretrained(checkpoint)
     TripsModel(config).save_pretrained(checkpoint)  # weights without a decoder
     config.architectures = ["TripsForQuestionAnswering"]
@@ -180,7 +180,7 @@ def test_only_whole_models_with_all_their_weights_are_published(hub, checkpoint)
     assert not hub.repositories
 
 
-def test_weights_that_are_not_finite_are_not_published(hub, checkpoint):
+def test_non_finite_weights_raise(hub, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     weights["lm_head.dense.bias"][0] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -189,14 +189,14 @@ def test_weights_that_are_not_finite_are_not_published(hub, checkpoint):
     assert not hub.repositories
 
 
-def test_an_exported_model_is_not_published(hub, checkpoint):
+def test_exported_model_raises(hub, checkpoint):
     (checkpoint / "export.json").write_text("{}")
     with pytest.raises(ValueError, match="exported"):
         push(checkpoint)
     assert not hub.repositories
 
 
-def test_code_that_a_checkpoint_names_is_not_published(hub, checkpoint):
+def test_foreign_code_is_not_published(hub, checkpoint):
     name_foreign_code(checkpoint)
     push(checkpoint)
     repository = hub.repositories[REPO]
@@ -208,7 +208,7 @@ class StrangeImageProcessor(BlipImageProcessor):
     """Image processor with foreign code."""
 
 
-def test_an_image_processor_of_other_code_is_not_published(checkpoint, tmp_path, monkeypatch):
+def test_foreign_image_processor_raises(checkpoint, tmp_path, monkeypatch):
     model, processor = (
         TripsForQuestionAnswering.from_pretrained(checkpoint),
         TripsProcessor.from_pretrained(checkpoint),
@@ -233,7 +233,7 @@ def test_an_image_processor_of_other_code_is_not_published(checkpoint, tmp_path,
         ("1_Dense/config.json", {"parts": [{"auto_map": {"AutoConfig": "mallory/foreign--c.C"}}]}),
     ],
 )
-def test_a_file_that_names_other_code_is_named_with_the_field(checkpoint, tmp_path, name, fields):
+def test_reference_to_foreign_code_raises(checkpoint, tmp_path, name, fields):
     path = tmp_path / "target" / name
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(fields))
@@ -241,7 +241,7 @@ def test_a_file_that_names_other_code_is_named_with_the_field(checkpoint, tmp_pa
         check_code(tmp_path / "target", TripsForQuestionAnswering.from_pretrained(checkpoint))
 
 
-def test_changed_and_added_python_files_are_not_published(checkpoint):
+def test_changed_python_files_raise(checkpoint):
     model = TripsForQuestionAnswering.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="other.py"):
         check_code(checkpoint, model)
@@ -269,7 +269,7 @@ for load in (*loaders, lambda model, **options: transformers.pipeline("visual-qu
 
 
 @pytest.mark.slow
-def test_nobody_who_loads_what_was_published_runs_code_of_others(checkpoint, tmp_path):
+def test_published_files_do_not_run_foreign_code(checkpoint, tmp_path):
     repository = make_foreign_repository(tmp_path / "repository")
     name_foreign_code(checkpoint, repository)
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
@@ -281,7 +281,7 @@ def test_nobody_who_loads_what_was_published_runs_code_of_others(checkpoint, tmp
     assert not (repository / "ran").exists() and "failed" not in printed
 
 
-def test_the_files_can_be_kept(hub, checkpoint, tmp_path):
+def test_output_dir_keeps_the_files(hub, checkpoint, tmp_path):
     target = tmp_path / "new" / "folder"
     push(checkpoint, "--dry_run", "--output_dir", str(target))
     assert {path.name for path in target.iterdir()} == published(checkpoint) - {".gitattributes"}
@@ -290,7 +290,7 @@ def test_the_files_can_be_kept(hub, checkpoint, tmp_path):
     assert not hub.repositories
 
 
-def test_a_file_that_is_not_on_the_list_stops_everything(hub, checkpoint):
+def test_unlisted_file_raises(hub, checkpoint):
     processor = TripsProcessor.from_pretrained(checkpoint)
     processor.chat_template = {"default": "{{ messages }}", "private": "{{ messages }}"}
     processor.save_pretrained(checkpoint)
@@ -313,7 +313,7 @@ def run(*words: str | Path, env: dict[str, str], cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
-def test_the_card_s_code_runs_as_it_stands_where_the_project_is_not(head, hub, tmp_path, clean_python):
+def test_code_of_the_card_runs_without_the_project(head, hub, tmp_path, clean_python):
     folder = make_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, head))
     HfApi().create_repo(REPO, private=True)
     HfApi().create_branch(REPO, branch="next")

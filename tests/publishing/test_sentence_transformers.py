@@ -70,7 +70,7 @@ def test_matching_scores_pairs_and_ranks_images(tmp_path):
         ("CrossEncoder", "text-ranking", r"\[\d\.\d+ *\d\.\d+\]"),
     ],
 )
-def test_the_card_is_that_of_a_model_of_the_library(kind, task, printed, tmp_path, capsys):
+def test_card_names_the_library(kind, task, printed, tmp_path, capsys):
     folder = publish_as(kind, tmp_path)
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", task)
@@ -82,11 +82,11 @@ def test_the_card_is_that_of_a_model_of_the_library(kind, task, printed, tmp_pat
     assert re.fullmatch(printed, capsys.readouterr().out.strip())
 
 
-def test_what_cannot_serve_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="TripsForQuestionAnswering.*CrossEncoder"):
+def test_unsupported_models_raise(tmp_path):
+    with pytest.raises(ValueError, match="TripsForQuestionAnswering"):
         publish_as("CrossEncoder", tmp_path / "head", model_class=TripsForQuestionAnswering)
     with pytest.raises(ValueError, match="Encoder"):
         publish_as("Encoder", tmp_path / "kind")
-    with pytest.raises(ValueError, match="itm_weight=0"):
+    with pytest.raises(ValueError, match="itm_weight"):
         publish_as("CrossEncoder", tmp_path / "weight", itm_weight=0.0)
     publish_as("SentenceTransformer", tmp_path / "other", itm_weight=0.0)

@@ -143,7 +143,7 @@ def engine(folder):
     return Engine(Settings(model=folder, max_pixels=10_000))
 
 
-def test_texts_that_are_too_long_are_refused(engine):
+def test_long_texts_raise(engine):
     for length in (65, 1000):
         with pytest.raises(RequestError) as refused:
             engine.prepare_texts(["shape", "shape " * length])
@@ -166,13 +166,13 @@ def test_texts_that_are_too_long_are_refused(engine):
         (b"GIF89a\x01\0\x01\0\0\0\0" + b"!\xfe" + (b"\xff" + b"x" * 255) * 300 + b"\0", 422),
     ],
 )
-def test_what_is_no_picture_is_refused(engine, data, status):
+def test_bad_images_raise(engine, data, status):
     with pytest.raises(RequestError) as refused:
         engine.read_image("", data)
     assert refused.value.status == status
 
 
-def test_an_item_that_fails_fails_alone(engine):
+def test_failing_item_does_not_affect_others(engine):
     items = make_items(engine, PAIRS)
     expected = engine.answer(items)
     broken = replace(items[0], tokens={**items[0].tokens, "input_ids": [10**6] * len(items[0].tokens["input_ids"])})
@@ -229,7 +229,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_checkpoint_that_cannot_answer_is_refused(tmp_path, name):
+def test_broken_checkpoints_raise(tmp_path, name):
     folder = save(tmp_path, TripsForQuestionAnswering)
     DAMAGES[name](folder)
     with pytest.raises(ValueError, match="TRIPS_MODEL"):
@@ -245,17 +245,17 @@ def test_a_checkpoint_that_cannot_answer_is_refused(tmp_path, name):
         ("TRIPS_DTYPE", {"dtype": "float7"}),
     ],
 )
-def test_settings_that_do_not_fit_are_named(folder, name, fields):
+def test_unsuitable_settings_raise(folder, name, fields):
     with pytest.raises(ValueError, match=name):
         Engine(Settings(model=folder, **fields))
 
 
-def test_a_head_without_an_endpoint_is_refused(tmp_path):
+def test_unsupported_head_raises(tmp_path):
     with pytest.raises(ValueError, match="TRIPS_MODEL"):
         Engine(Settings(model=save(tmp_path, TripsForVisualGrounding)))
 
 
-def test_the_tokenizer_may_not_know_the_limit_of_the_model(tmp_path):
+def test_text_limit_is_that_of_the_model(tmp_path):
     folder = save(tmp_path, TripsForQuestionAnswering)
     change(folder, "tokenizer_config.json", model_max_length=None)
     engine = Engine(Settings(model=folder))
@@ -266,7 +266,7 @@ def test_the_tokenizer_may_not_know_the_limit_of_the_model(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class, name", [(TripsForQuestionAnswering, "answer"), (TripsForRetrieval, "match")])
-def test_an_exported_model_answers_as_in_the_library(tmp_path, model_class, name):
+def test_exported_model_matches_the_library(tmp_path, model_class, name):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     from modeling_trips.export import export_model, load_exported

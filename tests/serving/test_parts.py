@@ -56,19 +56,19 @@ def test_settings_come_from_the_environment():
         ("TRIPS_QUEUES", "7"),
     ],
 )
-def test_settings_that_make_no_sense_are_named(name, value):
+def test_bad_settings_raise(name, value):
     with pytest.raises(ValueError, match=name):
         Settings.from_environment({"TRIPS_MODEL": "org/model", name: value})
 
 
-def test_a_model_is_needed(tmp_path):
+def test_model_is_required(tmp_path):
     missing = [{}] + [{"TRIPS_MODEL": str(name)} for name in ("", " ", tmp_path, tmp_path / "missing", "./missing")]
     for environment in missing:
         with pytest.raises(ValueError, match="TRIPS_MODEL"):
             Settings.from_environment(environment)
 
 
-def test_a_burst_does_not_make_later_requests_wait():
+def test_burst_does_not_delay_later_requests():
     optimizer = BoundedOptimizer(30.0, is_more_coming=lambda: True)
     for _ in range(50):
         optimizer.log_outbound(n=32, wait=4.0, duration=0.1)
@@ -86,26 +86,26 @@ def answer_model():
     "body, name",
     [({"image": "", "questions": ["a", " "]}, "questions.1"), ({"image": "", "questions": ["a"], "n": 1}, "n")],
 )
-def test_a_refused_field_is_named_in_a_sentence(body, name):
+def test_bad_fields_are_named(body, name):
     with pytest.raises(RequestError) as refused:
         validate(answer_model(), body)
     assert refused.value.status == 422
     assert refused.value.message.startswith(f"{name}: ") and "\\S" not in refused.value.message
 
 
-def test_a_body_of_very_many_fields_is_refused_at_once():
+def test_many_bad_fields_raise_quickly():
     body = b"{" + b",".join(b'"%d":0' % number for number in range(400_000)) + b"}"
     gate = Gate(None, Settings(), None)
     start = time.process_time()
     with pytest.raises(RequestError) as refused:
         asyncio.run(gate.read("answer", {"type": "http", "headers": []}, body))
     assert refused.value.status == 422 and time.process_time() - start < 0.3
-    with pytest.raises(RequestError) as refused:  # as many as a body of the longest texts may have
+    with pytest.raises(RequestError) as refused:  # the maximum for a body of the longest texts
         asyncio.run(gate.read("answer", {"type": "http", "headers": []}, body[:500_000].rpartition(b",")[0] + b"}"))
     assert refused.value.status == 422
 
 
-def test_texts_of_colons_are_no_fields():
+def test_colons_in_texts_do_not_count_as_fields():
     body = b'{"image": "", "questions": [' + b",".join([b'"' + b":" * 2000 + b'"'] * 32) + b"]}"
     request = asyncio.run(Gate(None, Settings(), None).read("answer", {"type": "http", "headers": []}, body))
     assert len(request.questions) == 32
@@ -122,13 +122,13 @@ def test_images_are_files_in_forms_and_text_in_json():
         assert "base64" in json_schema["description"] and "file" in json_schema["description"]
 
 
-def test_base64_with_and_without_what_data_urls_say():
+def test_base64_and_data_urls():
     data = encoded(PIL.Image.new("RGB", (3, 3)))
     text = base64.b64encode(data).decode()
     assert from_base64(text) == from_base64(f"data:image/png;base64,{text}") == data
     for broken in ("a", "ä", text[:-1], "data:,", "../../etc/passwd", "file:///etc/passwd"):
         if broken == "data:,":
-            assert from_base64(broken) == b""  # refused as an empty image
+            assert from_base64(broken) == b""  # rejected as an empty image
             continue
         with pytest.raises(RequestError, match="base64"):
             from_base64(broken)
@@ -187,7 +187,7 @@ def site():
     server.server_close()
 
 
-def test_urls_are_fetched_from_allowed_addresses_alone(site):
+def test_urls_are_fetched_only_from_allowed_addresses(site):
     def only_first(address):
         return address == "127.0.0.1"
 
@@ -212,7 +212,7 @@ def test_urls_are_fetched_from_allowed_addresses_alone(site):
         assert "127.0.0" not in refused.value.message
 
 
-def test_a_site_that_never_answers_is_given_up(monkeypatch):
+def test_silent_site_times_out(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         with pytest.raises(RequestError) as refused:
@@ -237,7 +237,7 @@ def test_rows_of_image_caches_split_and_join(guidance):
 
 
 @torch.no_grad()
-def test_the_cache_holds_so_many_bytes_and_drops_what_was_not_used():
+def test_cache_evicts_the_least_recently_used():
     rows = split(make_model().model.encode_images(images()))
     size = num_bytes(rows[0])
     cache = ImageCaches(3 * size)
@@ -254,7 +254,7 @@ def test_the_cache_holds_so_many_bytes_and_drops_what_was_not_used():
     assert len(nothing) == 0 == nothing.bytes
 
 
-def test_each_image_meets_each_text_and_features_are_of_each_alone():
+def test_items_are_pairs_or_single_inputs():
     model = request_models(Settings())["match"]
     request = validate(model, {"images": ["a", "b"], "texts": ["x", "y", "z"]})
     assert images_of(request) == ["a", "b"] and texts_of(request) == ["x", "y", "z"]
@@ -262,5 +262,5 @@ def test_each_image_meets_each_text_and_features_are_of_each_alone():
     assert places == [{"image": image, "text": text} for image in range(2) for text in range(3)]
     alone = [item.place for item in items_of(request, [None] * 2, [None] * 3, in_pairs=False)]
     assert alone == [{"image": 0}, {"image": 1}, {"text": 0}, {"text": 1}, {"text": 2}]
-    with pytest.raises(RequestError, match="no image and no text"):
+    with pytest.raises(RequestError, match="image or a text"):
         items_of(request, [], [], in_pairs=False)

@@ -55,7 +55,7 @@ def check_answers(found: list[list[dict]], expected: list[list[dict]]):
 
 
 @pytest.mark.parametrize("fields, schedule", [({}, "default"), ({"keep_rate": 1.0}, "full")])
-def test_many_at_once_get_what_the_library_answers(service, fields, schedule):
+def test_concurrent_answers_match_the_library(service, fields, schedule):
     with ThreadPoolExecutor(len(COLORS)) as pool:
         replies = list(pool.map(lambda color: service.post("answer", ask(color, schedule=schedule, top_k=2)), COLORS))
     expected = library(**fields)
@@ -103,7 +103,7 @@ def test_an_image_is_computed_once_for_all_its_questions(service):
 
 
 BAD = {
-    "no JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
+    "JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
     "bytes that are no text": ({"content": b"\xff\xfe\x00", "headers": {"content-type": "application/json"}}, 400),
     "half a surrogate": (
         {"content": rb'{"image": "", "questions": ["\ud800"]}', "headers": {"content-type": "application/json"}},
@@ -144,7 +144,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests_are_told_what_is_wrong(service, name):
+def test_bad_requests_are_rejected(service, name):
     options, status = BAD[name]
     try:
         reply = service.post("answer", **options)
@@ -156,7 +156,7 @@ def test_bad_requests_are_told_what_is_wrong(service, name):
     assert service.post("answer", ask("red")).status_code == 200
 
 
-def test_the_client_of_the_documentation_gets_answers(service, tmp_path, monkeypatch, capsys):
+def test_documented_client(service, tmp_path, monkeypatch, capsys):
     document = next(page for page in PAGES if str(page) == "docs/serve.md")
     draw, client = document.blocks("python")[:2]
     monkeypatch.chdir(tmp_path)
@@ -193,14 +193,14 @@ def raw(service, request: bytes) -> bytes:
         return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
-def test_a_content_type_that_is_no_text_gets_a_whole_reply(service):
+def test_non_ascii_content_type_is_rejected(service):
     head = b"POST /answer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 2\r\n"
     reply = raw(service, head + b"Content-Type: \xff\xfe\r\n\r\n{}")
     assert reply.startswith(b"HTTP/1.1 415") and b'{"error":' in reply.partition(b"\r\n\r\n")[2]
     assert "Traceback" not in service.log.read_text()
 
 
-def test_it_listens_on_loopback_alone(service):
+def test_listens_only_on_loopback(service):
     processes = [psutil.Process(service.process.pid), *psutil.Process(service.process.pid).children(recursive=True)]
     listening = {
         one.laddr.ip
@@ -254,7 +254,7 @@ def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
     assert {url.split("/")[2] for url in requests if not url.startswith("data:")} == {f"127.0.0.1:{service.port}"}
 
 
-def test_slow_clients_are_told_to_leave_and_hold_up_nobody(service):
+def test_slow_clients_time_out(service):
     head = b"POST /answer HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
     slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(100)]
     for number, connection in enumerate(slow):
@@ -267,7 +267,7 @@ def test_slow_clients_are_told_to_leave_and_hold_up_nobody(service):
     assert service.post("answer", ask("blue")).status_code == 200
 
 
-def test_a_thousand_random_requests_by_its_own_description(service, tmp_path):
+def test_random_requests_from_the_openapi_document(service, tmp_path):
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run", f"{service.url}/docs.json"]
@@ -302,7 +302,7 @@ def test_large_images_hold_up_decoding_alone(tmp_path):
         assert "Traceback" not in service.log.read_text()
 
 
-def test_what_waits_too_long_for_its_batch_is_refused_in_a_sentence(tmp_path):
+def test_long_wait_for_a_batch_is_rejected(tmp_path):
     with RunningService(tmp_path / "log", max_latency_ms=100) as service:
         for color in COLORS * 2:
             service.post("answer", ask(color))
@@ -316,7 +316,7 @@ def test_what_waits_too_long_for_its_batch_is_refused_in_a_sentence(tmp_path):
         assert "Traceback" not in service.log.read_text()
 
 
-def test_an_idle_service_is_as_fast_after_a_burst_as_before(tmp_path):
+def test_burst_does_not_slow_down_an_idle_service(tmp_path):
     def lone() -> float:
         start = time.monotonic()
         assert service.post("answer", ask("red")).status_code == 200
@@ -333,7 +333,7 @@ def test_an_idle_service_is_as_fast_after_a_burst_as_before(tmp_path):
         assert sorted(lone() for _ in range(30))[15] < before + 0.1
 
 
-def test_a_half_sent_body_does_not_delay_the_end(tmp_path):
+def test_incomplete_body_does_not_delay_shutdown(tmp_path):
     with RunningService(tmp_path / "log") as service:
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.sendall(b"POST /answer HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
@@ -353,7 +353,7 @@ def test_a_half_sent_body_does_not_delay_the_end(tmp_path):
         ("TRIPS_DEVICE", {"device": "warp", "workers": 2}),
     ],
 )
-def test_a_service_that_cannot_answer_ends_and_says_why(tmp_path, name, settings):
+def test_broken_service_exits_with_an_error(tmp_path, name, settings):
     service = RunningService(tmp_path / "log", **settings)
     service.start()
     try:
@@ -364,7 +364,7 @@ def test_a_service_that_cannot_answer_ends_and_says_why(tmp_path, name, settings
     assert last.removeprefix("ValueError: ").startswith(name)
 
 
-def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(tmp_path):
+def test_full_queue_rejects_further_requests(tmp_path):
     with RunningService(tmp_path / "log", queue=4) as service:
         with ThreadPoolExecutor(48) as pool:
             replies = list(pool.map(lambda _: service.post("answer", ask("red")), range(96)))
@@ -375,7 +375,7 @@ def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(tmp_path)
         assert {str(reply.json()["answers"][0][0]["answer"]) for reply in answered} == {"red"}
 
 
-def test_what_was_accepted_is_answered_before_it_ends(tmp_path):
+def test_shutdown_drains_accepted_requests(tmp_path):
     with RunningService(tmp_path / "log", max_batch_size=2) as service:
         with ThreadPoolExecutor(24) as pool:
             waiting = [pool.submit(service.post, "answer", ask(color, top_k=10)) for color in COLORS * 3]

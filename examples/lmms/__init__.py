@@ -1,8 +1,8 @@
-"""Models of lmms-eval, which finds them by the entry point `lmms_eval.models` of the package."""
+"""Models for lmms-eval, registered by the entry point `lmms_eval.models`."""
 
 
 def manifest():
-    """The models `trips` and `trips_vlm`, as lmms-eval wants them."""
+    """Return the manifest of the models `trips` and `trips_vlm`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return (

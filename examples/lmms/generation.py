@@ -1,4 +1,4 @@
-"""Vision-language models of Transformers as an evaluation uses them: conversations in, answers out."""
+"""Generation of answers with vision-language models of Transformers for evaluations."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from modeling_trips.hosts.vlm.wrapper import selection_of
 
 def generation_options(task_options: Mapping) -> dict:
     """
-    Return the arguments of `generate` that a task may set: how many tokens, beams, and how it samples. A task is text
-    from elsewhere: nothing that loads code passes.
+    Return the arguments of `generate` that a task may set: numbers of tokens and beams, and sampling. Tasks are
+    untrusted, so options that load code are dropped.
     """
     options = {"max_new_tokens": task_options.get("max_new_tokens") or 1024, "num_beams": 1}
     if task_options.get("num_beams"):
@@ -29,7 +29,7 @@ def generation_options(task_options: Mapping) -> dict:
 
 
 def cut_until(text: str, until: list[str]) -> str:
-    """Return the text up to the first of these strings, without white space around it."""
+    """Return the stripped text up to the first of these strings."""
     text = text.strip()
     for stop in until:
         if stop:
@@ -39,16 +39,16 @@ def cut_until(text: str, until: list[str]) -> str:
 
 class VisionLanguageModel:
     """
-    A model with its processor.
+    Vision-language model with its processor.
 
     Args:
-        pretrained (`str`): Folder or Hub repository of a model that `AutoModelForImageTextToText` loads. Code in the
-            repository is not run.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
+        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Code in the
+            repository does not run.
+        dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
 
     Attributes:
-        num_images (`int`): Images that were seen.
-        num_visual_tokens (`torch.Tensor`): Visual tokens of these images that the language model got.
+        num_images (`int`): Number of processed images.
+        num_visual_tokens (`torch.Tensor`): Number of their visual tokens in the language model.
     """
 
     def __init__(self, pretrained: str, dtype: str = "auto"):
@@ -66,13 +66,13 @@ class VisionLanguageModel:
 
     @property
     def visual_tokens_per_image(self) -> float | None:
-        """Mean number of visual tokens that the language model got; `None` without images."""
+        """Mean number of visual tokens in the language model; `None` without images."""
         return self.num_visual_tokens.item() / self.num_images if self.num_images else None
 
     def encode(self, conversations: list[list[dict]]) -> BatchFeature:
         """
-        Return the inputs of a batch of conversations, padded on the left. Where the processor has no chat template,
-        the prompt is one image token per image, and the texts.
+        Return the inputs of a batch of conversations, padded on the left. Without a chat template, the prompt is one
+        image token per image and the texts.
         """
         options = {"padding": True, "return_tensors": "pt"}
         if self.processor.chat_template is not None:
@@ -100,11 +100,11 @@ class VisionLanguageModel:
 
         Args:
             conversations (`list[list[dict]]`): Messages with `role` and `content`, a list of parts `{"type": "image",
-                "image": ...}` and `{"type": "text", "text": ...}`. An image is one of Pillow, a path or an address.
-            options (`Mapping`): A task's options. Only those of [`generation_options`], and `until`, count.
+                "image": ...}` and `{"type": "text", "text": ...}`. An image is a Pillow image, a path or a URL.
+            options (`Mapping`): Options of a task. Only [`generation_options`] and `until` are used.
 
         Returns:
-            `list[str]`: The new text of each conversation, up to the first string in `until`. A blank line is none.
+            `list[str]`: The new text of each conversation, up to the first string in `until` except a blank line.
         """
         inputs = self.encode(conversations)
         has_images = inputs.get("pixel_values") is not None
@@ -124,24 +124,23 @@ class VisionLanguageModel:
             )
         new = outputs[:, inputs["input_ids"].shape[1] :]
         until = options.get("until") or []
-        # lmms-eval gives tasks that name no stop a blank line, which would cut answers after their first paragraph.
+        # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
         until = [stop for stop in ([until] if isinstance(until, str) else until) if stop != "\n\n"]
         return [cut_until(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
     def lower_resolution(self, visual_tokens: int):
         """
-        Let the processor reduce images so that each has about this number of visual tokens, or fewer if it is small.
-        In LLaVA-1.5 and PaliGemma, position embeddings of the tower are interpolated. In SmolVLM and Idefics3, images
-        have fewer tiles.
+        Reduce images in the processor to at most about this number of visual tokens. LLaVA-1.5 and PaliGemma
+        interpolate the tower's position embeddings, SmolVLM and Idefics3 use fewer tiles.
 
         Raises:
-            ValueError: The model has no images of a lower resolution.
+            ValueError: The model does not support a lower resolution.
         """
         family = find_family(self.model)
         image_processor = self.processor.image_processor
         if isinstance(family, Qwen2Vl):
             side = family.unit * image_processor.patch_size
-            # The processor rounds both sides down, by half a unit in the mean.
+            # The processor rounds both sides down, on average by half a unit.
             largest = round((math.sqrt(visual_tokens) + 0.5) ** 2 * side**2)
             size = image_processor.size
             image_processor.size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
@@ -157,13 +156,12 @@ class VisionLanguageModel:
             embeddings = getattr(family.tower, "vision_model", family.tower).embeddings
             embeddings.register_forward_pre_hook(_interpolate_positions, with_kwargs=True)
         elif isinstance(family, Smolvlm) and visual_tokens >= family.base.image_seq_len:
-            # A square of tiles, and the whole image as one more.
+            # A square of tiles, and a tile of the whole image.
             tiles = max(1, math.isqrt(visual_tokens // family.base.image_seq_len - 1))
             image_processor.size = {"longest_edge": tiles * image_processor.max_image_size["longest_edge"]}
         else:
             raise ValueError(
-                f"Lower resolution is not supported for {type(self.model).__name__} with {visual_tokens} visual "
-                "tokens: its images, or the tiles of an image, have a fixed number of tokens."
+                f"Lower resolution is not supported for {type(self.model).__name__}, got {visual_tokens} tokens."
             )
 
 

@@ -1,11 +1,11 @@
 """
-A TRIPS checkpoint as a model of lmms-eval: it answers, describes, or finds boxes, as its head does.
+TRIPS checkpoints as models of lmms-eval, for question answering, captioning or grounding.
 
     lmms-eval --model trips --model_args pretrained=outputs/vqa --tasks vqav2_val --batch_size 64
     lmms-eval --model trips --model_args pretrained=outputs/grounding,keep_rate=1.0 --tasks refcoco_bbox_rec_val
 
-Tasks are written for models that are told in words what to do. This one knows, so that it takes the question
-or the expression alone, and captions with its own prompt. It writes with the options of its checkpoint, not of a task.
+Prompts of tasks are written for instruction-following models. This model takes only the question or the expression,
+and has its own prompt for captions. It generates with the options of its checkpoint, not of a task.
 """
 
 import itertools
@@ -35,27 +35,28 @@ Batch = list[tuple[PIL.Image.Image, list[str]]]  # images, each with the texts a
 
 
 def question_in(context: str) -> str:
-    """The first line of what a task says, without the mark of an image: behind it are orders."""
+    """Return the first line of a task's prompt, without image tokens and instructions."""
     return context.replace("<image>", "").strip().partition("\n")[0].strip()
 
 
 def expression_in(context: str) -> str:
-    """What stands behind the last colon of what a task says."""
+    """Return the text after the last colon of a task's prompt."""
     return context.replace("<image>", "").rpartition(":")[2].strip()
 
 
 class Trips(lmms):
     """
     Args:
-        pretrained (`str`): a checkpoint, by folder or name.
-        batch_size (`int`, *optional*, defaults to 32): images per step.
-        device (`str`, *optional*): that of this process by default.
-        dtype (`str`, *optional*, defaults to `"float32"`): of the weights.
-        keep_rate (`float`, *optional*): in place of the checkpoint's. At 1.0, accuracy is not an unpruned model's.
-        prompt (`str`, *optional*): how captions begin.
+        pretrained (`str`): Folder or Hub repository of a checkpoint.
+        batch_size (`int`, *optional*, defaults to 32): Images per step.
+        device (`str`, *optional*): Device. Default: the device of this process.
+        dtype (`str`, *optional*, defaults to `"float32"`): Dtype of the weights.
+        keep_rate (`float`, *optional*): Keep rate instead of the checkpoint's. At 1.0, accuracy differs from a model
+            trained without selection.
+        prompt (`str`, *optional*): Prompt of captions.
 
     Raises:
-        ValueError: The checkpoint has no head that answers, describes or finds boxes, or as `load_checkpoint` raises.
+        ValueError: The checkpoint has no head for answers, captions or boxes, or as `load_checkpoint` raises.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Trips(lmms):
             self.pipe = pipelines[self.write](model=self.model, processor=self.processor, device=self.model.device)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """An answer, a caption, or a box, `"[x0, y0, x1, y1]"` in shares of the image's sides, for each request."""
+        """Return an answer, a caption or a relative box, `"[x0, y0, x1, y1]"`, for each request."""
         results = []
         with tqdm(total=len(requests), desc="TRIPS", disable=self.rank != 0) as bar:
             images = self.by_image(requests)
@@ -97,13 +98,13 @@ class Trips(lmms):
         return results
 
     def by_image(self, requests: list[Instance]) -> Iterator[tuple[PIL.Image.Image, list[str]]]:
-        """Each image with the texts about it that follow one another: they share its computation."""
+        """Group consecutive texts about one image, which share its cached states."""
 
         def image_and_text(request: Instance) -> tuple[PIL.Image.Image, str]:
             context, _, visual_of, number, task, split = request.args
             images = visual_of(self.task_dict[task][split][number])
             if len(images) != 1:
-                raise ValueError(f"{task}, {split}, {number}: TRIPS looks at one image, not at {len(images)}.")
+                raise ValueError(f"{task}, {split}, {number}: TRIPS needs one image, got {len(images)}.")
             return convert_to_rgb(images[0]), context
 
         pairs = map(image_and_text, requests)
@@ -132,7 +133,7 @@ class Trips(lmms):
         return [f"[{', '.join(f'{place:.4f}' for place in box)}]" for box in found.tolist()]
 
     def loglikelihood(self, requests: list[Instance]):
-        raise NotImplementedError("TRIPS writes in lmms-eval: choose a task whose output_type is generate_until.")
+        raise NotImplementedError("`trips` only generates text. Choose a task with output_type generate_until.")
 
     def generate_until_multi_round(self, requests: list[Instance]):
-        raise NotImplementedError("TRIPS answers one question at a time: choose a task of one round.")
+        raise NotImplementedError("`trips` only supports one round. Choose a task of one round.")

@@ -1,5 +1,5 @@
 r"""
-Any vision-language model of Transformers as a model of lmms-eval, with patch selection.
+Vision-language models of Transformers as models of lmms-eval, with patch selection.
 
     lmms-eval --model trips_vlm --model_args pretrained=llava-hf/llava-1.5-7b-hf --tasks gqa --batch_size 16
     lmms-eval --model trips_vlm --tasks gqa --batch_size 16 \
@@ -20,20 +20,20 @@ from trips_examples.lmms.generation import VisionLanguageModel
 class TripsVlm(lmms):
     """
     Args:
-        pretrained (`str`): Folder or Hub repository of a model that `AutoModelForImageTextToText` loads.
-        schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower. With several
-            layers it stands in quotes: `schedule="5:image:0.7,12:image:0.5"`.
-        visual_tokens (`int`, *optional*): Number of visual tokens per image that the language model gets.
-        scorer (`str`, *optional*, defaults to `"prompt"`): What chooses these tokens.
-        guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that the text scores.
+        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`.
+        schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower. Several layers need
+            quotes: `schedule="5:image:0.7,12:image:0.5"`.
+        visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
+        scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
+        guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that is scored by the text.
         resolution_tokens (`int`, *optional*): Reduce images to about this number of visual tokens.
         batch_size (`int`, *optional*, defaults to 1): Conversations per step.
-        device (`str`, *optional*): By default the device of this process.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
+        device (`str`, *optional*): Device. Default: the device of this process.
+        dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
 
     Raises:
-        TypeError: Selection does not support the model.
-        ValueError: The schedule does not fit the model, or it has no images of a lower resolution.
+        TypeError: The model is not supported.
+        ValueError: The schedule does not fit the model, or a lower resolution is not supported.
     """
 
     is_simple = False
@@ -56,7 +56,7 @@ class TripsVlm(lmms):
         self.batch_size = int(batch_size)
         self.vlm = VisionLanguageModel(pretrained, dtype)
         self.vlm.model.to(device or self.accelerator.device)
-        schedule = schedule.strip("\"'")  # lmms-eval leaves the quotes
+        schedule = schedule.strip("\"'")  # lmms-eval keeps the quotes
         if resolution_tokens is not None:
             self.vlm.lower_resolution(int(resolution_tokens))
         if schedule != "unpruned" or visual_tokens is not None or guide is not None:
@@ -64,8 +64,8 @@ class TripsVlm(lmms):
             apply_patch_selection(self.vlm.model, schedule, visual_tokens, scorer, loaded)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each request."""
-        # Conversations of equal options form batches. Those of similar length follow each other.
+        """Return the answer to each request."""
+        # Batches have equal options and similar lengths.
         collator = Collator(
             [request.args for request in requests],
             sort_fn=lambda arguments: -len(arguments[0]),
@@ -83,11 +83,11 @@ class TripsVlm(lmms):
         messages = ChatMessages(messages=messages_of(self.task_dict[task][split][number]))
         _, videos, audios = messages.extract_media()
         if videos or audios:
-            raise NotImplementedError(f"{task}, {split}, {number}: `trips_vlm` takes images, got video or audio.")
+            raise NotImplementedError(f"{task}, {split}, {number}: `trips_vlm` needs images, got video or audio.")
         return messages.to_hf_messages()
 
     def loglikelihood(self, requests: list[Instance]):
-        raise NotImplementedError("`trips_vlm` generates text: choose a task whose output_type is generate_until.")
+        raise NotImplementedError("`trips_vlm` only generates text. Choose a task with output_type generate_until.")
 
     def generate_until_multi_round(self, requests: list[Instance]):
-        raise NotImplementedError("`trips_vlm` answers one question at a time: choose a task of one round.")
+        raise NotImplementedError("`trips_vlm` only supports one round. Choose a task of one round.")

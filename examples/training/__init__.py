@@ -1,1 +1,1 @@
-"""Runs: their options, models, trainers, and what guards them."""
+"""Training runs: options, models, trainers and callbacks."""

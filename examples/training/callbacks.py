@@ -1,4 +1,4 @@
-"""What a training watches: a loss that is not finite stops it, and an unhealthy selection is reported."""
+"""Checks during training: stop at a loss that is not finite, and report problems of the selection."""
 
 import logging
 import math
@@ -36,20 +36,20 @@ from trips_examples.training.predictions import texts_of
 
 logger = logging.getLogger(__name__)
 
-# A healthy model is far from each: the shipped one has an entropy of 0.14, a text sensitivity of 0.06, a z above 10.
+# Thresholds. The bundled model has an entropy of 0.14, a text sensitivity of 0.06 and a z above 10.
 LEAST_ENTROPY = 0.02
 LEAST_SENSITIVITY = 0.01
 LEAST_Z = 2.0  # standard errors above chance
-CHANCE_MARGIN = 0.02  # of the overlap of kept sets
-MOST_TIME = 1.1  # of the unpruned model's
+CHANCE_MARGIN = 0.02  # for the overlap of kept patches
+MOST_TIME = 1.1  # time ratio against the unpruned baseline
 MOST_CHANCE = 0.01  # p-value
-SMALL = 1 / 16  # largest share of the image that is fine detail
+SMALL = 1 / 16  # largest share of the image for fine detail
 
 SUPERVISE = "--selection_loss_weight, --selection_teacher"
 
 
 class Finding(NamedTuple):
-    """A problem of the selection: its kind, which is reported once per run and layer, and a description."""
+    """Problem of the selection. Each kind is reported once per run and layer."""
 
     kind: str
     words: str
@@ -59,25 +59,26 @@ class Finding(NamedTuple):
 class _Batch:
     step: int
     sources: list[str]
-    losses: torch.Tensor  # of all processes, (num_processes,) on the CPU, there once `copied` has happened
+    losses: torch.Tensor  # of all processes, (num_processes,) on the CPU, valid after `copied`
     copied: torch.Event | None
 
 
 class TrainingMonitor(TrainerCallback):
     """
-    Watches a training.
+    Callback that checks the loss and the selection.
 
-    - The first loss that is NaN or infinite stops all processes, with the step, the rows of the batch and the last
-      good checkpoint. On an accelerator a loss is read when the next batch is queued, so that the device never waits.
-    - Every `health_steps` the selection is examined on the first rows of the evaluation data (or else of the training
-      data). `measure_selection`'s metrics are logged as `selection_layer2_entropy` and so on, once also
+    - The first loss that is NaN or infinite stops all processes. The error names the step, the rows of the batch and
+      the last good checkpoint. On an accelerator a loss is read after the next batch is queued, so the device does not
+      wait.
+    - Every `health_steps` the selection is examined on the first rows of the evaluation data, or of the training data.
+      The metrics of `measure_selection` are logged as `selection_layer2_entropy` and so on, and once
       `selection_time_ratio` and `selection_macs_ratio` against the unpruned baseline. From half of the training on,
-      each problem is reported once, and where the data have regions `selection_small_accuracy` and
-      `selection_small_accuracy_unpruned` are logged. This is off under FSDP and ZeRO-3.
+      each problem is reported once, and for data with regions `selection_small_accuracy` and
+      `selection_small_accuracy_unpruned` are logged. Not supported under FSDP and ZeRO-3.
 
     Args:
-        trainer (`Trainer`): with a TRIPS model and a [`TripsProcessor`].
-        health_steps (`float`): steps between two looks; below 1, their share of all steps; 0: none.
+        trainer (`Trainer`): Trainer of a TRIPS model with a [`TripsProcessor`].
+        health_steps (`float`): Steps between two checks; below 1, a share of all steps; 0 disables the checks.
     """
 
     def __init__(self, trainer: Trainer, health_steps: float):
@@ -92,7 +93,7 @@ class TrainingMonitor(TrainerCallback):
     # The loss
 
     def watch_loss(self, loss: torch.Tensor, step: int, sources: list[str]):
-        """Take the loss of this process for a batch of rows in optimizer step `step`, counted from 1."""
+        """Record the loss of this process for a batch in optimizer step `step`, from 1."""
         previous = self.pending
         losses = self.accelerator.gather(loss.detach().float().reshape(1))
         copied = None
@@ -106,7 +107,7 @@ class TrainingMonitor(TrainerCallback):
             self.check_loss()
 
     def check_loss(self):
-        """Check the last loss now, before anything is saved."""
+        """Check the last loss before a checkpoint is saved."""
         batch, self.pending = self.pending, None
         if batch is not None:
             self._check(batch)
@@ -131,7 +132,7 @@ class TrainingMonitor(TrainerCallback):
 
     @property
     def dataset(self) -> Dataset | None:
-        """The data that are examined."""
+        """Data for the checks."""
         datasets = (self.trainer.eval_dataset, self.trainer.train_dataset)
         return next((dataset for dataset in datasets if isinstance(dataset, Dataset) and len(dataset)), None)
 
@@ -142,10 +143,10 @@ class TrainingMonitor(TrainerCallback):
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             should_log = control.should_log
             self.examine(is_late=2 * state.global_step >= state.max_steps)
-            control.should_log = should_log  # logging here does not replace the trainer's own
+            control.should_log = should_log  # keep the trainer's own logging
 
     def examine(self, is_late: bool = True):
-        """Examine the selection now; `is_late`: whether problems are reported."""
+        """Examine the selection, and report problems if `is_late`."""
         head = self.accelerator.unwrap_model(self.trainer.model)
         model = head.base_model
         if self.dataset is None or not model.config.vision_config.schedule.layers:
@@ -195,7 +196,7 @@ class TrainingMonitor(TrainerCallback):
         return metrics, time_findings(pruned / unpruned, macs, texts_per_image)
 
     def _rows_of_a_batch(self) -> list[dict]:
-        """Rows as a training batch has them."""
+        """Return rows grouped as in a training batch."""
         args, counts, rows = self.trainer.args, defaultdict(int), []
         for row in self.dataset:
             image = row.get("image_id") or tuple(row["image_ids"])
@@ -233,7 +234,7 @@ def _is_finite(checkpoint: Path) -> bool:
 
 
 def _differ(rows: list[dict], image_index: list[int]) -> bool:
-    """Whether texts of an image are about different things, as far as the data tell."""
+    """Return whether texts of an image may be about different things."""
     regions = regions_of(rows)
     if not regions:
         return True
@@ -247,13 +248,13 @@ def layer_findings(
     layer: int, guidance: str, metrics: dict[str, float], num_patches: int, texts_differ: bool
 ) -> Iterator[Finding]:
     """
-    Problems of a selection layer.
+    Yield the problems of a selection layer.
 
     Args:
-        layer (`int`), guidance (`str`): its number from 1, and what scores its patches.
-        metrics (`dict[str, float]`): of `measure_selection`, without the layer's name.
-        num_patches (`int`): of the grid.
-        texts_differ (`bool`): whether some texts of an image may be about different things.
+        layer (`int`), guidance (`str`): Number of the layer from 1, and its guidance.
+        metrics (`dict[str, float]`): Metrics of `measure_selection` without the layer's name.
+        num_patches (`int`): Patches of the grid.
+        texts_differ (`bool`): Some texts of an image may be about different things.
     """
     if guidance == "random":
         return
@@ -276,7 +277,7 @@ def layer_findings(
     elif texts_differ and sensitivity is not None and sensitivity < LEAST_SENSITIVITY:
         yield Finding(
             "deaf",
-            f"{title} keeps the same patches whatever the text says (overlap among the texts of an image "
+            f"{title} keeps the same patches for every text (overlap among the texts of an image "
             f"{1 - sensitivity:.1%}). Try selection supervision ({SUPERVISE}) or --selection_guidance image.",
         )
     elif z is not None and z < LEAST_Z:
@@ -288,7 +289,7 @@ def layer_findings(
     elif z is None and sensitivity is not None and _is_at_chance(metrics, num_patches):
         yield Finding(
             "random",
-            f"{title} selects at random: the patches kept for two texts of an image overlap as little as random ones "
+            f"{title} selects at random: the kept patches of two texts of an image overlap as little as random ones "
             f"({1 - sensitivity:.1%}). Train longer, use --selection_teacher, or start from trained weights.",
         )
 
@@ -301,23 +302,23 @@ def _is_at_chance(metrics: dict[str, float], num_patches: int) -> bool:
 
 
 def time_findings(time_ratio: float, macs: float, texts_per_image: float) -> Iterator[Finding]:
-    """Report a forward pass that takes longer than that of the unpruned baseline."""
+    """Yield a finding if the forward pass takes longer than that of the unpruned baseline."""
     if time_ratio <= MOST_TIME:
         return
     remedy = (
-        "The unpruned model shares its vision tower among the texts: find a cheaper schedule with plan_selection.py."
+        "Texts share the unpruned vision tower. Find a cheaper schedule with plan_selection.py."
         if macs >= 1
-        else "Arithmetic does not limit models and batches this small: use larger ones, or --keep_rate 1.0."
+        else "The model and the batch are too small for a speedup. Use larger ones, or --keep_rate 1.0."
     )
     yield Finding(
         "time",
-        f"Pruning costs time here: a forward pass takes {time_ratio:.2f} times as long as that of the unpruned "
-        f"baseline, at a MAC ratio of {macs:.2f} and {texts_per_image:.1f} text(s) per image. {remedy}",
+        f"Pruning costs time: a forward pass takes {time_ratio:.2f} times as long as that of the unpruned baseline, "
+        f"at a MAC ratio of {macs:.2f} and {texts_per_image:.1f} text(s) per image. {remedy}",
     )
 
 
 def detail_findings(small: Group) -> Iterator[Finding]:
-    """Report that the unpruned baseline is better at fine detail, by McNemar's test."""
+    """Yield a finding if the unpruned baseline is better at fine detail, by McNemar's test."""
     if small.lost <= small.won or small.p_value >= MOST_CHANCE:
         return
     yield Finding(
@@ -329,7 +330,7 @@ def detail_findings(small: Group) -> Iterator[Finding]:
 
 
 def macs_ratio(config: TripsConfig, text_length: int, texts_per_image: float) -> float:
-    """Return the MACs of text encoder, vision tower and fusion encoder, pruned / unpruned."""
+    """Return the MAC ratio (pruned / unpruned) of text encoder, vision tower and fusion encoder."""
     pruned, unpruned = (forward_cost(config, text_length, schedule) for schedule in (None, UNPRUNED))
     return pruned.macs(texts_per_image) / unpruned.macs(texts_per_image)
 
@@ -346,10 +347,10 @@ def small_things(rows: list[dict]) -> list[dict]:
 
 def compare_small_things(trainer: Trainer, rows: list[dict]) -> Group | None:
     """
-    Compare the model, in evaluation mode, with its unpruned baseline on the rows about small things.
+    Compare the model in evaluation mode with its unpruned baseline on the rows about small things.
 
     Returns:
-        [`Group`]: both accuracies and McNemar's test; None without such rows, or for other tasks than question
+        [`Group`]: Both accuracies and McNemar's test. None without such rows, and for tasks other than question
         answering and grounding.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)

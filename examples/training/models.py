@@ -1,4 +1,4 @@
-"""The model and the processor that a run starts with."""
+"""Initial model and processor of a run."""
 
 import logging
 from collections.abc import Iterable
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 class ModelStart:
     """
-    The model and the processor that a run starts with: a checkpoint, a model of two towers that were trained apart, or
-    a model from scratch with a tokenizer. All that needs no texts happens here, so that wrong options stop the run
-    before data are read; `finish` does the rest.
+    Initial model and processor of a run: a checkpoint, a model from a vision tower and a text encoder, or a model from
+    scratch with a tokenizer. The constructor checks the options before data are read, and `finish` trains a tokenizer
+    if needed.
 
     Args:
         model_class (`type[TripsPreTrainedModel]`): the task's.
@@ -39,11 +39,11 @@ class ModelStart:
         config_fields: fields of `TripsConfig` that the task fixes.
 
     Attributes:
-        config (`TripsConfig`): the model's, without the vocabulary where a tokenizer is to be trained.
+        config (`TripsConfig`): Configuration, without the vocabulary if a tokenizer is to be trained.
         model, processor: None until a tokenizer is trained.
 
     Raises:
-        `ValueError`, `OSError`: The options make no model, or there is no such checkpoint or tokenizer.
+        `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ModelStart:
         return self.config.vision_config.patch_shape[0]
 
     def finish(self, texts: Iterable[str]) -> tuple[TripsPreTrainedModel, TripsProcessor]:
-        """Return the model and the processor. `texts` train a tokenizer where there is none."""
+        """Return the model and the processor, after training a tokenizer on `texts` if there is none."""
         if self.model is None:
             self._make_model(train_wordpiece_tokenizer(texts))
         if self.args.freeze_vision_layers is not None:
@@ -99,10 +99,10 @@ class ModelStart:
         )
         self.config = self.model.config
         if has_new_decoder(self.model, loading["missing_keys"]) and start_decoder_from_text(self.model):
-            logger.info("%s has no decoder: it starts from the text encoder.", args.model_name_or_path)
+            logger.info("%s has no decoder. The decoder starts from the text encoder.", args.model_name_or_path)
 
     def _load_parts(self):
-        """Fusion and decoder start from the text encoder; images are normalised as for the vision tower."""
+        """Load fusion and decoder from the text encoder, and use the vision tower's normalization of images."""
         args = self.args
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.text_model_name_or_path)
         self.model = from_vision_text_pretrained(
@@ -135,7 +135,7 @@ class ModelStart:
         for name in ("pad_token", "cls_token", "sep_token"):
             if getattr(tokenizer, name) is None:
                 raise ValueError(
-                    f"--tokenizer_name {self.args.tokenizer_name}: it has no `{name}`. Take a BERT-like tokenizer."
+                    f"--tokenizer_name {self.args.tokenizer_name} has no `{name}`. Use a BERT-like tokenizer."
                 )
         self.config = self._make_config(
             text_config={"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
@@ -146,7 +146,7 @@ class ModelStart:
 
 
 def has_new_decoder(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool:
-    """Whether a model has a decoder whose layers are all among the `missing` names."""
+    """Return whether the layers of a model's decoder are all among the `missing` names."""
     layers = {name for name, _ in model.named_parameters() if name.startswith("decoder.encoder.")}
     return bool(layers) and layers <= set(missing)
 
@@ -155,7 +155,7 @@ def has_new_decoder(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool
 def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
     """
     Copy the embeddings and the upper layers of the text encoder to the decoder, whose cross-attention stays new.
-    Return False where their sizes differ, the text encoder has no layers (`fusion_type="single_stream"`), or under
+    Return False if the sizes differ, if the text encoder has no layers (`fusion_type="single_stream"`), or under
     ZeRO-3.
     """
     text, decoder = model.base_model.text_model, model.decoder
@@ -174,13 +174,13 @@ def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
 def check_frozen_layers(config: TripsConfig, num_layers: int | None):
     most = config.vision_config.num_hidden_layers
     if num_layers is not None and not 0 <= num_layers <= most:
-        raise ValueError(f"--freeze_vision_layers {num_layers}: the vision tower has {most} layers, give 0 to {most}.")
+        raise ValueError(f"--freeze_vision_layers must be in 0..{most} for this vision tower, got {num_layers}.")
 
 
 def freeze_vision_layers(model: TripsPreTrainedModel, num_layers: int):
     """
-    Freeze the embeddings and the first `num_layers` layers of the vision tower. Up to the first layer that is trained,
-    or scored by a trained text, there is no backward pass.
+    Freeze the embeddings and the first `num_layers` layers of the vision tower. Layers before the first trained one
+    need no backward pass.
     """
     tower = model.base_model.vision_model
     for part in (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[:num_layers]):
@@ -194,15 +194,15 @@ def set_image_size(processor: TripsProcessor, side: int):
         raise ValueError(f"--image_size {side} must be a multiple of the model's patch size, {processor.patch_size}.")
     size = {"height": side, "width": side}
     processor.image_processor.size = size
-    if getattr(processor.image_processor, "do_center_crop", False):  # as CLIP's do: of the whole image, then
+    if getattr(processor.image_processor, "do_center_crop", False):  # CLIP crops; use the whole image
         processor.image_processor.crop_size = dict(size)
 
 
 def late_choice_fields(num_layers: int) -> dict:
     """
-    Return the schedule of new models whose vision tower many texts share, as fields of `TripsConfig`: patches are
-    scored by the image in the paper's layers, at 5/12 and 10/12 of `num_layers` (from layer 3 on), and by the text in
-    the last layer, so that a further text costs next to nothing in the tower.
+    Return the fields of `TripsConfig` for new models with many texts per image: patches are scored by the image in the
+    paper's layers, at 5/12 and 10/12 of `num_layers` (from layer 3 on), and by the text only in the last layer, so
+    further texts cost little in the tower.
     """
     places = (round(num_layers * part / 12) for part in (5, 10))
     by_image = [layer for layer in places if 3 <= layer < num_layers]
@@ -219,7 +219,7 @@ def num_vision_layers(args: ModelArguments) -> int:
         return TripsConfig.from_preset(args.preset).vision_config.num_hidden_layers
     config = AutoConfig.from_pretrained(args.vision_model_name_or_path)
     config = getattr(config, "vision_config", config)  # CLIP's
-    return getattr(config, "num_hidden_layers", 12)  # models without it are refused when they are loaded
+    return getattr(config, "num_hidden_layers", 12)  # loading rejects models without it
 
 
 def make_selection_teacher(args: ModelArguments, device: torch.device) -> "SelectionTeacher | None":
@@ -229,18 +229,18 @@ def make_selection_teacher(args: ModelArguments, device: torch.device) -> "Selec
     if args.selection_teacher != "start":
         return SelectionTeacher(args.selection_teacher, device)
     if args.model_name_or_path is None:
-        raise ValueError("--selection_teacher start needs a checkpoint to start from: give --model_name_or_path.")
+        raise ValueError("--selection_teacher start needs --model_name_or_path.")
     return SelectionTeacher(args.model_name_or_path, device)
 
 
 class SelectionTeacher:
     """
-    An unpruned model whose attention supervises the selection where the data have no regions: the attention of the
-    text's [CLS] to the patches, averaged over heads and layers of the fusion encoder. It costs a forward pass a step.
+    Unpruned model whose attention supervises the selection for data without regions: the attention of the text's [CLS]
+    to the patches, averaged over heads and layers of the fusion encoder. It costs one forward pass per step.
 
     Args:
-        name_or_path (`str`): a TRIPS checkpoint of any task, which is run at a keep rate of 1.0.
-        device (`torch.device`, *optional*, defaults to the CPU)
+        name_or_path (`str`): TRIPS checkpoint of any task, which runs at a keep rate of 1.0.
+        device (`torch.device`, *optional*, defaults to the CPU): Device.
 
     Raises:
         `ValueError`: The checkpoint is a single-stream model, which has no fusion encoder.
@@ -259,11 +259,11 @@ class SelectionTeacher:
         Return the teacher's attention to the patches.
 
         Args:
-            inputs (`dict`): those of any head: `pixel_values`, `input_ids`, and what goes with them.
+            inputs (`dict`): Inputs of any head, with `pixel_values` and `input_ids`.
 
         Returns:
-            `torch.Tensor` of shape `(num_texts, num_patches)`, float32, each row of sum 1. Of a text with several
-            images there is a row for each.
+            `torch.Tensor` of shape `(num_texts, num_patches)`, float32, whose rows sum to 1. A text with several
+            images has a row for each.
         """
         outputs = self.model(**a_text_per_image(inputs), output_attentions=True)
         attention = torch.stack([layer[:, :, 0].float().mean(dim=1) for layer in outputs.cross_attentions]).mean(dim=0)

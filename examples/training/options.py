@@ -1,6 +1,6 @@
 """
-The options of the scripts: [`ModelArguments`], [`DataArguments`] and [`TripsTrainingArguments`] for all of them, and a
-class of its own for some.
+Options of the scripts: [`ModelArguments`], [`DataArguments`] and [`TripsTrainingArguments`] for all scripts, and
+further classes for some.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from trips_examples.data.vocabulary import EMBEDDED_WORDS
 
 @dataclass
 class ModelArguments:
-    """The weights that the model starts from, and how it selects patches."""
+    """Options of the initial weights and of the patch selection."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "TRIPS checkpoint of any task to start from. Default: from scratch."}
     )
     vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "ViT, DeiT, CLIP or DINOv2 for the vision tower; needs a text model, too."}
+        default=None, metadata={"help": "ViT, DeiT, CLIP or DINOv2 for the vision tower; also needs a text model."}
     )
     text_model_name_or_path: str | None = field(
         default=None, metadata={"help": "BERT, MiniLM or RoBERTa for text encoder, fusion encoder and decoder."}
@@ -62,13 +62,13 @@ class ModelArguments:
         default=None, metadata={"help": "Smallest keep rate in top-p selection: one value, or one per layer."}
     )
     selection_guidance: list[str] | None = field(
-        default=None, metadata={"help": "What scores the patches: text, image or random; one, or one per layer."}
+        default=None, metadata={"help": "Scorer of the patches: text, image or random; one value, or one per layer."}
     )
     selection_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of selection supervision, where the data have regions."}
+        default=None, metadata={"help": "Weight of selection supervision, for data with regions."}
     )
     pointing_loss_coefficient: float | None = field(
-        default=None, metadata={"help": "Weight of attention supervision, where the data have regions."}
+        default=None, metadata={"help": "Weight of attention supervision, for data with regions."}
     )
     selection_teacher: str | None = field(
         default=None, metadata={"help": "Checkpoint whose attention supervises the selection; start: the initial one."}
@@ -84,11 +84,11 @@ class ModelArguments:
         if self.attn_implementation is None and not torch.accelerator.is_available():
             self.attn_implementation = "eager"
         if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
-            raise ValueError("--vision_model_name_or_path and --text_model_name_or_path go together: give both.")
+            raise ValueError("--vision_model_name_or_path and --text_model_name_or_path must be given together.")
         if self.starts_from_parts and self.model_name_or_path is not None:
-            raise ValueError("--model_name_or_path is a whole model: leave --vision_model_name_or_path out.")
+            raise ValueError("--model_name_or_path and --vision_model_name_or_path exclude each other. Give one.")
         if self.num_fusion_layers is not None and not self.starts_from_parts:
-            raise ValueError("--num_fusion_layers goes with --vision_model_name_or_path: leave it out.")
+            raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
 
     @property
     def starts_from_parts(self) -> bool:
@@ -126,7 +126,7 @@ def one_or_several(values: list | None):
 
 @dataclass
 class DataArguments(DataSource):
-    """[`DataSource`], and how the rows are used."""
+    """Options of the data: [`DataSource`], and the use of its rows."""
 
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
     augment: bool | None = field(
@@ -137,17 +137,17 @@ class DataArguments(DataSource):
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the data are the bundled synthetic data."""
+        """True for the bundled synthetic data."""
         return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
     def check(self, task: str):
         super().check(task)
         if self.augment and task == "vqa" and self.dataset_name == "picture_scenes":
-            raise ValueError("--augment: questions about picture_scenes ask for places. Leave it out.")
+            raise ValueError("--augment is not supported for picture_scenes, whose questions ask for places.")
 
     @property
     def augments(self) -> bool:
-        """Whether to augment: `augment`, or its default."""
+        """`augment`, or its default."""
         return self.is_embedded if self.augment is None else self.augment
 
     def side_of_scenes(self, task: str) -> int | None:
@@ -160,7 +160,7 @@ class DataArguments(DataSource):
         return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
 
     def half_scene_size(self, task: str) -> int | None:
-        """Return half the side of easy-VQA's scenes: most shapes stay visible, at a quarter of the cost."""
+        """Return half the side of easy-VQA's scenes, which keeps most shapes visible at a quarter of the cost."""
         side = self.side_of_scenes(task)
         return side if side is None or self.pictures is not None else side // 2
 
@@ -182,11 +182,11 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
-    do_predict: bool = field(default=True, metadata={"help": "Evaluate on the test split, if there is one."})
+    do_train: bool = field(default=True, metadata={"help": "Train the model."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
+    do_predict: bool = field(default=True, metadata={"help": "Evaluate on the test split, if any."})
     auto_bf16: bool = field(
-        default=True, metadata={"help": "Train in bf16 mixed precision where the hardware is fast at it."}
+        default=True, metadata={"help": "Train in bf16 mixed precision on hardware with fast bf16."}
     )
     num_train_epochs: float = field(default=6.0, metadata={"help": "Number of training epochs."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Texts per device and training step."})
@@ -209,7 +209,9 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate generated texts."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite stops the run."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not used: a loss that is not finite stops the run."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):
@@ -224,7 +226,7 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
         if self.health_steps < 0:
             raise ValueError(f"--health_steps must be at least 0, got {self.health_steps}.")
         if self.eval_steps is None and self.logging_steps < 1:
-            self.eval_steps = self.save_steps  # an evaluation takes longer than a line of the log
+            self.eval_steps = self.save_steps  # evaluations are slower than logging
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.auto_bf16 and not self.fp16:
             self.bf16 = self.bf16 or bf16_is_fast()
@@ -232,13 +234,13 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most 1 per process: `nn.DataParallel` would part images from their texts. Use `accelerate launch`."""
+        """At most 1 per process, because `nn.DataParallel` separates images from texts. Use `accelerate launch`."""
         return min(super().n_gpu, 1)
 
 
 @dataclass
 class RetrievalArguments:
-    """The options of run_retrieval.py: losses, and reranking in evaluation."""
+    """Options of run_retrieval.py: losses, and reranking in evaluation."""
 
     itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
     itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
@@ -251,7 +253,7 @@ class RetrievalArguments:
 
 @dataclass
 class PretrainingArguments:
-    """The options of run_pretraining.py: objectives, momentum teacher, streams, and reranking in evaluation."""
+    """Options of run_pretraining.py: objectives, momentum teacher, streams, and reranking in evaluation."""
 
     itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
     itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
@@ -298,8 +300,8 @@ class PretrainingArguments:
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine's accelerator, or else its CPU, multiplies bfloat16 matrices in hardware."""
+    """Return whether the accelerator, or else the CPU, multiplies bfloat16 matrices in hardware."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
     return capabilities.get("avx512_bf16", False)

@@ -1,4 +1,4 @@
-"""The command line of a script: its options are the fields of dataclasses, its help begins with its docstring."""
+"""Command-line parser of the scripts, with options from dataclasses."""
 
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 
@@ -6,21 +6,21 @@ from transformers import HfArgumentParser
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Leaves the lines of the docstring, where commands stand, as they are."""
+    """Formatter that keeps the line breaks of the docstring."""
 
 
 class Parser(HfArgumentParser):
-    """Ends a command whose options do not exist or do not fit as argparse does, without a traceback."""
+    """Parser that reports unknown and invalid options without a traceback."""
 
     def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
         try:
             return super().parse_args_into_dataclasses(args=args, **kwargs)
         except ValueError as error:
-            if args is None:  # not a program, which may catch it
+            if args is None:  # a command line, not a call from Python
                 self.error(str(error))
             raise
 
 
 def make_parser(*classes: type, description: str) -> HfArgumentParser:
-    """A parser of the options that these dataclasses have. Its usage is short: each option is explained below it."""
+    """Make a parser of the options in these dataclasses with a short usage line."""
     return Parser(classes, description=description.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter)

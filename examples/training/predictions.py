@@ -1,4 +1,4 @@
-"""The files of an evaluation besides its metrics: predictions, rankings and figures."""
+"""Files of an evaluation: predictions, rankings and figures."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from trips_examples.metrics.retrieval import Ranking, RetrievalResults
 from trips_examples.training.files import write_json_lines, write_whole
 
 
-KIND_COLUMNS = ("kind", "answer_type")  # of item, for `analyze_errors.py`
+KIND_COLUMNS = ("kind", "answer_type")  # for `analyze_errors.py`
 
 
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
@@ -27,8 +27,7 @@ def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
     """
-    Write `predictions.jsonl`: an object per row with these columns, its prediction, and `KIND_COLUMNS` where the data
-    have them.
+    Write `predictions.jsonl` with an object per row: these columns, the prediction, and `KIND_COLUMNS` if present.
     """
     columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
     rows = zip(dataset.select_columns(columns), predictions, strict=True)
@@ -37,8 +36,8 @@ def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], 
 
 def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults, num_shown: int = 10):
     """
-    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image: the best candidates, and
-    the rank of the first right one.
+    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the best candidates
+    and the rank of the first correct one.
     """
     rows, _ = images_of(dataset)
     sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
@@ -57,7 +56,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
 
 @torch.inference_mode()
 def image_with_kept_patches(row: dict, text: str, model: TripsPreTrainedModel, processor: TripsProcessor):
-    """Draw the image of a row with the patches that the last selection layer drops faded."""
+    """Draw the image of a row with faded patches that the last selection layer drops."""
     image = read_image(row)
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
     selection = model.base_model(**inputs).selection
@@ -75,8 +74,7 @@ def draw_predicted_boxes(
     image_of: Callable[[dict], PIL.Image.Image] = read_image,
 ):
     """
-    Draw `predictions.png`: predicted and true boxes of rows that are evenly spread over the data set, on the images
-    that `image_of` makes of them.
+    Draw `predictions.png`: predicted and true boxes of evenly spaced rows on the images of `image_of`.
     """
     step = max(1, len(dataset) // num_pictures)
     rows = dataset.select(range(0, len(dataset), step)[:num_pictures])

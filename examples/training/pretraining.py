@@ -1,4 +1,4 @@
-"""Pre-training: pairs as splits or as a stream, and the trainer with its momentum teacher."""
+"""Pre-training: splits and streams of pairs, and the trainer with its momentum teacher."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from trips_examples.training.trainer import RetrievalTrainer
 
 OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
 MAX_QUEUE_SIZE = 65536  # ALBEF's
-EPOCH_OF_A_STREAM = 1 / 30  # of all steps: ALBEF trains for 30 epochs
+EPOCH_OF_A_STREAM = 1 / 30  # of all steps, as ALBEF trains for 30 epochs
 
 
 def check_objectives(config: TripsConfig):
@@ -44,21 +44,21 @@ def load_pairs(
     processor: TripsProcessor | None,
 ) -> tuple[DatasetDict, PairStream | None]:
     """
-    Return the splits that are loaded, and the stream in place of the training split, if there is one.
+    Return the loaded splits, and the stream that replaces the training split, if any.
 
     Raises:
-        ValueError: The options of the stream contradict each other or others.
+        ValueError: Options of the stream exclude each other.
     """
     if not args.is_stream:
         return load_data("captions", data_args, training_args, patch_size), None
     if args.train_shards is not None and (data_args.train_file is not None or args.streaming):
-        raise ValueError("--train_shards goes with neither --train_file nor --streaming.")
+        raise ValueError("--train_shards excludes --train_file and --streaming. Give one of them.")
     if args.streaming and data_args.dataset_name is None:
         raise ValueError("--streaming needs --dataset_name.")
     if training_args.do_train and training_args.max_steps <= 0:
-        raise ValueError("A stream has no end: say with --max_steps how long to train.")
+        raise ValueError("A stream needs --max_steps.")
     if training_args.do_eval and data_args.validation_file is None:
-        raise ValueError("A stream has no validation split: give --validation_file or --do_eval False.")
+        raise ValueError("A stream has no validation split. Give --validation_file or --do_eval False.")
     stream = open_stream(args, data_args, training_args, processor)
     if data_args.validation_file is None:
         return DatasetDict(), stream
@@ -74,13 +74,13 @@ def open_stream(
     training_args: TripsTrainingArguments,
     processor: TripsProcessor | None,
 ) -> PairStream:
-    """Return this process's part of the stream of shards, files or a data set on the Hub."""
+    """Return this process's part of the stream of shards or of a dataset on the Hub."""
     if args.train_shards is not None:
         shards: Sequence[Shard] = find_shards(args.train_shards, data_args.image_root)
     else:
         shards = hub_shards(data_args.dataset_name, data_args.dataset_config_name, data_args.train_split or "train")
     if processor is None:
-        raise ValueError("A stream cannot train a tokenizer: give --tokenizer_name.")
+        raise ValueError("A stream needs --tokenizer_name for a model from scratch.")
     max_bad_share = args.max_bad_share
     if max_bad_share is None:
         max_bad_share = 0.05 if data_args.skip_bad_rows else 0.0
@@ -99,13 +99,13 @@ def open_stream(
 
 
 def stream_positions(state: dict) -> list[dict[str, int]]:
-    """The positions of the stream in each worker, from the state of a `StatefulDataLoader`."""
+    """Return the stream's position in each worker from the state of a `StatefulDataLoader`."""
     workers = state["_snapshot"]["_worker_snapshots"].values() if "_snapshot" in state else [state]
     return [worker["dataset_state"] for worker in workers]
 
 
 class TeacherCallback(TrainerCallback):
-    """Updates the momentum teacher after each step of the optimizer. Until it takes part it is the model's copy."""
+    """Update the momentum teacher after each optimizer step. Before its first step it is a copy of the model."""
 
     def __init__(self, trainer: "PretrainingTrainer"):
         self.trainer = trainer
@@ -117,13 +117,13 @@ class TeacherCallback(TrainerCallback):
 
 class PretrainingTrainer(RetrievalTrainer):
     """
-    [`RetrievalTrainer`] for [`TripsForPreTraining`]. Checkpoints hold the teacher with its queues
-    (`momentum.safetensors`), and in a stream the state of each process's loader (`stream_0.json`, ...), so that a
-    resumed run ends with the same weights as an uninterrupted one. The final model holds none of it.
+    [`RetrievalTrainer`] for [`TripsForPreTraining`]. Checkpoints include the teacher with its queues
+    (`momentum.safetensors`) and, for streams, the state of each process's loader (`stream_0.json`, ...). A resumed run
+    ends with the same weights as an uninterrupted one.
 
     Args:
-        task_args ([`PretrainingArguments`])
-        train_dataset (`datasets.Dataset` or [`PairStream`])
+        task_args ([`PretrainingArguments`]): Options of pre-training.
+        train_dataset (`datasets.Dataset` or [`PairStream`]): Training data.
     """
 
     task_args: PretrainingArguments
@@ -135,14 +135,14 @@ class PretrainingTrainer(RetrievalTrainer):
         self.teacher = None
         if self.task_args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
             if is_deepspeed_zero3_enabled():
-                raise ValueError("ZeRO-3 does not support --momentum_teacher: use zero2.yaml, fsdp2.yaml or ddp.yaml.")
+                raise ValueError("ZeRO-3 does not support --momentum_teacher. Use zero2.yaml, fsdp2.yaml or ddp.yaml.")
             self.teacher = MomentumTeacher(self.model, self.task_args.momentum, self.queue_size)
-            self.teacher.to(self.args.device)  # `Trainer` leaves a model that FSDP or DeepSpeed will wrap where it was
+            self.teacher.to(self.args.device)  # `Trainer` does not move models for FSDP or DeepSpeed
             self.add_callback(TeacherCallback(self))
         self.stream_loader: DataLoader | None = None
         self.stream_state: dict | None = None
         if self.is_stream:
-            self.args.ignore_data_skip = True  # the stream's loader has its own state
+            self.args.ignore_data_skip = True  # the stream's loader restores its state
 
     @property
     def is_stream(self) -> bool:
@@ -166,7 +166,7 @@ class PretrainingTrainer(RetrievalTrainer):
         try:
             from torchdata.stateful_dataloader import StatefulDataLoader
         except ImportError as error:
-            raise ImportError("A stream needs torchdata: `pip install torchdata`.") from error
+            raise ImportError("A stream needs torchdata. Run `pip install torchdata`.") from error
         self.stream_loader = StatefulDataLoader(
             self.train_dataset,  # each process has its own
             batch_size=self.args.per_device_train_batch_size,
@@ -174,7 +174,7 @@ class PretrainingTrainer(RetrievalTrainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
-            generator=torch.Generator(),  # or starting workers would draw from the one that training draws from
+            generator=torch.Generator(),  # starting workers must not draw from the training's generator
         )
         if self.stream_state is not None:
             self.stream_loader.load_state_dict(self.stream_state)
@@ -184,7 +184,7 @@ class PretrainingTrainer(RetrievalTrainer):
 
     @property
     def epoch_steps(self) -> int:
-        """Steps of an epoch, or of what counts as one in a stream."""
+        """Steps of an epoch, or of `EPOCH_OF_A_STREAM`."""
         if self.is_stream:
             return math.ceil(self.state.max_steps * EPOCH_OF_A_STREAM)
         batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
@@ -192,7 +192,7 @@ class PretrainingTrainer(RetrievalTrainer):
 
     @property
     def teacher_steps(self) -> int:
-        """How many steps the teacher has taken part in; below 0, how many are left until it does."""
+        """Number of steps with the teacher; negative before its first step."""
         start = self.task_args.teacher_start_steps
         return self.state.global_step - (self.epoch_steps if start is None else start)
 
@@ -228,7 +228,7 @@ class PretrainingTrainer(RetrievalTrainer):
     # Checkpoints
 
     def _save_checkpoint(self, model, trial):
-        """The trainer's state is written last: a checkpoint that has it is whole."""
+        """Save the teacher and the stream first, because a complete checkpoint has the trainer's state."""
         self.monitor.check_loss()
         if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -262,13 +262,13 @@ class PretrainingTrainer(RetrievalTrainer):
         state: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         readers = {name: state.get(name) for name in self._stream_readers}
         if readers != self._stream_readers:
-            raise ValueError(f"{folder} is of a stream with {readers}, this run has {self._stream_readers}.")
+            raise ValueError(f"{folder} has a stream with {readers}, but this run has {self._stream_readers}.")
         self.stream_state = state["loader"]
 
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Retrieval by features, and what [`word_and_matching_metrics`] measures."""
+        """Evaluate retrieval by features and the metrics of [`word_and_matching_metrics`]."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {}
         if self.model.config.itc_weight > 0:

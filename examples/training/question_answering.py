@@ -1,4 +1,4 @@
-"""Training and evaluation of question answering, which other tasks on the bundled data start from."""
+"""Training and evaluation of question answering."""
 
 import logging
 from dataclasses import replace
@@ -32,7 +32,7 @@ START_EPOCHS = 6.0
 
 def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
     """
-    Write `predictions.jsonl`, an object per question, and `accuracy_by_answer.json`; print the frequent answers.
+    Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the most frequent answers.
     """
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
@@ -47,7 +47,7 @@ def train_question_answering(
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
 ) -> dict[str, float]:
-    """Train and evaluate a model that answers questions; return the metrics."""
+    """Train and evaluate a question-answering model, and return the metrics."""
     start = ModelStart(TripsForQuestionAnswering, model_args, image_size=data_args.side_of_scenes("vqa"))
     data = load_data("vqa", data_args, training_args, start.patch_size)
     model, processor = start.finish(data_args.vocabulary(data, "question", "answers"))
@@ -91,8 +91,8 @@ def start_from_questions(
     image_size: int | None,
 ) -> ModelArguments:
     """
-    Train a model on easy-VQA at half size first, if it is new and the data are bundled: NLVR2 and grounding teach
-    little to a model that knows neither words nor shapes.
+    Train new models for bundled data on easy-VQA at half size first, because NLVR2 and grounding alone do not teach
+    words and shapes well.
 
     Args:
         model_args, data_args, training_args: options of the task.
@@ -100,22 +100,22 @@ def start_from_questions(
         image_size (`int`, *optional*): side of the task's images in pixels, where `model_args` has none.
 
     Returns:
-        `ModelArguments`: those of a start from that model, or `model_args`.
+        `ModelArguments`: Options to start from that model, or `model_args`.
     """
     if model_args.starts_from_weights or not data_args.is_embedded or not training_args.do_train:
         return model_args
     if start_epochs is None and training_args.max_steps > 0:
-        logger.warning("--max_steps is given: easy-VQA is skipped, and the model learns little (--start_epochs).")
+        logger.warning("--max_steps skips the training on easy-VQA. Give --start_epochs to run it.")
         return model_args
     epochs = START_EPOCHS if start_epochs is None else start_epochs
     if epochs == 0:
         return model_args
     if training_args.deepspeed_plugin is not None:
-        raise ValueError("DeepSpeed trains one model per launch: give --model_name_or_path or --start_epochs 0.")
+        raise ValueError("DeepSpeed trains one model per launch. Give --model_name_or_path or --start_epochs 0.")
     folder = Path(training_args.output_dir) / "easy_vqa"
     if training_args.resume_from_checkpoint is None or not (folder / "train_results.json").exists():
-        logger.info("First the questions of easy-VQA (--start_epochs %g), in %s", epochs, folder)
-        questions_args = replace(  # type: ignore[call-arg]  # of fields that Transformers declares
+        logger.info("Training on easy-VQA first (--start_epochs %g) in %s", epochs, folder)
+        questions_args = replace(  # type: ignore[call-arg]  # fields of Transformers
             training_args,
             output_dir=str(folder),
             do_train=True,

@@ -1,4 +1,4 @@
-"""The order of a run: options, data, training, evaluation, the end."""
+"""Steps of a run: options, data, training and evaluation."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from trips_examples.training.parser import make_parser
 
 logger = logging.getLogger(__name__)
 
-# Files that resuming needs, as patterns: those of one process or DDP, of FSDP, and of DeepSpeed.
+# Patterns of the files for resuming: one process or DDP, FSDP, DeepSpeed.
 MODEL_FILES = {"model.safetensors": ("model*.safetensors", "pytorch_model_fsdp*", "global_step*")}
 STATE_FILES = {
     "optimizer.pt": ("optimizer*", "global_step*"),
@@ -40,14 +40,14 @@ _locks: dict[Path, FileLock] = {}  # held by this process, by output folder
 
 def parse_arguments(argv: list[str] | None, *classes: type, description: str, **defaults) -> tuple[Any, ...]:
     """
-    Return the options of a script, one object per class, of which `TripsTrainingArguments` is the last. `defaults` are
-    options whose default differs in this script. Also set up logging and the seed. A run that trains locks its output
-    folder until `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
+    Parse the options of a script, one object per class, with `TripsTrainingArguments` last, and set up logging and the
+    seed. `defaults` override defaults of the classes. A training run locks its output folder until
+    `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
 
     Raises:
-        BlockingIOError: if another process trains in the output folder.
-        OSError: if the output folder cannot be written.
-        ValueError: as `checkpoint_to_resume`.
+        BlockingIOError: Another process trains in the output folder.
+        OSError: The output folder is not writable.
+        ValueError: As in `checkpoint_to_resume`.
     """
     parser = make_parser(*classes, description=description)
     parser.set_defaults(**defaults)
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str, **
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
-    if training_args.do_train:  # errors come before any data are read
+    if training_args.do_train:  # before data are read
         if training_args.process_index == 0:
             _lock_output(training_args.output_dir)
         training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
@@ -69,17 +69,17 @@ def _lock_output(output_dir: str):
     folder.mkdir(parents=True, exist_ok=True)
     lock = _locks.setdefault(folder, FileLock(folder / "_training.lock", thread_local=False))
     try:
-        lock.acquire(timeout=5)  # workers of a killed run may hold it for a moment
+        lock.acquire(timeout=5)  # workers of a killed run may still hold it
     except Timeout as error:
-        raise BlockingIOError(f"Another process trains in {output_dir}: choose another --output_dir.") from error
+        raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
 
 
 def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments, patch_size: int) -> DatasetDict:
     """
-    The splits of a task (see `load_task_dataset`), as short as asked for, with images left encoded for the collators.
+    Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
 
     Raises:
-        ValueError: if there are bad rows, or no split to train or evaluate on as asked.
+        ValueError: There are bad rows, or a requested split does not exist.
     """
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
     if args.files:  # before they are read
@@ -93,7 +93,7 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
             data[split] = data[split].select(range(min(limit, len(data[split]))))
     for split in ("validation", "test"):
         if split in data and "image_id" in data[split].column_names:
-            data[split] = data[split].sort("image_id")  # rows of one image share its computation
+            data[split] = data[split].sort("image_id")  # rows of one image share its cached states
     return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
 
 
@@ -101,24 +101,24 @@ def _check_splits(splits: Container[str], wanted: dict[str, bool]):
     actions = {"train": "--do_train", "validation": "--do_eval"}
     for split, action in actions.items():
         if wanted[split] and split not in splits:
-            raise ValueError(f"There is no {split} split: give --{split}_file, or turn {action} off ({action} False).")
+            raise ValueError(f"There is no {split} split. Give --{split}_file or {action} False.")
 
 
 def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
     """
-    Return the folder that `--resume_from_checkpoint` names: a path, or `last` for the latest whole checkpoint in
-    `output_dir`. A killed run or a full disk can leave a part of a checkpoint.
+    Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
+    `output_dir`. A killed run or a full disk can leave an incomplete checkpoint.
 
     Raises:
-        ValueError: if the checkpoint that is named is not whole; if there is none for `last`; or if nothing is to be
-            resumed and `output_dir` holds checkpoints, which would be taken for those of the new run.
+        ValueError: The named checkpoint is incomplete; there is none for `last`; or `output_dir` has checkpoints but
+            nothing is to be resumed.
     """
     wanted = args.resume_from_checkpoint
     folders = [path for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path).isdecimal()]
     if wanted is None and any((folder / TRAINER_STATE_NAME).exists() for folder in folders):
         raise ValueError(
-            f"{args.output_dir} holds checkpoints: go on from them with --resume_from_checkpoint last, or choose "
-            "another --output_dir."
+            f"{args.output_dir} has checkpoints. Resume with --resume_from_checkpoint last or choose another "
+            "--output_dir."
         )
     if wanted is None:
         return None
@@ -131,22 +131,22 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
         if flaw is None:
             return str(folder)
         if args.should_log:
-            logger.warning("Skipped %s: %s.", folder, flaw)
-    raise ValueError(f"--resume_from_checkpoint last: there is no whole checkpoint in {args.output_dir}.")
+            logger.warning("Skipped the incomplete checkpoint %s: %s.", folder, flaw)
+    raise ValueError(f"--resume_from_checkpoint last: {args.output_dir} has no complete checkpoint.")
 
 
 def step_of(checkpoint: Path) -> str:
-    """The step in the name of a checkpoint's folder; other text if the folder is none of `Trainer`'s."""
+    """Return the step in the name of a checkpoint's folder, or other text for other folders."""
     return checkpoint.name.rpartition("-")[2]
 
 
 def flaw_of(checkpoint: Path, only_model: bool = False) -> str | None:
     """
-    Return what keeps a run from going on from a checkpoint: a file that is missing, empty or cut. None if it is whole.
+    Return the defect of a checkpoint (a missing, empty or truncated file), or None if it is complete.
 
     Args:
-        checkpoint (`Path`)
-        only_model (`bool`, *optional*, defaults to `False`): whether the run saves no state of its optimizer.
+        checkpoint (`Path`): Folder.
+        only_model (`bool`, *optional*, defaults to `False`): The run does not save the state of its optimizer.
     """
     needed = {TRAINER_STATE_NAME: (TRAINER_STATE_NAME,), **MODEL_FILES, **({} if only_model else STATE_FILES)}
     for name, patterns in needed.items():
@@ -155,13 +155,13 @@ def flaw_of(checkpoint: Path, only_model: bool = False) -> str | None:
     for path in sorted(checkpoint.iterdir()):
         try:
             _read_ends(path)
-        except Exception as error:  # it depends on the format and on where the file is cut
-            return f"{path.name} is empty or cut ({type(error).__name__})"
+        except Exception as error:  # depends on the format
+            return f"{path.name} is empty or truncated ({type(error).__name__})"
     return None
 
 
 def _read_ends(path: Path):
-    """Raise an exception if a file is not as long as its format says."""
+    """Raise an exception if a file is truncated."""
     if path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":
@@ -175,19 +175,18 @@ def train_and_evaluate(
     trainer: Trainer, evaluate: Callable[[], dict[str, float]], test_dataset: Dataset | None = None
 ) -> dict[str, float]:
     """
-    What a script does with its trainer: train (or resume), save, evaluate, test, as `do_train`, `do_eval` and
-    `do_predict` say. Metrics are printed, and written with their provenance to `train_results.json`,
-    `eval_results.json`, `test_results.json` and `all_results.json`; what else the test writes goes to the folder
-    `test`. In the end, the output folder is free for other processes.
+    Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are printed,
+    and written with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and
+    `all_results.json`. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
 
     Args:
-        trainer (`Trainer`)
-        evaluate (`Callable[[], dict[str, float]]`): evaluates on `trainer.eval_dataset` and returns metrics named
-            `eval_...`; called in every process.
-        test_dataset (`Dataset`, *optional*): the test split, in the form of `trainer.eval_dataset`.
+        trainer (`Trainer`): The trainer.
+        evaluate (`Callable[[], dict[str, float]]`): Function that evaluates on `trainer.eval_dataset` and returns
+            metrics named `eval_...`. It runs in every process.
+        test_dataset (`Dataset`, *optional*): Test split, in the form of `trainer.eval_dataset`.
 
     Returns:
-        `dict[str, float]`: all metrics: of the training, of the validation split (`eval_...`) and of the test split
+        `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
         (`test_...`).
     """
     metrics = {}
@@ -216,7 +215,7 @@ def train_and_evaluate(
 
 @contextmanager
 def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
-    """Let an evaluation use the test split, and write into the folder `test`."""
+    """Switch the trainer's evaluation to the test split and the folder `test` inside the context."""
     eval_dataset, output_dir = trainer.eval_dataset, trainer.args.output_dir
     trainer.eval_dataset, trainer.args.output_dir = dataset, str(Path(output_dir) / "test")
     Path(trainer.args.output_dir).mkdir(exist_ok=True)
@@ -232,6 +231,6 @@ def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
 
 
 def end_processes():
-    """The last words of a script: processes wait for each other and part. Gloo can abort one that just exits."""
+    """Wait for all processes and destroy their group. Gloo can abort processes that only exit."""
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

@@ -1,4 +1,4 @@
-"""The trainers that the scripts share."""
+"""Trainers of the scripts."""
 
 from collections import defaultdict
 
@@ -19,7 +19,7 @@ from trips_examples.training.options import PretrainingArguments, RetrievalArgum
 
 
 class SamplerCallback(TrainerCallback):
-    """Set the epoch of the sampler. Accelerate does not when several processes resume within an epoch."""
+    """Set the epoch of the sampler, which Accelerate skips if several processes resume within an epoch."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -30,7 +30,7 @@ class SamplerCallback(TrainerCallback):
 
 
 def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: list[float]):
-    """Put the parameters of the vision tower and of the text encoder into groups with learning rates of their own."""
+    """Move the parameters of vision tower and text encoder to groups with separate learning rates."""
     for tower, learning_rate in zip(("vision_model", "text_model"), learning_rates):
         own = {parameter for name, parameter in model.named_parameters() if tower in name.split(".")}
         for group in list(optimizer.param_groups):
@@ -41,15 +41,14 @@ def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module,
 
 class ImageGroupedTrainer(Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` that draws the texts of an image together, collates training and evaluation apart, watches the
-    loss and the selection ([`TrainingMonitor`]), and evaluates each row once, whether the model generates or not.
-    Parameters without a gradient are frozen, so that data parallel training need not look for them. The parts of the
-    loss (`logged_losses`) are logged beside it.
+    `Seq2SeqTrainer` that samples the texts of an image together, has separate collators for training and evaluation,
+    checks the loss and the selection ([`TrainingMonitor`]), and evaluates each row once. Parameters without a gradient
+    are frozen for data parallel training. The parts of the loss (`logged_losses`) are logged.
 
     Args:
-        train_collator ([`ImageBatchCollator`]): makes the batches of training; `data_collator` those of evaluation.
-        selection_teacher ([`SelectionTeacher`], *optional*): supervises the selection in place of the regions.
-        args, kwargs: as in `Seq2SeqTrainer`.
+        train_collator ([`ImageBatchCollator`]): Collator of training. `data_collator` is that of evaluation.
+        selection_teacher ([`SelectionTeacher`], *optional*): Teacher that replaces the regions as supervision.
+        args, kwargs: As in `Seq2SeqTrainer`.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss", "pointing_loss")
@@ -103,7 +102,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         return output
 
     def _run_epoch(self, *args, **kwargs):
-        # `Trainer` would take one step more after a checkpoint of the last step that lies within an epoch.
+        # `Trainer` runs one extra step after resuming from the last step within an epoch.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
@@ -118,7 +117,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if model.training and self.selection_teacher is not None:
             inputs = {**inputs, "patch_targets": self.selection_teacher.patch_targets(inputs)}
-            inputs.pop("regions", None)  # the teacher takes their place
+            inputs.pop("regions", None)  # the teacher replaces them
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:
@@ -137,7 +136,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         super()._save_checkpoint(model, trial)
 
     def evaluation_loop(self, *args, **kwargs):
-        # `Seq2SeqTrainer` would keep the rows that fill up the last batch of several processes.
+        # `Seq2SeqTrainer` keeps the rows that pad the last batch of several processes.
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(*args, **kwargs)
 
@@ -145,18 +144,18 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         inputs.pop("sources", None)
         if self.model.can_generate():
             result = super().prediction_step(model, inputs, *args, **kwargs)
-            self.model.generation_config.max_length = None  # it was set beside `max_new_tokens`, which warns
+            self.model.generation_config.max_length = None  # avoids a warning about `max_new_tokens`
             return result
         return Trainer.prediction_step(self, model, inputs, *args, **kwargs)
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
     """
-    Trainer that evaluates by searching, also during training.
+    Trainer that evaluates retrieval, also during training.
 
     Args:
-        task_args ([`RetrievalArguments`] or [`PretrainingArguments`]): with `rerank_k` and `rerank_by`.
-        args, kwargs: as in [`ImageGroupedTrainer`].
+        task_args ([`RetrievalArguments`] or [`PretrainingArguments`]): Options with `rerank_k` and `rerank_by`.
+        args, kwargs: As in [`ImageGroupedTrainer`].
     """
 
     logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
@@ -166,8 +165,8 @@ class RetrievalTrainer(ImageGroupedTrainer):
         self.task_args = task_args
         if self.args.do_eval and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
-                "The evaluation needs the whole model in each process. Train with --do_eval False, and evaluate what "
-                "was saved without FSDP or ZeRO-3: --model_name_or_path OUTPUT --do_train False."
+                "Evaluation is not supported under FSDP or ZeRO-3. Train with --do_eval False, and evaluate the saved "
+                "model without them: --model_name_or_path OUTPUT --do_train False."
             )
 
     def model_to_evaluate(self) -> TripsPreTrainedModel:
@@ -175,7 +174,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         if self.is_in_train:
             return model
-        model = model.to(self.args.device)  # `Trainer` leaves it where it was loaded if there is more to do
+        model = model.to(self.args.device)  # `Trainer` may not have moved it
         return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
 
     @property
@@ -199,7 +198,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
                 DecodedImages(dataset.select(image_rows)),
                 column_of(dataset, "caption"),
                 image_of_text,
-                self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # or the matching head knows nothing
+                self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # without loss, the head is untrained
                 self.task_args.rerank_by,
             )
 

@@ -103,7 +103,7 @@ def test_an_image_is_computed_once_for_all_its_questions(service):
 
 
 BAD = {
-    "JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
+    "invalid JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
     "bytes that are no text": ({"content": b"\xff\xfe\x00", "headers": {"content-type": "application/json"}}, 400),
     "half a surrogate": (
         {"content": rb'{"image": "", "questions": ["\ud800"]}', "headers": {"content-type": "application/json"}},

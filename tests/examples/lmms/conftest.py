@@ -25,7 +25,7 @@ def packages(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_python(packages, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run Python with these arguments where lmms-eval is installed."""
+    """Return a function that runs Python in the environment of lmms-eval."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))

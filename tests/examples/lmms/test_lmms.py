@@ -81,7 +81,7 @@ def run_task(run_python, folder: Path, name: str, text: str, rows: datasets.Data
     return json.loads(results.read_text())["results"][name], sorted(lines, key=lambda line: line["doc_id"])
 
 
-def test_questions_are_answered_as_by_the_pipeline(run_python, tmp_path):
+def test_answers_match_the_pipeline(run_python, tmp_path):
     records = [record for record, _ in zip(easy_vqa_records("test"), range(NUM_ROWS))]
     images = [PIL.Image.open(record["image"]).convert("RGB") for record in records]
     rows = {
@@ -104,7 +104,7 @@ def test_questions_are_answered_as_by_the_pipeline(run_python, tmp_path):
     assert results["exact_match,none"] == pytest.approx(sum(right) / NUM_ROWS)
 
 
-def test_boxes_are_those_of_the_model_in_shares_of_the_image(run_python, tmp_path):
+def test_boxes_are_relative(run_python, tmp_path):
     torch.manual_seed(0)
     sizes = [(96, 48), (60, 90)]
     images = [PIL.Image.effect_noise(size, 80).convert("RGB") for size in sizes]

@@ -88,7 +88,7 @@ def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
     return asked
 
 
-def test_a_task_gets_the_answers_of_the_model_under_selection(checkpoint, run_python, tmp_path):
+def test_task_answers_match_the_model(checkpoint, run_python, tmp_path):
     asked = write_task(tmp_path, checkpoint)
     vlm = VisionLanguageModel(checkpoint)
     schedule = "1:image:0.75,2:random:0.5"
@@ -106,13 +106,13 @@ def test_a_task_gets_the_answers_of_the_model_under_selection(checkpoint, run_py
     assert [line["filtered_resps"] for line in sorted(lines, key=lambda line: line["doc_id"])] == expected
 
 
-def test_what_is_not_a_question_about_images_is_refused(run_python, tmp_path):
+def test_unsupported_requests_raise(run_python, tmp_path):
     checkpoint = save_tiny_vlm("llava", tmp_path / "checkpoint")
     result = run_python("-c", REFUSED, str(checkpoint))
     assert result.stdout.split() == ["refused"] * 3, result.stderr[-4000:]
 
 
-def test_a_selection_that_the_model_does_not_support_has_its_reason(run_python, tmp_path):
+def test_unsupported_selection_raises(run_python, tmp_path):
     checkpoint = save_tiny_vlm("idefics3", tmp_path / "checkpoint")
     write_task(tmp_path, checkpoint)
     options = ["--model_name_or_path", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path, "--limit", 2]
@@ -125,7 +125,7 @@ def test_a_selection_that_the_model_does_not_support_has_its_reason(run_python, 
     assert "Idefics3" in reduced["not_supported"] and reduced["not_supported"] in result.stdout
 
 
-def test_the_script_compares_selections_and_goes_on_where_it_was(checkpoint, run_python, tmp_path):
+def test_script_compares_selections_and_resumes(checkpoint, run_python, tmp_path):
     write_task(tmp_path, checkpoint)
     guide = TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint))
     guide.save_pretrained(tmp_path / "guide")

@@ -53,7 +53,7 @@ def answers_by_hand(folder, family: str, images, generate) -> list[str]:
 
 @each_family
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_answers_are_those_of_generate(family, batch_size, folders, images):
+def test_answers_match_generate(family, batch_size, folders, images):
     def generate(model, inputs):
         return model.generate(**inputs, **OPTIONS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 
@@ -65,7 +65,7 @@ def test_answers_are_those_of_generate(family, batch_size, folders, images):
 
 
 @each_family
-def test_answers_under_selection_are_those_of_generate_with_pruned_inputs(family, folders, images):
+def test_answers_under_selection_match_pruned_inputs(family, folders, images):
     def generate(model, inputs):
         pruned = prune_inputs(model, inputs, visual_tokens=5)
         return model.generate(**pruned, **OPTIONS, do_sample=False)[:, pruned["input_ids"].shape[1] :]
@@ -95,7 +95,7 @@ def test_visual_tokens_are_counted(family, folders, images):
     assert count(vlm) == (16 if family == "llava" else pytest.approx((7 + 8 + 9) / 3))
 
 
-def test_without_a_chat_template_the_prompt_is_image_tokens_and_text(folders, images, tmp_path):
+def test_prompt_without_a_chat_template(folders, images, tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "plain", make_llava_processor(chat_template=None))
     vlm = VisionLanguageModel(folder)
     encoded = vlm.encode(conversations(images))
@@ -106,7 +106,7 @@ def test_without_a_chat_template_the_prompt_is_image_tokens_and_text(folders, im
     assert all(paligemma.answer(conversations(images)[:1], OPTIONS))
 
 
-def test_only_harmless_options_of_a_task_reach_generate(folders, images):
+def test_unsafe_options_of_a_task_are_dropped(folders, images):
     foreign = {"custom_generate": "mallory/foreign", "trust_remote_code": True, "assistant_model": "mallory/foreign"}
     assert {*generation_options(foreign)} == {
         "max_new_tokens",
@@ -135,7 +135,7 @@ def test_options_of_a_task(task_options, expected):
     assert expected.items() <= generation_options(task_options).items()
 
 
-def test_an_answer_ends_before_the_first_stop(folders, images):
+def test_cut_until(folders, images):
     assert cut_until("\n\na b\n\nc\nd", ["\n\n", "", "d"]) == "a b"
     vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
     words = vlm.answer(asked, OPTIONS)[2].split()
@@ -170,7 +170,7 @@ def test_lower_resolution_of_images_of_any_size(folders, images):
     vlm = VisionLanguageModel(folders["qwen2_5_vl"])
     vlm.lower_resolution(visual_tokens=20)
     grids = vlm.encode(conversations([[noise(64, 64)], [noise(64, 32), noise(16, 24)], []]))["image_grid_thw"]
-    # 8 x 8 units become 4 x 4, and 4 x 8 become 3 x 7. The small image stays as it is.
+    # 8 x 8 units become 4 x 4, and 4 x 8 become 3 x 7. The small image does not change.
     assert (grids[:, 1:] // 2).tolist() == [[4, 4], [3, 7], [3, 2]]
 
 
@@ -183,14 +183,14 @@ def test_lower_resolution_of_images_in_tiles(folders):
 
 
 @pytest.mark.parametrize("family", ["llava_next", "gemma3", "smolvlm", "internvl"])
-def test_lower_resolution_is_refused_where_the_number_of_tokens_is_fixed(family, folders):
+def test_unsupported_lower_resolution_raises(family, folders):
     vlm = VisionLanguageModel(folders["llava"])
     vlm.model = BY_NAME[family].make()
     with pytest.raises(ValueError, match=type(vlm.model).__name__):
         vlm.lower_resolution(visual_tokens=15)
 
 
-def test_neither_code_nor_pickles_of_a_checkpoint_are_loaded(tmp_path):
+def test_code_and_pickles_of_a_checkpoint_are_not_loaded(tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "foreign")
     config = json.loads((folder / "config.json").read_text())
     reference = f"{tmp_path}--foreign.Foreign"

@@ -75,7 +75,7 @@ def shipped(**fields) -> TripsForQuestionAnswering:
     ],
     ids=["as shipped", "the image first", "by mass"],
 )
-def test_it_is_quiet_on_healthy_models(fields, questions, tmp_path, caplog):
+def test_healthy_models_have_no_findings(fields, questions, tmp_path, caplog):
     health = health_of(shipped(**fields), questions, tmp_path)
     health.examine()
     assert health.told == set() and caplog.text == ""
@@ -85,7 +85,7 @@ def test_it_is_quiet_on_healthy_models(fields, questions, tmp_path, caplog):
     assert log["selection_layer3_image_sensitivity"] > 0.1
 
 
-def test_patches_that_are_the_same_in_every_image(questions, tmp_path, caplog):
+def test_same_patches_in_every_image_are_reported(questions, tmp_path, caplog):
     model = shipped()
     with torch.no_grad():  # all keys are equal, so that the first patches win
         for layer in model.model.vision_model.layers:
@@ -96,9 +96,9 @@ def test_patches_that_are_the_same_in_every_image(questions, tmp_path, caplog):
     assert ("same places", 2) in health.told
 
 
-def test_patches_that_are_the_same_whatever_the_text_and_it_is_said_once(questions, tmp_path, caplog):
+def test_same_patches_for_every_text_are_reported_once(questions, tmp_path, caplog):
     model = shipped()
-    with torch.no_grad():  # [CLS] of every text becomes the bias
+    with torch.no_grad():  # [CLS] of every text is the bias
         model.model.text_model.encoder.layer[-1].output.LayerNorm.weight.zero_()
     health = health_of(model, questions.remove_columns("region"), tmp_path)
     health.examine()
@@ -112,7 +112,7 @@ def test_patches_that_are_the_same_whatever_the_text_and_it_is_said_once(questio
 
 
 @pytest.mark.parametrize("regions", [True, False])
-def test_random_choice_under_the_name_of_text(regions, questions, tmp_path, caplog, monkeypatch):
+def test_random_text_guidance_is_reported(regions, questions, tmp_path, caplog, monkeypatch):
     def random_scores(query, key, scaling, candidate_mask=None):
         return torch.rand(len(key), key.shape[2]).softmax(dim=-1)
 
@@ -150,13 +150,13 @@ def test_fine_detail_that_suffers(questions, tmp_path, caplog):
     assert model.config.keep_rate == [0.1, 0.5] and model.training and model.decoder.training
 
 
-def test_pruning_that_takes_longer_is_found():
+def test_time_findings():
     (finding,) = time_findings(1.3, 0.8, 1.0)
     assert finding.kind == "time" and "1.30" in finding.words and "0.80" in finding.words
     assert [*time_findings(1.05, 0.8, 1.0)] == []
 
 
-def test_all_scores_on_one_patch():
+def test_all_scores_on_one_patch_are_reported():
     metrics = {"entropy": 0.01, "kept": 4.0, "image_sensitivity": 0.5, "text_sensitivity": 0.3}
     (finding,) = layer_findings(2, "image", metrics, 64, texts_differ=True)
     assert finding.kind == "one patch" and "0.010" in finding.words
@@ -182,7 +182,7 @@ def test_each_script_logs_it_while_it_trains(task, tmp_path):
         assert sum("selection_time_ratio" in entry for entry in history) == (rate < 1)
 
 
-def test_never_is_never(tmp_path):
+def test_health_steps_zero_disables_checks(tmp_path):
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=1", "--do_eval=False", "--health_steps=0"]
     run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
     assert "selection_" not in (tmp_path / "run" / "trainer_state.json").read_text()
@@ -194,7 +194,7 @@ def group(lost: int, won: int, p_value: float) -> Group:
     return Group("all", "", 80, 0.5, 0.5 + (lost - won) / 80, lost, won, p_value, p_value)
 
 
-def test_small_is_up_to_a_sixteenth_of_the_image():
+def test_small_things_cover_at_most_a_sixteenth():
     image = PIL.Image.new("RGB", (80, 40))
     boxes = [[0, 0, 20, 10], [0, 0, 20, 10.1], None, [70, 30, 80, 40]]
     rows = [{"image": image, "region": box} for box in boxes]
@@ -202,18 +202,18 @@ def test_small_is_up_to_a_sixteenth_of_the_image():
     assert small_things([{"image": image, "question": "what is it?"}]) == []
 
 
-def test_it_is_said_where_the_unpruned_model_is_ahead_beyond_chance():
+def test_significant_loss_of_detail_is_reported():
     (finding,) = detail_findings(group(lost=20, won=4, p_value=0.0015))
     assert finding.kind == "fine detail"
     assert all(number in finding.words for number in ("80", "50.0%", "70.0%", "0.0015"))
 
 
 @pytest.mark.parametrize(("lost", "won", "p_value"), [(4, 20, 0.0015), (6, 4, 0.75), (0, 0, 1.0)])
-def test_nothing_is_said_where_it_is_behind_or_ahead_by_chance(lost, won, p_value):
+def test_insignificant_differences_are_not_reported(lost, won, p_value):
     assert [*detail_findings(group(lost, won, p_value))] == []
 
 
-def test_boxes_are_compared_from_half_of_a_training_on(tmp_path):
+def test_small_boxes_are_compared_after_half_of_the_training(tmp_path):
     rows = []
     for number in range(4):
         image, box = PIL.Image.new("RGB", (64, 64), "gray"), [8 * number, 8, 8 * number + 8, 16]
@@ -235,7 +235,7 @@ def save_weights(folder, value: float):
     save_file({"fine": torch.ones(2), "weight": torch.tensor([1.0, value])}, folder / "model.safetensors")
 
 
-def test_the_last_good_checkpoint_is_the_latest_before_the_step_with_finite_weights(tmp_path):
+def test_last_good_checkpoint(tmp_path):
     assert last_good_checkpoint(tmp_path, before=10) is None
     save_weights(tmp_path / "checkpoint-9", 1.0)
     save_weights(tmp_path / "checkpoint-10", float("nan"))
@@ -247,7 +247,7 @@ def test_the_last_good_checkpoint_is_the_latest_before_the_step_with_finite_weig
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_the_monitor_names_step_rows_and_checkpoint_of_a_loss_that_is_no_number(loss, tmp_path):
+def test_non_finite_loss_raises(loss, tmp_path):
     monitor = health_of(shipped(), None, tmp_path)
     save_weights(tmp_path / "checkpoint-6", 1.0)
     monitor.watch_loss(torch.tensor(1e30), 6, ["a row 1"])

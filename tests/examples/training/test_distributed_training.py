@@ -50,7 +50,7 @@ def launch(name: str, *command: str, python: str | Path = sys.executable) -> str
 # The files
 
 
-def test_every_configuration_is_one_that_accelerate_reads():
+def test_configurations_load_in_accelerate():
     types = {path.stem: str(load_config(path.stem).distributed_type) for path in CONFIGS.glob("*.yaml")}
     deepspeed = "DistributedType.DEEPSPEED"
     assert types == {
@@ -70,7 +70,7 @@ def layers_to_wrap(case) -> list[str]:
 
 
 @each_model
-def test_fsdp_shards_all_layers_and_only_layers(case):
+def test_fsdp_shards_only_layers(case):
     modules = list(case.make_model().modules())
     classes = {type(module).__name__: type(module) for module in modules}
     wrapped = tuple(classes[name] for name in layers_to_wrap(case))  # Accelerate refuses unknown names
@@ -149,7 +149,7 @@ def deepspeed_python() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_two_processes_train_and_answer_as_one(name, options, one_process, tmp_path, request):
+def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path, request):
     python = request.getfixturevalue("deepspeed_python") if name.startswith("zero") else sys.executable
     words = [*options, f"--output_dir={tmp_path}", "--per_device_train_batch_size=3"]
     launch(name, str(ROOT / "examples" / "run_vqa.py"), *words, python=python)

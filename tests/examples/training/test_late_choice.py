@@ -23,7 +23,7 @@ def selection_of(*options: str, late_choice: bool = True) -> dict[int, tuple[str
 @pytest.mark.parametrize(
     ("num_layers", "layers"), [(12, [5, 10, 12]), (4, [3, 4]), (24, [10, 20, 24]), (6, [5, 6]), (3, [3]), (1, [1])]
 )
-def test_a_late_choice_at_any_depth(num_layers, layers):
+def test_late_choice_fields_by_depth(num_layers, layers):
     fields = late_choice_fields(num_layers)
     assert fields["selection_layers"] == layers
     assert fields["keep_rate"] == [0.7] * (len(layers) - 1) + [0.3]
@@ -44,7 +44,7 @@ def test_a_late_choice_at_any_depth(num_layers, layers):
     ],
     ids=str,
 )
-def test_from_scratch_the_text_chooses_late_unless_layers_are_named(options, expected):
+def test_new_models_select_late_unless_layers_are_given(options, expected):
     assert selection_of(*options) == expected
 
 
@@ -52,7 +52,7 @@ def test_other_tasks_have_the_schedule_of_the_preset():
     assert selection_of(late_choice=False) == {2: ("text", 0.5), 3: ("text", 0.5)}
 
 
-def test_from_parts_it_does_so_at_the_depth_of_the_tower(tmp_path):
+def test_models_from_parts_select_late(tmp_path):
     parts = write_parts(tmp_path)
     assert selection_of(*parts) == {3: ("text", 0.3)}
     assert selection_of(*parts, "--keep_rate=1.0") == {}

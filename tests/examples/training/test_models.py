@@ -48,7 +48,7 @@ def processor_of(**vision_config):
     return make_processor(train_wordpiece_tokenizer(["a shape"]), TripsConfig(vision_config=vision_config))
 
 
-def test_images_are_resized_to_the_size_of_the_model_square_or_not():
+def test_images_are_resized_to_the_size_of_the_model():
     wide, square = processor_of(image_size=[32, 64], patch_size=[8, 8]), processor_of(image_size=64, patch_size=8)
     image = PIL.Image.new("RGB", (40, 30))
     assert wide(images=image, text="a shape", return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 64)
@@ -56,12 +56,12 @@ def test_images_are_resized_to_the_size_of_the_model_square_or_not():
     assert wide.patch_size == square.patch_size == 8
 
 
-def test_patches_that_are_not_square_are_refused():
+def test_non_square_patches_raise():
     with pytest.raises(ValueError, match="`patch_size`"):
         processor_of(image_size=64, patch_size=[8, 16])
 
 
-def test_options_of_one_value_or_one_per_layer_reach_the_configuration():
+def test_options_per_layer_reach_the_configuration():
     args = ModelArguments(selection_mode="mass", selection_mass=[0.9], min_keep_rate=[0.1, 0.2])
     fields = args.config_overrides()
     assert fields == {"selection_mode": "mass", "selection_mass": 0.9, "min_keep_rate": [0.1, 0.2]}
@@ -82,7 +82,7 @@ def start_from(parts: dict[str, str], **options) -> TripsForQuestionAnswering:
     return model
 
 
-def test_frozen_layers_compute_the_same_and_cost_no_backward_pass(parts):
+def test_frozen_layers_need_no_backward_pass(parts):
     models = {"free": start_from(parts), "frozen": start_from(parts, freeze_vision_layers=2)}
     ids, pixels = torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 3, 48, 48)
     recorded = {name: [] for name in models}
@@ -101,7 +101,7 @@ def test_frozen_layers_compute_the_same_and_cost_no_backward_pass(parts):
     assert all(weight.grad is not None for weight in tower.layers[2].parameters())
 
 
-def test_no_more_layers_are_frozen_than_there_are(parts):
+def test_too_many_frozen_layers_raise(parts):
     with pytest.raises(ValueError, match="--freeze_vision_layers 4"):
         start_from(parts, freeze_vision_layers=4)
 
@@ -109,17 +109,17 @@ def test_no_more_layers_are_frozen_than_there_are(parts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vision_model_name_or_path": "a"}, "go together: give both"),
-        ({"num_fusion_layers": 2}, "--num_fusion_layers goes with --vision_model_name_or_path"),
+        ({"vision_model_name_or_path": "a"}, "--text_model_name_or_path"),
+        ({"num_fusion_layers": 2}, "--num_fusion_layers"),
     ],
 )
-def test_options_of_parts_that_do_not_go_together_are_refused(options, message):
+def test_conflicting_options_of_parts_raise(options, message):
     with pytest.raises(ValueError, match=message):
         ModelArguments(**options)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_decoder_that_a_checkpoint_lacks_starts_from_its_text_encoder(num_layers, processor, tmp_path):
+def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp_path):
     sizes = {
         "text_config": {"num_hidden_layers": 2, "vocab_size": len(processor.tokenizer)},
         "decoder_config": {"num_hidden_layers": num_layers},
@@ -144,7 +144,7 @@ def test_a_decoder_that_a_checkpoint_lacks_starts_from_its_text_encoder(num_laye
 
 
 @pytest.mark.parametrize("sizes", [{"decoder_config": {"intermediate_size": 96}}, {"fusion_type": "single_stream"}])
-def test_a_decoder_unlike_the_text_encoder_stays_new(sizes, processor, tmp_path, caplog):
+def test_decoder_of_other_sizes_stays_new(sizes, processor, tmp_path, caplog):
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, **sizes)
     TripsForVisualGrounding(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

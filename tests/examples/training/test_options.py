@@ -12,7 +12,7 @@ from trips_examples.training.options import DataArguments, TripsTrainingArgument
 
 
 @pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"predict_with_generate": False}])
-def test_options_that_would_be_ignored_are_refused(option, tmp_path):
+def test_unsupported_options_raise(option, tmp_path):
     with pytest.raises(ValueError, match=f"--{next(iter(option))}"):
         TripsTrainingArguments(output_dir=str(tmp_path), **option)
 
@@ -26,12 +26,12 @@ def test_options_that_would_be_ignored_are_refused(option, tmp_path):
         ({"eval_steps": 7}, (0.05, 7)),
     ],
 )
-def test_the_log_has_the_loss_of_short_runs_and_evaluations_are_fewer(options, steps, tmp_path):
+def test_logging_and_evaluation_steps(options, steps, tmp_path):
     args = TripsTrainingArguments(output_dir=str(tmp_path), eval_strategy="steps", **options)
     assert (args.logging_steps, args.eval_steps) == steps
 
 
-def test_embedded_tasks_share_a_vocabulary_that_has_all_of_their_words():
+def test_bundled_tasks_share_a_vocabulary():
     tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
     assert {word for word in EMBEDDED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
     texts = {"a picture of "}
@@ -46,7 +46,7 @@ def test_embedded_tasks_share_a_vocabulary_that_has_all_of_their_words():
     assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
 
 
-def test_a_tokenizer_for_own_data_is_trained_on_their_texts():
+def test_tokenizer_for_own_data_uses_their_texts():
     rows = Dataset.from_list(
         [{"question": "is it?", "answers": ["yes", "no"]}, {"question": "why?", "answers": ["so"]}]
     )
@@ -69,7 +69,7 @@ def test_a_tokenizer_for_own_data_is_trained_on_their_texts():
         ("captions", {"dataset_name": "someone/captions"}, None),
     ],
 )
-def test_scenes_are_read_at_their_own_size(task, options, side):
+def test_scenes_keep_their_size(task, options, side):
     arguments = DataArguments(**options)
     assert arguments.side_of_scenes(task) == side
     assert arguments.half_scene_size(task) == (None if side is None else side / 2)

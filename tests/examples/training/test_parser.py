@@ -17,7 +17,7 @@ class Options:
 
 
 @pytest.mark.parametrize(("options", "word"), [(["--rate=2"], "--rate is too large"), (["--rat3=1"], "--rat3")])
-def test_wrong_options_end_a_command_without_a_traceback(options, word, monkeypatch, capsys):
+def test_wrong_options_exit_without_a_traceback(options, word, monkeypatch, capsys):
     parser = make_parser(Options, description="A script.")
     monkeypatch.setattr("sys.argv", ["script.py", *options])
     with pytest.raises(SystemExit) as raised:

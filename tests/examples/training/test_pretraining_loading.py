@@ -54,7 +54,7 @@ def test_from_a_vision_tower_and_a_text_encoder(files, parts, tmp_path):
     assert processor.image_processor.size == {"height": 48, "width": 48}
 
 
-def test_something_has_to_be_learnt_and_a_stream_needs_a_tokenizer(files, stream, tmp_path):
+def test_missing_objectives_and_tokenizer_raise(files, stream, tmp_path):
     off = [f"--{name}=0" for name in OBJECTIVES]
     with pytest.raises(ValueError, match="itc_weight"):
         run_pretraining.main(command(files, tmp_path, *off)[1:])
@@ -79,7 +79,7 @@ def test_something_has_to_be_learnt_and_a_stream_needs_a_tokenizer(files, stream
         (["--momentum=1.5"], "--momentum"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options, named, tmp_path):
+def test_conflicting_options_raise(options, named, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         run_pretraining.main([*options, f"--output_dir={tmp_path}"])
 
@@ -87,7 +87,7 @@ def test_options_that_do_not_go_together_are_refused(options, named, tmp_path):
 @pytest.mark.parametrize(
     ("options", "share"), [([], 0.0), (["--skip_bad_rows=True"], 0.05), (["--max_bad_share=0.3"], 0.3)]
 )
-def test_pairs_are_skipped_where_that_is_asked_for(options, share, tmp_path):
+def test_skip_bad_rows(options, share, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
     classes = (PretrainingArguments, DataArguments, TripsTrainingArguments)
     words = [f"--train_shards={tmp_path / 'pairs.jsonl'}", "--max_steps=1", "--do_eval=False", *options]

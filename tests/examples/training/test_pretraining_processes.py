@@ -116,7 +116,7 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
             text=True,
         )
         assert result.returncode == 0, result.stderr[-5000:]
-        assert result.stdout.count("'loss'") == 4  # each node says it
+        assert result.stdout.count("'loss'") == 4  # from each node
     states = [json.loads((tmp_path / f"out/checkpoint-4/stream_{rank}.json").read_text()) for rank in (0, 1)]
     assert [state["num_processes"] for state in states] == [2, 2]
     seen = [position["seen"] for state in states for position in stream_positions(state["loader"])]
@@ -145,7 +145,7 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_teacher_follows_a_model_that_fsdp_shards(files, tmp_path):
+def test_teacher_follows_an_fsdp_model(files, tmp_path):
     options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--momentum=0.25", "--save_steps=1"]
     run_pretraining.main(command(files, tmp_path / "start", *options, "--learning_rate=0")[1:])
     launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'examples/configs/fsdp2.yaml'}"]

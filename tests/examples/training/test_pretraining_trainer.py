@@ -74,7 +74,7 @@ def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
     assert weights() == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4])
 
 
-def test_a_teacher_that_has_yet_to_take_part_is_the_model(processor, tmp_path):
+def test_teacher_equals_the_model_before_it_starts(processor, tmp_path):
     options = {"max_steps": 3, "save_strategy": "no", "warmup_steps": 0, "teacher_start_steps": 2}
     trainer = make_trainer(processor, tmp_path, **options)
     seen, forward = [], trainer.teacher.forward
@@ -110,7 +110,7 @@ def test_towers_have_learning_rates_of_their_own(processor, tmp_path):
             assert decays[names[id(parameter)]] == group["weight_decay"] and group["lr"] == plain.args.learning_rate
 
 
-def test_the_queue_holds_a_tenth_of_the_captions_and_at_least_a_batch(processor, tmp_path):
+def test_default_queue_size(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=1, queue_size=None)
     assert trainer.queue_size == len(trainer.teacher.images.ids) == 4
     trainer.train_dataset = range(300)
@@ -141,7 +141,7 @@ def test_each_objective_is_logged(processor, tmp_path):
         assert entry["teacher_weight"] == pytest.approx(0.4 * min(1, entry["step"] / 5))
 
 
-def test_without_a_teacher_there_is_no_file_of_it(processor, tmp_path):
+def test_no_teacher_file_without_a_teacher(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=1, save_steps=1, momentum_teacher=False)
     trainer.train()
     assert trainer.teacher is None and not list(tmp_path.rglob("momentum.safetensors"))

@@ -24,7 +24,7 @@ def inputs(rows=slice(0, 4)):
     return {"input_ids": TEXTS[rows], "attention_mask": (TEXTS[rows] != 0).long(), "pixel_values": IMAGES[rows, 0]}
 
 
-def test_it_looks_at_all_patches_as_the_text_does(checkpoint):
+def test_targets_are_the_attention_of_the_text(checkpoint):
     targets = SelectionTeacher(checkpoint).patch_targets(inputs())
     model = TripsModel.from_pretrained(checkpoint, keep_rate=1.0, attn_implementation="eager")
     maps = torch.stack(model(**inputs(), output_attentions=True).cross_attentions)  # layers, texts, heads, tokens, 65
@@ -46,7 +46,7 @@ def test_texts_that_share_an_image_and_texts_with_several(checkpoint):
     torch.testing.assert_close(targets[1, 0], teacher.patch_targets(one)[0])
 
 
-def test_it_does_not_move_while_the_student_does(checkpoint):
+def test_teacher_does_not_train(checkpoint):
     teacher = SelectionTeacher(checkpoint)
     student = TripsForQuestionAnswering.from_pretrained(checkpoint).train()
     labels = {"labels": torch.tensor([[5, 2]] * 4)}
@@ -56,20 +56,20 @@ def test_it_does_not_move_while_the_student_does(checkpoint):
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
 
 
-def test_a_single_stream_cannot_teach(tmp_path):
+def test_single_stream_teacher_raises(tmp_path):
     config = make_config(fusion_type="single_stream", selection_layers=[1])
     TripsForImagesAndTextClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--selection_teacher"):
         SelectionTeacher(str(tmp_path))
 
 
-def test_a_start_that_is_not_there_is_named():
+def test_missing_start_raises():
     with pytest.raises(ValueError, match="--model_name_or_path"):
         make_selection_teacher(ModelArguments(selection_teacher="start"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("script", "task"), [(run_vqa, "vqa"), (run_nlvr2, "nlvr2")])
-def test_a_run_is_taught_and_logs_it(script, task, tmp_path):
+def test_runs_log_the_selection_loss(script, task, tmp_path):
     data = write_task(task, tmp_path)
     script.main([*data, *OPTIONS, "--max_steps=1", "--keep_rate=1.0", f"--output_dir={tmp_path / 'start'}"])
     options = ["--keep_rate=0.5", f"--model_name_or_path={tmp_path / 'start'}", "--selection_teacher=start"]

@@ -17,7 +17,7 @@ FROZEN = [*BRIEF, "--learning_rate=0", "--auto_bf16=False", "--disable_tqdm=True
 
 
 @pytest.mark.parametrize("script", [run_nlvr2, run_grounding], ids=["nlvr2", "grounding"])
-def test_the_task_starts_from_the_model_that_answers(script, tmp_path):
+def test_tasks_start_from_question_answering(script, tmp_path):
     options = [*FROZEN, f"--output_dir={tmp_path}", "--keep_rate=0.25"]
     script.main(options)
     start, weights = load_file(tmp_path / "easy_vqa/model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -42,7 +42,7 @@ def test_deepspeed_is_told_what_to_do(tmp_path):
     assert start_from_questions(ModelArguments(), DataArguments(), args, 0.0, 64) == ModelArguments()
 
 
-def test_a_short_trial_skips_the_start_and_says_so(tmp_path, caplog):
+def test_max_steps_skips_the_start_with_a_warning(tmp_path, caplog):
     options = [f"--output_dir={tmp_path}", "--max_steps=1", "--train_scenes=4", "--validation_scenes=2"]
     run_nlvr2.main([*options, *(option for option in FROZEN if "epochs" not in option)])
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "easy_vqa").exists()
@@ -50,7 +50,7 @@ def test_a_short_trial_skips_the_start_and_says_so(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_no_start_from_a_checkpoint_for_own_data_or_where_none_is_asked_for(tmp_path):
+def test_no_start_for_checkpoints_and_own_data(tmp_path):
     own = write_task("nlvr2", tmp_path)
     run_nlvr2.main([*FROZEN, *own, f"--output_dir={tmp_path / 'own'}"])
     run_nlvr2.main([*FROZEN, f"--output_dir={tmp_path / 'checkpoint'}", f"--model_name_or_path={tmp_path / 'own'}"])

@@ -33,7 +33,7 @@ def error_of(script: str, options: list[str]) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_each_script_looks_at_the_model_before_the_data(script, options):
+def test_scripts_check_the_model_before_the_data(script, options):
     assert "rows.jsonl row 1: no " in error_of(script, options)
     assert "keep_rate" in error_of(script, [*options, "--keep_rate=2"])
 
@@ -55,22 +55,22 @@ def test_each_script_looks_at_the_model_before_the_data(script, options):
         ("--do_eval=True", "no validation split: give --validation_file"),
     ],
 )
-def test_wrong_options_come_first(option, message, options):
+def test_wrong_options_raise_before_data_are_read(option, message, options):
     with pytest.raises(ERRORS, match=message):
         importlib.import_module("trips_examples.run_vqa").main([*options, option])
 
 
-def test_how_to_write_is_looked_at_before_the_data(options):
+def test_generation_options_raise_before_data_are_read(options):
     assert "length_penalty" in error_of("run_captioning", [*options, "--length_penalty=0.5"])  # without beams
 
 
-def test_an_image_size_that_the_checkpoint_cannot_take_comes_first(options, checkpoints):
+def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
     checkpoint = f"--model_name_or_path={checkpoints['TripsForQuestionAnswering']}"
     message = "--image_size 50 must be a multiple of the model's patch size, 8"
     assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])
 
 
-def test_scenes_that_cannot_be_made_come_before_the_start_model(tmp_path):
+def test_wrong_scene_options_raise_before_training(tmp_path):
     options = [f"--output_dir={tmp_path}", "--grid=9", "--use_cpu=True"]
     assert "grid is 9: choose 1 to 8" in error_of("run_nlvr2", options)
     assert not (tmp_path / "easy_vqa").exists()

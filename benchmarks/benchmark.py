@@ -1,5 +1,5 @@
 r"""
-Measure what patch selection saves: TRIPS against the unpruned baseline, the same weights at keep rate 1.0.
+Measure MACs and time of TRIPS against the unpruned baseline, the same weights at keep rate 1.0.
 
     python benchmarks/benchmark.py                     # base size, 224 and 384 px, three schedules
     python benchmarks/benchmark.py --mode forward training --plot speed.png --output_json speed.json
@@ -39,10 +39,10 @@ class BenchmarkArguments(TimingArguments):
         metadata={"help": "Selection layers (5,10) or layer:guidance:keep_rate (5:image:0.7,12:text:0.3)."},
     )
     keep_rate: list[float] = field(
-        default_factory=lambda: [0.7], metadata={"help": "Keep rates of the layers that name none."}
+        default_factory=lambda: [0.7], metadata={"help": "Keep rates of layers without one."}
     )
     compare_repeating: bool = field(
-        default=True, metadata={"help": "Also measure repeated images where texts share an image."}
+        default=True, metadata={"help": "Also measure repeated images if texts share an image."}
     )
     config_fields: str = field(default="{}", metadata={"help": "Further fields of TripsConfig, as JSON."})
     mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
@@ -50,7 +50,7 @@ class BenchmarkArguments(TimingArguments):
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flash_attention_2."})
     compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
     compile_mode: str | None = field(default=None, metadata={"help": "Mode of torch.compile."})
-    plot: str | None = field(default=None, metadata={"help": "Figure of the ratios to write."})
+    plot: str | None = field(default=None, metadata={"help": "Output figure of the ratios."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,7 +67,7 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
         args.image_size,
         args.batch_size,
         args.texts_per_image,
-        dict.fromkeys(schedules),  # those with rates of their own come once
+        dict.fromkeys(schedules),  # schedules with own rates appear once
     )
     return [
         Setting(
@@ -125,7 +125,7 @@ def print_parts(rows: list[dict]):
         if "macs_by_part" in row:
             pruned, unpruned = row["macs_by_part"], row["unpruned_macs_by_part"]
             total, unpruned_total = sum(pruned.values()), sum(unpruned.values())
-            print(f"{label(row)}: shares of the forward pass in MACs, pruned and unpruned, and pruned / unpruned")
+            print(f"{label(row)}: shares of the MACs of a forward pass, pruned and unpruned, and pruned / unpruned")
             for part, macs in pruned.items():
                 baseline = unpruned[part]
                 ratio = f"{macs / baseline:9.2f}" if baseline else "        -"
@@ -139,10 +139,10 @@ def print_verdict(rows: list[dict]):
             speedup = row["speedup_over_repeating_images"]
             print(f"{label(row)}: sharing each image is {speedup:.2f} times as fast as repeating it.")
         if row["time_ratio"] >= 1.0:
-            print(f"{label(row)}: pruning does NOT pay here: {row['time_ratio']:.2f} of the unpruned time.")
+            print(f"{label(row)}: pruning takes {row['time_ratio']:.2f} times the unpruned time.")
         elif row["time_ratio"] > 1.05 * row["macs_ratio"]:
             excess = row["time_ratio"] / row["macs_ratio"]
-            print(f"{label(row)}: pruning pays less than counted: {excess:.2f} times the MACs ratio.")
+            print(f"{label(row)}: the time ratio is {excess:.2f} times the MAC ratio.")
 
 
 def new_axes(width: float, height: float, columns: int = 1):
@@ -156,7 +156,7 @@ def new_axes(width: float, height: float, columns: int = 1):
 
 
 def plot_rows(rows: list[dict], path: str):
-    """Bars of the counted and the measured ratio, one pair per setting; lines where texts share images."""
+    """Plot MAC and time ratios as bars, or as lines if texts share images."""
     if len({row["texts_per_image"] for row in rows}) > 1:
         plot_sharing(rows, path)
         return
@@ -175,7 +175,7 @@ def plot_rows(rows: list[dict], path: str):
 
 
 def plot_sharing(rows: list[dict], path: str):
-    """Ratios against the number of texts per image: lines of what is counted, points of what was measured."""
+    """Plot ratios against the number of texts per image: MAC ratios as lines, time ratios as points."""
     works, curves = sorted({work_of(row) for row in rows}), {}
     for row in sorted(rows, key=lambda row: row["texts_per_image"]):
         name = str(schedule_of(row)) if len(works) == 1 else f"{work_of(row)}, {schedule_of(row)}"
@@ -193,7 +193,7 @@ def plot_sharing(rows: list[dict], path: str):
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     model = f"TRIPS {rows[0]['preset']}, {rows[0]['device']}, {rows[0]['dtype']}"
-    axes.set_title("; ".join([model, *(works if len(works) == 1 else []), "lines counted, points measured"]))
+    axes.set_title("; ".join([model, *(works if len(works) == 1 else []), "lines: MAC ratio, points: time ratio"]))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -1,7 +1,7 @@
 """
-Measure what patch selection saves inside models of Transformers and timm, with and without it.
+Measure MACs and time of models of Transformers and timm with and without patch selection.
 
-    python benchmarks/benchmark_hosts.py                                  # all hosts, base size, 384 px
+    python benchmarks/benchmark_hosts.py                                  # all models, base size, 384 px
     python benchmarks/benchmark_hosts.py --hosts vilt blip_vqa --keep_rate 0.5 --output_json hosts.json
 
 Weights are random. Passes with and without selection alternate in one run, after a warm-up, and medians are compared.
@@ -25,18 +25,18 @@ from modeling_trips.hosts import apply_patch_selection, record_patch_selection, 
 
 @dataclass
 class Case:
-    """A model of another library, the selection inside it, and its inputs besides pixels."""
+    """Model of another library with its selection and its inputs besides pixels."""
 
-    make_model: Callable[[int], nn.Module]  # of the image size
+    make_model: Callable[[int], nn.Module]  # from the image size
     guidance: str = "image"
     selection_layers: tuple[int, ...] = (5, 10)
     num_class_tokens: int = 1
     takes_text: bool = True
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # further ones, for one image
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # further inputs for one image
 
 
 def make_transformers_model(name: str, **sizes) -> Callable[[int], nn.Module]:
-    """A model of Transformers, by its class's name, as its configuration makes it but for the sizes."""
+    """Return a function that makes a model of Transformers with default configuration and these sizes."""
 
     def make_model(image_size: int) -> nn.Module:
         model_class = getattr(transformers, name)
@@ -54,7 +54,7 @@ def make_timm_model(image_size: int) -> nn.Module:
     return timm.create_model("vit_base_patch16_224", img_size=image_size)
 
 
-FIRST_TOKEN = {"decoder_input_ids": torch.tensor([[30522]])}  # the answer's first token is predicted
+FIRST_TOKEN = {"decoder_input_ids": torch.tensor([[30522]])}  # predicts the first token of the answer
 
 CASES = {
     "vilt": Case(make_transformers_model("ViltForQuestionAnswering"), "text"),
@@ -99,7 +99,7 @@ def make_inputs(case: Case, args: HostBenchmarkArguments) -> dict[str, torch.Ten
 
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    # The counter has no formula for the fused attention of a CPU; it sees the products of the plain one.
+    # The counter does not support fused attention on CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return counter.get_total_flops() // 2
@@ -107,7 +107,7 @@ def count_macs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
 
 @torch.no_grad()
 def count_tokens(model: nn.Module, inputs: dict[str, torch.Tensor], num_class_tokens: int) -> tuple[int, int]:
-    """Image tokens before the first selection layer and after the last one."""
+    """Count the image tokens before the first selection layer and after the last one."""
     with record_patch_selection(model) as selections:
         model(**inputs)
     before = selections[0].candidate_indices.shape[1] + num_class_tokens
@@ -116,7 +116,7 @@ def count_tokens(model: nn.Module, inputs: dict[str, torch.Tensor], num_class_to
 
 
 def measure(name: str, args: HostBenchmarkArguments) -> dict:
-    """One row of results: the setting, its counts and its medians."""
+    """Return a row of results."""
     case = CASES[name]
     model = case.make_model(args.image_size).eval().to(args.device)
     inputs = make_inputs(case, args)

@@ -1,16 +1,15 @@
 """
-Measure the ways to run one model on a CPU: PyTorch eager and compiled, ONNX Runtime and OpenVINO, in float32, bfloat16
-and int8.
+Measure one model on a CPU in PyTorch eager and compiled, ONNX Runtime and OpenVINO, in float32, bfloat16 and int8.
 
-    python benchmarks/export_speed.py                                     # base size, 384 px, all ways
+    python benchmarks/export_speed.py                                     # base size, 384 px, all backends
     python benchmarks/export_speed.py --task answer --texts_per_image 1 10 --output_json export.json
     python benchmarks/export_speed.py --ways eager-fp32 openvino-fp32 openvino-bf16 --export_dir exports
 
-Weights are random. The ways take their steps in turns in one run, after a warm-up, and medians are compared. A step is
-the answer to each question, of 2 tokens, images and questions encoded anew (`answer`); the match of each pair
-(`match`); or the features of all images and texts (`features`). What agrees with PyTorch in float32 is counted, too:
-kept patches, and answers, the better half of the matches, or the image that is most like each text. Exports stay in
---export_dir, and are used again. Calibration sees noise alone: what it keeps of the results says little.
+Weights are random. Backends take turns in one run after a warm-up, and medians are compared. A step computes an answer
+of 2 tokens to each question, including the encoding of images and questions (`answer`), the match of each pair
+(`match`), or the features of all images and texts (`features`). The agreement with PyTorch in float32 is counted for
+kept patches and for answers, the better half of the matches, or the most similar image of each text. Exports in
+--export_dir are reused. Calibration uses noise, so the agreement of calibrated models is not meaningful.
 """
 
 import itertools
@@ -48,8 +47,8 @@ class ExportSpeedArguments(TimingArguments):
     preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
     image_size: int = field(default=384, metadata={"help": "Pixels per side."})
     schedule: str = field(default="5,10", metadata={"help": "Selection layers (5,10) or layer:guidance:keep_rate."})
-    keep_rate: float = field(default=0.7, metadata={"help": "Keep rate of the layers that name none. 1.0: unpruned."})
-    task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, features."})
+    keep_rate: float = field(default=0.7, metadata={"help": "Keep rate of layers without one. 1.0: unpruned."})
+    task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "answer, match or features."})
     ways: list[str] = field(
         default_factory=lambda: list(WAYS),
         metadata={"help": "Backends and dtypes, as in openvino-bf16. Default: all."},
@@ -117,13 +116,13 @@ def is_installed(way: str) -> bool:
 
 
 def run_as(way: str, task: str, args: ExportSpeedArguments) -> TripsPreTrainedModel:
-    """The model of a task, to be run in one of the ways."""
+    """Return the model of a task for one backend and dtype."""
     backend, dtype, *_ = way.split("-")
     model = make_model(task, args)
     if way in IN_PYTORCH:
         model = model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
         if backend == "compiled":
-            model.model.compile()  # all but the decoder, whose cache grows
+            model.model.compile()  # without the decoder, whose cache grows
         return model
     name = type(model).__name__
     setting = f"{args.preset}-{args.image_size}px-{args.schedule}-{args.keep_rate:g}".replace(":", "_")
@@ -136,13 +135,13 @@ def run_as(way: str, task: str, args: ExportSpeedArguments) -> TripsPreTrainedMo
 
 
 def kept_patches(model: TripsPreTrainedModel, inputs: dict) -> list[set]:
-    """What each selection layer keeps of each text's image."""
+    """Return the kept patches of each selection layer and text."""
     return [set(row) for layer in model.model(**inputs).selection for row in layer.kept_indices.tolist()]
 
 
 @torch.no_grad()
 def measure(task: str, models: dict[str, TripsPreTrainedModel], texts_per_image: int, args) -> list[dict]:
-    """A row for each way to do one kind of work."""
+    """Return a row for each backend and dtype."""
     inputs = make_inputs(models[REFERENCE], args, texts_per_image)
     work, steps, results, kept = TASKS[task][1], {}, {}, {}
     for way, model in tqdm(models.items(), desc="first steps", leave=False):
@@ -184,7 +183,7 @@ def measure_all(args: ExportSpeedArguments) -> Iterator[dict]:
     ways = [way for way in args.ways if is_installed(way)]
     if len(ways) < len(args.ways):
         missing = [way for way in args.ways if way not in ways]
-        print(f"Left out because a package is missing (pip install '.[export]'): {', '.join(missing)}")
+        print(f"Skipped, because a package is missing (pip install '.[export]'): {', '.join(missing)}")
     for model_class, tasks in itertools.groupby(args.task, key=lambda task: TASKS[task][0]):
         tasks = list(tasks)
         models = {way: run_as(way, tasks[0], args) for way in tqdm(ways, desc=model_class.__name__)}

@@ -1,19 +1,19 @@
 r"""
-Measure indexing and search: what actors gain, memory, recall of the index, what ranking again gains, time of stages.
+Measure indexing and search: speedup by actors, memory, recall of the index, gain by reranking, and time of the stages.
 
     python benchmarks/index_and_search.py --model outputs/retrieval --output_json rows.json
     python benchmarks/index_and_search.py --model outputs/retrieval --parts vectors --num_vectors 1000000
 
-Parts, each of which adds rows of its own:
+Parts, each with its own rows:
 
-- `actors`: images per second with one actor and with two, in rounds that alternate, between the first commit and the
-  last, so that no start counts.
-- `memory`: peak memory and processor time of few images and of many; their difference tells what an image costs.
-- `search`: scenes with captions. For each caption: features, exact search, search by the index, ranking again; how
-  many of the exact results the index finds, and how often the right image comes first, before and after.
-- `vectors`: random vectors in clusters, as many as a large collection has: the index's build, size, recall and time.
+- `actors`: images per second with one actor and with two, in alternating rounds, from the first commit to the last,
+  without startup time.
+- `memory`: peak memory and CPU time of few images and of many. The difference gives the cost of an image.
+- `search`: scenes with captions. For each caption: features, exact search, index search and reranking, the recall of
+  the index, and how often the correct image comes first before and after reranking.
+- `vectors`: random vectors in clusters, at the size of a large collection: the index's build, size, recall and time.
 
-Times are given by the clock and by the processor; on a busy machine only the latter means something.
+Times are wall time and CPU time. On a shared machine, use CPU time.
 """
 
 import statistics
@@ -54,29 +54,38 @@ from trips_examples.training.files import write_whole
 
 
 PARTS = ("actors", "memory", "search", "vectors")
-ROWS_PER_FILE = 250  # a block that goes from process to process: a commit
+ROWS_PER_FILE = 250  # a block between processes, and a commit
 IMAGE_SIDE = 64  # of the images of the parts actors and memory
 ACTOR = "ray::MapWorker"
 
 
 @dataclass(kw_only=True)
 class IndexBenchmarkArguments(OutputArguments):
-    model: str = field(metadata={"help": "A retrieval checkpoint. Untrained ones do for all but the part search."})
-    work_dir: str = field(default="outputs/index_benchmark", metadata={"help": "Where images and tables go."})
+    model: str = field(metadata={"help": "Retrieval checkpoint. Only the part search needs a trained one."})
+    work_dir: str = field(default="outputs/index_benchmark", metadata={"help": "Folder of images and tables."})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
     num_actors: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Actors to compare."})
     actor_images: int = field(default=10_000, metadata={"help": "Images of each run of the part actors."})
     rounds: int = field(default=3, metadata={"help": "Runs of each number of actors."})
-    memory_images: list[int] = field(default_factory=lambda: [1000, 50_000], metadata={"help": "Few, and many."})
-    scenes: int = field(default=1000, metadata={"help": "Of the part search: images, each with its captions."})
-    dataset_name: str | None = field(default=None, metadata={"help": "As in run_retrieval.py: its validation split."})
-    pictures: list[str] | None = field(default=None, metadata={"help": "Of --dataset_name picture_scenes."})
-    queries: int = field(default=300, metadata={"help": "Of the parts search and vectors."})
-    rerank_k: list[int] = field(default_factory=lambda: [10, 50], metadata={"help": "Images ranked again."})
-    num_vectors: list[int] = field(default_factory=lambda: [100_000], metadata={"help": "Of the part vectors."})
-    dim: int = field(default=256, metadata={"help": "Of these vectors."})
-    index_type: str = field(default="IVF_PQ", metadata={"help": "One of Lance's."})
-    probes: list[int] = field(default_factory=lambda: [1, 5, 20, 50], metadata={"help": "Partitions looked into."})
+    memory_images: list[int] = field(
+        default_factory=lambda: [1000, 50_000],
+        metadata={"help": "Small and large number of images of the part memory."},
+    )
+    scenes: int = field(default=1000, metadata={"help": "Images with captions of the part search."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset as in run_retrieval.py, validation split."}
+    )
+    pictures: list[str] | None = field(default=None, metadata={"help": "Pictures of --dataset_name picture_scenes."})
+    queries: int = field(default=300, metadata={"help": "Queries of the parts search and vectors."})
+    rerank_k: list[int] = field(default_factory=lambda: [10, 50], metadata={"help": "Numbers of reranked images."})
+    num_vectors: list[int] = field(
+        default_factory=lambda: [100_000], metadata={"help": "Vectors of the part vectors."}
+    )
+    dim: int = field(default=256, metadata={"help": "Width of these vectors."})
+    index_type: str = field(default="IVF_PQ", metadata={"help": "Index type of Lance."})
+    probes: list[int] = field(
+        default_factory=lambda: [1, 5, 20, 50], metadata={"help": "Numbers of searched partitions."}
+    )
     rows_per_commit: int = field(default=256, metadata={"help": "As in index_images.py."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads."})
 
@@ -85,7 +94,7 @@ class IndexBenchmarkArguments(OutputArguments):
 
 
 class Watch:
-    """Memory and processor time of this process and all that it starts, looked at twice a second."""
+    """Monitor of the memory and CPU time of this process and its children, sampled twice per second."""
 
     def __enter__(self) -> "Watch":
         self.peak_mb, self.seconds = 0.0, {}
@@ -115,13 +124,13 @@ class Watch:
                     total += process.memory_full_info().uss
                     times = process.cpu_times()
                     self.seconds[process.pid] = (" ".join(process.cmdline()), times.user + times.system)
-                except psutil.Error:  # it has ended
+                except psutil.Error:  # the process has ended
                     pass
             self.peak_mb = max(self.peak_mb, total / 2**20)
 
 
 class Timer:
-    """Milliseconds of steps by name: medians by the clock and by the processor."""
+    """Timer of steps by name, with medians of wall time and CPU time in milliseconds."""
 
     def __init__(self):
         self.wall: dict[str, list[float]] = {}
@@ -144,7 +153,7 @@ class Timer:
 
 
 def write_images(folder: Path, count: int, side: int) -> list[str]:
-    """JPEGs of 8 x 8 colours, all different, in Parquet files of `ROWS_PER_FILE`; those that are there stay."""
+    """Write different JPEGs of 8 x 8 colors to Parquet files of `ROWS_PER_FILE` rows, and keep existing files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for start in tqdm(range(0, count, ROWS_PER_FILE), desc="Images to index", unit=" files"):
@@ -176,7 +185,7 @@ def new_table(args: IndexBenchmarkArguments, name: str):
 
 
 def embed(args: IndexBenchmarkArguments, places: list[str], num_actors: int, name: str) -> dict:
-    """What it took to embed some images with so many actors, from the start of Ray to its end."""
+    """Embed images with `num_actors` actors and return the measurements, from the start of Ray to its end."""
     table = new_table(args, name)
     workers = Workers(num_actors=num_actors)
     with Watch() as watch:
@@ -218,7 +227,7 @@ def measure_memory(args: IndexBenchmarkArguments) -> Iterator[dict]:
 
 
 def write_scenes(args: IndexBenchmarkArguments) -> tuple[str, list[tuple[str, str]]]:
-    """A folder of images, and captions with the path of the image that each is right for."""
+    """Write scenes and return their folder, and captions with the paths of their images."""
     source = DataSource(dataset_name=args.dataset_name, pictures=args.pictures, validation_scenes=args.scenes)
     data = load_task_dataset("captions", source)["validation"]
     folder = Path(args.work_dir).absolute() / f"scenes-{time.time_ns()}"
@@ -266,7 +275,7 @@ def share_found(exact: list, found: list) -> float:
 
 
 def make_vectors(count: int, dim: int, seed: int) -> np.ndarray:
-    """Unit vectors around 1,000 centres, as those of images lie near each other."""
+    """Make unit vectors around 1,000 centers, because image features form clusters."""
     centres = np.random.default_rng(0).standard_normal((1000, dim), dtype=np.float32)
     rng = np.random.default_rng(seed)
     vectors = centres[rng.integers(0, len(centres), count)] + rng.standard_normal((count, dim), dtype=np.float32)

@@ -1,11 +1,11 @@
 """
-Put load on a running service with Locust: throughput and response times of 1, 8 and 32 clients that ask about
-different images, and of one client that asks ten questions in ten requests, about one image and about ten.
+Load test of a running service with Locust: throughput and response times of 1, 8 and 32 clients with different images,
+and of one client that sends ten questions in ten requests about one image and about ten.
 
     TRIPS_MODEL=examples/trips-tiny-scenes bentoml serve trips_serving.service:Trips --host 127.0.0.1 --port 3000 &
     python benchmarks/load_service.py --url http://127.0.0.1:3000 --requests 500 --output_json rows.json
 
-With `--pid`, each row has the memory of that process and its children.
+With `--pid`, rows include the memory of that process and its children.
 """
 
 import base64
@@ -39,7 +39,7 @@ QUESTIONS = [
 
 
 def make_image(number: int, size: list[int]) -> str:
-    """A JPEG in base64, of a shape and noise: another one for each number."""
+    """Make a different base64 JPEG of a shape and noise for each number."""
     draw = random.Random(number)
     image = PIL.Image.effect_noise(size, 20).convert("RGB")
     left, top = (draw.randrange(length // 2) for length in size)
@@ -58,7 +58,7 @@ class LoadArguments(OutputArguments):
     images: int = field(default=200, metadata={"help": "Different images for each number of clients."})
     size: list[int] = field(default_factory=lambda: [640, 480], metadata={"help": "Width and height of the images."})
     rounds: int = field(default=7, metadata={"help": "Rounds of ten requests about one image and ten. 0: none."})
-    pid: int | None = field(default=None, metadata={"help": "Process of the service, to read its memory."})
+    pid: int | None = field(default=None, metadata={"help": "Process id of the service, to read its memory."})
 
 
 def bodies(images: list[str], num_requests: int) -> Iterator[dict]:
@@ -67,8 +67,8 @@ def bodies(images: list[str], num_requests: int) -> Iterator[dict]:
 
 
 def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dict:
-    """One row: what `num_clients` saw until `num_requests` were answered."""
-    # It patches sockets when it is imported: not in a process that only wants to know the options.
+    """Send `num_requests` from `num_clients` clients and return a row."""
+    # Locust patches sockets at import, so `--help` must not import it.
     import gevent
     from locust import constant, task
     from locust.contrib.fasthttp import FastHttpUser
@@ -77,7 +77,7 @@ def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dic
     waiting = bodies(images, num_requests)
 
     class Asking(FastHttpUser):
-        """Asks one question after the other, without a pause, until all are asked."""
+        """Client that sends all questions without a pause."""
 
         wait_time = constant(0)
 
@@ -85,7 +85,7 @@ def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dic
         def ask(self):
             body = next(waiting, None)
             if body is None:
-                gevent.sleep(0.05)  # the others are still at it
+                gevent.sleep(0.05)  # until the other clients finish
             else:
                 self.client.post("/answer", json=body)
 
@@ -96,7 +96,7 @@ def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dic
     while environment.stats.total.num_requests < num_requests:
         gevent.sleep(0.01)
     seconds = time.perf_counter() - start
-    total = environment.stats.total  # not before: starting, which takes its time, makes a new one
+    total = environment.stats.total  # starting replaces `total`
     runner.quit()
     return {
         "clients": num_clients,
@@ -110,7 +110,7 @@ def run(url: str, num_clients: int, images: list[str], num_requests: int) -> dic
 
 
 def memory_of(pid: int | None) -> int | None:
-    """Bytes in RAM of a process and all that it started."""
+    """Return the resident memory of a process and its children in bytes."""
     if pid is None:
         return None
     process = psutil.Process(pid)
@@ -133,7 +133,7 @@ def measure(args: LoadArguments) -> Iterator[dict]:
     run(args.url, 8, [make_image(-number, args.size) for number in range(1, 21)], 40)  # warm up
     shared = {"cores": os.cpu_count(), "options": args.settings("pid")}
     for position, num_clients in enumerate(args.clients):
-        # New ones for each row: those of the one before may still be in the cache.
+        # New images for each row, because earlier ones may be cached.
         numbers = range(position * args.images, (position + 1) * args.images)
         images = [make_image(number, args.size) for number in numbers]
         row = run(args.url, num_clients, images, args.requests)

@@ -1,8 +1,8 @@
 """
-The measuring core of the benchmarks: options, interleaved runs, medians, and rows that say how they were made.
+Core of the benchmarks: options, interleaved runs, medians, and rows with provenance.
 
-Steps that are compared take turns in one process, so that a machine that slows down slows all of them, and medians are
-compared. Every row carries [`modeling_trips.inspection.provenance`].
+Compared steps take turns in one process, so that changes of the machine affect all, and medians are compared. Every
+row has the fields of [`modeling_trips.inspection.provenance`].
 """
 
 import statistics
@@ -19,13 +19,13 @@ from trips_examples.training.parser import make_parser
 
 @dataclass(kw_only=True)
 class OutputArguments:
-    """Options of every benchmark."""
+    """Options of all benchmarks."""
 
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
-    output_json: str | None = field(default=None, metadata={"help": "File that the rows are written to."})
+    output_json: str | None = field(default=None, metadata={"help": "Output file of the rows."})
 
     def settings(self, *left_out: str) -> dict:
-        """The options that a row stores: all but these, where the rows go, and what [`provenance`] says."""
+        """Return the options for a row, without `left_out`, the output file and the fields of [`provenance`]."""
         left_out = {"num_threads", "output_json", "limit", *left_out}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
@@ -56,14 +56,15 @@ class TimingArguments(OutputArguments):
         Time steps in turns.
 
         Args:
-            steps (`dict[str, Callable]`): the steps by name.
-            reference (`str`, *optional*): the step that the others are compared with. Default: the first.
-            prepare (`Callable[[str], object]`, *optional*): called with a step's name before it, untimed.
+            steps (`dict[str, Callable]`): Steps by name.
+            reference (`str`, *optional*): Step for comparison. Default: the first.
+            prepare (`Callable[[str], object]`, *optional*): Untimed function that is called with the name of a step
+                before it.
 
         Returns:
-            `dict[str, dict]`: for each step its `latency` (median, in seconds), `latency_p99` (`None` below 100
-            rounds), `peak_memory_bytes`, `speedup` over the reference, and `time_ratio_quartiles`: the quartiles, over
-            the rounds, of the step's time divided by the reference's.
+            `dict[str, dict]`: For each step `latency` (median in seconds), `latency_p99` (`None` below 100 rounds),
+            `peak_memory_bytes`, `speedup` over the reference, and `time_ratio_quartiles`, the quartiles over the
+            rounds of the step's time divided by the reference's.
         """
         seconds = seconds_in_turns(steps, self.warmup, self.repeats, self.clock, self.device, prepare, self.limit)
         base = seconds[next(iter(steps)) if reference is None else reference]
@@ -82,12 +83,12 @@ class TimingArguments(OutputArguments):
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """The first and the third quartile."""
+    """Return the first and the third quartile."""
     return statistics.quantiles(values, n=4)[::2] if len(values) > 1 else values * 2
 
 
 def check_choices(option: str, given: Iterable[str], known: Collection[str]):
-    """Raise a `ValueError` if an option has values that are not among the known ones."""
+    """Raise a `ValueError` if an option has unknown values."""
     if wrong := [value for value in given if value not in known]:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {', '.join(wrong)}.")
 
@@ -100,17 +101,17 @@ def run_benchmark(
     argv: list[str] | None = None,
 ) -> list[dict]:
     """
-    Run a benchmark's command line: parse the options, measure, write each row as soon as it is there, report.
+    Run a benchmark from the command line: parse the options, measure, write each row immediately, report.
 
     Args:
-        arguments_class (`type`): a dataclass of options, based on [`OutputArguments`].
-        description (`str`): the script's docstring, for `--help`.
-        measure (`Callable`): given the options, yields the rows.
-        report (`Callable`): given the rows and the options, prints a table.
-        argv (`list[str]`, *optional*): the command line. Default: the process's.
+        arguments_class (`type`): Dataclass of options, based on [`OutputArguments`].
+        description (`str`): Docstring of the script, for `--help`.
+        measure (`Callable`): Function that yields rows for the options.
+        report (`Callable`): Function that prints a table of the rows for the options.
+        argv (`list[str]`, *optional*): Command line. Default: that of the process.
 
     Returns:
-        `list[dict]`: the rows, each with its provenance, of which a row may set fields itself.
+        `list[dict]`: The rows with their provenance, whose fields a row may override.
     """
     (args,) = make_parser(arguments_class, description=description).parse_args_into_dataclasses(args=argv)
     if args.num_threads is not None:

@@ -1,22 +1,20 @@
 """
-Measure TRIPS and its alternatives in one run: models of Transformers that answer questions or match texts with images,
-and ways to shorten a ViT.
+Measure TRIPS and its alternatives in one run: models of Transformers for question answering or matching, and token
+reduction in a ViT.
 
     python benchmarks/peers.py                                        # base size, 384 px, all tasks
     python benchmarks/peers.py --task answer --texts_per_image 1 10 --output_json peers.json
     python benchmarks/peers.py --task tower --image_size 224 --batch_size 8
 
-All have the sizes of their published base models and random weights, and take the same images, texts, batch, dtype and
-threads. They take their steps in turns, after a warm-up, and medians are compared. Tasks:
+All models have the sizes of their published base models, random weights, and the same images, texts, batch, dtype and
+threads. Steps alternate after a warm-up, and medians are compared. Tasks:
 
-    answer  each question is answered: image and question are encoded, and 2 tokens are written, where there is a
-            decoder. ViLT has none and chooses one of 3129 answers. "shared": the image is encoded once for all its
-            questions, where a model lets one do so.
-    match   each pair of a text and an image is judged.
-    tower   images alone go through a ViT-B/16, as it is and with fewer tokens: as many after the same layers as the
-            schedule --tower_schedule of TRIPS leaves.
+    answer  Encode image and question, and generate 2 tokens. ViLT has no decoder and classifies 3129 answers.
+            "shared": the image is encoded once for all its questions.
+    match   Score each pair of a text and an image.
+    tower   Encode images with a ViT-B/16, unpruned and with as many tokens per layer as in --tower_schedule.
 
-ViLT has published weights for patches of 32 pixels alone. vilt-16 has patches as small as all others.
+Published ViLT weights have patches of 32 pixels only. vilt-16 has patches of 16 pixels, like all other models.
 """
 
 import itertools
@@ -46,17 +44,17 @@ from modeling_trips.patch_selection import num_kept_tokens
 
 PATCH_SIZE = 16
 MAX_TEXT_LENGTH = 40  # of ViLT
-NUM_ANSWERS = 3129  # that ViLT and others choose from in VQAv2
+NUM_ANSWERS = 3129  # classes of ViLT and others in VQAv2
 ANSWER_LENGTH = {"min_new_tokens": 2, "max_new_tokens": 2}
 
 
 @dataclass(kw_only=True)
 class PeerArguments(TimingArguments):
-    task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Of answer, match, tower."})
+    task: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "answer, match or tower."})
     peers: list[str] | None = field(default=None, metadata={"help": "Other models to measure. Default: all."})
     schedule: list[str] = field(
         default_factory=lambda: ["5,10", "3:image,6:image,9:image,12:text:0.3", "5:image,10:image"],
-        metadata={"help": "Schedules of TRIPS; layers that name no keep rate have 0.7."},
+        metadata={"help": "Schedules of TRIPS. Default keep rate of a layer: 0.7."},
     )
     preset: str = field(default="base", metadata={"help": "Size of TRIPS. The other models have base size."})
     tower_schedule: str = field(default="5:image,10:image", metadata={"help": "Schedule of the task tower."})
@@ -74,7 +72,7 @@ class PeerArguments(TimingArguments):
             raise ValueError(f"--text_length must be at most {MAX_TEXT_LENGTH}, got {self.text_length}.")
 
     def schedules(self, task: str) -> dict[str, SelectionSchedule]:
-        """Those of TRIPS in a task, and none, by the names of their rows."""
+        """Return the schedules of TRIPS in a task, with the unpruned one, by the names of their rows."""
         schedules = [
             SelectionSchedule.parse(text)
             for text in (self.schedule if TASKS[task].has_texts else [self.tower_schedule])
@@ -84,7 +82,7 @@ class PeerArguments(TimingArguments):
 
 @dataclass
 class Peer:
-    """A model to compare with: how it is made, what it does, and the packages it needs besides Transformers."""
+    """Alternative model: constructor, step, and packages it needs besides Transformers."""
 
     make: Callable[[PeerArguments], nn.Module]
     work: Callable[[nn.Module, "Inputs"], object]
@@ -93,7 +91,7 @@ class Peer:
 
 @dataclass
 class Inputs:
-    """Texts, images, and the image of each text."""
+    """Texts, images, and the index of each text's image."""
 
     input_ids: torch.LongTensor
     pixel_values: torch.Tensor
@@ -101,7 +99,7 @@ class Inputs:
 
     @property
     def pairs(self) -> dict[str, torch.Tensor]:
-        """As models take them that know no `image_index`: the image of each text."""
+        """Return inputs for models without `image_index`, with images repeated per text."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": torch.ones_like(self.input_ids),
@@ -118,7 +116,7 @@ class Inputs:
 
 
 def of_transformers(name: str, args: PeerArguments, **fields) -> nn.Module:
-    """A model of Transformers as its configuration makes it, but for the size of images and `fields`."""
+    """Make a model of Transformers with default configuration, except for the image size and `fields`."""
     model_class = getattr(transformers, name)
     size = {"image_size": args.image_size}
     if name.startswith("Vilt"):
@@ -131,7 +129,7 @@ def write_answers(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
 
 
 def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
-    """As BLIP's `generate`, with the image encoded once for all its questions."""
+    """Run BLIP's `generate` with the image encoded once for all its questions."""
     questions, text_config = read_shared(model, inputs), model.config.text_config
     return model.text_decoder.generate(
         input_ids=torch.full_like(inputs.input_ids[:, :1], model.decoder_start_token_id),
@@ -144,7 +142,7 @@ def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
 
 
 def read_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """BLIP's states of each text that has looked at its image, which is encoded once for all its texts."""
+    """Return BLIP's fused states of each text, with the image encoded once for all its texts."""
     images = model.vision_model(pixel_values=inputs.pixel_values)[0][inputs.image_index]
     return model.text_encoder(
         input_ids=inputs.input_ids,
@@ -159,7 +157,7 @@ def judge(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 
 def judge_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """As BLIP's `forward`, with the image encoded once for all its texts."""
+    """Run BLIP's `forward` with the image encoded once for all its texts."""
     return model.itm_head(read_shared(model, inputs)[:, 0])
 
 
@@ -174,7 +172,7 @@ def make_vit(args: PeerArguments) -> nn.Module:
 
 
 class MergeTokens(nn.Module):
-    """Merges patches into those they resemble, by the matching of tomesd, down to a number. [CLS] stays."""
+    """Merge similar patches with the matching of tomesd, down to a number. [CLS] is kept."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -192,7 +190,7 @@ class MergeTokens(nn.Module):
 
 
 class DropTokens(nn.Module):
-    """Keeps a number of patches at random, by timm's patch dropout, which drops in training alone. [CLS] stays."""
+    """Keep random patches with timm's patch dropout in training mode. [CLS] is kept."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -201,19 +199,19 @@ class DropTokens(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         from timm.layers.patch_dropout import patch_dropout_forward
 
-        share = 1 - (self.num_tokens + 0.5) / (tokens.shape[1] - 1)  # what is kept is rounded down
+        share = 1 - (self.num_tokens + 0.5) / (tokens.shape[1] - 1)  # the number of kept tokens is rounded down
         return patch_dropout_forward(tokens, share, num_prefix_tokens=1, ordered=False, training=True)[0]
 
 
 def make_shortened_vit(args: PeerArguments, shorten: Callable[[int], nn.Module]) -> nn.Module:
-    """A ViT with modules between its layers that leave as many tokens as the schedule of TRIPS does."""
+    """Make a ViT with modules between its layers that leave as many tokens as the schedule of TRIPS."""
     vit, blocks, num_tokens = make_vit(args), [], (args.image_size // PATCH_SIZE) ** 2
     schedule = SelectionSchedule.parse(args.tower_schedule)
     rates = {layer: selection.keep_rate for layer, selection in schedule.by_layer.items()}
     for number, block in enumerate(vit.blocks, start=1):
         blocks.append(block)
         if number in rates:
-            num_tokens = num_kept_tokens(num_tokens, rates[number]) + 1  # and the fused token
+            num_tokens = num_kept_tokens(num_tokens, rates[number]) + 1  # with the fused token
             blocks.append(shorten(num_tokens))
     vit.blocks = nn.Sequential(*blocks)
     return vit
@@ -246,7 +244,7 @@ def match_trips(model: TripsForRetrieval, inputs: Inputs):
 
 @dataclass
 class Task:
-    """What TRIPS does, with which head, and the peers that do it, too; the first is what all are compared with."""
+    """Task with TRIPS's head, its step and its alternatives. The first alternative is the reference."""
 
     model_class: type[TripsPreTrainedModel]
     work: Callable[[TripsPreTrainedModel, Inputs], object]
@@ -311,12 +309,12 @@ def make_inputs(args: PeerArguments, texts_per_image: int) -> Inputs:
 def is_installed(name: str, packages: tuple[str, ...]) -> bool:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        print(f"{name} is left out: `pip install {' '.join(missing)}` adds it.")
+        print(f"Skipped {name}. Run `pip install {' '.join(missing)}` to measure it.")
     return not missing
 
 
 def make_models(task: str, args: PeerArguments) -> dict[str, tuple[nn.Module, Callable]]:
-    """The models of a task by the names of their rows, and what each is to do. Those of TRIPS share their weights."""
+    """Return the models of a task with their steps by the names of their rows. Variants of TRIPS share weights."""
     makers = {
         name: (partial(peer.make, args), peer.work)
         for name, peer in TASKS[task].peers.items()
@@ -336,11 +334,11 @@ def make_models(task: str, args: PeerArguments) -> dict[str, tuple[nn.Module, Ca
 
 
 def fits(name: str, step: Callable[[], object]) -> bool:
-    """Whether a first step of it finds memory; if not, that is said."""
+    """Return whether a first step fits in memory, and print a line if not."""
     try:
         step()
     except torch.OutOfMemoryError:
-        print(f"{name} is left out: it does not fit into memory with so many images and texts.")
+        print(f"Skipped {name}, which does not fit in memory with these images and texts.")
         return False
     return True
 

@@ -1,12 +1,12 @@
 r"""
-Draw what ablate_selection.py measured: accuracy against measured time, or how fast each way of selecting learns.
+Plot results of ablate_selection.py: accuracy against measured time, or accuracy against training time.
 
     python benchmarks/plot_ablation.py --kind curves --rows rates.json --times times.json --output rates.png
     python benchmarks/plot_ablation.py --kind learning --rows learning.json --times times.json --output learning.png
 
-`times.json` is what time_checkpoints.py writes about the runs of one seed. In `curves`, variants whose names differ in
-the last word alone (`text 0.25`, `text 0.5`) are points of one line, and others are points of their own. Means over
-the seeds; bars and bands are one standard deviation.
+time_checkpoints.py writes `times.json` for the runs of one seed. In `curves`, variants whose names differ only in the
+last word (`text 0.25`, `text 0.5`) form a line, and others are single points. Values are means over the seeds; bars
+and bands are one standard deviation.
 """
 
 import json
@@ -25,26 +25,26 @@ from matplotlib import pyplot
 from trips_examples.training.parser import make_parser
 
 
-REFERENCE = "unpruned"  # the variant whose time is 1
+REFERENCE = "unpruned"  # variant with relative time 1
 
 
 @dataclass
 class PlotArguments:
     kind: str = field(metadata={"help": "curves: accuracy against time per batch; learning: against training time."})
     rows: str = field(metadata={"help": "Rows of ablate_selection.py."})
-    output: str = field(metadata={"help": "Figure to write."})
+    output: str = field(metadata={"help": "Output figure."})
     times: str = field(metadata={"help": "Rows of time_checkpoints.py for the runs of a seed."})
     metric: str = field(default="eval_accuracy", metadata={"help": "Metric of the rows."})
     title: str = field(default="", metadata={"help": "Title of the figure."})
 
 
 def seconds_by_variant(rows: list[dict], path: str, kind: str) -> dict[str, float]:
-    """The measured median of each variant, of a forward pass or of a step of training."""
+    """Return the median time of each variant, for a forward pass or a training step."""
     times = {row["checkpoint"]: row[f"{kind}_seconds"] for row in json.loads(Path(path).read_text())}
     names = {f"{row['variant'].replace(' ', '-')}-seed{row['seed']}": row["variant"] for row in rows}
     seconds = {names[checkpoint]: value for checkpoint, value in times.items() if checkpoint in names}
     if missing := {row["variant"] for row in rows} - seconds.keys():
-        raise ValueError(f"{path} has no time of {', '.join(sorted(missing))}: measure a run of each.")
+        raise ValueError(f"{path} has no time of {', '.join(sorted(missing))}. Measure a run of each.")
     return seconds
 
 
@@ -76,7 +76,7 @@ def draw_learning(axes, rows: list[dict], args: PlotArguments):
         for entry in row["history"]:
             curves[row["variant"]][round(entry["epoch"], 2)].append((entry["step"], 100 * entry[args.metric]))
     for variant, by_epoch in curves.items():
-        # Seeds draw scenes of their own, so that their epochs differ by a few steps.
+        # Epochs of different seeds differ by a few steps, because their scenes differ.
         steps, values = zip(*(zip(*by_epoch[epoch]) for epoch in sorted(by_epoch)))
         x = [mean(own) * seconds[variant] / 60 for own in steps]
         means, deviations = [mean(own) for own in values], [spread(own) for own in values]

@@ -1,11 +1,11 @@
 r"""
 Time trained models of one task in turns: the forward pass of a batch in float32, and a training step (forward and
-backward, in bfloat16 mixed precision where the CPU is fast at it). Medians are written.
+backward pass, in bfloat16 mixed precision on CPUs with fast bfloat16). Medians are written.
 
     python benchmarks/time_checkpoints.py --checkpoints outputs/ablation/text-seed0 outputs/ablation/unpruned-seed0 \
         --batch_size 32 --texts_per_image 4 --text_length 8 --output_json times.json
 
-Images are random, of the size that each model's processor makes; texts are random words.
+Images are random, at the size of each model's processor; texts are random words.
 """
 
 import json
@@ -21,7 +21,7 @@ from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsP
 from trips_examples.training.options import bf16_is_fast
 
 
-LABEL_LENGTH = 3  # of an answer, its end included
+LABEL_LENGTH = 3  # tokens of an answer with its end token
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class CheckpointTimingArguments(TimingArguments):
 
 
 class TimedCheckpoint:
-    """A trained model with a batch for it. CPUs run small models fastest with eager attention."""
+    """Trained model with a batch. It uses eager attention, the fastest for small models on CPUs."""
 
     def __init__(self, folder: str, args: CheckpointTimingArguments):
         (name,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]

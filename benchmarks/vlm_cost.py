@@ -1,10 +1,10 @@
 """
-Time, memory and cache of generative vision-language models with patch selection, at the shapes of published models.
+Measure time, memory and cache of generative vision-language models with patch selection, at published shapes.
 
     python benchmarks/vlm_cost.py --num_threads 1 --clock process --output_json docs/results/vlm_cost.json
 
-The weights are random: time depends on shapes alone. Four variants take turns: the unpruned model, visual tokens
-dropped at the exit of the tower, patches dropped inside the tower, and both. Then the ways to choose take turns.
+Weights are random, because time depends only on shapes. Four variants take turns: the unpruned model, visual tokens
+dropped after the tower, patches dropped inside the tower, and both. Then the scorers take turns.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from modeling_trips.patch_selection import keep_topk
 
 
 IMAGE_TOKEN = 10
-NEW_TOKENS = 16  # that the time of one more token is averaged over
+NEW_TOKENS = 16  # number of tokens for the mean time per token
 SIGLIP_BASE = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -43,17 +43,17 @@ SIGLIP_BASE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, its image, and what is kept of it."""
+    """Model with its image and numbers of kept tokens."""
 
     make_model: Callable[[], PreTrainedModel]
-    make_images: Callable[[int], dict[str, torch.Tensor]]  # of a batch
+    make_images: Callable[[int], dict[str, torch.Tensor]]  # from the batch size
     num_visual_tokens: int  # per prompt
     schedule: str
     visual_tokens: int = 64
 
 
 def make_siglip_384() -> PreTrainedModel:
-    """SigLIP-B/16 at 384 pixels and the decoder of Qwen2-0.5B, as one LLaVA."""
+    """Make a LLaVA from SigLIP-B/16 at 384 pixels and the decoder of Qwen2-0.5B."""
     text = {
         "model_type": "qwen2",
         "hidden_size": 896,
@@ -78,7 +78,7 @@ def make_siglip_384() -> PreTrainedModel:
 
 
 def make_smolvlm_256m() -> PreTrainedModel:
-    """SigLIP-B/16 at 512 pixels, 64 tokens per tile, and SmolLM2-135M."""
+    """Make a SmolVLM from SigLIP-B/16 at 512 pixels, with 64 tokens per tile, and SmolLM2-135M."""
     text = {
         "model_type": "llama",
         "hidden_size": 576,
@@ -95,7 +95,7 @@ def make_smolvlm_256m() -> PreTrainedModel:
 
 
 def make_qwen2_5_vl_3b_tower() -> PreTrainedModel:
-    """The tower of Qwen2.5-VL-3B. The language model has one small layer, so that its time hardly counts."""
+    """Make the tower of Qwen2.5-VL-3B with a language model of one small layer."""
     text = {
         "hidden_size": 2048,
         "num_hidden_layers": 1,
@@ -124,7 +124,7 @@ SHAPES = {
     "siglip_384": Shape(
         make_siglip_384, lambda batch: {"pixel_values": torch.randn(batch, 3, 384, 384)}, 576, "4:image:0.333"
     ),
-    # An image in four tiles and once as a whole.
+    # Four tiles of an image, and the whole image.
     "smolvlm_256m": Shape(
         make_smolvlm_256m, lambda batch: {"pixel_values": torch.randn(batch, 5, 3, 512, 512)}, 320, "4:image:0.333"
     ),
@@ -146,7 +146,7 @@ class VlmCostArguments(TimingArguments):
     shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": f"Of {', '.join(SHAPES)}."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts per batch."})
     text_length: int = field(default=32, metadata={"help": "Tokens of text per prompt."})
-    dtype: str = field(default="float32", metadata={"help": "Of weights and images: float32, bfloat16 or float16."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype: float32, bfloat16 or float16."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -173,7 +173,7 @@ def make_inputs(shape: Shape, batch_size: int, args: VlmCostArguments) -> dict[s
 
 
 def measure_model(name: str, batch_size: int, args: VlmCostArguments) -> Iterator[dict]:
-    """One row per variant."""
+    """Yield a row per variant."""
     shape = SHAPES[name]
     model = shape.make_model().eval().to(args.device, getattr(torch, args.dtype))
     inputs = make_inputs(shape, batch_size, args)
@@ -210,8 +210,8 @@ def measure_model(name: str, batch_size: int, args: VlmCostArguments) -> Iterato
 
 def select_by_determinant(features: torch.Tensor, relevance: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
-    The rival's loop: greedy search for the most probable set of a determinantal point process, one token per step
-    (CDPruner, https://arxiv.org/abs/2506.10967, after https://arxiv.org/abs/1709.05135).
+    Select tokens like CDPruner (https://arxiv.org/abs/2506.10967): greedy search for the most probable set of a
+    determinantal point process, one token per step (https://arxiv.org/abs/1709.05135).
     """
     directions = centred_directions(features)
     kernel = relevance[:, :, None] * (directions @ directions.transpose(1, 2)) * relevance[:, None, :]
@@ -232,7 +232,7 @@ def select_by_determinant(features: torch.Tensor, relevance: torch.Tensor, num_k
 
 
 def measure_choices(args: VlmCostArguments) -> Iterator[dict]:
-    """Ways to choose among the 576 patches or visual tokens of one image, at the widths of `siglip_384`."""
+    """Time scorers of the 576 patches or visual tokens of one image, at the widths of `siglip_384`."""
     width, heads, tokens, kept = 768, 12, 576, 64
     device, dtype = args.device, getattr(torch, args.dtype)
     states = torch.randn(1, tokens, width, device=device, dtype=dtype)
@@ -278,7 +278,7 @@ def report(rows: list[dict], args: VlmCostArguments):
     for row in rows:
         if "choice" in row:
             print(f"| {row['choice']} | {row['milliseconds']:.2f} |")
-    print("\n| shape | batch | variant | first token, s | of exit alone | next token, ms | cache, MB | peak, MB |")
+    print("\n| shape | batch | variant | first token, s | ratio to exit | next token, ms | cache, MB | peak, MB |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         if "variant" in row:

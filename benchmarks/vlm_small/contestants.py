@@ -1,7 +1,7 @@
 """
-Ways to give the language model fewer visual tokens, and what each of them costs.
+Methods that reduce visual tokens, and their costs.
 
-A contestant is a schedule of the tower, a choice at its exit, both of them, a lower resolution, or FastV's rule in the
+A contestant is a schedule of the tower, a selection after it, both, a lower resolution, or FastV's rule in the
 decoder.
 """
 
@@ -24,14 +24,14 @@ class Contestant:
     """
     Args:
         name (`str`): Name of the row.
-        kept (`int`): Visual tokens that the decoder gets; with `fastv`, that its later layers get.
-        layer (`int`, *optional*): Tower layer that selects, from 1.
-        guidance (`str`, *optional*): What scores the patches there: `"image"`, `"random"` or the name of a guide.
-        tower_kept (`int`, *optional*): Patches that this layer keeps. Default: `kept`.
-        scorer (`str`, *optional*): Which tokens leave the tower: a name in `SCORERS`.
+        kept (`int`): Visual tokens in the decoder; with `fastv`, in its later layers.
+        layer (`int`, *optional*): Selection layer of the tower, from 1.
+        guidance (`str`, *optional*): Guidance of this layer: `"image"`, `"random"` or the name of a guide.
+        tower_kept (`int`, *optional*): Patches kept by this layer. Default: `kept`.
+        scorer (`str`, *optional*): Scorer after the tower: a name in `SCORERS`.
         side (`int`, *optional*): Patches along each side of a smaller image.
-        fastv (`bool`): Whether the decoder drops tokens after `ATTENTION_LAYER` by the last token's attention.
-        weights (`str`, *optional*): Name of other weights of the model, fine-tuned for a lower resolution.
+        fastv (`bool`): Drop tokens in the decoder after `ATTENTION_LAYER` by the last token's attention.
+        weights (`str`, *optional*): Name of weights that were fine-tuned for a lower resolution.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Contestant:
 
 
 def low_resolution_features(model: LlavaForConditionalGeneration, side: int, pixel_values: torch.Tensor):
-    """Visual tokens of smaller images, with interpolated positions: `(batch_size, side * side, hidden_size)`."""
+    """Return visual tokens of smaller images with interpolated positions: `(batch_size, side * side, hidden_size)`."""
     size = side * PATCH_SIZE
     pixel_values = nn.functional.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
     output = model.model.get_image_features(pixel_values, interpolate_pos_encoding=True)
@@ -58,7 +58,7 @@ def low_resolution_features(model: LlavaForConditionalGeneration, side: int, pix
 
 
 def set_contestant(model: LlavaForConditionalGeneration, contestant: Contestant, guides: dict):
-    """Put the contestant's selection into the model, and remove the one before."""
+    """Replace the selection of the model by the contestant's."""
     remove_patch_selection(model)
     if contestant.layer is None and contestant.scorer is None:
         return
@@ -76,7 +76,7 @@ def next_token(
     model: LlavaForConditionalGeneration, contestant: Contestant, pixel_values: torch.Tensor, prompt: torch.Tensor
 ) -> torch.Tensor:
     """
-    Logits of the answer's first token: `(batch_size, vocab_size)`. Call `set_contestant` first.
+    Return logits of the answer's first token: `(batch_size, vocab_size)`. Call `set_contestant` first.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images at full resolution.
@@ -99,7 +99,7 @@ def llava_inputs(pixel_values: torch.Tensor, prompt: torch.Tensor) -> dict[str, 
 def prefill(
     model: LlavaForConditionalGeneration, features: torch.Tensor, prompt: torch.Tensor, fastv_kept: int | None = None
 ) -> tuple[torch.Tensor, DynamicCache]:
-    """The logits of the next token, and the cache."""
+    """Return the logits of the next token and the cache."""
     decoder = model.model.language_model
     first = torch.full_like(prompt[:, :1], BOS)
     embed = model.get_input_embeddings()
@@ -133,7 +133,7 @@ def prefill(
 
 
 def last_token_attention(layer: nn.Module, states: torch.Tensor, rotary, num_visual: int) -> torch.Tensor:
-    """Attention from the last token to the visual tokens, mean over heads: one row, not the map."""
+    """Compute the attention from the last token to the visual tokens, averaged over heads, without the full map."""
     attention, (cos, sin) = layer.self_attn, rotary
     normed = layer.input_layernorm(states)
     query = attention.q_proj(normed[:, -1:]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -145,9 +145,9 @@ def last_token_attention(layer: nn.Module, states: torch.Tensor, rotary, num_vis
 
 def costs(config, contestant: Contestant, prompt_length: int, new_tokens: int = 2) -> dict[str, float]:
     """
-    Multiply-accumulates of one question in millions, by part, and the bytes of the key-value cache in float32.
+    Count the MACs of one question in millions, by part, and the bytes of the key-value cache in float32.
 
-    All matrix products are counted: projections, attention (causal where it is), feed-forward, scoring and selection.
+    All matrix products are counted: projections, attention (causal in the decoder), feed-forward, scoring, selection.
     """
     vision, text = config.vision_config, config.text_config
     width, inner = vision.hidden_size, vision.intermediate_size

@@ -1,5 +1,5 @@
 r"""
-Draw what two questions about one image keep: patches in the tower, and visual tokens behind its exit.
+Plot kept patches in the tower and kept visual tokens after it for two questions about one image.
 
     python benchmarks/vlm_small/draw.py --model outputs/vlm_small/seed0 --output docs/vlm_scenes_kept.png
 """
@@ -22,20 +22,20 @@ from trips_examples.training.parser import make_parser
 
 @dataclass
 class DrawArguments:
-    model: str = field(metadata={"help": "Folder of the model that train.py wrote and evaluate.py gave guides."})
-    output: str = field(default="docs/vlm_scenes_kept.png", metadata={"help": "File of the figure."})
-    layer: int = field(default=2, metadata={"help": "Tower layer that selects."})
+    model: str = field(metadata={"help": "Folder of the model from train.py with guides from evaluate.py."})
+    output: str = field(default="docs/vlm_scenes_kept.png", metadata={"help": "Output figure."})
+    layer: int = field(default=2, metadata={"help": "Selection layer of the tower."})
     tower_kept: int = field(default=24, metadata={"help": "Patches that the tower keeps."})
-    kept: int = field(default=16, metadata={"help": "Visual tokens that the language model gets."})
+    kept: int = field(default=16, metadata={"help": "Visual tokens in the language model."})
     scene: int = field(default=0, metadata={"help": "Number of the scene in the test split."})
     kinds: list[str] = field(
         default_factory=lambda: ["color", "shape"],
-        metadata={"help": "Kinds of the questions, each about another item."},
+        metadata={"help": "Kinds of the questions, about different items."},
     )
 
 
 def shown(image: np.ndarray, kept: torch.Tensor) -> np.ndarray:
-    """The image with all but the kept patches dimmed."""
+    """Return the image with dimmed dropped patches."""
     mask = torch.zeros(NUM_PATCHES).index_fill(0, kept, 1.0).view(GRID, GRID)
     mask = mask.repeat_interleave(PATCH_SIZE, 0).repeat_interleave(PATCH_SIZE, 1).numpy()[..., None]
     return (image * mask + (0.25 * image + 160) * (1 - mask)).clip(0, 255).astype(np.uint8)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None):
             answer = WORDS[model(**inputs, logits_to_keep=1).logits[0, -1].argmax()]
         titles = (
             f"{question.text.replace(' ?', '?')} {answer}",
-            f"{args.tower_kept} of {NUM_PATCHES} patches behind tower layer {args.layer}",
+            f"{args.tower_kept} of {NUM_PATCHES} patches after tower layer {args.layer}",
             f"{args.kept} visual tokens for the language model",
         )
         views = (image, shown(image, selections[0].kept_indices[0]), shown(image, selections[1].kept_indices[0]))

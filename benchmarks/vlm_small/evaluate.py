@@ -1,11 +1,11 @@
 r"""
-Evaluate all ways to reduce visual tokens on the small LLaVA of one seed, and write a row for each.
+Evaluate all methods that reduce visual tokens on the small LLaVA of one seed, and write a row for each.
 
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/evaluate.py --model outputs/vlm_small/seed0 --seed 0 \
         --output_json outputs/vlm_small/seed0.json
 
-Guides and fine-tuned weights are trained first and stored beside the model. The layer of the guide and the split
-between tower and exit are chosen on the validation split. All rows are of the test split.
+Guides and fine-tuned weights are trained first and stored with the model. The layer of the guide and the split between
+tower and exit are chosen on the validation split. All rows are measured on the test split.
 """
 
 import json
@@ -32,16 +32,16 @@ from trips_examples.training.parser import make_parser
 DIVISORS = (2, 4, 9, 16)
 GUIDE_LAYERS = (1, 2, 3)
 SIDES = (8, 6, 5, 4, 3)
-EQUAL_COST_KEPT = (16, 9)  # where rows of equal total cost are added
-LONG_STEPS = 900  # of a guide that is trained longer than the others
+EQUAL_COST_KEPT = (16, 9)  # token numbers with rows of equal total cost
+LONG_STEPS = 900  # training steps of the long guide
 UNPRUNED = Contestant("unpruned")
 
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "Folder of the model that train.py wrote."})
-    output_json: str = field(metadata={"help": "File of the rows. Rows of other seeds in it are kept."})
-    seed: int = field(default=0, metadata={"help": "Seed of the model, for the scenes that train the guides."})
+    model: str = field(metadata={"help": "Folder of the model from train.py."})
+    output_json: str = field(metadata={"help": "Output file. Rows of other seeds are kept."})
+    seed: int = field(default=0, metadata={"help": "Seed of the model and of the guides' training scenes."})
     test_scenes: int = field(default=200, metadata={"help": "Scenes of the test split, five questions each."})
     validation_scenes: int = field(default=80, metadata={"help": "Scenes of the validation split."})
     layer: int | None = field(
@@ -51,7 +51,7 @@ class EvaluateArguments:
 
 
 def read_questions(split: str, num_scenes: int) -> list[dict]:
-    """One question of each kind and scene."""
+    """Return one question of each kind and scene."""
     questions = []
     for number in range(num_scenes):
         scene = draw_scene(split, number)
@@ -63,7 +63,7 @@ def read_questions(split: str, num_scenes: int) -> list[dict]:
 
 
 def batches_of(questions: list[dict], batch_size: int) -> list[list[int]]:
-    """Numbers of questions of the same length."""
+    """Group the indices of questions with equal lengths."""
     by_length: dict[int, list[int]] = {}
     for number, question in enumerate(questions):
         by_length.setdefault(len(question["prompt"]), []).append(number)
@@ -72,7 +72,7 @@ def batches_of(questions: list[dict], batch_size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def correct_answers(models: dict, guides: dict, contestants: list[Contestant], questions: list[dict], batch_size: int):
-    """Whether each contestant answers each question: `(num_contestants, num_questions)`."""
+    """Mark correct answers: `(num_contestants, num_questions)`."""
     correct = torch.zeros(len(contestants), len(questions), dtype=torch.bool)
     batches = []
     for numbers in batches_of(questions, batch_size):
@@ -169,13 +169,13 @@ def guide_cost(config, layer: int, kept: int) -> float:
 
 
 def largest_within(config, limit: float, contestant: Contestant) -> Contestant:
-    """The contestant with as many tokens as cost at most `limit`."""
+    """Return the contestant with the most tokens at a cost of at most `limit`."""
     rows = (replace(contestant, kept=number) for number in range(NUM_PATCHES - 1, 0, -1))
     return next(row for row in rows if cost_of(config, row) <= limit)
 
 
 def equal_cost_sides(config, layer: int) -> set[int]:
-    """The largest images that cost at most what the guide does."""
+    """Return the largest image sides at the cost of the guide."""
     limits = [guide_cost(config, layer, kept) for kept in EQUAL_COST_KEPT]
     cost = {side: cost_of(config, Contestant("", side * side, side=side)) for side in range(2, 12)}
     return {max(side for side in cost if cost[side] <= limit) for limit in limits}
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None):
     by_layer: dict[int, list[float]] = {}
     for row in rows[1:]:
         by_layer.setdefault(row["layer"], []).append(row["accuracy"])
-    # The first layer within a point of the best: an earlier layer costs less.
+    # The first layer within a point of the best, because earlier layers cost less.
     best = max(map(sum, by_layer.values()))
     layer = args.layer or min(number for number, values in by_layer.items() if sum(values) >= best - 0.02)
     for teacher in ("attention", "answers"):

@@ -1,7 +1,7 @@
 """
-Training of what the contestants need beyond the frozen model: text guides, and weights for lower resolutions.
+Training of text guides and of weights for lower resolutions.
 
-Scenes for it follow those that trained the model, in the same split; no scene is seen twice.
+Training scenes follow those of the model in the same split, and no scene is used twice.
 """
 
 import copy
@@ -44,7 +44,7 @@ def padded(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def keys_of_layer(model: LlavaForConditionalGeneration, layer: int, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Keys of all patches in a tower layer: `(num_images, num_heads, num_patches, head_dim)`."""
+    """Return the keys of all patches in a tower layer: `(num_images, num_heads, num_patches, head_dim)`."""
     tower = model.model.vision_tower
     states = tower.pre_layrnorm(tower.embeddings(pixel_values))
     for below in tower.encoder.layers[: layer - 1]:
@@ -68,9 +68,9 @@ def train_guide(
     Train a guide on the frozen model.
 
     Args:
-        teacher (`str`): `"regions"`: boxes of the data. `"attention"`: the unpruned model's attention from the last
-            token of the question to the image. `"answers"`: the loss of the answer, by a straight-through factor on
-            the kept patches, with Gumbel noise on the choice.
+        teacher (`str`): `"regions"` (boxes of the data), `"attention"` (attention of the unpruned model from the last
+            token of the question to the image), or `"answers"` (loss of the answer, with a straight-through factor on
+            the kept patches and Gumbel noise on the scores).
     """
     model.requires_grad_(False)
     torch.manual_seed(seed)
@@ -120,7 +120,7 @@ def train_guide(
 
 
 def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: torch.Tensor, rows: list[list]):
-    """Cross-entropy of the answers when the guide's layer keeps `kept` patches."""
+    """Return the cross-entropy of the answers when the guide's layer keeps `kept` patches."""
     image = torch.tensor([row for row, questions in enumerate(rows) for _ in questions])
     questions = [question for row in rows for question in row]
     prompt, mask = padded([question.text for question in questions])
@@ -146,7 +146,7 @@ def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: to
     for above in tower.encoder.layers[layer:]:
         states = above(states, None)
     features = model.model.multi_modal_projector(states[:, 1:])
-    # Right padding is harmless under a causal mask: the last word of each question is read.
+    # A causal mask ignores right padding.
     first = torch.full_like(prompt[:, :1], BOS)
     inputs = torch.cat([embed(first), features, embed(prompt)], dim=1)
     hidden = model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -159,7 +159,7 @@ def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: to
 def fine_tune_resolution(
     model: LlavaForConditionalGeneration, side: int, seed: int = 0, steps: int = RESOLUTION_STEPS
 ):
-    """A copy of the model that is trained for images of `side` x `side` patches, by the loss of the answers."""
+    """Return a copy of the model, fine-tuned on answers for images of `side` x `side` patches."""
     model = copy.deepcopy(model).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=steps, pct_start=0.1)

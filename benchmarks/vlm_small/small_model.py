@@ -1,4 +1,4 @@
-"""The small LLaVA of this evaluation: its configuration, its vocabulary and its inputs."""
+"""Configuration, vocabulary and inputs of the small LLaVA."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ NUM_PATCHES = GRID * GRID
 WORDS = ["<pad>", "<bos>", "<eos>", "<image>", *vocabulary()]
 IDS = {word: number for number, word in enumerate(WORDS)}
 PAD, BOS, EOS, IMAGE = range(4)
-ATTENTION_LAYER = 2  # of the decoder, from 1: its attention is supervised and ranks the tokens of FastV's rule
+ATTENTION_LAYER = 2  # decoder layer (from 1) for attention supervision and for FastV's rule
 
 
 def make_config(tower_layers: int = 6, decoder_layers: int = 4) -> LlavaConfig:
@@ -53,7 +53,7 @@ def make_config(tower_layers: int = 6, decoder_layers: int = 4) -> LlavaConfig:
 def make_model(seed: int, **sizes) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(make_config(**sizes))
-    # At the usual scale of 0.02, places take most of so short a training.
+    # At the usual scale of 0.02, positions learn too slowly.
     nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.1)
     return model
 
@@ -63,5 +63,5 @@ def encode(text: str) -> list[int]:
 
 
 def pixels_of(image) -> torch.Tensor:
-    """`(3, height, width)` from -1 to 1."""
+    """Convert an image to `(3, height, width)` from -1 to 1."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)

@@ -1,10 +1,10 @@
 r"""
-Time tower, prefill and decoding of ways to reduce visual tokens in the small LLaVA, in turns.
+Time tower, prefill and decoding of methods that reduce visual tokens in the small LLaVA, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/times.py --clock process \
         --output_json docs/results/vlm_scenes_times.json
 
-Times do not depend on the weights: the model and the guide are random.
+The model and the guide are random, because times do not depend on the weights.
 """
 
 import sys
@@ -29,7 +29,7 @@ from measuring import TimingArguments, run_benchmark  # noqa: E402
 class TimesArguments(TimingArguments):
     batch_size: int = field(default=16, metadata={"help": "Questions per batch."})
     prompt_length: int = field(default=6, metadata={"help": "Tokens of a question."})
-    layer: int = field(default=2, metadata={"help": "Tower layer that selects."})
+    layer: int = field(default=2, metadata={"help": "Selection layer of the tower."})
 
 
 def contestants_of(layer: int) -> list[Contestant]:
@@ -55,7 +55,7 @@ def contestants_of(layer: int) -> list[Contestant]:
 
 
 class Steps:
-    """Tower (with connector and selection), prefill and one decoding step of a contestant."""
+    """Steps of a contestant: tower (with connector and selection), prefill and one decoding step."""
 
     def __init__(self, model, contestant: Contestant, guides: dict, args: TimesArguments):
         self.model, self.contestant, self.guides = model, contestant, guides

@@ -3,11 +3,10 @@ Train the small LLaVA on busy scenes, from scratch, on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/train.py --seed 0 --output_dir outputs/vlm_small/seed0
 
-Several questions about an image share its image tokens: a block mask keeps them apart. An attention loss leads the
-question, from its first word that names the item on, to the region asked about. Two more losses stand for the
-pretraining of a tower: its patches learn color and shape of the item that they show and their quarter of the image,
-and its [CLS] learns the names of all items, so that selection scored by the image is a fair rival. An interrupted run
-resumes from its last checkpoint.
+Questions about an image share its image tokens, and a block mask separates them. Attention supervision starts at the
+first word that names the item. Two more losses replace the pretraining of a tower: patches learn color, shape and
+quarter of their item, and [CLS] learns the names of all items, so that selection scored by the image is a fair
+baseline. An interrupted run resumes from its last checkpoint.
 """
 
 import json
@@ -34,13 +33,13 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 @dataclass
 class TrainArguments:
     output_dir: str = field(metadata={"help": "Folder of the model and of the checkpoint to resume from."})
-    seed: int = field(default=0, metadata={"help": "Seed of the initialisation and of the training scenes."})
+    seed: int = field(default=0, metadata={"help": "Seed of the initialization and of the training scenes."})
     max_steps: int = field(default=1600, metadata={"help": "Number of steps."})
     batch_size: int = field(default=16, metadata={"help": "Images per step."})
     questions: int = field(default=12, metadata={"help": "Questions per image."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate; cosine schedule."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warmup."})
-    attention_weight: float = field(default=1.0, metadata={"help": "Weight of the attention loss."})
+    attention_weight: float = field(default=1.0, metadata={"help": "Weight of attention supervision."})
     content_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that trains [CLS]."})
     patch_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that trains the tower's patches."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
@@ -48,7 +47,7 @@ class TrainArguments:
 
 
 def region_target(region: tuple[int, int, int, int] | None) -> torch.Tensor:
-    """Share of each patch in the region, summing to 1; zeros without a region."""
+    """Return the share of each patch in the region, summing to 1, or zeros without a region."""
     target = torch.zeros(GRID, GRID)
     if region is not None:
         edges = torch.arange(GRID + 1) * (IMAGE_SIZE / GRID)
@@ -63,8 +62,8 @@ def region_target(region: tuple[int, int, int, int] | None) -> torch.Tensor:
 
 def patch_attributes(scene) -> torch.Tensor:
     """
-    Numbers of color and shape of the item that covers at least half of each patch, or -100, and of the patch's quarter
-    of the image.
+    Return the indices of color and shape of the item that covers at least half of each patch (or -100), and of the
+    patch's quarter of the image.
     """
     attributes = torch.full((NUM_PATCHES, 3), -100)
     for item in scene.items:
@@ -85,7 +84,7 @@ def attribute_loss(logits: torch.Tensor, attributes: torch.Tensor) -> torch.Tens
 
 
 def choose_questions(scene, count: int, rng: random.Random) -> list:
-    """Draw a balanced set: all kinds alike, presence as often "yes" as "no"."""
+    """Draw a set with balanced kinds and balanced "yes" and "no"."""
     by_kind: dict[tuple[str, bool], list] = {}
     for question in scene.questions:
         by_kind.setdefault((question.kind, question.answer == "no"), []).append(question)
@@ -98,7 +97,7 @@ def choose_questions(scene, count: int, rng: random.Random) -> list:
 
 
 def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
-    """One step's scenes. Rows are [bos, image tokens, question and answer, question and answer, ...]."""
+    """Make the batch of a step. Rows are [bos, image tokens, question and answer, question and answer, ...]."""
     rows, pixels, contents, attributes, most = [], [], [], [], 0
     for number in range(step * args.batch_size, (step + 1) * args.batch_size):
         scene = draw_scene("train", number, args.seed)
@@ -122,7 +121,7 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
             words = [*encode(question.text), *encode(question.answer), EOS]
             end = at + len(words)
             ids[row, at:end] = torch.tensor(words)
-            labels[row, end - 3 : end - 1] = torch.tensor(words[-2:])  # shifted: the token before predicts
+            labels[row, end - 3 : end - 1] = torch.tensor(words[-2:])  # shifted by one
             positions[row, at:end] = torch.arange(prefix, prefix + len(words))
             block[row, at:end] = number
             ends.append((row, end - 3))
@@ -133,7 +132,7 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
         block[row, at:] = -1
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
-    # Additive: eager attention takes no mask of booleans.
+    # Eager attention needs an additive mask.
     mask = torch.zeros(same.shape).masked_fill(~(causal & same), torch.finfo(torch.float32).min)[:, None]
     return {
         "pixel_values": torch.stack(pixels),
@@ -150,7 +149,7 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
 
 
 class AttentionRows:
-    """Attention from given tokens to the image tokens in one decoder layer, mean over heads; no map is formed."""
+    """Hook that computes the attention from given tokens to the image tokens in one decoder layer, mean over heads."""
 
     def __init__(self, decoder: nn.Module, layer: int = ATTENTION_LAYER):
         self.rows, self.weights = None, None
@@ -178,7 +177,7 @@ def main(argv: list[str] | None = None):
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model = make_model(args.seed)
-    model.set_attn_implementation("eager")  # on one thread faster than sdpa, whose backward is slow with a mask
+    model.set_attn_implementation("eager")  # faster than sdpa on one thread with a mask
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     recorder = AttentionRows(model.model.language_model)
     content_head = nn.Linear(model.config.vision_config.hidden_size, len(NAMES))

@@ -43,7 +43,7 @@ def macs_by_hand(tokens: list[tuple[int, int]], num_selections: int) -> int:
     d, mlp, text = 128, 512, 6
     stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
     vision = sum(4 * n * d * d + 2 * n * n * d + 2 * m * d * mlp for n, m in tokens)
-    # Each selection: the text's query and the weighted sum of n candidates (its product with their keys is no matmul).
+    # Each selection: the text's query and the weighted sum of n candidates. The product with keys is not a matmul.
     selection = sum(d * d + (n - 1) * d for n, m in tokens if n != m)
     assert sum(n != m for n, m in tokens) == num_selections
     self_attention = 4 * text * d * d + 2 * text * text * d
@@ -61,7 +61,7 @@ def test_counted_macs_equal_the_formula():
     assert count_macs(setting(), 1.0) == 2 * unpruned
 
 
-def test_a_shared_image_cache_is_counted_once_per_image():
+def test_shared_images_are_counted_once():
     one = count_macs(setting(batch_size=1), 0.5)
     three = count_macs(setting(batch_size=1, texts_per_image=3), 0.5)
     assert one < three < 3 * one
@@ -73,7 +73,7 @@ def test_a_shared_image_cache_is_counted_once_per_image():
     assert count_macs(shared, 1.0) - count_macs(setting(batch_size=1), 1.0) == 2 * language
 
 
-def test_tokens_per_layer_are_those_of_the_schedule():
+def test_tokens_per_layer():
     assert tokens_per_layer(setting()) == [65, 34, 19, 19]
     base = setting(preset="base", image_size=224, selection_layers=[5, 10], keep_rate=0.7)
     assert tokens_per_layer(base) == [197] * 4 + [140] * 5 + [100] * 3
@@ -112,7 +112,7 @@ def test_pre_training_is_divided_among_parts():
     by_text = layer(0, 34) + layer(34, 19) + layer(19, 19)
     selections = 2 * d * d + (64 + 33) * d
     assert pruned["vision, shared"] == pytest.approx(images * shared, rel=0.02)
-    # Once without a text, for the features; a caption, two negatives, a masked caption, a beginning.
+    # Once for the features; a caption, two negatives, a masked caption, a prefix.
     assert pruned["vision, by text"] == pytest.approx(images * 6 * (by_text + selections), rel=0.02)
     # The unpruned tower does not depend on the text and is computed once for all of them.
     assert unpruned["vision, shared"] == images * (stem + 4 * layer(65, 65)) and unpruned["vision, by text"] == 0
@@ -121,7 +121,7 @@ def test_pre_training_is_divided_among_parts():
     assert 2.2 * (forward - pruned["teacher"]) < count_macs(point, 0.5) - pruned["teacher"] < 3 * forward
 
 
-def test_a_step_of_pre_training_is_measured_with_its_twin(tmp_path, capsys):
+def test_pretraining_is_measured_against_the_unpruned_baseline(tmp_path, capsys):
     path = tmp_path / "speed.json"
     arguments = "--preset tiny --image_size 64 --schedule 4 --keep_rate 0.5 --batch_size 2 --text_length 6"
     fields = {"projection_dim": 64}
@@ -182,14 +182,14 @@ def test_settings_where_the_time_ratio_exceeds_the_mac_ratio_are_named(capsys):
         assert (benchmark.label(row) in capsys.readouterr().out) == is_named
 
 
-def test_parts_are_shares_of_both_models_and_their_ratio(capsys):
+def test_printed_parts_of_pretraining(capsys):
     parts = {"macs_by_part": {"text": 10, "vision": 30}, "unpruned_macs_by_part": {"text": 10, "vision": 90}}
     benchmark.print_parts([{**vars(setting()), **parts}])
     _, text, vision = (line.split() for line in capsys.readouterr().out.splitlines())
     assert text == ["text", "25.0%", "10.0%", "1.00"] and vision == ["vision", "75.0%", "90.0%", "0.33"]
 
 
-def test_steps_take_turns_within_their_limit():
+def test_steps_alternate_within_the_limit():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = seconds_in_turns(
@@ -199,12 +199,12 @@ def test_steps_take_turns_within_their_limit():
     assert [len(times) for times in seconds.values()] == [MIN_REPEATS] * 2
 
 
-def test_the_99th_of_a_hundred_steps():
+def test_percentile_99():
     assert percentile_99([1.0] * 99) is None
     assert percentile_99([float(number) for number in range(1, 102)]) == 100.0
 
 
-def test_the_clock_is_one_that_there_is():
+def test_unknown_clock_raises():
     assert setting(clock="process").clock == "process"
     for options in ({"clock": "sun"}, {"clock": "process", "device": "cuda"}):
         with pytest.raises(ValueError, match="`clock`"):

@@ -39,7 +39,7 @@ def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
 
     def macs(tokens: list[tuple[int, int]]) -> int:
         layers = sum(4 * n * d * d + 2 * n * n * d + 2 * m * d * mlp for n, m in tokens)
-        # Each selection: the keys of n - 1 candidates once more, the query of [CLS], the weighted sum.
+        # Each selection: the keys of n - 1 candidates, the query of [CLS], the weighted sum.
         selection = sum((n - 1) * d * d + d * d + (n - 1) * d for n, m in tokens if n != m)
         return 16 * 3 * 8 * 8 * d + layers + selection + 5 * d
 
@@ -54,7 +54,7 @@ def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
         benchmark_hosts.main(["--clock", "process", "--device", "cuda"])
 
 
-def test_times_are_medians_of_the_pruned_and_of_the_unpruned_host(monkeypatch):
+def test_times_are_medians_with_and_without_selection(monkeypatch):
     case = benchmark_hosts.Case(
         lambda image_size: make_timm(img_size=image_size), selection_layers=(1, 2), takes_text=False
     )
@@ -67,14 +67,14 @@ def test_times_are_medians_of_the_pruned_and_of_the_unpruned_host(monkeypatch):
     assert row["time_ratio_quartiles"] == pytest.approx([row["macs_ratio"]] * 2)
 
 
-def test_processor_time_does_not_count_waiting():
+def test_cpu_time_excludes_waiting():
     assert processor_time(lambda: time.sleep(0.2), "cpu") < 0.1
     assert processor_time(lambda: sum(range(10**6)), "cpu") > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in benchmark_hosts.CASES if name != "vilt"])
-def test_every_host_of_the_benchmark_has_base_size(name):
+def test_models_have_base_size(name):
     case = benchmark_hosts.CASES[name]
     with torch.device("meta"):
         model = case.make_model(384)

@@ -11,7 +11,7 @@ TINY = ["--preset", "tiny", "--image_size", "64", "--schedule", "2,3", "--batch_
 ONCE = ["--warmup", "0", "--repeats", "2"]
 
 
-def test_rows_are_of_all_ways_and_works(tmp_path, monkeypatch, capsys):
+def test_rows_for_all_tasks_and_backends(tmp_path, monkeypatch, capsys):
     path = tmp_path / "export.json"
     monkeypatch.setattr(export_speed, "find_spec", lambda name: None if name == "openvino" else name)
     ways = ["--ways", "eager-bf16", "openvino-fp32"]
@@ -28,7 +28,7 @@ def test_rows_are_of_all_ways_and_works(tmp_path, monkeypatch, capsys):
     assert "openvino-fp32" in capsys.readouterr().out
 
 
-def test_wrong_names_are_refused():
+def test_unknown_names_raise():
     with pytest.raises(ValueError, match="--ways.*tensorrt-fp32"):
         export_speed.main(["--ways", "tensorrt-fp32"])
     with pytest.raises(ValueError, match="--task.*caption"):
@@ -36,7 +36,7 @@ def test_wrong_names_are_refused():
 
 
 @pytest.mark.slow
-def test_every_way_runs_and_exports_are_used_again(tmp_path, monkeypatch):
+def test_all_backends_run_and_exports_are_reused(tmp_path, monkeypatch):
     options = [*TINY, *ONCE, "--task", "answer", "--export_dir", str(tmp_path)]
     rows = export_speed.main(options)
     assert {row["way"] for row in rows} == set(export_speed.WAYS)

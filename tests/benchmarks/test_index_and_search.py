@@ -23,7 +23,7 @@ def run(checkpoint: str, folder, *options: str) -> list[dict]:
     return rows
 
 
-def test_an_index_of_vectors_is_measured_against_all_of_them(checkpoint, tmp_path):
+def test_index_is_compared_with_exact_search(checkpoint, tmp_path):
     options = ["--num_vectors", "3000", "--dim", "32", "--queries", "8", "--probes", "1", "1000"]
     (row,) = run(checkpoint, tmp_path, "--parts", "vectors", *options)
     assert 0 < row["recall_at_50_of_1_probes"] <= row["recall_at_50_of_1000_probes"] <= 1
@@ -32,18 +32,18 @@ def test_an_index_of_vectors_is_measured_against_all_of_them(checkpoint, tmp_pat
     assert all(row[f"{name}_cpu_ms"] > 0 for name in ("build", "exact", "index_1", "index_1000"))
 
 
-def test_vectors_differ_and_are_of_length_one():
+def test_vectors_are_different_unit_vectors():
     vectors = np.concatenate([index_and_search.make_vectors(50, 16, seed) for seed in (1, 2)])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     assert len(np.unique(vectors, axis=0)) == 100
 
 
-def test_the_share_found_is_of_the_exact_ones():
+def test_share_found():
     assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a", "x", "y"]) == 0.5
     assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a"]) == 0.5
 
 
-def test_steps_have_medians_of_both_clocks(monkeypatch):
+def test_timer_medians_of_both_clocks(monkeypatch):
     seconds = {"wall": [3, 1, 2], "process": [60, 20, 50]}
     for name, of_clock in seconds.items():
         monkeypatch.setitem(CLOCKS, name, lambda step, device, of_clock=of_clock: (step(), of_clock.pop(0))[1])
@@ -52,7 +52,7 @@ def test_steps_have_medians_of_both_clocks(monkeypatch):
     assert timer.medians == {"step_ms": 2000, "step_cpu_ms": 50_000}
 
 
-def test_parts_that_are_none_are_named(checkpoint, tmp_path):
+def test_unknown_parts_raise(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="--parts.*speed"):
         run(checkpoint, tmp_path, "--parts", "speed")
 

@@ -22,7 +22,7 @@ def test_provenance_names_command_commit_seed_and_machine(monkeypatch):
         assert row["git_commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
-def test_rows_are_written_one_by_one_with_their_provenance(tmp_path):
+def test_rows_are_written_immediately_with_provenance(tmp_path):
     path = tmp_path / "rows.json"
 
     def measure(args):
@@ -39,7 +39,7 @@ def test_rows_are_written_one_by_one_with_their_provenance(tmp_path):
     assert all(row["command"] and row["date"] for row in rows)
 
 
-def test_ratios_are_of_the_same_round(monkeypatch):
+def test_ratios_compare_the_same_round(monkeypatch):
     seconds = iter([9.0, 9.0, 2.0, 1.0, 4.0, 2.0, 6.0, 3.0])
     monkeypatch.setitem(CLOCKS, "wall", lambda step, device: next(seconds))
     prepared = []
@@ -51,7 +51,7 @@ def test_ratios_are_of_the_same_round(monkeypatch):
     assert prepared[:8] == ["base", "half"] * 4
 
 
-def test_values_that_are_no_choice_are_named():
+def test_unknown_choices_raise():
     check_choices("--task", ["a"], ["a", "b"])
     with pytest.raises(ValueError, match="--task.*c"):
         check_choices("--task", ["a", "c"], ["a", "b"])

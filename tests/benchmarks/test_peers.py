@@ -36,7 +36,7 @@ def arguments(**changes) -> peers.PeerArguments:
     return peers.PeerArguments(**{**fields, "tower_schedule": "2:image,3:image", **changes})
 
 
-def test_blip_answers_the_same_when_questions_share_an_image(monkeypatch):
+def test_blip_answers_match_with_shared_images(monkeypatch):
     scores = {"return_dict_in_generate": True, "output_scores": True}
     monkeypatch.setattr(peers, "ANSWER_LENGTH", {**peers.ANSWER_LENGTH, **scores})
     model, inputs = make_blip(BlipForQuestionAnswering), peers.make_inputs(arguments(), texts_per_image=3)
@@ -49,7 +49,7 @@ def test_blip_answers_the_same_when_questions_share_an_image(monkeypatch):
 
 
 @torch.no_grad()
-def test_blip_judges_the_same_when_texts_share_an_image():
+def test_blip_scores_match_with_shared_images():
     model, inputs = make_blip(BlipForImageTextRetrieval), peers.make_inputs(arguments(), texts_per_image=3)
     expected = peers.judge(model, inputs)
     assert expected.shape == (6, 2)
@@ -65,17 +65,15 @@ def tiny_vit(monkeypatch):
 
 
 @pytest.mark.parametrize("shorten", [peers.DropTokens, peers.MergeTokens])
-def test_shortened_vits_have_as_many_tokens_as_trips(tiny_vit, shorten):
+def test_reduced_vits_have_as_many_tokens_as_trips(tiny_vit, shorten):
     args, pixel_values = arguments(), torch.randn(2, 3, 64, 64)
     (schedule, _) = args.schedules("tower").values()
     vit = peers.make_shortened_vit(args, shorten).eval()
     num_tokens = peers.make_trips(TripsVisionModel, schedule, args)(pixel_values).last_hidden_state.shape[1]
-    assert (
-        vit.forward_features(pixel_values).shape[1] == num_tokens == 1 + 33 + 1
-    )  # 64 -> 45 and the rest -> 33 and the rest
+    assert vit.forward_features(pixel_values).shape[1] == num_tokens == 1 + 33 + 1  # 64 -> 45 + 1 -> 33 + 1
 
 
-def test_rows_are_of_all_who_do_the_work(tiny_vit, monkeypatch, tmp_path, capsys):
+def test_rows_for_all_models_of_a_task(tiny_vit, monkeypatch, tmp_path, capsys):
     for task, model_class in (("answer", BlipForQuestionAnswering), ("match", BlipForImageTextRetrieval)):
         own = {name: peer for name, peer in peers.TASKS[task].peers.items() if name.startswith("blip")}
         for peer in own.values():
@@ -114,7 +112,7 @@ def test_speedups_are_of_medians_over_the_first_model(monkeypatch):
     assert (first["num_parameters"], second["num_parameters"]) == (13 * 40, 13 * 10)
 
 
-def test_trips_is_compared_unpruned_too(monkeypatch):
+def test_unpruned_trips_is_measured(monkeypatch):
     monkeypatch.setattr(peers.TASKS["match"], "peers", {})
     monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
     args = arguments(clock="process", warmup=1, repeats=5, schedule=["2:image:0.5,3:text:0.5"])
@@ -123,7 +121,7 @@ def test_trips_is_compared_unpruned_too(monkeypatch):
     assert unpruned["speedup"] < 1 == pruned["speedup"]
 
 
-def test_wrong_names_are_refused():
+def test_unknown_names_raise():
     with pytest.raises(ValueError, match="--task.*caption"):
         peers.main(["--task", "caption"])
     with pytest.raises(ValueError, match="--peers.*blip"):
@@ -132,7 +130,7 @@ def test_wrong_names_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", peers.TASKS)
-def test_every_peer_has_base_size(task):
+def test_peers_have_base_size(task):
     for name, peer in peers.TASKS[task].peers.items():
         with torch.device("meta"):
             model = peer.make(peers.PeerArguments())

@@ -29,7 +29,7 @@ def arguments(**fields):
     return plot_ablation.PlotArguments(**{"kind": "curves", "rows": "", "output": "", **fields})
 
 
-def test_checkpoints_are_timed_in_turns_and_medians_leave_the_warm_up_out(checkpoints, tmp_path, monkeypatch):
+def test_checkpoints_alternate_and_medians_exclude_warmup(checkpoints, tmp_path, monkeypatch):
     folders = [str(checkpoints[name]) for name in ("TripsForQuestionAnswering", "TripsForVisualGrounding")]
     weights = [load_file(f"{folder}/model.safetensors") for folder in folders]
     order = []
@@ -55,7 +55,7 @@ def test_checkpoints_are_timed_in_turns_and_medians_leave_the_warm_up_out(checkp
     assert not any("training_seconds" in row for row in rows)
 
 
-def test_points_of_a_line_are_variants_that_differ_in_their_last_word(tmp_path):
+def test_variants_that_differ_in_the_last_word_form_a_line(tmp_path):
     rows = [row("text 0.25", 0, 0.90), row("text 0.25", 1, 0.94), row("text 0.5", 0, 0.96), row("text 0.5", 1, 0.96)]
     rows += [row("unpruned", 0, 0.98), row("unpruned", 1, 0.98)]
     path = times(tmp_path / "times.json", **{"text_0.25_seed0": 1.0, "text_0.5_seed0": 1.5, "unpruned_seed0": 2.0})
@@ -67,10 +67,10 @@ def test_points_of_a_line_are_variants_that_differ_in_their_last_word(tmp_path):
     assert lines["text"].get_ydata().tolist() == pytest.approx([92.0, 96.0])
     (bars,) = axes.containers[0][2]
     (low, high), _ = (segment[:, 1] for segment in bars.get_segments())
-    assert (high - low) / 2 == pytest.approx(100 * 0.04 / 2**0.5)  # the deviation of 0.90 and 0.94
+    assert (high - low) / 2 == pytest.approx(100 * 0.04 / 2**0.5)  # standard deviation of 0.90 and 0.94
 
 
-def test_learning_is_drawn_against_steps_times_the_measured_step(tmp_path):
+def test_learning_curves_use_measured_step_times(tmp_path):
     history = [{"epoch": 1, "step": 100, "eval_accuracy": 0.5}, {"epoch": 2, "step": 200, "eval_accuracy": 0.8}]
     path = times(tmp_path / "times.json", unpruned_seed0=0.2)
     _, axes = pyplot.subplots()
@@ -80,7 +80,7 @@ def test_learning_is_drawn_against_steps_times_the_measured_step(tmp_path):
     assert line.get_ydata().tolist() == pytest.approx([50.0, 80.0])
 
 
-def test_epochs_of_seeds_are_one_point_though_their_steps_differ(tmp_path):
+def test_epochs_of_seeds_form_one_point(tmp_path):
     path = times(tmp_path / "times.json", unpruned_seed0=0.2)
     rows = [
         row("unpruned", seed, 0.8, [{"epoch": 1, "step": 100 + 50 * seed, "eval_accuracy": 0.5 + 0.2 * seed}])
@@ -92,7 +92,7 @@ def test_epochs_of_seeds_are_one_point_though_their_steps_differ(tmp_path):
     assert line.get_xydata().tolist() == [pytest.approx([1.25, 60.0])]
 
 
-def test_a_picture_is_written_and_what_is_not_measured_is_named(tmp_path):
+def test_figure_is_written_and_missing_times_raise(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([row("unpruned", 0, 0.9), row("text 0.5", 0, 0.9)]))
     options = ["--kind=curves", f"--rows={tmp_path / 'rows.json'}", f"--output={tmp_path / 'rates.png'}"]
     path = times(tmp_path / "times.json", unpruned_seed0=1.0)

@@ -39,7 +39,7 @@ def questions() -> tuple[torch.Tensor, torch.Tensor]:
     return pixel_values, torch.randint(4, len(small_model.WORDS), (2, 6), generator=generator)
 
 
-def test_rivals_that_drop_nothing_are_the_model(model, questions):
+def test_contestants_that_keep_all_tokens_match_the_model(model, questions):
     expected = model(**llava_inputs(*questions)).logits[:, -1]
     features = torch.stack([*model.model.get_image_features(questions[0]).pooler_output])
     torch.testing.assert_close(prefill(model, features, questions[1])[0], expected)
@@ -74,7 +74,7 @@ def test_costs_of_the_tower_are_counted(model, questions, contestant):
     counted = counter.get_total_flops() / 2 / len(questions[0]) / 1e6
     expected = costs(model.config, contestant, 6)
     length = 7 + contestant.kept
-    # Eager attention computes the upper half of the map, too.
+    # Eager attention also computes the upper half of the map.
     upper_half = 4 * length * (length - 1) * 128 / 1e6
     assert counted == pytest.approx(expected["tower_mmacs"] + expected["prefill_mmacs"] + upper_half, rel=0.01)
     assert expected["kv_bytes"] == 2 * 4 * 4 * 128 * length
@@ -108,7 +108,7 @@ def test_guides_are_trained_on_the_frozen_model(model, teacher):
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
 
 
-def test_another_resolution_has_weights_of_its_own(model):
+def test_resolution_has_separate_weights(model):
     tuned = guides.fine_tune_resolution(model, 4, steps=1)
     one, other = tuned.lm_head.weight, model.lm_head.weight
     assert one.shape == other.shape and not torch.equal(one, other)

@@ -276,9 +276,9 @@ def share_found(exact: list, found: list) -> float:
 
 def make_vectors(count: int, dim: int, seed: int) -> np.ndarray:
     """Make unit vectors around 1,000 centers, because image features form clusters."""
-    centres = np.random.default_rng(0).standard_normal((1000, dim), dtype=np.float32)
+    centers = np.random.default_rng(0).standard_normal((1000, dim), dtype=np.float32)
     rng = np.random.default_rng(seed)
-    vectors = centres[rng.integers(0, len(centres), count)] + rng.standard_normal((count, dim), dtype=np.float32)
+    vectors = centers[rng.integers(0, len(centers), count)] + rng.standard_normal((count, dim), dtype=np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
 from modeling_trips.hosts.layers import score_states
-from modeling_trips.hosts.vlm.scoring import centred_directions, select_by_prompt, select_diverse
+from modeling_trips.hosts.vlm.scoring import centered_directions, select_by_prompt, select_diverse
 from modeling_trips.modeling_trips_text import CACHE_NAME
 from modeling_trips.patch_selection import keep_topk
 
@@ -213,7 +213,7 @@ def select_by_determinant(features: torch.Tensor, relevance: torch.Tensor, num_k
     Select tokens like CDPruner (https://arxiv.org/abs/2506.10967): greedy search for the most probable set of a
     determinantal point process, one token per step (https://arxiv.org/abs/1709.05135).
     """
-    directions = centred_directions(features)
+    directions = centered_directions(features)
     kernel = relevance[:, :, None] * (directions @ directions.transpose(1, 2)) * relevance[:, None, :]
     gains = kernel.diagonal(dim1=1, dim2=2).clone()
     images = torch.arange(len(features), device=features.device)

@@ -39,7 +39,7 @@ class ModelStart:
         config_fields: fields of `TripsConfig` that the task fixes.
 
     Attributes:
-        config (`TripsConfig`): Configuration, without the vocabulary if a tokenizer is to be trained.
+        config (`TripsConfig`): Configuration, without the vocabulary before a tokenizer is trained.
         model, processor: None until a tokenizer is trained.
 
     Raises:

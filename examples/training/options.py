@@ -257,8 +257,8 @@ class PretrainingArguments:
 
     itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
     itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
-    mlm_weight: float | None = field(default=None, metadata={"help": "Weight of masked language modelling."})
-    prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modelling."})
+    mlm_weight: float | None = field(default=None, metadata={"help": "Weight of masked language modeling."})
+    prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modeling."})
     rerank_k: int = field(default=0, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
     rerank_by: str = field(default="both", metadata={"help": "Rank by matching, or by both matching and similarity."})
     momentum_teacher: bool = field(default=True, metadata={"help": "Train with a momentum teacher and its queues."})

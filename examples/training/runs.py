@@ -111,7 +111,7 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
 
     Raises:
         ValueError: The named checkpoint is incomplete; there is none for `last`; or `output_dir` has checkpoints but
-            nothing is to be resumed.
+            `--resume_from_checkpoint` is not given.
     """
     wanted = args.resume_from_checkpoint
     folders = [path for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path).isdecimal()]

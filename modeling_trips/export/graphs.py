@@ -162,8 +162,8 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
     """Return the graphs of a model by name."""
     trunk = trunk_of(model)
     with torch.device("meta"):  # on meta, numbers of tokens that depend on scores have their maximum
-        twin = TripsModel(trunk.config).eval()
-        samples = sample_outputs(twin)
+        meta_model = TripsModel(trunk.config).eval()
+        samples = sample_outputs(meta_model)
     texts, images = Dim("num_texts", max=2**16), Dim("num_images", max=2**16)
     text_length = Dim("text_length", max=trunk.config.text_config.max_position_embeddings)
     by_text, by_token = {0: texts}, {0: texts, 1: text_length}

@@ -32,7 +32,7 @@ def load_checkpoint(
     **options,
 ) -> TripsPreTrainedModel:
     """
-    Load a trained model in the class that it was saved as, in evaluation mode.
+    Load a trained model in its saved class and in evaluation mode.
 
     Args:
         name (`str` or `Path`):

@@ -261,14 +261,6 @@ def seconds_in_turns(
     return seconds
 
 
-def medians_in_turns(
-    steps: dict[Any, Callable[[], object]], warmup: int, repeats: int, clock: str = "wall", device: str = "cpu"
-) -> dict[Any, float]:
-    """Return the medians of [`seconds_in_turns`] by the names of `steps`."""
-    seconds = seconds_in_turns(steps, warmup, repeats, clock, device)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def percentile_99(seconds: list[float]) -> float | None:
     """Return the 99th percentile, or None for fewer than 100 steps."""
     return None if len(seconds) < 100 else statistics.quantiles(seconds, n=100, method="inclusive")[-1]
@@ -288,8 +280,8 @@ def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats:
             model(**inputs)
 
     steps: dict[str, Callable[[], object]] = {name: partial(step, schedule) for name, schedule in schedules.items()}
-    medians = medians_in_turns(steps, 1, repeats, "process" if device == "cpu" else "wall", device)
-    return medians["pruned"], medians["unpruned"]
+    seconds = seconds_in_turns(steps, 1, repeats, "process" if device == "cpu" else "wall", device)
+    return statistics.median(seconds["pruned"]), statistics.median(seconds["unpruned"])
 
 
 def peak_memory(step: Callable[[], object], device: str) -> int | None:

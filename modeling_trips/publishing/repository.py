@@ -17,7 +17,7 @@ from .model_card import HEADS, CardArguments, code_of, make_model_card
 from .sentence_transformers import check_kind, prepare, write_modules
 
 
-# The files of a published model. No other file is uploaded.
+# Only these files of a model are published.
 PUBLISHED = (
     "README.md",
     "config.json",
@@ -39,7 +39,7 @@ PUBLISHED = (
     # Results, for the Hub
     ".eval_results/*.yaml",
 )
-# The handler of Inference Endpoints, and the heads that it supports.
+# Handler of Inference Endpoints and the heads that it supports.
 HANDLER = Path(__file__).with_name("handler.py")
 HANDLED = ("TripsForConditionalGeneration", "TripsForQuestionAnswering", "TripsForRetrieval")
 

@@ -3,11 +3,10 @@
 import random
 
 import pytest
-import torch
 from counting_clock import MEDIAN, CountingClock
 
 from modeling_trips.inspection import speed
-from modeling_trips.inspection.speed import CLOCKS, Setting, count_macs, measure, medians_in_turns, seconds_of_both
+from modeling_trips.inspection.speed import CLOCKS, Setting, count_macs, measure, seconds_of_both
 from trips_examples.training.callbacks import macs_ratio
 
 
@@ -47,12 +46,6 @@ def test_sharing_images_is_compared_with_repeating_them(monkeypatch):
     assert row["latency"] == MEDIAN * count_macs(setting(texts_per_image=3), 0.5)
     assert row["speedup_over_repeating_images"] == MEDIAN * repeated / row["latency"] > 1
     assert row["throughput"] == pytest.approx(6 / row["latency"])
-
-
-def test_medians_exclude_warmup(monkeypatch):
-    monkeypatch.setitem(CLOCKS, "process", CountingClock(1))
-    matrix = torch.ones(10, 10)
-    assert medians_in_turns({"a": lambda: matrix @ matrix}, 1, 5, "process") == {"a": MEDIAN * 1000}
 
 
 def test_seconds_of_both_restores_the_model(monkeypatch):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A learned guide: the prompt of a frozen vision-language model scores the patches inside its vision tower."""
+"""Learned guide that scores patches inside the vision tower of a frozen vision-language model by the prompt."""
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin

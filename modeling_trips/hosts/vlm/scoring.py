@@ -26,7 +26,7 @@ from ...patch_selection import gather_tokens, keep_topk
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def centred_directions(features: torch.Tensor) -> torch.Tensor:
+def centered_directions(features: torch.Tensor) -> torch.Tensor:
     """
     Return the features as float32 unit vectors after their mean over the image is subtracted. Otherwise the part that
     all tokens of an image share dominates every cosine.
@@ -56,7 +56,7 @@ def select_by_prompt(
         Positions of the kept tokens in ascending order, a `torch.LongTensor` of shape `(num_images, num_kept)`, and
         their features.
     """
-    directions = centred_directions(features)
+    directions = centered_directions(features)
     words = nn.functional.normalize(prompt.float(), dim=-1)
     # With an empty prompt, all tokens are equally relevant.
     cosines = (directions @ words.transpose(1, 2)).masked_fill(~prompt_mask[:, None], -1.0)
@@ -80,7 +80,7 @@ def select_diverse(
     Keep tokens that are far from each other: the farthest from the mean first, then the token with the largest
     distance to its nearest kept token (DivPrune, https://arxiv.org/abs/2503.02175). A control without the prompt.
     """
-    directions = centred_directions(features)
+    directions = centered_directions(features)
     images = torch.arange(len(features), device=features.device)
     chosen = [(features.float() - features.float().mean(dim=1, keepdim=True)).norm(dim=-1).argmax(dim=-1)]
     nearest = features.new_full(features.shape[:2], math.inf, dtype=torch.float32)

@@ -31,12 +31,12 @@ class ModelStart:
     if needed.
 
     Args:
-        model_class (`type[TripsPreTrainedModel]`): the task's.
-        args (`ModelArguments`)
-        image_size (`int`, *optional*): side of the images of a new model in pixels, where `args` has none.
-        late_choice (`bool`, *optional*, defaults to `False`): whether a new model selects by [`late_choice`] where
-            `args` names no layers.
-        config_fields: fields of `TripsConfig` that the task fixes.
+        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
+        args (`ModelArguments`): Options.
+        image_size (`int`, *optional*): Side of the images of a new model in pixels if `args` has none.
+        late_choice (`bool`, *optional*, defaults to `False`): Use [`late_choice_fields`] in new models if `args` names
+            no layers.
+        config_fields: Fields of `TripsConfig` that the task sets.
 
     Attributes:
         config (`TripsConfig`): Configuration, without the vocabulary before a tokenizer is trained.

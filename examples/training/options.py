@@ -44,7 +44,7 @@ class ModelArguments:
         default=None, metadata={"help": "Tokenizer of a model from scratch. Default: trained on the training texts."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Height and width in pixels. Default: the checkpoint's; of a new model, the scenes'."}
+        default=None, metadata={"help": "Height and width in pixels. Default: the checkpoint's, or the scenes'."}
     )
     selection_layers: list[int] | None = field(
         default=None, metadata={"help": "Vision layers that select patches, numbered from 1: 5 10."}

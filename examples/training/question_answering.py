@@ -95,9 +95,9 @@ def start_from_questions(
     words and shapes well.
 
     Args:
-        model_args, data_args, training_args: options of the task.
-        start_epochs (`float`, *optional*): epochs on easy-VQA. Default: 6, or none with `--max_steps`.
-        image_size (`int`, *optional*): side of the task's images in pixels, where `model_args` has none.
+        model_args, data_args, training_args: Options of the task.
+        start_epochs (`float`, *optional*): Epochs on easy-VQA. Default: 6, or none with `--max_steps`.
+        image_size (`int`, *optional*): Side of the task's images in pixels if `model_args` has none.
 
     Returns:
         `ModelArguments`: Options to start from that model, or `model_args`.

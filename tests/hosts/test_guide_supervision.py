@@ -27,7 +27,7 @@ def guided(vlm: Vlm):
     return model, guide
 
 
-def shown_to_first_unit(vlm: Vlm) -> tuple[dict, dict]:
+def inputs_with_white_first_unit(vlm: Vlm) -> tuple[dict, dict]:
     """Return inputs whose first unit is white in each image or tile, and black inputs."""
     blanks = make_inputs(vlm)
     pixels = torch.zeros_like(blanks["pixel_values"])

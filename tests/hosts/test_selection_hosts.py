@@ -164,7 +164,7 @@ def test_bfloat16_keeps_nearly_the_same_patches(host):
         assert common >= 0.8 * sum(len(set(b)) for b in indices.tolist())
 
 
-def without_checkpoints(name: str) -> bool:
+def lacks_checkpointing(name: str) -> bool:
     return name == "bridgetower"  # its vision layers do not support it
 
 

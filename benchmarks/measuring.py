@@ -58,8 +58,7 @@ class TimingArguments(OutputArguments):
         Args:
             steps (`dict[str, Callable]`): Steps by name.
             reference (`str`, *optional*): Step for comparison. Default: the first.
-            prepare (`Callable[[str], object]`, *optional*): Untimed function that is called with the name of a step
-                before it.
+            prepare (`Callable[[str], object]`, *optional*): Untimed function of a step's name that runs before it.
 
         Returns:
             `dict[str, dict]`: For each step `latency` (median in seconds), `latency_p99` (`None` below 100 rounds),

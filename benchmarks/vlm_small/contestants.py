@@ -1,8 +1,7 @@
 """
 Methods that reduce visual tokens, and their costs.
 
-A contestant is a schedule of the tower, a selection after it, both, a lower resolution, or FastV's rule in the
-decoder.
+A contestant is a tower schedule, a selection after the tower, both, a lower resolution, or FastV's rule.
 """
 
 import math

@@ -166,9 +166,7 @@ def apply_patch_selection(
         apply_vlm_selection(model, family, schedule, exit, guide)
         return
     if visual_tokens is not None or guide is not None:
-        raise ValueError(
-            f"`visual_tokens` and `guide` are only supported for generative models, got {type(model).__name__}."
-        )
+        raise ValueError(f"`visual_tokens` and `guide` need a generative model, got {type(model).__name__}.")
     host = find_host(model)
     _check_schedule(model, host, schedule)
     for number in schedule.layers:
@@ -305,9 +303,7 @@ def _check_schedule(model: nn.Module, host: Host, schedule: SelectionSchedule):
                 f"keep rate, got {schedule}."
             )
         if selection.guidance == "text" and host.no_text is not None:
-            raise ValueError(
-                f"Guidance 'text' is not supported for {type(model).__name__}: {host.no_text}. Use 'image'."
-            )
+            raise ValueError(f"{type(model).__name__} does not support guidance 'text': {host.no_text}. Use 'image'.")
 
 
 __all__ = ["apply_patch_selection", "record_patch_selection", "remove_patch_selection"]

@@ -41,9 +41,7 @@ class TimmSelectionLayer(SelectionLayer, Block):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         if attn_mask is not None or is_causal:
-            raise ValueError(
-                "`attn_mask` and `is_causal` are not supported with patch selection in timm's VisionTransformer."
-            )
+            raise ValueError("`attn_mask` and `is_causal` are not supported with patch selection.")
         normed = self.normed_tokens(x)
         x = x + self.drop_path1(self.ls1(self.attn(normed)))
         x = self.select(x, self.score(normed, None))
@@ -53,9 +51,8 @@ class TimmSelectionLayer(SelectionLayer, Block):
 def describe_timm(model: VisionTransformer) -> Host:
     for number, block in enumerate(model.blocks, start=1):
         if isinstance(block, Block) and type(block.attn) is not Attention:
-            raise TypeError(
-                f"The attention of layer {number} must be timm.layers.Attention, got {type(block.attn).__name__}."
-            )
+            name = type(block.attn).__name__
+            raise TypeError(f"The attention of layer {number} must be timm.layers.Attention, got {name}.")
     return Host(
         model.blocks,
         Block,

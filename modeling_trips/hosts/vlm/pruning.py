@@ -119,9 +119,7 @@ def prune_inputs(
     """
     family = find_family(model)
     if family is None:
-        raise TypeError(
-            f"`prune_inputs` does not support {type(model).__name__}, which has no visual tokens in its prompt."
-        )
+        raise TypeError(f"`prune_inputs` does not support {type(model).__name__}, whose prompt has no visual tokens.")
     return prune(model, family, dict(inputs), ExitSelection(visual_tokens, keep_rate, scorer))[0]
 
 
@@ -226,10 +224,7 @@ class Prompts:
     def row_of_groups(self, sizes: list[int]) -> list[int]:
         """Return the row of each group of visual tokens."""
         if sum(sizes) != sum(self.num_visual):
-            raise ValueError(
-                f"`input_ids` must have a placeholder for each of {sum(sizes)} visual tokens, got "
-                f"{sum(self.num_visual)}."
-            )
+            raise ValueError(f"`input_ids` must have {sum(sizes)} placeholders, got {sum(self.num_visual)}.")
         rows, row, left = [], 0, self.num_visual[0]
         for size in sizes:
             while left == 0 and size > 0:

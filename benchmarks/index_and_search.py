@@ -63,29 +63,20 @@ ACTOR = "ray::MapWorker"
 class IndexBenchmarkArguments(OutputArguments):
     model: str = field(metadata={"help": "Retrieval checkpoint. Only the part search needs a trained one."})
     work_dir: str = field(default="outputs/index_benchmark", metadata={"help": "Folder of images and tables."})
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"{', '.join(PARTS)}."})
     num_actors: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Actors to compare."})
     actor_images: int = field(default=10_000, metadata={"help": "Images of each run of the part actors."})
     rounds: int = field(default=3, metadata={"help": "Runs of each number of actors."})
-    memory_images: list[int] = field(
-        default_factory=lambda: [1000, 50_000],
-        metadata={"help": "Small and large number of images of the part memory."},
-    )
+    memory_images: list[int] = field(default_factory=lambda: [1000, 50_000], metadata={"help": "Images, two numbers."})
     scenes: int = field(default=1000, metadata={"help": "Images with captions of the part search."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset as in run_retrieval.py, validation split."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset, as in run_retrieval.py."})
     pictures: list[str] | None = field(default=None, metadata={"help": "Pictures of --dataset_name picture_scenes."})
     queries: int = field(default=300, metadata={"help": "Queries of the parts search and vectors."})
     rerank_k: list[int] = field(default_factory=lambda: [10, 50], metadata={"help": "Numbers of reranked images."})
-    num_vectors: list[int] = field(
-        default_factory=lambda: [100_000], metadata={"help": "Vectors of the part vectors."}
-    )
+    num_vectors: list[int] = field(default_factory=lambda: [100_000], metadata={"help": "Numbers of vectors."})
     dim: int = field(default=256, metadata={"help": "Width of these vectors."})
     index_type: str = field(default="IVF_PQ", metadata={"help": "Index type of Lance."})
-    probes: list[int] = field(
-        default_factory=lambda: [1, 5, 20, 50], metadata={"help": "Numbers of searched partitions."}
-    )
+    probes: list[int] = field(default_factory=lambda: [1, 5, 20, 50], metadata={"help": "Searched partitions."})
     rows_per_commit: int = field(default=256, metadata={"help": "As in index_images.py."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads."})
 

@@ -223,6 +223,5 @@ def test_options_for_albef_are_refused_for_a_vilt(vilt_arguments, option):
 def test_a_model_of_another_type_is_refused_by_name(tmp_path, model_type):
     BertConfig().save_pretrained(tmp_path)
     change_config(tmp_path, model_type=model_type)
-    known = r"files of ALBEF \(.pth, .pt, .bin, .safetensors\), and models of type blip, vilt"
-    with pytest.raises(ConversionError, match=f"'{model_type}'.*{known}"):
+    with pytest.raises(ConversionError, match=f"'{model_type}'.*ALBEF.*blip, vilt"):
         convert({"checkpoint": tmp_path, "output_dir": tmp_path / "out"})

@@ -1,7 +1,7 @@
 """
 Draw the results of composed scenes from the rows in `docs/results`: accuracy against time, and against epochs.
 
-    python docs/draw_accuracy.py    # docs/accuracy_against_time.png, docs/accuracy_against_epochs.png
+    python docs/draw_accuracy.py    # docs/accuracy_at_equal_information.png, _against_time.png, _against_epochs.png
 """
 
 import argparse
@@ -23,6 +23,37 @@ COLORS = {
     "at random": "tab:gray",
     "unpruned, fewer pixels": "tab:green",
 }
+
+
+PROTOCOL = {  # the beginning of its variants' names and the color of each curve
+    "by the text": ("text 0", "tab:blue"),
+    "by the image": ("image 0", "tab:orange"),
+    "at random": ("random 0", "tab:gray"),
+    "fewer pixels": ("fewer pixels", "tab:green"),
+}
+
+
+def draw_protocol(output: Path):
+    """Accuracy of questions against time, with the regions known to all, for one and four texts per image."""
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
+    runs, times = variants(read("protocol_questions")), read("protocol_questions_times")
+    for axis, texts in zip(axes, (1, 4)):
+        for label, (start, color) in PROTOCOL.items():
+            points = sorted(
+                (float(seconds(times, variant, texts_per_image=texts)), percents(of, "test_accuracy"))
+                for variant, of in runs.items()
+                if variant.startswith(start) and "no regions" not in variant and len(of) == 3
+            )
+            columns = [x for x, _ in points], [mean(v) for _, v in points], [stdev(v) for _, v in points]
+            axis.errorbar(*columns, color=color, marker="o", capsize=3, label=label)
+        unpruned = mean(percents(runs["unpruned"], "test_accuracy"))
+        axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
+        axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
+        axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
+        title = f"Questions, {texts} text{'s' if texts > 1 else ''} per image"
+        axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
+    save(figure, output)
 
 
 def group(row: dict) -> str | None:
@@ -94,6 +125,7 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Draw accuracy against time, and against epochs.")
     parser.add_argument("--output_dir", type=Path, default=DOCS, help="Folder of the figures.")
     folder = parser.parse_args(arguments).output_dir
+    draw_protocol(folder / "accuracy_at_equal_information.png")
     draw_times(folder / "accuracy_against_time.png")
     draw_epochs(folder / "accuracy_against_epochs.png")
 

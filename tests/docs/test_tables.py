@@ -67,6 +67,6 @@ def test_a_schedule_is_read_from_a_command():
 
 def test_the_figures_are_drawn(tmp_path):
     draw_accuracy.main(["--output_dir", str(tmp_path)])
-    for name in ("accuracy_against_time.png", "accuracy_against_epochs.png"):
+    for name in ("accuracy_at_equal_information.png", "accuracy_against_time.png", "accuracy_against_epochs.png"):
         with PIL.Image.open(tmp_path / name) as drawn, PIL.Image.open(ROOT / "docs" / name) as kept:
             assert drawn.size == kept.size

@@ -136,7 +136,7 @@ def test_random_text_guidance_is_reported(regions, questions, tmp_path, caplog, 
 
 
 def test_pruning_that_costs_time(questions, tmp_path, caplog):
-    """Each of ten questions about an image needs its own pass from layer 2 on."""
+    """Each of five questions about an image needs its own pass from layer 2 on."""
     model = shipped(keep_rate=0.5)
     before = model.config.keep_rate
     health = health_of(model, questions, tmp_path, texts_per_image=10)

@@ -267,31 +267,29 @@ def gap(rows: list[Row], baseline: list[Row], field: str = "test_accuracy") -> s
 
 
 def protocol(name: str, suffix: str = "") -> str:
-    runs = variants(read(name))
-    baseline = runs[f"unpruned{suffix}"]
-    ways = [way for way in ("text", "image", "random") if any(key == f"{way} 0.25{suffix}" for key in runs)]
-    rows = [
-        ["1.0, unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * len(ways), "", "", "", ""]
-    ]
+    """Accuracies by keep rate and score, and paired differences. Columns without a cell are left out."""
+    runs = {key.removesuffix(suffix): of for key, of in variants(read(name)).items() if key.endswith(suffix)}
+    baseline = runs["unpruned"]
+    rows = [["unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * 3, *[""] * 4]]
     for rate, pixels in PROTOCOL_PIXELS.items():
-        of = {way: runs.get(f"{way} {rate}{suffix}", []) for way in ways}
-        if not any(of.values()):
-            continue
-        fewer = runs.get(f"fewer pixels {pixels}", []) if not suffix else []
+        text, image, random = (runs.get(f"{way} {rate}", []) for way in ("text", "image", "random"))
+        fewer = [] if suffix else runs.get(f"fewer pixels {pixels}", [])
+        macs = (protocol_macs(PROTOCOL_SIZE, f"2:text:{rate}", texts) for texts in (1, 4))
         rows.append(
             [
                 rate,
-                *(f"{protocol_macs(PROTOCOL_SIZE, f'2:text:{rate}', texts):.2f}" for texts in (1, 4)),
-                *(spread(percents(found, "test_accuracy")) for found in of.values()),
+                *(f"{ratio:.2f}" for ratio in macs),
+                *(spread(percents(of, "test_accuracy")) for of in (text, image, random)),
                 f"{spread(percents(fewer, 'test_accuracy'))} ({pixels} px)" if fewer else "",
-                gap(of["text"], baseline),
-                gap(of["text"], of["image"]),
-                gap(of["text"], fewer),
+                *(gap(text, of) for of in (baseline, image, fewer)),
             ]
         )
-    header = ["Keep rate", "MACs, 1 text", "MACs, 4 texts", *(f"By {way}, %" for way in ways), "Fewer pixels, %"]
-    header += ["Text less unpruned", "Text less image", "Text less fewer pixels"]
-    return render(header, rows, name, note=f"{len(baseline)} independent starts")
+    header = ["Keep rate", "MACs, 1 text", "MACs, 4 texts", "By the text, %", "By the image, %", "At random, %"]
+    header += ["Fewer pixels, %", "Text less unpruned", "Text less image", "Text less fewer pixels"]
+    rows = [row for row in rows if any(row[3:])]
+    shown = [column for column in range(len(header)) if any(row[column] for row in rows[1:])]
+    body = [[row[column] for column in shown] for row in rows]
+    return render([header[column] for column in shown], body, name, note=f"{len(baseline)} independent starts")
 
 
 @table
@@ -306,22 +304,14 @@ def protocol_questions_no_regions() -> str:
 
 @table
 def protocol_precision() -> str:
-    rows = []
-    for task_name in ("questions", "boxes"):
-        runs = variants(read(f"protocol_{task_name}"))
-        for rate in PROTOCOL_PIXELS:
-            keys = [
-                f"text {rate}",
-                f"image {rate}",
-                f"random {rate}",
-                f"text {rate}, no regions",
-                f"image {rate}, no regions",
-            ]
-            cells = [spread(percents(runs.get(key, []), "test_layer2_inside")) for key in keys]
-            if any(cells):
-                rows.append([task_name, rate, *cells])
-    header = ["Task", "Keep rate", "Text, %", "Image, %", "Random, %", "Text, no regions, %", "Image, no regions, %"]
-    return render(header, rows, "protocol_questions", "protocol_boxes", note="patch precision")
+    runs = variants(read("protocol_questions"))
+    ways = ["text {}", "image {}", "random {}", "text {}, no regions", "image {}, no regions"]
+    rows = [
+        [rate, *(spread(percents(runs.get(way.format(rate), []), "test_layer2_inside")) for way in ways)]
+        for rate in PROTOCOL_PIXELS
+    ]
+    header = ["Keep rate", "Text, %", "Image, %", "Random, %", "Text, without regions, %", "Image, without regions, %"]
+    return render(header, rows, "protocol_questions", note="patch precision")
 
 
 @table
@@ -329,6 +319,7 @@ def protocol_top_p() -> str:
     runs = variants(read("protocol_questions"))
     names = {"text 0.05": "`2:text:0.05`", "text 0.25": "`2:text:0.25`", "text 0.5": "`2:text:0.5`"}
     names |= {f"text top-p {mass}": f"top-p {mass}, at most half" for mass in ("0.9", "0.99")}
+    names = {key: label for key, label in names.items() if key in runs}
     rows = [
         [
             label,

@@ -73,12 +73,13 @@ from .vision import (
     describe_instructblip,
     describe_siglip,
 )
-from .vlm.families import find_family
+from .vlm.families import FAMILIES, find_family
 from .vlm.guide import TextGuide
 from .vlm.pruning import ExitSelection
 from .vlm.scoring import Scorer
 from .vlm.wrapper import (
     apply_vlm_selection,
+    check_not_recording,
     check_vlm_schedule,
     record_vlm_selection,
     remove_vlm_selection,
@@ -161,9 +162,9 @@ def apply_patch_selection(
     family = find_family(model)
     if family is not None:
         check_vlm_schedule(model, family, schedule, guide)
-        exit = ExitSelection(visual_tokens, scorer=scorer)
+        at_exit = ExitSelection(visual_tokens, scorer=scorer)
         remove_patch_selection(model)
-        apply_vlm_selection(model, family, schedule, exit, guide)
+        apply_vlm_selection(model, family, schedule, at_exit, guide)
         return
     if visual_tokens is not None or guide is not None:
         raise ValueError(f"`visual_tokens` and `guide` need a generative model, got {type(model).__name__}.")
@@ -196,8 +197,10 @@ def remove_patch_selection(model: nn.Module):
     Restore the model's own modules, in place. Trained weights and attributes set meanwhile are kept.
 
     Raises:
+        RuntimeError: `record_patch_selection` is open on a generative model.
         ValueError: A selection layer has hooks of Accelerate.
     """
+    check_not_recording(model)
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -282,10 +285,16 @@ def find_host(model: nn.Module) -> Host:
         from .timm import describe_timm
 
         return describe_timm(model)
+    if hasattr(model, "get_base_model"):  # PEFT
+        raise TypeError(
+            f"Patch selection does not support {type(model).__name__}. Apply it to `model.get_base_model()`."
+        )
     names = ", ".join(base.__name__ for classes in HOSTS.values() for base in classes)
     names = names.replace(ViltPreTrainedModel.__name__, "ViltModel and all of its heads")
+    generative = ", ".join(base.__name__ for base in FAMILIES)
     raise TypeError(
-        f"Patch selection does not support {type(model).__name__}. It supports {names} and timm's VisionTransformer."
+        f"Patch selection does not support {type(model).__name__}. It supports {names}, timm's VisionTransformer, and "
+        f"{generative} with their heads."
     )
 
 

@@ -76,11 +76,19 @@ def check_layer(layer: nn.Module, number: int, classes: Collection[type[nn.Modul
     if type(layer) not in classes:
         names = " or ".join(known.__name__ for known in classes)
         raise TypeError(f"Layer {number} must be of class {names}, got {type(layer).__name__}.")
-    taken_over = {"forward", "_compiled_call_impl"} & vars(layer).keys()
+    check_forward(layer, f"Layer {number}")
+
+
+def check_forward(module: nn.Module, name: str):
+    """
+    Raises:
+        ValueError: A compiler or Accelerate has replaced the module's forward pass.
+    """
+    taken_over = {"forward", "_compiled_call_impl"} & vars(module).keys()
     if taken_over:
         raise ValueError(
-            f"The forward pass of layer {number} was replaced ({', '.join(taken_over)}). Apply patch selection before "
-            "compiling layers and before Accelerate adds its hooks."
+            f"{name} must have its own forward pass, got a replaced one ({', '.join(taken_over)}). Load the model "
+            "without `device_map`, apply patch selection, then compile or call `accelerate.dispatch_model`."
         )
 
 
@@ -102,12 +110,17 @@ class Host:
     stand_ins: tuple[tuple[nn.Module, str, type[StandIn]], ...] = ()
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a part of the weight can be used: adapters are other modules, and torchao has other tensors."""
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor)
+
+
 def project_rows(linear: nn.Linear, states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """
     Return the outputs `start` to `stop` of a linear layer. Only a plain `nn.Linear` skips the other outputs; adapters
     and quantized layers are called as a whole.
     """
-    if type(linear) is not nn.Linear:
+    if not is_plain_linear(linear):
         return linear(states)[..., start:stop]
     bias = None if linear.bias is None else linear.bias[start:stop]
     return nn.functional.linear(states, linear.weight[start:stop], bias)
@@ -273,8 +286,10 @@ __all__ = [
     "SelectionSettings",
     "SeparateProjections",
     "StandIn",
+    "check_forward",
     "check_layer",
     "host_module_of",
+    "is_plain_linear",
     "project_rows",
     "score_states",
 ]

@@ -82,6 +82,7 @@ def logits_by_hand(model: nn.Module, vlm: Vlm, inputs: dict) -> torch.Tensor:
     if encoder:
         embeddings[is_visual] = features
     arguments = {"inputs_embeds": embeddings}
+    base.rope_deltas = None  # of an earlier call
     if "token_type_ids" in inputs:
         arguments["token_type_ids"] = inputs["token_type_ids"][:, stays]
     if vlm.kind == "packed" and encoder:

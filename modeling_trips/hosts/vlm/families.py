@@ -44,19 +44,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
 from transformers.vision_utils import get_vision_window_index
 
-from .tower import (
-    ClipTowerLayer,
-    Idefics3TowerLayer,
-    InternvlTowerLayer,
-    Qwen2TowerLayer,
-    Qwen3TowerLayer,
-    Qwen25TowerLayer,
-    SiglipTowerLayer,
-    SmolvlmTowerLayer,
-    Tower,
-    TowerLayer,
-    TowerPass,
-)
+from .tower import CURRENT_PASS, ClipLayer, InternvlLayer, PackedLayer, Tower, TowerLayer, TowerPass
 
 
 class Family:
@@ -111,11 +99,11 @@ class Family:
         config = self.config.vision_config
         return config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
-    def add_restoring_hooks(self, tower: Tower) -> list:
+    def add_hooks(self, tower: Tower) -> list:
         """Add hooks that restore kept patches to their places, and return the handles."""
 
         def restore(module, args, output):
-            current = tower.current
+            current = CURRENT_PASS.get()
             if current is None or not current.kept:
                 return
             length = output.last_hidden_state.shape[1]
@@ -136,7 +124,11 @@ class Family:
         arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
         if current is not None and current.segments is not None:  # computed once for the tower
             arguments |= {"image_window_index": current.unit_order, "image_cu_window_seqlens": current.segments}
-        return self.base.get_image_features(**arguments, return_dict=True)
+        token = CURRENT_PASS.set(current)
+        try:
+            return self.base.get_image_features(**arguments, return_dict=True)
+        finally:
+            CURRENT_PASS.reset(token)
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         """Return the number of visual tokens of each group."""
@@ -156,13 +148,23 @@ class Family:
 
     def position_ids(self, inputs: Mapping) -> torch.Tensor | None:
         """Return spatial positions of shape `(3, batch_size, length)`, or `None` for consecutive positions."""
-        return None
+        if not hasattr(self.base, "get_rope_index"):
+            return None
+        types = inputs.get("mm_token_type_ids")
+        if types is None:
+            types = (inputs["input_ids"] == self.image_token_id).int()
+        return self.base.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=types,
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=inputs.get("attention_mask"),
+        )[0]
 
 
 class Llava(Family):
     """LLaVA: the connector maps each patch to one visual token, so kept patches are restored after it."""
 
-    layer_classes = {CLIPEncoderLayer: ClipTowerLayer, SiglipEncoderLayer: SiglipTowerLayer}
+    layer_classes = {CLIPEncoderLayer: ClipLayer, SiglipEncoderLayer: ClipLayer}
 
     @property
     def num_selectable_layers(self) -> int:
@@ -175,10 +177,11 @@ class Llava(Family):
     def has_class_token(self) -> bool:
         return hasattr(self.transformer.embeddings, "class_embedding")
 
-    def add_restoring_hooks(self, tower: Tower) -> list:
+    def add_hooks(self, tower: Tower) -> list:
         def restore(module, args, output):
-            if tower.current is not None and tower.current.kept:
-                return tower.restore(output, tower.current)
+            current = CURRENT_PASS.get()
+            if current is not None and current.kept:
+                return tower.restore(output, current)
 
         return [self.base.multi_modal_projector.register_forward_hook(restore)]
 
@@ -200,11 +203,22 @@ class LlavaNext(Llava):
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, side) for size in inputs["image_sizes"]
         ]
 
-    def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
+    def blank_tiles(self, inputs: Mapping, **options) -> list[torch.Tensor]:
+        """Return one number per patch, for the tiles of each image."""
         config = self.config.vision_config
         num_patches = (config.image_size // config.patch_size) ** 2
-        empty = [torch.zeros(number, num_patches, 1) for number in self.tiles_per_image(inputs)]
-        return [len(group) for group in self.pack(empty, inputs)]
+        return [torch.zeros(number, num_patches, 1, **options) for number in self.tiles_per_image(inputs)]
+
+    def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
+        return [len(group) for group in self.pack(self.blank_tiles(inputs), inputs)]
+
+    def begin_pass(self, inputs: Mapping) -> TowerPass:
+        # Padding patches are those that no packed token depends on.
+        with torch.inference_mode(False), torch.enable_grad():
+            tiles = self.blank_tiles(inputs, requires_grad=True)
+            gradients = torch.autograd.grad(torch.cat(self.pack(tiles, inputs)).sum(), tiles)
+        is_image = torch.cat(gradients)[..., 0] != 0
+        return TowerPass(is_image=is_image.to(inputs["pixel_values"].device))
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
@@ -236,7 +250,7 @@ class LlavaOnevision(LlavaNext):
 
 
 class Gemma3(Family):
-    layer_classes = {SiglipEncoderLayer: SiglipTowerLayer}
+    layer_classes = {SiglipEncoderLayer: ClipLayer}
 
     @property
     def unit(self) -> int:
@@ -246,7 +260,7 @@ class Gemma3(Family):
 class Smolvlm(Family):
     """SmolVLM and Idefics3: the tiles of all images of a prompt are one group."""
 
-    layer_classes = {SmolVLMEncoderLayer: SmolvlmTowerLayer, Idefics3EncoderLayer: Idefics3TowerLayer}
+    layer_classes = {SmolVLMEncoderLayer: ClipLayer, Idefics3EncoderLayer: ClipLayer}
     layers_follow = True  # the mask of the patches
 
     @property
@@ -256,6 +270,13 @@ class Smolvlm(Family):
     @property
     def unit(self) -> int:
         return self.config.scale_factor
+
+    def add_hooks(self, tower: Tower) -> list:
+        def set_mask(module, args, kwargs):
+            if (current := CURRENT_PASS.get()) is not None:
+                current.is_image = kwargs["patch_attention_mask"].flatten(1)
+
+        return [self.tower.register_forward_pre_hook(set_mask, with_kwargs=True), *super().add_hooks(tower)]
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         return tokens_per_prompt
@@ -271,7 +292,7 @@ class Smolvlm(Family):
 
 
 class Internvl(Family):
-    layer_classes = {InternVLVisionLayer: InternvlTowerLayer}
+    layer_classes = {InternVLVisionLayer: InternvlLayer}
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -294,7 +315,7 @@ class Internvl(Family):
 class Qwen2Vl(Family):
     """Qwen2-VL: images of any size in one sequence, unit by unit, with rotary embeddings. The tower merges units."""
 
-    layer_classes = {Qwen2VLVisionBlock: Qwen2TowerLayer}
+    layer_classes = {Qwen2VLVisionBlock: PackedLayer}
     layers_follow = True  # segments and rotary embeddings
 
     @property
@@ -314,16 +335,18 @@ class Qwen2Vl(Family):
         attention = self.layers[0].attn
         return attention.num_heads, attention.dim // attention.num_heads
 
-    def add_restoring_hooks(self, tower: Tower) -> list:
-        return [self.tower.merger.register_forward_hook(self.restore_units(tower, len(self.layers)))]
+    def add_hooks(self, tower: Tower) -> list:
+        return [self.tower.merger.register_forward_hook(self.restore_units(len(self.layers)))]
 
-    def restore_units(self, tower: Tower, layer: int):
+    @staticmethod
+    def restore_units(layer: int):
         """Return a hook that restores the units after the merger of this layer to their places in the sequence."""
 
         def restore(module, args, output):
-            kept = tower.current.kept_before(layer + 1) if tower.current is not None else None
+            current = CURRENT_PASS.get()
+            kept = current.kept_before(layer + 1) if current is not None else None
             if kept is not None:
-                whole = output.new_zeros(sum(tower.current.num_units), output.shape[1])
+                whole = output.new_zeros(sum(current.num_units), output.shape[1])
                 return whole.index_copy(0, kept, output)
 
         return restore
@@ -342,20 +365,9 @@ class Qwen2Vl(Family):
         firsts = accumulate(sizes, initial=0)
         return [part.sort().values - first for part, first in zip(kept.split(num_kept), firsts)]
 
-    def position_ids(self, inputs: Mapping) -> torch.Tensor:
-        types = inputs.get("mm_token_type_ids")
-        if types is None:
-            types = (inputs["input_ids"] == self.image_token_id).int()
-        return self.base.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=types,
-            image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=inputs.get("attention_mask"),
-        )[0]
-
 
 class Qwen25Vl(Qwen2Vl):
-    layer_classes = {Qwen2_5_VLVisionBlock: Qwen25TowerLayer}
+    layer_classes = {Qwen2_5_VLVisionBlock: PackedLayer}
 
     def begin_pass(self, inputs: Mapping) -> TowerPass:
         current = super().begin_pass(inputs)
@@ -368,12 +380,12 @@ class Qwen25Vl(Qwen2Vl):
 
 
 class Qwen3Vl(Qwen2Vl):
-    layer_classes = {Qwen3VLVisionBlock: Qwen3TowerLayer}
+    layer_classes = {Qwen3VLVisionBlock: PackedLayer}
 
-    def add_restoring_hooks(self, tower: Tower) -> list:
-        handles = super().add_restoring_hooks(tower)
+    def add_hooks(self, tower: Tower) -> list:
+        handles = super().add_hooks(tower)
         for merger, index in zip(self.tower.deepstack_merger_list, self.tower.deepstack_visual_indexes):
-            handles.append(merger.register_forward_hook(self.restore_units(tower, index + 1)))
+            handles.append(merger.register_forward_hook(self.restore_units(index + 1)))
         return handles
 
 
@@ -412,9 +424,19 @@ def find_family(model: nn.Module) -> Family | None:
         raise TypeError(f"Patch selection does not support {type(model).__name__}: {NOT_SUPPORTED[model_type]}.")
     for model_class, family in FAMILIES.items():
         if isinstance(base, model_class):
-            return family(base)
-    takes_features = base is not None and "mm_encoder_outputs" in inspect.signature(base.forward).parameters
-    return Family(base) if takes_features and hasattr(base.config, "image_token_id") else None
+            # LLaVA has other towers, too, such as Pixtral.
+            knows_tower = any(isinstance(module, tuple(family.layer_classes)) for module in base.modules())
+            return family(base) if knows_tower else Family(base)
+    if base is None or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        return None
+    if hasattr(base, "get_rope_index"):
+        missing = {"mm_token_type_ids", "image_grid_thw"} - inspect.signature(base.get_rope_index).parameters.keys()
+        if missing:
+            raise TypeError(
+                f"Patch selection does not support {type(model).__name__}: its `get_rope_index` does not take "
+                f"{' and '.join(sorted(missing))}."
+            )
+    return Family(base) if hasattr(base.config, "image_token_id") else None
 
 
 __all__ = ["FAMILIES", "Family", "find_family"]

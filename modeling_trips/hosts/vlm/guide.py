@@ -17,6 +17,8 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
+from .families import find_family
+
 
 class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformers"):
     """
@@ -29,21 +31,24 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         text_hidden_size (`int`): Width of the language model's input embeddings.
         num_heads (`int`): Number of attention heads of the vision tower.
         head_dim (`int`): Width of one of these heads.
+        layer (`int`, *optional*): Layer of the tower that the guide is trained for. By default it fits any layer.
 
     Example:
 
     ```python
     >>> from modeling_trips.hosts import TextGuide, apply_patch_selection
 
-    >>> guide = TextGuide.for_model(model)
+    >>> guide = TextGuide.for_model(model, layer=2)
     >>> apply_patch_selection(model, "2:text:0.11", guide=guide)
     ```
     """
 
-    def __init__(self, text_hidden_size: int, num_heads: int, head_dim: int):
+    def __init__(self, text_hidden_size: int, num_heads: int, head_dim: int, layer: int | None = None):
         super().__init__()
+        self.text_hidden_size = text_hidden_size
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.layer = layer
         self.weight = nn.Linear(text_hidden_size, 1)
         self.query = nn.Linear(text_hidden_size, num_heads * head_dim)
 
@@ -65,17 +70,17 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         return self.query(mean).unflatten(-1, (self.num_heads, self.head_dim))
 
     @classmethod
-    def for_model(cls, model: nn.Module) -> "TextGuide":
+    def for_model(cls, model: nn.Module, layer: int | None = None) -> "TextGuide":
         """
         Make a new guide with the widths of a vision-language model.
 
         Raises:
             TypeError: Selection inside the tower is not supported for the model.
         """
-        from .families import find_family
-
         family = find_family(model)
-        return cls(model.get_input_embeddings().embedding_dim, *family.heads)
+        if family is None or not family.layer_classes:
+            raise TypeError(f"Selection inside the tower of {type(model).__name__} is not supported.")
+        return cls(model.get_input_embeddings().embedding_dim, *family.heads, layer)
 
 
 __all__ = ["TextGuide"]

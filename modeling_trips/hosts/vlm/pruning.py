@@ -29,7 +29,7 @@ from ...patch_selection import gather_tokens, num_kept_tokens
 from .families import Family, find_family
 from .guide import TextGuide
 from .scoring import SCORERS, Scorer
-from .tower import Tower
+from .tower import TowerPass
 
 
 # Padding values of the inputs; 0 for all others.
@@ -47,6 +47,7 @@ class ExitSelection:
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): Scorer as in [`prune_inputs`].
 
     Raises:
+        TypeError: The number is not an integer.
         ValueError: Both a number and a rate are given, one of them is out of range, or the scorer is unknown.
     """
 
@@ -57,6 +58,8 @@ class ExitSelection:
     def __post_init__(self):
         if self.visual_tokens is not None and self.keep_rate is not None:
             raise ValueError("Give `visual_tokens` or `keep_rate`, not both.")
+        if self.visual_tokens is not None and type(self.visual_tokens) is not int:
+            raise TypeError(f"`visual_tokens` must be an int, got {self.visual_tokens!r}.")
         if self.visual_tokens is not None and self.visual_tokens < 1:
             raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
         if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
@@ -70,16 +73,12 @@ class ExitSelection:
             return min(num_candidates, num_kept_tokens(size, self.keep_rate))
         return min(num_candidates, self.visual_tokens or size)
 
+    @property
+    def reads_prompt(self) -> bool:
+        return callable(self.scorer) or self.scorer == "prompt"
+
     def select(self, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.scorer if callable(self.scorer) else SCORERS[self.scorer])(*arguments)
-
-
-@dataclass
-class TowerSelection:
-    """Selection that `apply_patch_selection` adds to a model's tower."""
-
-    tower: Tower
-    guide: TextGuide | None = None
 
 
 def prune_inputs(
@@ -97,8 +96,8 @@ def prune_inputs(
 
     Args:
         model (`PreTrainedModel`): LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3,
-            InternVL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL, for generation or without a head. Other models that take
-            `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
+            InternVL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, for generation or without a head. Other models
+            that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
         inputs (`Mapping`): Outputs of the processor, with `input_ids` of shape `(batch_size, length)` (or
             `inputs_embeds`), and `labels` of that shape for training. Prompts may have any number of images.
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. SmolVLM and Idefics3 count the
@@ -107,14 +106,15 @@ def prune_inputs(
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
             diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of the features, the prompt's embeddings
             (both with one row per image), their mask and the number to keep, which returns positions and features. The
-            prompt is the text after the last image, or all text if none follows, without labels.
+            prompt is the text after the last image, or all text if none follows, without labels. Put images before
+            the question: chat templates add text after an image, which then is the prompt.
 
     Returns:
         `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without
         images do not change.
 
     Raises:
-        TypeError: The model is not supported.
+        TypeError: The model is not supported, or `visual_tokens` is not an integer.
         ValueError: The inputs have videos, images and placeholders do not match, or `labels` cover the whole prompt.
     """
     family = find_family(model)
@@ -124,24 +124,30 @@ def prune_inputs(
 
 
 def prune(
-    model: nn.Module, family: Family, inputs: dict, exit: ExitSelection, in_tower: TowerSelection | None = None
-) -> tuple[dict, list[torch.Tensor]]:
-    """Apply the selections inside and after the tower; return the inputs and the kept visual tokens per image."""
+    model: nn.Module,
+    family: Family,
+    inputs: dict,
+    at_exit: ExitSelection,
+    in_tower: bool = False,
+    guide: TextGuide | None = None,
+) -> tuple[dict, list[torch.Tensor], TowerPass | None]:
+    """
+    Apply the selections inside and after the tower. Return the inputs, the kept visual tokens per image, and the
+    selections of the tower's layers.
+    """
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
     if inputs.get("pixel_values") is None:
-        return inputs, []
+        return inputs, [], None
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise ValueError("`input_ids` or `inputs_embeds` are needed with `pixel_values`, got neither.")
     prompts = Prompts(model, family, inputs)
-    current = None
-    if in_tower is not None:
-        current = in_tower.tower.next_pass = family.begin_pass(inputs)
-        if in_tower.guide is not None:
-            sizes = family.group_sizes(inputs, prompts.num_visual)
-            numbers = family.images_per_group(inputs, sizes)
-            rows = [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
-            current.query = in_tower.guide(*prompts.text())[rows]
+    current = family.begin_pass(inputs) if in_tower else None
+    if current is not None and guide is not None:
+        sizes = family.group_sizes(inputs, prompts.num_visual)
+        numbers = family.images_per_group(inputs, sizes)
+        rows = [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
+        current.query = guide(*prompts.text())[rows]
     output = family.encode(inputs, current)
     groups = list(output.pooler_output)
     sizes = [len(group) for group in groups]
@@ -150,7 +156,7 @@ def prune(
     if current is not None and current.kept:
         kept = family.kept_tokens(sizes, inputs, current)
         groups = [group[positions] for group, positions in zip(groups, kept)]
-    groups, positions = select_at_exit(prompts, rows, sizes, groups, exit)
+    groups, positions = select_at_exit(prompts, rows, sizes, groups, at_exit)
     kept = [own if chosen is None else own[chosen] for own, chosen in zip(kept, positions)]
 
     features = {"pooler_output": torch.stack(groups) if isinstance(output.pooler_output, torch.Tensor) else groups}
@@ -160,12 +166,14 @@ def prune(
         ]
     inputs = prompts.shorten(kept, sizes, rows)
     inputs["mm_encoder_outputs"] = {"image": type(output)(**features)}
-    return inputs, kept
+    return inputs, kept, current
 
 
-def select_at_exit(prompts: "Prompts", rows: list[int], sizes: list[int], groups: list[torch.Tensor], exit):
+def select_at_exit(
+    prompts: "Prompts", rows: list[int], sizes: list[int], groups: list[torch.Tensor], at_exit: ExitSelection
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Return features and positions of the kept tokens of each group; `None` stands for all positions."""
-    numbers = [exit.num_kept(size, len(group)) for size, group in zip(sizes, groups)]
+    numbers = [at_exit.num_kept(size, len(group)) for size, group in zip(sizes, groups)]
     groups, positions = list(groups), [None] * len(groups)
     # Images of equal size form one batch.
     alike: dict[tuple[int, int], list[int]] = {}
@@ -173,9 +181,9 @@ def select_at_exit(prompts: "Prompts", rows: list[int], sizes: list[int], groups
         if number < len(group):
             alike.setdefault((len(group), number), []).append(index)
     for (_, number), indices in alike.items():
-        embeddings, mask = prompts.text()
         own = [rows[index] for index in indices]
-        chosen, features = exit.select(torch.stack([groups[i] for i in indices]), embeddings[own], mask[own], number)
+        prompt = [part[own] for part in prompts.text()] if at_exit.reads_prompt else [None, None]
+        chosen, features = at_exit.select(torch.stack([groups[index] for index in indices]), *prompt, number)
         for index, position, feature in zip(indices, chosen, features):
             groups[index], positions[index] = feature, position
     return groups, positions
@@ -207,7 +215,7 @@ class Prompts:
             is_text = self.is_text
             if self.inputs.get("labels") is not None:
                 is_text = is_text & (self.inputs["labels"] == -100)
-                if not is_text.any(dim=1).all():
+                if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
                     raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
             is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
             is_behind = is_text & ~is_before
@@ -275,6 +283,9 @@ class Prompts:
         if spatial is None:
             return {"position_ids": text}
         spatial = spatial.gather(2, order.expand(len(spatial), -1, -1))
+        if hasattr(self.family.base, "rope_deltas"):  # where the model goes on counting after this prompt
+            last = spatial.masked_fill(~mask, -1).amax(dim=(0, 2))
+            self.family.base.rope_deltas = (last + 1 - mask.sum(dim=1)).unsqueeze(1)
         return {"position_ids": torch.cat([text[None], spatial])}
 
     @property
@@ -283,4 +294,4 @@ class Prompts:
         return 0 if padding is None or padding == self.family.image_token_id else padding
 
 
-__all__ = ["ExitSelection", "TowerSelection", "prune", "prune_inputs"]
+__all__ = ["ExitSelection", "prune", "prune_inputs"]

@@ -19,49 +19,52 @@ therefore keeps or drops whole units, and kept units are restored to their place
 Dropped units are zero, and their visual tokens are removed before the language model.
 """
 
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
 from torch import nn
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.idefics3.modeling_idefics3 import Idefics3EncoderLayer
-from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
 
 from ...configuration_trips import LayerSelection
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
-from ..layers import SeparateProjections, StandIn, project_rows, score_states
+from ..layers import SeparateProjections, StandIn, is_plain_linear, project_rows, score_states
 
 
-@dataclass
+# Not a dataclass: FSDP copies dataclasses among the arguments of a layer.
 class TowerPass:
     """
     Selections of all layers in one pass of images through the tower.
 
     Args:
-        query (`torch.Tensor` of shape `(num_images, num_heads, head_dim)`, *optional*): The query of the prompt.
         num_units (`list[int]`, *optional*): Number of units of each image in a packed sequence.
         unit_order, segments (`torch.Tensor`, *optional*): Row-major number of each unit in a tower that permutes units
             by windows, and the boundaries of the windows.
+        is_image (`torch.BoolTensor` of shape `(num_images, num_patches)`, *optional*): False marks padding patches.
     """
 
-    query: torch.Tensor | None = None
-    num_units: list[int] | None = None
-    unit_order: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    # By layer. Grid: units of shape `(num_images, num_kept)`. Packed: units of all images in one row.
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    candidates: dict[int, torch.Tensor] = field(default_factory=dict)
-    # By layer. Grid: `(num_images, num_candidates)`. Packed: one tensor of shape `(1, num_candidates)` per image.
-    scores: dict[int, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
-    num_kept: dict[int, list[int]] = field(default_factory=dict)  # packed: per image
-    shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    def __init__(
+        self,
+        num_units: list[int] | None = None,
+        unit_order: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        is_image: torch.Tensor | None = None,
+    ):
+        self.num_units = num_units
+        self.unit_order = unit_order
+        self.segments = segments
+        self.is_image = is_image
+        # The query of the prompt: `(num_images, num_heads, head_dim)`.
+        self.query: torch.Tensor | None = None
+        # By layer. Grid: units of shape `(num_images, num_kept)`. Packed: units of all images in one row.
+        self.kept: dict[int, torch.Tensor] = {}
+        self.candidates: dict[int, torch.Tensor] = {}
+        # By layer. Grid: `(num_images, num_candidates)`. Packed: one tensor of shape `(1, num_candidates)` per image.
+        self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
+        self.num_kept: dict[int, list[int]] = {}  # packed: per image
+        self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def last_before(self, layer: float) -> int | None:
         """Return the last selection layer before this one."""
@@ -77,19 +80,16 @@ class TowerPass:
         return self.kept.get(self.last_before(layer))
 
 
+# The pass of the images that this thread encodes. Without one, the layers do not select.
+CURRENT_PASS: ContextVar[TowerPass | None] = ContextVar("trips_tower_pass", default=None)
+
+
+@dataclass(frozen=True)
 class Tower:
-    """State that the selection layers of one tower share. Without a `next_pass`, the layers do not select."""
+    """Properties that the selection layers of one tower share."""
 
-    def __init__(self, unit: int, has_class_token: bool):
-        self.unit = unit
-        self.has_class_token = has_class_token
-        self.next_pass: TowerPass | None = None
-        # Kept after the pass, because activation checkpointing runs the layers again in the backward pass.
-        self.current: TowerPass | None = None
-
-    def begin(self, module: nn.Module, args: tuple):
-        """Forward pre-hook of the tower."""
-        self.current, self.next_pass = self.next_pass, None
+    unit: int
+    has_class_token: bool
 
     def to_units(self, patches: torch.Tensor, is_whole: bool) -> torch.Tensor:
         """
@@ -131,22 +131,48 @@ class TowerLayer(StandIn):
     number: int
     selection: LayerSelection | None
 
-    def guiding_query(self, current: TowerPass, normed: torch.Tensor, images: slice = slice(None)) -> torch.Tensor:
+    def __call__(self, *args, **kwargs):
+        # Activation checkpointing runs `forward` again with the same arguments, so the pass is one of them.
+        if (current := CURRENT_PASS.get()) is not None:
+            kwargs["tower_pass"] = current
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args, tower_pass: TowerPass | None = None, **kwargs) -> torch.Tensor:
+        if tower_pass is None:
+            return type(self.host_module).forward(self, *args, **kwargs)
+        return self.forward_in_pass(tower_pass, *args, **kwargs)
+
+    def forward_in_pass(self, current: TowerPass, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The layer's forward pass with the tokens that earlier layers have kept, and its own selection."""
+        raise NotImplementedError
+
+    def guiding_query(
+        self,
+        current: TowerPass,
+        normed: torch.Tensor,
+        images: slice = slice(None),
+        is_image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the query that scores the patches of these images: `(num_images, num_heads, head_dim)`."""
         if self.selection.guidance == "text":
             return current.query[images].to(normed.dtype)
+        if self.tower.has_class_token:
+            return self.project_query(normed[:, 0])
         # Without a [CLS], use the mean of all queries, which is the query of the mean.
-        return self.project_query(normed[:, 0] if self.tower.has_class_token else normed.mean(dim=1))
+        if is_image is None:
+            return self.project_query(normed.mean(dim=1))
+        weights = is_image.unsqueeze(-1).to(normed.dtype)
+        return self.project_query((normed * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
 
     def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Score patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
         layer, rows = self.key_layer
-        if type(layer) is nn.Linear:
+        if is_plain_linear(layer):
             return score_states(query, states, layer, rows, self.scaling)
         return score_tokens(query, self.project_key(states), self.scaling)
 
-    def recorded(self) -> TripsSelection:
-        """Return the layer's selection in the current pass, in units."""
+    def recorded(self, current: TowerPass) -> TripsSelection:
+        """Return the layer's selection in a pass, in units."""
         raise NotImplementedError
 
 
@@ -164,11 +190,9 @@ class GridLayer(TowerLayer):
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.layer_norm2(hidden_states))
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        current = self.tower.current
-        if current is None:
-            own_arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
-            return type(self.host_module).forward(self, hidden_states, **own_arguments, **kwargs)
+    def forward_in_pass(
+        self, current: TowerPass, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
         attention_mask = self.shorten_mask(current, attention_mask)
         normed = self.normed_tokens(hidden_states)
         hidden_states = hidden_states + self.attend(normed, attention_mask, **kwargs)
@@ -179,11 +203,17 @@ class GridLayer(TowerLayer):
     def select(self, current: TowerPass, hidden_states: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         num_others = int(self.tower.has_class_token)
         before = current.kept_before(self.number)
+        is_image = self.shorten_mask(current, current.is_image)
         if self.selection.guidance == "random":
             num_units = (normed.shape[1] - num_others) // self.tower.unit**2
             scores = random_scores(len(normed), num_units, False, normed.device, self.selection.seed)
+            if is_image is not None:
+                scores = scores * self.tower.to_units(is_image, before is None).any(dim=-1)
         else:
-            scores = self.score(self.guiding_query(current, normed), normed[:, num_others:])
+            query = self.guiding_query(current, normed, is_image=is_image)
+            scores = self.score(query, normed[:, num_others:])
+            if is_image is not None:
+                scores = scores * is_image
             scores = self.tower.to_units(scores, before is None).sum(dim=-1)
         positions = keep_topk(scores, num_kept_tokens(scores.shape[1], self.selection.keep_rate))
         candidates = before
@@ -196,8 +226,7 @@ class GridLayer(TowerLayer):
         patches = gather_tokens(units.flatten(2), positions).unflatten(2, units.shape[2:]).flatten(1, 2)
         return torch.cat([hidden_states[:, :num_others], patches], dim=1)
 
-    def recorded(self) -> TripsSelection:
-        current = self.tower.current
+    def recorded(self, current: TowerPass) -> TripsSelection:
         return TripsSelection(*(part[self.number] for part in (current.kept, current.scores, current.candidates)))
 
     def shorten_mask(self, current: TowerPass, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -217,29 +246,15 @@ class GridLayer(TowerLayer):
         return mask
 
 
-class ClipLikeLayer(SeparateProjections, GridLayer):
+class ClipLayer(SeparateProjections, GridLayer):
+    """Layer of CLIP, SigLIP, SmolVLM or Idefics3."""
+
     @property
     def key_layer(self) -> tuple[nn.Module, slice]:
         return self.self_attn.k_proj, slice(None)
 
 
-class ClipTowerLayer(ClipLikeLayer, CLIPEncoderLayer):
-    pass
-
-
-class SiglipTowerLayer(ClipLikeLayer, SiglipEncoderLayer):
-    pass
-
-
-class SmolvlmTowerLayer(ClipLikeLayer, SmolVLMEncoderLayer):
-    pass
-
-
-class Idefics3TowerLayer(ClipLikeLayer, Idefics3EncoderLayer):
-    pass
-
-
-class InternvlTowerLayer(GridLayer, InternVLVisionLayer):
+class InternvlLayer(GridLayer):
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.layernorm_before(hidden_states)
 
@@ -299,12 +314,14 @@ class PackedLayer(TowerLayer):
     def scaling(self) -> float:
         return self.attn.scaling
 
-    def forward(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings=None, **kwargs):
-        current = self.tower.current
-        if current is None:
-            return type(self.host_module).forward(
-                self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
-            )
+    def forward_in_pass(
+        self,
+        current: TowerPass,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs,
+    ) -> torch.Tensor:
         kept = current.kept_before(self.number)
         if kept is not None:
             cu_seqlens = self.shorten(current, cu_seqlens, kept, self.shorten_segments)
@@ -366,9 +383,8 @@ class PackedLayer(TowerLayer):
             return random_scores(len(normed), normed.shape[1] // size, False, normed.device, self.selection.seed)
         return self.score(self.guiding_query(current, normed, images), normed).unflatten(1, (-1, size)).sum(dim=-1)
 
-    def recorded(self) -> TripsSelection:
+    def recorded(self, current: TowerPass) -> TripsSelection:
         """Return the selection in row-major units of each image; -2 is padding."""
-        current = self.tower.current
         firsts = [*accumulate(current.num_units, initial=0)]
         rows = current.scores[self.number]
 
@@ -385,29 +401,20 @@ class PackedLayer(TowerLayer):
         )
 
 
-class Qwen2TowerLayer(PackedLayer, Qwen2VLVisionBlock):
-    pass
-
-
-class Qwen25TowerLayer(PackedLayer, Qwen2_5_VLVisionBlock):
-    pass
-
-
-class Qwen3TowerLayer(PackedLayer, Qwen3VLVisionBlock):
-    pass
+@cache
+def selecting_class(kind: type[TowerLayer], own_class: type[nn.Module]) -> type[TowerLayer]:
+    """Return `own_class` with selection. Its name does not change, because Accelerate looks for layers by name."""
+    return type(own_class.__name__, (kind, own_class), {"__module__": own_class.__module__})
 
 
 __all__ = [
-    "ClipTowerLayer",
-    "Idefics3TowerLayer",
-    "InternvlTowerLayer",
-    "Qwen25TowerLayer",
-    "Qwen2TowerLayer",
-    "Qwen3TowerLayer",
-    "SiglipTowerLayer",
-    "SmolvlmTowerLayer",
+    "CURRENT_PASS",
+    "ClipLayer",
+    "InternvlLayer",
+    "PackedLayer",
     "Tower",
     "TowerLayer",
     "TowerPass",
+    "selecting_class",
     "selecting_layers",
 ]

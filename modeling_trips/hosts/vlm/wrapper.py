@@ -13,11 +13,12 @@
 # limitations under the License.
 """Vision-language models whose `forward` and `generate` prune their own inputs."""
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, field
+from functools import cache, wraps
 
 import torch
 from torch import nn
@@ -26,16 +27,15 @@ from ...configuration_trips import SelectionSchedule
 from ...modeling_trips_text import CACHE_NAME
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING
-from ..layers import check_layer
+from ..layers import check_forward, check_layer
 from .families import Family
 from .guide import TextGuide
-from .pruning import ExitSelection, TowerSelection, prune
-from .tower import Tower, TowerLayer, selecting_layers
+from .pruning import ExitSelection, prune
+from .tower import Tower, selecting_class, selecting_layers
 
 
 # Attribute of the model that holds its selection. It is not a module, so no parameter is added.
 ATTRIBUTE = "_patch_selection"
-PRUNING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 @dataclass
@@ -44,16 +44,27 @@ class VlmSelection:
 
     own_class: type[nn.Module]
     family: Family
-    exit: ExitSelection
-    in_tower: TowerSelection | None
+    schedule: SelectionSchedule
+    at_exit: ExitSelection
+    guide: TextGuide | None
     handles: list
-    recorded: list[TripsSelection] | None = None
+    records: list[list[TripsSelection]] = field(default_factory=list)  # of open `record_patch_selection`
 
     def prune(self, model: nn.Module, inputs: dict) -> dict:
-        pruned, kept = prune(model, self.family, inputs, self.exit, self.in_tower)
-        if self.recorded is not None:
+        past = inputs.get(CACHE_NAME)
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError(
+                f"`{CACHE_NAME}` must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the "
+                "whole conversation without a cache."
+            )
+        pruned, kept, current = prune(
+            model, self.family, inputs, self.at_exit, in_tower=bool(self.schedule.layers), guide=self.guide
+        )
+        if self.records and kept:
+            selections = [layer.recorded(current) for layer in selecting_layers(model)]
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING)
-            self.recorded.append(TripsSelection(kept_indices=kept))
+            for recorded in self.records:
+                recorded += [*selections, TripsSelection(kept_indices=kept)]
         return pruned
 
 
@@ -65,11 +76,14 @@ def check_vlm_schedule(model: nn.Module, family: Family, schedule: SelectionSche
     """
     Raises:
         TypeError: Selection inside the tower is not supported for the model or one of its layers.
-        ValueError: The schedule or the guide does not fit the model, or they do not fit each other.
+        ValueError: The schedule or the guide does not fit the model, or they do not fit each other; or a compiler or
+            Accelerate has replaced the forward pass of the model or of a layer.
     """
     name = type(model).__name__
+    check_forward(model, name)
     if schedule.layers and not family.layer_classes:
-        raise TypeError(f"Selection inside the tower of {name} is not supported. Use only `visual_tokens`.")
+        tower = type(getattr(family.base, "vision_tower", model)).__name__
+        raise TypeError(f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens`.")
     if schedule.layers and max(schedule.layers) > family.num_selectable_layers:
         raise ValueError(
             f"Selection layers of {name} must be in 1..{family.num_selectable_layers}, got {list(schedule.layers)}."
@@ -83,11 +97,15 @@ def check_vlm_schedule(model: nn.Module, family: Family, schedule: SelectionSche
         raise ValueError(f"Layer {by_text[0]} is scored by the text, but `guide` is None. Pass a trained `guide`.")
     if guide is not None and not by_text:
         raise ValueError(f"`guide` needs a layer that is scored by the text, such as 2:text:0.3, got {schedule}.")
-    if guide is not None and (guide.num_heads, guide.head_dim) != family.heads:
-        raise ValueError(
-            f"The heads of `guide` must match those of the tower of {name}, (number, width) = {family.heads}, got "
-            f"{(guide.num_heads, guide.head_dim)}."
-        )
+    if guide is not None:
+        own = (model.get_input_embeddings().embedding_dim, *family.heads)
+        if (guide.text_hidden_size, guide.num_heads, guide.head_dim) != own:
+            raise ValueError(
+                f"`guide` must have the (text_hidden_size, num_heads, head_dim) of {name}, {own}, got "
+                f"{(guide.text_hidden_size, guide.num_heads, guide.head_dim)}."
+            )
+        if guide.layer not in (None, *by_text):
+            raise ValueError(f"`guide` is trained for layer {guide.layer}, got {schedule}.")
     for number in _changed_layers(family, schedule):
         check_layer(family.layers[number - 1], number, family.layer_classes)
 
@@ -100,14 +118,33 @@ def _changed_layers(family: Family, schedule: SelectionSchedule) -> Sequence[int
 
 
 def apply_vlm_selection(
-    model: nn.Module, family: Family, schedule: SelectionSchedule, exit: ExitSelection, guide: TextGuide | None
+    model: nn.Module, family: Family, schedule: SelectionSchedule, at_exit: ExitSelection, guide: TextGuide | None
 ):
     """Apply a checked schedule to a model without selection."""
-    in_tower, handles = None, []
+    handles: list = []
     if schedule.layers:
-        in_tower, handles = _put_into_tower(family, schedule, guide)
-    model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, exit, in_tower, handles)
+        tower, layers = Tower(family.unit, family.has_class_token), family.layers
+        for number in _changed_layers(family, schedule):
+            layer = layers[number - 1]
+            kind = family.layer_classes[type(layer)]
+            layers[number - 1] = selecting_class(kind, type(layer)).of(
+                layer, tower=tower, number=number, selection=schedule.by_layer.get(number)
+            )
+        handles = family.add_hooks(tower)
+    if guide is not None:
+        guide.to(model.device)
+    model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide, handles)
     model.__class__ = _pruning_class(type(model))
+
+
+def check_not_recording(model: nn.Module):
+    """
+    Raises:
+        RuntimeError: `record_patch_selection` is open.
+    """
+    selection = selection_of(model)
+    if selection is not None and selection.records:
+        raise RuntimeError("Patch selection cannot change inside `record_patch_selection`. Leave it first.")
 
 
 def remove_vlm_selection(model: nn.Module):
@@ -126,45 +163,39 @@ def record_vlm_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
     """Record each selection layer in units of patches, then the visual tokens that the language model reads."""
     selection = selection_of(model)
     recorded: list[TripsSelection] = []
-
-    def record(layer: TowerLayer, args, output):
-        if layer.tower.current is not None:
-            recorded.append(layer.recorded())
-
-    handles = [layer.register_forward_hook(record) for layer in selecting_layers(model)]
-    selection.recorded = recorded
+    selection.records.append(recorded)
     try:
         yield recorded
     finally:
-        selection.recorded = None
-        for handle in handles:
-            handle.remove()
+        selection.records = [own for own in selection.records if own is not recorded]
     if not recorded:
         raise RuntimeError("Nothing was recorded. Call the model with an image inside `record_patch_selection`.")
 
 
-def _put_into_tower(family: Family, schedule: SelectionSchedule, guide: TextGuide | None):
-    tower, layers = Tower(family.unit, family.has_class_token), family.layers
-    for number in _changed_layers(family, schedule):
-        layer = layers[number - 1]
-        layers[number - 1] = family.layer_classes[type(layer)].of(
-            layer, tower=tower, number=number, selection=schedule.by_layer.get(number)
+def _check_mask(inputs: dict):
+    """
+    Raises:
+        ValueError: The attention mask continues the caller's prompt, but the cache holds a pruned one.
+    """
+    past, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
+    new = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if past is None or new is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    length = past.get_seq_length()
+    # In a static cache, the length is a tensor on the device.
+    if isinstance(length, int) and length > 0 and mask.shape[1] != length + new.shape[1]:
+        raise ValueError(
+            f"`attention_mask` must cover the {length} tokens of the pruned cache and the {new.shape[1]} new ones, got "
+            f"{mask.shape[1]}. Use `generate`, or continue the mask that `prune_inputs` returns."
         )
-    handles = [family.tower.register_forward_pre_hook(tower.begin), *family.add_restoring_hooks(tower)]
-    return TowerSelection(tower, guide), handles
 
 
+@cache
 def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     """
     Return a class whose `forward` and `generate` prune their inputs. Its name does not change, because Transformers
     uses the name for `architectures` and in pipelines.
     """
-    if own_class not in PRUNING_CLASSES:
-        PRUNING_CLASSES[own_class] = _make_pruning_class(own_class)
-    return PRUNING_CLASSES[own_class]
-
-
-def _make_pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     parameters = inspect.signature(own_class.forward)
 
     @wraps(own_class.forward)
@@ -177,6 +208,8 @@ def _make_pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
         selection = selection_of(self)  # None in other models loaded with this class
         if selection is not None and kwargs.get("pixel_values") is not None:
             kwargs = selection.prune(self, kwargs)
+        elif selection is not None:
+            _check_mask(kwargs)
         return own_class.forward(self, **kwargs)
 
     members = {"forward": forward, "__module__": own_class.__module__, "__qualname__": own_class.__qualname__}
@@ -195,20 +228,18 @@ def _pruning_generate(own_class: type[nn.Module]):
             return own_class.generate(self, inputs, generation_config, *args, **kwargs)
         if kwargs.get("input_ids") is None:
             raise ValueError("`generate` needs `input_ids` with patch selection, got None.")
-        past = kwargs.get(CACHE_NAME)
-        if past is not None and past.get_seq_length() > 0:
-            raise ValueError(
-                f"`{CACHE_NAME}` must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the "
-                "whole conversation without a cache."
-            )
         ids = kwargs["input_ids"]
         with torch.no_grad():
             kwargs = selection.prune(self, kwargs)
         length = kwargs["input_ids"].shape[1]
+        generation_config = copy.deepcopy(generation_config)
         for name in ("max_length", "min_length"):  # both count the caller's prompt
-            value = kwargs.get(name) or getattr(generation_config, name, None)
+            options = kwargs
+            if generation_config is not None and kwargs.get(name) is None:
+                options = vars(generation_config)
+            value = getattr(self.generation_config, name) if options.get(name) is None else options[name]
             if value:
-                kwargs[name] = value - ids.shape[1] + length
+                options[name] = value - ids.shape[1] + length
         outputs = own_class.generate(self, inputs, generation_config, *args, **kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         prompts = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
@@ -223,6 +254,7 @@ def _pruning_generate(own_class: type[nn.Module]):
 
 __all__ = [
     "apply_vlm_selection",
+    "check_not_recording",
     "check_vlm_schedule",
     "record_vlm_selection",
     "remove_vlm_selection",

@@ -33,6 +33,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from modeling_trips.hosts import TextGuide
 from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.training.files import write_json
@@ -63,7 +64,8 @@ class EvaluationArguments:
         default=None, metadata={"help": f"Of {', '.join(SELECTIONS)}. Default: all, tower_text with --guide."}
     )
     layer: int | None = field(
-        default=None, metadata={"help": "Layer of the tower that selects. Default: a third of the way."}
+        default=None,
+        metadata={"help": "Layer of the tower that selects. Default: the guide's, or a third."},
     )
     guide: str | None = field(default=None, metadata={"help": "A TextGuide of this layer: a folder, or on the Hub."})
     metrics: list[str] = field(
@@ -92,8 +94,10 @@ class EvaluationArguments:
         return {name: getattr(self, name) for name in SETTINGS}
 
 
-def default_layer(name: str) -> int:
-    """A third of the layers of the vision tower that may select; 1 where none may."""
+def default_layer(name: str, guide: str | None = None) -> int:
+    """The layer of the guide, or a third of the layers of the vision tower that may select; 1 where none may."""
+    if guide is not None and (layer := TextGuide.from_pretrained(guide).layer) is not None:
+        return layer
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
@@ -256,7 +260,7 @@ def print_table(rows: list[dict], args: EvaluationArguments):
 def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = make_parser(EvaluationArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     if args.layer is None:
-        args.layer = default_layer(args.model_name_or_path)
+        args.layer = default_layer(args.model_name_or_path, args.guide)
     rows = list(make_rows(args))
     print_table(rows, args)
     return rows

@@ -24,7 +24,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PaliGemmaProcessor,
+    get_cosine_schedule_with_warmup,
+)
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
 from modeling_trips.hosts.vlm.supervision import (
@@ -84,10 +89,9 @@ class GuideCollator:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def encode(self, images: list[PIL.Image.Image], texts: list[str]) -> dict[str, torch.Tensor]:
-        return dict(
-            self.processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt")
-        )
+    def encode(self, images: list[PIL.Image.Image], texts: list[str], **options) -> dict[str, torch.Tensor]:
+        images = [[image] for image in images]
+        return dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt", **options))
 
     def __call__(self, rows: list[dict]) -> dict:
         images = [read_image(row) for row in rows]
@@ -98,8 +102,16 @@ class GuideCollator:
             batch["masks"] = self.encode(region_masks(images, [row["region"] for row in rows]), prompts)
             batch["blanks"] = self.encode(blanks, prompts)
         else:
-            answers = [f" {row['answers'][0]}" for row in rows]
-            batch["answered"] = self.encode(images, [prompt + answer for prompt, answer in zip(prompts, answers)])
+            answers = [row["answers"][0] for row in rows]
+            if isinstance(self.processor, PaliGemmaProcessor):  # it ends the prompt, and then the answer
+                answered = self.encode(images, prompts, suffix=answers)
+                del answered["labels"]
+                shape = answered["input_ids"].shape
+                batch["answered"] = {
+                    name: value[:, :-1] if value.shape == shape else value for name, value in answered.items()
+                }
+            else:
+                batch["answered"] = self.encode(images, [f"{prompt} {own}" for prompt, own in zip(prompts, answers)])
             lengths = (part["attention_mask"].sum(dim=1) for part in (batch["answered"], batch["inputs"]))
             batch["num_answer_tokens"] = [max(1, int(one - other)) for one, other in zip(*lengths)]
         return batch
@@ -166,13 +178,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     model = model.to(accelerator.device).eval().requires_grad_(False)
     collator = GuideCollator(AutoProcessor.from_pretrained(args.model_name_or_path), args.teacher)
-    guide = TextGuide.for_model(model)
+    guide = TextGuide.for_model(model, args.layer)
     optimizer = torch.optim.AdamW(guide.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     # The scheduler counts the steps of all processes.
     scale = accelerator.num_processes
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps * scale, args.max_steps * scale)
     guide, optimizer, scheduler = accelerator.prepare(guide, optimizer, scheduler)
-    for name in ("num_heads", "head_dim"):  # of a guide that DistributedDataParallel wraps
+    # Of a guide that DistributedDataParallel wraps.
+    for name in ("text_hidden_size", "num_heads", "head_dim", "layer"):
         setattr(guide, name, getattr(accelerator.unwrap_model(guide), name))
     trainer = GuideTrainer(model, guide, args)
     step, checkpoint = 0, Path(args.output_dir) / "checkpoint"
@@ -193,7 +206,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         optimizer.zero_grad()
         step += 1
         if step % args.save_steps == 0 or step == args.max_steps:
-            bar.set_postfix(loss=loss.item() / number.item(), region_recall=recall.item() / number.item())
+            images = max(number.item(), 1)  # cropping may leave none with a region
+            bar.set_postfix(loss=loss.item() / images, region_recall=recall.item() / images)
             accelerator.save_state(checkpoint)
             if accelerator.is_main_process:
                 write_json(checkpoint / "step.json", {"step": step})

@@ -43,6 +43,14 @@ QWEN = {
     "temporal_patch_size": 2,
     "in_channels": 3,
 }
+QWEN3 = {
+    **QWEN,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 37,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1],
+}
 IMAGE, PAD, VISION_START, VISION_END = 90, 1, 91, 92
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 32]]
 
@@ -183,20 +191,66 @@ VLMS = [
     llama_vlm(
         "qwen3_vl",
         "Qwen3VL",
-        {
-            **QWEN,
-            "hidden_size": 32,
-            "out_hidden_size": 32,
-            "intermediate_size": 37,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        },
+        QWEN3,
         {"model_type": "qwen3_vl_text", **MROPE, "head_dim": 8},
         "packed",
         config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
     ),
+    llama_vlm(
+        "qwen3_vl_moe",
+        "Qwen3VLMoe",
+        QWEN3,
+        {
+            "model_type": "qwen3_vl_moe_text",
+            **MROPE,
+            "head_dim": 8,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        "packed",
+        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+    ),
 ]
-BY_NAME = {vlm.name: vlm for vlm in VLMS}
+# Supported at the exit only.
+OTHERS = [
+    llama_vlm(
+        "llava_pixtral",
+        "Llava",
+        {"model_type": "pixtral", **VIT, "head_dim": 8},
+        LLAMA,
+        config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    ),
+    llama_vlm(
+        "qwen3_5",
+        "Qwen3_5",
+        {name: value for name, value in QWEN3.items() if name != "deepstack_visual_indexes"},
+        {
+            "model_type": "qwen3_5_text",
+            **MROPE,
+            "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0},
+            "head_dim": 8,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+        "packed",
+        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+    ),
+    llama_vlm(
+        "glm4v",
+        "Glm4v",
+        {**QWEN, "hidden_size": 32, "image_size": 32, "out_hidden_size": 32, "intermediate_size": 37},
+        {"model_type": "glm4v_text", **MROPE, "head_dim": 8},
+        "packed",
+        config={
+            "image_start_token_id": VISION_START,
+            "image_end_token_id": VISION_END,
+            "video_token_id": 93,
+            "video_start_token_id": 94,
+            "video_end_token_id": 95,
+        },
+    ),
+]
+BY_NAME = {vlm.name: vlm for vlm in [*VLMS, *OTHERS]}
 SIZES = [(32, 64), (64, 64), (32, 32), (64, 32)]  # sizes of images without a fixed size
 
 
@@ -211,7 +265,10 @@ def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[
     if number == 0:
         return {}, []
     if vlm.kind == "grid":
-        return {"pixel_values": pixels(number, 3, 32, 32)}, [vlm.tokens] * number
+        inputs = {"pixel_values": pixels(number, 3, 32, 32)}
+        if vlm.name == "llava_pixtral":
+            inputs["image_sizes"] = torch.tensor([[32, 32]] * number)
+        return inputs, [vlm.tokens] * number
     if vlm.kind == "tiles":  # two per image; rows with fewer images are padded with zeros
         images = torch.zeros(len(counts), 2 * max(counts), 3, 32, 32)
         for row, count in enumerate(counts):

@@ -6,7 +6,7 @@ dropped by hand, and against a tower that masks the dropped patches in attention
 import pytest
 import torch
 import transformers
-from tiny_vlms import BY_NAME, IMAGE, VLMS, Vlm, make_inputs
+from tiny_vlms import BY_NAME, IMAGE, OTHERS, VLMS, Vlm, make_inputs
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,6 +28,7 @@ WITH_CLASS_TOKEN = ("llava", "llava_next", "internvl")
 COUNTS = [1, 2, 0]  # images per prompt
 ENCODER_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
 families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
+all_families = pytest.mark.parametrize("vlm", [*VLMS, *OTHERS], ids=lambda vlm: vlm.name)
 
 
 def keep_even(features, prompt, prompt_mask, num_kept):
@@ -102,7 +103,7 @@ def logits_by_hand(model: nn.Module, vlm: Vlm, inputs: dict) -> torch.Tensor:
 # ---- Between the tower and the language model ----------------------------------------------------------------------
 
 
-@families
+@all_families
 @torch.no_grad()
 def test_keeping_all_tokens_changes_nothing(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, COUNTS)
@@ -113,7 +114,7 @@ def test_keeping_all_tokens_changes_nothing(vlm):
     assert torch.equal(model.generate(**pruned, **options), model.generate(**inputs, **options))
 
 
-@families
+@all_families
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @torch.no_grad()
 def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
@@ -125,7 +126,7 @@ def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
         torch.testing.assert_close(logits[row, mask[row]], logits_by_hand(model, vlm, own)[0], **TOLERANCE)
 
 
-@families
+@all_families
 @pytest.mark.parametrize("scorer", ["prompt", "diversity"])
 @torch.no_grad()
 def test_batches_select_visual_tokens_like_single_prompts(vlm, scorer):
@@ -139,7 +140,7 @@ def test_batches_select_visual_tokens_like_single_prompts(vlm, scorer):
         torch.testing.assert_close(logits[row, mask[row]], model(**alone).logits[0], **TOLERANCE)
 
 
-@families
+@all_families
 @torch.no_grad()
 def test_every_way_to_generate(vlm):
     model = vlm.make()

@@ -31,6 +31,7 @@ from transformers import (
     Qwen2_5_VLModel,
     Qwen2VLModel,
     Qwen3VLModel,
+    Qwen3VLMoeModel,
     SmolVLMModel,
 )
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -40,6 +41,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionBlock
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
 from transformers.vision_utils import get_vision_window_index
@@ -380,7 +382,7 @@ class Qwen25Vl(Qwen2Vl):
 
 
 class Qwen3Vl(Qwen2Vl):
-    layer_classes = {Qwen3VLVisionBlock: PackedLayer}
+    layer_classes = {Qwen3VLVisionBlock: PackedLayer, Qwen3VLMoeVisionBlock: PackedLayer}
 
     def add_hooks(self, tower: Tower) -> list:
         handles = super().add_hooks(tower)
@@ -401,6 +403,7 @@ FAMILIES: dict[type[PreTrainedModel], type[Family]] = {
     Qwen2VLModel: Qwen2Vl,
     Qwen2_5_VLModel: Qwen25Vl,
     Qwen3VLModel: Qwen3Vl,
+    Qwen3VLMoeModel: Qwen3Vl,
 }
 NOT_SUPPORTED = {
     "blip-2": "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection",

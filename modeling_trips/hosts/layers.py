@@ -111,8 +111,12 @@ class Host:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a part of the weight can be used: adapters are other modules, and torchao has other tensors."""
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor)
+    """
+    Whether rows of the weight can be used. Adapters are other modules, torchao has other tensors, and the hooks of
+    Accelerate load a weight for the forward pass.
+    """
+    is_plain = type(module) is nn.Linear and "forward" not in vars(module)
+    return is_plain and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
 def project_rows(linear: nn.Linear, states: torch.Tensor, start: int, stop: int) -> torch.Tensor:

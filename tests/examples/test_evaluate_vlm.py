@@ -6,6 +6,7 @@ import pytest
 from tiny_vlms import BY_NAME
 
 from modeling_trips import SelectionSchedule
+from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
 from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments, print_table, score_of
 
@@ -33,6 +34,11 @@ def test_the_default_layer_is_a_third_of_the_way(name, tmp_path):
     model = vlm.make()
     model.config.save_pretrained(tmp_path)
     assert default_layer(tmp_path) == 1 == round(vlm.num_layers / 3)
+
+
+def test_the_default_layer_is_that_of_the_guide(tmp_path):
+    TextGuide(32, 4, 8, layer=7).save_pretrained(tmp_path)
+    assert default_layer("model", str(tmp_path)) == 7
 
 
 def test_tower_selection_keeps_what_is_asked_for():

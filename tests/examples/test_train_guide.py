@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_vlm_processors import make_paligemma_processor
 from tiny_vlms import BY_NAME, IMAGE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -85,6 +86,7 @@ def test_learns_the_regions(model_folder, data, tmp_path):
     assert metrics["eval_region_recall"] > 0.65  # 0.5 at random
     guide = TextGuide.from_pretrained(tmp_path)
     assert guide(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).shape == (1, 4, 8)
+    assert guide.layer == 1
     assert json.loads((tmp_path / "eval_results.json").read_text()).items() >= metrics.items()
 
 
@@ -121,6 +123,29 @@ def test_learns_from_attention(model_folder, data, tmp_path):
     metrics = train_guide.main(options(model_folder, data, tmp_path, "--teacher=attention", "--max_steps=3"))
     assert metrics["eval_samples"] == 16
     assert 0 < metrics["eval_region_recall"] <= 1
+
+
+def test_the_answer_of_paligemma_is_supervised():
+    """Its processor puts a newline behind the prompt."""
+    processor = make_paligemma_processor()
+    processor.tokenizer.add_tokens(["\n"])
+    answers = ["red", "green blue"]
+    image = PIL.Image.new("RGB", (32, 32))
+    row = {"image": image, "question": "what color is it ?", "region": None}
+    batch = train_guide.GuideCollator(processor, "attention")([row | {"answers": [answer]} for answer in answers])
+    for ids, number, answer in zip(batch["answered"]["input_ids"], batch["num_answer_tokens"], answers):
+        assert processor.tokenizer.decode(ids[-number:]) == answer
+    assert {*batch["answered"]} == {*batch["inputs"]} - {"labels"}
+
+
+def test_regions_outside_the_crop_are_no_targets(model_folder, tmp_path):
+    PIL.Image.new("RGB", (192, 64), "red").save(tmp_path / "0.png")
+    row = {"image": "0.png", "question": "which half is red ?", "answer": "top", "region": [0, 0, 20, 20]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    data, output_dir = tmp_path / "rows.jsonl", tmp_path / "guide"
+    metrics = train_guide.main(options(model_folder, data, output_dir, "--max_steps=2", "--save_steps=1"))
+    assert metrics["eval_samples"] == 0
+    assert all(value.isfinite().all() for value in load_file(output_dir / "model.safetensors").values())
 
 
 def test_data_without_regions_are_refused(model_folder, data, tmp_path):

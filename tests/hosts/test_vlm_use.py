@@ -102,7 +102,7 @@ def test_trainer_trains_and_evaluates(tmp_path):
 def test_a_guide_is_saved_loaded_and_trained(tmp_path):
     vlm = BY_NAME["paligemma"]
     model, inputs = vlm.make().requires_grad_(False), make_inputs(vlm, [1, 1])
-    guide = TextGuide.for_model(model)
+    guide = TextGuide.for_model(model, layer=1)
     apply_patch_selection(model, "1:text:0.3", guide=guide)
     optimizer = torch.optim.Adam(guide.parameters(), lr=1e-2)
     target, losses = torch.zeros(2, 64).index_fill_(1, torch.tensor([5, 9, 33]), 1.0), []
@@ -117,14 +117,29 @@ def test_a_guide_is_saved_loaded_and_trained(tmp_path):
     guide.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
     loaded = TextGuide.from_pretrained(tmp_path)
+    assert (loaded.text_hidden_size, loaded.layer) == (32, 1)
     expected = model(**inputs).logits
     apply_patch_selection(model, "1:text:0.3", guide=loaded)
     assert torch.equal(model(**inputs).logits, expected)
 
 
-def test_guide_of_another_width_raises():
-    with pytest.raises(ValueError, match="heads"):
-        apply_patch_selection(BY_NAME["llava"].make(), "1:text:0.3", guide=TextGuide(32, 2, 16))
+@pytest.mark.parametrize(
+    ("guide", "name"),
+    [
+        (TextGuide(32, 2, 16), "heads"),
+        (TextGuide(64, 4, 8), "text_hidden_size"),
+        (TextGuide(32, 4, 8, layer=2), "layer"),
+    ],
+)
+def test_guides_of_other_models_and_layers_raise(guide, name):
+    with pytest.raises(ValueError, match=name):
+        apply_patch_selection(BY_NAME["llava"].make(), "1:text:0.3", guide=guide)
+
+
+def test_guides_move_to_the_device_of_the_model():
+    guide = TextGuide(32, 4, 8)
+    apply_patch_selection(BY_NAME["llava"].make().to("meta"), "1:text:0.3", guide=guide)
+    assert guide.query.weight.device.type == "meta"
 
 
 # ---- Scorers -------------------------------------------------------------------------------------------------------

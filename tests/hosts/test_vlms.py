@@ -435,6 +435,9 @@ def test_bad_inputs_raise():
         prune_inputs(model, {**inputs, "labels": inputs["input_ids"]}, 5)
     with pytest.raises(ValueError, match="keep_rate"):
         prune_inputs(model, inputs, 5, keep_rate=0.5)
+    for number in (2.5, True, "5"):
+        with pytest.raises(TypeError, match="visual_tokens"):
+            prune_inputs(model, inputs, number)
     with pytest.raises(TypeError):
         prune_inputs(nn.Linear(2, 2), inputs, 5)
     qwen = BY_NAME["qwen2_vl"]
@@ -469,13 +472,15 @@ def test_labels_do_not_change_the_selection():
 
 
 @torch.no_grad()
-def test_padding_patches_are_masked_after_selection():
-    vlm = BY_NAME["smolvlm"]
-    model, inputs = vlm.make(), make_inputs(vlm, [1])
-    mask = torch.ones(1, 2, 32, 32, dtype=torch.bool)
-    mask[:, 1, :, 16:] = False
-    apply_patch_selection(model, "1:image:0.99")  # keeps 16 units
-    remove_patch_selection(model)
-    expected = model(**inputs, pixel_attention_mask=mask).logits
-    apply_patch_selection(model, "1:image:0.95")  # the mask goes through all layers above
-    assert model(**inputs, pixel_attention_mask=mask).logits.shape == expected.shape
+def test_labels_may_cover_prompts_that_are_not_read():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 0])
+    covered = {**inputs, "labels": inputs["input_ids"]}
+    for scorer in ("diversity", "random", "pooling"):
+        assert prune_inputs(model, covered, 4, scorer=scorer)["labels"].shape[1] == inputs["input_ids"].shape[1] - 60
+    for scorer in ("prompt", keep_even):
+        with pytest.raises(ValueError, match="labels"):
+            prune_inputs(model, covered, 4, scorer=scorer)
+    labels = inputs["input_ids"].clone()
+    labels[0, :-2] = -100  # the second row has no image
+    assert (prune_inputs(model, {**inputs, "labels": labels}, 4)["input_ids"] == IMAGE).sum() == 4

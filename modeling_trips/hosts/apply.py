@@ -117,7 +117,8 @@ def apply_patch_selection(
     """
     Add patch selection to a model, in place. A second call replaces the first.
 
-    Call it after loading and before wrapping: before `torch.compile`, DDP or FSDP, and Accelerate's device hooks.
+    Call it after loading and before wrapping: before `torch.compile`, DDP or FSDP, and Accelerate's device hooks. For
+    several devices, load the model without `device_map`, apply the selection, then call `accelerate.dispatch_model`.
     Activation checkpointing needs `use_reentrant=False`, the default of Transformers.
 
     In a generative vision-language model, `forward` and `generate` encode the image, drop visual tokens, and shorten
@@ -132,7 +133,7 @@ def apply_patch_selection(
             InstructBLIP; `BridgeTowerModel` or a head of it; `CLIPModel`, `CLIPVisionModel`,
             `CLIPVisionModelWithProjection`; `SiglipModel`, `SiglipVisionModel`; timm's `VisionTransformer`. Or a
             generative model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3, InternVL,
-            Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+            Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE.
         schedule (`SelectionSchedule` or `str`):
             Selection layers of the vision tower (in ViLT, of the joint layers), and what scores the patches:
             `"5:image:0.7,10:text:0.7"`, or `"unpruned"`. In BridgeTower they must come before the first bridge to the
@@ -154,9 +155,10 @@ def apply_patch_selection(
             Generative models only: turns the prompt into the query of the layer that is scored by the text.
 
     Raises:
-        TypeError: The model or one of its layers is not supported.
-        ValueError: The schedule does not fit the model, or a compiler or Accelerate has replaced a layer's forward
-            pass.
+        TypeError: The model or one of its layers is not supported, or `visual_tokens` is not an integer.
+        ValueError: The schedule or the guide does not fit the model, or a compiler or Accelerate has replaced the
+            forward pass of a generative model or of a layer.
+        RuntimeError: `record_patch_selection` is open on a generative model.
     """
     schedule = SelectionSchedule.parse(schedule) if isinstance(schedule, str) else schedule
     family = find_family(model)

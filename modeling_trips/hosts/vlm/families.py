@@ -216,11 +216,12 @@ class LlavaNext(Llava):
 
     def begin_pass(self, inputs: Mapping) -> TowerPass:
         # Padding patches are those that no packed token depends on.
+        inputs = {**inputs, "image_sizes": inputs["image_sizes"].cpu()}
         with torch.inference_mode(False), torch.enable_grad():
             tiles = self.blank_tiles(inputs, requires_grad=True)
             gradients = torch.autograd.grad(torch.cat(self.pack(tiles, inputs)).sum(), tiles)
         is_image = torch.cat(gradients)[..., 0] != 0
-        return TowerPass(is_image=is_image.to(inputs["pixel_values"].device))
+        return TowerPass(is_image=is_image.to(inputs["pixel_values"].device, non_blocking=True))
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)

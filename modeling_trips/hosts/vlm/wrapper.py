@@ -126,15 +126,15 @@ def apply_vlm_selection(
         tower, layers = Tower(family.unit, family.has_class_token), family.layers
         for number in _changed_layers(family, schedule):
             layer = layers[number - 1]
-            kind = family.layer_classes[type(layer)]
-            layers[number - 1] = selecting_class(kind, type(layer)).of(
+            selecting = selecting_class(family.layer_classes[type(layer)], type(layer))  # type: ignore[arg-type]
+            layers[number - 1] = selecting.of(
                 layer, tower=tower, number=number, selection=schedule.by_layer.get(number)
             )
         handles = family.add_hooks(tower)
     if guide is not None:
         guide.to(model.device)
     model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide, handles)
-    model.__class__ = _pruning_class(type(model))
+    model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 
 
 def check_not_recording(model: nn.Module):
@@ -185,7 +185,7 @@ def _check_mask(inputs: dict):
     # In a static cache, the length is a tensor on the device.
     if isinstance(length, int) and length > 0 and mask.shape[1] != length + new.shape[1]:
         raise ValueError(
-            f"`attention_mask` must cover the {length} tokens of the pruned cache and the {new.shape[1]} new ones, got "
+            f"`attention_mask` must cover {length} tokens of the pruned prompt and {new.shape[1]} new ones, got "
             f"{mask.shape[1]}. Use `generate`, or continue the mask that `prune_inputs` returns."
         )
 

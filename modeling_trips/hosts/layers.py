@@ -76,7 +76,7 @@ def check_layer(layer: nn.Module, number: int, classes: Collection[type[nn.Modul
     if type(layer) not in classes:
         names = " or ".join(known.__name__ for known in classes)
         raise TypeError(f"Layer {number} must be of class {names}, got {type(layer).__name__}.")
-    check_forward(layer, f"Layer {number}")
+    check_forward(layer, f"layer {number}")
 
 
 def check_forward(module: nn.Module, name: str):
@@ -87,7 +87,7 @@ def check_forward(module: nn.Module, name: str):
     taken_over = {"forward", "_compiled_call_impl"} & vars(module).keys()
     if taken_over:
         raise ValueError(
-            f"{name} must have its own forward pass, got a replaced one ({', '.join(taken_over)}). Load the model "
+            f"The forward pass of {name} must be its own, got a replaced one ({', '.join(taken_over)}). Load the model "
             "without `device_map`, apply patch selection, then compile or call `accelerate.dispatch_model`."
         )
 

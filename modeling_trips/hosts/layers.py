@@ -87,8 +87,8 @@ def check_forward(module: nn.Module, name: str):
     taken_over = {"forward", "_compiled_call_impl"} & vars(module).keys()
     if taken_over:
         raise ValueError(
-            f"The forward pass of {name} must be its own, got a replaced one ({', '.join(taken_over)}). Load the model "
-            "without `device_map`, apply patch selection, then compile or call `accelerate.dispatch_model`."
+            f"The forward pass of {name} must be its own, got a replaced one ({', '.join(taken_over)}). Load without "
+            "`device_map`, apply patch selection, then compile or call `accelerate.dispatch_model`."
         )
 
 

@@ -40,11 +40,11 @@ def draw_protocol(output: Path):
     runs, times = variants(read("protocol_questions")), read("protocol_questions_times")
     for axis, texts in zip(axes, (1, 4)):
         for label, (start, color) in PROTOCOL.items():
-            points = sorted(
+            points = [
                 (float(seconds(times, variant, texts_per_image=texts)), percents(of, "test_accuracy"))
-                for variant, of in runs.items()
+                for variant, of in sorted(runs.items())
                 if variant.startswith(start) and "no regions" not in variant and len(of) == 3
-            )
+            ]
             columns = [x for x, _ in points], [mean(v) for _, v in points], [stdev(v) for _, v in points]
             axis.errorbar(*columns, color=color, marker="o", capsize=3, label=label)
         unpruned = mean(percents(runs["unpruned"], "test_accuracy"))

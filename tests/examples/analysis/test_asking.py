@@ -6,10 +6,12 @@ from easy_vqa import get_test_image_paths
 from random_checkpoint import save_random_checkpoint
 
 from modeling_trips import (
+    UNPRUNED,
     TripsForConditionalGeneration,
     TripsForVisualGrounding,
     TripsImageToTextPipeline,
     TripsVisualQuestionAnsweringPipeline,
+    use_schedule,
 )
 from trips_examples.analysis.asking import Asker, Look
 from trips_examples.ask import CHECKPOINT
@@ -37,10 +39,10 @@ def test_answers_are_those_of_the_pipeline(image):
     assert [told.answers for told in look.told] == [
         [f"{each['answer']} ({each['score']:.1%})" for each in best] for best in found
     ]
-    asker.model.config.keep_rate = 1.0
-    kept = TripsVisualQuestionAnsweringPipeline(model=asker.model, processor=asker.processor)(
-        image, questions, top_k=1
-    )
+    with use_schedule(asker.model, UNPRUNED):
+        kept = TripsVisualQuestionAnsweringPipeline(model=asker.model, processor=asker.processor)(
+            image, questions, top_k=1
+        )
     assert [told.answers_at_keep_rate_1[0] for told in look.told] == [
         f"{best['answer']} ({best['score']:.1%})" for (best,) in kept
     ]

@@ -315,6 +315,24 @@ def protocol_precision() -> str:
 
 
 @table
+def protocol_resolution() -> str:
+    runs, times = variants(read("protocol_questions")), read("protocol_questions_times")
+    names = {f"fewer pixels {side}": f"unpruned, {side} px" for side in (64, 72, 80)}
+    rows = [
+        [
+            label,
+            *(seconds(times, key, texts_per_image=texts) for texts in (1, 4)),
+            spread(percents(runs[key], "test_accuracy")),
+            gap(runs["text 0.05"], runs[key]),
+        ]
+        for key, label in {**names, "text 0.05": "`2:text:0.05`, 96 px", "unpruned": "unpruned, 96 px"}.items()
+    ]
+    rows[-2][-1] = ""
+    header = ["Model", "Time, 1 text", "Time, 4 texts", "Accuracy, %", "`2:text:0.05` less this"]
+    return render(header, rows, "protocol_questions", "protocol_questions_times", note="with regions")
+
+
+@table
 def protocol_top_p() -> str:
     runs = variants(read("protocol_questions"))
     names = {"text 0.05": "`2:text:0.05`", "text 0.25": "`2:text:0.25`", "text 0.5": "`2:text:0.5`"}
@@ -932,7 +950,7 @@ def headline() -> str:
         questions("text 0.05"),
         questions("image 0.05"),
         questions("random 0.05"),
-        questions("fewer pixels 64"),
+        questions("fewer pixels 80"),
         questions("text 0.7, no regions"),
         questions("image 0.7, no regions"),
         boxes("text, taught 0.05"),

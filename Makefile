@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
-	@echo "make demo      train TRIPS on easy-VQA, answer questions, draw the kept patches (5 minutes on 2 cores)"
+	@echo "make demo      train TRIPS on composed scenes, answer questions, draw the kept patches (5 minutes on 2 cores)"
 	@echo "make pictures  pretrained towers on scenes of real pictures, without a hub: see docs/real_pictures.md"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"

@@ -470,12 +470,11 @@ def demo_runs() -> str:
             precision,
             threads,
             *(f"{100 * of[seed]['test_accuracy']:.2f}" if seed in of else "" for seed in seeds),
-            spread([row["minutes"] for row in of.values()]),
         ]
         for (precision, threads), of in runs.items()
     ]
-    header = ["Precision", "Threads", *(f"Seed {seed}, %" for seed in seeds), "Minutes"]
-    return render(header, rows, "demo_runs", note="two runs side by side on 2 cores")
+    header = ["Precision", "Threads", *(f"Seed {seed}, %" for seed in seeds)]
+    return render(header, rows, "demo_runs")
 
 
 @table

@@ -64,7 +64,7 @@ def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
             assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
             output[command] = result.stdout
     said = "".join(output.values())
-    assert "Asked about a scene of four shapes:" in said and "Nothing is wrong." in said
+    assert "Asked about a scene of four shapes:" in said and "No faults found." in said
     assert "Dry run: nothing was sent to ada/mine." in said and "Published: " in said
     published = hub.repositories["ada/mine"]
     assert {"model.safetensors", "config.json", "README.md"} <= published.commits[published.branches["main"]].keys()

@@ -2,16 +2,14 @@
 
 import itertools
 import json
-import shutil
 
 import pytest
-from easy_vqa import get_test_image_paths
 from markupsafe import escape
 
 from trips_examples import analyze_errors
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.ask import CHECKPOINT
-from trips_examples.data.scenes import easy_vqa_records
+from trips_examples.data.scenes import scene_records
 
 
 def write_predictions(path, wrong: set[int]):
@@ -63,10 +61,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
     """The loss is significant, and the page shows the kept patches."""
     rows = []
-    for row in itertools.islice(easy_vqa_records("test"), 120):
-        name = f"{row['image_id'].split()[1]}.png"
-        shutil.copy(get_test_image_paths()[int(row["image_id"].split()[1])], tmp_path / name)
-        rows.append({**row, "image": name, "kind": row["question"].split()[0]})
+    for row in itertools.islice(scene_records("vqa", "test", 30), 120):
+        name = f"{row['image_id']}.png"
+        (tmp_path / name).write_bytes(row["image"]["bytes"])
+        rows.append({**row, "image": name})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors")]
     data = ["--validation_file", str(tmp_path / "rows.jsonl"), "--health_steps", "0"]

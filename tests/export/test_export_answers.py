@@ -86,7 +86,7 @@ def test_answers_and_patches_match_pytorch(exported, questions, expected):
     if dtype == "fp32":
         assert same == 1.0 and all(map(torch.equal, kept, expected[1]))
     assert abs(accuracy - accuracy_expected) <= 0.003
-    assert min(same_patches) > 0.95
+    assert min(same_patches) > 0.85
     pipelines = [
         TripsVisualQuestionAnsweringPipeline(model=one, processor=processor)
         for one in (model, TripsForQuestionAnswering.from_pretrained(CHECKPOINT))

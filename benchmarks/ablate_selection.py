@@ -92,22 +92,13 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     variants = read_variants(args.variants_file)
     chosen = list(variants) if args.variants is None else args.variants
     check_choices("--variants", chosen, variants)
-    return [
-        Run(
-            variant,
-            seed,
-            Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}",
-            (
-                args.script,
-                *(word.replace("{seed}", str(seed)) for word in options),
-                *variants[variant],
-                "--seed",
-                str(seed),
-            ),
-        )
-        for seed in args.seeds
-        for variant in chosen
-    ]
+    runs = []
+    for seed in args.seeds:
+        own = [word.replace("{seed}", str(seed)) for word in options]
+        for variant in chosen:
+            folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
+            runs.append(Run(variant, seed, folder, (args.script, *own, *variants[variant], "--seed", str(seed))))
+    return runs
 
 
 def execute(run: Run, args: AblationArguments):

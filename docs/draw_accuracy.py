@@ -33,6 +33,15 @@ PROTOCOL = {  # the beginning of its variants' names and the color of each curve
 }
 
 
+def finish(axis, title: str, baseline: list[dict], metric: str):
+    """Mark the unpruned baseline in a panel of accuracy against time, and name its axes."""
+    unpruned = mean(percents(baseline, metric))
+    axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
+    axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
+    axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
+    axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
+
+
 def draw_protocol(output: Path):
     """Accuracy of questions against time, with the regions known to all, for one and four texts per image."""
     figure = Figure(figsize=(10, 4))
@@ -47,12 +56,7 @@ def draw_protocol(output: Path):
             ]
             columns = [x for x, _ in points], [mean(v) for _, v in points], [stdev(v) for _, v in points]
             axis.errorbar(*columns, color=color, marker="o", capsize=3, label=label)
-        unpruned = mean(percents(runs["unpruned"], "test_accuracy"))
-        axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
-        axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
-        axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
-        title = f"Questions, {texts} text{'s' if texts > 1 else ''} per image"
-        axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
+        finish(axis, f"Questions, {texts} text{'s' if texts > 1 else ''} per image", runs["unpruned"], "test_accuracy")
     save(figure, output)
 
 
@@ -87,11 +91,7 @@ def draw_times(output: Path):
                 several = len(values) > 1
                 face, spread = (color, stdev(values)) if several else ("white", None)
                 axis.errorbar(x, mean(values), spread, color=color, marker="o", markerfacecolor=face, capsize=3)
-        unpruned = mean(percents(runs["unpruned"], "eval_accuracy"))
-        axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
-        axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
-        axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
-        axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
+        finish(axis, title, runs["unpruned"], "eval_accuracy")
     save(figure, output)
 
 

@@ -18,7 +18,7 @@ from statistics import mean, stdev
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.analysis.paired import exact_sign_test, paired_difference
+from trips_examples.analysis.paired import PairedDifference, exact_sign_test, paired_difference
 
 
 DOCS = Path(__file__).resolve().parent
@@ -106,15 +106,24 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def difference(rows: list[Row], baseline: list[Row], field: str, scale: float = 100, digits: int = 1) -> str:
-    """Mean difference over common seeds ± deviation, and p of the paired t-test; empty below three seeds."""
+def paired_by_seed(
+    rows: list[Row], baseline: list[Row], field: str, scale: float = 100
+) -> tuple[PairedDifference, str] | None:
+    """The difference over common seeds, and p of the paired t-test in words; None below three seeds."""
     by_seed = {row["seed"]: row[field] for row in baseline}
     pairs = [(scale * row[field], scale * by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
     if len(pairs) < 3 or rows is baseline:
+        return None
+    found = paired_difference(*zip(*pairs))
+    return found, f"p = {found.p_value:.2f}" if found.p_value >= 0.01 else "p < 0.01"
+
+
+def difference(rows: list[Row], baseline: list[Row], field: str, scale: float = 100, digits: int = 1) -> str:
+    """Mean difference ± deviation, and p; empty below three seeds."""
+    if (paired := paired_by_seed(rows, baseline, field, scale)) is None:
         return ""
-    gap = paired_difference(*zip(*pairs))
-    p = f"p = {gap.p_value:.2f}" if gap.p_value >= 0.01 else "p < 0.01"
-    return f"{gap.mean:+.{digits}f} ± {gap.deviation:.{digits}f} ({p})"
+    found, p = paired
+    return f"{found.mean:+.{digits}f} ± {found.deviation:.{digits}f} ({p})"
 
 
 def render(header: list[str], rows: list[list], *sources: str, note: str = "") -> str:
@@ -255,20 +264,21 @@ def protocol_macs(image_size: int, text: str | None, texts: int) -> float:
     return forward_cost(config, 10, plan).macs(texts) / forward_cost(full, 10, UNPRUNED).macs(texts)
 
 
-def gap(rows: list[Row], baseline: list[Row], field: str = "test_accuracy") -> str:
-    """Mean difference over common seeds, its standard error, and p of the paired t-test; empty below three seeds."""
-    by_seed = {row["seed"]: 100 * row[field] for row in baseline}
-    pairs = [(100 * row[field], by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
-    if len(pairs) < 3:
+def gap(rows: list[Row], baseline: list[Row]) -> str:
+    """Mean difference of test accuracies, its standard error, and p; empty below three seeds."""
+    if (paired := paired_by_seed(rows, baseline, "test_accuracy")) is None:
         return ""
-    found = paired_difference(*zip(*pairs))
-    p = f"p = {found.p_value:.2f}" if found.p_value >= 0.01 else "p < 0.01"
+    found, p = paired
     return f"{found.mean:+.1f} ({found.standard_error:.1f}; {p})"
 
 
-def protocol(name: str, suffix: str = "") -> str:
+def protocol(suffix: str = "") -> str:
     """Accuracies by keep rate and score, and paired differences. Columns without a cell are left out."""
-    runs = {key.removesuffix(suffix): of for key, of in variants(read(name)).items() if key.endswith(suffix)}
+    runs = {
+        key.removesuffix(suffix): of
+        for key, of in variants(read("protocol_questions")).items()
+        if key.endswith(suffix)
+    }
     baseline = runs["unpruned"]
     rows = [["unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * 3, *[""] * 4]]
     for rate, pixels in PROTOCOL_PIXELS.items():
@@ -289,17 +299,19 @@ def protocol(name: str, suffix: str = "") -> str:
     rows = [row for row in rows if any(row[3:])]
     shown = [column for column in range(len(header)) if any(row[column] for row in rows[1:])]
     body = [[row[column] for column in shown] for row in rows]
-    return render([header[column] for column in shown], body, name, note=f"{len(baseline)} independent starts")
+    return render(
+        [header[column] for column in shown], body, "protocol_questions", note=f"{len(baseline)} independent starts"
+    )
 
 
 @table
 def protocol_questions() -> str:
-    return protocol("protocol_questions")
+    return protocol()
 
 
 @table
 def protocol_questions_no_regions() -> str:
-    return protocol("protocol_questions", ", no regions")
+    return protocol(", no regions")
 
 
 @table
@@ -327,7 +339,6 @@ def protocol_resolution() -> str:
         ]
         for key, label in {**names, "text 0.05": "`2:text:0.05`, 96 px", "unpruned": "unpruned, 96 px"}.items()
     ]
-    rows[-2][-1] = ""
     header = ["Model", "Time, 1 text", "Time, 4 texts", "Accuracy, %", "`2:text:0.05` less this"]
     return render(header, rows, "protocol_questions", "protocol_questions_times", note="with regions")
 

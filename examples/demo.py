@@ -9,7 +9,6 @@ and measure its speed against the unpruned baseline.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import io
 import json
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from modeling_trips.configuration_trips import remove_code_references
 from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import QUESTIONS, SCENE, answers_of, draw_selection
+from trips_examples.data.rows import read_image
 from trips_examples.data.scenes import scene_records
 from trips_examples.training.files import write_whole
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
@@ -57,8 +57,7 @@ def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor
     """Print the model's answers to questions about the first test scenes, beside the right ones."""
     for image_id, records in groupby(scene_records("vqa", "test", num_scenes), itemgetter("image_id")):
         asked = list(records)[:4]
-        image = PIL.Image.open(io.BytesIO(asked[0]["image"]["bytes"]))
-        found = answers_of(model, processor, image, [row["question"] for row in asked])
+        found = answers_of(model, processor, read_image(asked[0]), [row["question"] for row in asked])
         for row, answer in zip(asked, (best["answer"] for best in found)):
             verdict = "right" if answer == row["answer"] else row["answer"]
             print(f"  {image_id}: {row['question']:<35} {answer:<10} ({verdict})")

@@ -1,6 +1,5 @@
 """`examples/ask.py` as a user runs it, and the checkpoint that comes with the project."""
 
-import io
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from schedules import rates_of
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
 from trips_examples.analysis import SAME_WEIGHTS
+from trips_examples.data.rows import read_image
 from trips_examples.data.scenes import scene_records
 
 
@@ -168,7 +168,7 @@ def test_the_shipped_checkpoint_loads_whole_and_in_float32():
 
 def test_the_shipped_checkpoint_answers_95_percent_of_the_questions_about_80_test_scenes(model, processor):
     records = list(scene_records("vqa", "test", 80))
-    images = {record["image_id"]: PIL.Image.open(io.BytesIO(record["image"]["bytes"])) for record in records}
+    images = {record["image_id"]: read_image(record) for record in records}
     inputs = processor(
         images=list(images.values()),
         text=[record["question"] for record in records],

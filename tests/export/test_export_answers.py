@@ -1,6 +1,5 @@
 """The checkpoint that comes with the project, exported by the command: it answers as PyTorch does."""
 
-import io
 import json
 import shutil
 import subprocess
@@ -15,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import BACKENDS, export_model, load_exported
 from modeling_trips.export.__main__ import main, read_calibration
+from trips_examples.data.rows import read_image
 from trips_examples.data.scenes import scene_records
 
 
 CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
+KEEP_RATE = 0.5
 WAYS = [(backend, dtype, False) for backend, dtypes in BACKENDS.items() for dtype in dtypes]
 WAYS.append(("openvino", "int8", True))
 
@@ -32,8 +33,12 @@ def processor() -> TripsProcessor:
 def questions() -> tuple[list[str], list[str], list[Image.Image]]:
     """Return about 600 questions of the test split, their answers and images."""
     records = list(scene_records("vqa", "test", 100))
-    images = [Image.open(io.BytesIO(record["image"]["bytes"])) for record in records]
+    images = [read_image(record) for record in records]
     return [record["question"] for record in records], [record["answer"] for record in records], images
+
+
+def load_model() -> TripsForQuestionAnswering:
+    return TripsForQuestionAnswering.from_pretrained(CHECKPOINT, keep_rate=KEEP_RATE).eval()
 
 
 def answers_of(model, processor, texts, images) -> tuple[list[str], list]:
@@ -50,7 +55,7 @@ def answers_of(model, processor, texts, images) -> tuple[list[str], list]:
 @pytest.fixture(scope="module")
 def expected(processor, questions):
     texts, _, images = questions
-    return answers_of(TripsForQuestionAnswering.from_pretrained(CHECKPOINT).eval(), processor, texts, images)
+    return answers_of(load_model(), processor, texts, images)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,8 @@ def exported(request, tmp_path_factory, calibration_file):
     backend, dtype, is_calibrated = request.param
     folder = tmp_path_factory.mktemp("export") / "model"
     options = ["--calibration_file", str(calibration_file)] if is_calibrated else []
-    main(["--model", str(CHECKPOINT), "--backend", backend, "--dtype", dtype, "--output_dir", str(folder), *options])
+    options += ["--keep_rate", str(KEEP_RATE), "--output_dir", str(folder)]
+    main(["--model", str(CHECKPOINT), "--backend", backend, "--dtype", dtype, *options])
     return dtype, load_exported(folder), TripsProcessor.from_pretrained(folder)
 
 
@@ -86,11 +92,8 @@ def test_answers_and_patches_match_pytorch(exported, questions, expected):
     if dtype == "fp32":
         assert same == 1.0 and all(map(torch.equal, kept, expected[1]))
     assert abs(accuracy - accuracy_expected) <= 0.003
-    assert min(same_patches) > 0.85
-    pipelines = [
-        TripsVisualQuestionAnsweringPipeline(model=one, processor=processor)
-        for one in (model, TripsForQuestionAnswering.from_pretrained(CHECKPOINT))
-    ]
+    assert min(same_patches) > 0.95
+    pipelines = [TripsVisualQuestionAnsweringPipeline(model=one, processor=processor) for one in (model, load_model())]
     found, found_expected = (pipeline(images[0], texts[:2], top_k=2) for pipeline in pipelines)
     assert [best[0]["answer"] for best in found] == [best[0]["answer"] for best in found_expected]
 

@@ -63,7 +63,7 @@ from .blip import (
     install_text_guidance,
     remove_text_guidance,
 )
-from .layers import Host, SelectionLayer, SelectionSettings, StandIn, check_layer
+from .layers import ModelParts, ModuleWrapper, SelectionLayer, SelectionSettings, check_layer
 from .vilt import describe_vilt
 from .vision import (
     describe_blip,
@@ -88,7 +88,7 @@ from .vlm.wrapper import (
 
 
 # CLIPForImageClassification and similar models average the patches, so they are not supported.
-HOSTS: dict[Callable[[nn.Module], Host], tuple[type[nn.Module], ...]] = {
+SUPPORTED_MODELS: dict[Callable[[nn.Module], ModelParts], tuple[type[nn.Module], ...]] = {
     describe_vilt: (ViltPreTrainedModel,),
     describe_blip_with_text: (BlipForQuestionAnswering, BlipForImageTextRetrieval),
     describe_blip_captioner: (BlipForConditionalGeneration,),
@@ -104,7 +104,7 @@ HOSTS: dict[Callable[[nn.Module], Host], tuple[type[nn.Module], ...]] = {
     describe_blip2: (Blip2VisionModel,),
     describe_instructblip: (InstructBlipVisionModel,),
 }
-TIMM_HOST = ("timm.models.vision_transformer", "VisionTransformer")
+TIMM_CLASS = ("timm.models.vision_transformer", "VisionTransformer")
 
 
 def apply_patch_selection(
@@ -170,10 +170,10 @@ def apply_patch_selection(
         return
     if visual_tokens is not None or guide is not None:
         raise ValueError(f"`visual_tokens` and `guide` need a generative model, got {type(model).__name__}.")
-    host = find_host(model)
-    _check_schedule(model, host, schedule)
+    parts = find_parts(model)
+    _check_schedule(model, parts, schedule)
     for number in schedule.layers:
-        check_layer(host.layers[number - 1], number, [host.layer_class])
+        check_layer(parts.layers[number - 1], number, [parts.layer_class])
     remove_patch_selection(model)
     guidances = {selection.guidance for selection in schedule.selections}
     for number, selection in schedule.by_layer.items():
@@ -181,16 +181,16 @@ def apply_patch_selection(
             selection.keep_rate,
             selection.guidance,
             takes_text="text" in guidances,
-            needs_text=selection.guidance == "text" and not host.passes_its_text,
+            needs_text=selection.guidance == "text" and not parts.passes_its_text,
             fuse_inattentive_tokens=selection.fuse,
-            num_prefix_tokens=host.num_prefix_tokens,
-            has_class_token=host.has_class_token,
+            num_prefix_tokens=parts.num_prefix_tokens,
+            has_class_token=parts.has_class_token,
         )
-        host.layers[number - 1] = host.selection_layer_class.of(host.layers[number - 1], selection=settings)
+        parts.layers[number - 1] = parts.selection_layer_class.of(parts.layers[number - 1], selection=settings)
     if schedule.layers:
-        for parent, name, stand_in_class in host.stand_ins:
-            setattr(parent, name, stand_in_class.of(getattr(parent, name)))
-    if host.passes_its_text and "text" in guidances:
+        for parent, name, wrapper_class in parts.wrappers:
+            setattr(parent, name, wrapper_class.of(getattr(parent, name)))
+    if parts.passes_its_text and "text" in guidances:
         install_text_guidance(model)
 
 
@@ -207,13 +207,13 @@ def remove_patch_selection(model: nn.Module):
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, StandIn)
+        if isinstance(child, ModuleWrapper)
     ]
-    for _, name, stand_in in places:
-        if "forward" in vars(stand_in):
+    for _, name, wrapper in places:
+        if "forward" in vars(wrapper):
             raise ValueError(f"Module {name} has a hook of Accelerate around its forward pass. Remove the hook first.")
-    for parent, name, stand_in in places:
-        setattr(parent, name, stand_in.give_back())
+    for parent, name, wrapper in places:
+        setattr(parent, name, wrapper.restore())
     remove_text_guidance(model)
     remove_vlm_selection(model)
 
@@ -272,18 +272,18 @@ class _Recorder:
         self.candidate_indices = next_candidates(selection, selection.kept_indices.shape[1] + num_fused)
 
 
-def find_host(model: nn.Module) -> Host:
+def find_parts(model: nn.Module) -> ModelParts:
     """
     Return the description of a model for patch selection.
 
     Raises:
         TypeError: The model is not supported.
     """
-    for describe, classes in HOSTS.items():
+    for describe, classes in SUPPORTED_MODELS.items():
         if isinstance(model, classes):
             return describe(model)
     # By name, because timm is an optional dependency.
-    if any((base.__module__, base.__name__) == TIMM_HOST for base in type(model).__mro__):
+    if any((base.__module__, base.__name__) == TIMM_CLASS for base in type(model).__mro__):
         from .timm import describe_timm
 
         return describe_timm(model)
@@ -291,7 +291,7 @@ def find_host(model: nn.Module) -> Host:
         raise TypeError(
             f"Patch selection does not support {type(model).__name__}. Apply it to `model.get_base_model()`."
         )
-    names = ", ".join(base.__name__ for classes in HOSTS.values() for base in classes)
+    names = ", ".join(base.__name__ for classes in SUPPORTED_MODELS.values() for base in classes)
     names = names.replace(ViltPreTrainedModel.__name__, "ViltModel and all of its heads")
     generative = ", ".join(base.__name__ for base in FAMILIES)
     raise TypeError(
@@ -300,12 +300,12 @@ def find_host(model: nn.Module) -> Host:
     )
 
 
-def _check_schedule(model: nn.Module, host: Host, schedule: SelectionSchedule):
-    last = host.num_selectable_layers
+def _check_schedule(model: nn.Module, parts: ModelParts, schedule: SelectionSchedule):
+    last = parts.num_selectable_layers
     if max(schedule.layers, default=1) > last:
         raise ValueError(
             f"Selection layers of {type(model).__name__} must be in 1..{last}, got {list(schedule.layers)}."
-            + ("" if last == len(host.layers) else f" Layers from {last + 1} on need all tokens.")
+            + ("" if last == len(parts.layers) else f" Layers from {last + 1} on need all tokens.")
         )
     for layer, selection in schedule.by_layer.items():
         if selection.guidance == "random" or selection.mass is not None:
@@ -313,8 +313,8 @@ def _check_schedule(model: nn.Module, host: Host, schedule: SelectionSchedule):
                 f"Layer {layer} of {type(model).__name__} must be scored by the text or by the image with a fixed "
                 f"keep rate, got {schedule}."
             )
-        if selection.guidance == "text" and host.no_text is not None:
-            raise ValueError(f"{type(model).__name__} does not support guidance 'text': {host.no_text}. Use 'image'.")
+        if selection.guidance == "text" and parts.no_text is not None:
+            raise ValueError(f"{type(model).__name__} does not support guidance 'text': {parts.no_text}. Use 'image'.")
 
 
 __all__ = ["apply_patch_selection", "record_patch_selection", "remove_patch_selection"]

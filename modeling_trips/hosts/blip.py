@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .layers import Host
+from .layers import ModelParts
 from .vision import describe_blip
 
 
@@ -85,19 +85,19 @@ def remove_text_guidance(model: PreTrainedModel):
         del model.generate
 
 
-def describe_blip_with_text(model: PreTrainedModel) -> Host:
-    host = describe_blip(model)
-    host.passes_its_text = True
-    return host
+def describe_blip_with_text(model: PreTrainedModel) -> ModelParts:
+    parts = describe_blip(model)
+    parts.passes_its_text = True
+    return parts
 
 
-def describe_blip_captioner(model: BlipForConditionalGeneration) -> Host:
-    host = describe_blip(model)
-    host.no_text = (
+def describe_blip_captioner(model: BlipForConditionalGeneration) -> ModelParts:
+    parts = describe_blip(model)
+    parts.no_text = (
         "its only text model is a causal decoder, whose first token sees no other token, and in training its "
         "`input_ids` are the caption to predict"
     )
-    return host
+    return parts
 
 
 __all__ = [

@@ -36,7 +36,7 @@ class SelectionSettings(NamedTuple):
     has_class_token: bool  # token 0 is [CLS]
 
 
-class StandIn(nn.Module):
+class ModuleWrapper(nn.Module):
     """
     Wrapper that replaces one module of a patched model. It shares the module's dictionaries of parameters, buffers,
     sub-modules and hooks, so names and objects in `state_dict`, optimizers and adapters do not change. It inherits
@@ -47,23 +47,23 @@ class StandIn(nn.Module):
     """
 
     @classmethod
-    def of(cls, host_module: nn.Module, **attributes) -> "StandIn":
-        """Wrap `host_module` and add `attributes`."""
-        stand_in = cls.__new__(cls)
-        stand_in.__dict__.update(vars(host_module))
-        # `host_module` is not registered as a sub-module, so no parameter appears twice.
-        stand_in.__dict__.update(attributes, host_module=host_module, own_attributes=tuple(attributes))
-        return stand_in
+    def of(cls, wrapped_module: nn.Module, **attributes) -> "ModuleWrapper":
+        """Wrap `wrapped_module` and add `attributes`."""
+        wrapper = cls.__new__(cls)
+        wrapper.__dict__.update(vars(wrapped_module))
+        # `wrapped_module` is not registered as a sub-module, so no parameter appears twice.
+        wrapper.__dict__.update(attributes, wrapped_module=wrapped_module, own_attributes=tuple(attributes))
+        return wrapper
 
-    def give_back(self) -> nn.Module:
+    def restore(self) -> nn.Module:
         """Return the wrapped module with attributes that were set meanwhile, such as `training`."""
-        own = {*self.own_attributes, "own_attributes", "host_module", "_compiled_call_impl"}
-        self.host_module.__dict__.update((name, value) for name, value in vars(self).items() if name not in own)
-        return self.host_module
+        own = {*self.own_attributes, "own_attributes", "wrapped_module", "_compiled_call_impl"}
+        self.wrapped_module.__dict__.update((name, value) for name, value in vars(self).items() if name not in own)
+        return self.wrapped_module
 
 
-def host_module_of(module: nn.Module) -> nn.Module:
-    return module.host_module if isinstance(module, StandIn) else module
+def unwrapped(module: nn.Module) -> nn.Module:
+    return module.wrapped_module if isinstance(module, ModuleWrapper) else module
 
 
 def check_layer(layer: nn.Module, number: int, classes: Collection[type[nn.Module]]):
@@ -72,7 +72,7 @@ def check_layer(layer: nn.Module, number: int, classes: Collection[type[nn.Modul
         TypeError: The layer is of an unsupported class.
         ValueError: A compiler or Accelerate has replaced its forward pass.
     """
-    layer = host_module_of(layer)
+    layer = unwrapped(layer)
     if type(layer) not in classes:
         names = " or ".join(known.__name__ for known in classes)
         raise TypeError(f"Layer {number} must be of class {names}, got {type(layer).__name__}.")
@@ -93,7 +93,7 @@ def check_forward(module: nn.Module, name: str):
 
 
 @dataclass
-class Host:
+class ModelParts:
     """Parts and properties of a model that patch selection needs. `layers` are the layers of its vision tower."""
 
     layers: nn.ModuleList | nn.Sequential
@@ -107,7 +107,7 @@ class Host:
     # The hook of `blip.py` passes the model's text to its vision tower.
     passes_its_text: bool = False
     # Further modules to wrap: (parent, name, class of the wrapper).
-    stand_ins: tuple[tuple[nn.Module, str, type[StandIn]], ...] = ()
+    wrappers: tuple[tuple[nn.Module, str, type[ModuleWrapper]], ...] = ()
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -152,7 +152,7 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-class SeparateProjections(StandIn):
+class SeparateProjections(ModuleWrapper):
     """Layer of CLIP's form: `self_attn` has separate linear layers for queries and keys."""
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ class SeparateProjections(StandIn):
         return self.self_attn.scale
 
 
-class SelectionLayer(StandIn):
+class SelectionLayer(ModuleWrapper):
     """
     Pre-norm layer of a patched model with patch selection between attention and MLP (paper, section 3.2).
 
@@ -285,14 +285,14 @@ class SelectionLayer(StandIn):
 
 
 __all__ = [
-    "Host",
+    "ModelParts",
     "SelectionLayer",
     "SelectionSettings",
     "SeparateProjections",
-    "StandIn",
+    "ModuleWrapper",
     "check_forward",
     "check_layer",
-    "host_module_of",
+    "unwrapped",
     "is_plain_linear",
     "project_rows",
     "score_states",

@@ -16,7 +16,7 @@
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
-from .layers import Host, SelectionLayer, project_rows
+from .layers import ModelParts, SelectionLayer, project_rows
 
 
 class TimmSelectionLayer(SelectionLayer, Block):
@@ -48,12 +48,12 @@ class TimmSelectionLayer(SelectionLayer, Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def describe_timm(model: VisionTransformer) -> Host:
+def describe_timm(model: VisionTransformer) -> ModelParts:
     for number, block in enumerate(model.blocks, start=1):
         if isinstance(block, Block) and type(block.attn) is not Attention:
             name = type(block.attn).__name__
             raise TypeError(f"The attention of layer {number} must be timm.layers.Attention, got {name}.")
-    return Host(
+    return ModelParts(
         model.blocks,
         Block,
         TimmSelectionLayer,

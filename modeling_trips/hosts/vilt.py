@@ -20,7 +20,7 @@ from transformers.models.vilt.modeling_vilt import ViltEmbeddings, ViltEncoder, 
 
 from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import gather_tokens, keep_topk, num_kept_by_row, num_kept_tokens, score_tokens
-from .layers import Host, SelectionLayer, StandIn
+from .layers import ModelParts, ModuleWrapper, SelectionLayer
 
 
 # Token numbers replace the 0/1 padding mask: 0 is padding, 1 a token that is not a patch (text, [CLS], fused), 2 + i
@@ -28,7 +28,7 @@ from .layers import Host, SelectionLayer, StandIn
 PADDING, NO_PATCH, FIRST_PATCH = 0, 1, 2
 
 
-class ViltSelectionEmbeddings(StandIn, ViltEmbeddings):
+class ViltSelectionEmbeddings(ModuleWrapper, ViltEmbeddings):
     """
     Embeddings that number the tokens and sort the patches by the grid, because ViLT's own order is random.
 
@@ -76,7 +76,7 @@ class ViltSelectionEmbeddings(StandIn, ViltEmbeddings):
         return embeddings, numbers[:, None, None].expand(-1, 1, text_length, -1)
 
 
-class ViltSelectionEncoder(StandIn, ViltEncoder):
+class ViltSelectionEncoder(ModuleWrapper, ViltEncoder):
     """Encoder that shortens the mask together with the sequence."""
 
     def forward(
@@ -204,15 +204,15 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
 
 
-def describe_vilt(model: ViltPreTrainedModel) -> Host:
+def describe_vilt(model: ViltPreTrainedModel) -> ModelParts:
     model = getattr(model, "vilt", model)
     layers = model.encoder.layer
-    return Host(
+    return ModelParts(
         layers,
         ViltLayer,
         ViltSelectionLayer,
         num_selectable_layers=len(layers),
-        stand_ins=((model, "embeddings", ViltSelectionEmbeddings), (model, "encoder", ViltSelectionEncoder)),
+        wrappers=((model, "embeddings", ViltSelectionEmbeddings), (model, "encoder", ViltSelectionEncoder)),
     )
 
 

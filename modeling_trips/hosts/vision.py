@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from .layers import Host, SelectionLayer, SeparateProjections, project_rows
+from .layers import ModelParts, SelectionLayer, SeparateProjections, project_rows
 
 
 class ClipSelectionLayer(SeparateProjections, SelectionLayer, CLIPEncoderLayer):
@@ -100,14 +100,14 @@ def _no_text_for_width(model: PreTrainedModel) -> str | None:
     )
 
 
-def describe_clip(model: PreTrainedModel) -> Host:
+def describe_clip(model: PreTrainedModel) -> ModelParts:
     layers = getattr(model, "vision_model", model).encoder.layers
-    return Host(layers, CLIPEncoderLayer, ClipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
+    return ModelParts(layers, CLIPEncoderLayer, ClipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
 
 
-def describe_siglip(model: PreTrainedModel) -> Host:
+def describe_siglip(model: PreTrainedModel) -> ModelParts:
     layers = getattr(model, "vision_model", model).encoder.layers
-    return Host(
+    return ModelParts(
         layers,
         SiglipEncoderLayer,
         SiglipSelectionLayer,
@@ -118,26 +118,28 @@ def describe_siglip(model: PreTrainedModel) -> Host:
     )
 
 
-def describe_blip(model: PreTrainedModel) -> Host:
+def describe_blip(model: PreTrainedModel) -> ModelParts:
     """Describe a BLIP vision tower that gets its text from the caller (`BlipVisionModel`, `BlipModel`)."""
     layers = getattr(model, "vision_model", model).encoder.layers
-    return Host(layers, BlipEncoderLayer, BlipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
+    return ModelParts(layers, BlipEncoderLayer, BlipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
 
 
-def describe_blip2(model: PreTrainedModel) -> Host:
-    return Host(model.encoder.layers, Blip2EncoderLayer, Blip2SelectionLayer, len(model.encoder.layers))
+def describe_blip2(model: PreTrainedModel) -> ModelParts:
+    return ModelParts(model.encoder.layers, Blip2EncoderLayer, Blip2SelectionLayer, len(model.encoder.layers))
 
 
-def describe_instructblip(model: PreTrainedModel) -> Host:
-    return Host(model.encoder.layers, InstructBlipEncoderLayer, InstructBlipSelectionLayer, len(model.encoder.layers))
+def describe_instructblip(model: PreTrainedModel) -> ModelParts:
+    return ModelParts(
+        model.encoder.layers, InstructBlipEncoderLayer, InstructBlipSelectionLayer, len(model.encoder.layers)
+    )
 
 
-def describe_bridgetower(model: PreTrainedModel) -> Host:
+def describe_bridgetower(model: PreTrainedModel) -> ModelParts:
     model = getattr(model, "bridgetower", model)
     layers = model.vision_model.visual.transformer.resblocks
     # From this layer on, image tokens are added to those of the cross-modal layers, token by token.
     first_bridge = len(model.text_model.encoder.layer) - model.config.num_hidden_layers + 1
-    return Host(
+    return ModelParts(
         layers,
         BridgeTowerResidualAttention,
         BridgeTowerSelectionLayer,

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_trips.hosts.apply import record_patch_selection, remove_patch_selection
-from modeling_trips.hosts.layers import StandIn
+from modeling_trips.hosts.layers import ModuleWrapper
 
 
 @each_host
@@ -68,7 +68,7 @@ def test_removing_selection_leaves_no_trace(host):
     host.apply(model, rate=0.5)  # replaces the first
     remove_patch_selection(model)
     assert snapshot(model) == before
-    assert not any(isinstance(module, StandIn) for module in model.modules())
+    assert not any(isinstance(module, ModuleWrapper) for module in model.modules())
     assert torch.equal(host.run(model), expected)
     remove_patch_selection(model)  # nothing to remove
 
@@ -146,7 +146,7 @@ def test_deepcopy_is_independent(host):
             parameter.zero_()
     assert torch.equal(host.run(copied), expected)
     remove_patch_selection(copied)
-    assert not any(isinstance(module, StandIn) for module in copied.modules())
+    assert not any(isinstance(module, ModuleWrapper) for module in copied.modules())
     assert not torch.equal(host.run(copied), expected)
 
 
@@ -173,7 +173,9 @@ def test_activation_checkpointing_changes_no_gradient(name):
     host = HOSTS[name]
     model = host.make_model().train()
     host.apply(model)
-    layer = next(module for module in model.modules() if isinstance(module, StandIn) and hasattr(module, "selection"))
+    layer = next(
+        module for module in model.modules() if isinstance(module, ModuleWrapper) and hasattr(module, "selection")
+    )
     norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
     calls = []
     norms[0].register_forward_hook(lambda *_: calls.append(1))

@@ -30,7 +30,7 @@ from torch import nn
 from ...configuration_trips import LayerSelection
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
-from ..layers import SeparateProjections, StandIn, is_plain_linear, project_rows, score_states
+from ..layers import ModuleWrapper, SeparateProjections, is_plain_linear, project_rows, score_states
 
 
 # Not a dataclass: FSDP copies dataclasses among the arguments of a layer.
@@ -120,7 +120,7 @@ class Tower:
         return torch.cat([tokens[:, :num_others], whole.reshape(len(tokens), num_units * unit**2, -1)], dim=1)
 
 
-class TowerLayer(StandIn):
+class TowerLayer(ModuleWrapper):
     """
     Layer of a tower from the first selection layer on. `selection` is `None` if the layer only shortens its arguments.
 
@@ -139,7 +139,7 @@ class TowerLayer(StandIn):
 
     def forward(self, *args, tower_pass: TowerPass | None = None, **kwargs) -> torch.Tensor:
         if tower_pass is None:
-            return type(self.host_module).forward(self, *args, **kwargs)
+            return type(self.wrapped_module).forward(self, *args, **kwargs)
         return self.forward_in_pass(tower_pass, *args, **kwargs)
 
     def forward_in_pass(self, current: TowerPass, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -43,11 +43,11 @@ def finish(axis, title: str, baseline: list[dict], metric: str):
 
 
 def draw_protocol(output: Path):
-    """Accuracy of questions against time, with the regions known to all, for one and four texts per image."""
-    figure = Figure(figsize=(10, 4))
-    axes = figure.subplots(1, 2)
-    runs, times = variants(read("protocol_questions")), read("protocol_questions_times")
-    for axis, texts in zip(axes, (1, 4)):
+    """Accuracy of questions and boxes against time, with the regions known to all."""
+    figure = Figure(figsize=(13, 4))
+    panels = (("questions", 1), ("questions", 4), ("boxes", 1))
+    for axis, (task, texts) in zip(figure.subplots(1, len(panels)), panels):
+        runs, times = variants(read(f"protocol_{task}")), read(f"protocol_{task}_times")
         for label, (start, color) in PROTOCOL.items():
             points = [
                 (float(seconds(times, variant, texts_per_image=texts)), percents(of, "test_accuracy"))
@@ -56,7 +56,8 @@ def draw_protocol(output: Path):
             ]
             columns = [x for x, _ in points], [mean(v) for _, v in points], [stdev(v) for _, v in points]
             axis.errorbar(*columns, color=color, marker="o", capsize=3, label=label)
-        finish(axis, f"Questions, {texts} text{'s' if texts > 1 else ''} per image", runs["unpruned"], "test_accuracy")
+        title = f"{task.capitalize()}, {texts} text{'s' if texts > 1 else ''} per image"
+        finish(axis, title, runs["unpruned"], "test_accuracy")
     save(figure, output)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
+from modeling_trips.configuration_trips import GUIDANCES
 from modeling_trips.inspection.cost import forward_cost
 from trips_examples.analysis.paired import PairedDifference, exact_sign_test, paired_difference
 
@@ -75,12 +76,17 @@ def schedule_of(row: Row) -> str:
     return "unpruned" if rates == ["1.0"] else f"`{schedule(layers, rates, guidance)}`"
 
 
+def model_of(row: Row) -> str:
+    """The schedule of a run in code type, or that it is unpruned, with its image size if it sees fewer pixels."""
+    size = option(row, "image_size")
+    return f"unpruned, {size[0]} px" if "fewer pixels" in row["variant"] else schedule_of(row)
+
+
 def method(row: Row, supervised: bool = True) -> str:
     """How a run selects, in words. `supervised`: whether the code of its day supervised the text by default."""
     text = schedule_of(row)
     if text == "unpruned":
-        size = option(row, "image_size")
-        return f"unpruned, {size[0]} px" if "fewer pixels" in row["variant"] else "unpruned baseline"
+        return model_of(row) if "fewer pixels" in row["variant"] else "unpruned baseline"
     weight = option(row, "selection_loss_weight")
     if "text" in text:
         teacher = option(row, "selection_teacher")
@@ -144,7 +150,8 @@ def seconds(times: list[Row], variant: str, field: str = "forward_seconds", **wa
     """The time of a variant's checkpoint over that of the unpruned one."""
     rows = {row["checkpoint"]: row for row in select(times, **wanted)}
     row = rows.get(f"{variant.replace(' ', '-')}-seed0")
-    return f"{row[field] / rows['unpruned-seed0'][field]:.2f}" if row and field in row else ""
+    unpruned = rows.get("unpruned-seed0") or rows["unpruned,-no-regions-seed0"]
+    return f"{row[field] / unpruned[field]:.2f}" if row and field in row else ""
 
 
 # Guidance
@@ -272,18 +279,14 @@ def gap(rows: list[Row], baseline: list[Row]) -> str:
     return f"{found.mean:+.1f} ({found.standard_error:.1f}; {p})"
 
 
-def protocol(suffix: str = "") -> str:
+def protocol(source: str) -> str:
     """Accuracies by keep rate and score, and paired differences. Columns without a cell are left out."""
-    runs = {
-        key.removesuffix(suffix): of
-        for key, of in variants(read("protocol_questions")).items()
-        if key.endswith(suffix)
-    }
+    runs = variants(read(source))
     baseline = runs["unpruned"]
     rows = [["unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * 3, *[""] * 4]]
     for rate, pixels in PROTOCOL_PIXELS.items():
-        text, image, random = (runs.get(f"{way} {rate}", []) for way in ("text", "image", "random"))
-        fewer = [] if suffix else runs.get(f"fewer pixels {pixels}", [])
+        ways = (f"text {rate}", f"image {rate}", f"random {rate}", f"fewer pixels {pixels}")
+        text, image, random, fewer = (runs.get(way, []) for way in ways)
         macs = (protocol_macs(PROTOCOL_SIZE, f"2:text:{rate}", texts) for texts in (1, 4))
         rows.append(
             [
@@ -296,70 +299,122 @@ def protocol(suffix: str = "") -> str:
         )
     header = ["Keep rate", "MACs, 1 text", "MACs, 4 texts", "By the text, %", "By the image, %", "At random, %"]
     header += ["Fewer pixels, %", "Text less unpruned", "Text less image", "Text less fewer pixels"]
-    rows = [row for row in rows if any(row[3:])]
     shown = [column for column in range(len(header)) if any(row[column] for row in rows[1:])]
     body = [[row[column] for column in shown] for row in rows]
-    return render(
-        [header[column] for column in shown], body, "protocol_questions", note=f"{len(baseline)} independent starts"
-    )
+    return render([header[column] for column in shown], body, source, note=f"{len(baseline)} independent starts")
 
 
 @table
 def protocol_questions() -> str:
-    return protocol()
+    return protocol("protocol_questions")
 
 
 @table
-def protocol_questions_no_regions() -> str:
-    return protocol(", no regions")
+def protocol_boxes() -> str:
+    return protocol("protocol_boxes")
+
+
+@table
+def protocol_no_regions() -> str:
+    """The paper's signal alone, after the steps of the other tables and after six times as many."""
+    rows, ways = [], ["unpruned", *(f"{way} 0.7" for way in GUIDANCES)]
+    for source in ("protocol_questions", "protocol_no_regions"):
+        runs = variants(read(source))
+        unpruned, *scored = (runs.get(f"{way}, no regions", []) for way in ways)
+        text, image, random = scored
+        rows.append(
+            [
+                f"{int(option(text[0], 'max_steps')[0]):,}",
+                *(spread(percents(of, "test_accuracy")) for of in (unpruned, *scored)),
+                *(gap(of, unpruned) for of in scored),
+                *(gap(text, of) for of in (image, random)),
+                *(spread(percents(of, "test_layer2_inside")) for of in scored),
+            ]
+        )
+    header = ["Steps", "Unpruned, %", "Text, %", "Image, %", "Random, %", "Text less unpruned", "Image less unpruned"]
+    header += ["Random less unpruned", "Text less image", "Text less random"]
+    header += [f"Precision, {way}, %" for way in GUIDANCES]
+    return render(header, rows, "protocol_questions", "protocol_no_regions", note="keep rate 0.7")
 
 
 @table
 def protocol_precision() -> str:
-    runs = variants(read("protocol_questions"))
-    ways = ["text {}", "image {}", "random {}", "text {}, no regions", "image {}, no regions"]
-    rows = [
-        [rate, *(spread(percents(runs.get(way.format(rate), []), "test_layer2_inside")) for way in ways)]
-        for rate in PROTOCOL_PIXELS
-    ]
-    header = ["Keep rate", "Text, %", "Image, %", "Random, %", "Text, without regions, %", "Image, without regions, %"]
-    return render(header, rows, "protocol_questions", note="patch precision")
+    rows = []
+    for task, source in PROTOCOL_TASKS.items():
+        runs = variants(read(source))
+        for rate in PROTOCOL_PIXELS:
+            ways = [runs.get(f"{way} {rate}", []) for way in GUIDANCES]
+            found = (spread(percents(of, f"test_layer2_{name}")) for name in FOUND for of in ways)
+            rows.append([task, rate, *found])
+    header = ["Task", "Keep rate", *(f"{found}, {way}, %" for found in ("Precision", "Recall") for way in GUIDANCES)]
+    return render(header, rows, *PROTOCOL_TASKS.values(), note="with regions")
+
+
+PROTOCOL_TASKS = {"questions": "protocol_questions", "boxes": "protocol_boxes"}
 
 
 @table
 def protocol_resolution() -> str:
-    runs, times = variants(read("protocol_questions")), read("protocol_questions_times")
+    times, runs = read("protocol_questions_times"), [variants(read(source)) for source in PROTOCOL_TASKS.values()]
     names = {f"fewer pixels {side}": f"unpruned, {side} px" for side in (64, 72, 80)}
     rows = [
         [
             label,
             *(seconds(times, key, texts_per_image=texts) for texts in (1, 4)),
-            spread(percents(runs[key], "test_accuracy")),
-            gap(runs["text 0.05"], runs[key]),
+            *(
+                cell
+                for of in runs
+                for cell in (spread(percents(of[key], "test_accuracy")), gap(of["text 0.05"], of[key]))
+            ),
         ]
         for key, label in {**names, "text 0.05": "`2:text:0.05`, 96 px", "unpruned": "unpruned, 96 px"}.items()
     ]
-    header = ["Model", "Time, 1 text", "Time, 4 texts", "Accuracy, %", "`2:text:0.05` less this"]
-    return render(header, rows, "protocol_questions", "protocol_questions_times", note="with regions")
+    header = ["Model", "Time, 1 text", "Time, 4 texts", "Questions, %", "`2:text:0.05` less this"]
+    header += ["Boxes, %", "`2:text:0.05` less this"]
+    sources = [*PROTOCOL_TASKS.values(), "protocol_questions_times"]
+    return render(header, rows, *sources, note="with regions; times of the questions")
 
 
 @table
 def protocol_top_p() -> str:
-    runs = variants(read("protocol_questions"))
-    names = {"text 0.05": "`2:text:0.05`", "text 0.25": "`2:text:0.25`", "text 0.5": "`2:text:0.5`"}
+    names = {f"text {rate}": f"`2:text:{rate}`" for rate in ("0.05", "0.25", "0.5")}
     names |= {f"text top-p {mass}": f"top-p {mass}, at most half" for mass in ("0.9", "0.99")}
-    names = {key: label for key, label in names.items() if key in runs}
-    rows = [
-        [
-            label,
-            f"{mean(row['test_layer2_kept'] for row in runs[key]):.1f}",
-            *(spread(percents(runs[key], f"test_accuracy{kind}")) for kind in ("", "_shape", "_presence")),
-            gap(runs[key], runs["unpruned"]),
-        ]
-        for key, label in names.items()
-    ]
-    header = ["Selection", "Kept of 144 patches", "Accuracy, %", "Shape, %", "Presence, %", "Less unpruned"]
-    return render(header, rows, "protocol_questions", note="with regions")
+    rows = []
+    for task, source in PROTOCOL_TASKS.items():
+        runs = variants(read(source))
+        for key, label in names.items():
+            kinds = [spread(percents(runs[key], f"test_accuracy{kind}")) for kind in ("", "_shape", "_presence")]
+            kept = f"{mean(row['test_layer2_kept'] for row in runs[key]):.1f}"
+            rows.append([task, label, kept, *kinds, gap(runs[key], runs["unpruned"])])
+    header = ["Task", "Selection", "Kept of 144 patches", "Accuracy, %", "Shape, %", "Presence, %", "Less unpruned"]
+    return render(header, rows, *PROTOCOL_TASKS.values(), note="with regions")
+
+
+@table
+def protocol_images() -> str:
+    """Boxes on drawn images: accuracy by kind of expression and size, and what was kept."""
+    runs, times = variants(read("protocol_images")), read("protocol_images_times")
+    rows = []
+    for key, of in runs.items():
+        groups = ("", *(f"_{group}" for group in ("name", "place", "size", "smallest")))
+        text = [] if key == "unpruned" else runs.get(f"text {key.split()[-1]}", runs["text 0.25"])
+        rows.append(
+            [
+                model_of(of[0]),
+                *(seconds(times, key, texts_per_image=texts) for texts in (1, 4)),
+                *(spread(percents(of, f"test_accuracy{group}")) for group in groups),
+                *(spread(percents(of, f"test_layer9_{name}")) for name in FOUND),
+                gap(of, runs["unpruned"]),
+                gap(text, of),
+            ]
+        )
+    header = ["Model", "Time, 1 text", "Time, 4 texts", "Accuracy, %", "Name", "Location", "Size", "Smallest third"]
+    header += [*FOUND_HEADER, "Less unpruned", "Text at this time less this"]
+    return render(header, rows, "protocol_images", "protocol_images_times", note="boxes, with regions")
+
+
+FOUND = ("inside", "shown")
+FOUND_HEADER = ["Patch precision, %", "Region recall, %"]
 
 
 # Real images
@@ -385,9 +440,7 @@ def real_images(names: list[str], groups: list[str]) -> list[list[str]]:
     ]
 
 
-FOUND = ("inside", "shown")
 SIZES = ["smallest", "medium", "largest"]
-FOUND_HEADER = ["Patch precision, %", "Region recall, %"]
 THIRDS = ["Smallest third", "Medium third", "Largest third"]
 RUN_HEADER = ["Selection", "Start, seed", "Accuracy, %"]
 
@@ -919,34 +972,16 @@ def vlm_choices() -> str:
 
 @table
 def headline() -> str:
-    def cells(of: list[Row], base: list[Row]) -> list[str]:
-        return [spread(percents(of, "eval_accuracy")), spread(percents(base, "eval_accuracy"))]
-
-    def questions(variant: str) -> list[str]:
-        runs = variants(read("protocol_questions"))
-        base = "unpruned, no regions" if "no regions" in variant else "unpruned"
-        accuracies = [spread(percents(runs[name], "test_accuracy")) for name in (variant, base)]
-        speedups = [
-            1 / float(seconds(read("protocol_questions_times"), variant, texts_per_image=texts)) for texts in (1, 4)
-        ]
-        label = schedule_of(runs[variant][0]) if "pixels" not in variant else f"unpruned, {variant.split()[-1]} px"
-        label += ", without regions" if "no regions" in variant else ", with regions"
-        what = "tiny, 96 px: questions, scenes of 16"
-        return [what, label, *accuracies, ", ".join(f"{speedup:.2f}x" for speedup in speedups)]
-
-    def boxes(variant: str) -> list[str]:
-        name = "scenes_grounding_rates"
-        runs = variants(read(name))
-        speedup = 1 / float(seconds(read(f"{name}_times"), variant))
-        what = "tiny, 64 px: grounding, scenes of 4, 1 per image"
-        return [what, method(runs[variant][0]), *cells(runs[variant], runs["unpruned"]), f"{speedup:.2f}x"]
-
-    def real(task_name: str, name: str, starts: tuple, texts: int) -> list[str]:
-        known = [row for row in read(name) if "fused_token_counts" not in row and start(row) in starts]
-        of = select(known, variant="text, taught 0.25")
-        speedup = 1 / float(seconds(read(f"{name}_times"), "text, taught 0.25", texts_per_image=texts))
-        what = f"small, 112 px: {task_name}, drawn images, {texts} per image"
-        return [what, method(of[0]), *cells(of, select(known, variant="unpruned")), f"{speedup:.2f}x"]
+    def protocol(what: str, name: str, *compared: str) -> list[list[str]]:
+        runs, times = variants(read(f"protocol_{name}")), read(f"protocol_{name}_times")
+        known = ", no regions" if name == "no_regions" else ""
+        rows = []
+        for variant in (runs[f"{way}{known}"] for way in compared):
+            speedups = [1 / float(seconds(times, variant[0]["variant"], texts_per_image=texts)) for texts in (1, 4)]
+            accuracies = (spread(percents(of, "test_accuracy")) for of in (variant, runs[f"unpruned{known}"]))
+            label = f"{model_of(variant[0])}, {'without' if known else 'with'} regions"
+            rows.append([what, label, *accuracies, ", ".join(f"{speedup:.2f}x" for speedup in speedups)])
+        return rows
 
     def base(words: str, rows: list[Row]) -> list[str]:
         speedups = sorted(1 / row["time_ratio"] for row in rows)
@@ -956,30 +991,20 @@ def headline() -> str:
     single = [row for name in MACHINES for row in select(read(name), **paper)]
     ten = ("shared_prefix_base_cpu", "cost_by_texts_base_cpu")
     several = [row for name in ten for row in select(read(name), texts_per_image=10, **paper)]
+    scenes = "tiny, 96 px: {}, scenes of 16"
     rows = [
-        questions("text 0.05"),
-        questions("image 0.05"),
-        questions("random 0.05"),
-        questions("fewer pixels 80"),
-        questions("text 0.7, no regions"),
-        questions("image 0.7, no regions"),
-        boxes("text, taught 0.05"),
-        boxes("text, untaught 0.25"),
-        boxes("random 0.25"),
-        real("grounding", "pictures_grounding", ("first", "second"), 1),
-        real("grounding", "pictures_grounding", ("first", "second"), 4),
-        real("questions", "pictures_vqa", ("second",), 1),
+        *protocol(
+            scenes.format("questions"), "questions", "text 0.05", "image 0.05", "random 0.05", "fewer pixels 80"
+        ),
+        *protocol(scenes.format("questions"), "no_regions", "text 0.7", "image 0.7", "random 0.7"),
+        *protocol(scenes.format("boxes"), "boxes", "text 0.05", "image 0.05", "fewer pixels 80"),
+        *protocol("small, 112 px: boxes, drawn images", "images", "text 0.25", "image 0.25", "fewer pixels 98"),
         base("forward pass, 1 text per image", select(single, mode="forward")),
         base("training step, 1 text per image", select(single, mode="training")),
         base("forward pass, 10 texts per image", several),
     ]
-    sources = [
-        "protocol_questions",
-        "protocol_questions_times",
-        "scenes_grounding_rates",
-        "scenes_grounding_rates_times",
-    ]
-    sources += [f"pictures_{task_name}{times}" for task_name in ("grounding", "vqa") for times in ("", "_times")]
+    tasks = ("questions", "no_regions", "boxes", "images")
+    sources = [f"protocol_{name}{times}" for name in tasks for times in ("", "_times")]
     sources += [*MACHINES, *ten]
     header = ["Model and task", "Schedule", "Accuracy, %", "Unpruned baseline, %", "Measured speedup"]
     return render(header, rows, *sources)

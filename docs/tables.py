@@ -84,9 +84,9 @@ def model_of(row: Row) -> str:
 
 def method(row: Row, supervised: bool = True) -> str:
     """How a run selects, in words. `supervised`: whether the code of its day supervised the text by default."""
-    text = schedule_of(row)
-    if text == "unpruned":
-        return model_of(row) if "fewer pixels" in row["variant"] else "unpruned baseline"
+    text = model_of(row)
+    if text.startswith("unpruned"):
+        return "unpruned baseline" if text == "unpruned" else text
     weight = option(row, "selection_loss_weight")
     if "text" in text:
         teacher = option(row, "selection_teacher")
@@ -146,12 +146,13 @@ def render(header: list[str], rows: list[list], *sources: str, note: str = "") -
     return f"{body}\n\nRows: {links}. {'; '.join(fact for fact in facts if fact)}."
 
 
-def seconds(times: list[Row], variant: str, field: str = "forward_seconds", **wanted) -> str:
-    """The time of a variant's checkpoint over that of the unpruned one."""
+def seconds(
+    times: list[Row], variant: str, field: str = "forward_seconds", baseline: str = "unpruned", **wanted
+) -> str:
+    """The time of a variant's checkpoint over that of the baseline's."""
     rows = {row["checkpoint"]: row for row in select(times, **wanted)}
-    row = rows.get(f"{variant.replace(' ', '-')}-seed0")
-    unpruned = rows.get("unpruned-seed0") or rows["unpruned,-no-regions-seed0"]
-    return f"{row[field] / unpruned[field]:.2f}" if row and field in row else ""
+    row, base = (rows.get(f"{name.replace(' ', '-')}-seed0") for name in (variant, baseline))
+    return f"{row[field] / base[field]:.2f}" if row and field in row else ""
 
 
 # Guidance
@@ -260,6 +261,10 @@ def rates_questions() -> str:
 
 PROTOCOL_PIXELS = {"0.05": 64, "0.25": 72, "0.5": 80, "0.7": 88}  # sides that cost as much as the keep rates
 PROTOCOL_SIZE = 96
+PROTOCOL_TASKS = {"questions": "protocol_questions", "boxes": "protocol_boxes"}
+# Metrics of a selection layer, and what a table calls them.
+FOUND = ("inside", "shown")
+FOUND_HEADER = ["Patch precision, %", "Region recall, %"]
 
 
 @cache
@@ -350,9 +355,6 @@ def protocol_precision() -> str:
     return render(header, rows, *PROTOCOL_TASKS.values(), note="with regions")
 
 
-PROTOCOL_TASKS = {"questions": "protocol_questions", "boxes": "protocol_boxes"}
-
-
 @table
 def protocol_resolution() -> str:
     times, runs = read("protocol_questions_times"), [variants(read(source)) for source in PROTOCOL_TASKS.values()]
@@ -411,10 +413,6 @@ def protocol_images() -> str:
     header = ["Model", "Time, 1 text", "Time, 4 texts", "Accuracy, %", "Name", "Location", "Size", "Smallest third"]
     header += [*FOUND_HEADER, "Less unpruned", "Text at this time less this"]
     return render(header, rows, "protocol_images", "protocol_images_times", note="boxes, with regions")
-
-
-FOUND = ("inside", "shown")
-FOUND_HEADER = ["Patch precision, %", "Region recall, %"]
 
 
 # Real images
@@ -483,7 +481,7 @@ def real_images_untrained() -> str:
         [
             row["selection_guidance"],
             row["keep_rate"],
-            *(f"{100 * row[f'eval_layer7_{name}']:.1f}" for name in ("inside", "shown")),
+            *(f"{100 * row[f'eval_layer7_{name}']:.1f}" for name in FOUND),
         ]
         for row in read("pictures_untrained")
     ]
@@ -972,15 +970,16 @@ def vlm_choices() -> str:
 
 @table
 def headline() -> str:
-    def protocol(what: str, name: str, *compared: str) -> list[list[str]]:
+    def compared(what: str, name: str, *ways: str) -> list[list[str]]:
         runs, times = variants(read(f"protocol_{name}")), read(f"protocol_{name}_times")
-        known = ", no regions" if name == "no_regions" else ""
+        suffix = ", no regions" if name == "no_regions" else ""
+        baseline, known = f"unpruned{suffix}", "without" if suffix else "with"
         rows = []
-        for variant in (runs[f"{way}{known}"] for way in compared):
-            speedups = [1 / float(seconds(times, variant[0]["variant"], texts_per_image=texts)) for texts in (1, 4)]
-            accuracies = (spread(percents(of, "test_accuracy")) for of in (variant, runs[f"unpruned{known}"]))
-            label = f"{model_of(variant[0])}, {'without' if known else 'with'} regions"
-            rows.append([what, label, *accuracies, ", ".join(f"{speedup:.2f}x" for speedup in speedups)])
+        for variant in (f"{way}{suffix}" for way in ways):
+            times_of = (seconds(times, variant, baseline=baseline, texts_per_image=texts) for texts in (1, 4))
+            accuracies = (spread(percents(runs[key], "test_accuracy")) for key in (variant, baseline))
+            label = f"{model_of(runs[variant][0])}, {known} regions"
+            rows.append([what, label, *accuracies, ", ".join(f"{1 / float(time):.2f}x" for time in times_of)])
         return rows
 
     def base(words: str, rows: list[Row]) -> list[str]:
@@ -993,12 +992,12 @@ def headline() -> str:
     several = [row for name in ten for row in select(read(name), texts_per_image=10, **paper)]
     scenes = "tiny, 96 px: {}, scenes of 16"
     rows = [
-        *protocol(
+        *compared(
             scenes.format("questions"), "questions", "text 0.05", "image 0.05", "random 0.05", "fewer pixels 80"
         ),
-        *protocol(scenes.format("questions"), "no_regions", "text 0.7", "image 0.7", "random 0.7"),
-        *protocol(scenes.format("boxes"), "boxes", "text 0.05", "image 0.05", "fewer pixels 80"),
-        *protocol("small, 112 px: boxes, drawn images", "images", "text 0.25", "image 0.25", "fewer pixels 98"),
+        *compared(scenes.format("questions"), "no_regions", "text 0.7", "image 0.7", "random 0.7"),
+        *compared(scenes.format("boxes"), "boxes", "text 0.05", "image 0.05", "fewer pixels 80"),
+        *compared("small, 112 px: boxes, drawn images", "images", "text 0.25", "image 0.25", "fewer pixels 98"),
         base("forward pass, 1 text per image", select(single, mode="forward")),
         base("training step, 1 text per image", select(single, mode="training")),
         base("forward pass, 10 texts per image", several),

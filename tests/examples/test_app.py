@@ -109,10 +109,11 @@ def test_upload_ask_twice_and_see_the_patches_change(page):
 
 
 def test_a_lower_keep_rate_keeps_less(page):
+    # Opened first: Gradio creates the sliders then, and a number typed within milliseconds is set back.
+    page.get_by_role("button", name="Selection schedule by layer").click()
     upload(page, SCENE)
     ask(page, "what color is the shape?")
     page.locator("#result", has_text="layer 2 keeps 16 patches").wait_for()
-    page.get_by_role("button", name="Selection schedule by layer").click()
     rate = page.get_by_label("number input for Layer 2 keeps")
     rate.fill("0.1")
     rate.press("Enter")

@@ -166,7 +166,7 @@ def guidance_questions() -> str:
             method(of[0], supervised=False),
             spread(percents(of, "eval_accuracy")),
             difference(of, runs["unpruned"], "eval_accuracy"),
-            spread(percents(of, "eval_layer2_inside"), 0),
+            spread(percents(of, "eval_layer2_patch_precision"), 0),
         ]
         for of in runs.values()
     ]
@@ -181,7 +181,7 @@ def guidance_boxes() -> str:
             method(row, supervised=False),
             f"{100 * row['eval_accuracy']:.1f}",
             f"{row['eval_mean_iou']:.3f}",
-            spread(percents([row], "eval_layer2_inside")),
+            spread(percents([row], "eval_layer2_patch_precision")),
         ]
         for row in read("scenes_grounding_guidance")
     ]
@@ -228,7 +228,7 @@ def rates(name: str) -> str:
             spread(percents(of, "eval_accuracy")),
             difference(of, runs["unpruned"], "eval_accuracy"),
             seconds(times, variant),
-            "/".join(f"{100 * mean(values):.0f}" for values in last_layer(of, "inside", "shown") if values),
+            "/".join(f"{100 * mean(values):.0f}" for values in last_layer(of, *FOUND) if values),
         ]
         for variant, of in runs.items()
     ]
@@ -263,7 +263,7 @@ PROTOCOL_PIXELS = {"0.05": 64, "0.25": 72, "0.5": 80, "0.7": 88}  # sides that c
 PROTOCOL_SIZE = 96
 PROTOCOL_TASKS = {"questions": "protocol_questions", "boxes": "protocol_boxes"}
 # Metrics of a selection layer, and what a table calls them.
-FOUND = ("inside", "shown")
+FOUND = ("patch_precision", "region_recall")
 FOUND_HEADER = ["Patch precision, %", "Region recall, %"]
 
 
@@ -333,7 +333,7 @@ def protocol_no_regions() -> str:
                 *(spread(percents(of, "test_accuracy")) for of in (unpruned, *scored)),
                 *(gap(of, unpruned) for of in scored),
                 *(gap(text, of) for of in (image, random)),
-                *(spread(percents(of, "test_layer2_inside")) for of in scored),
+                *(spread(percents(of, "test_layer2_patch_precision")) for of in scored),
             ]
         )
     header = ["Steps", "Unpruned, %", "Text, %", "Image, %", "Random, %", "Text less unpruned", "Image less unpruned"]

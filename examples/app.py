@@ -50,13 +50,13 @@ EXAMPLES = [  # questions about the scene
     "is there a blue rectangle?\nis there a blue circle?",
 ]
 CSS = """
-.told { display: flex; flex-wrap: wrap; gap: 1rem; }
-.told section { flex: 1 1 16rem; min-width: 0; padding: .75rem; border-radius: 8px; }
-.told section { border: 1px solid var(--border-color-primary); }
-.told figure { display: inline-block; margin: 0 .5rem .5rem 0; width: 45%; vertical-align: top; }
-.told figure img { width: 100%; max-height: 24rem; object-fit: contain; }
-.told figcaption { font-size: .8rem; }
-.told h3 { overflow-wrap: anywhere; }
+.results { display: flex; flex-wrap: wrap; gap: 1rem; }
+.results section { flex: 1 1 16rem; min-width: 0; padding: .75rem; border-radius: 8px; }
+.results section { border: 1px solid var(--border-color-primary); }
+.results figure { display: inline-block; margin: 0 .5rem .5rem 0; width: 45%; vertical-align: top; }
+.results figure img { width: 100%; max-height: 24rem; object-fit: contain; }
+.results figcaption { font-size: .8rem; }
+.results h3 { overflow-wrap: anywhere; }
 #examples thead { display: none; }
 #examples tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
 #examples tr { display: flex; align-items: center; }

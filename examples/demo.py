@@ -143,10 +143,10 @@ def main(argv: list[str]):
     draw_selection(model, processor, image, QUESTIONS, answers, picture)
     print(f"\nAccuracy: {metrics['test_accuracy']:.2%} of {metrics['test_samples']:,} questions about test scenes")
     for layer, selection in model.config.vision_config.schedule.by_layer.items():
-        if inside := metrics.get(f"test_layer{layer}_inside"):
+        if inside := metrics.get(f"test_layer{layer}_patch_precision"):
             print(
                 f"Layer {layer} keeps {selection.keep_rate:.0%} of its tokens; {inside:.0%} of its patches lie in the "
-                f"quarter asked about (at random: {metrics['test_inside_at_random']:.0%})"
+                f"quarter asked about (at random: {metrics['test_patch_precision_at_random']:.0%})"
             )
     for texts_per_image, title in ((1, "one question per image"), (4, "four questions that share their image")):
         speed = measure_speed(model, texts_per_image)

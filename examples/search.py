@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None):
     for query, found in results:
         print(query)
         for place, (each, _) in enumerate(found, start=1):
-            print(f"{place:>4}  {each.told}  {each.source}")
+            print(f"{place:>4}  {each.description}  {each.source}")
     page = filled(Path(__file__).parent / "indexing" / "results.html", table=args.table, results=results)
     if args.text and args.rerank_k:
         print("score: log-odds of a match plus similarity over temperature; similarity: cosine of the features")

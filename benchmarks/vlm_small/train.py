@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None):
                 "content_loss": content_loss.item(),
                 "patch_loss": patch_loss.item(),
                 "accuracy": accuracy.item(),
-                "inside": inside[has_region].mean().item(),
+                "patch_precision": inside[has_region].mean().item(),
                 "seconds": time.perf_counter() - begin,
             }
             log.write(json.dumps(row) + "\n")

@@ -34,7 +34,7 @@ DRAWN_SIDE = 512  # longer side of a drawing in pixels; pages show it at 256
 
 
 @dataclass(frozen=True)
-class Told:
+class TextResult:
     """
     The result of one text.
 
@@ -57,12 +57,12 @@ class Look:
     The results of an image and its texts.
 
     Args:
-        told (`list[Told]`): One per text.
+        results (`list[TextResult]`): One per text.
         tokens (`list[int]`): Number of output image tokens of each vision layer, with [CLS] and fused tokens.
         milliseconds, milliseconds_at_keep_rate_1 (`float`): Time of a forward pass of all texts, without decoding.
     """
 
-    told: list[Told]
+    results: list[TextResult]
     tokens: list[int]
     milliseconds: float
     milliseconds_at_keep_rate_1: float
@@ -130,11 +130,11 @@ class Asker:
         states = (output.vision_model_output or output).hidden_states
         tokens = [layer.shape[1] for layer in states[1:]]
         small, _ = fit_for_drawing(image, max_side=DRAWN_SIDE)
-        told = [
-            Told(text, own, at_1, [*picture, *self._drawn(small, row, selections)])
+        results = [
+            TextResult(text, own, at_1, [*picture, *self._drawn(small, row, selections)])
             for row, (text, own, at_1, picture) in enumerate(zip(texts, answers, answers_at_1, boxes))
         ]
-        return Look(told, tokens, 1000 * seconds, 1000 * seconds_at_1)
+        return Look(results, tokens, 1000 * seconds, 1000 * seconds_at_1)
 
     def check_lengths(self, texts: list[str]):
         """Raise a `ValueError` if a text has more tokens than the model's limit."""

@@ -40,7 +40,7 @@ class Found:
     score: float | None = None
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         score = "" if self.score is None else f"score {self.score:.2f}, "
         return f"{score}similarity {self.similarity:.3f}"
 

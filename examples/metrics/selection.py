@@ -11,9 +11,9 @@ from modeling_trips.inspection import (
     kept_coverage,
     kept_mass,
     num_kept,
+    patch_precision,
+    region_recall,
     score_entropy,
-    share_inside,
-    share_shown,
     text_sensitivity,
 )
 from trips_examples.data.rows import image_size
@@ -58,9 +58,9 @@ def measure_selection(
     Returns:
         `dict[str, float]`: for selection layer L `layer{L}_kept` (mean number of kept candidates), `_entropy`,
         `_mass`, `_coverage`, `_text_sensitivity` (1 minus the overlap of texts that share an image) and
-        `_image_sensitivity` (of several images). With target regions also patch precision `_inside`, its number of
-        standard errors above random selection `_inside_z`, region recall `_shown`, and `inside_at_random`, the patch
-        precision of random selection. Empty without selection.
+        `_image_sensitivity` (of several images). With target regions also `_patch_precision`, `_patch_precision_z`
+        (its number of standard errors above random selection), `_region_recall`, and, once,
+        `patch_precision_at_random`, that of random selection. Empty without selection.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     selections = model(**inputs).selection
@@ -99,20 +99,20 @@ def _region_metrics(
         return {}
     sizes = [image_size(rows[number]) for number in regions]
     boxes = processor.patch_boxes([selection.kept_indices[number] for number in regions], sizes)
-    shares = torch.tensor([share_inside(kept, region) for kept, region in zip(boxes, regions.values())])
-    shown = [share_shown(kept, region) for kept, region in zip(boxes, regions.values())]
+    precisions = torch.tensor([patch_precision(kept, region) for kept, region in zip(boxes, regions.values())])
+    recalls = [region_recall(kept, region) for kept, region in zip(boxes, regions.values())]
     areas = torch.tensor(
         [
             ((region[2] - region[0]) * (region[3] - region[1])).item() / (height * width)
             for region, (height, width) in zip(regions.values(), sizes)
         ]
     )
-    gains = shares - areas
+    gains = precisions - areas
     metrics = {
-        f"{name}_inside": shares.mean().item(),
-        f"{name}_shown": sum(shown) / len(shown),
-        "inside_at_random": areas.mean().item(),
+        f"{name}_patch_precision": precisions.mean().item(),
+        f"{name}_region_recall": sum(recalls) / len(recalls),
+        "patch_precision_at_random": areas.mean().item(),
     }
     if len(gains) > 1 and (error := gains.std().item() / math.sqrt(len(gains))) > 0:
-        metrics[f"{name}_inside_z"] = gains.mean().item() / error
+        metrics[f"{name}_patch_precision_z"] = gains.mean().item() / error
     return metrics

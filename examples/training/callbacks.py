@@ -88,7 +88,7 @@ class TrainingMonitor(TrainerCallback):
         self.accelerator = trainer.accelerator
         self.pending: _Batch | None = None
         self.is_timed = False
-        self.told: set[tuple[str, int | None]] = set()
+        self.reported: set[tuple[str, int | None]] = set()
 
     # The loss
 
@@ -209,8 +209,8 @@ class TrainingMonitor(TrainerCallback):
 
     def _report(self, layer: int | None, findings: Iterable[Finding]):
         for finding in findings:
-            if (finding.kind, layer) not in self.told:
-                self.told.add((finding.kind, layer))
+            if (finding.kind, layer) not in self.reported:
+                self.reported.add((finding.kind, layer))
                 if self.trainer.args.should_log:
                     logger.warning(finding.words)
 
@@ -265,7 +265,7 @@ def layer_findings(
             f"{title} gives all scores to one patch (entropy {metrics['entropy']:.3f} of at most 1). Try a lower "
             "--learning_rate, a longer --warmup_steps, or a later layer.",
         )
-    sensitivity, z = metrics.get("text_sensitivity"), metrics.get("inside_z")
+    sensitivity, z = metrics.get("text_sensitivity"), metrics.get("patch_precision_z")
     if metrics.get("image_sensitivity", 1.0) < LEAST_SENSITIVITY:
         yield Finding(
             "same places",
@@ -276,14 +276,14 @@ def layer_findings(
         return
     elif texts_differ and sensitivity is not None and sensitivity < LEAST_SENSITIVITY:
         yield Finding(
-            "deaf",
+            "text ignored",
             f"{title} keeps the same patches for every text (overlap among the texts of an image "
             f"{1 - sensitivity:.1%}). Try selection supervision ({SUPERVISE}) or --selection_guidance image.",
         )
     elif z is not None and z < LEAST_Z:
         yield Finding(
             "random",
-            f"{title} selects at random: the patch precision is {metrics['inside']:.1%}, {z:.1f} standard errors from "
+            f"{title} selects at random: the patch precision is {metrics['patch_precision']:.1%}, {z:.1f} standard errors from "
             f"random selection. Train longer, supervise the selection ({SUPERVISE}), or start from trained weights.",
         )
     elif z is None and sensitivity is not None and _is_at_chance(metrics, num_patches):

@@ -6,9 +6,9 @@ from .diagnostics import (
     kept_mass,
     kept_patches,
     num_kept,
+    patch_precision,
+    region_recall,
     score_entropy,
-    share_inside,
-    share_shown,
     text_sensitivity,
 )
 from .pictures import draw_kept_patches, plot_selection
@@ -25,7 +25,7 @@ __all__ = [
     "plot_selection",
     "provenance",
     "score_entropy",
-    "share_inside",
-    "share_shown",
+    "patch_precision",
+    "region_recall",
     "text_sensitivity",
 ]

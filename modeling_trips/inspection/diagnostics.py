@@ -119,7 +119,7 @@ def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.Bool
     return jaccard[pairs.triu(diagonal=1).to(jaccard.device)].mean().item()
 
 
-def share_inside(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
+def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
     Compute the patch precision: the share of kept patches whose center lies in a region. Random selection gives the
     region's share of the image.
@@ -137,13 +137,13 @@ def share_inside(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     return inside.all(dim=-1).sum().item() / max(1, len(patch_boxes))
 
 
-def share_shown(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
+def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
     Compute the region recall: the share of a region's area in kept patches. Random selection gives the share of kept
     patches.
 
     Args:
-        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): As in `share_inside`; patches do not overlap.
+        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): As in `patch_precision`; patches do not overlap.
         region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
 
     Returns:
@@ -160,7 +160,7 @@ __all__ = [
     "kept_patches",
     "num_kept",
     "score_entropy",
-    "share_inside",
-    "share_shown",
+    "patch_precision",
+    "region_recall",
     "text_sensitivity",
 ]

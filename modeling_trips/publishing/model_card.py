@@ -40,7 +40,7 @@ HUB_TASKS = {SENTENCE_TRANSFORMER: "feature-extraction", CROSS_ENCODER: "text-ra
 # What an `eval_results.json` holds besides metrics.
 NOT_METRICS = re.compile(
     r"loss|runtime|model_preparation_time|\w+_per_second|samples|images|reranked_pairs"  # the run's size and speed
-    r"|layer\d+_\w+|inside_at_random"  # what the selection does
+    r"|layer\d+_\w+|patch_precision_at_random"  # what the selection does
     r"|chance_\w+|\w+_majority"  # what guessing would get
 )
 

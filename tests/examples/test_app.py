@@ -170,17 +170,17 @@ def test_an_example_is_asked_at_a_click(page):
     page.locator("#result h3", has_text="is there a blue rectangle?").wait_for()
 
 
-def told(page, words: str):
+def shows(page, words: str):
     page.get_by_role("button", name="Look", exact=True).click()
     page.get_by_text(words).first.wait_for()
 
 
 def test_what_is_wrong_is_said_in_words(page, tmp_path):
-    told(page, "There is no image yet. Upload one, or click an example.")
+    shows(page, "There is no image yet. Upload one, or click an example.")
     (tmp_path / "broken.png").write_bytes(SCENE.read_bytes()[:60])
     upload(page, tmp_path / "broken.png")
     page.wait_for_timeout(2000)
-    told(page, "The image file is broken or cut off")
+    shows(page, "The image file is broken or cut off")
     shot(page, "broken.png")
 
 
@@ -205,7 +205,7 @@ def test_a_huge_picture_and_a_huge_file_are_refused(page, tmp_path):
     blank_png(tmp_path / "wide.png", 8000)
     upload(page, tmp_path / "wide.png")
     page.wait_for_timeout(2000)
-    told(page, "The image has 8000 x 8000 pixels; at most 50,000,000 are accepted.")
+    shows(page, "The image has 8000 x 8000 pixels; at most 50,000,000 are accepted.")
 
     page.reload()
     page.get_by_role("button", name="Look", exact=True).wait_for()

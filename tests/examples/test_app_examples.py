@@ -6,7 +6,7 @@ import PIL.Image
 import torch
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.inspection import share_inside
+from modeling_trips.inspection import patch_precision
 from trips_examples.analysis.asking import Asker
 from trips_examples.app import EXAMPLES, knows_scenes
 from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
@@ -35,7 +35,7 @@ def precision(questions: list[str], **fields) -> list[float]:
         selection = model.model(**inputs).selection
     kept = processor.patch_boxes(selection[-1].kept_indices, [(image.height, image.width)] * len(questions))
     pairs = zip(kept, map(region_of, questions))
-    return [float(share_inside(boxes, region)) for boxes, region in pairs if region is not None]
+    return [float(patch_precision(boxes, region)) for boxes, region in pairs if region is not None]
 
 
 def test_kept_patches_follow_each_question_about_the_scene():

@@ -52,7 +52,7 @@ def test_what_a_trained_model_keeps_of_scenes_is_drawn(pictures, tmp_path):
             assert image.size == (4 * 250, 270)
             faded[rate] = np.asarray(image.convert("L"), dtype=float).mean()
         assert {"eval_accuracy_name", "eval_accuracy_smallest"} <= metrics.keys()
-        assert ("eval_layer3_inside" in metrics) == (rate == "0.25")
+        assert ("eval_layer3_patch_precision" in metrics) == (rate == "0.25")
     assert faded["0.25"] > faded["1.0"] + 20  # dropped patches fade to white
 
 

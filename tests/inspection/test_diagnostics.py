@@ -12,9 +12,9 @@ from modeling_trips.inspection.diagnostics import (
     kept_mass,
     kept_patches,
     num_kept,
+    patch_precision,
+    region_recall,
     score_entropy,
-    share_inside,
-    share_shown,
     text_sensitivity,
 )
 
@@ -73,19 +73,19 @@ def test_sensitivity_needs_two_texts_of_one_image():
         text_sensitivity(selection_of([0], [1]), torch.tensor([0, 1]), num_patches=2)
 
 
-def test_share_inside_uses_patch_centers():
+def test_patch_precision_uses_patch_centers():
     patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8], [0, 8, 8, 16]])
     # Centers at x = 4, 12, 20 in the first row; the region begins right after the first and ends at the third.
-    assert share_inside(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
-    assert share_inside(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
+    assert patch_precision(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
+    assert patch_precision(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
 
 
-def test_share_shown_uses_areas():
+def test_region_recall_uses_areas():
     patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]])
     # 4 x 8 pixels of the region of 16 x 8 in the second patch; 12 x 8 of it are in patches that were not kept.
-    assert share_shown(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.25
-    assert share_shown(patches, torch.tensor([0.0, 0.0, 8.0, 16.0])) == 1.0
-    assert share_shown(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
+    assert region_recall(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.25
+    assert region_recall(patches, torch.tensor([0.0, 0.0, 8.0, 16.0])) == 1.0
+    assert region_recall(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
 
 
 def test_kept_mass():

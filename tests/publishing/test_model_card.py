@@ -56,7 +56,7 @@ HUB_TASKS = {
 RECALLS = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)] + ["r_mean"]
 FEATURE_RECALLS = [f"features_{name}" for name in RECALLS]
 RUN = ["loss", "runtime", "model_preparation_time", "samples_per_second", "steps_per_second", "samples"]
-SELECTION = ["layer2_entropy", "layer2_coverage", "layer10_text_sensitivity", "layer10_inside", "inside_at_random"]
+SELECTION = ["layer2_entropy", "layer10_patch_precision", "patch_precision_at_random"]
 # Contents of eval_results.json of each script: metrics and other fields.
 WRITTEN = {
     "vqa": (["accuracy", "exact_match"], RUN + SELECTION),

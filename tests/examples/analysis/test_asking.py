@@ -26,7 +26,7 @@ def image() -> PIL.Image.Image:
 
 
 def drawn_sides(look: Look) -> set[int]:
-    return {max(picture.size) for told in look.told for _, picture in told.pictures}
+    return {max(picture.size) for result in look.results for _, picture in result.pictures}
 
 
 def test_answers_are_those_of_the_pipeline(image):
@@ -36,14 +36,14 @@ def test_answers_are_those_of_the_pipeline(image):
     found = TripsVisualQuestionAnsweringPipeline(model=asker.model, processor=asker.processor)(
         image, questions, top_k=3
     )
-    assert [told.answers for told in look.told] == [
+    assert [result.answers for result in look.results] == [
         [f"{each['answer']} ({each['score']:.1%})" for each in best] for best in found
     ]
     with use_schedule(asker.model, UNPRUNED):
         kept = TripsVisualQuestionAnsweringPipeline(model=asker.model, processor=asker.processor)(
             image, questions, top_k=1
         )
-    assert [told.answers_at_keep_rate_1[0] for told in look.told] == [
+    assert [result.answers_at_keep_rate_1[0] for result in look.results] == [
         f"{best['answer']} ({best['score']:.1%})" for (best,) in kept
     ]
 
@@ -52,7 +52,7 @@ def test_captions_are_those_of_the_pipeline(image, tmp_path):
     asker = Asker(str(save_random_checkpoint(tmp_path, TripsForConditionalGeneration, TEXTS)))
     look = asker.ask(image, TEXTS)
     captioner = TripsImageToTextPipeline(model=asker.model, processor=asker.processor)
-    assert [told.answers for told in look.told] == [
+    assert [result.answers for result in look.results] == [
         [captioner(image, prompt=text)[0]["generated_text"]] for text in TEXTS
     ]
 
@@ -62,4 +62,4 @@ def test_drawings_are_small_whatever_the_size_of_the_image(size, tmp_path):
     asker = Asker(str(save_random_checkpoint(tmp_path, TripsForVisualGrounding, TEXTS)))
     look = asker.ask(PIL.Image.new("RGB", size, "teal"), TEXTS[:1])
     assert max(drawn_sides(look)) <= 1024
-    assert look.told[0].answers[0].startswith("box (")
+    assert look.results[0].answers[0].startswith("box (")

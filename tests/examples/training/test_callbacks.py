@@ -82,10 +82,10 @@ def shipped(**fields) -> TripsForQuestionAnswering:
 def test_healthy_models_have_no_findings(fields, questions, tmp_path, caplog):
     health = health_of(shipped(**fields), questions, tmp_path)
     health.examine()
-    assert health.told == set() and caplog.text == ""
+    assert health.reported == set() and caplog.text == ""
     (log,) = health.trainer.state.log_history
     assert 0.6 < log["selection_layer2_entropy"] < 0.8 and log["selection_layer2_mass"] > 0.5
-    assert log["selection_layer2_inside_z"] > 10 and log["selection_time_ratio"] < 1
+    assert log["selection_layer2_patch_precision_z"] > 10 and log["selection_time_ratio"] < 1
     assert log["selection_layer2_image_sensitivity"] > 0.1
 
 
@@ -97,7 +97,7 @@ def test_same_patches_in_every_image_are_reported(questions, tmp_path, caplog):
             layer.attention.k_proj.bias.zero_()
     health = health_of(model, questions, tmp_path)
     health.examine()
-    assert ("same places", 2) in health.told
+    assert ("same places", 2) in health.reported
 
 
 def test_same_patches_for_every_text_are_reported_once(questions, questions_about_all, tmp_path, caplog):
@@ -107,12 +107,12 @@ def test_same_patches_for_every_text_are_reported_once(questions, questions_abou
     health = health_of(model, questions.remove_columns("region"), tmp_path)
     health.examine()
     health.examine()
-    assert health.told == {("deaf", 2)}
+    assert health.reported == {("text ignored", 2)}
     assert len(caplog.records) == 1 and "100.0%" in caplog.records[0].message
 
     of_one_thing = health_of(model, questions_about_all, tmp_path)
     of_one_thing.examine()
-    assert of_one_thing.told == set()
+    assert of_one_thing.reported == set()
 
 
 @pytest.mark.parametrize("regions", [True, False])
@@ -123,10 +123,10 @@ def test_random_text_guidance_is_reported(regions, questions, tmp_path, caplog, 
     monkeypatch.setattr(modeling_trips_vision, "score_tokens", random_scores)
     health = health_of(shipped(), questions if regions else questions.remove_columns("region"), tmp_path)
     health.examine()
-    assert ("random", 2) in health.told
+    assert ("random", 2) in health.reported
     honest = health_of(shipped(selection_guidance="random"), questions, tmp_path)
     honest.examine()
-    assert honest.told == set()
+    assert honest.reported == set()
 
 
 def test_pruning_that_costs_time(questions, tmp_path, caplog):
@@ -135,7 +135,7 @@ def test_pruning_that_costs_time(questions, tmp_path, caplog):
     before = model.config.keep_rate
     health = health_of(model, questions, tmp_path, texts_per_image=10)
     health.examine()
-    assert health.told == {("time", None)}
+    assert health.reported == {("time", None)}
     (log,) = health.trainer.state.log_history
     assert log["selection_time_ratio"] > 1.1 and log["selection_macs_ratio"] > 1.2
     assert model.config.keep_rate == before
@@ -149,9 +149,9 @@ def test_fine_detail_that_suffers(questions, tmp_path, caplog):
     model = shipped(selection_guidance="random", keep_rate=0.1).train()
     health = health_of(model, small, tmp_path)
     health.examine(is_late=False)
-    assert health.told == set()
+    assert health.reported == set()
     health.examine()
-    assert health.told == {("fine detail", None)}
+    assert health.reported == {("fine detail", None)}
     log = health.trainer.state.log_history[-1]
     assert log["selection_small_accuracy"] < 0.8 < log["selection_small_accuracy_unpruned"]
     assert model.config.keep_rate == 0.1 and model.training and model.decoder.training

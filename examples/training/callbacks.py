@@ -283,8 +283,9 @@ def layer_findings(
     elif z is not None and z < LEAST_Z:
         yield Finding(
             "random",
-            f"{title} selects at random: the patch precision is {metrics['patch_precision']:.1%}, {z:.1f} standard errors from "
-            f"random selection. Train longer, supervise the selection ({SUPERVISE}), or start from trained weights.",
+            f"{title} selects at random: the patch precision is {metrics['patch_precision']:.1%}, {z:.1f} standard "
+            f"errors from random selection. Train longer, supervise the selection ({SUPERVISE}), or start from "
+            "trained weights.",
         )
     elif z is None and sensitivity is not None and _is_at_chance(metrics, num_patches):
         yield Finding(

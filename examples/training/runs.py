@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from modeling_trips.inspection import provenance
 from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.rows import without_decoding
+from trips_examples.data.rows import column_of, without_decoding
 from trips_examples.training.options import DataArguments, TripsTrainingArguments
 from trips_examples.training.parser import make_parser
 
@@ -93,7 +93,9 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
             data[split] = data[split].select(range(min(limit, len(data[split]))))
     for split in ("validation", "test"):
         if split in data and "image_id" in data[split].column_names:
-            data[split] = data[split].sort("image_id")  # rows of one image share its cached states
+            ids = column_of(data[split], "image_id")
+            # Rows of one image share its cached states. `Dataset.sort` warns since pyarrow 25.
+            data[split] = data[split].select(sorted(range(len(ids)), key=lambda row: (ids[row] is None, ids[row])))
     return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
 
 

@@ -367,9 +367,9 @@ class TripsModel(TripsWholeModel):
         """
         by_layer = zip(selection, self.vision_model.schedule.selections)
         scored = [(kept, settings.guidance) for kept, settings in by_layer if settings.guidance != "random"]
-        is_taught = self.training and self.config.selection_loss_weight > 0
+        is_supervised = self.training and self.config.selection_loss_weight > 0
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        if not (is_taught and scored) or (regions is None and patch_targets is None):
+        if not (is_supervised and scored) or (regions is None and patch_targets is None):
             return None
         if regions is not None:
             of_regions = region_targets(regions, self.grid_of(pixel_values, image_cache))
@@ -609,8 +609,8 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         ```
         """
         # CODEPATH: a coefficient of 0, the default, leaves the loss out.
-        is_taught = self.training and labels is not None and regions is not None and encoder_outputs is None
-        is_pointed = is_taught and self.config.pointing_loss_coefficient > 0
+        is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
+        is_pointed = is_supervised and self.config.pointing_loss_coefficient > 0
         if encoder_outputs is None:
             encoder_outputs = self.model(
                 input_ids,

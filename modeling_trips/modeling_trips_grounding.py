@@ -97,7 +97,7 @@ class TripsVisualGroundingOutput(ModelOutput):
     giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         1 - generalized IoU of predicted box and label, per box.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision by the boxes. Returned in training, if a layer is scored by the text.
+        Selection supervision by the boxes. Returned in training, if a layer is scored by the text or the image.
     pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Attention supervision of the box head. Returned in training, unless its coefficient is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):

@@ -41,7 +41,7 @@ from .modeling_trips import (
     shift_right,
     weighted_sum,
 )
-from .modeling_trips_text import TripsDecoder, TripsLMHead, class_states
+from .modeling_trips_text import TripsDecoder, TripsLMHead, check_counts, class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionModelOutput, select_rows
 
 
@@ -368,14 +368,9 @@ def check_captions(
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Check `image_index` and `image_ids` and fill in their defaults."""
     num_texts, device = len(text_states), text_states.device
-    if image_index is None and num_texts != num_images:
-        raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index` with the image "
-            "of each text."
-        )
-    for name, value, count in (("image_index", image_index, num_texts), ("image_ids", image_ids, num_images)):
-        if value is not None and tuple(value.shape) != (count,):
-            raise ValueError(f"`{name}` must have shape ({count},), got {tuple(value.shape)}.")
+    check_counts(num_texts, num_images, image_index)
+    if image_ids is not None and tuple(image_ids.shape) != (num_images,):
+        raise ValueError(f"`image_ids` must have shape ({num_images},), got {tuple(image_ids.shape)}.")
     if image_index is None:
         image_index = torch.arange(num_texts, device=device)
     if image_ids is None:
@@ -619,7 +614,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         if text_states is None:
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         if text_index is not None:
-            text_states, attention_mask = _select_texts(text_index, text_states, attention_mask)
+            text_states, attention_mask = select_rows((text_states, attention_mask), text_index)
         fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, image_cache, **kwargs)
         return TripsMatchingOutput(
             itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
@@ -763,9 +758,9 @@ class TripsForRetrieval(TripsContrastiveModel):
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         if return_loss:
             image_cache = self.model.encode_images(pixel_values, **kwargs)
-            teaching = {"regions": regions, "patch_targets": patch_targets}
+            supervision = {"regions": regions, "patch_targets": patch_targets}
             outputs = self.pair_losses(
-                text_outputs, image_cache, attention_mask, image_index, image_ids, **teaching, **kwargs
+                text_outputs, image_cache, attention_mask, image_index, image_ids, **supervision, **kwargs
             )
             if outputs["loss"] is None:
                 raise ValueError("`itc_weight` and `itm_weight` are both 0. Set one of them to get a loss.")
@@ -780,12 +775,6 @@ def _normalized(embeds: torch.Tensor) -> torch.Tensor:
 def _of_true_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
     """Pad the supervision of the true pairs, which come first, with zeros (no supervision) for the negative pairs."""
     return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
-
-
-def _select_texts(
-    index: torch.LongTensor, text_states: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return text_states[index], attention_mask[index] if attention_mask is not None else None
 
 
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")

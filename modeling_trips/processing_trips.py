@@ -222,22 +222,16 @@ def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[in
         height, width = (int(size["shortest_edge"] * length / min(image_size)) for length in image_size)
         return height, width
     raise ValueError(
-        f"`size` is {size}, but only a resize to 'height' and 'width' or to a 'shortest_edge' can be traced back"
+        "Boxes cannot be traced back: the image processor must resize to 'height' and 'width' or to a "
+        f"'shortest_edge', got `size={size}`."
     )
 
 
-def _grid_boxes(patch_indices: torch.LongTensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Return boxes (x0, y0, x1, y1), float32 `(num_kept, 4)`, of the patches in a grid of (rows, columns)."""
-    rows, columns = grid
-    outside = patch_indices[(patch_indices < -2) | (patch_indices >= rows * columns)]
-    if len(outside):
-        raise ValueError(
-            f"the index {int(outside[0])} is out of the grid of {rows} x {columns} patches: it must be in "
-            f"[0, {rows * columns - 1}], -1 for a fused token, or -2 for padding"
-        )
-    kept = patch_indices[patch_indices >= 0]
-    row, column = kept // columns, kept % columns
-    return torch.stack([column, row, column + 1, row + 1], dim=-1).float() * patch_size
+def _in_original(
+    pixels: torch.Tensor, original: torch.Tensor, resized: torch.Tensor, start: torch.Tensor
+) -> torch.FloatTensor:
+    """Return boxes in `pixel_values` as boxes in the original image, clipped to it. See `_pixel_frames`."""
+    return ((pixels + start) * original / resized).clamp(min=0).minimum(original).float()
 
 
 def _has_no_area(boxes: torch.Tensor) -> torch.BoolTensor:
@@ -432,13 +426,10 @@ class TripsProcessor(ProcessorMixin):
         self,
         patch_indices: torch.LongTensor,
         image_sizes: torch.LongTensor | list[tuple[int, int]],
-        do_resize: bool | None = None,
-        size: int | dict[str, int] | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: int | dict[str, int] | None = None,
     ) -> list[torch.Tensor]:
         """
-        Return the boxes of kept patches in the original images.
+        Return the boxes of kept patches in the original images. The settings of the image processor tell how
+        `pixel_values` were resized and cropped; options of a single call do not count.
 
         Args:
             patch_indices (`torch.LongTensor` of shape `(batch_size, num_tokens)`, or a list of tensors):
@@ -447,8 +438,6 @@ class TripsProcessor(ProcessorMixin):
             image_sizes (`torch.LongTensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`):
                 (height, width) of each original image in pixels, after its EXIF orientation is applied. Pillow's
                 `image.size` is (width, height).
-            do_resize, size, do_center_crop, crop_size (*optional*):
-                Options of the call that made `pixel_values`, by default the image processor's own.
 
         Returns:
             `list[torch.Tensor]`: Per item a float32 tensor of shape `(num_kept, 4)`: boxes (x0, y0, x1, y1) in pixels
@@ -461,33 +450,27 @@ class TripsProcessor(ProcessorMixin):
         """
         if len(patch_indices) != len(image_sizes):
             raise ValueError(f"Got {len(patch_indices)} rows of `patch_indices` and {len(image_sizes)} `image_sizes`.")
-        options = {"do_resize": do_resize, "size": size, "do_center_crop": do_center_crop, "crop_size": crop_size}
-        options = {name: value for name, value in options.items() if value is not None}
+        original, resized, start, frame = self._pixel_frames(image_sizes)
         boxes = []
-        for position, (indices, (height, width)) in enumerate(zip(patch_indices, image_sizes, strict=True)):
-            try:
-                boxes.append(self._image_boxes(torch.as_tensor(indices), int(height), int(width), **options))
-            except ValueError as error:
-                raise ValueError(f"`patch_indices[{position}]` has no boxes: {error}.") from error
+        for position, indices in enumerate(patch_indices):
+            indices = torch.as_tensor(indices).cpu()
+            columns, rows = (frame[position, :2] // self.patch_size).int().tolist()
+            outside = indices[(indices < -2) | (indices >= rows * columns)]
+            if len(outside):
+                raise ValueError(
+                    f"`patch_indices[{position}]` must be in [0, {rows * columns - 1}], as the grid has {rows} x "
+                    f"{columns} patches, -1 for a fused token, or -2 for padding, got {int(outside[0])}."
+                )
+            kept = indices[indices >= 0]
+            row, column = kept // columns, kept % columns
+            pixels = self.patch_size * torch.stack((column, row, column + 1, row + 1), dim=-1)
+            boxes.append(_in_original(pixels, original[position], resized[position], start[position]))
         return boxes
-
-    def _image_boxes(self, patch_indices: torch.LongTensor, height: int, width: int, **options) -> torch.Tensor:
-        """Boxes of one image: from the grid of `pixel_values` back through the crop and the resize."""
-        (resized_height, resized_width), (top, left), (rows, columns) = self._pixel_frame((height, width), **options)
-        boxes = _grid_boxes(patch_indices, (rows // self.patch_size, columns // self.patch_size), self.patch_size)
-        boxes += boxes.new_tensor([left, top, left, top])
-        original = boxes.new_tensor([width, height, width, height])
-        boxes = boxes * original / boxes.new_tensor([resized_width, resized_height, resized_width, resized_height])
-        return boxes.clamp(min=torch.zeros_like(original), max=original)
 
     def encode_boxes(
         self,
         boxes: torch.Tensor | list[list[float]],
         image_sizes: torch.LongTensor | list[tuple[int, int]],
-        do_resize: bool | None = None,
-        size: int | dict[str, int] | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: int | dict[str, int] | None = None,
     ) -> torch.FloatTensor:
         """
         Return the `labels` of a [`TripsForVisualGrounding`] for boxes in the original images.
@@ -498,8 +481,6 @@ class TripsProcessor(ProcessorMixin):
                 pixel beyond the image is cut off.
             image_sizes (`torch.LongTensor` of shape `(num_boxes, 2)` or `list[tuple[int, int]]`):
                 (height, width) of each box's image, as in `patch_boxes`.
-            do_resize, size, do_center_crop, crop_size (*optional*):
-                Options of the call that made `pixel_values`, by default the image processor's own.
 
         Returns:
             `torch.FloatTensor` of shape `(num_boxes, 4)`: (center_x, center_y, width, height) in [0, 1] of the image
@@ -515,9 +496,7 @@ class TripsProcessor(ProcessorMixin):
                 f"`boxes` must have shape ({len(image_sizes)}, 4), one box per entry of `image_sizes`, got "
                 f"{tuple(boxes.shape)}."
             )
-        original, resized, start, frame = self._pixel_frames(
-            image_sizes, do_resize=do_resize, size=size, do_center_crop=do_center_crop, crop_size=crop_size
-        )
+        original, resized, start, frame = self._pixel_frames(image_sizes)
         not_finite = ~boxes.isfinite().all(dim=-1)
         outside = ((boxes < -BOX_TOLERANCE) | (boxes > original + BOX_TOLERANCE)).any(dim=-1)
         _refuse_boxes(boxes, original, not_finite, "has a number that is not finite")
@@ -531,10 +510,6 @@ class TripsProcessor(ProcessorMixin):
         self,
         outputs: ModelOutput | torch.Tensor,
         target_sizes: torch.LongTensor | list[tuple[int, int]],
-        do_resize: bool | None = None,
-        size: int | dict[str, int] | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: int | dict[str, int] | None = None,
     ) -> torch.FloatTensor:
         """
         Return the boxes of a [`TripsForVisualGrounding`] in pixels of the original images.
@@ -544,8 +519,6 @@ class TripsProcessor(ProcessorMixin):
                 What the model returned, or its `pred_boxes`.
             target_sizes (`torch.LongTensor` of shape `(num_texts, 2)` or `list[tuple[int, int]]`):
                 (height, width) of each text's original image, as in `patch_boxes`.
-            do_resize, size, do_center_crop, crop_size (*optional*):
-                Options of the call that made `pixel_values`, by default the image processor's own.
 
         Returns:
             `torch.FloatTensor` of shape `(num_texts, 4)`, on the CPU: corners (x0, y0, x1, y1), clipped to the image.
@@ -560,35 +533,32 @@ class TripsProcessor(ProcessorMixin):
                 f"The boxes must have shape ({len(target_sizes)}, 4), one box per entry of `target_sizes`, got "
                 f"{tuple(boxes.shape)}."
             )
-        original, resized, start, frame = self._pixel_frames(
-            target_sizes, do_resize=do_resize, size=size, do_center_crop=do_center_crop, crop_size=crop_size
-        )
-        boxes = center_to_corners_format(boxes.detach().cpu().double()) * frame + start
-        return (boxes * original / resized).clamp(min=0).minimum(original).float()
+        original, resized, start, frame = self._pixel_frames(target_sizes)
+        pixels = center_to_corners_format(boxes.detach().cpu().double()) * frame
+        return _in_original(pixels, original, resized, start)
 
-    def _pixel_frames(self, image_sizes: torch.LongTensor | list[tuple[int, int]], **options) -> list[torch.Tensor]:
+    def _pixel_frames(self, image_sizes: torch.LongTensor | list[tuple[int, int]]) -> list[torch.Tensor]:
         """
         Per image, each of shape (num_images, 4) as (x, y, x, y), float64: its size, its size after the resize, start
         and size of the crop.
         """
-        options = {name: value for name, value in options.items() if value is not None}
         sizes = [(int(height), int(width)) for height, width in image_sizes]
-        frames = [(image_size, *self._pixel_frame(image_size, **options)) for image_size in sizes]
+        frames = [(image_size, *self._pixel_frame(image_size)) for image_size in sizes]
         rows = [[[across, down] * 2 for down, across in frame] for frame in frames]
         return torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 4).unbind(dim=1)
 
-    def _pixel_frame(self, image_size: tuple[int, int], **options) -> tuple[tuple[int, ...], ...]:
+    def _pixel_frame(self, image_size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
         """How `pixel_values` lie on an image: (height, width) after the resize, (top, left) and size of the crop."""
         processor = self.image_processor
-        resized = image_size
         if getattr(processor, "do_pad", None):
-            raise ValueError("the image processor pads (`do_pad=True`), which cannot be traced back")
-        if options.get("do_resize", processor.do_resize):
-            size = get_size_dict(options.get("size", processor.size), default_to_square=processor.default_to_square)
+            raise ValueError("Boxes cannot be traced back: the image processor pads (`do_pad=True`).")
+        resized = image_size
+        if processor.do_resize:
+            size = get_size_dict(processor.size, default_to_square=processor.default_to_square)
             resized = _resized_size(image_size, size)
-        if not options.get("do_center_crop", getattr(processor, "do_center_crop", None)):
+        if not getattr(processor, "do_center_crop", None):
             return resized, (0, 0), resized
-        crop = get_size_dict(options.get("crop_size", processor.crop_size), param_name="crop_size")
+        crop = get_size_dict(processor.crop_size, param_name="crop_size")
         crop_size = crop["height"], crop["width"]
         # int() rounds towards zero, as the image processors do; a crop larger than the image starts left of it
         corner = tuple(int((length - kept) / 2) for length, kept in zip(resized, crop_size, strict=True))

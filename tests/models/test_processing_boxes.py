@@ -28,18 +28,11 @@ def test_boxes_of_a_resize_that_is_not_square():
     assert boxes.tolist() == [[20, 0, 40, 50], [40, 50, 60, 100]]
 
 
-def test_boxes_at_another_resolution():
-    processor = make_processor(BlipImageProcessor(size={"height": 64, "width": 64}))
-    size = {"height": 32, "width": 32}
-    assert processor.patch_boxes([[3]], [(64, 64)], size=size)[0].tolist() == [[32, 32, 64, 64]]
-    assert processor.patch_boxes([[3]], [(64, 64)], size=32)[0].tolist() == [[32, 32, 64, 64]]
-
-
 def test_boxes_without_a_resize():
     processor = make_processor(BlipImageProcessor(do_resize=False))
     # 70 x 33 (height x width): a grid of 4 rows, 2 columns; the remainder is no patch
     assert processor.patch_boxes([[7]], [(70, 33)])[0].tolist() == [[16, 48, 32, 64]]
-    with pytest.raises(ValueError, match="index 8"):
+    with pytest.raises(ValueError, match="got 8"):
         processor.patch_boxes([[8]], [(70, 33)])
 
 
@@ -49,9 +42,6 @@ def test_boxes_of_a_center_crop():
     clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     (boxes,) = make_processor(clip).patch_boxes([[0, 1, 2]], [(60, 120)])
     assert boxes.tolist() == [[30, 0, 60, 30], [60, 0, 90, 30], [30, 30, 60, 60]]
-    # without the crop the grid has 2 rows, 4 columns
-    (boxes,) = make_processor(clip).patch_boxes([[7]], [(60, 120)], do_center_crop=False)
-    assert boxes.tolist() == [[90, 30, 120, 60]]
 
 
 def test_boxes_of_a_crop_larger_than_the_image_are_clipped():

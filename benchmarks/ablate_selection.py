@@ -13,8 +13,7 @@ seed: `--model_name_or_path outputs/starts/unpruned-seed{seed}` gives each seed 
 not repeated, so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy
 epoch` the rows hold the learning curve.
 
-The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor. plot_ablation.py draws the
-rows.
+The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor.
 """
 
 import json

@@ -61,32 +61,18 @@ def settings_of(args: BenchmarkArguments) -> list[Setting]:
     schedules = [
         SelectionSchedule.parse(text, rate) for text, rate in itertools.product(args.schedule, args.keep_rate)
     ]
-    grid = itertools.product(
-        args.mode,
-        args.dtype,
-        args.image_size,
-        args.batch_size,
-        args.texts_per_image,
-        dict.fromkeys(schedules),  # schedules with own rates appear once
-    )
+    shared = ("preset", "text_length", "attn_implementation", "device", "compile", "compile_mode", "clock")
+    varied = ("mode", "dtype", "image_size", "batch_size", "texts_per_image")
+    # Schedules with own rates appear once.
+    grid = itertools.product(*(getattr(args, name) for name in varied), dict.fromkeys(schedules))
     return [
         Setting(
-            preset=args.preset,
-            image_size=image_size,
-            batch_size=batch_size,
-            texts_per_image=texts_per_image,
-            text_length=args.text_length,
-            mode=mode,
-            dtype=dtype,
-            attn_implementation=args.attn_implementation,
-            device=args.device,
-            compile=args.compile,
-            compile_mode=args.compile_mode,
-            clock=args.clock,
+            **{name: getattr(args, name) for name in shared},
+            **dict(zip(varied, values)),
             config_fields=json.loads(args.config_fields),
             **schedule.config_fields,
         )
-        for mode, dtype, image_size, batch_size, texts_per_image, schedule in grid
+        for *values, schedule in grid
     ]
 
 
@@ -145,14 +131,11 @@ def print_verdict(rows: list[dict]):
             print(f"{label(row)}: the time ratio is {excess:.2f} times the MAC ratio.")
 
 
-def new_axes(width: float, height: float, columns: int = 1):
-    import matplotlib
+def new_axes(width: float, height: float):
+    from matplotlib.figure import Figure  # an extra
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(ncols=columns, figsize=(width, height), layout="constrained")
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def plot_rows(rows: list[dict], path: str):

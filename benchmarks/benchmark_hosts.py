@@ -11,10 +11,10 @@ the whole model's: text, vision tower, fusion and head.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import transformers
-from measuring import TimingArguments, check_choices, run_benchmark
+from measuring import TimingArguments, check_choices, make_transformers_model, run_benchmark
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,19 +35,6 @@ class Case:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # further inputs for one image
 
 
-def make_transformers_model(name: str, **sizes) -> Callable[[int], nn.Module]:
-    """Return a function that makes a model of Transformers with default configuration and these sizes."""
-
-    def make_model(image_size: int) -> nn.Module:
-        model_class = getattr(transformers, name)
-        config_class = model_class.config_class
-        if name.startswith("Vilt"):
-            return model_class(config_class(image_size=image_size, **sizes))
-        return model_class(config_class(vision_config={"image_size": image_size, **sizes}))
-
-    return make_model
-
-
 def make_timm_model(image_size: int) -> nn.Module:
     import timm
 
@@ -57,14 +44,14 @@ def make_timm_model(image_size: int) -> nn.Module:
 FIRST_TOKEN = {"decoder_input_ids": torch.tensor([[30522]])}  # predicts the first token of the answer
 
 CASES = {
-    "vilt": Case(make_transformers_model("ViltForQuestionAnswering"), "text"),
-    "blip_vqa": Case(make_transformers_model("BlipForQuestionAnswering"), "text", inputs=FIRST_TOKEN),
-    "blip_vqa_image": Case(make_transformers_model("BlipForQuestionAnswering"), inputs=FIRST_TOKEN),
-    "blip_retrieval": Case(make_transformers_model("BlipForImageTextRetrieval"), "text"),
-    "blip_captioning": Case(make_transformers_model("BlipForConditionalGeneration")),
-    "bridgetower": Case(make_transformers_model("BridgeTowerModel"), selection_layers=(5, 7)),
-    "clip": Case(make_transformers_model("CLIPModel", patch_size=16)),
-    "siglip": Case(make_transformers_model("SiglipModel"), num_class_tokens=0),
+    "vilt": Case(partial(make_transformers_model, "ViltForQuestionAnswering", patch_size=32), "text"),
+    "blip_vqa": Case(partial(make_transformers_model, "BlipForQuestionAnswering"), "text", inputs=FIRST_TOKEN),
+    "blip_vqa_image": Case(partial(make_transformers_model, "BlipForQuestionAnswering"), inputs=FIRST_TOKEN),
+    "blip_retrieval": Case(partial(make_transformers_model, "BlipForImageTextRetrieval"), "text"),
+    "blip_captioning": Case(partial(make_transformers_model, "BlipForConditionalGeneration")),
+    "bridgetower": Case(partial(make_transformers_model, "BridgeTowerModel"), selection_layers=(5, 7)),
+    "clip": Case(partial(make_transformers_model, "CLIPModel")),
+    "siglip": Case(partial(make_transformers_model, "SiglipModel"), num_class_tokens=0),
     "timm_vit": Case(make_timm_model, takes_text=False),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
+import transformers
 
 from modeling_trips.inspection.provenance import provenance
 from modeling_trips.inspection.speed import check_clock, peak_memory, percentile_99, seconds_in_turns
@@ -90,6 +91,17 @@ def check_choices(option: str, given: Iterable[str], known: Collection[str]):
     """Raise a `ValueError` if an option has unknown values."""
     if wrong := [value for value in given if value not in known]:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {', '.join(wrong)}.")
+
+
+def make_transformers_model(
+    name: str, image_size: int, patch_size: int = 16, **fields
+) -> transformers.PreTrainedModel:
+    """Make a model of Transformers with random weights, and its default configuration but for these fields."""
+    model_class = getattr(transformers, name)
+    vision = {"image_size": image_size, "patch_size": patch_size}
+    if not name.startswith("Vilt"):
+        vision = {"vision_config": vision}
+    return model_class(model_class.config_class(**vision, **fields))
 
 
 def run_benchmark(

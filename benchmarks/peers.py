@@ -24,8 +24,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-import transformers
-from measuring import TimingArguments, check_choices, run_benchmark
+from measuring import TimingArguments, check_choices, make_transformers_model, run_benchmark
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -115,22 +114,17 @@ class Inputs:
 # Peers
 
 
-def of_transformers(name: str, args: PeerArguments, **fields) -> nn.Module:
-    """Make a model of Transformers with default configuration, except for the image size and `fields`."""
-    model_class = getattr(transformers, name)
-    size = {"image_size": args.image_size}
-    if name.startswith("Vilt"):
-        return model_class(model_class.config_class(**size, **fields))
-    return model_class(model_class.config_class(vision_config=size, **fields))
+def of_transformers(name: str, **fields) -> Callable[[PeerArguments], nn.Module]:
+    return lambda args: make_transformers_model(name, args.image_size, **fields)
 
 
-def write_answers(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
+def generate_answers(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
     return model.generate(**inputs.pairs, **ANSWER_LENGTH)
 
 
-def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
+def generate_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
     """Run BLIP's `generate` with the image encoded once for all its questions."""
-    questions, text_config = read_shared(model, inputs), model.config.text_config
+    questions, text_config = fuse_shared(model, inputs), model.config.text_config
     return model.text_decoder.generate(
         input_ids=torch.full_like(inputs.input_ids[:, :1], model.decoder_start_token_id),
         eos_token_id=text_config.sep_token_id,
@@ -141,7 +135,7 @@ def write_answers_shared(model: nn.Module, inputs: Inputs) -> torch.LongTensor:
     )
 
 
-def read_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+def fuse_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return BLIP's fused states of each text, with the image encoded once for all its texts."""
     images = model.vision_model(pixel_values=inputs.pixel_values)[0][inputs.image_index]
     return model.text_encoder(
@@ -152,16 +146,16 @@ def read_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     )[0]
 
 
-def judge(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+def forward_pairs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return model(**inputs.pairs)[0]
 
 
-def judge_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+def match_shared(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Run BLIP's `forward` with the image encoded once for all its texts."""
-    return model.itm_head(read_shared(model, inputs)[:, 0])
+    return model.itm_head(fuse_shared(model, inputs)[:, 0])
 
 
-def look(model: nn.Module, inputs: Inputs):
+def encode_images(model: nn.Module, inputs: Inputs):
     model(inputs.pixel_values)
 
 
@@ -234,7 +228,7 @@ def make_trips(model_class: type[TripsPreTrainedModel], schedule: SelectionSched
     return model_class(config.vision_config if model_class is TripsVisionModel else config)
 
 
-def write_trips_answers(model: TripsForQuestionAnswering, inputs: Inputs):
+def generate_trips_answers(model: TripsForQuestionAnswering, inputs: Inputs):
     model.generate(**inputs.shared, **ANSWER_LENGTH)
 
 
@@ -255,35 +249,37 @@ class Task:
 TASKS = {
     "answer": Task(
         TripsForQuestionAnswering,
-        write_trips_answers,
+        generate_trips_answers,
         {
-            "blip": Peer(partial(of_transformers, "BlipForQuestionAnswering"), write_answers),
-            "blip-shared": Peer(partial(of_transformers, "BlipForQuestionAnswering"), write_answers_shared),
-            "vilt-32": Peer(partial(of_transformers, "ViltForQuestionAnswering", num_labels=NUM_ANSWERS), judge),
-            "vilt-16": Peer(
-                partial(of_transformers, "ViltForQuestionAnswering", num_labels=NUM_ANSWERS, patch_size=16), judge
+            "blip": Peer(of_transformers("BlipForQuestionAnswering"), generate_answers),
+            "blip-shared": Peer(of_transformers("BlipForQuestionAnswering"), generate_answers_shared),
+            "vilt-32": Peer(
+                of_transformers("ViltForQuestionAnswering", num_labels=NUM_ANSWERS, patch_size=32), forward_pairs
             ),
+            "vilt-16": Peer(of_transformers("ViltForQuestionAnswering", num_labels=NUM_ANSWERS), forward_pairs),
         },
     ),
     "match": Task(
         TripsForRetrieval,
         match_trips,
         {
-            "blip-match": Peer(partial(of_transformers, "BlipForImageTextRetrieval"), judge),
-            "blip-match-shared": Peer(partial(of_transformers, "BlipForImageTextRetrieval"), judge_shared),
-            "vilt-32-match": Peer(partial(of_transformers, "ViltForImageAndTextRetrieval"), judge),
-            "vilt-16-match": Peer(partial(of_transformers, "ViltForImageAndTextRetrieval", patch_size=16), judge),
-            "bridgetower-match": Peer(partial(of_transformers, "BridgeTowerForImageAndTextRetrieval"), judge),
+            "blip-match": Peer(of_transformers("BlipForImageTextRetrieval"), forward_pairs),
+            "blip-match-shared": Peer(of_transformers("BlipForImageTextRetrieval"), match_shared),
+            "vilt-32-match": Peer(of_transformers("ViltForImageAndTextRetrieval", patch_size=32), forward_pairs),
+            "vilt-16-match": Peer(of_transformers("ViltForImageAndTextRetrieval"), forward_pairs),
+            "bridgetower-match": Peer(of_transformers("BridgeTowerForImageAndTextRetrieval"), forward_pairs),
         },
     ),
     "tower": Task(
         TripsVisionModel,
-        look,
+        encode_images,
         {
-            "timm-vit": Peer(make_vit, look, ("timm",)),
-            "timm-vit, patch dropout": Peer(partial(make_shortened_vit, shorten=DropTokens), look, ("timm",)),
-            "timm-vit, merging": Peer(partial(make_shortened_vit, shorten=MergeTokens), look, ("timm", "tomesd")),
-            "timm-vit, TRIPS inside": Peer(make_selecting_vit, look, ("timm",)),
+            "timm-vit": Peer(make_vit, encode_images, ("timm",)),
+            "timm-vit, patch dropout": Peer(partial(make_shortened_vit, shorten=DropTokens), encode_images, ("timm",)),
+            "timm-vit, merging": Peer(
+                partial(make_shortened_vit, shorten=MergeTokens), encode_images, ("timm", "tomesd")
+            ),
+            "timm-vit, TRIPS inside": Peer(make_selecting_vit, encode_images, ("timm",)),
         },
         has_texts=False,
     ),

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -189,35 +189,25 @@ def guidance_boxes() -> str:
     return render(header, rows, "scenes_grounding_guidance", note="single seed, indicative only")
 
 
-def learning_curves(name: str, epochs: int, metric: str) -> list[list[str]]:
+def learning(name: str, epochs: int) -> str:
     runs, times = variants(read(name)), read(f"{name}_times")
-    return [
+    rows = [
         [
             method(of[0]),
-            *(spread([100 * row["history"][epoch][metric] for row in of]) for epoch in range(epochs)),
-            difference(of, runs["unpruned"], metric),
+            *(spread([100 * row["history"][epoch]["eval_accuracy"] for row in of]) for epoch in range(epochs)),
+            difference(of, runs["unpruned"], "eval_accuracy"),
             spread([row["minutes"] for row in of]),
             seconds(times, variant, "training_seconds"),
         ]
         for variant, of in runs.items()
     ]
-
-
-def learning_header(epochs: int) -> list[str]:
     curve = [f"Epoch {epoch + 1}, %" for epoch in range(epochs)]
-    return ["Selection", *curve, "Last epoch less unpruned, points", "Minutes", "Time of a training step"]
+    header = ["Selection", *curve, "Last epoch less unpruned, points", "Minutes", "Time of a training step"]
+    return render(header, rows, name, f"{name}_times", note="3 seeds")
 
 
-@table
-def learning_questions() -> str:
-    rows = learning_curves("scenes_learning", 4, "eval_accuracy")
-    return render(learning_header(4), rows, "scenes_learning", "scenes_learning_times", note="3 seeds")
-
-
-@table
-def learning_boxes() -> str:
-    rows = learning_curves("scenes_learning_boxes", 3, "eval_accuracy")
-    return render(learning_header(3), rows, "scenes_learning_boxes", "scenes_learning_boxes_times", note="3 seeds")
+TABLES["learning_questions"] = partial(learning, "scenes_learning", 4)
+TABLES["learning_boxes"] = partial(learning, "scenes_learning_boxes", 3)
 
 
 def rates(name: str) -> str:
@@ -247,14 +237,8 @@ def last_layer(rows: list[Row], *measures: str) -> list[list[float]]:
     ]
 
 
-@table
-def rates_boxes() -> str:
-    return rates("scenes_grounding_rates")
-
-
-@table
-def rates_questions() -> str:
-    return rates("scenes_vqa_rates")
+TABLES["rates_boxes"] = partial(rates, "scenes_grounding_rates")
+TABLES["rates_questions"] = partial(rates, "scenes_vqa_rates")
 
 
 # The protocol: independent starts, the same regions for all, test split
@@ -309,14 +293,8 @@ def protocol(source: str) -> str:
     return render([header[column] for column in shown], body, source, note=f"{len(baseline)} independent starts")
 
 
-@table
-def protocol_questions() -> str:
-    return protocol("protocol_questions")
-
-
-@table
-def protocol_boxes() -> str:
-    return protocol("protocol_boxes")
+TABLES["protocol_questions"] = partial(protocol, "protocol_questions")
+TABLES["protocol_boxes"] = partial(protocol, "protocol_boxes")
 
 
 @table
@@ -423,9 +401,12 @@ def start(row: Row) -> str:
     return "second" if any(word.startswith("pictures/full/") for word in row["options"]) else "first"
 
 
-def real_images(names: list[str], groups: list[str]) -> list[list[str]]:
-    """A row of the table for each run, in the order of the files."""
-    return [
+THIRDS = {"smallest": "Smallest third", "medium": "Medium third", "largest": "Largest third"}
+
+
+def real_images(names: list[str], groups: dict[str, str]) -> str:
+    """Return a row for each run, in the order of the files, with the accuracy of each group of rows."""
+    rows = [
         [
             method(row) + (", earlier loss" if "fused_token_counts" in row else ""),
             f"{start(row)}, {row['seed']}",
@@ -436,27 +417,20 @@ def real_images(names: list[str], groups: list[str]) -> list[list[str]]:
         for name in names
         for row in read(name)
     ]
-
-
-SIZES = ["smallest", "medium", "largest"]
-THIRDS = ["Smallest third", "Medium third", "Largest third"]
-RUN_HEADER = ["Selection", "Start, seed", "Accuracy, %"]
-
-
-@table
-def real_images_boxes() -> str:
-    names = ["pictures_grounding", "pictures_grounding_removed"]
-    rows = real_images(names, ["name", "place", "size", *SIZES])
-    header = [*RUN_HEADER, "Name", "Location", "Size", *THIRDS, *FOUND_HEADER]
+    header = ["Selection", "Start, seed", "Accuracy, %", *groups.values(), *FOUND_HEADER]
     return render(header, rows, *names, note="one run per line")
 
 
-@table
-def real_images_questions() -> str:
-    names = ["pictures_vqa", "pictures_vqa_removed"]
-    rows = real_images(names, ["color", "side", "presence", "count", "place", "size", *SIZES])
-    header = [*RUN_HEADER, "Color", "Side", "Presence", "Count", "Place", "Size", *THIRDS, *FOUND_HEADER]
-    return render(header, rows, *names, note="one run per line")
+TABLES["real_images_boxes"] = partial(
+    real_images,
+    ["pictures_grounding", "pictures_grounding_removed"],
+    {"name": "Name", "place": "Location", "size": "Size", **THIRDS},
+)
+TABLES["real_images_questions"] = partial(
+    real_images,
+    ["pictures_vqa", "pictures_vqa_removed"],
+    {group: group.capitalize() for group in ("color", "side", "presence", "count", "place", "size")} | THIRDS,
+)
 
 
 @table
@@ -539,29 +513,19 @@ def demo_runs() -> str:
     return render(header, rows, "demo_runs")
 
 
-@table
-def captioning() -> str:
-    return task("scenes_captioning", "eval_cider", 1, 2, "CIDEr", supervised=False)
-
-
-@table
-def captioning_continued() -> str:
-    return task("scenes_captioning_continued", "eval_cider", 1, 2, "CIDEr", supervised=False)
-
-
-@table
-def retrieval() -> str:
-    return task("scenes_retrieval", "eval_r_mean", 100, 1, "R-mean after reranking, %", supervised=False)
-
-
-@table
-def retrieval_features() -> str:
-    return task("scenes_retrieval", "eval_features_r_mean", 100, 1, "R-mean of features, %", supervised=False)
-
-
-@table
-def statements() -> str:
-    return task("statements", "eval_accuracy", 100, 1, "Accuracy, %")
+TABLES |= {
+    "captioning": partial(task, "scenes_captioning", "eval_cider", 1, 2, "CIDEr", supervised=False),
+    "captioning_continued": partial(
+        task, "scenes_captioning_continued", "eval_cider", 1, 2, "CIDEr", supervised=False
+    ),
+    "retrieval": partial(
+        task, "scenes_retrieval", "eval_r_mean", 100, 1, "R-mean after reranking, %", supervised=False
+    ),
+    "retrieval_features": partial(
+        task, "scenes_retrieval", "eval_features_r_mean", 100, 1, "R-mean of features, %", supervised=False
+    ),
+    "statements": partial(task, "statements", "eval_accuracy", 100, 1, "Accuracy, %"),
+}
 
 
 @table
@@ -687,7 +651,7 @@ def peer(name: str) -> str:
     return PEERS.get(base, base) + comma + rest
 
 
-def peers_table(name: str) -> str:
+def peers(name: str) -> str:
     runs: dict[str, dict[tuple, Row]] = {}
     for row in read(name):
         runs.setdefault(peer(row["model"]), {})[row["task"], row["texts_per_image"]] = row
@@ -707,14 +671,8 @@ def peers_table(name: str) -> str:
     return render(header, rows, name, note="random weights, 384 px, 1 thread, processor time")
 
 
-@table
-def peers() -> str:
-    return peers_table("peers_base_cpu")
-
-
-@table
-def peers_ten_questions() -> str:
-    return peers_table("peers_ten_questions_base_cpu")
+TABLES["peers"] = partial(peers, "peers_base_cpu")
+TABLES["peers_ten_questions"] = partial(peers, "peers_ten_questions_base_cpu")
 
 
 @table
@@ -901,13 +859,7 @@ def shared_image() -> str:
 
 @table
 def paper_speed() -> str:
-    names = [
-        "hardware/amd_epyc_1_thread",
-        "hardware/intel_xeon_2_threads",
-        "speed_bf16_base_cpu",
-        "speed_float32_base_cpu",
-    ]
-    known = [row for name in names for row in read(name) if row["selection_layers"] == [5, 10]]
+    known = [row for name in MACHINES for row in read(name) if row["selection_layers"] == [5, 10]]
     rows = []
     for mode, words in (("forward", "forward pass"), ("training", "training step")):
         for size in (224, 384):
@@ -1064,14 +1016,8 @@ def vlm_costs(kept: int) -> str:
     return vlm_render(["Selection", "Accuracy, %", *(f"{kind.capitalize()}, %" for kind in VLM_KINDS), *parts], body)
 
 
-@table
-def vlm_costs_16() -> str:
-    return vlm_costs(16)
-
-
-@table
-def vlm_costs_9() -> str:
-    return vlm_costs(9)
+TABLES["vlm_costs_16"] = partial(vlm_costs, 16)
+TABLES["vlm_costs_9"] = partial(vlm_costs, 9)
 
 
 def correct_answers(row: Row) -> list[bool]:

@@ -13,8 +13,6 @@ there are no groups by size and place, and no drawings.
 
 The weights of a pruned model were not trained for keep rate 1.0. To measure the cost of pruning, give an unpruned
 baseline as --other.
-
-In an installation without source, run `python -m trips_examples.analyze_errors`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -33,12 +31,12 @@ from trips_examples import run_grounding, run_nlvr2, run_retrieval, run_vqa
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.analysis.comparison import Comparison, Group, compare, join, key_of
 from trips_examples.analysis.page import as_json, render, verdict
-from trips_examples.analysis.pictures import KeptPatches, features_of
+from trips_examples.analysis.pictures import draw_row, features_of
 from trips_examples.data.collators import ImageBatchCollator
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import without_decoding
 from trips_examples.data.task_collators import GroundingCollator, Nlvr2Collator, RetrievalCollator, VqaCollator
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.parser import make_parser
 
@@ -112,13 +110,12 @@ def draw_worst(
 ) -> list[tuple[Group, list]]:
     """Return the groups with the largest loss, and drawings of kept patches of some of their lost items."""
     model = load_checkpoint(args.model, **model_args.config_overrides()).base_model
-    processor = TripsProcessor.from_pretrained(args.model)
+    collator = TASKS[args.task].collator(TripsProcessor.from_pretrained(args.model))
     rows = {key_of(row): number for number, row in enumerate(dataset)}
-    kept = KeptPatches(model, processor, TASKS[args.task].collator(processor))
     worst = [group for group in comparison.groups if group.difference < 0][:MOST_GROUPS]
     lost = {group: comparison.lost_in(group)[: args.num_pictures] for group in worst}
     return [
-        (group, [(item, kept.draw(dataset[rows[item.source, item.text]])) for item in items])
+        (group, [(item, draw_row(dataset[rows[item.source, item.text]], model, collator)) for item in items])
         for group, items in lost.items()
     ]
 
@@ -141,9 +138,7 @@ def main(argv: list[str] | None = None) -> Comparison:
     comparison = compare(join(predictions, others, features), args.min_count)
     is_drawn = dataset is not None and not is_file(args.model)
     worst = draw_worst(comparison, dataset, args, model_args) if is_drawn else []
-    write_whole(
-        output / "errors.json", json.dumps(as_json(comparison, names, note), indent=2, ensure_ascii=False) + "\n"
-    )
+    write_json(output / "errors.json", as_json(comparison, names, note))
     write_whole(output / "errors.html", render(comparison, names, worst, note=note))
     overall = comparison.overall
     print(f"{names[0]}: {overall.accuracy:.2%}, {names[1]}: {overall.other_accuracy:.2%}. {verdict(overall)}")

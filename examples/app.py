@@ -4,8 +4,6 @@ layer, tokens and milliseconds, beside the same weights at keep rate 1.0. Needs 
 
     python examples/app.py                                   # the model that comes with the project
     python examples/app.py --model outputs/grounding         # any checkpoint for questions, captions or boxes
-
-Installed without its source, the script is `python -m trips_examples.app`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

@@ -5,13 +5,10 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
     python examples/ask.py                                      # what `make try` runs: a test scene
     python examples/ask.py --image picture.png --question "what color is the circle?" "is there a red circle?"
     python examples/ask.py --model demo/model                   # after `make demo`; exported folders work, too
-
-Installed without its source, the script is `python -m trips_examples.ask`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +17,16 @@ import PIL.Image
 import torch
 import transformers
 
-from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+from modeling_trips import (
+    UNPRUNED,
+    TripsForQuestionAnswering,
+    TripsProcessor,
+    TripsVisualQuestionAnsweringPipeline,
+    use_schedule,
+)
 from modeling_trips.inspection import plot_selection
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
-from modeling_trips.inspection.speed import timed
+from modeling_trips.inspection.speed import seconds_in_turns
 from modeling_trips.processing_trips import read_image
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.training.parser import make_parser
@@ -58,13 +61,9 @@ def load_image(path: str | None) -> PIL.Image.Image:
         raise SystemExit(f"--image {path}: {error}") from error
 
 
-def load_models(checkpoint: str) -> tuple[TripsForQuestionAnswering, TripsForQuestionAnswering | None]:
-    """The model, and the same weights at keep rate 1.0, unless the model keeps all patches or is exported."""
+def load_model(checkpoint: str) -> TripsForQuestionAnswering:
     try:
-        model = load_checkpoint(checkpoint, [TripsForQuestionAnswering])
-        if is_exported(checkpoint) or not model.config.vision_config.schedule.layers:
-            return model, None
-        return model, load_checkpoint(checkpoint, [TripsForQuestionAnswering], keep_rate=1.0)
+        return load_checkpoint(checkpoint, [TripsForQuestionAnswering])
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {checkpoint}: {error}") from error
 
@@ -100,30 +99,38 @@ def draw_selection(
     plot_selection(image, questions, answers, boxes, num_patches=selection[0].scores.shape[1], path=path)
 
 
-def seconds_of(models: list[TripsForQuestionAnswering], inputs: dict, repeats: int = 9) -> list[float]:
-    """Return the time of each model's forward pass: the median of passes that alternate between the models."""
-    rounds = []
-    with torch.no_grad():
-        for _ in range(2 + repeats):
-            rounds.append([timed(lambda: model.model(**inputs), "cpu") for model in models])  # noqa: B023
-    return [statistics.median(times) for times in zip(*rounds[2:])]
+def seconds_of(model: TripsForQuestionAnswering, inputs: dict, is_compared: bool) -> list[float]:
+    """Return the median time of a forward pass and, if it is compared, of one at keep rate 1.0."""
+
+    @torch.no_grad()
+    def step():
+        model.model(**inputs)
+
+    steps = {"own": step}
+    if is_compared:
+        steps[SAME_WEIGHTS] = use_schedule(model, UNPRUNED)(step)
+    return [statistics.median(seconds) for seconds in seconds_in_turns(steps, warmup=2, repeats=9).values()]
 
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(AskArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
     image = load_image(args.image)
-    model, same_weights = load_models(args.model)
+    model = load_model(args.model)
     processor = TripsProcessor.from_pretrained(args.model)
     schedule = model.config.vision_config.schedule.by_layer
+    is_compared = bool(schedule) and not is_exported(args.model)
 
     print(f"Asked about {args.image or 'a scene of four shapes'}:")
     found = answers_of(model, processor, image, args.question)
-    compared = [] if same_weights is None else answers_of(same_weights, processor, image, args.question)
-    for question, own, other in itertools.zip_longest(args.question, found, compared):
-        line = f"  {question:<40} {describe(own):<20}"
-        print(line.rstrip() if other is None else f"{line} {SAME_WEIGHTS}: {describe(other)}")
-    if same_weights is not None:
+    answers = [found]
+    if is_compared:
+        with use_schedule(model, UNPRUNED):
+            answers.append(answers_of(model, processor, image, args.question))
+    for question, own, *others in zip(args.question, *answers):
+        cells = [f"{describe(own):<20}", *(f"{SAME_WEIGHTS}: {describe(other)}" for other in others)]
+        print(f"  {question:<40} {' '.join(cells)}".rstrip())
+    if is_compared:
         print(SAME_WEIGHTS_NOTE)
     elif schedule:
         print("The schedule of an exported model is fixed: there is no comparison with keep rate 1.0.")
@@ -140,7 +147,7 @@ def main(argv: list[str] | None = None):
     one = processor(images=image, text=args.question[0], return_tensors="pt")
     for num_images in (1, 64):
         inputs = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in one.items()}
-        seconds, *others = seconds_of([model] if same_weights is None else [model, same_weights], inputs)
+        seconds, *others = seconds_of(model, inputs, is_compared)
         line = f"{num_images:>2} x an image and a question: {1000 * seconds:.0f} ms"
         for other in others:
             line += f", at keep rate 1.0 {1000 * other:.0f} ms: {other / seconds:.2f} times as fast"

@@ -13,7 +13,6 @@ faults.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,11 +28,14 @@ from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import column_of
 from trips_examples.data.source import DataSource
 from trips_examples.data.tasks import TASKS
-from trips_examples.data.texts import TextCheck
+from trips_examples.data.texts import check_texts
 from trips_examples.metrics.vqa_accuracy import normalize_answer
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json
 from trips_examples.training.options import ModelArguments
 from trips_examples.training.parser import make_parser
+
+
+MAX_SHOWN = 20  # faults to print
 
 
 @dataclass
@@ -49,15 +51,11 @@ class CheckArguments(DataSource):
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, or a checkpoint with one. Texts that are too long are listed."}
     )
-    max_text_length: int | None = field(
-        default=None, metadata={"help": "Largest number of tokens of a text. Default: the tokenizer's limit."}
-    )
     patch_size: int | None = field(
         default=None,
         metadata={"help": "Side of the model's patches in pixels. Default: that of the checkpoint or preset."},
     )
     seed: int = field(default=TrainingArguments.seed, metadata={"help": "Seed of the scenes, as in training."})
-    max_shown: int = field(default=20, metadata={"help": "Number of faults to print; the report has all of them."})
     output_json: str | None = field(default=None, metadata={"help": "JSON file for the report."})
 
 
@@ -109,7 +107,7 @@ def image_ids(dataset: Dataset) -> set[str]:
     return {image_id for pair in column_of(dataset, "image_ids") for image_id in pair}
 
 
-def describe_unseen_answers(data: DatasetDict, shown: int = 3) -> list[str]:
+def describe_unseen_answers(data: DatasetDict) -> list[str]:
     """Describe validation questions whose normalized answers do not occur in training."""
     if not {"train", "validation"} <= data.keys():
         return []
@@ -121,7 +119,7 @@ def describe_unseen_answers(data: DatasetDict, shown: int = 3) -> list[str]:
     ]
     if not unseen:
         return []
-    examples = ", ".join(map(repr, list(dict.fromkeys(unseen))[:shown]))
+    examples = ", ".join(map(repr, list(dict.fromkeys(unseen))[:3]))
     total = len(data["validation"])
     return [f"{len(unseen)} of {total} questions have answers that training never sees, e.g. {examples}"]
 
@@ -143,10 +141,10 @@ def check(args: CheckArguments) -> dict:
     unknown = []
     if processor is not None:
         for split, dataset in data.items():
-            texts = TextCheck(dataset, args.task, processor, args.max_text_length)
-            faults += texts.faults.values()
+            faults_of_texts, with_unknown = check_texts(dataset, args.task, processor)
+            faults += faults_of_texts.values()
             faults += hidden_boxes(dataset, processor).values() if args.task == "grounding" else []
-            unknown += [f"{split}: {line}" for line in texts.describe_unknown()]
+            unknown += [f"{split}: {line}" for line in with_unknown]
     images = {split: image_ids(dataset) for split, dataset in data.items()}
     splits = {
         split: {
@@ -167,13 +165,11 @@ def check(args: CheckArguments) -> dict:
     }
 
 
-def print_report(report: dict, max_shown: int):
-    for fault in report["faults"][:max_shown]:
+def print_report(report: dict):
+    for fault in report["faults"][:MAX_SHOWN]:
         print(Fault(**fault))
-    if len(report["faults"]) > max_shown:
-        print(
-            f"and {len(report['faults']) - max_shown} more: --output_json writes all of them, --max_shown shows more"
-        )
+    if len(report["faults"]) > MAX_SHOWN:
+        print(f"and {len(report['faults']) - MAX_SHOWN} more: --output_json writes all of them")
     print()
     for split, counts in report["splits"].items():
         print(f"{split:<12}" + "".join(f"{count:>10,} {name}" for name, count in counts.items()))
@@ -192,14 +188,11 @@ def print_report(report: dict, max_shown: int):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser(CheckArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
-    if args.max_text_length is not None and args.model_name_or_path is None and args.tokenizer_name is None:
-        parser.error("--max_text_length counts tokens: give --tokenizer_name or --model_name_or_path")
+    (args,) = make_parser(CheckArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     report = check(args)
-    print_report(report, args.max_shown)
+    print_report(report)
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_json(args.output_json, report)
     return 1 if report["faults"] else 0
 
 

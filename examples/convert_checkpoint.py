@@ -79,15 +79,14 @@ class ConvertArguments:
             raise ValueError(f"--depths takes {len(AlbefDepths._fields)} numbers, got {self.depths}.")
 
     def options(self) -> dict:
-        """Those of `convert_published` that were given."""
+        """Return the given options of `convert_published`."""
         fields = {name: value for name, value in vars(self).items() if value is not None}
         del fields["checkpoint"], fields["output_dir"]
         return fields | {name: one_or_several(fields[name]) for name in PER_LAYER if name in fields}
 
 
 def main(argv: list[str] | None = None) -> ConversionReport:
-    parser = make_parser(ConvertArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    (args,) = make_parser(ConvertArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     print(f"Reading {args.checkpoint}")
     model, processor, report = convert_published(args.checkpoint, **args.options())
     print(f"A {type(model).__name__} with these weights:\n{report}")

@@ -29,7 +29,7 @@ from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import QUESTIONS, SCENE, answers_of, draw_selection
 from trips_examples.data.rows import read_image
 from trips_examples.data.scenes import scene_records
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.question_answering import train_question_answering
 from trips_examples.training.runs import parse_arguments
@@ -53,9 +53,9 @@ class DemoArguments:
     )
 
 
-def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor, num_scenes: int = 3):
+def answer_questions(model: TripsForQuestionAnswering, processor: TripsProcessor):
     """Print the model's answers to questions about the first test scenes, beside the right ones."""
-    for image_id, records in groupby(scene_records("vqa", "test", num_scenes), itemgetter("image_id")):
+    for image_id, records in groupby(scene_records("vqa", "test", num_scenes=3), itemgetter("image_id")):
         asked = list(records)[:4]
         found = answers_of(model, processor, read_image(asked[0]), [row["question"] for row in asked])
         for row, answer in zip(asked, (best["answer"] for best in found)):
@@ -75,12 +75,6 @@ def measure_speed(model: TripsForQuestionAnswering, texts_per_image: int) -> dic
         selection_layers=vision.selection_layers,
         keep_rate=vision.keep_rate,
         selection_guidance=vision.selection_guidance,
-        mode="forward",
-        dtype="float32",
-        attn_implementation="sdpa",
-        device="cpu",
-        num_threads=torch.get_num_threads(),
-        compile=False,
     )
     return measure(setting, warmup=2, repeats=10)
 
@@ -103,7 +97,7 @@ def ship(source: Path, target: Path) -> tuple[TripsForQuestionAnswering, TripsPr
             if path.name == "config.json":
                 fields["dtype"] = "float32"
             remove_code_references(fields)
-            write_whole(target / path.name, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+            write_json(target / path.name, fields)
         write_whole(target / WEIGHTS, (Path(folder) / WEIGHTS).read_bytes())
     return model, processor
 

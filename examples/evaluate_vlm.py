@@ -14,8 +14,6 @@ the unpruned model's mean on the task. Numbers that are not below this mean are 
 The table has the measured mean of visual tokens per image, the score of each task in percent of the unpruned model's,
 and the mean over the tasks. Each row is written to --output_json as soon as it is there; rows that are there are not
 evaluated again. Run one process.
-
-Installed without its source, the script is `python -m trips_examples.evaluate_vlm`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -95,7 +93,7 @@ class EvaluationArguments:
 
 
 def default_layer(name: str, guide: str | None = None) -> int:
-    """The layer of the guide, or a third of the layers of the vision tower that may select; 1 where none may."""
+    """Return the layer of the guide, or a third of the selectable layers of the vision tower; 1 without any."""
     if guide is not None and (layer := TextGuide.from_pretrained(guide).layer) is not None:
         return layer
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -109,7 +107,7 @@ def default_layer(name: str, guide: str | None = None) -> int:
 
 
 def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float, args: EvaluationArguments) -> dict:
-    """The arguments of the model `trips_vlm` that make a selection."""
+    """Return the arguments of the model `trips_vlm` for a selection."""
     if selection == UNPRUNED:
         return {}
     if selection == "fewer_pixels":
@@ -123,14 +121,14 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
 
 @cache
 def task_manager(include_path: str | None):
-    """The tasks that lmms-eval knows, and those in a folder of the user's."""
+    """Return the tasks of lmms-eval, and those in a folder."""
     from lmms_eval.tasks import TaskManager
 
     return TaskManager("WARNING", include_path=include_path, model_name="trips_vlm")
 
 
 def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
-    """The results of a task, and how many visual tokens per image the language model got."""
+    """Return the results of a task, and the mean number of visual tokens per image."""
     from lmms_eval.evaluator import simple_evaluate
 
     from trips_examples.lmms.vlm import TripsVlm
@@ -173,9 +171,9 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
 
 
 def read_rows(args: EvaluationArguments) -> list[dict]:
-    """The rows that are there already; a `ValueError` if they have other settings."""
+    """Return the rows of the output file. Raise a `ValueError` if they have other settings."""
     path = Path(args.output_json)
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for row in rows:
         if other := [name for name, value in args.settings.items() if row[name] != value]:
             raise ValueError(
@@ -185,7 +183,7 @@ def read_rows(args: EvaluationArguments) -> list[dict]:
 
 
 def make_rows(args: EvaluationArguments) -> Iterator[dict]:
-    """All rows, those of the unpruned model first: new ones are written before they come."""
+    """Yield all rows, those of the unpruned model first. New ones are written before they are yielded."""
     rows = read_rows(args)
     runs: list[tuple[str, int | None, str]] = [(UNPRUNED, None, task) for task in args.tasks]
     runs += [(name, number, task) for number in args.visual_tokens for name in args.selections for task in args.tasks]
@@ -212,8 +210,8 @@ def make_rows(args: EvaluationArguments) -> Iterator[dict]:
 
 def score_of(row: dict, metrics: list[str]) -> tuple[float | None, float | None]:
     """
-    The chosen metric of a task, or the first in which higher is better, and its standard error. A group of tasks
-    without a score of its own has the mean of theirs. `None` for what there is not.
+    Return the chosen metric of a task, or the first in which higher is better, and its standard error. A group of
+    tasks without a score of its own has the mean of theirs. Missing values are `None`.
     """
     scores = []
     for name in [row["task"], *row["results"]]:

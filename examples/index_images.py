@@ -10,8 +10,6 @@ A second run continues and skips images that are in the table. An image that can
 a row without a vector; the exit code is 1 if the table has no other images. Ray's actors embed the images, by default
 one actor on one CPU (`--num_actors`, `--gpus_per_actor`), on this machine or on the cluster `--ray_address`, where
 paths must be the same on all machines.
-
-In an installation without source, run `python -m trips_examples.index_images`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

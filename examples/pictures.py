@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None):
     if not args.prepare:
         parts += trainings(folder, made, pictures, args.quick)
     done = made / "done.json"  # options and minutes of each finished part
-    ended = json.loads(done.read_text()) if done.exists() else {}
+    ended = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
     for part in (bar := tqdm(parts)):
         bar.set_description(part.name)
         if not part.result.exists() or ended.get(part.name, {}).get("options") != part.options:

@@ -36,7 +36,6 @@ class PlanArguments:
         default_factory=lambda: [0.8],
         metadata={"help": "Largest share of the unpruned cost: one, or one per number of texts."},
     )
-    guided_by_text: bool = field(default=True, metadata={"help": "Require a layer that is scored by the text."})
     num_rows: int = field(default=12, metadata={"help": "Rows between the cheapest and the most expensive schedule."})
     plot: str | None = field(default=None, metadata={"help": "Figure of the named schedules to write."})
 
@@ -112,12 +111,9 @@ def budgets_of(args: PlanArguments) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> SelectionPlan:
-    parser = make_parser(PlanArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    (args,) = make_parser(PlanArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     config = load_config(args)
-    plan = plan_selection(
-        config, args.texts_per_image, args.text_length, budgets_of(args), guided_by_text=args.guided_by_text
-    )
+    plan = plan_selection(config, args.texts_per_image, args.text_length, budgets_of(args))
     named = named_rows(args, config, plan)
     rows = [*thinned(plan.front, args.num_rows), *named.values()]
     rows = sorted({row.schedule: row for row in rows}.values(), key=lambda row: max(row.ratios.values()))

@@ -7,8 +7,7 @@ Publish a trained model on the Hub: weights, processor, code and a model card, i
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --private --tag v1.0 \
         --license mit --language en --datasets easy-VQA --eval_split test
 
-Installed without its source, the script is `python -m trips_examples.push_to_hub`. From Python:
-`modeling_trips.publishing.build_repository` and `publish`.
+From Python: `modeling_trips.publishing.build_repository` and `publish`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

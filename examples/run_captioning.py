@@ -10,8 +10,6 @@ selects patches by the image in early layers, and by the prompt in the last one.
 
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here. The scores need the extra
 `captioning`, METEOR needs Java.
-
-Installed without its source, the script is `python -m trips_examples.run_captioning`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

@@ -8,8 +8,6 @@ Train and evaluate TRIPS on visual grounding: the box of what an expression refe
         --per_device_train_batch_size 32
 
 The training loop is Transformers' `Trainer`, whose options are options here.
-
-Installed without its source, the script is `python -m trips_examples.run_grounding`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

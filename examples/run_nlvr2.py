@@ -8,8 +8,6 @@ Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
         --num_train_epochs 10
 
 The training loop is Transformers' `Trainer`, whose options are options here.
-
-Installed without its source, the script is `python -m trips_examples.run_nlvr2`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

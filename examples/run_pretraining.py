@@ -13,8 +13,6 @@ Pre-train TRIPS on pairs of image and caption: contrast (ITC), matching (ITM), m
 Pairs come from files, the Hub or the embedded scenes, as for the other tasks, or as a stream: of tar shards or files
 (`--train_shards`), or of a data set on the Hub (`--dataset_name ... --streaming`). What it ends with, any other script
 starts from (`--model_name_or_path`).
-
-Installed without its source, the script is `python -m trips_examples.run_pretraining`.
 """
 
 from functools import partial

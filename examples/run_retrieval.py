@@ -10,8 +10,6 @@ Two losses are added: contrast (ITC) of each image and text with all of the batc
 (ITM) on hard negatives, which each process draws from its own part of the batch. Accumulating gradients enlarges
 neither: the loss is then the mean of the losses of smaller batches. The training loop is Transformers' `Trainer`,
 whose options are options here.
-
-Installed without its source, the script is `python -m trips_examples.run_retrieval`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

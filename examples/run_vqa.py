@@ -7,8 +7,6 @@ Train and evaluate TRIPS on visual question answering.
         --preset base --tokenizer_name bert-base-uncased
 
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
-
-Installed without its source, the script is `python -m trips_examples.run_vqa`.
 """
 
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments

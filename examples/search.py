@@ -6,13 +6,11 @@ matching, with patches that are scored by the text. The results are printed and 
     python examples/search.py --model outputs/retrieval --table photos.lance --text "a red circle" "two dogs"
     python examples/search.py --model outputs/retrieval --table photos.lance --image example.jpg
 
-Several texts share the computation of their images. In an installation without source, run
-`python -m trips_examples.search`.
+Several texts share the computation of their images.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import transformers
 
 from trips_examples.analysis.page import filled
 from trips_examples.data.images import decode_image
-from trips_examples.training.files import write_whole
+from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.parser import make_parser
 
 
@@ -100,7 +98,7 @@ def main(argv: list[str] | None = None):
     write_whole(args.page, page)
     print(f"Page with images: {args.page}")
     if args.output_json is not None:
-        write_whole(args.output_json, json.dumps(rows_of(results), indent=2, ensure_ascii=False) + "\n")
+        write_json(args.output_json, rows_of(results))
 
 
 if __name__ == "__main__":

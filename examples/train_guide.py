@@ -9,8 +9,6 @@ Rows have the columns image, question, answer and region, as for run_vqa.py. Wit
 from the region that a question is about; with `--teacher attention`, from the attention of the unpruned model's
 answer.
 The output folder gets the guide alone, a safetensors file; an interrupted run resumes from its last checkpoint.
-
-Installed without its source, the script is `python -m trips_examples.train_guide`.
 """
 
 import json

@@ -75,14 +75,14 @@ def load(settings: Settings):
         return model.to(best if device == "auto" else device)
 
 
-def endpoints_of(model) -> dict[str, str]:
-    """Return the endpoints of a head and the names of their results."""
+def endpoints_of(model) -> tuple[str, ...]:
+    """Return the endpoints of a head."""
     if isinstance(model, TripsForQuestionAnswering):
-        return {"answer": "answers"}
+        return ("answer",)
     if isinstance(model, TripsForConditionalGeneration):
-        return {"caption": "captions"}
+        return ("caption",)
     if hasattr(model, "match"):
-        return {"match": "scores", "features": "features"}
+        return ("match", "features")
     raise ValueError(
         f"{type(model).__name__} is not supported. Use a checkpoint for answers, captions, matching or features."
     )
@@ -129,10 +129,8 @@ class Engine:
         Raises:
             ValueError: The tokenizer is of another model, or a result is not finite.
         """
-        largest, vocab_size = (
-            max(self.processor.tokenizer.get_vocab().values()),
-            self.model.config.text_config.vocab_size,
-        )
+        largest = max(self.processor.tokenizer.get_vocab().values())
+        vocab_size = self.model.config.text_config.vocab_size
         if largest >= vocab_size:
             raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
         file = io.BytesIO()
@@ -208,17 +206,15 @@ class Engine:
         return [{**item.place, "score": score} for item, score in zip(items, scores)]
 
     def features(self, items: list[Item]) -> list[dict]:
-        results = [None] * len(items)
-        of_images = [position for position, item in enumerate(items) if item.picture is not None]
-        of_texts = [position for position, item in enumerate(items) if item.picture is None]
-        if of_images:
-            images = [items[position] for position in of_images]
-            self._scatter(results, of_images, self._by_class(images, self._image_features))
-        if of_texts:
-            with torch.inference_mode():
-                inputs = self._texts([items[position] for position in of_texts])
-                self._scatter(results, of_texts, self.model.get_text_features(**inputs).pooler_output.tolist())
-        return [{**item.place, "features": result} for item, result in zip(items, results)]
+        texts = [item for item in items if item.picture is None]
+        images = [item for item in items if item.picture is not None]
+        of_texts = iter(self._text_features(texts) if texts else [])
+        of_images = iter(self._by_class(images, self._image_features))
+        return [{**item.place, "features": next(of_texts if item.picture is None else of_images)} for item in items]
+
+    @torch.inference_mode()
+    def _text_features(self, items: list[Item]) -> list[list[float]]:
+        return self.model.get_text_features(**self._texts(items)).pooler_output.tolist()
 
     def _image_features(self, inputs: dict, _) -> list[list[float]]:
         features = self.model.get_image_features(image_cache=inputs["image_cache"]).pooler_output
@@ -227,11 +223,6 @@ class Engine:
     def _pipe(self, inputs: dict, **options) -> list:
         """Run the library's pipeline after its preprocessing."""
         return self._pipeline._forward({"inputs": inputs}, **options)["outputs"]
-
-    @staticmethod
-    def _scatter(results: list, positions: list[int], values: list):
-        for position, value in zip(positions, values):
-            results[position] = value
 
     @torch.inference_mode()
     def _by_class(self, items: list[Item], compute: Callable[[dict, int], list]) -> list:
@@ -249,7 +240,8 @@ class Engine:
             inputs["image_cache"] = join(list(by_key.values()))
             inputs["image_index"] = torch.tensor([index[item.picture.key] for item in own], device=self.model.device)
             with self._selecting_by(own[0].schedule):
-                self._scatter(results, positions, compute(inputs, own[0].top_k))
+                for position, result in zip(positions, compute(inputs, own[0].top_k)):
+                    results[position] = result
         return results
 
     def _texts(self, items: list[Item]) -> dict[str, torch.Tensor]:

@@ -142,9 +142,10 @@ def last_token_attention(layer: nn.Module, states: torch.Tensor, rotary, num_vis
     return score_tokens(query[:, :, 0], key[:, :, 1:], attention.scaling)
 
 
-def costs(config, contestant: Contestant, prompt_length: int, new_tokens: int = 2) -> dict[str, float]:
+def costs(config, contestant: Contestant, prompt_length: int) -> dict[str, float]:
     """
-    Count the MACs of one question in millions, by part, and the bytes of the key-value cache in float32.
+    Count the MACs of one question with an answer of two tokens in millions, by part, and the bytes of the key-value
+    cache in float32.
 
     All matrix products are counted: projections, attention (causal in the decoder), feed-forward, scoring, selection.
     """
@@ -177,25 +178,11 @@ def costs(config, contestant: Contestant, prompt_length: int, new_tokens: int = 
         )
         cached += length
     decoder += hidden * text.vocab_size
-    decoding = 0
-    for new in range(1, new_tokens):
-        decoding += text.num_hidden_layers * (4 * hidden**2 + 3 * hidden * text.intermediate_size)
-        decoding += 2 * hidden * (cached + new * text.num_hidden_layers) + hidden * text.vocab_size
+    decoding = text.num_hidden_layers * (4 * hidden**2 + 3 * hidden * text.intermediate_size)
+    decoding += 2 * hidden * (cached + text.num_hidden_layers) + hidden * text.vocab_size
     parts = {"tower_mmacs": tower / 1e6, "prefill_mmacs": decoder / 1e6, "decoding_mmacs": decoding / 1e6}
     return {**parts, "total_mmacs": sum(parts.values()), "kv_bytes": 2 * cached * hidden * 4}
 
 
 def kept_for(divisor: int) -> int:
     return math.ceil(NUM_PATCHES / divisor)
-
-
-__all__ = [
-    "Contestant",
-    "costs",
-    "kept_for",
-    "llava_inputs",
-    "low_resolution_features",
-    "next_token",
-    "prefill",
-    "set_contestant",
-]

@@ -20,18 +20,16 @@ from trips_examples.data.busy_scenes import draw_scene
 from trips_examples.training.parser import make_parser
 
 
+TOWER_KEPT = 24  # patches that the tower keeps
+KEPT = 16  # visual tokens in the language model
+KINDS = ("color", "shape")  # of the questions, about different items
+
+
 @dataclass
 class DrawArguments:
     model: str = field(metadata={"help": "Folder of the model from train.py with guides from evaluate.py."})
     output: str = field(default="docs/vlm_scenes_kept.png", metadata={"help": "Output figure."})
     layer: int = field(default=2, metadata={"help": "Selection layer of the tower."})
-    tower_kept: int = field(default=24, metadata={"help": "Patches that the tower keeps."})
-    kept: int = field(default=16, metadata={"help": "Visual tokens in the language model."})
-    scene: int = field(default=0, metadata={"help": "Number of the scene in the test split."})
-    kinds: list[str] = field(
-        default_factory=lambda: ["color", "shape"],
-        metadata={"help": "Kinds of the questions, about different items."},
-    )
 
 
 def shown(image: np.ndarray, kept: torch.Tensor) -> np.ndarray:
@@ -45,11 +43,11 @@ def main(argv: list[str] | None = None):
     (args,) = make_parser(DrawArguments, description=__doc__).parse_args_into_dataclasses(argv)
     model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     guide = TextGuide.from_pretrained(Path(args.model) / "guides" / f"regions{args.layer}").eval()
-    rate = args.tower_kept / NUM_PATCHES
-    apply_patch_selection(model, f"{args.layer}:text:{rate:.6f}", visual_tokens=args.kept, guide=guide)
-    scene = draw_scene("test", args.scene)
+    rate = TOWER_KEPT / NUM_PATCHES
+    apply_patch_selection(model, f"{args.layer}:text:{rate:.6f}", visual_tokens=KEPT, guide=guide)
+    scene = draw_scene("test", 0)
     questions, regions = [], set()
-    for kind in args.kinds:
+    for kind in KINDS:
         question = next(own for own in scene.questions if own.kind == kind and own.region not in regions)
         questions.append(question)
         regions.add(question.region)
@@ -62,8 +60,8 @@ def main(argv: list[str] | None = None):
             answer = WORDS[model(**inputs, logits_to_keep=1).logits[0, -1].argmax()]
         titles = (
             f"{question.text.replace(' ?', '?')} {answer}",
-            f"{args.tower_kept} of {NUM_PATCHES} patches after tower layer {args.layer}",
-            f"{args.kept} visual tokens for the language model",
+            f"{TOWER_KEPT} of {NUM_PATCHES} patches after tower layer {args.layer}",
+            f"{KEPT} visual tokens for the language model",
         )
         views = (image, shown(image, selections[0].kept_indices[0]), shown(image, selections[1].kept_indices[0]))
         for axis, view, title in zip(row, views, titles):

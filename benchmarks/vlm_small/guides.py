@@ -60,31 +60,29 @@ def train_guide(
     teacher: str,
     seed: int = 0,
     steps: int = STEPS,
-    learning_rate: float = 1e-2,
     num_images: int = 16,
-    kept: int = NUM_PATCHES // 9,
 ) -> TextGuide:
     """
     Train a guide on the frozen model.
 
     Args:
         teacher (`str`): `"regions"` (boxes of the data), `"attention"` (attention of the unpruned model from the last
-            token of the question to the image), or `"answers"` (loss of the answer, with a straight-through factor on
-            the kept patches and Gumbel noise on the scores).
+            token of the question to the image), or `"answers"` (loss of the answer at a ninth of the patches, with a
+            straight-through factor on the kept patches and Gumbel noise on the scores).
     """
     model.requires_grad_(False)
     torch.manual_seed(seed)
     attention = model.model.vision_tower.encoder.layers[layer - 1].self_attn
-    guide = TextGuide(model.config.text_config.hidden_size, attention.num_heads, attention.head_dim)
-    optimizer = torch.optim.AdamW(guide.parameters(), lr=learning_rate, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    guide = TextGuide.for_model(model)
+    optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-2, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
     embed = model.get_input_embeddings()
     per_image = 2 if teacher == "answers" else 12
     batches = TrainArguments(output_dir="", seed=seed, batch_size=num_images, questions=per_image)
     recorder = AttentionRows(model.model.language_model) if teacher == "attention" else None
     for step in range(steps):
         if teacher == "answers":
-            loss = answer_loss(model, guide, layer, kept, *draw_questions(seed, step, num_images, per_image))
+            loss = answer_loss(model, guide, layer, *draw_questions(seed, step, num_images, per_image))
         else:
             if teacher == "attention":
                 batch = make_batch(batches, FIRST_SCENE // num_images + step)
@@ -119,8 +117,8 @@ def train_guide(
     return guide.eval()
 
 
-def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: torch.Tensor, rows: list[list]):
-    """Return the cross-entropy of the answers when the guide's layer keeps `kept` patches."""
+def answer_loss(model, guide: TextGuide, layer: int, pixel_values: torch.Tensor, rows: list[list]):
+    """Return the cross-entropy of the answers when the guide's layer keeps a ninth of the patches."""
     image = torch.tensor([row for row, questions in enumerate(rows) for _ in questions])
     questions = [question for row in rows for question in row]
     prompt, mask = padded([question.text for question in questions])
@@ -137,7 +135,7 @@ def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: to
         )
     scores = score_tokens(guide(embed(prompt), mask), key[image], selecting.self_attn.scale).clamp(min=1e-9)
     noise = -torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
-    positions = keep_topk(scores.detach().log() + noise, kept)
+    positions = keep_topk(scores.detach().log() + noise, NUM_PATCHES // 9)
     logs = scores.log()
     factor = torch.exp(logs - logs.detach()).gather(1, positions).unsqueeze(-1)
     states = states[image]
@@ -156,17 +154,15 @@ def answer_loss(model, guide: TextGuide, layer: int, kept: int, pixel_values: to
     return nn.functional.cross_entropy(logits, answers)
 
 
-def fine_tune_resolution(
-    model: LlavaForConditionalGeneration, side: int, seed: int = 0, steps: int = RESOLUTION_STEPS
-):
+def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: int):
     """Return a copy of the model, fine-tuned on answers for images of `side` x `side` patches."""
     model = copy.deepcopy(model).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=steps, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=RESOLUTION_STEPS, pct_start=0.1)
     batches = TrainArguments(output_dir="", seed=seed, batch_size=16, questions=12)
     embed = model.get_input_embeddings()
     dropped = NUM_PATCHES - side * side
-    for step in range(steps):
+    for step in range(RESOLUTION_STEPS):
         batch = make_batch(batches, FIRST_SCENE // 16 + step)
         is_dropped = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
         is_dropped[1 : 1 + dropped] = True
@@ -187,6 +183,3 @@ def fine_tune_resolution(
         optimizer.step()
         scheduler.step()
     return model.eval().requires_grad_(False)
-
-
-__all__ = ["RESOLUTION_STEPS", "STEPS", "fine_tune_resolution", "train_guide"]

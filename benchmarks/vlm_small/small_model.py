@@ -17,12 +17,13 @@ PAD, BOS, EOS, IMAGE = range(4)
 ATTENTION_LAYER = 2  # decoder layer (from 1) for attention supervision and for FastV's rule
 
 
-def make_config(tower_layers: int = 6, decoder_layers: int = 4) -> LlavaConfig:
-    return LlavaConfig(
+def make_model(seed: int) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=128,
             intermediate_size=512,
-            num_hidden_layers=tower_layers,
+            num_hidden_layers=6,
             num_attention_heads=4,
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
@@ -32,7 +33,7 @@ def make_config(tower_layers: int = 6, decoder_layers: int = 4) -> LlavaConfig:
             vocab_size=len(WORDS),
             hidden_size=128,
             intermediate_size=320,
-            num_hidden_layers=decoder_layers,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
@@ -48,11 +49,7 @@ def make_config(tower_layers: int = 6, decoder_layers: int = 4) -> LlavaConfig:
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-
-
-def make_model(seed: int, **sizes) -> LlavaForConditionalGeneration:
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(make_config(**sizes))
+    model = LlavaForConditionalGeneration(config)
     # At the usual scale of 0.02, positions learn too slowly.
     nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.1)
     return model

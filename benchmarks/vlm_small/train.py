@@ -39,9 +39,6 @@ class TrainArguments:
     questions: int = field(default=12, metadata={"help": "Questions per image."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate; cosine schedule."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warmup."})
-    attention_weight: float = field(default=1.0, metadata={"help": "Weight of attention supervision."})
-    content_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that trains [CLS]."})
-    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that trains the tower's patches."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
     bf16: bool = field(default=True, metadata={"help": "Use bfloat16 autocast."})
 
@@ -149,11 +146,11 @@ def make_batch(args: TrainArguments, step: int) -> dict[str, torch.Tensor]:
 
 
 class AttentionRows:
-    """Hook that computes the attention from given tokens to the image tokens in one decoder layer, mean over heads."""
+    """Hook that computes the attention from given tokens to the image tokens in `ATTENTION_LAYER`, mean over heads."""
 
-    def __init__(self, decoder: nn.Module, layer: int = ATTENTION_LAYER):
+    def __init__(self, decoder: nn.Module):
         self.rows, self.weights = None, None
-        self.handle = decoder.layers[layer - 1].self_attn.register_forward_pre_hook(self, with_kwargs=True)
+        self.handle = decoder.layers[ATTENTION_LAYER - 1].self_attn.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict):
         states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -236,9 +233,8 @@ def main(argv: list[str] | None = None):
         content_loss = nn.functional.binary_cross_entropy_with_logits(content_logits.float(), content, reduction="sum")
         content_loss = content_loss / content.sum()
         patch_loss = attribute_loss(patch_logits.float(), batch["attributes"])
-        auxiliary = args.content_weight * content_loss + args.patch_weight * patch_loss
         optimizer.zero_grad()
-        (loss + args.attention_weight * attention_loss + auxiliary).backward()
+        (loss + attention_loss + (content_loss + patch_loss)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

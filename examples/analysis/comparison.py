@@ -1,6 +1,6 @@
 """Comparison of two models on the same items: accuracy by group, changed answers and significance."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from scipy.stats import false_discovery_control
 from modeling_trips.modeling_trips_grounding import paired_box_iou
 from trips_examples.analysis.paired import exact_sign_test
 from trips_examples.metrics.grounding_accuracy import REFCOCO_IOU
-from trips_examples.metrics.vqa_accuracy import answer_score, normalize_answer
+from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer
 
 
 TEXT_COLUMNS = ("question", "expression", "statement", "caption")
@@ -160,16 +160,12 @@ def join(rows: Sequence[dict], others: Sequence[dict], features: dict[tuple[str,
 
 def _truth(row: dict) -> str:
     if "answers" in row:
-        return _most_common(row["answers"])
+        return most_common_answer(row["answers"])
     return str(row.get("box", row.get("label", "its own image")))
 
 
 def _words(row: dict) -> str:
     return f"found at place {row['first_right']}" if "first_right" in row else str(row["prediction"])
-
-
-def _most_common(answers: list[str]) -> str:
-    return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
 def groups_of(row: dict) -> dict[str, str]:

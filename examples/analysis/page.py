@@ -80,10 +80,10 @@ def as_json(comparison: Comparison, names: tuple[str, str], note: str | None = N
     return {**models, "overall": overall, "groups": groups, "changed": changed}
 
 
-def data_uri(picture: PIL.Image.Image, side: int = 256) -> str:
-    """Return an image as a data URI, with a longer side of at most `side` pixels."""
+def data_uri(picture: PIL.Image.Image) -> str:
+    """Return an image as a data URI, with a longer side of at most 256 pixels."""
     picture = picture.copy()
-    picture.thumbnail((side, side))
+    picture.thumbnail((256, 256))
     png = io.BytesIO()
     picture.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")

@@ -1,14 +1,13 @@
 """Drawings of kept patches and scores, and groups of rows by their target region."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import PIL.Image
 import PIL.ImageDraw
 import torch
 from datasets import Dataset
 
-from modeling_trips import TripsModel, TripsProcessor
+from modeling_trips import TripsModel
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.pictures import fit_for_drawing
 from trips_examples.analysis.comparison import TEXT_COLUMNS, groups_of_region, key_of
@@ -55,30 +54,22 @@ def draw_scores(image: PIL.Image.Image, boxes: torch.Tensor, scores: torch.Tenso
     return PIL.Image.composite(PIL.Image.new("RGB", grey.size, "#d9480f"), grey, opacity)
 
 
-@dataclass
-class KeptPatches:
+@torch.no_grad()
+def draw_row(row: dict, model: TripsModel, collator: ImageBatchCollator) -> list[tuple[str, PIL.Image.Image]]:
     """
-    Drawing of the patches that a model keeps.
+    Draw the kept patches of a row, with a title and a drawing for each of its images and each selection layer.
 
     Args:
+        row (`dict`): row of a data set.
         model ([`TripsModel`]): in evaluation mode.
-        processor ([`TripsProcessor`])
         collator ([`ImageBatchCollator`]): collator of the task, for evaluation.
     """
-
-    model: TripsModel
-    processor: TripsProcessor
-    collator: ImageBatchCollator
-
-    @torch.no_grad()
-    def draw(self, row: dict) -> list[tuple[str, PIL.Image.Image]]:
-        """Return a title and a drawing for each image of the row and each selection layer."""
-        images, index = self.collator.distinct_images([row])
-        selections = self.model(**a_text_per_image(self.collator([row]))).selection
-        shown = [images[number] for number in torch.tensor(index).flatten().tolist()]
-        pictures = []
-        for layer, selection in zip(self.model.config.vision_config.schedule.layers, selections):
-            sizes = [(image.height, image.width) for image in shown]
-            for image, boxes in zip(shown, self.processor.patch_boxes(selection.kept_indices, sizes)):
-                pictures.append((f"layer {layer}: {len(boxes)} patches", draw_kept_patches(image, boxes)))
-        return pictures
+    images, index = collator.distinct_images([row])
+    selections = model(**a_text_per_image(collator([row]))).selection
+    shown = [images[number] for number in torch.tensor(index).flatten().tolist()]
+    sizes = [(image.height, image.width) for image in shown]
+    pictures = []
+    for layer, selection in zip(model.config.vision_config.schedule.layers, selections):
+        for image, boxes in zip(shown, collator.processor.patch_boxes(selection.kept_indices, sizes)):
+            pictures.append((f"layer {layer}: {len(boxes)} patches", draw_kept_patches(image, boxes)))
+    return pictures

@@ -264,33 +264,27 @@ def read_plain_pickle(file: Path) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Instances:
-    """Boxes of `instances.json` in COCO's images."""
+def _read_instances(file: Path) -> Callable[[dict], dict]:
+    """Return a function from a ref to its image and its box in `instances.json`."""
+    content = _load_json(file)
+    if not isinstance(content, dict) or "bbox" not in _first(content.get("annotations")):
+        raise ValueError(f"{file} has no boxes. Give the instances.json of RefCOCO or COCO.")
+    images, annotations = ({each["id"]: each for each in content[name]} for name in ("images", "annotations"))
 
-    images: dict[int, dict]
-    annotations: dict[int, dict]
-
-    @classmethod
-    def read(cls, file: Path) -> "_Instances":
-        content = _load_json(file)
-        if not isinstance(content, dict) or "bbox" not in _first(content.get("annotations")):
-            raise ValueError(f"{file} has no boxes. Give the instances.json of RefCOCO or COCO.")
-        images, annotations = content["images"], content["annotations"]
-        return cls({image["id"]: image for image in images}, {each["id"]: each for each in annotations})
-
-    def record(self, ref: dict) -> dict:
-        x, y, width, height = self.annotations[ref["ann_id"]]["bbox"]
-        paths = _coco_paths(self.images[ref["image_id"]])
+    def image_and_box(ref: dict) -> dict:
+        x, y, width, height = annotations[ref["ann_id"]]["bbox"]
+        paths = _coco_paths(images[ref["image_id"]])
         return {"image": paths, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
+
+    return image_and_box
 
 
 def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
-    instances = _Instances.read(file.second_file("instances.json", "the boxes in instances.json"))
+    image_and_box = _read_instances(file.second_file("instances.json", "the boxes in instances.json"))
 
     def make_record(ref_and_sentence: tuple[dict, dict]) -> dict:
         ref, sentence = ref_and_sentence
-        return {**instances.record(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
+        return {**image_and_box(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
 
     refs_of_split = file.of_split(refs, lambda ref: ref["split"])
     return _converted(_sentences(refs_of_split), make_record, _REFS.name)
@@ -348,21 +342,23 @@ def _nlvr2_paths(record: dict) -> list[tuple[str, ...]]:
 
 def _expression_record(file: AnnotationFile) -> Callable[[dict], dict]:
     """Return a converter of ALBEF's records, which takes the box of a `ref_id` from the second file."""
-    refs, instances = {}, None
+    refs, image_and_box = {}, None
     if file.annotations is not None:
         content = read_plain_pickle(file.annotations)
         if not _REFS.matches(content):
             raise ValueError(f"{file.annotations} has no refs. {file.option('annotations')} takes refs(unc).p here.")
         refs = {ref["ref_id"]: ref for ref in content}
-        instances = _Instances.read(AnnotationFile(file.annotations, "").second_file("instances.json", "its boxes"))
+        image_and_box = _read_instances(
+            AnnotationFile(file.annotations, "").second_file("instances.json", "its boxes")
+        )
 
     def convert(record: dict) -> dict:
         if "ref_id" not in record or "box" in record:
             return record
-        if instances is None:
+        if image_and_box is None:
             raise BadRowError(
                 "no box", f"for ALBEF's list give RefCOCO's refs(unc).p with {file.option('annotations')}"
             )
-        return {**instances.record(refs[record["ref_id"]]), "image": record["image"], "expression": record["text"]}
+        return {**image_and_box(refs[record["ref_id"]]), "image": record["image"], "expression": record["text"]}
 
     return convert

@@ -8,11 +8,13 @@ import PIL.ImageDraw
 from datasets import Dataset, DatasetDict
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.faults import BadRows, Fault
-from trips_examples.data.rows import image_size, without_decoding
+from trips_examples.data.faults import Fault
+from trips_examples.data.rows import image_size, without_decoding, without_faults
 
 
 TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
+
+SIDE = 240  # pixels
 
 _OPPOSITES = {"left": "right", "right": "left"}
 
@@ -40,14 +42,9 @@ def with_visible_boxes(data: DatasetDict, processor: TripsProcessor, skip: bool)
     Raises:
         `ValueError`: Some boxes are not seen and `skip` is off. The message names the first few.
     """
-    visible = {}
-    for split, dataset in data.items():
-        faults = hidden_boxes(dataset, processor)
-        BadRows(skip).settle(list(faults.values()), split, len(dataset))
-        if faults:
-            dataset = dataset.select([place for place in range(len(dataset)) if place not in faults])
-        visible[split] = dataset
-    return DatasetDict(visible)
+    return DatasetDict(
+        {split: without_faults(rows, hidden_boxes(rows, processor), split, skip) for split, rows in data.items()}
+    )
 
 
 def mirrored_row(row: dict, width: int) -> dict:
@@ -74,11 +71,9 @@ def swap_left_and_right(text: str) -> str:
     return re.sub(r"\b(left|right)(?=(most|ern|side|ward|wards|er)?\b)", swap, text, flags=re.IGNORECASE)
 
 
-def draw_boxes(
-    image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float], side: int = 240
-) -> PIL.Image.Image:
-    """Draw the true box in green and the predicted box in blue. The image's longer side becomes `side` pixels."""
-    scale = side / max(image.size)
+def draw_boxes(image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]) -> PIL.Image.Image:
+    """Draw the true box in green and the predicted box in blue. The image's longer side becomes `SIDE` pixels."""
+    scale = SIDE / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     picture = image.resize(size, reducing_gap=2.0)  # 10 times as fast for large images
     draw = PIL.ImageDraw.Draw(picture)
@@ -87,14 +82,14 @@ def draw_boxes(
     return picture
 
 
-def sheet(pictures: list[PIL.Image.Image], titles: list[str], columns: int = 4, side: int = 240) -> PIL.Image.Image:
-    """Arrange images of at most `side` pixels in rows, with a title below each."""
-    cell_width, cell_height = side + 10, side + 30
+def sheet(pictures: list[PIL.Image.Image], titles: list[str]) -> PIL.Image.Image:
+    """Arrange images of at most `SIDE` pixels in rows of four, with a title below each."""
+    columns, cell_width, cell_height = 4, SIDE + 10, SIDE + 30
     rows = -(-len(pictures) // columns)
     whole = PIL.Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw = PIL.ImageDraw.Draw(whole)
     for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         x, y = number % columns * cell_width + 5, number // columns * cell_height + 5
         whole.paste(picture, (x, y))
-        draw.text((x, y + side + 4), title, fill="black", font_size=13)
+        draw.text((x, y + SIDE + 4), title, fill="black", font_size=13)
     return whole

@@ -182,22 +182,10 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     if shape == "diamond":
         return [(0, -1), (1, 0), (0, 1), (-1, 0)]
     if shape == "cross":
-        arm = 0.4
-        return [
-            (-arm, -1),
-            (arm, -1),
-            (arm, -arm),
-            (1, -arm),
-            (1, arm),
-            (arm, arm),
-            (arm, 1),
-            (-arm, 1),
-            (-arm, arm),
-        ] + [
-            (-1, arm),
-            (-1, -arm),
-            (-arm, -arm),
-        ]
+        a = 0.4
+        xs = (-a, a, a, 1, 1, a, a, -a, -a, -1, -1, -a)
+        ys = (-1, -1, -a, -a, a, a, 1, 1, a, a, -a, -a)
+        return list(zip(xs, ys))
     angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
     return [
         (math.cos(angle) * (1.0, 0.5)[corner % 2], math.sin(angle) * (1.0, 0.5)[corner % 2])

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import PIL.Image
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional as F
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.rows import read_image
+from trips_examples.data.rows import first_rows, read_image
 
 
 class ImageGroupedSampler(Sampler[int]):
@@ -70,6 +70,8 @@ class ImageBatchCollator:
     training: bool = False
     augment: bool = False
 
+    flips: ClassVar[bool] = True  # whether `augmented` may flip images
+
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         images, image_index = self.distinct_images(rows)
         try:
@@ -92,17 +94,14 @@ class ImageBatchCollator:
     def augmented(
         self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]
     ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Flip and shift the images and keep the rows, for tasks that do not depend on positions."""
-        return [flip_and_shift(image) for image in images], rows
+        """Shift the images, flip them if `flips`, and keep the rows."""
+        return [move_image(image, draw_move(image.size, self.flips)) for image in images], rows
 
 
 def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.Image], list[int]]:
     """Return the distinct images of rows with `image`, `image_id` and `source`, and the index of each row's image."""
-    first_rows = {}
-    for row in rows:
-        first_rows.setdefault(row["image_id"], row)
-    position = {image_id: index for index, image_id in enumerate(first_rows)}
-    return [read_image(row, patch_size) for row in first_rows.values()], [position[row["image_id"]] for row in rows]
+    firsts, image_index = first_rows([row["image_id"] for row in rows])
+    return [read_image(rows[first], patch_size) for first in firsts], image_index
 
 
 class Move(NamedTuple):
@@ -113,9 +112,9 @@ class Move(NamedTuple):
     up: int
 
 
-def draw_move(size: tuple[int, int]) -> Move:
-    """Draw a flip or none, and a shift by up to an eighth of an image's `size` (width, height)."""
-    flips = bool(torch.rand(()) < 0.5)
+def draw_move(size: tuple[int, int], flips: bool = True) -> Move:
+    """Draw a flip or none (none without `flips`), and a shift by up to an eighth of an image's (width, height)."""
+    flips = bool(torch.rand(()) < 0.5) and flips
     pad_x, pad_y = (length // 8 for length in size)
     up, left = (int(torch.randint(2 * pad + 1, ())) - pad for pad in (pad_y, pad_x))
     return Move(flips, left, up)
@@ -138,13 +137,3 @@ def move_box(box: Sequence[float], move: Move, size: tuple[int, int]) -> list[fl
     across = [min(max(x - move.left, 0), width) for x in (x0, x1)]
     down = [min(max(y - move.up, 0), height) for y in (y0, y1)]
     return [across[0], down[0], across[1], down[1]]
-
-
-def flip_and_shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Flip an image at random and shift it by up to an eighth of its size."""
-    return move_image(image, draw_move(image.size))
-
-
-def shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Shift an image by up to an eighth of its size."""
-    return move_image(image, draw_move(image.size)._replace(flips=False))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 5  # faults that an error names
+
 
 def printable(text: str) -> str:
     """Return a text with lone surrogates, which cannot be encoded, escaped as `\\ud800`."""
@@ -29,14 +31,18 @@ class BadRowError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """The fault of a row: its source, a reason that rows share, and the value."""
+    """The fault of a row or pair: its source, a reason that rows share, and the value."""
 
     source: str
     reason: str
     detail: str = ""
 
+    @property
+    def error(self) -> str:
+        return str(BadRowError(self.reason, self.detail))
+
     def __str__(self) -> str:
-        return f"{self.source}: {BadRowError(self.reason, self.detail)}"
+        return f"{self.source}: {self.error}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,9 @@ class BadRows:
             logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
 
 
-def _described(faults: list[Fault], name: str, total: int, shown: int = 5) -> str:
+def _described(faults: list[Fault], name: str, total: int) -> str:
     lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:"]
-    lines += [f"  {fault}" for fault in faults[:shown]]
-    if len(faults) > shown:
-        lines.append(f"  and {len(faults) - shown} more")
+    lines += [f"  {fault}" for fault in faults[:SHOWN]]
+    if len(faults) > SHOWN:
+        lines.append(f"  and {len(faults) - SHOWN} more")
     return "\n".join([*lines, "Mend them, or leave them out with --skip_bad_rows."])

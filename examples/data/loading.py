@@ -40,34 +40,19 @@ def load_task_dataset(
         return DatasetDict({split: reader.read_file(file, source.image_root) for split, file in files.items()})
     name = source.name_for(task)
     if name in EMBEDDED_DATASETS:
-        records = _embedded_records(task, source, seed)
+        if name == "easy_vqa":
+            records = {split: easy_vqa_records(split) for split in SPLITS}
+        else:
+            scenes = source.num_scenes.items()
+            records = {split: scene_records(task, split, number, source.grid, seed) for split, number in scenes}
         return DatasetDict({split: reader.read_embedded(part, f"{name} {split}") for split, part in records.items()})
     if name == "picture_scenes":
-        first, last = source.pictures_per_scene
-        return load_picture_scenes(
-            task,
-            source.pictures,
-            source.num_scenes,
-            source.scene_size,
-            (first, last),
-            source.held_out_names,
-            reader.bad_rows,
-            seed,
-            source.question_kinds,
-        )
+        return load_picture_scenes(task, source, reader.bad_rows, seed)
     if name == "pictures":
-        return load_pictures_alone(source.pictures, source.scene_size, source.held_out_names, reader.bad_rows)
+        return load_pictures_alone(source, reader.bad_rows)
     hub = load_dataset(name, source.dataset_config_name, cache_dir=source.cache_dir)
     splits = _hub_splits(hub, name, source.splits)
     return DatasetDict({split: reader.read_table(hub[part], f"{name} {part}") for split, part in splits})
-
-
-def _embedded_records(task: str, source: DataSource, seed: int) -> dict:
-    if source.name_for(task) == "easy_vqa":
-        return {split: easy_vqa_records(split) for split in SPLITS}
-    return {
-        split: scene_records(task, split, number, source.grid, seed) for split, number in source.num_scenes.items()
-    }
 
 
 def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ A scene is rendered from its recipe, a few numbers, whenever it is read. No scen
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +13,13 @@ from typing import NamedTuple
 import PIL.Image
 import PIL.ImageDraw
 
-from trips_examples.data.pictures import NamedPicture, by_name, load_picture
+from trips_examples.data.pictures import NamedPicture, load_picture
 
 
 SMALLEST, LARGEST = 0.14, 0.5  # longer side of an image, as a share of the scene's side
 NUM_TRIES = 60  # attempts to find a free place before the image is made smaller
 SHRINK = 0.8
-TWIN_PROBABILITY = 0.5  # probability that a scene has two or three images of one name
+REPEAT_PROBABILITY = 0.5  # probability that a scene has two or three images of one name
 
 
 class Thing(NamedTuple):
@@ -89,7 +90,10 @@ class SceneMaker:
 
     @cached_property
     def by_name(self) -> dict[str, list[NamedPicture]]:
-        return by_name(self.pictures)
+        groups = defaultdict(list)
+        for picture in self.pictures:
+            groups[picture.name].append(picture)
+        return dict(groups)
 
     def rng(self, number: int, purpose: str = "layout") -> random.Random:
         return random.Random(f"{self.seed} {self.split} {number} {purpose}")
@@ -114,7 +118,7 @@ class SceneMaker:
         names = [name for name in self.names if wanted is None or name != wanted.name]
         names = rng.sample(names, min(rng.randint(*self.counts), len(names)))
         pictures = [rng.choice(self.by_name[name]) for name in names]
-        if len(pictures) > 2 and rng.random() < TWIN_PROBABILITY:
+        if len(pictures) > 2 and rng.random() < REPEAT_PROBABILITY:
             for place in range(1, min(rng.choice((2, 3)), len(pictures) - 1)):
                 pictures[place] = rng.choice(self.by_name[names[0]])
         if wanted is not None and has_wanted:

@@ -1,6 +1,7 @@
 """Composed scenes and single named images as data of each task. Rows hold texts; a transform makes the images."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import PIL.Image
@@ -9,9 +10,11 @@ from datasets import Sequence as ListOf
 
 from trips_examples.data.faults import BadRows
 from trips_examples.data.picture_scenes import Recipe, SceneMaker
-from trips_examples.data.picture_texts import QUESTION_KINDS, caption, expressions, questions, with_article
+from trips_examples.data.picture_texts import caption, expressions, questions, with_article
 from trips_examples.data.pictures import NamedPicture, load_picture, read_pictures, split_of
 from trips_examples.data.scenes import NLVR2_STATEMENTS
+from trips_examples.data.source import DataSource
+from trips_examples.data.splits import as_dataset
 from trips_examples.data.tasks import TASKS
 
 
@@ -24,65 +27,42 @@ EXTRA_FEATURES = {
 }
 
 
-def load_picture_scenes(
-    task: str,
-    sources: Sequence[str],
-    num_scenes: dict[str, int],
-    side: int,
-    counts: tuple[int, int],
-    held_out: dict[str, float],
-    bad_rows: BadRows,
-    seed: int,
-    question_kinds: Sequence[str] = QUESTION_KINDS,
-) -> DatasetDict:
+def load_picture_scenes(task: str, source: DataSource, bad_rows: BadRows, seed: int) -> DatasetDict:
     """
     Load composed scenes of named images for a task, with the columns of its schema and, for `"vqa"` and `"grounding"`,
     `kind`, the kind of the text. Images are rendered whenever a row is read.
-
-    Args:
-        task (`str`): `"vqa"`, `"captions"`, `"nlvr2"` or `"grounding"`.
-        sources (`Sequence[str]`): files and folders of named images, see `read_pictures`.
-        num_scenes (`dict[str, int]`): number of scenes of each split; for `"nlvr2"` the number of statements.
-        side (`int`): height and width of the scenes in pixels.
-        counts (`tuple[int, int]`): smallest and largest number of images in a scene.
-        held_out (`dict[str, float]`): shares of the names that only the split `"validation"` or `"test"` has.
-        bad_rows ([`BadRows`]): options for images that cannot be used.
-        seed (`int`)
-        question_kinds (`Sequence[str]`, *optional*): kinds of questions, of `QUESTION_KINDS`. Default: all.
 
     Raises:
         `ValueError`: Images cannot be used (the message names the first few), or there are too few.
         `FileNotFoundError`: A source does not exist.
     """
-    asks_colors = task == "vqa" and "color" in question_kinds
-    splits = _split(read_pictures(sources, bad_rows, with_colors=asks_colors), held_out)
+    asks_colors = task == "vqa" and "color" in source.question_kinds
+    splits = _split(read_pictures(source.pictures, bad_rows, with_colors=asks_colors), source.held_out_names)
+    fewest, most = source.pictures_per_scene
     data = {}
     for split, pictures in splits.items():
-        maker = SceneMaker(tuple(pictures), split, seed, side, counts)
+        maker = SceneMaker(tuple(pictures), split, seed, source.scene_size, (fewest, most))
         rows = [
             {**row, "source": f"{split} {row['source']}"}
-            for row in _ROWS[task](maker, num_scenes[split])
-            if task != "vqa" or row["kind"] in question_kinds
+            for row in _ROWS[task](maker, source.num_scenes[split])
+            if task != "vqa" or row["kind"] in source.question_kinds
         ]
         data[split] = _as_dataset(task, rows).with_transform(SceneImages(maker))
     return DatasetDict(data)
 
 
-def load_pictures_alone(
-    sources: Sequence[str], side: int, held_out: dict[str, float], bad_rows: BadRows
-) -> DatasetDict:
+def load_pictures_alone(source: DataSource, bad_rows: BadRows) -> DatasetDict:
     """
     Load single named images on white, for captioning and retrieval: one image per name, with the name as its caption.
-    Arguments as in `load_picture_scenes`.
     """
     data = {}
-    for split, pictures in _split(read_pictures(sources, bad_rows), held_out).items():
+    for split, pictures in _split(read_pictures(source.pictures, bad_rows), source.held_out_names).items():
         first = list({picture.name: picture for picture in reversed(pictures)}.values())[::-1]
         rows = [
             {"image_id": picture.path, "caption": picture.name, "source": picture.path, "recipe": [number]}
             for number, picture in enumerate(first)
         ]
-        data[split] = _as_dataset("captions", rows).with_transform(LonePictures(tuple(first), side))
+        data[split] = _as_dataset("captions", rows).with_transform(LonePictures(tuple(first), source.scene_size))
     return DatasetDict(data)
 
 
@@ -95,8 +75,7 @@ def _split(pictures: list[NamedPicture], held_out: dict[str, float]) -> dict[str
 
 def _as_dataset(task: str, rows: list[dict]) -> Dataset:
     shown = {name: feature for name, feature in TASKS[task].features.items() if name != TASKS[task].image_column}
-    features = Features({**shown, **EXTRA_FEATURES[task]})
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    return as_dataset(rows, Features({**shown, **EXTRA_FEATURES[task]}))
 
 
 @dataclass(frozen=True)
@@ -106,18 +85,11 @@ class SceneImages:
     maker: SceneMaker
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images: dict[Recipe, PIL.Image.Image] = {}
-
-        def image_of(numbers: list[int]) -> PIL.Image.Image:
-            recipe = Recipe(numbers[0], numbers[1], bool(numbers[2]))
-            if recipe not in images:
-                images[recipe] = self.maker.render(recipe)
-            return images[recipe]
-
+        render = functools.cache(self.maker.render)
         if "recipe" in batch:
-            batch["image"] = [image_of(numbers) for numbers in batch["recipe"]]
+            batch["image"] = [render(Recipe(*numbers)) for numbers in batch["recipe"]]
         if "recipes" in batch:
-            batch["images"] = [[image_of(numbers) for numbers in both] for both in batch["recipes"]]
+            batch["images"] = [[render(Recipe(*numbers)) for numbers in both] for both in batch["recipes"]]
         return batch
 
 
@@ -171,11 +143,11 @@ def _vqa_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
             yield {**_shared(maker, recipe, row), "question_id": str(row), **about}
 
 
-def _caption_rows(maker: SceneMaker, num_scenes: int, captions_per_scene: int = 2) -> Iterator[dict]:
+def _caption_rows(maker: SceneMaker, num_scenes: int) -> Iterator[dict]:
     row = 0
     for recipe in map(Recipe, range(num_scenes)):
         rng, things = maker.rng(recipe.number, "texts"), maker.things(recipe)
-        for _ in range(captions_per_scene):
+        for _ in range(2):
             row += 1
             yield {**_shared(maker, recipe, row), "caption": caption(things, maker.side, rng)}
 

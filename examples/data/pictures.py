@@ -18,7 +18,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,11 +211,3 @@ def load_picture(picture: NamedPicture, longest_side: int) -> PIL.Image.Image:
         image = image.convert("RGBA").crop(picture.visible)
     scale = min(1.0, longest_side / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], PIL.Image.Resampling.BOX)
-
-
-def by_name(pictures: Sequence[NamedPicture]) -> dict[str, list[NamedPicture]]:
-    """Group images by name."""
-    groups = defaultdict(list)
-    for picture in pictures:
-        groups[picture.name].append(picture)
-    return dict(groups)

@@ -4,7 +4,7 @@ import PIL.Image
 import torch
 from datasets import Dataset, Image, Sequence
 
-from trips_examples.data.faults import BadRowError, Fault
+from trips_examples.data.faults import BadRowError, BadRows, Fault
 from trips_examples.data.images import decode_image, open_image, path_or_bytes, upright_size, usable_size
 
 
@@ -20,6 +20,23 @@ def without_decoding(dataset: Dataset) -> Dataset:
         if column in dataset.column_names:
             dataset = dataset.cast_column(column, feature)
     return dataset
+
+
+def without_faults(dataset: Dataset, faults: dict[int, Fault], split: str, skip: bool) -> Dataset:
+    """
+    Return the rows of a split without faults.
+
+    Args:
+        dataset (`Dataset`)
+        faults (`dict[int, Fault]`): faults by row index.
+        split (`str`): name of the split.
+        skip (`bool`): whether to skip rows with a warning that counts them, instead of raising an error.
+
+    Raises:
+        `ValueError`: There are faults and `skip` is off. The message names the first few.
+    """
+    BadRows(skip).settle(list(faults.values()), split, len(dataset))
+    return dataset.select([row for row in range(len(dataset)) if row not in faults]) if faults else dataset
 
 
 def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
@@ -64,13 +81,19 @@ class DecodedImages(torch.utils.data.Dataset):
         return read_image(self.rows[row])
 
 
-def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
+def first_rows(image_ids: list[str]) -> tuple[list[int], list[int]]:
     """Return the first row of each image, and the index of each row's image among them."""
-    rows, image_ids = {}, column_of(dataset, "image_id")
+    rows: dict[str, int] = {}
     for row, image_id in enumerate(image_ids):
         rows.setdefault(image_id, row)
     position = {image_id: index for index, image_id in enumerate(rows)}
-    return list(rows.values()), torch.tensor([position[image_id] for image_id in image_ids])
+    return list(rows.values()), [position[image_id] for image_id in image_ids]
+
+
+def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
+    """Return the `first_rows` of a data set."""
+    rows, image_of_row = first_rows(column_of(dataset, "image_id"))
+    return rows, torch.tensor(image_of_row)
 
 
 def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Image, IterableDataset, load_dataset
 
-from trips_examples.data.faults import BadRowError, printable
+from trips_examples.data.faults import BadRowError, Fault, printable
 from trips_examples.data.formats import parsed_json, read_records
 
 
@@ -17,26 +17,18 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True)
-class BadPair:
-    """A pair that cannot be used: its source and the error."""
-
-    source: str
-    error: str
-
-
-@dataclass(frozen=True)
 class TarShard:
     """A tar file of WebDataset (https://github.com/webdataset/webdataset). The files of one name are a pair."""
 
     name: str
 
-    def __iter__(self) -> Iterator[dict | BadPair]:
+    def __iter__(self) -> Iterator[dict | Fault]:
         from webdataset.tariterators import tarfile_samples
 
         errors = []
 
         def keep(error: Exception) -> bool:
-            errors.append(BadPair(self.name, f"broken tar file ({error.args[0] if error.args else error})"))
+            errors.append(Fault(self.name, "broken tar file", str(error.args[0] if error.args else error)))
             return True  # continue
 
         for sample in tarfile_samples([{"url": self.name}], handler=keep):
@@ -52,16 +44,16 @@ class FileShard:
     name: str
     image_root: str
 
-    def __iter__(self) -> Iterator[dict | BadPair]:
+    def __iter__(self) -> Iterator[dict | Fault]:
         try:
             for number, record in read_records(Path(self.name)):
                 source = f"{Path(self.name).name} row {number}"
                 if isinstance(record, dict):
                     yield {**record, "source": source, "image_root": self.image_root}
                 else:
-                    yield BadPair(source, str(record))
+                    yield Fault(source, record.reason, record.detail)
         except (ValueError, OSError) as error:  # an error of the whole file, as for a broken tar file
-            yield BadPair(self.name, printable(str(error)))
+            yield Fault(self.name, printable(str(error)))
 
 
 @dataclass(frozen=True)
@@ -72,18 +64,18 @@ class HubShard:
     dataset: IterableDataset
     index: int
 
-    def __iter__(self) -> Iterator[dict | BadPair]:
+    def __iter__(self) -> Iterator[dict | Fault]:
         rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         for number, record in enumerate(rows, start=1):
             yield {**record, "source": f"{self.name} row {number}"}
 
 
-def _emptied(errors: list[BadPair]) -> Iterator[BadPair]:
+def _emptied(errors: list[Fault]) -> Iterator[Fault]:
     while errors:
         yield errors.pop(0)
 
 
-def _record_of_tar(sample: dict[str, Any]) -> dict | BadPair:
+def _record_of_tar(sample: dict[str, Any]) -> dict | Fault:
     """Return the image, `.txt` and `.json` files of one name as a record."""
     source = printable(f"{sample['__url__']}/{sample['__key__']}")
     record = {}
@@ -91,13 +83,13 @@ def _record_of_tar(sample: dict[str, Any]) -> dict | BadPair:
         if "json" in sample:
             record = parsed_json(sample["json"])
             if not isinstance(record, dict):
-                return BadPair(source, ".json is not an object")
+                return Fault(source, ".json is not an object")
         if "txt" in sample:
             record["caption"] = sample["txt"].decode("utf-8")
     except BadRowError as error:
-        return BadPair(source, f"broken .json ({error})")
+        return Fault(source, "broken .json", str(error))
     except UnicodeDecodeError as error:
-        return BadPair(source, f"broken .txt ({error})")
+        return Fault(source, "broken .txt", str(error))
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     return {**record, "source": source, "image": image}
 

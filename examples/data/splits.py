@@ -63,11 +63,11 @@ class RowMaker:
         return ids
 
 
-def _within(box: list[float], size: tuple[int, int], column: str, tolerance: float = 1.0) -> list[float]:
+def _within(box: list[float], size: tuple[int, int], column: str) -> list[float]:
     """Clip a box to the image. Rounded corners may be off by up to a pixel."""
     limits = [*size, *size]
     cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
-    is_near = all(-tolerance <= value <= limit + tolerance for value, limit in zip(box, limits))
+    is_near = all(-1 <= value <= limit + 1 for value, limit in zip(box, limits))
     if not (is_near and has_area(cut)):
         detail = f"[x0, y0, x1, y1] = {box}, the image is {size[0]} x {size[1]}"
         raise BadRowError(f"{column} outside the image", detail)
@@ -100,7 +100,7 @@ class SplitReader:
         folder = file.path.parent if image_root is None else Path(image_root)
         find_images = ImageFinder(self.task, folder, self.image_check, self.bad_rows.patch_size)
         make_rows = RowMaker(self.task, name, find_images)
-        return _as_dataset(self.good_rows(read_annotations(file, self.task.name), make_rows, name), self.task.features)
+        return as_dataset(self.good_rows(read_annotations(file, self.task.name), make_rows, name), self.task.features)
 
     def _parquet(self, file: Path) -> Dataset:
         try:
@@ -113,7 +113,7 @@ class SplitReader:
     def read_embedded(self, records: Iterable[dict], name: str) -> Dataset:
         check, patch_size = self.bad_rows.image_check, self.bad_rows.patch_size
         make_rows = RowMaker(self.task, name, ImageFinder(self.task, Path(), check, patch_size))
-        return _as_dataset(self.good_rows(enumerate(records, start=1), make_rows, name), self.task.features)
+        return as_dataset(self.good_rows(enumerate(records, start=1), make_rows, name), self.task.features)
 
     def read_table(self, table: Dataset, name: str) -> Dataset:
         """Read a table that holds its images. The images are checked and stay in the table."""
@@ -133,7 +133,7 @@ class SplitReader:
 
         rows = self.good_rows(enumerate(records, start=1), make_rows, name)
         features = {key: feature for key, feature in self.task.features.items() if key != column}
-        rows = _as_dataset(rows, Features(features))
+        rows = as_dataset(rows, Features(features))
         return concatenate_datasets([images.select(indices), rows], axis=1).select_columns(list(self.task.features))
 
     def good_rows(
@@ -158,5 +158,6 @@ class SplitReader:
         return rows
 
 
-def _as_dataset(rows: list[dict], features: Features) -> Dataset:
+def as_dataset(rows: list[dict], features: Features) -> Dataset:
+    """Return rows as a data set, which may be empty."""
     return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)

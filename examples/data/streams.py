@@ -24,9 +24,9 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.faults import BadRowError
+from trips_examples.data.faults import BadRowError, Fault
 from trips_examples.data.images import decode_image, path_or_bytes
-from trips_examples.data.shards import IMAGE_SUFFIXES, BadPair, FileShard, HubShard, TarShard
+from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard
 from trips_examples.data.tasks import caption_texts, filled_text, is_missing, list_of, text_of
 from trips_examples.data.texts import check_length, count_tokens
 
@@ -137,9 +137,9 @@ class PairStream(TorchIterableDataset):
                 self._random(start.pass_number, start.block_shard, start.block_record).shuffle(records)
                 for offset in range(start.offset, len(records)):
                     row = self._row(records[offset], start.pass_number)
-                    seen, bad = self.position.seen + 1, self.position.bad + isinstance(row, BadPair)
+                    seen, bad = self.position.seen + 1, self.position.bad + isinstance(row, Fault)
                     self.position = replace(start, offset=offset + 1, seen=seen, bad=bad)
-                    if isinstance(row, BadPair):
+                    if isinstance(row, Fault):
                         self._note(row)
                     else:
                         yield row
@@ -148,7 +148,7 @@ class PairStream(TorchIterableDataset):
             self._judge(fewest=1)
             self.position = Position(self.position.pass_number + 1, seen=self.position.seen, bad=self.position.bad)
 
-    def _blocks(self, position: Position) -> Iterator[tuple[Position, list[dict | BadPair]]]:
+    def _blocks(self, position: Position) -> Iterator[tuple[Position, list[dict | Fault]]]:
         """Yield the remaining blocks of a pass: their positions and records."""
         shards, is_shared = self._shards_of_pass(position.pass_number)
         start, records = position, []
@@ -175,9 +175,9 @@ class PairStream(TorchIterableDataset):
     def _random(self, *numbers: int) -> random.Random:
         return random.Random("-".join(map(str, (self.seed, self.reader, *numbers))))
 
-    def _row(self, record: dict | BadPair, pass_number: int) -> dict | BadPair:
+    def _row(self, record: dict | Fault, pass_number: int) -> dict | Fault:
         """Return a record as a row with its decoded image, or its fault."""
-        if isinstance(record, BadPair):
+        if isinstance(record, Fault):
             return record
         source, image_root = record["source"], record.get("image_root", "")
         columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
@@ -188,7 +188,7 @@ class PairStream(TorchIterableDataset):
             image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:
-            return BadPair(source, str(error))
+            return Fault(source, error.reason, error.detail)
         default_id = source if isinstance(encoded, bytes) else encoded
         return {"image": image, "image_id": image_id or default_id, "caption": caption, "source": source}
 
@@ -204,14 +204,14 @@ class PairStream(TorchIterableDataset):
             check_length(count, tokenizer.num_special_tokens_to_add(), tokenizer.model_max_length, "caption")
         return text
 
-    def _note(self, pair: BadPair):
+    def _note(self, fault: Fault):
         """Log a bad pair, and stop if there are too many."""
         if self._log is not None and self.position.pass_number == 0:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
+                log.write(json.dumps({"source": fault.source, "error": fault.error}, ensure_ascii=False) + "\n")
         if self.max_bad_share == 0:
-            raise ValueError(f"{pair.source}: {pair.error}. Repair it, or skip such pairs with --skip_bad_rows.")
+            raise ValueError(f"{fault}. Repair it, or skip such pairs with --skip_bad_rows.")
         self._judge(fewest=FEWEST_TO_JUDGE)
 
     def _judge(self, fewest: int):

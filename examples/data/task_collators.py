@@ -2,20 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import PIL.Image
 import torch
 from torchvision.transforms.v2 import functional as F
 
 from trips_examples.data.boxes import mirrored_row
-from trips_examples.data.collators import (
-    ImageBatchCollator,
-    distinct_images,
-    draw_move,
-    move_box,
-    move_image,
-    shift,
-)
+from trips_examples.data.collators import ImageBatchCollator, distinct_images, draw_move, move_box, move_image
 from trips_examples.data.tasks import has_area
 
 
@@ -91,6 +85,8 @@ class CaptionCollator(ImageBatchCollator):
 
     prompt: str = ""
 
+    flips: ClassVar[bool] = False  # captions may mention left and right
+
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         labels = self.processor.encode_answers([row["caption"] for row in rows])
         if not self.training:
@@ -99,12 +95,6 @@ class CaptionCollator(ImageBatchCollator):
             return {**inputs, "labels": labels}
         inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt")
         return {**inputs, "labels": labels, "text_index": torch.tensor(image_index)}
-
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Shift the images without flips: captions may mention left and right."""
-        return [shift(image) for image in images], rows
 
 
 @dataclass
@@ -159,17 +149,13 @@ class RetrievalCollator(ImageBatchCollator):
     numbers of the images, equal in all processes.
     """
 
+    flips: ClassVar[bool] = False  # captions may mention left and right
+
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         captions = [row["caption"] for row in rows]
         inputs = self.processor(images=images, text=captions, image_index=image_index, return_tensors="pt")
         image_ids = [number_of(image_id) for image_id in dict.fromkeys(row["image_id"] for row in rows)]
         return {**inputs, "image_ids": torch.tensor(image_ids)}
-
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Shift the images without flips: captions may mention left and right."""
-        return [shift(image) for image in images], rows
 
 
 def number_of(image_id: str) -> int:

@@ -174,14 +174,8 @@ def caption_texts(captions: list, record: dict) -> list[str]:
     return texts
 
 
-LABELS = {
-    "true": 1,
-    "false": 0,
-    "1": 1,
-    "0": 0,
-    "1.0": 1,
-    "0.0": 0,
-}  # pandas writes floats if labels are missing
+# pandas writes floats if labels are missing.
+LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
 def _statement(record: dict) -> list[dict]:

@@ -1,7 +1,7 @@
 """Checks of a split's texts against a tokenizer: their length, and unknown tokens."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
@@ -9,8 +9,8 @@ from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.faults import BadRowError, BadRows, Fault
-from trips_examples.data.rows import column_of
+from trips_examples.data.faults import BadRowError, Fault
+from trips_examples.data.rows import column_of, without_faults
 from trips_examples.data.tasks import TASKS
 
 
@@ -38,50 +38,47 @@ def check_length(count: TokenCount, num_special: int, limit: int, what: str):
         raise BadRowError(f"more than {limit} tokens", f"{what} has {count.length + num_special}")
 
 
-class TextCheck:
+def check_texts(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[dict[int, Fault], list[str]]:
     """
-    Check of the texts of a split that a model reads or generates.
+    Check the texts of a split that a model reads or generates.
 
     Args:
         dataset (`Dataset`): Rows of the task.
         task (`str`)
         processor (`TripsProcessor`)
-        limit (`int`, *optional*): Largest number of tokens, with special tokens. Default: the tokenizer's limit.
 
-    Attributes:
-        faults (`dict[int, Fault]`): Faults by row index.
-        unknown (`dict[str, list[str]]`): Distinct texts with an unknown token, by column.
+    Returns:
+        `tuple[dict[int, Fault], list[str]]`: Faults by row index, and a description of the texts with an unknown token
+        for each column that has some.
     """
-
-    def __init__(self, dataset: Dataset, task: str, processor: TripsProcessor, limit: int | None = None):
-        self.dataset, self.tokenizer = dataset, processor.tokenizer
-        self.limit = processor.tokenizer.model_max_length if limit is None else limit
-        self.faults, self.unknown = {}, {}
-        self._check(TASKS[task].text, processor.tokenizer.num_special_tokens_to_add(), processor.clean_texts)
-        if TASKS[task].written is not None:
-            self._check(TASKS[task].written, 1, list)  # without cleaning, with a [SEP] at the end
-
-    def _check(self, column: str, num_special: int, clean: Callable[[list[str]], list[str]]):
-        rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(self.dataset, column)]
+    tokenizer = processor.tokenizer
+    columns: list[tuple[str, int, Callable[[list[str]], list[str]]]] = [
+        (TASKS[task].text, tokenizer.num_special_tokens_to_add(), processor.clean_texts)
+    ]
+    if TASKS[task].written is not None:
+        columns.append((TASKS[task].written, 1, list))  # without cleaning, with a [SEP] at the end
+    faults: dict[int, Fault] = {}
+    unknown = []
+    for column, num_special, clean in columns:
+        rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(dataset, column)]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
-        counts = {}
+        counts: dict[str, TokenCount] = {}
         for start in tqdm(range(0, len(different), 1000), desc=f"Tokenizing {column}", unit="000 texts"):
             batch = different[start : start + 1000]
-            counts |= zip(batch, count_tokens(clean(batch), self.tokenizer))
-        self.unknown[column] = [text for text, count in counts.items() if count.has_unknown]
-        for place, (texts, source) in enumerate(zip(rows, column_of(self.dataset, "source"))):
+            counts |= zip(batch, count_tokens(clean(batch), tokenizer))
+        for place, (texts, source) in enumerate(zip(rows, column_of(dataset, "source"))):
             try:
                 for text in texts:
-                    check_length(counts[text], num_special, self.limit, column)
+                    check_length(counts[text], num_special, tokenizer.model_max_length, column)
             except BadRowError as error:
-                self.faults.setdefault(place, Fault(source, error.reason, error.detail))
-
-    def describe_unknown(self, shown: int = 3) -> Iterator[str]:
-        for column, texts in self.unknown.items():
-            if texts:
-                what = column if column.endswith("s") else f"{column}s"
-                examples = ", ".join(map(repr, texts[:shown]))
-                yield f"{len(texts)} different {what} hold words that the tokenizer does not know, e.g. {examples}"
+                faults.setdefault(place, Fault(source, error.reason, error.detail))
+        if with_unknown := [text for text, count in counts.items() if count.has_unknown]:
+            what = column if column.endswith("s") else f"{column}s"
+            examples = ", ".join(map(repr, with_unknown[:3]))
+            unknown.append(
+                f"{len(with_unknown)} different {what} hold words that the tokenizer does not know, e.g. {examples}"
+            )
+    return faults, unknown
 
 
 def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, skip: bool) -> DatasetDict:
@@ -99,11 +96,8 @@ def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, 
     """
     fitting = {}
     for split, dataset in data.items():
-        check = TextCheck(dataset, task, processor)
-        BadRows(skip).settle(list(check.faults.values()), split, len(dataset))
-        for line in check.describe_unknown():
+        faults, unknown = check_texts(dataset, task, processor)
+        fitting[split] = without_faults(dataset, faults, split, skip)
+        for line in unknown:
             logger.warning(f"{split}: {line}.")
-        if check.faults:
-            dataset = dataset.select([place for place in range(len(dataset)) if place not in check.faults])
-        fitting[split] = dataset
     return DatasetDict(fitting)

@@ -21,6 +21,8 @@ from trips_examples.metrics.retrieval import RetrievalEvaluator, TextIndex
 
 logger = logging.getLogger(__name__)
 
+REFINE = 10  # times k candidates of the index are compared by their exact vectors
+
 
 @dataclass(frozen=True)
 class Found:
@@ -87,9 +89,7 @@ class Finder:
         """Return the features of an image, `(1, projection_dim)`."""
         return self.evaluator.index_images([image])
 
-    def nearest(
-        self, features: torch.Tensor, k: int, exact: bool = False, probes: int = 20, refine: int = 10
-    ) -> list[list[Found]]:
+    def nearest(self, features: torch.Tensor, k: int, exact: bool = False, probes: int = 20) -> list[list[Found]]:
         """
         Return for each query the `k` images of the highest cosine similarity, best first.
 
@@ -98,10 +98,9 @@ class Finder:
             k (`int`)
             exact (`bool`, *optional*, defaults to `False`): whether to compare all vectors, without the index.
             probes (`int`, *optional*, defaults to 20): number of partitions of the index to search.
-            refine (`int`, *optional*, defaults to 10): `refine * k` candidates are compared by their exact vectors.
         """
         how = {"column": "vector", "k": k, "metric": "cosine", "use_index": not exact}
-        how |= {} if exact else {"nprobes": probes, "refine_factor": refine}
+        how |= {} if exact else {"nprobes": probes, "refine_factor": REFINE}
         found = []
         for query in features.float().numpy().astype(np.float32):
             columns = ["source", "image", "_distance"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trips_examples.data.faults import BadRowError, printable
-from trips_examples.data.shards import IMAGE_SUFFIXES, BadPair, FileShard, HubShard, TarShard, find_shards
+from trips_examples.data.faults import BadRowError, Fault, printable
+from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, find_shards
 from trips_examples.data.streams import IMAGE_COLUMNS, encoded_image
 
 
@@ -113,7 +113,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         if isinstance(shard, TarShard):  # a tar file may have equal names and several broken places
             seen[source] += 1
             source += f" ({seen[source]})" if seen[source] > 1 else ""
-        if isinstance(record, BadPair):
+        if isinstance(record, Fault):
             error = record.error
         else:
             try:
@@ -127,8 +127,8 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         yield {"id": id_of(source), "source": source, "image": image, "error": error}
 
 
-def _source(shard: Shard, record: dict | BadPair) -> str:
-    source = record.source if isinstance(record, BadPair) else record["source"]
+def _source(shard: Shard, record: dict | Fault) -> str:
+    source = record.source if isinstance(record, Fault) else record["source"]
     # Records have only the name of their file.
     return os.path.join(os.path.dirname(shard.name), source) if isinstance(shard, FileShard) else source
 

@@ -30,11 +30,9 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
 
 def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
     """Return the accuracy on each of `groups_of(rows)`, as `eval_accuracy_{group}`."""
-    predictions, references, results = list(predictions), list(references), {}
+    results = {}
     for name, places in groups_of(rows).items():
-        own = {
-            "predictions": [predictions[place] for place in places],
-            "references": [references[place] for place in places],
-        }
-        results[f"eval_accuracy_{name}"] = metric.compute(**own)["accuracy"]
+        results[f"eval_accuracy_{name}"] = metric.compute(
+            predictions=[predictions[place] for place in places], references=[references[place] for place in places]
+        )["accuracy"]
     return results

@@ -146,7 +146,8 @@ def answer_score(prediction: str, answers: list[str]) -> float:
     return exact_match(prediction, answers[0]) if len(answers) == 1 else vqa_accuracy(prediction, answers)
 
 
-def _most_common_answer(answers: list[str]) -> str:
+def most_common_answer(answers: list[str]) -> str:
+    """Return the normalized answer of most annotators, the first one of a tie."""
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
@@ -157,7 +158,7 @@ def _mean(scores: list[float]) -> float:
 def _accuracy_by_answer(scores: list[float], references: list[list[str]]) -> dict[str, dict]:
     groups = defaultdict(list)
     for score, answers in zip(scores, references, strict=True):
-        groups[_most_common_answer(answers)].append(score)
+        groups[most_common_answer(answers)].append(score)
     by_count = sorted(groups.items(), key=lambda group: -len(group[1]))
     return {answer: {"accuracy": _mean(group), "count": len(group)} for answer, group in by_count}
 

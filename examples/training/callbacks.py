@@ -14,7 +14,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips import (
     UNPRUNED,
@@ -217,12 +217,11 @@ class TrainingMonitor(TrainerCallback):
 
 def last_good_checkpoint(output_dir: Path, before: int) -> Path | None:
     """Return the latest checkpoint of a step before `before` whose weights are all finite."""
-    folders = {}
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for folder in map(Path, reversed(sort_checkpoints(str(output_dir)))):
         step = folder.name.rpartition("-")[2]
-        if step.isdecimal() and int(step) < before:
-            folders[int(step)] = folder
-    return next((folders[step] for step in sorted(folders, reverse=True) if _is_finite(folders[step])), None)
+        if step.isdecimal() and int(step) < before and _is_finite(folder):
+            return folder
+    return None
 
 
 def _is_finite(checkpoint: Path) -> bool:

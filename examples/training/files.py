@@ -16,7 +16,7 @@ def write_whole(path: str | Path, content: str | bytes):
 
 def write_json(path: str | Path, value):
     """Write indented JSON atomically."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: str | Path, rows: Iterable[dict]):

@@ -70,7 +70,11 @@ class ModelStart:
             self._make_model(AutoTokenizer.from_pretrained(args.tokenizer_name))
         else:
             self.config = self._make_config()
-        check_frozen_layers(self.config, args.freeze_vision_layers)
+        most = self.config.vision_config.num_hidden_layers
+        if args.freeze_vision_layers is not None and not 0 <= args.freeze_vision_layers <= most:
+            raise ValueError(
+                f"--freeze_vision_layers must be in 0..{most} for this vision tower, got {args.freeze_vision_layers}."
+            )
 
     @property
     def patch_size(self) -> int:
@@ -169,12 +173,6 @@ def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
     for layer, source in zip(layers, text.encoder.layer[-len(layers) :]):
         layer.load_state_dict(source.state_dict(), strict=False)
     return True
-
-
-def check_frozen_layers(config: TripsConfig, num_layers: int | None):
-    most = config.vision_config.num_hidden_layers
-    if num_layers is not None and not 0 <= num_layers <= most:
-        raise ValueError(f"--freeze_vision_layers must be in 0..{most} for this vision tower, got {num_layers}.")
 
 
 def freeze_vision_layers(model: TripsPreTrainedModel, num_layers: int):

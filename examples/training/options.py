@@ -199,10 +199,7 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except for biases and norms."})
-    texts_per_image: int = field(
-        default=4,
-        metadata={"aliases": ["--questions_per_image"], "help": "Texts of an image that may share a training batch."},
-    )
+    texts_per_image: int = field(default=4, metadata={"help": "Texts of an image that may share a training batch."})
     logging_steps: float = field(default=0.05, metadata={"help": "Log every N steps; below 1, a share of all steps."})
     health_steps: float = field(
         default=0.25, metadata={"help": "Check the selection every N steps; below 1, a share of all. 0: never."}
@@ -252,15 +249,12 @@ class RetrievalArguments:
 
 
 @dataclass
-class PretrainingArguments:
+class PretrainingArguments(RetrievalArguments):
     """Options of run_pretraining.py: objectives, momentum teacher, streams, and reranking in evaluation."""
 
-    itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
-    itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
     mlm_weight: float | None = field(default=None, metadata={"help": "Weight of masked language modeling."})
     prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modeling."})
     rerank_k: int = field(default=0, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
-    rerank_by: str = field(default="both", metadata={"help": "Rank by matching, or by both matching and similarity."})
     momentum_teacher: bool = field(default=True, metadata={"help": "Train with a momentum teacher and its queues."})
     momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher."})
     queue_size: int | None = field(
@@ -295,8 +289,8 @@ class PretrainingArguments:
         return self.train_shards is not None or self.streaming
 
     def config_overrides(self) -> dict:
-        names = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
-        return given({name: getattr(self, name) for name in names})
+        fields = {"mlm_weight": self.mlm_weight, "prefix_lm_weight": self.prefix_lm_weight}
+        return {**super().config_overrides(), **given(fields)}
 
 
 def bf16_is_fast() -> bool:

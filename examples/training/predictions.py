@@ -34,10 +34,10 @@ def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], 
     write_json_lines(Path(folder, "predictions.jsonl"), ({**row, **prediction} for row, prediction in rows))
 
 
-def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults, num_shown: int = 10):
+def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults):
     """
-    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the best candidates
-    and the rank of the first correct one.
+    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the ten best
+    candidates and the rank of the first correct one.
     """
     rows, _ = images_of(dataset)
     sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
@@ -45,7 +45,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
     def write(name: str, queries: Iterable[dict], ranking: Ranking, candidates: list[str]):
         found = zip(queries, ranking.candidates.tolist(), ranking.first_right.tolist(), strict=True)
         lines = (
-            {**query, "found": [candidates[number] for number in best[:num_shown]], "first_right": first + 1}
+            {**query, "found": [candidates[number] for number in best[:10]], "first_right": first + 1}
             for query, best, first in found
         )
         write_json_lines(Path(folder, name), lines)

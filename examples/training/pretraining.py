@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -267,14 +267,9 @@ class PretrainingTrainer(RetrievalTrainer):
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluate retrieval by features and the metrics of [`word_and_matching_metrics`]."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+    def metrics_of(self, dataset: Dataset) -> dict[str, float]:
+        """Return the metrics of retrieval and of [`word_and_matching_metrics`]."""
         metrics = {}
         if self.model.config.itc_weight > 0:
             metrics = {**self.search(dataset).metrics, "chance_r1": 1 / len(set(column_of(dataset, "image_id")))}
-        metrics |= word_and_matching_metrics(self, dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return {**metrics, f"{metric_key_prefix}_samples": len(dataset)}
+        return {**metrics, **word_and_matching_metrics(self, dataset), "samples": len(dataset)}

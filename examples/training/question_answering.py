@@ -30,15 +30,13 @@ logger = logging.getLogger(__name__)
 START_EPOCHS = 6.0
 
 
-def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric, num_shown: int = 20):
-    """
-    Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the most frequent answers.
-    """
+def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric):
+    """Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the 20 most frequent answers."""
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
     result = metric.compute(predictions=answers, references=column_of(dataset, "answers"), by_answer=True)
     write_json(folder / "accuracy_by_answer.json", result["by_answer"])
-    for answer, row in list(result["by_answer"].items())[:num_shown]:
+    for answer, row in list(result["by_answer"].items())[:20]:
         print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
 
 

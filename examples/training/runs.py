@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips.inspection import provenance
 from trips_examples.data.faults import BadRows
@@ -116,7 +116,7 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
             `--resume_from_checkpoint` is not given.
     """
     wanted = args.resume_from_checkpoint
-    folders = [path for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path).isdecimal()]
+    folders = [Path(folder) for folder in reversed(sort_checkpoints(args.output_dir))]  # latest first
     if wanted is None and any((folder / TRAINER_STATE_NAME).exists() for folder in folders):
         raise ValueError(
             f"{args.output_dir} has checkpoints. Resume with --resume_from_checkpoint last or choose another "
@@ -128,18 +128,13 @@ def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
         if flaw := flaw_of(Path(wanted), args.save_only_model):
             raise ValueError(f"--resume_from_checkpoint {wanted}: {flaw}. Resume from another checkpoint.")
         return wanted
-    for folder in sorted(folders, key=lambda folder: int(step_of(folder)), reverse=True):
+    for folder in folders:
         flaw = flaw_of(folder, args.save_only_model)
         if flaw is None:
             return str(folder)
         if args.should_log:
             logger.warning("Skipped the incomplete checkpoint %s: %s.", folder, flaw)
     raise ValueError(f"--resume_from_checkpoint last: {args.output_dir} has no complete checkpoint.")
-
-
-def step_of(checkpoint: Path) -> str:
-    """Return the step in the name of a checkpoint's folder, or other text for other folders."""
-    return checkpoint.name.rpartition("-")[2]
 
 
 def flaw_of(checkpoint: Path, only_model: bool = False) -> str | None:

@@ -15,7 +15,7 @@ from trips_examples.data.rows import DecodedImages, column_of, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
 from trips_examples.training.callbacks import TrainingMonitor
 from trips_examples.training.models import SelectionTeacher
-from trips_examples.training.options import PretrainingArguments, RetrievalArguments
+from trips_examples.training.options import RetrievalArguments
 
 
 class SamplerCallback(TrainerCallback):
@@ -154,13 +154,13 @@ class RetrievalTrainer(ImageGroupedTrainer):
     Trainer that evaluates retrieval, also during training.
 
     Args:
-        task_args ([`RetrievalArguments`] or [`PretrainingArguments`]): Options with `rerank_k` and `rerank_by`.
+        task_args ([`RetrievalArguments`]): Options of reranking.
         args, kwargs: As in [`ImageGroupedTrainer`].
     """
 
     logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
 
-    def __init__(self, *args, task_args: RetrievalArguments | PretrainingArguments, **kwargs):
+    def __init__(self, *args, task_args: RetrievalArguments, **kwargs):
         super().__init__(*args, **kwargs)
         self.task_args = task_args
         if self.args.do_eval and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -202,9 +202,12 @@ class RetrievalTrainer(ImageGroupedTrainer):
                 self.task_args.rerank_by,
             )
 
+    def metrics_of(self, dataset: Dataset) -> dict[str, float]:
+        return self.search(dataset).metrics
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        results = self.search(self.eval_dataset if eval_dataset is None else eval_dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.metrics.items()}
+        metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

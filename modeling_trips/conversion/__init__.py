@@ -4,7 +4,7 @@ from .albef import ALBEF_TASKS, AlbefDepths, albef_plan
 from .blip import blip_plan, check_blip_architecture
 from .rules import ConversionError, ConversionPlan, ConversionReport, Rule, load_converted, make_converted
 from .vilt import vilt_plan
-from .vision_text import from_vision_text_pretrained, load_vision_text
+from .vision_text import from_vision_text_pretrained
 
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "check_blip_architecture",
     "from_vision_text_pretrained",
     "load_converted",
-    "load_vision_text",
     "make_converted",
     "vilt_plan",
 ]

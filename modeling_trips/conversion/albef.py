@@ -19,7 +19,6 @@ cross-attention to the image between self-attention and feed-forward.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -144,7 +143,6 @@ def albef_plan(
     depths = AlbefDepths(*depths)
     if min(depths) < 1:
         raise ConversionError(f"`depths` must be at least 1 each, got {tuple(depths)}.")
-    _check_layers(source, text, depths)
     if task == "question-answering":
         head = _answering_head(source, trained_for, text, depths)
     else:
@@ -170,6 +168,9 @@ def albef_plan(
         answer_ranking="albef",
         **selection,
     )
+    read = (PATCHES, POSITIONS, f"{text}.embeddings.word_embeddings.weight")
+    sizes = ", ".join(f"{key} {tuple(source[key].shape)}" for key in read)
+    layers = ", ".join(f"{number} ({part})" for part, number in depths._asdict().items())
     rules = (
         *_vision_rules(_grid(source), config.vision_config.grid_size),
         Rule(r"model\.text_model\.(.*)", rf"{text}.\1"),
@@ -182,7 +183,7 @@ def albef_plan(
         rules=rules,
         left_out=NEVER_USED | head.left_out,
         new=(r"model\.vision_model\.selection_projection\..*", *head.new),
-        sized_by=(PATCHES, POSITIONS, f"{text}.embeddings.word_embeddings.weight"),
+        hint=f"The model's sizes were read from {sizes}. Its numbers of layers are {layers}; give others as `depths`.",
     )
 
 
@@ -235,46 +236,6 @@ def _text_fields(source, text: str, num_attention_heads: int | None) -> dict:
         "type_vocab_size": size_of(source, f"{text}.embeddings.token_type_embeddings.weight", 2)[0],
         "layer_norm_eps": 1e-12,
     }
-
-
-def _check_layers(source: Mapping[str, torch.Tensor], text: str, depths: AlbefDepths):
-    """Raise a [`ConversionError`] unless the source has exactly the layers of `depths`."""
-    num_text_layers = depths.text + depths.fusion
-    expected = {
-        "visual_encoder.blocks.*": range(depths.vision),
-        f"{text}.encoder.layer.*": range(num_text_layers),
-        f"{text}.encoder.layer.*.crossattention": range(depths.text, num_text_layers),
-        "text_decoder.bert.encoder.layer.*": range(depths.decoder),
-    }
-    if not any(key.startswith("text_decoder.") for key in source):
-        del expected["text_decoder.bert.encoder.layer.*"]
-    found = {name: _layer_numbers(source, name) for name in expected}
-    lines = [
-        f"    {name}: {_spans(found[name])} instead of {numbers[0]}-{numbers[-1]}"
-        for name, numbers in expected.items()
-        if len(found[name]) != len(numbers) or not all(number in numbers for number in found[name])
-    ]
-    if lines:
-        raise ConversionError(
-            "The layers found are not those expected:\n"
-            + "\n".join(lines)
-            + "\nIs the source complete? If its model was made with other numbers of layers than "
-            + ", ".join(f"{number} ({part})" for part, number in depths._asdict().items())
-            + ", give them as `depths`."
-        )
-
-
-def _layer_numbers(keys: Iterable[str], name: str) -> set[int]:
-    """Return the numbers in place of the star of `name` in keys that begin with it."""
-    pattern = re.compile(re.escape(name).replace(r"\*", "([0-9]{1,9})") + r"\.")
-    return {int(match[1]) for match in map(pattern.match, keys) if match}
-
-
-def _spans(numbers: set[int]) -> str:
-    """Format numbers as spans: "0-4, 7", or "none"."""
-    starts = sorted(number for number in numbers if number - 1 not in numbers)
-    ends = sorted(number for number in numbers if number + 1 not in numbers)
-    return ", ".join(f"{start}-{end}" if start < end else f"{start}" for start, end in zip(starts, ends)) or "none"
 
 
 def _vision_rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:

@@ -23,48 +23,48 @@ from transformers import Dinov2Config, Dinov2Model
 from .rules import ConversionError, printable
 
 
+PREFIX = "backbone."  # of the names of DINOv2's weights
 HEAD_SIZE = 64  # of every DINOv2; the file lacks the number of heads
 
 
-def read_dinov2_onnx(path: str | Path, prefix: str = "backbone.") -> Dinov2Model:
+def read_dinov2_onnx(path: str | Path) -> Dinov2Model:
     """
     Read a `Dinov2Model` from an ONNX file. Exports rename and transpose the matrices of linear layers, so they are
     found by the biases that are added to their products. Positions are found by their shapes.
 
     Args:
         path (`str`): ONNX file.
-        prefix (`str`, *optional*, defaults to `"backbone."`): Prefix of the names of DINOv2's weights.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         ImportError: The package onnx is not installed.
-        ConversionError: The file has no complete DINOv2 with that prefix.
+        ConversionError: The file has no complete DINOv2 whose names begin with `PREFIX`.
     """
-    onnx = _onnx()
+    import onnx.numpy_helper  # an extra
+
     graph = onnx.load(path).graph
     arrays = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
-    weights = {name: array for name, array in arrays.items() if name.startswith(prefix)}
+    weights = {name: array for name, array in arrays.items() if name.startswith(PREFIX)}
     factors = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         products = [factors[name] for name in node.input if factors.get(name) in arrays]
         biases = [name for name in node.input if name in weights and name.endswith(".bias")]
         if node.op_type == "Add" and products and biases:
             weights[f"{biases[0].removesuffix('bias')}weight"] = arrays[products[0]].T.contiguous()
-    weights = {name.removeprefix(prefix): array for name, array in weights.items()}
+    weights = {name.removeprefix(PREFIX): array for name, array in weights.items()}
     nameless = [array for name, array in arrays.items() if not re.match(r"\w+\.", name)]
     return _model_of({**weights, "embeddings.position_embeddings": _positions(weights, nameless, path)}, path)
 
 
-def onnx_states(path: str | Path, pixel_values: np.ndarray, prefix: str = "backbone.") -> np.ndarray:
+def onnx_states(path: str | Path, pixel_values: np.ndarray) -> np.ndarray:
     """
     Compute the last hidden states of the DINOv2 in an ONNX file with onnxruntime.
 
     Args:
         path (`str`): ONNX file.
         pixel_values (`np.ndarray` of shape `(batch_size, 3, height, width)`, float32): Images.
-        prefix (`str`, *optional*, defaults to `"backbone."`): As in [`read_dinov2_onnx`].
 
     Returns:
         `np.ndarray` of shape `(batch_size, 1 + num_patches, hidden_size)`.
@@ -72,26 +72,14 @@ def onnx_states(path: str | Path, pixel_values: np.ndarray, prefix: str = "backb
     Raises:
         ImportError: The packages onnx and onnxruntime are not installed.
     """
-    onnx = _onnx()
+    import onnx.helper  # an extra
     import onnxruntime
 
     model = onnx.load(path)
-    (states,) = [node.output[0] for node in model.graph.node if f"{prefix}layernorm.bias" in node.input]
+    (states,) = [node.output[0] for node in model.graph.node if f"{PREFIX}layernorm.bias" in node.input]
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(states))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run([states], {model.graph.input[0].name: pixel_values})[0]
-
-
-def _onnx():
-    try:
-        import onnx
-        import onnx.numpy_helper
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Reading ONNX files needs onnx and onnxruntime. Run `pip install onnx onnxruntime`."
-        ) from error
-    return onnx
 
 
 def _positions(weights: dict[str, torch.Tensor], nameless: list[torch.Tensor], path: str | Path) -> torch.Tensor:

@@ -13,18 +13,14 @@
 # limitations under the License.
 """Conversion of published checkpoints with their processors: files of ALBEF, names or folders of BLIP and ViLT."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, BlipForQuestionAnswering, PreTrainedConfig, PreTrainedModel
 from transformers.models.vilt import modeling_vilt
 
-from ..modeling_trips import TripsForQuestionAnswering, TripsModel
-from ..modeling_trips_grounding import TripsForVisualGrounding
-from ..modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
+import modeling_trips
+
 from ..modeling_trips_text import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
 from .albef import ALBEF_DEPTHS, albef_plan
@@ -35,25 +31,13 @@ from .rules import ConversionError, ConversionPlan, ConversionReport, make_conve
 from .vilt import vilt_plan
 
 
-class Converted(NamedTuple):
-    """Converted model with its processor and report."""
-
-    model: TripsPreTrainedModel
-    processor: TripsProcessor
-    report: ConversionReport
+# Weights of another model with their conversion plan and processor
+Source = tuple[dict[str, torch.Tensor], ConversionPlan, TripsProcessor]
 
 
-class _Source(NamedTuple):
-    """Weights of another model with their conversion plan and processor."""
-
-    weights: dict[str, torch.Tensor]
-    plan: ConversionPlan
-    processor: TripsProcessor
-
-
-def convert_published(checkpoint: str, **options) -> Converted:
+def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel, TripsProcessor, ConversionReport]:
     """
-    Convert a published checkpoint.
+    Convert a published checkpoint. Return the model, its processor and a report.
 
     Args:
         checkpoint (`str`): File of ALBEF, or Hub repository or folder of a BLIP or ViLT.
@@ -68,7 +52,7 @@ def convert_published(checkpoint: str, **options) -> Converted:
         ConversionError: The checkpoint is unknown or damaged, or its weights do not fit.
         ValueError: An option or the tokenizer does not suit the checkpoint.
     """
-    with _named_in_errors(checkpoint):
+    try:
         weights, plan, processor = _read(checkpoint)(checkpoint, **options)
         num_tokens, vocab_size = len(processor.tokenizer), plan.config.text_config.vocab_size
         if num_tokens != vocab_size:
@@ -76,14 +60,8 @@ def convert_published(checkpoint: str, **options) -> Converted:
                 f"The tokenizer has {num_tokens} tokens, but the checkpoint has {vocab_size}. Give the checkpoint's "
                 "tokenizer as `tokenizer`."
             )
-        model, report = make_converted(MODEL_CLASSES[plan.model_class], weights, plan)
-    return Converted(model, processor, report)
-
-
-@contextmanager
-def _named_in_errors(checkpoint: str) -> Iterator[None]:
-    try:
-        yield
+        model, report = make_converted(getattr(modeling_trips, plan.model_class), weights, plan)
+        return model, processor, report
     except ConversionError as error:
         if str(checkpoint) in str(error):
             raise
@@ -111,7 +89,7 @@ def _read_albef(
     num_attention_heads: int | None = None,
     depths: tuple[int, int, int, int] = ALBEF_DEPTHS,
     **selection,
-) -> _Source:
+) -> Source:
     weights = read_weights(checkpoint)
     own_tokenizer = load_albef_tokenizer(tokenizer or "bert-base-uncased")
     plan = albef_plan(
@@ -126,12 +104,12 @@ def _read_albef(
         **selection,
     )
     text_cleaning = "albef_question" if plan.model_class == "TripsForQuestionAnswering" else "albef_caption"
-    return _Source(weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning))
+    return weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning)
 
 
 def _read_blip(
     checkpoint: str, task: str | None = None, tokenizer: str | None = None, image_size: int | None = None, **options
-) -> _Source:
+) -> Source:
     _check_not_for_albef(options)
     if task not in (None, "question-answering"):
         raise ValueError(f"`task` must be 'question-answering' for BLIP, got {task!r}.")
@@ -142,10 +120,10 @@ def _read_blip(
         raise ConversionError(f"{checkpoint} has weights that are not BLIP's: {unexpected}.")
     own_tokenizer = load_tokenizer(tokenizer or checkpoint)
     plan = blip_plan(weights, config, image_size, **options)
-    return _Source(weights, plan, make_processor(own_tokenizer, plan.config))
+    return weights, plan, make_processor(own_tokenizer, plan.config)
 
 
-def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | None = None, **options) -> _Source:
+def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | None = None, **options) -> Source:
     _check_not_for_albef(options)
     own_tokenizer = load_tokenizer(tokenizer or checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, pad_token_id=own_tokenizer.pad_token_id)
@@ -157,19 +135,9 @@ def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | 
     plan = vilt_plan(weights, config, image_size=image_size, decoder_config=ends, **options)
     processor, own = make_processor(own_tokenizer, plan.config), AutoImageProcessor.from_pretrained(checkpoint)
     processor.image_processor.image_mean, processor.image_processor.image_std = own.image_mean, own.image_std
-    return _Source(weights, plan, processor)
+    return weights, plan, processor
 
 
-MODEL_CLASSES = {
-    model_class.__name__: model_class
-    for model_class in (
-        TripsModel,
-        TripsForPreTraining,
-        TripsForQuestionAnswering,
-        TripsForRetrieval,
-        TripsForVisualGrounding,
-    )
-}
 READERS = {"blip": _read_blip, "vilt": _read_vilt}
 
 

@@ -99,7 +99,7 @@ class ConversionPlan:
         left_out (`dict[str, str]`): Regular expressions of unused source keys, and the reasons.
         new (`tuple[str, ...]`): Regular expressions of targets without a source, which keep their initial values.
         zero (`tuple[str, ...]`): Regular expressions of targets that are set to zero.
-        sized_by (`tuple[str, ...]`): Source keys that the sizes were read from, for error messages.
+        hint (`str`): Last line of the error if the weights do not fit, such as where the sizes come from.
     """
 
     model_class: str
@@ -108,7 +108,7 @@ class ConversionPlan:
     left_out: dict[str, str] = field(default_factory=dict)
     new: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
-    sized_by: tuple[str, ...] = ()
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-def _summary(keys: list[str], all_keys: Iterable[str], limit: int = 12) -> str:
-    """Summarize keys in at most `limit` entries: `branch.*` if `keys` has all of a branch, else whole names."""
+def _summary(keys: list[str], all_keys: Iterable[str]) -> str:
+    """Summarize keys in at most 12 entries: `branch.*` if `keys` has all of a branch, else whole names."""
     others = {branch for key in set(all_keys).difference(keys) for branch in _branches(key)}
     whole = (next((f"{branch}.*" for branch in _branches(key) if branch not in others), key) for key in keys)
     entries = _join_layers(dict.fromkeys(whole))
-    if len(entries) > limit:
-        entries[limit - 1 :] = [f"{len(entries) - limit + 1} more"]
+    if len(entries) > 12:
+        entries[11:] = [f"{len(entries) - 11} more"]
     return f"{len(keys)} ({', '.join(entries)})" if entries else "0"
 
 
@@ -169,17 +169,12 @@ def _matches(patterns: Iterable[str], name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def key_map(targets: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Callable | None]]:
-    """Map every target that a rule names to (source key, change)."""
-    sources = {}
-    for target in targets:
-        for rule in rules:
-            match = re.fullmatch(rule.target, target)
-            if match:
-                key = rule.source(match) if callable(rule.source) else match.expand(rule.source)
-                sources[target] = key, rule.change
-                break
-    return sources
+def _source_of(target: str, rules: Iterable[Rule]) -> tuple[str, Callable | None] | None:
+    """Return the source key and the change of the first rule that matches."""
+    for rule in rules:
+        if match := re.fullmatch(rule.target, target):
+            return rule.source(match) if callable(rule.source) else match.expand(rule.source), rule.change
+    return None
 
 
 def convert_weights(
@@ -200,7 +195,7 @@ def convert_weights(
         ConversionError: A source key is neither used nor left out, a target is neither filled nor new, a shape does
             not fit, or values are not floating point, not finite or beyond float16. The message lists all keys.
     """
-    sources = key_map(targets, plan.rules)
+    sources = {target: found for target in targets if (found := _source_of(target, plan.rules))}
     used = {key for key, _ in sources.values()}
     unused = sorted(source.keys() - used)
     left_out = {
@@ -217,19 +212,20 @@ def convert_weights(
                 weights[target] = _changed(source[key], change, targets[target])
             except ValueError as error:
                 misshapen.append(f"{key} {tuple(source[key].shape)}: {target} {error}")
-    _raise_problems(
-        {
-            "missing from the source": sorted(used - source.keys()),
-            "in the source, but neither used nor left out by name": [key for key in unused if left_out[key] is None],
-            "in the model, but neither filled nor new": sorted(targets.keys() - sources.keys() - {*zero, *new}),
-            "of another shape": misshapen,
-            "with impossible values (the file may be damaged)": [
-                f"{key}: {fault}" for key in sorted(used & source.keys()) if (fault := _fault_of_values(source[key]))
-            ],
-        },
-        plan.sized_by,
-        source,
-    )
+    problems = {
+        "missing from the source": sorted(used - source.keys()),
+        "in the source, but neither used nor left out by name": [key for key in unused if left_out[key] is None],
+        "in the model, but neither filled nor new": sorted(targets.keys() - sources.keys() - {*zero, *new}),
+        "of another shape": misshapen,
+        "with impossible values (the file may be damaged)": [
+            f"{key}: {fault}" for key in sorted(used & source.keys()) if (fault := _fault_of_values(source[key]))
+        ],
+    }
+    lines = [
+        f"{what} ({len(keys)}):\n    " + "\n    ".join(map(printable, keys)) for what, keys in problems.items() if keys
+    ]
+    if lines:
+        raise ConversionError("\n".join(["The weights do not fit the model. Keys", *lines, plan.hint]).rstrip())
     return weights, ConversionReport(sorted(used), left_out, list(sources), new, zero)
 
 
@@ -256,17 +252,6 @@ def _fault_of_values(weight: torch.Tensor) -> str | None:
     return f"{largest:g}" if largest > LARGEST_VALUE else None
 
 
-def _raise_problems(problems: dict[str, list[str]], sized_by: Iterable[str], source: Mapping[str, torch.Tensor]):
-    lines = [
-        f"{what} ({len(keys)}):\n    " + "\n    ".join(map(printable, keys)) for what, keys in problems.items() if keys
-    ]
-    if not lines:
-        return
-    sizes = ", ".join(f"{key} {tuple(source[key].shape)}" for key in sized_by if key in source)
-    hint = f"\nThe model's sizes were read from {sizes}." if sizes and problems["of another shape"] else ""
-    raise ConversionError("The weights do not fit the model. Keys\n" + "\n".join(lines) + hint)
-
-
 def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: ConversionPlan) -> ConversionReport:
     """
     Fill `model`, made from `plan.config`, in place. Weights tied to a filled weight are not new. Raises as
@@ -279,8 +264,8 @@ def make_converted(
     model_class: type[nn.Module], source: Mapping[str, torch.Tensor], plan: ConversionPlan
 ) -> tuple[nn.Module, ConversionReport]:
     """
-    Make a model from `plan.config` and fill it as `load_converted` does, after checking that all weights fit. Sizes
-    from an untrusted file may need more memory than available.
+    Make a model from `plan.config` and fill it as `load_converted` does, after checking that all weights fit: a small
+    file from a stranger can ask for a model that is larger than the memory.
     """
     with torch.device("meta"):
         shapes = _shapes(model_class(plan.config))
@@ -381,7 +366,4 @@ def lm_head_rules(
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two weights are bitwise equal. NaN equals NaN, so damaged weights stay tied."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(*(weight.flatten().contiguous().view(torch.uint8) for weight in (first, second)))
+    return first.dtype == second.dtype and torch.equal(first, second)

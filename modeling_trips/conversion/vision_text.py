@@ -30,7 +30,6 @@ from .rules import (
     VISION_FIELDS,
     ConversionError,
     ConversionPlan,
-    ConversionReport,
     Rule,
     bert_layers,
     fields_of,
@@ -62,44 +61,15 @@ def from_vision_text_pretrained(
     model_class: type[PreTrainedModel],
     vision: str | os.PathLike | PreTrainedModel,
     text: str | os.PathLike | PreTrainedModel,
-    output_loading_info: bool = False,
-    **options,
-):
-    """
-    Make a model from a vision tower and a text encoder as [`load_vision_text`] does.
-
-    Args:
-        model_class (`type`): [`TripsModel`] or a model with a head.
-        vision, text (`str` or `PreTrainedModel`): As in [`load_vision_text`].
-        output_loading_info (`bool`, *optional*, defaults to `False`): Also return the report.
-        options: Options of [`load_vision_text`], such as `num_text_layers`, and fields of [`TripsConfig`], such as
-            `keep_rate`.
-
-    Returns:
-        The model in evaluation mode, or `(model, ConversionReport)`.
-
-    Raises:
-        TypeError: `model_class` is a part of a model.
-        ConversionError: `vision` or `text` is not supported, or its weights are not as expected.
-    """
-    if model_class.config_class is not TripsConfig:
-        raise TypeError(f"{model_class.__name__} is a part of a model. Load it with `from_pretrained`.")
-    model, report = load_vision_text(model_class, vision, text, **options)
-    return (model, report) if output_loading_info else model
-
-
-def load_vision_text(
-    model_class: type[PreTrainedModel],
-    vision: str | os.PathLike | PreTrainedModel,
-    text: str | os.PathLike | PreTrainedModel,
     num_text_layers: int | None = None,
     num_fusion_layers: int | None = None,
     image_size: int | None = None,
     decoder_from_text: bool = False,
     decoder_config: dict | None = None,
     pooling_mode: str | None = None,
+    output_loading_info: bool = False,
     **fields,
-) -> tuple[PreTrainedModel, ConversionReport]:
+):
     """
     Make a TRIPS model from a vision tower and a text encoder. New weights are logged as a warning.
 
@@ -121,14 +91,18 @@ def load_vision_text(
             tokenizer's. Default: those of the text encoder's configuration, or BERT's 101 and 102.
         pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. Default: the mode in the files
             of Sentence Transformers in the text encoder's folder, or `"cls"`.
-        fields: Other fields of [`TripsConfig`].
+        output_loading_info (`bool`, *optional*, defaults to `False`): Also return the report.
+        fields: Other fields of [`TripsConfig`], such as `keep_rate`.
 
     Returns:
-        The model in evaluation mode and a [`ConversionReport`].
+        The model in evaluation mode, or `(model, ConversionReport)`.
 
     Raises:
+        TypeError: `model_class` is a part of a model.
         ConversionError: A model is not supported, or its weights are not as expected.
     """
+    if model_class.config_class is not TripsConfig:
+        raise TypeError(f"{model_class.__name__} is a part of a model. Load it with `from_pretrained`.")
     text_source = text
     vision, text = _load(vision, "vision", VISION_TYPES), _load(text, "text", TEXT_TYPES)
     if pooling_mode is None:
@@ -155,7 +129,8 @@ def load_vision_text(
     for part, tower in (("vision", vision), ("text", text)):
         report.left_out.update({f"{part}.{key}": f"heads of the {part} model" for key in tower.keys_of_heads})
     logger.warning(f"{plan.model_class} from a {vision.config.model_type} and a {text.config.model_type}:\n{report}")
-    return model.eval(), report
+    model.eval()
+    return (model, report) if output_loading_info else model
 
 
 def _plan(

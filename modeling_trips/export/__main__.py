@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from modeling_trips import TripsPreTrainedModel, TripsProcessor
+from modeling_trips import TripsProcessor
 
 from ..conversion.files import whole_folder
 from ..inspection.checkpoints import load_checkpoint
@@ -62,14 +62,6 @@ class ExportArguments:
             raise ValueError("--image_root needs --calibration_file.")
 
 
-def load_model(args: ExportArguments) -> TripsPreTrainedModel:
-    """Load the checkpoint in its own class, with the given schedule."""
-    fields: dict[str, Any] = {}
-    if args.keep_rate is not None:
-        fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
-    return load_checkpoint(args.model, dtype="float32", **fields)
-
-
 def read_calibration(
     path: str, image_root: str | None, processor: TripsProcessor
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -97,7 +89,11 @@ def main(argv: list[str] | None = None):
         ExportArguments, description=__doc__.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter
     )
     (args,) = parser.parse_args_into_dataclasses(args=argv)
-    model, processor = load_model(args), TripsProcessor.from_pretrained(args.model)
+    fields: dict[str, Any] = {}
+    if args.keep_rate is not None:
+        fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
+    model = load_checkpoint(args.model, dtype="float32", **fields)
+    processor = TripsProcessor.from_pretrained(args.model)
     with whole_folder(args.output_dir) as folder:
         calibration = None
         if args.calibration_file is not None:

@@ -63,16 +63,9 @@ from .blip import (
     install_text_guidance,
     remove_text_guidance,
 )
-from .layers import ModelParts, ModuleWrapper, SelectionLayer, SelectionSettings, check_layer
+from .layers import ModelParts, ModuleWrapper, SelectionLayer, check_layer
 from .vilt import describe_vilt
-from .vision import (
-    describe_blip,
-    describe_blip2,
-    describe_bridgetower,
-    describe_clip,
-    describe_instructblip,
-    describe_siglip,
-)
+from .vision import describe_bridgetower, describe_tower
 from .vlm.families import FAMILIES, find_family
 from .vlm.guide import TextGuide
 from .vlm.pruning import ExitSelection
@@ -92,17 +85,23 @@ SUPPORTED_MODELS: dict[Callable[[nn.Module], ModelParts], tuple[type[nn.Module],
     describe_vilt: (ViltPreTrainedModel,),
     describe_blip_with_text: (BlipForQuestionAnswering, BlipForImageTextRetrieval),
     describe_blip_captioner: (BlipForConditionalGeneration,),
-    describe_blip: (BlipModel, BlipVisionModel),
+    describe_tower: (
+        BlipModel,
+        BlipVisionModel,
+        CLIPModel,
+        CLIPVisionModel,
+        CLIPVisionModelWithProjection,
+        SiglipModel,
+        SiglipVisionModel,
+        Blip2VisionModel,
+        InstructBlipVisionModel,
+    ),
     describe_bridgetower: (
         BridgeTowerModel,
         BridgeTowerForMaskedLM,
         BridgeTowerForImageAndTextRetrieval,
         BridgeTowerForContrastiveLearning,
     ),
-    describe_clip: (CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection),
-    describe_siglip: (SiglipModel, SiglipVisionModel),
-    describe_blip2: (Blip2VisionModel,),
-    describe_instructblip: (InstructBlipVisionModel,),
 }
 TIMM_CLASS = ("timm.models.vision_transformer", "VisionTransformer")
 
@@ -177,16 +176,14 @@ def apply_patch_selection(
     remove_patch_selection(model)
     guidances = {selection.guidance for selection in schedule.selections}
     for number, selection in schedule.by_layer.items():
-        settings = SelectionSettings(
-            selection.keep_rate,
-            selection.guidance,
+        parts.layers[number - 1] = parts.selection_layer_class.of(
+            parts.layers[number - 1],
+            selection=selection,
             takes_text="text" in guidances,
             needs_text=selection.guidance == "text" and not parts.passes_its_text,
-            fuse_inattentive_tokens=selection.fuse,
             num_prefix_tokens=parts.num_prefix_tokens,
             has_class_token=parts.has_class_token,
         )
-        parts.layers[number - 1] = parts.selection_layer_class.of(parts.layers[number - 1], selection=settings)
     if schedule.layers:
         for parent, name, wrapper_class in parts.wrappers:
             setattr(parent, name, wrapper_class.of(getattr(parent, name)))
@@ -268,7 +265,7 @@ class _Recorder:
         if selection is None:
             return
         self.selections.append(selection)
-        num_fused = int(layer.selection.fuse_inattentive_tokens)
+        num_fused = int(layer.selection.fuse)
         self.candidate_indices = next_candidates(selection, selection.kept_indices.shape[1] + num_fused)
 
 
@@ -315,6 +312,3 @@ def _check_schedule(model: nn.Module, parts: ModelParts, schedule: SelectionSche
             )
         if selection.guidance == "text" and parts.no_text is not None:
             raise ValueError(f"{type(model).__name__} does not support guidance 'text': {parts.no_text}. Use 'image'.")
-
-
-__all__ = ["apply_patch_selection", "record_patch_selection", "remove_patch_selection"]

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from .layers import ModelParts
-from .vision import describe_blip
+from .vision import describe_tower
 
 
 def text_guidance_of(
@@ -86,23 +86,15 @@ def remove_text_guidance(model: PreTrainedModel):
 
 
 def describe_blip_with_text(model: PreTrainedModel) -> ModelParts:
-    parts = describe_blip(model)
+    parts = describe_tower(model)
     parts.passes_its_text = True
     return parts
 
 
 def describe_blip_captioner(model: BlipForConditionalGeneration) -> ModelParts:
-    parts = describe_blip(model)
+    parts = describe_tower(model)
     parts.no_text = (
         "its only text model is a causal decoder, whose first token sees no other token, and in training its "
         "`input_ids` are the caption to predict"
     )
     return parts
-
-
-__all__ = [
-    "describe_blip_captioner",
-    "describe_blip_with_text",
-    "install_text_guidance",
-    "remove_text_guidance",
-]

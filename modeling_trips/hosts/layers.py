@@ -15,25 +15,13 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ..configuration_trips import LayerSelection
 from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import fuse_tokens, gather_tokens, keep_topk, num_kept_tokens, score_tokens
-
-
-class SelectionSettings(NamedTuple):
-    """Settings of one selection layer."""
-
-    keep_rate: float
-    guidance: str  # "text" or "image"
-    takes_text: bool  # some layer of the model is scored by the text
-    needs_text: bool  # this layer is scored by a text that the caller passes
-    fuse_inattentive_tokens: bool
-    num_prefix_tokens: int  # leading [CLS] and registers, which are always kept
-    has_class_token: bool  # token 0 is [CLS]
 
 
 class ModuleWrapper(nn.Module):
@@ -119,15 +107,20 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_plain and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
-def project_rows(linear: nn.Linear, states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def project_part(attention: nn.Module, states: torch.Tensor, part: int) -> torch.Tensor:
     """
-    Return the outputs `start` to `stop` of a linear layer. Only a plain `nn.Linear` skips the other outputs; adapters
-    and quantized layers are called as a whole.
+    Return the queries (part 0) or the keys (part 1) of an attention whose layer `qkv` computes all three:
+    `(..., num_heads, head_dim)`. Only a plain `nn.Linear` skips the other parts; adapters and quantized layers are
+    called as a whole.
     """
-    if not is_plain_linear(linear):
-        return linear(states)[..., start:stop]
-    bias = None if linear.bias is None else linear.bias[start:stop]
-    return nn.functional.linear(states, linear.weight[start:stop], bias)
+    linear, width = attention.qkv, attention.num_heads * attention.head_dim
+    rows = slice(part * width, (part + 1) * width)
+    if is_plain_linear(linear):
+        bias = None if linear.bias is None else linear.bias[rows]
+        projected = nn.functional.linear(states, linear.weight[rows], bias)
+    else:
+        projected = linear(states)[..., rows]
+    return projected.unflatten(-1, (attention.num_heads, attention.head_dim))
 
 
 def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear, rows: slice, scaling: float):
@@ -156,12 +149,15 @@ class SeparateProjections(ModuleWrapper):
     """Layer of CLIP's form: `self_attn` has separate linear layers for queries and keys."""
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return LN1(X), the input of queries and keys: `(batch_size, seq_length, hidden_size)`."""
         return self.layer_norm1(hidden_states)
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        """Project `(batch_size, hidden_size)` to `(batch_size, num_heads, head_dim)`."""
         return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        """Project `(batch_size, n, hidden_size)` to `(batch_size, num_heads, n, head_dim)`."""
         return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
 
     @property
@@ -176,24 +172,15 @@ class SelectionLayer(ModuleWrapper):
     Attention is the model's own module and kernel. It does not return its keys, so the keys of the candidates are
     projected a second time, at a twelfth of the cost of a layer's linear maps.
 
-    Subclasses define where the layer keeps its parts. Shapes are batch first, whatever the layout of the model.
+    Subclasses define `normed_tokens`, `project_query`, `project_key` and `scaling`, as [`SeparateProjections`]. Shapes
+    are batch first, whatever the layout of the model.
     """
 
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return LN1(X), the input of queries and keys: `(batch_size, seq_length, hidden_size)`."""
-        return self.layer_norm1(hidden_states)
-
-    def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        """Project `(batch_size, hidden_size)` to `(batch_size, num_heads, head_dim)`."""
-        raise NotImplementedError
-
-    def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        """Project `(batch_size, n, hidden_size)` to `(batch_size, num_heads, n, head_dim)`."""
-        raise NotImplementedError
-
-    @property
-    def scaling(self) -> float:
-        return self.self_attn.scale
+    selection: LayerSelection
+    takes_text: bool  # some layer of the model is scored by the text
+    needs_text: bool  # this layer is scored by a text that the caller passes
+    num_prefix_tokens: int  # leading [CLS] and registers, which are always kept
+    has_class_token: bool  # token 0 is [CLS]
 
     def guide(self, normed: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
         """Return the states whose query scores the candidates: `(batch_size, hidden_size)`."""
@@ -202,19 +189,19 @@ class SelectionLayer(ModuleWrapper):
         # Vision towers pass the text to all layers.
         if text_embeds is not None and self.selection.guidance == "text":
             return text_embeds
-        if self.selection.needs_text:
+        if self.needs_text:
             raise ValueError(
                 "Guidance 'text' needs `text_embeds`, got None. Pass them to `get_image_features` or to the vision "
                 "tower, or apply patch selection with guidance 'image'."
             )
-        if self.selection.has_class_token:
+        if self.has_class_token:
             return normed[:, 0]
         # Without a [CLS], use the mean of all queries, which is the query of the mean. VisionZip
         # (https://arxiv.org/abs/2412.04467) uses the mean attention of all tokens, which needs the full map.
         return normed.mean(dim=1)
 
     def _check_text(self, normed: torch.Tensor, text_embeds: torch.Tensor):
-        if not self.selection.takes_text:
+        if not self.takes_text:
             raise ValueError(
                 "Got `text_embeds`, but no selection layer is scored by the text. Apply patch selection with guidance "
                 "'text'."
@@ -229,7 +216,7 @@ class SelectionLayer(ModuleWrapper):
     def score(self, normed: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
         """Score the candidates: `(batch_size, num_candidates)`."""
         query = self.project_query(self.guide(normed, text_embeds))
-        key = self.project_key(normed[:, self.selection.num_prefix_tokens :])
+        key = self.project_key(normed[:, self.num_prefix_tokens :])
         return score_tokens(query, key, self.scaling)
 
     def kept_positions(self, scores: torch.Tensor) -> torch.Tensor | None:
@@ -242,14 +229,14 @@ class SelectionLayer(ModuleWrapper):
         kept_positions = self.kept_positions(scores)
         if kept_positions is None:
             return tokens
-        return self.shorten(tokens, scores, kept_positions, self.selection.num_prefix_tokens)
+        return self.shorten(tokens, scores, kept_positions, self.num_prefix_tokens)
 
     def shorten(
         self, tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor, num_prefix_tokens: int
     ) -> torch.Tensor:
         candidates = tokens[:, num_prefix_tokens:]
         parts = [tokens[:, :num_prefix_tokens], gather_tokens(candidates, kept_positions)]
-        if self.selection.fuse_inattentive_tokens:
+        if self.selection.fuse:
             parts.append(fuse_tokens(candidates, scores, kept_positions))
         return torch.cat(parts, dim=1)
 
@@ -282,18 +269,3 @@ class SelectionLayer(ModuleWrapper):
         attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
         hidden_states = self.select(hidden_states + attn_output, self.score(normed, text_embeds))
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-
-__all__ = [
-    "ModelParts",
-    "SelectionLayer",
-    "SelectionSettings",
-    "SeparateProjections",
-    "ModuleWrapper",
-    "check_forward",
-    "check_layer",
-    "unwrapped",
-    "is_plain_linear",
-    "project_rows",
-    "score_states",
-]

@@ -16,24 +16,18 @@
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
-from .layers import ModelParts, SelectionLayer, project_rows
+from .layers import ModelParts, SelectionLayer, project_part
 
 
 class TimmSelectionLayer(SelectionLayer, Block):
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm1(hidden_states)
 
-    def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
-        """Return queries (part 0) or keys (part 1) of one stacked linear layer: `(..., num_heads, head_dim)`."""
-        width = self.attn.num_heads * self.attn.head_dim
-        rows = project_rows(self.attn.qkv, states, part * width, (part + 1) * width)
-        return rows.unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
-
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        return self.attn.q_norm(self.project(states, 0))
+        return self.attn.q_norm(project_part(self.attn, states, 0))
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        return self.attn.k_norm(self.project(states, 1).transpose(1, 2))
+        return self.attn.k_norm(project_part(self.attn, states, 1).transpose(1, 2))
 
     @property
     def scaling(self) -> float:
@@ -62,6 +56,3 @@ def describe_timm(model: VisionTransformer) -> ModelParts:
         has_class_token=model.has_class_token,
         no_text="its forward pass takes only pixels",
     )
-
-
-__all__ = ["TimmSelectionLayer", "describe_timm"]

@@ -165,7 +165,7 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
     def shorten_numbers(self, numbers: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
         """Return the numbers of the kept candidates and of the fused token (padding if nothing was dropped)."""
         parts = [numbers.gather(1, kept_positions)]
-        if self.selection.fuse_inattentive_tokens:
+        if self.selection.fuse:
             drops = (numbers != PADDING).sum(dim=1, keepdim=True) > self.num_kept_of(numbers)
             parts.append(torch.where(drops, NO_PATCH, PADDING))
         return torch.cat(parts, dim=1)
@@ -214,6 +214,3 @@ def describe_vilt(model: ViltPreTrainedModel) -> ModelParts:
         num_selectable_layers=len(layers),
         wrappers=((model, "embeddings", ViltSelectionEmbeddings), (model, "encoder", ViltSelectionEncoder)),
     )
-
-
-__all__ = ["ViltSelectionEmbeddings", "ViltSelectionEncoder", "ViltSelectionLayer", "describe_vilt"]

@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from .layers import ModelParts, SelectionLayer, SeparateProjections, project_rows
+from .layers import ModelParts, SelectionLayer, SeparateProjections, project_part
 
 
 class ClipSelectionLayer(SeparateProjections, SelectionLayer, CLIPEncoderLayer):
@@ -34,28 +34,36 @@ class SiglipSelectionLayer(SeparateProjections, SelectionLayer, SiglipEncoderLay
     pass
 
 
-class StackedProjections(SelectionLayer):
-    """Queries, keys and values are stacked in this order in one linear layer."""
+class StackedProjections(SeparateProjections):
+    """Layer of BLIP's form: one linear layer for queries, keys and values."""
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        query = project_rows(self.self_attn.qkv, states, 0, self.embed_dim)
-        return query.unflatten(-1, (-1, self.self_attn.head_dim))
+        return project_part(self.self_attn, states, 0)
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        key = project_rows(self.self_attn.qkv, states, self.embed_dim, 2 * self.embed_dim)
-        return key.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+        return project_part(self.self_attn, states, 1).transpose(1, 2)
 
 
-class BlipSelectionLayer(StackedProjections, BlipEncoderLayer):
+class BlipSelectionLayer(StackedProjections, SelectionLayer, BlipEncoderLayer):
     pass
 
 
-class Blip2SelectionLayer(StackedProjections, Blip2EncoderLayer):
+class Blip2SelectionLayer(StackedProjections, SelectionLayer, Blip2EncoderLayer):
     pass
 
 
-class InstructBlipSelectionLayer(StackedProjections, InstructBlipEncoderLayer):
+class InstructBlipSelectionLayer(StackedProjections, SelectionLayer, InstructBlipEncoderLayer):
     pass
+
+
+# Selection layers of the towers whose layers have CLIP's form.
+TOWERS: dict[type[nn.Module], type[SelectionLayer]] = {
+    CLIPEncoderLayer: ClipSelectionLayer,
+    SiglipEncoderLayer: SiglipSelectionLayer,
+    BlipEncoderLayer: BlipSelectionLayer,
+    Blip2EncoderLayer: Blip2SelectionLayer,
+    InstructBlipEncoderLayer: InstructBlipSelectionLayer,
+}
 
 
 class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
@@ -100,37 +108,26 @@ def _no_text_for_width(model: PreTrainedModel) -> str | None:
     )
 
 
-def describe_clip(model: PreTrainedModel) -> ModelParts:
-    layers = getattr(model, "vision_model", model).encoder.layers
-    return ModelParts(layers, CLIPEncoderLayer, ClipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
+def describe_tower(model: PreTrainedModel) -> ModelParts:
+    """
+    Describe a vision tower that gets its text from the caller, or a model that holds one.
 
-
-def describe_siglip(model: PreTrainedModel) -> ModelParts:
+    Raises:
+        TypeError: The layers are not supported.
+    """
     layers = getattr(model, "vision_model", model).encoder.layers
+    layer_class = next((known for known in TOWERS if isinstance(layers[0], known)), None)
+    if layer_class is None:
+        raise TypeError(f"Patch selection does not support layers of class {type(layers[0]).__name__}.")
+    has_class_token = layer_class is not SiglipEncoderLayer
     return ModelParts(
         layers,
-        SiglipEncoderLayer,
-        SiglipSelectionLayer,
-        len(layers),
-        num_prefix_tokens=0,
-        has_class_token=False,
+        layer_class,
+        TOWERS[layer_class],
+        num_selectable_layers=len(layers),
+        num_prefix_tokens=int(has_class_token),
+        has_class_token=has_class_token,
         no_text=_no_text_for_width(model),
-    )
-
-
-def describe_blip(model: PreTrainedModel) -> ModelParts:
-    """Describe a BLIP vision tower that gets its text from the caller (`BlipVisionModel`, `BlipModel`)."""
-    layers = getattr(model, "vision_model", model).encoder.layers
-    return ModelParts(layers, BlipEncoderLayer, BlipSelectionLayer, len(layers), no_text=_no_text_for_width(model))
-
-
-def describe_blip2(model: PreTrainedModel) -> ModelParts:
-    return ModelParts(model.encoder.layers, Blip2EncoderLayer, Blip2SelectionLayer, len(model.encoder.layers))
-
-
-def describe_instructblip(model: PreTrainedModel) -> ModelParts:
-    return ModelParts(
-        model.encoder.layers, InstructBlipEncoderLayer, InstructBlipSelectionLayer, len(model.encoder.layers)
     )
 
 
@@ -146,14 +143,3 @@ def describe_bridgetower(model: PreTrainedModel) -> ModelParts:
         num_selectable_layers=first_bridge,
         no_text="its vision layers get only image tokens",
     )
-
-
-__all__ = [
-    "BlipSelectionLayer",
-    "describe_blip",
-    "describe_blip2",
-    "describe_bridgetower",
-    "describe_clip",
-    "describe_instructblip",
-    "describe_siglip",
-]

@@ -16,7 +16,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig
 
 import modeling_trips
@@ -67,14 +66,7 @@ def load_checkpoint(
             raise ValueError(
                 f"The weights of {name} do not fit a {architecture}: {problem} {sorted(report[problem])}."
             )
-    broken = [key for key, tensor in model.state_dict().items() if not _is_finite(tensor)]
+    broken = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"The weights of {name} are NaN or infinite in {', '.join(broken[:5])}.")
     return model.eval()
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-__all__ = ["is_exported", "load_checkpoint"]

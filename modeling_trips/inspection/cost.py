@@ -152,6 +152,3 @@ def _count_single_stream(
         macs["text"] += _mlp(width, mlp_width, text_length + tokens)
         tokens_per_layer.append(tokens)
     return tuple(tokens_per_layer)
-
-
-__all__ = ["Cost", "forward_cost"]

@@ -151,16 +151,3 @@ def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
     sides = torch.minimum(patch_boxes[:, 2:], region[2:]) - torch.maximum(patch_boxes[:, :2], region[:2])
     return (sides.clamp(min=0).prod(dim=-1).sum() / (region[2:] - region[:2]).prod()).item()
-
-
-__all__ = [
-    "image_sensitivity",
-    "kept_coverage",
-    "kept_mass",
-    "kept_patches",
-    "num_kept",
-    "score_entropy",
-    "patch_precision",
-    "region_recall",
-    "text_sensitivity",
-]

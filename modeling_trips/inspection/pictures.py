@@ -15,7 +15,6 @@
 
 import os
 import textwrap
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -29,7 +28,6 @@ MAX_SIDE = 1024  # longer side of every figure in pixels
 def draw_kept_patches(
     image: Image.Image,
     boxes: torch.Tensor,
-    fade: float = 0.75,
     outline: str | None = "#d9480f",
     min_side: int = 256,
 ) -> Image.Image:
@@ -41,8 +39,6 @@ def draw_kept_patches(
             The original image, of any mode and size (see [`convert_to_rgb`]).
         boxes (`torch.Tensor` of shape `(num_kept, 4)`):
             Boxes (x0, y0, x1, y1) of the kept patches in pixels of the image, see [`TripsProcessor.patch_boxes`].
-        fade (`float`, *optional*, defaults to 0.75):
-            Fading of dropped patches, from 0 (none) to 1 (white).
         outline (`str`, *optional*, defaults to `"#d9480f"`):
             Pillow color of the line inside the border of the kept area. `None` draws no line.
         min_side (`int`, *optional*, defaults to 256):
@@ -52,16 +48,14 @@ def draw_kept_patches(
         `PIL.Image.Image`: A new image of mode "RGB" whose longer side has at most 1024 pixels.
 
     Raises:
-        `ValueError`: `fade` is not in [0, 1], or `boxes` have another shape.
+        `ValueError`: `boxes` have another shape.
     """
-    if not 0 <= fade <= 1:
-        raise ValueError(f"`fade` must be in [0, 1], got {fade}.")
     boxes = torch.as_tensor(boxes, device="cpu")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"`boxes` must have the shape (num_kept, 4), got {tuple(boxes.shape)}.")
     image, scale = fit_for_drawing(image, min_side)
     kept = _kept_mask(image.size, boxes * scale)
-    faded = Image.blend(image, Image.new("RGB", image.size, "white"), fade)
+    faded = Image.blend(image, Image.new("RGB", image.size, "white"), 0.75)
     picture = Image.composite(image, faded, kept)
     if outline is not None:
         picture.paste(outline, mask=_edge_mask(kept, width=max(1, min(image.size) // 160)))
@@ -135,7 +129,7 @@ def plot_selection(
         num_patches (`int`, *optional*):
             Patches of the whole grid. If given, panels say "137 of 576 patches" instead of "137 patches".
         path (`str` or `os.PathLike`, *optional*):
-            File to write the figure to, atomically. The suffix sets the format (.png, .pdf, .svg).
+            File to write the figure to. The suffix sets the format (.png, .pdf, .svg).
 
     Returns:
         `matplotlib.figure.Figure`: The figure, which is not registered with pyplot and needs no closing.
@@ -167,7 +161,7 @@ def plot_selection(
             layer = f"selection {row + 1}: " if len(rows) > 1 else ""
             axes[row, column].set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
     if path is not None:
-        _save_whole(figure, Path(path))
+        figure.savefig(path)
     return figure
 
 
@@ -183,16 +177,3 @@ def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     return figure, axes
-
-
-def _save_whole(figure, path: Path):
-    """Write to a temporary file beside `path` and rename it."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        figure.savefig(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-__all__ = ["draw_kept_patches", "fit_for_drawing", "plot_selection"]

@@ -79,10 +79,8 @@ def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Ite
     last = config.vision_config.num_hidden_layers
     layers = range(2, last + 1)
     by_image = [*_schedules(_evenly_apart(layers, 3), "image", IMAGE_RATES)]
-    # CODEPATH: ViLT's form shares no layer among texts.
     if config.fusion_type == "single_stream":
-        by_text = _schedules(_evenly_apart(layers, 3), "text", sorted({*IMAGE_RATES, *TEXT_RATES}))
-        yield from by_text
+        yield from _schedules(_evenly_apart(layers, 3), "text", sorted({*IMAGE_RATES, *TEXT_RATES}))
         return
     if not guided_by_text:
         yield from by_image
@@ -201,6 +199,3 @@ def _nothing_fits(cheap_first: list[PlannedSchedule], budgets: dict[int, float],
         f"No candidate fits `budget` {budgets[number]:g} at {number} text(s) per image; the nearest, {best.schedule}, "
         f"costs {best.ratios[number]:.3f} of the unpruned model. Raise `budget` or lower `min_kept` ({min_kept:g})."
     )
-
-
-__all__ = ["PlannedSchedule", "SelectionPlan", "candidate_schedules", "plan_schedules", "plan_selection"]

@@ -10,9 +10,6 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from .model_card import CardArguments, read_metrics
 
 
-FOLDER = ".eval_results"
-
-
 def write_eval_results(target: Path, results: Path, args: CardArguments):
     """
     Write a file for the evaluation data with an entry per metric. Nothing is written for data that are not on the Hub,
@@ -28,7 +25,7 @@ def write_eval_results(target: Path, results: Path, args: CardArguments):
         EvalResultEntry(dataset_id=dataset.hub_id, task_id=metric, value=value, notes=", ".join(notes) or None)
         for metric, value in metrics.items()
     ]
-    folder = target / FOLDER
+    folder = target / ".eval_results"
     folder.mkdir()
     text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
     (folder / f"{dataset.hub_id.replace('/', '__')}.yaml").write_text(text, encoding="utf-8")

@@ -47,13 +47,13 @@ NOT_METRICS = re.compile(
 
 class Head(NamedTuple):
     """
-    What a model is for.
+    Purpose of a model.
 
     Args:
-        purpose (`str`): how "a TRIPS model" goes on.
-        task (`str`): the closest of the Hub's tasks.
-        text (`str`): an example of its texts.
-        has_pipeline (`bool`): whether `pipeline(task)` runs it; else the task stands beside the metrics alone.
+        purpose (`str`): End of the sentence that begins with "A TRIPS model".
+        task (`str`): The closest of the Hub's tasks.
+        text (`str`): Example of a text.
+        has_pipeline (`bool`): Whether `pipeline(task)` runs the model. Otherwise only the metrics name the task.
     """
 
     purpose: str
@@ -135,7 +135,7 @@ class CardArguments:
 
 
 def read_metrics(path: Path) -> tuple[dict[str, float], int | None]:
-    """The metrics of an `eval_results.json` or `test_results.json`, and the number of examples if it has one."""
+    """Return the metrics of an `eval_results.json` or `test_results.json`, and the number of examples if known."""
     results = json.loads(path.read_text(encoding="utf-8"))
     named = (re.fullmatch("(?:eval|test)_(.*)", name) for name in results)
     results = {name[1]: results[name[0]] for name in named if name}
@@ -161,10 +161,10 @@ def headline_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> list[dict]:
     """
-    The rows of the benchmark that were measured at this model's size, resolution and schedule.
+    Return the rows of the benchmark that were measured at this model's size, resolution and schedule.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no such row.
     """
     rows = json.loads(path.read_text(encoding="utf-8"))
     rows = [rows] if isinstance(rows, dict) else rows
@@ -179,7 +179,7 @@ def read_speed(path: Path, config: TripsConfig, image_size: tuple[int, int]) -> 
 
 
 def _setting(row: dict) -> tuple:
-    """Size, resolution and schedule of a row of the benchmark."""
+    """Return size, resolution and schedule of a row of the benchmark."""
     options = {name: row[name] for name in ("selection_layers", "keep_rate", "selection_guidance") if name in row}
     return _own_setting(TripsConfig.from_preset(row["preset"], **options), (row["image_size"], row["image_size"]))
 
@@ -192,15 +192,11 @@ def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
 
 
 def count_cost(config: TripsConfig, image_size: tuple[int, int], text_length: int) -> dict[int, float]:
-    """Multiply-accumulates of the checkpoint's schedule by the number of texts per image, pruned / unpruned."""
+    """Return the MACs of the schedule over those of the unpruned model, by the number of texts per image."""
     config = copy.deepcopy(config)
     config.vision_config.image_size = image_size
     (row,) = plan_schedules(config, [config.vision_config.schedule], [1, 10], text_length)
     return row.ratios
-
-
-def head_of(config: TripsConfig) -> Head:
-    return HEADS[config.architectures[0]]
 
 
 def auto_class_of(config: TripsConfig) -> str:
@@ -229,7 +225,7 @@ def in_words(config: TripsConfig, guidance: str) -> str:
 
 
 def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
-    """One row per layer that drops something; `tokens[n]` leave layer n."""
+    """Return a row per selection layer. `tokens[n]` is the number of tokens after layer n."""
     return [
         {
             "layer": layer,
@@ -245,7 +241,7 @@ def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
 
 
 def code_of(model_class: type[TripsPreTrainedModel]) -> list[Path]:
-    """The files of code in a checkpoint of a class: its module, and what that imports."""
+    """Return the files of code in a checkpoint of a class: its module and the modules that it imports."""
     module = sys.modules[model_class.__module__].__file__
     return sorted({Path(module), *map(Path, get_relative_import_files(module))})
 
@@ -290,12 +286,6 @@ def make_metadata(
     )
 
 
-def load_options(revision: str, with_code: bool) -> str:
-    """Return the arguments after the repository in the card's calls."""
-    options = [", trust_remote_code=True"] if with_code else []
-    return "".join(options if revision == "main" else [*options, f', revision="{revision}"'])
-
-
 def make_model_card(
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
@@ -311,27 +301,30 @@ def make_model_card(
     Make the model card of a checkpoint.
 
     Args:
-        model (`TripsPreTrainedModel`): as it was saved: saving tells its configuration where the code is.
-        processor (`TripsProcessor`)
-        repo_id (`str`): where the card's code loads the checkpoint from.
-        args (`CardArguments`): what the configuration does not know.
-        results (`Path`, *optional*): an `eval_results.json`. None: the accuracy was not measured.
-        revision (`str`, *optional*, defaults to `"main"`): the branch that the card's code loads from.
-        with_code (`bool`, *optional*, defaults to `True`): whether the checkpoint holds the code of its classes, as
-            saving and pushing leave it, or loads where this project is installed.
-        sentence_transformers (`str`, *optional*): class of Sentence Transformers that loads the repository:
+        model (`TripsPreTrainedModel`): The saved model. Saving writes the place of the code to its configuration.
+        processor (`TripsProcessor`): The model's processor.
+        repo_id (`str`): Repository or folder that the card's code loads.
+        args (`CardArguments`): Facts that the configuration does not have.
+        results (`Path`, *optional*): An `eval_results.json`. Without one, the card says that nothing was measured.
+        revision (`str`, *optional*, defaults to `"main"`): Branch that the card's code loads.
+        with_code (`bool`, *optional*, defaults to `True`): Whether the checkpoint has the code of its classes.
+            Otherwise it needs this project.
+        sentence_transformers (`str`, *optional*): Class of Sentence Transformers that loads the repository:
             `"SentenceTransformer"` or `"CrossEncoder"`.
-        with_handler (`bool`, *optional*, defaults to `False`): whether the repository has a `handler.py`.
+        with_handler (`bool`, *optional*, defaults to `False`): Whether the repository has a `handler.py`.
 
     Returns:
         `ModelCard`
 
     Raises:
-        ValueError: if `results` holds no metric, or no row of `args.speed` fits the model.
+        ValueError: `results` has no metric, or no row of `args.speed` fits the model.
     """
     code = code_of(type(model))
     config, name = model.config, repo_id.split("/")[-1]
-    head, auto_class = head_of(config), auto_class_of(config)
+    head, auto_class = HEADS[config.architectures[0]], auto_class_of(config)
+    options = ", trust_remote_code=True" if with_code else ""
+    if revision != "main":
+        options += f', revision="{revision}"'
     if not with_code:
         head = head._replace(has_pipeline=False)  # by the tasks' names, Transformers finds them in checkpoints alone
     metrics, num_examples = read_metrics(results) if results else ({}, None)
@@ -354,7 +347,7 @@ def make_model_card(
         has_decoder=hasattr(model, "decoder"),
         auto_class=auto_class,
         imports=sorted([auto_class, "AutoProcessor"]) + (["pipeline"] if head.has_pipeline else []),
-        options=load_options(revision, with_code),
+        options=options,
         with_code=with_code,
         sentence_transformers=sentence_transformers,
         with_handler=with_handler,

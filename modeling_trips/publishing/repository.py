@@ -11,7 +11,8 @@ import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
 from modeling_trips.configuration_trips import CODE_FIELDS
 
-from ..inspection.checkpoints import is_exported, load_checkpoint
+from ..inspection.checkpoints import load_checkpoint
+from ..inspection.exports import is_exported
 from .eval_results import write_eval_results
 from .model_card import HEADS, CardArguments, code_of, make_model_card
 from .sentence_transformers import check_kind, prepare, write_modules
@@ -84,7 +85,8 @@ def build_repository(
         prepare(model, processor, sentence_transformers)
         write_modules(target, sentence_transformers)
     if with_handler:
-        _check_handled(model)
+        if type(model).__name__ not in HANDLED:
+            raise ValueError(f"Inference Endpoints support {', '.join(HANDLED)}, got {type(model).__name__}.")
         shutil.copyfile(HANDLER, target / HANDLER.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
@@ -214,11 +216,6 @@ def _load_processor(folder: Path) -> TripsProcessor:
     if not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder} has no processor_config.json. Save the model's processor there.")
     return TripsProcessor.from_pretrained(folder)
-
-
-def _check_handled(model: TripsPreTrainedModel):
-    if type(model).__name__ not in HANDLED:
-        raise ValueError(f"Inference Endpoints support {', '.join(HANDLED)}, got {type(model).__name__}.")
 
 
 def results_of(folder: Path, args: CardArguments) -> Path | None:

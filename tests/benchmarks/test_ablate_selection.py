@@ -47,33 +47,12 @@ def test_without_selection_there_is_nothing_to_describe(tmp_path):
     assert not {name for name in grounding_metrics(tmp_path, "--keep_rate=1.0") if "layer" in name}
 
 
-def test_a_row_has_the_metrics_of_both_splits_and_the_command_of_the_run(tmp_path):
-    for split in ("eval", "test"):
-        results = {f"{split}_accuracy": 0.5, "command": split}
-        (tmp_path / f"{split}_results.json").write_text(json.dumps(results))
-    assert ablate_selection.read_results(tmp_path) == {"eval_accuracy": 0.5, "test_accuracy": 0.5, "command": "eval"}
-    (tmp_path / "test_results.json").unlink()
-    assert ablate_selection.read_results(tmp_path) == {"eval_accuracy": 0.5, "command": "eval"}
-
-
 @pytest.fixture
 def arguments(tmp_path):
     data = write_task("grounding", tmp_path)
-    return [
-        "--script=run_grounding.py",
-        "--metric=eval_mean_iou",
-        "--show=eval_layer2_kept",
-        "--variants",
-        "text",
-        "unpruned",
-        "--seeds=3",
-        f"--output_dir={tmp_path / 'runs'}",
-        f"--output_json={tmp_path / 'rows.json'}",
-        "--",
-        *data,
-        *OPTIONS,
-        "--keep_rate=0.5",
-    ]
+    options = "--script=run_grounding.py --metric=eval_mean_iou --show=eval_layer2_kept --variants text unpruned"
+    folders = [f"--output_dir={tmp_path / 'runs'}", f"--output_json={tmp_path / 'rows.json'}"]
+    return [*options.split(), "--seeds=3", *folders, "--", *data, *OPTIONS, "--keep_rate=0.5"]
 
 
 @pytest.mark.slow
@@ -115,24 +94,13 @@ def test_the_table_has_means_and_deviations_over_the_seeds(capsys):
     assert unpruned == "| unpruned | 0.8000 | - | 1 | 4.0 | - |"
 
 
-def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match="--variants.*texts"):
-        ablate_selection.main(["--variants", "texts"])
-
-
 def test_variants_come_from_a_file(tmp_path):
     path = tmp_path / "variants.json"
     path.write_text(json.dumps({"text 0.25": "--keep_rate 0.25", "late": "--keep_rate 0.5 0.1"}))
     args = ablate_selection.AblationArguments(variants_file=str(path), seeds=[1], output_dir="runs")
-    runs = ablate_selection.make_runs(args, ["--max_steps=1"])
-    assert [(run.variant, run.folder.name, run.options) for run in runs] == [
-        ("text 0.25", "text-0.25-seed1", ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.25", "--seed", "1")),
-        (
-            "late",
-            "late-seed1",
-            ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.5", "0.1", "--seed", "1"),
-        ),
-    ]
+    text, late = ablate_selection.make_runs(args, ["--max_steps=1"])
+    assert (text.variant, text.folder.name) == ("text 0.25", "text-0.25-seed1")
+    assert late.options == ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.5", "0.1", "--seed", "1")
     path.write_text('{"text": ["--keep_rate", "0.25"]}')
     with pytest.raises(ValueError, match="variants.json"):
         ablate_selection.make_runs(args, [])

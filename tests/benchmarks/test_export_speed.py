@@ -28,13 +28,6 @@ def test_rows_for_all_tasks_and_backends(tmp_path, monkeypatch, capsys):
     assert "openvino-fp32" in capsys.readouterr().out
 
 
-def test_unknown_names_raise():
-    with pytest.raises(ValueError, match="--ways.*tensorrt-fp32"):
-        export_speed.main(["--ways", "tensorrt-fp32"])
-    with pytest.raises(ValueError, match="--task.*caption"):
-        export_speed.main(["--task", "caption"])
-
-
 @pytest.mark.slow
 def test_all_backends_run_and_exports_are_reused(tmp_path, monkeypatch):
     options = [*TINY, *ONCE, "--task", "answer", "--export_dir", str(tmp_path)]

@@ -3,7 +3,6 @@
 import json
 
 import index_and_search
-import numpy as np
 import pytest
 from tiny_collection import save_model
 
@@ -32,12 +31,6 @@ def test_index_is_compared_with_exact_search(checkpoint, tmp_path):
     assert all(row[f"{name}_cpu_ms"] > 0 for name in ("build", "exact", "index_1", "index_1000"))
 
 
-def test_vectors_are_different_unit_vectors():
-    vectors = np.concatenate([index_and_search.make_vectors(50, 16, seed) for seed in (1, 2)])
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    assert len(np.unique(vectors, axis=0)) == 100
-
-
 def test_share_found():
     assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a", "x", "y"]) == 0.5
     assert index_and_search.share_found(["a", "b", "c", "d"], ["d", "a"]) == 0.5
@@ -50,11 +43,6 @@ def test_timer_medians_of_both_clocks(monkeypatch):
     timer = index_and_search.Timer()
     assert [timer("step", lambda number=number: number) for number in range(3)] == [0, 1, 2]
     assert timer.medians == {"step_ms": 2000, "step_cpu_ms": 50_000}
-
-
-def test_unknown_parts_raise(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="--parts.*speed"):
-        run(checkpoint, tmp_path, "--parts", "speed")
 
 
 @pytest.mark.slow

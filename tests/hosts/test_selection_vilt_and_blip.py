@@ -1,10 +1,11 @@
 """Properties of single patched models: ViLT's padding, BLIP's text, given texts, projections, other heads."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from tiny_hosts import (
     HOSTS,
     INPUT_IDS,
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection, remove_patch_selection
-from modeling_trips.hosts.layers import project_rows
+from modeling_trips.hosts.layers import project_part
 
 
 # ---- ViLT's padding ------------------------------------------------------------------------------------------------
@@ -53,19 +54,6 @@ def test_vilt_does_not_depend_on_padding():
 def places(indices: torch.Tensor, columns: int) -> list[tuple[int, int] | int]:
     """Return (row, column) of each kept patch, -1 for a fused token, without padding."""
     return [divmod(index, columns) if index >= 0 else index for index in indices.tolist() if index != -2]
-
-
-def test_patches_are_kept_before_padding():
-    host = HOSTS["vilt"]
-    model = host.make_model()
-    host.apply(model)
-    with record_patch_selection(model) as selections:
-        host.run(model)
-    # 16, 8 and 12 patches keep ceil(.7 n), then ceil(.7 (kept + 1)).
-    for selection, counts in zip(selections, ([12, 6, 9], [10, 5, 7])):
-        assert (selection.kept_indices != -2).sum(dim=1).tolist() == counts
-        assert (selection.scores[selection.candidate_indices == -2] == 0).all()
-        torch.testing.assert_close(selection.scores.sum(dim=1), torch.ones(3))
 
 
 def test_vilt_without_anything_to_drop_has_no_fused_token_in_that_row():
@@ -127,22 +115,10 @@ def test_blip_patches_depend_on_the_text(name):
     host = HOSTS[name]
     other_text = {**host.inputs, "input_ids": INPUT_IDS.flip(0), "attention_mask": (INPUT_IDS.flip(0) != 0).long()}
     model = host.make_model()
-    host.apply(model)
-    kept, kept_for_other = kept_by(host, model), kept_by(host, model, other_text)
-    assert any(not torch.equal(a, b) for a, b in zip(kept, kept_for_other))
-    host.apply(model, guidance="image")
-    kept, kept_for_other = kept_by(host, model), kept_by(host, model, other_text)
-    assert all(torch.equal(a, b) for a, b in zip(kept, kept_for_other))
-    host.apply(model, guidance=["image", "text"])
-    kept, kept_for_other = kept_by(host, model), kept_by(host, model, other_text)
-    assert [torch.equal(a, b) for a, b in zip(kept, kept_for_other)] == [True, False]
-
-
-def test_blip_encodes_the_text_only_for_text_guidance():
-    model = HOSTS["blip_vqa"].make_model()
-    for guidance, rate in (("image", RATE), (["image", "text"], [RATE, 1.0])):
-        HOSTS["blip_vqa"].apply(model, rate=rate, guidance=guidance)
-        assert not model._forward_pre_hooks and "generate" not in vars(model)
+    for guidance, are_equal in (("text", [False, False]), ("image", [True, True]), (["image", "text"], [True, False])):
+        host.apply(model, guidance=guidance)
+        kept, kept_for_other = kept_by(host, model), kept_by(host, model, other_text)
+        assert [torch.equal(a, b) for a, b in zip(kept, kept_for_other)] == are_equal
 
 
 def test_blip_takes_its_arguments_by_position():
@@ -221,9 +197,8 @@ def test_text_guidance_without_text_embeds_raises(name, guidance):
     model.get_image_features(PIXELS, text_embeds=torch.zeros(3, 32))
 
 
-@pytest.mark.parametrize("model_class", [VisionTransformer, VisionTransformerDistilled])
-def test_timm_keeps_registers_and_distillation_tokens(model_class):
-    model = make_timm(model_class, **({"reg_tokens": 3} if model_class is VisionTransformer else {})).eval()
+def test_timm_keeps_the_distillation_token():
+    model = make_timm(VisionTransformerDistilled).eval()
     apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
     assert model.forward_features(PIXELS).shape[1] == model.num_prefix_tokens + 10 + 1
     with torch.no_grad():  # the prefix after a layer that changes no token is the prefix before it
@@ -242,14 +217,15 @@ def test_a_head_of_bridgetower_runs():
     assert model(**PAIRS).logits.shape == (3, 5, 50)
 
 
-def test_project_rows_matches_the_whole_projection():
+def test_a_part_matches_the_whole_projection():
     class Adapted(nn.Linear):
         def forward(self, states):
             return 2 * super().forward(states) + 1
 
     states = torch.randn(4, 6)
     for linear in (nn.Linear(6, 9), nn.Linear(6, 9, bias=False), Adapted(6, 9)):
-        torch.testing.assert_close(project_rows(linear, states, 3, 6), linear(states)[:, 3:6])
+        attention = SimpleNamespace(qkv=linear, num_heads=1, head_dim=3)
+        torch.testing.assert_close(project_part(attention, states, 1)[:, 0], linear(states)[:, 3:6])
 
 
 def test_recorded_numbers_are_those_of_the_original_grid():

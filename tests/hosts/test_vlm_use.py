@@ -4,17 +4,10 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from tiny_vlms import BY_NAME, IMAGE, TEXT, make_inputs
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_vlm_processors import conversation, make_llava_processor
+from tiny_vlms import BY_NAME, IMAGE, make_inputs
 from torch import nn
-from transformers import (
-    CLIPImageProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
+from transformers import Trainer, TrainingArguments, pipeline
 
 from modeling_trips.hosts import (
     TextGuide,
@@ -28,39 +21,11 @@ from modeling_trips.hosts.vlm.scoring import SCORERS, pool, select_by_prompt, se
 from modeling_trips.patch_selection import score_tokens
 
 
-CHAT = (
-    "{% for message in messages %}{{ message['role'] }} "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} "
-    "{% endif %}{% endfor %}{% endfor %}"
-)
-
-
-def make_processor() -> LlavaProcessor:
-    """Return a processor for the tiny LLaVA: words, images of 32 pixels, and a chat template."""
-    words = "<unk> <pad> <s> </s> user assistant what is it ? red dog cat".split()
-    vocabulary = {word: number for number, word in enumerate(words)} | {"<image>": IMAGE}
-    vocabulary |= {f"w{number}": number for number in range(len(words), TEXT["vocab_size"]) if number != IMAGE}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", padding_side="left",
-        additional_special_tokens=["<image>"],
-    )  # fmt: skip
-    size = {"height": 32, "width": 32}
-    images = CLIPImageProcessor(size=size, crop_size=size, do_convert_rgb=True)
-    return LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", chat_template=CHAT,
-        num_additional_image_tokens=1,
-    )  # fmt: skip
-
-
 def test_the_pipeline_takes_chat_messages():
-    model, processor = BY_NAME["llava"].make(), make_processor()
+    model, processor = BY_NAME["llava"].make(), make_llava_processor()
+    processor.tokenizer.padding_side = "left"
     image = PIL.Image.new("RGB", (40, 30), "red")
-    messages = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
-        for text in ("what is it ?", "red dog ?")
-    ]
+    messages = [conversation(text, image) for text in ("what is it ?", "red ?")]
     apply_patch_selection(model, "1:image:0.5", visual_tokens=8)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -99,21 +64,11 @@ def test_trainer_trains_and_evaluates(tmp_path):
         torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-def test_a_guide_is_saved_loaded_and_trained(tmp_path):
+def test_a_guide_is_saved_and_loaded(tmp_path):
     vlm = BY_NAME["paligemma"]
     model, inputs = vlm.make().requires_grad_(False), make_inputs(vlm, [1, 1])
     guide = TextGuide.for_model(model, layer=1)
     apply_patch_selection(model, "1:text:0.3", guide=guide)
-    optimizer = torch.optim.Adam(guide.parameters(), lr=1e-2)
-    target, losses = torch.zeros(2, 64).index_fill_(1, torch.tensor([5, 9, 33]), 1.0), []
-    for _ in range(30):
-        with record_patch_selection(model) as selections:
-            model(**inputs)
-        losses.append(-(selections[0].scores * target).sum(dim=1).log().mean())
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0] - 1
     guide.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
     loaded = TextGuide.from_pretrained(tmp_path)

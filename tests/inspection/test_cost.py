@@ -25,11 +25,8 @@ def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:
 @pytest.mark.parametrize(
     ("text", "fields"),
     [
-        ("2:text:0.5,3:text:0.5", {}),
         ("2:image:0.5,3:image:0.5", {}),
         ("2:random:0.5,4:text:0.25", {}),
-        (MIXED, {}),
-        ("4:text:0.3", {}),  # before the fusion encoder
         ("1:text:0.1", {}),
         ("2:text:0.999", {}),  # all candidates are kept but scored
         ("2:text:1.0,3:image:0.5", {}),

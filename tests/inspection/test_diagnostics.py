@@ -54,13 +54,6 @@ def test_coverage_counts_a_patch_once():
     assert kept_coverage(selection_of([0, 1], [1, 2], [1, -1]), num_patches=4) == 0.75
 
 
-def test_range_of_text_sensitivity():
-    same, other = selection_of([0, 1], [0, 1]), selection_of([0, 1], [2, 3])
-    image_index = torch.tensor([0, 0])
-    assert text_sensitivity(same, image_index, num_patches=4) == 0.0
-    assert text_sensitivity(other, image_index, num_patches=4) == 1.0
-
-
 def test_sensitivity_compares_the_texts_of_an_image_only():
     # Image 0: {0, 1} and {1, 2} share 1 of 3; image 1: {3, 4} alone; image 2: {0, 1} twice.
     selection = selection_of([0, 1], [3, 4], [1, 2], [0, 1], [0, 1])

@@ -1,12 +1,21 @@
-"""Measured speedups with a counting clock: each time is a median of the right model."""
-
-import random
+"""Counted tokens and MACs, and speedups measured with a counting clock."""
 
 import pytest
 from counting_clock import MEDIAN, CountingClock
 
 from modeling_trips.inspection import speed
-from modeling_trips.inspection.speed import CLOCKS, Setting, count_macs, measure, seconds_of_both
+from modeling_trips.inspection.speed import (
+    CLOCKS,
+    MIN_REPEATS,
+    Setting,
+    count_macs,
+    macs_by_part,
+    measure,
+    percentile_99,
+    seconds_in_turns,
+    seconds_of_both,
+    tokens_per_layer,
+)
 from trips_examples.training.callbacks import macs_ratio
 
 
@@ -28,17 +37,6 @@ def test_times_are_medians_of_the_pruned_and_of_the_unpruned_model(mode, monkeyp
     assert row["latency_p99"] is row["unpruned_latency_p99"] is None
 
 
-@pytest.mark.slow
-def test_percentile_99_of_both_models(monkeypatch):
-    factors = list(range(1, 102))
-    random.Random(0).shuffle(factors)
-    monkeypatch.setitem(CLOCKS, "process", CountingClock(2, factors))
-    row = measure(setting(), warmup=0, repeats=101)
-    pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
-    assert (row["latency"], row["latency_p99"]) == (51 * pruned, 100 * pruned)
-    assert (row["unpruned_latency"], row["unpruned_latency_p99"]) == (51 * unpruned, 100 * unpruned)
-
-
 def test_sharing_images_is_compared_with_repeating_them(monkeypatch):
     monkeypatch.setitem(CLOCKS, "process", CountingClock(3))
     row = measure(setting(texts_per_image=3), warmup=1, repeats=5)
@@ -56,3 +54,47 @@ def test_seconds_of_both_restores_the_model(monkeypatch):
     assert seconds_of_both(model, inputs) == (MEDIAN * pruned, MEDIAN * unpruned)
     assert model.config.keep_rate == 0.5
     assert macs_ratio(model.config, 6, 1) == pytest.approx(pruned / unpruned)
+
+
+def test_tokens_per_layer():
+    assert tokens_per_layer(setting()) == [65, 34, 19, 19]
+    base = Setting("base", 224, 2, 1, 6, selection_layers=[5, 10], keep_rate=0.7)
+    assert tokens_per_layer(base) == [197] * 4 + [140] * 5 + [100] * 3
+
+
+def test_pre_training_is_divided_among_parts():
+    """In the tiny preset, 65 tokens enter the vision tower, 34 its layer 3, 19 its layer 4."""
+    point = setting(mode="pretraining")
+    pruned, unpruned = macs_by_part(point, 0.5), macs_by_part(point, 1.0)
+    d, mlp, images = 128, 512, 2
+
+    def layer(tokens: int, tokens_of_mlp: int) -> int:
+        return 4 * tokens * d * d + 2 * tokens**2 * d + 2 * tokens_of_mlp * d * mlp
+
+    stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
+    shared = stem + layer(65, 65) + layer(65, 0)
+    by_text = layer(0, 34) + layer(34, 19) + layer(19, 19)
+    selections = 2 * d * d + (64 + 33) * d
+    assert pruned["vision, shared"] == pytest.approx(images * shared, rel=0.02)
+    # Once for the features; a caption, two negatives, a masked caption, a prefix.
+    assert pruned["vision, by text"] == pytest.approx(images * 6 * (by_text + selections), rel=0.02)
+    # The unpruned tower does not depend on the text and is computed once for all of them.
+    assert unpruned["vision, shared"] == images * (stem + 4 * layer(65, 65)) and unpruned["vision, by text"] == 0
+    assert pruned["text"] == unpruned["text"] and pruned["fusion"] < unpruned["fusion"]
+    forward = sum(pruned.values())
+    assert 2.2 * (forward - pruned["teacher"]) < count_macs(point, 0.5) - pruned["teacher"] < 3 * forward
+
+
+def test_steps_alternate_within_the_limit():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = seconds_in_turns(
+        steps, warmup=1, repeats=9, prepare=lambda name: order.append(f"before {name}"), limit=0
+    )
+    assert order == ["before a", "a", "before b", "b"] * (1 + MIN_REPEATS)
+    assert [len(times) for times in seconds.values()] == [MIN_REPEATS] * 2
+
+
+def test_percentile_99():
+    assert percentile_99([1.0] * 99) is None
+    assert percentile_99([float(number) for number in range(1, 102)]) == 100.0

@@ -151,25 +151,17 @@ def test_clients_cannot_run_code(name, handlers, tmp_path):
     assert not ran.exists()
 
 
-NUMBERS = [0, -1, 11, 10**30, True, 2.0, "5", None, [1]]
-
-
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        *(("TripsForQuestionAnswering", {option: value}) for option in ("top_k", "num_beams") for value in NUMBERS),
+        *(("TripsForQuestionAnswering", {"num_beams": value}) for value in (0, 11, 10**30, True, "5")),
         ("TripsForQuestionAnswering", {"max_new_tokens": 65}),  # of the decoder's 64 positions
         ("TripsForQuestionAnswering", {"num_workers": 1}),
-        ("TripsForQuestionAnswering", {"batch_size": 1}),
-        ("TripsForQuestionAnswering", {"image": "/etc/passwd"}),
         ("TripsForQuestionAnswering", {"answers": "red"}),
-        ("TripsForQuestionAnswering", {"answers": []}),
         ("TripsForQuestionAnswering", {"answers": ["red", 1]}),
         ("TripsForQuestionAnswering", {"answers": ["red"] * (MAX_ANSWERS + 1)}),
         ("TripsForQuestionAnswering", {"answers": ["red" * MAX_TEXT_LENGTH]}),
         ("TripsForConditionalGeneration", {"top_k": 1}),
-        ("TripsForConditionalGeneration", {"num_return_sequences": 1}),
-        ("TripsForConditionalGeneration", {"max_new_tokens": 0}),
         ("TripsForRetrieval", {"top_k": 1}),
     ],
 )
@@ -178,10 +170,9 @@ def test_unsupported_parameters_raise(name, parameters, handlers):
         ask(handlers[name], parameters)
 
 
-@pytest.mark.parametrize("parameters", [[1], "top_k", 3])
-def test_parameters_must_be_an_object(parameters, handlers):
+def test_parameters_must_be_an_object(handlers):
     with pytest.raises(ValueError, match="`parameters`"):
-        ask(handlers["TripsForQuestionAnswering"], parameters)
+        ask(handlers["TripsForQuestionAnswering"], "top_k")
 
 
 def test_accepted_parameters_reach_the_pipeline(handlers):
@@ -199,11 +190,8 @@ def test_accepted_parameters_reach_the_pipeline(handlers):
     [
         ("TripsForQuestionAnswering", {"question": ["red?"] * (MAX_TEXTS + 1)}),
         ("TripsForQuestionAnswering", {"question": "a" * (MAX_TEXT_LENGTH + 1)}),
-        ("TripsForQuestionAnswering", {"question": {"red?": 1}}),
-        ("TripsForQuestionAnswering", {"question": 5}),
         ("TripsForQuestionAnswering", {"question": None}),
         ("TripsForConditionalGeneration", {"prompt": ["a", "b"]}),
-        ("TripsForConditionalGeneration", {"prompt": "a" * (MAX_TEXT_LENGTH + 1)}),
         ("TripsForRetrieval", {"texts": ["red"] * (MAX_TEXTS + 1)}),
         ("TripsForRetrieval", {"texts": []}),
         ("TripsForRetrieval", {"texts": "red"}),

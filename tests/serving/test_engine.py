@@ -61,7 +61,6 @@ PAIRS = [(0, 0), (1, 2), (0, 1), (1, 0), (0, 0)]
 SCHEDULES = [
     {"selection_layers": [2, 3], "keep_rate": 0.5},
     {"selection_layers": [1, 3], "keep_rate": 0.5, "selection_guidance": ["image", "text"]},
-    {"selection_layers": [2], "keep_rate": 0.5, "selection_guidance": "image"},
     {
         "selection_layers": [1, 3],
         "keep_rate": 0.9,
@@ -154,14 +153,10 @@ def test_long_texts_raise(engine):
     "data, status",
     [
         (b"", 422),
-        (b"no picture", 415),
         (encoded(PIL.Image.new("RGB", (40, 40)), "TIFF"), 415),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
         (encoded(PIL.Image.effect_noise((60, 60), 50))[:-200], 422),
         (encoded(PIL.Image.new("RGB", (101, 100))), 413),
-        (bomb(20_000, 20_000), 413),
         (bomb(2**31 - 1, 2**31 - 1), 413),
-        (bomb(90, 90)[:80], 422),
         (encoded(PIL.Image.new("RGB", (2, 90))), 422),  # narrower than a patch
         (b"GIF89a\x01\0\x01\0\0\0\0" + b"!\xfe" + (b"\xff" + b"x" * 255) * 300 + b"\0", 422),
     ],
@@ -194,15 +189,11 @@ def change(folder: str, name: str, **fields):
 WEIGHT = "decoder.embeddings.LayerNorm.weight"
 
 
-def drop_a_weight(folder: str):
+def change_a_weight(folder: str, value: float | None):
     weights = load_file(f"{folder}/model.safetensors")
-    del weights[WEIGHT]
-    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
-
-
-def fill_a_weight(folder: str, value: float):
-    weights = load_file(f"{folder}/model.safetensors")
-    weights[WEIGHT].fill_(value)
+    weight = weights.pop(WEIGHT)
+    if value is not None:
+        weights[WEIGHT] = weight.fill_(value)
     save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
 
 
@@ -212,19 +203,13 @@ def add_a_token(folder: str):
     processor.save_pretrained(folder)
 
 
-def divide_by_zero(folder: str):
-    processor = TripsProcessor.from_pretrained(folder)
-    processor.image_processor.image_std = [0.0, 0.0, 0.0]
-    processor.save_pretrained(folder)
-
-
 DAMAGES = {
-    "a missing weight": drop_a_weight,
-    "NaN weights": lambda folder: fill_a_weight(folder, torch.nan),
-    "NaN scores": lambda folder: fill_a_weight(folder, 3e38),
-    "NaN pixels": divide_by_zero,
+    "a missing weight": lambda folder: change_a_weight(folder, None),
+    "NaN weights": lambda folder: change_a_weight(folder, torch.nan),
+    "NaN scores": lambda folder: change_a_weight(folder, 3e38),
     "a tokenizer of another model": add_a_token,
     "another architecture": lambda folder: change(folder, "config.json", architectures=["BertModel"]),
+    "a head without an endpoint": lambda folder: save(folder, TripsForVisualGrounding),
 }
 
 
@@ -240,7 +225,6 @@ def test_broken_checkpoints_raise(tmp_path, name):
     "name, fields",
     [
         ("TRIPS_SCHEDULES", {"schedules": read_schedules("deep=99:text:0.5")}),
-        ("TRIPS_SCHEDULES", {"schedules": read_schedules("deep=2:text:much")}),
         ("TRIPS_DEVICE", {"device": "warp"}),
         ("TRIPS_DTYPE", {"dtype": "float7"}),
     ],
@@ -248,11 +232,6 @@ def test_broken_checkpoints_raise(tmp_path, name):
 def test_unsuitable_settings_raise(folder, name, fields):
     with pytest.raises(ValueError, match=name):
         Engine(Settings(model=folder, **fields))
-
-
-def test_unsupported_head_raises(tmp_path):
-    with pytest.raises(ValueError, match="TRIPS_MODEL"):
-        Engine(Settings(model=save(tmp_path, TripsForVisualGrounding)))
 
 
 def test_text_limit_is_that_of_the_model(tmp_path):

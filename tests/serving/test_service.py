@@ -65,18 +65,6 @@ def test_concurrent_answers_match_the_library(service, fields, schedule):
         check_answers(reply.json()["answers"], expected(picture(color), QUESTIONS, top_k=2))
 
 
-def test_schedules_keep_apart_in_one_batch(service):
-    """Concurrent requests with different keep rates for the same image get the results of single requests."""
-    bodies = [ask("teal", schedule=name, top_k=top_k) for name in ("default", "full", "fast") for top_k in (1, 2)]
-    alone = [service.post("answer", body).json() for body in bodies]
-    with ThreadPoolExecutor(12) as pool:
-        together = [reply.json() for reply in pool.map(lambda body: service.post("answer", body), bodies * 2)]
-    for found, expected in zip(together, alone * 2):
-        check_answers(found["answers"], expected["answers"])
-    scores = {one["answers"][0][0]["score"] for one in alone}
-    assert len({round(score, 6) for score in scores}) > 1  # otherwise the names are not checked
-
-
 def test_an_upload_and_a_data_url_are_the_same_image(service):
     plain = service.post("answer", ask("red")).json()
     data = encoded(picture("red"))
@@ -88,58 +76,23 @@ def test_an_upload_and_a_data_url_are_the_same_image(service):
     check_answers(url["answers"], plain["answers"])
 
 
-def test_an_image_is_computed_once_for_all_its_questions(service):
-    def counts():
-        return service.metric("trips_image_caches_total")
-
-    body = ask("purple")
-    assert service.post("answer", body).status_code == 200
-    text = httpx.get(f"{service.url}/metrics").text
-    computed = [line for line in text.splitlines() if line.startswith('trips_image_caches_total{source="computed"}')]
-    for question in QUESTIONS * 2:
-        assert service.post("answer", {**body, "questions": [question]}).status_code == 200
-    text = httpx.get(f"{service.url}/metrics").text
-    assert computed and computed[0] in text.splitlines()
-    assert service.metric("trips_image_cache_bytes") > 0 and counts() > 0
-
-
 BAD = {
     "invalid JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
     "bytes that are no text": ({"content": b"\xff\xfe\x00", "headers": {"content-type": "application/json"}}, 400),
-    "half a surrogate": (
-        {"content": rb'{"image": "", "questions": ["\ud800"]}', "headers": {"content-type": "application/json"}},
-        400,
-    ),
     "nothing": ({}, 400),
     "a list": ({"json": []}, 422),
     "no image": ({"json": {"questions": ["a"]}}, 422),
-    "no question": ({"json": {"image": "", "questions": []}}, 422),
-    "a blank question": ({"json": ask("red", questions=["  "])}, 422),
     "a number": ({"json": ask("red", questions=[7])}, 422),
-    "a field too many": ({"json": ask("red", question="a")}, 422),
     "too many questions": ({"json": ask("red", questions=["a"] * 5)}, 422),
     "a question of too many tokens": ({"json": ask("red", questions=["is " * 500])}, 422),
-    "a question of too many characters": ({"json": ask("red", questions=["a" * 2001])}, 422),
-    "too many answers": ({"json": ask("red", top_k=1000)}, 422),
     "an unknown schedule": ({"json": ask("red", schedule="slow")}, 422),
-    "an empty image": ({"json": {**ask("red"), "image": ""}}, 422),
-    "no base64": ({"json": {**ask("red"), "image": "a picture"}}, 422),
     "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, 422),
     "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, 422),
-    "no picture": ({"json": {**ask("red"), "image": as_text(b"%PDF-1.4")}}, 415),
-    "a picture that is cut off": ({"json": {**ask("red"), "image": as_text(encoded(picture("red"))[:-40])}}, 422),
-    "a tiny picture": ({"json": {**ask("red"), "image": as_text(PIL.Image.new("RGB", (3, 200)))}}, 422),
     "a bomb": ({"json": {**ask("red"), "image": as_text(bomb(30_000, 30_000))}}, 413),
-    "a large picture": ({"json": {**ask("red"), "image": as_text(PIL.Image.new("RGB", (1001, 1000)))}}, 413),
     "a large body": ({"content": b"x" * 200_001}, 413),
     "an enormous body": ({"content": (b"x" * 65_536 for _ in range(200))}, 413),
-    "an unknown type": ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
     "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
     "a form without a boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
-    "an unfinished form": (
-        {"content": b"--a\r\n", "headers": {"content-type": "multipart/form-data; boundary=a"}},
-        422,
-    ),
     "two images": ({"data": {"questions": "a"}, "files": [("image", b"a"), ("image", b"b")]}, 422),
 }
 
@@ -170,7 +123,6 @@ def test_other_places_and_methods(service):
     for method, path, status in (
         ("GET", "answer", 405),
         ("POST", "match", 404),
-        ("POST", "caption", 404),
         ("POST", "nowhere", 404),
         ("GET", "livez", 200),
         ("GET", "metrics", 200),
@@ -184,20 +136,6 @@ def test_other_places_and_methods(service):
     for number in range(20):
         assert httpx.get(f"{service.url}/made-up-{number}").status_code == 404
     assert "made-up" not in httpx.get(f"{service.url}/metrics").text
-
-
-def raw(service, request: bytes) -> bytes:
-    """Return the whole response to a request that HTTP clients do not send."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
-        connection.sendall(request)
-        return b"".join(iter(lambda: connection.recv(65_536), b""))
-
-
-def test_non_ascii_content_type_is_rejected(service):
-    head = b"POST /answer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 2\r\n"
-    reply = raw(service, head + b"Content-Type: \xff\xfe\r\n\r\n{}")
-    assert reply.startswith(b"HTTP/1.1 415") and b'{"error":' in reply.partition(b"\r\n\r\n")[2]
-    assert "Traceback" not in service.log.read_text()
 
 
 def test_listens_only_on_loopback(service):
@@ -316,23 +254,6 @@ def test_long_wait_for_a_batch_is_rejected(tmp_path):
         assert "Traceback" not in service.log.read_text()
 
 
-def test_burst_does_not_slow_down_an_idle_service(tmp_path):
-    def lone() -> float:
-        start = time.monotonic()
-        assert service.post("answer", ask("red")).status_code == 200
-        return time.monotonic() - start
-
-    body = {**ask("red"), "questions": [f"is there a circle {number}?" for number in range(16)], "top_k": 5}
-    with RunningService(tmp_path / "log") as service:
-        before = sorted(lone() for _ in range(30))[15]
-        with ThreadPoolExecutor(60) as pool:
-            assert {reply.status_code for reply in pool.map(lambda _: service.post("answer", body), range(60))} == {
-                200
-            }
-        time.sleep(6)  # until BentoML checks its timeouts again
-        assert sorted(lone() for _ in range(30))[15] < before + 0.1
-
-
 def test_incomplete_body_does_not_delay_shutdown(tmp_path):
     with RunningService(tmp_path / "log") as service:
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
@@ -347,9 +268,7 @@ def test_incomplete_body_does_not_delay_shutdown(tmp_path):
 @pytest.mark.parametrize(
     "name, settings",
     [
-        ("TRIPS_MODEL", {"model": ""}),
         ("TRIPS_MODEL", {"model": "no-one/nothing"}),
-        ("TRIPS_SCHEDULES", {"schedules": "deep=99:text:0.5"}),
         ("TRIPS_DEVICE", {"device": "warp", "workers": 2}),
     ],
 )

@@ -441,6 +441,3 @@ def find_family(model: nn.Module) -> Family | None:
                 f"{' and '.join(sorted(missing))}."
             )
     return Family(base) if hasattr(base.config, "image_token_id") else None
-
-
-__all__ = ["FAMILIES", "Family", "find_family"]

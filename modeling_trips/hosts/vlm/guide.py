@@ -81,6 +81,3 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         if family is None or not family.layer_classes:
             raise TypeError(f"Selection inside the tower of {type(model).__name__} is not supported.")
         return cls(model.get_input_embeddings().embedding_dim, *family.heads, layer)
-
-
-__all__ = ["TextGuide"]

@@ -20,6 +20,7 @@ and the model gets them with a prompt that has as many placeholders. The model d
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -30,10 +31,6 @@ from .families import Family, find_family
 from .guide import TextGuide
 from .scoring import SCORERS, Scorer
 from .tower import TowerPass
-
-
-# Padding values of the inputs; 0 for all others.
-PADDING_VALUES = {"labels": -100}
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def prune(
         sizes = family.group_sizes(inputs, prompts.num_visual)
         numbers = family.images_per_group(inputs, sizes)
         rows = [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
-        current.query = guide(*prompts.text())[rows]
+        current.query = guide(*prompts.text)[rows]
     output = family.encode(inputs, current)
     groups = list(output.pooler_output)
     sizes = [len(group) for group in groups]
@@ -182,7 +179,7 @@ def select_at_exit(
             alike.setdefault((len(group), number), []).append(index)
     for (_, number), indices in alike.items():
         own = [rows[index] for index in indices]
-        prompt = [part[own] for part in prompts.text()] if at_exit.reads_prompt else [None, None]
+        prompt = [part[own] for part in prompts.text] if at_exit.reads_prompt else [None, None]
         chosen, features = at_exit.select(torch.stack([groups[index] for index in indices]), *prompt, number)
         for index, position, feature in zip(indices, chosen, features):
             groups[index], positions[index] = feature, position
@@ -207,27 +204,25 @@ class Prompts:
         counts = torch.stack([self.is_visual.sum(dim=1), self.is_text.sum(dim=1), ~self.mask[:, -1]])
         self.num_visual, self.num_text, is_right_padded = counts.tolist()
         self.pads_right = any(is_right_padded)
-        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @cached_property
     def text(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input embeddings of the prompt's text, `(batch_size, length, width)`, and their mask."""
-        if self._text is None:
-            is_text = self.is_text
-            if self.inputs.get("labels") is not None:
-                is_text = is_text & (self.inputs["labels"] == -100)
-                if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
-                    raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
-            is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
-            is_behind = is_text & ~is_before
-            is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
-            first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *self.num_text)]
-            if self.embeddings is None:
-                ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
-                embeddings = self.model.get_input_embeddings()(ids)
-            else:
-                embeddings = gather_tokens(self.embeddings, first)
-            self._text = embeddings, is_text.gather(1, first)
-        return self._text
+        """Input embeddings of the prompt's text, `(batch_size, length, width)`, and their mask."""
+        is_text = self.is_text
+        if self.inputs.get("labels") is not None:
+            is_text = is_text & (self.inputs["labels"] == -100)
+            if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
+                raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
+        is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
+        is_behind = is_text & ~is_before
+        is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
+        first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *self.num_text)]
+        if self.embeddings is None:
+            ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
+            embeddings = self.model.get_input_embeddings()(ids)
+        else:
+            embeddings = gather_tokens(self.embeddings, first)
+        return embeddings, is_text.gather(1, first)
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
         """Return the row of each group of visual tokens."""
@@ -264,7 +259,7 @@ class Prompts:
                 if value.dim() == 3:  # `inputs_embeds`
                     inputs[name] = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
                     continue
-                padding = self.padding_id if name == "input_ids" else PADDING_VALUES.get(name, 0)
+                padding = {"input_ids": self.padding_id, "labels": -100}.get(name, 0)
                 inputs[name] = value.gather(1, order).masked_fill(~mask, padding)
         if len({*lengths}) > 1:
             inputs["attention_mask"] = mask.to(self.ids.dtype)
@@ -292,6 +287,3 @@ class Prompts:
     def padding_id(self) -> int:
         padding = self.family.config.get_text_config().pad_token_id
         return 0 if padding is None or padding == self.family.image_token_id else padding
-
-
-__all__ = ["ExitSelection", "prune", "prune_inputs"]

@@ -132,6 +132,3 @@ SCORERS: dict[str, Scorer] = {
     "random": select_at_random,
     "pooling": pool,
 }
-
-
-__all__ = ["SCORERS", "Scorer", "pool", "select_at_random", "select_by_prompt", "select_diverse"]

@@ -184,6 +184,3 @@ def _attend_and_record(module: nn.Module, query, key, value, attention_mask, sca
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1).mean(dim=1)
     recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-__all__ = ["guided_selection", "region_masks", "targets_of_attention", "targets_of_masks"]

@@ -30,7 +30,7 @@ from torch import nn
 from ...configuration_trips import LayerSelection
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
-from ..layers import ModuleWrapper, SeparateProjections, is_plain_linear, project_rows, score_states
+from ..layers import ModuleWrapper, SeparateProjections, is_plain_linear, project_part, score_states
 
 
 # Not a dataclass: FSDP copies dataclasses among the arguments of a layer.
@@ -40,22 +40,15 @@ class TowerPass:
 
     Args:
         num_units (`list[int]`, *optional*): Number of units of each image in a packed sequence.
-        unit_order, segments (`torch.Tensor`, *optional*): Row-major number of each unit in a tower that permutes units
-            by windows, and the boundaries of the windows.
         is_image (`torch.BoolTensor` of shape `(num_images, num_patches)`, *optional*): False marks padding patches.
     """
 
-    def __init__(
-        self,
-        num_units: list[int] | None = None,
-        unit_order: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
-        is_image: torch.Tensor | None = None,
-    ):
+    def __init__(self, num_units: list[int] | None = None, is_image: torch.Tensor | None = None):
         self.num_units = num_units
-        self.unit_order = unit_order
-        self.segments = segments
         self.is_image = is_image
+        # In a tower that permutes units by windows: row-major number of each unit, and the boundaries of the windows.
+        self.unit_order: torch.Tensor | None = None
+        self.segments: torch.Tensor | None = None
         # The query of the prompt: `(num_images, num_heads, head_dim)`.
         self.query: torch.Tensor | None = None
         # By layer. Grid: units of shape `(num_images, num_kept)`. Packed: units of all images in one row.
@@ -293,22 +286,15 @@ class PackedLayer(TowerLayer):
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm1(hidden_states)
 
-    def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
-        """Return queries (part 0) or keys (part 1): `(..., num_heads, head_dim)`."""
-        width = self.attn.dim
-        return project_rows(self.attn.qkv, states, part * width, (part + 1) * width).unflatten(
-            -1, (self.attn.num_heads, -1)
-        )
-
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        return self.project(states, 0)
+        return project_part(self.attn, states, 0)
 
     @property
     def key_layer(self) -> tuple[nn.Module, slice]:
         return self.attn.qkv, slice(self.attn.dim, 2 * self.attn.dim)
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        return self.project(states, 1).transpose(1, 2)
+        return project_part(self.attn, states, 1).transpose(1, 2)
 
     @property
     def scaling(self) -> float:
@@ -405,16 +391,3 @@ class PackedLayer(TowerLayer):
 def selecting_class(kind: type[TowerLayer], own_class: type[nn.Module]) -> type[TowerLayer]:
     """Return `own_class` with selection. Its name does not change, because Accelerate looks for layers by name."""
     return type(own_class.__name__, (kind, own_class), {"__module__": own_class.__module__})
-
-
-__all__ = [
-    "CURRENT_PASS",
-    "ClipLayer",
-    "InternvlLayer",
-    "PackedLayer",
-    "Tower",
-    "TowerLayer",
-    "TowerPass",
-    "selecting_class",
-    "selecting_layers",
-]

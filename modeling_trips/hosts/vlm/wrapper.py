@@ -250,13 +250,3 @@ def _pruning_generate(own_class: type[nn.Module]):
         return outputs
 
     return generate
-
-
-__all__ = [
-    "apply_vlm_selection",
-    "check_not_recording",
-    "check_vlm_schedule",
-    "record_vlm_selection",
-    "remove_vlm_selection",
-    "selection_of",
-]

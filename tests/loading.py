@@ -18,7 +18,8 @@ def load(
 
 
 def write(file, records):
-    columns = ["image", "question", "answer", "answers", "image_id", "question_id"]
+    """Write records in the format of the file's suffix: lists as JSON in CSV, numbers as text in Parquet."""
+    columns = list(dict.fromkeys(column for record in records for column in record))
     if file.suffix == ".json":
         file.write_text(json.dumps(records, indent=1))
     elif file.suffix == ".jsonl":
@@ -27,26 +28,10 @@ def write(file, records):
         with file.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, columns)
             writer.writeheader()
-            writer.writerows({k: "|".join(v) if isinstance(v, list) else v for k, v in r.items()} for r in records)
-    else:
-        as_text = {"image", "question", "answer", "image_id", "question_id"}
-        table = {c: [str(r[c]) if c in as_text & r.keys() else r.get(c) for r in records] for c in columns}
-        datasets.Dataset.from_dict(table).to_parquet(file)
-    return file
-
-
-def write_columns(file, records, columns):
-    """Write records as `write` does, with lists as JSON in CSV."""
-    if file.suffix == ".csv":
-        with file.open("w", newline="") as lines:
-            writer = csv.DictWriter(lines, columns)
-            writer.writeheader()
             writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items()} for r in records)
-    elif file.suffix == ".parquet":
+    else:
         texts = [{k: v if isinstance(v, list) or v is None else str(v) for k, v in r.items()} for r in records]
         datasets.Dataset.from_dict({c: [r.get(c) for r in texts] for c in columns}).to_parquet(file)
-    else:
-        write(file, records)
     return file
 
 

@@ -11,6 +11,7 @@ import PIL.Image
 
 COLORS = ["red", "blue", "green", "white", "black"]
 SCRIPTS = {"vqa": "run_vqa", "captions": "run_captioning", "nlvr2": "run_nlvr2", "grounding": "run_grounding"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPTIONS = [
     "--learning_rate=1e-3",
     "--lr_scheduler_type=constant",
@@ -63,8 +64,7 @@ _ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "ground
 
 def run(*words: str) -> str:
     """Run Python with these arguments and return the output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

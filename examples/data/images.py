@@ -236,7 +236,9 @@ def images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
     """Return the image column of a table, as in the task's schema."""
     column, pair = task.image_column, ["left_image", "right_image"]
     has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
-    if absent := ({task.text} if has_pair else {column, task.text}) - {*table.column_names}:
+    has_texts = task.text == "caption" and "captions" in table.column_names
+    needed = (set() if has_texts else {task.text}) | (set() if has_pair else {column})
+    if absent := needed - {*table.column_names}:
         raise ValueError(f"{name} has no columns {sorted(absent)}, only {table.column_names}. Rename them.")
     if not has_pair:
         return table.select_columns(column).cast_column(column, task.features[column])

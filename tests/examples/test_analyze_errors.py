@@ -1,6 +1,5 @@
 """`examples/analyze_errors.py` on predictions and on checkpoints."""
 
-import itertools
 import json
 
 import pytest
@@ -9,7 +8,6 @@ from markupsafe import escape
 from trips_examples import analyze_errors
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.ask import CHECKPOINT
-from trips_examples.data.scenes import scene_records
 
 
 def write_predictions(path, wrong: set[int]):
@@ -46,48 +44,27 @@ def test_two_files_of_predictions(tmp_path, capsys):
     assert "src=" not in page and "href=" not in page  # it stands alone
 
 
-def test_a_file_alone_has_nothing_to_be_compared_to(tmp_path):
-    with pytest.raises(SystemExit, match="--other"):
-        analyze_errors.main(["--model", str(tmp_path / "predictions.jsonl")])
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_file_alone_and_a_missing_file_are_refused(tmp_path):
     path = str(tmp_path / "predictions.jsonl")
-    with pytest.raises(SystemExit, match="predictions"):
-        analyze_errors.main(["--model", path, "--other", path])
-
-
-@pytest.mark.slow
-def test_a_checkpoint_beside_one_that_keeps_next_to_nothing(tmp_path):
-    """The loss is significant, and the page shows the kept patches."""
-    rows = []
-    for row in itertools.islice(scene_records("vqa", "test", 30), 120):
-        name = f"{row['image_id']}.png"
-        (tmp_path / name).write_bytes(row["image"]["bytes"])
-        rows.append({**row, "image": name})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors")]
-    data = ["--validation_file", str(tmp_path / "rows.jsonl"), "--health_steps", "0"]
-    result = analyze_errors.main([*options, *data, "--keep_rate", "0.02", "--selection_guidance", "random"])
-    assert result.overall.accuracy < 0.8 < result.overall.other_accuracy
-    assert result.overall.p_value < 0.001
-    features = {group.feature for group in result.groups}
-    assert {"kind", "answer", "place in the image", "size, as a share of the image"} <= features
-    page = (tmp_path / "errors/errors.html").read_text()
-    assert page.count('src="data:image/png;base64,') >= 6 and "layer 2: 2 patches" in page
+    for options, message in ((["--model", path], "--other"), (["--model", path, "--other", path], "predictions")):
+        with pytest.raises(SystemExit, match=message):
+            analyze_errors.main(options)
 
 
 @pytest.mark.parametrize("seed", [[], ["--seed", "7"]])
 def test_scenes_are_those_that_the_script_evaluates(seed, tmp_path):
-    """Items are joined with their rows, which have groups by size and place, and drawings."""
+    """The loss at a low keep rate is grouped by kind, size and place, and the page shows the kept patches."""
     options = ["--model", str(CHECKPOINT), "--output_dir", str(tmp_path / "errors"), "--num_pictures", "1"]
     data = ["--dataset_name", "easy_vqa_scenes", "--train_scenes", "1", "--validation_scenes", "20", *seed]
-    result = analyze_errors.main([*options, *data, "--health_steps", "0", "--keep_rate", "0.02"])
+    selection = ["--keep_rate", "0.02", "--selection_guidance", "random"]
+    result = analyze_errors.main([*options, *data, "--health_steps", "0", *selection])
+    features = {group.feature for group in result.groups}
+    assert {"kind", "answer", "place in the image", "size, as a share of the image"} <= features
     places = [group for group in result.groups if group.feature == "place in the image"]
     assert sum(group.count for group in places) > 0.5 * len(result.items)
-    assert result.overall.lost > 0
+    assert result.overall.accuracy < 0.8 < result.overall.other_accuracy and result.overall.p_value < 0.001
     page = (tmp_path / "errors/errors.html").read_text()
-    assert "data:image/png;base64," in page
+    assert "data:image/png;base64," in page and "layer 2: 2 patches" in page
     written = json.loads((tmp_path / "errors/errors.json").read_text())
     assert (written["other"], written["note"]) == (SAME_WEIGHTS, SAME_WEIGHTS_NOTE)
     assert str(escape(SAME_WEIGHTS_NOTE)) in page and "unpruned:" not in page

@@ -9,21 +9,13 @@ import torch
 from albef_reference import TINY, Albef, random_checkpoint
 from convert_cases import TEXTS, convert, make_tokenizer
 from PIL import Image
-from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
-from modeling_trips import (
-    TripsForQuestionAnswering,
-    TripsForRetrieval,
-    TripsProcessor,
-)
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.conversion.processors import load_albef_tokenizer
-from modeling_trips.conversion.rules import ConversionError
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
@@ -108,66 +100,21 @@ def clean(text: str, task: str) -> str:
     return text if task == "question-answering" else text.replace("<person>", "person")
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("task", ["question-answering", "retrieval"])
-def test_texts_are_prepared_as_albef_does(arguments, tokenizer, sizes, task, text):
+@pytest.mark.parametrize(
+    ("task", "head"), [("question-answering", "TripsForQuestionAnswering"), ("retrieval", "TripsForRetrieval")]
+)
+def test_texts_are_prepared_as_albef_does(arguments, tokenizer, sizes, task, head):
     torch.save({"model": random_checkpoint(task, sizes)}, arguments["checkpoint"])
     convert(arguments)
+    assert TripsConfig.from_pretrained(arguments["output_dir"]).architectures == [head]
     processor = TripsProcessor.from_pretrained(arguments["output_dir"])
-    words = tokenizer(clean(text, task), add_special_tokens=False)["input_ids"]
-    assert tokenizer.unk_token_id not in words
-    # ALBEF's own tokenizer puts no [SEP] after a text.
-    assert processor(text=text)["input_ids"] == [tokenizer.cls_token_id, *words]
-    assert processor.tokenizer(text, "red")["input_ids"][-1] == tokenizer.sep_token_id
-    assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"]
-
-
-ANSWERS = [
-    *("2.5", "10:30", "?", "t-shirt", "don't walk", "1/2", "o'clock", "$5.99", "3,000", "u.s.a."),
-    *("25", "1030", "t shirt", "dont walk", "1 2", "oclock", "$599", "3000", "usa"),
-]
-
-
-def test_answers_keep_their_punctuation(arguments, sizes):
-    tokenizer = train_wordpiece_tokenizer(ANSWERS)
-    tokenizer.save_pretrained(arguments["tokenizer"])
-    weights = random_checkpoint("question-answering", sizes._replace(vocab=len(tokenizer)))
-    torch.save(weights, arguments["checkpoint"])
-    convert(arguments)
-    processor = TripsProcessor.from_pretrained(arguments["output_dir"])
-    labels = processor.encode_answers(ANSWERS)
-    for answer, row in zip(ANSWERS, labels.tolist()):
-        expected = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
-        assert row == expected + [-100] * (len(row) - len(expected)), answer
-    assert len({tuple(row) for row in labels.tolist()}) == len(ANSWERS)
-    assert processor.encode_answers(["T-Shirt"]).tolist() == processor.encode_answers(["t-shirt"]).tolist()
-    config = json.loads((arguments["output_dir"] / "processor_config.json").read_text())
-    assert config["text_cleaning"] == "albef_question"
-
-
-def test_a_checkpoint_whose_tokenizer_cleans_still_loads(arguments, tokenizer):
-    """In earlier versions the tokenizer's file cleaned all texts, without a field in the processor."""
-    convert(arguments)
-    folder = arguments["output_dir"]
-    own = tokenizer.backend_tokenizer.normalizer
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"""[,.'!?"()*#:;~]"""), ""),
-            normalizers.Replace(Regex("[-/]"), " "),
-            normalizers.Replace("<person>", "person"),
-            own,
-        ]
-    )
-    tokenizer.save_pretrained(folder)
-    path = folder / "processor_config.json"
-    fields = json.loads(path.read_text())
-    del fields["text_cleaning"]
-    path.write_text(json.dumps(fields))
-    processor = TripsProcessor.from_pretrained(folder)
     for text in TEXTS:
-        assert processor(text=text)["input_ids"] == processor(text=clean(text, "retrieval"))["input_ids"]
+        words = tokenizer(clean(text, task), add_special_tokens=False)["input_ids"]
+        assert tokenizer.unk_token_id not in words
+        # ALBEF's own tokenizer puts no [SEP] after a text.
+        assert processor(text=text)["input_ids"] == [tokenizer.cls_token_id, *words]
+        assert processor.tokenizer(text, "red")["input_ids"][-1] == tokenizer.sep_token_id
+    assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"]
 
 
 def test_truncation_that_a_tokenizers_file_holds_is_none_of_the_models(arguments, tokenizer):
@@ -179,7 +126,7 @@ def test_truncation_that_a_tokenizers_file_holds_is_none_of_the_models(arguments
     processor = TripsProcessor.from_pretrained(arguments["output_dir"])
     expected = tokenizer("what is the red circle", add_special_tokens=False)["input_ids"]
     assert processor(text="what is the red circle")["input_ids"][1:] == expected
-    assert processor.encode_answers(["what is the red circle"])[0, :-1].tolist() == expected
+    assert processor.encode_answers(["what is the red circle"])[0].tolist() == [*expected, tokenizer.sep_token_id]
     stored = json.loads((arguments["output_dir"] / "tokenizer.json").read_text())
     assert stored["truncation"] is None and stored["padding"] is None
 
@@ -193,20 +140,6 @@ def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path
     cased.save_pretrained(tmp_path)
     expected = [tokenizer.cls_token_id, *(vocabulary[word] for word in ("red", "circle"))]
     assert load_albef_tokenizer(str(tmp_path))("RED Circle")["input_ids"] == expected
-
-
-@pytest.mark.parametrize("name", ["plain.pth", "weights.safetensors"])
-def test_weights_alone_convert_too(arguments, tmp_path, name):
-    weights = weights_of(arguments)
-    path = tmp_path / name
-    if path.suffix == ".safetensors":
-        save_file({key: value.clone() for key, value in weights.items()}, path)
-    else:
-        torch.save(weights, path)
-    convert(arguments)
-    convert(arguments, checkpoint=path, output_dir=tmp_path / "again")
-    model, again = (TripsForQuestionAnswering.from_pretrained(tmp_path / folder) for folder in ("out", "again"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
 class Touch:
@@ -229,33 +162,20 @@ def test_a_file_that_holds_more_than_data_is_refused_and_runs_nothing(arguments,
     assert not (tmp_path / "ran").exists() and not arguments["output_dir"].exists()
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(arguments, tmp_path):
-    arguments["checkpoint"].write_text("<html>Not found</html>")
-    with pytest.raises(ValueError, match="vqa.pth"):
-        convert(arguments)
-    torch.save({"state": {"a": torch.ones(1)}, "epoch": 3}, arguments["checkpoint"])
-    with pytest.raises(ValueError, match="`model`.*state, epoch"):
-        convert(arguments)
-    torch.save({"fc.weight": torch.ones(1)}, arguments["checkpoint"])
-    with pytest.raises(ConversionError, match="vqa.pth"):
-        convert(arguments)
-    with pytest.raises(ValueError, match="missing.pth"):
-        convert(arguments, checkpoint=tmp_path / "missing.pth")
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused(arguments, tmp_path):
+def test_wrong_options_are_refused(arguments, tmp_path):
     train_wordpiece_tokenizer(["abc"]).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="13 tokens"):
         convert(arguments, tokenizer=tmp_path / "other")
+    with pytest.raises(ValueError, match="missing.pth"):
+        convert(arguments, checkpoint=tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match="--depths takes 4 numbers, got"):
+        convert(arguments, depths=[3, 1])
+    with pytest.raises(ValueError, match="--output_dir .*bert exists"):
+        convert(arguments, output_dir=tmp_path / "bert")
 
 
 def test_a_failed_conversion_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
-    weights = weights_of(arguments)
-    del weights["visual_encoder.norm.bias"]
-    torch.save({"model": weights}, tmp_path / "broken.pth")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ConversionError, match="visual_encoder.norm.bias"):
-        convert(arguments, checkpoint=tmp_path / "broken.pth")
     monkeypatch.setattr(TripsProcessor, "save_pretrained", lambda *_: 1 / 0)  # after the model was written
     with pytest.raises(ZeroDivisionError):
         convert(arguments)
@@ -265,24 +185,6 @@ def test_a_failed_conversion_leaves_nothing_behind(arguments, tmp_path, monkeypa
 def test_a_model_of_other_depths_converts_if_they_are_given(arguments, sizes):
     small = sizes._replace(num_vision_layers=3, num_text_layers=3, first_fusion_layer=1, num_decoder_layers=1)
     torch.save({"model": random_checkpoint("question-answering", small)}, arguments["checkpoint"])
-    with pytest.raises(ConversionError, match=r"vqa.pth.*\n +visual_.*: 0-2"):
-        convert(arguments)
     convert(arguments, depths=[3, 1, 2, 1], selection_layers=[2])
     model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])
-    assert model.config.vision_config.num_hidden_layers == 3 and model.config.answer_ranking == "albef"
-    with pytest.raises(ValueError, match="--depths takes 4 numbers, got"):
-        convert(arguments, output_dir=arguments["output_dir"] / "again", depths=[3, 1])
-
-
-def test_an_existing_folder_is_not_overwritten(arguments):
-    convert(arguments)
-    with pytest.raises(ValueError, match="--output_dir .*out exists"):
-        convert(arguments)
-
-
-def test_a_retrieval_checkpoint_becomes_a_retrieval_model(arguments, sizes):
-    torch.save({"model": random_checkpoint("retrieval", sizes)}, arguments["checkpoint"])
-    convert(arguments)
-    model = TripsForRetrieval.from_pretrained(arguments["output_dir"])
-    assert torch.equal(model.itm_head.weight, weights_of(arguments)["itm_head.weight"])
-    assert model.vision_proj.out_features == sizes.projection
+    assert model.config.vision_config.num_hidden_layers == 3

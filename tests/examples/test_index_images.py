@@ -53,10 +53,10 @@ def start(folder, table, *options: str) -> subprocess.Popen:
     )
 
 
-def finished(process: subprocess.Popen) -> str:
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed[-4000:]
-    return printed
+def finished_run(script: str, folder, *options, code: int = 0) -> str:
+    result = subprocess.run(command(script, folder, *options), env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr[-4000:]
+    return result.stdout + result.stderr if script == "index_images.py" else result.stdout
 
 
 def rows_in(table) -> int:
@@ -118,7 +118,8 @@ def test_killed_workers_and_a_killed_run_lose_and_double_nothing(folder):
     wait_for_rows(process, table, rows_in(table))
     (actor,) = actors_of(process)
     actor.send_signal(signal.SIGKILL)
-    assert "599 images, 1 that cannot be used" in finished(process)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "599 images, 1 that cannot be used" in printed, printed[-4000:]
     check_rows(folder, table)
 
 
@@ -142,20 +143,13 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
 
     words = ["--k", "4", "--page", tmp_path / "p.html", "--output_json", tmp_path / "found.json"]
     found = finished_run("search.py", folder, "--table", table, "--text", *TEXTS, *words)
-    for text in TEXTS:
-        assert found.count(f"\n{text}\n") + found.startswith(f"{text}\n") == 1
     assert found.count("  score ") == 4 * len(TEXTS)
     rows = json.loads((tmp_path / "found.json").read_text())
     assert [(row["query"], row["rank"]) for row in rows] == [(text, rank) for text in TEXTS for rank in (1, 2, 3, 4)]
-    assert all(
-        f"score {row['score']:.2f}, similarity {row['similarity']:.3f}  {row['source']}" in found for row in rows
-    )
+    assert all(row["source"] in found for row in rows)
     page = (tmp_path / "p.html").read_text()
     assert page.count("data:image/png;base64,") == 2 * 4 * len(TEXTS)
-    image = folder / "images/7.png"
-    found = finished_run(
-        "search.py", folder, "--table", table, "--image", image, "--k", "2", "--page", tmp_path / "q.html"
-    )
+    found = finished_run("search.py", folder, "--table", table, "--image", folder / "images/7.png", "--k", "2")
     assert "   1  similarity 1.000" in found
 
 
@@ -173,41 +167,27 @@ def test_missing_images_are_tried_again_once_their_folder_is_given(folder, tmp_p
     assert sorted(row["source"] for row in rows) == [f"{tmp_path}/train.jsonl row {n}" for n in range(1, 6)]
 
 
-def finished_run(script: str, folder, *options, code: int = 0) -> str:
-    result = subprocess.run(command(script, folder, *options), env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == code, result.stderr[-4000:]
-    return result.stdout + result.stderr if script == "index_images.py" else result.stdout
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--images", "nowhere"], "nowhere.*--images"),
-        ([], "Give either --images or --dataset_name."),
-        (["--images", "{folder}/images", "--dataset_name", "org/photos"], "Give either"),
-        (["--images", "{folder}/images", "--table", "{folder}/images/1.png"], "images/1.png"),
-        (["--images", "{folder}/images", "--image_root", "nowhere"], "nowhere.*--image_root"),
-        (["--dataset_name", "org/photos", "--image_root", "{folder}"], "--image_root"),
-        (["--images", "{folder}/images", "--model", "nowhere"], "nowhere"),
+        ("--images nowhere", "nowhere.*--images"),
+        ("", "Give either --images or --dataset_name."),
+        ("--images {folder}/images --table {folder}/images/1.png", "images/1.png"),
+        ("--images {folder}/images --image_root nowhere", "nowhere.*--image_root"),
+        ("--dataset_name org/photos --image_root {folder}", "--image_root"),
+        ("--images {folder}/images --model nowhere", "nowhere"),
+        ("--images {folder}/images --model {wrong}", "is a TripsForQuestionAnswering. Give a TripsForRetrieval"),
     ],
 )
-def test_wrong_options_are_told_before_ray_starts(options, message, folder):
-    options = [option.format(folder=folder) for option in options]
-    with pytest.raises(SystemExit, match=message):
-        index_images.main(["--model", str(folder / "model"), "--table", str(folder / "t.lance"), *options])
-
-
-@pytest.mark.parametrize("main", [index_images.main, search.main])
-def test_a_checkpoint_of_another_head_is_refused_before_anything_is_written(main, folder, checkpoints, tmp_path):
-    words = ["--images", str(folder / "images")] if main is index_images.main else ["--text", "a circle"]
-    head = "TripsForQuestionAnswering"
-    with pytest.raises(SystemExit, match=f"is a {head}. Give a TripsForRetrieval") as raised:
-        main(["--model", str(checkpoints[head]), "--table", str(tmp_path / "t.lance"), *words])
+def test_wrong_options_are_told_before_anything_is_written(options, message, folder, checkpoints, tmp_path):
+    options = options.format(folder=folder, wrong=checkpoints["TripsForQuestionAnswering"]).split()
+    with pytest.raises(SystemExit, match=message) as raised:
+        index_images.main(["--model", str(folder / "model"), "--table", str(tmp_path / "t.lance"), *options])
     assert isinstance(raised.value.code, str)  # exit code 1
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["--k=0", "--k=-1", "--rerank_k=-1", "--probes=0"])
+@pytest.mark.parametrize("option", ["--k=0", "--rerank_k=-1", "--probes=0"])
 def test_searches_for_nothing_are_refused(option, folder):
     with pytest.raises(SystemExit, match=option.partition("=")[0]):
         search.main(["--model", str(folder / "model"), "--table", "none", "--text", "a", option])

@@ -9,7 +9,8 @@ from places import EXAMPLES
 
 
 # The help of index_images.py loads no torch.
-SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name not in ("__init__.py", "index_images.py"))
+PATHS = sorted(path for path in EXAMPLES.glob("*.py") if path.name not in ("__init__.py", "index_images.py"))
+SCRIPTS = [*([str(path)] for path in PATHS), ["-m", "trips_examples.run_vqa"]]
 
 
 def openmp_settings(*words: str, **environment: str) -> str:
@@ -22,15 +23,10 @@ def openmp_settings(*words: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda words: words[-1])
 def test_threads_of_a_script_sleep_while_they_wait(script):
-    settings = openmp_settings(str(script), OMP_WAIT_POLICY="")
+    settings = openmp_settings(*script, OMP_WAIT_POLICY="")
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in settings and "GOMP_SPINCOUNT = '3000'" in settings
-
-
-@pytest.mark.slow
-def test_threads_of_an_installed_script_too():
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in openmp_settings("-m", "trips_examples.run_vqa", OMP_WAIT_POLICY="")
 
 
 @pytest.mark.slow

@@ -8,13 +8,7 @@ import pytest
 from named_pictures import write_pictures
 from toy_tasks import OPTIONS
 
-from trips_examples import (
-    run_captioning,
-    run_grounding,
-    run_nlvr2,
-    run_retrieval,
-    run_vqa,
-)
+from trips_examples import run_captioning, run_grounding, run_nlvr2, run_retrieval, run_vqa
 
 
 SCENES = ["--train_scenes=6", "--validation_scenes=4", "--scene_size=64", "--validation_names=0.4", "--max_steps=1"]

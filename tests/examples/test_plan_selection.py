@@ -35,17 +35,10 @@ def test_a_checkpoint_is_planned_at_the_size_of_its_images(tmp_path):
     assert main([*arguments, "--image_size=96"]).unpruned.fused_tokens == 145
 
 
-def test_of_a_single_stream_it_says_what_holds_there(tmp_path, capsys):
-    TripsConfig.from_preset("tiny", fusion_type="single_stream").save_pretrained(tmp_path)
-    main(["--model_name_or_path", str(tmp_path), "--text_length=6"])
-    assert "the texts of an image share no layer" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "either a --model_name_or_path or a --preset"),
-        ([*TINY, "--model_name_or_path", "x"], "either a --model_name_or_path or a --preset"),
         ([*TINY, "--image_size", "60"], "must be a multiple of `patch_size`"),
         ([*TINY, "--budget", "0.05"], "`budget`"),
     ],

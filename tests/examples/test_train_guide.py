@@ -1,5 +1,6 @@
 """`examples/train_guide.py` on a tiny LLaVA: its files, resuming, both teachers, bad options."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -8,38 +9,15 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_vlm_processors import make_paligemma_processor
-from tiny_vlms import BY_NAME, IMAGE
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import train_guide
 
 
-COLORS = ["red", "blue", "green", "white"]
-WORDS = ["<unk>", "<pad>", "<s>", "</s>", "which", "half", "is", "?", "top", "bottom", *COLORS]
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    BY_NAME["llava"].make().save_pretrained(folder)
-    vocabulary = {word: number for number, word in enumerate(WORDS)} | {"<image>": IMAGE}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>"]
-    )
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    return folder
+    return save_tiny_vlm("llava", tmp_path_factory.mktemp("llava"), make_llava_processor(chat_template=None))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +31,8 @@ def data(tmp_path_factory) -> Path:
         image.paste(PIL.Image.new("RGB", (64, 32), colors[1]), (0, 32))
         image.save(folder / f"{number}.png")
         for half, color in enumerate(colors):
-            rows.append(
-                {
-                    "image": f"{number}.png",
-                    "question": f"which half is {color} ?",
-                    "answer": ("top", "bottom")[half],
-                    "region": [0, 32 * half, 64, 32 * half + 32],
-                }
-            )
+            row = {"image": f"{number}.png", "question": f"which one is {color} ?", "answer": ("one", "no")[half]}
+            rows.append({**row, "region": [0, 32 * half, 64, 32 * half + 32]})
     del rows[-1]["region"]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "rows.jsonl"
@@ -90,28 +62,20 @@ def test_learns_the_regions(model_folder, data, tmp_path):
     assert json.loads((tmp_path / "eval_results.json").read_text()).items() >= metrics.items()
 
 
-def test_resumes(model_folder, data, tmp_path):
+def test_resumes(model_folder, data, tmp_path, monkeypatch):
     """An interrupted and resumed run ends with the guide of an uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_guide.main(options(model_folder, data, whole, "--max_steps=5", "--save_steps=2"))
-
-    class Interrupted(Exception):
-        pass
+    loss_and_recall, calls = train_guide.GuideTrainer.loss_and_recall, itertools.count()
 
     def interrupt(*args):
-        if interrupt.calls == 3:
-            raise Interrupted
-        interrupt.calls += 1
+        if next(calls) == 3:
+            raise KeyboardInterrupt
         return loss_and_recall(*args)
 
-    interrupt.calls = 0
-    loss_and_recall = train_guide.GuideTrainer.loss_and_recall
-    train_guide.GuideTrainer.loss_and_recall = interrupt
-    try:
-        with pytest.raises(Interrupted):
-            train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
-    finally:
-        train_guide.GuideTrainer.loss_and_recall = loss_and_recall
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_guide.GuideTrainer, "loss_and_recall", interrupt)
+        train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
     assert not (parts / "model.safetensors").exists()
     train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
     resumed = load_file(parts / "model.safetensors")
@@ -140,7 +104,7 @@ def test_the_answer_of_paligemma_is_supervised():
 
 def test_regions_outside_the_crop_are_no_targets(model_folder, tmp_path):
     PIL.Image.new("RGB", (192, 64), "red").save(tmp_path / "0.png")
-    row = {"image": "0.png", "question": "which half is red ?", "answer": "top", "region": [0, 0, 20, 20]}
+    row = {"image": "0.png", "question": "which one is red ?", "answer": "one", "region": [0, 0, 20, 20]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     data, output_dir = tmp_path / "rows.jsonl", tmp_path / "guide"
     metrics = train_guide.main(options(model_folder, data, output_dir, "--max_steps=2", "--save_steps=1"))
@@ -154,8 +118,3 @@ def test_data_without_regions_are_refused(model_folder, data, tmp_path):
     without.write_text("\n".join(json.dumps({**row, "region": None}) for row in rows))
     with pytest.raises(ValueError, match="--teacher attention"):
         train_guide.main(options(model_folder, without, tmp_path))
-
-
-def test_unknown_teacher_is_refused(model_folder, data, tmp_path):
-    with pytest.raises(ValueError, match="--teacher"):
-        train_guide.main(options(model_folder, data, tmp_path, "--teacher=answers"))

@@ -29,10 +29,9 @@ def test_no_difference_and_one_seed():
     assert alone.mean == 2.0 and math.isnan(alone.standard_error) and math.isnan(alone.p_value)
 
 
-@pytest.mark.parametrize(("values", "baseline"), [([], []), ([1.0, 2.0], [1.0])])
-def test_unequal_numbers_of_seeds(values, baseline):
+def test_unequal_numbers_of_seeds():
     with pytest.raises(ValueError):
-        paired_difference(values, baseline)
+        paired_difference([1.0, 2.0], [1.0])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
 from itertools import islice
 
 import pytest
 from bad_rows import GOOD, PATCH_SIZE, bad_rows, tokenizer, write_images
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modeling_trips import TripsConfig
 from trips_examples import check_data
@@ -139,6 +142,14 @@ def test_a_stream_names_them_all_in_the_same_words(folder, processor):
     assert named == expected(rows, "reading", "tokenizer", "decoding")
 
 
+def test_words_that_the_tokenizer_does_not_know_are_told(processor, caplog):
+    """Models cannot learn such an answer: it is [UNK], which decodes to an empty text."""
+    answers = [["red", "\u2603"], ["\u2603"], ["q\u2603"]]
+    rows = Dataset.from_dict({"question": ["what color is it?"] * 3, "answers": answers, "source": ["a", "b", "c"]})
+    assert len(with_fitting_texts(DatasetDict(train=rows), "vqa", processor, skip=False)["train"]) == 3
+    assert "2 different answers hold words that the tokenizer does not know, e.g. '\u2603', 'q\u2603'" in caplog.text
+
+
 @each_task
 def test_images_in_a_table_are_looked_at_as_closely(task, folder):
     """Parquet files with encoded images are checked like files. Data sets on the Hub are read in the same way."""
@@ -159,3 +170,57 @@ def test_images_in_a_table_are_looked_at_as_closely(task, folder):
         faults = []
         load_task_dataset(task, source, BadRows(image_check=check, patch_size=PATCH_SIZE, collected=faults))
         assert {fault.source.replace("parquet", "jsonl"): fault.reason for fault in faults} == expected(rows, *found)
+
+
+# Random rows. FUZZ_EXAMPLES=100000 sets their number and draws other ones in each run.
+
+texts = st.one_of(
+    st.text(st.characters(exclude_categories=[]), max_size=8),  # lone surrogates, too
+    st.sampled_from(["good.png", "good.jpg", "none.png", "mode_f.tiff", "pixel.png", "cut.gif", "../x", "\0"]),
+    st.sampled_from(["", " ", "[1", '["a"]', '["good.png", "good.jpg"]', "[0, 0, 4, 4]"]),
+    st.sampled_from(["red", "red " * 70, "\ufffd", "a|b", "|", "1.0", "true", "nan", "a/" * 3000]),
+)
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    texts,
+    st.sampled_from([10**4000, -1, 0, 1e308, 1e-320, 40, 32]),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5),
+        st.dictionaries(st.one_of(st.sampled_from(["bytes", "path", "answer", "raw"]), texts), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+def records(task: str) -> st.SearchStrategy[dict]:
+    columns = [*GOOD[task], *TASKS[task].columns, "left_image", "right_image", "text", "url"]
+    return st.dictionaries(st.one_of(st.sampled_from(columns), texts), values, max_size=4).map(
+        lambda changed: {**GOOD[task], **changed}
+    )
+
+
+@each_task
+def test_random_rows_are_named_or_make_batches(task, folder, processor):
+    @settings(
+        max_examples=int(os.environ.get("FUZZ_EXAMPLES", 15)),
+        deadline=None,
+        derandomize="FUZZ_EXAMPLES" not in os.environ,
+        database=None,
+    )
+    @given(st.lists(records(task), max_size=6))
+    def check(rows):
+        file = folder / "random.jsonl"
+        file.write_text("\n".join(map(json.dumps, [GOOD[task], *rows])))
+        bad_rows = BadRows(image_check="decode", patch_size=PATCH_SIZE, collected=[])
+        data = load_task_dataset(task, DataSource(train_file=str(file)), bad_rows)
+        assert len(data["train"]) >= 1
+        data = with_fitting_texts(data, task, processor, skip=True)
+        assert collate(processor, task, data["train"]) == {}
+
+    check()

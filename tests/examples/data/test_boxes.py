@@ -149,12 +149,3 @@ def test_boxes_need_one_size_each_and_four_numbers():
             processor.encode_boxes(boxes, [(8, 8)] * 2)
         with pytest.raises(ValueError, match=r"\(2, 4\).*`target_sizes`"):
             processor.post_process_grounding(torch.tensor(boxes), [(8, 8)] * 2)
-
-
-@pytest.mark.parametrize("options", [{"size": {"longest_edge": 32}}, {"do_pad": True}], ids=str)
-def test_a_resize_that_cannot_be_traced_is_refused(options):
-    processor = make_processor(BlipImageProcessor(**options))
-    with pytest.raises(ValueError, match=next(iter(options))):
-        processor.encode_boxes([[0, 0, 8, 8]], [(8, 8)])
-    with pytest.raises(ValueError, match=next(iter(options))):
-        processor.post_process_grounding(torch.rand(1, 4), [(8, 8)])

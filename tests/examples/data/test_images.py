@@ -18,7 +18,10 @@ from trips_examples.data.images import decode_image, decode_untrusted_image, ins
 
 PIXELS = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8))
 JUNK = b"Exif\0\0" + b"\0" * 64
-XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF><rdf:Description %b</rdf:Description></rdf:RDF></x:xmpmeta>"
+XMP = (
+    b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF><rdf:Description tiff:Orientation='6'>"
+    b"</rdf:Description></rdf:RDF></x:xmpmeta>"
+)
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -35,18 +38,7 @@ def exif(orientation: int) -> bytes:
 
 FILES = {f"{kind} {n}": encoded(kind, exif=exif(n)) for kind in ("JPEG", "PNG", "WEBP") for n in range(10)}
 FILES |= {f"{kind} junk": encoded(kind, exif=JUNK) for kind in ("JPEG", "PNG", "WEBP")}
-FILES |= {
-    f"{kind} {written}": encoded(kind, xmp=XMP % written.encode())
-    for kind in ("JPEG", "WEBP")
-    for written in (
-        'tiff:Orientation="6">',
-        'tiff:Orientation="6 ">',
-        'tiff:Orientation="60">',
-        "tiff:Orientation='6'>",
-        "><tiff:Orientation>6 </tiff:Orientation>",
-        'tiff:Orientation="6"><tiff:Orientation>8</tiff:Orientation>',
-    )
-}
+FILES |= {f"{kind} XMP": encoded(kind, xmp=XMP) for kind in ("JPEG", "WEBP")}
 
 
 @pytest.fixture(params=FILES.values(), ids=FILES)
@@ -86,12 +78,6 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
                 decode(str(path))
             assert (raised.value.reason, raised.value.detail) == ("not a regular file", str(path))
         assert [inspect_image(str(path), how).reason for how in ("header", "verify")] == ["not a regular file"] * 2
-
-
-@pytest.mark.parametrize("how", ["header", "verify", "decode"])
-def test_a_format_that_another_program_decodes_is_refused_by_its_header(how):
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
-    assert inspect_image(postscript, how).reason == "unreadable image"
 
 
 def test_untrusted_images_have_limits(tmp_path):

@@ -4,26 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
-from toy_pairs import COLORS, make_rows, make_tokenizer
+from toy_pairs import make_rows, make_tokenizer
 
 from modeling_trips import TripsConfig
 from trips_examples.data.pretraining import PretrainingCollator
-from trips_examples.data.task_collators import number_of
 from trips_examples.training.models import make_processor
 
 
 @pytest.fixture(scope="module")
 def processor():
     return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
-
-
-def test_a_batch_says_which_images_are_the_same(processor):
-    rows = make_rows(8)
-    batch = PretrainingCollator(processor)(rows)
-    assert batch["pixel_values"].shape == (6, 3, 64, 64)
-    assert batch["image_index"].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert batch["image_ids"].tolist() == [number_of(color) for color in COLORS]
-    assert batch["sources"][7] == "toy row 7"
 
 
 def test_words_are_masked_at_the_rates_of_bert_and_special_tokens_never(processor):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -11,10 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
-from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import BertTokenizer
 
-from modeling_trips import TripsProcessor
 from trips_examples.data.shards import FileShard, find_shards, hub_shards
 from trips_examples.data.streams import PairStream
 
@@ -127,24 +123,6 @@ def test_a_stream_continues_after_any_pair(source, index, num_processes, request
         assert captions(take(stream, 10)) == captions(rows[done : done + 10])
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("num_batches", [2, 5])
-def test_a_loader_continues_with_the_next_batch(tars, num_workers, num_batches):
-    def make_loader() -> StatefulDataLoader:
-        stream = PairStream(find_shards([tars]), buffer_size=4)
-        return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers, collate_fn=list)
-
-    loader = make_loader()
-    batches = iter(loader)
-    for _ in range(num_batches):
-        next(batches)
-    state = json.dumps(loader.state_dict())
-    expected = [captions(batch) for batch in islice(batches, 6)]
-    loader = make_loader()
-    loader.load_state_dict(json.loads(state))
-    assert [captions(batch) for batch in islice(loader, 6)] == expected
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a pair is
 
@@ -175,13 +153,10 @@ def test_each_pass_takes_one_of_several_captions(tmp_path):
     assert set(drawn) == {"one", "two", "three"} and drawn == again
 
 
-def test_rows_about_one_path_are_about_one_image(rows_file, tmp_path):
+def test_rows_about_one_path_are_about_one_image(rows_file):
     rows = take(PairStream(find_shards([rows_file])), 3)
     assert {row["image_id"] for row in rows} == {"red.png"}
     assert {row["source"] for row in rows} <= {f"pairs.jsonl row {number}" for number in range(1, 27)}
-    moved = tmp_path / "moved.jsonl"
-    moved.write_text(Path(rows_file).read_text())
-    assert take(PairStream(find_shards([str(moved)], image_root=str(Path(rows_file).parent))), 1)
 
 
 @pytest.mark.parametrize("name", ["caption", "alt"])
@@ -257,16 +232,16 @@ def test_the_first_bad_pair_stops_a_stream_that_was_not_asked_to_skip(tmp_path):
         take(PairStream(find_shards([str(tmp_path / "pairs.jsonl")])), 4)
 
 
-def test_a_shard_that_is_no_file_of_its_kind_is_named_and_the_next_one_is_read(tars, tmp_path):
-    """Broken tar files are handled in the same way."""
+def test_a_broken_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
     (tmp_path / "broken.json").write_text("[{]")
     (tmp_path / "broken.parquet").write_text("x")
+    (tmp_path / "torn.tar").write_bytes(Path(tars.replace("{000..003}", "003")).read_bytes()[:5000])
     shards = find_shards([f"{tmp_path}/*", tars.replace("{000..003}", "000")])
-    rows = take(PairStream(shards, max_bad_share=0.5, log_folder=tmp_path), 5)
-    assert set(captions(rows)) == {f"0-{number}" for number in range(5)}
+    rows = take(PairStream(shards, max_bad_share=0.5, log_folder=tmp_path), 12)
+    assert {f"0-{number}" for number in range(5)} | {"3-0"} <= set(captions(rows))
     named = [json.loads(line) for line in (tmp_path / "bad_pairs-00000.jsonl").read_text().splitlines()]
     errors = {Path(pair["source"]).name: pair["error"] for pair in named}
-    assert "broken JSON" in errors["broken.json"]
+    assert "broken JSON" in errors["broken.json"] and "broken tar file" in errors["torn.tar"]
     assert ".parquet" in errors["broken.parquet"]
 
 
@@ -279,16 +254,6 @@ def test_too_many_bad_pairs_stop_the_stream(tmp_path):
     assert len(take(PairStream(find_shards([str(path)]), max_bad_share=0.05), 30)) == 30
 
 
-def test_a_torn_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
-    torn = tmp_path / "torn.tar"
-    torn.write_bytes(Path(tars.replace("{000..003}", "003")).read_bytes()[:5000])
-    shards = find_shards([str(torn), tars.replace("{000..003}", "000")])
-    rows = take(PairStream(shards, max_bad_share=0.5, log_folder=tmp_path), 7)
-    assert {"0-0", "0-4", "3-0"} <= set(captions(rows))
-    named = [json.loads(line) for line in (tmp_path / "bad_pairs-00000.jsonl").read_text().splitlines()]
-    assert any(pair["source"] == str(torn) and "broken tar file" in pair["error"] for pair in named)
-
-
 def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "missing.png", "caption": "a"}\n{"caption": ')
     stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), max_bad_share=1.0, log_folder=tmp_path)
@@ -298,16 +263,6 @@ def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     assert "pairs.jsonl row 2" in lines and "broken JSON" in lines
 
 
-def test_captions_that_do_not_fit_are_bad(tars, tmp_path):
-    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
-    processor = TripsProcessor(tokenizer=BertTokenizer(vocab=words, model_max_length=4), patch_size=8)
-    samples = [{"png": encoded(), "txt": "a a"}, {"png": encoded(), "txt": "a a a"}]
-    shards = find_shards([str(write_tar(tmp_path / "long.tar", samples))])
-    rows = take(PairStream(shards, processor=processor, max_bad_share=0.5, log_folder=tmp_path), 3)
-    assert set(captions(rows)) == {"a a"}
-    assert "more than 4 tokens (caption has 5)" in (tmp_path / "bad_pairs-00000.jsonl").read_text()
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"shards": []}, "`shards`"), ({"buffer_size": 0}, "`buffer_size`"), ({"max_bad_share": 5}, "`max_bad_share`")],
@@ -315,9 +270,3 @@ def test_captions_that_do_not_fit_are_bad(tars, tmp_path):
 def test_options_that_make_no_sense_are_refused(tars, options, name):
     with pytest.raises(ValueError, match=name):
         PairStream(**{"shards": find_shards([tars]), **options})
-
-
-def test_the_library_is_quiet_about_good_shards(tars, caplog):
-    with caplog.at_level(logging.INFO):
-        take(PairStream(find_shards([tars])), 26)
-    assert caplog.text == ""

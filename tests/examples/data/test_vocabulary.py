@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoTokenizer
 
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
@@ -24,16 +23,6 @@ def test_tokenizer_is_that_of_bert():
     assert tokenizer.tokenize("the") == ["the"]
     assert tokenizer.tokenize("xyz") == ["[UNK]"]
     assert set(tokenizer.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
-
-
-def test_tokenizer_saves_and_loads(tmp_path):
-    tokenizer = train_wordpiece_tokenizer(TEXTS, vocab_size=80)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is type(tokenizer)
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    pair = ("Is the circle red?", "##s [SEP] Café")
-    assert loaded(*pair) == tokenizer(*pair)
 
 
 def test_tokenizer_vocabulary_is_the_same_in_each_process():

@@ -108,14 +108,7 @@ def test_prompt_without_a_chat_template(folders, images, tmp_path):
 
 def test_unsafe_options_of_a_task_are_dropped(folders, images):
     foreign = {"custom_generate": "mallory/foreign", "trust_remote_code": True, "assistant_model": "mallory/foreign"}
-    assert {*generation_options(foreign)} == {
-        "max_new_tokens",
-        "num_beams",
-        "do_sample",
-        "temperature",
-        "top_p",
-        "top_k",
-    }
+    assert generation_options(foreign) == generation_options({})
     vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
     assert vlm.answer(asked, {**OPTIONS, **foreign}) == vlm.answer(asked, OPTIONS)
 

@@ -1,7 +1,6 @@
 """Accuracy by kind of text and by size of the target region."""
 
 import evaluate
-import pytest
 from datasets import Dataset
 
 from trips_examples.metrics import GROUNDING_ACCURACY, VQA_ACCURACY
@@ -40,11 +39,6 @@ def test_answers_by_kind_and_by_the_size_of_what_is_there():
         "eval_accuracy_smallest": 0.0,
         "eval_accuracy_medium": 1.0,
     }
-
-
-@pytest.mark.parametrize("columns", [["box"], ["region"]])
-def test_other_data_have_no_groups(columns):
-    assert groups_of(Dataset.from_dict(dict.fromkeys(columns, BOXES))) == {}
 
 
 def test_rows_of_no_known_kind_are_in_no_group_of_kinds():

@@ -1,24 +1,21 @@
-"""
-Evaluation of retrieval: rankings and recalls by hand, and a whole evaluation against a loop over single pairs.
-"""
+"""Evaluation of retrieval: rankings and recalls by hand, and a whole evaluation against a loop over single pairs."""
 
 import weakref
 
 import PIL.Image
 import pytest
 import torch
+from tiny_retrieval import make_config
 
-from modeling_trips import TripsConfig, TripsForRetrieval
+from modeling_trips import TripsForRetrieval
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics import retrieval as retrieval_evaluation
 from trips_examples.metrics.retrieval import (
     Ranking,
     RetrievalEvaluator,
-    pairs_to_match,
     rank,
     recalls,
     rerank,
-    scores_by_query,
 )
 from trips_examples.training.models import make_processor
 
@@ -35,29 +32,8 @@ def make_images() -> list[PIL.Image.Image]:
 
 def make_evaluator(batch_size: int = 3, selection_guidance: str = "text", keep_rate: float = 0.5, **options):
     tokenizer = train_wordpiece_tokenizer(TEXTS)
-    sizes = {"num_attention_heads": 2, "initializer_range": 0.4, "intermediate_size": 24}
-    config = TripsConfig(
-        vision_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "image_size": 16,
-            "patch_size": 4,
-            "selection_layers": [2, 3],
-            "keep_rate": keep_rate,
-            "selection_guidance": selection_guidance,
-            **sizes,
-        },
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "max_position_embeddings": 12,
-            **sizes,
-        },
-        fusion_encoder_config={"num_hidden_layers": 1},
-        projection_dim=8,
-        initializer_range=0.4,
-    )
+    config = make_config(selection_guidance=selection_guidance, keep_rate=keep_rate)
+    config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = TripsForRetrieval(config).eval()
     processor = make_processor(tokenizer, config)
@@ -149,15 +125,6 @@ def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
     assert results == {**expected, "r_mean": pytest.approx(13 / 24)}
 
 
-def test_pairs_of_both_directions_are_one_list_by_image():
-    found_texts = Ranking(torch.tensor([[2, 0], [1, 2]]), torch.zeros(2, 2), torch.zeros(2))
-    found_images = Ranking(torch.tensor([[1], [1], [0]]), torch.zeros(3, 1), torch.zeros(3))
-    pairs = pairs_to_match(found_texts, found_images)
-    assert pairs.tolist() == [[0, 0], [0, 2], [1, 0], [1, 1], [1, 2]]  # (0, 2) and (1, 1) were found twice
-    of_texts, of_images = scores_by_query(found_texts, found_images, pairs, torch.arange(5.0))
-    assert of_texts.tolist() == [[1.0, 0.0], [3.0, 4.0]] and of_images.tolist() == [[2.0], [3.0], [1.0]]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # With a model
 
@@ -187,20 +154,6 @@ def test_matching_scores_are_those_of_each_pair_alone(batch_size):
         inputs = processor(images=[images[image]], text=[TEXTS[text]], return_tensors="pt")
         probability = model.match(**inputs).itm_logits[0].softmax(0)[1]
         torch.testing.assert_close(score.sigmoid(), probability)
-
-
-@torch.no_grad()
-def test_features_are_those_of_the_model_in_the_order_of_the_data():
-    evaluator = make_evaluator()
-    inputs = evaluator.processor(images=make_images(), text=TEXTS, image_index=IMAGE_OF_TEXT, return_tensors="pt")
-    output = evaluator.model(**inputs)
-    texts = evaluator.index_texts(TEXTS)
-    torch.testing.assert_close(evaluator.index_images(make_images()), output.image_embeds)
-    torch.testing.assert_close(texts.embeds, output.text_embeds)
-    states = output.text_model_output.last_hidden_state
-    for text, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
-        torch.testing.assert_close(texts.states[text], states[text, :length])
-        assert texts.states[text].untyped_storage().nbytes() == 4 * texts.states[text].numel()  # no padding is kept
 
 
 def test_half_precision_is_kept_where_it_is_asked_for():
@@ -249,16 +202,6 @@ def test_images_are_read_when_they_are_needed():
     evaluator = make_evaluator()
     scores = evaluator.match(Images(), evaluator.index_texts(TEXTS), torch.tensor([[1, 0], [1, 1], [3, 2]]))
     assert Images.reads == [1, 3] and scores.shape == (3,)
-
-
-def test_evaluation_shows_its_progress_in_pairs(capsys):
-    evaluator = make_evaluator()
-    evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k=99)
-    assert capsys.readouterr().err == ""
-    evaluator.progress = True
-    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k=99).metrics
-    shown = capsys.readouterr().err
-    assert results["reranked_pairs"] == 40 and "40/40" in shown and "pairs/s" in shown
 
 
 def test_bad_input_is_named():

@@ -7,38 +7,26 @@ from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, exact_match, normalize_answer, vqa_accuracy
 
 
-SCRIPT = VQA_ACCURACY
-
-
 @pytest.mark.parametrize(
     ("text", "normalized"),
     [
         ("the red.", "red"),
         ("A dog, an owl and the cat!", "dog owl and cat"),
-        ("another theme", "another theme"),
         ("Two", "2"),
         ("none", "0"),
-        ("ten", "10"),
         ("eleven", "eleven"),
         ("dont", "don't"),
-        ("don't", "don't"),
         ("couldnt've", "couldn't've"),
-        ("couldn'tve", "couldn't've"),
         ("couldntve", "couldntve"),
         ("yall'd've", "y'all'd've"),
-        ("'ows'at", "'ow's'at"),
-        ("somebody'd", "somebodyd"),
         ("somethingd", "something'd"),
-        ("its", "its"),
         ("1,000", "1000"),
         ("1.5", "1.5"),
         ("u.s.", "us"),
         ("12:30", "12:30"),
-        ("black-white", "black white"),
         ("black - white-ish", "black whiteish"),
         ("1,000-2", "10002"),
         ("yes\n\tno ", "yes no"),
-        ("", ""),
         ("the", ""),
     ],
 )
@@ -103,7 +91,7 @@ PREDICTIONS = ["red", "yes", "Two", "yes"]
 REFERENCES = [["red"] * 2 + ["blue"] * 8, ["yes"], ["2"], ["no"]]
 
 
-@pytest.mark.parametrize("load", [VqaAccuracy, lambda: evaluate.load(str(SCRIPT))], ids=["import", "load"])
+@pytest.mark.parametrize("load", [VqaAccuracy, lambda: evaluate.load(VQA_ACCURACY)], ids=["import", "load"])
 def test_metric(load):
     metric = load()
     assert metric.compute(predictions=PREDICTIONS, references=REFERENCES) == {
@@ -111,13 +99,6 @@ def test_metric(load):
         "vqa_accuracy": pytest.approx(0.6),
         "exact_match": pytest.approx(2 / 3),
     }
-
-
-def test_metric_in_batches():
-    metric = VqaAccuracy()
-    for start in (0, 2):
-        metric.add_batch(predictions=PREDICTIONS[start : start + 2], references=REFERENCES[start : start + 2])
-    assert metric.compute()["accuracy"] == pytest.approx(2.6 / 4)
 
 
 def test_accuracy_by_most_common_answer_most_frequent_first():

@@ -50,17 +50,6 @@ def launch(name: str, *command: str, python: str | Path = sys.executable) -> str
 # The files
 
 
-def test_configurations_load_in_accelerate():
-    types = {path.stem: str(load_config(path.stem).distributed_type) for path in CONFIGS.glob("*.yaml")}
-    deepspeed = "DistributedType.DEEPSPEED"
-    assert types == {
-        "ddp": "DistributedType.MULTI_GPU",
-        "fsdp2": "DistributedType.FSDP",
-        "zero2": deepspeed,
-        "zero3": deepspeed,
-    }
-
-
 def layers_to_wrap(case) -> list[str]:
     """Return the layer names in fsdp2.yaml, or those that it adds on the command line for this case."""
     if case.fusion_type == "single_stream":

@@ -3,7 +3,6 @@
 from itertools import islice, product
 
 import pytest
-from datasets import Dataset, DatasetDict
 
 from trips_examples.data.scenes import easy_vqa_records, scene_records
 from trips_examples.data.tasks import TASKS
@@ -23,7 +22,6 @@ def test_unsupported_options_raise(option, tmp_path):
         ({}, (0.05, 500)),
         ({"save_steps": 100}, (0.05, 100)),
         ({"logging_steps": 20}, (20, 20)),
-        ({"eval_steps": 7}, (0.05, 7)),
     ],
 )
 def test_logging_and_evaluation_steps(options, steps, tmp_path):
@@ -46,26 +44,13 @@ def test_bundled_tasks_share_a_vocabulary():
     assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
 
 
-def test_tokenizer_for_own_data_uses_their_texts():
-    rows = Dataset.from_list(
-        [{"question": "is it?", "answers": ["yes", "no"]}, {"question": "why?", "answers": ["so"]}]
-    )
-    args = DataArguments(train_file="train.json")
-    texts = ["is it?", "why?", "yes", "no", "so"]
-    assert list(args.vocabulary(DatasetDict(train=rows), "question", "answers")) == texts
-    assert list(args.vocabulary(DatasetDict(validation=rows), "question", "answers")) == texts
-
-
 @pytest.mark.parametrize(
     ("task", "options", "side"),
     [
         ("vqa", {}, None),
         ("vqa", {"dataset_name": "easy_vqa_scenes"}, 128),
         ("captions", {}, 128),
-        ("nlvr2", {}, 64),
         ("nlvr2", {"grid": 3}, 192),
-        ("grounding", {"grid": 4}, 256),
-        ("grounding", {"train_file": "train.json"}, None),
         ("captions", {"dataset_name": "someone/captions"}, None),
     ],
 )

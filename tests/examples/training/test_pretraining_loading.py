@@ -15,9 +15,6 @@ from trips_examples.training.parser import make_parser
 from trips_examples.training.pretraining import OBJECTIVES, load_pairs
 
 
-PARTS = ["--vision_model_name_or_path=a", "--text_model_name_or_path=b"]
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> list[str]:
     return write_parts(tmp_path_factory.mktemp("parts"))
@@ -71,9 +68,8 @@ def test_missing_objectives_and_tokenizer_raise(files, stream, tmp_path):
         (["--train_shards=a.tar", "--max_steps=1", "--do_eval=False"], "a.tar.*--train_shards"),
         (["--train_shards=a.tar", "--train_file=b.jsonl"], "--train_shards.*--train_file"),
         (["--streaming"], "--dataset_name"),
-        (["--vision_model_name_or_path=a"], "--text_model_name_or_path"),
         (
-            [*PARTS, "--model_name_or_path=c"],
+            ["--vision_model_name_or_path=a", "--text_model_name_or_path=b", "--model_name_or_path=c"],
             "--model_name_or_path",
         ),
         (["--momentum=1.5"], "--momentum"),

@@ -1,44 +1,28 @@
 """The trainer of retrieval and its batches."""
 
-import io
-
-import PIL.Image
 import pytest
 import torch
 from datasets import Dataset
+from toy_pairs import make_rows, make_tokenizer
 
 from modeling_trips import TripsConfig, TripsForRetrieval
 from trips_examples.data.task_collators import RetrievalCollator, number_of
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 from trips_examples.training.options import RetrievalArguments, TripsTrainingArguments
 from trips_examples.training.trainer import RetrievalTrainer
 
 
-COLORS = ["red", "blue", "green", "white", "black", "yellow"]
-
-
 @pytest.fixture(scope="module")
 def processor():
-    return make_processor(train_wordpiece_tokenizer(COLORS), TripsConfig.from_preset("tiny"))
-
-
-def caption_rows(*image_ids: str) -> list[dict]:
-    """Return rows whose caption is the color of the image; images with equal ids have equal colors."""
-    rows = []
-    for row, image_id in enumerate(image_ids):
-        image = io.BytesIO()
-        PIL.Image.new("RGB", (64, 64), COLORS[ord(image_id) % len(COLORS)]).save(image, "PNG")
-        encoded = {"bytes": image.getvalue(), "path": None}
-        rows.append({"image": encoded, "image_id": image_id, "caption": COLORS[row], "source": f"row {row}"})
-    return rows
+    return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
 def test_captions_of_an_image_share_it_and_its_id(processor):
-    batch = RetrievalCollator(processor)(caption_rows("b", "a", "b"))
+    red, blue = make_rows(2)
+    batch = RetrievalCollator(processor)([blue, red, blue])
     assert batch["image_index"].tolist() == [0, 1, 0]
     assert batch["pixel_values"].shape[0] == 2 and batch["input_ids"].shape[0] == 3
-    assert batch["image_ids"].tolist() == [number_of("b"), number_of("a")]
+    assert batch["image_ids"].tolist() == [number_of("blue"), number_of("red")]
 
 
 def test_image_ids_are_deterministic():
@@ -70,7 +54,7 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
             disable_tqdm=True,
         ),
         task_args=RetrievalArguments(),
-        train_dataset=Dataset.from_list(caption_rows(*"abcdef")),
+        train_dataset=Dataset.from_list(make_rows(6)),
         train_collator=lambda rows: batches.append(collator(rows)) or dict(batches[-1]),
         processing_class=processor,
     )

@@ -46,16 +46,6 @@ def test_texts_that_share_an_image_and_texts_with_several(checkpoint):
     torch.testing.assert_close(targets[1, 0], teacher.patch_targets(one)[0])
 
 
-def test_teacher_does_not_train(checkpoint):
-    teacher = SelectionTeacher(checkpoint)
-    student = TripsForQuestionAnswering.from_pretrained(checkpoint).train()
-    labels = {"labels": torch.tensor([[5, 2]] * 4)}
-    outputs = student(**inputs(), **labels, patch_targets=teacher.patch_targets(inputs()))
-    outputs.loss.backward()
-    assert outputs.selection_loss > 0
-    assert all(parameter.grad is None for parameter in teacher.model.parameters())
-
-
 def test_single_stream_teacher_raises(tmp_path):
     config = make_config(fusion_type="single_stream", selection_layers=[1])
     TripsForImagesAndTextClassification(config).save_pretrained(tmp_path)

@@ -43,11 +43,9 @@ def test_scripts_check_the_model_before_the_data(script, options):
     [
         ("--selection_layers=9", "selection_layers"),
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
-        ("--fusion_type=none", "fusion_type"),
         ("--preset=huge", "huge"),
         ("--max_steps=0", "--max_steps"),
         ("--tokenizer_name=nowhere", "find them in the cached files"),
-        ("--model_name_or_path=nowhere", "nowhere"),
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
         ("--validation_annotations=nowhere.json", "goes with validation_file"),

@@ -13,9 +13,8 @@ def save_random_checkpoint(folder: Path, model_class: type, texts: list[str], **
     """Save a checkpoint whose tokenizer has the words of `texts`; `fields` are those of [`TripsConfig`]."""
     torch.manual_seed(0)
     tokenizer = train_wordpiece_tokenizer(texts)
-    config = TripsConfig.from_preset(
-        "tiny", text_config={"vocab_size": len(tokenizer)}, initializer_range=0.3, **fields
-    )
+    fields = {"initializer_range": 0.3, **fields}
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)}, **fields)
     model_class(config).save_pretrained(folder)
     make_processor(tokenizer, config).save_pretrained(folder)
     return folder

@@ -95,13 +95,6 @@ def test_the_list_of_all_classes_is_imported_at_the_top_alone():
     ]
 
 
-def test_rooms_use_what_other_rooms_show():
-    for module in MODULES.values():
-        for target, names in module.imports.items():
-            private = {name for name in names if name.startswith("_") and not name.startswith("__")}
-            assert not private or MODULES[target].room == module.room, (module.name, target, private)
-
-
 def test_the_package_knows_no_example_and_the_packages_of_examples_know_no_script():
     assert SCRIPTS and PACKAGES_OF_EXAMPLES
     package = {name for name in MODULES if name.partition(".")[0] == "modeling_trips"}

@@ -1,6 +1,5 @@
 """The CI workflows use the documented commands and the supported versions."""
 
-import re
 import tomllib
 from importlib.metadata import requires
 
@@ -29,15 +28,6 @@ def test_the_default_tests_run_on_every_python_from_the_lowest():
     assert versions == [f"3.{minor}" for minor in range(Version(LOWEST_PYTHON).minor, 14)]
     elsewhere = {step["with"]["python-version"] for name in WORKFLOWS for step in steps_of(name) if "with" in step}
     assert elsewhere == {LOWEST_PYTHON, "${{ matrix.python-version }}"}
-
-
-def test_every_document_tells_the_lowest_python():
-    told = {
-        path.name: set(re.findall(r"Python (3\.\d+) or later", path.read_text("utf-8")))
-        for path in [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    }
-    assert told["Makefile"] == told["README.md"] == {LOWEST_PYTHON}
-    assert {name: versions for name, versions in told.items() if versions - {LOWEST_PYTHON}} == {}
 
 
 def test_no_lower_bound_is_below_one_of_transformers():

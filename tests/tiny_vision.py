@@ -41,7 +41,3 @@ def assert_same_selection(selection, other, **tolerance):
 def without_padding(indices):
     """Return kept patches or candidates by row, without padding."""
     return [[index for index in row if index != -2] for row in indices.tolist()]
-
-
-def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -52,6 +52,7 @@ QWEN3 = {
     "deepstack_visual_indexes": [0, 1],
 }
 IMAGE, PAD, VISION_START, VISION_END = 90, 1, 91, 92
+QWEN_TOKENS = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93}
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 32]]
 
 
@@ -134,23 +135,17 @@ VLMS = [
         config={"mm_tokens_per_image": 16},
         tokens=16,
     ),
-    llama_vlm(
-        "smolvlm",
-        "SmolVLM",
-        {**VIT, "model_type": "smolvlm_vision"},
-        LLAMA,
-        "tiles",
-        config={"scale_factor": 2},
-        tokens=16,
-    ),
-    llama_vlm(
-        "idefics3",
-        "Idefics3",
-        {**VIT, "model_type": "idefics3_vision"},
-        LLAMA,
-        "tiles",
-        config={"scale_factor": 2},
-        tokens=16,
+    *(
+        llama_vlm(
+            name,
+            prefix,
+            {**VIT, "model_type": f"{name}_vision"},
+            LLAMA,
+            "tiles",
+            config={"scale_factor": 2},
+            tokens=16,
+        )
+        for name, prefix in (("smolvlm", "SmolVLM"), ("idefics3", "Idefics3"))
     ),
     llama_vlm(
         "internvl",
@@ -171,7 +166,7 @@ VLMS = [
         {**QWEN, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
         {"model_type": "qwen2_vl_text", **MROPE},
         "packed",
-        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+        config=QWEN_TOKENS,
     ),
     llama_vlm(
         "qwen2_5_vl",
@@ -186,7 +181,7 @@ VLMS = [
         },
         {"model_type": "qwen2_5_vl_text", **MROPE},
         "packed",
-        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+        config=QWEN_TOKENS,
     ),
     llama_vlm(
         "qwen3_vl",
@@ -194,7 +189,7 @@ VLMS = [
         QWEN3,
         {"model_type": "qwen3_vl_text", **MROPE, "head_dim": 8},
         "packed",
-        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+        config=QWEN_TOKENS,
     ),
     llama_vlm(
         "qwen3_vl_moe",
@@ -209,7 +204,7 @@ VLMS = [
             "num_experts_per_tok": 2,
         },
         "packed",
-        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+        config=QWEN_TOKENS,
     ),
 ]
 # Supported at the exit only.
@@ -233,7 +228,7 @@ OTHERS = [
             "layer_types": ["full_attention", "full_attention"],
         },
         "packed",
-        config={"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93},
+        config=QWEN_TOKENS,
     ),
     llama_vlm(
         "glm4v",

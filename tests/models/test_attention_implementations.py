@@ -24,71 +24,18 @@ def attention_layers(model) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, (TripsVisionAttention, TripsTextSelfAttention))]
 
 
-def assert_same_outputs(outputs, expected):
-    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=2e-5)
-    assert kept_by(outputs) == kept_by(expected)
-
-
-@each_model
-@each_mode
-@torch.no_grad()
-def test_sdpa_equals_eager(case, mode):
-    expected = case.make_model("eager", **mode)(**case.make_inputs())
-    assert_same_outputs(case.make_model("sdpa", **mode)(**case.make_inputs()), expected)
-
-
-@each_model
-@each_mode
-@torch.no_grad()
-def test_flex_attention_equals_eager(case, mode):
-    expected = case.make_model("eager", **mode)(**case.make_inputs())
-    with torch.compiler.set_stance("force_eager"):
-        assert_same_outputs(case.make_model("flex_attention", **mode)(**case.make_inputs()), expected)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_compiles():
     torch._dynamo.reset()
     case = next(case for case in CASES if case.model_class.can_generate())
-    expected = case.make_model("eager")(**case.make_inputs())
-    assert_same_outputs(case.make_model("flex_attention")(**case.make_inputs()), expected)
-
-
-@each_model
-@torch.no_grad()
-def test_each_part_may_have_its_own(case):
-    model = case.make_model({"vision_config": "eager", "text_config": "sdpa", "fusion_encoder_config": "eager"})
-    parts = (model.config.vision_config, model.config.text_config, model.config.fusion_encoder_config)
-    assert [part._attn_implementation for part in parts] == ["eager", "sdpa", "eager"]
-    assert_same_outputs(model(**case.make_inputs()), case.make_model("eager")(**case.make_inputs()))
-
-
-@each_model
-@torch.no_grad()
-def test_it_may_be_changed_later(case):
-    model = case.make_model("sdpa")
-    model.set_attn_implementation("eager")
-    assert {layer.config._attn_implementation for layer in attention_layers(model)} == {"eager"}
-    assert_same_outputs(model(**case.make_inputs()), case.make_model("eager")(**case.make_inputs()))
-
-
-@each_model
-def test_flash_attention_is_accepted_and_asks_for_its_package(case):
-    with pytest.raises(ImportError, match="FlashAttention2"):
-        case.make_model("flash_attention_2")
-
-
-def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match="sdpa"):
-        CASES[0].make_model("no_such_kernel")
+    assert_equals_eager(case, case.make_inputs(), "flex_attention")
 
 
 @each_model
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_dropout_acts_in_training_only(case, attn_implementation):
     model = case.make_model(attn_implementation, dropout=0.5, patch_embedding_type="linear")
-
     inputs = case.make_inputs()
 
     def run(training: bool, seed: int) -> torch.Tensor:
@@ -108,10 +55,6 @@ def test_flex_attention_refuses_dropout_in_training(case):
         model(**case.make_inputs())
         with pytest.raises(ValueError, match="dropout"):
             model.train()(**case.make_inputs())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Registered functions
 
 
 @pytest.fixture
@@ -185,23 +128,26 @@ def flash_in_torch(register, monkeypatch) -> str:
     return "flash_in_torch"
 
 
+def assert_equals_eager(case, inputs, attn_implementation, **mode):
+    outputs, expected = (case.make_model(name, **mode)(**inputs) for name in (attn_implementation, "eager"))
+    assert kept_by(outputs) == kept_by(expected)
+    rows = ...
+    if attn_implementation == "flash_in_torch" and "last_hidden_state" in outputs:
+        rows = inputs["attention_mask"].bool()  # states of padding differ
+    torch.testing.assert_close(main_output(outputs)[rows], main_output(expected)[rows], rtol=1e-4, atol=2e-5)
+
+
 @each_model
 @each_mode
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "flex_attention", "flash_in_torch"])
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
-def test_flash_attentions_masks_and_layout_give_the_same(case, mode, padded, flash_in_torch):
+def test_every_kernel_gives_the_outputs_of_eager_attention(case, mode, attn_implementation, padded, flash_in_torch):
     inputs = case.make_inputs()
     if not padded:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    assert_outputs_equal_but_for_padding(case, inputs, flash_in_torch, **mode)
-
-
-def assert_outputs_equal_but_for_padding(case, inputs, attn_implementation, **mode):
-    outputs, expected = (case.make_model(name, **mode)(**inputs) for name in (attn_implementation, "eager"))
-    assert kept_by(outputs) == kept_by(expected)
-    # States of padding are not compared.
-    rows = inputs["attention_mask"].bool() if "last_hidden_state" in outputs else ...
-    torch.testing.assert_close(main_output(outputs)[rows], main_output(expected)[rows], rtol=1e-4, atol=2e-5)
+    with torch.compiler.set_stance("force_eager"):
+        assert_equals_eager(case, inputs, attn_implementation, **mode)
 
 
 @each_generator

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from clean_environment import make_environment
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
@@ -99,20 +100,17 @@ def assert_same_repository(again: Path, folder: Path):
         assert config_again.get(name) == config.get(name), folder
 
 
-def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, tmp_path):
+@pytest.mark.parametrize("release", [None, f"{LOWEST}.0"], ids=["this release", "lowest release"])
+def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, release, tmp_path):
+    if release:
+        packages = [f"transformers=={release}"]
+        clean_python = [make_environment(ROOT / "build" / f"transformers-{LOWEST}", packages), "-I"]
     results = run_stranger(clean_python, source_of(checkpoints), checkpoints, image, tmp_path / "results")
-    assert not results.pop("project") and results.pop("transformers")
+    assert not results.pop("project") and results.pop("transformers") == (release or transformers.__version__)
     assert differences(results, expected) == []
-    for head, folder in checkpoints.items():
-        assert_same_repository(tmp_path / "results" / head, folder)
-
-
-def test_a_folder_serves_strangers_with_the_lowest_release_of_transformers(checkpoints, image, expected, tmp_path):
-    python = make_environment(ROOT / "build" / f"transformers-{LOWEST}", [f"transformers=={LOWEST}.0"])
-    results = run_stranger([python, "-I"], source_of(checkpoints), checkpoints, image, tmp_path / "results")
-    assert results.pop("transformers") == f"{LOWEST}.0"
-    assert not results.pop("project")
-    assert differences(results, expected) == []
+    if not release:
+        for head, folder in checkpoints.items():
+            assert_same_repository(tmp_path / "results" / head, folder)
 
 
 def test_a_hub_serves_strangers(checkpoints, image, expected, clean_python, tmp_path, monkeypatch):

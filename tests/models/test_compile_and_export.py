@@ -13,11 +13,8 @@ from modeling_trips.patch_selection import keep_topk
 
 QUESTION_ANSWERING = next(case for case in CASES if case.model_class is TripsForQuestionAnswering)
 # Pre-training is left out, because its model only returns losses.
-each_model_of_use = pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if case.model_class is not TripsForPreTraining],
-    ids=str,
-)
+CASES_OF_USE = [case for case in CASES if case.model_class is not TripsForPreTraining]
+each_model_of_use = pytest.mark.parametrize("case", CASES_OF_USE, ids=str)
 SIZES = [1, 2, 6]  # numbers of texts that differ from the one of the export
 
 
@@ -68,27 +65,22 @@ def batches(case, training=False):
 
 
 @pytest.mark.slow
-@each_model_of_use
-@pytest.mark.parametrize("mode", ["topk", "mass"])
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [
+        *((case, {"selection_mode": mode}) for case in CASES_OF_USE for mode in ("topk", "mass")),
+        *((CASES[0], {"selection_guidance": guidance}) for guidance in ("image", "random", ["image", "text"])),
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_every_model_is_one_graph_for_all_batches_of_a_shape(case, mode):
+def test_every_model_is_one_graph_for_all_batches_of_a_shape(case, fields):
     torch._dynamo.reset()
-    model = case.make_model(selection_mode=mode, selection_mass=0.5)
+    model = case.make_model(selection_mass=0.5, **fields)
     compiled, graphs = compile_and_count(model)
     for inputs in batches(case):
         assert_same_outputs(compiled(**inputs), model(**inputs))
     assert len(graphs) == 1
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_inductor_compiles_the_model_once_for_all_batches_of_a_shape():
-    torch._dynamo.reset()
-    model = QUESTION_ANSWERING.make_model()
-    compiled = torch.compile(model, fullgraph=True)
-    for number, inputs in enumerate(batches(QUESTION_ANSWERING)):
-        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            assert_same_outputs(compiled(**inputs), model(**inputs))
 
 
 @pytest.mark.slow
@@ -185,13 +177,6 @@ def test_an_exported_program_takes_any_number_of_texts_about_any_number_of_image
 # ONNX
 
 
-def run_onnx(program, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    names = [value.name for value in session.get_inputs()]
-    outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs)})
-    return [torch.from_numpy(output) for output in outputs]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_kept", [1, 7, 32])
 def test_of_equal_scores_the_lower_index_wins_in_onnx_too(num_kept):
@@ -201,37 +186,12 @@ def test_of_equal_scores_the_lower_index_wins_in_onnx_too(num_kept):
 
     shapes = ({0: Dim("batch_size", max=64)},)
     program = torch.onnx.export(Keep().eval(), (torch.rand(2, 32),), dynamic_shapes=shapes, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    name = session.get_inputs()[0].name
     for num_levels in (1, 3, 8):
         scores = torch.randint(num_levels, (5, 32)) / 8
-        assert torch.equal(run_onnx(program, scores)[0], keep_topk(scores, num_kept))
-
-
-class OutputTuple(torch.nn.Module):
-    """Wrapper with positional arguments that returns the main output and the kept patches."""
-
-    def __init__(self, model, names: list[str]):
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs):
-        constants = {"use_cache": False} if self.model.can_generate() else {}
-        outputs = self.model(**dict(zip(self.names, inputs)), **constants)
-        return main_output(outputs), *[layer.kept_indices for layer in outputs.selection]
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_onnx_runtime_gives_the_same_outputs_and_patches():
-    case = QUESTION_ANSWERING
-    inputs = case.make_inputs()
-    module = OutputTuple(case.make_model(), list(inputs)).eval()
-    shapes = (tuple(dynamic_shapes(inputs).values()),)
-    program = torch.onnx.export(module, tuple(inputs.values()), dynamic_shapes=shapes, dynamo=True, verbose=False)
-    for num_texts in SIZES:
-        inputs = [value for value in other_inputs(case, num_texts).values() if isinstance(value, torch.Tensor)]
-        (output, *kept), (expected, *kept_expected) = run_onnx(program, *inputs), module(*inputs)
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-        assert all(map(torch.equal, kept, kept_expected))
+        (kept,) = session.run(None, {name: scores.numpy()})
+        assert torch.equal(torch.from_numpy(kept), keep_topk(scores, num_kept))
 
 
 @pytest.mark.slow

@@ -38,106 +38,77 @@ SMALL = {
 }
 
 
-# Fields, and the words (field, value, allowed values) of the error.
-WRONG_VISION_VALUES = [
-    ({"keep_rate": 0}, ["`keep_rate`"]),
-    ({"keep_rate": 0.0}, ["`keep_rate`"]),
-    ({"keep_rate": 1.5}, ["`keep_rate`"]),
-    ({"keep_rate": -0.1}, ["`keep_rate`"]),
-    ({"keep_rate": float("nan")}, ["`keep_rate`"]),
-    ({"keep_rate": [0.7, 0.0]}, ["`keep_rate`"]),
-    ({"keep_rate": 2.0, "selection_layers": []}, ["`keep_rate`"]),
-    ({"keep_rate": "0.7"}, ["keep_rate"]),
-    ({"keep_rate": [0.7]}, ["`keep_rate`"]),
-    ({"keep_rate": [0.7, 0.7, 0.7]}, ["`keep_rate`"]),
-    ({"keep_rate": []}, ["`keep_rate`"]),
-    ({"selection_mode": "all"}, ["selection_mode", "all", "'topk', 'mass'"]),
-    ({"selection_mass": 0.0}, ["`selection_mass`"]),
-    ({"selection_mass": 1.1}, ["`selection_mass`"]),
-    ({"selection_mass": [0.9, -0.5]}, ["`selection_mass`"]),
-    ({"selection_mass": float("nan")}, ["`selection_mass`"]),
-    ({"selection_mass": [0.9]}, ["`selection_mass`"]),
-    ({"min_keep_rate": -0.1}, ["`min_keep_rate`"]),
-    ({"min_keep_rate": 1.1}, ["`min_keep_rate`"]),
-    ({"min_keep_rate": [0.1]}, ["`min_keep_rate`"]),
+# The class, invalid fields, and the words (field, value, allowed values) of the error.
+WRONG_VALUES = [
+    (TripsVisionConfig, {"keep_rate": 0.0}, ["`keep_rate`"]),
+    (TripsVisionConfig, {"keep_rate": 1.5}, ["`keep_rate`"]),
+    (TripsVisionConfig, {"keep_rate": float("nan")}, ["`keep_rate`"]),
+    (TripsVisionConfig, {"keep_rate": "0.7"}, ["keep_rate"]),
+    (TripsVisionConfig, {"keep_rate": [0.7]}, ["`keep_rate`"]),
+    (TripsVisionConfig, {"selection_mode": "all"}, ["selection_mode", "all", "'topk', 'mass'"]),
+    (TripsVisionConfig, {"selection_mass": 1.1}, ["`selection_mass`"]),
+    (TripsVisionConfig, {"selection_mass": [0.9]}, ["`selection_mass`"]),
+    (TripsVisionConfig, {"min_keep_rate": -0.1}, ["`min_keep_rate`"]),
+    (TripsVisionConfig, {"min_keep_rate": [0.1]}, ["`min_keep_rate`"]),
     (
+        TripsVisionConfig,
         {"selection_mode": "mass", "keep_rate": [0.5, 0.3], "min_keep_rate": [0.5, 0.4]},
         ["`min_keep_rate` (0.4)", "`keep_rate` (0.3)"],
     ),
-    ({"selection_layers": [0, 3]}, ["`selection_layers`"]),
-    ({"selection_layers": [13]}, ["`selection_layers`"]),
-    ({"selection_layers": [-1]}, ["`selection_layers`"]),
-    ({"num_hidden_layers": 9}, ["`selection_layers`"]),
-    ({"selection_layers": [5, 5]}, ["`selection_layers`"]),
-    ({"selection_layers": [10, 5]}, ["`selection_layers`"]),
-    ({"selection_layers": [1.5]}, ["selection_layers"]),
-    ({"selection_guidance": "words"}, ["selection_guidance"]),
-    ({"selection_guidance": ["text", "words"]}, ["selection_guidance"]),
-    ({"selection_guidance": ["text"]}, ["`selection_guidance`"]),
-    ({"num_attention_heads": 7}, ["`num_attention_heads`", "(7)", "divisible", "`hidden_size` (768)"]),
-    ({"image_size": 225}, ["`image_size` (225)", "multiple", "`patch_size` (16)"]),
-    ({"image_size": (224, 230)}, ["`image_size` ((224, 230))", "multiple", "`patch_size` (16)"]),
-    ({"image_size": 0}, ["`image_size`", "positive", "got 0"]),
+    (TripsVisionConfig, {"selection_layers": [0, 3]}, ["`selection_layers`"]),
+    (TripsVisionConfig, {"selection_layers": [13]}, ["`selection_layers`"]),
+    (TripsVisionConfig, {"selection_layers": [5, 5]}, ["`selection_layers`"]),
+    (TripsVisionConfig, {"selection_layers": [10, 5]}, ["`selection_layers`"]),
+    (TripsVisionConfig, {"selection_guidance": "words"}, ["selection_guidance"]),
+    (TripsVisionConfig, {"selection_guidance": ["text"]}, ["`selection_guidance`"]),
+    (TripsVisionConfig, {"num_attention_heads": 7}, ["`num_attention_heads`", "(7)", "`hidden_size` (768)"]),
+    (TripsVisionConfig, {"num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
+    (TripsVisionConfig, {"image_size": 225}, ["`image_size` (225)", "multiple", "`patch_size` (16)"]),
+    (TripsVisionConfig, {"image_size": 0}, ["`image_size`", "positive", "got 0"]),
+    (TripsVisionConfig, {"image_size": [224, 224, 224]}, ["`image_size`", "[224, 224, 224]"]),
     (
+        TripsVisionConfig,
         {"patch_embedding_type": "convolutional", "patch_size": 32, "hidden_size": 12},
         ["`hidden_size` must be at least 16", "got 12"],
     ),
-    ({"patch_embedding_type": "conv"}, ["patch_embedding_type", "conv", "'linear', 'convolutional'"]),
     (
+        TripsVisionConfig,
+        {"patch_embedding_type": "conv"},
+        ["patch_embedding_type", "conv", "'linear', 'convolutional'"],
+    ),
+    (
+        TripsVisionConfig,
         {"patch_embedding_type": "convolutional", "patch_size": 12, "image_size": 24},
         ["`patch_size`", "power of two", "got 12"],
     ),
-]
-NOT_A_NUMBER = float("nan")
-# Fields of several classes: the class, invalid values, and words of the error.
-NONSENSE = [
     (TripsVisionConfig, {"hidden_size": 0}, ["`hidden_size`", "at least 1", "got 0"]),
-    (TripsTextConfig, {"hidden_size": -8}, ["`hidden_size`", "at least 1", "got -8"]),
-    (TripsTextConfig, {"num_hidden_layers": -1}, ["`num_hidden_layers`", "at least 0", "got -1"]),
-    (TripsVisionConfig, {"num_channels": 0}, ["`num_channels`", "at least 1", "got 0"]),
-    (TripsVisionConfig, {"intermediate_size": 0}, ["`intermediate_size`", "at least 1", "got 0"]),
-    (TripsTextConfig, {"vocab_size": 0}, ["`vocab_size`", "at least 1", "got 0"]),
-    (TripsTextConfig, {"max_position_embeddings": 0}, ["`max_position_embeddings`", "at least 1", "got 0"]),
-    (TripsTextConfig, {"type_vocab_size": 0}, ["`type_vocab_size`", "at least 1", "got 0"]),
-    (TripsTextConfig, {"hidden_dropout_prob": 2.0}, ["`hidden_dropout_prob`", "[0, 1]", "got 2.0"]),
     (TripsVisionConfig, {"hidden_dropout_prob": -0.1}, ["`hidden_dropout_prob`", "at least 0", "got -0.1"]),
-    (TripsVisionConfig, {"attention_probs_dropout_prob": NOT_A_NUMBER}, ["`attention_probs_dropout_prob`", "got nan"]),
-    (TripsTextConfig, {"layer_norm_eps": -1e-6}, ["`layer_norm_eps`", "at least 0", "got -1e-06"]),
+    (TripsTextConfig, {"hidden_dropout_prob": 2.0}, ["`hidden_dropout_prob`", "[0, 1]", "got 2.0"]),
+    (TripsTextConfig, {"num_hidden_layers": -1}, ["`num_hidden_layers`", "at least 0", "got -1"]),
     (TripsTextConfig, {"hidden_act": "foo"}, ["`hidden_act`", "gelu", "got 'foo'"]),
-    (TripsVisionConfig, {"hidden_act": "foo"}, ["`hidden_act`", "gelu", "got 'foo'"]),
     (TripsTextConfig, {"vocab_size": 20, "pad_token_id": 20}, ["`pad_token_id` (20)", "below `vocab_size` (20)"]),
+    (TripsConfig, {"keep_rate": 1.5}, ["`keep_rate`"]),
+    (TripsConfig, {"selection_layers": [13]}, ["`selection_layers`"]),
     (TripsConfig, {"projection_dim": 0}, ["`projection_dim`", "at least 1", "got 0"]),
-    (TripsConfig, {"projection_dim": -3}, ["`projection_dim`", "at least 1", "got -3"]),
-    (TripsConfig, {"itc_weight": NOT_A_NUMBER}, ["`itc_weight`", "at least 0", "got nan"]),
+    (TripsConfig, {"itc_weight": float("nan")}, ["`itc_weight`", "at least 0", "got nan"]),
     (TripsConfig, {"itm_weight": float("inf")}, ["`itm_weight`", "got inf"]),
-    (TripsConfig, {"prefix_lm_weight": -1}, ["`prefix_lm_weight`", "at least 0", "got -1"]),
     (TripsConfig, {"bbox_loss_coefficient": -1}, ["`bbox_loss_coefficient`", "at least 0", "got -1"]),
-    (TripsConfig, {"giou_loss_coefficient": NOT_A_NUMBER}, ["`giou_loss_coefficient`", "at least 0", "got nan"]),
-    (TripsConfig, {"pointing_loss_coefficient": -1}, ["`pointing_loss_coefficient`", "at least 0", "got -1"]),
     (TripsConfig, {"num_images": 0}, ["`num_images`", "at least 1", "got 0"]),
-]
-# Invalid too, but the error does not name the field: see the mark.
-UNNAMED_VISION_VALUES = [
-    ({"num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
-    ({"image_size": [224, 224, 224]}, ["`image_size`", "[224, 224, 224]"]),
-]
-SELECTION_VALUES = [
-    case for case in WRONG_VISION_VALUES if any("selection" in key or "rate" in key for key in case[0])
-]
-
-WRONG_WIDTHS = [
     (
+        TripsConfig,
         {"fusion_encoder_config": {"hidden_size": 384}},
         ["`fusion_encoder_config.hidden_size` (384)", "`text_config.hidden_size` (768)"],
     ),
-    ({"vision_config": {"guidance_hidden_size": 100}}, ["`vision_config.guidance_hidden_size` (100)", "must be 768"]),
     (
-        {"fusion_encoder_config": {"encoder_hidden_size": 100}},
-        ["`fusion_encoder_config.encoder_hidden_size` (100)", "must be 768"],
+        TripsConfig,
+        {"vision_config": {"guidance_hidden_size": 100}},
+        ["`vision_config.guidance_hidden_size` (100)", "must be 768"],
     ),
-    ({"decoder_config": {"encoder_hidden_size": 100}}, ["`decoder_config.encoder_hidden_size` (100)", "must be 768"]),
-    ({"text_config": {"num_attention_heads": 7}}, ["`num_attention_heads`", "(7)", "`hidden_size` (768)"]),
-    ({"decoder_config": {"hidden_size": 100}}, ["`num_attention_heads`", "(12)", "`hidden_size` (100)"]),
+    (
+        TripsConfig,
+        {"decoder_config": {"encoder_hidden_size": 100}},
+        ["`decoder_config.encoder_hidden_size` (100)", "must be 768"],
+    ),
 ]
 
 
@@ -148,31 +119,9 @@ def assert_refused(make, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("fields, words", WRONG_VISION_VALUES, ids=lambda value: str(value)[:40])
-def test_wrong_value_is_refused_when_the_vision_config_is_made(fields, words):
-    assert_refused(lambda: TripsVisionConfig(**fields), words)
-
-
-@pytest.mark.parametrize("config_class, fields, words", NONSENSE, ids=lambda value: str(value)[:40])
-def test_nonsense_is_refused_when_a_config_is_made(config_class, fields, words):
+@pytest.mark.parametrize("config_class, fields, words", WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_wrong_value_is_refused_when_a_config_is_made(config_class, fields, words):
     assert_refused(lambda: config_class(**fields), words)
-
-
-@pytest.mark.parametrize("fields, words", UNNAMED_VISION_VALUES, ids=lambda value: str(value)[:40])
-def test_value_of_the_wrong_kind_is_refused_by_name(fields, words):
-    assert_refused(lambda: TripsVisionConfig(**fields), words)
-
-
-@pytest.mark.parametrize("fields, words", SELECTION_VALUES, ids=lambda value: str(value)[:40])
-def test_wrong_selection_is_refused_when_the_whole_config_is_made(fields, words):
-    vision = {name: value for name, value in fields.items() if name == "num_hidden_layers"}
-    selection = {name: value for name, value in fields.items() if name != "num_hidden_layers"}
-    assert_refused(lambda: TripsConfig(vision_config=vision, **selection), words)
-
-
-@pytest.mark.parametrize("parts, words", WRONG_WIDTHS, ids=lambda value: str(value)[:40])
-def test_widths_that_cannot_match_are_refused(parts, words):
-    assert_refused(lambda: TripsConfig(**parts), words)
 
 
 def test_boundaries_of_what_is_allowed():
@@ -310,25 +259,13 @@ def test_heads_that_do_not_write_load_with_any_start_token(old_checkpoint, head)
     assert head.from_pretrained(old_checkpoint).config.decoder_start_token_id == 101
 
 
-@pytest.mark.parametrize(
-    "override, words",
-    [
-        ({"keep_rate": 0}, ["`keep_rate`"]),
-        ({"keep_rate": 1.5}, ["`keep_rate`"]),
-        ({"keep_rate": [0.5, 0.5]}, ["`keep_rate`"]),
-        ({"selection_layers": [4]}, ["`selection_layers`"]),
-        ({"selection_layers": [3, 2]}, ["`selection_layers`"]),
-        ({"selection_guidance": "words"}, ["selection_guidance"]),
-    ],
-    ids=str,
-)
-def test_wrong_override_is_refused_when_a_model_is_made(checkpoint, override, words):
-    assert_refused(lambda: TripsModel.from_pretrained(checkpoint, **override), words)
+@pytest.mark.parametrize(("name", "value"), [("keep_rate", 0), ("selection_layers", [4])])
+def test_wrong_override_is_refused_when_a_model_is_made(checkpoint, name, value):
+    assert_refused(lambda: TripsModel.from_pretrained(checkpoint, **{name: value}), [f"`{name}`"])
     config = TripsConfig(**SMALL)
-    name, value = next(iter(override.items()))
 
     def set_and_make():
         setattr(config.vision_config, name, value)
         TripsModel(config)
 
-    assert_refused(set_and_make, words)
+    assert_refused(set_and_make, [f"`{name}`"])

@@ -41,7 +41,6 @@ def palette_image(transparency=None):
         (Image.new("L", (2, 2), 77), (77, 77, 77)),
         (Image.new("LA", (2, 2), (77, 255)), (77, 77, 77)),
         (Image.new("LA", (2, 2), (77, 0)), (255, 255, 255)),
-        (Image.new("La", (2, 2), (0, 0)), (255, 255, 255)),
         (palette_image(), (10, 20, 30)),
         (palette_image(transparency=0), (10, 20, 30)),
         (palette_image(transparency=1), (255, 255, 255)),
@@ -51,11 +50,8 @@ def palette_image(transparency=None):
         (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), (255, 255, 255)),
         # 51 / 255 is a fifth: 0.2 * 10 + 0.8 * 255 = 206, and so on
         (Image.new("RGBA", (2, 2), (10, 20, 30, 51)), (206, 208, 210)),
-        (Image.new("RGBa", (2, 2), (0, 0, 0, 0)), (255, 255, 255)),
-        (Image.new("RGBX", (2, 2), (10, 20, 30, 0)), (10, 20, 30)),
         (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
         (Image.new("YCbCr", (2, 2), (100, 128, 128)), (100, 100, 100)),
-        (Image.new("HSV", (2, 2), (0, 255, 255)), (255, 0, 0)),
         (Image.new("I;16", (2, 2), 65535), (255, 255, 255)),
         (Image.new("I;16B", (2, 2), 257 * 100), (100, 100, 100)),
     ],
@@ -82,17 +78,6 @@ def test_modes_without_a_range_are_refused(mode, processor):
         convert_to_rgb(Image.new(mode, (2, 2)))
     with pytest.raises(ValueError, match=r"images\[1\]"):
         processor(images=[Image.new("RGB", (16, 16)), Image.new(mode, (16, 16))])
-
-
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (3, 2), "black")
-    image.putpixel((0, 0), (255, 0, 0))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn clockwise by a quarter to see it upright": the top left corner goes to the top right
-    rotated = convert_to_rgb(Image.open(encoded(image, "PNG", exif=exif)))
-    assert rotated.size == (2, 3)
-    assert rotated.getpixel((1, 0)) == (255, 0, 0)
-    assert rotated.getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_image_without_pixels_is_refused(processor):
@@ -133,39 +118,20 @@ def test_arrays_give_the_same_as_pictures(processor, image, make):
 
 
 @pytest.mark.parametrize(
-    ("make", "size"),
-    [
-        (lambda: Image.new("RGB", (300, 15)), "15 x 300"),
-        (lambda: np.zeros((40, 15), dtype=np.uint8), "40 x 15"),
-        (lambda: np.zeros((15, 40, 3), dtype=np.uint8), "15 x 40"),
-        (lambda: torch.zeros(3, 1, 3), "1 x 3"),
-    ],
-    ids=["picture", "grey array", "channels last", "channels first"],
+    "small",
+    [Image.new("RGB", (300, 15)), np.zeros((15, 40, 3), dtype=np.uint8), torch.zeros(3, 1, 3)],
+    ids=["picture", "channels last", "channels first"],
 )
-def test_an_image_smaller_than_a_patch_is_named(processor, image, make, size):
+def test_an_image_smaller_than_a_patch_is_named(processor, image, small):
     processor(images=[image, np.zeros((16, 16, 3), dtype=np.uint8), torch.zeros(3, 16, 40)])
     with pytest.raises(ValueError, match=r"images\[1\]"):
-        processor(images=[image, make()])
+        processor(images=[image, small])
 
 
-def test_paths_give_the_same_as_pictures(processor, tmp_path):
-    path = tmp_path / "half_clear.png"
-    image = Image.new("RGBA", (16, 16), (10, 20, 30, 51))
-    image.save(path)
-    expected = processor(images=image, return_tensors="pt").pixel_values
-    for given in (path, str(path), [str(path)]):
-        assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
-
-
-def test_missing_path_is_named(processor, image):
-    for path in ("/nowhere/cat.png", "nope.jpg"):
+def test_missing_path_is_named(processor, image, tmp_path):
+    for path in ("/nowhere/cat.png", tmp_path):
         with pytest.raises(ValueError, match=r"images\[1\]"):
             processor(images=[image, path])
-
-
-def test_a_folder_is_named(processor, tmp_path):
-    with pytest.raises(ValueError, match=r"images\[0\]"):
-        processor(images=tmp_path)
 
 
 def test_base64_gives_the_same_as_the_picture(processor, image):

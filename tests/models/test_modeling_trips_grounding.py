@@ -1,21 +1,15 @@
-"""
-Visual grounding against its three parts, called for one text at a time; losses by hand and by torchvision; and
-independence of a text's box from the rest of the batch.
-"""
+"""Visual grounding against its three parts, called for one text at a time, and losses by hand and by torchvision."""
 
 import math
 
 import pytest
 import torch
 import torchvision
-from tiny_models import gradients_of, kept_by, make_config, share_of_kept
-from transformers import Trainer, TrainingArguments
+from tiny_models import kept_by, make_config
 
-from modeling_trips import UNPRUNED, use_schedule
 from modeling_trips.modeling_trips_grounding import (
     TripsForVisualGrounding,
     box_losses,
-    paired_box_iou,
     token_centers,
     token_indices,
 )
@@ -29,10 +23,9 @@ BOXES = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 0.25], [0.5, 0.125,
 WIDTH, IMAGE_WIDTH = 48, 32
 
 
-def make_model(attn_implementation="sdpa", **vision):
+def make_model(**vision):
     torch.manual_seed(0)
-    config = make_config(**vision)
-    return TripsForVisualGrounding._from_config(config, attn_implementation=attn_implementation).eval()
+    return TripsForVisualGrounding(make_config(**vision)).eval()
 
 
 def images(count=2):
@@ -46,10 +39,6 @@ def inputs():
 
 def corners(boxes):
     return torchvision.ops.box_convert(boxes, "cxcywh", "xyxy")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Against the parts
 
 
 @torch.no_grad()
@@ -119,68 +108,6 @@ def test_places_are_those_of_the_image_itself_not_of_the_configured_grid():
         torch.testing.assert_close(seen[-1][:, :-1, 1].where(kept >= 0, 0), ((rows + 0.5) / 4).where(kept >= 0, 0))
 
 
-@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
-def test_expressions_of_one_image_share_it(as_cache):
-    results = []
-    for shared in (True, False):
-        model = make_model().double()
-        pixel_values = images().double().requires_grad_()
-        batch = {"input_ids": TEXTS, "attention_mask": MASK, "labels": BOXES}
-        if not shared:
-            output = model(**batch, pixel_values=pixel_values[IMAGE_INDEX])
-        elif as_cache:
-            output = model(**batch, image_cache=model.model.encode_images(pixel_values), image_index=IMAGE_INDEX)
-        else:
-            output = model(**batch, pixel_values=pixel_values, image_index=IMAGE_INDEX)
-        output.loss.backward()
-        results.append((output, pixel_values.grad, gradients_of(model)))
-    (output, *gradients), (expected, *expected_gradients) = results
-    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes)
-    assert kept_by(output) == kept_by(expected)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What decides the box
-
-
-@torch.no_grad()
-def test_padding_batch_and_order_change_no_box():
-    model = make_model()
-    expected = model(**inputs())
-    order = torch.tensor([3, 1, 0, 2])
-    batch = {name: torch.nn.functional.pad(inputs()[name][order], (0, 4)) for name in ("input_ids", "attention_mask")}
-    output = model(**batch, pixel_values=images(), image_index=IMAGE_INDEX[order])
-    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes[order], rtol=1e-4, atol=1e-5)
-    for rows, rows_expected in zip(kept_by(output), kept_by(expected)):
-        assert rows == [rows_expected[row] for row in order]
-
-
-@torch.no_grad()
-def test_the_text_and_its_image_decide():
-    model = make_model()
-    expected = model(**inputs()).pred_boxes
-    other_image = model(**{**inputs(), "pixel_values": images(3)[[2, 1]]}).pred_boxes
-    other_text = model(**{**inputs(), "input_ids": TEXTS.where(TEXTS != 9, 3)}).pred_boxes
-    assert ((other_image - expected).abs().amax(1) > 1e-3).tolist() == [False, True, False, False]
-    assert ((other_text - expected).abs().amax(1) > 1e-3).tolist() == [True, False, False, True]
-
-
-@torch.no_grad()
-def test_a_keep_rate_of_one_is_the_unpruned_model():
-    unpruned, pruned = make_model(selection_layers=[]), make_model()
-    expected = unpruned(**inputs()).pred_boxes
-    assert (pruned(**inputs()).pred_boxes - expected).abs().max() > 1e-3
-    with use_schedule(pruned, UNPRUNED):
-        output = pruned(**inputs())
-    assert output.selection == ()
-    torch.testing.assert_close(output.pred_boxes, expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and training
-
-
 def test_losses_by_hand():
     # The first box is right. The second, the left half of the image, should be the right half: the boxes touch.
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.25, 0.5, 0.5, 1.0]])
@@ -206,86 +133,6 @@ def test_loss_is_the_weighted_sum_of_both(coefficients):
     assert not {"loss", "l1_loss", "giou_loss"} & model(**inputs()).keys()
 
 
-def test_trainer_accumulates_the_gradient_of_the_larger_batch(tmp_path):
-    """`Trainer` passes the number of label elements of the whole batch; the loss divides by the number of boxes."""
-    samples = [
-        {"input_ids": TEXTS[row], "attention_mask": MASK[row], "pixel_values": images(4)[row], "labels": BOXES[row]}
-        for row in range(4)
-    ]
-    weights = []
-    for batch_size, steps in ((4, 1), (1, 4)):
-        model = make_model(patch_embedding_type="linear")  # the other one's batch statistics would differ
-        arguments = TrainingArguments(
-            output_dir=tmp_path,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            learning_rate=0.1,
-            optim="sgd",
-            max_grad_norm=0,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        before = [weight.detach().clone() for weight in model.parameters()]
-        Trainer(model, arguments, train_dataset=samples).train()
-        weights.append([weight.detach() - old for weight, old in zip(model.parameters(), before)])
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
-    assert max(change.abs().max() for change in weights[0]) > 1e-3
-
-
-def test_every_parameter_is_trained():
-    model = make_model()
-    model(**inputs(), labels=BOXES).loss.backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    for part in (model.model.text_model, model.model.vision_model, model.model.fusion_model, model.box_head):
-        assert sum(parameter.grad.norm() for parameter in part.parameters()) > 1e-3
-
-
-def test_boxes_can_be_learned():
-    """One text refers to a bright square in one of four corners, the other to the whole image."""
-    model = make_model(selection_layers=[2], keep_rate=0.5, patch_size=8)
-    where, whole = [1, 5, 2], [1, 6, 2]
-    pixel_values = 0.1 * images(4)
-    places = [(0, 0), (0, 16), (16, 0), (16, 16)]
-    for image, (top, left) in zip(pixel_values, places):
-        image[:, top : top + 16, left : left + 16] += 2
-    squares = torch.tensor([[(left + 8) / 32, (top + 8) / 32, 0.5, 0.5] for top, left in places])
-    batch = {
-        "input_ids": torch.tensor([where] * 4 + [whole] * 4),
-        "pixel_values": pixel_values,
-        "image_index": torch.arange(4).repeat(2),
-    }
-    labels = torch.cat((squares, torch.tensor([[0.5, 0.5, 1.0, 1.0]] * 4)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=80)
-    for _ in range(80):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    iou = paired_box_iou(corners(model(**batch).pred_boxes), corners(labels))
-    assert iou.min() > 0.8, iou
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, kernels, dtypes
-
-
-@torch.no_grad()
-def test_bfloat16_is_close_and_its_boxes_are_in_full_precision():
-    model = make_model()
-    expected = model(**inputs(), labels=BOXES)
-    output = model.bfloat16()(**{**inputs(), "pixel_values": images().bfloat16()}, labels=BOXES)
-    assert output.pred_boxes.dtype == output.loss.dtype == torch.float32
-    assert share_of_kept(output, expected) > 0.9
-    same = [kept == kept_expected for kept, kept_expected in zip(kept_by(output)[-1], kept_by(expected)[-1])]
-    assert sum(same) >= 3  # boxes are compared if the kept patches are equal
-    torch.testing.assert_close(output.pred_boxes[same], expected.pred_boxes[same], rtol=0, atol=0.05)
-    torch.testing.assert_close(output.loss, expected.loss, rtol=0.1, atol=0)
-
-
 @torch.no_grad()
 def test_autocast_does_not_round_places():
     """All tokens are at 0.7123, which bfloat16 would round to 0.7109."""
@@ -297,10 +144,6 @@ def test_autocast_does_not_round_places():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         boxes, _ = head(torch.ones(1, WIDTH), torch.ones(1, 4, IMAGE_WIDTH), center.expand(1, 4, 2))
     torch.testing.assert_close(boxes, torch.tensor([[*center, 0.5, 0.5]]), rtol=0, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad inputs
 
 
 def test_bad_inputs_are_refused():

@@ -17,10 +17,6 @@ from tiny_retrieval import (
 from torch.nn.functional import normalize
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-
-
 @torch.no_grad()
 def test_features_are_normalised_projections_of_each_tower_alone():
     model = make_model()
@@ -76,10 +72,6 @@ def test_logits_compare_all_images_with_all_texts():
     assert kept(output) == kept(model.get_image_features(images(1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Matching
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("selection_guidance", ["text", "image"])
 def test_matching_many_pairs_equals_matching_each_alone(selection_guidance):
@@ -109,10 +101,6 @@ def test_matching_encodes_each_text_and_each_image_once():
     assert calls_of(model.model.text_model.encoder.layer[0], match) == [6]
     assert calls_of(model.model.vision_model.layers[0], match) == [4]
     assert calls_of(model.model.fusion_model.encoder.layer[0], match) == [24]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Save, load, bad inputs
 
 
 def test_bad_inputs():

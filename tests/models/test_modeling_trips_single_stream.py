@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from schedules import rates_of
-from tiny_single_stream import IDS, INDEX, MASK, images, kept, make_config, make_model
+from tiny_single_stream import IDS, MASK, images, kept, make_config, make_model
 
 from modeling_trips import (
     TripsConfig,
@@ -14,10 +14,6 @@ from modeling_trips import (
     TripsForRetrieval,
     TripsModel,
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Against the definition
 
 
 def naive_layer_norm(module, states):
@@ -63,95 +59,6 @@ def test_selection_follows_the_formula_for_each_pair_alone(guidance):
         states, selections = naive_run(model, IDS[row, :length], images(4)[row].double())
         torch.testing.assert_close(output.last_hidden_state[row, :length], states)
         assert [entry[row] for entry in kept(output)] == selections
-
-
-@torch.no_grad()
-def test_the_text_picks_the_patches():
-    model, same_image = make_model(), {"pixel_values": images(1), "image_index": torch.zeros(4, dtype=torch.long)}
-    output = model(IDS, attention_mask=MASK, **same_image)
-    assert all(len({tuple(row) for row in rows}) > 1 for rows in kept(output))
-    # Another word changes the scores of [CLS], which has attended to it.
-    other_word = IDS.clone()
-    other_word[:, 1] = 11
-    changed = model(other_word, attention_mask=MASK, **same_image)
-    assert (changed.selection[0].scores - output.selection[0].scores).abs().amax(dim=1).min() > 1e-4
-
-
-@pytest.mark.parametrize("guidance", ["text", "image", "random"])
-@torch.no_grad()
-def test_padding_and_batch_change_nothing(guidance):
-    model = make_model(selection_guidance=guidance)
-    together = model(IDS, images(4), MASK)
-    for row in range(4):
-        length = int(MASK[row].sum())
-        alone = model(IDS[row : row + 1, :length], images(4)[row : row + 1])
-        torch.testing.assert_close(
-            alone.last_hidden_state[0], together.last_hidden_state[row, :length], rtol=1e-4, atol=1e-5
-        )
-        assert [rows[0] for rows in kept(alone)] == [rows[row] for rows in kept(together)]
-    more = torch.nn.functional.pad(IDS, (0, 4), value=13), images(4), torch.nn.functional.pad(MASK, (0, 4))
-    padded = model(*more)
-    torch.testing.assert_close(
-        padded.last_hidden_state[:, :5][MASK == 1], together.last_hidden_state[MASK == 1], rtol=1e-4, atol=1e-5
-    )
-    image = together.vision_model_output.last_hidden_state
-    torch.testing.assert_close(padded.vision_model_output.last_hidden_state, image, rtol=1e-4, atol=1e-5)
-    assert kept(padded) == kept(together)
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = model(IDS[order], images(4)[order], MASK[order])
-    torch.testing.assert_close(shuffled.last_hidden_state, together.last_hidden_state[order], rtol=1e-4, atol=1e-5)
-    assert kept(shuffled) == [[rows[i] for i in order] for rows in kept(together)]
-
-
-@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
-@pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}, {"keep_rate": 1.0}], ids=str)
-def test_image_index_equals_repeated_images(selection, as_cache):
-    results = []
-    for shared in (True, False):
-        model, pixel_values = make_model(**selection).double(), images(2).double().requires_grad_()
-        if not shared:
-            output = model(IDS, pixel_values[INDEX], MASK)
-        elif as_cache:
-            output = model(IDS, attention_mask=MASK, image_cache=model.encode_images(pixel_values), image_index=INDEX)
-        else:
-            output = model(IDS, pixel_values, MASK, image_index=INDEX)
-        output.last_hidden_state.sin().sum().backward()
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        results.append((output, pixel_values.grad, gradients))
-    (output, *gradients), (expected, *expected_gradients) = results
-    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
-    assert kept(output) == kept(expected)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-def test_every_weight_is_trained_and_scores_get_their_gradient_through_the_fused_token(fuse):
-    model = make_model(fuse_inattentive_tokens=fuse)
-    output = model(IDS, images(4), MASK)
-    output.last_hidden_state.sin().sum().backward(retain_graph=True)
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    scores = output.selection[0].scores
-    gradient = torch.autograd.grad(output.last_hidden_state.sin().sum(), scores, allow_unused=True)[0]
-    assert (gradient is not None and gradient.norm() > 1e-4) == fuse
-
-
-def test_outputs_of_every_layer():
-    output = make_model("eager")(IDS, images(4), MASK, output_attentions=True, output_hidden_states=True)
-    lengths = [5 + length for length in (17, 17, 10, 7, 7)]  # after the embeddings and after each layer
-    assert [states.shape[1] for states in output.hidden_states] == lengths
-    assert [tuple(weights.shape) for weights in output.attentions] == [(4, 2, n, n) for n in lengths[:-1]]
-    assert output.cross_attentions is None
-    assert output.vision_model_output.last_hidden_state.shape == (4, 7, 16)
-    for weights in output.attentions:  # nothing attends to padding
-        assert weights[..., :5].amax(dim=(1, 2))[MASK == 0].max() == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes and graphs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
 
 
 def test_presets_and_configurations_of_a_single_stream():

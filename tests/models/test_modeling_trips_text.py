@@ -4,7 +4,6 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, BertLMHeadModel, BertModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from modeling_trips import (
     TripsDecoder,
@@ -14,7 +13,7 @@ from modeling_trips import (
     TripsTextConfig,
     TripsTextModel,
 )
-from modeling_trips.modeling_trips_text import CACHE_NAME, TripsLMHead
+from modeling_trips.modeling_trips_text import TripsLMHead
 
 
 SIZES = {
@@ -51,10 +50,6 @@ def load_by_name(model, weights, prefix=""):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text encoder
-
-
 def test_text_encoder_is_the_first_layers_of_bert():
     reference = bert(3)
     model = load_by_name(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2)), reference.state_dict())
@@ -74,37 +69,6 @@ def test_the_mean_of_a_text_leaves_its_padding_out():
     torch.testing.assert_close(model(IDS[1:, :3]).pooler_output, expected[1:])  # the text alone, without a mask
 
 
-def test_text_encoder_takes_embeddings_in_place_of_ids():
-    model = randomize(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=1)))
-    embeds = model.get_input_embeddings()(IDS)
-    expected = model(IDS, MASK).last_hidden_state
-    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=MASK).last_hidden_state, expected)
-    for wrong in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
-        with pytest.raises(ValueError, match="inputs_embeds"):
-            model(**wrong)
-
-
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_padding_changes_no_text(attn_implementation):
-    config = TripsTextConfig(**SIZES, num_hidden_layers=2)
-    model = randomize(TripsTextModel._from_config(config, attn_implementation=attn_implementation))
-    padded = model(IDS, MASK).last_hidden_state
-    torch.testing.assert_close(padded[1:, :3], model(IDS[1:, :3]).last_hidden_state)
-    other_padding = IDS.masked_fill(MASK == 0, 17)
-    torch.testing.assert_close(model(other_padding, MASK).last_hidden_state[1, :3], padded[1, :3])
-
-
-def test_text_longer_than_the_positions_is_refused():
-    model = TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=1))
-    model(torch.ones(1, 12, dtype=torch.long))
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        model(torch.ones(1, 13, dtype=torch.long))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fusion encoder
-
-
 def test_fusion_encoder_is_the_upper_layers_of_bert_with_cross_attention():
     reference = bert(4, is_decoder=True, add_cross_attention=True)
     upper = reference.encoder.layer[2:]
@@ -120,35 +84,6 @@ def test_fusion_encoder_is_the_upper_layers_of_bert_with_cross_attention():
         expected = layer(expected, hidden, encoder_hidden_states=image_states)
     output = model(text_states, image_states, MASK)
     torch.testing.assert_close(output.last_hidden_state, expected)
-
-
-def test_fusion_encoder_looks_both_ways_and_at_images_of_another_width():
-    model = randomize(TripsFusionModel(TripsFusionConfig(**SIZES, num_hidden_layers=1, encoder_hidden_size=10)))
-    text_states, image_states = torch.randn(1, 4, 24), torch.randn(1, 6, 10)
-    expected = model(text_states, image_states).last_hidden_state
-    changed = text_states.clone()
-    changed[:, -1] += 1
-    assert (model(changed, image_states).last_hidden_state[0, 0] - expected[0, 0]).abs().max() > 1e-3
-    # Attention does not depend on the order of the image tokens, but on each of them.
-    torch.testing.assert_close(model(text_states, image_states.flip(1)).last_hidden_state, expected)
-    for token in range(6):
-        changed = image_states.clone()
-        changed[:, token] += 1
-        assert (model(text_states, changed).last_hidden_state - expected).abs().max() > 1e-3
-
-
-def test_fusion_encoder_records_both_attentions():
-    config = TripsFusionConfig(**SIZES, num_hidden_layers=2)
-    model = randomize(TripsFusionModel._from_config(config, attn_implementation="eager"))
-    output = model(torch.randn(2, 5, 24), torch.randn(2, 7, 24), output_attentions=True, output_hidden_states=True)
-    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 3, 5, 5)] * 2
-    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 7)] * 2
-    assert len(output.hidden_states) == 3
-    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Skip-connected fusion
 
 
 def skip_connected(attn_implementation="sdpa", num_hidden_layers=5, **fields):
@@ -199,49 +134,6 @@ def test_mplug_base_has_one_connected_layer():
 def test_wrong_fusion_is_refused(fields, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         TripsFusionConfig(**fields)
-    config = TripsFusionConfig()
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
-        for name, value in fields.items():
-            setattr(config, name, value)
-        TripsFusionModel(config)
-
-
-@pytest.mark.parametrize("width", [24, 10])
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_padding_and_batch_change_nothing_in_skip_connected_fusion(attn_implementation, width):
-    model = skip_connected(attn_implementation, encoder_hidden_size=width)
-    assert (model.image_projection is None) == (width == 24)
-    text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, width)
-    together = model(text_states, image_states, MASK).last_hidden_state
-    alone = model(text_states[1:, :3], image_states[1:]).last_hidden_state
-    torch.testing.assert_close(together[1:, :3], alone, rtol=1e-4, atol=1e-5)
-    other_padding = text_states.masked_fill(MASK.unsqueeze(-1) == 0, 3.0)
-    torch.testing.assert_close(model(other_padding, image_states, MASK).last_hidden_state[1, :3], together[1, :3])
-    flipped = model(text_states.flip(0), image_states.flip(0), MASK.flip(0)).last_hidden_state.flip(0)
-    torch.testing.assert_close(flipped[MASK == 1], together[MASK == 1], rtol=1e-4, atol=1e-5)
-
-
-def test_behind_a_connected_layer_image_tokens_have_seen_the_text_and_each_other():
-    model = skip_connected("eager")
-    text_states, image_states = torch.randn(1, 5, 24), torch.randn(1, 7, 24)
-    seen = []
-    for layer in model.encoder.layer:
-        layer.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    model(text_states, image_states)
-    model(text_states + 1, image_states)
-    first, second = seen[:5], seen[5:]
-    for number, (states, changed) in enumerate(zip(first, second), start=1):
-        assert torch.equal(states, image_states) == torch.equal(changed, image_states) == (number <= 3)
-        assert torch.equal(states, changed) == (number <= 3)
-
-
-def test_skip_connected_fusion_records_both_kinds_of_attention():
-    model = skip_connected("eager")
-    output = model(torch.randn(2, 5, 24), torch.randn(2, 7, 24), output_attentions=True, output_hidden_states=True)
-    assert [tuple(weights.shape[2:]) for weights in output.attentions] == [(5, 5)] * 2 + [(12, 12)] + [(5, 5)] * 2
-    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 7)] * 4
-    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 5, 24)] * 6
-    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
 
 
 def test_skip_connected_fusion_takes_the_weights_of_a_cross_attending_one(tmp_path):
@@ -254,10 +146,6 @@ def test_skip_connected_fusion_takes_the_weights_of_a_cross_attending_one(tmp_pa
     assert {name.rpartition("crossattention")[0] for name in report["unexpected_keys"]} == {"encoder.layer.2."}
     weights = saved.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoder
 
 
 @pytest.fixture
@@ -280,38 +168,3 @@ def test_decoder_is_berts(decoder_and_reference):
     logits = head(decoder(IDS, MASK, states, states_mask).last_hidden_state)
     expected = reference(IDS, MASK, encoder_hidden_states=states, encoder_attention_mask=states_mask).logits
     torch.testing.assert_close(logits[MASK == 1], expected[MASK == 1])
-
-
-def test_decoder_sees_no_later_token(decoder_and_reference):
-    decoder, _, _ = decoder_and_reference
-    states = torch.randn(2, 6, 24)
-    expected = decoder(IDS, encoder_hidden_states=states).last_hidden_state
-    changed = IDS.clone()
-    changed[:, 3] = 30
-    output = decoder(changed, encoder_hidden_states=states).last_hidden_state
-    torch.testing.assert_close(output[:, :3], expected[:, :3])
-    assert (output[:, 3:] - expected[:, 3:]).abs().amax(dim=(1, 2)).min() > 1e-3
-
-
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_decoder_with_a_cache_equals_without(decoder_and_reference, attn_implementation):
-    decoder, _, _ = decoder_and_reference
-    decoder.set_attn_implementation(attn_implementation)
-    states, states_mask = torch.randn(2, 6, 24), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    expected = decoder(IDS, None, states, states_mask).last_hidden_state
-    cache, pieces = EncoderDecoderCache(DynamicCache(), DynamicCache()), []
-    for start, end in ((0, 2), (2, 3), (3, 5)):
-        output = decoder(IDS[:, start:end], None, states, states_mask, cache=cache, use_cache=True)
-        pieces.append(output.last_hidden_state)
-        states = torch.full_like(states, torch.nan)  # keys and values of the states are read from the cache
-    assert output[CACHE_NAME].get_seq_length() == 5
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
-
-
-def test_decoder_records_both_attentions(decoder_and_reference):
-    decoder, _, _ = decoder_and_reference
-    decoder.set_attn_implementation("eager")
-    output = decoder(IDS, encoder_hidden_states=torch.randn(2, 6, 24), output_attentions=True)
-    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 3, 5, 6)] * 2
-    for weights in output.attentions:
-        assert torch.equal(weights, weights.tril())

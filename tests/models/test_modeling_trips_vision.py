@@ -1,6 +1,4 @@
-"""The vision tower against a naive loop implementation in values and gradients, and with shared and split images."""
-
-from itertools import pairwise
+"""The vision tower against a naive loop implementation in values and gradients, and cached image states."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ from naive_reference import NaiveVisionTower
 from tiny_vision import (
     CLIP_STYLE,
     assert_same_selection,
-    gradients,
     images,
     make_model,
     texts,
@@ -16,30 +13,23 @@ from tiny_vision import (
 )
 
 from modeling_trips import use_schedule
-from modeling_trips.modeling_trips_vision import select_rows
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The naive reference
 
 CASES = {
     "one_layer": {},
     "first_layer": {"selection_layers": [1]},
     "last_layer": {"selection_layers": [3], "keep_rate": 0.3},
-    "adjacent_layers": {"selection_layers": [2, 3], "keep_rate": 0.6},
     "every_layer": {"selection_layers": [1, 2, 3], "keep_rate": 0.7},
     "rate_per_layer": {"selection_layers": [1, 3], "keep_rate": [0.8, 0.25]},
     "rate_1_in_between": {"selection_layers": [1, 2, 3], "keep_rate": [0.7, 1.0, 0.5]},
     "nothing_dropped_below_1": {"selection_layers": [2, 3], "keep_rate": [0.9, 0.5]},  # ceil(0.9 * 6) = 6
     "no_selection": {"selection_layers": []},
     "image_guidance": {"selection_guidance": "image", "selection_layers": [1, 3]},
-    "image_then_text": {"selection_guidance": ["image", "text"], "selection_layers": [1, 3]},
     "text_then_image": {"selection_guidance": ["text", "image"], "selection_layers": [1, 2], "keep_rate": [0.7, 0.5]},
     "image_image_text": {"selection_guidance": ["image", "image", "text"], "selection_layers": [1, 2, 3]},
     "text_at_the_door": {"selection_guidance": ["image", "text"], "selection_layers": [2, 3], "keep_rate": [0.7, 0.3]},
     "no_fusing": {"fuse_inattentive_tokens": False, "selection_layers": [1, 3]},
     "normalised": {"normalize_fusion_weights": True, "selection_layers": [1, 3]},
-    "image_guidance_normalised": {"selection_guidance": "image", "normalize_fusion_weights": True},
     "clip_style": {**CLIP_STYLE, "selection_layers": [1, 2]},
     "no_qkv_bias": {"qkv_bias": False},
     "text_of_another_width": {"guidance_hidden_size": 5, "selection_layers": [1, 2]},
@@ -151,13 +141,6 @@ def test_without_a_text_the_image_guides_itself():
     assert_same_selection(output.selection, expected.selection)
 
 
-def test_the_text_chooses_the_patches():
-    model = make_model()
-    pixel_values = images(1).expand(20, -1, -1, -1)
-    kept = model(pixel_values, texts(20)).selection[0].kept_indices
-    assert len({tuple(row) for row in kept.tolist()}) > 5
-
-
 def test_sequence_lengths_of_the_paper():
     config = {"image_size": 56, "patch_size": 4, "selection_layers": [1, 2], "keep_rate": 0.7}  # 14 x 14 patches
     output = make_model(**config)(images(1, (56, 56)), texts(1), output_hidden_states=True)
@@ -167,183 +150,43 @@ def test_sequence_lengths_of_the_paper():
     assert [entry.scores.shape[1] for entry in output.selection] == [196, 139]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One image, many texts
-
-INDEX = torch.tensor([1, 0, 1, 1, 0])
-SHARING = {
-    "text": {"selection_layers": [2, 3]},
-    "text_first_layer": {"selection_layers": [1]},
-    "image": {"selection_layers": [2, 3], "selection_guidance": "image"},
-    "random": {"selection_layers": [2, 3], "selection_guidance": "random"},
-    "no_selection": {"selection_layers": []},
-    "other_width": {"selection_layers": [2], "guidance_hidden_size": 5},
-}
-
-
-@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
-@pytest.mark.parametrize("fields", SHARING.values(), ids=SHARING)
-def test_image_index_equals_repeated_images(fields, as_cache):
-    width = fields.get("guidance_hidden_size", 8)
-    results = []
-    for shared in (True, False):
-        model = make_model(**fields).double()
-        pixel_values = images(dtype=torch.float64).requires_grad_()
-        text_embeds = texts(5, width, dtype=torch.float64).requires_grad_()
-        arguments = {"text_embeds": text_embeds, "image_index": INDEX if shared else None}
-        given = pixel_values if shared else pixel_values[INDEX]
-        if shared and as_cache:
-            output = model(image_cache=model.encode_images(given), **arguments)
-        else:
-            output = model(given, **arguments)
-        fields_by_text = (output.last_hidden_state, output.pooler_output, output.selection)
-        fields_by_text = states, *_ = select_rows(fields_by_text, output.image_index)
-        (states * torch.arange(1.0, 6.0)[:, None, None]).sin().sum().backward()
-        results.append((fields_by_text, pixel_values.grad, text_embeds.grad, gradients(model)))
-    ((states, pooled, selection), *grads), ((expected, expected_pooled, expected_selection), *expected_grads) = results
-    assert len(states) == 5
-    torch.testing.assert_close(states, expected)
-    torch.testing.assert_close(pooled, expected_pooled)
-    assert_same_selection(selection, expected_selection)
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("guidance, rows", [("text", [2, 2, 5, 5]), ("image", [2, 2, 2, 2])])
-def test_captured_outputs_have_a_row_per_text_from_where_the_text_plays_a_part(guidance, rows):
-    model = make_model(selection_layers=[2], selection_guidance=guidance)
-    output = model(images(2), texts(5), image_index=INDEX, output_hidden_states=True)
-    assert [len(states) for states in output.hidden_states] == rows
-
-
-def test_the_image_cache_is_computed_per_image_and_without_the_text():
-    model = make_model(selection_layers=[2, 3])
-    image_cache = model.encode_images(images(2))
-    assert image_cache.hidden_states.shape == (2, 7, 8)
-    assert image_cache.class_query.shape == (2, 2, 4)
-    assert image_cache.key.shape == (2, 2, 7, 4)
-    calls = []
-    handle = model.layers[0].register_forward_hook(lambda *args: calls.append(1))
-    model(image_cache=image_cache, text_embeds=texts(5), image_index=INDEX)
-    handle.remove()
-    assert calls == []  # the layers before the first selection do not run again
-
-
-@pytest.mark.parametrize("before, after", [([2], []), ([], [2]), ([2], [3]), ([1, 3], [3])])
-def test_an_image_cache_of_another_schedule_is_refused(before, after):
-    model = make_model(selection_layers=before)
-    image_cache = model.encode_images(images(2))
-    other = make_model(selection_layers=after).schedule
-    with pytest.raises(ValueError) as raised, use_schedule(model, other):
-        model(image_cache=image_cache, text_embeds=texts(2))
-    assert str(image_cache.schedule) in str(raised.value) and str(other) in str(raised.value)
+BY_IMAGE_THEN_TEXT = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
+SOME_MASS = {"selection_mode": "mass", "selection_mass": [0.5, 0.5]}
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("before", "after"),
     [
-        {"keep_rate": [0.4, 0.5]},
-        {"selection_layers": [2, 3]},
-        {"selection_layers": [1, 2, 3], "selection_guidance": ["image", "image", "text"], "keep_rate": 0.5},
-        {"selection_layers": [3], "selection_guidance": ["text"], "keep_rate": [0.5]},
-        {"selection_guidance": ["random", "text"]},
-        {"selection_mode": "mass"},
-        {"fuse_inattentive_tokens": False},
-        {"normalize_fusion_weights": True},
+        ({}, {"keep_rate": [0.4, 0.5]}),
+        ({}, {"selection_layers": [2, 3]}),
+        ({"selection_layers": [2], "selection_guidance": ["text"], "keep_rate": [0.5]}, {}),
+        ({"selection_layers": [], "selection_guidance": "text", "keep_rate": 0.5}, {}),
+        ({}, {"selection_guidance": ["random", "text"]}),
+        ({}, SOME_MASS),
+        (SOME_MASS, {**SOME_MASS, "selection_mass": [0.6, 0.5]}),
+        (SOME_MASS, {**SOME_MASS, "min_keep_rate": [0.4, 0.0]}),
+        ({}, {"fuse_inattentive_tokens": False}),
+        ({}, {"normalize_fusion_weights": True}),
     ],
     ids=str,
 )
-def test_an_image_cache_of_other_settings_before_the_text_is_refused(changes):
-    fields = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
-    model, changed = make_model(**fields), make_model(**{**fields, **changes})
+def test_an_image_cache_of_other_settings_before_the_text_is_refused(before, after):
+    model, changed = (make_model(**{**BY_IMAGE_THEN_TEXT, **fields}) for fields in (before, after))
+    for source, target in ((model, changed), (changed, model)):
+        image_cache = source.encode_images(images(2))
+        with pytest.raises(ValueError) as raised, use_schedule(source, target.schedule):
+            source(image_cache=image_cache, text_embeds=texts(2))
+        assert str(image_cache.schedule) in str(raised.value) and str(target.schedule) in str(raised.value)
+
+
+def test_an_image_cache_of_other_settings_behind_the_text_is_used():
+    model = make_model(**BY_IMAGE_THEN_TEXT)
     image_cache = model.encode_images(images(2))
-    with pytest.raises(ValueError) as raised, use_schedule(model, changed.schedule):
-        model(image_cache=image_cache, text_embeds=texts(2))
-    assert str(image_cache.schedule) in str(raised.value) and str(changed.schedule) in str(raised.value)
-    changed_behind_the_cache = make_model(**{**fields, "keep_rate": [0.5, 0.4]}).schedule
-    with use_schedule(model, changed_behind_the_cache):
+    with use_schedule(model, make_model(**{**BY_IMAGE_THEN_TEXT, "keep_rate": [0.5, 0.4]}).schedule):
         expected = model(images(2), texts(2)).last_hidden_state
         torch.testing.assert_close(model(image_cache=image_cache, text_embeds=texts(2)).last_hidden_state, expected)
-
-
-def test_an_image_cache_of_mass_by_another_mass_is_refused():
-    fields = {"selection_mode": "mass", "selection_layers": [1, 3], "selection_guidance": ["image", "text"]}
-    model = make_model(**fields, selection_mass=[0.5, 0.5])
-    image_cache = model.encode_images(images(2))
-    for changes in ({"selection_mass": [0.6, 0.5]}, {"min_keep_rate": [0.4, 0.0], "selection_mass": [0.5, 0.5]}):
-        other = make_model(**{**fields, **changes}).schedule
-        with pytest.raises(ValueError, match="image_cache"), use_schedule(model, other):
-            model(image_cache=image_cache, text_embeds=texts(2))
-
-
-def test_an_unpruned_image_cache_is_refused_where_the_image_prunes():
-    model = make_model(selection_layers=[])
-    image_cache = model.encode_images(images(2))
-    other = make_model(selection_layers=[2], selection_guidance="image").schedule
-    with pytest.raises(ValueError, match="image_cache"), use_schedule(model, other):
-        model(image_cache=image_cache)
-
-
-def test_rows_do_not_depend_on_the_batch():
-    model = make_model(selection_layers=[1, 3])
-    pixel_values, text_embeds = images(6), texts(6)
-    together = model(pixel_values, text_embeds)
-    for row in range(6):
-        alone = model(pixel_values[row : row + 1], text_embeds[row : row + 1])
-        torch.testing.assert_close(alone.last_hidden_state[0], together.last_hidden_state[row])
-        for entry, entry_alone in zip(together.selection, alone.selection):
-            assert torch.equal(entry.kept_indices[row], entry_alone.kept_indices[0])
-
-
-def test_candidates_of_a_later_layer_are_what_the_earlier_kept():
-    output = make_model(selection_layers=[1, 2, 3], keep_rate=0.7)(images(), texts())
-    for earlier, later in pairwise(output.selection):
-        fused = torch.full((2, 1), -1)
-        assert torch.equal(later.candidate_indices, torch.cat((earlier.kept_indices, fused), dim=1))
-    for entry in output.selection:
-        torch.testing.assert_close(entry.scores.sum(-1), torch.ones(2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text is trained through the selection alone
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-def test_the_text_gets_its_gradient_through_the_fused_token_alone(fuse):
-    text_embeds = texts().requires_grad_()
-    output = make_model(fuse_inattentive_tokens=fuse)(images(), text_embeds)
-    output.last_hidden_state.square().sum().backward()
-    gradient = text_embeds.grad if text_embeds.grad is not None else torch.zeros(2, 8)
-    assert (gradient.abs().sum(-1) > 0).tolist() == [fuse, fuse]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad inputs
-
-
-def test_number_of_texts_and_images_must_agree():
-    model = make_model()
-    with pytest.raises(ValueError, match="image_index"):
-        model(images(2), texts(3))
-    with pytest.raises(ValueError, match="image_index"):
-        model(images(2), texts(4), image_index=torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match="image_index"):
-        make_model(selection_layers=[])(images(2), texts(3))
-
-
-@pytest.mark.parametrize("size", [(12, 9), (13, 8), (3, 8)])
-def test_image_size_must_be_a_multiple_of_the_patch_size(size):
-    with pytest.raises(ValueError, match="pixel_values"):
-        make_model()(images(2, size), texts())
 
 
 def test_number_of_channels_must_be_the_configured_one():
     with pytest.raises(ValueError, match="pixel_values"):
         make_model()(images()[:, :1], texts())
-
-
-def test_exactly_one_of_pixels_and_image_cache():
-    model = make_model()
-    with pytest.raises(ValueError, match="image_cache"):
-        model(images(), texts(), image_cache=model.encode_images(images()))
-    with pytest.raises(ValueError, match="image_cache"):
-        model(text_embeds=texts())

@@ -93,15 +93,6 @@ def test_past_batches_are_candidates_and_equal_ids_are_partners():
     torch.testing.assert_close(actual, sum(losses) / 2, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_pushed_waits_in_the_queues():
-    teacher, batch = MomentumTeacher(make_model(), queue_size=8), make_batch()
-    output = teacher.teach(batch, 0.4)["teacher"]
-    assert (teacher.images.ids == -1).all() and teacher.images.position == 0
-    teacher.push(output)
-    assert teacher.images.ids.tolist() == [4, 9, 6, -1, -1, -1, -1, -1]
-    assert teacher.texts.ids.tolist() == [4, 4, 9, 6, 9, -1, -1, -1]
-
-
 def test_no_gradient_reaches_the_teacher():
     model = make_model().train()
     teacher = MomentumTeacher(model, queue_size=8)

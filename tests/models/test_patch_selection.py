@@ -2,12 +2,10 @@
 
 import math
 
-import pytest
 import torch
 
 from modeling_trips.patch_selection import (
     fuse_tokens,
-    gather_tokens,
     keep_topk,
     num_kept_tokens,
     random_scores,
@@ -43,16 +41,6 @@ def test_example_by_hand_without_fusing():
     assert tokens.tolist() == [[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0]]]
 
 
-def test_rows_of_a_batch_do_not_mix():
-    tokens = torch.cat((TOKENS, TOKENS.flip(1)))
-    scores = torch.cat((SCORES, SCORES.flip(1)))
-    selected, kept = select_tokens(tokens, scores, keep_rate=0.6)
-    for row in range(2):
-        alone, kept_alone = select_tokens(tokens[row : row + 1], scores[row : row + 1], keep_rate=0.6)
-        assert kept[row].tolist() == kept_alone[0].tolist()
-        torch.testing.assert_close(selected[row], alone[0])
-
-
 def test_score_tokens_by_hand():
     # Two heads of width 1, scaling 1. Head 1: logits (ln 1, ln 3) -> (1/4, 3/4). Head 2: (ln 1, ln 1) -> (1/2, 1/2).
     query = torch.tensor([[[1.0], [2.0]]])
@@ -60,26 +48,6 @@ def test_score_tokens_by_hand():
     torch.testing.assert_close(score_tokens(query, key, scaling=1.0), torch.tensor([[0.375, 0.625]]))
     # Scaling 2: head 1 has logits (0, 2 ln 3) -> (1/10, 9/10).
     torch.testing.assert_close(score_tokens(query, key, scaling=2.0), torch.tensor([[0.3, 0.7]]))
-
-
-@pytest.mark.parametrize(
-    "num_candidates, keep_rate, expected",
-    [
-        (30, 0.1, 3),  # 0.1 * 30 > 3 in floating point
-        (10, 0.3, 3),
-        (100, 0.07, 7),  # 0.07 * 100 > 7 in floating point
-        (100, 0.29, 29),  # 0.29 * 100 < 29 in floating point
-        (196, 0.7, 138),  # the paper's: 137.2, then
-        (139, 0.7, 98),  # 97.3
-        (196, 1.0, 196),
-        (10, 0.31, 4),
-        (10, 0.01, 1),
-        (1, 0.001, 1),
-        (5, 1e-9, 1),
-    ],
-)
-def test_number_of_kept_tokens(num_candidates, keep_rate, expected):
-    assert num_kept_tokens(num_candidates, keep_rate) == expected
 
 
 def test_number_of_kept_tokens_is_the_exact_ceiling():
@@ -97,26 +65,6 @@ def test_equal_scores_go_to_the_lower_index():
     assert keep_topk(many, 4).tolist() == [[0, 1, 2, 500]]
 
 
-def test_kept_positions_are_the_largest_in_ascending_order():
-    scores = torch.rand(7, 40)
-    kept = keep_topk(scores, 11)
-    for row in range(7):
-        largest = sorted(range(40), key=lambda i: -scores[row, i].item())[:11]
-        assert kept[row].tolist() == sorted(largest)
-
-
-def test_gather_tokens():
-    gathered = gather_tokens(TOKENS, torch.tensor([[4, 0]]))
-    assert gathered.tolist() == [[[4.0, 40.0], [9.0, 9.0]]]
-
-
-@pytest.mark.parametrize("keep_rate", [1.0, 0.9])  # ceil(0.9 * 5) = 5: nothing to drop either
-def test_nothing_dropped_leaves_the_tokens_as_they_are(keep_rate):
-    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate)
-    assert kept.tolist() == [[0, 1, 2, 3, 4]]
-    assert torch.equal(tokens, TOKENS)
-
-
 def test_scores_get_their_gradient_from_the_fused_token_only():
     tokens, scores = TOKENS.clone().requires_grad_(), SCORES.clone().requires_grad_()
     selected, _ = select_tokens(tokens, scores, keep_rate=0.6)
@@ -127,24 +75,10 @@ def test_scores_get_their_gradient_from_the_fused_token_only():
     torch.testing.assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
 
 
-def test_scores_get_no_gradient_without_fusing():
-    scores = SCORES.clone().requires_grad_()
-    selected, _ = select_tokens(TOKENS.clone().requires_grad_(), scores, keep_rate=0.6, fuse=False)
-    selected.sum().backward()
-    assert scores.grad is None
-
-
 def test_normalised_fusion_of_vanishing_scores_is_finite():
     scores = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     fused = fuse_tokens(TOKENS[:, 1:], scores, torch.tensor([[1, 3]]), normalize=True)
     assert fused.tolist() == [[[0.0, 0.0]]]
-
-
-def test_normalised_weights_sum_to_one():
-    ones = torch.ones(3, 12, 2)
-    scores = torch.rand(3, 12).softmax(-1)
-    fused = fuse_tokens(ones, scores, keep_topk(scores, 5), normalize=True)
-    torch.testing.assert_close(fused, torch.ones(3, 1, 2))
 
 
 def test_fused_token_has_the_dtype_of_the_tokens():
@@ -189,8 +123,3 @@ def test_scores_of_half_precision_do_not_overflow_or_tie():
     with torch.autocast("cpu", torch.bfloat16):
         low, high = score_tokens(query, key, scaling=1.0)[0]
     assert high > low
-
-
-def test_random_scores_depend_on_the_seed():
-    first, second = (random_scores(1, 50, False, torch.device("cpu"), seed) for seed in (0, 1))
-    assert not torch.equal(keep_topk(first, 25), keep_topk(second, 25))

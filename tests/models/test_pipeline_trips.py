@@ -91,21 +91,6 @@ def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
     assert oracle(IMAGES[0], QUESTIONS[0]) == oracle(IMAGES[0], QUESTIONS[0], top_k=5)
 
 
-@torch.no_grad()
-def test_all_first_words_have_the_probabilities_that_the_model_gives_them(oracle):
-    """There are as many beams as tokens, including padding. Empty texts are no answers."""
-    inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[0], return_tensors="pt")
-    width, start = oracle.model.config.decoder_config.vocab_size, oracle.model.config.decoder_start_token_id
-    logits = oracle.model(**inputs, decoder_input_ids=torch.tensor([[start]])).logits[0, 0]
-    words = oracle.processor.post_process_answers([[token] for token in range(width)])
-    expected = {word: score for word, score in zip(words, logits.softmax(-1).tolist()) if word}
-    assert len(expected) == width - len(oracle.processor.tokenizer.all_special_ids)
-    answers = oracle(IMAGES[0], QUESTIONS[0], top_k=width, max_new_tokens=1)
-    assert {answer["answer"]: answer["score"] for answer in answers} == pytest.approx(expected, rel=1e-3)
-    scores = [answer["score"] for answer in answers]
-    assert len(answers) == len(expected) and scores == sorted(scores, reverse=True)
-
-
 def test_beams_become_answers_by_hand():
     labels = torch.tensor([[0, 5, 2, 0], [2, 0, 0, 0], [5, 0, 3, 2]])
     assert without_rest(labels, 2).tolist() == [[0, 5, 2, -100], [2, -100, -100, -100], [5, 0, 3, 2]]
@@ -319,40 +304,30 @@ def test_half_precision_models_get_images_of_their_type(checkpoints):
     assert len(oracle(IMAGES[0], QUESTIONS, top_k=2)) == 3
 
 
-def bad_file(folder, kind: str) -> str:
-    path = folder / f"{kind}.png"
-    if kind != "missing":
-        make_image(0).resize((400, 400)).save(path)
-        content = path.read_bytes()
-        path.write_bytes({"truncated": content[: len(content) // 2], "corrupt": b"no picture", "empty": b""}[kind])
-    return str(path)
-
-
-@pytest.mark.parametrize("kind", ["missing", "truncated", "corrupt", "empty"])
+@pytest.mark.parametrize("content", [None, b"no picture"], ids=["missing", "corrupt"])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, kind, batch_size):
-    path = bad_file(tmp_path, kind)
-    with pytest.raises(ValueError, match=f"{kind}.png"):
-        oracle([{"image": IMAGES[0], "question": "red?"}, {"image": path, "question": "red?"}], batch_size=batch_size)
-    with pytest.raises(ValueError, match=f"{kind}.png"):
-        captioner([IMAGES[0], path], batch_size=batch_size)
+def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, content, batch_size):
+    path = tmp_path / "unreadable.png"
+    if content is not None:
+        path.write_bytes(content)
+    items = [{"image": image, "question": "red?"} for image in (IMAGES[0], str(path))]
+    with pytest.raises(ValueError, match="unreadable.png"):
+        oracle(items, batch_size=batch_size)
+    with pytest.raises(ValueError, match="unreadable.png"):
+        captioner([IMAGES[0], str(path)], batch_size=batch_size)
 
 
 @pytest.mark.parametrize(
     ("call", "item"),
     [
-        (lambda oracle: oracle(IMAGES[0], ""), "question"),
         (lambda oracle: oracle(IMAGES[0], ["is it red?", "  "]), "'  '"),
         (lambda oracle: oracle({"image": IMAGES[0], "question": None}), "question"),
-        (lambda oracle: oracle(IMAGES[0], []), "question"),
         (lambda oracle: oracle(IMAGES[0]), "question"),
-        (lambda oracle: oracle({"image": IMAGES[0]}), "question"),
         (lambda oracle: oracle(IMAGES[0], "red " * 100), r"text\[0\]"),
         (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "top_k"),
         (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"answers\[1\]"),
         (lambda oracle: oracle(IMAGES[0], "red?", max_tokens=3), "max_tokens"),
         (lambda oracle: oracle(IMAGES[0], "red?", answers="red"), "answers"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=[]), "answers"),
         (lambda oracle: oracle(IMAGES[0], "red?", answers=["red"], num_beams=2), "num_beams"),
     ],
 )
@@ -369,12 +344,6 @@ def test_a_prompt_is_one_text(captioner, prompt):
 
 def test_no_images_have_no_results(oracle, captioner):
     assert oracle([], "red?") == oracle([], QUESTIONS) == oracle([]) == captioner([]) == []
-
-
-def test_the_stock_pipeline_says_that_an_image_is_missing(oracle):
-    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
-    with pytest.raises(ValueError, match="image_cache"):
-        stock(text="red?")
 
 
 def test_long_texts_are_cut_on_request(oracle, captioner):

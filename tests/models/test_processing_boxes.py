@@ -21,13 +21,6 @@ def test_boxes_of_a_squashed_image():
     assert second.tolist() == [[48, 24, 64, 32], [48, 0, 64, 8], [0, 8, 16, 16]]
 
 
-def test_boxes_of_a_resize_that_is_not_square():
-    # 32 x 64 (height x width) is a grid of 2 rows, 4 columns; 100 x 80 (height x width) has patches of 50 x 20
-    processor = make_processor(BlipImageProcessor(size={"height": 32, "width": 64}))
-    (boxes,) = processor.patch_boxes(torch.tensor([[1, 6]]), torch.tensor([[100, 80]]))
-    assert boxes.tolist() == [[20, 0, 40, 50], [40, 50, 60, 100]]
-
-
 def test_boxes_without_a_resize():
     processor = make_processor(BlipImageProcessor(do_resize=False))
     # 70 x 33 (height x width): a grid of 4 rows, 2 columns; the remainder is no patch
@@ -42,14 +35,6 @@ def test_boxes_of_a_center_crop():
     clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     (boxes,) = make_processor(clip).patch_boxes([[0, 1, 2]], [(60, 120)])
     assert boxes.tolist() == [[30, 0, 60, 30], [60, 0, 90, 30], [30, 30, 60, 60]]
-
-
-def test_boxes_of_a_crop_larger_than_the_image_are_clipped():
-    clip = CLIPImageProcessor(do_resize=False, crop_size={"height": 64, "width": 64})
-    # 40 x 20 (height x width) in the middle of 64 x 64: it starts at y = 12, x = 22
-    (boxes,) = make_processor(clip).patch_boxes([[0, 1, 5, 2]], [(40, 20)])
-    assert boxes[1:].tolist() == [[0, 0, 10, 4], [0, 4, 10, 20], [10, 0, 20, 4]]
-    assert boxes[0, 0] == boxes[0, 2]  # in the padding only: empty
 
 
 @pytest.mark.parametrize("size", [(60, 120), (90, 50), (33, 47), (40, 20)], ids=str)

@@ -42,7 +42,7 @@ def test_empty_text_is_a_prompt(processor, image):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"return_tensors": "pt"}, {"padding": False}, {"return_attention_mask": False}]
+    "kwargs", [{}, {"return_tensors": "pt"}, {"padding": False}, {"return_attention_mask": False}, {"max_length": 20}]
 )
 def test_long_text_is_never_cut_silently(processor, kwargs):
     fits, too_long = "cat " * 10, "cat " * 11  # and [CLS], [SEP]; model_max_length is 12
@@ -61,11 +61,6 @@ def test_max_length_alone_does_not_cut(processor, padding):
         processor(text="what is this ?", text_kwargs={"max_length": 5, "padding": padding})
 
 
-def test_max_length_does_not_raise_the_models_limit(processor):
-    with pytest.raises(ValueError, match=r"text\[0\]"):
-        processor(text="cat " * 11, max_length=20)
-
-
 def test_truncation_on_request(processor):
     inputs = processor(text=["red ?", "what is this ?"], max_length=5, truncation=True)
     assert inputs["input_ids"] == [[CLS, 7, 9, SEP, PAD], [CLS, 5, 6, 8, SEP]]
@@ -77,17 +72,11 @@ def test_padding_does_not_count_as_text(processor):
     assert inputs.input_ids.shape == (2, 20)
 
 
-@pytest.mark.parametrize("text", [("red", "cat"), ["red", 5], [["red"], ["cat"]], b"what", 5, {"red": "cat"}])
+@pytest.mark.parametrize("text", [["red", 5], [["red"], ["cat"]], 5])
 def test_texts_must_be_strings(processor, image, text):
     with pytest.raises(ValueError, match="text") as error:
         processor(images=[image, image], text=text)
     assert repr(text) in str(error.value)
-
-
-def test_no_texts_at_all(processor, image):
-    for images in ({}, {"images": image}):
-        with pytest.raises(ValueError, match="text"):
-            processor(text=[], **images)
 
 
 def test_tokenizer_and_image_kwargs_reach_their_processors(processor, image):
@@ -113,21 +102,12 @@ def test_as_many_images_as_texts(processor, image):
 
 
 @pytest.mark.parametrize("as_given", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
-def test_image_index_lets_texts_share_images(processor, image, as_given):
-    inputs = processor(images=[image] * 2, text=["a"] * 3, image_index=as_given([1, 0, 1]), return_tensors="pt")
+@pytest.mark.parametrize("image_index", [[1, 0, 1], [[0, 1], [1, 1], [1, 0]]], ids=["one image", "two images"])
+def test_image_index_lets_texts_share_images(processor, image, image_index, as_given):
+    inputs = processor(images=[image] * 2, text=["a"] * 3, image_index=as_given(image_index), return_tensors="pt")
     assert inputs.pixel_values.shape[0] == 2 and inputs.input_ids.shape[0] == 3
     assert inputs.image_index.dtype == torch.int64
-    assert inputs.image_index.tolist() == [1, 0, 1]
-
-
-@pytest.mark.parametrize("as_given", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
-def test_a_text_may_be_about_several_images(processor, image, as_given):
-    inputs = processor(
-        images=[image] * 3, text=["a", "red"], image_index=as_given([[0, 1], [2, 0]]), return_tensors="pt"
-    )
-    assert inputs.pixel_values.shape[0] == 3
-    assert inputs.image_index.dtype == torch.int64
-    assert inputs.image_index.tolist() == [[0, 1], [2, 0]]
+    assert inputs.image_index.tolist() == image_index
 
 
 @pytest.mark.parametrize(
@@ -144,9 +124,7 @@ def test_image_index_is_validated(processor, image, image_index, message):
         processor(images=[image] * 2, text=["a"] * 3, image_index=image_index)
 
 
-@pytest.mark.parametrize(
-    "image_index", [0, "01", ["0", "1"], [0, None], [0, 1.0], [[0], ["1"]], np.array(0), torch.tensor([0.0, 1.0])]
-)
+@pytest.mark.parametrize("image_index", [0, ["0", "1"], [0, None], [[0], ["1"]], torch.tensor([0.0, 1.0])], ids=str)
 def test_image_index_must_be_integers(processor, image, image_index):
     with pytest.raises(ValueError, match="image_index"):
         processor(images=[image] * 2, text=["a"] * 2, image_index=image_index)
@@ -183,7 +161,6 @@ def test_answers_become_labels_by_hand(processor):
         (["red", " "], r"`answers\[1\]` \(' '\) has no tokens"),
         (["red", "cat " * 12], r"`answers\[1\]` has 13 tokens .* only 12 are allowed\. Shorten it\.$"),
         ("red", r"`answers` must be a list of at least one text, got 'red'"),  # not its letters
-        ("", r"`answers` must be a list of at least one text, got ''"),
         ([], r"`answers` must be a list of at least one text, got \[\]"),
         (["red", 5], r"`answers` must be a list of at least one text, got \['red', 5\]"),
     ],
@@ -240,10 +217,3 @@ def test_a_loaded_processor_gives_the_same(image, tmp_path):
     assert torch.equal(processor.patch_boxes([[4]], [(20, 30)])[0], loaded.patch_boxes([[4]], [(20, 30)])[0])
     with pytest.raises(ValueError, match="13 tokens"):
         loaded(text="cat " * 11)
-
-
-def test_saving_leaves_the_processor_as_it_was(processor, tmp_path):
-    before = processor.to_dict().keys()
-    processor.save_pretrained(tmp_path)
-    assert processor.to_dict().keys() == before
-    assert '"AutoProcessor": "processing_trips.TripsProcessor"' in (tmp_path / "processor_config.json").read_text()

@@ -7,8 +7,6 @@ from tiny_models import (
     CASES,
     each_generator,
     each_model,
-    enable_checkpointing,
-    gradients_of,
     kept_by,
     loss_of,
     main_output,
@@ -23,10 +21,6 @@ def assert_same_outputs(model, expected, case, **tolerance):
     outputs, expected = model(**case.make_inputs()), expected(**case.make_inputs())
     torch.testing.assert_close(main_output(outputs), main_output(expected), **tolerance)
     assert kept_by(outputs) == kept_by(expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# int8
 
 
 def load_int8(case, folder):
@@ -71,9 +65,6 @@ def test_an_int8_model_generates(case, tmp_path):
     assert torch.equal(sequences, model.generate(**inputs, **options, use_cache=False))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-
 VISION = ["q_proj", "v_proj"]
 TEXT = ["query", "value"]
 EVERYTHING = "all-linear"
@@ -109,17 +100,6 @@ def train(model: torch.nn.Module, case, num_steps: int = 20) -> list[float]:
 
 
 @each_model
-def test_target_modules_name_the_vision_tower_or_the_text_layers(case):
-    for targets, in_vision in ((VISION, True), (TEXT, False), (r".*vision_model.*\.(q_proj|v_proj)", True)):
-        adapted = make_adapted(case, targets)
-        names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
-        assert names and all("lora_" in name and ("vision_model" in name) == in_vision for name in names)
-        attentions = [name for name, _ in adapted.named_modules() if name.endswith(("q_proj", "query"))]
-        attentions = [name for name in attentions if ("vision_model" in name) == in_vision]
-        assert len(names) == len(attentions) * 2 * 2  # two layers in each attention, two matrices in each adapter
-
-
-@each_model
 @each_target
 def test_only_the_adapters_are_trained(case, targets):
     adapted = make_adapted(case, targets)
@@ -151,36 +131,3 @@ def test_saved_loaded_and_merged_adapters_give_the_same(case, targets, tmp_path)
     again, report = case.model_class.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(report.values())
     assert_same_outputs(again, merged, case, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_the_statistics_of_the_convolutional_stem_are_saved_with_the_adapter_on_request(tmp_path):
-    case = CASES[0]
-    adapted = make_adapted(case, VISION, modules_to_save=["stem"])
-    (mean,) = (value for name, value in adapted.named_buffers() if name.endswith("default.norms.0.running_mean"))
-    before = mean.clone()
-    with torch.enable_grad():
-        train(adapted, case, num_steps=5)
-    assert not torch.equal(mean, before)
-    adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(case.make_model(), tmp_path).eval()
-    assert_same_outputs(loaded, adapted, case, rtol=0, atol=0)
-
-
-@each_model
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_adapters_are_trained_with_gradient_checkpointing(case, use_reentrant):
-    gradients = []
-    for checkpointing in (True, False):
-        model = case.make_model(patch_embedding_type="linear").train()
-        if checkpointing:
-            enable_checkpointing(model, use_reentrant=use_reentrant)
-            model.enable_input_require_grads()  # reentrant checkpointing wants inputs with a gradient
-        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=EVERYTHING))
-        torch.manual_seed(0)
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.1)
-        loss_of(adapted(**case.make_inputs(training=True))).backward()
-        gradients.append(gradients_of(adapted))
-    torch.testing.assert_close(*gradients)

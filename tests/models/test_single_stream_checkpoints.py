@@ -1,15 +1,11 @@
 """Single-stream checkpoints: ViLT's weights, saving and loading."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from schedules import schedule_of
-from tiny_single_stream import HEADS, IDS, INDEX, MASK, images, kept, make_config, make_model, randomize
+from tiny_single_stream import HEADS, IDS, MASK, images, kept, make_config, make_model, randomize
 from transformers import (
     AutoModel,
     ViltConfig,
@@ -22,7 +18,6 @@ import modeling_trips
 from modeling_trips import (
     UNPRUNED,
     TripsForImagesAndTextClassification,
-    TripsForQuestionAnswering,
     TripsForVisualGrounding,
     TripsModel,
     TripsSingleStreamModel,
@@ -32,10 +27,6 @@ from modeling_trips import (
 from modeling_trips.conversion.rules import load_converted
 from modeling_trips.conversion.vilt import vilt_plan
 from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# It is ViLT
 
 
 def make_vilt(model_class=ViltModel, **fields):
@@ -125,10 +116,6 @@ def test_vilt_of_nlvr2_loses_the_embedding_of_its_second_image():
     assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads, saving and loading
-
-
 def head_inputs(model_class):
     inputs = {"input_ids": IDS, "attention_mask": MASK, "pixel_values": images(4)}
     if model_class is TripsForImagesAndTextClassification:
@@ -161,52 +148,6 @@ def test_heads_are_trained_saved_and_loaded_by_auto_classes(model_class, tmp_pat
     assert load_file(tmp_path / "part" / "model.safetensors").keys() == part.state_dict().keys()
 
 
-LOAD_AS_A_STRANGER = """
-import sys
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel
-
-whole, part = (AutoModel.from_pretrained(folder, trust_remote_code=True).eval() for folder in sys.argv[1:3])
-assert "modeling_trips" not in sys.modules
-results = {f"part.{name}": value for name, value in part.state_dict().items()}
-results["states"] = whole(**load_file(sys.argv[3])).last_hidden_state.detach().contiguous()
-save_file(results, sys.argv[4])
-"""
-
-
-def test_a_checkpoint_holds_its_code(tmp_path):
-    model, inputs = make_model(), {"input_ids": IDS, "pixel_values": images(4), "attention_mask": MASK}
-    paths = [str(tmp_path / name) for name in ("whole", "part", "inputs.safetensors", "results.safetensors")]
-    model.save_pretrained(paths[0])
-    model.vision_model.save_pretrained(paths[1])
-    save_file(inputs, paths[2])
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOAD_AS_A_STRANGER, *paths]  # another process, without the classes
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    results = load_file(paths[3])
-    assert torch.equal(results.pop("states"), model(**inputs).last_hidden_state)
-    expected = {f"part.{name}": value for name, value in model.vision_model.state_dict().items()}
-    assert results.keys() == expected.keys()
-    assert all(torch.equal(results[name], value) for name, value in expected.items())
-
-
-def test_statements_about_two_images_are_those_about_each():
-    model = make_model(model_class=TripsForImagesAndTextClassification)
-    output = model(IDS, images(8), MASK)
-    for image in range(2):
-        alone = model.model(IDS, images(8)[image::2], MASK)
-        assert [rows[image::2] for rows in kept(output)] == kept(alone)
-
-
-def test_answers_are_written_from_the_fused_states():
-    model = make_model(model_class=TripsForQuestionAnswering)
-    answers = model.generate(IDS, pixel_values=images(2), attention_mask=MASK, image_index=INDEX, max_new_tokens=4)
-    outputs = model.model(IDS, images(2), MASK, image_index=INDEX)
-    given = model.generate(attention_mask=MASK, encoder_outputs=outputs, max_new_tokens=4)
-    assert torch.equal(answers, given)
-
-
 def test_a_vision_tower_gives_a_single_stream_all_but_the_embeddings_of_modalities(tmp_path):
     tower = randomize(TripsVisionModel(make_config().vision_config))
     tower.save_pretrained(tmp_path)
@@ -214,11 +155,3 @@ def test_a_vision_tower_gives_a_single_stream_all_but_the_embeddings_of_modaliti
     assert report["missing_keys"] == {"modality_embeddings.weight"} and not report["unexpected_keys"]
     weights = stream.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in tower.state_dict().items())
-
-
-def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    unpruned, report = TripsModel.from_pretrained(tmp_path, keep_rate=1.0, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert unpruned(IDS, images(4), MASK).vision_model_output.last_hidden_state.shape[1] == 17

@@ -68,17 +68,12 @@ class TripsSuite(ModelTesterMixin):
     def model_class(self):
         return self.all_model_classes[0]
 
-    def forward_with(self, output, by_config):
+    def forward_with(self, output):
         """Return the outputs of a forward pass with `output_attentions` or `output_hidden_states`."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        if by_config:
-            setattr(config, output, True)
-            self._set_subconfig_attributes(config, output, True)
-        else:
-            inputs[output] = True
         model = self.model_class._from_config(config, attn_implementation="eager").eval()
         with torch.no_grad():
-            return model(**inputs)
+            return model(**inputs, **{output: True})
 
     def assert_shapes(self, tensors, shapes):
         """Check shapes, without the batch dimension."""
@@ -115,16 +110,14 @@ class VisionSuite(TripsSuite):
 
     def test_attention_outputs(self):
         super().test_attention_outputs()  # of the first layer; those of the next layer are shorter
-        for by_config in (False, True):
-            outputs = self.forward_with("output_attentions", by_config)
-            self.assert_shapes(outputs.attentions, [(2, length, length) for length in self.lengths])
+        outputs = self.forward_with("output_attentions")
+        self.assert_shapes(outputs.attentions, [(2, length, length) for length in self.lengths])
 
     def test_hidden_states_output(self):
         super().test_hidden_states_output()
-        for by_config in (False, True):
-            outputs = self.forward_with("output_hidden_states", by_config)
-            before, behind = self.lengths
-            self.assert_shapes(outputs.hidden_states, [(before, 32), (behind, 32), (behind, 32)])
+        outputs = self.forward_with("output_hidden_states")
+        before, behind = self.lengths
+        self.assert_shapes(outputs.hidden_states, [(before, 32), (behind, 32), (behind, 32)])
 
     def test_model_get_set_embeddings(self):
         """Images are embedded by a module and not by a table, as in ViT."""
@@ -166,20 +159,18 @@ class HeadSuite(TripsSuite):
 class BareModelSuite(HeadSuite):
     def test_attention_outputs(self):
         super().test_attention_outputs()  # of the fusion encoder
-        for by_config in (False, True):
-            outputs = self.forward_with("output_attentions", by_config)
-            vision = outputs.vision_model_output.attentions
-            self.assert_shapes(vision, [(2, length, length) for length in VISION_LENGTHS[:-1]])
-            self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
-            self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])] * 2)
+        outputs = self.forward_with("output_attentions")
+        vision = outputs.vision_model_output.attentions
+        self.assert_shapes(vision, [(2, length, length) for length in VISION_LENGTHS[:-1]])
+        self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
+        self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])] * 2)
 
     def test_hidden_states_output(self):
         super().test_hidden_states_output()
-        for by_config in (False, True):
-            outputs = self.forward_with("output_hidden_states", by_config)
-            vision = outputs.vision_model_output.hidden_states
-            self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
-            self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
+        outputs = self.forward_with("output_hidden_states")
+        vision = outputs.vision_model_output.hidden_states
+        self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
+        self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
 
 
 class SkipConnectedSuite(HeadSuite):
@@ -188,10 +179,9 @@ class SkipConnectedSuite(HeadSuite):
     def test_attention_outputs(self):
         super().test_attention_outputs()
         joint_length = 7 + VISION_LENGTHS[-1]
-        for by_config in (False, True):
-            outputs = self.forward_with("output_attentions", by_config)
-            self.assert_shapes(outputs.attentions, [(3, 7, 7), (3, joint_length, joint_length)])
-            self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])])
+        outputs = self.forward_with("output_attentions")
+        self.assert_shapes(outputs.attentions, [(3, 7, 7), (3, joint_length, joint_length)])
+        self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])])
 
 
 class SingleStreamedSuite(HeadSuite):
@@ -199,15 +189,13 @@ class SingleStreamedSuite(HeadSuite):
 
     def test_attention_outputs(self):
         super().test_attention_outputs()
-        for by_config in (False, True):
-            outputs = self.forward_with("output_attentions", by_config)
-            self.assert_shapes(outputs.attentions, [(2, 7 + length, 7 + length) for length in VISION_LENGTHS[:-1]])
+        outputs = self.forward_with("output_attentions")
+        self.assert_shapes(outputs.attentions, [(2, 7 + length, 7 + length) for length in VISION_LENGTHS[:-1]])
 
     def test_hidden_states_output(self):
         super().test_hidden_states_output()
-        for by_config in (False, True):
-            outputs = self.forward_with("output_hidden_states", by_config)
-            self.assert_shapes(outputs.hidden_states, [(7 + length, 32) for length in VISION_LENGTHS])
+        outputs = self.forward_with("output_hidden_states")
+        self.assert_shapes(outputs.hidden_states, [(7 + length, 32) for length in VISION_LENGTHS])
 
 
 class GenerativeSuite(HeadSuite, GenerationTesterMixin):
@@ -216,13 +204,12 @@ class GenerativeSuite(HeadSuite, GenerationTesterMixin):
 
     def test_attention_outputs(self):
         """The suite counts the outputs, without `selection`."""
-        for by_config in (False, True):
-            outputs = self.forward_with("output_attentions", by_config)
-            for attentions in (outputs.encoder_attentions, outputs.decoder_attentions, outputs.cross_attentions):
-                self.assert_shapes(attentions, [(3, 7, 7)] * 2)
-            self.assertNotIn("encoder_hidden_states", outputs)
-            self.assertNotIn("decoder_hidden_states", outputs)
-            self.assert_shapes([entry.kept_indices for entry in outputs.selection], [(8,), (5,)])
+        outputs = self.forward_with("output_attentions")
+        for attentions in (outputs.encoder_attentions, outputs.decoder_attentions, outputs.cross_attentions):
+            self.assert_shapes(attentions, [(3, 7, 7)] * 2)
+        self.assertNotIn("encoder_hidden_states", outputs)
+        self.assertNotIn("decoder_hidden_states", outputs)
+        self.assert_shapes([entry.kept_indices for entry in outputs.selection], [(8,), (5,)])
 
 
 class ImagesAndTextClassificationSuite(HeadSuite):
@@ -249,17 +236,15 @@ class RetrievalSuite(HeadSuite):
 
     def test_attention_outputs(self):
         """Text and image are not fused here, so that there are two stacks of layers."""
-        for by_config in (False, True):
-            outputs = self.forward_with("output_attentions", by_config)
-            self.assert_shapes(outputs.vision_model_output.attentions, self.vision_attentions)
-            self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
+        outputs = self.forward_with("output_attentions")
+        self.assert_shapes(outputs.vision_model_output.attentions, self.vision_attentions)
+        self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
 
     def test_hidden_states_output(self):
-        for by_config in (False, True):
-            outputs = self.forward_with("output_hidden_states", by_config)
-            vision = outputs.vision_model_output.hidden_states
-            self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
-            self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
+        outputs = self.forward_with("output_hidden_states")
+        vision = outputs.vision_model_output.hidden_states
+        self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
+        self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
 
     def test_retain_grad_hidden_states_attentions(self):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-OUR_SUITES = ("config_suite.py", "host_suites.py", "model_suites.py", "model_testers.py", "processor_suite.py")
+OUR_SUITES = ("config_suite.py", "model_suites.py", "model_testers.py", "processor_suite.py")
 
 # Stubs of missing imports. Generation is tested in tests/models/test_generation.py.
 STUBS = {
@@ -45,19 +45,7 @@ def url_to_local_path(url, *args, **kwargs):
 
 
 def download_source(version: str, cache: Path) -> Path:
-    """
-    Download the source distribution of a version of Transformers once.
-
-    Args:
-        version (`str`): as in `transformers.__version__`.
-        cache (`Path`): folder of the archive.
-
-    Returns:
-        `Path`: the archive `transformers-{version}.tar.gz` in `cache`.
-
-    Raises:
-        RuntimeError: The archive is missing and pip cannot download it.
-    """
+    """Download the source distribution of a version of Transformers once, and return the archive in `cache`."""
     archive = cache / f"transformers-{version}.tar.gz"
     if archive.exists():
         return archive

@@ -10,13 +10,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from busy_scenes import draw_scene
 from contestants import llava_inputs
 from small_model import GRID, NUM_PATCHES, PATCH_SIZE, WORDS, pixels_of
 from small_model import encode as encode_text
 from transformers import LlavaForConditionalGeneration
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_selection
-from trips_examples.data.busy_scenes import draw_scene
 from trips_examples.training.parser import make_parser
 
 

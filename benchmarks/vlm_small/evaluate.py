@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from busy_scenes import KINDS, draw_scene, one_of_each_kind
 from contestants import Contestant, costs, kept_for, next_token, set_contestant
 from guides import RESOLUTION_STEPS, STEPS, fine_tune_resolution, train_guide
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,6 @@ from transformers import LlavaForConditionalGeneration
 
 from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
-from trips_examples.data.busy_scenes import KINDS, draw_scene, one_of_each_kind
 from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 

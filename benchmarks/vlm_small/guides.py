@@ -8,6 +8,7 @@ import copy
 import random
 
 import torch
+from busy_scenes import draw_scene
 from contestants import low_resolution_features
 from small_model import BOS, IMAGE, NUM_PATCHES, pixels_of
 from small_model import encode as encode_text
@@ -18,7 +19,6 @@ from transformers import LlavaForConditionalGeneration
 from modeling_trips.hosts import TextGuide
 from modeling_trips.modeling_trips import selection_loss
 from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
-from trips_examples.data.busy_scenes import draw_scene
 
 
 FIRST_SCENE = 10_000_000

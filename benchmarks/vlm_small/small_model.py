@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
+from busy_scenes import IMAGE_SIZE, vocabulary
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-from trips_examples.data.busy_scenes import IMAGE_SIZE, vocabulary
 
 
 PATCH_SIZE = 8

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from busy_scenes import IMAGE_SIZE
 from contestants import Contestant, costs, kept_for, llava_inputs, low_resolution_features, prefill, set_contestant
 from small_model import EOS, WORDS, make_model
 
 from modeling_trips.hosts import TextGuide, prune_inputs
 from modeling_trips.hosts.vlm.wrapper import selection_of
-from trips_examples.data.busy_scenes import IMAGE_SIZE
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from busy_scenes import COLORS, IMAGE_SIZE, PLACES, SHAPES, draw_scene
 from small_model import ATTENTION_LAYER, BOS, EOS, GRID, IMAGE, NUM_PATCHES, PATCH_SIZE, encode, make_model, pixels_of
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from trips_examples.data.busy_scenes import COLORS, IMAGE_SIZE, PLACES, SHAPES, draw_scene
 from trips_examples.training.parser import make_parser
 
 

@@ -1,22 +1,11 @@
 """The small LLaVA on busy scenes: resuming, compared methods and costs."""
 
-import sys
-
+import guides
 import pytest
+import small_model
 import torch
-from places import ROOT
-from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaForConditionalGeneration
-
-from modeling_trips.hosts import TextGuide
-
-
-sys.path.append(str(ROOT / "benchmarks" / "vlm_small"))
-import guides  # noqa: E402
-import small_model  # noqa: E402
-import train  # noqa: E402
-from contestants import (  # noqa: E402
+import train
+from contestants import (
     Contestant,
     costs,
     llava_inputs,
@@ -25,6 +14,11 @@ from contestants import (  # noqa: E402
     prefill,
     set_contestant,
 )
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from modeling_trips.hosts import TextGuide
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 """Busy scenes: their items, unique answers, and different splits and seeds."""
 
 import numpy as np
-
-from trips_examples.data.busy_scenes import (
+from busy_scenes import (
     COLORS,
     KINDS,
     SHAPES,

@@ -371,6 +371,24 @@ def protocol_top_p() -> str:
 
 
 @table
+def protocol_fused_token() -> str:
+    runs = variants(read("protocol_questions"))
+    rows = []
+    for rate in ("0.05", "0.25"):
+        fused, dropped = runs[f"text {rate}"], runs[f"text {rate}, no fused token"]
+        rows.append(
+            [
+                rate,
+                *(spread(percents(of, "test_accuracy")) for of in (fused, dropped)),
+                gap(fused, dropped),
+                gap(dropped, runs["unpruned"]),
+            ]
+        )
+    header = ["Keep rate", "With the fused token, %", "Without, %", "With less without", "Without less unpruned"]
+    return render(header, rows, "protocol_questions", note="scored by the text, with regions")
+
+
+@table
 def protocol_images() -> str:
     """Boxes on drawn images: accuracy by kind of expression and size, and what was kept."""
     runs, times = variants(read("protocol_images")), read("protocol_images_times")

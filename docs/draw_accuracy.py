@@ -50,9 +50,10 @@ def draw_protocol(output: Path):
         runs, times = variants(read(f"protocol_{task}")), read(f"protocol_{task}_times")
         for label, (start, color) in PROTOCOL.items():
             points = [
-                (float(seconds(times, variant, texts_per_image=texts)), percents(of, "test_accuracy"))
+                (float(time), percents(of, "test_accuracy"))
                 for variant, of in sorted(runs.items())
-                if variant.startswith(start) and "no regions" not in variant and len(of) == 3
+                if variant.startswith(start) and ", no " not in variant and len(of) == 3
+                if (time := seconds(times, variant, texts_per_image=texts))
             ]
             columns = [x for x, _ in points], [mean(v) for _, v in points], [stdev(v) for _, v in points]
             axis.errorbar(*columns, color=color, marker="o", capsize=3, label=label)

@@ -272,7 +272,7 @@ def protocol(source: str) -> str:
     """Accuracies by keep rate and score, and paired differences. Columns without a cell are left out."""
     runs = variants(read(source))
     baseline = runs["unpruned"]
-    rows = [["unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * 3, *[""] * 4]]
+    rows = [["unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * 3, *[""] * 5]]
     for rate, pixels in PROTOCOL_PIXELS.items():
         ways = (f"text {rate}", f"image {rate}", f"random {rate}", f"fewer pixels {pixels}")
         text, image, random, fewer = (runs.get(way, []) for way in ways)
@@ -283,11 +283,17 @@ def protocol(source: str) -> str:
                 *(f"{ratio:.2f}" for ratio in macs),
                 *(spread(percents(of, "test_accuracy")) for of in (text, image, random)),
                 f"{spread(percents(fewer, 'test_accuracy'))} ({pixels} px)" if fewer else "",
-                *(gap(text, of) for of in (baseline, image, fewer)),
+                *(gap(text, of) for of in (baseline, image, random, fewer)),
             ]
         )
     header = ["Keep rate", "MACs, 1 text", "MACs, 4 texts", "By the text, %", "By the image, %", "At random, %"]
-    header += ["Fewer pixels, %", "Text less unpruned", "Text less image", "Text less fewer pixels"]
+    header += [
+        "Fewer pixels, %",
+        "Text less unpruned",
+        "Text less image",
+        "Text less random",
+        "Text less fewer pixels",
+    ]
     shown = [column for column in range(len(header)) if any(row[column] for row in rows[1:])]
     body = [[row[column] for column in shown] for row in rows]
     return render([header[column] for column in shown], body, source, note=f"{len(baseline)} independent starts")

@@ -14,7 +14,10 @@
 """Reading untrusted weight files without running code, and writing folders atomically."""
 
 import pickle
+import shutil
+import signal
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +102,8 @@ def _check_state_dict(path: Path, content):
     odd = [
         printable(name)
         for name, weight in content.items()
-        if weight.is_quantized
+        if weight.is_nested
+        or weight.is_quantized
         or weight.layout != torch.strided
         or weight.device.type != "cpu"
         or weight.numel() * weight.element_size() > size
@@ -114,14 +118,35 @@ def _check_state_dict(path: Path, content):
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yield a temporary path that is renamed to `folder` when the block ends. If the block fails, the temporary folder is
-    removed. A warning names leftovers of killed runs.
+    Yield a temporary path that is renamed to `folder` when the block ends. If the block fails or SIGTERM stops it,
+    the temporary folder is removed. A warning names leftovers of killed runs.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-writing-"
     for left in sorted(path for path in folder.parent.iterdir() if path.name.startswith(prefix)):
         logger.warning(f"Found the temporary folder {left}. Remove it unless another process is writing it.")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as partial:
-        yield Path(partial) / "whole"
-        (Path(partial) / "whole").rename(folder)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    try:
+        with _sigterm_as_exit():
+            yield partial / "whole"
+            (partial / "whole").rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, so that `finally` blocks run. Only the main thread can set this up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

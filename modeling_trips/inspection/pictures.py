@@ -15,6 +15,7 @@
 
 import os
 import textwrap
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -129,7 +130,7 @@ def plot_selection(
         num_patches (`int`, *optional*):
             Patches of the whole grid. If given, panels say "137 of 576 patches" instead of "137 patches".
         path (`str` or `os.PathLike`, *optional*):
-            File to write the figure to. The suffix sets the format (.png, .pdf, .svg).
+            File to write the figure to, atomically. The suffix sets the format (.png, .pdf, .svg).
 
     Returns:
         `matplotlib.figure.Figure`: The figure, which is not registered with pyplot and needs no closing.
@@ -161,7 +162,7 @@ def plot_selection(
             layer = f"selection {row + 1}: " if len(rows) > 1 else ""
             axes[row, column].set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
     if path is not None:
-        figure.savefig(path)
+        _save_whole(figure, Path(path))
     return figure
 
 
@@ -177,3 +178,13 @@ def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     return figure, axes
+
+
+def _save_whole(figure, path: Path):
+    """Write to a temporary file beside `path` and rename it."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,13 +2,17 @@
 
 import io
 import os
+import signal
 import struct
+import subprocess
+import sys
 import zipfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 
@@ -91,6 +95,7 @@ def test_other_content_than_a_state_dict_raises(path, content, held):
 
 ODD = {
     "sparse": torch.eye(3).to_sparse(),
+    "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
     "without values": torch.empty(3, device="meta"),
     "larger than the file": torch.zeros(1).expand(10**12, 768),  # of one stored number
 }
@@ -155,6 +160,27 @@ def test_damaged_files_are_read_or_raise(path, content):
 
 # Folders
 
+WRITER = """
+import sys, time
+from modeling_trips.conversion.files import whole_folder
+
+with whole_folder(sys.argv[1]) as folder:
+    folder.mkdir()
+    (folder / "half").write_text("half of it")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def stop_while_writing(folder, number: int) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    process.stdout.close()
+    return process.wait(timeout=30)
+
 
 def test_folder_appears_when_complete(tmp_path):
     with whole_folder(tmp_path / "deep" / "out") as folder:
@@ -163,11 +189,17 @@ def test_folder_appears_when_complete(tmp_path):
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "file").read_text() == "all of it"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_stopped_run_leaves_nothing_behind(tmp_path):
+    assert stop_while_writing(tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_run_are_logged(tmp_path, caplog):
-    left = tmp_path / ".out-writing-killed"
-    left.mkdir()
+    assert stop_while_writing(tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
     with whole_folder(tmp_path / "out") as folder:
         folder.mkdir()
     assert str(left) in caplog.text

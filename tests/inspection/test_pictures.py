@@ -121,6 +121,24 @@ def test_figure_has_a_row_per_selection_layer(image):
     ]
 
 
+def test_failed_write_leaves_the_old_figure_and_nothing_else(image, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "selection.unknown"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="unknown"):
+        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_rename_leaves_nothing(image, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "selection.png"
+    folder.mkdir()
+    with pytest.raises(OSError):
+        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_figure_needs_one_of_each_per_question(image):
     with pytest.raises(ValueError, match="questions"):
         plot_selection(image, ["a", "b"], ["a"], [BOXES])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from tiny_hosts import (
     HOSTS,
     INPUT_IDS,
@@ -197,19 +198,6 @@ def test_text_guidance_without_text_embeds_raises(name, guidance):
     model.get_image_features(PIXELS, text_embeds=torch.zeros(3, 32))
 
 
-def test_timm_keeps_the_distillation_token():
-    model = make_timm(VisionTransformerDistilled).eval()
-    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-    assert model.forward_features(PIXELS).shape[1] == model.num_prefix_tokens + 10 + 1
-    with torch.no_grad():  # the prefix after a layer that changes no token is the prefix before it
-        for parameter in model.blocks.parameters():
-            parameter.zero_()
-    model.norm = nn.Identity()
-    prefix = model.forward_features(PIXELS)[:, : model.num_prefix_tokens]
-    remove_patch_selection(model)
-    assert torch.equal(prefix, model.forward_features(PIXELS)[:, : model.num_prefix_tokens])
-
-
 def test_a_head_of_bridgetower_runs():
     torch.manual_seed(0)
     model = make_bridgetower(BridgeTowerForMaskedLM).eval()
@@ -243,3 +231,24 @@ def test_recorded_numbers_are_those_of_the_original_grid():
         assert first.kept_indices[row].tolist() == best.tolist()
         assert second.candidate_indices[row].tolist() == [*best.tolist(), -1]
         assert second.kept_indices[row, 0] == second.candidate_indices[row][second.scores[row].argmax()]
+
+
+def test_blip_encodes_the_text_only_for_text_guidance():
+    model = HOSTS["blip_vqa"].make_model()
+    for guidance, rate in (("image", RATE), (["image", "text"], [RATE, 1.0])):
+        HOSTS["blip_vqa"].apply(model, rate=rate, guidance=guidance)
+        assert not model._forward_pre_hooks and "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("model_class", [VisionTransformer, VisionTransformerDistilled])
+def test_timm_keeps_registers_and_distillation_tokens(model_class):
+    model = make_timm(model_class, **({"reg_tokens": 3} if model_class is VisionTransformer else {})).eval()
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
+    assert model.forward_features(PIXELS).shape[1] == model.num_prefix_tokens + 10 + 1
+    with torch.no_grad():  # the prefix after a layer that changes no token is the prefix before it
+        for parameter in model.blocks.parameters():
+            parameter.zero_()
+    model.norm = nn.Identity()
+    prefix = model.forward_features(PIXELS)[:, : model.num_prefix_tokens]
+    remove_patch_selection(model)
+    assert torch.equal(prefix, model.forward_features(PIXELS)[:, : model.num_prefix_tokens])

@@ -300,3 +300,15 @@ def test_padding_of_tiles_comes_last(name, guidance, keep_rates, num_real):
     is_real = (torch.arange(64) // 8 >= 2) & (torch.arange(64) // 8 < 6)
     assert [int(is_real[kept].sum()) for kept in recorded[-2].kept_indices[1:]] == [num_real] * 2
     assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_recordings_nest():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [1])
+    apply_patch_selection(model, "1:image:0.3", visual_tokens=5)
+    with record_patch_selection(model) as outer:
+        with record_patch_selection(model) as inner:
+            model(**inputs)
+        model(**inputs)
+    assert len(inner) == 2 and len(outer) == 4

@@ -1,29 +1,31 @@
-"""Publishing to a local Hub with `examples/push_to_hub.py` and with `push_to_hub` of model and processor."""
+"""Publishing with `examples/push_to_hub.py` to a local Hub: published files, private files, and the card's code."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from foreign_code import name_foreign_code
-from huggingface_hub import HfApi, ModelCard
+from clean_environment import make_environment
+from foreign_code import make_foreign_repository, name_foreign_code
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from loopback_hub import LoopbackHub
-from random_checkpoint import save_random_checkpoint
+from places import ROOT
 from safetensors.torch import load_file, save_file
+from transformers import BlipImageProcessor
 
-from modeling_trips import (
-    TripsConfig,
-    TripsForQuestionAnswering,
-    TripsForRetrieval,
-    TripsModel,
-    TripsProcessor,
-    TripsVisionModel,
-)
+import modeling_trips
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor, TripsVisionModel
+from modeling_trips.publishing.model_card import HEADS
 from modeling_trips.publishing.repository import check_code
 from trips_examples import push_to_hub
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.models import make_processor
 
 
 REPO = "ada/trips-test"
@@ -39,7 +41,10 @@ def hub(tmp_path, monkeypatch):
 
 def make_checkpoint(folder: Path, model_class=TripsForQuestionAnswering) -> Path:
     """Write the files of a training: model, processor, results, and private files."""
-    save_random_checkpoint(folder, model_class, ["what color is it?", "red blue yes no"])
+    tokenizer = train_wordpiece_tokenizer(["what color is it?", "red blue yes no"])
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+    model_class(config).save_pretrained(folder)
+    make_processor(tokenizer, config).save_pretrained(folder)
     for name in LEFTOVERS:
         (folder / name).write_text('{"eval_accuracy": 0.9971}')
     return folder
@@ -199,11 +204,31 @@ def test_foreign_code_is_not_published(hub, checkpoint):
     assert [name for name, content in files.items() if name.endswith(".json") and b"foreign" in content] == []
 
 
+class StrangeImageProcessor(BlipImageProcessor):
+    """Image processor with foreign code."""
+
+
+def test_foreign_image_processor_raises(checkpoint, tmp_path, monkeypatch):
+    model, processor = (
+        TripsForQuestionAnswering.from_pretrained(checkpoint),
+        TripsProcessor.from_pretrained(checkpoint),
+    )
+    monkeypatch.setattr(StrangeImageProcessor, "_auto_class", "AutoImageProcessor")
+    processor.image_processor = StrangeImageProcessor()
+    model.save_pretrained(tmp_path / "saved")
+    check_code(tmp_path / "saved", model)
+    processor.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=Path(__file__).name):
+        check_code(tmp_path / "saved", model)
+
+
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
         ("config.json", {"vision_config": {"auto_map": {"AutoModel": "mallory/foreign--modeling.Model"}}}),
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_trips.TripsModel"}}),
         ("config.json", {"custom_pipelines": {"text-generation": {"impl": "pipeline_trips.TripsPipeline"}}}),
+        ("tokenizer_config.json", {"auto_map": ["tokenization.Tokenizer", None]}),
         ("generation_config.json", {"custom_generate": "mallory/foreign"}),
         ("1_Dense/config.json", {"parts": [{"auto_map": {"AutoConfig": "mallory/foreign--c.C"}}]}),
     ],
@@ -221,10 +246,39 @@ def test_changed_python_files_raise(checkpoint):
     with pytest.raises(ValueError, match="other.py"):
         check_code(checkpoint, model)
     (checkpoint / "other.py").unlink()
+    check_code(checkpoint, model)
     with (checkpoint / "modeling_trips.py").open("a") as file:
         file.write("import os\n")
     with pytest.raises(ValueError, match="modeling_trips.py"):
         check_code(checkpoint, model)
+
+
+LOADING = """
+import sys
+import transformers
+
+folder = sys.argv[1]
+names = ("AutoModelForVisualQuestionAnswering", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
+loaders = [getattr(transformers, name).from_pretrained for name in names]
+for load in (*loaders, lambda model, **options: transformers.pipeline("visual-question-answering", model, **options)):
+    try:
+        load(folder, trust_remote_code=True)
+    except Exception as error:
+        print("failed:", error)
+"""
+
+
+@pytest.mark.slow
+def test_published_files_do_not_run_foreign_code(checkpoint, tmp_path):
+    repository = make_foreign_repository(tmp_path / "repository")
+    name_foreign_code(checkpoint, repository)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    run(sys.executable, "-c", LOADING, checkpoint, env=environment, cwd=tmp_path)
+    assert (repository / "ran").exists()
+    (repository / "ran").unlink()
+    push(checkpoint, "--dry_run", "--output_dir", str(tmp_path / "published"))
+    printed = run(sys.executable, "-c", LOADING, tmp_path / "published", env=environment, cwd=tmp_path)
+    assert not (repository / "ran").exists() and "failed" not in printed
 
 
 def test_output_dir_keeps_the_files(hub, checkpoint, tmp_path):
@@ -236,35 +290,47 @@ def test_output_dir_keeps_the_files(hub, checkpoint, tmp_path):
     assert not hub.repositories
 
 
-# `push_to_hub` and `save_pretrained` of model and processor
+def test_unlisted_file_raises(hub, checkpoint):
+    processor = TripsProcessor.from_pretrained(checkpoint)
+    processor.chat_template = {"default": "{{ messages }}", "private": "{{ messages }}"}
+    processor.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="additional_chat_templates/private.jinja"):
+        push(checkpoint)
+    assert not hub.repositories
 
 
-def push_parts(model_class, folder, copy=None):
-    """Publish with `push_to_hub`, or with `save_pretrained` into the folder `copy` if given."""
-    for part in (model_class.from_pretrained(folder), TripsProcessor.from_pretrained(folder)):
-        if copy is None:
-            part.push_to_hub(REPO)
-        else:
-            part.save_pretrained(copy, push_to_hub=True, repo_id=REPO)
+@pytest.fixture(scope="module")
+def clean_python(tmp_path_factory) -> Path:
+    """Return a Python with the project's dependencies, without the project."""
+    return make_environment(tmp_path_factory.mktemp("environment"))
 
 
-@pytest.mark.parametrize("model_class", [TripsForQuestionAnswering, TripsForRetrieval])
-@pytest.mark.parametrize("by_saving", [False, True])
-def test_push_to_hub_uploads_model_and_processor(hub, checkpoints, tmp_path, model_class, by_saving):
-    folder = checkpoints[model_class.__name__]
-    push_parts(model_class, folder, str(tmp_path / "copy") if by_saving else None)
-    repository = hub.repositories[REPO]
-    files = repository.commits[repository.branches["main"]]
-    assert files.keys() == {path.name for path in folder.iterdir()} | {"README.md", ".gitattributes"}
-    noted = ("config.json", "tokenizer_config.json")  # loading adds fields to these files
-    assert [
-        path.name for path in folder.iterdir() if path.name not in noted and files[path.name] != path.read_bytes()
-    ] == []
-    assert ModelCard(files["README.md"].decode()).data.library_name == "transformers"
+def run(*words: str | Path, env: dict[str, str], cwd: Path) -> str:
+    result = subprocess.run(words, env=os.environ | env, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
-def test_parts_are_published_with_their_code(hub, checkpoints):
-    TripsVisionModel.from_pretrained(checkpoints["TripsModel"]).push_to_hub(REPO)
-    repository = hub.repositories[REPO]
-    files = repository.commits[repository.branches["main"]]
-    assert {"README.md", "config.json", "model.safetensors", "modeling_trips_vision.py"} <= files.keys()
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_code_of_the_card_runs_without_the_project(head, hub, tmp_path, clean_python):
+    folder = make_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, head))
+    HfApi().create_repo(REPO, private=True)
+    HfApi().create_branch(REPO, branch="next")
+    command = [ROOT / "examples" / "push_to_hub.py", "--model", folder, "--repo_id", REPO, "--revision", "next"]
+    environment = hub.client_environment(tmp_path / "publisher", token="hf_ada")
+    assert "Published: " in run(sys.executable, *command, env=environment, cwd=ROOT)
+
+    card = Path(huggingface_hub.hf_hub_download(REPO, "README.md", revision="next")).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    environment = hub.client_environment(tmp_path / "reader", token="hf_ada")
+    there = run(clean_python, "-I", "-c", code, env=environment, cwd=tmp_path)
+    environment = hub.client_environment(tmp_path / "author", token="hf_ada")
+    here = run(sys.executable, "-c", f"import modeling_trips\n{code}", env=environment, cwd=ROOT)
+    assert there == here and there.count("\n") >= 2  # scores and boxes to the last digit
+
+    environment = hub.client_environment(tmp_path / "stranger", token="hf_bob")
+    refused = subprocess.run(
+        [clean_python, "-I", "-c", code], env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode != 0 and f"{REPO} is not a local folder" in refused.stderr

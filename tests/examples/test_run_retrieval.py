@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import toy_tasks
-from places import EXAMPLES, TESTS
+from places import EXAMPLES, HELPERS
 from schedules import guidances_of, rates_of
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import run, write_task
@@ -105,6 +105,6 @@ def test_two_processes_evaluate_as_one(data, trained, tmp_path):
 @pytest.mark.slow
 def test_sharded_training_refuses_to_evaluate_before_it_starts(data, tmp_path):
     launch = ["-m", "accelerate.commands.launch", f"--config_file={EXAMPLES / 'configs/fsdp2.yaml'}"]
-    launch += ["--num_processes=2", "--main_process_port=0", str(TESTS / "fsdp_on_cpu.py"), SCRIPT]
+    launch += ["--num_processes=2", "--main_process_port=0", str(HELPERS / "fsdp_on_cpu.py"), SCRIPT]
     with pytest.raises(AssertionError, match="Train with --do_eval False"):
         run(*launch, *data, *OPTIONS, "--max_steps=1", "--use_cpu=True", f"--output_dir={tmp_path}")

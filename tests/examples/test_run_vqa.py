@@ -139,7 +139,7 @@ def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
     options = ["--do_eval=False", "--num_train_epochs=1", "--save_strategy=steps", "--save_steps=1"]
     options += [f"--per_device_train_batch_size={4 // processes}", "--texts_per_image=1"]
     launch = TWO_PROCESSES if processes == 2 else []
-    command = [*launch, str(ROOT / "tests" / "poisoned_run.py"), *options_of(data, tmp_path, *options)]
+    command = [*launch, str(ROOT / "tests" / "helpers" / "poisoned_run.py"), *options_of(data, tmp_path, *options)]
     poisoned = "train.jsonl row 7"
     environment = {**ENVIRONMENT, "POISONED": poisoned}
     result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from modeling_trips.registration_trips import MODELS
 
 
 pytestmark = pytest.mark.slow
-STRANGER = ROOT / "tests/stranger.py"
+STRANGER = ROOT / "tests/helpers/stranger.py"
 WITH_PROJECT = "import runpy, sys, modeling_trips; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
 

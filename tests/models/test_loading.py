@@ -9,7 +9,7 @@ from modeling_trips.registration_trips import MODELS
 
 
 def test_every_head_has_a_case():
-    """A new head gets one entry in `CASES` of tests/tiny_models.py."""
+    """A new head gets one entry in `CASES` of tests/helpers/tiny_models.py."""
     heads = {model for models in MODELS.values() for model in models if model.config_class is TripsConfig}
     assert {case.model_class for case in CASES} == heads
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from clean_environment import make_environment
-from places import ROOT, TESTS
+from places import HELPERS, ROOT
 from safetensors.torch import load_file
 from tiny_models import CASES, each_model
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,7 +33,7 @@ def load_config(name: str) -> ClusterConfig:
 
 def launch(name: str, *command: str, python: str | Path = sys.executable) -> str:
     """Launch two CPU processes with a configuration from examples/configs, and return their output."""
-    shim = [str(TESTS / "fsdp_on_cpu.py")] if name == "fsdp2" else []
+    shim = [str(HELPERS / "fsdp_on_cpu.py")] if name == "fsdp2" else []
     options = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0"]
     result = subprocess.run(
         [python, "-m", "accelerate.commands.launch", *options, *shim, *command],
@@ -84,7 +84,7 @@ def test_deepspeed_configurations_name_their_stage_and_save_whole_models(stage):
 @pytest.mark.parametrize(("name", "prefix"), [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDPTrips")])
 def test_two_processes_train_every_model_as_one(name, prefix):
     """DDP does not look for unused parameters, so that a missing gradient would be an error."""
-    printed = [line for line in launch(name, str(TESTS / "train_cases.py")).splitlines() if line.startswith(prefix)]
+    printed = [line for line in launch(name, str(HELPERS / "train_cases.py")).splitlines() if line.startswith(prefix)]
     assert len(printed) == len(CASES)
 
 

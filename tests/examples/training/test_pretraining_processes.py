@@ -149,7 +149,7 @@ def test_teacher_follows_an_fsdp_model(files, tmp_path):
     options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--momentum=0.25", "--save_steps=1"]
     run_pretraining.main(command(files, tmp_path / "start", *options, "--learning_rate=0")[1:])
     launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'examples/configs/fsdp2.yaml'}"]
-    launch += ["--num_processes=2", "--main_process_port=0", str(ROOT / "tests/fsdp_on_cpu.py")]
+    launch += ["--num_processes=2", "--main_process_port=0", str(ROOT / "tests/helpers/fsdp_on_cpu.py")]
     options += [f"--model_name_or_path={tmp_path / 'start'}", "--per_device_train_batch_size=3", "--use_cpu=True"]
     run(*launch, *command(files, tmp_path / "out", *options))
     start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))

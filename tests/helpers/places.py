@@ -3,6 +3,6 @@
 from pathlib import Path
 
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
+HELPERS = Path(__file__).resolve().parent
+ROOT = HELPERS.parent.parent
 EXAMPLES = ROOT / "examples"

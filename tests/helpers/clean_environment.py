@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # Runs in the new environment and prints where it would import the project from.
 FIND_PROJECT = """
 from importlib.util import find_spec

@@ -40,7 +40,7 @@ MODEL = OUTPUT / "model"
 # All questions of an image stand in one batch and share its computation.
 RECIPE = (
     "--dataset_name easy_vqa_scenes --train_scenes 8000 --image_size 64 --texts_per_image 8 "
-    "--selection_layers 2 --keep_rate 0.25 --pointing_loss_coefficient 2 --max_steps 2500 "
+    "--selection_layers 2 --keep_rate 0.25 --attention_loss_weight 2 --max_steps 2500 "
     "--per_device_train_batch_size 96 --learning_rate 7e-4 --logging_steps 100 --save_strategy no"
 ).split()
 WEIGHTS = "model.safetensors"

@@ -46,7 +46,7 @@ RECIPE = (
     "--skip_bad_rows True --save_strategy no --logging_steps 20 --disable_tqdm True"
 ).split()
 NAMES = "--dataset_name pictures --scene_size 84 --keep_rate 1.0".split()
-SCENES = "--dataset_name picture_scenes --scene_size 112 --pointing_loss_coefficient 2".split()
+SCENES = "--dataset_name picture_scenes --scene_size 112 --attention_loss_weight 2".split()
 SELECTION = ["--selection_layers", "9", "--keep_rate", "0.25"]
 VARIANTS = {
     "unpruned": ["--keep_rate", "1.0"],

@@ -91,9 +91,9 @@ LEAST_VALUES = {
     "mlm_weight": 0,
     "prefix_lm_weight": 0,
     "selection_loss_weight": 0,
-    "bbox_loss_coefficient": 0,
-    "giou_loss_coefficient": 0,
-    "pointing_loss_coefficient": 0,
+    "bbox_loss_weight": 0,
+    "giou_loss_weight": 0,
+    "attention_loss_weight": 0,
 }
 
 
@@ -665,11 +665,11 @@ class TripsConfig(PreTrainedConfig):
         scores by its target, of an image's scores by the union of the targets of its texts. 0 turns it off.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
-    bbox_loss_coefficient (`float`, *optional*, defaults to 5.0):
+    bbox_loss_weight (`float`, *optional*, defaults to 5.0):
         Weight of the L1 loss of [`TripsForVisualGrounding`].
-    giou_loss_coefficient (`float`, *optional*, defaults to 2.0):
+    giou_loss_weight (`float`, *optional*, defaults to 2.0):
         Weight of its generalised IoU loss.
-    pointing_loss_coefficient (`float`, *optional*, defaults to 0.0):
+    attention_loss_weight (`float`, *optional*, defaults to 0.0):
         Weight of the attention supervision in training: of the box head of [`TripsForVisualGrounding`], or of the
         text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
     kwargs:
@@ -699,7 +699,7 @@ class TripsConfig(PreTrainedConfig):
         "encoder_last_hidden_state",
         "l1_loss",
         "giou_loss",
-        "pointing_loss",
+        "attention_loss",
         "itc_loss",
         "itm_loss",
         "mlm_loss",
@@ -721,9 +721,9 @@ class TripsConfig(PreTrainedConfig):
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     selection_loss_weight: float | int = 0.5
     num_images: int = 2
-    bbox_loss_coefficient: float | int = 5.0
-    giou_loss_coefficient: float | int = 2.0
-    pointing_loss_coefficient: float | int = 0.0
+    bbox_loss_weight: float | int = 5.0
+    giou_loss_weight: float | int = 2.0
+    attention_loss_weight: float | int = 0.0
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True

@@ -154,7 +154,7 @@ def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Ten
     return torch.arange(num_tokens, device=device)[None]
 
 
-def pointing_losses(
+def attention_losses(
     weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
 ) -> torch.Tensor:
     """
@@ -314,7 +314,7 @@ class TripsModel(TripsWholeModel):
             if output_cls_attention:
                 raise ValueError(
                     "`output_cls_attention` is not supported with `fusion_type='single_stream'`. Set "
-                    "`pointing_loss_coefficient` to 0."
+                    "`attention_loss_weight` to 0."
                 )
             joint = self.vision_model(text_states, attention_mask=attention_mask, **images, **kwargs)
             return TripsModelOutput(
@@ -457,10 +457,10 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
-        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
+        `config.selection_loss_weight * selection_loss + config.attention_loss_weight * attention_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision. In training, if `regions` or `patch_targets` are given.
-    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+    attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Attention supervision of the text's [CLS] in the last cross-attention. In training, if `regions` are given and
         `encoder_outputs` are not, unless its coefficient is 0.
     selection (`tuple(TripsSelection)`, *optional*):
@@ -468,7 +468,7 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     """
 
     selection_loss: torch.FloatTensor | None = None
-    pointing_loss: torch.FloatTensor | None = None
+    attention_loss: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
 
 
@@ -608,9 +608,9 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         >>> loss = model(**inputs, labels=processor.encode_answers(["yellow"])).loss
         ```
         """
-        # CODEPATH: a coefficient of 0, the default, leaves the loss out.
+        # CODEPATH: a weight of 0, the default, leaves the loss out.
         is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
-        is_pointed = is_supervised and self.config.pointing_loss_coefficient > 0
+        uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
         if encoder_outputs is None:
             encoder_outputs = self.model(
                 input_ids,
@@ -622,7 +622,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
                 inputs_embeds,
                 regions,
                 patch_targets,
-                output_cls_attention=is_pointed,
+                output_cls_attention=uses_attention_loss,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, ModelOutput):
@@ -654,8 +654,10 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
         if labels is not None:
             num_items = kwargs.get("num_items_in_batch")
             of_texts["selection_loss"] = encoder_outputs.get("selection_losses")
-            if is_pointed:
-                of_texts["pointing_loss"] = self._pointing_losses(encoder_outputs, regions, pixel_values, image_cache)
+            if uses_attention_loss:
+                of_texts["attention_loss"] = self._attention_losses(
+                    encoder_outputs, regions, pixel_values, image_cache
+                )
             for name, losses in of_texts.items():
                 if losses is not None:
                     losses = losses if text_index is None else losses[text_index]
@@ -663,7 +665,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             loss = weighted_sum(
                 (1, label_loss(logits, labels, loss_weights, num_items)),
                 (self.config.selection_loss_weight, of_texts["selection_loss"]),
-                (self.config.pointing_loss_coefficient, of_texts.get("pointing_loss")),
+                (self.config.attention_loss_weight, of_texts.get("attention_loss")),
             )
         return TripsSeq2SeqLMOutput(
             loss=loss,
@@ -679,7 +681,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             selection=encoder_outputs.get("selection"),
         )
 
-    def _pointing_losses(
+    def _attention_losses(
         self,
         encoder_outputs: TripsModelOutput,
         regions: torch.FloatTensor,
@@ -693,7 +695,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             weights = weights * image_mask[:, None].to(weights.device)
             weights = weights / weights.sum(dim=-1, keepdim=True)
         indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
-        return pointing_losses(
+        return attention_losses(
             weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, image_cache)
         )
 

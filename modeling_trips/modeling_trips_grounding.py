@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 
 from .configuration_trips import TripsConfig
 from .modeling_trips import MODELS as WRITERS
-from .modeling_trips import TripsModel, TripsWholeModel, pointing_losses, token_indices, weighted_sum
+from .modeling_trips import TripsModel, TripsWholeModel, attention_losses, token_indices, weighted_sum
 from .modeling_trips_text import class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows
 
@@ -90,15 +90,15 @@ def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor
 class TripsVisualGroundingOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        `config.bbox_loss_coefficient * l1_loss + config.giou_loss_coefficient * giou_loss`, and in training
-        `config.selection_loss_weight * selection_loss + config.pointing_loss_coefficient * pointing_loss`.
+        `config.bbox_loss_weight * l1_loss + config.giou_loss_weight * giou_loss`, and in training
+        `config.selection_loss_weight * selection_loss + config.attention_loss_weight * attention_loss`.
     l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         L1 distance of predicted box and label, summed over the four numbers, per box.
     giou_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         1 - generalized IoU of predicted box and label, per box.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision by the boxes. Returned in training, if a layer is scored by the text or the image.
-    pointing_loss (`torch.FloatTensor` of shape `()`, *optional*):
+    attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Attention supervision of the box head. Returned in training, unless its coefficient is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
         Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
@@ -111,7 +111,7 @@ class TripsVisualGroundingOutput(ModelOutput):
     l1_loss: torch.FloatTensor | None = None
     giou_loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
-    pointing_loss: torch.FloatTensor | None = None
+    attention_loss: torch.FloatTensor | None = None
     pred_boxes: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -245,21 +245,21 @@ class TripsForVisualGrounding(TripsWholeModel):
         class_state = class_states(outputs.last_hidden_state, attention_mask)
         pred_boxes, weights = self.box_head(class_state, image_states, centers, image_mask)
         config, loss = self.config, None
-        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "pointing_loss"))
+        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "attention_loss"))
         if labels is not None:
             num_items = kwargs.get("num_items_in_batch")
             losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
             if outputs.selection_losses is not None:
                 losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
             # CODEPATH: a coefficient of 0, the default, leaves the loss out.
-            if self.training and config.pointing_loss_coefficient > 0:
-                pointing = pointing_losses(weights, indices, labels, grid_size)
-                losses["pointing_loss"] = mean_over_boxes(pointing, num_items)
+            if self.training and config.attention_loss_weight > 0:
+                losses_of_texts = attention_losses(weights, indices, labels, grid_size)
+                losses["attention_loss"] = mean_over_boxes(losses_of_texts, num_items)
             loss = weighted_sum(
-                (config.bbox_loss_coefficient, losses["l1_loss"]),
-                (config.giou_loss_coefficient, losses["giou_loss"]),
+                (config.bbox_loss_weight, losses["l1_loss"]),
+                (config.giou_loss_weight, losses["giou_loss"]),
                 (config.selection_loss_weight, losses["selection_loss"]),
-                (config.pointing_loss_coefficient, losses["pointing_loss"]),
+                (config.attention_loss_weight, losses["attention_loss"]),
             )
         return TripsVisualGroundingOutput(
             loss=loss,

@@ -927,14 +927,14 @@ class TripsForPreTraining(TripsContrastiveModel):
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
-            mlm_logits = self.guess_words(
+            mlm_logits = self.masked_token_logits(
                 mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, **kwargs
             )
             num_masked = mean_count((mlm_labels != -100).sum())
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
-            logits = self.continue_texts(
+            logits = self.continuation_logits(
                 prompt_input_ids, prompt_attention_mask, image_index, image_cache, labels, **kwargs
             )
             num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
@@ -947,7 +947,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             **outputs, mlm_loss=mlm_loss, prefix_lm_loss=prefix_lm_loss, mlm_logits=mlm_logits
         )
 
-    def guess_words(
+    def masked_token_logits(
         self,
         mlm_input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
@@ -970,7 +970,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         )
         return self.mlm_score(fused.last_hidden_state)
 
-    def continue_texts(
+    def continuation_logits(
         self,
         prompt_input_ids: torch.LongTensor,
         prompt_attention_mask: torch.Tensor | None,
@@ -981,7 +981,7 @@ class TripsForPreTraining(TripsContrastiveModel):
     ) -> torch.Tensor:
         """
         Return the scores of each label given the labels before it, `(num_texts, label_length, vocab_size)`. Arguments
-        as in `forward` and `guess_words`.
+        as in `forward` and `masked_token_logits`.
         """
         fused = self.model(
             prompt_input_ids,

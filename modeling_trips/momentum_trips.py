@@ -129,7 +129,7 @@ class MomentumTeacher(nn.Module):
             }
         # CODEPATH: as above.
         if config.mlm_weight > 0 and mlm_input_ids is not None:
-            output["mlm_logits"] = teacher.guess_words(
+            output["mlm_logits"] = teacher.masked_token_logits(
                 mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache
             )
         return TeacherOutput(**output)

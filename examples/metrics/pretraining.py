@@ -59,12 +59,12 @@ def results_by_text(
         results |= _matched(model, batch, image_cache, generator)
     if model.config.mlm_weight > 0:
         token_type_ids = batch.get("token_type_ids")
-        logits = model.guess_words(
+        logits = model.masked_token_logits(
             batch["mlm_input_ids"], batch["attention_mask"], token_type_ids, image_index, image_cache
         )
         results |= _guessed("mlm", logits, batch["mlm_labels"], model)
     if model.config.prefix_lm_weight > 0:
-        logits = model.continue_texts(
+        logits = model.continuation_logits(
             batch["prompt_input_ids"], batch["prompt_attention_mask"], image_index, image_cache, batch["labels"]
         )
         results |= _guessed("prefix_lm", logits, batch["labels"], model)

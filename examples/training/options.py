@@ -67,7 +67,7 @@ class ModelArguments:
     selection_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of selection supervision, for data with regions."}
     )
-    pointing_loss_coefficient: float | None = field(
+    attention_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of attention supervision, for data with regions."}
     )
     selection_teacher: str | None = field(
@@ -108,7 +108,7 @@ class ModelArguments:
             "min_keep_rate": one_or_several(self.min_keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
             "selection_loss_weight": self.selection_loss_weight,
-            "pointing_loss_coefficient": self.pointing_loss_coefficient,
+            "attention_loss_weight": self.attention_loss_weight,
             "fusion_type": self.fusion_type,
         }
         return given(fields)

@@ -128,7 +128,7 @@ def start_from_questions(
             resume_from_checkpoint=None,
         )
         questions = DataArguments(max_train_samples=data_args.max_train_samples)
-        started_args = replace(model_args, image_size=TILE_SIZE // 2, pointing_loss_coefficient=None)
+        started_args = replace(model_args, image_size=TILE_SIZE // 2, attention_loss_weight=None)
         train_question_answering(started_args, questions, questions_args)
         PartialState().wait_for_everyone()
     return replace(model_args, model_name_or_path=str(folder), image_size=model_args.image_size or image_size)

@@ -51,7 +51,7 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         args, kwargs: As in `Seq2SeqTrainer`.
     """
 
-    logged_losses: tuple[str, ...] = ("selection_loss", "pointing_loss")
+    logged_losses: tuple[str, ...] = ("selection_loss", "attention_loss")
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ def assert_same_outputs(model, albef, sizes=TINY):
     assert_close(model.match(**inputs).itm_logits, albef.matching_logits(**inputs))
     assert model.temp.weight.item() == albef.weights["temp"].item()
     if isinstance(model, TripsForPreTraining):
-        words = model.guess_words(*texts, pixel_values=inputs["pixel_values"])
+        words = model.masked_token_logits(*texts, pixel_values=inputs["pixel_values"])
         assert_close(words, albef.masked_language_logits(**inputs))
 
 

@@ -92,7 +92,7 @@ WRONG_VALUES = [
     (TripsConfig, {"projection_dim": 0}, ["`projection_dim`", "at least 1", "got 0"]),
     (TripsConfig, {"itc_weight": float("nan")}, ["`itc_weight`", "at least 0", "got nan"]),
     (TripsConfig, {"itm_weight": float("inf")}, ["`itm_weight`", "got inf"]),
-    (TripsConfig, {"bbox_loss_coefficient": -1}, ["`bbox_loss_coefficient`", "at least 0", "got -1"]),
+    (TripsConfig, {"bbox_loss_weight": -1}, ["`bbox_loss_weight`", "at least 0", "got -1"]),
     (TripsConfig, {"num_images": 0}, ["`num_images`", "at least 1", "got 0"]),
     (
         TripsConfig,

@@ -123,7 +123,7 @@ def test_loss_is_the_weighted_sum_of_both(coefficients):
     model = make_model()
     l1_weight, giou_weight = coefficients or (5, 2)
     if coefficients:
-        model.config.bbox_loss_coefficient, model.config.giou_loss_coefficient = coefficients
+        model.config.bbox_loss_weight, model.config.giou_loss_weight = coefficients
     output = model(**inputs(), labels=BOXES)
     l1_loss = (output.pred_boxes - BOXES).abs().sum() / 4
     giou_loss = torchvision.ops.generalized_box_iou_loss(corners(output.pred_boxes), corners(BOXES), "mean")

@@ -7,13 +7,13 @@ import torch
 from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, enable_checkpointing, make_config
 
 from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
-from modeling_trips.modeling_trips import pointing_losses
+from modeling_trips.modeling_trips import attention_losses
 
 
 def make_model(coefficient=2.0, **fields):
     torch.manual_seed(0)
     config = make_config(**fields)
-    config.pointing_loss_coefficient = coefficient
+    config.attention_loss_weight = coefficient
     return TripsForVisualGrounding._from_config(config, attn_implementation="sdpa").train()
 
 
@@ -29,36 +29,36 @@ def test_the_loss_by_hand():
     """The remaining tokens of a grid of 2 x 2 are patch 3, a fused token and patch 0."""
     right, top_right = [0.75, 0.5, 0.5, 1.0], [0.75, 0.25, 0.5, 0.5]
     looks, indices = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[3, -1, 0]])
-    losses = pointing_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
+    losses = attention_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
     # Patch 3 lies in the right half. No remaining patch lies in the top right, which was fused; the attention to the
     # fused token is ignored.
     assert losses.tolist() == pytest.approx([-math.log(0.2 / 0.7), 0.0])
     # Unpruned, all texts share a row of indices; attention 0.4 and 0.1 to the right half is pulled to 2 to 1.
     looks = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
-    loss = pointing_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))
+    loss = attention_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))
     assert loss.item() == pytest.approx(2 / 3 * math.log(2 / 3 / 0.4) + 1 / 3 * math.log(1 / 3 / 0.1))
 
 
 @pytest.mark.parametrize("keep_rate", [0.5, 1.0])
 def test_it_is_a_part_of_the_loss_in_training_alone(keep_rate):
     supervised, unsupervised = (make_model(coefficient, keep_rate=keep_rate)(**batch()) for coefficient in (2.0, 0.0))
-    assert unsupervised.pointing_loss is None and supervised.pointing_loss > 0
-    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.pointing_loss)
-    assert make_model(keep_rate=keep_rate).eval()(**batch()).pointing_loss is None
-    assert make_config().pointing_loss_coefficient == 0
+    assert unsupervised.attention_loss is None and supervised.attention_loss > 0
+    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.attention_loss)
+    assert make_model(keep_rate=keep_rate).eval()(**batch()).attention_loss is None
+    assert make_config().attention_loss_weight == 0
 
 
 def test_parts_of_a_batch_add_up_to_its_loss():
     model = make_model(patch_embedding_type="linear")
-    parts = [model(**batch(rows), num_items_in_batch=4 * 4).pointing_loss for rows in (slice(0, 1), slice(1, 4))]
-    torch.testing.assert_close(sum(parts), model(**batch()).pointing_loss)
+    parts = [model(**batch(rows), num_items_in_batch=4 * 4).attention_loss for rows in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(sum(parts), model(**batch()).attention_loss)
 
 
 def make_reader(coefficient=2.0, attn_implementation="sdpa", **fields):
     """Return a question answering model in training mode."""
     torch.manual_seed(0)
     config = make_config(**fields)
-    config.pointing_loss_coefficient = coefficient
+    config.attention_loss_weight = coefficient
     return TripsForQuestionAnswering._from_config(config, attn_implementation=attn_implementation).train()
 
 
@@ -86,12 +86,12 @@ def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
 @pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}, MASS], ids=str)
 def test_questions_have_it_in_training_where_regions_are_known(fields):
     supervised, unsupervised = (make_reader(coefficient, **fields)(**questions()) for coefficient in (2.0, 0.0))
-    assert unsupervised.pointing_loss is None and supervised.pointing_loss > 0
-    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.pointing_loss)
+    assert unsupervised.attention_loss is None and supervised.attention_loss > 0
+    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.attention_loss)
     nowhere = torch.zeros(4, 4)
-    assert make_reader(**fields)(**{**questions(), "regions": nowhere}).pointing_loss == 0
-    assert make_reader(**fields)(**{**questions(), "regions": None}).pointing_loss is None
-    assert make_reader(**fields).eval()(**questions()).pointing_loss is None
+    assert make_reader(**fields)(**{**questions(), "regions": nowhere}).attention_loss == 0
+    assert make_reader(**fields)(**{**questions(), "regions": None}).attention_loss is None
+    assert make_reader(**fields).eval()(**questions()).attention_loss is None
 
 
 @pytest.mark.parametrize("fields", [{}, MASS], ids=str)
@@ -99,15 +99,17 @@ def test_questions_apart_and_together_have_the_same_loss(fields):
     """Each question has the weight of its label tokens. Padded image tokens are not attended to."""
     model, num_tokens = make_reader(**fields, patch_embedding_type="linear"), int((ANSWERS[:4] != -100).sum())
     rows = (slice(row, row + 1) for row in range(4))
-    parts = [model(**questions(row), num_items_in_batch=num_tokens).pointing_loss for row in rows]
-    torch.testing.assert_close(sum(parts), model(**questions()).pointing_loss)
+    parts = [model(**questions(row), num_items_in_batch=num_tokens).attention_loss for row in rows]
+    torch.testing.assert_close(sum(parts), model(**questions()).attention_loss)
 
 
 def test_answers_to_one_question_share_where_it_looks():
     model = make_reader(patch_embedding_type="linear")
     inputs = {**questions(slice(0, 2)), "labels": ANSWERS[:3], "text_index": torch.tensor([0, 0, 1])}
     apart = {name: value[[0, 0, 1]] for name, value in questions(slice(0, 2)).items()}
-    torch.testing.assert_close(model(**inputs).pointing_loss, model(**{**apart, "labels": ANSWERS[:3]}).pointing_loss)
+    torch.testing.assert_close(
+        model(**inputs).attention_loss, model(**{**apart, "labels": ANSWERS[:3]}).attention_loss
+    )
 
 
 def test_a_question_learns_to_look_into_its_region():
@@ -116,9 +118,9 @@ def test_a_question_learns_to_look_into_its_region():
     losses = []
     for _ in range(60):
         output = model(**questions())
-        losses.append(output.pointing_loss.item())
+        losses.append(output.attention_loss.item())
         optimizer.zero_grad()
-        output.pointing_loss.backward()
+        output.attention_loss.backward()
         optimizer.step()
     assert losses[0] > 1 and losses[-1] < 0.2, (losses[0], losses[-1])
 
@@ -131,7 +133,7 @@ def test_it_teaches_with_gradient_checkpointing_as_without(use_reentrant, fusion
         model = make_reader(fusion_type=fusion_type)
         if checkpointing:
             enable_checkpointing(model, use_reentrant=use_reentrant)
-        model(**questions()).pointing_loss.backward()
+        model(**questions()).attention_loss.backward()
         layer = model.model.fusion_model.encoder.layer[0]
         gradients.append(layer.crossattention.self.query.weight.grad)
     assert gradients[0].abs().max() > 0
@@ -142,9 +144,9 @@ def test_it_teaches_with_gradient_checkpointing_as_without(use_reentrant, fusion
 def test_training_with_it_is_one_graph():
     model = make_reader(patch_embedding_type="linear")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**questions()).pointing_loss, model(**questions()).pointing_loss)
+    torch.testing.assert_close(compiled(**questions()).attention_loss, model(**questions()).attention_loss)
 
 
 def test_a_fusion_without_cross_attention_refuses_it():
-    with pytest.raises(ValueError, match="pointing_loss_coefficient"):
+    with pytest.raises(ValueError, match="attention_loss_weight"):
         make_reader(fusion_type="single_stream")(**questions())

@@ -13,25 +13,57 @@
 # limitations under the License.
 """Learned guide that scores patches inside the vision tower of a frozen vision-language model by the prompt."""
 
+import os
+from pathlib import Path
+
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .families import find_family
 
 
-class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformers"):
+CARD = """---
+{{ card_data }}
+---
+
+# Text guide
+
+The prompt scores the patches inside the vision tower of a frozen vision-language model: text-relevant image patch
+selection (TRIPS, [arXiv 2403.07883](https://arxiv.org/abs/2403.07883)). This repository holds the guide only.
+
+- layer of the tower: {{ guide.layer or "any" }}
+{% for name, value in training.items() -%}
+- {{ name }}: {{ value }}
+{% endfor %}
+```python
+from modeling_trips.hosts import TextGuide, apply_patch_selection
+
+guide = TextGuide.from_pretrained("this repository")
+apply_patch_selection(model, "{{ guide.layer or 2 }}:text:{{ training.get("keep rate", 0.25) }}", guide=guide)
+```
+"""
+
+_DOWNLOADING = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+
+class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformers", model_card_template=CARD):
     """
     Turn the input embeddings of a prompt into the query of one selection layer of the vision tower.
 
     The guide is a learned mean of the embeddings and one linear layer. The language model and the tower do not change.
-    `save_pretrained`, `from_pretrained` and `push_to_hub` read and write its own safetensors file.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` read and write its own safetensors file. `from_pretrained`
+    refuses a file whose weights are missing, renamed, of another size, or not finite.
 
     Args:
         text_hidden_size (`int`): Width of the language model's input embeddings.
         num_heads (`int`): Number of attention heads of the vision tower.
         head_dim (`int`): Width of one of these heads.
         layer (`int`, *optional*): Layer of the tower that the guide is trained for. By default it fits any layer.
+        trained_with (`dict`, *optional*): Facts about the training for the model card, such as the base model.
 
     Example:
 
@@ -43,12 +75,20 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
     ```
     """
 
-    def __init__(self, text_hidden_size: int, num_heads: int, head_dim: int, layer: int | None = None):
+    def __init__(
+        self,
+        text_hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        layer: int | None = None,
+        trained_with: dict | None = None,
+    ):
         super().__init__()
         self.text_hidden_size = text_hidden_size
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.layer = layer
+        self.trained_with = trained_with
         self.weight = nn.Linear(text_hidden_size, 1)
         self.query = nn.Linear(text_hidden_size, num_heads * head_dim)
 
@@ -69,8 +109,41 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         mean = (weights.unsqueeze(1) @ prompt).squeeze(1)
         return self.query(mean).unflatten(-1, (self.num_heads, self.head_dim))
 
+    def _save_pretrained(self, save_directory: Path):
+        file = save_directory / SAFETENSORS_SINGLE_FILE
+        partial = file.with_suffix(".partial")
+        save_file(self.state_dict(), partial, metadata={"format": "pt"})
+        os.replace(partial, file)
+
     @classmethod
-    def for_model(cls, model: nn.Module, layer: int | None = None) -> "TextGuide":
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "TextGuide":
+        downloading = {name: options.pop(name) for name in _DOWNLOADING}
+        file = Path(model_id) / SAFETENSORS_SINGLE_FILE
+        if not os.path.isdir(model_id):
+            file = hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **downloading)
+        with torch.device("meta"):  # before memory is taken
+            guide = cls(**options)
+        expected = {name: list(weight.shape) for name, weight in guide.state_dict().items()}
+        with safe_open(file, framework="pt", device=map_location) as weights:
+            found = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
+            if found != expected:
+                raise ValueError(f"The guide {model_id} must have the weights {expected}, got {found}.")
+            state = {name: weights.get_tensor(name).float() for name in expected}
+        if wrong := [name for name, weight in state.items() if not weight.isfinite().all()]:
+            raise ValueError(
+                f"The guide {model_id} has values that are not finite in {', '.join(wrong)}. Train it again."
+            )
+        guide.load_state_dict(state, assign=True)
+        return guide.eval()
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        training = self.trained_with or {}
+        card = super().generate_model_card(*args, guide=self, training=training, **kwargs)
+        card.data.base_model = training.get("base model")
+        return card
+
+    @classmethod
+    def for_model(cls, model: nn.Module, layer: int | None = None, trained_with: dict | None = None) -> "TextGuide":
         """
         Make a new guide with the widths of a vision-language model.
 
@@ -80,4 +153,4 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         family = find_family(model)
         if family is None or not family.layer_classes:
             raise TypeError(f"Selection inside the tower of {type(model).__name__} is not supported.")
-        return cls(model.get_input_embeddings().embedding_dim, *family.heads, layer)
+        return cls(model.get_input_embeddings().embedding_dim, *family.heads, layer, trained_with)

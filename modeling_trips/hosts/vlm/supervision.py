@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...modeling_trips_vision import TripsSelection
 from .families import LlavaNext, find_family
+from .pruning import Prompts
 from .tower import selecting_layers
 from .wrapper import record_vlm_selection, selection_of
 
@@ -77,6 +78,15 @@ def region_masks(
             mask.paste((255, 255, 255), (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
         masks.append(mask)
     return masks
+
+
+def rows_of_images(model: PreTrainedModel, inputs: Mapping) -> list[int]:
+    """Return the row of `inputs`, which are outputs of the processor, of each image. Tiles count as images."""
+    family = find_family(model)
+    prompts = Prompts(model, family, dict(inputs))
+    sizes = family.group_sizes(inputs, prompts.num_visual)
+    numbers = family.images_per_group(inputs, sizes)
+    return [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
 
 
 def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) -> torch.Tensor:

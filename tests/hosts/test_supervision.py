@@ -10,6 +10,7 @@ from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.hosts.vlm.supervision import (
     guided_selection,
     region_masks,
+    rows_of_images,
     targets_of_attention,
     targets_of_masks,
 )
@@ -27,29 +28,37 @@ def guided(vlm: Vlm):
     return model, guide
 
 
-def inputs_with_white_first_unit(vlm: Vlm) -> tuple[dict, dict]:
-    """Return inputs whose first unit is white in each image or tile, and black inputs."""
+def inputs_of_masks(vlm: Vlm) -> tuple[dict, dict]:
+    """
+    Return inputs with values from -1 (black) to 1 (white), and black inputs. In each image or tile the first unit is
+    white, and a half of the second is gray, as where resizing has mixed the edge of a region.
+    """
     blanks = make_inputs(vlm)
-    pixels = torch.zeros_like(blanks["pixel_values"])
-    unit = find_family(vlm.make()).unit
-    masks = {**blanks, "pixel_values": pixels.clone()}
+    blanks["pixel_values"] = torch.full_like(blanks["pixel_values"], -1)
+    pixels, unit = blanks["pixel_values"].clone(), find_family(vlm.make()).unit
     if vlm.kind == "packed":
-        first = blanks["image_grid_thw"][0].prod()
-        masks["pixel_values"][: unit**2] = 1
-        masks["pixel_values"][first : first + unit**2] = 1
+        number = unit**2
+        for first in (0, blanks["image_grid_thw"][0].prod()):
+            pixels[first : first + number] = 1
+            pixels[first + number : first + 2 * number, ::2] = 0
     else:
-        masks["pixel_values"][..., : 4 * unit, : 4 * unit] = 1
-    return masks, {**blanks, "pixel_values": pixels}
+        side = 4 * unit
+        pixels[..., :side, :side] = 1
+        pixels[..., :side:2, side : 2 * side] = 0
+    return {**blanks, "pixel_values": pixels}, blanks
 
 
 @families
 def test_scores_have_gradients_and_the_shape_of_targets(vlm):
     model, guide = guided(vlm)
-    selection = guided_selection(model, make_inputs(vlm))
-    targets = targets_of_masks(model, *inputs_with_white_first_unit(vlm))
+    inputs = make_inputs(vlm)
+    selection = guided_selection(model, inputs)
+    targets = targets_of_masks(model, *inputs_of_masks(vlm))
+    rows = rows_of_images(model, inputs)
+    assert len(rows) == len(targets) and {*rows} == {0, 1} and rows == sorted(rows)
     assert targets.shape == selection.scores.shape
-    torch.testing.assert_close(targets[:, 0], torch.ones(len(targets)))
-    torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
+    torch.testing.assert_close(targets[:, :2], torch.tensor([[0.8, 0.2]]).expand(len(targets), -1))
+    assert not targets[:, 2:].any()
     selection_loss(selection.scores, selection.candidate_indices, targets).mean().backward()
     assert guide.query.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -27,7 +27,7 @@ from trips_examples.training.models import make_processor  # noqa: E402
 
 torch.set_num_threads(1)
 # The exporters are new in 5.24, and the docs use them.
-collect_ignore = ["benchmarks/test_export_speed.py", "docs", "export"]
+collect_ignore = ["docs", "export"]
 if Version(transformers.__version__) >= Version("5.24"):
     collect_ignore = []
 

@@ -12,9 +12,9 @@ from modeling_trips.inspection.speed import CLOCKS
 
 
 def test_provenance_names_command_commit_seed_and_machine(monkeypatch):
-    monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks" / "peers.py"), "--schedule", "2 text"])
+    monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks" / "benchmark.py"), "--schedule", "2 text"])
     row = provenance("cpu", seed=7)
-    assert row["command"] == "benchmarks/peers.py --schedule '2 text'"
+    assert row["command"] == "benchmarks/benchmark.py --schedule '2 text'"
     assert (row["seed"], row["num_threads"]) == (7, 1)
     assert row.keys() >= {"date", "device_name", "machine", "python_version", "torch_version", "transformers_version"}
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """
-Draw the results of composed scenes from the rows in `docs/results`: accuracy against time, and against epochs.
+Draw accuracy against time on composed scenes, from the rows in `docs/results`.
 
-    python docs/draw_accuracy.py    # docs/accuracy_at_equal_information.png, _against_time.png, _against_epochs.png
+    python docs/draw_accuracy.py    # docs/accuracy_at_equal_information.png
 """
 
 import argparse
@@ -9,41 +9,19 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
-from tables import DOCS, method, percents, read, seconds, variants
-
-
-PANELS = {
-    "Grounding, 1 text per image": "scenes_grounding_rates",
-    "Questions, 4 texts per image": "scenes_vqa_rates",
-}
-COLORS = {
-    "by the text, with supervision": "tab:blue",
-    "by the text, without supervision": "tab:purple",
-    "by the image": "tab:orange",
-    "at random": "tab:gray",
-    "unpruned, fewer pixels": "tab:green",
-}
+from tables import DOCS, percents, read, seconds, variants
 
 
 PROTOCOL = {  # the beginning of its variants' names and the color of each curve
     "by the text": ("text 0", "tab:blue"),
     "by the image": ("image 0", "tab:orange"),
-    "at random": ("random 0", "tab:gray"),
+    "one random set": ("random 0", "tab:gray"),
     "fewer pixels": ("fewer pixels", "tab:green"),
 }
 
 
-def finish(axis, title: str, baseline: list[dict], metric: str):
-    """Mark the unpruned baseline in a panel of accuracy against time, and name its axes."""
-    unpruned = mean(percents(baseline, metric))
-    axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
-    axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
-    axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
-    axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
-
-
-def draw_protocol(output: Path):
-    """Accuracy of questions and boxes against time, with the regions known to all."""
+def draw(output: Path):
+    """Draw the accuracy of questions and boxes against time, with the regions known to all."""
     figure = Figure(figsize=(13, 4))
     panels = (("questions", 1), ("questions", 4), ("boxes", 1))
     for axis, (task, texts) in zip(figure.subplots(1, len(panels)), panels):
@@ -57,66 +35,12 @@ def draw_protocol(output: Path):
             ]
             columns = [x for x, _ in points], [mean(v) for _, v in points], [stdev(v) for _, v in points]
             axis.errorbar(*columns, color=color, marker="o", capsize=3, label=label)
+        unpruned = mean(percents(runs["unpruned"], "test_accuracy"))
+        axis.plot(1, unpruned, "k*", markersize=11, label="unpruned baseline")
+        axis.axhline(unpruned, color="black", linewidth=0.6, linestyle=":")
+        axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
         title = f"{task.capitalize()}, {texts} text{'s' if texts > 1 else ''} per image"
-        finish(axis, title, runs["unpruned"], "test_accuracy")
-    save(figure, output)
-
-
-def group(row: dict) -> str | None:
-    """The curve that a run belongs to: those with one selection layer, and the unpruned ones."""
-    name = method(row)
-    if "px" in name:
-        return "unpruned, fewer pixels"
-    if not name.startswith("`2:") or "," in name.split("`")[1] or "top-p" in name or "merged" in name:
-        return None
-    if ":text:" in name:
-        return f"by the text, {name.rpartition(', ')[2]}"
-    return "by the image" if ":image:" in name else "at random"
-
-
-def draw_times(output: Path):
-    """Accuracy against the time of a forward pass, a curve for each way of selecting."""
-    figure = Figure(figsize=(10, 4))
-    axes = figure.subplots(1, 2)
-    for axis, (title, name) in zip(axes, PANELS.items()):
-        curves: dict[str, list] = {label: [] for label in COLORS}
-        runs, times = variants(read(name)), read(f"{name}_times")
-        for variant, of in runs.items():
-            if label := group(of[0]):
-                values = percents(of, "eval_accuracy")
-                curves[label].append((float(seconds(times, variant)), values))
-        for label, points in curves.items():
-            color = COLORS[label]
-            points.sort()
-            axis.plot([x for x, _ in points], [mean(values) for _, values in points], color=color, label=label)
-            for x, values in points:
-                several = len(values) > 1
-                face, spread = (color, stdev(values)) if several else ("white", None)
-                axis.errorbar(x, mean(values), spread, color=color, marker="o", markerfacecolor=face, capsize=3)
-        finish(axis, title, runs["unpruned"], "eval_accuracy")
-    save(figure, output)
-
-
-def draw_epochs(output: Path):
-    """Accuracy after each epoch of models that learn to read scenes."""
-    figure = Figure(figsize=(10, 4))
-    axes = figure.subplots(1, 2)
-    panels = {"Questions": "scenes_learning", "Grounding": "scenes_learning_boxes"}
-    for axis, (title, name) in zip(axes, panels.items()):
-        for of in variants(read(name)).values():
-            curves = [[100 * point["eval_accuracy"] for point in row["history"]] for row in of]
-            epochs = range(1, len(curves[0]) + 1)
-            values = list(zip(*curves))
-            label = method(of[0]).replace("`", "")
-            axis.errorbar(
-                epochs, [mean(v) for v in values], [stdev(v) for v in values], label=label, marker="o", capsize=3
-            )
-        axis.set(title=title, xlabel="epoch", ylabel="accuracy, %", xticks=epochs)
-    save(figure, output)
-
-
-def save(figure: Figure, output: Path):
-    """Save a figure, with one legend below its panels."""
+        axis.set(title=title, xlabel="time of a forward pass (unpruned: 1)", ylabel="accuracy, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
@@ -124,12 +48,9 @@ def save(figure: Figure, output: Path):
 
 
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Draw accuracy against time, and against epochs.")
-    parser.add_argument("--output_dir", type=Path, default=DOCS, help="Folder of the figures.")
-    folder = parser.parse_args(arguments).output_dir
-    draw_protocol(folder / "accuracy_at_equal_information.png")
-    draw_times(folder / "accuracy_against_time.png")
-    draw_epochs(folder / "accuracy_against_epochs.png")
+    parser = argparse.ArgumentParser(description="Draw accuracy against time.")
+    parser.add_argument("--output_dir", type=Path, default=DOCS, help="Folder of the figure.")
+    draw(parser.parse_args(arguments).output_dir / "accuracy_at_equal_information.png")
 
 
 if __name__ == "__main__":

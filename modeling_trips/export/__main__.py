@@ -5,8 +5,7 @@ loads the folder as a model of the same class.
     python -m modeling_trips.export --model demo/model --output_dir demo-openvino
     python -m modeling_trips.export --model org/trips-vqa --backend onnx --dtype int8 --output_dir vqa-onnx
 
-The schedule and the image size are fixed at export. In float32, answers and kept patches match PyTorch. Measure speed
-with benchmarks/export_speed.py.
+The schedule and the image size are fixed at export. In float32, answers and kept patches match PyTorch.
 """
 
 import json

@@ -13,7 +13,7 @@ from places import ROOT
 def page(tmp_path, monkeypatch):
     """Return a document with one table, made from the repository's rows."""
     page = tmp_path / "page.md"
-    page.write_text("Before.\n\n<!-- table: statements -->\n<!-- end -->\n\nAfter.\n")
+    page.write_text("Before.\n\n<!-- table: demo_runs -->\n<!-- end -->\n\nAfter.\n")
     monkeypatch.setattr(tables, "documents", lambda: [page])
     monkeypatch.setattr(tables, "DOCS", tmp_path / "docs")
     return page
@@ -34,8 +34,8 @@ def test_a_changed_cell_is_found_and_written_again(page):
     tables.main([])
     text = page.read_text()
     tables.main(["--check"])
-    assert "76.2 ± 1.2" in text and text.startswith("Before.") and text.endswith("After.\n")
-    page.write_text(text.replace("76.2", "86.2"))
+    assert "99.58" in text and text.startswith("Before.") and text.endswith("After.\n")
+    page.write_text(text.replace("99.58", "89.58"))
     with pytest.raises(SystemExit, match="page.md"):
         tables.main(["--check"])
     tables.main([])
@@ -48,25 +48,46 @@ def test_an_unknown_table_is_named(page):
         tables.main([])
 
 
-def test_differences_are_paired_by_seed():
-    baseline = [{"seed": seed, "score": score} for seed, score in enumerate((0.5, 0.6, 0.7))]
-    rows = [{"seed": seed, "score": score} for seed, score in ((2, 0.8), (0, 0.6), (1, 0.71))]
-    assert tables.difference(rows, baseline, "score") == "+10.3 ± 0.6 (p < 0.01)"
-    assert tables.difference(rows[:2], baseline, "score") == ""
+def test_a_gap_is_the_mean_paired_difference_with_its_standard_error():
+    """By hand: differences 10, 10 and 11 points; deviation 0.577, standard error 0.577 / sqrt(3) = 0.333."""
+    baseline = [{"seed": seed, "test_accuracy": score} for seed, score in enumerate((0.5, 0.6, 0.7))]
+    rows = [{"seed": seed, "test_accuracy": score} for seed, score in ((2, 0.81), (0, 0.6), (1, 0.7))]
+    found = tables.paired_by_seed(rows, baseline, "test_accuracy")
+    assert found.mean == pytest.approx(31 / 3) and found.standard_error == pytest.approx(1 / 3)
+    assert tables.gap(rows, baseline) == "+10.3 (0.3; p < 0.01)"
+    assert tables.gap(rows[:2], baseline) == ""
+
+
+def test_a_spread_has_the_deviation_of_the_sample():
+    assert tables.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert tables.spread([1.0]) == "1.0"
+
+
+def test_times_are_those_of_the_baseline_in_the_same_setting():
+    times = [
+        {"checkpoint": f"{name}-seed0", "texts_per_image": texts, "forward_seconds": seconds}
+        for name, texts, seconds in (
+            ("unpruned", 1, 2.0),
+            ("text-0.5", 1, 1.0),
+            ("unpruned", 4, 3.0),
+            ("text-0.5", 4, 6.0),
+        )
+    ]
+    assert tables.seconds(times, "text 0.5", texts_per_image=1) == "0.50"
+    assert tables.seconds(times, "text 0.5", texts_per_image=4) == "2.00"
 
 
 def test_a_schedule_is_read_from_a_command():
     command = "run_vqa.py --keep_rate 0.5 --selection_layers 2 4 --keep_rate 0.7 0.3 --selection_guidance image text"
     row = {"variant": "any", "options": command.split()}
-    assert tables.method(row) == "`2:image:0.7,4:text:0.3`, with supervision"
-    row["options"] += ["--selection_loss_weight", "0"]
-    assert tables.method(row) == "`2:image:0.7,4:text:0.3`, without supervision"
-    row["options"] += ["--keep_rate", "1.0"]
-    assert tables.method(row) == "unpruned baseline"
+    assert tables.model_of(row) == "`2:image:0.7,4:text:0.3`"
+    row["options"] += ["--keep_rate", "1.0", "--image_size", "48"]
+    assert tables.model_of(row) == "unpruned"
+    assert tables.model_of(row | {"variant": "fewer pixels 48"}) == "unpruned, 48 px"
 
 
-def test_the_figures_are_drawn(tmp_path):
+def test_the_figure_is_drawn(tmp_path):
     draw_accuracy.main(["--output_dir", str(tmp_path)])
-    for name in ("accuracy_at_equal_information.png", "accuracy_against_time.png", "accuracy_against_epochs.png"):
-        with PIL.Image.open(tmp_path / name) as drawn, PIL.Image.open(ROOT / "docs" / name) as kept:
-            assert drawn.size == kept.size
+    name = "accuracy_at_equal_information.png"
+    with PIL.Image.open(tmp_path / name) as drawn, PIL.Image.open(ROOT / "docs" / name) as kept:
+        assert drawn.size == kept.size

@@ -38,7 +38,7 @@ from trips_examples.data.rows import without_decoding
 from trips_examples.data.task_collators import GroundingCollator, Nlvr2Collator, RetrievalCollator, VqaCollator
 from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass(frozen=True)
@@ -149,4 +149,4 @@ def main(argv: list[str] | None = None) -> Comparison:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,7 +28,7 @@ from trips_examples.analysis import SAME_WEIGHTS_NOTE
 from trips_examples.analysis.asking import Asker
 from trips_examples.analysis.page import render_look
 from trips_examples.ask import CHECKPOINT, SCENE
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 MAX_TEXTS, MAX_LENGTH = 6, 300
@@ -202,4 +202,4 @@ def main(argv: list[str] | None = None, **launching):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

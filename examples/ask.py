@@ -29,7 +29,7 @@ from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from modeling_trips.inspection.speed import seconds_in_turns
 from modeling_trips.processing_trips import read_image
 from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
@@ -155,4 +155,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

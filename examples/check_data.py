@@ -32,7 +32,7 @@ from trips_examples.data.texts import check_texts
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.files import write_json
 from trips_examples.training.options import ModelArguments
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 MAX_SHOWN = 20  # faults to print
@@ -197,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

@@ -22,7 +22,7 @@ from modeling_trips.conversion import ALBEF_TASKS, AlbefDepths, ConversionReport
 from modeling_trips.conversion.files import WEIGHT_FILES, whole_folder
 from modeling_trips.conversion.published import convert_published
 from trips_examples.training.options import one_or_several
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
@@ -99,4 +99,4 @@ def main(argv: list[str] | None = None) -> ConversionReport:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,6 +31,7 @@ from trips_examples.data.rows import read_image
 from trips_examples.data.scenes import scene_records
 from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.parser import run_script
 from trips_examples.training.question_answering import train_question_answering
 from trips_examples.training.runs import parse_arguments
 
@@ -120,7 +121,8 @@ def publish(folder: Path, data_args: DataArguments, command: str):
     print(f"Shipped: {folder}")
 
 
-def main(argv: list[str]):
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
     start = time.perf_counter()
     options = [*RECIPE, *argv, "--output_dir", str(MODEL)]
     demo_args, model_args, data_args, training_args = parse_arguments(
@@ -154,4 +156,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -35,7 +35,7 @@ from modeling_trips.hosts import TextGuide
 from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 UNPRUNED = "unpruned"
@@ -265,4 +265,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

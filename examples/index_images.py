@@ -20,7 +20,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from trips_examples.data.shards import hub_shards
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 NAMED = 20  # largest number of unusable images to name
@@ -139,4 +139,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,7 @@ from transformers import BitImageProcessor
 
 from modeling_trips.conversion.dinov2_onnx import onnx_states, read_dinov2_onnx
 from modeling_trips.conversion.files import whole_folder
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 PACKAGES = {
@@ -118,4 +118,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

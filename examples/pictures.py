@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from trips_examples.data.emoji import write_emoji
 from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 PACKAGES = ("fonts-noto-color-emoji", "openclipart-png", "unicode-cldr-core")
@@ -191,4 +191,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

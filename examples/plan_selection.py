@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.plan import PlannedSchedule, SelectionPlan, plan_schedules, plan_selection
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
@@ -130,4 +130,4 @@ def main(argv: list[str] | None = None) -> SelectionPlan:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_trips.publishing import CardArguments, build_repository, publish
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
@@ -81,4 +81,4 @@ def main(argv: list[str] | None = None) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

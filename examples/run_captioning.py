@@ -26,8 +26,9 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.training.models import ModelStart, make_selection_teacher
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import texts_of, write_predictions
-from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -96,5 +97,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_script(main)

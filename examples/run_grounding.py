@@ -30,9 +30,10 @@ from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import ModelStart, make_selection_teacher
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
 from trips_examples.training.question_answering import start_from_questions
-from trips_examples.training.runs import end_processes, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -111,5 +112,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_script(main)

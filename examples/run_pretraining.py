@@ -27,8 +27,9 @@ from trips_examples.training.options import (
     PretrainingArguments,
     TripsTrainingArguments,
 )
+from trips_examples.training.parser import run_script
 from trips_examples.training.pretraining import PretrainingTrainer, check_objectives, load_pairs
-from trips_examples.training.runs import end_processes, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -73,5 +74,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_script(main)

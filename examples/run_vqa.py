@@ -10,8 +10,9 @@ The training loop is Transformers' `Seq2SeqTrainer`, whose options are options h
 """
 
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
+from trips_examples.training.parser import run_script
 from trips_examples.training.question_answering import train_question_answering
-from trips_examples.training.runs import end_processes, parse_arguments
+from trips_examples.training.runs import parse_arguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -21,5 +22,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_script(main)

@@ -19,7 +19,7 @@ import transformers
 from trips_examples.analysis.page import filled
 from trips_examples.data.images import decode_image
 from trips_examples.training.files import write_json, write_whole
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
@@ -102,4 +102,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

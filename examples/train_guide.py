@@ -43,7 +43,7 @@ from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import read_image, without_decoding
 from trips_examples.data.source import DataSource
 from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 TEACHERS = ("regions", "attention")
@@ -227,4 +227,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

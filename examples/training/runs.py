@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from filelock import FileLock, Timeout
 from safetensors import safe_open
@@ -225,9 +224,3 @@ def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
 def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, {**metrics, **provenance(trainer.args.device.type, trainer.args.seed)})
-
-
-def end_processes():
-    """Wait for all processes and destroy their group. Gloo can abort processes that only exit."""
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()

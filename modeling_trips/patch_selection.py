@@ -109,8 +109,9 @@ def random_scores(
 def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
     Return the positions of the `num_kept` largest scores, in ascending order: `(batch_size, num_candidates)` ->
-    `(batch_size, num_kept)`. Of equal scores the lower position wins.
+    `(batch_size, num_kept)`. Of equal scores the lower position wins. NaN ranks last.
     """
+    scores = scores.masked_fill(scores.isnan(), -math.inf)
     lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]
     kept = _are_kept(scores, lowest_kept, num_kept)
     last = scores.shape[1] - 1

@@ -108,7 +108,7 @@ TIMM_CLASS = ("timm.models.vision_transformer", "VisionTransformer")
 
 def apply_patch_selection(
     model: nn.Module,
-    schedule: SelectionSchedule | str,
+    schedule: SelectionSchedule | str | None = None,
     visual_tokens: int | None = None,
     scorer: str | Scorer = "prompt",
     guide: TextGuide | None = None,
@@ -133,7 +133,7 @@ def apply_patch_selection(
             `CLIPVisionModelWithProjection`; `SiglipModel`, `SiglipVisionModel`; timm's `VisionTransformer`. Or a
             generative model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3, InternVL,
             Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE.
-        schedule (`SelectionSchedule` or `str`):
+        schedule (`SelectionSchedule` or `str`, *optional*):
             Selection layers of the vision tower (in ViLT, of the joint layers), and what scores the patches:
             `"5:image:0.7,10:text:0.7"`, or `"unpruned"`. In BridgeTower they must come before the first bridge to the
             cross-modal layers, in LLaVA before the layer whose states the language model reads.
@@ -159,11 +159,15 @@ def apply_patch_selection(
             forward pass of a generative model or of a layer.
         RuntimeError: `record_patch_selection` is open on a generative model.
     """
-    schedule = SelectionSchedule.parse(schedule) if isinstance(schedule, str) else schedule
+    if schedule is None and visual_tokens is None:
+        raise ValueError("`apply_patch_selection` needs a `schedule`, such as '8:image:0.5', or `visual_tokens`.")
+    if not isinstance(schedule, SelectionSchedule):
+        schedule = SelectionSchedule.parse(schedule or "unpruned")
     family = find_family(model)
     if family is not None:
         check_vlm_schedule(model, family, schedule, guide)
         at_exit = ExitSelection(visual_tokens, scorer=scorer)
+        at_exit.check_fits(family)
         remove_patch_selection(model)
         apply_vlm_selection(model, family, schedule, at_exit, guide)
         return

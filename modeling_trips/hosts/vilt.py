@@ -156,7 +156,7 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
         is_attentive = order.argsort(dim=-1) < self.num_kept_of(numbers)
         # Padding, not dropped patches, fills rows that keep fewer.
-        return keep_topk(2 * is_attentive.int() + is_padding.int(), num_kept)
+        return keep_topk(2.0 * is_attentive + is_padding, num_kept)
 
     def num_kept_of(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the number of candidates that each row keeps: `(batch_size, 1)`."""

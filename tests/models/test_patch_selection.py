@@ -123,3 +123,9 @@ def test_scores_of_half_precision_do_not_overflow_or_tie():
     with torch.autocast("cpu", torch.bfloat16):
         low, high = score_tokens(query, key, scaling=1.0)[0]
     assert high > low
+
+
+def test_topk_ranks_nan_last():
+    nan = math.nan
+    scores = torch.tensor([[nan, 0.1, nan, 0.3], [nan, nan, nan, nan], [0.4, 0.1, 0.2, 0.3]])
+    assert keep_topk(scores, 3).tolist() == [[0, 1, 3], [0, 1, 2], [0, 2, 3]]

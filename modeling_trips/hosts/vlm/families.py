@@ -96,6 +96,11 @@ class Family:
         return False
 
     @property
+    def tokens_per_image(self) -> int | None:
+        """Number of visual tokens of an image in the language model, `None` where it depends on the image's size."""
+        return None
+
+    @property
     def heads(self) -> tuple[int, int]:
         """Number and width of the tower's attention heads."""
         config = self.config.vision_config
@@ -179,6 +184,12 @@ class Llava(Family):
     def has_class_token(self) -> bool:
         return hasattr(self.transformer.embeddings, "class_embedding")
 
+    @property
+    def tokens_per_image(self) -> int | None:
+        config = self.config.vision_config
+        keeps_class_token = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
+        return (config.image_size // config.patch_size) ** 2 + int(keeps_class_token and self.has_class_token)
+
     def add_hooks(self, tower: Tower) -> list:
         def restore(module, args, output):
             current = CURRENT_PASS.get()
@@ -190,6 +201,8 @@ class Llava(Family):
 
 class LlavaNext(Llava):
     """LLaVA-NeXT: the tiles of an image are packed into one group without padding, with a newline per row."""
+
+    tokens_per_image = None
 
     def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return self.base.pack_image_features(
@@ -259,6 +272,10 @@ class Gemma3(Family):
     def unit(self) -> int:
         return self.base.multi_modal_projector.kernel_size
 
+    @property
+    def tokens_per_image(self) -> int:
+        return self.config.mm_tokens_per_image
+
 
 class Smolvlm(Family):
     """SmolVLM and Idefics3: the tiles of all images of a prompt are one group."""
@@ -309,6 +326,10 @@ class Internvl(Family):
     @property
     def unit(self) -> int:
         return round(1 / self.config.downsample_ratio)
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.tower.embeddings.patch_embeddings.num_patches // self.unit**2
 
     @property
     def has_class_token(self) -> bool:

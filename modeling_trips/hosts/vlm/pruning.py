@@ -18,6 +18,7 @@ Models of Transformers accept encoded images as `mm_encoder_outputs`. The image 
 and the model gets them with a prompt that has as many placeholders. The model does not change.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,8 @@ class ExitSelection:
     Settings of the selection after the vision tower.
 
     Args:
-        visual_tokens (`int`, *optional*): Number of tokens per image. An image with fewer keeps all.
+        visual_tokens (`int`, *optional*): Number of tokens per image. Where images differ in size, one with fewer
+            keeps all.
         keep_rate (`float`, *optional*): Share of the image's tokens in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): Scorer as in [`prune_inputs`].
 
@@ -63,6 +65,17 @@ class ExitSelection:
             raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
         if not callable(self.scorer) and self.scorer not in SCORERS:
             raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
+
+    def check_fits(self, family: Family):
+        """
+        Raises:
+            ValueError: Every image of the model has fewer visual tokens.
+        """
+        most = family.tokens_per_image
+        if self.visual_tokens is not None and most is not None and self.visual_tokens > most:
+            raise ValueError(
+                f"`visual_tokens` must be at most {most}, the tokens of an image, got {self.visual_tokens}."
+            )
 
     def num_kept(self, size: int, num_candidates: int) -> int:
         """Return the number of kept tokens of an image; the tower has kept `num_candidates` of `size`."""
@@ -117,7 +130,9 @@ def prune_inputs(
     family = find_family(model)
     if family is None:
         raise TypeError(f"`prune_inputs` does not support {type(model).__name__}, whose prompt has no visual tokens.")
-    return prune(model, family, dict(inputs), ExitSelection(visual_tokens, keep_rate, scorer))[0]
+    at_exit = ExitSelection(visual_tokens, keep_rate, scorer)
+    at_exit.check_fits(family)
+    return prune(model, family, dict(inputs), at_exit)[0]
 
 
 def prune(
@@ -138,6 +153,9 @@ def prune(
         return inputs, [], None
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise ValueError("`input_ids` or `inputs_embeds` are needed with `pixel_values`, got neither.")
+    for name in ("pixel_values", "input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None and 0 in inputs[name].shape:
+            raise ValueError(f"`{name}` must not be empty, got shape {tuple(inputs[name].shape)}.")
     prompts = Prompts(model, family, inputs)
     current = family.begin_pass(inputs) if in_tower else None
     if current is not None and guide is not None:
@@ -225,16 +243,20 @@ class Prompts:
         return embeddings, is_text.gather(1, first)
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
-        """Return the row of each group of visual tokens."""
-        if sum(sizes) != sum(self.num_visual):
-            raise ValueError(f"`input_ids` must have {sum(sizes)} placeholders, got {sum(self.num_visual)}.")
-        rows, row, left = [], 0, self.num_visual[0]
-        for size in sizes:
-            while left == 0 and size > 0:
-                row += 1
-                left = self.num_visual[row]
-            rows.append(row)
-            left -= size
+        """
+        Return the row of each group of visual tokens.
+
+        Raises:
+            ValueError: A row has more or fewer placeholders than its images have visual tokens.
+        """
+        ends = [*accumulate(self.num_visual)]
+        rows = [bisect_right(ends, first) if size else 0 for first, size in zip(accumulate(sizes, initial=0), sizes)]
+        lasts = [last for last, size in zip(accumulate(sizes), sizes) if size]
+        if sum(sizes) != sum(self.num_visual) or not {*ends} <= {0, *lasts}:
+            raise ValueError(
+                f"`input_ids` must have one placeholder per visual token of each image, {sizes} by image, got "
+                f"{self.num_visual} by row."
+            )
         return rows
 
     def shorten(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:

@@ -86,7 +86,8 @@ def select_diverse(
     nearest = features.new_full(features.shape[:2], math.inf, dtype=torch.float32)
     for _ in range(num_kept - 1):
         newest = directions[images, chosen[-1]]
-        nearest = nearest.minimum(1 - (directions @ newest.unsqueeze(-1)).squeeze(-1))
+        # `fmin` ignores NaN, so that no token is chosen twice.
+        nearest = nearest.fmin(1 - (directions @ newest.unsqueeze(-1)).squeeze(-1))
         nearest[images, chosen[-1]] = -1.0
         chosen.append(nearest.argmax(dim=-1))
     kept = torch.stack(chosen, dim=1).sort(dim=1).values

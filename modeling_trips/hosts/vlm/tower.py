@@ -148,7 +148,12 @@ class TowerLayer(ModuleWrapper):
     ) -> torch.Tensor:
         """Return the query that scores the patches of these images: `(num_images, num_heads, head_dim)`."""
         if self.selection.guidance == "text":
-            return current.query[images].to(normed.dtype)
+            query = current.query[images]
+            if len(query) != len(normed):
+                raise ValueError(
+                    f"`input_ids` must have placeholders for {len(normed)} images or tiles, got {len(query)}."
+                )
+            return query.to(normed.dtype)
         if self.tower.has_class_token:
             return self.project_query(normed[:, 0])
         # Without a [CLS], use the mean of all queries, which is the query of the mean.

@@ -218,6 +218,28 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     return type(own_class.__name__, (own_class,), members)
 
 
+def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, length: int, pruned_length: int):
+    """
+    Lower `max_length` and `min_length`, which count the caller's prompt of `length` tokens, in the options of a call.
+
+    Raises:
+        ValueError: `max_length` leaves no token to generate.
+    """
+    configs = [vars(config) for config in (generation_config, model.generation_config) if config is not None]
+
+    def setting(name: str) -> int | None:
+        return next((given[name] for given in (options, *configs) if given.get(name) is not None), None)
+
+    longest = setting("max_length")
+    if longest and longest <= length and setting("max_new_tokens") is None:
+        raise ValueError(f"`max_length` must be larger than {length}, the length of the prompt, got {longest}.")
+    for name in ("max_length", "min_length"):
+        if value := setting(name):
+            # `generation_config` is a copy, the model's is not.
+            is_option = generation_config is None or options.get(name) is not None
+            (options if is_option else configs[0])[name] = max(1, value - length + pruned_length)
+
+
 def _pruning_generate(own_class: type[nn.Module]):
     @wraps(own_class.generate)
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs):
@@ -233,13 +255,7 @@ def _pruning_generate(own_class: type[nn.Module]):
             kwargs = selection.prune(self, kwargs)
         length = kwargs["input_ids"].shape[1]
         generation_config = copy.deepcopy(generation_config)
-        for name in ("max_length", "min_length"):  # both count the caller's prompt
-            options = kwargs
-            if generation_config is not None and kwargs.get(name) is None:
-                options = vars(generation_config)
-            value = getattr(self.generation_config, name) if options.get(name) is None else options[name]
-            if value:
-                options[name] = value - ids.shape[1] + length
+        _count_pruned_prompt(self, generation_config, kwargs, ids.shape[1], length)
         outputs = own_class.generate(self, inputs, generation_config, *args, **kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         prompts = ids.repeat_interleave(len(sequences) // len(ids), dim=0)

@@ -7,12 +7,11 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help try demo pictures test test-slow quality docs clean
+.PHONY: help try demo test test-slow quality docs clean
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
 	@echo "make demo      train TRIPS on composed scenes, answer questions, draw the kept patches (5 minutes on 2 cores)"
-	@echo "make pictures  pretrained towers on scenes of real pictures, without a hub: see docs/real_pictures.md"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "               WORKERS=1 for either: one process; 2 by default"
@@ -35,9 +34,6 @@ try: $(VENV)/.examples
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/demo.py
-
-pictures: $(VENV)/.examples $(VENV)/.towers
-	OMP_NUM_THREADS=2 $(BIN)/python examples/pictures.py
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks"), str(ROOT / "docs")]
+sys.path.append(str(ROOT / "benchmarks" / "images"))
 sys.path.append(str(ROOT / "benchmarks" / "vlm_small"))  # last, as it has an `evaluate.py`
 
 import pytest  # noqa: E402

@@ -1,9 +1,8 @@
-"""Loading of data sets in one schema per task: files, the Hub, easy-VQA, named images and composed scenes."""
+"""Loading of data sets in one schema per task: files, the Hub, easy-VQA and composed scenes."""
 
 from datasets import DatasetDict, load_dataset
 
 from trips_examples.data.faults import BadRows
-from trips_examples.data.picture_tasks import load_picture_scenes, load_pictures_alone
 from trips_examples.data.scenes import SPLITS, easy_vqa_records, scene_records
 from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.splits import SplitReader
@@ -23,8 +22,7 @@ def load_task_dataset(
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
 
     Returns:
-        `DatasetDict`: Splits with the columns of `TASKS[task].features`. Scenes of named images have no image column;
-        a transform composes them when rows are read.
+        `DatasetDict`: Splits with the columns of `TASKS[task].features`.
 
     Raises:
         `ValueError`: Rows cannot be used (the message names the first few), or the arguments contradict each other.
@@ -46,10 +44,6 @@ def load_task_dataset(
             scenes = source.num_scenes.items()
             records = {split: scene_records(task, split, number, source.grid, seed) for split, number in scenes}
         return DatasetDict({split: reader.read_embedded(part, f"{name} {split}") for split, part in records.items()})
-    if name == "picture_scenes":
-        return load_picture_scenes(task, source, reader.bad_rows, seed)
-    if name == "pictures":
-        return load_pictures_alone(source, reader.bad_rows)
     hub = load_dataset(name, source.dataset_config_name, cache_dir=source.cache_dir)
     splits = _hub_splits(hub, name, source.splits)
     return DatasetDict({split: reader.read_table(hub[part], f"{name} {part}") for split, part in splits})

@@ -5,12 +5,10 @@ from pathlib import Path
 
 from trips_examples.data.annotations import AnnotationFile
 from trips_examples.data.formats import existing_file
-from trips_examples.data.picture_texts import QUESTION_KINDS
 from trips_examples.data.scenes import check_scenes
 
 
 EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
-PICTURE_DATASETS = ("picture_scenes", "pictures")
 
 
 @dataclass
@@ -39,15 +37,11 @@ class DataSource:
     **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a tenth
     of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed
     scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
-
-    **Named images** of your own (`pictures`, see `pictures.read_pictures`): `dataset_name="picture_scenes"` composes
-    scenes of them, for every task; `"pictures"` gives single images, for `"captions"`. The splits `validation` and
-    `test` have names that no other split has.
     """
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "easy_vqa, easy_vqa_scenes, picture_scenes, pictures, or a data set on the Hub."},
+        metadata={"help": "easy_vqa, easy_vqa_scenes, or a data set on the Hub."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
@@ -78,22 +72,6 @@ class DataSource:
     train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
     validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
     test_scenes: int | None = field(default=None, metadata={"help": "Default: as many as --validation_scenes."})
-    pictures: list[str] | None = field(
-        default=None, metadata={"help": "Folders or files of named images for picture_scenes and pictures."}
-    )
-    pictures_per_scene: list[int] = field(
-        default_factory=lambda: [2, 9], metadata={"help": "Smallest and largest number of images per scene."}
-    )
-    question_kinds: list[str] = field(
-        default_factory=lambda: list(QUESTION_KINDS), metadata={"help": "Kinds of questions about picture_scenes."}
-    )
-    scene_size: int = field(default=224, metadata={"help": "Height and width of picture_scenes in pixels."})
-    validation_names: float = field(
-        default=0.2, metadata={"help": "Share of the image names that only the validation split has."}
-    )
-    test_names: float = field(
-        default=0.1, metadata={"help": "Share of the image names that only the test split has. 0: no test split."}
-    )
     cache_dir: str | None = field(default=None, metadata={"help": "Cache of the datasets library."})
 
     @property
@@ -118,12 +96,6 @@ class DataSource:
         """The number of scenes of each split."""
         test_scenes = self.validation_scenes if self.test_scenes is None else self.test_scenes
         return {"train": self.train_scenes, "validation": self.validation_scenes, "test": test_scenes}
-
-    @property
-    def held_out_names(self) -> dict[str, float]:
-        """The share of the image names that only this split has, by split."""
-        shares = {"validation": self.validation_names, "test": self.test_names}
-        return {split: share for split, share in shares.items() if share}
 
     def name_for(self, task: str) -> str:
         """Return the name of the data set, or the default of the task."""
@@ -152,34 +124,6 @@ class DataSource:
             raise FileNotFoundError(f"The folder {self.image_root} does not exist. Correct image_root.")
         if not files and self.name_for(task) in EMBEDDED_DATASETS:
             self._check_embedded(self.name_for(task), task)
-        self._check_pictures(task)
-
-    def _check_pictures(self, task: str):
-        if (self.pictures is not None) != (self.dataset_name in PICTURE_DATASETS):
-            raise ValueError(f"pictures goes with dataset_name {' or '.join(PICTURE_DATASETS)}. Give both or neither.")
-        if self.pictures is None:
-            return
-        if absent := [source for source in self.pictures if not Path(source).exists()]:
-            raise FileNotFoundError(f"{absent[0]} does not exist. Correct pictures.")
-        if self.dataset_name == "pictures" and task != "captions":
-            raise ValueError(f"dataset_name pictures does not support {task}. Use picture_scenes.")
-        if len(self.pictures_per_scene) != 2 or not 2 <= self.pictures_per_scene[0] <= self.pictures_per_scene[1]:
-            raise ValueError(
-                f"pictures_per_scene must be two numbers of at least 2, as in 2 9, got {self.pictures_per_scene}."
-            )
-        if not self.question_kinds:
-            raise ValueError(f"question_kinds is empty. Choose from {', '.join(QUESTION_KINDS)}.")
-        if unknown := [kind for kind in self.question_kinds if kind not in QUESTION_KINDS]:
-            raise ValueError(f"question_kinds has {unknown[0]!r}. Choose from {', '.join(QUESTION_KINDS)}.")
-        if not 0 < self.validation_names < 1:
-            raise ValueError(f"validation_names must be between 0 and 1, got {self.validation_names}.")
-        if not 0 <= self.test_names < 1 - self.validation_names:
-            raise ValueError(
-                f"test_names must be at least 0 and below 1 - validation_names ({self.validation_names}), got "
-                f"{self.test_names}."
-            )
-        if min(self.scene_size, *self.num_scenes.values()) < 1:
-            raise ValueError("scene_size, train_scenes, validation_scenes and test_scenes must be at least 1.")
 
     def _check_embedded(self, name: str, task: str):
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:

@@ -54,6 +54,7 @@ GROUNDING_FEATURES = Features(
         "question_id": Value("string"),
         "expression": Value("string"),
         "box": Sequence(Value("float32")),  # (x0, y0, x1, y1) in pixels of the image, x1 and y1 exclusive
+        "kind": Value("string"),  # kind of the expression; None if unknown
         "source": Value("string"),
     }
 )
@@ -214,7 +215,8 @@ def _expression(record: dict) -> list[dict]:
     if is_missing(record.get("box")):
         raise missing("box", record)
     box = _box(record, "box")
-    return [{"question_id": text_of(record.get("question_id"), "question_id"), "expression": expression, "box": box}]
+    row = {"question_id": text_of(record.get("question_id"), "question_id"), "expression": expression, "box": box}
+    return [{**row, "kind": text_of(record.get("kind"), "kind") or None}]
 
 
 _TASKS = [
@@ -250,7 +252,7 @@ _TASKS = [
         name="grounding",
         features=GROUNDING_FEATURES,
         text="expression",
-        columns=("image_id", "question_id", "expression", "box"),
+        columns=("image_id", "question_id", "expression", "box", "kind"),
         needs="image, expression and box",
         read_texts=_expression,
     ),

@@ -140,11 +140,6 @@ class DataArguments(DataSource):
         """True for the bundled synthetic data."""
         return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
-    def check(self, task: str):
-        super().check(task)
-        if self.augment and task == "vqa" and self.dataset_name == "picture_scenes":
-            raise ValueError("--augment is not supported for picture_scenes, whose questions ask for places.")
-
     @property
     def augments(self) -> bool:
         """`augment`, or its default."""
@@ -152,8 +147,6 @@ class DataArguments(DataSource):
 
     def side_of_scenes(self, task: str) -> int | None:
         """Return the side of composed scenes in pixels, or None for other data."""
-        if self.pictures is not None:
-            return self.scene_size
         is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
         if not self.is_embedded or is_easy_vqa:
             return None
@@ -162,7 +155,7 @@ class DataArguments(DataSource):
     def half_scene_size(self, task: str) -> int | None:
         """Return half the side of easy-VQA's scenes, which keeps most shapes visible at a quarter of the cost."""
         side = self.side_of_scenes(task)
-        return side if side is None or self.pictures is not None else side // 2
+        return side if side is None else side // 2
 
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
         """Yield the texts to train a tokenizer on: these columns, or for bundled data the words of all tasks."""

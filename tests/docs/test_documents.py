@@ -28,7 +28,7 @@ each_current_document = pytest.mark.parametrize(
     ],
     ids=str,
 )
-FOLDERS = (EXAMPLES, ROOT / "benchmarks", ROOT / "docs")
+FOLDERS = (EXAMPLES, ROOT / "benchmarks", ROOT / "benchmarks" / "images", ROOT / "docs")
 SCRIPTS = {
     path.stem: path for folder in FOLDERS for path in folder.glob("*.py") if "\ndef main(" in path.read_text("utf-8")
 }

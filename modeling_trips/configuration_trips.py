@@ -65,7 +65,7 @@ from transformers.utils import PushToHubMixin, auto_docstring
 
 
 GUIDANCES = ("text", "image", "random")
-FIELDS_OF_LAYERS = ("selection_guidance", "keep_rate", "selection_mass", "min_keep_rate")
+FIELDS_OF_LAYERS = ("selection_guidance", "keep_rate")
 
 # Fields in the files of a checkpoint that name code to load.
 CODE_FIELDS = ("auto_map", "_auto_map", "custom_pipelines", "custom_generate")
@@ -149,8 +149,17 @@ def check_field_of_layer(field: str, value):
     if field == "selection_guidance":
         if value not in GUIDANCES:
             raise ValueError(f"`{field}` must be one of {', '.join(map(repr, GUIDANCES))}, got {value!r}.")
-    elif isinstance(value, (int, float)) and not (0 < value <= 1 or (value == 0 and field == "min_keep_rate")):
-        raise ValueError(f"`{field}` must be in {'[' if field == 'min_keep_rate' else '('}0, 1], got {value}.")
+    elif not 0 < value <= 1:
+        raise ValueError(f"`{field}` must be in (0, 1], got {value}.")
+
+
+def refuse_top_p(fields: dict):
+    """Remove the fields of top-p selection. Raise a `ValueError` if they turn it on."""
+    mode, _, _ = (fields.pop(name, "topk") for name in ("selection_mode", "selection_mass", "min_keep_rate"))
+    if mode != "topk":
+        raise ValueError(
+            f"`selection_mode={mode!r}` is not supported: commit 5557927 is the last that has top-p selection."
+        )
 
 
 class LayerSelection(NamedTuple):
@@ -161,18 +170,14 @@ class LayerSelection(NamedTuple):
         guidance (`str`, *optional*, defaults to `"text"`): What scores the candidates: `"text"`, `"image"` or
             `"random"`.
         keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that is kept, in (0, 1].
-        mass (`float`, *optional*): With top-p selection, the sum of scores to keep, in (0, 1]; `keep_rate` is then the
-            largest share. By default top-k selection.
-        min_keep_rate (`float`, *optional*, defaults to 0.0): With top-p selection, the smallest share.
         fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates become one fused token.
         normalize (`bool`, *optional*, defaults to `False`): Whether the weights of the fused token sum to 1.
-        seed (`int`, *optional*, defaults to 0): Seed of `"random"` guidance in evaluation.
+        seed (`int`, *optional*, defaults to 0): Seed of the one set of patches that `"random"` keeps of all images in
+            evaluation.
     """
 
     guidance: str = "text"
     keep_rate: float = 0.7
-    mass: float | None = None
-    min_keep_rate: float = 0.0
     fuse: bool = True
     normalize: bool = False
     seed: int = 0
@@ -183,8 +188,8 @@ class SelectionSchedule:
     """
     The layers that select patches, what scores the patches, and how many are kept. `SelectionSchedule()` keeps all.
 
-    Its text form is one entry per layer, `layer:guidance:keep_rate`, as in `5:image:0.7,12:text:0.3`. Top-p selection
-    adds mass and minimum, as in `5:text:0.7:0.9:0.1`. `str` prints it and `parse` reads it.
+    Its text form is one entry per layer, `layer:guidance:keep_rate`, as in `5:image:0.7,12:text:0.3`. `str` prints it
+    and `parse` reads it.
 
     Args:
         layers (`tuple[int, ...]`): Numbers of the layers, from 1, ascending. One with a keep rate of 1.0 is left out.
@@ -207,15 +212,9 @@ class SelectionSchedule:
             raise ValueError(
                 f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
             )
-        for layer, selection in zip(layers, self.selections):
+        for selection in self.selections:
             for name, value in zip(FIELDS_OF_LAYERS, selection):
-                if value is not None:
-                    check_field_of_layer(name, value)
-            if selection.min_keep_rate > selection.keep_rate:
-                raise ValueError(
-                    f"`min_keep_rate` ({selection.min_keep_rate}) must be at most the `keep_rate` "
-                    f"({selection.keep_rate}) of selection layer {layer}."
-                )
+                check_field_of_layer(name, value)
         selecting = [pair for pair in zip(layers, self.selections) if pair[1].keep_rate < 1]
         object.__setattr__(self, "layers", tuple(layer for layer, _ in selecting))
         object.__setattr__(self, "selections", tuple(selection for _, selection in selecting))
@@ -236,21 +235,21 @@ class SelectionSchedule:
             return UNPRUNED
         layers, selections = [], []
         for entry in text.split(","):
-            layer, guidance, rate, mass, least, *rest = (*entry.strip().split(":"), "", "", "", "")
+            layer, guidance, rate, *rest = (*entry.strip().split(":"), "", "")
             try:
                 if any(rest):
                     raise ValueError
                 layers.append(int(layer))
-                numbers = (float(rate or keep_rate), float(mass) if mass else None, float(least or 0))
+                selections.append(LayerSelection(guidance or "text", float(rate or keep_rate)))
             except ValueError as error:
                 raise ValueError(
                     f"A schedule has entries layer:guidance:keep_rate, as in 5:image:0.7,12:text:0.3, got {entry!r}."
                 ) from error
-            selections.append(LayerSelection(guidance or "text", *numbers))
         return cls(tuple(layers), tuple(selections))
 
     def __str__(self) -> str:
-        return ",".join(map(_entry, self.layers, self.selections)) or "unpruned"
+        entries = [f"{layer}:{own.guidance}:{own.keep_rate:g}" for layer, own in zip(self.layers, self.selections)]
+        return ",".join(entries) or "unpruned"
 
     def check_fits(self, num_layers: int):
         """Raises a `ValueError` if a layer is behind the last one of a tower with `num_layers`."""
@@ -284,11 +283,6 @@ class SelectionSchedule:
         }
 
 
-def _entry(layer: int, selection: LayerSelection) -> str:
-    entry = f"{layer}:{selection.guidance}:{selection.keep_rate:g}"
-    return entry if selection.mass is None else f"{entry}:{selection.mass:g}:{selection.min_keep_rate:g}"
-
-
 def _one_or_list(values: list):
     return values[0] if len({*values}) == 1 else values
 
@@ -314,26 +308,16 @@ class TripsVisionConfig(PreTrainedConfig):
     keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
         Share of the candidate tokens that a selection layer keeps, in (0, 1]: one rate, or one per layer. 1.0 turns a
         layer's selection off.
-    selection_mode (`str`, *optional*, defaults to `"topk"`):
-        `"topk"` keeps the share `keep_rate` of the candidates. `"mass"` (top-p selection) keeps in each row the
-        smallest set of candidates whose scores sum to at least `selection_mass`, with shares of `min_keep_rate` to
-        `keep_rate`. Rows are padded to the longest of the batch, which takes one sync with the device per layer.
-        Compiled and exported models pad to `keep_rate`.
-    selection_mass (`float` or `list[float]`, *optional*, defaults to 0.9):
-        Sum of scores to keep if `selection_mode="mass"`, in (0, 1]: one, or one per layer.
-    min_keep_rate (`float` or `list[float]`, *optional*, defaults to 0.0):
-        Smallest share of the candidates to keep if `selection_mode="mass"`, in [0, keep_rate]: one, or one per layer.
-        At least one candidate is kept.
     selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`):
         What scores the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
-        all selection layers, or one per layer. All texts of an image share its computation up to the first layer that
-        a text guides.
+        all selection layers, or one per layer. In evaluation `"random"` is one fixed set of patches for all images and
+        texts. All texts of an image share its computation up to the first layer that a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
     normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
         Whether the weights of the fused token are rescaled to sum to 1.
     selection_seed (`int`, *optional*, defaults to 0):
-        Seed of `"random"` guidance in evaluation; in training it draws from PyTorch's generator.
+        Seed of the set of patches that `"random"` keeps in evaluation; in training it draws from PyTorch's generator.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
@@ -368,9 +352,6 @@ class TripsVisionConfig(PreTrainedConfig):
     use_pre_layernorm: bool = False
     selection_layers: list[int] | tuple[int, ...] = (5, 10)
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
-    selection_mode: Literal["topk", "mass"] = "topk"
-    selection_mass: float | int | list[float | int] | tuple[float | int, ...] = 0.9
-    min_keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.0
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
     normalize_fusion_weights: bool = False
@@ -378,6 +359,7 @@ class TripsVisionConfig(PreTrainedConfig):
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_top_p(kwargs)
         self.selection_layers = list(self.selection_layers)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
@@ -400,20 +382,9 @@ class TripsVisionConfig(PreTrainedConfig):
     @property
     def schedule(self) -> SelectionSchedule:
         """The selection fields as one value."""
-        rows = zip(*map(self._by_layer, FIELDS_OF_LAYERS))
-        is_top_p = self.selection_mode == "mass"
-        selections = [
-            LayerSelection(
-                guidance,
-                keep_rate,
-                mass if is_top_p else None,
-                least if is_top_p else 0.0,
-                self.fuse_inattentive_tokens,
-                self.normalize_fusion_weights,
-                self.selection_seed,
-            )
-            for guidance, keep_rate, mass, least in rows
-        ]
+        rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
+        rows = zip(self.selection_guidances, self.keep_rates)
+        selections = [LayerSelection(guidance, keep_rate, *rest) for guidance, keep_rate in rows]
         return SelectionSchedule(tuple(self.selection_layers), tuple(selections))
 
     def parse_schedule(self, text: str) -> SelectionSchedule:
@@ -426,7 +397,7 @@ class TripsVisionConfig(PreTrainedConfig):
         schedule = SelectionSchedule.parse(text)
         schedule.check_fits(self.num_hidden_layers)
         rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
-        selections = [LayerSelection(*selection[:4], *rest) for selection in schedule.selections]
+        selections = [LayerSelection(*selection[:2], *rest) for selection in schedule.selections]
         return SelectionSchedule(schedule.layers, tuple(selections))
 
     @property
@@ -604,9 +575,6 @@ class TripsDecoderConfig(TripsTextConfig):
 SELECTION_FIELDS = (
     "selection_layers",
     "keep_rate",
-    "selection_mode",
-    "selection_mass",
-    "min_keep_rate",
     "selection_guidance",
     "fuse_inattentive_tokens",
     "normalize_fusion_weights",
@@ -757,6 +725,7 @@ class TripsConfig(PreTrainedConfig):
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
+        refuse_top_p(kwargs)
         for part, names in FORWARDED_FIELDS.items():
             self._forward_fields(part, {name: kwargs.pop(name) for name in names if name in kwargs})
         self.vision_config = self._sub_config("vision_config", {})

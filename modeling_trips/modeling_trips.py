@@ -52,7 +52,6 @@ from .modeling_trips_vision import (
     next_candidates,
     select_rows,
 )
-from .patch_selection import PADDING
 
 
 # Losses
@@ -90,12 +89,12 @@ def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.T
 def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
     """
     Return the target of each candidate, `(num_texts, num_candidates)`: a patch has its own, a fused token that of all
-    patches which are not candidates, and padding 0. `targets` is of shape `(num_texts, num_patches)`.
+    patches which are not candidates. `targets` is of shape `(num_texts, num_patches)`.
     """
     is_patch = candidate_indices >= 0
     shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
     hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
-    return shown.where(is_patch, hidden[:, None] * (candidate_indices == -1))
+    return shown.where(is_patch, hidden[:, None])
 
 
 def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_images: int) -> torch.Tensor:
@@ -131,8 +130,13 @@ def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, ta
             layer or a head, and the patches that it is paid to.
         targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. The loss of a row of zeros is 0.
     """
+    return divergence(scores, targets_of_candidates(targets.float(), candidate_indices))
+
+
+def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of [`selection_loss`] for targets of the candidates, `(num_texts, num_candidates)`."""
     scores = scores.float().clamp(min=SMALLEST_ATTENTION)
-    targets = targets_of_candidates(targets.float(), candidate_indices) * scores.detach().sqrt()
+    targets = targets * scores.detach().sqrt()
     targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
     return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
 
@@ -146,7 +150,7 @@ def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.T
 def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
     """
     Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
-    a fused token and padding.
+    a fused token.
     """
     num_tokens, device = image_states.shape[1], image_states.device
     if selection:
@@ -165,15 +169,17 @@ def attention_losses(
     weights would raise the scores of patches outside of the region.
 
     Args:
-        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS], 0 at
-            padding. With all other tokens, rows sum to 1.
+        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS]. With
+            all other tokens, rows sum to 1.
         indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): See `token_indices`.
         regions, grid_size: See `region_targets`.
     """
-    indices = indices.to(weights.device).masked_fill(indices < 0, PADDING).expand_as(weights)
-    to_fused = weights.where(indices == PADDING, 0.0).sum(dim=-1, keepdim=True)
+    indices = indices.to(weights.device).expand_as(weights)
+    is_patch = indices >= 0
+    to_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)
     weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
-    return selection_loss(weights, indices, region_targets(regions.to(weights.device), grid_size))
+    targets = region_targets(regions.to(weights.device), grid_size)
+    return divergence(weights, targets.gather(1, indices.clamp(min=0)) * is_patch)
 
 
 # The bare model
@@ -224,8 +230,8 @@ class TripsModelOutput(ModelOutput):
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
-        Attention of the text's [CLS] to each image token, padding included, in the last layer with cross-attention;
-        float32. With `output_cls_attention=True`.
+        Attention of the text's [CLS] to each image token in the last layer with cross-attention, float32. With
+        `output_cls_attention=True`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         The `selection_loss` of each text; 0 without a region. In training, if regions or targets are given.
     text_model_output (`BaseModelOutputWithPooling`):
@@ -332,7 +338,6 @@ class TripsModel(TripsWholeModel):
             vision_output.last_hidden_state,
             attention_mask,
             vision_output.image_index,
-            vision_output.attention_mask,
             output_cls_attention,
             **kwargs,
         )
@@ -690,10 +695,6 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
     ) -> torch.Tensor:
         """Return the attention supervision of [CLS] in the last cross-attention, mean over heads: `(num_texts,)`."""
         weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
-        image_mask = select_rows(vision.attention_mask, vision.image_index)
-        if image_mask is not None:
-            weights = weights * image_mask[:, None].to(weights.device)
-            weights = weights / weights.sum(dim=-1, keepdim=True)
         indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
         return attention_losses(
             weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, image_cache)

@@ -13,7 +13,6 @@
 # limitations under the License.
 """The head for visual grounding: the box of the object that a text describes."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -139,14 +138,12 @@ class TripsBoxHead(nn.Module):
         hidden_states: torch.Tensor,
         image_states: torch.Tensor,
         image_centers: torch.Tensor,
-        image_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_texts, hidden_size)`): the fused [CLS].
             image_states (`torch.Tensor` of shape `(num_texts, num_tokens, image_hidden_size)`)
             image_centers (`torch.Tensor` of shape `(num_texts or 1, num_tokens, 2)`): see `token_centers`.
-            image_mask (`torch.BoolTensor` of shape `(num_texts, num_tokens)`, *optional*): False marks padding.
 
         Returns:
             `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
@@ -154,8 +151,6 @@ class TripsBoxHead(nn.Module):
         """
         query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
         scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
-        if image_mask is not None:
-            scores = scores.masked_fill(~image_mask, -math.inf)
         weights = scores.float().softmax(dim=-1)
         reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast rounds positions
         hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
@@ -167,8 +162,8 @@ class TripsBoxHead(nn.Module):
 
 def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """
-    Return the centers (x, y) of patches, `(num_texts or 1, num_tokens, 2)`, float32, in [0, 1]. Fused tokens and
-    padding (see `token_indices`) get the center of the image.
+    Return the centers (x, y) of patches, `(num_texts or 1, num_tokens, 2)`, float32, in [0, 1]. Fused tokens (see
+    `token_indices`) get the center of the image.
     """
     rows, columns = grid_size
     x = (indices % columns + 0.5) / columns
@@ -237,13 +232,12 @@ class TripsForVisualGrounding(TripsWholeModel):
             **kwargs,
         )
         vision = outputs.vision_model_output
-        image_states, image_mask = select_rows((vision.last_hidden_state, vision.attention_mask), vision.image_index)
-        image_states, image_mask = image_states[:, 1:], None if image_mask is None else image_mask[:, 1:]
+        image_states = select_rows(vision.last_hidden_state, vision.image_index)[:, 1:]
         grid_size = self.model.grid_of(pixel_values, image_cache)
         indices = token_indices(outputs.selection, image_states)
         centers = token_centers(indices, grid_size)
         class_state = class_states(outputs.last_hidden_state, attention_mask)
-        pred_boxes, weights = self.box_head(class_state, image_states, centers, image_mask)
+        pred_boxes, weights = self.box_head(class_state, image_states, centers)
         config, loss = self.config, None
         losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "attention_loss"))
         if labels is not None:

@@ -100,20 +100,9 @@ def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | 
     )
 
 
-def joint_padding_mask(*masks_and_lengths: tuple[torch.Tensor | None, int]) -> torch.Tensor | None:
-    """
-    Return the mask of joined sequences, each given as its mask (`None` without padding) and its length; `None` if no
-    part has padding.
-    """
-    given = next((mask for mask, _ in masks_and_lengths if mask is not None), None)
-    if given is None:
-        return None
-    # `len(given)` would become a constant in an exported program.
-    parts = [
-        given.new_ones(given.shape[0], length) if mask is None else mask.to(given)
-        for mask, length in masks_and_lengths
-    ]
-    return torch.cat(parts, dim=1)
+def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
+    """Return the padding mask of texts joined with image tokens, which have no padding; `None` stays `None`."""
+    return None if attention_mask is None else nn.functional.pad(attention_mask, (0, num_image_tokens), value=1)
 
 
 def first_positions(attention_mask: torch.Tensor) -> torch.LongTensor:
@@ -409,8 +398,8 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         text_start: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
-        Return the attention of [CLS] to each of the other states, padding included: `(num_texts, num_heads,
-        num_tokens)`, float32. Fast attention implementations do not return it.
+        Return the attention of [CLS] to each of the other states, `(num_texts, num_heads, num_tokens)`, float32. Fast
+        attention implementations do not return it.
         """
         start = hidden_states[:, :1] if text_start is None else gather_tokens(hidden_states, text_start[:, None])
         query = self.split_heads(self.query(start))
@@ -678,8 +667,8 @@ class TripsTextModel(TripsPreTrainedModel):
 class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
     r"""
     cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
-        Attention of the text's [CLS] to each image token, padding included, in the last layer with cross-attention;
-        float32. With `output_cls_attention=True`.
+        Attention of the text's [CLS] to each image token in the last layer with cross-attention, float32. With
+        `output_cls_attention=True`.
     """
 
     cls_attention: torch.FloatTensor | None = None
@@ -721,7 +710,6 @@ class TripsFusionModel(TripsPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsFusionModelOutput:
@@ -729,33 +717,20 @@ class TripsFusionModel(TripsPreTrainedModel):
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i reads row `image_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
-        encoder_attention_mask (`torch.Tensor` of shape `(num_rows, num_image_tokens)`, *optional*):
-            0 marks padding of `encoder_hidden_states`.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`.
         """
         text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
-        num_image_tokens, one_token = encoder_hidden_states.shape[1], inputs_embeds[:, :1]  # only its shape is used
-        image_mask = joint_mask = text_start = None
-        if encoder_attention_mask is not None:
-            if image_index is not None:
-                index = image_index.to(encoder_attention_mask.device)
-                encoder_attention_mask = encoder_attention_mask.index_select(0, index)
-            image_mask = bidirectional_mask(
-                self.config,
-                encoder_attention_mask,
-                inputs_embeds=inputs_embeds,
-                encoder_hidden_states=one_token.expand(-1, num_image_tokens, -1),
-            )
+        joint_mask = text_start = None
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
         # CODEPATH: only mPLUG's fusion joins text and image tokens.
         if self.config.connected_layers:
-            text_length = inputs_embeds.shape[1]
+            text_length, num_image_tokens = inputs_embeds.shape[1], encoder_hidden_states.shape[1]
             joint_mask = bidirectional_mask(
                 self.config,
-                joint_padding_mask((attention_mask, text_length), (encoder_attention_mask, num_image_tokens)),
-                inputs_embeds=one_token.expand(-1, text_length + num_image_tokens, -1),
+                joint_padding_mask(attention_mask, num_image_tokens),
+                inputs_embeds=inputs_embeds[:, :1].expand(-1, text_length + num_image_tokens, -1),  # only its shape
             )
         if output_cls_attention and attention_mask is not None:
             text_start = first_positions(attention_mask).to(inputs_embeds.device)
@@ -763,7 +738,6 @@ class TripsFusionModel(TripsPreTrainedModel):
             inputs_embeds,
             encoder_hidden_states,
             text_mask,
-            image_mask,
             image_index=image_index,
             joint_attention_mask=joint_mask,
             text_start=text_start,

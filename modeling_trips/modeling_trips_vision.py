@@ -44,7 +44,7 @@ from .modeling_trips_text import (
     first_positions,
     joint_padding_mask,
 )
-from .patch_selection import FUSED_TOKEN, PADDING, random_scores, score_tokens, select_mass, select_tokens
+from .patch_selection import FUSED_TOKEN, random_scores, score_tokens, select_tokens
 
 
 class TripsBatchNorm(nn.BatchNorm2d):
@@ -187,31 +187,20 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(attn_output), query, key
 
     def select_and_transform(
-        self,
-        hidden_states: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        selection: LayerSelection | None,
-        candidate_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Score the candidates, whose keys are `key`, by the guiding token's `query`, and run the MLP on the rest."""
-        scores = kept_positions = new_mask = None
+        scores = kept_positions = None
         if selection is not None:
             if selection.guidance == "random":
-                size, device = (key.shape[0], key.shape[2]), key.device
-                scores = random_scores(*size, self.training, device, selection.seed, candidate_mask)
+                scores = random_scores(key.shape[0], key.shape[2], self.training, key.device, selection.seed)
             else:
-                scores = score_tokens(query, key, self.attention.scaling, candidate_mask)
-            options = {"fuse": selection.fuse, "normalize": selection.normalize}
-            if selection.mass is None:
-                hidden_states, kept_positions = select_tokens(hidden_states, scores, selection.keep_rate, **options)
-            else:
-                bounds = (selection.mass, selection.keep_rate, selection.min_keep_rate)
-                hidden_states, kept_positions, new_mask = select_mass(
-                    hidden_states, scores, *bounds, candidate_mask=candidate_mask, **options
-                )
+                scores = score_tokens(query, key, self.attention.scaling)
+            hidden_states, kept_positions = select_tokens(
+                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize
+            )
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, scores, kept_positions, new_mask
+        return hidden_states, scores, kept_positions
 
     def forward(
         self,
@@ -220,9 +209,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         class_query: torch.Tensor | None = None,
         key: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
         selection: LayerSelection | None = None,
-        candidate_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
         """
@@ -235,27 +222,23 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             key (`torch.Tensor` of shape `(num_rows, num_heads, 1 + num_candidates, head_dim)`, *optional*)
             image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*): The row of each text. From the
                 selection on, each text has a row of its own. By default text i has row i.
-            attention_mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use.
             selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
-            candidate_mask (`torch.BoolTensor` of shape `(num_rows, num_candidates)`, *optional*): False marks padding
-                that an earlier layer left.
 
         Returns:
-            `(hidden_states, scores, kept_positions, candidate_mask, *attended)`, the first four `None` for an empty
-            `image_index`. `scores` and `kept_positions` are
-            `None` without `selection`, and `candidate_mask`, of the remaining tokens, is `None` with top-k selection.
-            `attended` are the hidden states after attention, the query of [CLS] and the keys, one row per image.
+            `(hidden_states, scores, kept_positions, *attended)`, the first three `None` for an empty `image_index`.
+            `scores` and `kept_positions` are `None` without `selection`. `attended` are the hidden states after
+            attention, the query of [CLS] and the keys, one row per image.
         """
         if key is None:
-            hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
+            hidden_states, query, key = self.attend(hidden_states, **kwargs)
             class_query = query[:, :, 0]
         attended = hidden_states, class_query, key
         if image_index is not None and image_index.shape[0] == 0:  # for an image cache: no text has chosen yet
-            return None, None, None, None, *attended
-        hidden_states, query, key, candidate_mask = select_rows((*attended, candidate_mask), image_index)
+            return None, None, None, *attended
+        hidden_states, query, key = select_rows(attended, image_index)
         if selection is not None and selection.guidance == "text" and text_embeds is not None:
             query = self.attention.q_proj(text_embeds).view(query.shape)
-        outputs = self.select_and_transform(hidden_states, query, key[:, :, 1:], selection, candidate_mask)
+        outputs = self.select_and_transform(hidden_states, query, key[:, :, 1:], selection)
         return (*outputs, *attended)
 
 
@@ -272,19 +255,19 @@ class TripsJointLayer(TripsVisionLayer):
         text_start: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         selection: LayerSelection | None = None,
-        candidate_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_texts, text_length + 1 + num_candidates, hidden_size)`)
             text_length (`int`): Number of text tokens, padding included.
             text_start (`torch.LongTensor` of shape `(num_texts,)`, *optional*): Position of each text's [CLS], by
                 default 0.
-            attention_mask, selection, candidate_mask: As in [`TripsVisionLayer`].
+            attention_mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use.
+            selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
 
         Returns:
-            `(hidden_states, scores, kept_positions, candidate_mask)`, as there.
+            `(hidden_states, scores, kept_positions)`; the last two are `None` without `selection`.
         """
         hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
         if selection is None or selection.guidance != "text":
@@ -294,7 +277,7 @@ class TripsJointLayer(TripsVisionLayer):
         else:
             rows = text_start.to(query.device)[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3])
             query = query.gather(2, rows)[:, :, 0]
-        return self.select_and_transform(hidden_states, query, key[:, :, text_length + 1 :], selection, candidate_mask)
+        return self.select_and_transform(hidden_states, query, key[:, :, text_length + 1 :], selection)
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -303,11 +286,11 @@ class TripsSelection(ModelOutput):
     r"""
     kept_indices (`torch.LongTensor` of shape `(batch_size, num_kept)`):
         The kept candidates, in order: row-major index of each patch in the original grid, -1 for the fused token of an
-        earlier selection layer, -2 for padding, where rows keep different numbers (`selection_mode="mass"`).
+        earlier selection layer.
     scores (`torch.FloatTensor` of shape `(batch_size, num_candidates)`):
-        The scores of all candidates of this layer. Each row sums to 1; padding has 0.
+        The scores of all candidates of this layer. Each row sums to 1.
     candidate_indices (`torch.LongTensor` of shape `(batch_size, num_candidates)`):
-        The original index of each candidate, -1 for a fused token, -2 for padding.
+        The original index of each candidate, -1 for a fused token.
     """
 
     kept_indices: torch.LongTensor | None = None
@@ -332,9 +315,7 @@ class TripsImageCache:
         key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_candidates, head_dim)`, *optional*):
             The keys of that layer, which the guiding query is compared with.
         candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`, *optional*):
-            The original index of each candidate, -1 for a fused token, -2 for padding.
-        candidate_mask (`torch.BoolTensor` of shape `(num_images, num_candidates)`, *optional*):
-            False marks padding; `None` where there is none.
+            The original index of each candidate, -1 for a fused token.
         selection (`tuple(TripsSelection)`, *optional*):
             What the layers before `next_layer` kept.
         next_layer (`int`, *optional*):
@@ -348,7 +329,6 @@ class TripsImageCache:
     class_query: torch.FloatTensor | None = None
     key: torch.FloatTensor | None = None
     candidate_indices: torch.LongTensor | None = None
-    candidate_mask: torch.BoolTensor | None = None
     selection: tuple[TripsSelection, ...] = ()
     next_layer: int | None = None
     schedule: SelectionSchedule | None = None
@@ -384,14 +364,10 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
         text guides a layer.
-    attention_mask (`torch.BoolTensor` of shape `(num_rows, num_image_tokens)`, *optional*):
-        False marks padding of `last_hidden_state`, where rows keep different numbers of tokens
-        (`selection_mode="mass"`).
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
-    attention_mask: torch.BoolTensor | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -517,15 +493,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             return states
         # FSDP and device maps hook on the call of the layer. For no text, it computes its attention alone.
         no_text = torch.empty(0, dtype=torch.long, device=states.hidden_states.device)
-        mask = self.padding_mask(states.hidden_states, states.candidate_mask)
-        attended = self.layers[stop - 1](states.hidden_states, image_index=no_text, attention_mask=mask, **kwargs)[4:]
+        attended = self.layers[stop - 1](states.hidden_states, image_index=no_text, **kwargs)[3:]
         return replace(states, **dict(zip(("hidden_states", "class_query", "key"), attended)))
-
-    def padding_mask(self, hidden_states: torch.Tensor, candidate_mask: torch.Tensor | None):
-        """Return a mask that hides padding among [CLS] and the candidates, in the form of the attention in use."""
-        if candidate_mask is None:
-            return None
-        return bidirectional_mask(self.config, with_class_token(candidate_mask), inputs_embeds=hidden_states)
 
     def run_layers(
         self,
@@ -542,36 +511,24 @@ class TripsVisionModel(TripsPreTrainedModel):
         """
         by_layer = self.schedule.by_layer if select_patches else {}
         hidden_states, selections = states.hidden_states, states.selection
-        class_query, key = states.class_query, states.key
-        candidate_indices, candidate_mask = states.candidate_indices, states.candidate_mask
-        mask = self.padding_mask(hidden_states, candidate_mask)
+        class_query, key, candidate_indices = states.class_query, states.key, states.candidate_indices
         end = len(self.layers) + 1
         for number in range(states.next_layer or end, stop or end):
             layer_selection, index = by_layer.get(number), None
             if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
                 index, image_index = image_index, None
                 candidate_indices, selections = select_rows((candidate_indices, selections), index)
-            hidden_states, scores, kept_positions, new_mask = self.layers[number - 1](
-                hidden_states,
-                text_embeds,
-                class_query,
-                key,
-                image_index=index,
-                attention_mask=mask,
-                selection=layer_selection,
-                candidate_mask=candidate_mask,
-                **kwargs,
-            )[:4]
+            hidden_states, scores, kept_positions = self.layers[number - 1](
+                hidden_states, text_embeds, class_query, key, image_index=index, selection=layer_selection, **kwargs
+            )[:3]
             class_query = key = None
             if kept_positions is not None:
-                selections += (selection_of(scores, kept_positions, candidate_indices, new_mask),)
-                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - 1, new_mask)
-                candidate_mask, mask = new_mask, self.padding_mask(hidden_states, new_mask)
+                selections += (kept_candidates(scores, kept_positions, candidate_indices),)
+                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - 1)
         return TripsImageCache(
             hidden_states,
             states.grid_size,
             candidate_indices=candidate_indices,
-            candidate_mask=candidate_mask,
             selection=selections,
             next_layer=stop,
         )
@@ -623,7 +580,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             pooler_output=hidden_states[:, 0],
             selection=states.selection,
             image_index=None if is_guided else image_index,
-            attention_mask=with_class_token(states.candidate_mask),
         )
 
     def check_image_cache(self, image_cache: TripsImageCache, select_patches: bool):
@@ -661,32 +617,18 @@ def use_schedule(model: TripsPreTrainedModel, schedule: SelectionSchedule) -> It
         tower.schedule = own
 
 
-def with_class_token(candidate_mask: torch.BoolTensor | None) -> torch.BoolTensor | None:
-    """Return the mask of [CLS] and the candidates."""
-    return None if candidate_mask is None else nn.functional.pad(candidate_mask, (1, 0), value=True)
-
-
-def selection_of(
-    scores: torch.Tensor,
-    kept_positions: torch.LongTensor,
-    candidate_indices: torch.LongTensor,
-    candidate_mask: torch.BoolTensor | None = None,
+def kept_candidates(
+    scores: torch.Tensor, kept_positions: torch.LongTensor, candidate_indices: torch.LongTensor
 ) -> TripsSelection:
-    """Return the selection of a layer, given the original indices of its candidates and the mask of the kept ones."""
+    """Return the selection of a layer, given the original indices of its candidates."""
     candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
-    kept_indices = candidate_indices.gather(1, kept_positions)
-    if candidate_mask is not None:
-        kept_indices = kept_indices.masked_fill(~candidate_mask[:, : kept_indices.shape[1]], PADDING)
-    return TripsSelection(kept_indices, scores, candidate_indices)
+    return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
 
 
-def next_candidates(
-    selection: TripsSelection, num_candidates: int, candidate_mask: torch.BoolTensor | None = None
-) -> torch.LongTensor:
+def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.LongTensor:
     """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
     num_kept = selection.kept_indices.shape[1]
-    indices = nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
-    return indices if candidate_mask is None else indices.masked_fill(~candidate_mask, PADDING)
+    return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
 
 
 def select_rows(value, index: torch.LongTensor | None):
@@ -769,16 +711,9 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_states = text_states.to(image_states.device)  # the parts may be on several devices
         return torch.cat((text_states + text_type, image_states + image_type), dim=1)
 
-    def joint_mask(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        text_length: int,
-        candidate_mask: torch.Tensor | None = None,
-    ):
+    def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
         """Return the mask of the sequence at its current length, in the form of the attention in use."""
-        image_tokens = (with_class_token(candidate_mask), hidden_states.shape[1] - text_length)
-        mask = joint_padding_mask((attention_mask, text_length), image_tokens)
+        mask = joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length)
         return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
 
     def encode_pairs(
@@ -787,34 +722,29 @@ class TripsSingleStreamModel(TripsVisionModel):
         image_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.BoolTensor | None, tuple[TripsSelection, ...]]:
-        """
-        Run all layers on row i of `text_states` and row i of `image_states`. Return hidden states, the mask of the
-        candidates, and the selections.
-        """
+    ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
+        """Return hidden states and selections of all layers, for row i of both inputs."""
         text_length = text_states.shape[1]
         hidden_states, selections = self.join(text_states, image_states), []
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
         text_start = None if attention_mask is None else first_positions(attention_mask)
         num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
-        by_layer, candidate_mask = self.schedule.by_layer, None
+        by_layer = self.schedule.by_layer
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states, scores, kept_positions, new_mask = layer(
+            hidden_states, scores, kept_positions = layer(
                 hidden_states,
                 text_length,
                 text_start=text_start,
                 attention_mask=mask,
                 selection=by_layer.get(number),
-                candidate_mask=candidate_mask,
                 **kwargs,
             )
             if kept_positions is not None:
-                num_candidates, candidate_mask = hidden_states.shape[1] - text_length - 1, new_mask
-                selections.append(selection_of(scores, kept_positions, candidate_indices, candidate_mask))
-                candidate_indices = next_candidates(selections[-1], num_candidates, candidate_mask)
-                mask = self.joint_mask(hidden_states, attention_mask, text_length, candidate_mask)
-        return hidden_states, candidate_mask, tuple(selections)
+                selections.append(kept_candidates(scores, kept_positions, candidate_indices))
+                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - text_length - 1)
+                mask = self.joint_mask(hidden_states, attention_mask, text_length)
+        return hidden_states, tuple(selections)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -843,7 +773,7 @@ class TripsSingleStreamModel(TripsVisionModel):
             self.encode_images(pixel_values, **kwargs) if image_cache is None else image_cache
         ).hidden_states
         check_counts(text_states.shape[0], image_states.shape[0], image_index)
-        hidden_states, candidate_mask, selection = self.encode_pairs(
+        hidden_states, selection = self.encode_pairs(
             text_states, select_rows(image_states, image_index), attention_mask, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
@@ -852,7 +782,6 @@ class TripsSingleStreamModel(TripsVisionModel):
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],
             selection=selection,
-            attention_mask=with_class_token(candidate_mask),
             text_states=hidden_states[:, :text_length],
         )
 

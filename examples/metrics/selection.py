@@ -10,7 +10,6 @@ from modeling_trips.inspection import (
     image_sensitivity,
     kept_coverage,
     kept_mass,
-    num_kept,
     patch_precision,
     region_recall,
     score_entropy,
@@ -56,7 +55,7 @@ def measure_selection(
         processor (`TripsProcessor`)
 
     Returns:
-        `dict[str, float]`: for selection layer L `layer{L}_kept` (mean number of kept candidates), `_entropy`,
+        `dict[str, float]`: for selection layer L `layer{L}_kept` (number of kept candidates), `_entropy`,
         `_mass`, `_coverage`, `_text_sensitivity` (1 minus the overlap of texts that share an image) and
         `_image_sensitivity` (of several images). With target regions also `_patch_precision`, `_patch_precision_z`
         (its number of standard errors above random selection), `_region_recall`, and, once,
@@ -71,7 +70,7 @@ def measure_selection(
     metrics = {}
     for layer, selection in zip(model.config.vision_config.schedule.layers, selections):
         name = f"layer{layer}"
-        metrics[f"{name}_kept"] = num_kept(selection).float().mean().item()
+        metrics[f"{name}_kept"] = float(selection.kept_indices.shape[1])
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
         metrics[f"{name}_mass"] = kept_mass(selection).mean().item()
         metrics[f"{name}_coverage"] = kept_coverage(selection, num_patches)

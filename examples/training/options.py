@@ -52,15 +52,6 @@ class ModelArguments:
     keep_rate: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens kept: one value, or one per layer. 1.0: unpruned."}
     )
-    selection_mode: str | None = field(
-        default=None, metadata={"help": "topk: a fixed number of tokens; mass: top-p selection (--selection_mass)."}
-    )
-    selection_mass: list[float] | None = field(
-        default=None, metadata={"help": "Sum of the kept scores in top-p selection: one value, or one per layer."}
-    )
-    min_keep_rate: list[float] | None = field(
-        default=None, metadata={"help": "Smallest keep rate in top-p selection: one value, or one per layer."}
-    )
     selection_guidance: list[str] | None = field(
         default=None, metadata={"help": "Scorer of the patches: text, image or random; one value, or one per layer."}
     )
@@ -103,9 +94,6 @@ class ModelArguments:
         fields = {
             "selection_layers": self.selection_layers,
             "keep_rate": one_or_several(self.keep_rate),
-            "selection_mode": self.selection_mode,
-            "selection_mass": one_or_several(self.selection_mass),
-            "min_keep_rate": one_or_several(self.min_keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
             "selection_loss_weight": self.selection_loss_weight,
             "attention_loss_weight": self.attention_loss_weight,

@@ -98,8 +98,7 @@ class FusionPart(PartBehindCache):
             last_hidden_state=fused.last_hidden_state,
             selection=fused.selection,
             vision_model_output=TripsVisionModelOutput(
-                last_hidden_state=select_rows(vision.last_hidden_state, vision.image_index),
-                attention_mask=select_rows(vision.attention_mask, vision.image_index),
+                last_hidden_state=select_rows(vision.last_hidden_state, vision.image_index)
             ),
         )
 

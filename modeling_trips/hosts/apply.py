@@ -309,10 +309,9 @@ def _check_schedule(model: nn.Module, parts: ModelParts, schedule: SelectionSche
             + ("" if last == len(parts.layers) else f" Layers from {last + 1} on need all tokens.")
         )
     for layer, selection in schedule.by_layer.items():
-        if selection.guidance == "random" or selection.mass is not None:
+        if selection.guidance == "random":
             raise ValueError(
-                f"Layer {layer} of {type(model).__name__} must be scored by the text or by the image with a fixed "
-                f"keep rate, got {schedule}."
+                f"Layer {layer} of {type(model).__name__} must be scored by the text or by the image, got {schedule}."
             )
         if selection.guidance == "text" and parts.no_text is not None:
             raise ValueError(f"{type(model).__name__} does not support guidance 'text': {parts.no_text}. Use 'image'.")

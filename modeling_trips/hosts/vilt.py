@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings, ViltEncoder, ViltLayer, ViltPreTrainedModel
 
 from ..modeling_trips_vision import TripsSelection
-from ..patch_selection import gather_tokens, keep_topk, num_kept_by_row, num_kept_tokens, score_tokens
+from ..patch_selection import gather_tokens, keep_topk, num_kept_tokens, score_tokens
 from .layers import ModelParts, ModuleWrapper, SelectionLayer
 
 
@@ -159,8 +159,13 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         return keep_topk(2.0 * is_attentive + is_padding, num_kept)
 
     def num_kept_of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the number of candidates that each row keeps: `(batch_size, 1)`."""
-        return num_kept_by_row((numbers != PADDING).sum(dim=1, keepdim=True), self.selection.keep_rate)
+        """
+        Return `num_kept_tokens` of each row without its padding: `(batch_size, 1)`. It computes in fixed point, since
+        float32 is too coarse and not all devices have float64.
+        """
+        unit, num_candidates = 2**40, (numbers != PADDING).sum(dim=1, keepdim=True)
+        num_kept = num_candidates * round(self.selection.keep_rate * unit) - round(1e-6 * unit)
+        return (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
 
     def shorten_numbers(self, numbers: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
         """Return the numbers of the kept candidates and of the fused token (padding if nothing was dropped)."""

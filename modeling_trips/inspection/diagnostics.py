@@ -16,10 +16,11 @@ Diagnostics of a selection layer. The main failure is that the same patches are 
 of the scores, the coverage of the image, the sensitivity to the text, and, for data with regions, the patch precision.
 """
 
+import math
+
 import torch
 
 from ..modeling_trips_vision import TripsSelection
-from ..patch_selection import PADDING
 
 
 def score_entropy(selection: TripsSelection) -> torch.Tensor:
@@ -31,8 +32,7 @@ def score_entropy(selection: TripsSelection) -> torch.Tensor:
     """
     scores = selection.scores.float()
     entropy = -torch.special.xlogy(scores, scores).sum(dim=-1)
-    num_candidates = (selection.candidate_indices != PADDING).sum(dim=-1)
-    return entropy / num_candidates.clamp(min=2).log()
+    return entropy / math.log(max(2, scores.shape[1]))
 
 
 def kept_mass(selection: TripsSelection) -> torch.Tensor:
@@ -42,23 +42,12 @@ def kept_mass(selection: TripsSelection) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float32.
     """
-    largest_first = selection.scores.float().sort(dim=-1, descending=True).values
-    return largest_first.cumsum(dim=-1).gather(1, num_kept(selection)[:, None] - 1)[:, 0]
-
-
-def num_kept(selection: TripsSelection) -> torch.LongTensor:
-    """
-    Count the kept candidates of each row. Rows differ only in top-p selection.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size,)`.
-    """
-    return (selection.kept_indices != PADDING).sum(dim=-1)
+    return selection.scores.float().topk(selection.kept_indices.shape[1], dim=-1).values.sum(dim=-1)
 
 
 def kept_patches(selection: TripsSelection, num_patches: int) -> torch.BoolTensor:
     """
-    Mark the kept patches of the grid, without fused tokens and padding.
+    Mark the kept patches of the grid, without fused tokens.
 
     Returns:
         `torch.BoolTensor` of shape `(batch_size, num_patches)`.

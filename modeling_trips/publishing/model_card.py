@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from modeling_trips import SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor, use_schedule
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.configuration_trips import BEYOND, LOWEST, NEWEST_TESTED
 
 from ..inspection.plan import plan_schedules
@@ -188,7 +188,7 @@ def _own_setting(config: TripsConfig, image_size: tuple[int, int]) -> tuple:
     parts = (config.vision_config, config.text_config, config.fusion_encoder_config)
     sizes = [(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in parts]
     vision = config.vision_config
-    return sizes, vision.patch_shape, image_size, vision.schedule, vision.selection_mode
+    return sizes, vision.patch_shape, image_size, vision.schedule
 
 
 def count_cost(config: TripsConfig, image_size: tuple[int, int], text_length: int) -> dict[int, float]:
@@ -208,12 +208,10 @@ def auto_class_of(config: TripsConfig) -> str:
 def look_once(model: TripsPreTrainedModel, processor: TripsProcessor) -> tuple[tuple[int, int], list[int]]:
     """
     Run the model on a blank image. Return the image's height and width, and the number of tokens after each vision
-    layer (in top-p selection the largest possible number).
+    layer.
     """
     inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
-    schedule = model.config.vision_config.schedule
-    top_k = [selection._replace(mass=None) for selection in schedule.selections]
-    with torch.no_grad(), use_schedule(model, SelectionSchedule(schedule.layers, tuple(top_k))):
+    with torch.no_grad():
         outputs = model.eval().base_model(**inputs, output_hidden_states=True)
     height, width = inputs["pixel_values"].shape[-2:]
     return (height, width), [states.shape[1] for states in outputs.vision_model_output.hidden_states]
@@ -230,9 +228,7 @@ def describe_selection(config: TripsConfig, tokens: list[int]) -> list[dict]:
         {
             "layer": layer,
             "guidance": in_words(config, selection.guidance),
-            "keep_rate": selection.keep_rate if selection.mass is None else f"up to {selection.keep_rate}",
-            "mass": selection.mass,
-            "min_keep_rate": None if selection.mass is None else selection.min_keep_rate,
+            "keep_rate": selection.keep_rate,
             "tokens_before": tokens[layer - 1],
             "tokens_after": tokens[layer],
         }

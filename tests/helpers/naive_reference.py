@@ -4,7 +4,6 @@ Reference implementation of TRIPS' vision tower from the definition, with loops 
     q     = W_q t                                        # the guiding text; without one the query of [CLS]
     a     = mean over heads of softmax_i(q . K_i / sqrt(d_head))     # over the candidates, [CLS] left out
     keep  = the ceil(r n) candidates with the largest a, in order; of equal ones the first
-            by mass, fewer of them, once their a sum to p, but not below a floor
     f     = sum over the others of a_i X'_i              # one candidate more for the next selection layer
 
 It shares nothing with the package but the names of the weights.
@@ -51,7 +50,6 @@ class NaiveVisionTower:
         weights: state dict of a `TripsVisionModel` with a linear patch embedding, in float64.
         schedule: keep rate by layer number, from 1.
         guidance: for all selection layers, or by layer number.
-        mass: (sum of scores, least keep rate) by layer number, of the layers that select by mass.
     """
 
     def __init__(
@@ -67,12 +65,10 @@ class NaiveVisionTower:
         fuse=True,
         normalize=False,
         quick_gelu=False,
-        mass=None,
     ):
         self.weights, self.schedule, self.num_layers, self.num_heads = weights, schedule, num_layers, num_heads
         self.patch_size, self.grid_size, self.eps = patch_size, grid_size, eps
         self.guidance, self.fuse, self.normalize, self.quick_gelu = guidance, fuse, normalize, quick_gelu
-        self.mass = mass or {}
 
     def linear(self, name, x):
         y = self.weights[f"{name}.weight"] @ x
@@ -116,14 +112,6 @@ class NaiveVisionTower:
             tokens = [self.layernorm("pre_layernorm", token) for token in tokens]
         return tokens
 
-    def num_kept_by_mass(self, number, scores, most):
-        mass, least = self.mass[number]
-        num_kept, total = 0, 0
-        while num_kept < len(scores) and total < mass:
-            total += scores[num_kept]
-            num_kept += 1
-        return max(1, math.ceil(Fraction(str(least)) * len(scores)), min(num_kept, most))
-
     def run_image(self, image, text):
         """Return last hidden states (num_tokens, width), and kept indices, scores and candidates by layer."""
         tokens, selections = self.embed(image), []
@@ -154,8 +142,6 @@ class NaiveVisionTower:
                 scores = [sum(of_heads) / self.num_heads for of_heads in zip(*per_head)]
                 num_kept = math.ceil(Fraction(str(self.schedule[number])) * len(scores))
                 ranked = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
-                if number in self.mass:
-                    num_kept = self.num_kept_by_mass(number, [scores[i].item() for i in ranked], most=num_kept)
                 kept, rest = sorted(ranked[:num_kept]), sorted(ranked[num_kept:])
                 selections.append(([original[i] for i in kept], torch.stack(scores), original))
                 candidates, original = tokens[1:], [original[i] for i in kept]

@@ -180,10 +180,8 @@ def loss_of(outputs: ModelOutput) -> torch.Tensor:
 
 
 def kept_by(outputs: ModelOutput) -> list[list[list[int]]]:
-    """Return the kept patches by selection layer and row, without padding."""
-    return [
-        [[index for index in row if index != -2] for row in layer.kept_indices.tolist()] for layer in outputs.selection
-    ]
+    """Return the kept patches by selection layer and row."""
+    return [layer.kept_indices.tolist() for layer in outputs.selection]
 
 
 def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:

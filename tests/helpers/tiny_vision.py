@@ -36,8 +36,3 @@ def assert_same_selection(selection, other, **tolerance):
         assert torch.equal(ours.kept_indices, theirs.kept_indices)
         assert torch.equal(ours.candidate_indices, theirs.candidate_indices)
         torch.testing.assert_close(ours.scores, theirs.scores, **tolerance)
-
-
-def without_padding(indices):
-    """Return kept patches or candidates by row, without padding."""
-    return [[index for index in row if index != -2] for row in indices.tolist()]

@@ -11,7 +11,6 @@ from modeling_trips.inspection.diagnostics import (
     kept_coverage,
     kept_mass,
     kept_patches,
-    num_kept,
     patch_precision,
     region_recall,
     score_entropy,
@@ -27,15 +26,6 @@ def selection_of(*kept: list[int], scores=None) -> TripsSelection:
 def test_entropy_is_one_for_equal_scores_and_zero_for_a_single_winner():
     scores = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     torch.testing.assert_close(score_entropy(selection_of([0], scores=scores)), torch.tensor([1.0, 0.0, 0.5]))
-
-
-def test_padding_is_neither_a_candidate_nor_kept():
-    scores = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    candidates = torch.tensor([[7, 3, -2, -2], [7, 3, 1, -1]])
-    selection = TripsSelection(torch.tensor([[7, -2, -2], [7, 3, -1]]), scores, candidates)
-    torch.testing.assert_close(score_entropy(selection), torch.tensor([1.0, 1.0]))
-    assert num_kept(selection).tolist() == [1, 3]
-    assert kept_patches(selection, num_patches=8).nonzero().tolist() == [[0, 7], [1, 3], [1, 7]]
 
 
 def test_entropy_of_half_precision_scores_is_full_precision():
@@ -83,8 +73,8 @@ def test_region_recall_uses_areas():
 
 def test_kept_mass():
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])
-    selection = selection_of([0, 2], [3, -2], scores=scores)  # the second row keeps one
-    torch.testing.assert_close(kept_mass(selection), torch.tensor([0.7, 0.4]))
+    selection = selection_of([0, 2], [2, 3], scores=scores)
+    torch.testing.assert_close(kept_mass(selection), torch.tensor([0.7, 0.7]))
 
 
 def test_sensitivity_to_the_image_compares_rows_of_different_images():

@@ -16,10 +16,6 @@ from modeling_trips.modeling_trips_text import TripsTextSelfAttention
 from modeling_trips.modeling_trips_vision import TripsVisionAttention
 
 
-# With top-p selection, image tokens are padded too.
-each_mode = pytest.mark.parametrize("mode", [{}, {"selection_mode": "mass", "selection_mass": 0.5}], ids=str)
-
-
 def attention_layers(model) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, (TripsVisionAttention, TripsTextSelfAttention))]
 
@@ -128,8 +124,8 @@ def flash_in_torch(register, monkeypatch) -> str:
     return "flash_in_torch"
 
 
-def assert_equals_eager(case, inputs, attn_implementation, **mode):
-    outputs, expected = (case.make_model(name, **mode)(**inputs) for name in (attn_implementation, "eager"))
+def assert_equals_eager(case, inputs, attn_implementation):
+    outputs, expected = (case.make_model(name)(**inputs) for name in (attn_implementation, "eager"))
     assert kept_by(outputs) == kept_by(expected)
     rows = ...
     if attn_implementation == "flash_in_torch" and "last_hidden_state" in outputs:
@@ -138,16 +134,15 @@ def assert_equals_eager(case, inputs, attn_implementation, **mode):
 
 
 @each_model
-@each_mode
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "flex_attention", "flash_in_torch"])
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
-def test_every_kernel_gives_the_outputs_of_eager_attention(case, mode, attn_implementation, padded, flash_in_torch):
+def test_every_kernel_gives_the_outputs_of_eager_attention(case, attn_implementation, padded, flash_in_torch):
     inputs = case.make_inputs()
     if not padded:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     with torch.compiler.set_stance("force_eager"):
-        assert_equals_eager(case, inputs, attn_implementation, **mode)
+        assert_equals_eager(case, inputs, attn_implementation)
 
 
 @each_generator

@@ -17,9 +17,6 @@ def make_model(coefficient=2.0, **fields):
     return TripsForVisualGrounding._from_config(config, attn_implementation="sdpa").train()
 
 
-MASS = {"selection_mode": "mass", "selection_mass": 0.7}  # rows of 14, 14, 11 and 12 image tokens
-
-
 def batch(rows=slice(0, 4)):
     inputs = {"input_ids": TEXTS, "attention_mask": (TEXTS != 0).long(), "pixel_values": IMAGES[:, 0], "labels": BOXES}
     return {name: value[rows] for name, value in inputs.items()}
@@ -67,7 +64,7 @@ def questions(rows=slice(0, 4)):
 
 
 @pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
-@pytest.mark.parametrize("mode", [{}, {"keep_rate": 1.0}, MASS], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"keep_rate": 1.0}], ids=str)
 def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
     model = make_reader(fusion_type=fusion_type, **mode).eval()
     eager = make_reader(attn_implementation="eager", fusion_type=fusion_type, **mode).eval()
@@ -75,15 +72,11 @@ def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
     del inputs["labels"]
     looks = model.model(**inputs, output_cls_attention=True).cls_attention
     expected = eager.model(**inputs, output_attentions=True)
-    mask = expected.vision_model_output.attention_mask
-    assert (mask is not None) == ("selection_mode" in mode)
-    weights = looks if mask is None else looks * mask[:, None]
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(weights, expected.cross_attentions[-1][:, :, 0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(looks, expected.cross_attentions[-1][:, :, 0], atol=1e-6, rtol=1e-5)
     assert model.model(**inputs).cls_attention is None
 
 
-@pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}, MASS], ids=str)
+@pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}], ids=str)
 def test_questions_have_it_in_training_where_regions_are_known(fields):
     supervised, unsupervised = (make_reader(coefficient, **fields)(**questions()) for coefficient in (2.0, 0.0))
     assert unsupervised.attention_loss is None and supervised.attention_loss > 0
@@ -94,10 +87,9 @@ def test_questions_have_it_in_training_where_regions_are_known(fields):
     assert make_reader(**fields).eval()(**questions()).attention_loss is None
 
 
-@pytest.mark.parametrize("fields", [{}, MASS], ids=str)
-def test_questions_apart_and_together_have_the_same_loss(fields):
-    """Each question has the weight of its label tokens. Padded image tokens are not attended to."""
-    model, num_tokens = make_reader(**fields, patch_embedding_type="linear"), int((ANSWERS[:4] != -100).sum())
+def test_questions_apart_and_together_have_the_same_loss():
+    """Each question has the weight of its label tokens."""
+    model, num_tokens = make_reader(patch_embedding_type="linear"), int((ANSWERS[:4] != -100).sum())
     rows = (slice(row, row + 1) for row in range(4))
     parts = [model(**questions(row), num_items_in_batch=num_tokens).attention_loss for row in rows]
     torch.testing.assert_close(sum(parts), model(**questions()).attention_loss)

@@ -11,7 +11,6 @@ from modeling_trips import TripsForImagesAndTextClassification, TripsModel
 
 
 BY_TOKEN = ("input_ids", "attention_mask", "mlm_input_ids", "mlm_labels")
-MASS = {"selection_mode": "mass", "selection_mass": 0.5}
 
 
 def without_padding(outputs, inputs) -> torch.Tensor:
@@ -77,7 +76,7 @@ each_of_pairs = pytest.mark.parametrize("case", [case for case in CASES if not c
 
 
 @each_of_pairs
-@pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}, {"selection_guidance": "random"}, MASS])
+@pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}, {"selection_guidance": "random"}])
 @torch.no_grad()
 def test_padding_batch_and_order_change_nothing_for_a_text(case, selection):
     model, inputs, order = case.make_model(**selection), case.make_inputs(6), torch.tensor([4, 2, 0, 5, 1, 3])
@@ -122,9 +121,7 @@ each_with_image_cache = pytest.mark.parametrize(
         {"selection_guidance": ["text", "image"]},
         {"selection_layers": []},
         {"keep_rate": 1.0},
-        MASS,
-        {**MASS, "selection_guidance": ["image", "text"]},
-        {**MASS, "fuse_inattentive_tokens": False},
+        {"fuse_inattentive_tokens": False},
     ],
     ids=str,
 )

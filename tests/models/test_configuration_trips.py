@@ -1,5 +1,8 @@
 """Configuration: errors of invalid fields, presets, round trips and selection fields."""
 
+import json
+import shutil
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from schedules import rates_of
@@ -45,16 +48,6 @@ WRONG_VALUES = [
     (TripsVisionConfig, {"keep_rate": float("nan")}, ["`keep_rate`"]),
     (TripsVisionConfig, {"keep_rate": "0.7"}, ["keep_rate"]),
     (TripsVisionConfig, {"keep_rate": [0.7]}, ["`keep_rate`"]),
-    (TripsVisionConfig, {"selection_mode": "all"}, ["selection_mode", "all", "'topk', 'mass'"]),
-    (TripsVisionConfig, {"selection_mass": 1.1}, ["`selection_mass`"]),
-    (TripsVisionConfig, {"selection_mass": [0.9]}, ["`selection_mass`"]),
-    (TripsVisionConfig, {"min_keep_rate": -0.1}, ["`min_keep_rate`"]),
-    (TripsVisionConfig, {"min_keep_rate": [0.1]}, ["`min_keep_rate`"]),
-    (
-        TripsVisionConfig,
-        {"selection_mode": "mass", "keep_rate": [0.5, 0.3], "min_keep_rate": [0.5, 0.4]},
-        ["`min_keep_rate` (0.4)", "`keep_rate` (0.3)"],
-    ),
     (TripsVisionConfig, {"selection_layers": [0, 3]}, ["`selection_layers`"]),
     (TripsVisionConfig, {"selection_layers": [13]}, ["`selection_layers`"]),
     (TripsVisionConfig, {"selection_layers": [5, 5]}, ["`selection_layers`"]),
@@ -233,6 +226,19 @@ def test_selection_fields_can_be_overridden_in_from_pretrained(checkpoint):
     assert model.vision_model.config.selection_guidance == "image"
     assert model.vision_model.config.fuse_inattentive_tokens is False
     assert rates_of(model.vision_model.config) == {2: 0.7}
+
+
+def test_a_checkpoint_with_top_p_selection_is_refused_and_one_with_its_defaults_loads(checkpoint, tmp_path):
+    fields = json.loads((checkpoint / "config.json").read_text())
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    for mode in ("topk", "mass"):
+        fields["vision_config"] |= {"selection_mode": mode, "selection_mass": [0.9], "min_keep_rate": 0.1}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        if mode == "topk":
+            config = TripsModel.from_pretrained(tmp_path).config
+            assert not {"selection_mode", "selection_mass", "min_keep_rate"} & config.to_dict()["vision_config"].keys()
+        else:
+            assert_refused(lambda: TripsModel.from_pretrained(tmp_path), ["selection_mode", "mass"])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from tiny_vision import (
     images,
     make_model,
     texts,
-    without_padding,
 )
 
 from modeling_trips import use_schedule
@@ -36,20 +35,6 @@ CASES = {
     "oblong_patches": {"patch_size": [4, 2]},
     "four_heads": {"num_attention_heads": 4},
 }
-BY_MASS = {"selection_mode": "mass", "selection_mass": 0.6, "keep_rate": 0.8, "selection_layers": [1, 3]}
-MASS_CASES = {
-    "text": {},
-    "image": {"selection_guidance": "image"},
-    "image_then_text": {"selection_guidance": ["image", "text"]},
-    "text_then_image": {"selection_guidance": ["text", "image"], "selection_layers": [2, 3]},
-    "every_layer": {"selection_layers": [1, 2, 3], "keep_rate": 0.95, "selection_mass": [0.9, 0.7, 0.6]},
-    "floor_per_layer": {"min_keep_rate": [0.3, 0.2], "selection_mass": [0.3, 0.6]},
-    "some_rows_keep_all": {"keep_rate": 0.99, "selection_mass": [0.5, 0.99]},
-    "rate_1_in_between": {"selection_layers": [1, 2, 3], "keep_rate": [0.7, 1.0, 0.5]},
-    "no_fusing": {"fuse_inattentive_tokens": False},
-    "normalised": {"normalize_fusion_weights": True},
-    "eager": {"attn_implementation": "eager"},
-}
 RESOLUTIONS = {"square": (8, 8), "larger": (16, 12), "smaller": (8, 4), "wider": (4, 20), "turned": (8, 12)}
 
 
@@ -70,11 +55,6 @@ def assert_equals_reference(model, pixel_values, text_embeds):
         fuse=config.fuse_inattentive_tokens,
         normalize=config.normalize_fusion_weights,
         quick_gelu=config.hidden_act == "quick_gelu",
-        mass={
-            layer: (selection.mass, selection.min_keep_rate)
-            for layer, selection in config.schedule.by_layer.items()
-            if selection.mass is not None
-        },
     )
     inputs = {"pixel_values": pixel_values, "text_embeds": text_embeds}
     ours = {name: value.clone().requires_grad_() for name, value in inputs.items() if value is not None}
@@ -83,8 +63,6 @@ def assert_equals_reference(model, pixel_values, text_embeds):
     expected = tower(naive["pixel_values"], naive.get("text_embeds"))
     expected_states = torch.cat([states for states, _ in expected])
     tokens = output.last_hidden_state.flatten(0, 1)
-    if output.attention_mask is not None:
-        tokens = output.last_hidden_state[output.attention_mask]
     torch.testing.assert_close(tokens, expected_states, rtol=1e-5, atol=1e-5)
     expected_pooled = torch.stack([states[0] for states, _ in expected])
     torch.testing.assert_close(output.pooler_output, expected_pooled, rtol=1e-5, atol=1e-5)
@@ -92,12 +70,10 @@ def assert_equals_reference(model, pixel_values, text_embeds):
     expected_selections = list(zip(*[selections for _, selections in expected]))
     assert len(output.selection) == len(expected_selections)
     for selection, entries in zip(output.selection, expected_selections):
-        is_candidate = selection.candidate_indices != -2
-        assert without_padding(selection.kept_indices) == [kept for kept, _, _ in entries]
-        assert without_padding(selection.candidate_indices) == [candidates for _, _, candidates in entries]
-        expected_scores = torch.cat([scores for _, scores, _ in entries]).float()
-        torch.testing.assert_close(selection.scores[is_candidate].float(), expected_scores, rtol=1e-5, atol=1e-6)
-        assert not selection.scores[~is_candidate].any()
+        assert selection.kept_indices.tolist() == [kept for kept, _, _ in entries]
+        assert selection.candidate_indices.tolist() == [candidates for _, _, candidates in entries]
+        expected_scores = torch.stack([scores for _, scores, _ in entries]).float()
+        torch.testing.assert_close(selection.scores.float(), expected_scores, rtol=1e-5, atol=1e-6)
 
     direction = torch.randn(expected_states.shape, dtype=torch.float64)
     (tokens * direction).sum().backward()
@@ -115,15 +91,6 @@ def test_equals_the_naive_reference(fields):
     model = make_model(**fields).double()
     width = model.config.guidance_hidden_size or 8
     assert_equals_reference(model, images(dtype=torch.float64), texts(width=width, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("fields", MASS_CASES.values(), ids=MASS_CASES)
-def test_rows_that_keep_different_numbers_equal_the_naive_reference(fields):
-    model = make_model(**BY_MASS | fields).double()
-    pixel_values, text_embeds = images(4, (16, 12), dtype=torch.float64), texts(4, dtype=torch.float64)
-    assert_equals_reference(model, pixel_values, text_embeds)
-    selections = model(pixel_values, text_embeds).selection
-    assert any((selection.kept_indices == -2).any() for selection in selections)
 
 
 @pytest.mark.parametrize("size", RESOLUTIONS.values(), ids=RESOLUTIONS)
@@ -151,7 +118,6 @@ def test_sequence_lengths_of_the_paper():
 
 
 BY_IMAGE_THEN_TEXT = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
-SOME_MASS = {"selection_mode": "mass", "selection_mass": [0.5, 0.5]}
 
 
 @pytest.mark.parametrize(
@@ -162,9 +128,6 @@ SOME_MASS = {"selection_mode": "mass", "selection_mass": [0.5, 0.5]}
         ({"selection_layers": [2], "selection_guidance": ["text"], "keep_rate": [0.5]}, {}),
         ({"selection_layers": [], "selection_guidance": "text", "keep_rate": 0.5}, {}),
         ({}, {"selection_guidance": ["random", "text"]}),
-        ({}, SOME_MASS),
-        (SOME_MASS, {**SOME_MASS, "selection_mass": [0.6, 0.5]}),
-        (SOME_MASS, {**SOME_MASS, "min_keep_rate": [0.4, 0.0]}),
         ({}, {"fuse_inattentive_tokens": False}),
         ({}, {"normalize_fusion_weights": True}),
     ],

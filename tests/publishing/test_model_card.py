@@ -151,10 +151,6 @@ def test_the_facts_are_those_of_the_checkpoint(tmp_path):
     with torch.device("meta"):
         expected = TripsForQuestionAnswering(TripsConfig.from_pretrained(tmp_path)).num_parameters()
     assert f"| parameters | {expected:,} |" in text
-    top_p = {"selection_mode": "mass", "selection_mass": [0.9, 0.8], "min_keep_rate": 0.1}
-    text = make_card(tmp_path, image_size=96, **schedule, **top_p).text
-    assert "| 1 | the text's [CLS] token | up to 0.9 | 145 | 132 |\n| 4 |" in text
-    assert "in layer 1 those whose scores sum to 0.9, at least 0.1 of all, in layer 4 those whose scores" in text
 
 
 def test_a_checkpoint_that_keeps_everything_says_so(tmp_path):
@@ -245,7 +241,7 @@ def test_speed_is_that_of_rows_of_this_size_and_schedule(tmp_path):
     row = json.loads(SPEED.read_text())[0]
     numbers = f"{row['macs_ratio']:.2f} | {row['time_ratio']:.2f} | {row['throughput']:.1f} |"
     assert f"| forward | 1 | 1 | Intel Xeon, 2 threads | float32 | {numbers}" in text
-    others = ({"keep_rate": 0.7}, {"selection_layers": [1, 3]}, {"image_size": 96}, {"selection_mode": "mass"})
+    others = ({"keep_rate": 0.7}, {"selection_layers": [1, 3]}, {"image_size": 96})
     for options in others:
         with pytest.raises(ValueError, match="--speed"):
             make_card(tmp_path, args, **options)

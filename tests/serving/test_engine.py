@@ -61,13 +61,6 @@ PAIRS = [(0, 0), (1, 2), (0, 1), (1, 0), (0, 0)]
 SCHEDULES = [
     {"selection_layers": [2, 3], "keep_rate": 0.5},
     {"selection_layers": [1, 3], "keep_rate": 0.5, "selection_guidance": ["image", "text"]},
-    {
-        "selection_layers": [1, 3],
-        "keep_rate": 0.9,
-        "selection_guidance": ["image", "text"],
-        "selection_mode": "mass",
-        "selection_mass": 0.7,
-    },
 ]
 
 

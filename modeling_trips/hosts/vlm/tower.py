@@ -29,8 +29,11 @@ from torch import nn
 
 from ...configuration_trips import LayerSelection
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import PADDING, gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
+from ...patch_selection import gather_tokens, keep_topk, num_kept_tokens, random_scores, score_tokens
 from ..layers import ModuleWrapper, SeparateProjections, is_plain_linear, project_part, score_states
+
+
+PADDING = -2  # index of a unit that a shorter row of a record lacks
 
 
 # Not a dataclass: FSDP copies dataclasses among the arguments of a layer.

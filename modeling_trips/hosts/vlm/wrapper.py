@@ -26,12 +26,11 @@ from torch import nn
 from ...configuration_trips import SelectionSchedule
 from ...modeling_trips_text import CACHE_NAME
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import PADDING
 from ..layers import check_forward, check_layer
 from .families import Family
 from .guide import TextGuide
 from .pruning import ExitSelection, prune
-from .tower import Tower, selecting_class, selecting_layers
+from .tower import PADDING, Tower, selecting_class, selecting_layers
 
 
 # Attribute of the model that holds its selection. It is not a module, so no parameter is added.
@@ -88,8 +87,6 @@ def check_vlm_schedule(model: nn.Module, family: Family, schedule: SelectionSche
         raise ValueError(
             f"Selection layers of {name} must be in 1..{family.num_selectable_layers}, got {list(schedule.layers)}."
         )
-    if any(selection.mass is not None for selection in schedule.selections):
-        raise ValueError(f"Top-p selection is not supported inside other models, got {schedule}.")
     by_text = [layer for layer, selection in schedule.by_layer.items() if selection.guidance == "text"]
     if len(by_text) > 1:
         raise ValueError(f"At most one layer can be scored by the text, got layers {by_text}.")

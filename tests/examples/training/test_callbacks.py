@@ -66,9 +66,8 @@ def shipped(**fields) -> TripsForQuestionAnswering:
     [
         {},
         {"selection_layers": [1, 2], "keep_rate": [0.9, 0.25], "selection_guidance": ["image", "text"]},
-        {"selection_mode": "mass", "selection_mass": 0.95, "min_keep_rate": 0.2},
     ],
-    ids=["as shipped", "the image first", "by mass"],
+    ids=["as shipped", "the image first"],
 )
 def test_healthy_models_have_no_findings(fields, questions, tmp_path, caplog):
     health = health_of(shipped(**fields), questions, tmp_path)
@@ -110,7 +109,7 @@ def test_same_patches_for_every_text_are_reported_once(questions, tmp_path, capl
 
 @pytest.mark.parametrize("regions", [True, False])
 def test_random_text_guidance_is_reported(regions, questions, tmp_path, caplog, monkeypatch):
-    def random_scores(query, key, scaling, candidate_mask=None):
+    def random_scores(query, key, scaling):
         return torch.rand(len(key), key.shape[2]).softmax(dim=-1)
 
     monkeypatch.setattr(modeling_trips_vision, "score_tokens", random_scores)

@@ -54,11 +54,11 @@ def test_images_are_resized_to_the_size_of_the_model(processor):
 
 
 def test_options_per_layer_reach_the_configuration():
-    args = ModelArguments(selection_mode="mass", selection_mass=[0.9], min_keep_rate=[0.1, 0.2])
+    args = ModelArguments(selection_guidance=["text"], keep_rate=[0.1, 0.2])
     fields = args.config_overrides()
-    assert fields == {"selection_mode": "mass", "selection_mass": 0.9, "min_keep_rate": [0.1, 0.2]}
+    assert fields == {"selection_guidance": "text", "keep_rate": [0.1, 0.2]}
     schedule = TripsConfig.from_preset("tiny", **fields).vision_config.schedule
-    assert [selection.min_keep_rate for selection in schedule.selections] == [0.1, 0.2]
+    assert [selection.keep_rate for selection in schedule.selections] == [0.1, 0.2]
 
 
 @pytest.fixture(scope="module")

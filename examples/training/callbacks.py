@@ -125,7 +125,7 @@ class TrainingMonitor(TrainerCallback):
             resume = f"Resume from the last good checkpoint with --resume_from_checkpoint {checkpoint}."
         raise FloatingPointError(
             f"The loss of step {batch.step} is {'; '.join(gather_object(own))}. {resume} If the rows are fine, try a "
-            "lower --learning_rate, a longer --warmup_steps, or --auto_bf16 False."
+            "lower --learning_rate, a longer --warmup_steps, or float32."
         )
 
     # The selection

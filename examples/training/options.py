@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch
 from datasets import DatasetDict
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from modeling_trips import TripsConfig
 from trips_examples.data.rows import column_of
@@ -128,6 +128,12 @@ class DataArguments(DataSource):
         """True for the bundled synthetic data."""
         return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
+    def check(self, task: str):
+        super().check(task)
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+
     @property
     def augments(self) -> bool:
         """`augment`, or its default."""
@@ -156,16 +162,45 @@ class DataArguments(DataSource):
 
 
 @dataclass
-class TripsTrainingArguments(Seq2SeqTrainingArguments):
-    """
-    `Seq2SeqTrainingArguments` with defaults that train the tiny preset from scratch on the bundled data. Fine-tuning a
-    larger model needs a learning rate of about 2e-5 and smaller batches.
-    """
+class RunArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of all training scripts, checked before data are read."""
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
     do_train: bool = field(default=True, metadata={"help": "Train the model."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
     do_predict: bool = field(default=True, metadata={"help": "Evaluate on the test split, if any."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Log every N steps; below 1, a share of all steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not used: a loss that is not finite stops the run."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+
+    def __post_init__(self):
+        if self.max_steps == 0:
+            raise ValueError("--max_steps must be positive, or -1 for --num_train_epochs, got 0.")
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*sizes, "save_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1 per process, because `nn.DataParallel` separates images from texts. Use `accelerate launch`."""
+        return min(super().n_gpu, 1)
+
+
+@dataclass
+class TripsTrainingArguments(RunArguments, Seq2SeqTrainingArguments):
+    """
+    `Seq2SeqTrainingArguments` with defaults that train the tiny preset from scratch on the bundled data. Fine-tuning a
+    larger model needs a learning rate of about 2e-5 and smaller batches.
+    """
+
     auto_bf16: bool = field(
         default=True, metadata={"help": "Train in bf16 mixed precision on hardware with fast bf16."}
     )
@@ -176,44 +211,28 @@ class TripsTrainingArguments(Seq2SeqTrainingArguments):
     tower_learning_rate: list[float] | None = field(
         default=None, metadata={"help": "Peak learning rates of vision tower and text encoder: one or two values."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except for biases and norms."})
     texts_per_image: int = field(default=4, metadata={"help": "Texts of an image that may share a training batch."})
-    logging_steps: float = field(default=0.05, metadata={"help": "Log every N steps; below 1, a share of all steps."})
     health_steps: float = field(
         default=0.25, metadata={"help": "Check the selection every N steps; below 1, a share of all. 0: never."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate generated texts."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Not used: a loss that is not finite stops the run."}
-    )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):
         if self.label_smoothing_factor != 0.0:
             raise ValueError("--label_smoothing_factor is not supported. Leave it at 0.")
         if not self.predict_with_generate:
             raise ValueError("--predict_with_generate False is not supported. Leave it on.")
-        if self.max_steps == 0:
-            raise ValueError("--max_steps must be positive, or -1 for --num_train_epochs, got 0.")
         if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
             raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
         if self.health_steps < 0:
             raise ValueError(f"--health_steps must be at least 0, got {self.health_steps}.")
         if self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = self.save_steps  # evaluations are slower than logging
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.auto_bf16 and not self.fp16:
             self.bf16 = self.bf16 or bf16_is_fast()
         super().__post_init__()
-
-    @property
-    def n_gpu(self) -> int:
-        """At most 1 per process, because `nn.DataParallel` separates images from texts. Use `accelerate launch`."""
-        return min(super().n_gpu, 1)
 
 
 @dataclass

@@ -39,11 +39,45 @@ def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module,
             optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
 
 
-class ImageGroupedTrainer(Seq2SeqTrainer):
+class FiniteTrainer(Trainer):
+    """
+    `Trainer` that stops at the first loss that is not finite ([`TrainingMonitor`]), and trains no step more when it
+    resumes from the last one. Batches may name their rows as `sources`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.monitor = TrainingMonitor(self, getattr(self.args, "health_steps", 0.0))
+        self.add_callback(self.monitor)
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.monitor.check_loss()
+        return output
+
+    def _run_epoch(self, *args, **kwargs):
+        # `Trainer` runs one extra step after resuming from the last step within an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        sources = inputs.pop("sources", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.monitor.watch_loss(loss, self.state.global_step + 1, sources)
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        self.monitor.check_loss()
+        super()._save_checkpoint(model, trial)
+
+
+class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     """
     `Seq2SeqTrainer` that samples the texts of an image together, has separate collators for training and evaluation,
-    checks the loss and the selection ([`TrainingMonitor`]), and evaluates each row once. Parameters without a gradient
-    are frozen for data parallel training. The parts of the loss (`logged_losses`) are logged.
+    and evaluates each row once. Parameters without a gradient are frozen for data parallel training. The parts of the
+    loss (`logged_losses`) are logged.
 
     Args:
         train_collator ([`ImageBatchCollator`]): Collator of training. `data_collator` is that of evaluation.
@@ -68,8 +102,6 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
-        self.monitor = TrainingMonitor(self, self.args.health_steps)
-        self.add_callback(self.monitor)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -96,24 +128,6 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
         finally:
             self.data_collator = evaluation_collator
 
-    def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        self.monitor.check_loss()
-        return output
-
-    def _run_epoch(self, *args, **kwargs):
-        # `Trainer` runs one extra step after resuming from the last step within an epoch.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        sources = inputs.pop("sources", [])
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.monitor.watch_loss(loss, self.state.global_step + 1, sources)
-        return loss
-
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if model.training and self.selection_teacher is not None:
             inputs = {**inputs, "patch_targets": self.selection_teacher.patch_targets(inputs)}
@@ -130,10 +144,6 @@ class ImageGroupedTrainer(Seq2SeqTrainer):
             logs = {**logs, **{name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}}
             self.losses.clear()
         super().log(logs, *args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        self.monitor.check_loss()
-        super()._save_checkpoint(model, trial)
 
     def evaluation_loop(self, *args, **kwargs):
         # `Seq2SeqTrainer` keeps the rows that pad the last batch of several processes.

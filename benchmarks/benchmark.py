@@ -12,7 +12,7 @@ Measure MACs and time of TRIPS against the unpruned baseline, the same weights a
 Pruned and unpruned steps alternate after a warm-up, and medians are compared. `FlopCounterMode` counts the
 multiply-accumulates (MACs) of matrix products. A step is the forward pass of text encoder, vision tower and fusion
 encoder, in `training` mode followed by the backward pass. In `pretraining` mode a step is the forward pass of all four
-objectives and of the momentum teacher, and the backward pass, without the optimizer and the teacher's update.
+objectives and the backward pass, without the optimizer and a momentum teacher.
 """
 
 import itertools

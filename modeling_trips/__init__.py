@@ -18,9 +18,9 @@ from .modeling_trips import (
     TripsForQuestionAnswering,
     TripsModel,
     TripsModelOutput,
-    TripsPreTrainedModel,
     TripsSeq2SeqLMOutput,
 )
+from .modeling_trips_base import TripsPreTrainedModel
 from .modeling_trips_classification import (
     TripsForImagesAndTextClassification,
     TripsForImagesAndTextClassificationOutput,
@@ -43,7 +43,6 @@ from .modeling_trips_vision import (
     TripsVisionModelOutput,
     use_schedule,
 )
-from .momentum_trips import MomentumTeacher
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 from .processing_trips import TripsProcessor
@@ -57,7 +56,6 @@ register()
 __all__ = [
     "__version__",
     "LayerSelection",
-    "MomentumTeacher",
     "SelectionSchedule",
     "TripsAnswerRanking",
     "TripsConfig",

@@ -61,14 +61,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
-from transformers.utils import PushToHubMixin, auto_docstring
+from transformers.utils import auto_docstring
 
 
 GUIDANCES = ("text", "image", "random")
 FIELDS_OF_LAYERS = ("selection_guidance", "keep_rate")
-
-# Fields in the files of a checkpoint that name code to load.
-CODE_FIELDS = ("auto_map", "_auto_map", "custom_pipelines", "custom_generate")
 
 # Least values of fields, in any configuration that has them.
 LEAST_VALUES = {
@@ -95,23 +92,6 @@ LEAST_VALUES = {
     "giou_loss_weight": 0,
     "attention_loss_weight": 0,
 }
-
-
-def remove_code_references(part):
-    """
-    Delete the `CODE_FIELDS` at any depth of dictionaries, lists, configurations, image processors and tokenizers.
-
-    A checkpoint may name code of other repositories there. Loading does not run it, but saving would copy the names.
-    """
-    values = vars(part) if isinstance(part, PushToHubMixin) else part  # the base of all that Transformers saves
-    if isinstance(values, dict):
-        for name in CODE_FIELDS:
-            values.pop(name, None)
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return
-    for value in values:
-        remove_code_references(value)
 
 
 def validate_numbers(config: PreTrainedConfig):

@@ -19,7 +19,6 @@ highest, and `TripsFusionModel` fuses both. A head reads the fused states.
 """
 
 import copy
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,30 +27,24 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
+from transformers.pipelines import Pipeline
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .modeling_trips_text import (
-    CACHE_NAME,
-    TripsDecoder,
-    TripsFusionModel,
-    TripsLMHead,
-    TripsPreTrainedModel,
-    TripsTextModel,
-    accept_former_cache_name,
-    check_image_index,
-    name_in_checkpoint,
-)
+from .modeling_trips_base import CACHE_NAME, TripsPreTrainedModel
+from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
 from .modeling_trips_vision import (
     TripsImageCache,
     TripsSelection,
     TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
+    check_image_index,
     next_candidates,
     select_rows,
 )
+from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 
 
 # Losses
@@ -185,40 +178,6 @@ def attention_losses(
 # The bare model
 
 
-@auto_docstring(custom_intro="Base of the models with a [`TripsConfig`]: the bare model and those with a head.")
-class TripsWholeModel(TripsPreTrainedModel):
-    config: TripsConfig
-    # The task of the pipeline that runs the head.
-    pipeline_task: ClassVar[str | None] = None
-
-    @classmethod
-    def auto_map(cls) -> dict[str, str]:
-        """As in the parent, with the other classes of the module for the other Auto classes."""
-        references = {"AutoProcessor": "processing_trips.TripsProcessor"}
-        for model_class in reversed(sys.modules[cls.__module__].MODELS):
-            references |= dict.fromkeys(model_class.auto_classes, name_in_checkpoint(model_class))
-        return references | super().auto_map()
-
-    @classmethod
-    def pipeline_class(cls) -> type:
-        """Return the class of `pipeline_task`."""
-        from .pipeline_trips import PIPELINES  # only saving needs it
-
-        return PIPELINES[cls.pipeline_task]
-
-    def name_code(self):
-        super().name_code()
-        if self.pipeline_task is not None:
-            pipeline = {"impl": name_in_checkpoint(self.pipeline_class()), "pt": [self.auto_classes[0]]}
-            self.config.custom_pipelines = {self.pipeline_task: {**pipeline, "type": "multimodal"}}
-
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
-
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
 @dataclass
 class TripsModelOutput(ModelOutput):
@@ -258,7 +217,7 @@ class TripsModelOutput(ModelOutput):
     vision tower together.
     """
 )
-class TripsModel(TripsWholeModel):
+class TripsModel(TripsPreTrainedModel):
     auto_classes = ("AutoModel",)
 
     def __init__(self, config: TripsConfig):
@@ -483,9 +442,9 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     them. The decoder reads the fused states and writes a caption or an answer.
     """
 )
-class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
+class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
     auto_classes: ClassVar[tuple[str, ...]] = ("AutoModelForImageTextToText",)
-    pipeline_task = "image-to-text"
+    pipeline_class: ClassVar[type[Pipeline] | None] = TripsImageToTextPipeline
     _tied_weights_keys = {"lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: TripsConfig):
@@ -556,7 +515,6 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
-    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -632,6 +590,7 @@ class TripsForConditionalGeneration(TripsWholeModel, GenerationMixin):
             )
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
+        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -809,7 +768,7 @@ class TripsAnswerRanking(ModelOutput):
 )
 class TripsForQuestionAnswering(TripsForConditionalGeneration):
     auto_classes = ("AutoModelForVisualQuestionAnswering", "AutoModelForImageTextToText")
-    pipeline_task = "visual-question-answering"
+    pipeline_class = TripsVisualQuestionAnsweringPipeline
 
     @torch.no_grad()
     def rank_answers(
@@ -873,19 +832,11 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
 TripsForQuestionAnswering.register_for_auto_class("AutoModelForVisualQuestionAnswering")
 
 
-# For an Auto class with several classes, the first one loads checkpoints of other classes.
-MODELS = (
-    TripsModel,
-    TripsForConditionalGeneration,
-    TripsForQuestionAnswering,
-)
-
 __all__ = [
     "TripsAnswerRanking",
     "TripsForConditionalGeneration",
     "TripsForQuestionAnswering",
     "TripsModel",
     "TripsModelOutput",
-    "TripsPreTrainedModel",
     "TripsSeq2SeqLMOutput",
 ]

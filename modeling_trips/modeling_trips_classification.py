@@ -23,9 +23,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .modeling_trips import MODELS as WRITERS
-from .modeling_trips import TripsModel, TripsWholeModel
-from .modeling_trips_text import class_states
+from .modeling_trips import TripsModel
+from .modeling_trips_base import TripsPreTrainedModel, class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection
 
 
@@ -76,7 +75,7 @@ class TripsImagesAndTextClassificationHead(nn.Module):
     is fused with each of them. The classifier reads the [CLS] states in the order of the images.
     """
 )
-class TripsForImagesAndTextClassification(TripsWholeModel):
+class TripsForImagesAndTextClassification(TripsPreTrainedModel):
     auto_classes = ("AutoModelForSequenceClassification",)
 
     def __init__(self, config: TripsConfig):
@@ -198,7 +197,5 @@ def _flatten_images(
 
 
 TripsForImagesAndTextClassification.register_for_auto_class("AutoModelForSequenceClassification")
-
-MODELS = (*WRITERS, TripsForImagesAndTextClassification)
 
 __all__ = ["TripsForImagesAndTextClassification", "TripsForImagesAndTextClassificationOutput"]

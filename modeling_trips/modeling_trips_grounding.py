@@ -22,9 +22,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .modeling_trips import MODELS as WRITERS
-from .modeling_trips import TripsModel, TripsWholeModel, attention_losses, token_indices, weighted_sum
-from .modeling_trips_text import class_states
+from .modeling_trips import TripsModel, attention_losses, token_indices, weighted_sum
+from .modeling_trips_base import TripsPreTrainedModel, class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows
 
 
@@ -177,7 +176,7 @@ def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torc
     [CLS] predicts the box of the object that it describes.
     """
 )
-class TripsForVisualGrounding(TripsWholeModel):
+class TripsForVisualGrounding(TripsPreTrainedModel):
     auto_classes = ("AutoModelForZeroShotObjectDetection",)
 
     def __init__(self, config: TripsConfig):
@@ -291,7 +290,5 @@ def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor
 
 
 TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
-
-MODELS = (*WRITERS, TripsForVisualGrounding)
 
 __all__ = ["TripsForVisualGrounding", "TripsVisualGroundingOutput"]

@@ -33,16 +33,16 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import TripsConfig
-from .modeling_trips import MODELS as MODELS_WITHOUT_CONTRAST
 from .modeling_trips import (
     TripsModel,
-    TripsWholeModel,
     label_loss,
     shift_right,
     weighted_sum,
 )
-from .modeling_trips_text import TripsDecoder, TripsLMHead, check_counts, class_states
-from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionModelOutput, select_rows
+from .modeling_trips_base import TripsPreTrainedModel, class_states
+from .modeling_trips_text import TripsDecoder, TripsLMHead
+from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionModelOutput, check_counts, select_rows
+from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 
 
 # Losses
@@ -503,7 +503,7 @@ class TripsTemperature(nn.Module):
 @auto_docstring(
     custom_intro="Base of retrieval and pre-training: features that compare images with texts, and matching."
 )
-class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads call `post_init`, when complete)
+class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the heads call `post_init`, when complete)
     accepts_loss_kwargs = False  # each loss is a mean over its own items: `Trainer` averages accumulated batches
 
     def __init__(self, config: TripsConfig):
@@ -523,27 +523,6 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
         super()._init_weights(module)
         if isinstance(module, TripsTemperature):
             init.constant_(module.weight, INITIAL_TEMPERATURE)
-
-    def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that only one objective trains, by the name of its weight in the configuration."""
-        features = (self.vision_proj, self.text_proj, self.temp)
-        return {
-            "itc_weight": [parameter for module in features for parameter in module.parameters()],
-            "itm_weight": list(self.itm_head.parameters()),
-        }
-
-    def unused_parameters(self) -> list[nn.Parameter]:
-        """Return the unused parameters of the parent and those of objectives of weight 0."""
-        own = self.parameters_by_objective()
-        off = [name for name in own if getattr(self.config, name) == 0]
-        unused = super().unused_parameters() + [parameter for name in off for parameter in own[name]]
-        if {*off, "itc_weight"} == own.keys():  # the contrastive loss only: nothing is fused
-            unused += self.model.fusion_model.parameters()
-            projection = self.model.vision_model.selection_projection
-            # CODEPATH: the projection exists if text and vision differ in width.
-            if projection is not None:
-                unused += projection.parameters()
-        return unused
 
     @can_return_tuple
     @auto_docstring
@@ -699,13 +678,7 @@ class TripsContrastiveModel(TripsWholeModel):  # trf-ignore: TRF013 (the heads c
 )
 class TripsForRetrieval(TripsContrastiveModel):
     auto_classes = ("AutoModelForZeroShotImageClassification", "AutoModel")
-    pipeline_task = "zero-shot-image-classification"
-
-    @classmethod
-    def pipeline_class(cls) -> type:
-        from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
-
-        return TripsZeroShotImageClassificationPipeline
+    pipeline_class = TripsZeroShotImageClassificationPipeline
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
@@ -838,14 +811,6 @@ class TripsForPreTraining(TripsContrastiveModel):
         size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
         self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
         return super().resize_token_embeddings(*args, **kwargs)
-
-    def parameters_by_objective(self) -> dict[str, list[nn.Parameter]]:
-        mlm_score = self.mlm_score  # its decoder's weight is tied to the text encoder
-        return {
-            **super().parameters_by_objective(),
-            "mlm_weight": [*mlm_score.dense.parameters(), *mlm_score.LayerNorm.parameters(), mlm_score.decoder.bias],
-            "prefix_lm_weight": [*self.decoder.parameters(), *self.lm_head.parameters()],
-        }
 
     @can_return_tuple
     @auto_docstring
@@ -1001,8 +966,6 @@ class TripsForPreTraining(TripsContrastiveModel):
 
 
 TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")
-
-MODELS = (*MODELS_WITHOUT_CONTRAST, TripsForRetrieval, TripsForPreTraining)
 
 __all__ = [
     "TeacherOutput",

@@ -12,206 +12,47 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The base class of all models, and the text side: text encoder, fusion encoder and decoder, with BERT's parameter names.
+The text side: text encoder, fusion encoder and decoder, with BERT's parameter names.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import ClassVar
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithCrossAttentions,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_trips import (
-    TripsConfig,
-    TripsDecoderConfig,
-    TripsFusionConfig,
-    TripsTextConfig,
-    remove_code_references,
+from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
+from .modeling_trips_base import (
+    CACHE_NAME,
+    TripsPreTrainedModel,
+    bidirectional_mask,
+    class_states,
+    eager_attention_forward,
+    first_positions,
+    joint_padding_mask,
 )
 from .patch_selection import gather_tokens
-
-
-# Name of the keys and values in `generate` and the outputs of Transformers.
-CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-
-
-def accept_former_cache_name(forward: Callable) -> Callable:
-    """Accept `past_key_values` for the argument `cache` of a `forward`."""
-    if CACHE_NAME == "cache":
-        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
-
-    @wraps(forward)
-    def renamed(*args, **kwargs):
-        if CACHE_NAME in kwargs:
-            kwargs["cache"] = kwargs.pop(CACHE_NAME)
-        return forward(*args, **kwargs)
-
-    return renamed
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
-    return attn_output, attn_weights
-
-
-def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
-    """
-    Return Transformers' `create_bidirectional_mask`. A given padding mask is always used, since a look at its values
-    would sync with the host.
-    """
-    return create_bidirectional_mask(
-        config=config, attention_mask=attention_mask, allow_is_bidirectional_skip=attention_mask is None, **kwargs
-    )
-
-
-def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
-    """Return the padding mask of texts joined with image tokens, which have no padding; `None` stays `None`."""
-    return None if attention_mask is None else nn.functional.pad(attention_mask, (0, num_image_tokens), value=1)
-
-
-def first_positions(attention_mask: torch.Tensor) -> torch.LongTensor:
-    """Return the position of each text's first token, [CLS], `(num_texts,)`: 0 unless texts are padded on the left."""
-    return attention_mask.long().argmax(dim=-1)
-
-
-def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the state of each text's [CLS]: `(num_texts, text_length, hidden_size)` -> `(num_texts, hidden_size)`."""
-    if attention_mask is None:
-        return hidden_states[:, 0]
-    return gather_tokens(hidden_states, first_positions(attention_mask).to(hidden_states.device)[:, None])[:, 0]
-
-
-@auto_docstring
-class TripsPreTrainedModel(PreTrainedModel):
-    config: TripsConfig
-    base_model_prefix = "model"
-    input_modalities: tuple[str, ...] = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "TripsVisionEmbeddings",
-        "TripsTextEmbeddings",
-        "TripsVisionLayer",
-        "TripsTextLayer",
-        "TripsCrossLayer",
-        "TripsJointLayer",
-        "TripsConnectedLayer",
-    ]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    # The Auto classes that load this class from its checkpoint.
-    auto_classes: ClassVar[tuple[str, ...]] = ()
-
-    def unused_parameters(self) -> list[nn.Parameter]:
-        """
-        Return the parameters without a gradient in this configuration. Freeze them for data parallel training that
-        does not look for unused parameters.
-        """
-        parts = [module for module in self.children() if isinstance(module, TripsPreTrainedModel)]
-        return [parameter for part in parts for parameter in part.unused_parameters()]
-
-    @classmethod
-    def auto_map(cls) -> dict[str, str]:
-        """Return the `auto_map` of a checkpoint: for each Auto class a class in the code that the checkpoint holds."""
-        own = dict.fromkeys(cls.auto_classes, name_in_checkpoint(cls))
-        return {"AutoConfig": name_in_checkpoint(cls.config_class), **own}
-
-    def name_code(self):
-        """Name the code of this project, and no other, in the configurations before they are saved."""
-        remove_code_references([self.config, getattr(self, "generation_config", None)])
-        self.config.auto_map = class_before_sharding(type(self)).auto_map()
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """As in Transformers. The folder holds the code that the class imports, and names no other code."""
-        self.name_code()
-        sharded_class, self.__class__ = type(self), class_before_sharding(type(self))
-        try:
-            # A part of a whole model is saved under its own names.
-            super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
-        finally:
-            self.__class__ = sharded_class
-
-
-def name_in_checkpoint(cls: type) -> str:
-    """Return the name of a class in the code of a checkpoint: `"modeling_trips.TripsModel"`."""
-    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
-
-
-def class_before_sharding(cls: type[TripsPreTrainedModel]) -> type[TripsPreTrainedModel]:
-    """Return the class from which FSDP made the class of a sharded model, otherwise `cls`."""
-    return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
-
-
-def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
-    if image_index is None and num_texts != num_images:
-        raise ValueError(
-            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index`, the image of "
-            "each text."
-        )
-    if image_index is not None and tuple(image_index.shape) != (num_texts,):
-        raise ValueError(
-            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
-        )
-
-
-def check_image_index(image_index: torch.LongTensor, num_images: int):
-    """Check the values, outside of forward passes, where branches must not depend on them."""
-    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
-    if len(outside):
-        position = outside[0, 0].item()
-        raise ValueError(
-            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
-        )
 
 
 def check_text_length(length: int, max_length: int):
     if length > max_length:
         raise ValueError(f"The text has {length} tokens, `max_position_embeddings` allows {max_length}.")
-
-
-def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | None):
-    if (pixel_values is None) == (image_cache is None):
-        found = "neither" if image_cache is None else "both"
-        raise ValueError(f"Specify exactly one of `pixel_values` and `image_cache`, got {found}.")
 
 
 # Layers
@@ -616,6 +457,7 @@ class TripsTextModel(TripsPreTrainedModel):
     config: TripsTextConfig
     input_modalities = ("text",)
     auto_classes = ("AutoModel",)
+    _input_embed_layer = "word_embeddings"
     _can_record_outputs = {"hidden_states": TripsTextLayer, "attentions": TripsTextSelfAttention}
 
     def __init__(self, config: TripsTextConfig):
@@ -623,12 +465,6 @@ class TripsTextModel(TripsPreTrainedModel):
         self.embeddings = TripsTextEmbeddings(config)
         self.encoder = TripsTextStack(config)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -752,6 +588,7 @@ class TripsFusionModel(TripsPreTrainedModel):
 )
 class TripsDecoder(TripsPreTrainedModel):
     config: TripsDecoderConfig
+    _input_embed_layer = "word_embeddings"
     _can_record_outputs = {
         "hidden_states": TripsCrossLayer,
         "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
@@ -764,16 +601,9 @@ class TripsDecoder(TripsPreTrainedModel):
         self.encoder = TripsCrossStack(config)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.embeddings.word_embeddings = value
-
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -789,6 +619,7 @@ class TripsDecoder(TripsPreTrainedModel):
         cache (`Cache`, *optional*):
             Keys and values of the tokens before `input_ids`.
         """
+        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         cache_length = cache.get_seq_length() if cache is not None else 0
@@ -817,4 +648,4 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsPreTrainedModel", "TripsTextModel"]
+__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsTextModel"]

@@ -35,16 +35,48 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import LayerSelection, SelectionSchedule, TripsVisionConfig
-from .modeling_trips_text import (
+from .modeling_trips_base import (
     TripsPreTrainedModel,
     bidirectional_mask,
-    check_counts,
-    check_image_source,
     eager_attention_forward,
     first_positions,
     joint_padding_mask,
 )
 from .patch_selection import FUSED_TOKEN, random_scores, score_tokens, select_tokens
+
+
+# Checks of inputs
+
+
+def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor | None):
+    if image_index is None and num_texts != num_images:
+        raise ValueError(
+            f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index`, the image of "
+            "each text."
+        )
+    if image_index is not None and tuple(image_index.shape) != (num_texts,):
+        raise ValueError(
+            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
+        )
+
+
+def check_image_index(image_index: torch.LongTensor, num_images: int):
+    """Check the values, outside of forward passes, where branches must not depend on them."""
+    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
+    if len(outside):
+        position = outside[0, 0].item()
+        raise ValueError(
+            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
+        )
+
+
+def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | None):
+    if (pixel_values is None) == (image_cache is None):
+        found = "neither" if image_cache is None else "both"
+        raise ValueError(f"Specify exactly one of `pixel_values` and `image_cache`, got {found}.")
+
+
+# Layers
 
 
 class TripsBatchNorm(nn.BatchNorm2d):
@@ -449,14 +481,6 @@ class TripsVisionModel(TripsPreTrainedModel):
         if isinstance(module, TripsVisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-
-    def unused_parameters(self) -> list[nn.Parameter]:
-        """As in the parent."""
-        fuses_by_text = self.schedule.first_text_layer is not None and self.config.fuse_inattentive_tokens
-        # CODEPATH: only the weights of fused tokens give the text a gradient.
-        if self.selection_projection is None or fuses_by_text:
-            return []
-        return list(self.selection_projection.parameters())
 
     def embed_images(self, pixel_values: torch.Tensor) -> TripsImageCache:
         """Return the input of the first layer."""

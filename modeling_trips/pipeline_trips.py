@@ -279,12 +279,3 @@ class TripsImageToTextPipeline(TripsPipeline):
 
     def postprocess(self, texts: list[str], prompt: str = "") -> list[dict]:
         return [{"generated_text": f"{prompt.rstrip()} {text}".strip()} for text in texts]
-
-
-PIPELINES = {
-    pipeline_class.default_task: pipeline_class
-    for pipeline_class in (
-        TripsImageToTextPipeline,
-        TripsVisualQuestionAnsweringPipeline,
-    )
-}

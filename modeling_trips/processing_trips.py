@@ -13,7 +13,7 @@
 # limitations under the License.
 """Processor class for TRIPS: images and texts to tensors, and back to answers and patch boxes."""
 
-from .configuration_trips import TripsConfig, remove_code_references  # isort: skip
+from .configuration_trips import TripsConfig  # isort: skip
 
 import base64
 import operator
@@ -356,13 +356,6 @@ class TripsProcessor(ProcessorMixin):
     def max_text_length(self, config: TripsConfig) -> int:
         """Return how many tokens a text may have, special ones included, for a model with `config`."""
         return min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """As in Transformers. The files name the code of this project alone; the processor keeps no `auto_map`."""
-        remove_code_references(self)
-        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        self.__dict__.pop("auto_map", None)
-        return files
 
     def _check_lengths(self, lengths: list[int], max_length: int | None, name: str, remedy: str):
         """Raise a `ValueError` if a text is longer than the model's position table."""

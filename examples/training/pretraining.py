@@ -14,12 +14,13 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_trips import MomentumTeacher, TripsConfig, TripsProcessor
+from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.data.rows import column_of
 from trips_examples.data.shards import find_shards, hub_shards
 from trips_examples.data.streams import PairStream, Shard
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_json
+from trips_examples.training.momentum import MomentumTeacher
 from trips_examples.training.options import DataArguments, PretrainingArguments, TripsTrainingArguments
 from trips_examples.training.runs import load_data
 from trips_examples.training.trainer import RetrievalTrainer

@@ -9,7 +9,8 @@ from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import TripsPreTrainedModel
+from modeling_trips import TripsForPreTraining, TripsPreTrainedModel
+from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.data.rows import DecodedImages, column_of, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
@@ -37,6 +38,29 @@ def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module,
             parameters = [parameter for parameter in group["params"] if parameter in own]
             group["params"] = [parameter for parameter in group["params"] if parameter not in own]
             optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
+
+
+def unused_parameters(model: TripsPreTrainedModel) -> list[nn.Parameter]:
+    """
+    Return the parameters without a gradient in the model's configuration. Data parallel training that does not look
+    for unused parameters needs them frozen.
+    """
+    tower, config = model.base_model.vision_model, model.config
+    off, unused = [], []
+    if isinstance(model, TripsContrastiveModel):
+        modules = {"itc_weight": [model.vision_proj, model.text_proj, model.temp], "itm_weight": [model.itm_head]}
+        if isinstance(model, TripsForPreTraining):
+            modules |= {"mlm_weight": [model.mlm_score], "prefix_lm_weight": [model.decoder, model.lm_head]}
+        off = [name for name in modules if getattr(config, name) == 0]
+        unused = [module for name in off for module in modules[name]]
+        if {*off, "itc_weight"} == modules.keys():  # the contrastive loss only: nothing is fused
+            unused += [model.base_model.fusion_model, tower.selection_projection]
+    # Without supervision, only the weights of fused tokens give the text a gradient.
+    if config.vision_config.schedule.first_text_layer is None or not config.vision_config.fuse_inattentive_tokens:
+        unused.append(tower.selection_projection)
+    tied = model.get_input_embeddings().weight  # of the text encoder, in the head of masked words
+    parameters = {parameter for module in unused if module is not None for parameter in module.parameters()}
+    return [parameter for parameter in parameters if parameter is not tied]
 
 
 class FiniteTrainer(Trainer):
@@ -99,7 +123,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.selection_teacher = selection_teacher
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
-        for parameter in self.model.unused_parameters():
+        for parameter in unused_parameters(self.model):
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
 

@@ -21,7 +21,7 @@ from transformers.models.vilt import modeling_vilt
 
 import modeling_trips
 
-from ..modeling_trips_text import TripsPreTrainedModel
+from ..modeling_trips_base import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
 from .albef import ALBEF_DEPTHS, albef_plan
 from .blip import blip_plan, check_blip_architecture

@@ -25,7 +25,6 @@ from transformers.exporters.configs import DynamoConfig
 
 from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel
 
-from ..configuration_trips import remove_code_references
 from .graphs import Graph, graphs_of, trunk_of
 from .running import HEAD_FILE, assemble
 
@@ -100,7 +99,6 @@ def export_model(
     exporter, options = make_exporter(backend, dtype, calibration is not None)
     config = describe(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
-    remove_code_references(generation_config)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     head = head_of(model)
     graphs, components = graphs_of(model), {}
@@ -130,7 +128,8 @@ def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) ->
     """
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], dtype
-    remove_code_references(config)
+    for name in ("auto_map", "custom_pipelines"):
+        vars(config).pop(name, None)
     return config
 
 

@@ -21,7 +21,6 @@ from transformers import AutoModel, AutoModelForPreTraining
 
 from modeling_trips import (
     UNPRUNED,
-    MomentumTeacher,
     SelectionSchedule,
     TripsConfig,
     TripsForPreTraining,
@@ -117,28 +116,18 @@ class Setting:
         inputs = {"input_ids": input_ids, "pixel_values": pixel_values[image_index]}
         if self.texts_per_image > 1 and share_images:
             inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "image_index": image_index}
-        return inputs | self.pretraining_inputs(model, input_ids) if self.mode == "pretraining" else inputs
+        return inputs | self.pretraining_inputs(input_ids) if self.mode == "pretraining" else inputs
 
-    def pretraining_inputs(self, model: TripsForPreTraining, input_ids: torch.Tensor) -> dict:
-        """Make inputs with all words masked, captions cut in the middle, and a teacher with ALBEF's queue."""
+    def pretraining_inputs(self, input_ids: torch.Tensor) -> dict:
+        """Make inputs with all words masked and captions cut in the middle, for a step without a momentum teacher."""
         prompts, labels = input_ids.chunk(2, dim=1)
         texts = {"mlm_input_ids": input_ids, "mlm_labels": input_ids, "prompt_input_ids": prompts, "labels": labels}
-        image_ids = torch.arange(self.batch_size, device=input_ids.device)
-        return {**texts, "image_ids": image_ids, "teacher": MomentumTeacher(model)}
+        return {**texts, "image_ids": torch.arange(self.batch_size, device=input_ids.device)}
 
 
-def set_schedule(schedule: SelectionSchedule, model: torch.nn.Module, inputs: dict):
-    """Set the schedule of a model and of the teacher among its inputs, if any."""
-    for module in (model, inputs["teacher"].model) if "teacher" in inputs else (model,):
-        module.base_model.vision_model.schedule = schedule
-
-
-def run(model: Callable, inputs: dict):
-    """Run a forward pass; in pre-training, after one of the teacher."""
-    if "teacher" not in inputs:
-        return model(**inputs)
-    given = {name: value for name, value in inputs.items() if name != "teacher"}
-    return model(**inputs["teacher"].teach(given, weight=0.4))
+def set_schedule(schedule: SelectionSchedule, model: torch.nn.Module):
+    """Set the schedule of a model."""
+    model.base_model.vision_model.schedule = schedule
 
 
 def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -146,13 +135,13 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]
 
     def forward():
         with torch.no_grad():
-            run(model, inputs)
+            model(**inputs)
 
     def forward_backward():
         model(**inputs).last_hidden_state.float().square().mean().backward()
 
     def pretraining():
-        run(model, inputs).loss.backward()
+        model(**inputs).loss.backward()
 
     return {"forward": forward, "training": forward_backward, "pretraining": pretraining}[setting.mode]
 
@@ -170,14 +159,14 @@ def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
 def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, float]:
     """
     Count the MACs of the forward pass of a pre-training step by part: vision layers shared by the texts of an image,
-    vision layers run per text, text encoder, fusion encoder, decoder, heads and losses, and teacher.
+    vision layers run per text, text encoder, fusion encoder, decoder, heads and losses.
     """
     model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
     inputs = setting.make_inputs(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(model, inputs)
+        model(**inputs)
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    student, teacher = type(model).__name__, MomentumTeacher.__name__
+    student = type(model).__name__
     tower = f"{student}.model.vision_model"
     end_of_cache = model.model.vision_model.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
     shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_cache - 1))]
@@ -187,7 +176,6 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
         "text": macs[f"{student}.model.text_model"],
         "fusion": macs[f"{student}.model.fusion_model"],
         "decoder": macs[f"{student}.decoder"],
-        "teacher": macs[teacher],
     }
     vision = sum(macs.get(f"{tower}.layers.{number}", 0) for number in range(len(model.model.vision_model.layers)))
     vision += macs[f"{tower}.embeddings"]
@@ -341,7 +329,7 @@ def measure(
         variants["repeated"] = (own, repeated)
 
     def prepare(name: str):
-        set_schedule(variants[name][0], model, inputs)
+        set_schedule(variants[name][0], model)
         model.zero_grad(set_to_none=True)
 
     steps: dict[str, Callable[[], object]] = {name: step for name, (_, step) in variants.items()}

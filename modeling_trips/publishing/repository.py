@@ -9,7 +9,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 import modeling_trips
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
-from modeling_trips.configuration_trips import CODE_FIELDS
 
 from ..inspection.checkpoints import load_checkpoint
 from ..inspection.exports import is_exported
@@ -40,6 +39,7 @@ PUBLISHED = (
     # Results, for the Hub
     ".eval_results/*.yaml",
 )
+CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate")  # fields of JSON files that name code
 # Handler of Inference Endpoints and the heads that it supports.
 HANDLER = Path(__file__).with_name("handler.py")
 HANDLED = ("TripsForConditionalGeneration", "TripsForQuestionAnswering", "TripsForRetrieval")
@@ -125,10 +125,12 @@ def check_code(folder: Path, model: TripsPreTrainedModel):
         name = path.relative_to(folder).as_posix()
         if name not in own or path.read_bytes() != own[name].read_bytes():
             raise ValueError(f"{name} differs from the file of this project. Remove it.")
-    model.name_code()
     for path in sorted(folder.rglob("*.json")):
         for field, name, reference in _code_references(json.loads(path.read_text(encoding="utf-8"))):
-            if getattr(model.config, field.rpartition(".")[2], {}).get(name) != reference:
+            known = {"AutoProcessor": "processing_trips.TripsProcessor"} | (
+                getattr(model.config, field.rpartition(".")[2], {})
+            )
+            if known.get(name) != reference:
                 raise ValueError(
                     f"{path.relative_to(folder).as_posix()}: `{field}` must only refer to code of this project, got "
                     f"{name!r}: {reference!r:.200}."

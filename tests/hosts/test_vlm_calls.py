@@ -20,7 +20,7 @@ from modeling_trips.hosts import (
     remove_patch_selection,
 )
 from modeling_trips.hosts.vlm.wrapper import selection_of
-from modeling_trips.modeling_trips_text import CACHE_NAME
+from modeling_trips.modeling_trips_base import CACHE_NAME
 
 
 ENCODER_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")

@@ -10,7 +10,8 @@ from two_processes import results_of
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration, TripsModel
 from modeling_trips.modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
-from modeling_trips.momentum_trips import MomentumTeacher
+from trips_examples.training.momentum import MomentumTeacher
+from trips_examples.training.trainer import unused_parameters
 
 
 # The paper's schedule, and one with layers scored by the image before a last layer scored by the text.
@@ -130,8 +131,8 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, sc
     model = make_model(text_width=48, **weights, **schedule)
     projection = model.model.vision_model.selection_projection  # text and vision differ in width
     text_selects = set(on) != {"itc_weight"}
-    assert text_selects == all(projection.weight is not parameter for parameter in model.unused_parameters())
-    for parameter in model.unused_parameters():
+    assert text_selects == all(projection.weight is not parameter for parameter in unused_parameters(model))
+    for parameter in unused_parameters(model):
         parameter.requires_grad_(False)
     model(**make_batch()).loss.backward()
     missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]

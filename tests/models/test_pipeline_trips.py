@@ -46,7 +46,7 @@ def load(head: type, checkpoints):
     # Weights of this scale give different answers to all questions and images, and answers that end.
     for parameter in model.parameters():
         parameter.data *= 2 if parameter.ndim > 1 else 1
-    return head.pipeline_class()(model=model, processor=processor)
+    return head.pipeline_class(model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,9 @@ import torch
 import transformers
 from foreign_code import name_foreign_code
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,6 +27,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import modeling_trips
 from modeling_trips import (
     TripsConfig,
+    TripsForQuestionAnswering,
     TripsForRetrieval,
     TripsImageToTextPipeline,
     TripsModel,
@@ -68,15 +71,14 @@ def test_every_published_model_is_registered():
 
 
 @pytest.mark.parametrize("saved_twice", [False, True])
-def test_a_checkpoint_names_a_class_for_every_auto_class(checkpoints, tmp_path, saved_twice):
+def test_a_checkpoint_names_its_class_and_the_bare_model(checkpoints, tmp_path, saved_twice):
     for name, folder in checkpoints.items():
+        model_class = getattr(modeling_trips, name)
         if saved_twice:
-            getattr(modeling_trips, name).from_pretrained(folder).save_pretrained(tmp_path / name)
+            model_class.from_pretrained(folder).save_pretrained(tmp_path / name)
             folder = tmp_path / name
         auto_map = read_config(folder)["auto_map"]
-        model_class = getattr(modeling_trips, name)
-        known = {auto_class for head in sys.modules[model_class.__module__].MODELS for auto_class in head.auto_classes}
-        assert auto_map.keys() == {"AutoConfig", "AutoProcessor", *known}
+        assert auto_map.keys() == {"AutoConfig", "AutoModel", *model_class.auto_classes}
         for reference in auto_map.values():
             module, class_name = reference.split(".")
             assert re.search(rf"^class {class_name}\b", (folder / f"{module}.py").read_text(), re.MULTILINE)
@@ -86,23 +88,27 @@ def test_a_checkpoint_names_a_class_for_every_auto_class(checkpoints, tmp_path, 
 
 def test_a_checkpoint_holds_the_code_that_its_class_imports_and_no_other(checkpoints):
     code = {name: {path.stem for path in folder.glob("*.py")} for name, folder in checkpoints.items()}
-    assert code["TripsForQuestionAnswering"] == {
-        "configuration_trips",
-        "image_decoding_trips",
-        "modeling_trips",
-        "modeling_trips_text",
-        "modeling_trips_vision",
-        "patch_selection",
-        "pipeline_trips",
-        "processing_trips",
-    }
-    own = {
-        "TripsForRetrieval": {"modeling_trips_pretraining", "pipeline_trips_retrieval"},
-        "TripsForVisualGrounding": {"modeling_trips_grounding"},
-        "TripsForImagesAndTextClassification": {"modeling_trips_classification"},
-    }
-    for name, files in own.items():
-        assert code[name] == code["TripsForQuestionAnswering"] | files
+    for head, module in (("Retrieval", "pretraining"), ("VisualGrounding", "grounding")):
+        own = code[f"TripsFor{head}"] - code["TripsForQuestionAnswering"]
+        assert own - {"pipeline_trips_retrieval"} == {f"modeling_trips_{module}"}
+    assert code["TripsForQuestionAnswering"] >= {"configuration_trips", "pipeline_trips", "processing_trips"}
+
+
+def test_a_model_that_fsdp_shards_is_saved_under_its_own_class(checkpoints, tmp_path):
+    """FSDP2 makes a class of its own, in a file of PyTorch."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        folder = checkpoints["TripsForQuestionAnswering"]
+        model = TripsForQuestionAnswering.from_pretrained(folder)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model.save_pretrained(tmp_path, state_dict=get_model_state_dict(model, options=StateDictOptions(True)))
+    finally:
+        torch.distributed.destroy_process_group()
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert code and code == {path.name for path in folder.glob("*.py")}
+    for field in ("architectures", "auto_map", "custom_pipelines"):
+        assert read_config(tmp_path)[field] == read_config(folder)[field]
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
 def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
@@ -115,26 +121,12 @@ def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
     assert "custom_pipelines" not in config
 
 
-@pytest.mark.parametrize("name", ["TripsForQuestionAnswering", "TripsForRetrieval"])
-def test_saving_removes_the_code_of_others_that_a_checkpoint_names(checkpoints, tmp_path, name):
-    folder, saved = shutil.copytree(checkpoints[name], tmp_path / "hostile"), tmp_path / "saved"
+def test_saving_names_no_code_of_others_in_the_configuration(checkpoints, tmp_path):
+    folder, saved = shutil.copytree(checkpoints["TripsForQuestionAnswering"], tmp_path / "hostile"), tmp_path / "saved"
     name_foreign_code(folder)
-    getattr(modeling_trips, name).from_pretrained(folder).save_pretrained(saved)
-    TripsProcessor.from_pretrained(folder).save_pretrained(saved)
-    named = {path.name for path in folder.glob("*.json") if "foreign.Foreign" in path.read_text()}
-    assert named >= {"config.json", "processor_config.json", "tokenizer_config.json"}
-    assert [path.name for path in saved.glob("*.json") if "foreign" in path.read_text()] == []
-    for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        own, found = (json.loads((place / file).read_text()) for place in (checkpoints[name], saved))
-        for field in ("auto_map", "custom_pipelines"):
-            assert found.get(field) == own.get(field), file
-
-
-def test_saving_a_part_removes_the_code_of_others(checkpoints, tmp_path):
-    folder, saved = shutil.copytree(checkpoints["TripsForRetrieval"], tmp_path / "hostile"), tmp_path / "saved"
-    name_foreign_code(folder)
-    TripsVisionModel.from_pretrained(folder).save_pretrained(saved)
-    assert "foreign" not in (saved / "config.json").read_text()
+    TripsForQuestionAnswering.from_pretrained(folder).save_pretrained(saved)
+    for field in ("auto_map", "custom_pipelines"):
+        assert read_config(saved)[field] == read_config(checkpoints["TripsForQuestionAnswering"])[field]
 
 
 def test_a_checkpoint_lists_the_pipelines_of_its_head_alone(checkpoints):
@@ -186,10 +178,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("model_class", [head for head in HEADS if head.pipeline_task])
+@pytest.mark.parametrize("model_class", [head for head in HEADS if head.pipeline_class])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_every_documented_way_makes_the_pipeline(checkpoints, model_class, call):
-    task, own = model_class.pipeline_task, model_class.pipeline_class()
+    own = model_class.pipeline_class
+    task = own.default_task
     folder = str(checkpoints[model_class.__name__])
     model, processor = model_class.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
     made = call(task, own, model, processor, folder)

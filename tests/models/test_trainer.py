@@ -5,6 +5,8 @@ import torch
 from tiny_models import each_model, loss_of
 from transformers import Trainer, TrainingArguments
 
+from trips_examples.training.trainer import unused_parameters
+
 
 @each_model
 def test_a_trainer_evaluates_the_loss(case, tmp_path):
@@ -30,7 +32,7 @@ SELECTIONS += [{"selection_layers": []}, {"fuse_inattentive_tokens": False}]
 def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(case, selection):
     """Otherwise data parallel training would wait for their gradients."""
     model = case.make_model(**selection).train()
-    unused = model.unused_parameters()
+    unused = unused_parameters(model)
     projection = getattr(model, "model", model).vision_model.selection_projection
     assert len(unused) == (2 if selection and projection is not None else 0)
     for parameter in unused:

@@ -6,7 +6,7 @@ from test_modeling_trips_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
 
 from modeling_trips.modeling_trips_pretraining import distilled_loss, masked_language_loss
-from modeling_trips.momentum_trips import FeatureQueue, MomentumTeacher
+from trips_examples.training.momentum import FeatureQueue, MomentumTeacher
 
 
 def test_the_teacher_is_a_moving_average():

@@ -27,7 +27,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from .modeling_trips_pretraining import TeacherOutput, check_captions, gather_with_gradient, num_processes, row_counts
+from modeling_trips.modeling_trips_pretraining import (
+    TeacherOutput,
+    check_captions,
+    gather_with_gradient,
+    num_processes,
+    row_counts,
+)
 
 
 class FeatureQueue(nn.Module):

@@ -40,8 +40,8 @@ PUBLISHED = (
     ".eval_results/*.yaml",
 )
 CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate")  # fields of JSON files that name code
-# Handler of Inference Endpoints and the heads that it supports.
-HANDLER = Path(__file__).with_name("handler.py")
+# Handler of Inference Endpoints with the file that it loads, and the heads that it supports.
+HANDLER = (Path(__file__).with_name("handler.py"), Path(__file__).parents[1] / "untrusted_images" / "slow_files.py")
 HANDLED = ("TripsForConditionalGeneration", "TripsForQuestionAnswering", "TripsForRetrieval")
 
 
@@ -87,7 +87,8 @@ def build_repository(
     if with_handler:
         if type(model).__name__ not in HANDLED:
             raise ValueError(f"Inference Endpoints support {', '.join(HANDLED)}, got {type(model).__name__}.")
-        shutil.copyfile(HANDLER, target / HANDLER.name)
+        for path in HANDLER:
+            shutil.copyfile(path, target / path.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
     results = results_of(folder, card_args)
@@ -120,7 +121,7 @@ def check_code(folder: Path, model: TripsPreTrainedModel):
     Raises:
         ValueError: A Python file differs from that of this project, or a JSON file refers to other code.
     """
-    own = {path.name: path for path in [*code_of(type(model)), HANDLER]}
+    own = {path.name: path for path in [*code_of(type(model)), *HANDLER]}
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
         if name not in own or path.read_bytes() != own[name].read_bytes():

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from modeling_trips.conversion import ALBEF_TASKS, AlbefDepths, ConversionReport
-from modeling_trips.conversion.files import WEIGHT_FILES, whole_folder
+from modeling_trips.conversion.files import WEIGHT_FILES
 from modeling_trips.conversion.published import convert_published
+from modeling_trips.inspection.files import whole_folder
 from trips_examples.training.options import one_or_several
 from trips_examples.training.parser import make_parser, run_script
 

@@ -4,9 +4,9 @@ Publish a trained model on the Hub: weights, processor, code and a model card, i
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --dry_run   # sends nothing
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --dry_run --output_dir published
     hf auth login
-    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --private --tag v1.0 \
-        --license mit --language en --datasets easy-VQA --eval_split test
+    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --license mit --language en
 
+The card names the data by the names of the training's files; --datasets and --eval_dataset name them otherwise.
 From Python: `modeling_trips.publishing.build_repository` and `publish`.
 """
 
@@ -25,13 +25,6 @@ class PublishArguments:
     model: str = field(metadata={"help": "Folder of a trained model and its processor."})
     repo_id: str = field(metadata={"help": "Repository: user/name or organization/name."})
     private: bool = field(default=False, metadata={"help": "Create a private repository."})
-    revision: str = field(default="main", metadata={"help": "Branch to publish to."})
-    tag: str | None = field(default=None, metadata={"help": "Tag of the commit, as in v1.0."})
-    commit_message: str = field(default="Publish model", metadata={"help": "Title of the commit."})
-    sentence_transformers: str | None = field(
-        default=None,
-        metadata={"help": "Class of Sentence Transformers for retrieval: SentenceTransformer or CrossEncoder."},
-    )
     with_handler: bool = field(default=False, metadata={"help": "Add the handler.py that Inference Endpoints run."})
     output_dir: str | None = field(
         default=None, metadata={"help": "New or empty folder for the files. Default: a temporary one."}
@@ -43,39 +36,20 @@ class PublishArguments:
             raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-easy-vqa.")
 
 
-def show(files: list[Path], folder: Path):
-    for path in files:
-        print(f"{path.stat().st_size:>15,}  {path.relative_to(folder).as_posix()}")
-    print(f"{sum(path.stat().st_size for path in files):>15,}  bytes in all\n")
-
-
 def main(argv: list[str] | None = None) -> str | None:
     parser = make_parser(PublishArguments, CardArguments, description=__doc__)
     args, card_args = parser.parse_args_into_dataclasses(args=argv)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(args.output_dir or temporary)
-        files = build_repository(
-            target,
-            Path(args.model),
-            args.repo_id,
-            card_args,
-            revision=args.revision,
-            sentence_transformers=args.sentence_transformers,
-            with_handler=args.with_handler,
-        )
-        show(files, target)
+        files = build_repository(target, Path(args.model), args.repo_id, card_args, args.with_handler)
+        for path in files:
+            print(f"{path.stat().st_size:>15,}  {path.relative_to(target).as_posix()}")
+        print(f"{sum(path.stat().st_size for path in files):>15,}  bytes in all\n")
         if args.dry_run:
             print((target / "README.md").read_text(encoding="utf-8"))
             print(f"Dry run: nothing was sent to {args.repo_id}.")
             return None
-        address = publish(
-            target,
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            tag=args.tag,
-            commit_message=args.commit_message,
-        )
+        address = publish(target, args.repo_id, args.private)
     print(f"Published: {address}")
     return address
 

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "benchmarks" / "vlm_small"))  # last, as it has an `e
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from clean_environment import make_environment  # noqa: E402
 from packaging.version import Version  # noqa: E402
 
 from modeling_trips import TripsConfig  # noqa: E402
@@ -44,6 +45,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clean_python(tmp_path_factory) -> Path:
+    """Return a Python with the project's dependencies, without the project. The workers of pytest-xdist share it."""
+    folder = tmp_path_factory.getbasetemp()
+    return make_environment((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "clean")
 
 
 @pytest.fixture(scope="session")

@@ -39,12 +39,11 @@ def run(*command, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory) -> dict[str, Path]:
+def distributions(clean_python, tmp_path_factory) -> dict[str, Path]:
     """Build the source distribution, the wheel from it, and the wheel of the repository."""
     folder = tmp_path_factory.mktemp("distributions")
-    python = make_environment(folder / "clean")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
-    build = (python, "-I", "-m", "build", "--no-isolation", folder / "source", "--outdir")
+    build = (clean_python, "-I", "-m", "build", "--no-isolation", folder / "source", "--outdir")
     run(*build, folder / "both", cwd=folder)
     run(*build, folder / "direct", "--wheel", cwd=folder)
     (source,) = (folder / "both").glob("*.tar.gz")

@@ -35,7 +35,7 @@ import PIL.Image
 import PIL.ImageDraw
 from tqdm.auto import tqdm
 
-from modeling_trips.conversion.files import whole_folder
+from modeling_trips.inspection.files import whole_folder
 from trips_examples.training.parser import make_parser, run_script
 
 

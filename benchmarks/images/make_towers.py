@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from modeling_trips.conversion.files import whole_folder
+from modeling_trips.inspection.files import whole_folder
 from trips_examples.training.parser import make_parser, run_script
 
 

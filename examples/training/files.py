@@ -1,17 +1,16 @@
 """Atomic writing of files."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from modeling_trips.inspection.files import whole_file
+
 
 def write_whole(path: str | Path, content: str | bytes):
-    """Write a file atomically through a temporary file, and make its folder."""
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(partial, path)
+    """Write a file atomically, and make its folder."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_json(path: str | Path, value):

@@ -20,13 +20,13 @@ the contrastive loss, and its outputs soften the targets. Checkpoints of the mod
 
 import copy
 import inspect
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
+from modeling_trips.inspection.files import whole_file
 from modeling_trips.modeling_trips_pretraining import (
     TeacherOutput,
     check_captions,
@@ -173,10 +173,8 @@ class MomentumTeacher(nn.Module):
 
     def save(self, folder: str | Path):
         """Write `momentum.safetensors` atomically."""
-        target = Path(folder) / "momentum.safetensors"
-        temporary = target.with_suffix(".tmp")
-        save_file({name: tensor.contiguous() for name, tensor in self._own_state().items()}, temporary)
-        os.replace(temporary, target)
+        with whole_file(Path(folder) / "momentum.safetensors") as partial:
+            save_file({name: tensor.contiguous() for name, tensor in self._own_state().items()}, partial)
 
     def load(self, folder: str | Path):
         """

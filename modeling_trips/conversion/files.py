@@ -11,26 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading untrusted weight files without running code, and writing folders atomically."""
+"""Reading of untrusted weight files without running their code."""
 
 import pickle
-import shutil
-import signal
-import tempfile
-import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers.utils import logging
 
 from .rules import ConversionError, printable
 
-
-logger = logging.get_logger(__name__)
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
@@ -113,40 +104,3 @@ def _check_state_dict(path: Path, content):
             f"{path} has weights that are sparse, quantized, without values or larger than the file: "
             f"{', '.join(odd)}. Save them as ordinary tensors."
         )
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """
-    Yield a temporary path that is renamed to `folder` when the block ends. If the block fails or SIGTERM stops it,
-    the temporary folder is removed. A warning names leftovers of killed runs.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-writing-"
-    for left in sorted(path for path in folder.parent.iterdir() if path.name.startswith(prefix)):
-        logger.warning(f"Found the temporary folder {left}. Remove it unless another process is writing it.")
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
-    try:
-        with _sigterm_as_exit():
-            yield partial / "whole"
-            (partial / "whole").rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, so that `finally` blocks run. Only the main thread can set this up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -21,8 +21,8 @@ from transformers import HfArgumentParser
 
 from modeling_trips import TripsProcessor
 
-from ..conversion.files import whole_folder
 from ..inspection.checkpoints import load_checkpoint
+from ..inspection.files import whole_folder
 from .exporting import BACKENDS, check_folder, check_options, export_model
 
 

@@ -13,14 +13,14 @@
 # limitations under the License.
 """Figures of kept patches."""
 
-import os
 import textwrap
-from pathlib import Path
+from os import PathLike
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ..image_decoding_trips import convert_to_rgb
+from .files import whole_file
 
 
 MAX_SIDE = 1024  # longer side of every figure in pixels
@@ -112,7 +112,7 @@ def plot_selection(
     answers: list[str],
     boxes_per_question: list[torch.Tensor] | list[list[torch.Tensor]],
     num_patches: int | None = None,
-    path: str | os.PathLike | None = None,
+    path: str | PathLike | None = None,
 ):
     """
     Plot the image and the patches kept for each question. Needs matplotlib.
@@ -162,7 +162,8 @@ def plot_selection(
             layer = f"selection {row + 1}: " if len(rows) > 1 else ""
             axes[row, column].set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
     if path is not None:
-        _save_whole(figure, Path(path))
+        with whole_file(path) as partial:
+            figure.savefig(partial)
     return figure
 
 
@@ -178,13 +179,3 @@ def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     return figure, axes
-
-
-def _save_whole(figure, path: Path):
-    """Write to a temporary file beside `path` and rename it."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        figure.savefig(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

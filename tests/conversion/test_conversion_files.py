@@ -1,22 +1,18 @@
-"""Untrusted files are read or refused without executing code; folders are written atomically."""
+"""Untrusted files are read or refused without executing code."""
 
 import io
 import os
-import signal
 import struct
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from places import ROOT
 from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 
-from modeling_trips.conversion.files import read_weights, whole_folder
+from modeling_trips.conversion.files import read_weights
 from modeling_trips.conversion.rules import ConversionError
 
 
@@ -156,58 +152,3 @@ def test_damaged_files_are_read_or_raise(path, content):
         assert "file.pth" in str(error) and str(error).replace("\n", "").isprintable()
     else:
         assert all(isinstance(weight, torch.Tensor) for weight in weights.values())
-
-
-# Folders
-
-WRITER = """
-import sys, time
-from modeling_trips.conversion.files import whole_folder
-
-with whole_folder(sys.argv[1]) as folder:
-    folder.mkdir()
-    (folder / "half").write_text("half of it")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-
-
-def stop_while_writing(folder, number: int) -> int:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
-    )
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    process.stdout.close()
-    return process.wait(timeout=30)
-
-
-def test_folder_appears_when_complete(tmp_path):
-    with whole_folder(tmp_path / "deep" / "out") as folder:
-        folder.mkdir()
-        (folder / "file").write_text("all of it")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert (tmp_path / "deep" / "out" / "file").read_text() == "all of it"
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_stopped_run_leaves_nothing_behind(tmp_path):
-    assert stop_while_writing(tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leftovers_of_a_killed_run_are_logged(tmp_path, caplog):
-    assert stop_while_writing(tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    with whole_folder(tmp_path / "out") as folder:
-        folder.mkdir()
-    assert str(left) in caplog.text
-    assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}
-
-
-def test_a_failed_block_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match="stop"), whole_folder(tmp_path / "out") as folder:
-        folder.mkdir()
-        raise ValueError("stop")
-    assert list(tmp_path.iterdir()) == []

@@ -4,34 +4,15 @@ import json
 from pathlib import Path
 
 
-CODE = """
-from pathlib import Path
-from transformers import BlipImageProcessor
-
-Path({marker!r}).touch()
-
-
-class Foreign(BlipImageProcessor):
-    pass
-"""
-
-
-def make_foreign_repository(folder: Path) -> Path:
-    """Make a repository of code that writes the file `ran` to `folder` when it is imported."""
-    folder.mkdir()
-    (folder / "foreign.py").write_text(CODE.format(marker=str(folder / "ran")))
-    return folder
-
-
-def name_foreign_code(checkpoint: Path, repository: Path | str = "mallory/foreign"):
+def name_foreign_code(checkpoint: Path):
     """Add references to foreign code to all configurations in `checkpoint`, which stays loadable."""
-    reference = f"{repository}--foreign.Foreign"
+    reference = "mallory/foreign--foreign.Foreign"
     auto_map = dict.fromkeys(("AutoModel", "AutoProcessor", "AutoImageProcessor"), reference)
     auto_map["AutoTokenizer"] = [reference, reference]
     code = {
         "auto_map": auto_map,
         "custom_pipelines": {"visual-question-answering": {"impl": reference, "pt": ["AutoModel"]}},
-        "custom_generate": str(repository),
+        "custom_generate": "mallory/foreign",
     }
 
     def edit(name: str, change):

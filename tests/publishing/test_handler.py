@@ -1,0 +1,153 @@
+"""The handler of Inference Endpoints: its answers, and the requests that it refuses."""
+
+import base64
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from random_checkpoint import save_random_checkpoint
+
+import modeling_trips
+from modeling_trips.publishing import CardArguments, build_repository
+from modeling_trips.publishing.handler import MAX_ANSWERS, MAX_IMAGE_BYTES, MAX_TEXT_LENGTH, MAX_TEXTS, EndpointHandler
+
+
+QA, WRITER, RETRIEVAL = HANDLED = (
+    "TripsForQuestionAnswering",
+    "TripsForConditionalGeneration",
+    "TripsForRetrieval",
+)
+TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
+IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
+CALL = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from handler import EndpointHandler
+
+print(json.dumps(EndpointHandler(sys.argv[1])(json.load(sys.stdin))))
+"""
+
+
+def in_base64(image: PIL.Image.Image, file_format: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+INPUTS = {"image": in_base64(IMAGE), "question": TEXTS[0], "texts": TEXTS, "prompt": TEXTS[0]}
+
+
+def build(tmp_path: Path, name: str) -> Path:
+    folder = save_random_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, name), TEXTS)
+    build_repository(tmp_path / "target", folder, "ada/finder", CardArguments(), with_handler=True)
+    return tmp_path / "target"
+
+
+@pytest.fixture(scope="module")
+def handlers(tmp_path_factory) -> dict[str, EndpointHandler]:
+    return {name: EndpointHandler(str(build(tmp_path_factory.mktemp("handlers"), name))) for name in HANDLED}
+
+
+def ask(handler: EndpointHandler, parameters=None, **inputs):
+    return handler(json.loads(json.dumps({"inputs": {**INPUTS, **inputs}, "parameters": parameters})))
+
+
+def test_other_heads_have_no_handler(tmp_path):
+    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
+        build(tmp_path, "TripsForVisualGrounding")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HANDLED)
+def test_the_handler_needs_no_project(name, handlers, tmp_path, monkeypatch, clean_python):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    command = [clean_python, "-I", "-c", CALL, build(tmp_path, name)]
+    request = json.dumps({"inputs": INPUTS})
+    result = subprocess.run(command, input=request, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == ask(handlers[name])
+
+
+def test_answers_are_those_of_model_and_pipeline(handlers):
+    answers = ["red", "teal", "picture"]
+    for parameters in ({}, {"top_k": 2, "answers": answers}, {"max_new_tokens": 64, "num_beams": 3}):
+        assert ask(handlers[QA], parameters) == handlers[QA].pipeline(IMAGE, TEXTS[0], **parameters)
+    parameters = {"max_new_tokens": 2, "num_beams": 2}
+    assert ask(handlers[WRITER], parameters) == handlers[WRITER].pipeline(IMAGE, prompt=TEXTS[0], **parameters)
+    batch = handlers[RETRIEVAL].processor(images=IMAGE, text=TEXTS, image_index=[0, 0, 0], return_tensors="pt")
+    scores = handlers[RETRIEVAL].model.match(**batch).itm_logits.softmax(-1)[:, 1].tolist()
+    assert ask(handlers[RETRIEVAL]) == {"scores": scores}
+    assert handlers[QA]({"inputs": {"image": IMAGE, "question": TEXTS[0]}}) == ask(handlers[QA])  # decoded
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_clients_cannot_run_code(name, handlers, tmp_path):
+    code, ran = tmp_path / "custom_generate" / "generate.py", tmp_path / "ran"
+    code.parent.mkdir()
+    code.write_text(f"open({str(ran)!r}, 'w').close()\ndef generate(model, **options): return model.generate()\n")
+    options = {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    for parameters in (options, {"generate_kwargs": options}):
+        with pytest.raises(ValueError, match=next(iter(parameters))):
+            ask(handlers[name], parameters)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        *((QA, {"num_beams": value}) for value in (0, 11, 10**30, True, "5")),
+        (QA, {"max_new_tokens": 65}),  # of the decoder's 64 positions
+        (QA, {"num_workers": 1}),
+        *((QA, {"answers": value}) for value in ("red", ["red", 1], ["red"] * (MAX_ANSWERS + 1))),
+        (QA, {"answers": ["red" * MAX_TEXT_LENGTH]}),
+        (WRITER, {"top_k": 1}),
+        (RETRIEVAL, {"top_k": 1}),
+        (QA, "top_k"),
+    ],
+)
+def test_unsupported_parameters_raise(name, parameters, handlers):
+    with pytest.raises(ValueError, match=next(iter(parameters)) if isinstance(parameters, dict) else "parameters"):
+        ask(handlers[name], parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        (QA, {"question": ["red?"] * (MAX_TEXTS + 1)}),
+        (QA, {"question": "a" * (MAX_TEXT_LENGTH + 1)}),
+        (QA, {"question": None}),
+        (WRITER, {"prompt": ["a", "b"]}),
+        *((RETRIEVAL, {"texts": texts}) for texts in (["red"] * (MAX_TEXTS + 1), [], "red")),
+    ],
+)
+def test_texts_are_bounded(name, inputs, handlers):
+    with pytest.raises(ValueError, match=f"inputs.{next(iter(inputs))}"):
+        ask(handlers[name], **inputs)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+BAD_IMAGES = {
+    "path": "/etc/passwd",
+    "url": "http://127.0.0.1:1/a.png",
+    "number": 5,
+    "none": None,
+    "empty": "",
+    "EPS": base64.b64encode(EPS).decode(),
+    "TIFF": in_base64(PIL.Image.new("RGB", (8, 8)), "TIFF"),
+    "pixels": in_base64(PIL.Image.new("1", (8000, 8000))),
+    "bytes": "A" * (MAX_IMAGE_BYTES * 2),
+}
+
+
+@pytest.mark.parametrize("image", BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_unsupported_images_raise(image, handlers, tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ValueError, match="image"):
+        ask(handlers[QA], image=image)
+    assert not (tmp_path / "started").exists()

@@ -37,7 +37,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_masks,
 )
 from modeling_trips.inspection import provenance
-from modeling_trips.modeling_trips import selection_loss, targets_of_candidates
+from modeling_trips.patch_selection import selection_loss, targets_of_candidates
 from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import read_image, without_decoding

@@ -41,138 +41,11 @@ from .modeling_trips_vision import (
     TripsVisionModel,
     TripsVisionModelOutput,
     check_image_index,
-    next_candidates,
     select_rows,
+    token_indices,
 )
+from .patch_selection import attention_losses, region_targets, selection_loss, union_of_targets
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
-
-
-# Losses
-
-
-SMALLEST_AREA = 1e-12  # of a region, before it is a divisor
-SMALLEST_ATTENTION = 1e-6  # to a candidate, before its logarithm is taken
-
-
-def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """
-    Return the share of each text's region that lies in each patch.
-
-    Args:
-        regions (`torch.Tensor` of shape `(num_texts, 4)`): Boxes (center_x, center_y, width, height) in [0, 1] of the
-            image. A text without a region has a box without area.
-        grid_size (`tuple(int, int)`): Patches down and across.
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order. Each row sums to 1, or
-        to 0 without a region in the image.
-    """
-    center_x, center_y, width, height = regions.float().unbind(-1)
-
-    def overlaps(center: torch.Tensor, length: torch.Tensor, count: int) -> torch.Tensor:
-        edges = torch.arange(count + 1, device=regions.device) / count
-        start, end = (center - length / 2)[:, None], (center + length / 2)[:, None]
-        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0)
-
-    rows, columns = grid_size
-    areas = (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
-    return areas / areas.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
-
-
-def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
-    """
-    Return the target of each candidate, `(num_texts, num_candidates)`: a patch has its own, a fused token that of all
-    patches which are not candidates. `targets` is of shape `(num_texts, num_patches)`.
-    """
-    is_patch = candidate_indices >= 0
-    shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
-    hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
-    return shown.where(is_patch, hidden[:, None])
-
-
-def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_images: int) -> torch.Tensor:
-    """
-    Return the union of the targets of the texts of each image, for layers that the image scores.
-
-    Args:
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. A row of zeros is a text without a
-            target.
-        image_index (`torch.LongTensor` of shape `(num_texts,)`): Image of each text.
-        num_images (`int`)
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts, num_patches)`: At each patch the largest target of the image's texts, and
-        zeros for a text without a target.
-    """
-    index = image_index[:, None].expand_as(targets)
-    union = targets.new_zeros(num_images, targets.shape[1]).scatter_reduce(0, index, targets, "amax")
-    return union[image_index] * (targets.sum(dim=-1, keepdim=True) > 0)
-
-
-def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Return the selection supervision, `(num_texts,)`, float32: the Kullback-Leibler divergence of the scores from the
-    targets. Top-k itself has no gradient.
-
-    A region does not tell which of its patches matter, so that targets are weighted by the square root of the scores.
-    (The scores themselves would be expectation maximisation, which collapses to a patch or two; without weights, all
-    patches of a region would be equally important.)
-
-    Args:
-        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): Attention of a selection
-            layer or a head, and the patches that it is paid to.
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. The loss of a row of zeros is 0.
-    """
-    return divergence(scores, targets_of_candidates(targets.float(), candidate_indices))
-
-
-def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the loss of [`selection_loss`] for targets of the candidates, `(num_texts, num_candidates)`."""
-    scores = scores.float().clamp(min=SMALLEST_ATTENTION)
-    targets = targets * scores.detach().sqrt()
-    targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
-    return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
-
-
-def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
-    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
-    return sum(losses) if losses else None
-
-
-def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
-    """
-    Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
-    a fused token.
-    """
-    num_tokens, device = image_states.shape[1], image_states.device
-    if selection:
-        return next_candidates(selection[-1], num_tokens).to(device)
-    return torch.arange(num_tokens, device=device)[None]
-
-
-def attention_losses(
-    weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
-) -> torch.Tensor:
-    """
-    Return the attention supervision: the [`selection_loss`] of attention to the kept patches, `(num_texts,)`, float32.
-    It is 0 if no kept patch lies in the region.
-
-    Attention to a fused token is not counted. A penalty would make the fused token unlike the region, and through its
-    weights would raise the scores of patches outside of the region.
-
-    Args:
-        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS]. With
-            all other tokens, rows sum to 1.
-        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): See `token_indices`.
-        regions, grid_size: See `region_targets`.
-    """
-    indices = indices.to(weights.device).expand_as(weights)
-    is_patch = indices >= 0
-    to_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)
-    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
-    targets = region_targets(regions.to(weights.device), grid_size)
-    return divergence(weights, targets.gather(1, indices.clamp(min=0)) * is_patch)
 
 
 # The bare model
@@ -408,8 +281,35 @@ class TripsModel(TripsPreTrainedModel):
 TripsModel.register_for_auto_class("AutoModel")
 
 
+def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
+    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
+    return sum(losses) if losses else None
+
+
 # Heads that write
 
+
+# Own arguments of the heads' `forward`
+SEQ2SEQ_ARGS = r"""
+image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+    Text i looks at image `image_index[i]`. By default text i looks at image i.
+image_cache (`TripsImageCache`, *optional*):
+    Result of `model.encode_images`, in place of `pixel_values`.
+cache (`Cache`, *optional*):
+    Keys and values of the tokens before `decoder_input_ids`.
+labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
+    Token ids of the answers or captions, ending with the end token; -100 is ignored.
+loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
+    Weight of each row of `labels` in the loss, such as the share of VQAv2's ten answers. 1 by default.
+text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
+    Row j of `labels` follows text `text_index[j]`, so that several answers to one question share everything
+    except the decoder. By default row j follows text j.
+regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+    The target region of each text, see [`TripsModel`].
+patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+    Attention of a teacher, see [`TripsModel`].
+"""
 
 # Default of `generate`, enough for a caption.
 MAX_NEW_TOKENS = 32
@@ -426,7 +326,7 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         Selection supervision. In training, if `regions` or `patch_targets` are given.
     attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Attention supervision of the text's [CLS] in the last cross-attention. In training, if `regions` are given and
-        `encoder_outputs` are not, unless its coefficient is 0.
+        `encoder_outputs` are not, unless its weight is 0.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
@@ -514,7 +414,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=SEQ2SEQ_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -538,24 +438,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
         r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`. By default text i looks at image i.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        cache (`Cache`, *optional*):
-            Keys and values of the tokens before `decoder_input_ids`.
-        labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
-            Token ids of the answers or captions, ending with the end token; -100 is ignored.
-        loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
-            Weight of each row of `labels` in the loss, such as the share of VQAv2's ten answers. 1 by default.
-        text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
-            Row j of `labels` follows text `text_index[j]`, so that several answers to one question share everything
-            except the decoder. By default row j follows text j.
-        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            The target region of each text, see [`TripsModel`].
-        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Attention of a teacher, see [`TripsModel`].
-
         Example:
 
         ```python
@@ -571,93 +453,68 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         >>> loss = model(**inputs, labels=processor.encode_answers(["yellow"])).loss
         ```
         """
-        # CODEPATH: a weight of 0, the default, leaves the loss out.
         is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
+        # CODEPATH: a weight of 0, the default, leaves the loss out.
         uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
         if encoder_outputs is None:
-            encoder_outputs = self.model(
-                input_ids,
-                pixel_values,
-                attention_mask,
-                token_type_ids,
-                image_index,
-                image_cache,
-                inputs_embeds,
-                regions,
-                patch_targets,
-                output_cls_attention=uses_attention_loss,
-                **kwargs,
-            )
+            texts = (input_ids, pixel_values, attention_mask, token_type_ids)
+            images = (image_index, image_cache, inputs_embeds, regions, patch_targets)
+            encoder_outputs = self.model(*texts, *images, output_cls_attention=uses_attention_loss, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
         cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
-        if labels is not None:
-            use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        elif decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
         fused_states = encoder_outputs[0]
         if labels is not None:
+            use_cache = False
             _check_labels(labels, loss_weights, text_index, num_texts=len(fused_states))
-        if text_index is not None:
-            fused_states = fused_states[text_index]
-            attention_mask = attention_mask[text_index] if attention_mask is not None else None
-        decoded = self.decoder(
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_hidden_states=fused_states,
-            encoder_attention_mask=attention_mask,
-            inputs_embeds=decoder_inputs_embeds,
-            cache=cache,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if labels is None:
+                raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        fused = select_rows((fused_states, attention_mask), text_index)
+        decoder_inputs = (decoder_input_ids, decoder_attention_mask, *fused, decoder_inputs_embeds)
+        decoded = self.decoder(*decoder_inputs, cache=cache, use_cache=use_cache, **kwargs)
         logits = self.lm_head(decoded.last_hidden_state)
-        loss, of_texts = None, {}
+        losses = {}
         if labels is not None:
-            num_items = kwargs.get("num_items_in_batch")
-            of_texts["selection_loss"] = encoder_outputs.get("selection_losses")
+            text_losses = {"selection_loss": encoder_outputs.get("selection_losses")}
             if uses_attention_loss:
-                of_texts["attention_loss"] = self._attention_losses(
-                    encoder_outputs, regions, pixel_values, image_cache
-                )
-            for name, losses in of_texts.items():
-                if losses is not None:
-                    losses = losses if text_index is None else losses[text_index]
-                    of_texts[name] = mean_over_labels(losses, labels, num_items)
-            loss = weighted_sum(
-                (1, label_loss(logits, labels, loss_weights, num_items)),
-                (self.config.selection_loss_weight, of_texts["selection_loss"]),
-                (self.config.attention_loss_weight, of_texts.get("attention_loss")),
-            )
+                grid_size = self.model.grid_of(pixel_values, image_cache)
+                text_losses["attention_loss"] = cls_attention_losses(encoder_outputs, regions, grid_size)
+            num_items = kwargs.get("num_items_in_batch")
+            losses = self.losses(logits, labels, loss_weights, text_index, text_losses, num_items)
         return TripsSeq2SeqLMOutput(
-            loss=loss,
-            **of_texts,
+            **losses,
             logits=logits,
             **{CACHE_NAME: decoded.get(CACHE_NAME)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_last_hidden_state=fused_states,
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
             selection=encoder_outputs.get("selection"),
         )
 
-    def _attention_losses(
+    def losses(
         self,
-        encoder_outputs: TripsModelOutput,
-        regions: torch.FloatTensor,
-        pixel_values: torch.FloatTensor | None,
-        image_cache: TripsImageCache | None,
-    ) -> torch.Tensor:
-        """Return the attention supervision of [CLS] in the last cross-attention, mean over heads: `(num_texts,)`."""
-        weights, vision = encoder_outputs.cls_attention, encoder_outputs.vision_model_output
-        indices = token_indices(encoder_outputs.selection, vision.last_hidden_state[:, 1:])
-        return attention_losses(
-            weights.mean(dim=1)[:, 1:], indices, regions, self.model.grid_of(pixel_values, image_cache)
+        logits: torch.Tensor,
+        labels: torch.LongTensor,
+        loss_weights: torch.FloatTensor | None,
+        text_index: torch.LongTensor | None,
+        text_losses: dict[str, torch.Tensor | None],
+        num_items: int | torch.Tensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Return the loss, and the means over label tokens of the losses of each text, `(num_texts,)`, by name."""
+        means = {
+            name: None if losses is None else mean_over_labels(select_rows(losses, text_index), labels, num_items)
+            for name, losses in text_losses.items()
+        }
+        loss = weighted_sum(
+            (1, label_loss(logits, labels, loss_weights, num_items)),
+            *((getattr(self.config, f"{name}_weight"), mean) for name, mean in means.items()),
         )
+        return {"loss": loss, **means}
 
     @torch.no_grad()
     def score_labels(
@@ -684,6 +541,15 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             use_cache=False,
         ).logits
         return -token_nll(logits, labels).sum(dim=-1)
+
+
+def cls_attention_losses(
+    outputs: TripsModelOutput, regions: torch.FloatTensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """Return the attention supervision of [CLS] in the last cross-attention, the mean over heads: `(num_texts,)`."""
+    weights = outputs.cls_attention.mean(dim=1)[:, 1:]
+    indices = token_indices(outputs.selection, outputs.vision_model_output.last_hidden_state[:, 1:])
+    return attention_losses(weights, indices, regions, grid_size)
 
 
 def _check_labels(labels, loss_weights, text_index, num_texts: int):

@@ -22,9 +22,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import TripsConfig
-from .modeling_trips import TripsModel, attention_losses, token_indices, weighted_sum
+from .modeling_trips import TripsModel, weighted_sum
 from .modeling_trips_base import TripsPreTrainedModel, class_states
-from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows
+from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows, token_indices
+from .patch_selection import attention_losses
 
 
 # Losses
@@ -97,7 +98,7 @@ class TripsVisualGroundingOutput(ModelOutput):
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision by the boxes. Returned in training, if a layer is scored by the text or the image.
     attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Attention supervision of the box head. Returned in training, unless its coefficient is 0.
+        Attention supervision of the box head. Returned in training, unless its weight is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
         Box (center_x, center_y, width, height) of each text, float32, in [0, 1] of the processed image. Use
         [`TripsProcessor.post_process_grounding`] to get pixels of the original image.
@@ -244,7 +245,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
             if outputs.selection_losses is not None:
                 losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
-            # CODEPATH: a coefficient of 0, the default, leaves the loss out.
+            # CODEPATH: a weight of 0, the default, leaves the loss out.
             if self.training and config.attention_loss_weight > 0:
                 losses_of_texts = attention_losses(weights, indices, labels, grid_size)
                 losses["attention_loss"] = mean_over_boxes(losses_of_texts, num_items)

@@ -19,9 +19,7 @@ Images with equal ids are the same image. The captions of one image are never ne
 image is in the batch twice.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -626,7 +624,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         attention_mask: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         image_ids: torch.LongTensor | None,
-        contrastive_loss: Callable[..., torch.Tensor] = contrastive_loss,
+        teacher: TeacherOutput | None = None,
+        teacher_weight: float = 0.0,
         regions: torch.Tensor | None = None,
         patch_targets: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -642,8 +641,11 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         # CODEPATH: a weight of 0 leaves out a loss and its compute.
         if config.itc_weight > 0:
             outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
-            embeds = outputs.image_embeds, outputs.text_embeds
-            itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids)
+            features = (outputs.image_embeds, outputs.text_embeds, self.temp(), image_ids, pair_ids)
+            if teacher is None:
+                itc_loss = contrastive_loss(*features)
+            else:
+                itc_loss = distilled_contrastive_loss(teacher, teacher_weight, *features)
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:
@@ -756,6 +758,33 @@ TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassificati
 # Pre-training
 
 
+PRETRAINING_ARGS = r"""
+image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+    Text i is a caption of image `image_index[i]`. By default of image i.
+image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+    Images with equal ids are the same image. By default all images are distinct.
+mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
+    The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
+mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
+    The masked tokens; -100 elsewhere.
+prompt_input_ids (`torch.LongTensor` of shape `(num_texts, prompt_length)`, *optional*):
+    The beginnings of the texts.
+prompt_attention_mask (`torch.Tensor` of shape `(num_texts, prompt_length)`, *optional*):
+    0 marks padding in `prompt_input_ids`.
+labels (`torch.LongTensor` of shape `(num_texts, label_length)`, *optional*):
+    The continuations of the texts, with the end token; -100 is ignored.
+teacher ([`TeacherOutput`], *optional*):
+    Output of a momentum teacher. It softens the targets of the contrastive loss and of masked language
+    modeling, and adds candidates to the contrastive loss.
+teacher_weight (`float`, *optional*, defaults to 0.0):
+    Share of the teacher in the targets (ALBEF's alpha).
+regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+    Target region of each text, see [`TripsForRetrieval`].
+patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
+    Attention of a teacher, see [`TripsForRetrieval`].
+"""
+
+
 @auto_docstring(custom_intro="Output of [`TripsForPreTraining`].")
 @dataclass
 class TripsForPreTrainingOutput(TripsRetrievalOutput):
@@ -813,7 +842,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         return super().resize_token_embeddings(*args, **kwargs)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=PRETRAINING_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -834,30 +863,6 @@ class TripsForPreTraining(TripsContrastiveModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsForPreTrainingOutput:
         r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i is a caption of image `image_index[i]`. By default of image i.
-        image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-            Images with equal ids are the same image. By default all images are distinct.
-        mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
-            The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
-        mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
-            The masked tokens; -100 elsewhere.
-        prompt_input_ids (`torch.LongTensor` of shape `(num_texts, prompt_length)`, *optional*):
-            The beginnings of the texts.
-        prompt_attention_mask (`torch.Tensor` of shape `(num_texts, prompt_length)`, *optional*):
-            0 marks padding in `prompt_input_ids`.
-        labels (`torch.LongTensor` of shape `(num_texts, label_length)`, *optional*):
-            The continuations of the texts, with the end token; -100 is ignored.
-        teacher ([`TeacherOutput`], *optional*):
-            Output of a momentum teacher. It softens the targets of the contrastive loss and of masked language
-            modeling, and adds candidates to the contrastive loss.
-        teacher_weight (`float`, *optional*, defaults to 0.0):
-            Share of the teacher in the targets (ALBEF's alpha).
-        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            Target region of each text, see [`TripsForRetrieval`].
-        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Attention of a teacher, see [`TripsForRetrieval`].
-
         Example:
 
         ```python
@@ -874,17 +879,14 @@ class TripsForPreTraining(TripsContrastiveModel):
         config = self.config
         image_cache = self.model.encode_images(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
-        find_contrastive_loss, teacher_logits = contrastive_loss, None
-        if teacher is not None:
-            teacher_logits = teacher.mlm_logits
-            find_contrastive_loss = partial(distilled_contrastive_loss, teacher, teacher_weight)
         outputs = self.pair_losses(
             text_outputs,
             image_cache,
             attention_mask,
             image_index,
             image_ids,
-            find_contrastive_loss,
+            teacher,
+            teacher_weight,
             regions,
             patch_targets,
             **kwargs,
@@ -896,6 +898,7 @@ class TripsForPreTraining(TripsContrastiveModel):
                 mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, **kwargs
             )
             num_masked = mean_count((mlm_labels != -100).sum())
+            teacher_logits = None if teacher is None else teacher.mlm_logits
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:

@@ -157,3 +157,115 @@ def select_tokens(
     if fuse:
         parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
     return torch.cat(parts, dim=1), kept_positions
+
+
+# Supervision of scores and attention by regions
+
+
+SMALLEST_AREA = 1e-12  # of a region, before it is a divisor
+SMALLEST_ATTENTION = 1e-6  # to a candidate, before its logarithm is taken
+
+
+def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Return the share of each text's region that lies in each patch.
+
+    Args:
+        regions (`torch.Tensor` of shape `(num_texts, 4)`): Boxes (center_x, center_y, width, height) in [0, 1] of the
+            image. A text without a region has a box without area.
+        grid_size (`tuple(int, int)`): Patches down and across.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order. Each row sums to 1, or
+        to 0 without a region in the image.
+    """
+    center_x, center_y, width, height = regions.float().unbind(-1)
+
+    def overlaps(center: torch.Tensor, length: torch.Tensor, count: int) -> torch.Tensor:
+        edges = torch.arange(count + 1, device=regions.device) / count
+        start, end = (center - length / 2)[:, None], (center + length / 2)[:, None]
+        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0)
+
+    rows, columns = grid_size
+    areas = (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
+    return areas / areas.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
+
+
+def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
+    """
+    Return the target of each candidate, `(num_texts, num_candidates)`: a patch has its own, a fused token that of all
+    patches which are not candidates. `targets` is of shape `(num_texts, num_patches)`.
+    """
+    is_patch = candidate_indices >= 0
+    shown = targets.gather(1, candidate_indices.clamp(min=0)) * is_patch
+    hidden = (targets.sum(dim=-1) - shown.sum(dim=-1)).clamp(min=0)
+    return shown.where(is_patch, hidden[:, None])
+
+
+def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_images: int) -> torch.Tensor:
+    """
+    Return the union of the targets of the texts of each image, for layers that the image scores.
+
+    Args:
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. A row of zeros is a text without a
+            target.
+        image_index (`torch.LongTensor` of shape `(num_texts,)`): Image of each text.
+        num_images (`int`)
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, num_patches)`: At each patch the largest target of the image's texts, and
+        zeros for a text without a target.
+    """
+    index = image_index[:, None].expand_as(targets)
+    union = targets.new_zeros(num_images, targets.shape[1]).scatter_reduce(0, index, targets, "amax")
+    return union[image_index] * (targets.sum(dim=-1, keepdim=True) > 0)
+
+
+def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Return the selection supervision, `(num_texts,)`, float32: the Kullback-Leibler divergence of the scores from the
+    targets. Top-k itself has no gradient.
+
+    A region does not tell which of its patches matter, so that targets are weighted by the square root of the scores.
+    (The scores themselves would be expectation maximisation, which collapses to a patch or two; without weights, all
+    patches of a region would be equally important.)
+
+    Args:
+        scores, candidate_indices (`torch.Tensor` of shape `(num_texts, num_candidates)`): Attention of a selection
+            layer or a head, and the patches that it is paid to.
+        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. The loss of a row of zeros is 0.
+    """
+    return divergence(scores, targets_of_candidates(targets.float(), candidate_indices))
+
+
+def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of [`selection_loss`] for targets of the candidates, `(num_texts, num_candidates)`."""
+    scores = scores.float().clamp(min=SMALLEST_ATTENTION)
+    targets = targets * scores.detach().sqrt()
+    targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
+    return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
+
+
+def attention_losses(
+    weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Return the attention supervision: the [`selection_loss`] of attention to the kept patches, `(num_texts,)`, float32.
+    It is 0 if no kept patch lies in the region.
+
+    Attention to a fused token is not counted. A penalty would make the fused token unlike the region, and through its
+    weights would raise the scores of patches outside of the region.
+
+    Args:
+        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS]. With
+            all other tokens, rows sum to 1.
+        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): Row-major index of
+            each token's patch, negative for a fused token.
+        regions, grid_size: See `region_targets`.
+    """
+    indices = indices.to(weights.device).expand_as(weights)
+    is_patch = indices >= 0
+    to_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)
+    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
+    targets = region_targets(regions.to(weights.device), grid_size)
+    return divergence(weights, targets.gather(1, indices.clamp(min=0)) * is_patch)

@@ -44,6 +44,7 @@ ARROWS = {
         "modeling_trips",
         "modeling_trips_base",
         "modeling_trips_vision",
+        "patch_selection",
     },
     "modeling_trips_pretraining": {
         "configuration_trips",

@@ -17,8 +17,7 @@ from train import AttentionRows, TrainArguments, choose_questions, make_batch, r
 from transformers import LlavaForConditionalGeneration
 
 from modeling_trips.hosts import TextGuide
-from modeling_trips.modeling_trips import selection_loss
-from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
+from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens, selection_loss
 
 
 FIRST_SCENE = 10_000_000

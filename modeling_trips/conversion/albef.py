@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..modeling_trips import TripsForQuestionAnswering
+from ..modeling_trips_pretraining import TripsForPreTraining, TripsForRetrieval
 from .rules import (
     ConversionError,
     ConversionPlan,
@@ -39,9 +41,9 @@ from .rules import (
 
 # Task of a checkpoint -> class of its TRIPS model. RefCOCO's has no box head, so it is a retrieval model.
 ALBEF_TASKS = {
-    "pretraining": "TripsForPreTraining",
-    "retrieval": "TripsForRetrieval",
-    "question-answering": "TripsForQuestionAnswering",
+    "pretraining": TripsForPreTraining,
+    "retrieval": TripsForRetrieval,
+    "question-answering": TripsForQuestionAnswering,
 }
 
 NEVER_USED = {

@@ -24,6 +24,7 @@ import torch
 from transformers import BlipConfig
 
 from ..configuration_trips import TripsVisionConfig
+from ..modeling_trips import TripsForQuestionAnswering
 from .rules import (
     TEXT_FIELDS,
     VISION_FIELDS,
@@ -96,7 +97,7 @@ def blip_plan(
     lm_rules, left_out, tied = lm_head_rules("lm_head", "text_decoder.cls.predictions", embeddings, source)
     config.tie_word_embeddings = tied
     return ConversionPlan(
-        model_class="TripsForQuestionAnswering",
+        model_class=TripsForQuestionAnswering,
         config=config,
         rules=_rules(grid, config.vision_config.grid_size) + lm_rules,
         left_out=left_out,

@@ -19,8 +19,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, BlipForQuestionAnswering, PreTrainedConfig, PreTrainedModel
 from transformers.models.vilt import modeling_vilt
 
-import modeling_trips
-
+from ..modeling_trips import TripsForQuestionAnswering
 from ..modeling_trips_base import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
 from .albef import ALBEF_DEPTHS, albef_plan
@@ -60,7 +59,7 @@ def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel,
                 f"The tokenizer has {num_tokens} tokens, but the checkpoint has {vocab_size}. Give the checkpoint's "
                 "tokenizer as `tokenizer`."
             )
-        model, report = make_converted(getattr(modeling_trips, plan.model_class), weights, plan)
+        model, report = make_converted(weights, plan)
         return model, processor, report
     except ConversionError as error:
         if str(checkpoint) in str(error):
@@ -103,7 +102,7 @@ def _read_albef(
         eos_token_id=own_tokenizer.sep_token_id,
         **selection,
     )
-    text_cleaning = "albef_question" if plan.model_class == "TripsForQuestionAnswering" else "albef_caption"
+    text_cleaning = "albef_question" if plan.model_class is TripsForQuestionAnswering else "albef_caption"
     return weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning)
 
 

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..configuration_trips import TripsConfig
+from ..modeling_trips_base import TripsPreTrainedModel
 
 
 # Fields with the same names in models of Transformers and in TRIPS.
@@ -93,7 +94,7 @@ class ConversionPlan:
     Plan of a conversion.
 
     Args:
-        model_class (`str`): Name of the TRIPS class.
+        model_class (`type`): TRIPS class.
         config ([`TripsConfig`]): Configuration with the sizes of the source.
         rules (`tuple[Rule, ...]`): Rules, of which the first match applies.
         left_out (`dict[str, str]`): Regular expressions of unused source keys, and the reasons.
@@ -102,7 +103,7 @@ class ConversionPlan:
         hint (`str`): Last line of the error if the weights do not fit, such as where the sizes come from.
     """
 
-    model_class: str
+    model_class: type[TripsPreTrainedModel]
     config: TripsConfig
     rules: tuple[Rule, ...]
     left_out: dict[str, str] = field(default_factory=dict)
@@ -260,17 +261,15 @@ def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: C
     return _fill(model, *convert_weights(source, plan, _shapes(model)))
 
 
-def make_converted(
-    model_class: type[nn.Module], source: Mapping[str, torch.Tensor], plan: ConversionPlan
-) -> tuple[nn.Module, ConversionReport]:
+def make_converted(source: Mapping[str, torch.Tensor], plan: ConversionPlan) -> tuple[nn.Module, ConversionReport]:
     """
     Make a model from `plan.config` and fill it as `load_converted` does, after checking that all weights fit: a small
     file from a stranger can ask for a model that is larger than the memory.
     """
     with torch.device("meta"):
-        shapes = _shapes(model_class(plan.config))
+        shapes = _shapes(plan.model_class(plan.config))
     converted = convert_weights(source, plan, shapes)
-    model = model_class(plan.config)
+    model = plan.model_class(plan.config)
     return model, _fill(model, *converted)
 
 

@@ -23,6 +23,8 @@ import torch
 from transformers import ViltConfig
 
 from ..configuration_trips import TripsVisionConfig
+from ..modeling_trips import TripsModel
+from ..modeling_trips_base import TripsPreTrainedModel
 from ..modeling_trips_vision import NUM_MODALITIES
 from .rules import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, make_config, resampled
 
@@ -33,7 +35,7 @@ TEXT, VISION = (rf"(?:model\.)?{part}_model\." for part in ("text", "vision"))
 def vilt_plan(
     source: Mapping[str, torch.Tensor],
     vilt_config: ViltConfig,
-    model_class: str = "TripsModel",
+    model_class: type[TripsPreTrainedModel] = TripsModel,
     image_size: int | None = None,
     decoder_config: dict | None = None,
     **selection,
@@ -46,7 +48,7 @@ def vilt_plan(
     Args:
         source (`dict[str, torch.Tensor]`): State dict of `ViltModel` or of a ViLT with a head.
         vilt_config ([`ViltConfig`]): Configuration of the model.
-        model_class (`str`, *optional*, defaults to `"TripsModel"`): Name of the TRIPS class.
+        model_class (`type`, *optional*, defaults to [`TripsModel`]): TRIPS class.
         image_size (`int`, *optional*): New resolution, for which positions are interpolated.
         decoder_config (`dict`, *optional*): Fields of the decoder of a generative head.
         selection: Fields of [`TripsConfig`] that set the selection.

@@ -128,7 +128,9 @@ def from_vision_text_pretrained(
     report = load_converted(model, source, plan)
     for part, tower in (("vision", vision), ("text", text)):
         report.left_out.update({f"{part}.{key}": f"heads of the {part} model" for key in tower.keys_of_heads})
-    logger.warning(f"{plan.model_class} from a {vision.config.model_type} and a {text.config.model_type}:\n{report}")
+    logger.warning(
+        f"{model_class.__name__} from a {vision.config.model_type} and a {text.config.model_type}:\n{report}"
+    )
     model.eval()
     return (model, report) if output_loading_info else model
 
@@ -147,7 +149,7 @@ def _plan(
     for number in range(num_used, text.num_hidden_layers):
         left_out[rf"text\.encoder\.layer\.{number}\..*"] = "unused upper layers"
     return ConversionPlan(
-        model_class=model_class.__name__,
+        model_class=model_class,
         config=config,
         rules=_vision_rules(vision, config) + _text_rules(text, config, decoder_from_text),
         left_out=left_out,

@@ -5,7 +5,6 @@ import torch
 from albef_reference import BASE, TINY, Albef, random_checkpoint
 from random_models import assert_close
 
-import modeling_trips
 from modeling_trips import (
     TripsForPreTraining,
     TripsForQuestionAnswering,
@@ -29,7 +28,7 @@ def convert_albef(source, sizes=TINY, **options):
         **options,
     }
     plan = albef_plan(source, **options)
-    model = getattr(modeling_trips, plan.model_class)(plan.config).eval()
+    model = plan.model_class(plan.config).eval()
     return model, load_converted(model, source, plan)
 
 

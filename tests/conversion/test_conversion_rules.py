@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_trips import TripsConfig
+from modeling_trips import TripsConfig, TripsModel
 from modeling_trips.conversion.rules import (
     ConversionError,
     ConversionPlan,
@@ -24,7 +24,9 @@ RULES = (
 def test_rules_rename_split_and_leave_out():
     source = {"blocks.1.qkv": torch.arange(6.0), "old_norm": torch.ones(3), "queue": torch.zeros(1)}
     targets = {"layer.0.query": (2,), "layer.0.value": (2,), "norm.weight": (3,), "head": (4,), "types": (2,)}
-    plan = ConversionPlan("", TripsConfig(), RULES, left_out={"queue": "a queue"}, new=("head",), zero=("types",))
+    plan = ConversionPlan(
+        TripsModel, TripsConfig(), RULES, left_out={"queue": "a queue"}, new=("head",), zero=("types",)
+    )
     weights, report = convert_weights(source, plan, {name: torch.Size(shape) for name, shape in targets.items()})
     assert {name: value.tolist() for name, value in weights.items()} == {
         "layer.0.query": [0, 1],
@@ -48,7 +50,7 @@ def test_all_problems_are_named_at_once():
     targets = {"layer.0.query": (2,), "norm.weight": (3,), "head": (4,)}
     with pytest.raises(ConversionError) as error:
         convert_weights(
-            source, ConversionPlan("", TripsConfig(), RULES), {k: torch.Size(v) for k, v in targets.items()}
+            source, ConversionPlan(TripsModel, TripsConfig(), RULES), {k: torch.Size(v) for k, v in targets.items()}
         )
     lines = [line.strip() for line in str(error.value).splitlines()]
     assert lines[1:] == [
@@ -65,7 +67,7 @@ def test_all_problems_are_named_at_once():
 
 def test_control_characters_in_names_are_escaped():
     hostile = "queue\x1b[2J\n\udc80"
-    plan = ConversionPlan("", TripsConfig(), RULES, left_out={"(?s)queue.*": "a queue"})
+    plan = ConversionPlan(TripsModel, TripsConfig(), RULES, left_out={"(?s)queue.*": "a queue"})
     with pytest.raises(ConversionError) as error:
         convert_weights({hostile[2:]: torch.zeros(1)}, plan, {})
     assert r"eue\x1b[2J\n\udc80" in str(error.value) and "\x1b" not in str(error.value)
@@ -81,7 +83,7 @@ def test_a_small_file_does_not_make_a_model_larger_than_the_memory():
             super().__init__(10**7, 10**7)  # 400 TB
             made.append(self.weight.device.type)
 
-    plan = ConversionPlan("", TripsConfig(), (Rule("(.*)", r"\1"),))
+    plan = ConversionPlan(Model, TripsConfig(), (Rule("(.*)", r"\1"),))
     with pytest.raises(ConversionError, match="weight"):
-        make_converted(Model, {"weight": torch.zeros(2, 2), "bias": torch.zeros(10**7)}, plan)
+        make_converted({"weight": torch.zeros(2, 2), "bias": torch.zeros(10**7)}, plan)
     assert made == ["meta"]

@@ -14,7 +14,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_attention,
     targets_of_masks,
 )
-from modeling_trips.modeling_trips import selection_loss
+from modeling_trips.patch_selection import selection_loss
 
 
 families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)

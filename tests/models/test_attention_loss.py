@@ -7,7 +7,7 @@ import torch
 from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, enable_checkpointing, make_config
 
 from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding
-from modeling_trips.modeling_trips import attention_losses
+from modeling_trips.patch_selection import attention_losses
 
 
 def make_model(coefficient=2.0, **fields):

@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of
 
-from modeling_trips.modeling_trips import selection_loss
 from modeling_trips.modeling_trips_pretraining import matching_pairs
+from modeling_trips.patch_selection import selection_loss
 
 
 GUIDANCES = ["text", "image", ["image", "text"]]  # the last schedule has a last layer scored by the text

@@ -11,7 +11,7 @@ from modeling_trips import (
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
 )
-from modeling_trips.modeling_trips import region_targets, selection_loss, targets_of_candidates, union_of_targets
+from modeling_trips.patch_selection import region_targets, selection_loss, targets_of_candidates, union_of_targets
 
 
 def test_targets_of_a_region_by_hand():

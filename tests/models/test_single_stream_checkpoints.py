@@ -46,7 +46,7 @@ def make_vilt(model_class=ViltModel, **fields):
 
 
 def from_vilt(vilt, model_class=TripsModel, **selection):
-    plan = vilt_plan(vilt.state_dict(), vilt.config, model_class.__name__, **selection)
+    plan = vilt_plan(vilt.state_dict(), vilt.config, model_class, **selection)
     model = model_class(plan.config)
     return model.eval(), load_converted(model, vilt.state_dict(), plan)
 

@@ -24,7 +24,8 @@ from modeling_trips import (
 )
 
 from ..inspection.exports import EXPORT_MANIFEST, is_exported
-from ..modeling_trips_text import check_counts, check_image_index, check_image_source, check_text_length
+from ..modeling_trips_text import check_text_length
+from ..modeling_trips_vision import check_counts, check_image_index, check_image_source
 from .graphs import image_shape, tensors_of
 
 

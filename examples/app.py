@@ -23,7 +23,7 @@ from pathlib import Path
 import PIL.Image
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.isolated_decoding import IsolatedDecoder
+from modeling_trips.untrusted_images import IsolatedDecoder
 from trips_examples.analysis import SAME_WEIGHTS_NOTE
 from trips_examples.analysis.asking import Asker
 from trips_examples.analysis.page import render_look

@@ -12,13 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Decode image files from untrusted sources to 8-bit RGB images, within limits.
+Decode image files to 8-bit RGB images, within limits of format and size.
 
 This file does not import siblings or PyTorch, so that decoding processes start fast.
 """
 
 import io
-import re
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -26,8 +25,6 @@ from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000  # a 50-megapixel phone photo has 49,939,200
-MAX_JPEG_SCANS = 100  # encoders write about 10; each further scan costs a pass over the whole image
-MAX_GIF_COMMENT_BYTES = 1 << 16  # Pillow joins the parts of a comment in quadratic time
 
 # Pillow reads these formats by starting another program.
 FORMATS_OF_PROGRAMS = ("EPS",)
@@ -50,7 +47,8 @@ class ImageError(ValueError):
     Args:
         reason (`str`):
             `"empty"`; `"format"`: not one of the accepted formats; `"pixels"`: too many pixels; `"work"`: takes too
-            long to decode; `"broken"`: damaged, truncated, or without a fixed range of gray values.
+            long to decode (only in `modeling_trips.untrusted_images`); `"broken"`: damaged, truncated, or without a
+            fixed range of gray values.
         message (`str`): The fault and what is accepted.
     """
 
@@ -64,10 +62,10 @@ class ImageError(ValueError):
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
-    Decode an image file from an untrusted source.
+    Decode an image file of an accepted format and size.
 
-    The size is checked before any pixel is decoded. Files that need much more work than their size suggests are
-    refused: JPEGs with more than 100 scans, GIFs with comments above 64 KiB, and BMPs with run-length encoding.
+    The size is checked before any pixel is decoded. A file can still need much more time than its size suggests; see
+    `modeling_trips.untrusted_images` for services.
 
     Args:
         data (`bytes`): Content of a JPEG, PNG, WebP, GIF or BMP file. Of an animation, the first frame is decoded.
@@ -81,7 +79,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise ImageError("empty", "The image file is empty.")
-    _check_work(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
@@ -98,52 +95,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("format", f"The file is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ImageError("broken", f"The image file is broken or cut off: {str(error).rstrip('.')}.") from error
-
-
-def _check_work(data: bytes):
-    """Refuse files whose structure makes them slow to decode."""
-    if data.startswith(b"\xff\xd8") and _has_too_many_scans(data):
-        raise ImageError("work", f"The JPEG has more than {MAX_JPEG_SCANS} scans. Save it again as a plain JPEG.")
-    if data.startswith((b"GIF87a", b"GIF89a")) and _gif_comment_bytes(data) > MAX_GIF_COMMENT_BYTES:
-        raise ImageError("work", f"The GIF has comments of more than {MAX_GIF_COMMENT_BYTES:,} bytes. Remove them.")
-    # Bytes 30 to 33 of a BMP are its compression. 1 and 2 are run-length encodings, which Pillow decodes in Python.
-    if data.startswith(b"BM") and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
-        raise ImageError("work", "The BMP is run-length encoded. Save it without compression, or as a PNG.")
-
-
-_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)  # not stuffing (00) and restarts (d0 to d7)
-
-
-def _has_too_many_scans(data: bytes) -> bool:
-    num_scans, position = 0, 2
-    while (found := _JPEG_MARKER.search(data, position)) is not None:
-        marker, position = found[1], found.end()
-        if marker == b"\xd9":  # end of the image
-            break
-        if marker not in (b"\x01", b"\xd8"):  # these have no segment
-            position += int.from_bytes(data[position : position + 2], "big")
-        num_scans += marker == b"\xda"
-        if num_scans > MAX_JPEG_SCANS:
-            return True
-    return False
-
-
-def _gif_comment_bytes(data: bytes) -> int:
-    """Return the number of bytes in the comments before the first frame."""
-    total, position = 0, 13 + _color_table_bytes(data[10:11])
-    while data[position : position + 1] == b"!":  # an extension
-        is_comment = data[position + 1 : position + 2] == b"\xfe"
-        position += 2
-        while size := int.from_bytes(data[position : position + 1], "big"):
-            total += size if is_comment else 0
-            position += 1 + size
-        position += 1
-    return total
-
-
-def _color_table_bytes(flags: bytes) -> int:
-    value = int.from_bytes(flags, "big")
-    return 3 << (value % 8 + 1) if value & 0x80 else 0
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ from modeling_trips import (
 )
 from modeling_trips.image_decoding_trips import ImageError
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
-from modeling_trips.isolated_decoding import IsolatedDecoder
+from modeling_trips.untrusted_images import IsolatedDecoder
 
 from .cache import ImageCaches, form, join, split
 from .errors import RequestError

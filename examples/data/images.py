@@ -13,8 +13,8 @@ import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, Features, Image
 
-from modeling_trips import image_decoding_trips
 from modeling_trips.image_decoding_trips import check_format, convert_to_rgb, orientation_of
+from modeling_trips.untrusted_images import decode_untrusted
 from trips_examples.data.faults import BadRowError
 from trips_examples.data.tasks import Task, filled_text, is_missing, list_of, missing
 
@@ -116,10 +116,10 @@ def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
 def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """
     Decode an image from an untrusted source, within the limits of
-    [`modeling_trips.image_decoding_trips.decode_image`]. [`decode_image`] accepts every format that Pillow decodes.
+    [`modeling_trips.untrusted_images.decode_untrusted`]. [`decode_image`] accepts every format that Pillow decodes.
     """
     try:
-        decoded = image_decoding_trips.decode_image(_content_of(image))
+        decoded = decode_untrusted(_content_of(image))
         usable_size(decoded, patch_size)
     except (OSError, ValueError) as error:
         raise _named(error, image) from error

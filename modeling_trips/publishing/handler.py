@@ -36,6 +36,7 @@ class EndpointHandler:
     def __init__(self, path: str = ""):
         config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         self.decode_image = get_class_from_dynamic_module("image_decoding_trips.decode_image", path)
+        self.why_slow = get_class_from_dynamic_module("slow_files.why_slow", path)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.answer, self.accepted = {
             "TripsForQuestionAnswering": (self.answer_question, ("top_k", "answers", "max_new_tokens", "num_beams")),
@@ -97,6 +98,8 @@ class EndpointHandler:
             content = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError("`inputs.image` must be an image file in base64.") from error
+        if message := self.why_slow(content):
+            raise ValueError(f"`inputs.image`: {message}")
         return self.decode_image(content)
 
     def answer_question(self, image: PIL.Image.Image, inputs: dict, **parameters) -> list:

@@ -31,7 +31,9 @@ PUBLISHED = (
     "*.py",
 )
 CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate")  # fields of JSON files that name code
-HANDLER = Path(__file__).with_name("handler.py")  # of Inference Endpoints
+PACKAGE = Path(modeling_trips.__file__).parent
+# Handler of Inference Endpoints, and the file that it loads.
+HANDLER = (PACKAGE / "publishing" / "handler.py", PACKAGE / "untrusted_images" / "slow_files.py")
 
 
 def build_repository(
@@ -76,8 +78,8 @@ def build_repository(
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        if with_handler:
-            shutil.copyfile(HANDLER, partial / HANDLER.name)
+        for path in HANDLER if with_handler else ():
+            shutil.copyfile(path, partial / path.name)
         card.save(partial / "README.md")
         names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
         if unknown := [name for name in names if not _is_published(name)]:
@@ -95,9 +97,9 @@ def check_code(folder: Path):
     Raises:
         ValueError: A Python file differs from that of this project, or a JSON file names code outside the folder.
     """
-    package = Path(modeling_trips.__file__).parent
+    handler = {path.name: path for path in HANDLER}
     for path in folder.rglob("*.py"):
-        own = HANDLER if path.name == HANDLER.name else package / path.name
+        own = handler.get(path.name, PACKAGE / path.name)
         if path.parent != folder or not own.is_file() or path.read_bytes() != own.read_bytes():
             raise ValueError(f"{path.relative_to(folder)} differs from the file of this project. Remove it.")
     for path in folder.rglob("*.json"):

@@ -7,9 +7,9 @@ import zlib
 import PIL.Image
 
 
-def encoded(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
+def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -22,3 +22,62 @@ def bomb(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 100_000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def scan_bomb(side: int, num_scans: int) -> bytes:
+    """Return a progressive JPEG with `num_scans` refinements of a few bytes; each needs a pass over all blocks."""
+    source = encoded(PIL.Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50)
+    tables, position = b"", 2
+    while (marker := source[position + 1]) != 0xDA:
+        length = 2 + int.from_bytes(source[position + 2 : position + 4], "big")
+        tables += source[position : position + length] if marker in (0xDB, 0xC2) else b""
+        position += length
+
+    def huffman_table(kind: int, value: int) -> bytes:
+        return b"\xff\xc4" + struct.pack(">HB", 20, kind << 4) + bytes([1] + [0] * 15 + [value])
+
+    def scan(start: int, end: int, low: int) -> bytes:
+        return b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, start, end, low)
+
+    blocks = ((side + 7) // 8) ** 2
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)
+    bits += "1" * (-len(bits) % 8)
+    runs = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    first = scan(0, 0, 1) + b"\0" * ((blocks + 7) // 8)
+    refinements = (scan(1, 63, 1) + runs) * num_scans
+    return b"\xff\xd8" + tables + huffman_table(0, 0) + huffman_table(1, 0xE0) + first + refinements + b"\xff\xd9"
+
+
+def gif_with_comment(num_bytes: int) -> bytes:
+    gif = encoded(PIL.Image.new("P", (20, 20)), "GIF")
+    frame = gif.index(b",", 13 + (3 << (gif[10] % 8 + 1)))
+    blocks = b"".join(bytes([255]) + b"c" * 255 for _ in range(num_bytes // 255))
+    return gif[:frame] + b"!\xfe" + blocks + b"\0" + gif[frame:]
+
+
+def run_length_bmp() -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, 20, 20, 1, 8, 1, 42, 2835, 2835, 2, 2)
+    palette = bytes([0, 0, 0, 0, 255, 255, 255, 0])
+    pixels = b"\x14\x01\0\0" * 20 + b"\0\x01"
+    offset = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", offset + len(pixels), 0, 0, offset) + header + palette + pixels
+
+
+def jpeg_with(image: PIL.Image.Image, marker: bytes, content: bytes) -> bytes:
+    jpeg = encoded(image, "JPEG")
+    return jpeg[:2] + marker + struct.pack(">H", 2 + len(content)) + content + jpeg[2:]
+
+
+def animated_webp(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
+    """Return a WebP whose canvas (VP8X) is larger than its frame."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+    def size(width: int, height: int) -> bytes:
+        return (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+
+    pixels = encoded(PIL.Image.new("RGB", frame), "WEBP", lossless=True)[12:]
+    chunks = chunk(b"VP8X", b"\2\0\0\0" + size(*canvas)) + chunk(b"ANIM", b"\0" * 6)
+    chunks += chunk(b"ANMF", b"\0" * 6 + size(*frame) + b"\1\0\0\0" + pixels)
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks

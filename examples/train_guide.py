@@ -7,69 +7,61 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
 
 Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
 from the region that a question is about; with `--teacher attention`, from the attention of the unpruned model's
-answer.
-The output folder gets the guide alone, a safetensors file; an interrupted run resumes from its last checkpoint.
+answer. Rows without a region, and regions outside the processor's crop, are counted.
+The training loop is Transformers' `Trainer`, whose options are options here. The output folder gets the guide alone.
 """
 
-import json
-from collections.abc import Iterable
+import trips_examples  # noqa: F401  # isort: skip
+
+import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PaliGemmaProcessor,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import PaliGemmaProcessor, PreTrainedModel, ProcessorMixin
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
 from modeling_trips.hosts.vlm.supervision import (
     guided_selection,
     region_masks,
+    rows_of_images,
     targets_of_attention,
     targets_of_masks,
 )
-from modeling_trips.inspection import provenance
 from modeling_trips.patch_selection import selection_loss, targets_of_candidates
-from trips_examples.data.faults import BadRows
-from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.rows import read_image, without_decoding
-from trips_examples.data.source import DataSource
-from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.data.rows import column_of, read_image
+from trips_examples.lmms.generation import VisionLanguageModel, encode
+from trips_examples.training.options import DataArguments, RunArguments
+from trips_examples.training.parser import run_script
+from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.trainer import FiniteTrainer
 
+
+logger = logging.getLogger(__name__)
 
 TEACHERS = ("regions", "attention")
+# Options of the trainer that a resumed training must share.
+SETTINGS = (
+    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16"),
+)
 
 
 @dataclass
-class GuideArguments(DataSource):
-    model_name_or_path: str = field(default="", metadata={"help": "The vision-language model, with its processor."})
-    output_dir: str = field(default="outputs/guide", metadata={"help": "Folder of the guide and of its checkpoint."})
+class GuideArguments:
+    model_name_or_path: str = field(metadata={"help": "The vision-language model, with its processor."})
     layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
     keep_rate: float = field(default=0.11, metadata={"help": "Keep rate of the evaluation."})
     teacher: str = field(default="regions", metadata={"help": f"What the guide learns from: {' or '.join(TEACHERS)}."})
-    max_steps: int = field(default=300, metadata={"help": "Number of steps."})
-    batch_size: int = field(default=16, metadata={"help": "Questions per process and step."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate; cosine schedule."})
-    warmup_steps: int = field(default=30, metadata={"help": "Steps of linear warmup."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    save_steps: int = field(default=100, metadata={"help": "Steps between checkpoints."})
-    max_eval_samples: int = field(default=512, metadata={"help": "Questions of the validation split that are used."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the frozen model."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip rows that cannot be used."})
-    seed: int = field(default=0, metadata={"help": "Seed of the guide and of the order of the data."})
 
     def __post_init__(self):
-        if not self.model_name_or_path:
-            raise ValueError("--model_name_or_path is required.")
         if self.teacher not in TEACHERS:
             raise ValueError(f"--teacher must be {' or '.join(TEACHERS)}, got {self.teacher}.")
 
@@ -77,153 +69,207 @@ class GuideArguments(DataSource):
 class GuideCollator:
     """Rows to the inputs of prompts, and to what the teacher needs: masks of the regions, or prompts with answers."""
 
-    def __init__(self, processor, teacher: str):
+    def __init__(self, processor: ProcessorMixin, teacher: str):
         self.processor, self.teacher = processor, teacher
-        processor.tokenizer.padding_side = "left"
 
-    def prompt(self, question: str) -> str:
-        if getattr(self.processor, "chat_template", None) is None:
-            return f"{self.processor.image_token}{question}"
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    def encode(self, images: list[PIL.Image.Image], texts: list[str], **options) -> dict[str, torch.Tensor]:
-        images = [[image] for image in images]
-        return dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt", **options))
+    def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=None, **options) -> dict:
+        conversations = []
+        for image, question in zip(images, questions):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            conversations.append([{"role": "user", "content": content}])
+        for conversation, answer in zip(conversations, answers or ()):
+            conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return dict(encode(self.processor, conversations, **options))
 
     def __call__(self, rows: list[dict]) -> dict:
-        images = [read_image(row) for row in rows]
-        prompts = [self.prompt(row["question"]) for row in rows]
-        batch: dict = {"inputs": self.encode(images, prompts)}
+        images, questions = [read_image(row) for row in rows], [row["question"] for row in rows]
+        batch = {"sources": [row["source"] for row in rows], "inputs": self.encode(images, questions)}
         if self.teacher == "regions":
-            blanks = [PIL.Image.new("RGB", image.size) for image in images]
-            batch["masks"] = self.encode(region_masks(images, [row["region"] for row in rows]), prompts)
-            batch["blanks"] = self.encode(blanks, prompts)
+            batch["masks"] = self.encode(region_masks(images, [row["region"] for row in rows]), questions)
+            batch["blanks"] = self.encode([PIL.Image.new("RGB", image.size) for image in images], questions)
+            return batch
+        answers = [row["answers"][0] for row in rows]
+        if isinstance(self.processor, PaliGemmaProcessor):  # it ends the prompt, and then the answer
+            answered = self.encode(images, questions, suffix=answers)
+            del answered["labels"]
+            shape = answered["input_ids"].shape
+            answered = {name: value[:, :-1] if value.shape == shape else value for name, value in answered.items()}
         else:
-            answers = [row["answers"][0] for row in rows]
-            if isinstance(self.processor, PaliGemmaProcessor):  # it ends the prompt, and then the answer
-                answered = self.encode(images, prompts, suffix=answers)
-                del answered["labels"]
-                shape = answered["input_ids"].shape
-                batch["answered"] = {
-                    name: value[:, :-1] if value.shape == shape else value for name, value in answered.items()
-                }
-            else:
-                batch["answered"] = self.encode(images, [f"{prompt} {own}" for prompt, own in zip(prompts, answers)])
-            lengths = (part["attention_mask"].sum(dim=1) for part in (batch["answered"], batch["inputs"]))
-            batch["num_answer_tokens"] = [max(1, int(one - other)) for one, other in zip(*lengths)]
-        return batch
+            answered = self.encode(images, questions, answers)
+        lengths = (part["attention_mask"].sum(dim=1) for part in (answered, batch["inputs"]))
+        counts = [max(1, int(one - other)) for one, other in zip(*lengths)]
+        return batch | {"answered": answered, "num_answer_tokens": counts}
 
 
-class GuideTrainer:
-    """The frozen model with its guide: losses of batches."""
+class GuidedModel(nn.Module):
+    """A guide as the model that is trained. The vision-language model is frozen and no part of it."""
 
-    def __init__(self, model, guide: TextGuide, args: GuideArguments):
-        self.model, self.guide, self.args = model, guide, args
-        self.schedule = f"{args.layer}:text:{args.keep_rate}"
+    def __init__(self, guide: TextGuide, model: PreTrainedModel, args: GuideArguments):
+        super().__init__()
+        self.guide, self.args = guide, args
+        self.frozen = (model,)  # a tuple keeps it out of the parameters, of checkpoints and of data parallelism
 
-    def inputs(self, part: dict) -> dict:
-        return {**part, "pixel_values": part["pixel_values"].to(self.model.dtype)}
-
-    def targets(self, batch: dict) -> torch.Tensor:
+    def targets(self, masks=None, blanks=None, answered=None, num_answer_tokens=None) -> torch.Tensor:
+        (model,) = self.frozen
         if self.args.teacher == "regions":
-            return targets_of_masks(self.model, batch["masks"], batch["blanks"])
-        remove_patch_selection(self.model)
-        return targets_of_attention(self.model, self.inputs(batch["answered"]), batch["num_answer_tokens"])
+            return targets_of_masks(model, masks, blanks)
+        remove_patch_selection(model)
+        return targets_of_attention(model, answered, num_answer_tokens)
 
-    def loss_and_recall(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sum of the losses, sum of the shares of the targets that are kept, and number of images with a target."""
-        targets = self.targets(batch)
-        apply_patch_selection(self.model, self.schedule, guide=self.guide)
-        selection = guided_selection(self.model, self.inputs(batch["inputs"]))
+    def forward(self, inputs: dict, **teaching) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict`: `loss`, the mean over the images (or tiles) that have a target, and `sums` of shape `(5,)`: of the
+            losses and of the kept shares of the targets, and the numbers of images with a target, of rows without one
+            and of rows.
+        """
+        (model,) = self.frozen
+        targets = self.targets(**teaching)
+        apply_patch_selection(model, f"{self.args.layer}:text:{self.args.keep_rate}", guide=self.guide)
+        selection = guided_selection(model, inputs)
         losses = selection_loss(selection.scores, selection.candidate_indices, targets)
-        kept = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
+        recalls = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
         has_target = targets.sum(dim=-1) > 0
-        return (losses * has_target).sum(), kept.sum(), has_target.sum()
+        rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
+        found = targets.new_zeros(len(inputs["input_ids"])).index_add(0, rows, has_target.to(targets.dtype)) > 0
+        loss, images = (losses * has_target).sum(), has_target.sum()
+        sums = torch.stack([loss, recalls.sum(), images, (~found).sum(), loss.new_tensor(len(found))])
+        return {"loss": loss / images.clamp(min=1), "sums": sums.detach()}
+
+
+class GuideTrainer(FiniteTrainer):
+    """Trainer of a [`GuidedModel`]. Its folders hold the guide, and one that was trained otherwise is refused."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.sums = torch.zeros(5, device=self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(**inputs)
+        self.sums += outputs["sums"]
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def train(self, resume_from_checkpoint: str | None = None):
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint)
+        output.metrics.update(self.results("train", self.sums))
+        return output
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[dict], accelerator: Accelerator) -> dict[str, float]:
-        sums = torch.zeros(3, device=accelerator.device)
-        for batch in tqdm(batches, desc="evaluate", disable=not accelerator.is_main_process):
-            sums += torch.stack([*self.loss_and_recall(batch)])
-        loss, recall, number = accelerator.reduce(sums, "sum").tolist()
-        return {
-            "eval_loss": loss / max(number, 1),
-            "eval_region_recall": recall / max(number, 1),
-            "eval_samples": number,
-        }
+    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs) -> dict[str, float]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = dataset.shard(self.args.world_size, self.args.process_index)
+        sums = torch.zeros_like(self.sums)
+        for batch in DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
+            del batch["sources"]
+            sums += self.model(**self._prepare_inputs(batch))["sums"]
+        metrics = self.results("eval", sums)
+        self.log(metrics)
+        return metrics
+
+    def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
+        """Return the metrics of all processes; only numbers without a target. Warn of regions that are cropped."""
+        loss, recall, images, cropped, rows = self.accelerator.reduce(sums, "sum").tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The {stage} loss is {loss}. Train with a lower --learning_rate.")
+        if cropped and self.args.should_log:
+            logger.warning("%s: the processor crops away the regions of %d of the %d rows.", stage, cropped, rows)
+        metrics = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
+        if images:
+            metrics |= {f"{stage}_loss": loss / images, f"{stage}_region_recall": recall / images}
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        if not self.args.should_save:
+            return
+        guide, folder = self.model.guide, Path(output_dir or self.args.output_dir)
+        if not all(weight.isfinite().all() for weight in guide.parameters()):
+            raise FloatingPointError("The guide has weights that are not finite. Train with a lower --learning_rate.")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").unlink(missing_ok=True)  # an older guide's
+        guide.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        guide, saved = self.model.guide, TextGuide.from_pretrained(resume_from_checkpoint)
+        own, others = ({"layer": each.layer, **(each.trained_with or {})} for each in (guide, saved))
+        if changed := [
+            f"{name} {others.get(name)}, now {value}" for name, value in own.items() if others.get(name) != value
+        ]:
+            raise ValueError(f"{resume_from_checkpoint} has {'; '.join(changed)}. Choose another --output_dir.")
+        guide.load_state_dict(saved.state_dict())
 
 
-def shuffled_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
-    """Numbers of rows in the order of training: each epoch has its own."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = [torch.randperm(num_rows, generator=generator) for _ in range(0, num_samples, num_rows)]
-    return torch.cat(epochs)[:num_samples].tolist()
+def rows_with_region(data: Dataset, split: str, should_log: bool) -> Dataset:
+    """
+    Return the rows that have a region, and count the others in a warning.
+
+    Raises:
+        ValueError: No row has a region.
+    """
+    rows = [row for row, region in enumerate(column_of(data, "region")) if region is not None]
+    if not rows:
+        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention.")
+    if len(rows) < len(data) and should_log:
+        logger.warning(
+            "Left out %d of the %d rows of %s, which have no region.", len(data) - len(rows), len(data), split
+        )
+    return data.select(rows)
+
+
+def facts_of(args, data_args, training_args, data, model) -> dict:
+    """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
+    name, columns = Path(args.model_name_or_path), ("source", "image_id", "question", "answers", "region")
+    options = training_args.to_dict()
+    file = Path(data_args.train_file).name if data_args.train_file else data_args.name_for("vqa")
+    return {
+        "base model": name.resolve().name if name.exists() else str(name),
+        "commit": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype),
+        "data": f"{file} ({Hasher.hash([column_of(data['train'], column) for column in columns])})",
+        "teacher": args.teacher,
+        "keep rate": args.keep_rate,
+        "processes": training_args.world_size,
+        **{name: options[name] for name in SETTINGS},
+    }
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    (args,) = make_parser(GuideArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    accelerator = Accelerator()
-    set_seed(args.seed)
-    data = load_task_dataset("vqa", args, BadRows(skip=args.skip_bad_rows), seed=args.seed)
-    data = {split: without_decoding(dataset) for split, dataset in data.items()}
-    if "train" not in data:
-        raise ValueError("There is no train split: give --train_file.")
+    args, data_args, training_args = parse_arguments(
+        argv,
+        GuideArguments,
+        DataArguments,
+        RunArguments,
+        description=__doc__,
+        output_dir="outputs/guide",
+        max_steps=300,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        learning_rate=1e-2,
+        weight_decay=0.01,
+        save_steps=100,
+        max_eval_samples=512,
+    )
+    data = load_data("vqa", data_args, training_args, patch_size=1)
     if args.teacher == "regions":
-        data = {split: rows.filter(lambda row: row["region"] is not None) for split, rows in data.items()}
-        if not len(data["train"]):
-            raise ValueError("No row of the train split has a region: use --teacher attention.")
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, dtype=args.dtype)
-    model = model.to(accelerator.device).eval().requires_grad_(False)
-    collator = GuideCollator(AutoProcessor.from_pretrained(args.model_name_or_path), args.teacher)
-    guide = TextGuide.for_model(model, args.layer)
-    optimizer = torch.optim.AdamW(guide.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    # The scheduler counts the steps of all processes.
-    scale = accelerator.num_processes
-    scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps * scale, args.max_steps * scale)
-    guide, optimizer, scheduler = accelerator.prepare(guide, optimizer, scheduler)
-    # Of a guide that DistributedDataParallel wraps.
-    for name in ("text_hidden_size", "num_heads", "head_dim", "layer"):
-        setattr(guide, name, getattr(accelerator.unwrap_model(guide), name))
-    trainer = GuideTrainer(model, guide, args)
-    step, checkpoint = 0, Path(args.output_dir) / "checkpoint"
-    if (checkpoint / "step.json").exists():
-        accelerator.load_state(checkpoint)
-        step = json.loads((checkpoint / "step.json").read_text())["step"]
-    per_step = args.batch_size * accelerator.num_processes
-    order = shuffled_rows(len(data["train"]), args.max_steps * per_step, args.seed)[step * per_step :]
-    loader = accelerator.prepare(DataLoader(data["train"], args.batch_size, sampler=order, collate_fn=collator))
-    is_silent = not accelerator.is_main_process
-    bar = tqdm(loader, initial=step, total=args.max_steps, desc="train", disable=is_silent)
-    for batch in bar:
-        loss, recall, number = trainer.loss_and_recall(batch)
-        accelerator.backward(loss / number.clamp(min=1))
-        accelerator.clip_grad_norm_(guide.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        step += 1
-        if step % args.save_steps == 0 or step == args.max_steps:
-            images = max(number.item(), 1)  # cropping may leave none with a region
-            bar.set_postfix(loss=loss.item() / images, region_recall=recall.item() / images)
-            accelerator.save_state(checkpoint)
-            if accelerator.is_main_process:
-                write_json(checkpoint / "step.json", {"step": step})
-    remove_patch_selection(model)
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(guide).save_pretrained(args.output_dir)
-    metrics: dict[str, float] = {}
-    if "validation" in data:
-        rows = data["validation"].select(range(min(args.max_eval_samples, len(data["validation"]))))
-        loader = accelerator.prepare(DataLoader(rows, args.batch_size, collate_fn=collator))
-        metrics = trainer.evaluate(loader, accelerator)
+        data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
+    vlm = VisionLanguageModel(args.model_name_or_path, args.dtype)
+    model = vlm.model.to(training_args.device).requires_grad_(False)
+    if training_args.do_train:
+        guide = TextGuide.for_model(
+            model, args.layer, trained_with=facts_of(args, data_args, training_args, data, model)
+        )
+    else:
+        guide = TextGuide.from_pretrained(training_args.output_dir)
+    trainer = GuideTrainer(
+        model=GuidedModel(guide, model, args),
+        args=training_args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=GuideCollator(vlm.processor, args.teacher),
+    )
+    try:
+        return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
+    finally:
         remove_patch_selection(model)
-        if accelerator.is_main_process:
-            rows = {**metrics, **provenance(accelerator.device.type, args.seed)}
-            write_json(Path(args.output_dir) / "eval_results.json", rows)
-            print(json.dumps(metrics))
-    accelerator.end_training()
-    return metrics
 
 
 if __name__ == "__main__":

@@ -37,6 +37,37 @@ def cut_until(text: str, until: list[str]) -> str:
     return text.strip()
 
 
+def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options) -> BatchFeature:
+    """
+    Return the inputs of a batch of conversations, padded on the left. The model continues the last message if it is
+    the assistant's, and else answers. Without a chat template, the prompt is one image token per image and the texts.
+
+    Args:
+        processor (`ProcessorMixin`): Processor of the model.
+        conversations (`list[list[dict]]`): As in [`VisionLanguageModel.answer`].
+        options: Further arguments of the processor.
+    """
+    options |= {"padding": True, "return_tensors": "pt"}
+    if processor.chat_template is not None:
+        is_answered = conversations[0][-1]["role"] == "assistant"
+        return processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=not is_answered,
+            continue_final_message=is_answered,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=options,
+        )
+    parts = [[part for message in conversation for part in message["content"]] for conversation in conversations]
+    images = [[part["image"] for part in own if part["type"] == "image"] for own in parts]
+    texts = [
+        processor.image_token * len(own_images) + "\n".join(part["text"] for part in own if part["type"] == "text")
+        for own, own_images in zip(parts, images)
+    ]
+    return processor(text=texts, images=images if any(images) else None, **options)
+
+
 class VisionLanguageModel:
     """
     Vision-language model with its processor.
@@ -69,30 +100,6 @@ class VisionLanguageModel:
         """Mean number of visual tokens in the language model; `None` without images."""
         return self.num_visual_tokens.item() / self.num_images if self.num_images else None
 
-    def encode(self, conversations: list[list[dict]]) -> BatchFeature:
-        """
-        Return the inputs of a batch of conversations, padded on the left. Without a chat template, the prompt is one
-        image token per image and the texts.
-        """
-        options = {"padding": True, "return_tensors": "pt"}
-        if self.processor.chat_template is not None:
-            return self.processor.apply_chat_template(
-                conversations,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=options,
-            )
-        parts = [[part for message in conversation for part in message["content"]] for conversation in conversations]
-        images = [[part["image"] for part in own if part["type"] == "image"] for own in parts]
-        texts = [
-            self.processor.image_token * len(own_images)
-            + "\n".join(part["text"] for part in own if part["type"] == "text")
-            for own, own_images in zip(parts, images)
-        ]
-        return self.processor(text=texts, images=images if any(images) else None, **options)
-
     @torch.no_grad()
     def answer(self, conversations: list[list[dict]], options: Mapping) -> list[str]:
         """
@@ -106,7 +113,7 @@ class VisionLanguageModel:
         Returns:
             `list[str]`: The new text of each conversation, up to the first string in `until` except a blank line.
         """
-        inputs = self.encode(conversations)
+        inputs = encode(self.processor, conversations)
         has_images = inputs.get("pixel_values") is not None
         placeholders = inputs["input_ids"] == getattr(self.model.config, "image_token_id", -1)
         inputs = inputs.to(self.model.device, self.model.dtype)

@@ -1,13 +1,21 @@
-"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, both teachers, bad options."""
+"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, both teachers, lost rows, bad options."""
 
 import itertools
 import json
+import logging
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
+from filelock import FileLock
+from huggingface_hub import ModelCard
+from places import ROOT
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
 
@@ -21,9 +29,9 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Write images of two halves in different colors, with a question about each half; the last has no region."""
-    folder = tmp_path_factory.mktemp("data")
+def rows(tmp_path_factory) -> list[dict]:
+    """Return images of two halves in different colors, with a question about each half; the last has no region."""
+    folder = tmp_path_factory.mktemp("images")
     rows, rng = [], random.Random(0)
     for number in range(8):
         colors = rng.sample(COLORS, 2)
@@ -31,90 +39,156 @@ def data(tmp_path_factory) -> Path:
         image.paste(PIL.Image.new("RGB", (64, 32), colors[1]), (0, 32))
         image.save(folder / f"{number}.png")
         for half, color in enumerate(colors):
-            row = {"image": f"{number}.png", "question": f"which one is {color} ?", "answer": ("one", "no")[half]}
-            rows.append({**row, "region": [0, 32 * half, 64, 32 * half + 32]})
+            row = {"image": str(folder / f"{number}.png"), "question": f"which one is {color} ?"}
+            rows.append({**row, "answer": ("one", "no")[half], "region": [0, 32 * half, 64, 32 * half + 32]})
     del rows[-1]["region"]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "rows.jsonl"
+    return rows
 
 
-def options(model_folder: Path, data: Path, output_dir: Path, *more: str) -> list[str]:
-    return [
-        f"--model_name_or_path={model_folder}",
-        f"--train_file={data}",
-        f"--validation_file={data}",
-        f"--output_dir={output_dir}",
-        "--layer=1",
-        "--keep_rate=0.5",
-        "--batch_size=5",
-        "--warmup_steps=2",
-        *more,
-    ]
+@pytest.fixture
+def options(model_folder, rows, tmp_path):
+    """Return a function that writes rows and returns options with them for training and evaluation."""
+
+    def make(*more: str, rows: list[dict] = rows, folder: str = "guide") -> list[str]:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        options = {"model_name_or_path": model_folder, "train_file": file, "validation_file": file}
+        options |= {"output_dir": tmp_path / folder, "layer": 1, "keep_rate": 0.5, "warmup_steps": 2}
+        options |= {"per_device_train_batch_size": 5, "report_to": "none", "save_steps": 2, "max_steps": 5}
+        return [*(f"--{name}={value}" for name, value in options.items()), *more]
+
+    return make
 
 
-def test_learns_the_regions(model_folder, data, tmp_path):
-    metrics = train_guide.main(options(model_folder, data, tmp_path, "--max_steps=60", "--learning_rate=0.03"))
-    assert metrics["eval_samples"] == 15  # one row has no region
+def weights_of(folder: Path) -> dict[str, list]:
+    return {name: weight.tolist() for name, weight in load_file(folder / "model.safetensors").items()}
+
+
+def test_learns_the_regions(options, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        metrics = train_guide.main(options("--max_steps=60", "--learning_rate=0.03"))
+    assert "1 of the 16 rows" in caplog.text  # without a region
+    assert (metrics["eval_samples"], metrics["eval_cropped"]) == (15, 0)
     assert metrics["eval_region_recall"] > 0.65  # 0.5 at random
-    guide = TextGuide.from_pretrained(tmp_path)
+    guide = TextGuide.from_pretrained(tmp_path / "guide")
     assert guide(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).shape == (1, 4, 8)
     assert guide.layer == 1
-    assert json.loads((tmp_path / "eval_results.json").read_text()).items() >= metrics.items()
+    card = ModelCard.load(tmp_path / "guide" / "README.md")
+    assert card.data.base_model == Path(options()[0].partition("=")[2]).name
+    assert "rows.jsonl" in card.text and "teacher: regions" in card.text and "keep rate: 0.5" in card.text
+    again = train_guide.main(options("--do_train=False", "--dtype=bfloat16"))
+    assert again["eval_region_recall"] == pytest.approx(metrics["eval_region_recall"], abs=0.02)
 
 
-def test_resumes(model_folder, data, tmp_path, monkeypatch):
-    """An interrupted and resumed run ends with the guide of an uninterrupted run."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_guide.main(options(model_folder, data, whole, "--max_steps=5", "--save_steps=2"))
-    loss_and_recall, calls = train_guide.GuideTrainer.loss_and_recall, itertools.count()
+def test_an_interrupted_training_resumes(options, tmp_path, monkeypatch):
+    """It ends with the weights of an uninterrupted one. Other options and an old guide are refused."""
+    train_guide.main(options(folder="whole"))
+    compute_loss, calls = train_guide.GuideTrainer.compute_loss, itertools.count()
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return loss_and_recall(*args)
+        return compute_loss(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_guide.GuideTrainer, "loss_and_recall", interrupt)
-        train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
-    assert not (parts / "model.safetensors").exists()
-    train_guide.main(options(model_folder, data, parts, "--max_steps=5", "--save_steps=2"))
-    resumed = load_file(parts / "model.safetensors")
-    for name, expected in load_file(whole / "model.safetensors").items():
-        torch.testing.assert_close(resumed[name], expected)
+        patch.setattr(train_guide.GuideTrainer, "compute_loss", interrupt)
+        train_guide.main(options())
+    assert not (tmp_path / "guide" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="resume_from_checkpoint"):
+        train_guide.main(options())
+    resume = "--resume_from_checkpoint=last"
+    for other in ("--layer=2", "--teacher=attention", "--seed=9", "--learning_rate=0.5", "--max_train_samples=9"):
+        name = "data" if "samples" in other else other.strip("-").partition("=")[0]
+        with pytest.raises(ValueError, match=f"{name} .*, now"):
+            train_guide.main(options(resume, other))
+    for _ in range(2):  # the second has nothing left to train
+        train_guide.main(options(resume))
+        assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
+    with pytest.raises(ValueError, match="layer 1, now 2"):
+        train_guide.main(options(resume, "--layer=2"))
 
 
-def test_learns_from_attention(model_folder, data, tmp_path):
-    metrics = train_guide.main(options(model_folder, data, tmp_path, "--teacher=attention", "--max_steps=3"))
+@pytest.mark.slow
+def test_a_killed_training_ends_with_the_same_weights(options, tmp_path):
+    """Kills in the middle of a file of a checkpoint, and a second training at the same time."""
+    command = [sys.executable, str(ROOT / "examples" / "train_guide.py"), "--max_steps=8", "--do_eval=False"]
+    subprocess.run([*command, *options(folder="whole")], check=True, cwd=tmp_path)
+    checkpoint = tmp_path / "guide" / "checkpoint-6"
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        for resume in ((), ("--resume_from_checkpoint=last",)):
+            training = subprocess.Popen([*command, *options(*resume)], cwd=tmp_path)
+            while not (checkpoint / name).exists() and training.poll() is None:
+                time.sleep(0.0005)
+            training.send_signal(signal.SIGKILL)
+            training.wait()
+            if (checkpoint / name).exists():
+                (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:20])
+            if not resume:
+                assert (tmp_path / "guide" / "checkpoint-4").exists()
+        subprocess.run([*command, *options("--resume_from_checkpoint=last")], check=True, cwd=tmp_path)
+        assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
+        (tmp_path / "guide").rename(tmp_path / name)
+    (tmp_path / "guide").mkdir()
+    with FileLock(tmp_path / "guide" / "_training.lock"), pytest.raises(BlockingIOError):
+        train_guide.main(options())
+
+
+def test_learns_from_attention(options):
+    metrics = train_guide.main(options("--teacher=attention", "--max_steps=3"))
     assert metrics["eval_samples"] == 16
     assert 0 < metrics["eval_region_recall"] <= 1
 
 
-def test_the_answer_of_paligemma_is_supervised():
-    """Its processor puts a newline behind the prompt."""
-    processor = make_paligemma_processor()
+@pytest.mark.parametrize("make_processor", [make_paligemma_processor, make_llava_processor])
+def test_the_answer_is_supervised(make_processor):
+    """PaliGemma's processor puts a newline behind the prompt; LLaVA's chat template marks who speaks."""
+    processor = make_processor()
+    processor.tokenizer.padding_side = "left"
     processor.tokenizer.add_tokens(["\n"])
     answers = ["red", "green blue"]
     image = PIL.Image.new("RGB", (32, 32))
-    row = {"image": image, "question": "what color is it ?", "region": None}
+    row = {"image": image, "question": "what color is it ?", "region": None, "source": "rows.jsonl row 1"}
     batch = train_guide.GuideCollator(processor, "attention")([row | {"answers": [answer]} for answer in answers])
     for ids, number, answer in zip(batch["answered"]["input_ids"], batch["num_answer_tokens"], answers):
         assert processor.tokenizer.decode(ids[-number:]) == answer
     assert {*batch["answered"]} == {*batch["inputs"]} - {"labels"}
 
 
-def test_regions_outside_the_crop_are_no_targets(model_folder, tmp_path):
-    PIL.Image.new("RGB", (192, 64), "red").save(tmp_path / "0.png")
-    row = {"image": "0.png", "question": "which one is red ?", "answer": "one", "region": [0, 0, 20, 20]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    data, output_dir = tmp_path / "rows.jsonl", tmp_path / "guide"
-    metrics = train_guide.main(options(model_folder, data, output_dir, "--max_steps=2", "--save_steps=1"))
-    assert metrics["eval_samples"] == 0
-    assert all(value.isfinite().all() for value in load_file(output_dir / "model.safetensors").values())
+def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
+    image = PIL.Image.new("RGB", (192, 64), "red")
+    image.save(tmp_path / "wide.png")
+    cropped = {**rows[0], "image": str(tmp_path / "wide.png"), "region": [0, 0, 20, 20]}
+    with caplog.at_level(logging.WARNING):
+        metrics = train_guide.main(options("--num_train_epochs=1", "--max_steps=-1", rows=[*rows, *[cropped] * 5]))
+    assert (metrics["train_samples"], metrics["train_cropped"]) == (15, 5)
+    assert (metrics["eval_samples"], metrics["eval_cropped"]) == (15, 5)
+    assert caplog.text.count("5 of the 20 rows") == 2
+    metrics = train_guide.main(options(rows=[cropped], folder="cropped"))
+    assert (metrics["eval_samples"], metrics["eval_cropped"]) == (0, 1) and "eval_loss" not in metrics
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "cropped" / "model.safetensors").values())
 
 
-def test_data_without_regions_are_refused(model_folder, data, tmp_path):
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    without = data.parent / "without.jsonl"
-    without.write_text("\n".join(json.dumps({**row, "region": None}) for row in rows))
+def test_regions_of_quoted_numbers_are_numbers(options, rows):
+    quoted = [{**row, "region": [str(number) for number in row["region"]]} for row in rows[:-1]]
+    expected = train_guide.main(options(rows=rows[:-1], folder="numbers"))
+    assert train_guide.main(options(rows=quoted))["eval_loss"] == expected["eval_loss"]
+
+
+def test_a_diverging_training_stops(options, tmp_path):
+    with pytest.raises(FloatingPointError, match="step .*--learning_rate"):
+        train_guide.main(options("--learning_rate=1e30", "--save_steps=9"))
+    assert not [*tmp_path.rglob("*.safetensors")] and not [*tmp_path.rglob("eval_results.json")]
+
+
+def test_data_without_regions_are_refused(options, rows):
+    without = [{**row, "region": None} for row in rows]
     with pytest.raises(ValueError, match="--teacher attention"):
-        train_guide.main(options(model_folder, without, tmp_path))
+        train_guide.main(options(rows=without))
+
+
+def test_wrong_options_are_refused(options, tmp_path):
+    (tmp_path / "file").touch()
+    for wrong in ("--teacher=none", "--max_steps=0", "--max_eval_samples=-1", f"--output_dir={tmp_path / 'file'}"):
+        with pytest.raises((ValueError, OSError)):
+            train_guide.main(options(wrong))
+        assert not (tmp_path / "guide" / "model.safetensors").exists()

@@ -11,7 +11,7 @@ from tokenizers import decoders
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_trips.hosts import apply_patch_selection, prune_inputs
-from trips_examples.lmms.generation import VisionLanguageModel, cut_until, generation_options
+from trips_examples.lmms.generation import VisionLanguageModel, cut_until, encode, generation_options
 
 
 FAMILIES = ["llava", "qwen2_5_vl"]
@@ -98,7 +98,7 @@ def test_visual_tokens_are_counted(family, folders, images):
 def test_prompt_without_a_chat_template(folders, images, tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "plain", make_llava_processor(chat_template=None))
     vlm = VisionLanguageModel(folder)
-    encoded = vlm.encode(conversations(images))
+    encoded = encode(vlm.processor, conversations(images))
     expected = vlm.processor(text=f"<image><image>{QUESTIONS[1]}", images=images[1])["input_ids"][0]
     assert encoded["input_ids"][1].tolist() == expected
     assert len(vlm.answer(conversations(images), OPTIONS)[1].split()) == 6
@@ -143,9 +143,9 @@ def test_cut_until(folders, images):
 def test_lower_resolution_interpolates_position_embeddings(folders, images):
     for family, edges in (("llava", {"shortest_edge": 16}), ("paligemma", {"height": 16, "width": 16})):
         vlm = VisionLanguageModel(folders[family])
-        whole = vlm.encode(conversations(images)[:1])
+        whole = encode(vlm.processor, conversations(images)[:1])
         vlm.lower_resolution(visual_tokens=16)
-        reduced = vlm.encode(conversations(images)[:1])
+        reduced = encode(vlm.processor, conversations(images)[:1])
         pixels = vlm.processor.image_processor(
             images[0], size=edges, crop_size={"height": 16, "width": 16}, return_tensors="pt"
         )["pixel_values"]
@@ -162,7 +162,9 @@ def test_lower_resolution_interpolates_position_embeddings(folders, images):
 def test_lower_resolution_of_images_of_any_size(folders, images):
     vlm = VisionLanguageModel(folders["qwen2_5_vl"])
     vlm.lower_resolution(visual_tokens=20)
-    grids = vlm.encode(conversations([[noise(64, 64)], [noise(64, 32), noise(16, 24)], []]))["image_grid_thw"]
+    grids = encode(vlm.processor, conversations([[noise(64, 64)], [noise(64, 32), noise(16, 24)], []]))[
+        "image_grid_thw"
+    ]
     # 8 x 8 units become 4 x 4, and 4 x 8 become 3 x 7. The small image does not change.
     assert (grids[:, 1:] // 2).tolist() == [[4, 4], [3, 7], [3, 2]]
 

@@ -28,10 +28,10 @@ from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import QUESTIONS, SCENE, answers_of, draw_selection
 from trips_examples.data.rows import read_image
 from trips_examples.data.scenes import scene_records
+from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
-from trips_examples.training.question_answering import train_question_answering
 from trips_examples.training.runs import parse_arguments
 
 

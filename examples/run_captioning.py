@@ -24,7 +24,7 @@ from trips_examples.data.rows import one_row_per_image
 from trips_examples.data.task_collators import CaptionCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import texts_of, write_predictions
@@ -48,19 +48,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, ModelArguments, CaptioningArguments, DataArguments, TripsTrainingArguments, description=__doc__
     )
     metric = evaluate.load(CAPTION_METRICS)
-    start = ModelStart(
-        TripsForConditionalGeneration, model_args, data_args.half_scene_size("captions"), late_choice=True
-    )
+    config, processor = load_start(model_args, data_args.half_scene_size("captions"), selects_late=True)
     writing = {
-        "max_new_tokens": training_args.generation_max_length or start.config.decoder_config.max_position_embeddings,
+        "max_new_tokens": training_args.generation_max_length or config.decoder_config.max_position_embeddings,
         "num_beams": training_args.generation_num_beams or 1,
         "length_penalty": task_args.length_penalty,
         "no_repeat_ngram_size": task_args.no_repeat_ngram_size,
     }
     GenerationConfig(**writing).validate(strict=True)  # before data are read
-    data = load_data("captions", data_args, training_args, start.patch_size)
-    model, processor = start.finish(data_args.vocabulary(data, "caption"))
+    data = load_data("captions", data_args, training_args, config)
+    processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
+    # The captions of an image share its prompt, so that each image has one text.
+    model = make_model(TripsForConditionalGeneration, model_args, config, processor)
     model.generation_config.update(max_length=None, **writing)
     model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
     evaluated = {split: one_row_per_image(data[split]) for split in ("validation", "test") if split in data}

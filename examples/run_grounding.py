@@ -28,20 +28,16 @@ from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
-from trips_examples.training.question_answering import start_from_questions
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @dataclass
 class GroundingArguments:
-    start_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of a new model on easy-VQA. Default: 6; 0 with --max_steps."}
-    )
     num_pictures: int = field(default=0, metadata={"help": "Number of predictions to draw beside the true boxes."})
 
 
@@ -57,14 +53,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=64,
         learning_rate=5e-4,
     )
-    data_args.check("grounding")  # before a start model is trained
-    side = data_args.half_scene_size("grounding")
-    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs, side)
-    start = ModelStart(TripsForVisualGrounding, model_args, image_size=side)
-    data = load_data("grounding", data_args, training_args, start.patch_size)
-    model, processor = start.finish(data_args.vocabulary(data, "expression"))
+    config, processor = load_start(model_args, data_args.half_scene_size("grounding"))
+    data = load_data("grounding", data_args, training_args, config)
+    processor = processor or train_processor(config, data_args.vocabulary(data, "expression"))
     data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
     data = with_visible_boxes(data, processor, skip=data_args.skip_bad_rows)
+    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
+    model = make_model(TripsForVisualGrounding, model_args, config, processor, **images)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     @cache

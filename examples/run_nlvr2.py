@@ -12,8 +12,6 @@ The training loop is Transformers' `Trainer`, whose options are options here.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from transformers import EvalPrediction
@@ -22,20 +20,12 @@ from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.task_collators import Nlvr2Collator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import write_predictions
-from trips_examples.training.question_answering import start_from_questions
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-@dataclass
-class Nlvr2Arguments:
-    start_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of a new model on easy-VQA. Default: 6; 0 with --max_steps."}
-    )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -49,10 +39,9 @@ def judgements_of(logits: np.ndarray) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, task_args, data_args, training_args = parse_arguments(
+    model_args, data_args, training_args = parse_arguments(
         argv,
         ModelArguments,
-        Nlvr2Arguments,
         DataArguments,
         TripsTrainingArguments,
         description=__doc__,
@@ -60,13 +49,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=64,
         learning_rate=5e-4,
     )
-    data_args.check("nlvr2")  # before a start model is trained
-    side = data_args.half_scene_size("nlvr2")
-    model_args = start_from_questions(model_args, data_args, training_args, task_args.start_epochs, side)
-    start = ModelStart(TripsForImagesAndTextClassification, model_args, image_size=side, num_images=2, num_labels=2)
-    data = load_data("nlvr2", data_args, training_args, start.patch_size)
-    model, processor = start.finish(data_args.vocabulary(data, "statement"))
+    config, processor = load_start(model_args, data_args.half_scene_size("nlvr2"), num_images=2, num_labels=2)
+    data = load_data("nlvr2", data_args, training_args, config)
+    processor = processor or train_processor(config, data_args.vocabulary(data, "statement"))
     data = with_fitting_texts(data, "nlvr2", processor, skip=data_args.skip_bad_rows)
+    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
+    model = make_model(TripsForImagesAndTextClassification, model_args, config, processor, **images)
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,

@@ -20,7 +20,7 @@ from functools import partial
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.pretraining import PretrainingCollator
 from trips_examples.data.texts import with_fitting_texts
-from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import (
     DataArguments,
     ModelArguments,
@@ -45,11 +45,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         texts_per_image=1,
     )
     side = None if task_args.is_stream else data_args.half_scene_size("captions")
-    start = ModelStart(TripsForPreTraining, model_args, side, late_choice=True, **task_args.config_overrides())
-    check_objectives(start.config)
-    data, stream = load_pairs(task_args, data_args, training_args, start.patch_size, start.processor)
-    model, processor = start.finish(data_args.vocabulary(data, "caption"))
+    config, processor = load_start(model_args, side, selects_late=True, **task_args.config_overrides())
+    check_objectives(config)
+    data, stream = load_pairs(task_args, data_args, training_args, config, processor)
+    processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
+    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
+    model = make_model(TripsForPreTraining, model_args, config, processor, **images)
     make_collator = partial(
         PretrainingCollator,
         processor,

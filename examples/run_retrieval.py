@@ -18,7 +18,7 @@ from modeling_trips import TripsForRetrieval
 from trips_examples.data.task_collators import RetrievalCollator
 from trips_examples.data.texts import with_fitting_texts
 from trips_examples.metrics.retrieval import RECALL_AT
-from trips_examples.training.models import ModelStart, make_selection_teacher
+from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import write_rankings
@@ -49,10 +49,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         texts_per_image=1,
     )
     side = data_args.half_scene_size("captions")
-    start = ModelStart(TripsForRetrieval, model_args, side, late_choice=True, **task_args.config_overrides())
-    data = load_data("captions", data_args, training_args, start.patch_size)
-    model, processor = start.finish(data_args.vocabulary(data, "caption"))
+    config, processor = load_start(model_args, side, selects_late=True, **task_args.config_overrides())
+    data = load_data("captions", data_args, training_args, config)
+    processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
+    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
+    model = make_model(TripsForRetrieval, model_args, config, processor, **images)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,

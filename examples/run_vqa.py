@@ -9,16 +9,84 @@ Train and evaluate TRIPS on visual question answering.
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
+from pathlib import Path
+
+import evaluate
+from datasets import Dataset
+from transformers import EvalPrediction
+
+from modeling_trips import TripsForQuestionAnswering
+from trips_examples.data.rows import column_of
+from trips_examples.data.task_collators import VqaCollator
+from trips_examples.data.texts import with_fitting_texts
+from trips_examples.metrics import VQA_ACCURACY
+from trips_examples.metrics.groups import accuracy_by_group
+from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.training.files import write_json
+from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
-from trips_examples.training.question_answering import train_question_answering
-from trips_examples.training.runs import parse_arguments
+from trips_examples.training.predictions import texts_of, write_predictions
+from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.trainer import ImageGroupedTrainer
+
+
+def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric):
+    """Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the 20 most frequent answers."""
+    columns = ["source", "question_id", "question", "answers"]
+    write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
+    result = metric.compute(predictions=answers, references=column_of(dataset, "answers"), by_answer=True)
+    write_json(folder / "accuracy_by_answer.json", result["by_answer"])
+    for answer, row in list(result["by_answer"].items())[:20]:
+        print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
+
+
+def train_question_answering(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
+) -> dict[str, float]:
+    """Train and evaluate a question-answering model, and return the metrics."""
+    config, processor = load_start(model_args, data_args.side_of_scenes("vqa"))
+    data = load_data("vqa", data_args, training_args, config)
+    processor = processor or train_processor(config, data_args.vocabulary(data, "question", "answers"))
+    data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)
+    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
+    model = make_model(TripsForQuestionAnswering, model_args, config, processor, **images)
+    model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
+    metric = evaluate.load(VQA_ACCURACY)
+
+    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        answers = texts_of(prediction.predictions, processor)
+        return metric.compute(predictions=answers, references=column_of(trainer.eval_dataset, "answers"))
+
+    trainer = ImageGroupedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=VqaCollator(processor),
+        train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
+        processing_class=processor,
+        selection_teacher=make_selection_teacher(model_args, training_args.device),
+        compute_metrics=accuracy,
+    )
+
+    def evaluate_answers() -> dict[str, float]:
+        rows = trainer.eval_dataset
+        output = trainer.predict(rows, metric_key_prefix="eval")
+        answers = texts_of(output.predictions, processor)
+        if trainer.is_world_process_zero():
+            write_answers(Path(training_args.output_dir), rows, answers, metric)
+        groups = accuracy_by_group(metric, answers, column_of(rows, "answers"), rows)
+        return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
+
+    return train_and_evaluate(trainer, evaluate_answers, data.get("test"))
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    return train_question_answering(
-        *parse_arguments(argv, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__)
-    )
+    options = (ModelArguments, DataArguments, TripsTrainingArguments)
+    return train_question_answering(*parse_arguments(argv, *options, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files of an evaluation: predictions, rankings and figures."""
+"""Files of a run: predictions, rankings and figures."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -82,3 +82,26 @@ def draw_predicted_boxes(
     png = io.BytesIO()
     sheet(pictures, column_of(rows, "expression")).save(png, "PNG")
     write_whole(Path(folder, "predictions.png"), png.getvalue())
+
+
+def plot_training(history: list[dict], path: Path):
+    """
+    Draw the training loss and the first metric of the evaluations over steps.
+
+    Args:
+        history (`list[dict]`): Entries as in `TrainerState.log_history`, with `step` and `loss` or `eval_...`.
+        path (`Path`): File to write; its suffix sets the format.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
+    names = [name for entry in history for name in entry if name.startswith("eval_") and not name.endswith(technical)]
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ["loss", *names[:1]]):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot(*zip(*points), marker="." if len(points) < 30 else "")
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    write_whole(path, content.getvalue())

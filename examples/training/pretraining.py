@@ -41,7 +41,7 @@ def load_pairs(
     args: PretrainingArguments,
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
-    patch_size: int,
+    config: TripsConfig,
     processor: TripsProcessor | None,
 ) -> tuple[DatasetDict, PairStream | None]:
     """
@@ -51,7 +51,7 @@ def load_pairs(
         ValueError: Options of the stream exclude each other.
     """
     if not args.is_stream:
-        return load_data("captions", data_args, training_args, patch_size), None
+        return load_data("captions", data_args, training_args, config), None
     if args.train_shards is not None and (data_args.train_file is not None or args.streaming):
         raise ValueError("--train_shards excludes --train_file and --streaming. Give one of them.")
     if args.streaming and data_args.dataset_name is None:
@@ -66,7 +66,7 @@ def load_pairs(
     evaluation_args = copy.copy(training_args)
     evaluation_args.do_train = False
     files = replace(data_args, dataset_name=None, dataset_config_name=None)
-    return load_data("captions", files, evaluation_args, patch_size), stream
+    return load_data("captions", files, evaluation_args, config), stream
 
 
 def open_stream(
@@ -230,7 +230,7 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Save the teacher and the stream first, because a complete checkpoint has the trainer's state."""
-        self.monitor.check_loss()
+        self.monitor.check()
         if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,16 @@ from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from modeling_trips import TripsConfig
 from modeling_trips.inspection import provenance
 from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import column_of, without_decoding
+from trips_examples.training.callbacks import check_metrics
 from trips_examples.training.options import DataArguments, TripsTrainingArguments
 from trips_examples.training.parser import make_parser
+from trips_examples.training.predictions import plot_training
+from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -66,14 +70,30 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str, **
 def _lock_output(output_dir: str):
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _locks.setdefault(folder, FileLock(folder / "_training.lock", thread_local=False))
-    try:
-        lock.acquire(timeout=5)  # workers of a killed run may still hold it
-    except Timeout as error:
-        raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
+    path = folder / "_training.lock"
+    lock = _locks.setdefault(folder, FileLock(path, thread_local=False))
+    is_current = False
+    while not is_current:  # a run that ends removes the file, for which this one may have waited
+        path.touch()
+        inode = path.stat().st_ino
+        try:
+            lock.acquire(timeout=5)  # workers of a killed run may still hold it
+        except Timeout as error:
+            raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
+        is_current = path.exists() and path.stat().st_ino == inode
+        if not is_current:
+            lock.release(force=True)
 
 
-def load_data(task: str, args: DataArguments, training_args: TripsTrainingArguments, patch_size: int) -> DatasetDict:
+def _unlock_output(output_dir: str):
+    if lock := _locks.pop(Path(output_dir).resolve(), None):
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release(force=True)
+
+
+def load_data(
+    task: str, args: DataArguments, training_args: TripsTrainingArguments, config: TripsConfig
+) -> DatasetDict:
     """
     Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
 
@@ -83,7 +103,7 @@ def load_data(task: str, args: DataArguments, training_args: TripsTrainingArgume
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
     if args.files:  # before they are read
         _check_splits(args.files, wanted)
-    bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=patch_size)
+    bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=config.vision_config.patch_shape[0])
     data = load_task_dataset(task, args, bad_rows, seed=training_args.seed)
     _check_splits(data, wanted)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
@@ -173,7 +193,8 @@ def train_and_evaluate(
     """
     Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are printed,
     and written with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and
-    `all_results.json`. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
+    `all_results.json`, with what the training used regions for (`regions_used_for`). `training.png` draws loss and
+    metric over steps. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
 
     Args:
         trainer (`Trainer`): The trainer.
@@ -185,27 +206,31 @@ def train_and_evaluate(
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
         (`test_...`).
     """
-    metrics = {}
+    metrics, evaluation = {}, {}
+    given = {"regions_used_for": trainer.regions_used_for} if isinstance(trainer, ImageGroupedTrainer) else {}
     try:
         if trainer.args.do_train:
+            logger.info("Regions are used for: %s", given.get("regions_used_for"))
             result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()
-            _report(trainer, "train", result.metrics)
+            _report(trainer, "train", {**result.metrics, **given})
             metrics |= result.metrics
         if trainer.args.do_eval:
             evaluation = evaluate()
-            _report(trainer, "eval", evaluation)
+            _report(trainer, "eval", {**evaluation, **given})
             metrics |= evaluation
+        if trainer.args.do_train and trainer.is_world_process_zero():
+            history = [*trainer.state.log_history, {"step": trainer.state.global_step, **evaluation}]
+            plot_training(history, Path(trainer.args.output_dir, "training.png"))
         if trainer.args.do_predict and test_dataset is not None:
             with _on_test_split(trainer, test_dataset):
                 evaluation = evaluate()
             evaluation = {f"test_{name.removeprefix('eval_')}": value for name, value in evaluation.items()}
-            _report(trainer, "test", evaluation)
+            _report(trainer, "test", {**evaluation, **given})
             metrics |= evaluation
     finally:
-        if lock := _locks.pop(Path(trainer.args.output_dir).resolve(), None):
-            lock.release(force=True)
+        _unlock_output(trainer.args.output_dir)
     return metrics
 
 
@@ -222,5 +247,6 @@ def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
 
 
 def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
+    check_metrics(metrics, trainer.state.global_step)
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, {**metrics, **provenance(trainer.args.device.type, trainer.args.seed)})

@@ -1,6 +1,8 @@
 """Trainers of the scripts."""
 
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,8 +16,9 @@ from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.data.rows import DecodedImages, column_of, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
+from trips_examples.metrics.selection import REGION_COLUMNS
 from trips_examples.training.callbacks import TrainingMonitor
-from trips_examples.training.models import SelectionTeacher
+from trips_examples.training.models import SelectionTeacher, image_keys
 from trips_examples.training.options import RetrievalArguments
 
 
@@ -65,7 +68,7 @@ def unused_parameters(model: TripsPreTrainedModel) -> list[nn.Parameter]:
 
 class FiniteTrainer(Trainer):
     """
-    `Trainer` that stops at the first loss that is not finite ([`TrainingMonitor`]), and trains no step more when it
+    `Trainer` that stops at the first value that is not finite ([`TrainingMonitor`]), and trains no step more when it
     resumes from the last one. Batches may name their rows as `sources`.
     """
 
@@ -76,7 +79,7 @@ class FiniteTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
-        self.monitor.check_loss()
+        self.monitor.check()
         return output
 
     def _run_epoch(self, *args, **kwargs):
@@ -89,19 +92,27 @@ class FiniteTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         sources = inputs.pop("sources", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.monitor.watch_loss(loss, self.state.global_step + 1, sources)
+        losses = self.accelerator.gather(loss.detach().reshape(1))
+        self.monitor.watch("loss", losses, self.state.global_step + 1, sources)
         return loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16:  # the scaler of fp16 skips steps that are not finite
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            self.monitor.watch("gradient norm", whole, self.state.global_step + 1)
+        return norm
+
     def _save_checkpoint(self, model, trial):
-        self.monitor.check_loss()
+        self.monitor.check()
         super()._save_checkpoint(model, trial)
 
 
 class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     """
     `Seq2SeqTrainer` that samples the texts of an image together, has separate collators for training and evaluation,
-    and evaluates each row once. Parameters without a gradient are frozen for data parallel training. The parts of the
-    loss (`logged_losses`) are logged.
+    logs the parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a gradient are
+    frozen, for data parallelism.
 
     Args:
         train_collator ([`ImageBatchCollator`]): Collator of training. `data_collator` is that of evaluation.
@@ -127,13 +138,30 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             parameter.requires_grad_(False)
         self.add_callback(SamplerCallback(self))
 
+    @property
+    def regions_used_for(self) -> str:
+        """
+        The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none". An
+        evaluation without training knows what is in `train_results.json` beside its checkpoint, or is "unknown".
+        """
+        config, rows = self.model.config, self.train_dataset
+        if not self.args.do_train:
+            results = Path(config.name_or_path, "train_results.json")
+            known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+            return known.get("regions_used_for", "unknown")
+        columns = set(REGION_COLUMNS).intersection(rows.column_names) if isinstance(rows, Dataset) else ()
+        has_regions = any(region is not None for column in columns for region in column_of(rows, column))
+        uses = {
+            "selection loss": config.selection_loss_weight > 0 and config.vision_config.schedule.layers,
+            "attention loss": config.attention_loss_weight > 0,
+        }
+        if not has_regions or self.selection_teacher is not None:  # a teacher's attention replaces the regions
+            return "none"
+        return ", ".join(loss for loss, is_used in uses.items() if is_used) or "none"
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if "image_id" in dataset.column_names:
-            image_ids = column_of(dataset, "image_id")
-        else:  # several images per row: grouped with the rows about the same ones
-            image_ids = [tuple(ids) for ids in column_of(dataset, "image_ids")]
-        self.train_sampler = ImageGroupedSampler(image_ids, self.args.texts_per_image, self.args.seed)
+        keys = image_keys(self.train_dataset if train_dataset is None else train_dataset)
+        self.train_sampler = ImageGroupedSampler(keys, self.args.texts_per_image, self.args.seed)
         return self.train_sampler
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

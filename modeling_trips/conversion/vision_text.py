@@ -30,6 +30,7 @@ from .rules import (
     VISION_FIELDS,
     ConversionError,
     ConversionPlan,
+    ConversionReport,
     Rule,
     bert_layers,
     fields_of,
@@ -103,36 +104,68 @@ def from_vision_text_pretrained(
     """
     if model_class.config_class is not TripsConfig:
         raise TypeError(f"{model_class.__name__} is a part of a model. Load it with `from_pretrained`.")
-    text_source = text
-    vision, text = _load(vision, "vision", VISION_TYPES), _load(text, "text", TEXT_TYPES)
+    config = vision_text_config(
+        vision, text, num_text_layers, num_fusion_layers, image_size, decoder_config, pooling_mode, **fields
+    )
+    model, report = load_vision_text(model_class, config, vision, text, decoder_from_text)
+    return (model, report) if output_loading_info else model
+
+
+def vision_text_config(
+    vision: str | os.PathLike | PreTrainedModel,
+    text: str | os.PathLike | PreTrainedModel,
+    num_text_layers: int | None = None,
+    num_fusion_layers: int | None = None,
+    image_size: int | None = None,
+    decoder_config: dict | None = None,
+    pooling_mode: str | None = None,
+    **fields,
+) -> TripsConfig:
+    """Return the configuration of the model that [`from_vision_text_pretrained`] makes, without loading weights."""
     if pooling_mode is None:
-        pooling_mode = "cls" if isinstance(text_source, PreTrainedModel) else stated_pooling_mode(text_source)
-    num_layers = text.config.num_hidden_layers
+        pooling_mode = "cls" if isinstance(text, PreTrainedModel) else stated_pooling_mode(text)
+    vision, text = _config_of(vision), _config_of(text)
+    _check_type(vision, "vision", VISION_TYPES)
+    _check_type(text, "text", TEXT_TYPES)
+    vision = vision.vision_config if vision.model_type == "clip" else vision
+    num_layers = text.num_hidden_layers
     if num_text_layers is None:
         num_text_layers = num_layers // 2 if num_layers >= 12 else num_layers
     if not 1 <= num_text_layers <= num_layers:
         raise ConversionError(f"`num_text_layers` must be in 1..{num_layers}, got {num_text_layers}.")
     if num_fusion_layers is None:
         num_fusion_layers = num_layers - num_text_layers or 6
-    config = TripsConfig(
-        vision_config=_vision_fields(vision.config) | ({} if image_size is None else {"image_size": image_size}),
-        text_config=_text_fields(text.config) | {"num_hidden_layers": num_text_layers, "pooling_mode": pooling_mode},
+    return TripsConfig(
+        vision_config=_vision_fields(vision) | ({} if image_size is None else {"image_size": image_size}),
+        text_config=_text_fields(text) | {"num_hidden_layers": num_text_layers, "pooling_mode": pooling_mode},
         fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
-        decoder_config=_decoder_fields(text.config) | (decoder_config or {}),
+        decoder_config=_decoder_fields(text) | (decoder_config or {}),
         **fields,
     )
-    plan = _plan(model_class, vision.config, text.config, config, decoder_from_text)
-    source = {f"vision.{key}": value for key, value in vision.weights.items()}
-    source |= {f"text.{key}": value for key, value in text.weights.items()}
+
+
+def load_vision_text(
+    model_class: type[PreTrainedModel],
+    config: TripsConfig,
+    vision: str | os.PathLike | PreTrainedModel,
+    text: str | os.PathLike | PreTrainedModel,
+    decoder_from_text: bool = False,
+) -> tuple[PreTrainedModel, ConversionReport]:
+    """Make a model of [`vision_text_config`] with the weights of these models, as [`from_vision_text_pretrained`]."""
+    towers = {"vision": _load(vision, "vision", VISION_TYPES), "text": _load(text, "text", TEXT_TYPES)}
+    types = [tower.config.model_type for tower in towers.values()]
+    plan = _plan(model_class, *(tower.config for tower in towers.values()), config, decoder_from_text)
+    source = {f"{part}.{key}": value for part, tower in towers.items() for key, value in tower.weights.items()}
     model = model_class(config)
     report = load_converted(model, source, plan)
-    for part, tower in (("vision", vision), ("text", text)):
+    for part, tower in towers.items():
         report.left_out.update({f"{part}.{key}": f"heads of the {part} model" for key in tower.keys_of_heads})
-    logger.warning(
-        f"{model_class.__name__} from a {vision.config.model_type} and a {text.config.model_type}:\n{report}"
-    )
-    model.eval()
-    return (model, report) if output_loading_info else model
+    logger.warning(f"{model_class.__name__} from a {types[0]} and a {types[1]}:\n{report}")
+    return model.eval(), report
+
+
+def _config_of(source: str | os.PathLike | PreTrainedModel) -> PreTrainedConfig:
+    return source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
 
 
 def _plan(
@@ -158,7 +191,7 @@ def _plan(
 
 
 def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: tuple[str, ...]) -> Tower:
-    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    config = _config_of(source)
     _check_type(config, part, model_types)
     missing, keys_of_heads = [], []
     if not isinstance(source, PreTrainedModel):

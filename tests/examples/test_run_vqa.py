@@ -11,7 +11,6 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from filelock import FileLock
 from places import EXAMPLES, ROOT
 from safetensors.torch import load_file
 from toy_pairs import TWO_PROCESSES
@@ -128,8 +127,7 @@ def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
         assert {path.name for path in tmp_path.glob("checkpoint-*")} == folders
         assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
-    with FileLock(tmp_path / "_training.lock", timeout=0):  # the folder is free
-        pass
+    assert not (tmp_path / "_training.lock").exists()
 
 
 @pytest.mark.slow
@@ -150,4 +148,4 @@ def test_a_loss_that_is_no_number_stops_the_run(processes, data, tmp_path):
     assert len(rows.split(", ")) == 4 // processes and poisoned in rows.split(", ")
     saved = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert saved == {f"checkpoint-{number}" for number in range(1, int(step))}
-    assert (f"{tmp_path}/checkpoint-{int(step) - 1}" in rest) == bool(saved)
+    assert "--resume_from_checkpoint" in rest

@@ -5,10 +5,9 @@ import os
 import conftest  # noqa: F401  (import paths)
 
 from trips_examples import run_vqa
-from trips_examples.training import question_answering
 
 
-class PoisonedCollator(question_answering.VqaCollator):
+class PoisonedCollator(run_vqa.VqaCollator):
     def weighted_labels(self, rows):
         labels = super().weighted_labels(rows)
         if any(row["source"] == os.environ["POISONED"] for row in rows):
@@ -17,5 +16,5 @@ class PoisonedCollator(question_answering.VqaCollator):
 
 
 if __name__ == "__main__":
-    question_answering.VqaCollator = PoisonedCollator
+    run_vqa.VqaCollator = PoisonedCollator
     run_vqa.main()

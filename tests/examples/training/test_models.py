@@ -1,14 +1,30 @@
-"""The start model and processor of a run."""
+"""The start model and processor of a run, and its schedule."""
+
+import math
 
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 from toy_pairs import write_parts
-from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
+from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor, HfArgumentParser
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
+from modeling_trips import (
+    SelectionSchedule,
+    TripsConfig,
+    TripsForQuestionAnswering,
+    TripsForVisualGrounding,
+    TripsProcessor,
+)
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-from trips_examples.training.models import ModelStart, make_processor
+from trips_examples.training.models import (
+    cost_ratio,
+    late_choice,
+    load_start,
+    make_model,
+    make_processor,
+    train_processor,
+)
 from trips_examples.training.options import ModelArguments
 
 
@@ -24,7 +40,7 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
     TripsForQuestionAnswering(config).save_pretrained(tmp_path)
     TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
     args = ModelArguments(model_name_or_path=str(tmp_path), image_size=96)
-    _, loaded = ModelStart(TripsForQuestionAnswering, args).finish([])
+    _, loaded = load_start(args)
     image = PIL.Image.new("RGB", (300, 200), "black")
     image.paste("white", (0, 0, 150, 100))  # a quarter
     pixels = loaded(images=image, text="red", return_tensors="pt")["pixel_values"][0, 0]
@@ -39,7 +55,7 @@ def test_a_checkpoint_keeps_its_image_size(processor, tmp_path):
     TripsForQuestionAnswering(config).save_pretrained(tmp_path)
     make_processor(processor.tokenizer, config).save_pretrained(tmp_path)
     args = ModelArguments(model_name_or_path=str(tmp_path))
-    _, loaded = ModelStart(TripsForQuestionAnswering, args, image_size=128).finish([])
+    _, loaded = load_start(args, image_size=128)
     assert loaded.image_processor.size == {"height": 48, "width": 48}
 
 
@@ -69,9 +85,9 @@ def parts(tmp_path_factory) -> dict[str, str]:
 
 def start_from(parts: dict[str, str], **options) -> TripsForQuestionAnswering:
     fields = {"selection_layers": [3], "keep_rate": [0.5], "num_fusion_layers": 1, "image_size": 48, **options}
+    args = ModelArguments(**parts, **fields)
     torch.manual_seed(0)
-    model, _ = ModelStart(TripsForQuestionAnswering, ModelArguments(**parts, **fields)).finish([])
-    return model
+    return make_model(TripsForQuestionAnswering, args, *load_start(args))
 
 
 def test_frozen_layers_need_no_backward_pass(parts):
@@ -119,7 +135,7 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     TripsForVisualGrounding(TripsConfig.from_preset("tiny", **sizes)).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     args = ModelArguments(model_name_or_path=str(tmp_path))
-    model, _ = ModelStart(TripsForQuestionAnswering, args).finish([])
+    model = make_model(TripsForQuestionAnswering, args, *load_start(args))
     text, decoder = model.model.text_model, model.decoder
     torch.testing.assert_close(decoder.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
     assert model.lm_head.decoder.weight is decoder.embeddings.word_embeddings.weight
@@ -131,16 +147,108 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     # Fields of the checkpoint are not overwritten.
     torch.nn.init.ones_(decoder.encoder.layer[0].output.dense.weight)
     model.save_pretrained(tmp_path)
-    again, _ = ModelStart(TripsForQuestionAnswering, args).finish([])
+    again = make_model(TripsForQuestionAnswering, args, *load_start(args))
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
 
 
 @pytest.mark.parametrize("sizes", [{"decoder_config": {"intermediate_size": 96}}, {"fusion_type": "single_stream"}])
-def test_decoder_of_other_sizes_stays_new(sizes, processor, tmp_path, caplog):
+def test_decoder_of_other_sizes_stays_new(sizes, processor, tmp_path):
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, **sizes)
     TripsForVisualGrounding(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with caplog.at_level("INFO"):
-        model, _ = ModelStart(TripsForQuestionAnswering, ModelArguments(model_name_or_path=str(tmp_path))).finish([])
+    args = ModelArguments(model_name_or_path=str(tmp_path))
+    model = make_model(TripsForQuestionAnswering, args, *load_start(args))
     embeddings = [part.embeddings.word_embeddings.weight for part in (model.decoder, model.model.text_model)]
-    assert not torch.equal(*embeddings) and "starts from the text encoder" not in caplog.text
+    assert not torch.equal(*embeddings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+def rows_of(texts_per_image: int, num_images: int = 3) -> Dataset:
+    rows = range(texts_per_image * num_images)
+    return Dataset.from_dict(
+        {"image_id": [str(row % num_images) for row in rows], "question": ["is it red?"] * len(rows)}
+    )
+
+
+def schedule_of(*options: str, texts_per_image: int = 1, group_size: int = 100, selects_late: bool = False) -> str:
+    """Return the schedule of the model that these options and data give."""
+    (args,) = HfArgumentParser(ModelArguments).parse_args_into_dataclasses([*options])
+    config, processor = load_start(args, selects_late=selects_late)
+    processor = processor or train_processor(config, ["is it red?"])
+    rows = rows_of(texts_per_image)
+    model = make_model(TripsForQuestionAnswering, args, config, processor, rows, group_size)
+    return str(model.config.vision_config.schedule)
+
+
+EARLY, LATE, BY_IMAGE = "2:text:0.5,3:text:0.5", "3:image:0.7,4:text:0.3", "2:image:0.5,3:image:0.5"
+
+
+@pytest.mark.parametrize(
+    ("texts", "group_size", "expected"),
+    [(1, 4, EARLY), (2, 4, EARLY), (4, 4, LATE), (20, 4, LATE), (20, 20, BY_IMAGE), (4, 1, EARLY), (5, 4, EARLY)],
+)
+def test_the_default_schedule_never_costs_more_than_no_pruning(texts, group_size, expected, caplog):
+    """An image with five texts is computed once for four and once for one of them."""
+    assert schedule_of(texts_per_image=texts, group_size=group_size) == expected
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    sharing = texts / math.ceil(texts / group_size)
+    schedule = SelectionSchedule.parse(expected)
+    assert cost_ratio(TripsConfig.from_preset("tiny"), schedule, sharing, text_length=6) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--selection_layers", "2", "3"], EARLY),
+        (["--selection_layers", "3", "--keep_rate", "0.7"], "3:text:0.7"),
+        (["--selection_guidance=text"], EARLY),  # the first of the defaults, as none is cheap enough
+    ],
+    ids=str,
+)
+def test_given_schedules_are_kept_with_a_warning_that_names_a_cheaper_one(options, expected, caplog):
+    assert schedule_of(*options, texts_per_image=4) == expected
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert expected in warning
+    cheaper = warning.partition(": ")[2].partition(". More")[0].split()
+    assert schedule_of(*cheaper, texts_per_image=4) == LATE
+    caplog.clear()
+    assert schedule_of(*options, texts_per_image=1) == expected and "times" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], LATE),
+        (["--preset=small"], "5:image:0.7,10:image:0.7,12:text:0.3"),
+        (["--keep_rate=1.0"], "unpruned"),
+        (["--keep_rate", "0.9", "0.5"], "3:image:0.9,4:text:0.5"),
+        (["--selection_guidance=random"], "3:random:0.7,4:random:0.3"),
+        (["--selection_layers", "2", "3"], EARLY),
+    ],
+    ids=str,
+)
+def test_tasks_with_many_texts_select_late_unless_layers_are_given(options, expected):
+    assert schedule_of(*options, selects_late=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers"), [(12, [5, 10, 12]), (4, [3, 4]), (24, [10, 20, 24]), (6, [5, 6]), (3, [3]), (1, [1])]
+)
+def test_late_choice_fits_every_depth(num_layers, layers):
+    fields = late_choice(num_layers)
+    assert fields["selection_layers"] == layers
+    TripsConfig(vision_config={"num_hidden_layers": num_layers}, **fields)
+
+
+def test_models_from_parts_and_checkpoints(parts, tmp_path):
+    options = [f"--{name}={value}" for name, value in parts.items()]
+    assert schedule_of(*options, selects_late=True) == "3:text:0.3"
+    args = ModelArguments(selection_layers=[2], keep_rate=[0.25])
+    config, _ = load_start(args)
+    processor = train_processor(config, ["is it red?"])
+    make_model(TripsForQuestionAnswering, args, config, processor).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert schedule_of(f"--model_name_or_path={tmp_path}", selects_late=True) == "2:text:0.25"  # its own

@@ -8,11 +8,14 @@ from schedules import rates_of
 from toy_pairs import command, encoded, make_tokenizer, write_parts
 from transformers import AutoModel
 
-from modeling_trips import TripsForPreTraining, TripsProcessor
+from modeling_trips import TripsConfig, TripsForPreTraining, TripsProcessor
 from trips_examples import run_pretraining
 from trips_examples.training.options import DataArguments, PretrainingArguments, TripsTrainingArguments
 from trips_examples.training.parser import make_parser
 from trips_examples.training.pretraining import OBJECTIVES, load_pairs
+
+
+TINY = TripsConfig.from_preset("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
     for split in (None, "validation"):
         source = DataArguments(dataset_name=str(tmp_path / "pairs"), train_split=split)
         processor = TripsProcessor(tokenizer=make_tokenizer(), patch_size=8)
-        _, stream = load_pairs(PretrainingArguments(streaming=True), source, args, patch_size=8, processor=processor)
+        _, stream = load_pairs(PretrainingArguments(streaming=True), source, args, TINY, processor)
         assert next(iter(stream))["caption"] == (split or "train")
 
 
@@ -89,5 +92,5 @@ def test_skip_bad_rows(options, share, tmp_path):
     words = [f"--train_shards={tmp_path / 'pairs.jsonl'}", "--max_steps=1", "--do_eval=False", *options]
     args = make_parser(*classes, description="").parse_args_into_dataclasses(args=words)
     processor = TripsProcessor(tokenizer=make_tokenizer(), patch_size=8)
-    _, stream = load_pairs(*args, patch_size=8, processor=processor)
+    _, stream = load_pairs(*args, TINY, processor)
     assert stream.max_bad_share == share

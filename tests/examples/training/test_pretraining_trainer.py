@@ -28,6 +28,7 @@ def make_trainer(processor, folder: Path, **options) -> PretrainingTrainer:
     task = {"queue_size": 16, "teacher_start_steps": 0}
     task |= {name: options.pop(name) for name in PretrainingArguments.__dataclass_fields__ if name in options}
     defaults = {"per_device_train_batch_size": 4, "auto_bf16": False, "report_to": "none", "texts_per_image": 1}
+    defaults["health_steps"] = 0  # there is no collator of evaluation
     return PretrainingTrainer(
         model=TripsForPreTraining(config),
         args=TripsTrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),

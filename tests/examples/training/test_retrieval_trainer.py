@@ -48,6 +48,7 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
             max_grad_norm=0.0,
             learning_rate=0.0,
             auto_bf16=False,
+            health_steps=0,
             do_eval=False,
             texts_per_image=1,
             save_strategy="no",

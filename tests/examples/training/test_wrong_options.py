@@ -66,9 +66,3 @@ def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
     checkpoint = f"--model_name_or_path={checkpoints['TripsForQuestionAnswering']}"
     message = "--image_size 50 must be a multiple of the model's patch size, 8"
     assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])
-
-
-def test_wrong_scene_options_raise_before_training(tmp_path):
-    options = [f"--output_dir={tmp_path}", "--grid=9", "--use_cpu=True"]
-    assert "grid is 9: choose 1 to 8" in error_of("run_nlvr2", options)
-    assert not (tmp_path / "easy_vqa").exists()

@@ -63,6 +63,10 @@ def load_image(path: str | None) -> PIL.Image.Image:
 
 def load_model(checkpoint: str) -> TripsForQuestionAnswering:
     try:
+        if is_exported(checkpoint):
+            from modeling_trips.export import load_exported  # an extra
+
+            return load_exported(checkpoint, [TripsForQuestionAnswering])
         return load_checkpoint(checkpoint, [TripsForQuestionAnswering])
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {checkpoint}: {error}") from error

@@ -19,39 +19,11 @@ releases lack. It imports no sibling, since old releases copy only the siblings 
 """
 
 # ruff: noqa: E402
-import sys
-
-import transformers
-from packaging.version import Version
-from transformers.utils import logging
+from transformers.utils.versions import require_version
 
 
-LOWEST, BEYOND = "5.20", "6"  # as in pyproject.toml: from LOWEST on, below BEYOND
-NEWEST_TESTED = "5.24"
-
-
-def check_release(release: str):
-    """
-    Warns if `release` is newer than the tested ones.
-
-    Raises:
-        ImportError: if `release` is not supported.
-    """
-    supported = f"transformers>={LOWEST},<{BEYOND}"
-    if not Version(LOWEST) <= Version(release) < Version(BEYOND):
-        raise ImportError(f'TRIPS needs {supported}, got {release}. Run `pip install -U "{supported}"`.')
-    if Version(release).release[:2] > Version(NEWEST_TESTED).release:
-        logging.get_logger(__name__).warning(
-            f"TRIPS was tested with transformers {LOWEST} to {NEWEST_TESTED}, got {release}. If something fails, "
-            f"install {NEWEST_TESTED}."
-        )
-
-
-try:
-    check_release(transformers.__version__)
-except ImportError:
-    sys.modules.pop(__name__, None)  # Transformers 4 keeps a module whose code has failed, for the next class
-    raise
+TRANSFORMERS = "transformers>=5.20,<6"  # as in pyproject.toml
+require_version(TRANSFORMERS, f'Run `pip install -U "{TRANSFORMERS}"`.')
 
 import copy
 import math

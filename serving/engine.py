@@ -67,9 +67,11 @@ def load(settings: Settings):
         raise ValueError(f"TRIPS_DTYPE must be auto or a dtype of PyTorch, such as bfloat16, got {dtype}.")
     with blamed_on("TRIPS_MODEL", settings.model):
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
+        if is_exported(settings.model):
+            from modeling_trips.export import load_exported  # an extra
+
+            return load_exported(settings.model)
         model = load_checkpoint(settings.model, revision=settings.revision, **options)
-    if is_exported(settings.model):
-        return model
     with blamed_on("TRIPS_DEVICE", device):
         best = "cuda" if torch.cuda.is_available() else "cpu"
         return model.to(best if device == "auto" else device)

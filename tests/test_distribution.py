@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(distributions):
     files = {name for name in contents(distributions["wheel"]) if ".dist-info/" not in name}
     expected = sources(ROOT / "modeling_trips", "modeling_trips") | sources(EXAMPLES, "trips_examples")
     expected |= sources(ROOT / "serving", "trips_serving")
-    assert files == expected - {"trips_examples/README.md"} | {"configuration_trips.py", "processing_trips.py"}
+    assert files == expected - {"trips_examples/README.md"}
     assert {
         "modeling_trips/py.typed",
         "modeling_trips/publishing/model_card_template.md",

@@ -69,10 +69,16 @@ def load_model(
     options = SelectionSchedule.parse(schedule).config_fields if schedule else {}
     if dtype != "auto":
         options["dtype"] = dtype
-    if device != "cpu" and is_exported(checkpoint):
-        raise ValueError(f"{checkpoint} is an exported model, which only runs on CPU, got the device {device}.")
-    model = load_checkpoint(checkpoint, HEADS, **options)
-    return model.to(device), TripsProcessor.from_pretrained(checkpoint)
+    processor = TripsProcessor.from_pretrained(checkpoint)
+    if not is_exported(checkpoint):
+        return load_checkpoint(checkpoint, HEADS, **options).to(device), processor
+    if options or device != "cpu":
+        raise ValueError(
+            f"{checkpoint} is an exported model for CPUs, with a fixed schedule and dtype. Leave these options out."
+        )
+    from modeling_trips.export import load_exported  # an extra
+
+    return load_exported(checkpoint, HEADS), processor
 
 
 def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:

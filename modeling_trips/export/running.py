@@ -1,7 +1,7 @@
 """Loading of exported models: the class of the checkpoint with graphs as its parts."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from modeling_trips import (
     TripsVisionModelOutput,
 )
 
-from ..inspection.exports import EXPORT_MANIFEST, is_exported
+from ..inspection.checkpoints import EXPORT_MANIFEST, check_head, is_exported
 from ..modeling_trips_text import check_text_length
 from ..modeling_trips_vision import check_counts, check_image_index, check_image_source
 from .graphs import image_shape, tensors_of
@@ -36,7 +36,9 @@ HEAD_FILE = "head.safetensors"
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
-def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPreTrainedModel:
+def load_exported(
+    folder: str | Path, heads: Sequence[type[TripsPreTrainedModel]] | None = None, num_threads: int | None = None
+) -> TripsPreTrainedModel:
     """
     Load a model that [`export_model`] wrote, to run on CPUs.
 
@@ -46,6 +48,7 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
 
     Args:
         folder (`str` or `Path`): Folder of the export.
+        heads (`Sequence[type]`, *optional*): Accepted model classes. By default every model of this project.
         num_threads (`int`, *optional*): Threads of ONNX Runtime or OpenVINO. Default: PyTorch's number of threads.
 
     Returns:
@@ -59,6 +62,7 @@ def load_exported(folder: str | Path, num_threads: int | None = None) -> TripsPr
     folder = Path(folder)
     if not is_exported(folder):
         raise FileNotFoundError(f"{folder} has no exported model. Make one with `python -m modeling_trips.export`.")
+    check_head(folder, heads)
     options = runner_options(folder, num_threads or torch.get_num_threads())
     exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
     return assemble(exported.config, exported.runners, load_file(folder / HEAD_FILE), exported.generation_config)

@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
-from modeling_trips.configuration_trips import BEYOND, LOWEST
+from modeling_trips.configuration_trips import TRANSFORMERS
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -144,7 +144,7 @@ def make_model_card(
         with_code=with_code,
         with_handler=with_handler,
         transformers_version=transformers.__version__,
-        transformers_range=f"transformers>={LOWEST},<{BEYOND}",
+        transformers_range=TRANSFORMERS,
         image_size=inputs["pixel_values"].shape[-2:],
         text_length=processor.max_text_length(model.config),
         selection=model.config.vision_config.schedule.by_layer,

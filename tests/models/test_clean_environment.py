@@ -15,11 +15,11 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
 
-from modeling_trips.configuration_trips import LOWEST
 from modeling_trips.registration_trips import MODELS
 
 
 pytestmark = pytest.mark.slow
+LOWEST = "5.20"
 STRANGER = ROOT / "tests/helpers/stranger.py"
 WITH_PROJECT = "import runpy, sys, modeling_trips; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 

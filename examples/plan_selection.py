@@ -15,6 +15,7 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 
 from modeling_trips import SelectionSchedule, TripsConfig
+from modeling_trips.inspection.files import whole_file
 from modeling_trips.inspection.plan import PlannedSchedule, SelectionPlan, plan_schedules, plan_selection
 from trips_examples.training.parser import make_parser, run_script
 
@@ -33,7 +34,7 @@ class PlanArguments:
     )
     text_length: int = field(default=40, metadata={"help": "Tokens per text."})
     budget: list[float] = field(
-        default_factory=lambda: [0.8],
+        default_factory=lambda: [0.9],
         metadata={"help": "Largest share of the unpruned cost: one, or one per number of texts."},
     )
     num_rows: int = field(default=12, metadata={"help": "Rows between the cheapest and the most expensive schedule."})
@@ -54,15 +55,15 @@ def load_config(args: PlanArguments) -> TripsConfig:
 
 
 def named_rows(args: PlanArguments, config: TripsConfig, plan: SelectionPlan) -> dict[str, PlannedSchedule]:
-    """What the plan names, and the model's own schedule, if it has one."""
+    """Return the affordable schedules that the plan names, and the model's own schedule, if it has one."""
     own = config.vision_config.schedule
     (row,) = plan_schedules(config, [own], args.texts_per_image, args.text_length)
     named = {"cheapest": plan.cheapest, "most tokens": plan.most_tokens, "the model's own": row}
-    return {name: row for name, row in named.items() if row.schedule.layers}
+    return {name: row for name, row in named.items() if row is not None and row.schedule.layers}
 
 
 def thinned(rows: list[PlannedSchedule], num_rows: int) -> list[PlannedSchedule]:
-    """Rows at even steps, the first and the last among them."""
+    """Return rows at even steps, the first and the last among them."""
     if len(rows) <= num_rows:
         return rows
     return [rows[round(i * (len(rows) - 1) / (num_rows - 1))] for i in range(num_rows)]
@@ -74,22 +75,18 @@ def print_rows(rows: list[PlannedSchedule], names: dict[SelectionSchedule, str])
     print(f"{'schedule':<{width}}  mean tokens  to fusion  cost at{numbers} text(s) per image")
     for row in rows:
         ratios = " ".join(f"{ratio:6.3f}" for ratio in row.ratios.values())
-        name = names.get(row.schedule, "")
-        tokens = f"{row.mean_tokens:11.1f}  {row.fused_tokens:9}"
-        print(f"{str(row.schedule):<{width}}  {tokens}         {ratios} {name}".rstrip())
+        tokens = f"{row.mean_tokens:11.1f}  {row.cost.tokens[-1]:9}"
+        print(f"{str(row.schedule):<{width}}  {tokens}         {ratios} {names.get(row.schedule, '')}".rstrip())
 
 
 def plot(named: dict[str, PlannedSchedule], plan: SelectionPlan, args: PlanArguments):
-    """Cost against texts per image, and the cost of keeping tokens."""
-    import matplotlib
+    """Draw cost against texts per image, and against tokens."""
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (by_texts, by_tokens) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    by_tokens.plot(
-        [row.mean_tokens for row in plan.front], [max(row.ratios.values()) for row in plan.front], ".", color="gray"
-    )
+    figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
+    by_texts, by_tokens = figure.subplots(1, 2)
+    front = [(row.mean_tokens, max(row.ratios.values())) for row in plan.front]
+    by_tokens.plot(*zip(*front), ".", color="gray")
     numbers = range(1, max(10, *args.texts_per_image) + 1)
     for number, (name, row) in enumerate(named.items()):
         ratios = [row.cost.macs(n) / plan.unpruned.cost.macs(n) for n in numbers]
@@ -99,11 +96,11 @@ def plot(named: dict[str, PlannedSchedule], plan: SelectionPlan, args: PlanArgum
         axes.axhline(1.0, color="black", linewidth=1)
         axes.grid(alpha=0.3)
     by_texts.plot(args.texts_per_image, budgets_of(args), "v", color="black", label="budget")
-    by_texts.set(xlabel="texts per image", ylabel="multiply-accumulates, pruned / unpruned", ylim=(0, None))
-    by_tokens.set(xlabel="image tokens per layer, mean", ylabel=f"the same, at worst of {args.texts_per_image} texts")
-    by_tokens.set_ylim(0, None)
+    by_texts.set(xlabel="texts per image", ylabel="MAC ratio", ylim=(0, None))
+    by_tokens.set(xlabel="mean image tokens per layer", ylabel="largest MAC ratio", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(args.plot, dpi=120)
+    with whole_file(args.plot) as path:
+        figure.savefig(path)
 
 
 def budgets_of(args: PlanArguments) -> list[float]:
@@ -115,15 +112,16 @@ def main(argv: list[str] | None = None) -> SelectionPlan:
     config = load_config(args)
     plan = plan_selection(config, args.texts_per_image, args.text_length, budgets_of(args))
     named = named_rows(args, config, plan)
-    rows = [*thinned(plan.front, args.num_rows), *named.values()]
-    rows = sorted({row.schedule: row for row in rows}.values(), key=lambda row: max(row.ratios.values()))
-    print(f"{plan.num_candidates} candidates; those here, but for named ones, no other beats in cost and tokens.")
+    rows = thinned(plan.front, args.num_rows) if plan.affordable else plan.candidates[: args.num_rows]
+    rows = {row.schedule: row for row in (*rows, *named.values())}.values()
+    if plan.affordable:
+        print(f"{len(plan.candidates)} candidates. None beats these in both cost and tokens, except named ones:")
+    else:
+        print(f"None of {len(plan.candidates)} candidates fits the budget. The cheapest:")
+    rows = sorted(rows, key=lambda row: max(row.ratios.values()))
     print_rows(rows, {row.schedule: name for name, row in named.items()})
     if config.fusion_type == "single_stream":
-        print(
-            "A single stream takes text and patches through all layers together: the texts of an image share no layer,"
-        )
-        print("however late they choose, and a schedule costs the same whether the text or the image guides it.")
+        print("In a single stream the texts of an image share no layer, whatever scores the patches.")
     if args.plot is not None:
         plot(named, plan, args)
     return plan

@@ -40,11 +40,6 @@ class PlannedSchedule:
         """Return the largest cost over budget among the numbers of texts per image. Up to 1, it fits all budgets."""
         return max(self.ratios[number] / budget for number, budget in budgets.items())
 
-    @property
-    def fused_tokens(self) -> int:
-        """Image tokens that reach the fusion encoder."""
-        return self.cost.tokens[-1]
-
 
 @dataclass(frozen=True)
 class SelectionPlan:
@@ -52,18 +47,34 @@ class SelectionPlan:
     Result of [`plan_selection`].
 
     Args:
-        cheapest ([`PlannedSchedule`]): Candidate with the lowest cost among those that keep `min_kept` of the tokens.
-        most_tokens ([`PlannedSchedule`]): Candidate within the budget with the most tokens.
-        front (`list[PlannedSchedule]`): Pareto front of cost and tokens, cheap candidates first.
-        num_candidates (`int`): Number of candidates that keep `min_kept` of the tokens.
+        candidates (`list[PlannedSchedule]`): All candidates that keep `min_kept` of the tokens, in the order of their
+            cost over the budget; among equals, those that keep more tokens first.
+        affordable (`list[PlannedSchedule]`): Those of them that fit the budget; possibly none.
         unpruned ([`PlannedSchedule`]): The unpruned baseline.
     """
 
-    cheapest: PlannedSchedule
-    most_tokens: PlannedSchedule
-    front: list[PlannedSchedule]
-    num_candidates: int
+    candidates: list[PlannedSchedule]
+    affordable: list[PlannedSchedule]
     unpruned: PlannedSchedule
+
+    @property
+    def cheapest(self) -> PlannedSchedule | None:
+        """The cheapest affordable schedule."""
+        return self.affordable[0] if self.affordable else None
+
+    @property
+    def most_tokens(self) -> PlannedSchedule | None:
+        """The affordable schedule that keeps the most tokens."""
+        return max(self.affordable, key=lambda row: row.mean_tokens, default=None)
+
+    @property
+    def front(self) -> list[PlannedSchedule]:
+        """The candidates that keep more tokens than all cheaper ones, cheap ones first."""
+        front = self.candidates[:1]
+        for row in self.candidates:
+            if row.mean_tokens > front[-1].mean_tokens:
+                front.append(row)
+        return front
 
 
 def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Iterator[SelectionSchedule]:
@@ -146,56 +157,28 @@ def plan_selection(
         [`SelectionPlan`]
 
     Raises:
-        ValueError: A number is out of range, or no candidate fits the budget.
+        ValueError: A number is out of range.
     """
     numbers = [texts_per_image] if isinstance(texts_per_image, int) else list(texts_per_image)
     shares = [budget] * len(numbers) if isinstance(budget, (int, float)) else list(budget)
-    _check(config, numbers, text_length, shares, min_kept)
-    budgets = dict(zip(numbers, shares))
-    (unpruned,) = plan_schedules(config, [UNPRUNED], numbers, text_length)
-    rows = plan_schedules(config, candidate_schedules(config, guided_by_text), numbers, text_length)
-    rows = [row for row in rows if row.fused_tokens >= min_kept * unpruned.fused_tokens]
-    cheap_first = sorted(rows, key=lambda row: (row.excess(budgets), -row.mean_tokens))
-    affordable = [row for row in cheap_first if row.excess(budgets) <= 1]
-    if not affordable:
-        raise ValueError(_nothing_fits(cheap_first, budgets, min_kept))
-    return SelectionPlan(
-        cheapest=affordable[0],
-        most_tokens=max(affordable, key=lambda row: row.mean_tokens),
-        front=_front(cheap_first),
-        num_candidates=len(rows),
-        unpruned=unpruned,
-    )
-
-
-def _front(cheap_first: list[PlannedSchedule]) -> list[PlannedSchedule]:
-    """Return the schedules that keep more tokens than all cheaper ones."""
-    front = cheap_first[:1]
-    for row in cheap_first:
-        if row.mean_tokens > front[-1].mean_tokens:
-            front.append(row)
-    return front
-
-
-def _check(config: TripsConfig, numbers: list[int], text_length: int, budgets: list[float], min_kept: float):
     longest = config.text_config.max_position_embeddings
     for name, value, fits, allowed in (
         ("texts_per_image", numbers, numbers and min(numbers) >= 1, "one or several numbers of at least 1"),
         ("text_length", text_length, 1 <= text_length <= longest, f"in 1..{longest} for this model"),
-        ("budget", budgets, all(0 < budget <= 1 for budget in budgets), "in (0, 1], a share of the unpruned cost"),
-        ("budget", budgets, len(budgets) == len(numbers), f"one number, or one for each of {numbers} texts per image"),
+        ("budget", shares, all(0 < share <= 1 for share in shares), "in (0, 1], a share of the unpruned cost"),
+        ("budget", shares, len(shares) == len(numbers), f"one number, or one for each of {numbers} texts per image"),
         ("min_kept", min_kept, 0 <= min_kept < 1, "in [0, 1), a share of the image tokens"),
     ):
         if not fits:
             raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+    budgets = dict(zip(numbers, shares))
+    schedules = [UNPRUNED, *candidate_schedules(config, guided_by_text)]
+    unpruned, *rows = plan_schedules(config, schedules, numbers, text_length)
+    rows = [row for row in rows if row.cost.tokens[-1] >= min_kept * unpruned.cost.tokens[-1]]
+    candidates = cheapest_first(rows, budgets)
+    return SelectionPlan(candidates, [row for row in candidates if row.excess(budgets) <= 1], unpruned)
 
 
-def _nothing_fits(cheap_first: list[PlannedSchedule], budgets: dict[int, float], min_kept: float) -> str:
-    if not cheap_first:
-        return f"No candidate keeps {min_kept:g} of the image tokens. Lower `min_kept`."
-    best = cheap_first[0]
-    number = max(budgets, key=lambda number: best.ratios[number] / budgets[number])
-    return (
-        f"No candidate fits `budget` {budgets[number]:g} at {number} text(s) per image; the nearest, {best.schedule}, "
-        f"costs {best.ratios[number]:.3f} of the unpruned model. Raise `budget` or lower `min_kept` ({min_kept:g})."
-    )
+def cheapest_first(rows: Iterable[PlannedSchedule], budgets: dict[int, float]) -> list[PlannedSchedule]:
+    """Sort schedules by their cost over the budget; among equals, those that keep more tokens first."""
+    return sorted(rows, key=lambda row: (row.excess(budgets), -row.mean_tokens))

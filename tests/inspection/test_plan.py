@@ -7,8 +7,14 @@ import pytest
 from schedules import guidances_in
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
-from modeling_trips.inspection.cost import forward_cost
-from modeling_trips.inspection.plan import candidate_schedules, plan_schedules, plan_selection
+from modeling_trips.inspection.cost import Cost, forward_cost
+from modeling_trips.inspection.plan import (
+    PlannedSchedule,
+    candidate_schedules,
+    cheapest_first,
+    plan_schedules,
+    plan_selection,
+)
 
 
 BASE = TripsConfig.from_preset("base", vision_config={"image_size": 384})
@@ -27,7 +33,7 @@ def test_plan_matches_exhaustive_search():
         if cost.tokens[-1] >= min_kept * 65:
             mean_tokens = mean([*cost.tokens, cost.tokens[-1], cost.tokens[-1]])  # two fusion layers
             found[schedule] = (cost.macs(number) / unpruned, mean_tokens)
-    assert plan.num_candidates == len(found) > 20
+    assert len(plan.candidates) == len(found) > 20
     affordable = {schedule: row for schedule, row in found.items() if row[0] <= budget}
     assert 0 < len(affordable) < len(found)
     cheapest, most = plan.cheapest, plan.most_tokens
@@ -42,7 +48,7 @@ def test_plan_matches_exhaustive_search():
 def test_every_number_of_texts_has_its_budget():
     plan = plan_selection(BASE, [1, 10], 40, [0.4, 0.75])
     for row in (plan.cheapest, plan.most_tokens):
-        assert row.ratios[1] <= 0.4 and row.ratios[10] <= 0.75 and row.fused_tokens >= 0.1 * 577
+        assert row.ratios[1] <= 0.4 and row.ratios[10] <= 0.75 and row.cost.tokens[-1] >= 0.1 * 577
         assert row.schedule.first_text_layer is not None
     assert plan.most_tokens.mean_tokens > plan.cheapest.mean_tokens
     assert max(plan_selection(BASE, NUMBERS, 40, 0.8).most_tokens.ratios.values()) <= 0.8
@@ -76,10 +82,24 @@ def test_single_stream_shares_no_layer():
         (1, {"text_length": 65}, "`text_length`"),
         (1, {"budget": 1.5}, "`budget`"),
         ([1, 2], {"budget": [0.5]}, "`budget`"),
-        (1, {"min_kept": 0.99}, "`min_kept`"),
-        ([1, 10], {"budget": [0.5, 0.1]}, "3:image:0.3,4:text:0.7"),
+        (1, {"min_kept": 1.0}, "`min_kept`"),
     ],
 )
 def test_bad_options_raise(numbers, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan_selection(TripsConfig.from_preset("tiny"), numbers, **{"text_length": 6, "budget": 0.8, **options})
+
+
+def test_among_equal_costs_more_tokens_come_first():
+    def row(cost: float, tokens: float) -> PlannedSchedule:
+        return PlannedSchedule(UNPRUNED, Cost(1, 1, (1,)), {1: cost, 4: 0.5 * cost}, tokens)
+
+    rows = [row(0.5, 10.0), row(0.25, 3.0), row(0.5, 20.0), row(0.25, 5.0)]
+    assert [each.mean_tokens for each in cheapest_first(rows, {1: 0.5, 4: 0.5})] == [5.0, 3.0, 20.0, 10.0]
+
+
+def test_no_schedule_fits_a_small_budget():
+    plan = plan_selection(TripsConfig.from_preset("tiny"), [1, 10], 6, [0.5, 0.1])
+    assert plan.affordable == [] and plan.cheapest is plan.most_tokens is None
+    assert str(plan.candidates[0].schedule) == "2:image:0.3,3:image:0.3,4:text:0.7"
+    assert plan.front[0] is plan.candidates[0]

@@ -19,6 +19,7 @@ evaluated again. Run one process.
 import trips_examples  # noqa: F401  # isort: skip
 
 import json
+import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -66,9 +67,6 @@ class EvaluationArguments:
         metadata={"help": "Layer of the tower that selects. Default: the guide's, or a third."},
     )
     guide: str | None = field(default=None, metadata={"help": "A TextGuide of this layer: a folder, or on the Hub."})
-    metrics: list[str] = field(
-        default_factory=list, metadata={"help": "Metrics to print. Default: the first of each task."}
-    )
     batch_size: int = field(default=1, metadata={"help": "Questions per step."})
     limit: int | None = field(default=None, metadata={"help": "Questions per task. Default: all."})
     device: str | None = field(default=None, metadata={"help": "Device to run on. Default: a GPU if there is one."})
@@ -84,8 +82,10 @@ class EvaluationArguments:
             raise ValueError(f"--selections must be of {', '.join(SELECTIONS)}, got {', '.join(wrong)}.")
         if "tower_text" in self.selections and self.guide is None:
             raise ValueError("--selections tower_text needs a trained --guide.")
-        if self.visual_tokens and min(self.visual_tokens) < 1:
-            raise ValueError(f"--visual_tokens must be at least 1, got {min(self.visual_tokens)}.")
+        for name in ("visual_tokens", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
 
     @property
     def settings(self) -> dict:
@@ -154,14 +154,14 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
         # Tasks write files for submission into this folder.
         cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
     )
+    num_samples = sum(number["effective"] for number in found["n-samples"].values())
+    if not num_samples:
+        raise ValueError(f"The task {task} has no samples to evaluate.")
     return {
         "visual_tokens_per_image": model.vlm.visual_tokens_per_image,
-        "results": {
-            name: {metric: value for metric, value in own.items() if isinstance(value, (int, float))}
-            for name, own in found["results"].items()
-        },
+        "results": {name: numbers_in(own) for name, own in found["results"].items()},
         "higher_is_better": found["higher_is_better"],
-        "num_samples": sum(number["effective"] for number in found["n-samples"].values()),
+        "num_samples": num_samples,
         "task_versions": found["versions"],
         "lmms_eval_version": version("lmms_eval"),
         "model_commit": getattr(model.vlm.model.config, "_commit_hash", None),  # on the Hub
@@ -170,15 +170,20 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
     }
 
 
+def numbers_in(results: dict) -> dict[str, float | None]:
+    """Return the numbers of a task's results. A number that is not finite, which JSON has not, is `None`."""
+    numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
 def read_rows(args: EvaluationArguments) -> list[dict]:
     """Return the rows of the output file. Raise a `ValueError` if they have other settings."""
     path = Path(args.output_json)
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for row in rows:
-        if other := [name for name, value in args.settings.items() if row[name] != value]:
-            raise ValueError(
-                f"{path} holds rows with another {', '.join(other)} ({row[other[0]]}): choose another --output_json."
-            )
+        if other := [name for name, value in args.settings.items() if row.get(name) != value]:
+            found = ", ".join(f"{name} {row.get(name)}" for name in other)
+            raise ValueError(f"{path} holds rows with another {found}. Choose another --output_json.")
     return rows
 
 
@@ -208,50 +213,49 @@ def make_rows(args: EvaluationArguments) -> Iterator[dict]:
         yield row
 
 
-def score_of(row: dict, metrics: list[str]) -> tuple[float | None, float | None]:
+def score_of(row: dict) -> tuple[float | None, float | None]:
     """
-    Return the chosen metric of a task, or the first in which higher is better, and its standard error. A group of
-    tasks without a score of its own has the mean of theirs. Missing values are `None`.
+    Return the task's first metric in which higher is better, and its standard error. A group of tasks without a score
+    of its own has the mean of theirs. Missing values are `None`.
     """
     scores = []
     for name in [row["task"], *row["results"]]:
         own = {metric.partition(",")[0]: value for metric, value in row["results"].get(name, {}).items()}
-        first = [metric for metric, higher in row["higher_is_better"].get(name, {}).items() if higher]
-        chosen = next((metric for metric in [*metrics, *first] if metric in own), None)
-        if chosen is not None:
-            if name == row["task"]:
-                return own[chosen], own.get(f"{chosen}_stderr")
-            scores.append(own[chosen])
+        upward = [metric for metric, higher in row["higher_is_better"].get(name, {}).items() if higher]
+        chosen = next((metric for metric in upward if own.get(metric) is not None), None)
+        if chosen is not None and name == row["task"]:
+            return own[chosen], own.get(f"{chosen}_stderr")
+        scores += [] if chosen is None else [own[chosen]]
     return (sum(scores) / len(scores) if scores else None), None
 
 
-def print_table(rows: list[dict], args: EvaluationArguments):
+def print_table(rows: list[dict], tasks: list[str]):
     """
     Print percent of the unpruned model's score in Markdown, with the standard error of the task's metric, and the mean
     over the tasks. In the row of the unpruned model its scores are in brackets.
     """
     done = [row for row in rows if "results" in row]
-    base = {row["task"]: score_of(row, args.metrics)[0] for row in done if row["selection"] == UNPRUNED}
-    print(f"| selection | visual tokens | mean per image | {' | '.join(args.tasks)} | mean (%) |")
-    print("|---|---|---|" + "---|" * (len(args.tasks) + 1))
+    base = {row["task"]: score_of(row)[0] for row in done if row["selection"] == UNPRUNED}
+    print(f"| selection | visual tokens | mean per image | {' | '.join(tasks)} | mean (%) |")
+    print("|---|---|---|" + "---|" * (len(tasks) + 1))
     for selection, number in dict.fromkeys((row["selection"], row["visual_tokens"]) for row in done):
         own = {row["task"]: row for row in done if (row["selection"], row["visual_tokens"]) == (selection, number)}
         tokens = [row["visual_tokens_per_image"] for row in own.values() if row["visual_tokens_per_image"] is not None]
         cells, shares = [], []
-        for task in args.tasks:
-            score, error = score_of(own[task], args.metrics) if task in own else (None, None)
+        for task in tasks:
+            score, error = score_of(own[task]) if task in own else (None, None)
             cell = "-"
             if score is not None and base[task]:
                 shares.append(100 * score / base[task])
                 cell = f"{shares[-1]:.1f}" + ("" if error is None else f" ± {100 * error / base[task]:.1f}")
             cells.append(f"{cell} ({score:.4g})" if selection == UNPRUNED and score is not None else cell)
-        mean = f"{sum(shares) / len(shares):.1f}" if len(shares) == len(args.tasks) else "-"
+        mean = f"{sum(shares) / len(shares):.1f}" if len(shares) == len(tasks) else "-"
         per_image = f"{sum(tokens) / len(tokens):.1f}" if tokens else "-"
         title = SELECTIONS.get(selection, selection)
         print(f"| {title} | {number or 'all'} | {per_image} | {' | '.join(cells)} | {mean} |")
-    for selection, reason in dict.fromkeys(
-        (row["selection"], row["not_supported"]) for row in rows if "not_supported" in row
-    ):
+    for selection, reason in {
+        row["selection"]: row["not_supported"] for row in rows if "not_supported" in row
+    }.items():
         print(f"\nNot supported: {SELECTIONS[selection]}. {reason}")
 
 
@@ -260,7 +264,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.layer is None:
         args.layer = default_layer(args.model_name_or_path, args.guide)
     rows = list(make_rows(args))
-    print_table(rows, args)
+    print_table(rows, args.tasks)
     return rows
 
 

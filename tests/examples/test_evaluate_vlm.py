@@ -1,6 +1,7 @@
 """Rows, scores and the table of an evaluation of a vision-language model. lmms/test_vlm.py runs it."""
 
 import json
+import math
 
 import pytest
 from tiny_vlms import BY_NAME
@@ -8,7 +9,14 @@ from tiny_vlms import BY_NAME
 from modeling_trips import SelectionSchedule
 from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
-from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments, print_table, score_of
+from trips_examples.evaluate_vlm import (
+    EvaluationArguments,
+    default_layer,
+    model_arguments,
+    numbers_in,
+    print_table,
+    score_of,
+)
 
 
 def make_args(**options) -> EvaluationArguments:
@@ -47,22 +55,32 @@ def test_tower_selection_keeps_what_is_asked_for():
 
 def test_selections_and_numbers_are_checked():
     assert "tower_text" in make_args(guide="guide").selections and "tower_text" not in make_args().selections
-    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}):
+    numbers = ({"visual_tokens": [0]}, {"limit": 0}, {"limit": -1}, {"batch_size": 0})
+    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, *numbers):
         with pytest.raises(ValueError):
             make_args(**wrong)
 
 
 def test_score_of_a_task_and_of_a_group():
     row = make_row("unpruned", None, "gqa", **scored(0.5))
-    assert score_of(row, []) == (0.5, 0.01)
-    row["results"]["gqa"]["f1,none"] = 0.7
-    assert score_of(row, ["f1"]) == (0.7, None)
+    assert score_of(row) == (0.5, 0.01)
     row["higher_is_better"] = {"gqa": {"exact_match": False}}
-    assert score_of(row, []) == (None, None)
+    assert score_of(row) == (None, None)
     group = scored(0.5, task="a")
     group["results"] |= {"gqa": {}, "b": {"f1,none": 0.9}}
     group["higher_is_better"]["b"] = {"f1": True}
-    assert score_of(make_row("unpruned", None, "gqa", **group), []) == (pytest.approx(0.7), None)
+    assert score_of(make_row("unpruned", None, "gqa", **group)) == (pytest.approx(0.7), None)
+
+
+def test_numbers_that_json_has_not_are_missing():
+    found = numbers_in({"acc,none": math.nan, "acc_stderr,none": math.inf, "f1,none": 0.5, "alias": "gqa"})
+    assert json.loads(json.dumps(found, allow_nan=False)) == {
+        "acc,none": None,
+        "acc_stderr,none": None,
+        "f1,none": 0.5,
+    }
+    row = make_row("unpruned", None, "gqa", **scored(0.5)) | {"results": {"gqa": {"exact_match,none": None}}}
+    assert score_of(row) == (None, None)
 
 
 def cells(line: str) -> list[str]:
@@ -78,7 +96,7 @@ def test_table_is_relative_to_the_unpruned_model(capsys):
         make_row("tower_image", 16, "gqa", **scored(0.6, 16.0)),
         make_row("fewer_pixels", 16, "gqa", not_supported="Tiles."),
     ]
-    print_table(rows, make_args(tasks=["gqa", "pope"]))
+    print_table(rows, ["gqa", "pope"])
     _, _, unpruned, prompt, image, *rest = capsys.readouterr().out.splitlines()
     assert cells(unpruned)[1:] == ["all", "64.0", "100.0 ± 2.0 (0.5)", "100.0 ± 1.2 (0.8)", "100.0"]
     assert cells(prompt)[1:] == ["16", "15.0", "80.0 ± 2.0", "100.0 ± 1.2", "90.0"]

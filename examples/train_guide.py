@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         save_steps=100,
         max_eval_samples=512,
     )
-    data = load_data("vqa", data_args, training_args, patch_size=1)
+    data = load_data("vqa", data_args, training_args)
     if args.teacher == "regions":
         data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
     vlm = VisionLanguageModel(args.model_name_or_path, args.dtype)

@@ -22,7 +22,7 @@ from trips_examples.data.faults import BadRows
 from trips_examples.data.loading import load_task_dataset
 from trips_examples.data.rows import column_of, without_decoding
 from trips_examples.training.callbacks import check_metrics
-from trips_examples.training.options import DataArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments, RunArguments
 from trips_examples.training.parser import make_parser
 from trips_examples.training.predictions import plot_training
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -43,7 +43,7 @@ _locks: dict[Path, FileLock] = {}  # held by this process, by output folder
 
 def parse_arguments(argv: list[str] | None, *classes: type, description: str, **defaults) -> tuple[Any, ...]:
     """
-    Parse the options of a script, one object per class, with `TripsTrainingArguments` last, and set up logging and the
+    Parse the options of a script, one object per class, with `RunArguments` last, and set up logging and the
     seed. `defaults` override defaults of the classes. A training run locks its output folder until
     `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
 
@@ -92,10 +92,11 @@ def _unlock_output(output_dir: str):
 
 
 def load_data(
-    task: str, args: DataArguments, training_args: TripsTrainingArguments, config: TripsConfig
+    task: str, args: DataArguments, training_args: RunArguments, config: TripsConfig | None = None
 ) -> DatasetDict:
     """
     Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
+    Images smaller than a patch of `config` cannot be used.
 
     Raises:
         ValueError: There are bad rows, or a requested split does not exist.
@@ -103,7 +104,8 @@ def load_data(
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
     if args.files:  # before they are read
         _check_splits(args.files, wanted)
-    bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=config.vision_config.patch_shape[0])
+    patch_size = 1 if config is None else config.vision_config.patch_shape[0]
+    bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=patch_size)
     data = load_task_dataset(task, args, bad_rows, seed=training_args.seed)
     _check_splits(data, wanted)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
@@ -125,7 +127,7 @@ def _check_splits(splits: Container[str], wanted: dict[str, bool]):
             raise ValueError(f"There is no {split} split. Give --{split}_file or {action} False.")
 
 
-def checkpoint_to_resume(args: TripsTrainingArguments) -> str | None:
+def checkpoint_to_resume(args: RunArguments) -> str | None:
     """
     Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
     `output_dir`. A killed run or a full disk can leave an incomplete checkpoint.

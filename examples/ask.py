@@ -22,7 +22,6 @@ from modeling_trips import (
     TripsForQuestionAnswering,
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
-    use_schedule,
 )
 from modeling_trips.inspection import plot_selection
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
@@ -72,12 +71,10 @@ def load_model(checkpoint: str) -> TripsForQuestionAnswering:
         raise SystemExit(f"--model {checkpoint}: {error}") from error
 
 
-def answers_of(
-    model: TripsForQuestionAnswering, processor: TripsProcessor, image: PIL.Image.Image, questions: list[str]
-) -> list[dict]:
+def answers_of(model: TripsForQuestionAnswering, processor: TripsProcessor, inputs: dict) -> list[dict]:
     """Return the best answer to each question: `answer` and `score`, its probability."""
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
-    return [best for best, *_ in answerer(image, questions, top_k=1)]
+    return [best for best, *_ in answerer.forward({"inputs": inputs}, top_k=1)["outputs"]]
 
 
 def describe(best: dict) -> str:
@@ -88,12 +85,12 @@ def draw_selection(
     model: TripsForQuestionAnswering,
     processor: TripsProcessor,
     image: PIL.Image.Image,
+    inputs: dict,
     questions: list[str],
     answers: list[str],
     path: Path,
 ):
     """Draw the patches of the image that each question keeps in each selection layer."""
-    inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
     with torch.no_grad():
         selection = model.model(**inputs).selection
     sizes = [(image.height, image.width)] * len(questions)
@@ -103,16 +100,13 @@ def draw_selection(
     plot_selection(image, questions, answers, boxes, num_patches=selection[0].scores.shape[1], path=path)
 
 
+@torch.no_grad()
 def seconds_of(model: TripsForQuestionAnswering, inputs: dict, is_compared: bool) -> list[float]:
     """Return the median time of a forward pass and, if it is compared, of one at keep rate 1.0."""
 
-    @torch.no_grad()
-    def step():
-        model.model(**inputs)
-
-    steps = {"own": step}
+    steps = {"own": lambda: model.model(**inputs)}
     if is_compared:
-        steps[SAME_WEIGHTS] = use_schedule(model, UNPRUNED)(step)
+        steps[SAME_WEIGHTS] = lambda: model.model(**inputs, schedule=UNPRUNED)
     return [statistics.median(seconds) for seconds in seconds_in_turns(steps, warmup=2, repeats=9).values()]
 
 
@@ -126,11 +120,12 @@ def main(argv: list[str] | None = None):
     is_compared = bool(schedule) and not is_exported(args.model)
 
     print(f"Asked about {args.image or 'a scene of four shapes'}:")
-    found = answers_of(model, processor, image, args.question)
+    index = [0] * len(args.question)
+    inputs = dict(processor(images=image, text=args.question, image_index=index, return_tensors="pt"))
+    found = answers_of(model, processor, inputs)
     answers = [found]
     if is_compared:
-        with use_schedule(model, UNPRUNED):
-            answers.append(answers_of(model, processor, image, args.question))
+        answers.append(answers_of(model, processor, {**inputs, "schedule": UNPRUNED}))
     for question, own, *others in zip(args.question, *answers):
         cells = [f"{describe(own):<20}", *(f"{SAME_WEIGHTS}: {describe(other)}" for other in others)]
         print(f"  {question:<40} {' '.join(cells)}".rstrip())
@@ -143,7 +138,9 @@ def main(argv: list[str] | None = None):
         rates = ", ".join(
             f"{selection.keep_rate:.0%} of the tokens after layer {layer}" for layer, selection in schedule.items()
         )
-        draw_selection(model, processor, image, args.question, [best["answer"] for best in found], Path(args.picture))
+        draw_selection(
+            model, processor, image, inputs, args.question, [best["answer"] for best in found], Path(args.picture)
+        )
         print(f"It keeps {rates}. Which patches: {args.picture}")
 
     one = processor(images=image, text=args.question[0], return_tensors="pt")

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> SelectionPlan:
         print(f"None of {len(plan.candidates)} candidates fits the budget. The cheapest:")
     rows = sorted(rows, key=lambda row: max(row.ratios.values()))
     print_rows(rows, {row.schedule: name for name, row in named.items()})
-    if config.fusion_type == "single_stream":
+    if config.fusion_encoder_config.fusion_type == "single_stream":
         print("In a single stream the texts of an image share no layer, whatever scores the patches.")
     if args.plot is not None:
         plot(named, plan, args)

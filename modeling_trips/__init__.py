@@ -41,7 +41,6 @@ from .modeling_trips_vision import (
     TripsSingleStreamModelOutput,
     TripsVisionModel,
     TripsVisionModelOutput,
-    use_schedule,
 )
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
@@ -94,5 +93,4 @@ __all__ = [
     "convert_to_rgb",
     "UNPRUNED",
     "from_vision_text_pretrained",
-    "use_schedule",
 ]

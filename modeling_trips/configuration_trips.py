@@ -26,62 +26,23 @@ TRANSFORMERS = "transformers>=5.20,<6"  # as in pyproject.toml
 require_version(TRANSFORMERS, f'Run `pip install -U "{TRANSFORMERS}"`.')
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.utils import auto_docstring
+from transformers.utils.type_validators import activation_fn_key, interval, probability
 
 
 GUIDANCES = ("text", "image", "random")
-FIELDS_OF_LAYERS = ("selection_guidance", "keep_rate")
 
-# Least values of fields, in any configuration that has them.
-LEAST_VALUES = {
-    "hidden_size": 1,
-    "num_hidden_layers": 0,
-    "num_attention_heads": 1,
-    "intermediate_size": 1,
-    "num_channels": 1,
-    "vocab_size": 1,
-    "max_position_embeddings": 1,
-    "type_vocab_size": 1,
-    "hidden_dropout_prob": 0,
-    "attention_probs_dropout_prob": 0,
-    "layer_norm_eps": 0,
-    "initializer_range": 0,
-    "projection_dim": 1,
-    "num_images": 1,
-    "itc_weight": 0,
-    "itm_weight": 0,
-    "mlm_weight": 0,
-    "prefix_lm_weight": 0,
-    "selection_loss_weight": 0,
-    "bbox_loss_weight": 0,
-    "giou_loss_weight": 0,
-    "attention_loss_weight": 0,
-}
+# Kinds of validated fields.
+count = interval(min=1)
+number = interval(min=0, exclude_max=True)  # neither infinite nor NaN
 
 
-def validate_numbers(config: PreTrainedConfig):
-    """Raise a `ValueError` if a field is below its `LEAST_VALUES`, infinite, or not a number."""
-    for name, least in LEAST_VALUES.items():
-        value = getattr(config, name, least)
-        if not least <= value < math.inf:  # NaN is not either
-            raise ValueError(f"`{name}` must be a number of at least {least}, got {value}.")
-
-
-def _validate_layers(config: PreTrainedConfig):
-    """Check what all kinds of layers have: widths, heads, dropout and activation."""
-    validate_numbers(config)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if getattr(config, name) > 1:
-            raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(config, name)}.")
-    if config.hidden_act not in ACT2FN:
-        raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
+def _validate_heads(config: PreTrainedConfig):
     if config.hidden_size % config.num_attention_heads != 0:
         raise ValueError(
             f"`hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` "
@@ -96,13 +57,14 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
     return pair
 
 
-def check_field_of_layer(field: str, value):
-    """Raise a `ValueError` if a selection layer cannot have `value` for this field."""
-    if field == "selection_guidance":
-        if value not in GUIDANCES:
-            raise ValueError(f"`{field}` must be one of {', '.join(map(repr, GUIDANCES))}, got {value!r}.")
-    elif not 0 < value <= 1:
-        raise ValueError(f"`{field}` must be in (0, 1], got {value}.")
+def _one_per_layer(field: str, value, layers: list[int]) -> list:
+    """Return the values of a field that has one value for all selection layers, or one for each."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(layers)
+    if len(values) != len(layers):
+        raise ValueError(
+            f"`{field}` must be one value or one per selection layer, got {value} for the layers {layers}."
+        )
+    return values
 
 
 def refuse_top_p(fields: dict):
@@ -164,9 +126,13 @@ class SelectionSchedule:
             raise ValueError(
                 f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
             )
-        for selection in self.selections:
-            for name, value in zip(FIELDS_OF_LAYERS, selection):
-                check_field_of_layer(name, value)
+        for guidance, keep_rate, *_ in self.selections:
+            if guidance not in GUIDANCES:
+                raise ValueError(
+                    f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, got {guidance!r}."
+                )
+            if not 0 < keep_rate <= 1:
+                raise ValueError(f"`keep_rate` must be in (0, 1], got {keep_rate}.")
         selecting = [pair for pair in zip(layers, self.selections) if pair[1].keep_rate < 1]
         object.__setattr__(self, "layers", tuple(layer for layer, _ in selecting))
         object.__setattr__(self, "selections", tuple(selection for _, selection in selecting))
@@ -227,16 +193,12 @@ class SelectionSchedule:
 
     @property
     def config_fields(self) -> dict:
-        """Fields of [`TripsConfig`]: one guidance and one rate where all layers have the same."""
+        """Fields of [`TripsVisionConfig`], with one guidance and one rate per layer."""
         return {
             "selection_layers": list(self.layers),
-            "keep_rate": _one_or_list([selection.keep_rate for selection in self.selections]),
-            "selection_guidance": _one_or_list([selection.guidance for selection in self.selections]),
+            "keep_rate": [selection.keep_rate for selection in self.selections],
+            "selection_guidance": [selection.guidance for selection in self.selections],
         }
-
-
-def _one_or_list(values: list):
-    return values[0] if len({*values}) == 1 else values
 
 
 UNPRUNED = SelectionSchedule()
@@ -286,18 +248,18 @@ class TripsVisionConfig(PreTrainedConfig):
     model_type = "trips_vision"
     base_config_key = "vision_config"
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.0
-    attention_probs_dropout_prob: float | int = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-6
+    hidden_size: int = count(default=768)
+    num_hidden_layers: int = number(default=12)
+    num_attention_heads: int = count(default=12)
+    intermediate_size: int = count(default=3072)
+    hidden_act: str = activation_fn_key(default="gelu")
+    hidden_dropout_prob: float | int = probability(default=0.0)
+    attention_probs_dropout_prob: float | int = probability(default=0.0)
+    initializer_range: float = number(default=0.02)
+    layer_norm_eps: float = number(default=1e-6)
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
-    num_channels: int = 3
+    num_channels: int = count(default=3)
     qkv_bias: bool = True
     patch_embedding_type: Literal["linear", "convolutional"] = "linear"
     patch_bias: bool = True
@@ -316,27 +278,27 @@ class TripsVisionConfig(PreTrainedConfig):
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
-    def _by_layer(self, field: str) -> list:
-        """One value per entry of `selection_layers`, of a field that has one for all of them or one for each."""
-        value = getattr(self, field)
-        return list(value) if isinstance(value, (list, tuple)) else [value] * len(self.selection_layers)
-
     @property
     def keep_rates(self) -> list[float]:
         """One keep rate per entry of `selection_layers`."""
-        return self._by_layer("keep_rate")
+        return _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
 
     @property
     def selection_guidances(self) -> list[str]:
         """One guidance per entry of `selection_layers`."""
-        return self._by_layer("selection_guidance")
+        return _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
 
     @property
     def schedule(self) -> SelectionSchedule:
-        """The selection fields as one value."""
+        """
+        The selection fields as one value. The tower reads it in each forward pass, so that changed fields take effect.
+
+        Raises:
+            ValueError: A field is out of its range.
+        """
         rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
-        rows = zip(self.selection_guidances, self.keep_rates)
-        selections = [LayerSelection(guidance, keep_rate, *rest) for guidance, keep_rate in rows]
+        pairs = zip(self.selection_guidances, self.keep_rates)
+        selections = [LayerSelection(*pair, *rest) for pair in pairs]
         return SelectionSchedule(tuple(self.selection_layers), tuple(selections))
 
     def parse_schedule(self, text: str) -> SelectionSchedule:
@@ -365,7 +327,7 @@ class TripsVisionConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     def validate_architecture(self):
-        _validate_layers(self)
+        _validate_heads(self)
         height, width = _as_pair("image_size", self.image_size)
         patch_height, patch_width = self.patch_shape
         if height % patch_height or width % patch_width:
@@ -389,16 +351,6 @@ class TripsVisionConfig(PreTrainedConfig):
             )
 
     def validate_selection(self):
-        for name in FIELDS_OF_LAYERS:
-            given, values = getattr(self, name), self._by_layer(name)
-            if len(values) != len(self.selection_layers):
-                raise ValueError(
-                    f"`{name}` must be one value or one per selection layer, got {given} for the `selection_layers` "
-                    f"{self.selection_layers}."
-                )
-            # A single value is checked even if no layer uses it.
-            for value in given if isinstance(given, (list, tuple)) else [given]:
-                check_field_of_layer(name, value)
         self.schedule.check_fits(self.num_hidden_layers)
 
 
@@ -421,24 +373,24 @@ class TripsTextConfig(PreTrainedConfig):
     model_type = "trips_text"
     base_config_key = "text_config"
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
+    vocab_size: int = count(default=30522)
+    hidden_size: int = count(default=768)
+    num_hidden_layers: int = number(default=6)
+    num_attention_heads: int = count(default=12)
+    intermediate_size: int = count(default=3072)
+    hidden_act: str = activation_fn_key(default="gelu")
+    hidden_dropout_prob: float | int = probability(default=0.1)
+    attention_probs_dropout_prob: float | int = probability(default=0.1)
+    max_position_embeddings: int = count(default=512)
+    type_vocab_size: int = count(default=2)
+    initializer_range: float = number(default=0.02)
+    layer_norm_eps: float = number(default=1e-12)
     pad_token_id: int | None = 0
     is_decoder: bool = False
     pooling_mode: Literal["cls", "mean"] = "cls"
 
     def validate_architecture(self):
-        _validate_layers(self)
+        _validate_heads(self)
 
     def validate_token_ids(self):
         """Refuse padding outside of the vocabulary. Other tokens raise a warning, as in Transformers."""
@@ -524,34 +476,18 @@ class TripsDecoderConfig(TripsTextConfig):
         return self.encoder_hidden_size or self.hidden_size
 
 
-SELECTION_FIELDS = (
-    "selection_layers",
-    "keep_rate",
-    "selection_guidance",
-    "fuse_inattentive_tokens",
-    "normalize_fusion_weights",
-    "selection_seed",
-)
-FUSION_FIELDS = ("fusion_type", "skip_stride")
-
-# Fields of a part that are fields of `TripsConfig` too.
-FORWARDED_FIELDS = {"vision_config": (*SELECTION_FIELDS, "image_size"), "fusion_encoder_config": FUSION_FIELDS}
-
-# Defaults of the fusion encoder and the decoder that come from the text encoder.
-FIELDS_SHARED_WITH_TEXT = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-    "initializer_range",
-    "pad_token_id",
-)
+# Fields of parts that `TripsConfig` takes as keywords, too.
+PARTS_OF_KEYWORDS = {
+    "selection_layers": "vision_config",
+    "keep_rate": "vision_config",
+    "selection_guidance": "vision_config",
+    "fuse_inattentive_tokens": "vision_config",
+    "normalize_fusion_weights": "vision_config",
+    "selection_seed": "vision_config",
+    "image_size": "vision_config",
+    "fusion_type": "fusion_encoder_config",
+    "skip_stride": "fusion_encoder_config",
+}
 
 
 @auto_docstring(
@@ -594,7 +530,8 @@ class TripsConfig(PreTrainedConfig):
         text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
     kwargs:
         Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, are passed to `vision_config`;
-        `fusion_type` and `skip_stride` are passed to `fusion_encoder_config`; here and in `from_pretrained`.
+        `fusion_type` and `skip_stride` are passed to `fusion_encoder_config`; here and in `from_pretrained`. They can
+        be read and set there.
 
     Example:
 
@@ -633,18 +570,18 @@ class TripsConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     fusion_encoder_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
-    projection_dim: int = 256
-    itc_weight: float | int = 1.0
-    itm_weight: float | int = 1.0
-    mlm_weight: float | int = 1.0
-    prefix_lm_weight: float | int = 1.0
+    projection_dim: int = count(default=256)
+    itc_weight: float | int = number(default=1.0)
+    itm_weight: float | int = number(default=1.0)
+    mlm_weight: float | int = number(default=1.0)
+    prefix_lm_weight: float | int = number(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
-    selection_loss_weight: float | int = 0.5
-    num_images: int = 2
-    bbox_loss_weight: float | int = 5.0
-    giou_loss_weight: float | int = 2.0
-    attention_loss_weight: float | int = 0.0
-    initializer_range: float = 0.02
+    selection_loss_weight: float | int = number(default=0.5)
+    num_images: int = count(default=2)
+    bbox_loss_weight: float | int = number(default=5.0)
+    giou_loss_weight: float | int = number(default=2.0)
+    attention_loss_weight: float | int = number(default=0.0)
+    initializer_range: float = number(default=0.02)
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -678,14 +615,19 @@ class TripsConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_top_p(kwargs)
-        for part, names in FORWARDED_FIELDS.items():
-            self._forward_fields(part, {name: kwargs.pop(name) for name in names if name in kwargs})
+        for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
+            part = PARTS_OF_KEYWORDS[name]
+            config = getattr(self, part)
+            config = config.to_dict() if isinstance(config, PreTrainedConfig) else config or {}
+            setattr(self, part, {**config, name: kwargs.pop(name)})
         self.vision_config = self._sub_config("vision_config", {})
         self.text_config = self._sub_config("text_config", {})
-        shared = {name: getattr(self.text_config, name) for name in FIELDS_SHARED_WITH_TEXT}
+        # Defaults of the fusion encoder and the decoder.
+        own = {"num_hidden_layers", "is_decoder", "pooling_mode"}
+        shared = {name: getattr(self.text_config, name) for name in TripsTextConfig.__annotations__.keys() - own}
         self.fusion_encoder_config = self._sub_config("fusion_encoder_config", shared)
         self.decoder_config = self._sub_config("decoder_config", shared)
-        if self.fusion_type == "single_stream":
+        if self.fusion_encoder_config.fusion_type == "single_stream":
             self.text_config.num_hidden_layers = 0
         self._fill_width("vision_config", "guidance_hidden_size", self.text_config.hidden_size)
         self._fill_width("fusion_encoder_config", "encoder_hidden_size", self.vision_config.hidden_size)
@@ -697,11 +639,18 @@ class TripsConfig(PreTrainedConfig):
         self.architectures = self.architectures or []  # the Auto classes search it for the one of several heads
         super().__post_init__(**kwargs)
 
-    def _forward_fields(self, part: str, fields: dict):
-        config = getattr(self, part)
-        if fields:
-            config = config.to_dict() if isinstance(config, PreTrainedConfig) else config or {}
-            setattr(self, part, {**config, **fields})
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in the parent. `kwargs` may be fields of parts, as in the constructor."""
+        for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
+            part = PARTS_OF_KEYWORDS[name]
+            kwargs[part] = {**kwargs.get(part, {}), name: kwargs.pop(name)}
+        return super().from_dict(config_dict, **kwargs)
+
+    def __setattr__(self, name: str, value):
+        if name in PARTS_OF_KEYWORDS:
+            raise AttributeError(f"`{name}` is a field of a part: set `config.{PARTS_OF_KEYWORDS[name]}.{name}`.")
+        super().__setattr__(name, value)
 
     def _sub_config(self, name: str, defaults: dict) -> PreTrainedConfig:
         value = getattr(self, name)
@@ -717,9 +666,6 @@ class TripsConfig(PreTrainedConfig):
         elif getattr(config, field) != width:
             raise ValueError(f"`{part}.{field}` ({getattr(config, field)}) must be {width}, the width of its source.")
 
-    def validate_numbers(self):
-        validate_numbers(self)
-
     def validate_fusion_width(self):
         if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
             raise ValueError(
@@ -728,7 +674,7 @@ class TripsConfig(PreTrainedConfig):
             )
 
     def validate_single_stream(self):
-        if self.fusion_type != "single_stream":
+        if self.fusion_encoder_config.fusion_type != "single_stream":
             return
         text, vision = self.text_config, self.vision_config
         for name, value, needed in (
@@ -757,23 +703,6 @@ class TripsConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.decoder_config if decoder else self.text_config
-
-
-def _forwarded(part: str, name: str) -> property:
-    """A field of a part that can be read and set on the composite configuration too."""
-
-    def get_field(self):
-        return getattr(getattr(self, part), name)
-
-    def set_field(self, value):
-        setattr(getattr(self, part), name, value)
-
-    return property(get_field, set_field, doc=f"`{part}.{name}`.")
-
-
-for _part, _names in FORWARDED_FIELDS.items():
-    for _name in _names:
-        setattr(TripsConfig, _name, _forwarded(_part, _name))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ from transformers.pipelines import Pipeline
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
-from .configuration_trips import TripsConfig
+from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips_base import CACHE_NAME, TripsPreTrainedModel
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
 from .modeling_trips_vision import (
@@ -86,8 +86,8 @@ class TripsModelOutput(ModelOutput):
 @auto_docstring(
     custom_intro="""
     The bare TRIPS model: text encoder -> vision tower, whose patches the text scores -> fusion encoder.
-    `config.fusion_type` selects the form of ALBEF, mPLUG, or ViLT, where text embeddings and patches go through the
-    vision tower together.
+    `fusion_type` selects the form of ALBEF, mPLUG, or ViLT, where text embeddings and patches go through the vision
+    tower together.
     """
 )
 class TripsModel(TripsPreTrainedModel):
@@ -98,7 +98,7 @@ class TripsModel(TripsPreTrainedModel):
         config.validate()  # fields may have been set since the configuration was made
         self.text_model = TripsTextModel(config.text_config)
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
-        if config.fusion_type == "single_stream":
+        if config.fusion_encoder_config.fusion_type == "single_stream":
             self.vision_model = TripsSingleStreamModel(config.vision_config)
             self.fusion_model = None
         else:
@@ -129,6 +129,7 @@ class TripsModel(TripsPreTrainedModel):
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -137,8 +138,8 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
                 `text_model`. Repeat a text that has several images.
-            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, output_cls_attention: As in
-                `forward`.
+            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, output_cls_attention,
+                schedule: As in `forward`.
 
         Returns:
             [`TripsModelOutput`] without `text_model_output`.
@@ -146,7 +147,13 @@ class TripsModel(TripsPreTrainedModel):
         Raises:
             `ValueError`: `output_cls_attention` is set for a single stream.
         """
-        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+        schedule = self.vision_model.resolve_schedule(schedule)
+        images = {
+            "pixel_values": pixel_values,
+            "image_index": image_index,
+            "image_cache": image_cache,
+            "schedule": schedule,
+        }
         # CODEPATH: as in `__init__`.
         if self.fusion_model is None:
             if output_cls_attention:
@@ -197,12 +204,13 @@ class TripsModel(TripsPreTrainedModel):
         pixel_values: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         image_cache: TripsImageCache | None,
+        schedule: SelectionSchedule,
     ) -> torch.Tensor | None:
         """
         Return the mean over the layers that the text or the image scores, `(num_texts,)`, or `None` without any loss.
         The target is the text's region, or, of a layer that the image scores, the union of those of the image's texts.
         """
-        by_layer = zip(selection, self.vision_model.schedule.selections)
+        by_layer = zip(selection, schedule.selections)
         scored = [(kept, settings.guidance) for kept, settings in by_layer if settings.guidance != "random"]
         is_supervised = self.training and self.config.selection_loss_weight > 0
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
@@ -233,6 +241,7 @@ class TripsModel(TripsPreTrainedModel):
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
@@ -249,6 +258,8 @@ class TripsModel(TripsPreTrainedModel):
             whose region is not known.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`. A single stream has none.
+        schedule (`SelectionSchedule`, *optional*):
+            How the vision layers select in this pass, in place of the configuration's.
 
         Example:
 
@@ -272,6 +283,7 @@ class TripsModel(TripsPreTrainedModel):
             regions,
             patch_targets,
             output_cls_attention,
+            schedule=schedule,
             **kwargs,
         )
         outputs.text_model_output = text_output
@@ -309,6 +321,8 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     The target region of each text, see [`TripsModel`].
 patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
     Attention of a teacher, see [`TripsModel`].
+schedule (`SelectionSchedule`, *optional*):
+    How the vision layers select, see [`TripsModel`].
 """
 
 # Default of `generate`, enough for a caption.
@@ -434,6 +448,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         text_index: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        schedule: SelectionSchedule | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
@@ -459,7 +474,8 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         if encoder_outputs is None:
             texts = (input_ids, pixel_values, attention_mask, token_type_ids)
             images = (image_index, image_cache, inputs_embeds, regions, patch_targets)
-            encoder_outputs = self.model(*texts, *images, output_cls_attention=uses_attention_loss, **kwargs)
+            options = {"output_cls_attention": uses_attention_loss, "schedule": schedule}
+            encoder_outputs = self.model(*texts, *images, **options, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
         cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24

@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
-from .configuration_trips import TripsConfig
+from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel
 from .modeling_trips_base import TripsPreTrainedModel, class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection
@@ -100,6 +100,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         labels: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsForImagesAndTextClassificationOutput:
         r"""
@@ -117,6 +118,8 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
             The target region of each text in each of its images, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
             Attention of a teacher, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
+        schedule (`SelectionSchedule`, *optional*):
+            How the vision layers select, see [`TripsModel`].
 
         Example:
 
@@ -140,7 +143,15 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
         regions = None if regions is None else regions.flatten(0, 1)
         fused = self.model.fuse(
-            text_states, attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, **kwargs
+            text_states,
+            attention_mask,
+            pixel_values,
+            image_index,
+            image_cache,
+            regions,
+            patch_targets,
+            schedule=schedule,
+            **kwargs,
         )
 
         logits = self.classifier(class_states(fused.last_hidden_state, attention_mask).reshape(num_texts, -1))

@@ -21,7 +21,7 @@ from transformers.image_transforms import center_to_corners_format
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
-from .configuration_trips import TripsConfig
+from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, weighted_sum
 from .modeling_trips_base import TripsPreTrainedModel, class_states
 from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows, token_indices
@@ -198,6 +198,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisualGroundingOutput:
         r"""
@@ -207,6 +208,8 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             Result of `model.encode_images`, in place of `pixel_values`.
         labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
             The box of each text, in the format of `pred_boxes`. [`TripsProcessor.encode_boxes`] converts pixels to it.
+        schedule (`SelectionSchedule`, *optional*):
+            How the vision layers select, see [`TripsModel`].
 
         Example:
 
@@ -229,6 +232,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             image_cache,
             inputs_embeds,
             regions=labels,
+            schedule=schedule,
             **kwargs,
         )
         vision = outputs.vision_model_output

@@ -30,7 +30,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_trips import TripsConfig
+from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import (
     TripsModel,
     label_loss,
@@ -506,7 +506,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
-        if config.fusion_type == "single_stream":
+        if config.fusion_encoder_config.fusion_type == "single_stream":
             raise ValueError(
                 f"{type(self).__name__} compares features of images with those of texts, but in a single stream no "
                 "layer sees one of them alone: choose `fusion_type='cross_attention'` or `'skip_connected'`."
@@ -546,17 +546,21 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         self,
         pixel_values: torch.FloatTensor | None = None,
         image_cache: TripsImageCache | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsVisionModelOutput:
         r"""
         image_cache (`TripsImageCache`, *optional*):
             Result of `model.encode_images`, in place of `pixel_values`.
+        schedule (`SelectionSchedule`, *optional*):
+            How the vision layers select, see [`TripsModel`].
 
         Returns:
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalized features.
         """
-        vision_outputs = self.model.vision_model(pixel_values, image_cache=image_cache, **kwargs)
+        images = {"pixel_values": pixel_values, "image_cache": image_cache}
+        vision_outputs = self.model.vision_model(**images, schedule=schedule, **kwargs)
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
         return vision_outputs
 
@@ -572,6 +576,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_cache: TripsImageCache | None = None,
         text_states: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
         r"""
@@ -585,6 +590,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The `last_hidden_state` of `get_text_features`, in place of `input_ids`.
         text_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
             Pair p has text `text_index[p]`. By default text p.
+        schedule (`SelectionSchedule`, *optional*):
+            How the vision layers select, see [`TripsModel`].
         """
         if (input_ids is None) == (text_states is None):
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
@@ -592,7 +599,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         if text_index is not None:
             text_states, attention_mask = select_rows((text_states, attention_mask), text_index)
-        fused = self.model.fuse(text_states, attention_mask, pixel_values, image_index, image_cache, **kwargs)
+        fused = self.model.fuse(
+            text_states, attention_mask, pixel_values, image_index, image_cache, schedule=schedule, **kwargs
+        )
         return TripsMatchingOutput(
             itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
             selection=fused.selection,
@@ -699,6 +708,7 @@ class TripsForRetrieval(TripsContrastiveModel):
         return_loss: bool | None = None,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsRetrievalOutput:
         r"""
@@ -713,6 +723,8 @@ class TripsForRetrieval(TripsContrastiveModel):
             Target region of each text in its image, see [`TripsModel`].
         patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
             Attention of a teacher, see [`TripsModel`].
+        schedule (`SelectionSchedule`, *optional*):
+            How the vision layers select, see [`TripsModel`].
 
         Example:
 
@@ -732,15 +744,22 @@ class TripsForRetrieval(TripsContrastiveModel):
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         if return_loss:
-            image_cache = self.model.encode_images(pixel_values, **kwargs)
-            supervision = {"regions": regions, "patch_targets": patch_targets}
+            image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
             outputs = self.pair_losses(
-                text_outputs, image_cache, attention_mask, image_index, image_ids, **supervision, **kwargs
+                text_outputs,
+                image_cache,
+                attention_mask,
+                image_index,
+                image_ids,
+                regions=regions,
+                patch_targets=patch_targets,
+                schedule=schedule,
+                **kwargs,
             )
             if outputs["loss"] is None:
                 raise ValueError("`itc_weight` and `itm_weight` are both 0. Set one of them to get a loss.")
             return TripsRetrievalOutput(**outputs)
-        return self.compare(text_outputs, self.get_image_features(pixel_values, **kwargs))
+        return self.compare(text_outputs, self.get_image_features(pixel_values, schedule=schedule, **kwargs))
 
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
@@ -782,6 +801,8 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     Target region of each text, see [`TripsForRetrieval`].
 patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
     Attention of a teacher, see [`TripsForRetrieval`].
+schedule (`SelectionSchedule`, *optional*):
+    How the vision layers select, see [`TripsModel`].
 """
 
 
@@ -860,6 +881,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         teacher_weight: float = 0.0,
         regions: torch.FloatTensor | None = None,
         patch_targets: torch.FloatTensor | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsForPreTrainingOutput:
         r"""
@@ -877,7 +899,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         ```
         """
         config = self.config
-        image_cache = self.model.encode_images(pixel_values, **kwargs)
+        image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
         outputs = self.pair_losses(
             text_outputs,
@@ -889,13 +911,14 @@ class TripsForPreTraining(TripsContrastiveModel):
             teacher_weight,
             regions,
             patch_targets,
+            schedule=schedule,
             **kwargs,
         )
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
             mlm_logits = self.masked_token_logits(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, **kwargs
+                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, schedule=schedule, **kwargs
             )
             num_masked = mean_count((mlm_labels != -100).sum())
             teacher_logits = None if teacher is None else teacher.mlm_logits
@@ -903,7 +926,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continuation_logits(
-                prompt_input_ids, prompt_attention_mask, image_index, image_cache, labels, **kwargs
+                prompt_input_ids, prompt_attention_mask, image_index, image_cache, labels, schedule, **kwargs
             )
             num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
@@ -945,6 +968,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         image_index: torch.LongTensor | None,
         image_cache: TripsImageCache,
         labels: torch.LongTensor,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
@@ -956,6 +980,7 @@ class TripsForPreTraining(TripsContrastiveModel):
             attention_mask=prompt_attention_mask,
             image_index=image_index,
             image_cache=image_cache,
+            schedule=schedule,
             **kwargs,
         )
         decoded = self.decoder(

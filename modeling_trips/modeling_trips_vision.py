@@ -16,8 +16,7 @@ The vision towers of TRIPS: a Vision Transformer with selection layers, and the 
 (ViLT's form).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -463,7 +462,6 @@ class TripsVisionModel(TripsPreTrainedModel):
     def __init__(self, config: TripsVisionConfig):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
-        self.schedule = config.schedule
         self.embeddings = TripsVisionEmbeddings(config)
         self.pre_layernorm = self.selection_projection = None
         # CODEPATH: CLIP normalises the embeddings before the first layer, ViT and DeiT do not.
@@ -482,6 +480,12 @@ class TripsVisionModel(TripsPreTrainedModel):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
+    def resolve_schedule(self, schedule: SelectionSchedule | None) -> SelectionSchedule:
+        """Return a schedule, by default the configuration's. Raise a `ValueError` if a layer does not exist."""
+        schedule = self.config.schedule if schedule is None else schedule
+        schedule.check_fits(len(self.layers))
+        return schedule
+
     def embed_images(self, pixel_values: torch.Tensor) -> TripsImageCache:
         """Return the input of the first layer."""
         hidden_states = self.embeddings(pixel_values)
@@ -493,7 +497,10 @@ class TripsVisionModel(TripsPreTrainedModel):
         return TripsImageCache(hidden_states, grid_size, candidate_indices=indices, next_layer=1)
 
     def encode_images(
-        self, pixel_values: torch.Tensor, select_patches: bool = True, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        schedule: SelectionSchedule | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
         """
         Run the layers before the first one that a text guides, and the attention of that layer; all layers if there is
@@ -502,17 +509,19 @@ class TripsVisionModel(TripsPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Height and width are
                 multiples of the patch size. Positions are interpolated if they are not the configured `image_size`.
-            select_patches (`bool`, *optional*, defaults to `True`): Without, stop at the first selection layer.
+            schedule ([`SelectionSchedule`], *optional*): In place of the configuration's.
 
         Returns:
             [`TripsImageCache`], for `forward` at the same selection schedule.
 
         Raises:
-            ValueError: The number of channels, the height or the width does not fit the model.
+            ValueError: The number of channels, the height or the width does not fit the model, or a layer of the
+                schedule does not exist.
         """
-        stop = self.schedule.first_text_layer if select_patches else self.schedule.first_layer
-        states = self.run_layers(self.embed_images(pixel_values), stop, **kwargs)
-        states = replace(states, schedule=self.schedule.before(stop))
+        schedule = self.resolve_schedule(schedule)
+        stop = schedule.first_text_layer
+        states = self.run_layers(self.embed_images(pixel_values), schedule, stop, **kwargs)
+        states = replace(states, schedule=schedule.before(stop))
         if stop is None:
             return states
         # FSDP and device maps hook on the call of the layer. For no text, it computes its attention alone.
@@ -523,22 +532,21 @@ class TripsVisionModel(TripsPreTrainedModel):
     def run_layers(
         self,
         states: TripsImageCache,
+        schedule: SelectionSchedule,
         stop: int | None = None,
         text_embeds: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        select_patches: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
         """
         Run the layers from `states.next_layer` up to the one before `stop`, or all the others. The first layer that a
         text guides gives each text a row of its own.
         """
-        by_layer = self.schedule.by_layer if select_patches else {}
         hidden_states, selections = states.hidden_states, states.selection
         class_query, key, candidate_indices = states.class_query, states.key, states.candidate_indices
         end = len(self.layers) + 1
         for number in range(states.next_layer or end, stop or end):
-            layer_selection, index = by_layer.get(number), None
+            layer_selection, index = schedule.by_layer.get(number), None
             if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
                 index, image_index = image_index, None
                 candidate_indices, selections = select_rows((candidate_indices, selections), index)
@@ -566,7 +574,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
-        select_patches: bool = True,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         r"""
@@ -577,25 +585,26 @@ class TripsVisionModel(TripsPreTrainedModel):
             output has one row per image and this index.
         image_cache (`TripsImageCache`, *optional*):
             Result of `encode_images`, in place of `pixel_values`.
-        select_patches (`bool`, *optional*, defaults to `True`):
-            Whether the selection layers select. Without, all patches go on: a plain ViT.
+        schedule (`SelectionSchedule`, *optional*):
+            How the layers select in this pass, in place of the configuration's.
         """
         check_image_source(pixel_values, image_cache)
+        schedule = self.resolve_schedule(schedule)
         if image_cache is None:
             image_cache = self.embed_images(pixel_values)
         else:
-            self.check_image_cache(image_cache, select_patches)
+            self.check_image_cache(image_cache, schedule)
         if text_embeds is not None:
             check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
         # CODEPATH: a text takes part only where it guides a layer.
-        is_guided = text_embeds is not None and select_patches and self.schedule.first_text_layer is not None
+        is_guided = text_embeds is not None and schedule.first_text_layer is not None
         if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
         states = self.run_layers(
             image_cache,
+            schedule,
             text_embeds=text_embeds if is_guided else None,
             image_index=image_index if is_guided else None,
-            select_patches=select_patches,
             **kwargs,
         )
         hidden_states = self.layernorm(states.hidden_states)
@@ -606,39 +615,13 @@ class TripsVisionModel(TripsPreTrainedModel):
             image_index=None if is_guided else image_index,
         )
 
-    def check_image_cache(self, image_cache: TripsImageCache, select_patches: bool):
-        """Raise a `ValueError` if the cache has another schedule, or dropped patches and `select_patches` is off."""
-        schedule = self.schedule
-        if image_cache.next_layer not in (schedule.first_layer, schedule.first_text_layer) or (
-            image_cache.schedule != schedule.before(image_cache.next_layer)
-        ):
+    def check_image_cache(self, image_cache: TripsImageCache, schedule: SelectionSchedule):
+        """Raise a `ValueError` if the layers in the cache selected by another schedule."""
+        if image_cache.schedule != schedule.before(image_cache.next_layer):
             raise ValueError(
                 f"`image_cache` was encoded up to layer {image_cache.next_layer} with the schedule "
-                f"{image_cache.schedule}, the model has the schedule {schedule}. Encode it again."
+                f"{image_cache.schedule}, but the schedule is {schedule}. Encode it again."
             )
-        if image_cache.selection and not select_patches:
-            raise ValueError("Patches were dropped in `image_cache`: encode it again with `select_patches=False`.")
-
-
-@contextmanager
-def use_schedule(model: TripsPreTrainedModel, schedule: SelectionSchedule) -> Iterator[None]:
-    """
-    Let a model select by another schedule while the context is open. Its configuration stays as it is.
-
-    Args:
-        model ([`TripsPreTrainedModel`]): A vision tower, or a model that has one.
-        schedule ([`SelectionSchedule`])
-
-    Raises:
-        ValueError: The tower has fewer layers.
-    """
-    tower = getattr(model.base_model, "vision_model", model.base_model)
-    schedule.check_fits(len(tower.layers))
-    own, tower.schedule = tower.schedule, schedule
-    try:
-        yield
-    finally:
-        tower.schedule = own
 
 
 def kept_candidates(
@@ -756,6 +739,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_states: torch.Tensor,
         image_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        schedule: SelectionSchedule,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
         """Return hidden states and selections of all layers, for row i of both inputs."""
@@ -765,14 +749,13 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_start = None if attention_mask is None else first_positions(attention_mask)
         num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
         candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
-        by_layer = self.schedule.by_layer
         for number, layer in enumerate(self.layers, start=1):
             hidden_states, scores, kept_positions = layer(
                 hidden_states,
                 text_length,
                 text_start=text_start,
                 attention_mask=mask,
-                selection=by_layer.get(number),
+                selection=schedule.by_layer.get(number),
                 **kwargs,
             )
             if kept_positions is not None:
@@ -791,6 +774,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSingleStreamModelOutput:
         r"""
@@ -802,6 +786,8 @@ class TripsSingleStreamModel(TripsVisionModel):
             Text i is joined with image `image_index[i]`. By default text i with image i.
         image_cache (`TripsImageCache`, *optional*):
             Result of `encode_images`, in place of `pixel_values`.
+        schedule (`SelectionSchedule`, *optional*):
+            How the layers select in this pass, in place of the configuration's.
         """
         check_image_source(pixel_values, image_cache)
         image_states = (
@@ -809,7 +795,11 @@ class TripsSingleStreamModel(TripsVisionModel):
         ).hidden_states
         check_counts(text_states.shape[0], image_states.shape[0], image_index)
         hidden_states, selection = self.encode_pairs(
-            text_states, select_rows(image_states, image_index), attention_mask, **kwargs
+            text_states,
+            select_rows(image_states, image_index),
+            attention_mask,
+            self.resolve_schedule(schedule),
+            **kwargs,
         )
         hidden_states = self.layernorm(hidden_states)
         text_length = text_states.shape[1]
@@ -835,5 +825,4 @@ __all__ = [
     "TripsVisionModel",
     "TripsVisionModelOutput",
     "TripsImageCache",
-    "use_schedule",
 ]

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -21,7 +21,6 @@ from modeling_trips import (
     TripsImageToTextPipeline,
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
-    use_schedule,
 )
 from modeling_trips.image_decoding_trips import ImageError
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
@@ -117,7 +116,7 @@ class Engine:
         elif "caption" in self.endpoints:
             self._pipeline = TripsImageToTextPipeline(**parts)
         own = self.model.config.vision_config
-        self._schedules: dict[str, SelectionSchedule] = {}
+        self._schedules: dict[str, SelectionSchedule | None] = {DEFAULT: None}
         for name, schedule in settings.schedules.items():
             with blamed_on("TRIPS_SCHEDULES", f"{name}={schedule}"):
                 self._schedules[name] = own.parse_schedule(schedule) if schedule else UNPRUNED
@@ -219,7 +218,8 @@ class Engine:
         return self.model.get_text_features(**self._texts(items)).pooler_output.tolist()
 
     def _image_features(self, inputs: dict, _) -> list[list[float]]:
-        features = self.model.get_image_features(image_cache=inputs["image_cache"]).pooler_output
+        images = {name: inputs[name] for name in ("image_cache", "schedule")}
+        features = self.model.get_image_features(**images).pooler_output
         return features[inputs["image_index"]].tolist()
 
     def _pipe(self, inputs: dict, **options) -> list:
@@ -241,9 +241,9 @@ class Engine:
             inputs = {} if own[0].tokens is None else self._texts(own)
             inputs["image_cache"] = join(list(by_key.values()))
             inputs["image_index"] = torch.tensor([index[item.picture.key] for item in own], device=self.model.device)
-            with self._selecting_by(own[0].schedule):
-                for position, result in zip(positions, compute(inputs, own[0].top_k)):
-                    results[position] = result
+            inputs["schedule"] = self._schedules[own[0].schedule]
+            for position, result in zip(positions, compute(inputs, own[0].top_k)):
+                results[position] = result
         return results
 
     def _texts(self, items: list[Item]) -> dict[str, torch.Tensor]:
@@ -263,15 +263,12 @@ class Engine:
         IMAGE_CACHES.labels("cache").inc(len(known))
         for (schedule, _), pictures in missing.items():
             pixel_values = torch.cat([picture.pixel_values for picture in pictures.values()])
-            with self._selecting_by(schedule):
-                image_cache = self.model.base_model.encode_images(pixel_values.to(self.model.device))
+            image_cache = self.model.base_model.encode_images(
+                pixel_values.to(self.model.device), schedule=self._schedules[schedule]
+            )
             IMAGE_CACHES.labels("computed").inc(len(pictures))
             for key, row in zip(pictures, split(image_cache)):
                 known[key] = row
                 self.cache.put(key, row)
         CACHE_BYTES.set(self.cache.bytes)
         return [known[item.picture.key, item.schedule] for item in items]
-
-    def _selecting_by(self, schedule: str):
-        """Set the schedule of this name inside the context."""
-        return nullcontext() if schedule == DEFAULT else use_schedule(self.model, self._schedules[schedule])

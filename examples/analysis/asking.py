@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import PIL.Image
 import torch
-from transformers import BatchFeature
 
 from modeling_trips import (
     UNPRUNED,
@@ -20,7 +19,6 @@ from modeling_trips import (
     TripsProcessor,
     TripsSelection,
     TripsVisualQuestionAnsweringPipeline,
-    use_schedule,
 )
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
@@ -118,15 +116,13 @@ class Asker:
         schedule = self._changed(keep_rates, guidances)
         with self.lock:
             inputs = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
-            inputs = inputs.to(self.model.device)
-            with use_schedule(self.model, UNPRUNED):
-                answers_at_1, _ = self._answers(image, texts, inputs)
-            with use_schedule(self.model, schedule):
-                answers, boxes = self._answers(image, texts, inputs)
-                base = self.model.base_model
-                output = base(**inputs, output_hidden_states=True)
-                selections = dict(zip(schedule.layers, output.selection))
-                seconds, seconds_at_1 = seconds_of_both(base, inputs, repeats=3)
+            inputs = {**inputs.to(self.model.device), "schedule": schedule}
+            answers_at_1, _ = self._answers(image, texts, {**inputs, "schedule": UNPRUNED})
+            answers, boxes = self._answers(image, texts, inputs)
+            base = self.model.base_model
+            output = base(**inputs, output_hidden_states=True)
+            selections = dict(zip(schedule.layers, output.selection))
+            seconds, seconds_at_1 = seconds_of_both(base, inputs, repeats=3)
         states = (output.vision_model_output or output).hidden_states
         tokens = [layer.shape[1] for layer in states[1:]]
         small, _ = fit_for_drawing(image, max_side=DRAWN_SIDE)
@@ -151,7 +147,7 @@ class Asker:
         config.validate()
         return config.schedule
 
-    def _answers(self, image: PIL.Image.Image, texts: list[str], inputs: BatchFeature):
+    def _answers(self, image: PIL.Image.Image, texts: list[str], inputs: dict):
         """Return the answers of each text with their scores, and titled images of boxes."""
         none: list[list[tuple[str, PIL.Image.Image]]] = [[] for _ in texts]
         if isinstance(self.model, TripsForQuestionAnswering):

@@ -47,7 +47,7 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
     """
     schedule = config.vision_config.schedule if schedule is None else schedule
     macs = Counter()
-    if config.fusion_type == "single_stream":
+    if config.fusion_encoder_config.fusion_type == "single_stream":
         tokens = _count_single_stream(config.vision_config, text_length, schedule, macs)
     else:
         tokens = _count_tower(config.vision_config, schedule, macs)

@@ -90,7 +90,7 @@ def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Ite
     last = config.vision_config.num_hidden_layers
     layers = range(2, last + 1)
     by_image = [*_schedules(_evenly_apart(layers, 3), "image", IMAGE_RATES)]
-    if config.fusion_type == "single_stream":
+    if config.fusion_encoder_config.fusion_type == "single_stream":
         yield from _schedules(_evenly_apart(layers, 3), "text", sorted({*IMAGE_RATES, *TEXT_RATES}))
         return
     if not guided_by_text:
@@ -120,7 +120,7 @@ def plan_schedules(
     """Compute the cost of each schedule at each number of texts per image, and its image tokens."""
     unpruned = forward_cost(config, text_length, UNPRUNED)
     num_fusion_layers = config.fusion_encoder_config.num_hidden_layers
-    if config.fusion_type == "single_stream":
+    if config.fusion_encoder_config.fusion_type == "single_stream":
         num_fusion_layers = 0
     rows = []
     for schedule in schedules:

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ from transformers import AutoModel, AutoModelForPreTraining
 
 from modeling_trips import (
     UNPRUNED,
-    SelectionSchedule,
     TripsConfig,
     TripsForPreTraining,
     TripsModel,
-    use_schedule,
 )
 
 
@@ -125,12 +122,7 @@ class Setting:
         return {**texts, "image_ids": torch.arange(self.batch_size, device=input_ids.device)}
 
 
-def set_schedule(schedule: SelectionSchedule, model: torch.nn.Module):
-    """Set the schedule of a model."""
-    model.base_model.vision_model.schedule = schedule
-
-
-def make_step(setting: Setting, model: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+def make_step(setting: Setting, model: Callable, inputs: dict[str, Any]) -> Callable[[], None]:
     """Return the measured step as a function without arguments."""
 
     def forward():
@@ -168,7 +160,7 @@ def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, 
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     student = type(model).__name__
     tower = f"{student}.model.vision_model"
-    end_of_cache = model.model.vision_model.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
+    end_of_cache = model.config.vision_config.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
     shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_cache - 1))]
     shared += [f"{tower}.layers.{end_of_cache - 1}.attention"]  # its MLP comes after the selection
     parts = {
@@ -261,13 +253,10 @@ def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats:
     On a CPU they are CPU time.
     """
     device = model.device.type
-    schedules = {"pruned": model.base_model.vision_model.schedule, "unpruned": UNPRUNED}
-
-    def step(schedule: SelectionSchedule):
-        with use_schedule(model, schedule):
-            model(**inputs)
-
-    steps: dict[str, Callable[[], object]] = {name: partial(step, schedule) for name, schedule in schedules.items()}
+    steps: dict[str, Callable[[], object]] = {
+        "pruned": lambda: model(**inputs),
+        "unpruned": lambda: model(**{**inputs, "schedule": UNPRUNED}),
+    }
     seconds = seconds_in_turns(steps, 1, repeats, "process" if device == "cpu" else "wall", device)
     return statistics.median(seconds["pruned"]), statistics.median(seconds["unpruned"])
 
@@ -321,18 +310,14 @@ def measure(
     model = setting.make_model(setting.device)
     callable_model = torch.compile(model, mode=setting.compile_mode) if setting.compile else model
     inputs = setting.make_inputs(model)
-    shared = make_step(setting, callable_model, inputs)
-    own = model.base_model.vision_model.schedule
-    variants = {"pruned": (own, shared), "unpruned": (UNPRUNED, shared)}
+    variants = {"pruned": inputs, "unpruned": {**inputs, "schedule": UNPRUNED}}
     if setting.texts_per_image > 1 and compare_repeating:
-        repeated = make_step(setting, callable_model, setting.make_inputs(model, share_images=False))
-        variants["repeated"] = (own, repeated)
+        variants["repeated"] = setting.make_inputs(model, share_images=False)
+    steps = {name: make_step(setting, callable_model, own) for name, own in variants.items()}
 
     def prepare(name: str):
-        set_schedule(variants[name][0], model)
         model.zero_grad(set_to_none=True)
 
-    steps: dict[str, Callable[[], object]] = {name: step for name, (_, step) in variants.items()}
     seconds = seconds_in_turns(steps, warmup, repeats, setting.clock, setting.device, prepare, limit)
     latency = {name: statistics.median(values) for name, values in seconds.items()}
 

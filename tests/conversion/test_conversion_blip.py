@@ -57,7 +57,7 @@ def test_blip_selection_is_scored_by_the_image(blip, tmp_path):
     model, _ = convert_blip(blip, keep_rate=0.5)
     model.save_pretrained(tmp_path)
     model = TripsForQuestionAnswering.from_pretrained(tmp_path)
-    assert model.config.selection_guidance == "image"
+    assert model.config.vision_config.selection_guidance == "image"
     pixel_values = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
     (selection,) = model.model(input_ids=torch.tensor([[5, 6], [9, 8]]), pixel_values=pixel_values).selection
     assert selection.kept_indices.shape == (2, 8)

@@ -68,9 +68,11 @@ def test_python_blocks_run_as_they_stand(document, demo_model):
 def test_what_the_blocks_say_is_so(demo_model, tmp_path):
     used = run(page_named("docs/use.md"))
     assert len(used["boxes"]) == 2 and (tmp_path / "kept.png").stat().st_size > 1000
-    assert used["keeps_all"].config.keep_rate == 1.0 and used["faster"].config.keep_rate == [0.5, 0.7]
-    assert used["vilt"].config.fusion_type == "single_stream"
-    assert run(page_named("docs/weights.md"))["retriever"].config.keep_rate == [0.7, 0.7, 0.3]
+    assert used["keeps_all"].config.vision_config.keep_rate == 1.0 and used[
+        "faster"
+    ].config.vision_config.keep_rate == [0.5, 0.7]
+    assert used["vilt"].config.fusion_encoder_config.fusion_type == "single_stream"
+    assert run(page_named("docs/weights.md"))["retriever"].config.vision_config.keep_rate == [0.7, 0.7, 0.3]
     kept = run(page_named("docs/hosts.md"))["kept"]
     assert [layer.kept_indices.shape[1] for layer in kept] == [101, 72]  # ceil(.7 * 144), ceil(.7 * 102)
 
@@ -86,4 +88,4 @@ def test_the_conversion_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert_checkpoint.main([*shlex.split(command), "--tokenizer", "tokenizer"])
     config = TripsForQuestionAnswering.from_pretrained("albef-vqa").config
-    assert (config.selection_layers, config.keep_rate) == ([5, 10], 0.7)
+    assert (config.vision_config.selection_layers, config.vision_config.keep_rate) == ([5, 10], 0.7)

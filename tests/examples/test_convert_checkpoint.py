@@ -76,8 +76,8 @@ def test_the_folder_loads_and_computes_what_albef_does(arguments, sizes, capsys)
 def test_the_options_set_schedule_and_resolution(arguments):
     convert(arguments, selection_layers=[3, 8], keep_rate=[0.5, 0.6], selection_guidance="image", image_size=20)
     model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])
-    assert (model.config.selection_layers, model.config.keep_rate) == ([3, 8], [0.5, 0.6])
-    assert model.config.selection_guidance == "image"
+    assert (model.config.vision_config.selection_layers, model.config.vision_config.keep_rate) == ([3, 8], [0.5, 0.6])
+    assert model.config.vision_config.selection_guidance == "image"
     assert model.model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
     processor = TripsProcessor.from_pretrained(arguments["output_dir"])
     assert processor.image_processor.size == {"height": 20, "width": 20} and processor.patch_size == 4

@@ -128,7 +128,7 @@ def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tok
     report = convert(vilt_arguments, keep_rate=1.0)
     assert report.new == [] and set(load_file(folder / "model.safetensors")) <= {*report.used, *report.left_out}
     model, loading = TripsModel.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
-    assert not any(loading.values()) and model.config.fusion_type == "single_stream"
+    assert not any(loading.values()) and model.config.fusion_encoder_config.fusion_type == "single_stream"
     processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
     images = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)) for seed in (0, 1)]
     inputs = processor(images=images, text=["is it red?", "is it a red circle or a person?"], return_tensors="pt")

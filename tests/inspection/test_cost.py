@@ -46,7 +46,7 @@ def test_formula_matches_pytorch_counter(text, fields):
     for texts_per_image in (1, 3):
         macs, tokens = counted(schedule, texts_per_image, **fields)
         assert cost.macs(texts_per_image) == macs
-        length_of_text = 6 if config.fusion_type == "single_stream" else 0
+        length_of_text = 6 if config.fusion_encoder_config.fusion_type == "single_stream" else 0
         assert [length_of_text + count for count in cost.tokens] == tokens
 
 
@@ -77,7 +77,7 @@ def test_schedule_round_trip():
     assert str(schedule) == "3:image:0.5,6:image:0.5,12:text:0.5"
     assert schedule.config_fields == {
         "selection_layers": [3, 6, 12],
-        "keep_rate": 0.5,
+        "keep_rate": [0.5, 0.5, 0.5],
         "selection_guidance": ["image", "image", "text"],
     }
     assert TripsVisionConfig(**schedule.config_fields).schedule == schedule

@@ -51,7 +51,7 @@ def test_seconds_of_both_restores_the_model(monkeypatch):
     monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
     pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
     assert seconds_of_both(model, inputs) == (MEDIAN * pruned, MEDIAN * unpruned)
-    assert model.config.keep_rate == 0.5
+    assert model.config.vision_config.keep_rate == 0.5
 
 
 def test_tokens_per_layer():

@@ -1,10 +1,12 @@
 """The model without a head: data flow, the gradient of the text encoder, and one checkpoint for every selection."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from tiny_models import Case, kept_by
+from tiny_models import Case, each_generator, each_model, kept_by, main_output
 
-from modeling_trips import UNPRUNED, TripsModel, use_schedule
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsModel
 
 
 CASE = Case(TripsModel)
@@ -40,6 +42,73 @@ def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
     unpruned, report = TripsModel.from_pretrained(tmp_path, selection_layers=[], output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert unpruned(**inputs).vision_model_output.last_hidden_state.shape[1] == 65
-    with use_schedule(model, UNPRUNED):
-        states = model(**inputs).last_hidden_state
+    states = model(**inputs, schedule=UNPRUNED).last_hidden_state
     torch.testing.assert_close(unpruned(**inputs).last_hidden_state, states)
+
+
+def lengths_of(outputs) -> list[int]:
+    return [layer.kept_indices.shape[1] for layer in outputs.selection]
+
+
+def test_a_changed_field_of_the_vision_tower_takes_effect_and_is_what_is_saved(tmp_path):
+    model, inputs = CASE.make_model(), CASE.make_inputs()
+    assert lengths_of(model(**inputs)) == [39, 24]
+    vision = model.config.vision_config
+    vision.keep_rate, vision.selection_guidance = 0.25, ["image", "text"]
+    changed = model(**inputs)
+    assert lengths_of(changed) == [16, 5] and model.encode_images(inputs["pixel_values"]).next_layer == 3
+    model.save_pretrained(tmp_path)
+    loaded = TripsModel.from_pretrained(tmp_path)
+    assert kept_by(loaded(**inputs)) == kept_by(changed)
+    for name, value in (("keep_rate", 1.5), ("keep_rate", [0.5]), ("selection_layers", [1, 4])):
+        before = getattr(vision, name)
+        with pytest.raises(ValueError, match=name):
+            setattr(vision, name, value)
+            model(**inputs)
+        setattr(vision, name, before)
+
+
+@pytest.mark.parametrize("name", ["keep_rate", "selection_layers", "image_size", "fusion_type"])
+def test_a_field_of_a_part_cannot_be_set_on_the_whole_configuration(name):
+    config = CASE.make_model().config
+    before = config.to_dict()
+    with pytest.raises(AttributeError, match=name):
+        setattr(config, name, 0.25)
+    assert config.to_dict() == before
+
+
+@each_model
+@torch.no_grad()
+def test_a_schedule_of_a_pass_is_that_of_a_configuration_and_changes_none(case):
+    fields = {"selection_layers": [2, 3], "keep_rate": [0.5, 0.25], "selection_guidance": ["image", "text"]}
+    model, other, inputs = case.make_model(), case.make_model(**fields), case.make_inputs()
+    schedule = SelectionSchedule.parse("2:image:0.5,3:text:0.25")
+    before = model(**inputs)
+    outputs, expected = model(**inputs, schedule=schedule), other(**inputs)
+    assert kept_by(outputs) == kept_by(expected) != kept_by(before)
+    assert torch.equal(main_output(outputs), main_output(expected))
+    assert torch.equal(main_output(model(**inputs)), main_output(before))
+    with pytest.raises(ValueError, match="selection_layers"):
+        model(**inputs, schedule=SelectionSchedule.parse("4:image:0.5"))
+
+
+@each_generator
+def test_generation_takes_a_schedule(case):
+    inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
+    options = {"max_new_tokens": 4, "num_beams": 2}
+    answers = case.make_model().generate(**inputs, **options, schedule=UNPRUNED)
+    assert torch.equal(answers, case.make_model(keep_rate=1.0).generate(**inputs, **options))
+
+
+def test_threads_share_a_model_with_schedules_of_their_own():
+    model, inputs = CASE.make_model(), CASE.make_inputs()
+    schedules = [None, UNPRUNED, *map(SelectionSchedule.parse, ("1:image:0.5", "2:text:0.2,3:text:0.5"))]
+
+    def run(schedule):
+        with torch.no_grad():
+            return model(**inputs, schedule=schedule).last_hidden_state
+
+    expected = [run(schedule) for schedule in schedules]
+    with ThreadPoolExecutor(len(schedules)) as pool:
+        for states, of_schedule in zip(pool.map(run, schedules * 10), expected * 10):
+            assert torch.equal(states, of_schedule)

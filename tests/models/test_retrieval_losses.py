@@ -199,7 +199,7 @@ def test_texts_are_taught_what_to_see_of_their_own_images(selection_guidance):
     targets = torch.rand(len(TEXTS), num_patches).softmax(dim=-1)
     output, plain = run(model, patch_targets=targets), run(model)
     union = torch.stack([targets[IMAGE_INDEX == image].amax(dim=0) for image in IMAGE_INDEX])
-    guidances = [settings.guidance for settings in model.model.vision_model.schedule.selections]
+    guidances = [settings.guidance for settings in model.config.vision_config.schedule.selections]
     expected = [
         selection_loss(layer.scores, layer.candidate_indices, targets if guide == "text" else union)
         for layer, guide in zip(output.selection, guidances)

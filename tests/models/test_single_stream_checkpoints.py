@@ -22,7 +22,6 @@ from modeling_trips import (
     TripsModel,
     TripsSingleStreamModel,
     TripsVisionModel,
-    use_schedule,
 )
 from modeling_trips.conversion.rules import load_converted
 from modeling_trips.conversion.vilt import vilt_plan
@@ -103,8 +102,7 @@ def test_vilt_with_a_head_starts_any_head(model_class):
     assert {name.partition(".")[0] for name in report.left_out} == {"vilt", "classifier"}  # of ViLT itself: the pooler
     assert {name.partition(".")[0] for name in report.new} <= {"decoder", "lm_head", "classifier", "box_head"}
     expected = run_vilt(vilt.vilt)[0]
-    with use_schedule(model, UNPRUNED):
-        states = model.model(IDS, images(4), MASK).last_hidden_state
+    states = model.model(IDS, images(4), MASK, schedule=UNPRUNED).last_hidden_state
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Whole files go to a process, since the tests of a file share what is dear to make: trainings, environments.
+# Whole files go to a process, since the tests of a file share what takes long to make: trainings, environments.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -24,7 +24,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || (echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1)
 	$(BIN)/python -m pip install --upgrade pip
 
-# $(VENV)/.examples: the project with its extra `examples`, and so on.
+# Fails unless each package of the extra `examples` is installed, as after `pip install -e ".[examples]"`.
+HAS_EXAMPLES = import re; from importlib.metadata import requires, version; \
+	[version(re.match(r"[\w.-]+", need)[0]) for need in requires("trips-transformers") if "examples" in need.partition(";")[2]]
+
+$(VENV)/.examples: pyproject.toml | $(BIN)/python
+	$(BIN)/python -c '$(HAS_EXAMPLES)' 2> /dev/null || $(BIN)/python -m pip install -e ".[examples]"
+	touch $@
+
+# $(VENV)/.dev: the project with its extra `dev`, and so on.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[$*]"
 	touch $@

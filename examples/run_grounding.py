@@ -1,8 +1,8 @@
 r"""
 Train and evaluate TRIPS on visual grounding: the box of what an expression refers to (RefCOCO, RefCOCO+, RefCOCOg).
 
-    python examples/run_grounding.py                  # scenes of easy-VQA images, the tiny preset
-    python examples/run_grounding.py --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
+    python examples/run_vqa.py --image_size 32 --output_dir questions  # words and shapes, from easy-VQA
+    python examples/run_grounding.py --model_name_or_path questions --image_size 64  # scenes of easy-VQA images
     accelerate launch examples/run_grounding.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 2e-5 \
         --per_device_train_batch_size 32

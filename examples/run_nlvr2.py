@@ -1,8 +1,8 @@
 r"""
 Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
 
-    python examples/run_nlvr2.py                  # statements about easy-VQA, the tiny preset
-    python examples/run_nlvr2.py --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
+    python examples/run_vqa.py --image_size 32 --output_dir questions  # words and shapes, from easy-VQA
+    python examples/run_nlvr2.py --model_name_or_path questions  # statements about easy-VQA
     accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
         --model_name_or_path pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
         --num_train_epochs 10

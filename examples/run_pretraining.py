@@ -15,6 +15,8 @@ Pairs come from files, the Hub or the embedded scenes, as for the other tasks, o
 starts from (`--model_name_or_path`).
 """
 
+import trips_examples  # noqa: F401  # isort: skip
+
 from functools import partial
 
 from modeling_trips import TripsForPreTraining

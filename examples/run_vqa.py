@@ -2,7 +2,8 @@ r"""
 Train and evaluate TRIPS on visual question answering.
 
     python examples/run_vqa.py                  # easy-VQA, the tiny preset: runs on a laptop
-    python examples/run_vqa.py --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
+    python examples/run_vqa.py --attention_loss_weight 2 --output_dir pruned         # both learn from regions
+    python examples/run_vqa.py --attention_loss_weight 2 --keep_rate 1.0 --output_dir unpruned
     accelerate launch examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl --image_root images \
         --preset base --tokenizer_name bert-base-uncased
 

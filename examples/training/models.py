@@ -180,7 +180,7 @@ def choose_schedule(config: TripsConfig, args: ModelArguments, texts_per_image: 
     cheaper = next(fields for fields in (late, by_image, {"keep_rate": 1.0}) if ratio(fields) <= 1)
     logger.warning(
         "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, with "
-        "%.2f: %s. More: examples/plan_selection.py.",
+        "%.2f: %s. More: docs/schedules.md.",
         *(config.vision_config.schedule, ratio({}), texts_per_image, ratio(cheaper)),
         " ".join(f"--{name} {_words(value)}" for name, value in cheaper.items()),
     )

@@ -52,6 +52,8 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     rows = predictions(tmp_path)
     assert len(rows) == 8 and all(row["prediction"] == row["answers"][0] for row in rows)
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
+    with PIL.Image.open(tmp_path / "training.png") as figure:
+        assert figure.width > figure.height
     by_answer = json.loads((tmp_path / "accuracy_by_answer.json").read_text())
     assert by_answer["no"] == {"accuracy": 1.0, "count": 3}
 
@@ -59,6 +61,34 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     image = PIL.Image.new("RGB", (64, 64), "green")
     inputs = processor(images=image, text="what color is it?", return_tensors="pt")
     assert processor.post_process_answers(model.generate(**inputs)) == ["green"]
+
+
+@pytest.mark.parametrize(
+    ("options", "used_for"),
+    [
+        ([], "selection loss"),
+        (["--attention_loss_weight=2"], "selection loss, attention loss"),
+        (["--keep_rate=1.0"], "none"),
+        (["--attention_loss_weight=2", "--keep_rate=1.0"], "attention loss"),
+        (["--selection_loss_weight=0"], "none"),
+    ],
+    ids=str,
+)
+def test_results_say_what_regions_were_used_for(options, used_for, data, tmp_path):
+    files = [Path(option.partition("=")[2]) for option in data]
+    rows = [{**json.loads(line), "region": [8, 8, 24, 24]} for line in files[0].read_text().splitlines()]
+    (tmp_path / "regions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with_regions = [f"--train_file={tmp_path / 'regions.jsonl'}", data[1], f"--image_root={files[0].parent}"]
+    run_vqa.main(options_of(with_regions, tmp_path / "out", "--max_steps=1", *options))
+    start = ["--do_train=False", f"--model_name_or_path={tmp_path / 'out'}"]
+    run_vqa.main([*data, *start, f"--output_dir={tmp_path / 'again'}"])
+    for folder, name in (("out", "train"), ("out", "eval"), ("again", "eval")):
+        assert json.loads((tmp_path / folder / f"{name}_results.json").read_text())["regions_used_for"] == used_for
+
+
+def test_without_regions_they_are_used_for_nothing(data, tmp_path):
+    run_vqa.main(options_of(data, tmp_path, "--max_steps=1", "--attention_loss_weight=2"))
+    assert json.loads((tmp_path / "eval_results.json").read_text())["regions_used_for"] == "none"
 
 
 def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog):

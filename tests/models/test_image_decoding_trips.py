@@ -85,3 +85,49 @@ def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"images\[0\]"):
             processor(images=given)
     assert not trace.exists()
+
+
+def palette_image(transparency=None):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.new("L", (2, 2), 77), (77, 77, 77)),
+        (Image.new("LA", (2, 2), (77, 255)), (77, 77, 77)),
+        (Image.new("LA", (2, 2), (77, 0)), (255, 255, 255)),
+        (palette_image(), (10, 20, 30)),
+        (palette_image(transparency=0), (10, 20, 30)),
+        (palette_image(transparency=1), (255, 255, 255)),
+        (Image.new("PA", (2, 2), (0, 0)), (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (10, 20, 30)), (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), (255, 255, 255)),
+        # 51 / 255 is a fifth: 0.2 * 10 + 0.8 * 255 = 206, and so on
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 51)), (206, 208, 210)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("YCbCr", (2, 2), (100, 128, 128)), (100, 100, 100)),
+        (Image.new("I;16", (2, 2), 65535), (255, 255, 255)),
+        (Image.new("I;16B", (2, 2), 257 * 100), (100, 100, 100)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+)
+def test_every_mode_becomes_rgb(image, expected):
+    mode = image.mode
+    converted = convert_to_rgb(image)
+    assert (converted.mode, converted.size) == ("RGB", (2, 2))
+    assert converted.getpixel((1, 1)) == expected
+    assert image.mode == mode and converted is not image
+
+
+def test_16_bit_grey_is_scaled_and_rounded():
+    values = np.array([[0, 128, 129, 257], [385, 386, 32768, 65535]], dtype=np.uint16)
+    # through a file: this is the mode in which Pillow opens a 16-bit PNG
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(values), "PNG")))
+    assert np.asarray(convert_to_rgb(image))[..., 0].tolist() == [[0, 0, 1, 1], [1, 2, 128, 255]]

@@ -2,15 +2,21 @@
 
 import math
 
+import pytest
 import torch
 
 from modeling_trips.patch_selection import (
+    attention_losses,
     fuse_tokens,
     keep_topk,
     num_kept_tokens,
     random_scores,
+    region_targets,
     score_tokens,
     select_tokens,
+    selection_loss,
+    targets_of_candidates,
+    union_of_targets,
 )
 
 
@@ -129,3 +135,64 @@ def test_topk_ranks_nan_last():
     nan = math.nan
     scores = torch.tensor([[nan, 0.1, nan, 0.3], [nan, nan, nan, nan], [0.4, 0.1, 0.2, 0.3]])
     assert keep_topk(scores, 3).tolist() == [[0, 1, 3], [0, 1, 2], [0, 2, 3]]
+
+
+# Supervision
+
+
+def test_targets_of_a_region_by_hand():
+    # The region is x from 0.25 to 0.75, y from 0 to 0.25, in a grid of 2 rows and 4 columns.
+    targets = region_targets(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
+    assert targets[0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0])
+    assert targets[1].tolist() == [0] * 8  # no region
+    # A region across patches: the target is the share of each patch, here one and three quarters.
+    across = region_targets(torch.tensor([[0.25 + 0.025, 0.25, 0.1, 0.1]]), (2, 4))
+    assert across[0].tolist() == pytest.approx([0.25, 0.75, 0, 0, 0, 0, 0, 0])
+
+
+def test_a_fused_token_counts_for_what_is_behind_it():
+    targets = torch.tensor([[0.5, 0.25, 0.0, 0.25]])
+    candidates = torch.tensor([[0, 2, -1]])  # patches 1 and 3 were fused: half of the region
+    assert targets_of_candidates(targets, candidates).tolist() == [[0.5, 0.0, 0.5]]
+    assert targets_of_candidates(targets * 0, candidates).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_the_selection_loss_by_hand():
+    scores = torch.tensor([[0.64, 0.16, 0.2]]).repeat(3, 1)
+    candidates = torch.tensor([[0, 2, -1]]).repeat(3, 1)
+    targets = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    # Two patches have equal targets and attention 4 to 1: the target is 2 to 1. The third text has no region.
+    two = 2 / 3 * math.log(2 / 3 / 0.64) + 1 / 3 * math.log(1 / 3 / 0.16)
+    losses = selection_loss(scores, candidates, targets)
+    assert losses.tolist() == pytest.approx([two, -math.log(0.16), 0.0], abs=1e-6)
+
+
+def test_the_target_is_no_way_for_the_gradient():
+    """The target is constant, so that the gradient of the logits is the difference."""
+    logits = torch.tensor([[0.3, -0.2, 0.9, 0.1]], requires_grad=True)
+    wanted = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    scores = logits.softmax(dim=-1)
+    selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
+    target = (wanted * scores.sqrt()).detach()
+    torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
+
+
+def test_the_union_of_the_targets_of_an_image_by_hand():
+    """Texts 0, 1 and 3 belong to image 1, text 2 to image 0. Text 3 has no target. Image 2 has no text."""
+    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    union = union_of_targets(targets, torch.tensor([1, 1, 0, 1]), num_images=3)
+    assert union.tolist() == [[0.5, 0.5, 0.75], [0.5, 0.5, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_the_attention_loss_by_hand():
+    """The remaining tokens of a grid of 2 x 2 are patch 3, a fused token and patch 0."""
+    right, top_right = [0.75, 0.5, 0.5, 1.0], [0.75, 0.25, 0.5, 0.5]
+    looks, indices = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[3, -1, 0]])
+    losses = attention_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
+    # Patch 3 lies in the right half. No remaining patch lies in the top right, which was fused; the attention to the
+    # fused token is ignored.
+    assert losses.tolist() == pytest.approx([-math.log(0.2 / 0.7), 0.0])
+    # Unpruned, all texts share a row of indices; attention 0.4 and 0.1 to the right half is pulled to 2 to 1.
+    looks = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
+    loss = attention_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))
+    assert loss.item() == pytest.approx(2 / 3 * math.log(2 / 3 / 0.4) + 1 / 3 * math.log(1 / 3 / 0.1))

@@ -1,13 +1,19 @@
-"""The processor: texts, image_index, answers, construction and saving."""
+"""The processor: images, texts, image_index, answers, boxes, construction and saving."""
+
+import base64
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_processor
-from transformers import BertTokenizer, CLIPImageProcessor
+from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, encoded, make_processor
+from transformers import AutoProcessor, BertTokenizer, BlipImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
-from modeling_trips.processing_trips import TripsProcessor
+from modeling_trips import TripsProcessor
+from modeling_trips.image_decoding_trips import convert_to_rgb
+from modeling_trips.processing_trips import clean_caption, clean_question
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 @pytest.fixture
@@ -77,18 +83,6 @@ def test_texts_must_be_strings(processor, image, text):
     with pytest.raises(ValueError, match="text") as error:
         processor(images=[image, image], text=text)
     assert repr(text) in str(error.value)
-
-
-def test_tokenizer_and_image_kwargs_reach_their_processors(processor, image):
-    inputs = processor(
-        images=image,
-        text="red",
-        images_kwargs={"size": {"height": 16, "width": 48}},
-        text_kwargs={"add_special_tokens": False},
-        return_tensors="pt",
-    )
-    assert inputs.pixel_values.shape == (1, 3, 16, 48)
-    assert inputs.input_ids.tolist() == [[7]]
 
 
 # --- image_index ----------------------------------------------------------------------------------------------------
@@ -193,11 +187,6 @@ def test_answers_survive_encoding_and_decoding(answer):
 # --- construction and saving ----------------------------------------------------------------------------------------
 
 
-def test_default_image_processor_is_albefs(image):
-    processor = TripsProcessor(tokenizer=BertTokenizer(vocab=VOCABULARY))
-    assert processor(images=image, return_tensors="pt").pixel_values.shape == (1, 3, 384, 384)
-
-
 @pytest.mark.parametrize("patch_size", [0, -16, 2.5, None])
 def test_patch_size_must_be_a_positive_integer(patch_size):
     with pytest.raises(ValueError, match="patch_size"):
@@ -217,3 +206,182 @@ def test_a_loaded_processor_gives_the_same(image, tmp_path):
     assert torch.equal(processor.patch_boxes([[4]], [(20, 30)])[0], loaded.patch_boxes([[4]], [(20, 30)])[0])
     with pytest.raises(ValueError, match="13 tokens"):
         loaded(text="cat " * 11)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_modes_without_a_range_are_refused(mode, processor):
+    with pytest.raises(ValueError, match=f'"{mode}"'):
+        convert_to_rgb(Image.new(mode, (2, 2)))
+    with pytest.raises(ValueError, match=r"images\[1\]"):
+        processor(images=[Image.new("RGB", (16, 16)), Image.new(mode, (16, 16))])
+
+
+def test_image_without_pixels_is_refused(processor):
+    with pytest.raises(ValueError, match=r"images\[0\]"):
+        processor(images=Image.new("RGB", (0, 5)))
+    with pytest.raises(ValueError, match=r"images\[0\]"):
+        processor(images=np.zeros((3, 0, 5), dtype=np.uint8))
+
+
+# --- images -> pixel_values -----------------------------------------------------------------------------------------
+
+
+def test_pixel_values_are_the_image_processors(processor, image):
+    pixel_values = processor(images=[image, image], return_tensors="pt").pixel_values
+    expected = processor.image_processor(images=[image, image], return_tensors="pt").pixel_values
+    assert pixel_values.shape == (2, 3, 32, 32) and pixel_values.dtype == torch.float32
+    assert torch.equal(pixel_values, expected)
+
+
+def test_rgba_reaches_the_model_on_white(image):
+    # ViT's image processor does not convert to RGB by itself
+    processor = make_processor(ViTImageProcessor(size={"height": 32, "width": 32}))
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    white = Image.new("RGB", (16, 16), "white")
+    pixel_values = processor(images=[clear, white], return_tensors="pt").pixel_values
+    assert pixel_values.shape == (2, 3, 32, 32)
+    assert torch.equal(pixel_values[0], pixel_values[1])
+
+
+@pytest.mark.parametrize("make", [np.array, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"])
+def test_arrays_give_the_same_as_pictures(processor, image, make):
+    grey = image.convert("L")
+    expected = processor(images=[image, grey], return_tensors="pt").pixel_values
+    assert torch.equal(processor(images=[make(image), make(grey)], return_tensors="pt").pixel_values, expected)
+    assert torch.equal(processor(images=make(grey), return_tensors="pt").pixel_values, expected[1:])
+    batch = torch.as_tensor(np.stack([make(image)] * 2))
+    assert torch.equal(processor(images=batch, return_tensors="pt").pixel_values, expected[[0, 0]])
+
+
+@pytest.mark.parametrize(
+    "small",
+    [Image.new("RGB", (300, 15)), np.zeros((15, 40, 3), dtype=np.uint8), torch.zeros(3, 1, 3)],
+    ids=["picture", "channels last", "channels first"],
+)
+def test_an_image_smaller_than_a_patch_is_named(processor, image, small):
+    processor(images=[image, np.zeros((16, 16, 3), dtype=np.uint8), torch.zeros(3, 16, 40)])
+    with pytest.raises(ValueError, match=r"images\[1\]"):
+        processor(images=[image, small])
+
+
+def test_missing_path_is_named(processor, image, tmp_path):
+    for path in ("/nowhere/cat.png", tmp_path):
+        with pytest.raises(ValueError, match=r"images\[1\]"):
+            processor(images=[image, path])
+
+
+def test_base64_gives_the_same_as_the_picture(processor, image):
+    text = base64.b64encode(encoded(image, "PNG").getvalue()).decode()
+    expected = processor(images=image, return_tensors="pt").pixel_values
+    for given in (text, f"data:image/png;base64,{text}"):
+        assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
+    with pytest.raises(ValueError, match=r"images\[0\]") as error:
+        processor(images=f"data:image/png;base64,{text[: len(text) // 8]}")
+    assert "no such file" not in str(error.value)
+
+
+def test_truncated_jpeg_is_named(processor, image, tmp_path):
+    whole = encoded(image.resize((200, 200)), "JPEG").getvalue()
+    path = tmp_path / "half.jpg"
+    path.write_bytes(whole[: len(whole) // 2])
+    for given in (str(path), Image.open(path)):
+        with pytest.raises(ValueError, match=r"images\[1\]"):
+            processor(images=[image, given])
+
+
+@pytest.mark.parametrize("wrong", [3, {"image": 1}, np.zeros((2, 2, 2, 2, 2))], ids=["int", "dict", "5d"])
+def test_other_things_are_no_images(processor, image, wrong):
+    with pytest.raises(ValueError, match=r"images\[1\]"):
+        processor(images=[image, wrong])
+
+
+TEXT = "What's a <Person>'s t-shirt [MASK], (2.5/3)?"
+QUESTION = "Whats a <Person>s t shirt [MASK] 25 3"
+CAPTION = "Whats a persons t shirt [MASK] 25 3"
+
+
+@pytest.fixture
+def tokenizer():
+    return train_wordpiece_tokenizer([TEXT, QUESTION, CAPTION])
+
+
+def test_cleaning_by_hand():
+    assert clean_question(TEXT) == QUESTION
+    assert clean_caption(TEXT) == CAPTION
+    assert clean_question("""a,b.c'd!e?f"g(h)i*j#k:l;m~n""") == "abcdefghijklmn"
+    assert clean_question("& $5 a_b @ é") == "& $5 a_b @ é"
+
+
+@pytest.mark.parametrize(
+    ("text_cleaning", "expected"), [(None, TEXT), ("albef_question", QUESTION), ("albef_caption", CAPTION)]
+)
+def test_texts_are_cleaned_and_answers_are_not(tokenizer, tmp_path, text_cleaning, expected):
+    processor = TripsProcessor(tokenizer=tokenizer, text_cleaning=text_cleaning)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["text_cleaning"] == text_cleaning
+    for one in (processor, TripsProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        ids = tokenizer(expected)["input_ids"]
+        assert one(text=TEXT)["input_ids"] == ids and tokenizer.mask_token_id in ids
+        assert one(text=[TEXT, "a"])["input_ids"][0] == ids
+        assert one.encode_answers([TEXT])[0, :-1].tolist() == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+
+
+def test_boxes_of_a_squashed_image():
+    # 4 x 4 patches of 16 pixels in 64 x 64; the image of 64 x 32 (width x height) has patches of 16 x 8
+    processor = make_processor(BlipImageProcessor(size={"height": 64, "width": 64}))
+    first, second = processor.patch_boxes(torch.tensor([[0, 5, 11, -1], [15, -1, 3, 4]]), [(32, 64), (32, 64)])
+    assert first.dtype == torch.float32
+    assert first.tolist() == [[0, 0, 16, 8], [16, 8, 32, 16], [48, 16, 64, 24]]
+    assert second.tolist() == [[48, 24, 64, 32], [48, 0, 64, 8], [0, 8, 16, 16]]
+
+
+def test_boxes_without_a_resize():
+    processor = make_processor(BlipImageProcessor(do_resize=False))
+    # 70 x 33 (height x width): a grid of 4 rows, 2 columns; the remainder is no patch
+    assert processor.patch_boxes([[7]], [(70, 33)])[0].tolist() == [[16, 48, 32, 64]]
+    with pytest.raises(ValueError, match="got 8"):
+        processor.patch_boxes([[8]], [(70, 33)])
+
+
+def test_boxes_of_a_center_crop():
+    # 120 x 60 (width x height) -> 64 x 32 -> the middle 32 x 32, from x = 16: one pixel is 1.875 of the original,
+    # so the left patch starts at 30 and the right one ends at 90
+    clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    (boxes,) = make_processor(clip).patch_boxes([[0, 1, 2]], [(60, 120)])
+    assert boxes.tolist() == [[30, 0, 60, 30], [60, 0, 90, 30], [30, 30, 60, 60]]
+
+
+@pytest.mark.parametrize("size", [(60, 120), (90, 50), (33, 47), (40, 20)], ids=str)
+@pytest.mark.parametrize("kind", ["squash", "crop", "pad"])
+def test_boxes_agree_with_the_pixels(size, kind):
+    """With all pixels outside a patch's box blackened, only that patch is bright."""
+    if kind == "squash":
+        image_processor = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)
+    elif kind == "crop":
+        image_processor = CLIPImageProcessor(size=64, crop_size=64, do_normalize=False)
+    else:
+        image_processor = CLIPImageProcessor(do_resize=False, crop_size=64, do_normalize=False)
+    processor = make_processor(image_processor)
+    for index in (5, 6, 9):
+        x0, y0, x1, y1 = processor.patch_boxes([[index]], [size])[0][0].round().int().tolist()
+        image = np.zeros((*size, 3), dtype=np.uint8)
+        image[y0:y1, x0:x1] = 255
+        pixel_values = processor(images=image, return_tensors="pt").pixel_values[0, 0]
+        light = pixel_values.reshape(4, 16, 4, 16).sum(dim=(1, 3)).flatten()
+        assert light[index] > 0.85 * light.sum() > 0
+
+
+@pytest.mark.parametrize("index", [4, -3])
+def test_index_out_of_the_grid_is_named(processor, index):
+    with pytest.raises(ValueError, match=r"patch_indices\[1\]"):
+        processor.patch_boxes([[0], [index]], [(10, 10), (10, 10)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"size": {"longest_edge": 32}}, {"size": {"shortest_edge": 32, "longest_edge": 64}}, {"do_pad": True}],
+    ids=str,
+)
+def test_resize_that_cannot_be_traced_back_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make_processor(BlipImageProcessor(**options)).patch_boxes([[0]], [(10, 10)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modeling_trips_pretraining import SCHEDULES, make_batch, make_model
+from tiny_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
 
 from modeling_trips.modeling_trips_pretraining import distilled_loss, masked_language_loss

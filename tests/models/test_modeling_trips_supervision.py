@@ -1,54 +1,15 @@
-"""Selection supervision: examples by hand, learning, and reduction over batches."""
-
-import math
+"""Selection and attention supervision of the heads: parts of the loss, learning, and reduction over batches."""
 
 import pytest
 import torch
-from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
+from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, enable_checkpointing, make_config
 
 from modeling_trips import (
     TripsForImagesAndTextClassification,
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
 )
-from modeling_trips.patch_selection import region_targets, selection_loss, targets_of_candidates, union_of_targets
-
-
-def test_targets_of_a_region_by_hand():
-    # The region is x from 0.25 to 0.75, y from 0 to 0.25, in a grid of 2 rows and 4 columns.
-    targets = region_targets(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
-    assert targets[0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0])
-    assert targets[1].tolist() == [0] * 8  # no region
-    # A region across patches: the target is the share of each patch, here one and three quarters.
-    across = region_targets(torch.tensor([[0.25 + 0.025, 0.25, 0.1, 0.1]]), (2, 4))
-    assert across[0].tolist() == pytest.approx([0.25, 0.75, 0, 0, 0, 0, 0, 0])
-
-
-def test_a_fused_token_counts_for_what_is_behind_it():
-    targets = torch.tensor([[0.5, 0.25, 0.0, 0.25]])
-    candidates = torch.tensor([[0, 2, -1]])  # patches 1 and 3 were fused: half of the region
-    assert targets_of_candidates(targets, candidates).tolist() == [[0.5, 0.0, 0.5]]
-    assert targets_of_candidates(targets * 0, candidates).tolist() == [[0.0, 0.0, 0.0]]
-
-
-def test_the_loss_by_hand():
-    scores = torch.tensor([[0.64, 0.16, 0.2]]).repeat(3, 1)
-    candidates = torch.tensor([[0, 2, -1]]).repeat(3, 1)
-    targets = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    # Two patches have equal targets and attention 4 to 1: the target is 2 to 1. The third text has no region.
-    two = 2 / 3 * math.log(2 / 3 / 0.64) + 1 / 3 * math.log(1 / 3 / 0.16)
-    losses = selection_loss(scores, candidates, targets)
-    assert losses.tolist() == pytest.approx([two, -math.log(0.16), 0.0], abs=1e-6)
-
-
-def test_the_target_is_no_way_for_the_gradient():
-    """The target is constant, so that the gradient of the logits is the difference."""
-    logits = torch.tensor([[0.3, -0.2, 0.9, 0.1]], requires_grad=True)
-    wanted = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
-    scores = logits.softmax(dim=-1)
-    selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
-    target = (wanted * scores.sqrt()).detach()
-    torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
+from modeling_trips.patch_selection import region_targets, selection_loss
 
 
 def make_model(model_class, **fields):
@@ -81,13 +42,6 @@ def test_random_layers_have_no_loss():
     expected = selection_loss(scores, candidates, region_targets(BOXES[:4], (8, 8)))
     num_tokens = (ANSWERS[:4] != -100).sum(dim=1)
     torch.testing.assert_close(outputs.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
-
-
-def test_the_union_of_the_targets_of_an_image_by_hand():
-    """Texts 0, 1 and 3 belong to image 1, text 2 to image 0. Text 3 has no target. Image 2 has no text."""
-    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    union = union_of_targets(targets, torch.tensor([1, 1, 0, 1]), num_images=3)
-    assert union.tolist() == [[0.5, 0.5, 0.75], [0.5, 0.5, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_image_is_supervised_by_all_regions_of_its_texts():
@@ -189,3 +143,115 @@ def test_a_statement_is_taught_in_each_of_its_images():
     supervised = model(**inputs, labels=labels, patch_targets=targets)
     torch.testing.assert_close(supervised.selection_loss, outputs.selection_loss)
     assert plain.selection_loss is None
+
+
+def make_box_model(coefficient=2.0, **fields):
+    torch.manual_seed(0)
+    config = make_config(**fields)
+    config.attention_loss_weight = coefficient
+    return TripsForVisualGrounding._from_config(config, attn_implementation="sdpa").train()
+
+
+def boxes(rows=slice(0, 4)):
+    inputs = {"input_ids": TEXTS, "attention_mask": (TEXTS != 0).long(), "pixel_values": IMAGES[:, 0], "labels": BOXES}
+    return {name: value[rows] for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("keep_rate", [0.5, 1.0])
+def test_attention_loss_of_boxes_is_a_part_of_the_loss_in_training_alone(keep_rate):
+    supervised, unsupervised = (
+        make_box_model(coefficient, keep_rate=keep_rate)(**boxes()) for coefficient in (2.0, 0.0)
+    )
+    assert unsupervised.attention_loss is None and supervised.attention_loss > 0
+    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.attention_loss)
+    assert make_box_model(keep_rate=keep_rate).eval()(**boxes()).attention_loss is None
+    assert make_config().attention_loss_weight == 0
+
+
+def make_reader(coefficient=2.0, attn_implementation="sdpa", **fields):
+    """Return a question answering model in training mode."""
+    torch.manual_seed(0)
+    config = make_config(**fields)
+    config.attention_loss_weight = coefficient
+    return TripsForQuestionAnswering._from_config(config, attn_implementation=attn_implementation).train()
+
+
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+@pytest.mark.parametrize("mode", [{}, {"keep_rate": 1.0}], ids=str)
+def test_where_cls_looks_is_what_eager_attention_tells(mode, fusion_type):
+    model = make_reader(fusion_type=fusion_type, **mode).eval()
+    eager = make_reader(attn_implementation="eager", fusion_type=fusion_type, **mode).eval()
+    inputs = {**boxes(), "image_index": torch.tensor([0, 0, 2, 3])}
+    del inputs["labels"]
+    looks = model.model(**inputs, output_cls_attention=True).cls_attention
+    expected = eager.model(**inputs, output_attentions=True)
+    torch.testing.assert_close(looks, expected.cross_attentions[-1][:, :, 0], atol=1e-6, rtol=1e-5)
+    assert model.model(**inputs).cls_attention is None
+
+
+@pytest.mark.parametrize("fields", [{"keep_rate": 0.5}, {"keep_rate": 1.0}], ids=str)
+def test_questions_have_it_in_training_where_regions_are_known(fields):
+    supervised, unsupervised = (make_reader(coefficient, **fields)(**batch()) for coefficient in (2.0, 0.0))
+    assert unsupervised.attention_loss is None and supervised.attention_loss > 0
+    torch.testing.assert_close(supervised.loss - unsupervised.loss, 2 * supervised.attention_loss)
+    nowhere = torch.zeros(4, 4)
+    assert make_reader(**fields)(**{**batch(), "regions": nowhere}).attention_loss == 0
+    assert make_reader(**fields)(**{**batch(), "regions": None}).attention_loss is None
+    assert make_reader(**fields).eval()(**batch()).attention_loss is None
+
+
+def test_questions_apart_and_together_have_the_same_loss():
+    """Each question has the weight of its label tokens."""
+    model, num_tokens = make_reader(patch_embedding_type="linear"), int((ANSWERS[:4] != -100).sum())
+    rows = (slice(row, row + 1) for row in range(4))
+    parts = [model(**batch(row), num_items_in_batch=num_tokens).attention_loss for row in rows]
+    torch.testing.assert_close(sum(parts), model(**batch()).attention_loss)
+
+
+def test_answers_to_one_question_share_where_it_looks():
+    model = make_reader(patch_embedding_type="linear")
+    inputs = {**batch(slice(0, 2)), "labels": ANSWERS[:3], "text_index": torch.tensor([0, 0, 1])}
+    apart = {name: value[[0, 0, 1]] for name, value in batch(slice(0, 2)).items()}
+    torch.testing.assert_close(
+        model(**inputs).attention_loss, model(**{**apart, "labels": ANSWERS[:3]}).attention_loss
+    )
+
+
+def test_a_question_learns_to_look_into_its_region():
+    model = make_reader()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(60):
+        output = model(**batch())
+        losses.append(output.attention_loss.item())
+        optimizer.zero_grad()
+        output.attention_loss.backward()
+        optimizer.step()
+    assert losses[0] > 1 and losses[-1] < 0.2, (losses[0], losses[-1])
+
+
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_attention_loss_with_gradient_checkpointing_is_the_same(use_reentrant, fusion_type):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_reader(fusion_type=fusion_type)
+        if checkpointing:
+            enable_checkpointing(model, use_reentrant=use_reentrant)
+        model(**batch()).attention_loss.backward()
+        layer = model.model.fusion_model.encoder.layer[0]
+        gradients.append(layer.crossattention.self.query.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+def test_training_with_it_is_one_graph():
+    model = make_reader(patch_embedding_type="linear")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch()).attention_loss, model(**batch()).attention_loss)
+
+
+def test_a_fusion_without_cross_attention_refuses_it():
+    with pytest.raises(ValueError, match="attention_loss_weight"):
+        make_reader(fusion_type="single_stream")(**batch())

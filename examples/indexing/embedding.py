@@ -7,7 +7,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import lance
 import numpy as np
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from trips_examples.data.faults import BadRowError
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
+from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import Shard, blocks_of
 from trips_examples.indexing.table import commit, ids_of, load_model, table_schema, write_rows
 
@@ -25,97 +25,48 @@ from trips_examples.indexing.table import commit, ids_of, load_model, table_sche
 BLOCK_BYTES = 2**24  # size of a block of rows that is sent between processes
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """
-    Options of embedding.
-
-    Args:
-        checkpoint, schedule, dtype: as in `load_model`.
-        device (`str`): device of each actor, `"cpu"` or `"cuda"`.
-        num_threads (`int`): PyTorch threads of each actor.
-        batch_size (`int`)
-        store_images (`bool`): whether to store images without their own file in the table.
-    """
-
-    checkpoint: str
-    schedule: str | None = None
-    dtype: str = "auto"
-    device: str = "cpu"
-    num_threads: int = 1
-    batch_size: int = 32
-    store_images: bool = True
-
-
 class Embedder:
     """Actor that converts rows of `ROW_SCHEMA` to fragments of the table at `uri`."""
 
-    def __init__(self, embedding: Embedding, uri: str):
+    def __init__(self, args: IndexArguments, uri: str):
         transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(embedding.num_threads)
-        self.embedding, self.uri = embedding, uri
-        self.model, self.processor = load_model(
-            embedding.checkpoint, embedding.schedule, embedding.dtype, embedding.device
-        )
+        torch.set_num_threads(args.cpus_per_actor)
+        self.uri, self.batch_size = uri, args.batch_size
+        device = "cuda" if args.gpus_per_actor else "cpu"
+        self.model, self.processor = load_model(args.model, args.schedule, args.dtype, device)
 
     def __call__(self, rows: pa.Table) -> dict[str, list]:
-        given, size = rows.to_pylist(), self.embedding.batch_size
-        embedded = [row for start in range(0, len(given), size) for row in self.embed(given[start : start + size])]
+        given = rows.to_pylist()
+        for start in range(0, len(given), self.batch_size):
+            self.embed(given[start : start + self.batch_size])
         schema = table_schema(self.model.config.projection_dim)
-        fragments = write_rows(self.uri, pa.Table.from_pylist(embedded, schema=schema))
-        broken = [f"{row['source']}: {row['error']}" for row in embedded if row["error"] is not None]
-        return {"fragments": [fragments], "rows": [len(embedded)], "broken": [broken]}
+        fragments = write_rows(self.uri, pa.Table.from_pylist(given, schema=schema))
+        broken = [f"{row['source']}: {row['error']}" for row in given if row["error"] is not None]
+        return {"fragments": [fragments], "rows": [len(given)], "broken": [broken]}
 
-    def embed(self, rows: list[dict]) -> list[dict]:
-        """Return the rows, each with a `vector` or an `error`."""
-        images, vectors = [], []
+    @torch.inference_mode()
+    def embed(self, rows: list[dict]):
+        """Set the `vector` or the `error` of each row."""
+        images = []
         for row in rows:
+            row["vector"] = None
             if row["error"] is None:
                 try:
                     images.append(decode_untrusted_image(path_or_bytes(row["image"]), self.processor.patch_size))
                 except BadRowError as error:
                     row["error"] = str(error)
-        if images:
-            vectors = list(self._vectors(images))
-        for row in rows:
-            row["vector"] = vectors.pop(0) if row["error"] is None else None
-            if row["image"] is not None and row["image"]["bytes"] is not None and not self.embedding.store_images:
-                row["image"] = None
-        return rows
-
-    @torch.inference_mode()
-    def _vectors(self, images: list) -> np.ndarray:
+        if not images:
+            return
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
         outputs = self.model.get_image_features(pixel_values.to(self.model.device, self.model.dtype))
         vectors = outputs.pooler_output.float().cpu().numpy()
         if not np.isfinite(vectors).all():
             raise ValueError("The model's image features are not finite. Use a wider --dtype.")
-        return vectors
+        for row, vector in zip((row for row in rows if row["error"] is None), vectors, strict=True):
+            row["vector"] = vector
 
 
-@dataclass(frozen=True)
-class Workers:
-    """
-    Resources of embedding.
-
-    Args:
-        num_actors (`int`): number of actors that embed.
-        cpus_per_actor (`int`), gpus_per_actor (`float`): resources of each actor.
-        num_readers (`int`): number of shards that are read at a time, with one CPU each.
-    """
-
-    num_actors: int = 1
-    cpus_per_actor: int = 1
-    gpus_per_actor: float = 0.0
-    num_readers: int = 1
-
-    @property
-    def needs(self) -> dict[str, float]:
-        cpus = self.num_readers + self.num_actors * self.cpus_per_actor
-        return {"CPU": cpus, "GPU": self.num_actors * self.gpus_per_actor}
-
-
-def start_ray(address: str | None, workers: Workers, object_store_mb: int):
+def start_ray(args: IndexArguments):
     """
     Join a Ray cluster, or start Ray on this machine until this process ends. Usage statistics are off.
 
@@ -123,46 +74,31 @@ def start_ray(address: str | None, workers: Workers, object_store_mb: int):
         ValueError: The cluster has fewer resources than the workers need.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it prints an error whenever an actor ends
     warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray's forks start a new program
     import ray.data
 
     logging.getLogger("ray.data").setLevel("ERROR")
     logging.getLogger("ray._private.authentication").setLevel("ERROR")  # a warning that authentication is on
-    if address is None:
-        options = {"num_cpus": workers.needs["CPU"], "object_store_memory": object_store_mb * 2**20}
+    needs = {"CPU": args.num_readers + args.num_actors * args.cpus_per_actor}
+    needs["GPU"] = args.num_actors * args.gpus_per_actor
+    if args.ray_address is None:
+        options = {"num_cpus": needs["CPU"], "object_store_memory": args.object_store_mb * 2**20}
         ray.init("local", include_dashboard=False, logging_level=logging.WARNING, **options)
     else:
-        ray.init(address, logging_level=logging.WARNING)
+        ray.init(args.ray_address, logging_level=logging.WARNING)
     has = ray.cluster_resources()
-    lacking = {name: need for name, need in workers.needs.items() if has.get(name, 0) < need}
-    if lacking:
+    if any(has.get(name, 0) < need for name, need in needs.items()):
         raise ValueError(
-            f"The workers need {workers.needs}, but Ray has { ({name: has.get(name, 0) for name in lacking}) }. Lower "
+            f"The workers need {needs}, but Ray has { ({name: has.get(name, 0) for name in needs}) }. Lower "
             "--num_actors, --num_readers, --cpus_per_actor or --gpus_per_actor."
         )
 
 
-def embed_images(
-    table: lance.LanceDataset,
-    shards: list[Shard],
-    embedding: Embedding,
-    workers: Workers,
-    rows_per_commit: int = 512,
-    image_column: str | None = None,
-) -> Iterator[str]:
+def embed_images(table: lance.LanceDataset, shards: list[Shard], args: IndexArguments) -> Iterator[str]:
     """
-    Add the images of shards that are not in the table. Call `start_ray` first.
-
-    Args:
-        table (`lance.LanceDataset`)
-        shards (`list[Shard]`)
-        embedding ([`Embedding`]), workers ([`Workers`])
-        rows_per_commit (`int`, *optional*, defaults to 512): images of an actor per commit. A killed actor loses at
-            most these.
-        image_column (`str`, *optional*): as in `rows_of`.
-
-    Yields:
-        `str`: source and error of each image that cannot be used.
+    Add the images of shards that are not in the table, and yield the source and error of each image that cannot be
+    used. Call `start_ray` first.
     """
     import ray
 
@@ -174,22 +110,22 @@ def embed_images(
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         for shard in batch["item"]:
-            yield from blocks_of(shard, ray.get(stored), image_column)
+            yield from blocks_of(shard, ray.get(stored), args.image_column)
 
     rows = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
         read,
         batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=workers.num_readers),
+        compute=ray.data.TaskPoolStrategy(size=args.num_readers),
         memory=8 * BLOCK_BYTES,  # unlike the actors', because Ray fuses stages with equal resources
     )
     results = rows.map_batches(
         Embedder,
-        fn_constructor_args=[embedding, table.uri],
-        batch_size=rows_per_commit,
+        fn_constructor_args=[args, table.uri],
+        batch_size=args.rows_per_commit,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers.num_actors),
-        num_cpus=workers.cpus_per_actor,
-        num_gpus=workers.gpus_per_actor,
+        compute=ray.data.ActorPoolStrategy(size=args.num_actors),
+        num_cpus=args.cpus_per_actor,
+        num_gpus=args.gpus_per_actor,
     )
     with tqdm(desc="Images", initial=len(done), unit=" images") as bar:
         for result in results.iter_rows():

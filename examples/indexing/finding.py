@@ -7,8 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import lance
-import numpy as np
 import PIL.Image
 import torch
 
@@ -21,8 +19,6 @@ from trips_examples.metrics.retrieval import RetrievalEvaluator, TextIndex
 
 logger = logging.getLogger(__name__)
 
-REFINE = 10  # times k candidates of the index are compared by their exact vectors
-
 
 @dataclass(frozen=True)
 class Found:
@@ -31,20 +27,18 @@ class Found:
 
     Args:
         source (`str`): origin of the image.
-        image (`str` or `bytes`, *optional*): path or encoded image; None if the table has neither.
+        image (`str` or `bytes`): path or encoded image.
         similarity (`float`): cosine similarity of the features of image and query.
-        score (`float`, *optional*): score of matching: log-odds of a match plus similarity over temperature.
+        score (`float`, *optional*): log-odds of a match plus similarity over temperature, which ranks the images of
+            one text. Only `match` says whether an image fits.
+        match (`float`, *optional*): probability that image and text match.
     """
 
     source: str
-    image: str | bytes | None
+    image: str | bytes
     similarity: float
     score: float | None = None
-
-    @property
-    def description(self) -> str:
-        score = "" if self.score is None else f"score {self.score:.2f}, "
-        return f"{score}similarity {self.similarity:.3f}"
+    match: float | None = None
 
 
 class Images(Sequence):
@@ -62,13 +56,7 @@ class Images(Sequence):
 
 class Finder:
     """
-    Search in a table with the model that made it.
-
-    Args:
-        uri (`str`): location of the table.
-        checkpoint (`str`), schedule (`str`, *optional*): as in `load_model`.
-        device (`str`, *optional*, defaults to `"cpu"`)
-        batch_size (`int`, *optional*, defaults to 32): number of images, texts or pairs per batch.
+    Search in the table at `uri` with the model that made it, a checkpoint and its schedule as in `load_model`.
 
     Raises:
         OSError, ValueError: The table or checkpoint does not exist, or another model made the table.
@@ -78,7 +66,7 @@ class Finder:
         self, uri: str, checkpoint: str, schedule: str | None = None, device: str = "cpu", batch_size: int = 32
     ):
         self.model, self.processor = load_model(checkpoint, schedule, device=device)
-        self.table: lance.LanceDataset = open_table(uri, fingerprint_of(self.model, self.processor))
+        self.table = open_table(uri, fingerprint_of(self.model, self.processor))
         self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=batch_size, progress=False)
 
     def describe_texts(self, texts: Sequence[str]) -> TextIndex:
@@ -100,9 +88,9 @@ class Finder:
             probes (`int`, *optional*, defaults to 20): number of partitions of the index to search.
         """
         how = {"column": "vector", "k": k, "metric": "cosine", "use_index": not exact}
-        how |= {} if exact else {"nprobes": probes, "refine_factor": REFINE}
+        how |= {} if exact else {"nprobes": probes, "refine_factor": 10}  # 10 k candidates by their exact vectors
         found = []
-        for query in features.float().numpy().astype(np.float32):
+        for query in features.float().numpy():
             columns = ["source", "image", "_distance"]
             rows = self.table.to_table(columns=columns, nearest={**how, "q": query}).to_pylist()
             found.append([Found(row["source"], path_or_bytes(row["image"]), 1 - row["_distance"]) for row in rows])
@@ -113,53 +101,43 @@ class Finder:
         Rerank the results of each text by matching. The cached image states are shared among texts. Images that can no
         longer be read are left out with a warning.
         """
-        readable = self._readable(found)
-        kept = [[each for each in row if each.source in readable] for row in found]
-        numbers = {source: number for number, source in enumerate(readable)}
-        pairs = sorted((numbers[each.source], text) for text, row in enumerate(kept) for each in row)
+        found = self._readable(found)
+        images = {each.source: each.image for row in found for each in row}
+        numbers = {source: number for number, source in enumerate(images)}
+        pairs = sorted((numbers[each.source], text) for text, row in enumerate(found) for each in row)
         if not pairs:
-            return kept
-        scores = self.evaluator.match(Images(list(readable.values())), texts, torch.tensor(pairs))
-        log_odds = dict(zip(pairs, scores.tolist()))
+            return found
+        scores = self.evaluator.match(Images(list(images.values())), texts, torch.tensor(pairs)).double()
+        log_odds = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
         temperature = self.model.temp().item()
         ranked = []
-        for text, row in enumerate(kept):
+        for text, row in enumerate(found):
+            matched = [(each, *log_odds[numbers[each.source], text]) for each in row]
             scored = [
-                replace(each, score=log_odds[numbers[each.source], text] + each.similarity / temperature)
-                for each in row
+                replace(each, score=odds + each.similarity / temperature, match=match) for each, odds, match in matched
             ]
             ranked.append(sorted(scored, key=lambda each: each.score, reverse=True))
         return ranked
 
-    def _readable(self, found: list[list[Found]]) -> dict[str, str | bytes]:
+    def _readable(self, found: list[list[Found]]) -> list[list[Found]]:
         images = {each.source: each.image for row in found for each in row}
-        faults = {source: self._fault(image) for source, image in images.items()}
+        faults = {name: inspect_image(image, "header", self.processor.patch_size) for name, image in images.items()}
+        faults = {source: fault for source, fault in faults.items() if isinstance(fault, BadRowError)}
         for source, fault in faults.items():
-            if fault is not None:
-                logger.warning(f"Left out {source}: {fault}.")
-        return {source: image for source, image in images.items() if faults[source] is None}
-
-    def _fault(self, image: str | bytes | None) -> BadRowError | str | None:
-        if image is None:
-            return "the table does not hold it (--store_images)"
-        inspected = inspect_image(image, "header", self.processor.patch_size)
-        return inspected if isinstance(inspected, BadRowError) else None
+            logger.warning(f"Left out {source}: {fault}.")
+        return [[each for each in row if each.source not in faults] for row in found]
 
     @torch.inference_mode()
-    def draw(self, found: Sequence[Found], text: str | None = None) -> dict[str, list[tuple[str, PIL.Image.Image]]]:
-        """
-        Return titled images by source: each image that can be read, and its kept patches for a text in the last
-        selection layer.
-        """
-        images = {source: decode_untrusted_image(image) for source, image in self._readable([list(found)]).items()}
-        pictures = {source: [("image", image)] for source, image in images.items()}
+    def draw(self, found: Sequence[Found], text: str | None = None) -> dict[str, PIL.Image.Image]:
+        """Return the readable images by source, with the patches that the last layer keeps for `text`."""
+        (readable,) = self._readable([list(found)])
+        images = {each.source: decode_untrusted_image(each.image) for each in readable}
         if text is None or not images:
-            return pictures
+            return images
         inputs = self.processor(images=list(images.values()), text=[text] * len(images), return_tensors="pt")
         selection = self.model.match(**inputs.to(self.model.device)).selection
-        if selection:
-            sizes = [(image.height, image.width) for image in images.values()]
-            boxes = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
-            for (source, image), kept in zip(images.items(), boxes):
-                pictures[source].append((f"{len(kept)} patches kept for the text", draw_kept_patches(image, kept)))
-        return pictures
+        if not selection:
+            return images
+        sizes = [(image.height, image.width) for image in images.values()]
+        boxes = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
+        return {name: draw_kept_patches(image, kept) for (name, image), kept in zip(images.items(), boxes)}

@@ -3,8 +3,8 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -68,9 +68,7 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
             shards |= dict.fromkeys(map(_absolute, find_shards([place], image_root, option="--images")))
     if image_root is not None and not any(isinstance(shard, FileShard) for shard in shards):
         raise ValueError("--image_root is only supported for --images that are JSONL, JSON, CSV or Parquet files.")
-    paths = iter(files)
-    chunks = iter(lambda: tuple(islice(paths, FILES_PER_SHARD)), ())
-    return [*map(FolderShard, chunks), *shards]
+    return [*(FolderShard(paths) for paths in batched(files, FILES_PER_SHARD)), *shards]
 
 
 def _image_files(folder: str) -> list[str]:
@@ -87,8 +85,41 @@ def _image_files(folder: str) -> list[str]:
 def _absolute(shard: TarShard | FileShard) -> TarShard | FileShard:
     if isinstance(shard, FileShard):
         return FileShard(os.path.abspath(shard.name), os.path.abspath(shard.image_root))
-    is_local = os.path.isfile(shard.name)
-    return replace(shard, name=os.path.abspath(shard.name)) if is_local else shard
+    return TarShard(os.path.abspath(shard.name)) if os.path.isfile(shard.name) else shard
+
+
+def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
+    """
+    Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
+    several rows name is yielded once. `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
+    """
+    sources: Counter[str] = Counter()
+    paths: set[str] = set()
+    for record in shard:
+        source = record.source if isinstance(record, Fault) else record["source"]
+        if isinstance(shard, FileShard):  # its records have only the name of their file
+            source = os.path.join(os.path.dirname(shard.name), source)
+        source, image, error = printable(source), None, None
+        sources[source] += 1
+        if sources[source] > 1:  # a tar file may have equal names and several broken places
+            source += f" ({sources[source]})"
+        try:
+            if isinstance(record, Fault):
+                error = record.error
+            else:
+                image = encoded_image(record, IMAGE_COLUMNS if image_column is None else (image_column,))
+        except BadRowError as bad:
+            error = str(bad)
+        row = {"id": id_of(source), "source": source, "image": None, "error": error}
+        if isinstance(image, bytes):
+            yield {**row, "image": {"bytes": image, "path": None}}
+        elif image is not None:
+            path = str(Path(record.get("image_root", "")) / image)
+            if path not in paths:
+                paths.add(path)
+                yield {**row, "image": {"bytes": None, "path": path}}
+        else:
+            yield row
 
 
 def id_of(source: str) -> str:
@@ -96,64 +127,18 @@ def id_of(source: str) -> str:
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
 
 
-def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
-    """
-    Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
-    several rows name is yielded once.
-
-    Args:
-        shard (`Shard`)
-        image_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` that a record has.
-    """
-    columns = IMAGE_COLUMNS if image_column is None else (image_column,)
-    seen: Counter[str] = Counter()
-    paths: set[str | bytes] = set()
-    for record in shard:
-        source, image, error = printable(_source(shard, record)), None, None
-        if isinstance(shard, TarShard):  # a tar file may have equal names and several broken places
-            seen[source] += 1
-            source += f" ({seen[source]})" if seen[source] > 1 else ""
-        if isinstance(record, Fault):
-            error = record.error
-        else:
-            try:
-                image = _image(record, columns)
-            except BadRowError as bad:
-                error = str(bad)
-        if image is not None and image["path"] is not None:
-            if image["path"] in paths:
-                continue
-            paths.add(image["path"])
-        yield {"id": id_of(source), "source": source, "image": image, "error": error}
-
-
-def _source(shard: Shard, record: dict | Fault) -> str:
-    source = record.source if isinstance(record, Fault) else record["source"]
-    # Records have only the name of their file.
-    return os.path.join(os.path.dirname(shard.name), source) if isinstance(shard, FileShard) else source
-
-
-def _image(record: dict, columns: Sequence[str]) -> dict[str, bytes | str | None]:
-    encoded = encoded_image(record, columns)
-    if isinstance(encoded, bytes):
-        return {"bytes": encoded, "path": None}
-    return {"bytes": None, "path": str(Path(record.get("image_root", "")) / encoded)}
-
-
 def blocks_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -> Iterator[pa.Table]:
-    """
-    Yield blocks of the rows of a shard that are not in the table.
+    """Yield blocks of the rows of a shard whose ids are not among `done`, sorted ids of type `S32`."""
 
-    Args:
-        shard (`Shard`)
-        done (`np.ndarray` of shape `(num_rows,)` and type `S32`): sorted ids of the table.
-        image_column (`str`, *optional*)
-    """
-    rows = (row for row in rows_of(shard, image_column) if not _contains(done, row["id"]))
-    for block in iter(lambda: list(islice(rows, ROWS_PER_BLOCK)), []):
+    def is_new(row: dict) -> bool:
+        place = np.searchsorted(done, row["id"].encode())
+        return place == len(done) or done[place] != row["id"].encode()
+
+    for block in batched(filter(is_new, rows_of(shard, image_column)), ROWS_PER_BLOCK):
         yield pa.Table.from_pylist(block, schema=ROW_SCHEMA)
 
 
-def _contains(done: np.ndarray, id: str) -> bool:
-    place = np.searchsorted(done, id.encode())
-    return bool(place < len(done) and done[place] == id.encode())
+def batched(items: Iterable, size: int) -> Iterator[tuple]:
+    """Yield items in tuples of `size`, as `itertools.batched` of Python 3.12."""
+    iterator = iter(items)
+    return iter(lambda: tuple(islice(iterator, size)), ())

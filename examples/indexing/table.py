@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import lance
@@ -26,22 +26,16 @@ from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from trips_examples.indexing.sources import ROW_SCHEMA
 
 
-METADATA = "trips"
+METADATA = b"trips"
 GRAPH_SUFFIXES = (".onnx", ".data", ".xml", ".bin")
 HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
 Retriever = TripsForRetrieval | TripsForPreTraining
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(NamedTuple):
     """
-    Identity of the model that made vectors. Vectors with the same `digest` are comparable.
-
-    Args:
-        model (`str`): name of the model.
-        schedule (`str`): selection schedule in words.
-        digest (`str`): hash of the stored weights (or of the files of an exported model), the vision configuration and
-            the image preprocessing.
+    Model and schedule that made vectors, and the hash of stored weights (or of an exported model's files), vision
+    configuration and image preprocessing. Vectors of the same `digest` are comparable.
     """
 
     model: str
@@ -53,13 +47,8 @@ def load_model(
     checkpoint: str, schedule: str | None = None, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[Retriever, TripsProcessor]:
     """
-    Load a checkpoint with a head for retrieval, or an exported one, in evaluation mode.
-
-    Args:
-        checkpoint (`str`): Folder of a checkpoint or of an exported model, or repository on the Hub.
-        schedule (`str`, *optional*): Replaces the checkpoint's schedule, as in `5:image:0.7,12:text:0.3`.
-        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is the dtype of the stored weights.
-        device (`str`, *optional*, defaults to `"cpu"`)
+    Load a checkpoint with a head for retrieval, or an exported one, in evaluation mode. `schedule` replaces that of
+    the checkpoint (`5:image:0.7,12:text:0.3`), and `dtype` that of the stored weights.
 
     Raises:
         ValueError: The checkpoint has another head, or its weights are incomplete; or a schedule, dtype or device is
@@ -83,27 +72,25 @@ def load_model(
 
 def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
     """Return the fingerprint of a model, with weights in their stored precision."""
-    checkpoint = model.config.name_or_path
-    vision = model.config.vision_config
+    checkpoint, vision = model.config.name_or_path, model.config.vision_config
     parts = [vision.to_dict(), processor.image_processor.to_dict()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    if is_exported(checkpoint):
-        for path in sorted(Path(checkpoint).iterdir()):
-            if path.suffix in GRAPH_SUFFIXES:
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
+    for path in sorted(Path(checkpoint).iterdir()) if is_exported(checkpoint) else ():
+        if path.suffix in GRAPH_SUFFIXES:
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
     return Fingerprint(checkpoint, str(vision.schedule), digest.hexdigest()[:32])
 
 
-def open_table(uri: str, fingerprint: Fingerprint) -> lance.LanceDataset:
+def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> lance.LanceDataset:
     """
-    Open a table.
+    Open a table, or create it if `dim`, the size of its vectors, is given.
 
     Raises:
-        FileNotFoundError: The table does not exist.
+        FileNotFoundError: The table does not exist, and `dim` is not given.
         ValueError: Another model or schedule made the table.
     """
     try:
@@ -111,26 +98,21 @@ def open_table(uri: str, fingerprint: Fingerprint) -> lance.LanceDataset:
     except ValueError as error:
         if "was not found" not in str(error):
             raise
+        if dim is not None:
+            schema = table_schema(dim).with_metadata({METADATA: json.dumps(fingerprint)})
+            return lance.write_dataset(schema.empty_table(), uri)
         raise FileNotFoundError(f"The table {uri} does not exist. Make it with index_images.py.") from error
-    stored = (table.schema.metadata or {}).get(METADATA.encode())
+    stored = (table.schema.metadata or {}).get(METADATA)
     if stored is None:
         raise ValueError(f"{uri} is a Lance table that index_images.py did not make. Give another.")
-    made_by = Fingerprint(**json.loads(stored))
+    made_by = Fingerprint(*json.loads(stored))
     if made_by.digest != fingerprint.digest:
         raise ValueError(
-            f"The vectors of {uri} come from {made_by.model} ({made_by.schedule}; {made_by.digest}) and cannot be "
-            f"compared with those of {fingerprint.model} ({fingerprint.schedule}; {fingerprint.digest}). Give the "
-            "--model and --schedule of the table, or make another table."
+            f"The vectors of {uri} come from {made_by.model} ({made_by.schedule}; {made_by.digest}), got "
+            f"{fingerprint.model} ({fingerprint.schedule}; {fingerprint.digest}). Give the --model and --schedule of "
+            "the table, or make another table."
         )
     return table
-
-
-def open_or_create_table(uri: str, fingerprint: Fingerprint, dim: int) -> lance.LanceDataset:
-    """Open a table, or create it for vectors of size `dim`. Raises as `open_table`."""
-    with contextlib.suppress(FileNotFoundError):
-        return open_table(uri, fingerprint)
-    schema = table_schema(dim).with_metadata({METADATA: json.dumps(asdict(fingerprint))})
-    return lance.write_dataset(schema.empty_table(), uri)
 
 
 def table_schema(dim: int) -> pa.Schema:
@@ -139,11 +121,12 @@ def table_schema(dim: int) -> pa.Schema:
 
 @contextlib.contextmanager
 def only_writer(uri: str) -> Iterator[None]:
-    """Hold a lock that ends with the process. A table on an object store has no lock."""
-    path = local_path(uri)
-    if path is None:
+    """Hold a lock beside a local table, whatever link or URI names it. A table on an object store has no lock."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("file", "file-object-store") and "://" in uri:
         yield
         return
+    path = Path(unquote(parts.path) if parts.scheme.startswith("file") else uri).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):
@@ -152,19 +135,10 @@ def only_writer(uri: str) -> Iterator[None]:
         raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
 
 
-def local_path(uri: str) -> Path | None:
-    """Return the path of a local table without symbolic links, or None for a remote table."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("file", "file-object-store"):
-        return Path(unquote(parts.path)).resolve()
-    return None if "://" in uri else Path(uri).expanduser().resolve()
-
-
-def forget_missing_images(table: lance.LanceDataset):
-    """Delete the rows of missing images, so that they are tried again."""
-    missing = "error LIKE 'missing image%'"
-    if table.count_rows(missing):
-        table.delete(missing)
+def forget_faults(table: lance.LanceDataset, rows: str):
+    """Delete rows by an SQL expression, so that their images are tried again."""
+    if table.count_rows(rows):
+        table.delete(rows)
 
 
 def count_faults(table: lance.LanceDataset) -> Counter[str]:
@@ -190,32 +164,18 @@ def ids_of(table: lance.LanceDataset) -> np.ndarray:
     return np.sort(table.to_table(columns=["id"])["id"].to_numpy().astype("S32"))
 
 
-def build_index(table: lance.LanceDataset, index_type: str, fewest: int) -> str:
+def build_index(table: lance.LanceDataset, fewest: int) -> str:
     """
-    Merge small fragments and index the vectors, if necessary.
-
-    Args:
-        table (`lance.LanceDataset`)
-        index_type (`str`): index type of Lance, such as `"IVF_PQ"`; `"none"` for none.
-        fewest (`int`): number of vectors from which an index is built. Search is exact below it.
-
-    Returns:
-        `str`: The outcome in words.
+    Merge small fragments, index the vectors unless there are fewer than `fewest` or the index is complete, and return
+    the outcome in words. Without an index, search is exact.
     """
     table.optimize.compact_files()
     table.cleanup_old_versions(older_than=timedelta(0))
     num_vectors = table.count_rows("error IS NULL")
-    if index_type == "none" or num_vectors < fewest:
+    if num_vectors < fewest:
         return f"no index: search is exact ({num_vectors} vectors)"
-    if not rows_without_index(table):
+    if table.count_rows() == sum(index.num_rows_indexed for index in table.describe_indices()):
         return "the index is complete"
-    dim = table.schema.field("vector").type.list_size
-    options = {"num_sub_vectors": max(1, dim // 8)} if "PQ" in index_type else {}
-    table.create_index("vector", index_type, metric="cosine", replace=True, **options)
-    return f"an index {index_type} of {num_vectors} vectors"
-
-
-def rows_without_index(table: lance.LanceDataset) -> int:
-    """Return the number of rows that the index does not contain."""
-    indexed = sum(index.num_rows_indexed for index in table.describe_indices())
-    return table.count_rows() - indexed
+    num_sub_vectors = max(1, table.schema.field("vector").type.list_size // 8)
+    table.create_index("vector", "IVF_PQ", metric="cosine", replace=True, num_sub_vectors=num_sub_vectors)
+    return f"an index of {num_vectors} vectors"

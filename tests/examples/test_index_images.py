@@ -10,6 +10,7 @@ import time
 
 import lance
 import numpy as np
+import PIL.Image
 import psutil
 import pytest
 from places import EXAMPLES
@@ -134,23 +135,22 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
     table = tmp_path / "t.lance"
     words = ["--table", table, "--index_from", "256", "--object_store_mb", "128"]
     printed = finished_run("index_images.py", folder, "--images", *data.values(), *words)
-    assert "899 images, 1 that cannot be used (unreadable image: 1); an index IVF_PQ of 899 vectors" in printed
+    assert "899 images, 1 that cannot be used (unreadable image: 1); an index of 899 vectors" in printed
     assert f"{tmp_path}/shard.tar/0: unreadable image" in printed
     write_parquet(tmp_path / "hub/train.parquet", range(1000, 1030))
     printed = finished_run("index_images.py", folder, "--dataset_name", tmp_path / "hub", *words, "--retry_broken")
     assert "929 images, 0 that cannot be used" in printed and "an index" in printed
     assert len(np.unique(ids_of(lance.dataset(str(table))))) == 929
 
-    words = ["--k", "4", "--page", tmp_path / "p.html", "--output_json", tmp_path / "found.json"]
+    words = ["--k", "4", "--picture", tmp_path / "found.png", "--output_json", tmp_path / "found.json"]
     found = finished_run("search.py", folder, "--table", table, "--text", *TEXTS, *words)
-    assert found.count("  score ") == 4 * len(TEXTS)
     rows = json.loads((tmp_path / "found.json").read_text())
     assert [(row["query"], row["rank"]) for row in rows] == [(text, rank) for text in TEXTS for rank in (1, 2, 3, 4)]
     assert all(row["source"] in found for row in rows)
-    page = (tmp_path / "p.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * 4 * len(TEXTS)
+    assert PIL.Image.open(tmp_path / "found.png").width > 900
     found = finished_run("search.py", folder, "--table", table, "--image", folder / "images/7.png", "--k", "2")
     assert "   1  similarity 1.000" in found
+    assert all(0 <= row["match"] <= 1 for row in rows)
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_missing_images_are_tried_again_once_their_folder_is_given(folder, tmp_p
     words = ["--images", tmp_path / "train.jsonl", "--table", tmp_path / "t.lance", "--object_store_mb", "128"]
     printed = finished_run("index_images.py", folder, *words, code=1)
     assert "0 images, 5 that cannot be used (missing image: 5)" in printed and "--image_root" in printed
-    assert "\nindex_images.py: " in printed and "Traceback" not in printed
+    assert "Traceback" not in printed
     printed = finished_run("index_images.py", folder, *words, "--image_root", folder / "images")
     assert "4 images, 1 that cannot be used (unreadable image: 1)" in printed
     rows = lance.dataset(str(tmp_path / "t.lance")).to_table().to_pylist()
@@ -181,19 +181,18 @@ def test_missing_images_are_tried_again_once_their_folder_is_given(folder, tmp_p
 )
 def test_wrong_options_are_told_before_anything_is_written(options, message, folder, checkpoints, tmp_path):
     options = options.format(folder=folder, wrong=checkpoints["TripsForQuestionAnswering"]).split()
-    with pytest.raises(SystemExit, match=message) as raised:
+    with pytest.raises((OSError, ValueError), match=message):
         index_images.main(["--model", str(folder / "model"), "--table", str(tmp_path / "t.lance"), *options])
-    assert isinstance(raised.value.code, str)  # exit code 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["--k=0", "--rerank_k=-1", "--probes=0"])
 def test_searches_for_nothing_are_refused(option, folder):
-    with pytest.raises(SystemExit, match=option.partition("=")[0]):
+    with pytest.raises(ValueError, match=option.partition("=")[0]):
         search.main(["--model", str(folder / "model"), "--table", "none", "--text", "a", option])
 
 
 def test_a_second_run_on_a_table_is_refused(folder, tmp_path):
     table = str(tmp_path / "t.lance")
-    with only_writer(table), pytest.raises(SystemExit):
+    with only_writer(table), pytest.raises(BlockingIOError):
         index_images.main(["--model", str(folder / "model"), "--table", table, "--images", str(folder / "images")])

@@ -10,25 +10,18 @@ import torch
 from tiny_collection import TEXTS, encoded, write_images, write_parquet
 
 from trips_examples.data.images import decode_image
-from trips_examples.indexing.embedding import Embedder, Embedding
+from trips_examples.indexing.embedding import Embedder
 from trips_examples.indexing.finding import Finder
+from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import blocks_of, find_images
-from trips_examples.indexing.table import (
-    commit,
-    count_faults,
-    fingerprint_of,
-    forget_missing_images,
-    load_model,
-    open_or_create_table,
-    open_table,
-)
+from trips_examples.indexing.table import commit, count_faults, fingerprint_of, forget_faults, load_model, open_table
 
 
-def embed(checkpoint: str, uri: str, *places, **options) -> list[str]:
+def embed(checkpoint: str, uri: str, *places) -> list[str]:
     """Add images to a table, as an actor does, and return the faults."""
     model, processor = load_model(checkpoint)
-    table = open_or_create_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(Embedding(checkpoint, batch_size=7, **options), uri)
+    table = open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
+    embedder = Embedder(IndexArguments(checkpoint, uri, batch_size=7), uri)
     faults = []
     for shard in find_images([str(place) for place in places]):
         for block in blocks_of(shard, np.array([], "S32")):
@@ -77,8 +70,8 @@ def test_vectors_are_the_library_s_and_images_without_a_file_are_stored(finder, 
 def test_images_are_embedded_in_batches_whatever_blocks_they_come_in(checkpoint, tmp_path):
     model, processor = load_model(checkpoint)
     uri = str(tmp_path / "t.lance")
-    open_or_create_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(Embedding(checkpoint, batch_size=48), uri)
+    open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
+    embedder = Embedder(IndexArguments(checkpoint, uri, batch_size=48), uri)
     (shard,) = find_images([str(write_images(tmp_path / "images", range(70)))])
     blocks = pa.concat_tables(blocks_of(shard, np.array([], "S32")))
     sizes = []
@@ -103,10 +96,10 @@ def test_missing_images_are_forgotten_and_broken_ones_are_not(checkpoint, tmp_pa
     embed(checkpoint, uri, tmp_path / "rows.jsonl")
     table = Finder(uri, checkpoint).table
     assert count_faults(table) == {"missing image": 1, "unreadable image": 1}
-    forget_missing_images(table)
+    forget_faults(table, "error LIKE 'missing image%'")
     assert count_faults(table) == {"unreadable image": 1} and table.count_rows() == 1
     version = table.version
-    forget_missing_images(table)
+    forget_faults(table, "error LIKE 'missing image%'")
     assert table.version == version
 
 
@@ -140,38 +133,36 @@ def test_the_order_after_matching_is_that_of_pairs_one_by_one(finder):
             scores[each.source] = (logits[1] - logits[0]).item() + each.similarity / finder.model.temp().item()
         assert [each.source for each in after] == sorted(scores, key=scores.get, reverse=True)
         assert [each.score for each in after] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-3)
+        log_odds = torch.tensor([each.score - each.similarity / finder.model.temp().item() for each in after])
+        assert [each.match for each in after] == pytest.approx(log_odds.sigmoid().tolist(), abs=1e-3)
 
 
 def test_pictures_show_what_the_text_kept(finder):
     texts = finder.describe_texts(TEXTS[:1])
     (found,) = finder.nearest(texts.embeds, 3)
-    pictures = finder.draw(found, TEXTS[0])
-    assert list(pictures) == [each.source for each in found]
-    for (title, image), (kept_title, kept) in pictures.values():
-        assert title == "image" and image.size == (64, 64) and "patches" in kept_title
-        assert kept.size == (256, 256)
-    assert [len(titled) for titled in finder.draw(found).values()] == [1, 1, 1]
+    drawn, plain = finder.draw(found, TEXTS[0]), finder.draw(found)
+    assert list(drawn) == list(plain) == [each.source for each in found]
+    assert {image.size for image in drawn.values()} == {(256, 256)}
+    assert {image.size for image in plain.values()} == {(64, 64)}
 
 
-def test_images_that_are_gone_or_were_not_stored_are_left_out_and_named(checkpoint, tmp_path, caplog):
+def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplog):
     write_images(tmp_path / "images", range(3))
-    write_parquet(tmp_path / "rows.parquet", [3])
     uri = str(tmp_path / "t.lance")
-    assert embed(checkpoint, uri, tmp_path / "images", tmp_path / "rows.parquet", store_images=False) == []
+    assert embed(checkpoint, uri, tmp_path / "images") == []
     (tmp_path / "images/1.png").unlink()
     finder = Finder(uri, checkpoint)
     texts = finder.describe_texts(TEXTS[:1])
     found = finder.nearest(texts.embeds, 4)
     with caplog.at_level(logging.WARNING):
         (ranked,) = finder.rerank(texts, found)
-    assert len(found[0]) == 4
+    assert len(found[0]) == 3
     assert {each.source for each in ranked} == {f"{tmp_path}/images/{number}.png" for number in (0, 2)}
-    assert f"Left out {tmp_path}/images/1.png: missing image" in caplog.text
-    assert "rows.parquet row 1: the table does not hold it (--store_images)" in caplog.text
+    assert f"{tmp_path}/images/1.png" in caplog.text
 
 
 def test_a_finder_refuses_what_another_schedule_made(checkpoint, collection):
-    with pytest.raises(ValueError, match="compared"):
+    with pytest.raises(ValueError, match="--schedule"):
         Finder(collection[1], checkpoint, schedule="2:image:0.25")
     model, processor = load_model(checkpoint)
     assert open_table(collection[1], fingerprint_of(model, processor)).count_rows() == 42
@@ -188,7 +179,7 @@ def test_an_exported_model_indexes_and_searches(checkpoint, collection, tmp_path
     for options in ({"schedule": "2:image:0.5"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
         with pytest.raises(ValueError, match="exported"):
             load_model(exported, **options)
-    with pytest.raises(ValueError, match="compared"):
+    with pytest.raises(ValueError, match="--schedule"):
         Finder(collection[1], exported)
     embed(exported, uri, collection[0] / "images")
     ours, reference = Finder(uri, exported, batch_size=6), Finder(collection[1], checkpoint, batch_size=6)

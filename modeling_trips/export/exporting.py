@@ -111,8 +111,9 @@ def export_model(
             graph.module, graph.inputs, replace(options, dynamic_shapes=graph.dynamic_shapes, quantizer=quantizer)
         )
         components[name] = exported.components["model"]
-    ExportedModel(components, exporter.export_format, config, generation_config).save_pretrained(folder)
-    save_file(head, Path(folder) / HEAD_FILE)
+    with whole_folder(folder) as partial:
+        ExportedModel(components, exporter.export_format, config, generation_config).save_pretrained(partial)
+        save_file(head, partial / HEAD_FILE)
 
 
 def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:

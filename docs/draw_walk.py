@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageDraw
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsSelection
 from modeling_trips.inspection import draw_kept_patches
-from trips_examples.analysis.pictures import draw_scores
+from modeling_trips.inspection.pictures import fit_for_drawing
 from trips_examples.ask import CHECKPOINT, SCENE, answers_of
 from trips_examples.training.parser import make_parser
 
@@ -24,6 +25,26 @@ CLS, FUSED, LINE = "#1864ab", "#d9480f", "#495057"
 COLUMN = 2.2  # inches, of which a panel takes four fifths
 HEIGHT = 0.30  # of a panel, as a share of the figure
 PICTURES, TOKENS, TEXTS = 0.41, 0.03, 0.85  # the bottoms of both rows, and the middle of the upper one
+
+
+def draw_scores(image: PIL.Image.Image, boxes: torch.Tensor, scores: torch.Tensor) -> PIL.Image.Image:
+    """
+    Draw scores as color on a gray image, relative to the highest score.
+
+    Args:
+        image (`PIL.Image.Image`): The original image. It is drawn with sides of 256 to 1024 pixels.
+        boxes (`torch.Tensor` of shape `(num_candidates, 4)`): (x0, y0, x1, y1) in pixels of the image.
+        scores (`torch.Tensor` of shape `(num_candidates,)`): Scores of at least 0. Their square roots are drawn.
+    """
+    image, scale = fit_for_drawing(image, min_side=256)
+    grey = image.convert("L").convert("RGB")
+    opacity = PIL.Image.new("L", grey.size)
+    draw = PIL.ImageDraw.Draw(opacity)
+    strength = (scores / scores.max().clamp_min(1e-12)).sqrt()
+    for (x0, y0, x1, y1), share in zip((boxes.cpu() * scale).round().int().tolist(), strength.tolist()):
+        if x0 < x1 and y0 < y1:
+            draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=round(230 * share))
+    return PIL.Image.composite(PIL.Image.new("RGB", grey.size, "#d9480f"), grey, opacity)
 
 
 @dataclass

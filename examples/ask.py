@@ -16,9 +16,11 @@ from pathlib import Path
 import PIL.Image
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 from modeling_trips import (
     UNPRUNED,
+    SelectionSchedule,
     TripsForQuestionAnswering,
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
@@ -46,111 +48,96 @@ class AskArguments:
     model: str = field(
         default=str(CHECKPOINT), metadata={"help": "Checkpoint or exported model that answers questions."}
     )
-    image: str | None = field(
-        default=None, metadata={"help": "An image. Default: a composed scene of the test split."}
-    )
+    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a composed scene of the test split."})
     question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
     picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
 
 
-def load_image(path: str | None) -> PIL.Image.Image:
-    try:
-        return read_image(SCENE if path is None else path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--image {path}: {error}") from error
-
-
 def load_model(checkpoint: str) -> TripsForQuestionAnswering:
-    try:
-        if is_exported(checkpoint):
-            from modeling_trips.export import load_exported  # an extra
-
-            return load_exported(checkpoint, [TripsForQuestionAnswering])
+    if not is_exported(checkpoint):
         return load_checkpoint(checkpoint, [TripsForQuestionAnswering])
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {checkpoint}: {error}") from error
+    from modeling_trips.export import load_exported  # an extra
+
+    return load_exported(checkpoint, [TripsForQuestionAnswering])
 
 
-def answers_of(model: TripsForQuestionAnswering, processor: TripsProcessor, inputs: dict) -> list[dict]:
+def answers_of(
+    model: TripsForQuestionAnswering,
+    processor: TripsProcessor,
+    image: PIL.Image.Image,
+    questions: list[str],
+    schedule: SelectionSchedule | None = None,
+) -> list[dict]:
     """Return the best answer to each question: `answer` and `score`, its probability."""
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
+    inputs = dict(processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt"))
+    inputs |= {"schedule": schedule} if schedule else {}
     return [best for best, *_ in answerer.forward({"inputs": inputs}, top_k=1)["outputs"]]
 
 
-def describe(best: dict) -> str:
-    return f"{best['answer']} ({best['score']:.1%})"
-
-
+@torch.no_grad()
 def draw_selection(
     model: TripsForQuestionAnswering,
     processor: TripsProcessor,
     image: PIL.Image.Image,
-    inputs: dict,
     questions: list[str],
     answers: list[str],
-    path: Path,
-):
+    path: str | Path | None = None,
+    schedule: SelectionSchedule | None = None,
+) -> Figure:
     """Draw the patches of the image that each question keeps in each selection layer."""
-    with torch.no_grad():
-        selection = model.model(**inputs).selection
+    inputs = dict(processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt"))
+    selection = model.model(**inputs, **({"schedule": schedule} if schedule else {})).selection
     sizes = [(image.height, image.width)] * len(questions)
-    boxes_by_layer = [processor.patch_boxes(layer.kept_indices, sizes) for layer in selection]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    boxes = [list(layers) for layers in zip(*boxes_by_layer)]
-    plot_selection(image, questions, answers, boxes, num_patches=selection[0].scores.shape[1], path=path)
+    boxes = [list(layers) for layers in zip(*(processor.patch_boxes(kept.kept_indices, sizes) for kept in selection))]
+    num_patches = selection[0].scores.shape[1]
+    return plot_selection(image, questions, answers, boxes, num_patches=num_patches, path=path)
 
 
 @torch.no_grad()
-def seconds_of(model: TripsForQuestionAnswering, inputs: dict, is_compared: bool) -> list[float]:
-    """Return the median time of a forward pass and, if it is compared, of one at keep rate 1.0."""
-
-    steps = {"own": lambda: model.model(**inputs)}
-    if is_compared:
-        steps[SAME_WEIGHTS] = lambda: model.model(**inputs, schedule=UNPRUNED)
-    return [statistics.median(seconds) for seconds in seconds_in_turns(steps, warmup=2, repeats=9).values()]
+def print_times(model: TripsForQuestionAnswering, inputs: dict, is_compared: bool):
+    """Print the median time of a forward pass of 1 and 64 images and, if it is compared, at keep rate 1.0."""
+    for num_images in (1, 64):
+        batch = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in inputs.items()}
+        steps = {"own": lambda batch=batch: model.model(**batch)}
+        if is_compared:
+            steps["unpruned"] = lambda batch=batch: model.model(**batch, schedule=UNPRUNED)
+        times = seconds_in_turns(steps, warmup=2, repeats=9)
+        seconds, *others = (statistics.median(all_times) for all_times in times.values())
+        line = f"{num_images:>2} x an image and a question: {1000 * seconds:.0f} ms"
+        for other in others:
+            line += f", at keep rate 1.0 {1000 * other:.0f} ms: {other / seconds:.2f} times as fast"
+        print(line)
 
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(AskArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
-    image = load_image(args.image)
-    model = load_model(args.model)
-    processor = TripsProcessor.from_pretrained(args.model)
+    try:
+        image = read_image(args.image)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--image {args.image}: {error}") from error
+    model, processor = load_model(args.model), TripsProcessor.from_pretrained(args.model)
     schedule = model.config.vision_config.schedule.by_layer
     is_compared = bool(schedule) and not is_exported(args.model)
 
-    print(f"Asked about {args.image or 'a scene of four shapes'}:")
-    index = [0] * len(args.question)
-    inputs = dict(processor(images=image, text=args.question, image_index=index, return_tensors="pt"))
-    found = answers_of(model, processor, inputs)
-    answers = [found]
-    if is_compared:
-        answers.append(answers_of(model, processor, {**inputs, "schedule": UNPRUNED}))
-    for question, own, *others in zip(args.question, *answers):
-        cells = [f"{describe(own):<20}", *(f"{SAME_WEIGHTS}: {describe(other)}" for other in others)]
-        print(f"  {question:<40} {' '.join(cells)}".rstrip())
+    print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of four shapes'}:")
+    found = answers_of(model, processor, image, args.question)
+    others = answers_of(model, processor, image, args.question, UNPRUNED) if is_compared else [None] * len(found)
+    for question, own, other in zip(args.question, found, others):
+        compared = f"{SAME_WEIGHTS}: {other['answer']} ({other['score']:.1%})" if other else ""
+        print(f"  {question:<40} {own['answer']} ({own['score']:.1%})".ljust(64) + compared)
     if is_compared:
         print(SAME_WEIGHTS_NOTE)
     elif schedule:
         print("The schedule of an exported model is fixed: there is no comparison with keep rate 1.0.")
-
     if schedule:
-        rates = ", ".join(
+        rates = (
             f"{selection.keep_rate:.0%} of the tokens after layer {layer}" for layer, selection in schedule.items()
         )
-        draw_selection(
-            model, processor, image, inputs, args.question, [best["answer"] for best in found], Path(args.picture)
-        )
-        print(f"It keeps {rates}. Which patches: {args.picture}")
-
-    one = processor(images=image, text=args.question[0], return_tensors="pt")
-    for num_images in (1, 64):
-        inputs = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in one.items()}
-        seconds, *others = seconds_of(model, inputs, is_compared)
-        line = f"{num_images:>2} x an image and a question: {1000 * seconds:.0f} ms"
-        for other in others:
-            line += f", at keep rate 1.0 {1000 * other:.0f} ms: {other / seconds:.2f} times as fast"
-        print(line)
+        draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
+        print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")
+    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"), is_compared)
 
 
 if __name__ == "__main__":

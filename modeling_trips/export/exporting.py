@@ -25,6 +25,7 @@ from transformers.exporters.configs import DynamoConfig
 
 from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel
 
+from ..inspection.files import whole_folder
 from .graphs import Graph, graphs_of, trunk_of
 from .running import HEAD_FILE, assemble
 

@@ -66,17 +66,17 @@ def test_a_photo_of_12_megapixels_takes_neither_long_nor_much_memory(tmp_path):
 
 def test_images_that_are_none_are_named_without_a_program_being_started(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(SystemExit, match="--image .*notes.txt: "):
+    with pytest.raises(ValueError, match="--image .*notes.txt: "):
         ask.main(["--image", str(tmp_path / "notes.txt")])
     image, started = add_fake_ghostscript(tmp_path, monkeypatch.setenv)
-    with pytest.raises(SystemExit, match="EPS"):
+    with pytest.raises(ValueError, match="EPS"):
         ask.main(["--image", str(image)])
     assert not started.exists()
 
 
 def test_a_checkpoint_with_another_head_is_refused(tmp_path):
     TripsForVisualGrounding(TripsConfig.from_preset("tiny")).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="TripsForVisualGrounding"):
+    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
         ask.main(["--model", str(tmp_path)])
 
 
@@ -116,13 +116,9 @@ def test_the_shipped_checkpoint_is_small_and_holds_no_code():
         assert "auto_map" not in path.read_text()
 
 
-def test_its_card_tells_how_it_was_made_and_its_code_loads_it_whole_in_float32(monkeypatch):
+def test_the_code_of_its_card_loads_it_whole_in_float32(monkeypatch):
     monkeypatch.chdir(ROOT)
-    card = (ask.CHECKPOINT / "README.md").read_text()
-    assert "Made by `python examples/demo.py --publish_to examples/trips-tiny-scenes" in card
-    assert re.search(r"composed scenes, test, [\d,]+ examples \| 0.9", card)
-    assert "trust_remote_code" not in card
-    (block,) = card.split("```python\n")[1:]
+    (block,) = (ask.CHECKPOINT / "README.md").read_text().split("```python\n")[1:]
     namespace = {}
     exec(compile(block.split("```")[0], "README.md", "exec"), namespace)
     assert namespace["model"].dtype == torch.float32

@@ -82,7 +82,7 @@ def exported(request, tmp_path_factory, calibration_file):
 
 @pytest.mark.slow
 def test_answers_and_patches_match_pytorch(exported, questions, expected):
-    (texts, right, images), (dtype, model, processor) = questions, exported
+    (texts, _, images), (dtype, model, processor) = questions, exported
     answers, kept = answers_of(model, processor, texts, images)
     same = sum(map(str.__eq__, answers, expected[0])) / len(texts)
     same_patches = [(a[:, :, None] == b[:, None]).any(-1).float().mean() for a, b in zip(kept, expected[1])]

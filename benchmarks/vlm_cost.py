@@ -244,7 +244,7 @@ def measure_choices(args: VlmCostArguments) -> Iterator[dict]:
 
     def one_query():
         query = nn.functional.linear(states.mean(dim=1), projections.weight[:width]).unflatten(-1, (heads, -1))
-        return keep_topk(score_states(query, states, projections, slice(width, None), 0.125), kept)
+        return keep_topk(score_states(query, states, projections.weight[width:], 0.125), kept)
 
     def full_map():
         query, key = projections(states).unflatten(-1, (2, heads, -1)).transpose(1, 3).unbind(2)

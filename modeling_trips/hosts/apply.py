@@ -30,80 +30,47 @@ generative vision-language models such as LLaVA and Qwen-VL.
 No parameter is added, renamed or copied: checkpoints saved with selection load without it, and vice versa.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
-from transformers import (
-    Blip2VisionModel,
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-    BlipModel,
-    BlipVisionModel,
-    BridgeTowerForContrastiveLearning,
-    BridgeTowerForImageAndTextRetrieval,
-    BridgeTowerForMaskedLM,
-    BridgeTowerModel,
-    CLIPModel,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    InstructBlipVisionModel,
-    SiglipModel,
-    SiglipVisionModel,
-)
-from transformers.models.vilt.modeling_vilt import ViltPreTrainedModel
 
 from ..configuration_trips import SelectionSchedule
-from ..modeling_trips_vision import TripsSelection, next_candidates
-from .blip import (
-    describe_blip_captioner,
-    describe_blip_with_text,
-    install_text_guidance,
-    remove_text_guidance,
-)
-from .layers import ModelParts, ModuleWrapper, SelectionLayer, check_layer
-from .vilt import describe_vilt
-from .vision import describe_bridgetower, describe_tower
-from .vlm.families import FAMILIES, find_family
+from ..modeling_trips_vision import TripsSelection
+from .blip import BlipCaptioner, BlipWithText, remove_text_guidance
+from .host import Host
+from .layers import ModuleWrapper, SelectionLayer, SelectionPass, lookup, selecting_layers
+from .vilt import Vilt
+from .vision import BridgeTower, Timm, VisionTower
+from .vlm.families import FAMILIES, Family, find_family
 from .vlm.guide import TextGuide
 from .vlm.pruning import ExitSelection
 from .vlm.scoring import Scorer
-from .vlm.wrapper import (
-    apply_vlm_selection,
-    check_not_recording,
-    check_vlm_schedule,
-    record_vlm_selection,
-    remove_vlm_selection,
-    selection_of,
-)
+from .vlm.wrapper import check_generative, check_not_recording, prune_calls, remove_vlm_selection, selection_of
 
 
-# CLIPForImageClassification and similar models average the patches, so they are not supported.
-SUPPORTED_MODELS: dict[Callable[[nn.Module], ModelParts], tuple[type[nn.Module], ...]] = {
-    describe_vilt: (ViltPreTrainedModel,),
-    describe_blip_with_text: (BlipForQuestionAnswering, BlipForImageTextRetrieval),
-    describe_blip_captioner: (BlipForConditionalGeneration,),
-    describe_tower: (
-        BlipModel,
-        BlipVisionModel,
-        CLIPModel,
-        CLIPVisionModel,
-        CLIPVisionModelWithProjection,
-        SiglipModel,
-        SiglipVisionModel,
-        Blip2VisionModel,
-        InstructBlipVisionModel,
-    ),
-    describe_bridgetower: (
-        BridgeTowerModel,
-        BridgeTowerForMaskedLM,
-        BridgeTowerForImageAndTextRetrieval,
-        BridgeTowerForContrastiveLearning,
-    ),
+# By name, so that no model module is imported. CLIPForImageClassification and similar models average the patches, so
+# they are not supported.
+HOSTS: dict[str, type[Host]] = {
+    "ViltPreTrainedModel": Vilt,
+    "BlipForQuestionAnswering": BlipWithText,
+    "BlipForImageTextRetrieval": BlipWithText,
+    "BlipForConditionalGeneration": BlipCaptioner,
+    "BlipModel": VisionTower,
+    "BlipVisionModel": VisionTower,
+    "Blip2VisionModel": VisionTower,
+    "InstructBlipVisionModel": VisionTower,
+    "CLIPModel": VisionTower,
+    "CLIPVisionModel": VisionTower,
+    "CLIPVisionModelWithProjection": VisionTower,
+    "SiglipModel": VisionTower,
+    "SiglipVisionModel": VisionTower,
+    "BridgeTowerModel": BridgeTower,
+    "BridgeTowerForMaskedLM": BridgeTower,
+    "BridgeTowerForImageAndTextRetrieval": BridgeTower,
+    "BridgeTowerForContrastiveLearning": BridgeTower,
+    "VisionTransformer": Timm,
 }
-TIMM_CLASS = ("timm.models.vision_transformer", "VisionTransformer")
 
 
 def apply_patch_selection(
@@ -163,36 +130,17 @@ def apply_patch_selection(
         raise ValueError("`apply_patch_selection` needs a `schedule`, such as '8:image:0.5', or `visual_tokens`.")
     if not isinstance(schedule, SelectionSchedule):
         schedule = SelectionSchedule.parse(schedule or "unpruned")
-    family = find_family(model)
-    if family is not None:
-        check_vlm_schedule(model, family, schedule, guide)
+    host = find_host(model)
+    if isinstance(host, Family):
         at_exit = ExitSelection(visual_tokens, scorer=scorer)
-        at_exit.check_fits(family)
-        remove_patch_selection(model)
-        apply_vlm_selection(model, family, schedule, at_exit, guide)
-        return
-    if visual_tokens is not None or guide is not None:
+        check_generative(host, schedule, at_exit, guide)
+    elif visual_tokens is not None or guide is not None:
         raise ValueError(f"`visual_tokens` and `guide` need a generative model, got {type(model).__name__}.")
-    parts = find_parts(model)
-    _check_schedule(model, parts, schedule)
-    for number in schedule.layers:
-        check_layer(parts.layers[number - 1], number, [parts.layer_class])
+    host.check_schedule(schedule)
     remove_patch_selection(model)
-    guidances = {selection.guidance for selection in schedule.selections}
-    for number, selection in schedule.by_layer.items():
-        parts.layers[number - 1] = parts.selection_layer_class.of(
-            parts.layers[number - 1],
-            selection=selection,
-            takes_text="text" in guidances,
-            needs_text=selection.guidance == "text" and not parts.passes_its_text,
-            num_prefix_tokens=parts.num_prefix_tokens,
-            has_class_token=parts.has_class_token,
-        )
-    if schedule.layers:
-        for parent, name, wrapper_class in parts.wrappers:
-            setattr(parent, name, wrapper_class.of(getattr(parent, name)))
-    if parts.passes_its_text and "text" in guidances:
-        install_text_guidance(model)
+    host.wrap_layers(schedule)
+    if isinstance(host, Family):
+        prune_calls(host, schedule, at_exit, guide)
 
 
 def remove_patch_selection(model: nn.Module):
@@ -222,8 +170,8 @@ def remove_patch_selection(model: nn.Module):
 @contextmanager
 def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
     """
-    Record one [`TripsSelection`] per selection layer and forward pass, in order. Recording computes the scores twice.
-    Call the model itself, not a compiled one, and leave the context before the backward pass.
+    Record one [`TripsSelection`] per selection layer and forward pass, in order. Call the model itself, not a compiled
+    one, and leave the context before the backward pass.
 
     In ViLT `kept_indices` number the patches of the padded image, and -2 marks padding. In a generative model they
     number the units of patches that become one visual token, row by row. Each pass ends with one more
@@ -233,85 +181,60 @@ def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
         ValueError: The model has no selection layers.
         RuntimeError: No selection layer ran inside the context.
     """
-    if selection_of(model) is not None:
-        with record_vlm_selection(model) as selections:
-            yield selections
-        return
-    layers = [module for module in model.modules() if isinstance(module, SelectionLayer)]
-    if not layers:
+    recorded: list[TripsSelection] = []
+    generative, layers = selection_of(model), selecting_layers(model)
+    if generative is None and not layers:
         raise ValueError(f"This {type(model).__name__} has no selection layers: call `apply_patch_selection` first.")
-    recorder = _Recorder(first_layer=layers[0])
-    handles = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in layers]
+    if generative is not None:
+        generative.records.append(recorded)
+        handles = []
+    else:
+        handles = _record_layers(layers, recorded)
     try:
-        yield recorder.selections
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
-    if not recorder.was_called:
+        if generative is not None:
+            generative.records = [other for other in generative.records if other is not recorded]
+    if not recorded:
         raise RuntimeError("Nothing was recorded. Call the uncompiled model inside `record_patch_selection`.")
 
 
-class _Recorder:
-    """Forward hook that records all selection layers of a model."""
+def _record_layers(layers: list[SelectionLayer], recorded: list[TripsSelection]) -> list:
+    """Add hooks that give the layers a pass and record it, and return the handles."""
+    current = SelectionPass()
 
-    def __init__(self, first_layer: SelectionLayer):
-        self.first_layer = first_layer
-        self.selections = []
-        self.was_called = False
-        self.candidate_indices = None
+    def start(layer: SelectionLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        nonlocal current
+        if layer is layers[0]:
+            current = SelectionPass()
+        return args, {"selection_pass": current, **kwargs}
 
-    @torch.no_grad()
-    def __call__(self, layer: SelectionLayer, args: tuple, kwargs: dict, output):
-        self.was_called = True
-        if layer is self.first_layer:  # a new pass
-            self.candidate_indices = None
-        selection = layer.selection_of(args, kwargs, output, self.candidate_indices)
-        if selection is None:
-            return
-        self.selections.append(selection)
-        num_fused = int(layer.selection.fuse)
-        self.candidate_indices = next_candidates(selection, selection.kept_indices.shape[1] + num_fused)
+    def end(layer: SelectionLayer, args: tuple, kwargs: dict, output):
+        recorded.append(layer.recorded(kwargs["selection_pass"]))
+
+    handles = [layer.register_forward_pre_hook(start, with_kwargs=True) for layer in layers]
+    return handles + [layer.register_forward_hook(end, with_kwargs=True) for layer in layers]
 
 
-def find_parts(model: nn.Module) -> ModelParts:
+def find_host(model: nn.Module) -> Host:
     """
     Return the description of a model for patch selection.
 
     Raises:
         TypeError: The model is not supported.
     """
-    for describe, classes in SUPPORTED_MODELS.items():
-        if isinstance(model, classes):
-            return describe(model)
-    # By name, because timm is an optional dependency.
-    if any((base.__module__, base.__name__) == TIMM_CLASS for base in type(model).__mro__):
-        from .timm import describe_timm
-
-        return describe_timm(model)
+    host = find_family(model)
+    if host is None and (host_class := lookup(HOSTS, type(model))) is not None:
+        host = host_class(model)
+    if host is not None:
+        return host
     if hasattr(model, "get_base_model"):  # PEFT
         raise TypeError(
             f"Patch selection does not support {type(model).__name__}. Apply it to `model.get_base_model()`."
         )
-    names = ", ".join(base.__name__ for classes in SUPPORTED_MODELS.values() for base in classes)
-    names = names.replace(ViltPreTrainedModel.__name__, "ViltModel and all of its heads")
-    generative = ", ".join(base.__name__ for base in FAMILIES)
     raise TypeError(
-        f"Patch selection does not support {type(model).__name__}. It supports {names}, timm's VisionTransformer, and "
-        f"{generative} with their heads."
+        f"Patch selection does not support {type(model).__name__}. It supports {', '.join(HOSTS)} (of timm), and "
+        f"{', '.join(FAMILIES)} with their heads."
     )
-
-
-def _check_schedule(model: nn.Module, parts: ModelParts, schedule: SelectionSchedule):
-    last = parts.num_selectable_layers
-    if max(schedule.layers, default=1) > last:
-        raise ValueError(
-            f"Selection layers of {type(model).__name__} must be in 1..{last}, got {list(schedule.layers)}."
-            + ("" if last == len(parts.layers) else f" Layers from {last + 1} on need all tokens.")
-        )
-    for layer, selection in schedule.by_layer.items():
-        if selection.guidance == "random":
-            raise ValueError(
-                f"Layer {layer} of {type(model).__name__} must be scored by the text or by the image, got {schedule}."
-            )
-        if selection.guidance == "text" and parts.no_text is not None:
-            raise ValueError(f"{type(model).__name__} does not support guidance 'text': {parts.no_text}. Use 'image'.")

@@ -21,19 +21,14 @@ image, so fine-tune the model with selection and compare with guidance "image".
 """
 
 import copy
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
-from types import MethodType
 
 import torch
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipForQuestionAnswering,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from .layers import ModelParts
-from .vision import describe_tower
+from ..configuration_trips import SelectionSchedule
+from .vision import VisionTower
 
 
 def text_guidance_of(
@@ -59,7 +54,6 @@ class TextGuidance:
         return (), kwargs
 
 
-@wraps(BlipForQuestionAnswering.generate)
 @torch.no_grad()
 def generate_with_text_guidance(self, input_ids, pixel_values, attention_mask=None, **kwargs):
     # BLIP's generate passes only the pixels to the vision tower. A shallow copy of the model, whose vision tower has
@@ -72,29 +66,30 @@ def generate_with_text_guidance(self, input_ids, pixel_values, attention_mask=No
 
 def install_text_guidance(model: PreTrainedModel):
     TextGuidance(model)
-    if isinstance(model, BlipForQuestionAnswering):
+    if hasattr(model, "generate"):
         # `generate` is no module, so no hook reaches it.
-        model.generate = MethodType(generate_with_text_guidance, model)
+        model.generate = partial(generate_with_text_guidance, model)
 
 
 def remove_text_guidance(model: PreTrainedModel):
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, TextGuidance):
             hook.handle.remove()
-    if getattr(vars(model).get("generate"), "__func__", None) is generate_with_text_guidance:
+    if getattr(vars(model).get("generate"), "func", None) is generate_with_text_guidance:
         del model.generate
 
 
-def describe_blip_with_text(model: PreTrainedModel) -> ModelParts:
-    parts = describe_tower(model)
-    parts.passes_its_text = True
-    return parts
+class BlipWithText(VisionTower):
+    passes_its_text = True
+
+    def wrap_layers(self, schedule: SelectionSchedule):
+        super().wrap_layers(schedule)
+        if any(selection.guidance == "text" for selection in schedule.selections):
+            install_text_guidance(self.model)
 
 
-def describe_blip_captioner(model: BlipForConditionalGeneration) -> ModelParts:
-    parts = describe_tower(model)
-    parts.no_text = (
+class BlipCaptioner(VisionTower):
+    no_text = (
         "its only text model is a causal decoder, whose first token sees no other token, and in training its "
         "`input_ids` are the caption to predict"
     )
-    return parts

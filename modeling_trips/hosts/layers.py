@@ -13,15 +13,30 @@
 # limitations under the License.
 """Wrapper modules and the selection layer that all patched models share."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..configuration_trips import LayerSelection
 from ..modeling_trips_vision import TripsSelection
-from ..patch_selection import fuse_tokens, gather_tokens, keep_topk, num_kept_tokens, score_tokens
+from ..patch_selection import (
+    FUSED_TOKEN,
+    fuse_tokens,
+    gather_tokens,
+    keep_topk,
+    num_kept_tokens,
+    random_scores,
+    score_tokens,
+)
+
+
+PADDING = -2  # index of a unit that a shorter row of a record lacks
+
+
+# ---- Modules that replace those of a model -------------------------------------------------------------------------
 
 
 class ModuleWrapper(nn.Module):
@@ -37,7 +52,7 @@ class ModuleWrapper(nn.Module):
     @classmethod
     def of(cls, wrapped_module: nn.Module, **attributes) -> "ModuleWrapper":
         """Wrap `wrapped_module` and add `attributes`."""
-        wrapper = cls.__new__(cls)
+        wrapper = new_of_class(cls, type(wrapped_module))
         wrapper.__dict__.update(vars(wrapped_module))
         # `wrapped_module` is not registered as a sub-module, so no parameter appears twice.
         wrapper.__dict__.update(attributes, wrapped_module=wrapped_module, own_attributes=tuple(attributes))
@@ -49,22 +64,35 @@ class ModuleWrapper(nn.Module):
         self.wrapped_module.__dict__.update((name, value) for name, value in vars(self).items() if name not in own)
         return self.wrapped_module
 
+    def __reduce_ex__(self, protocol):
+        return new_of_class, type(self).__bases__, vars(self)
+
+
+@cache
+def _combine(*classes: type) -> type:
+    """Return a class with the last one's name, which Accelerate and Transformers look for."""
+    return type(classes[-1].__name__, classes, {"__module__": classes[-1].__module__})
+
+
+def new_of_class(*classes: type):
+    """Return an empty object of all these classes. Pickle and `copy.deepcopy` make wrappers by it."""
+    combined = _combine(*classes)
+    return combined.__new__(combined)
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     return module.wrapped_module if isinstance(module, ModuleWrapper) else module
 
 
-def check_layer(layer: nn.Module, number: int, classes: Collection[type[nn.Module]]):
-    """
-    Raises:
-        TypeError: The layer is of an unsupported class.
-        ValueError: A compiler or Accelerate has replaced its forward pass.
-    """
-    layer = unwrapped(layer)
-    if type(layer) not in classes:
-        names = " or ".join(known.__name__ for known in classes)
-        raise TypeError(f"Layer {number} must be of class {names}, got {type(layer).__name__}.")
-    check_forward(layer, f"layer {number}")
+def library_name(library_class: type) -> str | None:
+    """Return the name of a class of Transformers or timm, `None` for other classes. No model module is imported."""
+    is_known = library_class.__module__.partition(".")[0] in ("transformers", "timm")
+    return library_class.__name__ if is_known else None
+
+
+def lookup(table: Mapping[str, type], model_class: type) -> type | None:
+    """Return the entry for a class or the nearest of its parents."""
+    return next((table[name] for base in model_class.__mro__ if (name := library_name(base)) in table), None)
 
 
 def check_forward(module: nn.Module, name: str):
@@ -80,22 +108,10 @@ def check_forward(module: nn.Module, name: str):
         )
 
 
-@dataclass
-class ModelParts:
-    """Parts and properties of a model that patch selection needs. `layers` are the layers of its vision tower."""
+ALL_ROWS = slice(None)
 
-    layers: nn.ModuleList | nn.Sequential
-    layer_class: type[nn.Module]
-    selection_layer_class: type["SelectionLayer"]
-    num_selectable_layers: int
-    num_prefix_tokens: int = 1
-    has_class_token: bool = True
-    # Reason why `guidance="text"` is not supported, if so.
-    no_text: str | None = None
-    # The hook of `blip.py` passes the model's text to its vision tower.
-    passes_its_text: bool = False
-    # Further modules to wrap: (parent, name, class of the wrapper).
-    wrappers: tuple[tuple[nn.Module, str, type[ModuleWrapper]], ...] = ()
+
+# ---- Scores --------------------------------------------------------------------------------------------------------
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -107,23 +123,32 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_plain and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
-def project_part(attention: nn.Module, states: torch.Tensor, part: int) -> torch.Tensor:
+def project_rows(linear: nn.Module, rows: slice, states: torch.Tensor) -> torch.Tensor:
     """
-    Return the queries (part 0) or the keys (part 1) of an attention whose layer `qkv` computes all three:
-    `(..., num_heads, head_dim)`. Only a plain `nn.Linear` skips the other parts; adapters and quantized layers are
-    called as a whole.
+    Return these rows of a linear layer's output. Only a plain `nn.Linear` skips the others; adapters and quantized
+    layers are called as a whole.
     """
-    linear, width = attention.qkv, attention.num_heads * attention.head_dim
-    rows = slice(part * width, (part + 1) * width)
-    if is_plain_linear(linear):
-        bias = None if linear.bias is None else linear.bias[rows]
-        projected = nn.functional.linear(states, linear.weight[rows], bias)
-    else:
-        projected = linear(states)[..., rows]
-    return projected.unflatten(-1, (attention.num_heads, attention.head_dim))
+    if rows == ALL_ROWS or not is_plain_linear(linear):
+        return linear(states)[..., rows]
+    return nn.functional.linear(states, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear, rows: slice, scaling: float):
+class Projections(NamedTuple):
+    """The linear layers of an attention's queries and keys, and their rows in it."""
+
+    query: nn.Module
+    key: nn.Module
+    num_heads: int
+    query_rows: slice = ALL_ROWS
+    key_rows: slice = ALL_ROWS
+
+    @classmethod
+    def stacked(cls, linear: nn.Module, width: int, num_heads: int) -> "Projections":
+        """Return those of one layer that computes queries, keys and values."""
+        return cls(linear, linear, num_heads, slice(0, width), slice(width, 2 * width))
+
+
+def score_states(query: torch.Tensor, states: torch.Tensor, key_weight: torch.Tensor, scaling: float):
     """
     Compute `score_tokens` without the keys: q (W x) = (q W) x, so the layer projects the query instead of every token.
     The bias of the keys adds a constant to all tokens, which softmax ignores.
@@ -131,7 +156,7 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear
     Args:
         query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): The guiding query.
         states (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`): Inputs of the key projection.
-        key_layer (`nn.Linear`), rows (`slice`): The layer that projects the keys, and the rows of its weight.
+        key_weight (`torch.Tensor` of shape `(num_heads * head_dim, hidden_size)`): Weight of the key projection.
         scaling (`float`): Factor of the dot products.
 
     Returns:
@@ -139,68 +164,192 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_layer: nn.Linear
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
     with torch.autocast(states.device.type, enabled=False):  # rounding would tie patches
-        weight = key_layer.weight[rows].to(dtype).unflatten(0, (query.shape[1], -1))
+        weight = key_weight.to(dtype).unflatten(0, (query.shape[1], -1))
         directions = torch.einsum("bhd,hdc->bhc", query.to(dtype) * scaling, weight)
         logits = directions @ states.to(dtype).transpose(1, 2)
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-class SeparateProjections(ModuleWrapper):
-    """Layer of CLIP's form: `self_attn` has separate linear layers for queries and keys."""
+# ---- The selection layer -------------------------------------------------------------------------------------------
 
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return LN1(X), the input of queries and keys: `(batch_size, seq_length, hidden_size)`."""
-        return self.layer_norm1(hidden_states)
 
-    def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        """Project `(batch_size, hidden_size)` to `(batch_size, num_heads, head_dim)`."""
-        return self.self_attn.q_proj(states).unflatten(-1, (-1, self.self_attn.head_dim))
+# Not a dataclass: FSDP copies dataclasses among the arguments of a layer.
+class SelectionPass:
+    """
+    Selections of all layers in one pass of images through a tower. The patches that become one visual token of a
+    generative model are a unit; in other models a unit is a patch.
 
-    def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        """Project `(batch_size, n, hidden_size)` to `(batch_size, num_heads, n, head_dim)`."""
-        return self.self_attn.k_proj(states).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+    Args:
+        num_units (`list[int]`, *optional*): Number of units of each image in a packed sequence.
+        is_image (`torch.BoolTensor` of shape `(num_images, num_patches)`, *optional*): False marks padding patches.
+    """
+
+    def __init__(self, num_units: list[int] | None = None, is_image: torch.Tensor | None = None):
+        self.num_units = num_units
+        self.is_image = is_image
+        # In a tower that permutes units by windows: row-major number of each unit, and the boundaries of the windows.
+        self.unit_order: torch.Tensor | None = None
+        self.segments: torch.Tensor | None = None
+        # The query of the prompt: `(num_images, num_heads, head_dim)`.
+        self.query: torch.Tensor | None = None
+        # By layer. Grid: units of shape `(num_images, num_kept)`. Packed: units of all images in one row.
+        self.kept: dict[int, torch.Tensor] = {}
+        self.candidates: dict[int, torch.Tensor] = {}
+        # By layer. Grid: `(num_images, num_candidates)`. Packed: one tensor of shape `(1, num_candidates)` per image.
+        self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
+        self.num_kept: dict[int, list[int]] = {}  # packed: per image
+        self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
+        self.kept[layer], self.candidates[layer], self.scores[layer] = kept, candidates, scores
+
+    def last_before(self, layer: float) -> int | None:
+        """Return the last selection layer before this one."""
+        return max((number for number in self.kept if number < layer), default=None)
 
     @property
-    def scaling(self) -> float:
-        return self.self_attn.scale
+    def grid_size(self) -> int:
+        """Number of units in the grid of one image, after the first selection."""
+        return self.candidates[min(self.candidates)].shape[-1]
+
+    def kept_before(self, layer: float = float("inf")) -> torch.Tensor | None:
+        """Return the units kept before a layer, by default at the end; `None` if none was dropped."""
+        return self.kept.get(self.last_before(layer))
 
 
 class SelectionLayer(ModuleWrapper):
     """
-    Pre-norm layer of a patched model with patch selection between attention and MLP (paper, section 3.2).
+    Pre-norm layer with patch selection between attention and MLP (paper, section 3.2), for images with the same number
+    of patches: `(num_images, seq_length, hidden_size)`.
 
-    Attention is the model's own module and kernel. It does not return its keys, so the keys of the candidates are
-    projected a second time, at a twelfth of the cost of a layer's linear maps.
+    Attention is the model's own module and kernel. It does not return scores, so one query is compared with the
+    candidates a second time.
 
-    Subclasses define `normed_tokens`, `project_query`, `project_key` and `scaling`, as [`SeparateProjections`]. Shapes
-    are batch first, whatever the layout of the model.
+    Subclasses name the parts of the model's layer: `normed_tokens`, `projections`, `attend` and
+    `feed_forward`.
     """
 
-    selection: LayerSelection
-    takes_text: bool  # some layer of the model is scored by the text
-    needs_text: bool  # this layer is scored by a text that the caller passes
+    number: int
+    selection: LayerSelection | None  # None: the layer only shortens its arguments
+    unit: int  # side of a unit in patches
     num_prefix_tokens: int  # leading [CLS] and registers, which are always kept
     has_class_token: bool  # token 0 is [CLS]
+    takes_text: bool  # the caller may pass `text_embeds`
+    needs_text: bool  # the caller must pass them
 
-    def guide(self, normed: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Return the states whose query scores the candidates: `(batch_size, hidden_size)`."""
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the input of queries and keys: `(num_images, seq_length, hidden_size)`."""
+        raise NotImplementedError
+
+    def projections(self) -> Projections:
+        raise NotImplementedError
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        """Project `(num_images, hidden_size)` to `(num_images, num_heads, head_dim)`."""
+        parts = self.projections()
+        return project_rows(parts.query, parts.query_rows, states).unflatten(-1, (parts.num_heads, -1))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        """Project `(num_images, n, hidden_size)` to `(num_images, num_heads, n, head_dim)`."""
+        parts = self.projections()
+        key = project_rows(parts.key, parts.key_rows, states)
+        return key.unflatten(-1, (parts.num_heads, -1)).transpose(1, 2)
+
+    @property
+    def keys_are_linear(self) -> bool:
+        """Whether keys are a linear map of the normed tokens, without a norm after it."""
+        return True
+
+    def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        raise NotImplementedError
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def shorten_arguments(self, current: SelectionPass, kept: torch.Tensor, arguments: dict) -> dict:
+        """Return further arguments of attention, with entries for the kept units only."""
+        return arguments
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        selection_pass: SelectionPass | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        normed = self.normed_tokens(hidden_states)
+        if selection_pass is not None and (kept := selection_pass.kept_before(self.number)) is not None:
+            attention_mask = shorten_mask(attention_mask, kept, self.unit)
+            kwargs = self.shorten_arguments(selection_pass, kept, kwargs)
+        hidden_states = hidden_states + self.attend(normed, attention_mask, **kwargs)
+        if self.selection is not None:
+            hidden_states = self.select(selection_pass, hidden_states, normed, text_embeds)
+        return hidden_states + self.feed_forward(hidden_states)
+
+    def select(
+        self,
+        current: SelectionPass | None,
+        hidden_states: torch.Tensor,
+        normed: torch.Tensor,
+        text_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept patches and, with `fuse`, the fused token."""
+        before = None if current is None else current.kept_before(self.number)
+        scores = self.score_units(current, normed, text_embeds, is_whole=before is None)
+        num_candidates = scores.shape[1]
+        positions = keep_topk(scores, num_kept_tokens(num_candidates, self.selection.keep_rate))
+        if current is not None:
+            if before is None:
+                candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
+            else:
+                candidates = nn.functional.pad(before, (0, num_candidates - before.shape[1]), value=FUSED_TOKEN)
+            current.record(self.number, candidates.gather(1, positions), candidates, scores)
+        if positions.shape[1] == num_candidates:
+            return hidden_states
+        return self.shorten(hidden_states, scores, positions, self.num_prefix_tokens, before is None)
+
+    def shorten(
+        self,
+        hidden_states: torch.Tensor,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        num_prefix_tokens: int,
+        is_whole: bool = False,
+    ) -> torch.Tensor:
+        candidates = hidden_states[:, num_prefix_tokens:]
+        units = to_units(candidates, self.unit, is_whole)
+        kept = gather_tokens(units.flatten(2), positions).unflatten(2, units.shape[2:]).flatten(1, 2)
+        parts = [hidden_states[:, :num_prefix_tokens], kept]
+        if self.selection.fuse:
+            parts.append(fuse_tokens(candidates, scores, positions))
+        return torch.cat(parts, dim=1)
+
+    def score_units(
+        self,
+        current: SelectionPass | None,
+        normed: torch.Tensor,
+        text_embeds: torch.Tensor | None,
+        is_whole: bool,
+    ) -> torch.Tensor:
+        """Score the candidates: `(num_images, num_candidates)`. Padding scores 0."""
+        patches = normed[:, self.num_prefix_tokens :]
+        is_image = (
+            None if current is None else shorten_mask(current.is_image, current.kept_before(self.number), self.unit)
+        )
+        if self.selection.guidance == "random":
+            num_units = patches.shape[1] // self.unit**2
+            scores = random_scores(len(normed), num_units, False, normed.device, self.selection.seed)
+            return scores if is_image is None else scores * to_units(is_image, self.unit, is_whole).any(dim=-1)
+        query = None if current is None else current.query
         if text_embeds is not None:
-            self._check_text(normed, text_embeds)
-        # Vision towers pass the text to all layers.
-        if text_embeds is not None and self.selection.guidance == "text":
-            return text_embeds
-        if self.needs_text:
-            raise ValueError(
-                "Guidance 'text' needs `text_embeds`, got None. Pass them to `get_image_features` or to the vision "
-                "tower, or apply patch selection with guidance 'image'."
-            )
-        if self.has_class_token:
-            return normed[:, 0]
-        # Without a [CLS], use the mean of all queries, which is the query of the mean. VisionZip
-        # (https://arxiv.org/abs/2412.04467) uses the mean attention of all tokens, which needs the full map.
-        return normed.mean(dim=1)
+            query = self.query_of_text(normed, text_embeds)
+        scores = self.score(self.guiding_query(normed, query, is_image), patches)
+        scores = scores if is_image is None else scores * is_image
+        return to_units(scores, self.unit, is_whole).sum(dim=-1)
 
-    def _check_text(self, normed: torch.Tensor, text_embeds: torch.Tensor):
+    def query_of_text(self, normed: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor | None:
+        """Return the query of the caller's text; `None` if the image scores here."""
         if not self.takes_text:
             raise ValueError(
                 "Got `text_embeds`, but no selection layer is scored by the text. Apply patch selection with guidance "
@@ -212,60 +361,73 @@ class SelectionLayer(ModuleWrapper):
                 f"`text_embeds` must have shape {expected}, one vector per image with the width of the vision tower, "
                 f"got {tuple(text_embeds.shape)}."
             )
+        return self.project_query(text_embeds) if self.selection.guidance == "text" else None
 
-    def score(self, normed: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Score the candidates: `(batch_size, num_candidates)`."""
-        query = self.project_query(self.guide(normed, text_embeds))
-        key = self.project_key(normed[:, self.num_prefix_tokens :])
-        return score_tokens(query, key, self.scaling)
-
-    def kept_positions(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """Return positions of the kept candidates in order, `(batch_size, num_kept)`, or None if all are kept."""
-        num_kept = num_kept_tokens(scores.shape[1], self.selection.keep_rate)
-        return None if num_kept == scores.shape[1] else keep_topk(scores, num_kept)
-
-    def select(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Reduce `(batch_size, seq_length, hidden_size)` to prefix, kept candidates and fused token."""
-        kept_positions = self.kept_positions(scores)
-        if kept_positions is None:
-            return tokens
-        return self.shorten(tokens, scores, kept_positions, self.num_prefix_tokens)
-
-    def shorten(
-        self, tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor, num_prefix_tokens: int
+    def guiding_query(
+        self, normed: torch.Tensor, text_query: torch.Tensor | None, is_image: torch.Tensor | None = None
     ) -> torch.Tensor:
-        candidates = tokens[:, num_prefix_tokens:]
-        parts = [tokens[:, :num_prefix_tokens], gather_tokens(candidates, kept_positions)]
-        if self.selection.fuse:
-            parts.append(fuse_tokens(candidates, scores, kept_positions))
-        return torch.cat(parts, dim=1)
+        """Return the query that scores the patches: `(num_images, num_heads, head_dim)`."""
+        if self.selection.guidance == "text" and text_query is not None:
+            if len(text_query) != len(normed):
+                raise ValueError(
+                    f"`input_ids` must have placeholders for {len(normed)} images or tiles, got {len(text_query)}."
+                )
+            return text_query.to(normed.dtype)
+        if self.needs_text:
+            raise ValueError(
+                "Guidance 'text' needs `text_embeds`, got None. Pass them to `get_image_features` or to the vision "
+                "tower, or apply patch selection with guidance 'image'."
+            )
+        if self.has_class_token:
+            return self.project_query(normed[:, 0])
+        # Without a [CLS], use the mean of all queries, which is the query of the mean. VisionZip
+        # (https://arxiv.org/abs/2412.04467) uses the mean attention of all tokens, which needs the full map.
+        if is_image is None:
+            return self.project_query(normed.mean(dim=1))
+        weights = is_image.unsqueeze(-1).to(normed.dtype)
+        return self.project_query((normed * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
 
-    def selection_of(
-        self, args: tuple, kwargs: dict, output: torch.Tensor, candidate_indices: torch.Tensor | None
-    ) -> TripsSelection | None:
-        """
-        Recompute the selection of a call from its input; None if nothing was dropped. `candidate_indices` of shape
-        `(batch_size, num_candidates)` are None if no earlier layer dropped patches.
-        """
-        scores = self.score(self.normed_tokens(args[0]), kwargs.get("text_embeds"))
-        kept_positions = self.kept_positions(scores)
-        if kept_positions is None:
-            return None
-        if candidate_indices is None:
-            candidate_indices = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
-        return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
+    def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Score patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
+        scaling = query.shape[-1] ** -0.5
+        if self.keys_are_linear:
+            parts = self.projections()
+            if is_plain_linear(parts.key):
+                return score_states(query, states, parts.key.weight[parts.key_rows], scaling)
+        return score_tokens(query, self.project_key(states), scaling)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        text_embeds: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Forward pass of the layers of CLIP, SigLIP and BLIP, whose parts have the same names."""
-        normed = self.normed_tokens(hidden_states)
-        if attention_mask is not None:  # attention in BLIP-2 takes none
-            kwargs["attention_mask"] = attention_mask
-        attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
-        hidden_states = self.select(hidden_states + attn_output, self.score(normed, text_embeds))
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+    def recorded(self, current: SelectionPass) -> TripsSelection:
+        """Return the layer's selection in a pass, in units."""
+        return TripsSelection(*(part[self.number] for part in (current.kept, current.scores, current.candidates)))
+
+
+def selecting_layers(model: nn.Module) -> list[SelectionLayer]:
+    """Return the selection layers of a model in order."""
+    return [layer for layer in model.modules() if isinstance(layer, SelectionLayer) and layer.selection is not None]
+
+
+def to_units(patches: torch.Tensor, unit: int, is_whole: bool) -> torch.Tensor:
+    """
+    Group patches by unit: `(num_images, num_patches, ...)` -> `(num_images, num_units, unit * unit, ...)`. A whole
+    grid is row-major; patches kept by an earlier layer are already grouped.
+    """
+    if unit == 1 or not is_whole:
+        return patches.unflatten(1, (-1, unit**2))
+    side = round(patches.shape[1] ** 0.5) // unit
+    grid = patches.unflatten(1, (side, unit, side, unit))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def shorten_mask(mask: torch.Tensor | None, kept: torch.Tensor | None, unit: int) -> torch.Tensor | None:
+    """Shorten a patch mask, `(num_images, length)` or `(num_images, 1, length, length)`, to the kept units."""
+    if mask is None or kept is None:
+        return mask
+    num_patches = mask.shape[-1]
+    patches = to_units(torch.arange(num_patches, device=mask.device)[None], unit, True)[0][kept].flatten(1)
+    if mask.dim() == 2:
+        return mask.gather(1, patches)
+    mask = mask.expand(len(patches), *mask.shape[1:])
+    mask = mask.gather(3, patches[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+    if mask.shape[2] == num_patches:
+        mask = mask.gather(2, patches[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask

@@ -14,13 +14,15 @@
 """Patch selection in ViLT, where the text's [CLS] scores the patches in the joint layers."""
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.vilt.modeling_vilt import ViltEmbeddings, ViltEncoder, ViltLayer, ViltPreTrainedModel
 
-from ..modeling_trips_vision import TripsSelection
+from ..configuration_trips import SelectionSchedule
 from ..patch_selection import gather_tokens, keep_topk, num_kept_tokens, score_tokens
-from .layers import ModelParts, ModuleWrapper, SelectionLayer
+from .host import Host
+from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
 
 
 # Token numbers replace the 0/1 padding mask: 0 is padding, 1 a token that is not a patch (text, [CLS], fused), 2 + i
@@ -28,7 +30,7 @@ from .layers import ModelParts, ModuleWrapper, SelectionLayer
 PADDING, NO_PATCH, FIRST_PATCH = 0, 1, 2
 
 
-class ViltSelectionEmbeddings(ModuleWrapper, ViltEmbeddings):
+class ViltSelectionEmbeddings(ModuleWrapper):
     """
     Embeddings that number the tokens and sort the patches by the grid, because ViLT's own order is random.
 
@@ -76,7 +78,7 @@ class ViltSelectionEmbeddings(ModuleWrapper, ViltEmbeddings):
         return embeddings, numbers[:, None, None].expand(-1, 1, text_length, -1)
 
 
-class ViltSelectionEncoder(ModuleWrapper, ViltEncoder):
+class ViltSelectionEncoder(ModuleWrapper):
     """Encoder that shortens the mask together with the sequence."""
 
     def forward(
@@ -88,14 +90,14 @@ class ViltSelectionEncoder(ModuleWrapper, ViltEncoder):
         return_dict=True,
     ):
         text_length, token_numbers = attention_mask.shape[2], attention_mask[:, 0, 0]
-        mask = self.mask_of(hidden_states, token_numbers)
+        mask = self.make_mask(hidden_states, token_numbers)
         all_hidden_states, all_attentions = [hidden_states], []
         for layer in self.layer:
             if isinstance(layer, ViltSelectionLayer):
                 hidden_states, *attentions, token_numbers = layer(
                     hidden_states, mask, output_attentions, token_numbers, text_length
                 )
-                mask = self.mask_of(hidden_states, token_numbers)
+                mask = self.make_mask(hidden_states, token_numbers)
             else:
                 hidden_states, *attentions = layer(hidden_states, mask, output_attentions)
             all_hidden_states.append(hidden_states)
@@ -106,7 +108,7 @@ class ViltSelectionEncoder(ModuleWrapper, ViltEncoder):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def mask_of(self, hidden_states: torch.Tensor, token_numbers: torch.Tensor) -> torch.Tensor:
+    def make_mask(self, hidden_states: torch.Tensor, token_numbers: torch.Tensor) -> torch.Tensor:
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -115,7 +117,7 @@ class ViltSelectionEncoder(ModuleWrapper, ViltEncoder):
         )
 
 
-class ViltSelectionLayer(SelectionLayer, ViltLayer):
+class ViltSelectionLayer(SelectionLayer):
     """
     Selection layer that always keeps the text and the image's [CLS]. The number of kept patches of a row depends on
     the size of its image, not on the padding. The longest row sets the shape, and padding fills shorter rows.
@@ -124,56 +126,36 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.layernorm_before(hidden_states)
 
-    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+    def projections(self) -> Projections:
         attention = self.attention.attention
-        return attention.query(states).unflatten(-1, (-1, attention.attention_head_size))
+        return Projections(attention.query, attention.key, attention.num_attention_heads)
 
-    def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        attention = self.attention.attention
-        return attention.key(states).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
-
-    @property
-    def scaling(self) -> float:
-        return self.attention.attention.attention_head_size**-0.5
-
-    def score(self, normed: torch.Tensor, token_numbers: torch.Tensor, text_length: int) -> torch.Tensor:
-        """Score the candidates; padding scores 0."""
+    def score_patches(self, normed: torch.Tensor, numbers: torch.Tensor, text_length: int) -> torch.Tensor:
+        """Score the candidates, whose token numbers have shape `(batch_size, num_candidates)`; padding scores 0."""
         guiding_position = 0 if self.selection.guidance == "text" else text_length  # [CLS] of the text or of the image
         query = self.project_query(normed[:, guiding_position])
         key = self.project_key(normed[:, text_length + 1 :])
         # One more dimension masks padding: the query is 1 there, and the key of padding is very negative.
-        is_padding = token_numbers[:, None, text_length + 1 :, None] == PADDING
+        is_padding = (numbers == PADDING)[:, None, :, None]
         mask = torch.zeros_like(key[..., :1]).masked_fill(is_padding, torch.finfo(key.dtype).min)
+        scaling = query.shape[-1] ** -0.5
         query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
-        return score_tokens(query, torch.cat([key, mask], dim=-1), self.scaling)
+        return score_tokens(query, torch.cat([key, mask], dim=-1), scaling)
 
-    def kept_positions(self, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
-        """As in the parent. `numbers` of shape `(batch_size, num_candidates)` are the candidates' token numbers."""
-        num_kept = num_kept_tokens(scores.shape[1], self.selection.keep_rate)
-        if num_kept == scores.shape[1]:
-            return None
+    def choose(self, scores: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the positions of the kept candidates, `(batch_size, num_kept)`, and a mask of the rows that drop some,
+        `(batch_size, 1)`. Padding, not dropped patches, fills rows that keep fewer.
+        """
         is_padding = numbers == PADDING
-        order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
-        is_attentive = order.argsort(dim=-1) < self.num_kept_of(numbers)
-        # Padding, not dropped patches, fills rows that keep fewer.
-        return keep_topk(2.0 * is_attentive + is_padding, num_kept)
-
-    def num_kept_of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """
-        Return `num_kept_tokens` of each row without its padding: `(batch_size, 1)`. It computes in fixed point, since
-        float32 is too coarse and not all devices have float64.
-        """
-        unit, num_candidates = 2**40, (numbers != PADDING).sum(dim=1, keepdim=True)
+        # `num_kept_tokens` of each row, in fixed point: float32 is too coarse, and not all devices have float64.
+        unit, num_candidates = 2**40, (~is_padding).sum(dim=1, keepdim=True)
         num_kept = num_candidates * round(self.selection.keep_rate * unit) - round(1e-6 * unit)
-        return (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
-
-    def shorten_numbers(self, numbers: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
-        """Return the numbers of the kept candidates and of the fused token (padding if nothing was dropped)."""
-        parts = [numbers.gather(1, kept_positions)]
-        if self.selection.fuse:
-            drops = (numbers != PADDING).sum(dim=1, keepdim=True) > self.num_kept_of(numbers)
-            parts.append(torch.where(drops, NO_PATCH, PADDING))
-        return torch.cat(parts, dim=1)
+        num_kept = (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
+        order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
+        is_attentive = order.argsort(dim=-1) < num_kept
+        longest = num_kept_tokens(scores.shape[1], self.selection.keep_rate)
+        return keep_topk(2.0 * is_attentive + is_padding, longest), num_candidates > num_kept
 
     def forward(
         self,
@@ -182,40 +164,42 @@ class ViltSelectionLayer(SelectionLayer, ViltLayer):
         output_attentions: bool,
         token_numbers: torch.Tensor,
         text_length: int,
+        selection_pass: SelectionPass | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Return hidden states, attention weights if requested, and the numbers of the remaining tokens."""
         normed = self.normed_tokens(hidden_states)
         attn_output, *attentions = self.attention(normed, attention_mask, output_attentions=output_attentions)
         hidden_states = attn_output + hidden_states
-        num_prefix_tokens = text_length + 1
-        prefix_numbers, numbers = token_numbers[:, :num_prefix_tokens], token_numbers[:, num_prefix_tokens:]
-        scores = self.score(normed, token_numbers, text_length)
-        kept_positions = self.kept_positions(scores, numbers)
-        if kept_positions is not None:
-            hidden_states = self.shorten(hidden_states, scores, kept_positions, num_prefix_tokens)
-            token_numbers = torch.cat([prefix_numbers, self.shorten_numbers(numbers, kept_positions)], dim=1)
+        num_others = text_length + 1
+        numbers = token_numbers[:, num_others:]
+        scores = self.score_patches(normed, numbers, text_length)
+        positions, drops = self.choose(scores, numbers)
+        if selection_pass is not None:
+            candidates = numbers - FIRST_PATCH
+            selection_pass.record(self.number, candidates.gather(1, positions), candidates, scores)
+        if positions.shape[1] < numbers.shape[1]:
+            hidden_states = self.shorten(hidden_states, scores, positions, num_others)
+            parts = [token_numbers[:, :num_others], numbers.gather(1, positions)]
+            if self.selection.fuse:  # padding in rows that drop nothing
+                parts.append(torch.where(drops, NO_PATCH, PADDING))
+            token_numbers = torch.cat(parts, dim=1)
         layer_output = self.intermediate(self.layernorm_after(hidden_states))
         return self.output(layer_output, hidden_states), *attentions, token_numbers
 
-    def selection_of(self, args, kwargs, output, candidate_indices) -> TripsSelection | None:
-        """As in the parent. -1 is a fused token, -2 is padding."""
-        hidden_states, _, _, token_numbers, text_length = args
-        numbers = token_numbers[:, text_length + 1 :]
-        scores = self.score(self.normed_tokens(hidden_states), token_numbers, text_length)
-        kept_positions = self.kept_positions(scores, numbers)
-        if kept_positions is None:
-            return None
-        candidate_indices = numbers - FIRST_PATCH
-        return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
 
+class Vilt(Host):
+    layer_classes = {"ViltLayer": ViltSelectionLayer}
 
-def describe_vilt(model: ViltPreTrainedModel) -> ModelParts:
-    model = getattr(model, "vilt", model)
-    layers = model.encoder.layer
-    return ModelParts(
-        layers,
-        ViltLayer,
-        ViltSelectionLayer,
-        num_selectable_layers=len(layers),
-        wrappers=((model, "embeddings", ViltSelectionEmbeddings), (model, "encoder", ViltSelectionEncoder)),
-    )
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        self.base = getattr(model, "vilt", model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.base.encoder.layer
+
+    def wrap_layers(self, schedule: SelectionSchedule):
+        super().wrap_layers(schedule)
+        if schedule.layers:
+            self.base.embeddings = ViltSelectionEmbeddings.of(self.base.embeddings)
+            self.base.encoder = ViltSelectionEncoder.of(self.base.encoder)

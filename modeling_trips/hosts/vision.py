@@ -11,66 +11,49 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Patch selection in the vision towers of CLIP, SigLIP, BLIP and BridgeTower."""
+"""Patch selection in the vision towers of CLIP, SigLIP, BLIP, BridgeTower and timm."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.blip.modeling_blip import BlipEncoderLayer
-from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer
-from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerResidualAttention
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from .layers import ModelParts, SelectionLayer, SeparateProjections, project_part
+from .host import Host
+from .layers import Projections, SelectionLayer, library_name
 
 
-class ClipSelectionLayer(SeparateProjections, SelectionLayer, CLIPEncoderLayer):
-    pass
-
-
-class SiglipSelectionLayer(SeparateProjections, SelectionLayer, SiglipEncoderLayer):
-    pass
-
-
-class StackedProjections(SeparateProjections):
-    """Layer of BLIP's form: one linear layer for queries, keys and values."""
-
-    def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        return project_part(self.self_attn, states, 0)
-
-    def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        return project_part(self.self_attn, states, 1).transpose(1, 2)
-
-
-class BlipSelectionLayer(StackedProjections, SelectionLayer, BlipEncoderLayer):
-    pass
-
-
-class Blip2SelectionLayer(StackedProjections, SelectionLayer, Blip2EncoderLayer):
-    pass
-
-
-class InstructBlipSelectionLayer(StackedProjections, SelectionLayer, InstructBlipEncoderLayer):
-    pass
-
-
-# Selection layers of the towers whose layers have CLIP's form.
-TOWERS: dict[type[nn.Module], type[SelectionLayer]] = {
-    CLIPEncoderLayer: ClipSelectionLayer,
-    SiglipEncoderLayer: SiglipSelectionLayer,
-    BlipEncoderLayer: BlipSelectionLayer,
-    Blip2EncoderLayer: Blip2SelectionLayer,
-    InstructBlipEncoderLayer: InstructBlipSelectionLayer,
-}
-
-
-class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
-    """Selection layer for sequence-first states: `(seq_length, batch_size, hidden_size)`."""
+class ClipLayer(SelectionLayer):
+    """Layer of CLIP, SigLIP, SmolVLM or Idefics3, with separate linear maps for queries and keys."""
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.ln_1(hidden_states).transpose(0, 1)
+        return self.layer_norm1(hidden_states)
+
+    def projections(self) -> Projections:
+        attention = self.self_attn
+        return Projections(attention.q_proj, attention.k_proj, attention.num_heads)
+
+    def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        if attention_mask is not None:  # attention in BLIP-2 takes none
+            kwargs["attention_mask"] = attention_mask
+        return self.self_attn(hidden_states=normed, **kwargs)[0]
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.layer_norm2(hidden_states))
+
+
+class BlipLayer(ClipLayer):
+    """Layer of BLIP, BLIP-2 or InstructBLIP, with one linear map for queries, keys and values."""
+
+    def projections(self) -> Projections:
+        return Projections.stacked(self.self_attn.qkv, self.self_attn.embed_dim, self.self_attn.num_heads)
+
+
+class BridgeTowerLayer(SelectionLayer):
+    """Layer for sequence-first states: `(seq_length, num_images, hidden_size)`."""
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.ln_1(hidden_states)
+
+    keys_are_linear = False  # in a parameter, which `score_states` does not read
 
     def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
         weight = self.attn.in_proj_weight.chunk(3)[part]
@@ -83,63 +66,121 @@ class BridgeTowerSelectionLayer(SelectionLayer, BridgeTowerResidualAttention):
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
         return self.project(states, 1).transpose(1, 2)
 
-    @property
-    def scaling(self) -> float:
-        return self.attn.head_dim**-0.5
+    def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        return self.attention(normed.transpose(0, 1), attention_mask).transpose(0, 1)
 
-    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        normed = self.normed_tokens(hidden_state)
-        residual_state = hidden_state + self.attention(normed.transpose(0, 1), None)
-        residual_state = self.select(residual_state.transpose(0, 1), self.score(normed, None)).transpose(0, 1)
-        hidden_state = self.ln_2(residual_state)
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.ln_2(hidden_states)
         for layer in self.mlp.values():
-            hidden_state = layer(hidden_state)
-        return residual_state + hidden_state
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+    def forward(self, hidden_state: torch.Tensor, attention_mask=None, **kwargs) -> torch.Tensor:
+        return super().forward(hidden_state.transpose(0, 1), attention_mask, **kwargs).transpose(0, 1)
 
 
-def _no_text_for_width(model: PreTrainedModel) -> str | None:
-    """Return why the text cannot score patches if the towers differ in width, or None. A bare tower has no check."""
-    text_config = getattr(model.config, "text_config", None)
-    vision_config = getattr(model.config, "vision_config", model.config)
-    if text_config is None or text_config.hidden_size == vision_config.hidden_size:
-        return None
-    return (
-        f"its text encoder has width {text_config.hidden_size} and its vision tower width {vision_config.hidden_size}"
-    )
+class TimmLayer(SelectionLayer):
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm1(hidden_states)
+
+    def projections(self) -> Projections:
+        attention = self.attn
+        return Projections.stacked(attention.qkv, attention.num_heads * attention.head_dim, attention.num_heads)
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return self.attn.q_norm(super().project_query(states))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return self.attn.k_norm(super().project_key(states))
+
+    @property
+    def keys_are_linear(self) -> bool:
+        return isinstance(self.attn.k_norm, nn.Identity)
+
+    def attend(self, normed, attention_mask, attn_mask=None, is_causal: bool = False) -> torch.Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("`attn_mask` and `is_causal` are not supported with patch selection.")
+        return self.drop_path1(self.ls1(self.attn(normed)))
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(hidden_states))))
 
 
-def describe_tower(model: PreTrainedModel) -> ModelParts:
+class VisionTower(Host):
     """
-    Describe a vision tower that gets its text from the caller, or a model that holds one.
+    A vision tower of CLIP, SigLIP or BLIP that gets its text from the caller, or a model that holds one.
 
     Raises:
         TypeError: The layers are not supported.
     """
-    layers = getattr(model, "vision_model", model).encoder.layers
-    layer_class = next((known for known in TOWERS if isinstance(layers[0], known)), None)
-    if layer_class is None:
-        raise TypeError(f"Patch selection does not support layers of class {type(layers[0]).__name__}.")
-    has_class_token = layer_class is not SiglipEncoderLayer
-    return ModelParts(
-        layers,
-        layer_class,
-        TOWERS[layer_class],
-        num_selectable_layers=len(layers),
-        num_prefix_tokens=int(has_class_token),
-        has_class_token=has_class_token,
-        no_text=_no_text_for_width(model),
-    )
+
+    layer_classes = {
+        "CLIPEncoderLayer": ClipLayer,
+        "SiglipEncoderLayer": ClipLayer,
+        "BlipEncoderLayer": BlipLayer,
+        "Blip2EncoderLayer": BlipLayer,
+        "InstructBlipEncoderLayer": BlipLayer,
+    }
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.model, "vision_model", self.model).encoder.layers
+
+    @property
+    def has_class_token(self) -> bool:
+        return library_name(type(self.layers[0])) != "SiglipEncoderLayer"
+
+    @property
+    def no_text(self) -> str | None:
+        config = self.model.config
+        text_config, vision_config = getattr(config, "text_config", None), getattr(config, "vision_config", config)
+        if text_config is None or text_config.hidden_size == vision_config.hidden_size:  # a bare tower has no check
+            return None
+        return (
+            f"its text encoder has width {text_config.hidden_size} and its vision tower width "
+            f"{vision_config.hidden_size}"
+        )
 
 
-def describe_bridgetower(model: PreTrainedModel) -> ModelParts:
-    model = getattr(model, "bridgetower", model)
-    layers = model.vision_model.visual.transformer.resblocks
-    # From this layer on, image tokens are added to those of the cross-modal layers, token by token.
-    first_bridge = len(model.text_model.encoder.layer) - model.config.num_hidden_layers + 1
-    return ModelParts(
-        layers,
-        BridgeTowerResidualAttention,
-        BridgeTowerSelectionLayer,
-        num_selectable_layers=first_bridge,
-        no_text="its vision layers get only image tokens",
-    )
+class BridgeTower(Host):
+    layer_classes = {"BridgeTowerResidualAttention": BridgeTowerLayer}
+    no_text = "its vision layers get only image tokens"
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        self.base = getattr(model, "bridgetower", model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.base.vision_model.visual.transformer.resblocks
+
+    @property
+    def num_selectable_layers(self) -> int:
+        # From the first bridge on, image tokens are added to those of the cross-modal layers, token by token.
+        return len(self.base.text_model.encoder.layer) - self.base.config.num_hidden_layers + 1
+
+
+class Timm(Host):
+    layer_classes = {"Block": TimmLayer}
+    no_text = "its forward pass takes only pixels"
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        for number, block in enumerate(model.blocks, start=1):
+            attention = type(getattr(block, "attn", None))
+            if library_name(type(block)) == "Block" and library_name(attention) != "Attention":
+                raise TypeError(
+                    f"The attention of layer {number} must be timm.layers.Attention, got {attention.__name__}."
+                )
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.model.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model.has_class_token

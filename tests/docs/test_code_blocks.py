@@ -10,7 +10,7 @@ from documents import DOCUMENTS, NOT_RUN, PAGES
 from places import EXAMPLES
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering
-from modeling_trips.hosts.apply import SUPPORTED_MODELS
+from modeling_trips.hosts.apply import HOSTS
 from trips_examples import convert_checkpoint
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
@@ -37,7 +37,7 @@ def demo_model(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def registries():
     """Restore the registries after a test."""
-    before = [(registry, dict(registry)) for registry in (TASKS, SUPPORTED_MODELS)]
+    before = [(registry, dict(registry)) for registry in (TASKS, HOSTS)]
     yield
     for registry, entries in before:
         registry.clear()

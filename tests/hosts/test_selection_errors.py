@@ -31,7 +31,7 @@ def test_unsupported_model_raises_with_the_supported_ones(make_model):
         apply_patch_selection(model, schedule_of([1]))
     assert type(model).__name__ in str(error.value)
     for name in (
-        "ViltModel and all of its heads",
+        "Vilt",
         "BlipForQuestionAnswering",
         "BridgeTowerModel",
         "CLIPModel",

@@ -1,6 +1,9 @@
 """All patched models: complete removal, static shapes and lengths of sequences."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,11 +112,12 @@ def test_rows_do_not_depend_on_their_order(host):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @each_host
-def test_deepcopy_is_independent(host):
+def test_copies_are_independent(host, make_copy):
     model = host.make_model()
     host.apply(model)
-    copied = copy.deepcopy(model)
+    copied = make_copy(model)
     expected = host.run(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -240,3 +244,15 @@ def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
     remove_patch_selection(model)
     hidden_states = tower(PIXELS, output_hidden_states=True).hidden_states
     assert [states.shape[1] for states in hidden_states] == [num_prefix + 16] * 4
+
+
+def test_importing_loads_no_model_modules():
+    code = """
+import sys
+import modeling_trips
+before = {*sys.modules}
+import modeling_trips.hosts
+print([name for name in {*sys.modules} - before if ".models." in name or name.startswith("timm")])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

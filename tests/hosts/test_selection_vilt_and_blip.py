@@ -1,7 +1,5 @@
 """Properties of single patched models: ViLT's padding, BLIP's text, given texts, projections, other heads."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from schedules import schedule_of
@@ -30,7 +28,7 @@ from transformers import (
 )
 
 from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection, remove_patch_selection
-from modeling_trips.hosts.layers import project_part
+from modeling_trips.hosts.layers import project_rows
 
 
 # ---- ViLT's padding ------------------------------------------------------------------------------------------------
@@ -212,8 +210,7 @@ def test_a_part_matches_the_whole_projection():
 
     states = torch.randn(4, 6)
     for linear in (nn.Linear(6, 9), nn.Linear(6, 9, bias=False), Adapted(6, 9)):
-        attention = SimpleNamespace(qkv=linear, num_heads=1, head_dim=3)
-        torch.testing.assert_close(project_part(attention, states, 1)[:, 0], linear(states)[:, 3:6])
+        torch.testing.assert_close(project_rows(linear, slice(3, 6), states), linear(states)[:, 3:6])
 
 
 def test_recorded_numbers_are_those_of_the_original_grid():

@@ -15,57 +15,36 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from itertools import accumulate, chain
 
 import torch
 from torch import nn
-from transformers import (
-    Gemma3Model,
-    Idefics3Model,
-    InternVLModel,
-    LlavaModel,
-    LlavaNextModel,
-    LlavaOnevisionModel,
-    PaliGemmaModel,
-    PreTrainedModel,
-    Qwen2_5_VLModel,
-    Qwen2VLModel,
-    Qwen3VLModel,
-    Qwen3VLMoeModel,
-    SmolVLMModel,
-)
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.idefics3.modeling_idefics3 import Idefics3EncoderLayer
-from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionBlock
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer
 from transformers.vision_utils import get_vision_window_index
 
-from .tower import CURRENT_PASS, ClipLayer, InternvlLayer, PackedLayer, Tower, TowerLayer, TowerPass
+from ..host import Host
+from ..layers import SelectionPass, library_name, lookup
+from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units
 
 
-class Family:
+class Family(Host):
     """
-    Properties of a vision-language model that patch selection needs. This class supports selection after the tower:
-    `get_image_features` returns one group of visual tokens per image (in SmolVLM and Idefics3 per prompt), and the
-    prompt has one `image_token_id` per visual token. Subclasses also support selection inside the tower.
+    A generative vision-language model. This class supports selection after the tower: `get_image_features` returns one
+    group of visual tokens per image (in SmolVLM and Idefics3 per prompt), and the prompt has one `image_token_id` per
+    visual token. Subclasses also support selection inside the tower, where a unit of patches becomes a visual token.
     """
 
-    # Selection layer for each class of tower layer.
-    layer_classes: dict[type[nn.Module], type[TowerLayer]] = {}
-    # Layers after a selection layer get arguments with one entry per patch, which they must shorten.
-    layers_follow = False
+    guidances = ("text", "image", "random")
+    passes_its_text = True
+    has_class_token = False
+    can_fuse = False
 
-    def __init__(self, base: PreTrainedModel):
-        self.base = base
-        self.config = base.config
-        self.image_token_id = base.config.image_token_id
-        names = inspect.signature(base.get_image_features).parameters
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.base = model.base_model
+        self.config = self.base.config
+        self.image_token_id = self.config.image_token_id
+        names = inspect.signature(self.base.get_image_features).parameters
         self.encoder_arguments = [name for name in names if name != "kwargs"]
 
     @property
@@ -82,20 +61,6 @@ class Family:
         return self.transformer.encoder.layers
 
     @property
-    def num_selectable_layers(self) -> int:
-        """Number of the last layer that the language model depends on."""
-        return len(self.layers)
-
-    @property
-    def unit(self) -> int:
-        """Side of the square of patches that becomes one visual token."""
-        return 1
-
-    @property
-    def has_class_token(self) -> bool:
-        return False
-
-    @property
     def tokens_per_image(self) -> int | None:
         """Number of visual tokens of an image in the language model, `None` where it depends on the image's size."""
         return None
@@ -106,27 +71,14 @@ class Family:
         config = self.config.vision_config
         return config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
-    def add_hooks(self, tower: Tower) -> list:
+    def add_hooks(self) -> list:
         """Add hooks that restore kept patches to their places, and return the handles."""
+        return [self.tower.register_forward_hook(partial(restore_output, self.unit))]
 
-        def restore(module, args, output):
-            current = CURRENT_PASS.get()
-            if current is None or not current.kept:
-                return
-            length = output.last_hidden_state.shape[1]
-            output.last_hidden_state = tower.restore(output.last_hidden_state, current)
-            if output.get("hidden_states") is not None:
-                output.hidden_states = tuple(
-                    tower.restore(states, current) if states is not None and states.shape[1] == length else states
-                    for states in output.hidden_states
-                )
+    def begin_pass(self, inputs: Mapping) -> SelectionPass:
+        return SelectionPass()
 
-        return [self.tower.register_forward_hook(restore)]
-
-    def begin_pass(self, inputs: Mapping) -> TowerPass:
-        return TowerPass()
-
-    def encode(self, inputs: Mapping, current: TowerPass | None):
+    def encode(self, inputs: Mapping, current: SelectionPass | None):
         """Return the output of `get_image_features`."""
         arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
         if current is not None and current.segments is not None:  # computed once for the tower
@@ -146,7 +98,7 @@ class Family:
         """Return the number of images (or tiles) of the tower's batch in each group."""
         return [1] * len(sizes)
 
-    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         """Return ascending positions of the visual tokens of kept patches, per group."""
         kept = current.kept_before()
         num_others = sizes[0] - current.grid_size  # LLaVA may pass the tower's [CLS] to the language model
@@ -171,7 +123,7 @@ class Family:
 class Llava(Family):
     """LLaVA: the connector maps each patch to one visual token, so kept patches are restored after it."""
 
-    layer_classes = {CLIPEncoderLayer: ClipLayer, SiglipEncoderLayer: ClipLayer}
+    layer_classes = {"CLIPEncoderLayer": ClipTowerLayer, "SiglipEncoderLayer": ClipTowerLayer}
 
     @property
     def num_selectable_layers(self) -> int:
@@ -190,13 +142,8 @@ class Llava(Family):
         keeps_class_token = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
         return (config.image_size // config.patch_size) ** 2 + int(keeps_class_token and self.has_class_token)
 
-    def add_hooks(self, tower: Tower) -> list:
-        def restore(module, args, output):
-            current = CURRENT_PASS.get()
-            if current is not None and current.kept:
-                return tower.restore(output, current)
-
-        return [self.base.multi_modal_projector.register_forward_hook(restore)]
+    def add_hooks(self) -> list:
+        return [self.base.multi_modal_projector.register_forward_hook(restore_projected)]
 
 
 class LlavaNext(Llava):
@@ -213,10 +160,10 @@ class LlavaNext(Llava):
         )[0]
 
     def tiles_per_image(self, inputs: Mapping) -> list[int]:
-        side = self.config.vision_config.image_size
-        return [
-            image_size_to_num_patches(size, self.config.image_grid_pinpoints, side) for size in inputs["image_sizes"]
-        ]
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
+        return [image_size_to_num_patches(size, pinpoints, side) for size in inputs["image_sizes"]]
 
     def blank_tiles(self, inputs: Mapping, **options) -> list[torch.Tensor]:
         """Return one number per patch, for the tiles of each image."""
@@ -227,19 +174,21 @@ class LlavaNext(Llava):
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         return [len(group) for group in self.pack(self.blank_tiles(inputs), inputs)]
 
-    def begin_pass(self, inputs: Mapping) -> TowerPass:
-        # Padding patches are those that no packed token depends on.
+    def begin_pass(self, inputs: Mapping) -> SelectionPass:
+        # `pack` crops the tiles to the image and may interpolate them. The gradient of the packed tokens' sum says
+        # which patches any of them depends on; the others are padding. It costs as much as packing one number per
+        # patch, and follows whatever a release of Transformers does there.
         inputs = {**inputs, "image_sizes": inputs["image_sizes"].cpu()}
         with torch.inference_mode(False), torch.enable_grad():
             tiles = self.blank_tiles(inputs, requires_grad=True)
             gradients = torch.autograd.grad(torch.cat(self.pack(tiles, inputs)).sum(), tiles)
         is_image = torch.cat(gradients)[..., 0] != 0
-        return TowerPass(is_image=is_image.to(inputs["pixel_values"].device, non_blocking=True))
+        return SelectionPass(is_image=is_image.to(inputs["pixel_values"].device, non_blocking=True))
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
 
-    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device).scatter(1, kept, 0.0)
         # Tokens interpolated from kept and dropped patches are dropped.
@@ -266,7 +215,7 @@ class LlavaOnevision(LlavaNext):
 
 
 class Gemma3(Family):
-    layer_classes = {SiglipEncoderLayer: ClipLayer}
+    layer_classes = {"SiglipEncoderLayer": ClipTowerLayer}
 
     @property
     def unit(self) -> int:
@@ -280,7 +229,7 @@ class Gemma3(Family):
 class Smolvlm(Family):
     """SmolVLM and Idefics3: the tiles of all images of a prompt are one group."""
 
-    layer_classes = {SmolVLMEncoderLayer: ClipLayer, Idefics3EncoderLayer: ClipLayer}
+    layer_classes = {"SmolVLMEncoderLayer": ClipTowerLayer, "Idefics3EncoderLayer": ClipTowerLayer}
     layers_follow = True  # the mask of the patches
 
     @property
@@ -291,12 +240,8 @@ class Smolvlm(Family):
     def unit(self) -> int:
         return self.config.scale_factor
 
-    def add_hooks(self, tower: Tower) -> list:
-        def set_mask(module, args, kwargs):
-            if (current := CURRENT_PASS.get()) is not None:
-                current.is_image = kwargs["patch_attention_mask"].flatten(1)
-
-        return [self.tower.register_forward_pre_hook(set_mask, with_kwargs=True), *super().add_hooks(tower)]
+    def add_hooks(self) -> list:
+        return [self.tower.register_forward_pre_hook(set_mask, with_kwargs=True), *super().add_hooks()]
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         return tokens_per_prompt
@@ -304,7 +249,7 @@ class Smolvlm(Family):
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return [size // self.base.image_seq_len for size in sizes]
 
-    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         tiles = kept.split([size // current.grid_size for size in sizes])
         firsts = torch.arange(len(kept), device=kept.device) * current.grid_size
@@ -312,7 +257,8 @@ class Smolvlm(Family):
 
 
 class Internvl(Family):
-    layer_classes = {InternVLVisionLayer: InternvlLayer}
+    layer_classes = {"InternVLVisionLayer": InternvlLayer}
+    has_class_token = True
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -331,15 +277,11 @@ class Internvl(Family):
     def tokens_per_image(self) -> int:
         return self.tower.embeddings.patch_embeddings.num_patches // self.unit**2
 
-    @property
-    def has_class_token(self) -> bool:
-        return True
-
 
 class Qwen2Vl(Family):
     """Qwen2-VL: images of any size in one sequence, unit by unit, with rotary embeddings. The tower merges units."""
 
-    layer_classes = {Qwen2VLVisionBlock: PackedLayer}
+    layer_classes = {"Qwen2VLVisionBlock": PackedLayer}
     layers_follow = True  # segments and rotary embeddings
 
     @property
@@ -359,29 +301,16 @@ class Qwen2Vl(Family):
         attention = self.layers[0].attn
         return attention.num_heads, attention.dim // attention.num_heads
 
-    def add_hooks(self, tower: Tower) -> list:
-        return [self.tower.merger.register_forward_hook(self.restore_units(len(self.layers)))]
+    def add_hooks(self) -> list:
+        return [self.tower.merger.register_forward_hook(partial(restore_merged, len(self.layers)))]
 
-    @staticmethod
-    def restore_units(layer: int):
-        """Return a hook that restores the units after the merger of this layer to their places in the sequence."""
-
-        def restore(module, args, output):
-            current = CURRENT_PASS.get()
-            kept = current.kept_before(layer + 1) if current is not None else None
-            if kept is not None:
-                whole = output.new_zeros(sum(current.num_units), output.shape[1])
-                return whole.index_copy(0, kept, output)
-
-        return restore
-
-    def begin_pass(self, inputs: Mapping) -> TowerPass:
-        return TowerPass(num_units=self.group_sizes(inputs, []))
+    def begin_pass(self, inputs: Mapping) -> SelectionPass:
+        return SelectionPass(num_units=self.group_sizes(inputs, []))
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         return (inputs["image_grid_thw"].prod(dim=-1) // self.unit**2).tolist()
 
-    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: TowerPass) -> list[torch.Tensor]:
+    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         if current.unit_order is not None:
             kept = current.unit_order[kept]
@@ -391,9 +320,9 @@ class Qwen2Vl(Family):
 
 
 class Qwen25Vl(Qwen2Vl):
-    layer_classes = {Qwen2_5_VLVisionBlock: PackedLayer}
+    layer_classes = {"Qwen2_5_VLVisionBlock": PackedLayer}
 
-    def begin_pass(self, inputs: Mapping) -> TowerPass:
+    def begin_pass(self, inputs: Mapping) -> SelectionPass:
         current = super().begin_pass(inputs)
         grids = inputs["image_grid_thw"]
         order, current.segments = get_vision_window_index(
@@ -404,28 +333,67 @@ class Qwen25Vl(Qwen2Vl):
 
 
 class Qwen3Vl(Qwen2Vl):
-    layer_classes = {Qwen3VLVisionBlock: PackedLayer, Qwen3VLMoeVisionBlock: PackedLayer}
+    layer_classes = {"Qwen3VLVisionBlock": PackedLayer, "Qwen3VLMoeVisionBlock": PackedLayer}
 
-    def add_hooks(self, tower: Tower) -> list:
-        handles = super().add_hooks(tower)
+    def add_hooks(self) -> list:
+        handles = super().add_hooks()
         for merger, index in zip(self.tower.deepstack_merger_list, self.tower.deepstack_visual_indexes):
-            handles.append(merger.register_forward_hook(self.restore_units(index + 1)))
+            handles.append(merger.register_forward_hook(partial(restore_merged, index + 1)))
         return handles
 
 
-FAMILIES: dict[type[PreTrainedModel], type[Family]] = {
-    LlavaModel: Llava,
-    LlavaNextModel: LlavaNext,
-    LlavaOnevisionModel: LlavaOnevision,
-    PaliGemmaModel: Llava,
-    Gemma3Model: Gemma3,
-    SmolVLMModel: Smolvlm,
-    Idefics3Model: Smolvlm,
-    InternVLModel: Internvl,
-    Qwen2VLModel: Qwen2Vl,
-    Qwen2_5_VLModel: Qwen25Vl,
-    Qwen3VLModel: Qwen3Vl,
-    Qwen3VLMoeModel: Qwen3Vl,
+# ---- Hooks, which pickle can name ----------------------------------------------------------------------------------
+
+
+def restore_output(unit: int, module: nn.Module, args: tuple, output):
+    """Restore the states of a tower to the whole grid."""
+    current = CURRENT_PASS.get()
+    if current is None or not current.kept:
+        return
+    length = output.last_hidden_state.shape[1]
+    output.last_hidden_state = restore_units(output.last_hidden_state, unit, current)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = tuple(
+            restore_units(states, unit, current) if states is not None and states.shape[1] == length else states
+            for states in output.hidden_states
+        )
+
+
+def restore_projected(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    """Restore the projected patches to the whole grid."""
+    current = CURRENT_PASS.get()
+    return restore_units(output, 1, current) if current is not None and current.kept else None
+
+
+def restore_merged(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    """Restore the units after the merger of this layer to their places in the packed sequence."""
+    current = CURRENT_PASS.get()
+    kept = current.kept_before(layer + 1) if current is not None else None
+    if kept is None:
+        return None
+    return output.new_zeros(sum(current.num_units), output.shape[1]).index_copy(0, kept, output)
+
+
+def set_mask(module: nn.Module, args: tuple, kwargs: dict):
+    """Note the padding patches of SmolVLM and Idefics3."""
+    if (current := CURRENT_PASS.get()) is not None:
+        current.is_image = kwargs["patch_attention_mask"].flatten(1)
+
+
+# By the name of the model without a head.
+FAMILIES: dict[str, type[Family]] = {
+    "LlavaModel": Llava,
+    "LlavaNextModel": LlavaNext,
+    "LlavaOnevisionModel": LlavaOnevision,
+    "PaliGemmaModel": Llava,
+    "Gemma3Model": Gemma3,
+    "SmolVLMModel": Smolvlm,
+    "Idefics3Model": Smolvlm,
+    "InternVLModel": Internvl,
+    "Qwen2VLModel": Qwen2Vl,
+    "Qwen2_5_VLModel": Qwen25Vl,
+    "Qwen3VLModel": Qwen3Vl,
+    "Qwen3VLMoeModel": Qwen3Vl,
 }
 NOT_SUPPORTED = {
     "blip-2": "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection",
@@ -447,11 +415,11 @@ def find_family(model: nn.Module) -> Family | None:
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type in NOT_SUPPORTED:
         raise TypeError(f"Patch selection does not support {type(model).__name__}: {NOT_SUPPORTED[model_type]}.")
-    for model_class, family in FAMILIES.items():
-        if isinstance(base, model_class):
-            # LLaVA has other towers, too, such as Pixtral.
-            knows_tower = any(isinstance(module, tuple(family.layer_classes)) for module in base.modules())
-            return family(base) if knows_tower else Family(base)
+    family = lookup(FAMILIES, type(base))
+    if family is not None:
+        # LLaVA has other towers, too, such as Pixtral.
+        names = {library_name(type(module)) for module in base.modules()}
+        return (Family if names.isdisjoint(family.layer_classes) else family)(model)
     if base is None or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         return None
     if hasattr(base, "get_rope_index"):
@@ -461,4 +429,4 @@ def find_family(model: nn.Module) -> Family | None:
                 f"Patch selection does not support {type(model).__name__}: its `get_rope_index` does not take "
                 f"{' and '.join(sorted(missing))}."
             )
-    return Family(base) if hasattr(base.config, "image_token_id") else None
+    return Family(model) if hasattr(base.config, "image_token_id") else None

@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from ...patch_selection import gather_tokens, num_kept_tokens
+from ..layers import SelectionPass
 from .families import Family, find_family
 from .guide import TextGuide
 from .scoring import SCORERS, Scorer
-from .tower import TowerPass
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def prune(
     at_exit: ExitSelection,
     in_tower: bool = False,
     guide: TextGuide | None = None,
-) -> tuple[dict, list[torch.Tensor], TowerPass | None]:
+) -> tuple[dict, list[torch.Tensor], SelectionPass | None]:
     """
     Apply the selections inside and after the tower. Return the inputs, the kept visual tokens per image, and the
     selections of the tower's layers.

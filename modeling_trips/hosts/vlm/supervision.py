@@ -31,10 +31,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...modeling_trips_vision import TripsSelection
+from ..apply import record_patch_selection
+from ..layers import selecting_layers
 from .families import LlavaNext, find_family
 from .pruning import Prompts
-from .tower import selecting_layers
-from .wrapper import record_vlm_selection, selection_of
+from .wrapper import selection_of
 
 
 def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
@@ -54,7 +55,7 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     guidances = [layer.selection.guidance for layer in selecting_layers(model)]
     if "text" not in guidances:
         raise ValueError(f"No layer of this {type(model).__name__} is scored by the text. Pass a `guide`.")
-    with record_vlm_selection(model) as selections:
+    with record_patch_selection(model) as selections:
         selection_of(model).prune(model, dict(inputs))
     return selections[guidances.index("text")]
 

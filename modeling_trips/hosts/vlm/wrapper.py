@@ -15,8 +15,6 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, wraps
 
@@ -24,13 +22,12 @@ import torch
 from torch import nn
 
 from ...configuration_trips import SelectionSchedule
-from ...modeling_trips_base import CACHE_NAME
+from ...modeling_trips_text import CACHE_NAME
 from ...modeling_trips_vision import TripsSelection
-from ..layers import check_forward, check_layer
+from ..layers import PADDING, check_forward, selecting_layers
 from .families import Family
 from .guide import TextGuide
 from .pruning import ExitSelection, prune
-from .tower import PADDING, Tower, selecting_class, selecting_layers
 
 
 # Attribute of the model that holds its selection. It is not a module, so no parameter is added.
@@ -71,65 +68,46 @@ def selection_of(model: nn.Module) -> VlmSelection | None:
     return vars(model).get(ATTRIBUTE)
 
 
-def check_vlm_schedule(model: nn.Module, family: Family, schedule: SelectionSchedule, guide: TextGuide | None):
+def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitSelection, guide: TextGuide | None):
     """
+    Check what `Host.check_schedule` does not.
+
     Raises:
-        TypeError: Selection inside the tower is not supported for the model or one of its layers.
-        ValueError: The schedule or the guide does not fit the model, or they do not fit each other; or a compiler or
-            Accelerate has replaced the forward pass of the model or of a layer.
+        TypeError: Selection inside the tower is not supported for the model.
+        ValueError: The number of visual tokens or the guide does not fit the model, or the guide does not fit the
+            schedule; or a compiler or Accelerate has replaced the forward pass of the model.
     """
-    name = type(model).__name__
+    model, name = family.model, type(family.model).__name__
     check_forward(model, name)
+    at_exit.check_fits(family)
     if schedule.layers and not family.layer_classes:
         tower = type(getattr(family.base, "vision_tower", model)).__name__
         raise TypeError(f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens`.")
-    if schedule.layers and max(schedule.layers) > family.num_selectable_layers:
-        raise ValueError(
-            f"Selection layers of {name} must be in 1..{family.num_selectable_layers}, got {list(schedule.layers)}."
-        )
     by_text = [layer for layer, selection in schedule.by_layer.items() if selection.guidance == "text"]
     if len(by_text) > 1:
         raise ValueError(f"At most one layer can be scored by the text, got layers {by_text}.")
     if by_text and guide is None:
         raise ValueError(f"Layer {by_text[0]} is scored by the text, but `guide` is None. Pass a trained `guide`.")
-    if guide is not None and not by_text:
+    if guide is None:
+        return
+    if not by_text:
         raise ValueError(f"`guide` needs a layer that is scored by the text, such as 2:text:0.3, got {schedule}.")
-    if guide is not None:
-        own = (model.get_input_embeddings().embedding_dim, *family.heads)
-        if (guide.text_hidden_size, guide.num_heads, guide.head_dim) != own:
-            raise ValueError(
-                f"`guide` must have the (text_hidden_size, num_heads, head_dim) of {name}, {own}, got "
-                f"{(guide.text_hidden_size, guide.num_heads, guide.head_dim)}."
-            )
-        if guide.layer not in (None, *by_text):
-            raise ValueError(f"`guide` is trained for layer {guide.layer}, got {schedule}.")
-    for number in _changed_layers(family, schedule):
-        check_layer(family.layers[number - 1], number, family.layer_classes)
+    sizes = (model.get_input_embeddings().embedding_dim, *family.heads)
+    if (guide.text_hidden_size, guide.num_heads, guide.head_dim) != sizes:
+        raise ValueError(
+            f"`guide` must have the (text_hidden_size, num_heads, head_dim) of {name}, {sizes}, got "
+            f"{(guide.text_hidden_size, guide.num_heads, guide.head_dim)}."
+        )
+    if guide.layer not in (None, *by_text):
+        raise ValueError(f"`guide` is trained for layer {guide.layer}, got {schedule}.")
 
 
-def _changed_layers(family: Family, schedule: SelectionSchedule) -> Sequence[int]:
-    """Return the numbers of the layers to wrap: selection layers, and later layers that must shorten arguments."""
-    if family.layers_follow and schedule.layers:
-        return range(schedule.first_layer, len(family.layers) + 1)
-    return schedule.layers
-
-
-def apply_vlm_selection(
-    model: nn.Module, family: Family, schedule: SelectionSchedule, at_exit: ExitSelection, guide: TextGuide | None
-):
-    """Apply a checked schedule to a model without selection."""
-    handles: list = []
-    if schedule.layers:
-        tower, layers = Tower(family.unit, family.has_class_token), family.layers
-        for number in _changed_layers(family, schedule):
-            layer = layers[number - 1]
-            selecting = selecting_class(family.layer_classes[type(layer)], type(layer))  # type: ignore[arg-type]
-            layers[number - 1] = selecting.of(
-                layer, tower=tower, number=number, selection=schedule.by_layer.get(number)
-            )
-        handles = family.add_hooks(tower)
+def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelection, guide: TextGuide | None):
+    """Let `forward` and `generate` of a model with wrapped layers prune their inputs."""
+    model = family.model
     if guide is not None:
         guide.to(model.device)
+    handles = family.add_hooks() if schedule.layers else []
     model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide, handles)
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 
@@ -153,20 +131,6 @@ def remove_vlm_selection(model: nn.Module):
         handle.remove()
     model.__class__ = selection.own_class
     del model.__dict__[ATTRIBUTE]
-
-
-@contextmanager
-def record_vlm_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
-    """Record each selection layer in units of patches, then the visual tokens that the language model reads."""
-    selection = selection_of(model)
-    recorded: list[TripsSelection] = []
-    selection.records.append(recorded)
-    try:
-        yield recorded
-    finally:
-        selection.records = [own for own in selection.records if own is not recorded]
-    if not recorded:
-        raise RuntimeError("Nothing was recorded. Call the model with an image inside `record_patch_selection`.")
 
 
 def _check_mask(inputs: dict):
@@ -209,10 +173,19 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
             _check_mask(kwargs)
         return own_class.forward(self, **kwargs)
 
-    members = {"forward": forward, "__module__": own_class.__module__, "__qualname__": own_class.__qualname__}
+    def reduce(self, protocol):
+        return _new_pruning_model, (own_class,), vars(self)
+
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": own_class.__module__}
     if hasattr(own_class, "generate"):
         members["generate"] = _pruning_generate(own_class)
     return type(own_class.__name__, (own_class,), members)
+
+
+def _new_pruning_model(own_class: type[nn.Module]) -> nn.Module:
+    """Return an empty model. Pickle and `copy.deepcopy` make patched models by it."""
+    pruning_class = _pruning_class(own_class)
+    return pruning_class.__new__(pruning_class)
 
 
 def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, length: int, pruned_length: int):

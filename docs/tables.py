@@ -238,31 +238,6 @@ def first_token(row: Row) -> tuple[float, float]:
     return tuple(row[field] / unpruned[field] for field in ("seconds_to_first_token", "seconds_per_token"))
 
 
-@table
-def vlm_cost() -> str:
-    files = ("vlm_cost", "vlm_cost_batch_8")
-    cells = []
-    for row in (row for name in files for row in read(name) if "variant" in row):
-        first, later = first_token(row)
-        cells.append(
-            [
-                f"`{row['shape']}`",
-                row["batch_size"],
-                row["variant"],
-                f"{row['visual_tokens']} to {row['cached_tokens'] - row['text_length']}",
-                f"{first:.2f}",
-                f"{row['ratio_to_exit']:.2f}",
-                # Of a tower with a language model of one layer, the next token takes no time that can be measured.
-                "" if row["shape"].endswith("_tower") else f"{later:.2f}",
-                f"{row['cache_bytes'] / 1e6:.2f}",
-                f"{row['peak_memory_bytes'] / 1e6:.0f}" if row["peak_memory_bytes"] else "",
-            ]
-        )
-    header = ["Shape", "Batch", "Variant", "Visual tokens", "First token, of unpruned", "First token, of exit alone"]
-    header += ["Next token, of unpruned", "KV cache, MB", "Peak memory, MB"]
-    return render(header, cells, *files)
-
-
 # README
 
 

@@ -272,7 +272,7 @@ def test_padding_patches_come_last_and_change_nothing(name, guidance, keep_rates
     features = []
     for own in (inputs, other):
         with torch.no_grad(), record_patch_selection(model) as recorded:
-            encoded = selection_of(model).prune(model, own)["mm_encoder_outputs"]["image"].pooler_output[0]
+            encoded = selection_of(model).prune(own)["mm_encoder_outputs"]["image"].pooler_output[0]
         assert is_real[recorded[-2].kept_indices[1]].sum() == num_real
         kept = recorded[-1].kept_indices[0]
         features.append(encoded[(kept < 16) | is_real[kept % 16]])

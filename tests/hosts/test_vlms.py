@@ -232,7 +232,7 @@ def test_kept_patches_match_masked_attention(vlm, schedule):
     model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
     apply_patch_selection(model, schedule)
     with record_patch_selection(model) as recorded:
-        pruned = selection_of(model).prune(model, inputs)
+        pruned = selection_of(model).prune(inputs)
     *selections, visual = recorded
     features = pruned["mm_encoder_outputs"]["image"]
     remove_patch_selection(model)

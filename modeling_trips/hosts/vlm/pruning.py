@@ -132,11 +132,10 @@ def prune_inputs(
         raise TypeError(f"`prune_inputs` does not support {type(model).__name__}, whose prompt has no visual tokens.")
     at_exit = ExitSelection(visual_tokens, keep_rate, scorer)
     at_exit.check_fits(family)
-    return prune(model, family, dict(inputs), at_exit)[0]
+    return prune(family, dict(inputs), at_exit)[0]
 
 
 def prune(
-    model: nn.Module,
     family: Family,
     inputs: dict,
     at_exit: ExitSelection,
@@ -156,13 +155,10 @@ def prune(
     for name in ("pixel_values", "input_ids", "inputs_embeds"):
         if inputs.get(name) is not None and 0 in inputs[name].shape:
             raise ValueError(f"`{name}` must not be empty, got shape {tuple(inputs[name].shape)}.")
-    prompts = Prompts(model, family, inputs)
+    prompts = Prompts(family, inputs)
     current = family.begin_pass(inputs) if in_tower else None
     if current is not None and guide is not None:
-        sizes = family.group_sizes(inputs, prompts.num_visual)
-        numbers = family.images_per_group(inputs, sizes)
-        rows = [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
-        current.query = guide(*prompts.text)[rows]
+        current.query = guide(*prompts.text)[prompts.row_of_images()]
     output = family.encode(inputs, current)
     groups = list(output.pooler_output)
     sizes = [len(group) for group in groups]
@@ -171,17 +167,17 @@ def prune(
     if current is not None and current.kept:
         kept = family.kept_tokens(sizes, inputs, current)
         groups = [group[positions] for group, positions in zip(groups, kept)]
-    groups, positions = select_at_exit(prompts, rows, sizes, groups, at_exit)
-    kept = [own if chosen is None else own[chosen] for own, chosen in zip(kept, positions)]
+    groups, chosen = select_at_exit(prompts, rows, sizes, groups, at_exit)
+    kept = [tokens if positions is None else tokens[positions] for tokens, positions in zip(kept, chosen)]
 
     features = {"pooler_output": torch.stack(groups) if isinstance(output.pooler_output, torch.Tensor) else groups}
     if output.get("deepstack_features") is not None:
         features["deepstack_features"] = [
-            [feature[own] for feature, own in zip(layer, kept)] for layer in output.deepstack_features
+            [feature[tokens] for feature, tokens in zip(layer, kept)] for layer in output.deepstack_features
         ]
-    inputs = prompts.shorten(kept, sizes, rows)
-    inputs["mm_encoder_outputs"] = {"image": type(output)(**features)}
-    return inputs, kept, current
+    pruned = prompts.prune(kept, sizes, rows)
+    pruned["mm_encoder_outputs"] = {"image": type(output)(**features)}
+    return pruned, kept, current
 
 
 def select_at_exit(
@@ -205,14 +201,14 @@ def select_at_exit(
 
 
 class Prompts:
-    """Token sequences of a batch, with the positions of their visual tokens and of their text."""
+    """Token sequences of a batch, with the places of their visual tokens and of their text."""
 
-    def __init__(self, model: nn.Module, family: Family, inputs: dict):
-        self.model, self.family, self.inputs = model, family, inputs
+    def __init__(self, family: Family, inputs: dict):
+        self.family, self.inputs = family, inputs
         self.ids, self.embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if self.ids is None:
             placeholder = torch.tensor(family.image_token_id, device=self.embeddings.device)
-            is_visual = (self.embeddings == model.get_input_embeddings()(placeholder)).all(dim=-1)
+            is_visual = (self.embeddings == family.model.get_input_embeddings()(placeholder)).all(dim=-1)
             self.ids = is_visual * placeholder
         self.is_visual = self.ids == family.image_token_id
         mask = inputs.get("attention_mask")
@@ -225,22 +221,23 @@ class Prompts:
 
     @cached_property
     def text(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input embeddings of the prompt's text, `(batch_size, length, width)`, and their mask."""
+        """
+        Input embeddings of the text that scores, `(batch_size, length, width)`, and their mask. It is the text after
+        the last image, or all text if none follows, without labels.
+        """
         is_text = self.is_text
         if self.inputs.get("labels") is not None:
             is_text = is_text & (self.inputs["labels"] == -100)
             if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
                 raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
-        is_before = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
-        is_behind = is_text & ~is_before
-        is_text = torch.where(is_behind.any(dim=1, keepdim=True), is_behind, is_text)
-        first = (~is_text).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *self.num_text)]
-        if self.embeddings is None:
-            ids = self.ids.masked_fill(self.is_visual, 0).gather(1, first)
-            embeddings = self.model.get_input_embeddings()(ids)
-        else:
-            embeddings = gather_tokens(self.embeddings, first)
-        return embeddings, is_text.gather(1, first)
+        is_before_image = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
+        is_after = is_text & ~is_before_image
+        is_text = torch.where(is_after.any(dim=1, keepdim=True), is_after, is_text)
+        order, mask = move_to_end(is_text, max(1, *self.num_text), at_start=True)
+        if self.embeddings is not None:
+            return gather_tokens(self.embeddings, order), mask
+        ids = self.ids.masked_fill(self.is_visual, 0).gather(1, order)
+        return self.family.model.get_input_embeddings()(ids), mask
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
         """
@@ -259,36 +256,42 @@ class Prompts:
             )
         return rows
 
-    def shorten(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
-        """Return the inputs without the images and the dropped tokens."""
-        visual = torch.cat([first + own for first, own in zip(accumulate(sizes, initial=0), kept)])
-        stays = self.mask.new_zeros(sum(sizes)).index_fill(0, visual.to(self.ids.device), True)
-        stays = self.mask.masked_scatter(self.is_visual, stays)
-        lengths = list(self.num_text)
-        for own, row in zip(kept, rows):
-            lengths[row] += len(own)
-        length = max(lengths)
-        # A stable sort moves the kept tokens to one end, in order.
-        if self.pads_right:
-            order = (~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :length]
-        else:
-            order = stays.to(torch.int8).argsort(dim=1, stable=True)[:, -length:]
-        mask = stays.gather(1, order)
+    def row_of_images(self) -> list[int]:
+        """Return the row of each image (or tile) of the tower's batch, before the tower runs."""
+        sizes = self.family.group_sizes(self.inputs, self.num_visual)
+        numbers = self.family.images_per_group(self.inputs, sizes)
+        return [row for row, number in zip(self.row_of_groups(sizes), numbers) for _ in range(number)]
 
-        inputs = {name: value for name, value in self.inputs.items() if name not in self.family.encoder_arguments}
-        for name, value in inputs.items():
+    def prune(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
+        """
+        Return the inputs without the images and the dropped tokens.
+
+        Args:
+            kept (`list[torch.Tensor]`): Ascending positions of the kept tokens in each group of visual tokens.
+            sizes, rows (`list[int]`): Number of visual tokens and row of each group.
+        """
+        firsts = accumulate(sizes, initial=0)
+        kept_visual = torch.cat([first + positions for first, positions in zip(firsts, kept)]).to(self.ids.device)
+        is_kept_visual = self.mask.new_zeros(sum(sizes)).index_fill(0, kept_visual, True)
+        lengths = list(self.num_text)
+        for positions, row in zip(kept, rows):
+            lengths[row] += len(positions)
+        is_kept = self.mask.masked_scatter(self.is_visual, is_kept_visual)
+        order, mask = move_to_end(is_kept, max(lengths), at_start=self.pads_right)
+
+        padding = {"input_ids": self.padding_id, "labels": -100}
+        pruned = {name: value for name, value in self.inputs.items() if name not in self.family.encoder_arguments}
+        for name, value in pruned.items():
             if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
                 if value.dim() == 3:  # `inputs_embeds`
-                    inputs[name] = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
-                    continue
-                padding = {"input_ids": self.padding_id, "labels": -100}.get(name, 0)
-                inputs[name] = value.gather(1, order).masked_fill(~mask, padding)
+                    pruned[name] = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
+                else:
+                    pruned[name] = value.gather(1, order).masked_fill(~mask, padding.get(name, 0))
         if len({*lengths}) > 1:
-            inputs["attention_mask"] = mask.to(self.ids.dtype)
-        inputs |= self.shorten_positions(order, mask)
-        return inputs
+            pruned["attention_mask"] = mask.to(self.ids.dtype)
+        return pruned | self.prune_positions(order, mask)
 
-    def shorten_positions(self, order: torch.Tensor, mask: torch.Tensor) -> dict:
+    def prune_positions(self, order: torch.Tensor, mask: torch.Tensor) -> dict:
         """
         Return position ids without gaps, which models read as packed sequences. Spatial positions keep their values
         and follow a row of consecutive positions.
@@ -309,3 +312,13 @@ class Prompts:
     def padding_id(self) -> int:
         padding = self.family.config.get_text_config().pad_token_id
         return 0 if padding is None or padding == self.family.image_token_id else padding
+
+
+def move_to_end(is_kept: torch.Tensor, length: int, at_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the positions that move each row's kept tokens to its end (or start) in order, `(batch_size, length)`, and a
+    mask of the kept tokens there.
+    """
+    order = (is_kept ^ at_start).to(torch.int8).argsort(dim=1, stable=True)
+    order = order[:, :length] if at_start else order[:, -length:]
+    return order, is_kept.gather(1, order)

@@ -56,7 +56,7 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     if "text" not in guidances:
         raise ValueError(f"No layer of this {type(model).__name__} is scored by the text. Pass a `guide`.")
     with record_patch_selection(model) as selections:
-        selection_of(model).prune(model, dict(inputs))
+        selection_of(model).prune(dict(inputs))
     return selections[guidances.index("text")]
 
 
@@ -83,11 +83,7 @@ def region_masks(
 
 def rows_of_images(model: PreTrainedModel, inputs: Mapping) -> list[int]:
     """Return the row of `inputs`, which are outputs of the processor, of each image. Tiles count as images."""
-    family = find_family(model)
-    prompts = Prompts(model, family, dict(inputs))
-    sizes = family.group_sizes(inputs, prompts.num_visual)
-    numbers = family.images_per_group(inputs, sizes)
-    return [row for row, number in zip(prompts.row_of_groups(sizes), numbers) for _ in range(number)]
+    return Prompts(find_family(model), dict(inputs)).row_of_images()
 
 
 def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) -> torch.Tensor:

@@ -46,18 +46,17 @@ class VlmSelection:
     handles: list
     records: list[list[TripsSelection]] = field(default_factory=list)  # of open `record_patch_selection`
 
-    def prune(self, model: nn.Module, inputs: dict) -> dict:
+    def prune(self, inputs: dict) -> dict:
         past = inputs.get(CACHE_NAME)
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(
                 f"`{CACHE_NAME}` must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the "
                 "whole conversation without a cache."
             )
-        pruned, kept, current = prune(
-            model, self.family, inputs, self.at_exit, in_tower=bool(self.schedule.layers), guide=self.guide
-        )
+        in_tower = bool(self.schedule.layers)
+        pruned, kept, current = prune(self.family, inputs, self.at_exit, in_tower, self.guide)
         if self.records and kept:
-            selections = [layer.recorded(current) for layer in selecting_layers(model)]
+            selections = [layer.recorded(current) for layer in selecting_layers(self.family.model)]
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING)
             for recorded in self.records:
                 recorded += [*selections, TripsSelection(kept_indices=kept)]
@@ -168,7 +167,7 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
             kwargs.pop("kwargs", None)
         selection = selection_of(self)  # None in other models loaded with this class
         if selection is not None and kwargs.get("pixel_values") is not None:
-            kwargs = selection.prune(self, kwargs)
+            kwargs = selection.prune(kwargs)
         elif selection is not None:
             _check_mask(kwargs)
         return own_class.forward(self, **kwargs)
@@ -222,7 +221,7 @@ def _pruning_generate(own_class: type[nn.Module]):
             raise ValueError("`generate` needs `input_ids` with patch selection, got None.")
         ids = kwargs["input_ids"]
         with torch.no_grad():
-            kwargs = selection.prune(self, kwargs)
+            kwargs = selection.prune(kwargs)
         length = kwargs["input_ids"].shape[1]
         generation_config = copy.deepcopy(generation_config)
         _count_pruned_prompt(self, generation_config, kwargs, ids.shape[1], length)

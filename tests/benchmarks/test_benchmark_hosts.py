@@ -23,8 +23,9 @@ def test_the_benchmark_counts_what_a_formula_says(monkeypatch, tmp_path, clock):
 
     def macs(tokens: list[tuple[int, int]]) -> int:
         layers = sum(4 * n * d * d + 2 * n * n * d + 2 * m * d * mlp for n, m in tokens)
-        # Each selection: the keys of n - 1 candidates, the query of [CLS], the weighted sum.
-        selection = sum((n - 1) * d * d + d * d + (n - 1) * d for n, m in tokens if n != m)
+        # Each selection: the query of [CLS], its product with the weight of the keys, for two heads the products with
+        # n - 1 candidates, and the weighted sum.
+        selection = sum(2 * d * d + 2 * (n - 1) * d + (n - 1) * d for n, m in tokens if n != m)
         return 16 * 3 * 8 * 8 * d + layers + selection + 5 * d
 
     assert row["unpruned_macs"] == 2 * macs([(17, 17)] * 3)

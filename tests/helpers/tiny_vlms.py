@@ -1,7 +1,9 @@
 """Tiny generative vision-language models with random weights, and prompts for them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -311,3 +313,40 @@ def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left"
     if vlm.kind == "packed":
         inputs["mm_token_type_ids"] = types
     return inputs
+
+
+COUNTS = [1, 2, 0]  # images per prompt
+ENCODER_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
+families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
+
+
+def rows_alone(vlm: Vlm, counts: list[int]) -> Iterator[dict]:
+    """Return the prompts of `make_inputs(vlm, counts)` one by one, without padding."""
+    batch = make_inputs(vlm, counts)
+    image = patch = 0
+    for row, count in enumerate(counts):
+        present = batch["attention_mask"][row].bool()
+        own = {
+            name: value[row : row + 1, present]
+            for name, value in batch.items()
+            if value.shape[:2] == batch["input_ids"].shape
+        }
+        if count and vlm.kind == "tiles":
+            own["pixel_values"] = batch["pixel_values"][row : row + 1, : 2 * count]
+        elif count and vlm.kind == "packed":
+            own["image_grid_thw"] = batch["image_grid_thw"][image : image + count]
+            length = int(own["image_grid_thw"].prod(dim=1).sum())
+            own["pixel_values"] = batch["pixel_values"][patch : patch + length]
+            patch += length
+        elif count:
+            for name in ("pixel_values", "image_sizes", "batch_num_images"):
+                if name in batch:
+                    own[name] = batch[name][image : image + count]
+        image += count
+        yield own
+
+
+def keep_even(features, prompt, prompt_mask, num_kept):
+    """Scorer that keeps the even tokens."""
+    kept = torch.arange(0, 2 * num_kept, 2).expand(len(features), -1)
+    return kept, features[:, ::2][:, :num_kept]

@@ -1,4 +1,4 @@
-"""All patched models: complete removal, static shapes and lengths of sequences."""
+"""Applying, recording and removing selection in all patched models with vision towers or joint layers."""
 
 import copy
 import pickle
@@ -7,22 +7,33 @@ import sys
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from schedules import schedule_of
+from timm.models.vision_transformer import ParallelScalingBlock
 from tiny_hosts import (
     HOSTS,
-    INPUT_IDS,
     KEPT,
+    LAYERS,
     PIXELS,
     RATE,
     each_host,
     kept_by,
+    make_blip,
+    make_bridgetower,
+    make_clip,
+    make_timm,
 )
-from tiny_models import LargestSquare, enable_checkpointing
+from tiny_models import enable_checkpointing
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
+    BlipForConditionalGeneration,
+    CLIPForImageClassification,
     PreTrainedModel,
 )
 
-from modeling_trips.hosts.apply import record_patch_selection, remove_patch_selection
+from modeling_trips.hosts import apply_patch_selection, record_patch_selection, remove_patch_selection
 from modeling_trips.hosts.layers import ModuleWrapper
 
 
@@ -142,39 +153,6 @@ def test_bfloat16_keeps_nearly_the_same_patches(host):
         assert common >= 0.8 * sum(len(set(b)) for b in indices.tolist())
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTS if name != "bridgetower"])  # which does not support it
-def test_activation_checkpointing_changes_no_gradient(name):
-    host = HOSTS[name]
-    model = host.make_model().train()
-    host.run(model).square().mean().backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    host.apply(model)
-    layer = next(
-        module for module in model.modules() if isinstance(module, ModuleWrapper) and hasattr(module, "selection")
-    )
-    norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
-    calls = []
-    norms[0].register_forward_hook(lambda *_: calls.append(1))
-
-    def gradients() -> dict[str, torch.Tensor]:
-        calls.clear()
-        model.zero_grad(set_to_none=True)
-        host.run(model).square().mean().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = gradients()
-    assert len(calls) == 1 and expected.keys() >= trained
-    if isinstance(model, PreTrainedModel):
-        enable_checkpointing(model)
-    else:
-        model.set_grad_checkpointing()
-    actual = gradients()
-    assert len(calls) == 2  # the selection layer ran again in the backward pass
-    assert actual.keys() == expected.keys()
-    for parameter, gradient in actual.items():
-        torch.testing.assert_close(gradient, expected[parameter], rtol=0, atol=1e-6)
-
-
 def test_what_was_set_meanwhile_stays():
     """The mode and checkpointing, set before or under selection, also hold under it and after it."""
     model = HOSTS["clip"].make_model()
@@ -186,48 +164,6 @@ def test_what_was_set_meanwhile_stays():
     model.gradient_checkpointing_disable()  # Transformers 5.24 has another name, too
     remove_patch_selection(model)
     assert layers[0].training and not layers[0].gradient_checkpointing
-
-
-SLOW_TO_COMPILE = ("blip_vqa", "blip_retrieval", "blip_captioning", "bridgetower", "siglip")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_TO_COMPILE else []) for name in HOSTS]
-)
-def test_compiles_once_without_graph_breaks(name):
-    torch._dynamo.reset()
-    host = HOSTS[name]
-    model, inputs = host.make_model(), host.inputs
-    if name == "vilt":  # ViLT's pixel embedding loops over values, which breaks graphs
-        inputs = {"input_ids": INPUT_IDS, "image_embeds": torch.randn(3, 17, 32), "pixel_mask": torch.ones(3, 17)}
-    host.apply(model)
-    graphs = []
-
-    def count_graphs(graph_module, example_inputs):
-        graphs.append(graph_module)
-        return graph_module.forward
-
-    compiled = torch.compile(model, backend=count_graphs, fullgraph=True)
-    with torch.no_grad():
-        for factor in (1.0, -1.0):
-            batch = {key: x * factor if x.is_floating_point() and x.dim() > 2 else x for key, x in inputs.items()}
-            actual, expected = host.main_output(compiled(**batch)), host.run(model, batch)
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    # BLIP's text guidance is a hook, which PyTorch compiles as a separate graph.
-    assert len(graphs) == (2 if name in ("blip_vqa", "blip_retrieval") else 1)
-
-
-@pytest.mark.parametrize("name", ["clip", "siglip", "timm"])
-def test_selection_computes_no_attention_map(name):
-    host = HOSTS[name]
-    model = host.make_model()
-    host.apply(model)
-    num_prefix = {"clip": 1, "siglip": 0, "timm": 3}[name]
-    lengths = {num_prefix + num_candidates for num_candidates in (16, 13, 11)} - {16}  # heads are 16 wide
-    for length in lengths:
-        with torch.no_grad(), LargestSquare(length) as mode:
-            host.run(model)
-        assert not mode.found
 
 
 @pytest.mark.parametrize("name", ["blip_vqa", "blip_captioning", "clip", "siglip"])
@@ -256,3 +192,112 @@ print([name for name in {*sys.modules} - before if ".models." in name or name.st
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
+        lambda: make_clip(CLIPForImageClassification),
+        lambda: nn.Linear(2, 2),
+    ],
+)
+def test_unsupported_model_raises_with_the_supported_ones(make_model):
+    model = make_model()
+    with pytest.raises(TypeError) as error:
+        apply_patch_selection(model, schedule_of([1]))
+    assert type(model).__name__ in str(error.value)
+    for name in (
+        "Vilt",
+        "BlipForQuestionAnswering",
+        "BridgeTowerModel",
+        "CLIPModel",
+        "LlavaModel",
+        "SiglipModel",
+        "timm",
+    ):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("schedule", ["2:image,4:image", "1:image:0.5:0.9"])
+def test_bad_schedule_raises_and_leaves_the_model_unchanged(schedule):
+    host = HOSTS["clip"]
+    model = host.make_model()
+    host.apply(model)
+    expected = host.run(model)
+    with pytest.raises(ValueError):
+        apply_patch_selection(model, schedule)
+    assert torch.equal(host.run(model), expected)
+
+
+def test_bridgetower_rejects_layers_after_its_first_bridge():
+    apply_patch_selection(make_bridgetower(), "1:image:0.5,2:image:0.5")
+    with pytest.raises(ValueError, match="3"):
+        apply_patch_selection(make_bridgetower(), "1:image:0.5,3:image:0.5")
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [lambda: make_blip(BlipForConditionalGeneration), make_bridgetower, lambda: make_clip(hidden_size=16), make_timm],
+)
+def test_unsupported_text_guidance_raises(make_model):
+    model = make_model()
+    apply_patch_selection(model, "1:image:0.5,2:image:0.5")
+    with pytest.raises(ValueError, match="text"):
+        apply_patch_selection(model, "1:image:0.5,2:text:0.5")
+
+
+def test_options_of_generative_models_raise_for_other_models():
+    with pytest.raises(ValueError, match="visual_tokens"):
+        apply_patch_selection(make_clip(), "1:image:0.5", visual_tokens=4)
+    with pytest.raises(ValueError, match="random"):
+        apply_patch_selection(make_clip(), "1:random:0.5")
+
+
+def test_text_embeds_of_wrong_shape_raise():
+    model = HOSTS["clip"].make_model()
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "text"))
+    for shape in [(3, 16), (2, 32), (3, 5, 32)]:
+        with pytest.raises(ValueError, match=r"must have shape \(3, 32\)"):
+            model.get_image_features(PIXELS, text_embeds=torch.zeros(shape))
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
+    with pytest.raises(ValueError, match="text_embeds"):
+        model.get_image_features(PIXELS, text_embeds=torch.zeros(3, 32))
+
+
+def test_unsupported_layers_raise():
+    with pytest.raises(TypeError, match="Layer 1 .*Block.*ParallelScalingBlock"):
+        apply_patch_selection(make_timm(block_fn=ParallelScalingBlock), schedule_of(LAYERS, RATE, "image"))
+    with pytest.raises(TypeError, match="DiffAttention"):
+        apply_patch_selection(make_timm(attn_layer="diff"), schedule_of(LAYERS, RATE, "image"))
+    model = make_timm()
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
+    with pytest.raises(ValueError, match="attn_mask"):
+        model(PIXELS, attn_mask=torch.ones(17, 17, dtype=torch.bool))
+
+
+def test_compiled_or_hooked_layers_raise():
+    model = HOSTS["clip"].make_model()
+    add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
+    with pytest.raises(ValueError, match="layer 1 .*forward"):
+        HOSTS["clip"].apply(model)
+    model = HOSTS["clip"].make_model()
+    model.vision_model.encoder.layers[1].compile()
+    with pytest.raises(ValueError, match="layer 2 .*_compiled_call_impl"):
+        HOSTS["clip"].apply(model)
+    model = HOSTS["clip"].make_model()
+    HOSTS["clip"].apply(model)
+    add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
+    with pytest.raises(ValueError, match="hook of Accelerate"):
+        remove_patch_selection(model)
+
+
+def test_recording_nothing_raises():
+    model = HOSTS["clip"].make_model()
+    with pytest.raises(ValueError, match="no selection layers"):
+        with record_patch_selection(model):
+            pass
+    HOSTS["clip"].apply(model)
+    with pytest.raises(RuntimeError, match="Nothing was recorded"):
+        with record_patch_selection(model):
+            pass

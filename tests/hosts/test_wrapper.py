@@ -1,17 +1,19 @@
-"""Tests of calls of patched vision-language models: threads, checkpointing, copies, recordings, decoding by hand."""
+"""Calls of patched generative models: generation, threads, copies, recordings, removal, and refused models."""
 
 import copy
 import pickle
 import threading
 
 import accelerate
+import PIL.Image
 import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
-from tiny_vlms import BY_NAME, IMAGE, OTHERS, VLMS, Vlm, make_inputs
+from tiny_vlm_processors import conversation, make_llava_processor
+from tiny_vlms import BY_NAME, ENCODER_INPUTS, OTHERS, families, make_inputs
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer, TrainingArguments, pipeline
 
 from modeling_trips.hosts import (
     TextGuide,
@@ -20,12 +22,91 @@ from modeling_trips.hosts import (
     record_patch_selection,
     remove_patch_selection,
 )
-from modeling_trips.hosts.vlm.wrapper import selection_of
 from modeling_trips.modeling_trips_base import CACHE_NAME
 
 
-ENCODER_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
-families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+
+
+@families
+@torch.no_grad()
+def test_generate_returns_the_callers_prompt(vlm):
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    pruned = prune_inputs(model, inputs, visual_tokens=6)
+    expected = model.generate(**pruned, **options)[:, pruned["input_ids"].shape[1] :]
+    apply_patch_selection(model, "unpruned", visual_tokens=6)
+    length = inputs["input_ids"].shape[1]
+    sequences = model.generate(**inputs, **options)
+    assert torch.equal(sequences[:, :length], inputs["input_ids"])
+    assert torch.equal(sequences[:, length:], expected)
+    outputs = model.generate(**inputs, **options, num_beams=2, num_return_sequences=2, return_dict_in_generate=True)
+    assert torch.equal(outputs.sequences[::2, :length], inputs["input_ids"])
+    text = {name: inputs[name][:, -4:] for name in ("input_ids", "attention_mask")}
+    assert model.generate(**text, max_new_tokens=2).shape == (2, 6)
+
+
+@families
+@torch.no_grad()
+def test_removal_leaves_no_trace(vlm):
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
+    own_class, keys, attributes = type(model), [*model.state_dict()], {*vars(model)}
+    expected = model(**inputs).logits
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    for schedule in ("1:image:0.5", "2:text:0.5"):
+        guide = TextGuide.for_model(model) if "text" in schedule else None
+        apply_patch_selection(model, schedule, visual_tokens=5, guide=guide)
+        assert model(**inputs).logits.shape[1] < expected.shape[1]
+        assert [*model.state_dict()] == keys and type(model).__name__ == own_class.__name__
+    remove_patch_selection(model)
+    assert type(model) is own_class and {*vars(model)} == attributes
+    assert sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()) == hooks
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@families
+@torch.no_grad()
+def test_checkpoints_saved_with_selection_load_without_it(vlm, tmp_path):
+    model, inputs = vlm.make(), make_inputs(vlm, [1])
+    expected = model(**inputs).logits
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert type(loaded).__name__ == vlm.class_name
+    torch.testing.assert_close(loaded(**inputs).logits, expected, **TOLERANCE)
+
+
+def test_unsupported_models_raise():
+    for name in ("Florence2", "FastVlm", "Mllama", "Blip2", "InstructBlip"):
+        model_class = getattr(transformers, f"{name}ForConditionalGeneration")
+        with torch.device("meta"):
+            model = model_class(model_class.config_class())
+        with pytest.raises(TypeError, match=name):
+            apply_patch_selection(model, "1:image:0.5")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("3:image:0.5", {}),  # LLaVA uses the states of the layer before the last one
+        ("1:image:0.5:0.9", {}),
+        ("1:text:0.5", {}),
+        ("1:image:0.5", {"visual_tokens": 0}),
+        ("1:image:0.5", {"scorer": "words"}),
+        ("1:image:0.5", {"guide": TextGuide(32, 4, 8)}),
+        ("1:text:0.5,2:text:0.5", {"guide": TextGuide(32, 4, 8)}),
+        ("1:text:0.5", {"guide": TextGuide(32, 2, 8)}),
+    ],
+)
+@torch.no_grad()
+def test_bad_schedules_and_options_raise_and_leave_the_model_unchanged(schedule, options):
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm)
+    apply_patch_selection(model, "1:image:0.5")
+    expected = model(**inputs).logits
+    with pytest.raises(ValueError):
+        apply_patch_selection(model, schedule, **options)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def features_of(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
@@ -35,9 +116,6 @@ def features_of(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
 
 def assert_equal_lists(some: list[torch.Tensor], others: list[torch.Tensor]):
     assert len(some) == len(others) and all(torch.equal(one, other) for one, other in zip(some, others))
-
-
-# ---- One pass of the tower per call --------------------------------------------------------------------------------
 
 
 @families
@@ -119,20 +197,6 @@ def test_copies_select_by_themselves(vlm, make_copy):
 
 
 @torch.no_grad()
-def test_refused_calls_leave_nothing_behind():
-    vlm = BY_NAME["qwen2_vl"]
-    model, inputs = vlm.make(), make_inputs(vlm, [1])
-    features = features_of(model, inputs)
-    apply_patch_selection(model, "1:text:0.3", guide=TextGuide.for_model(model))
-    with pytest.raises(ValueError):
-        model(**{**inputs, "input_ids": inputs["input_ids"][:, :-20], "attention_mask": None})
-    assert_equal_lists(features_of(model, inputs), features)
-
-
-# ---- Recordings ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
 def test_selection_cannot_change_while_it_is_recorded():
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm, [1])
@@ -142,11 +206,10 @@ def test_selection_cannot_change_while_it_is_recorded():
             apply_patch_selection(model, "2:image:0.3")
         with pytest.raises(RuntimeError):
             remove_patch_selection(model)
+        with record_patch_selection(model) as inner:
+            model(**inputs)
         model(**inputs)
-    assert len(recorded) == 2
-
-
-# ---- Decoding ------------------------------------------------------------------------------------------------------
+    assert len(inner) == 2 and len(recorded) == 4
 
 
 @families
@@ -180,9 +243,9 @@ def test_lengths_count_the_prompt_of_the_caller():
     assert model.generate(**inputs).shape[1] == length
     assert model.generation_config.max_length == length
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == length - 1
-
-
-# ---- Models whose forward pass is not their own --------------------------------------------------------------------
+    with pytest.raises(ValueError, match="max_length.*got 3"):
+        model.generate(**inputs, max_length=3)
+    assert model.generate(**inputs, max_length=3, max_new_tokens=2).shape[1] == length - 1
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -227,9 +290,6 @@ def test_models_in_peft_are_named():
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] - vlm.tokens + 5
 
 
-# ---- Models and towers that are not supported ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("vlm", OTHERS, ids=lambda vlm: vlm.name)
 @torch.no_grad()
 def test_other_towers_do_not_select(vlm):
@@ -252,64 +312,74 @@ def test_other_spatial_positions_raise():
         apply_patch_selection(model, "unpruned", visual_tokens=4)
 
 
-# ---- Padding patches -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
-@pytest.mark.parametrize("guidance", ["image", "random"])
-@pytest.mark.parametrize(("keep_rates", "num_real"), [((0.4,), 7), ((0.8,), 8), ((0.8, 0.5), 7)])
-def test_padding_patches_come_last_and_change_nothing(name, guidance, keep_rates, num_real):
-    vlm = BY_NAME[name]
-    model, inputs = vlm.make(), make_inputs(vlm, [1])
-    mask = torch.ones(1, 2, 32, 32, dtype=torch.bool)
-    mask[:, 1, :, 16:] = False  # the right half of the second tile, 8 of its 16 units
-    inputs["pixel_attention_mask"] = mask
-    other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
-    other["pixel_values"][:, 1, :, :, 16:] = 3.0
-    schedule = ",".join(f"{layer}:{guidance}:{rate}" for layer, rate in enumerate(keep_rates, start=1))
-    apply_patch_selection(model, schedule)
-    is_real = torch.arange(16) % 4 < 2
-    features = []
-    for own in (inputs, other):
-        with torch.no_grad(), record_patch_selection(model) as recorded:
-            encoded = selection_of(model).prune(own)["mm_encoder_outputs"]["image"].pooler_output[0]
-        assert is_real[recorded[-2].kept_indices[1]].sum() == num_real
-        kept = recorded[-1].kept_indices[0]
-        features.append(encoded[(kept < 16) | is_real[kept % 16]])
-    torch.testing.assert_close(*features, atol=1e-5, rtol=0)
-
-
-def padded_anyres(vlm: Vlm) -> dict:
-    """An image of 16 x 64 pixels: padding is the upper and the lower quarter of both of its tiles."""
-    inputs = make_inputs(vlm, [1])
-    inputs["image_sizes"] = torch.tensor([[16, 64]])
-    dropped = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0][-4 * 17 :]
-    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool).index_fill(0, dropped, False)
-    return {name: value[:, stays] if value.shape[:2] == (1, len(stays)) else value for name, value in inputs.items()}
-
-
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-@pytest.mark.parametrize("guidance", ["image", "random"])
-@pytest.mark.parametrize(("keep_rates", "num_real"), [((0.4,), 26), ((0.8,), 32), ((0.8, 0.5), 26)])
-def test_padding_of_tiles_comes_last(name, guidance, keep_rates, num_real):
-    vlm = BY_NAME[name]
-    model = vlm.make()
-    schedule = ",".join(f"{layer}:{guidance}:{rate}" for layer, rate in enumerate(keep_rates, start=1))
-    apply_patch_selection(model, schedule)
-    with torch.inference_mode(), record_patch_selection(model) as recorded:
-        logits = model(**padded_anyres(vlm)).logits
-    is_real = (torch.arange(64) // 8 >= 2) & (torch.arange(64) // 8 < 6)
-    assert [int(is_real[kept].sum()) for kept in recorded[-2].kept_indices[1:]] == [num_real] * 2
-    assert logits.isfinite().all()
-
-
 @torch.no_grad()
-def test_recordings_nest():
+def test_selection_at_the_exit_needs_no_schedule():
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm, [1])
-    apply_patch_selection(model, "1:image:0.3", visual_tokens=5)
-    with record_patch_selection(model) as outer:
-        with record_patch_selection(model) as inner:
-            model(**inputs)
-        model(**inputs)
-    assert len(inner) == 2 and len(outer) == 4
+    expected = model(**prune_inputs(model, inputs, visual_tokens=8)).logits
+    apply_patch_selection(model, visual_tokens=8)
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(ValueError, match="schedule"):
+        apply_patch_selection(model)
+
+
+def test_the_pipeline_takes_chat_messages():
+    model, processor = BY_NAME["llava"].make(), make_llava_processor()
+    processor.tokenizer.padding_side = "left"
+    image = PIL.Image.new("RGB", (40, 30), "red")
+    messages = [conversation(text, image) for text in ("what is it ?", "red ?")]
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=8)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    results = pipe(messages, return_full_text=False, batch_size=2, generate_kwargs=options)
+    for result, message in zip(results, messages):
+        inputs = processor.apply_chat_template(
+            message, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        sequence = model.generate(**inputs, **options)
+        new = processor.batch_decode(sequence[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert result[0]["generated_text"].strip() == new[0].strip() != ""
+
+
+def test_trainer_trains_and_evaluates(tmp_path):
+    vlm = BY_NAME["llava"]
+    model = vlm.make()
+    rows = []
+    for seed in range(4):
+        row = {name: value[0] for name, value in make_inputs(vlm, [1], seed=seed).items()}
+        row["labels"] = row["input_ids"].masked_fill(torch.arange(len(row["input_ids"])) < 70, -100)
+        rows.append(row)
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=8)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=8, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        prediction_loss_only=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.5
+    trainer.save_model(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved").eval()
+    remove_patch_selection(model)
+    inputs = make_inputs(vlm)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("guide", "name"),
+    [
+        (TextGuide(32, 2, 16), "heads"),
+        (TextGuide(64, 4, 8), "text_hidden_size"),
+        (TextGuide(32, 4, 8, layer=2), "layer"),
+    ],
+)
+def test_guides_of_other_models_and_layers_raise(guide, name):
+    with pytest.raises(ValueError, match=name):
+        apply_patch_selection(BY_NAME["llava"].make(), "1:text:0.3", guide=guide)
+
+
+def test_guides_move_to_the_device_of_the_model():
+    guide = TextGuide(32, 4, 8)
+    apply_patch_selection(BY_NAME["llava"].make().to("meta"), "1:text:0.3", guide=guide)
+    assert guide.query.weight.device.type == "meta"

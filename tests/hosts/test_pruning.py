@@ -1,0 +1,242 @@
+"""Visual tokens dropped between the tower and the language model: against tokens dropped by hand, and bad inputs."""
+
+import pytest
+import torch
+from tiny_vlms import (
+    BY_NAME,
+    COUNTS,
+    ENCODER_INPUTS,
+    IMAGE,
+    OTHERS,
+    VLMS,
+    Vlm,
+    families,
+    keep_even,
+    make_inputs,
+    rows_alone,
+)
+from torch import nn
+
+from modeling_trips.hosts import (
+    TextGuide,
+    apply_patch_selection,
+    prune_inputs,
+)
+from modeling_trips.modeling_trips_base import CACHE_NAME
+
+
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+all_families = pytest.mark.parametrize("vlm", [*VLMS, *OTHERS], ids=lambda vlm: vlm.name)
+
+
+def logits_by_hand(model: nn.Module, vlm: Vlm, inputs: dict) -> torch.Tensor:
+    """Compute the logits of one prompt without its odd visual tokens, from features, embeddings and positions."""
+    base, ids = model.model, inputs["input_ids"]
+    encoder = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
+    features, stays, layers = [], ids[0] != IMAGE, []
+    if encoder:
+        output = base.get_image_features(**encoder, return_dict=True)
+        layers = output.get("deepstack_features") or []
+        starts = [0]
+        for group in output.pooler_output:
+            starts.append(starts[-1] + len(group))
+        kept = torch.cat([torch.arange(start, end)[::2] for start, end in zip(starts, starts[1:])])
+        features = torch.cat([*output.pooler_output])[kept]
+        layers = [torch.cat([*layer])[kept] for layer in layers]
+        stays[(ids[0] == IMAGE).nonzero()[kept, 0]] = True
+    embeddings = model.get_input_embeddings()(ids)[:, stays].clone()
+    is_visual = ids[:, stays] == IMAGE
+    if encoder:
+        embeddings[is_visual] = features
+    arguments = {"inputs_embeds": embeddings}
+    base.rope_deltas = None  # of an earlier call
+    if "token_type_ids" in inputs:
+        arguments["token_type_ids"] = inputs["token_type_ids"][:, stays]
+    if vlm.kind == "packed" and encoder:
+        positions, _ = base.get_rope_index(
+            ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+        )
+        arguments["position_ids"] = positions[..., stays]
+        arguments["attention_mask"] = torch.ones_like(ids[:, stays])
+    if layers:
+        states = base.language_model(
+            **arguments, visual_pos_masks=is_visual, deepstack_visual_embeds=layers
+        ).last_hidden_state
+        return model.lm_head(states)
+    return model(**arguments).logits
+
+
+@all_families
+@torch.no_grad()
+def test_keeping_all_tokens_changes_nothing(vlm):
+    model, inputs = vlm.make(), make_inputs(vlm, COUNTS)
+    pruned = prune_inputs(model, inputs, keep_rate=1.0)
+    present = pruned["attention_mask"].bool()
+    assert torch.equal(model(**pruned).logits[present], model(**inputs).logits[inputs["attention_mask"].bool()])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**pruned, **options), model.generate(**inputs, **options))
+
+
+@all_families
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@torch.no_grad()
+def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
+    model = vlm.make()
+    pruned = prune_inputs(model, make_inputs(vlm, COUNTS, padding_side), keep_rate=0.5, scorer=keep_even)
+    logits, mask = model(**pruned).logits, pruned["attention_mask"].bool()
+    assert mask[:, 0 if padding_side == "right" else -1].all()
+    for row, own in enumerate(rows_alone(vlm, COUNTS)):
+        torch.testing.assert_close(logits[row, mask[row]], logits_by_hand(model, vlm, own)[0], **TOLERANCE)
+
+
+@all_families
+@pytest.mark.parametrize("scorer", ["prompt", "diversity"])
+@torch.no_grad()
+def test_batches_select_visual_tokens_like_single_prompts(vlm, scorer):
+    model = vlm.make()
+    options = {"visual_tokens": 7, "scorer": scorer}
+    pruned = prune_inputs(model, make_inputs(vlm, COUNTS), **options)
+    logits, mask = model(**pruned).logits, pruned["attention_mask"].bool()
+    for row, own in enumerate(rows_alone(vlm, COUNTS)):
+        alone = prune_inputs(model, own, **options)
+        assert torch.equal(pruned["input_ids"][row, mask[row]], alone["input_ids"][0])
+        torch.testing.assert_close(logits[row, mask[row]], model(**alone).logits[0], **TOLERANCE)
+
+
+@all_families
+@torch.no_grad()
+def test_every_way_to_generate(vlm):
+    model = vlm.make()
+    pruned = prune_inputs(model, make_inputs(vlm, [1, 2]), keep_rate=0.5)
+    alone = prune_inputs(model, list(rows_alone(vlm, [1, 2]))[1], keep_rate=0.5)
+    length = pruned["input_ids"].shape[1]
+
+    def generate(inputs: dict, **options) -> torch.Tensor:
+        torch.manual_seed(0)
+        output = inputs["mm_encoder_outputs"]["image"]
+        inputs = {**inputs, "mm_encoder_outputs": {"image": type(output)(**output)}}  # beams repeat it in place
+        options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, **options}
+        return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+    greedy = generate(pruned)
+    assert greedy.shape == (2, 6) and length == pruned["input_ids"].shape[1]
+    assert torch.equal(greedy, generate(pruned, use_cache=False))
+    assert torch.equal(greedy, generate(pruned, cache_implementation="static"))
+    assert torch.equal(greedy[1:], generate(alone))
+    beams = generate(pruned, num_beams=3, num_return_sequences=2)
+    assert beams.shape == (4, 6)
+    assert torch.equal(beams[2:], generate(alone, num_beams=3, num_return_sequences=2))
+    assert generate(pruned, do_sample=True, num_return_sequences=2).shape == (4, 6)
+
+
+@torch.no_grad()
+def test_the_text_after_the_last_image_scores():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [2])
+    ids, embed = inputs["input_ids"], model.get_input_embeddings()
+    prompts = []
+
+    def keep_first(features, prompt, prompt_mask, num_kept):
+        prompts.append(prompt[prompt_mask])
+        return torch.arange(num_kept).expand(len(features), -1), features[:, :num_kept]
+
+    length = int((ids[0] == IMAGE).nonzero()[-1]) + 1
+    prune_inputs(model, inputs, 5, scorer=keep_first)
+    # Without text after the last image, all text.
+    pixels = inputs["pixel_values"]
+    prune_inputs(model, {"input_ids": ids[:, :length], "pixel_values": pixels}, 5, scorer=keep_first)
+    after, everything = ids[0, length:], ids[0, :length]
+    assert torch.equal(prompts[0], embed(after).repeat(2, 1))  # once per image
+    assert torch.equal(prompts[1], embed(everything[everything != IMAGE]).repeat(2, 1))
+
+
+@torch.no_grad()
+def test_empty_prompt():
+    model = BY_NAME["llava"].make()
+    inputs = {"input_ids": torch.full((1, 64), IMAGE), "pixel_values": torch.randn(1, 3, 32, 32)}
+    apply_patch_selection(model, "1:text:0.5", visual_tokens=5, guide=TextGuide.for_model(model))
+    logits = model(**inputs).logits
+    assert logits.shape[1] == 5 and logits.isfinite().all()
+
+
+@families
+@torch.no_grad()
+def test_inputs_embeds_match_input_ids(vlm):
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
+    apply_patch_selection(model, "1:image:0.5", visual_tokens=7)
+    expected = model(**inputs).logits
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    torch.testing.assert_close(model(**inputs).logits, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_labels_may_cover_prompts_that_are_not_read():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 0])
+    covered = {**inputs, "labels": inputs["input_ids"]}
+    for scorer in ("diversity", "random", "pooling"):
+        assert prune_inputs(model, covered, 4, scorer=scorer)["labels"].shape[1] == inputs["input_ids"].shape[1] - 60
+    for scorer in ("prompt", keep_even):
+        with pytest.raises(ValueError, match="labels"):
+            prune_inputs(model, covered, 4, scorer=scorer)
+    labels = inputs["input_ids"].clone()
+    labels[0, :-2] = -100  # the second row has no image
+    assert (prune_inputs(model, {**inputs, "labels": labels}, 4)["input_ids"] == IMAGE).sum() == 4
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "smolvlm", "qwen2_vl"])
+@pytest.mark.parametrize("schedule", ["1:image:0.5", "1:text:0.5", "unpruned"])
+@torch.no_grad()
+def test_placeholders_that_do_not_match_raise(name, schedule):
+    vlm = BY_NAME[name]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 1])
+    guide = TextGuide.for_model(model) if "text" in schedule else None
+    apply_patch_selection(model, schedule, visual_tokens=5, guide=guide)
+    expected = model(**inputs).logits
+    ids, is_image = inputs["input_ids"], inputs["input_ids"] == IMAGE
+    fewer, none, moved = ids.clone(), ids.clone(), ids.clone()
+    fewer[0, is_image[0].nonzero()[0]] = 7
+    none[0, is_image[0]] = 7
+    moved[0, is_image[0].nonzero()[0]], moved[1, -1] = 7, IMAGE
+    for faulty in (fewer, none, moved):
+        with pytest.raises(ValueError, match="input_ids"):
+            model(**{**inputs, "input_ids": faulty})
+    for name in ("pixel_values", "input_ids"):
+        with pytest.raises(ValueError, match=name):
+            model(**{**inputs, name: inputs[name][:0]})
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_bad_inputs_raise():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm)
+    with pytest.raises(ValueError, match="input_ids"):
+        prune_inputs(model, {"pixel_values": inputs["pixel_values"]}, 5)
+    with pytest.raises(ValueError, match="labels"):
+        prune_inputs(model, {**inputs, "labels": inputs["input_ids"]}, 5)
+    with pytest.raises(ValueError, match="keep_rate"):
+        prune_inputs(model, inputs, 5, keep_rate=0.5)
+    for number in (2.5, True, "5"):
+        with pytest.raises(TypeError, match="visual_tokens"):
+            prune_inputs(model, inputs, number)
+    with pytest.raises(TypeError):
+        prune_inputs(nn.Linear(2, 2), inputs, 5)
+    qwen = BY_NAME["qwen2_vl"]
+    with pytest.raises(ValueError, match="videos"):
+        prune_inputs(qwen.make(), {**make_inputs(qwen), "pixel_values_videos": torch.ones(1)}, 5)
+    apply_patch_selection(model, "1:image:0.5")
+    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]
+    with pytest.raises(ValueError, match="conversation"):
+        model.generate(**inputs, max_new_tokens=2, **{CACHE_NAME: cache})
+
+
+@pytest.mark.parametrize(("name", "most"), [("llava", 64), ("paligemma", 64), ("gemma3", 16), ("internvl", 16)])
+def test_more_visual_tokens_than_an_image_has_raise(name, most):
+    vlm = BY_NAME[name]
+    model = vlm.make()
+    apply_patch_selection(model, visual_tokens=most)
+    with pytest.raises(ValueError, match="visual_tokens"):
+        apply_patch_selection(model, visual_tokens=most + 1)
+    with pytest.raises(ValueError, match="visual_tokens"):
+        prune_inputs(model, make_inputs(vlm), visual_tokens=most + 1)

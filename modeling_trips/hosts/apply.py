@@ -46,7 +46,7 @@ from .vlm.families import FAMILIES, Family, find_family
 from .vlm.guide import TextGuide
 from .vlm.pruning import ExitSelection
 from .vlm.scoring import Scorer
-from .vlm.wrapper import check_generative, check_not_recording, prune_calls, remove_vlm_selection, selection_of
+from .vlm.wrapper import check_generative, prune_calls, selection_of
 
 
 # By name, so that no model module is imported. CLIPForImageClassification and similar models average the patches, so
@@ -151,7 +151,9 @@ def remove_patch_selection(model: nn.Module):
         RuntimeError: `record_patch_selection` is open on a generative model.
         ValueError: A selection layer has hooks of Accelerate.
     """
-    check_not_recording(model)
+    generative = selection_of(model)
+    if generative is not None and generative.records:
+        raise RuntimeError("Patch selection cannot change inside `record_patch_selection`. Leave it first.")
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -164,7 +166,8 @@ def remove_patch_selection(model: nn.Module):
     for parent, name, wrapper in places:
         setattr(parent, name, wrapper.restore())
     remove_text_guidance(model)
-    remove_vlm_selection(model)
+    if generative is not None:
+        generative.remove(model)
 
 
 @contextmanager
@@ -185,11 +188,9 @@ def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
     generative, layers = selection_of(model), selecting_layers(model)
     if generative is None and not layers:
         raise ValueError(f"This {type(model).__name__} has no selection layers: call `apply_patch_selection` first.")
+    handles = _record_layers(layers, recorded) if generative is None else []
     if generative is not None:
         generative.records.append(recorded)
-        handles = []
-    else:
-        handles = _record_layers(layers, recorded)
     try:
         yield recorded
     finally:

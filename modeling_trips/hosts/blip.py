@@ -64,13 +64,6 @@ def generate_with_text_guidance(self, input_ids, pixel_values, attention_mask=No
     return type(self).generate(guided, input_ids, pixel_values, attention_mask, **kwargs)
 
 
-def install_text_guidance(model: PreTrainedModel):
-    TextGuidance(model)
-    if hasattr(model, "generate"):
-        # `generate` is no module, so no hook reaches it.
-        model.generate = partial(generate_with_text_guidance, model)
-
-
 def remove_text_guidance(model: PreTrainedModel):
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, TextGuidance):
@@ -85,7 +78,9 @@ class BlipWithText(VisionTower):
     def wrap_layers(self, schedule: SelectionSchedule):
         super().wrap_layers(schedule)
         if any(selection.guidance == "text" for selection in schedule.selections):
-            install_text_guidance(self.model)
+            TextGuidance(self.model)
+            if hasattr(self.model, "generate"):  # which is no module, so that no hook reaches it
+                self.model.generate = partial(generate_with_text_guidance, self.model)
 
 
 class BlipCaptioner(VisionTower):

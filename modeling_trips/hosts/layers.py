@@ -15,7 +15,7 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -69,15 +69,14 @@ class ModuleWrapper(nn.Module):
 
 
 @cache
-def _combine(*classes: type) -> type:
+def _combine(*classes: type) -> Any:
     """Return a class with the last one's name, which Accelerate and Transformers look for."""
     return type(classes[-1].__name__, classes, {"__module__": classes[-1].__module__})
 
 
 def new_of_class(*classes: type):
     """Return an empty object of all these classes. Pickle and `copy.deepcopy` make wrappers by it."""
-    combined = _combine(*classes)
-    return combined.__new__(combined)
+    return nn.Module.__new__(_combine(*classes))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -90,8 +89,8 @@ def library_name(library_class: type) -> str | None:
     return library_class.__name__ if is_known else None
 
 
-def lookup(table: Mapping[str, type], model_class: type) -> type | None:
-    """Return the entry for a class or the nearest of its parents."""
+def lookup(table: Mapping[str, type], model_class: type) -> Any:
+    """Return the entry for a class of a library, or for the nearest of its parents; `None` without one."""
     return next((table[name] for base in model_class.__mro__ if (name := library_name(base)) in table), None)
 
 
@@ -108,10 +107,10 @@ def check_forward(module: nn.Module, name: str):
         )
 
 
-ALL_ROWS = slice(None)
-
-
 # ---- Scores --------------------------------------------------------------------------------------------------------
+
+
+ALL_ROWS = slice(None)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -60,10 +60,10 @@ class TowerLayer(SelectionLayer):
             kwargs["selection_pass"] = current
         return super().__call__(*args, **kwargs)
 
-    def forward(self, *args, selection_pass: SelectionPass | None = None, **kwargs) -> torch.Tensor:
-        if selection_pass is None:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        if "selection_pass" not in kwargs:
             return type(self.wrapped_module).forward(self, *args, **kwargs)
-        return super().forward(*args, selection_pass=selection_pass, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 class ClipTowerLayer(TowerLayer, ClipLayer):

@@ -36,7 +36,7 @@ ATTRIBUTE = "_patch_selection"
 
 @dataclass
 class VlmSelection:
-    """Selection that `apply_vlm_selection` adds to a model of `own_class`, with the `handles` of its hooks."""
+    """Selection of a patched model whose own class is `own_class`, with the `handles` of its hooks."""
 
     own_class: type[nn.Module]
     family: Family
@@ -61,6 +61,13 @@ class VlmSelection:
             for recorded in self.records:
                 recorded += [*selections, TripsSelection(kept_indices=kept)]
         return pruned
+
+    def remove(self, model: nn.Module):
+        """Remove the hooks and the pruning class. `remove_patch_selection` restores the layers."""
+        for handle in self.handles:
+            handle.remove()
+        model.__class__ = self.own_class
+        del model.__dict__[ATTRIBUTE]
 
 
 def selection_of(model: nn.Module) -> VlmSelection | None:
@@ -109,27 +116,6 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
     handles = family.add_hooks() if schedule.layers else []
     model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide, handles)
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
-
-
-def check_not_recording(model: nn.Module):
-    """
-    Raises:
-        RuntimeError: `record_patch_selection` is open.
-    """
-    selection = selection_of(model)
-    if selection is not None and selection.records:
-        raise RuntimeError("Patch selection cannot change inside `record_patch_selection`. Leave it first.")
-
-
-def remove_vlm_selection(model: nn.Module):
-    """Remove the hooks and the pruning class. `remove_patch_selection` restores the layers."""
-    selection = selection_of(model)
-    if selection is None:
-        return
-    for handle in selection.handles:
-        handle.remove()
-    model.__class__ = selection.own_class
-    del model.__dict__[ATTRIBUTE]
 
 
 def _check_mask(inputs: dict):
@@ -183,8 +169,7 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
 
 def _new_pruning_model(own_class: type[nn.Module]) -> nn.Module:
     """Return an empty model. Pickle and `copy.deepcopy` make patched models by it."""
-    pruning_class = _pruning_class(own_class)
-    return pruning_class.__new__(pruning_class)
+    return nn.Module.__new__(_pruning_class(own_class))  # type: ignore[arg-type]
 
 
 def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, length: int, pruned_length: int):

@@ -9,15 +9,14 @@ tower and exit are chosen on the validation split. All rows are measured on the 
 """
 
 import json
-import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from busy_scenes import KINDS, draw_scene, one_of_each_kind
 from contestants import Contestant, costs, kept_for, next_token, set_contestant
 from guides import RESOLUTION_STEPS, STEPS, fine_tune_resolution, train_guide
-from safetensors.torch import load_file, save_file
 from small_model import NUM_PATCHES, pixels_of
 from small_model import encode as encode_text
 from tqdm.auto import tqdm
@@ -26,7 +25,7 @@ from transformers import LlavaForConditionalGeneration
 from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
+from trips_examples.training.parser import make_parser, run_script
 
 
 DIVISORS = (2, 4, 9, 16)
@@ -34,6 +33,7 @@ GUIDE_LAYERS = (1, 2, 3)
 SIDES = (8, 6, 5, 4, 3)
 EQUAL_COST_KEPT = (16, 9)  # token numbers with rows of equal total cost
 LONG_STEPS = 900  # training steps of the long guide
+BATCH_SIZE = 64
 UNPRUNED = Contestant("unpruned")
 
 
@@ -47,7 +47,6 @@ class EvaluateArguments:
     layer: int | None = field(
         default=None, metadata={"help": "Tower layer of the guide. Default: chosen on the validation split."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Questions per forward pass."})
 
 
 def read_questions(split: str, num_scenes: int) -> list[dict]:
@@ -62,60 +61,76 @@ def read_questions(split: str, num_scenes: int) -> list[dict]:
     return questions
 
 
-def batches_of(questions: list[dict], batch_size: int) -> list[list[int]]:
-    """Group the indices of questions with equal lengths."""
-    by_length: dict[int, list[int]] = {}
-    for number, question in enumerate(questions):
-        by_length.setdefault(len(question["prompt"]), []).append(number)
-    return [rows[at : at + batch_size] for rows in by_length.values() for at in range(0, len(rows), batch_size)]
-
-
-@torch.no_grad()
-def correct_answers(models: dict, guides: dict, contestants: list[Contestant], questions: list[dict], batch_size: int):
-    """Mark correct answers: `(num_contestants, num_questions)`."""
-    correct = torch.zeros(len(contestants), len(questions), dtype=torch.bool)
+def batches_of(questions: list[dict]) -> list[tuple[torch.Tensor, ...]]:
+    """Return batches of questions of equal length: their indices, images, prompts and answers."""
     batches = []
-    for numbers in batches_of(questions, batch_size):
-        pixel_values = torch.stack([questions[number]["pixels"] for number in numbers])
-        prompt = torch.tensor([questions[number]["prompt"] for number in numbers])
-        answers = torch.tensor([questions[number]["answer"] for number in numbers])
-        batches.append((numbers, pixel_values, prompt, answers))
-    for row, contestant in enumerate(tqdm(contestants, desc="evaluate", mininterval=10)):
-        model = models[contestant.weights]
-        torch.manual_seed(0)
-        set_contestant(model, contestant, guides)
-        for numbers, pixel_values, prompt, answers in batches:
-            correct[row, numbers] = next_token(model, contestant, pixel_values, prompt).argmax(-1) == answers
-        set_contestant(model, UNPRUNED, guides)
-    return correct
+
+    def length(number: int) -> int:
+        return len(questions[number]["prompt"])
+
+    for _, group in groupby(sorted(range(len(questions)), key=length), key=length):
+        for numbers in torch.tensor([*group]).split(BATCH_SIZE):
+            own = [questions[number] for number in numbers]
+            prompts, answers = (torch.tensor([question[name] for question in own]) for name in ("prompt", "answer"))
+            batches.append((numbers, torch.stack([question["pixels"] for question in own]), prompts, answers))
+    return batches
 
 
-def stored_guide(model, folder: Path, name: str, **options) -> TextGuide:
-    folder = folder / "guides" / name
-    if folder.exists():
-        return TextGuide.from_pretrained(folder).eval()
-    start = time.perf_counter()
-    guide = train_guide(model, **options)
-    print(f"guide {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    guide.save_pretrained(folder)
-    return guide
+class Evaluation:
+    """A model with its guides and fine-tuned copies, which are stored in its folder."""
 
+    def __init__(self, args: EvaluateArguments):
+        self.args, self.folder = args, Path(args.model)
+        self.model = LlavaForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32)
+        self.model.eval().requires_grad_(False)
+        self.models, self.guides = {None: self.model}, {}
+        self.questions = {
+            "validation": read_questions("validation", args.validation_scenes),
+            "test": read_questions("test", args.test_scenes),
+        }
 
-def stored_resolution(model, folder: Path, side: int, seed: int):
-    file = folder / "resolutions" / f"{side}.safetensors"
-    if file.exists():
-        tuned = LlavaForConditionalGeneration(model.config).eval()
-        tuned.load_state_dict(load_file(file), strict=False)
-        tuned.tie_weights()
-        return tuned
-    start = time.perf_counter()
-    tuned = fine_tune_resolution(model, side, seed)
-    print(f"resolution {side}: {time.perf_counter() - start:.0f} s", flush=True)
-    file.parent.mkdir(exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tuned.state_dict().items() if name != "lm_head.weight"}, file
-    )
-    return tuned
+    def add_guide(self, name: str, layer: int, teacher: str, steps: int = STEPS):
+        folder = self.folder / "guides" / name
+        if not (folder / "config.json").exists():
+            train_guide(self.model, layer, teacher, self.args.seed, steps).save_pretrained(folder)
+        self.guides[name] = TextGuide.from_pretrained(folder)
+
+    def add_resolution(self, side: int):
+        folder = self.folder / "resolutions" / str(side)
+        if not (folder / "model.safetensors").exists():
+            fine_tune_resolution(self.model, side, self.args.seed).save_pretrained(folder)
+        self.models[f"side{side}"] = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def measure(self, contestants: list[Contestant], split: str) -> list[dict]:
+        """Return the row of each contestant, with its correct answers as bits of a hexadecimal number."""
+        questions, rows = self.questions[split], []
+        batches = batches_of(questions)
+        kinds = [question["kind"] for question in questions]
+        length = round(sum(len(question["prompt"]) for question in questions) / len(questions))
+        origin = {"guide_steps": STEPS, "resolution_steps": RESOLUTION_STEPS, **provenance(seed=self.args.seed)}
+        for contestant in tqdm(contestants, desc=split, mininterval=10):
+            model, correct = self.models[contestant.weights], torch.zeros(len(questions))
+            torch.manual_seed(0)
+            set_contestant(model, contestant, self.guides)
+            for numbers, pixel_values, prompts, answers in batches:
+                predicted = next_token(model, contestant, pixel_values, prompts).argmax(-1)
+                correct[numbers] = (predicted == answers).float()
+            set_contestant(model, UNPRUNED, self.guides)
+            of_kinds = {kind: correct[[own == kind for own in kinds]].mean().item() for kind in KINDS}
+            rows.append(
+                {
+                    **asdict(contestant),
+                    "split": split,
+                    "questions": len(questions),
+                    "accuracy": correct.mean().item(),
+                    **{f"accuracy_{kind}": accuracy for kind, accuracy in of_kinds.items()},
+                    **costs(model.config, contestant, length),
+                    "correct": f"{int(''.join(str(int(bit)) for bit in correct), 2):x}",
+                    **origin,
+                }
+            )
+        return rows
 
 
 def all_contestants(config, layer: int, splits: dict[tuple[str, int], int], tuned_sides: set[int]) -> list[Contestant]:
@@ -130,8 +145,8 @@ def all_contestants(config, layer: int, splits: dict[tuple[str, int], int], tune
             Contestant("prompt and diversity, exit", kept, scorer="prompt"),
             Contestant("FastV", kept, fastv=True),
             Contestant("image [CLS], tower", kept, layer=layer, guidance="image"),
-            Contestant("TextGuide from answers, tower", kept, layer=layer, guidance="answers"),
-            Contestant("TextGuide from attention, tower", kept, layer=layer, guidance="attention"),
+            Contestant("TextGuide from answers, tower", kept, layer=layer, guidance=f"answers{layer}"),
+            Contestant("TextGuide from attention, tower", kept, layer=layer, guidance=f"attention{layer}"),
             Contestant("TextGuide from regions, tower", kept, layer=layer, guidance=f"regions{layer}"),
         ]
         for name, guidance in (("image [CLS]", "image"), ("TextGuide from regions", f"regions{layer}")):
@@ -181,58 +196,20 @@ def equal_cost_sides(config, layer: int) -> set[int]:
     return {max(side for side in cost if cost[side] <= limit) for limit in limits}
 
 
-def main(argv: list[str] | None = None):
-    (args,) = make_parser(EvaluateArguments, description=__doc__).parse_args_into_dataclasses(argv)
-    folder = Path(args.model)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    validation = read_questions("validation", args.validation_scenes)
-    guides = {
-        f"regions{layer}": stored_guide(
-            model, folder, f"regions{layer}", layer=layer, teacher="regions", seed=args.seed
-        )
-        for layer in GUIDE_LAYERS
-    }
-    models = {None: model}
-
-    origin = {"guide_steps": STEPS, "resolution_steps": RESOLUTION_STEPS, **provenance(seed=args.seed)}
-
-    def measure(*contestants: Contestant, split: str = "validation") -> list[dict]:
-        questions = validation if split == "validation" else read_questions("test", args.test_scenes)
-        correct = correct_answers(models, guides, contestants, questions, args.batch_size)
-        kinds = [question["kind"] for question in questions]
-        length = round(sum(len(question["prompt"]) for question in questions) / len(questions))
-        return [
-            {
-                **asdict(contestant),
-                "split": split,
-                "questions": len(questions),
-                "accuracy": row.float().mean().item(),
-                **{f"accuracy_{kind}": row[[own == kind for own in kinds]].float().mean().item() for kind in KINDS},
-                **costs(model.config, contestant, length),
-                "correct": f"{int(''.join('01'[bit] for bit in row.int().tolist()), 2):x}",
-                **origin,
-            }
-            for contestant, row in zip(contestants, correct, strict=True)
-        ]
-
+def choose_layer(evaluation: Evaluation) -> tuple[int, list[dict]]:
+    """Return the first layer within a point of the best guide, because earlier layers cost less, and all rows."""
     candidates = [
         Contestant("TextGuide from regions, tower", kept_for(divisor), layer, f"regions{layer}")
         for layer in GUIDE_LAYERS
         for divisor in (9, 16)
     ]
-    rows = measure(UNPRUNED, *candidates)
-    by_layer: dict[int, list[float]] = {}
-    for row in rows[1:]:
-        by_layer.setdefault(row["layer"], []).append(row["accuracy"])
-    # The first layer within a point of the best, because earlier layers cost less.
-    best = max(map(sum, by_layer.values()))
-    layer = args.layer or min(number for number, values in by_layer.items() if sum(values) >= best - 0.02)
-    for teacher in ("attention", "answers"):
-        guides[teacher] = stored_guide(
-            model, folder, f"{teacher}{layer}", layer=layer, teacher=teacher, seed=args.seed
-        )
-    name = f"regions{layer}-{LONG_STEPS}"
-    guides[name] = stored_guide(model, folder, name, layer=layer, teacher="regions", seed=args.seed, steps=LONG_STEPS)
+    rows = evaluation.measure([UNPRUNED, *candidates], "validation")
+    sums = {layer: sum(row["accuracy"] for row in rows if row["layer"] == layer) for layer in GUIDE_LAYERS}
+    return min(layer for layer in sums if sums[layer] >= max(sums.values()) - 0.02), rows
+
+
+def choose_splits(evaluation: Evaluation, layer: int) -> tuple[dict[tuple[str, int], int], list[dict]]:
+    """Return the best number of patches in the tower by guidance and number of tokens at the exit, and all rows."""
     candidates = [
         Contestant(guidance, kept, layer, guidance, tower_kept=round(kept * factor), scorer="prompt")
         for guidance in ("image", f"regions{layer}")
@@ -240,21 +217,33 @@ def main(argv: list[str] | None = None):
         for factor in (1.5, 2, 3)
         if kept * factor < NUM_PATCHES
     ]
-    rows_of_splits = measure(*candidates)
-    splits = {}
-    for row in sorted(rows_of_splits, key=lambda row: row["accuracy"]):  # the last is the best
-        splits[row["guidance"], row["kept"]] = row["tower_kept"]
-    tuned_sides = {4, *equal_cost_sides(model.config, layer)}
+    rows = evaluation.measure(candidates, "validation")
+    ascending = sorted(rows, key=lambda row: row["accuracy"])
+    return {(row["guidance"], row["kept"]): row["tower_kept"] for row in ascending}, rows
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(EvaluateArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    evaluation = Evaluation(args)
+    config = evaluation.model.config
+    for layer in GUIDE_LAYERS:
+        evaluation.add_guide(f"regions{layer}", layer, "regions")
+    layer, rows = choose_layer(evaluation)
+    layer = args.layer or layer
+    for teacher in ("attention", "answers"):
+        evaluation.add_guide(f"{teacher}{layer}", layer, teacher)
+    evaluation.add_guide(f"regions{layer}-{LONG_STEPS}", layer, "regions", LONG_STEPS)
+    splits, rows_of_splits = choose_splits(evaluation, layer)
+    tuned_sides = {4, *equal_cost_sides(config, layer)}
     for side in sorted(tuned_sides):
-        models[f"side{side}"] = stored_resolution(model, folder, side, args.seed)
-    rows += rows_of_splits + measure(*all_contestants(model.config, layer, splits, tuned_sides), split="test")
+        evaluation.add_resolution(side)
+    tested = evaluation.measure(all_contestants(config, layer, splits, tuned_sides), "test")
     output = Path(args.output_json)
     others = json.loads(output.read_text()) if output.exists() else []
-    write_json(output, [row for row in others if row["seed"] != args.seed] + rows)
-    for row in rows:
-        if row["split"] == "test":
-            print(f"{row['name']:45} {row['kept']:4} {100 * row['accuracy']:6.2f} {row['total_mmacs']:7.1f}")
+    write_json(output, [row for row in others if row["seed"] != args.seed] + rows + rows_of_splits + tested)
+    for row in tested:
+        print(f"{row['name']:45} {row['kept']:4} {100 * row['accuracy']:6.2f} {row['total_mmacs']:7.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

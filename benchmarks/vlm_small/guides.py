@@ -6,6 +6,7 @@ Training scenes follow those of the model in the same split, and no scene is use
 
 import copy
 import random
+from collections.abc import Callable
 
 import torch
 from busy_scenes import draw_scene
@@ -13,7 +14,7 @@ from contestants import low_resolution_features
 from small_model import BOS, IMAGE, NUM_PATCHES, pixels_of
 from small_model import encode as encode_text
 from torch import nn
-from train import AttentionRows, TrainArguments, choose_questions, make_batch, region_target
+from train import AttentionRows, choose_questions, make_batch, targets_of
 from transformers import LlavaForConditionalGeneration
 
 from modeling_trips.hosts import TextGuide
@@ -25,9 +26,28 @@ STEPS = 300
 RESOLUTION_STEPS = 200
 
 
+def optimize(
+    module: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, learning_rate: float, weight_decay: float
+):
+    """Train all parameters of a module on the loss of each step, with AdamW and one cycle of the learning rate."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(step).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        scheduler.step()
+
+
+def scenes_of(step: int, num_images: int) -> range:
+    """Return the numbers of the scenes of a step."""
+    return range(FIRST_SCENE + step * num_images, FIRST_SCENE + (step + 1) * num_images)
+
+
 def draw_questions(seed: int, step: int, num_images: int, per_image: int) -> tuple[torch.Tensor, list[list]]:
     pixels, rows = [], []
-    for number in range(FIRST_SCENE + step * num_images, FIRST_SCENE + (step + 1) * num_images):
+    for number in scenes_of(step, num_images):
         scene = draw_scene("train", number, seed)
         pixels.append(pixels_of(scene.image))
         rows.append(choose_questions(scene, per_image, random.Random(number)))
@@ -42,24 +62,22 @@ def padded(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def keys_of_layer(model: LlavaForConditionalGeneration, layer: int, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the keys of all patches in a tower layer: `(num_images, num_heads, num_patches, head_dim)`."""
+def states_and_keys(model: LlavaForConditionalGeneration, layer: int, pixel_values: torch.Tensor):
+    """
+    Return the states before a tower layer, `(num_images, 1 + num_patches, width)`, and the keys of all patches in it,
+    `(num_images, num_heads, num_patches, head_dim)`.
+    """
     tower = model.model.vision_tower
     states = tower.pre_layrnorm(tower.embeddings(pixel_values))
     for below in tower.encoder.layers[: layer - 1]:
         states = below(states, None)
     selecting = tower.encoder.layers[layer - 1]
     key = selecting.self_attn.k_proj(selecting.layer_norm1(states)[:, 1:])
-    return key.unflatten(-1, (-1, selecting.self_attn.head_dim)).transpose(1, 2)
+    return states, key.unflatten(-1, (-1, selecting.self_attn.head_dim)).transpose(1, 2)
 
 
 def train_guide(
-    model: LlavaForConditionalGeneration,
-    layer: int,
-    teacher: str,
-    seed: int = 0,
-    steps: int = STEPS,
-    num_images: int = 16,
+    model: LlavaForConditionalGeneration, layer: int, teacher: str, seed: int, steps: int = STEPS, num_images: int = 16
 ) -> TextGuide:
     """
     Train a guide on the frozen model.
@@ -71,71 +89,48 @@ def train_guide(
     """
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    attention = model.model.vision_tower.encoder.layers[layer - 1].self_attn
     guide = TextGuide.for_model(model)
-    optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-2, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
-    embed = model.get_input_embeddings()
     per_image = 2 if teacher == "answers" else 12
-    batches = TrainArguments(output_dir="", seed=seed, batch_size=num_images, questions=per_image)
-    recorder = AttentionRows(model.model.language_model) if teacher == "attention" else None
-    for step in range(steps):
+    recorder = AttentionRows(model.model.language_model)
+
+    def targets_of_step(step: int, questions: list) -> torch.Tensor:
+        if teacher == "regions":
+            return targets_of(question.region for question in questions)
+        batch = make_batch(scenes_of(step, num_images), seed, per_image)
+        recorder.rows = batch["ends"]
+        names = ("input_ids", "pixel_values", "attention_mask", "position_ids")
+        with torch.no_grad():
+            model(**{name: batch[name] for name in names})
+        return recorder.weights
+
+    def loss_of(step: int) -> torch.Tensor:
+        pixel_values, rows = draw_questions(seed, step, num_images, per_image)
+        image = torch.tensor([row for row, questions in enumerate(rows) for _ in questions])
+        questions = [question for row in rows for question in row]
+        prompt, mask = padded([question.text for question in questions])
+        states, key = states_and_keys(model, layer, pixel_values)
+        query = guide(model.get_input_embeddings()(prompt), mask)
+        scores = score_tokens(query, key[image], model.model.vision_tower.encoder.layers[layer - 1].self_attn.scale)
         if teacher == "answers":
-            loss = answer_loss(model, guide, layer, *draw_questions(seed, step, num_images, per_image))
-        else:
-            if teacher == "attention":
-                batch = make_batch(batches, FIRST_SCENE // num_images + step)
-                recorder.rows = batch["ends"]
-                with torch.no_grad():
-                    model(
-                        **{
-                            name: batch[name]
-                            for name in ("input_ids", "pixel_values", "attention_mask", "position_ids")
-                        }
-                    )
-            pixel_values, rows = draw_questions(seed, step, num_images, per_image)
-            image = torch.tensor([row for row, questions in enumerate(rows) for _ in questions])
-            questions = [question for row in rows for question in row]
-            if teacher == "attention":
-                targets = recorder.weights
-            else:
-                targets = torch.stack([region_target(question.region) for question in questions])
-            prompt, mask = padded([question.text for question in questions])
-            key = keys_of_layer(model, layer, pixel_values)[image]
-            scores = score_tokens(guide(embed(prompt), mask), key, attention.scale)
-            candidates = torch.arange(NUM_PATCHES).expand(len(scores), -1)
-            has_target = targets.sum(-1) > 0
-            loss = selection_loss(scores, candidates, targets)[has_target].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(guide.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-    if recorder is not None:
-        recorder.handle.remove()
+            return answer_loss(model, layer, states, scores, image, prompt, mask, questions)
+        targets = targets_of_step(step, questions)
+        candidates = torch.arange(NUM_PATCHES).expand(len(scores), -1)
+        return selection_loss(scores, candidates, targets)[targets.sum(-1) > 0].mean()
+
+    optimize(guide, loss_of, steps, learning_rate=1e-2, weight_decay=0.01)
+    recorder.handle.remove()
     return guide.eval()
 
 
-def answer_loss(model, guide: TextGuide, layer: int, pixel_values: torch.Tensor, rows: list[list]):
-    """Return the cross-entropy of the answers when the guide's layer keeps a ninth of the patches."""
-    image = torch.tensor([row for row, questions in enumerate(rows) for _ in questions])
-    questions = [question for row in rows for question in row]
-    prompt, mask = padded([question.text for question in questions])
-    embed, tower = model.get_input_embeddings(), model.model.vision_tower
+def answer_loss(model, layer: int, states, scores, image, prompt, mask, questions: list) -> torch.Tensor:
+    """Return the cross-entropy of the answers when the layer keeps a ninth of the patches by the guide's scores."""
+    tower, embed = model.model.vision_tower, model.get_input_embeddings()
+    selecting = tower.encoder.layers[layer - 1]
     with torch.no_grad():
-        states = tower.pre_layrnorm(tower.embeddings(pixel_values))
-        for below in tower.encoder.layers[: layer - 1]:
-            states = below(states, None)
-        selecting = tower.encoder.layers[layer - 1]
-        normed = selecting.layer_norm1(states)
-        states = states + selecting.self_attn(normed)[0]
-        key = (
-            selecting.self_attn.k_proj(normed[:, 1:]).unflatten(-1, (-1, selecting.self_attn.head_dim)).transpose(1, 2)
-        )
-    scores = score_tokens(guide(embed(prompt), mask), key[image], selecting.self_attn.scale).clamp(min=1e-9)
+        states = states + selecting.self_attn(selecting.layer_norm1(states))[0]
+    logs = scores.clamp(min=1e-9).log()
     noise = -torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
-    positions = keep_topk(scores.detach().log() + noise, NUM_PATCHES // 9)
-    logs = scores.log()
+    positions = keep_topk(logs.detach() + noise, NUM_PATCHES // 9)
     factor = torch.exp(logs - logs.detach()).gather(1, positions).unsqueeze(-1)
     states = states[image]
     states = torch.cat([states[:, :1], gather_tokens(states[:, 1:], positions) * factor], dim=1)
@@ -156,13 +151,10 @@ def answer_loss(model, guide: TextGuide, layer: int, pixel_values: torch.Tensor,
 def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: int):
     """Return a copy of the model, fine-tuned on answers for images of `side` x `side` patches."""
     model = copy.deepcopy(model).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=RESOLUTION_STEPS, pct_start=0.1)
-    batches = TrainArguments(output_dir="", seed=seed, batch_size=16, questions=12)
-    embed = model.get_input_embeddings()
     dropped = NUM_PATCHES - side * side
-    for step in range(RESOLUTION_STEPS):
-        batch = make_batch(batches, FIRST_SCENE // 16 + step)
+
+    def loss_of(step: int) -> torch.Tensor:
+        batch = make_batch(scenes_of(step, 16), seed, 12)
         is_dropped = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
         is_dropped[1 : 1 + dropped] = True
         ids, labels = batch["input_ids"][:, ~is_dropped], batch["labels"][:, ~is_dropped]
@@ -170,15 +162,12 @@ def fine_tune_resolution(model: LlavaForConditionalGeneration, side: int, seed: 
         positions = batch["position_ids"][:, ~is_dropped] - dropped
         positions[:, 0] = 0
         features = low_resolution_features(model, side, batch["pixel_values"])
-        states = embed(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
+        states = model.get_input_embeddings()(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
         hidden = model.model.language_model(
             inputs_embeds=states, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
         is_label = labels != -100
-        loss = nn.functional.cross_entropy(model.lm_head(hidden[is_label]), labels[is_label])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
+        return nn.functional.cross_entropy(model.lm_head(hidden[is_label]), labels[is_label])
+
+    optimize(model, loss_of, RESOLUTION_STEPS, learning_rate=3e-4, weight_decay=0.05)
     return model.eval().requires_grad_(False)

@@ -1,5 +1,7 @@
 """The small LLaVA on busy scenes: resuming, compared methods and costs."""
 
+import shutil
+
 import guides
 import pytest
 import small_model
@@ -18,7 +20,9 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from modeling_trips.hosts import TextGuide
+from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
+from modeling_trips.hosts.vlm.supervision import guided_selection
+from modeling_trips.patch_selection import selection_loss
 
 
 @pytest.fixture(scope="module")
@@ -75,28 +79,42 @@ def test_costs_of_the_tower_are_counted(model, questions, contestant):
 
 
 def test_training_resumes(tmp_path):
-    options = ["--batch_size", "2", "--warmup_steps", "1", "--save_steps", "1", "--bf16", "False"]
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    train.main(["--output_dir", whole, "--max_steps", "2", *options])
-    checkpoint = tmp_path / "whole" / "checkpoint.pt"
-    step = train.make_batch
-    train.make_batch = lambda args, number: step(args, number) if number < 1 else exec("raise KeyboardInterrupt")
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train.main(["--output_dir", parts, "--max_steps", "2", *options])
-    finally:
-        train.make_batch = step
-    train.main(["--output_dir", parts, "--max_steps", "2", *options])
-    assert checkpoint.exists()
-    resumed = load_file(f"{parts}/model.safetensors")
-    for name, expected in load_file(f"{whole}/model.safetensors").items():
+    options = [
+        "--per_device_train_batch_size=2",
+        "--warmup_steps=1",
+        "--save_steps=1",
+        "--bf16=False",
+        "--max_steps=2",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([f"--output_dir={whole}", *options])
+    shutil.copytree(whole / "checkpoint-1", parts / "checkpoint-1")
+    train.main([f"--output_dir={parts}", *options, "--resume_from_checkpoint=last"])
+    resumed = load_file(parts / "model.safetensors")
+    assert not any("patch." in name for name in resumed)  # those of the training
+    for name, expected in load_file(whole / "model.safetensors").items():
         torch.testing.assert_close(resumed[name], expected)
+
+
+def loss_of(model, guide: TextGuide) -> float:
+    """Return the loss of new questions about colors, which have equal lengths, by the patched model."""
+    pixel_values, rows = guides.draw_questions(1, 0, 4, 12)
+    asked = [(image, question) for image, row in enumerate(rows) for question in row if question.kind == "color"]
+    prompt = torch.tensor([small_model.encode(question.text) for _, question in asked])
+    apply_patch_selection(model, "2:text:0.11", guide=guide)
+    selection = guided_selection(model, llava_inputs(pixel_values[[image for image, _ in asked]], prompt))
+    remove_patch_selection(model)
+    targets = train.targets_of(question.region for _, question in asked)
+    return selection_loss(selection.scores, selection.candidate_indices, targets).mean().item()
 
 
 @pytest.mark.parametrize("teacher", ["regions", "attention", "answers"])
 def test_guides_are_trained_on_the_frozen_model(model, teacher):
     before = [parameter.clone() for parameter in model.parameters()]
-    new = TextGuide.for_model(model)
-    guide = guides.train_guide(model, 2, teacher, steps=2, num_images=2)
-    assert guide.query.weight.shape == new.query.weight.shape
+    guide = guides.train_guide(model, 2, teacher, seed=0, steps=20 if teacher == "regions" else 2, num_images=4)
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
+    torch.manual_seed(0)
+    untrained = TextGuide.for_model(model)
+    assert not torch.equal(guide.query.weight, untrained.query.weight)
+    if teacher == "regions":
+        assert loss_of(model, guide) < 0.995 * loss_of(model, untrained)

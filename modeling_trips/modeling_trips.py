@@ -42,6 +42,7 @@ from .modeling_trips_vision import (
     TripsVisionModelOutput,
     check_image_index,
     select_rows,
+    selection_rows,
     token_indices,
 )
 from .patch_selection import attention_losses, region_targets, selection_loss, union_of_targets
@@ -180,7 +181,7 @@ class TripsModel(TripsPreTrainedModel):
             output_cls_attention,
             **kwargs,
         )
-        selection = select_rows(vision_output.selection, vision_output.image_index)
+        selection = selection_rows(vision_output.selection, vision_output.image_index)
         return TripsModelOutput(
             last_hidden_state=fused.last_hidden_state,
             selection=selection,
@@ -487,7 +488,8 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             if labels is None:
                 raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        fused = select_rows((fused_states, attention_mask), text_index)
+        fused_states, attention_mask = select_rows(fused_states, text_index), select_rows(attention_mask, text_index)
+        fused = (fused_states, attention_mask)
         decoder_inputs = (decoder_input_ids, decoder_attention_mask, *fused, decoder_inputs_embeds)
         decoded = self.decoder(*decoder_inputs, cache=cache, use_cache=use_cache, **kwargs)
         logits = self.lm_head(decoded.last_hidden_state)

@@ -91,7 +91,6 @@ class TripsPreTrainedModel(PreTrainedModel):
         "TripsVisionLayer",
         "TripsTextLayer",
         "TripsCrossLayer",
-        "TripsJointLayer",
         "TripsConnectedLayer",
     ]
     _supports_sdpa = True

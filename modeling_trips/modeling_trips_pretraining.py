@@ -39,7 +39,14 @@ from .modeling_trips import (
 )
 from .modeling_trips_base import TripsPreTrainedModel, class_states
 from .modeling_trips_text import TripsDecoder, TripsLMHead
-from .modeling_trips_vision import TripsImageCache, TripsSelection, TripsVisionModelOutput, check_counts, select_rows
+from .modeling_trips_vision import (
+    TripsImageCache,
+    TripsSelection,
+    TripsVisionModelOutput,
+    check_counts,
+    select_rows,
+    selection_rows,
+)
 from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 
 
@@ -597,8 +604,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
         if text_states is None:
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
-        if text_index is not None:
-            text_states, attention_mask = select_rows((text_states, attention_mask), text_index)
+        text_states, attention_mask = select_rows(text_states, text_index), select_rows(attention_mask, text_index)
         fused = self.model.fuse(
             text_states, attention_mask, pixel_values, image_index, image_cache, schedule=schedule, **kwargs
         )
@@ -673,7 +679,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             if matched.selection_losses is not None:
                 selection_loss = matched.selection_losses.sum() / mean_count(pair_ids.new_full((), len(pair_ids)))
             true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
-            selection = select_rows(matched.selection, true_pairs)
+            selection = selection_rows(matched.selection, true_pairs)
             outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}
         losses = {"itc_loss": itc_loss, "itm_loss": itm_loss, "selection_loss": selection_loss}
         weights = (config.itc_weight, config.itm_weight, config.selection_loss_weight)

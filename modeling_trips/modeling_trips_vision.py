@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_trips import LayerSelection, SelectionSchedule, TripsVisionConfig
+from .configuration_trips import UNPRUNED, LayerSelection, SelectionSchedule, TripsVisionConfig
 from .modeling_trips_base import (
     TripsPreTrainedModel,
     bidirectional_mask,
@@ -193,7 +193,7 @@ class TripsVisionMLP(nn.Module):
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
     A pre-norm ViT layer that selects patches between attention and MLP (paper, section 3.2): the MLP already runs on
-    the shorter sequence.
+    the shorter sequence. In a single stream, text tokens come before the image's [CLS] and the candidates.
 
     Reentrant checkpointing sees tensors that are arguments by position and items of the result, and no others.
     """
@@ -207,108 +207,69 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         self.mlp = TripsVisionMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def attend(
+    def forward(
         self,
         hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        selection: LayerSelection | None = None,
         attention_mask: torch.Tensor | None = None,
+        text_length: int = 0,
+        text_start: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the hidden states after attention, and the queries and keys of all tokens."""
-        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        return hidden_states + self.dropout(attn_output), query, key
-
-    def select_and_transform(
-        self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Score the candidates, whose keys are `key`, by the guiding token's `query`, and run the MLP on the rest."""
-        scores = kept_positions = None
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates, hidden_size)`)
+            text_embeds (`torch.Tensor` of shape `(num_texts, hidden_size)`, *optional*): The text guidance.
+            image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*): The row of each text, in a layer that
+                `text_embeds` score: attention runs once per row, selection and MLP once per text. By default text i
+                has row i.
+            selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
+            attention_mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use.
+            text_length (`int`, *optional*, defaults to 0): Number of text tokens, padding included.
+            text_start (`torch.LongTensor` of shape `(num_rows,)`, *optional*): Position of each text's [CLS], by
+                default 0.
+
+        Returns:
+            `(hidden_states, scores, kept_positions)`; the last two are `None` without `selection`.
+        """
+        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states, scores, kept_positions = hidden_states + self.dropout(attn_output), None, None
         if selection is not None:
-            if selection.guidance == "random":
-                scores = random_scores(key.shape[0], key.shape[2], self.training, key.device, selection.seed)
-            else:
-                scores = score_tokens(query, key, self.attention.scaling)
+            hidden_states, key = select_rows(hidden_states, image_index), select_rows(key, image_index)
+            guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
+            scores = self.score(guide, key[:, :, text_length + 1 :], selection)
             hidden_states, kept_positions = select_tokens(
                 hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize
             )
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions
 
-    def forward(
+    def guiding_query(
         self,
-        hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor | None = None,
-        class_query: torch.Tensor | None = None,
-        key: torch.Tensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        selection: LayerSelection | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, ...]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(num_rows, 1 + num_candidates, hidden_size)`)
-            text_embeds (`torch.Tensor` of shape `(num_texts, hidden_size)`, *optional*): The text guidance. Without it
-                the image's [CLS] guides.
-            class_query (`torch.Tensor` of shape `(num_rows, num_heads, head_dim)`, *optional*): With `key`, the
-                `attended` of an earlier call, whose attention is not computed again.
-            key (`torch.Tensor` of shape `(num_rows, num_heads, 1 + num_candidates, head_dim)`, *optional*)
-            image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*): The row of each text. From the
-                selection on, each text has a row of its own. By default text i has row i.
-            selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
-
-        Returns:
-            `(hidden_states, scores, kept_positions, *attended)`, the first three `None` for an empty `image_index`.
-            `scores` and `kept_positions` are `None` without `selection`. `attended` are the hidden states after
-            attention, the query of [CLS] and the keys, one row per image.
-        """
-        if key is None:
-            hidden_states, query, key = self.attend(hidden_states, **kwargs)
-            class_query = query[:, :, 0]
-        attended = hidden_states, class_query, key
-        if image_index is not None and image_index.shape[0] == 0:  # for an image cache: no text has chosen yet
-            return None, None, None, *attended
-        hidden_states, query, key = select_rows(attended, image_index)
-        if selection is not None and selection.guidance == "text" and text_embeds is not None:
-            query = self.attention.q_proj(text_embeds).view(query.shape)
-        outputs = self.select_and_transform(hidden_states, query, key[:, :, 1:], selection)
-        return (*outputs, *attended)
-
-
-class TripsJointLayer(TripsVisionLayer):
-    """
-    A layer of a single stream, over the text, the image's [CLS] and the patches. Only patches are candidates; the text
-    that guides is in the sequence.
-    """
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
+        query: torch.Tensor,
+        guidance: str,
+        text_embeds: torch.Tensor | None,
         text_length: int,
-        text_start: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        selection: LayerSelection | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(num_texts, text_length + 1 + num_candidates, hidden_size)`)
-            text_length (`int`): Number of text tokens, padding included.
-            text_start (`torch.LongTensor` of shape `(num_texts,)`, *optional*): Position of each text's [CLS], by
-                default 0.
-            attention_mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use.
-            selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
+        text_start: torch.LongTensor | None,
+    ) -> torch.Tensor:
+        """Return the query of the token that scores the candidates, `(num_texts, num_heads, head_dim)`."""
+        if guidance != "text":
+            return query[:, :, text_length]  # the image's [CLS]
+        if text_embeds is not None:
+            return self.attention.split_heads(self.attention.q_proj(text_embeds)[:, None])[:, :, 0]
+        # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
+        if text_start is None:
+            return query[:, :, 0]
+        rows = text_start.to(query.device)[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3])
+        return query.gather(2, rows)[:, :, 0]
 
-        Returns:
-            `(hidden_states, scores, kept_positions)`; the last two are `None` without `selection`.
-        """
-        hidden_states, query, key = self.attend(hidden_states, attention_mask, **kwargs)
-        if selection is None or selection.guidance != "text":
-            query = query[:, :, text_length]
-        elif text_start is None:
-            query = query[:, :, 0]
-        else:
-            rows = text_start.to(query.device)[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3])
-            query = query.gather(2, rows)[:, :, 0]
-        return self.select_and_transform(hidden_states, query, key[:, :, text_length + 1 :], selection)
+    def score(self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection) -> torch.Tensor:
+        """Return the scores of the candidates, `(num_texts, num_candidates)`."""
+        if selection.guidance == "random":
+            return random_scores(key.shape[0], key.shape[2], self.training, key.device, selection.seed)
+        return score_tokens(query, key, self.attention.scaling)
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -328,6 +289,10 @@ class TripsSelection(ModelOutput):
     scores: torch.FloatTensor | None = None
     candidate_indices: torch.LongTensor | None = None
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TripsSelection":
+        """Return a selection with the result of `function` in place of each tensor."""
+        return TripsSelection(*map(function, self.to_tuple()))
+
 
 @dataclass(frozen=True)
 class TripsImageCache:
@@ -337,32 +302,25 @@ class TripsImageCache:
 
     Args:
         hidden_states (`torch.FloatTensor` of shape `(num_images, 1 + num_candidates, hidden_size)`):
-            [CLS] and candidates after the attention of the first layer that a text guides; after the last layer if
-            there is none.
+            [CLS] and candidates before the first layer that a text scores; after the last layer if there is none.
         grid_size (`tuple(int, int)`):
             Patches of each image, down and across.
-        class_query (`torch.FloatTensor` of shape `(num_images, num_heads, head_dim)`, *optional*):
-            The query of [CLS] in that layer, which guides where no text is given.
-        key (`torch.FloatTensor` of shape `(num_images, num_heads, 1 + num_candidates, head_dim)`, *optional*):
-            The keys of that layer, which the guiding query is compared with.
-        candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`, *optional*):
+        candidate_indices (`torch.LongTensor` of shape `(num_images, num_candidates)`):
             The original index of each candidate, -1 for a fused token.
         selection (`tuple(TripsSelection)`, *optional*):
             What the layers before `next_layer` kept.
         next_layer (`int`, *optional*):
             Number of that layer (from 1); `None` if there is none.
         schedule (`SelectionSchedule`, *optional*):
-            The schedule of the layers before `next_layer`. A model with another schedule refuses the cache.
+            The schedule of the layers before `next_layer`. A pass with another schedule refuses the cache.
     """
 
     hidden_states: torch.FloatTensor
     grid_size: tuple[int, int]
-    class_query: torch.FloatTensor | None = None
-    key: torch.FloatTensor | None = None
-    candidate_indices: torch.LongTensor | None = None
+    candidate_indices: torch.LongTensor
     selection: tuple[TripsSelection, ...] = ()
     next_layer: int | None = None
-    schedule: SelectionSchedule | None = None
+    schedule: SelectionSchedule = UNPRUNED
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -372,8 +330,7 @@ class TripsImageCache:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TripsImageCache":
         """Return a cache with the result of `function` in place of each tensor."""
         tensors = {name: function(value) for name, value in self.tensors.items()}
-        selection = tuple(TripsSelection(*map(function, layer.to_tuple())) for layer in self.selection)
-        return replace(self, **tensors, selection=selection)
+        return replace(self, **tensors, selection=tuple(layer.map(function) for layer in self.selection))
 
     def to(self, device: torch.device | str, **kwargs) -> "TripsImageCache":
         """Move the tensors to a device. `kwargs` are those of `torch.Tensor.to`."""
@@ -457,7 +414,6 @@ class TripsVisionModel(TripsPreTrainedModel):
     auto_classes = ("AutoModel",)
     _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": TripsVisionLayer, "attentions": TripsVisionAttention}
-    layer_class = TripsVisionLayer
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__(config)
@@ -470,7 +426,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         # CODEPATH: selection adds parameters only if text and vision differ in width.
         if config.guidance_hidden_size not in (None, config.hidden_size):
             self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
-        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TripsVisionLayer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -503,8 +459,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
         """
-        Run the layers before the first one that a text guides, and the attention of that layer; all layers if there is
-        none. The result does not depend on the text and serves any number of texts.
+        Run the layers before the first one that a text scores; all layers if there is none. The result does not depend
+        on the text and serves any number of texts.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Height and width are
@@ -521,13 +477,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule = self.resolve_schedule(schedule)
         stop = schedule.first_text_layer
         states = self.run_layers(self.embed_images(pixel_values), schedule, stop, **kwargs)
-        states = replace(states, schedule=schedule.before(stop))
-        if stop is None:
-            return states
-        # FSDP and device maps hook on the call of the layer. For no text, it computes its attention alone.
-        no_text = torch.empty(0, dtype=torch.long, device=states.hidden_states.device)
-        attended = self.layers[stop - 1](states.hidden_states, image_index=no_text, **kwargs)[3:]
-        return replace(states, **dict(zip(("hidden_states", "class_query", "key"), attended)))
+        return replace(states, schedule=schedule.before(stop))
 
     def run_layers(
         self,
@@ -536,34 +486,57 @@ class TripsVisionModel(TripsPreTrainedModel):
         stop: int | None = None,
         text_embeds: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
+        text_length: int = 0,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
         """
-        Run the layers from `states.next_layer` up to the one before `stop`, or all the others. The first layer that a
-        text guides gives each text a row of its own.
+        Run the layers from `states.next_layer` up to the one before `stop`, or all the others. The first layer that
+        `text_embeds` score gives each text a row of its own. In a single stream the states begin with `text_length`
+        text tokens, whose padding `attention_mask` marks.
         """
-        hidden_states, selections = states.hidden_states, states.selection
-        class_query, key, candidate_indices = states.class_query, states.key, states.candidate_indices
+        hidden_states, candidate_indices, selections = states.hidden_states, states.candidate_indices, states.selection
+        text_start = None if attention_mask is None else first_positions(attention_mask)
+        mask = self.joint_mask(hidden_states, attention_mask, text_length)
         end = len(self.layers) + 1
         for number in range(states.next_layer or end, stop or end):
             layer_selection, index = schedule.by_layer.get(number), None
             if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
                 index, image_index = image_index, None
-                candidate_indices, selections = select_rows((candidate_indices, selections), index)
+                candidate_indices, selections = (
+                    select_rows(candidate_indices, index),
+                    selection_rows(selections, index),
+                )
             hidden_states, scores, kept_positions = self.layers[number - 1](
-                hidden_states, text_embeds, class_query, key, image_index=index, selection=layer_selection, **kwargs
-            )[:3]
-            class_query = key = None
+                hidden_states,
+                text_embeds,
+                index,
+                selection=layer_selection,
+                attention_mask=mask,
+                text_length=text_length,
+                text_start=text_start,
+                **kwargs,
+            )
             if kept_positions is not None:
-                selections += (kept_candidates(scores, kept_positions, candidate_indices),)
-                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - 1)
-        return TripsImageCache(
-            hidden_states,
-            states.grid_size,
+                candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
+                kept_indices = candidate_indices.gather(1, kept_positions)
+                selections += (TripsSelection(kept_indices, scores, candidate_indices),)
+                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - text_length - 1)
+                mask = self.joint_mask(hidden_states, attention_mask, text_length)
+        return replace(
+            states,
+            hidden_states=hidden_states,
             candidate_indices=candidate_indices,
             selection=selections,
             next_layer=stop,
         )
+
+    def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
+        """Return the mask of text and image tokens in the form of the attention in use, `None` without padding."""
+        if attention_mask is None:
+            return None
+        mask = joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length)
+        return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -624,14 +597,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             )
 
 
-def kept_candidates(
-    scores: torch.Tensor, kept_positions: torch.LongTensor, candidate_indices: torch.LongTensor
-) -> TripsSelection:
-    """Return the selection of a layer, given the original indices of its candidates."""
-    candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
-    return TripsSelection(candidate_indices.gather(1, kept_positions), scores, candidate_indices)
-
-
 def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.LongTensor:
     """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
     num_kept = selection.kept_indices.shape[1]
@@ -649,14 +614,16 @@ def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Ten
     return torch.arange(num_tokens, device=device)[None]
 
 
-def select_rows(value, index: torch.LongTensor | None):
-    """Return the rows `index` of a tensor, or of each in a tuple or a model output. Without an index, all rows."""
-    if index is None or value is None:
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.index_select(0, index.to(value.device))
-    rows = [select_rows(item, index) for item in (value.to_tuple() if isinstance(value, ModelOutput) else value)]
-    return type(value)(*rows) if isinstance(value, ModelOutput) else tuple(rows)
+def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
+    """Return the rows `index` of a tensor. Without an index, all rows."""
+    return tensor if index is None or tensor is None else tensor.index_select(0, index.to(tensor.device))
+
+
+def selection_rows(
+    selections: tuple[TripsSelection, ...], index: torch.LongTensor | None
+) -> tuple[TripsSelection, ...]:
+    """Return `select_rows` of the selection of each layer."""
+    return tuple(layer.map(lambda tensor: select_rows(tensor, index)) for layer in selections)
 
 
 TripsVisionModel.register_for_auto_class("AutoModel")
@@ -702,25 +669,20 @@ class TripsSingleStreamModel(TripsVisionModel):
     config: TripsVisionConfig
     main_input_name = "text_states"
     input_modalities = ("image", "text")
-    layer_class = TripsJointLayer
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__(config)
         self.modality_embeddings = nn.Embedding(NUM_MODALITIES, config.hidden_size)
         self.post_init()
 
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
-        """
-        Embed images. The text takes part in the first layer, so that no layer is in the cache.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): As in
-                [`TripsVisionModel.encode_images`].
-
-        Returns:
-            [`TripsImageCache`], for `forward`.
-        """
-        return TripsImageCache(self.embeddings(pixel_values), self.embeddings.grid_of(pixel_values))
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        schedule: SelectionSchedule | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsImageCache:
+        """As in the parent, without layers: the text takes part in the first one."""
+        return self.embed_images(pixel_values)
 
     def join(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
         """Return one sequence of text and image tokens, with the embeddings of their modalities."""
@@ -728,41 +690,6 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_type, image_type = self.modality_embeddings(modalities)
         text_states = text_states.to(image_states.device)  # the parts may be on several devices
         return torch.cat((text_states + text_type, image_states + image_type), dim=1)
-
-    def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
-        """Return the mask of the sequence at its current length, in the form of the attention in use."""
-        mask = joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length)
-        return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
-
-    def encode_pairs(
-        self,
-        text_states: torch.Tensor,
-        image_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        schedule: SelectionSchedule,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, tuple[TripsSelection, ...]]:
-        """Return hidden states and selections of all layers, for row i of both inputs."""
-        text_length = text_states.shape[1]
-        hidden_states, selections = self.join(text_states, image_states), []
-        mask = self.joint_mask(hidden_states, attention_mask, text_length)
-        text_start = None if attention_mask is None else first_positions(attention_mask)
-        num_texts, num_candidates = hidden_states.shape[0], hidden_states.shape[1] - text_length - 1
-        candidate_indices = torch.arange(num_candidates, device=hidden_states.device).expand(num_texts, -1)
-        for number, layer in enumerate(self.layers, start=1):
-            hidden_states, scores, kept_positions = layer(
-                hidden_states,
-                text_length,
-                text_start=text_start,
-                attention_mask=mask,
-                selection=schedule.by_layer.get(number),
-                **kwargs,
-            )
-            if kept_positions is not None:
-                selections.append(kept_candidates(scores, kept_positions, candidate_indices))
-                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - text_length - 1)
-                mask = self.joint_mask(hidden_states, attention_mask, text_length)
-        return hidden_states, tuple(selections)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -790,23 +717,22 @@ class TripsSingleStreamModel(TripsVisionModel):
             How the layers select in this pass, in place of the configuration's.
         """
         check_image_source(pixel_values, image_cache)
-        image_states = (
-            self.encode_images(pixel_values, **kwargs) if image_cache is None else image_cache
-        ).hidden_states
-        check_counts(text_states.shape[0], image_states.shape[0], image_index)
-        hidden_states, selection = self.encode_pairs(
-            text_states,
-            select_rows(image_states, image_index),
-            attention_mask,
+        image_cache = self.embed_images(pixel_values) if image_cache is None else image_cache
+        check_counts(text_states.shape[0], image_cache.hidden_states.shape[0], image_index)
+        image_cache = image_cache.map(lambda tensor: select_rows(tensor, image_index))
+        text_length = text_states.shape[1]
+        states = self.run_layers(
+            replace(image_cache, hidden_states=self.join(text_states, image_cache.hidden_states)),
             self.resolve_schedule(schedule),
+            text_length=text_length,
+            attention_mask=attention_mask,
             **kwargs,
         )
-        hidden_states = self.layernorm(hidden_states)
-        text_length = text_states.shape[1]
+        hidden_states = self.layernorm(states.hidden_states)
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],
-            selection=selection,
+            selection=states.selection,
             text_states=hidden_states[:, :text_length],
         )
 

@@ -21,7 +21,7 @@ def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accele
 
 def compare(case: Case, accelerator: Accelerator):
     if accelerator.is_fsdp2 and case.fusion_type == "single_stream":  # as examples/configs/fsdp2.yaml says
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["TripsJointLayer", "TripsCrossLayer"]
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["TripsVisionLayer", "TripsCrossLayer"]
     # No BatchNorm, whose statistics differ between processes. Both halves of the batch have the same number of labels.
     model, expected = (case.make_model(patch_embedding_type="linear").train() for _ in range(2))
     inputs = case.make_inputs(4, training=True)

@@ -1,5 +1,5 @@
 """
-BentoML service with adaptive batching for a TRIPS checkpoint: question answering, captioning, matching and features.
+HTTP service for a TRIPS checkpoint: question answering, captioning, matching and features.
 
-    TRIPS_MODEL=examples/trips-tiny-scenes bentoml serve trips_serving.service:Trips
+    TRIPS_MODEL=examples/trips-tiny-scenes python -m trips_serving
 """

@@ -1,44 +1,58 @@
-"""Bounded waiting in BentoML's batching."""
+"""Batches of items from many requests."""
 
+import asyncio
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-from bentoml._internal.marshal.dispatcher import CorkDispatcher, Optimizer
-
-from .errors import RequestError
-
-
-MAX_WAIT = 0.1  # seconds that an idle model waits for requests in preparation
+from anyio import to_thread
 
 
-class BoundedOptimizer(Optimizer):
+class Batcher:
     """
-    Optimizer that waits only for requests in preparation. BentoML's own waits about as long as the last batches,
-    including their time in the queue, so a burst of requests delays all later ones.
+    Queue of items. A batch is what arrived while the previous one was computed, so an idle model does not wait.
 
     Args:
-        max_latency (`float`): Maximum latency in seconds.
-        is_more_coming: Function that returns whether other requests are in preparation.
+        compute: Function of items of one `kind` that returns a result or an exception for each. It runs in another
+            thread, one batch at a time.
+        max_size (`int`): Maximum number of items in a batch.
     """
 
-    def __init__(self, max_latency: float, is_more_coming: Callable[[], bool]):
-        self.is_more_coming = is_more_coming
-        super().__init__(max_latency)
+    def __init__(self, compute: Callable[[list], list], max_size: int):
+        self.compute = compute
+        self.max_size = max_size
+        self._entries: deque[tuple[Any, asyncio.Future]] = deque()
+        self._arrived = asyncio.Event()
 
-    @property
-    def wait(self) -> float:
-        return MAX_WAIT if self.is_more_coming() else 0.0
+    async def submit(self, items: list) -> list:
+        """Return the results of items, or raise the exception of one. Cancelled items leave the queue."""
+        entries = [(item, asyncio.get_running_loop().create_future()) for item in items]
+        self._entries.extend(entries)
+        self._arrived.set()
+        return await asyncio.gather(*[result for _, result in entries])
 
-    @wait.setter
-    def wait(self, of_past_batches: float):
-        pass
+    async def run(self):
+        """Compute batches until the task is cancelled."""
+        while True:
+            await self._arrived.wait()
+            batch = self._take()
+            if not batch:
+                self._arrived.clear()
+                continue
+            found = await to_thread.run_sync(self.compute, [item for item, _ in batch])
+            for (_, result), value in zip(batch, found):
+                if isinstance(value, Exception) and not result.done():
+                    result.set_exception(value)
+                elif not result.done():
+                    result.set_result(value)
 
-
-def adjust(dispatcher: CorkDispatcher, is_more_coming: Callable[[], bool]):
-    """Bound the wait of a dispatcher, and answer requests that it rejects."""
-    seconds = dispatcher.max_latency
-
-    def refuse():
-        return RequestError(503, f"The request would wait longer than {seconds:g} s. Try again later.").response
-
-    dispatcher.optimizer = BoundedOptimizer(seconds, is_more_coming)
-    dispatcher.fallback = refuse
+    def _take(self) -> list[tuple[Any, asyncio.Future]]:
+        """Remove and return the next batch. Its items are of one kind."""
+        batch: list[tuple[Any, asyncio.Future]] = []
+        others: list[tuple[Any, asyncio.Future]] = []
+        while self._entries and len(batch) < self.max_size:
+            entry = self._entries.popleft()
+            if not entry[1].done():
+                (others if batch and entry[0].kind != batch[0][0].kind else batch).append(entry)
+        self._entries.extendleft(reversed(others))
+        return batch

@@ -11,23 +11,15 @@ from modeling_trips import TripsImageCache
 
 
 def split(image_cache: TripsImageCache) -> list[TripsImageCache]:
-    """
-    Split an image cache into one per image, each with its own memory and without recorded selections.
-    """
+    """Split an image cache into one per image, each with its own memory and without recorded selections."""
     image_cache = replace(image_cache, selection=())
     return [image_cache[row : row + 1].map(torch.clone) for row in range(len(image_cache.hidden_states))]
 
 
 def join(image_caches: list[TripsImageCache]) -> TripsImageCache:
-    """Join image caches of the same `form`."""
+    """Join image caches of images of one size under one schedule."""
     first = image_caches[0]
     return replace(first, **{name: torch.cat([one.tensors[name] for one in image_caches]) for name in first.tensors})
-
-
-def form(image_cache: TripsImageCache) -> Hashable:
-    """Return a key that is equal for image caches that fit in one batch."""
-    shapes = tuple((name, value.shape[1:]) for name, value in image_cache.tensors.items())
-    return shapes, image_cache.grid_size, image_cache.next_layer
 
 
 def num_bytes(image_cache: TripsImageCache) -> int:
@@ -35,21 +27,13 @@ def num_bytes(image_cache: TripsImageCache) -> int:
 
 
 class ImageCaches:
-    """
-    Thread-safe LRU cache of single images' caches.
-
-    Args:
-        max_bytes (`int`): Maximum total size. 0 disables the cache.
-    """
+    """Thread-safe LRU cache of single images' caches of at most `max_bytes`."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.bytes = 0
         self._image_caches: OrderedDict[Hashable, TripsImageCache] = OrderedDict()
         self._lock = Lock()
-
-    def __len__(self) -> int:
-        return len(self._image_caches)
 
     def get(self, key: Hashable) -> TripsImageCache | None:
         with self._lock:

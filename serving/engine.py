@@ -1,20 +1,21 @@
 """Model of the service, which computes batches of items from many requests."""
 
+import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
 import PIL.Image
 import torch
 from prometheus_client import Counter, Gauge
+from starlette.exceptions import HTTPException
 
 from modeling_trips import (
     UNPRUNED,
-    SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsImageCache,
@@ -26,102 +27,83 @@ from modeling_trips.image_decoding_trips import ImageError
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from modeling_trips.untrusted_images import IsolatedDecoder
 
-from .cache import ImageCaches, form, join, split
-from .errors import RequestError
-from .requests import Item, Picture, key_of
+from .cache import ImageCaches, join, split
 from .settings import DEFAULT, Settings
 
 
 logger = logging.getLogger(__name__)
 
 DECODERS = 2  # processes that decode images
-STATUSES = {"empty": 422, "format": 415, "pixels": 413, "work": 422, "broken": 422}  # by `ImageError` reason
+STATUSES = {"format": 415, "pixels": 413}  # by the reason of an `ImageError`; 422 for others
 
 IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cached states.", ["source"])
 CACHE_BYTES = Gauge("trips_image_cache_bytes", "Size of the image cache in bytes.", multiprocess_mode="livesum")
 
 
-@contextmanager
-def blamed_on(variable: str, value) -> Iterator[None]:
-    """Add the environment variable to any error."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{variable}={value}: {error}") from error
+@dataclass
+class ItemImage:
+    """Image of items: its file, then its pixels of shape `(1, num_channels, height, width)`; or its cached states."""
+
+    key: str  # hash of the file
+    data: bytes | None = None
+    pixel_values: torch.Tensor | None = None
+    states: TripsImageCache | None = None
 
 
-def load(settings: Settings):
-    """
-    Load the model with its saved head, or an exported model.
+@dataclass(frozen=True)
+class Item:
+    """Input of one result: an image, a text, or both."""
 
-    Raises:
-        ValueError: The checkpoint, the device or the dtype is not supported. The message names the variable.
-    """
-    device, dtype = settings.device, settings.dtype
-    if is_exported(settings.model):
-        given = {"DTYPE": dtype != "auto", "DEVICE": device not in ("auto", "cpu"), "SCHEDULES": settings.schedules}
-        for name in [name for name, is_given in given.items() if is_given]:
-            raise ValueError(f"TRIPS_{name} is not supported for the exported model {settings.model}. Unset it.")
-    elif dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"TRIPS_DTYPE must be auto or a dtype of PyTorch, such as bfloat16, got {dtype}.")
-    with blamed_on("TRIPS_MODEL", settings.model):
-        options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
-        if is_exported(settings.model):
-            from modeling_trips.export import load_exported  # an extra
+    endpoint: str
+    image: ItemImage | None
+    text: str | None
+    tokens: dict[str, list[int]] | None  # outputs of the tokenizer for the text
+    schedule: str
+    top_k: int
+    place: dict[str, int]  # indices of the image and the text in the request
 
-            return load_exported(settings.model)
-        model = load_checkpoint(settings.model, revision=settings.revision, **options)
-    with blamed_on("TRIPS_DEVICE", device):
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(best if device == "auto" else device)
-
-
-def endpoints_of(model) -> tuple[str, ...]:
-    """Return the endpoints of a head."""
-    if isinstance(model, TripsForQuestionAnswering):
-        return ("answer",)
-    if isinstance(model, TripsForConditionalGeneration):
-        return ("caption",)
-    if hasattr(model, "match"):
-        return ("match", "features")
-    raise ValueError(
-        f"{type(model).__name__} is not supported. Use a checkpoint for answers, captions, matching or features."
-    )
+    @property
+    def kind(self) -> Hashable:
+        """Key that is equal for items that can share a batch."""
+        return self.endpoint, self.schedule, self.top_k, self.image is None
 
 
 class Engine:
     """
     Engine that prepares requests (thread-safe) and computes batches (one thread at a time).
 
-    Args:
-        settings (`Settings`): Settings of the service.
-
     Raises:
-        ValueError: The checkpoint is not supported, or a schedule does not fit it.
+        Exception: The checkpoint or a setting is not supported.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.num_preparing = 0
-        self.model = load(settings)
         self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
-        with blamed_on("TRIPS_MODEL", settings.model):
-            self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)
-            self.endpoints = endpoints_of(self.model)
+        dtype: dict[str, Any] = {} if settings.dtype == "auto" else {"dtype": settings.dtype}
+        self.model: Any = load_checkpoint(settings.model, revision=settings.revision, **dtype)
+        if not is_exported(settings.model):
+            best = "cuda" if torch.cuda.is_available() else "cpu"
+            self.model.to(best if settings.device == "auto" else settings.device)
+        elif settings.schedules or settings.device not in ("auto", "cpu"):
+            raise ValueError(
+                "Schedule and device of an exported model are fixed. Unset TRIPS_SCHEDULES, TRIPS_DEVICE."
+            )
+        parse = self.model.config.vision_config.parse_schedule
+        self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
+        self.schedules[DEFAULT] = None
+        self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)
         parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
-        if "answer" in self.endpoints:
-            self._pipeline = TripsVisualQuestionAnsweringPipeline(**parts)
-        elif "caption" in self.endpoints:
-            self._pipeline = TripsImageToTextPipeline(**parts)
-        own = self.model.config.vision_config
-        self._schedules: dict[str, SelectionSchedule | None] = {DEFAULT: None}
-        for name, schedule in settings.schedules.items():
-            with blamed_on("TRIPS_SCHEDULES", f"{name}={schedule}"):
-                self._schedules[name] = own.parse_schedule(schedule) if schedule else UNPRUNED
-        with blamed_on("TRIPS_MODEL", settings.model):
-            self._check()
+        if isinstance(self.model, TripsForQuestionAnswering):
+            self.endpoints, self.pipeline = ["answer"], TripsVisualQuestionAnsweringPipeline(**parts)
+        elif isinstance(self.model, TripsForConditionalGeneration):
+            self.endpoints, self.pipeline = ["caption"], TripsImageToTextPipeline(**parts)
+        elif hasattr(self.model, "match"):
+            self.endpoints = ["match", "features"]
+        else:
+            raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
+        self._check()
 
     def _check(self):
         """
@@ -131,144 +113,103 @@ class Engine:
             ValueError: The tokenizer is of another model, or a result is not finite.
         """
         largest = max(self.processor.tokenizer.get_vocab().values())
-        vocab_size = self.model.config.text_config.vocab_size
-        if largest >= vocab_size:
+        if largest >= (vocab_size := self.model.config.text_config.vocab_size):
             raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
         file = io.BytesIO()
         PIL.Image.effect_noise((256, 256), 60).save(file, "PNG")
-        image = self.decoder.decode(file.getvalue())
-        picture = Picture("", self.processor(images=image, return_tensors="pt")["pixel_values"])
-        if not picture.pixel_values.isfinite().all():
-            raise ValueError("the image processor returns values that are NaN or infinite.")
+        decoded = self.decoder.decode(file.getvalue())
+        image = ItemImage("", pixel_values=self.processor(images=decoded, return_tensors="pt")["pixel_values"])
         text = "what is it?"
-        (tokens,) = self.prepare_texts([text])
+        (tokens,) = self.prepare_texts("texts", [text])
         for name in self.endpoints:
-            parts = [(picture, text, tokens)]
-            if name == "features":
-                parts = [(picture, None, None), (None, text, tokens)]
-            results = getattr(self, name)([Item(*part, DEFAULT, 1, {}) for part in parts])
-            json.dumps(results, allow_nan=False)
+            parts = [(image, None, None), (None, text, tokens)] if name == "features" else [(image, text, tokens)]
+            for part in parts:
+                json.dumps(self._compute([Item(name, *part, DEFAULT, 1, {})]), allow_nan=False)
 
-    def find_image(self, data: bytes, schedule: str) -> Picture:
-        """Return an image with its cached states, if any."""
-        key = key_of(data)
-        return Picture(key, image_cache=self.cache.get((key, schedule)))
+    def find_image(self, data: bytes, schedule: str) -> ItemImage:
+        """Return an image with its cached states, if any, or else with its file."""
+        key = hashlib.sha256(data).hexdigest()
+        states = self.cache.get((key, schedule))
+        return ItemImage(key, data if states is None else None, states=states)
 
-    def read_image(self, key: str, data: bytes) -> Picture:
-        """Decode and preprocess an image."""
+    def decode(self, field: str, image: ItemImage):
+        """Decode and preprocess the file of an image. An `HTTPException` names the field of the request."""
         try:
-            image = self.decoder.decode(data, self.settings.max_pixels)
-        except ImageError as error:
-            raise RequestError(STATUSES[error.reason], str(error)) from error
-        try:
-            return Picture(key, self.processor(images=image, return_tensors="pt")["pixel_values"])
+            decoded = self.decoder.decode(image.data, self.settings.max_pixels)
+            image.pixel_values = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
         except ValueError as error:
-            raise RequestError(422, str(error)) from error
+            status = STATUSES.get(error.reason, 422) if isinstance(error, ImageError) else 422
+            raise HTTPException(status, f"{field}: {error}") from error
+        image.data = None
 
-    def prepare_texts(self, texts: list[str]) -> list[dict[str, list[int]]]:
+    def prepare_texts(self, field: str, texts: list[str]) -> list[dict[str, list[int]]]:
+        """Tokenize texts. The `HTTPException` for a text that is too long names the field of the request."""
         with self._tokenizer_lock:
             encoded = self.processor.tokenizer(self.processor.clean_texts(texts)) if texts else {}
         limit = self.processor.max_text_length(self.model.config)
         rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
         for position, row in enumerate(rows):
-            if len(row["input_ids"]) > limit:
-                raise RequestError(
-                    422, f"Text {position} (from 0) must have at most {limit} tokens, got {len(row['input_ids'])}."
-                )
+            if (length := len(row["input_ids"])) > limit:
+                message = f"{field}.{position}: The text must have at most {limit} tokens, got {length}."
+                raise HTTPException(422, message)
         return rows
 
-    def compute(self, name: str, items: list[Item]) -> list:
-        """Compute the results of an endpoint. The result of a failed item is a [`RequestError`]."""
+    def compute(self, items: list[Item]) -> list:
+        """Compute the results of items of one kind. The result of a failed item is an `HTTPException`."""
         try:
-            return getattr(self, name)(items)
+            return self._compute(items)
         except Exception:
             if len(items) == 1:
-                logger.exception("The model failed on an item of /%s.", name)
-                return [RequestError(500, "The model failed on this request.")]
+                logger.exception("The model failed on an item of /%s.", items[0].endpoint)
+                return [HTTPException(500, "The model failed on this request.")]
             middle = len(items) // 2
-            return self.compute(name, items[:middle]) + self.compute(name, items[middle:])
+            return self.compute(items[:middle]) + self.compute(items[middle:])
 
-    def answer(self, items: list[Item]) -> list[list[dict]]:
-        return self._by_class(items, lambda inputs, top_k: self._pipe(inputs, top_k=top_k))
+    @torch.inference_mode()
+    def _compute(self, items: list[Item]) -> list:
+        first, inputs = items[0], {}
+        if first.tokens is not None:
+            padded = self.processor.tokenizer.pad([item.tokens for item in items], return_tensors="pt")
+            inputs |= padded.to(self.model.device)
+        if first.image is not None:
+            inputs |= self._image_inputs(items)
+        return getattr(self, f"_{first.endpoint}")(items, inputs)
 
-    def caption(self, items: list[Item]) -> list[str]:
-        captions = self._by_class(items, lambda inputs, _: self._pipe(inputs))
-        finish = self._pipeline.postprocess
-        results = [
-            finish(texts, prompt=item.text)  # type: ignore[call-arg]  # the captioning pipeline takes it
-            for texts, item in zip(captions, items)
-        ]
+    def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
+        return self.pipeline._forward({"inputs": inputs}, top_k=items[0].top_k)["outputs"]
+
+    def _caption(self, items: list[Item], inputs: dict) -> list[str]:
+        outputs = self.pipeline._forward({"inputs": inputs})["outputs"]
+        results = [self.pipeline.postprocess(texts, prompt=item.text) for texts, item in zip(outputs, items)]
         return [result["generated_text"] for result, *_ in results]
 
-    def match(self, items: list[Item]) -> list[dict]:
-        scores = self._by_class(
-            items, lambda inputs, _: self.model.match(**inputs).itm_logits.softmax(-1)[:, 1].tolist()
-        )
+    def _match(self, items: list[Item], inputs: dict) -> list[dict]:
+        scores = self.model.match(**inputs).itm_logits.softmax(-1)[:, 1].tolist()
         return [{**item.place, "score": score} for item, score in zip(items, scores)]
 
-    def features(self, items: list[Item]) -> list[dict]:
-        texts = [item for item in items if item.picture is None]
-        images = [item for item in items if item.picture is not None]
-        of_texts = iter(self._text_features(texts) if texts else [])
-        of_images = iter(self._by_class(images, self._image_features))
-        return [{**item.place, "features": next(of_texts if item.picture is None else of_images)} for item in items]
+    def _features(self, items: list[Item], inputs: dict) -> list[dict]:
+        if items[0].image is None:
+            features = self.model.get_text_features(**inputs).pooler_output
+        else:
+            rows = inputs.pop("image_index")
+            features = self.model.get_image_features(**inputs).pooler_output[rows]
+        return [{**item.place, "features": row} for item, row in zip(items, features.tolist())]
 
-    @torch.inference_mode()
-    def _text_features(self, items: list[Item]) -> list[list[float]]:
-        return self.model.get_text_features(**self._texts(items)).pooler_output.tolist()
-
-    def _image_features(self, inputs: dict, _) -> list[list[float]]:
-        images = {name: inputs[name] for name in ("image_cache", "schedule")}
-        features = self.model.get_image_features(**images).pooler_output
-        return features[inputs["image_index"]].tolist()
-
-    def _pipe(self, inputs: dict, **options) -> list:
-        """Run the library's pipeline after its preprocessing."""
-        return self._pipeline._forward({"inputs": inputs}, **options)["outputs"]
-
-    @torch.inference_mode()
-    def _by_class(self, items: list[Item], compute: Callable[[dict, int], list]) -> list:
-        """Compute items with an image in batches of equal shape."""
-        image_caches = self._image_caches(items)
-        classes: dict[Hashable, list[int]] = {}
-        for position, (item, image_cache) in enumerate(zip(items, image_caches)):
-            classes.setdefault((item.request_class, form(image_cache)), []).append(position)
-        results = [None] * len(items)
-        for positions in classes.values():
-            own = [items[position] for position in positions]
-            by_key = {items[position].picture.key: image_caches[position] for position in positions}
-            index = {key: row for row, key in enumerate(by_key)}
-            inputs = {} if own[0].tokens is None else self._texts(own)
-            inputs["image_cache"] = join(list(by_key.values()))
-            inputs["image_index"] = torch.tensor([index[item.picture.key] for item in own], device=self.model.device)
-            inputs["schedule"] = self._schedules[own[0].schedule]
-            for position, result in zip(positions, compute(inputs, own[0].top_k)):
-                results[position] = result
-        return results
-
-    def _texts(self, items: list[Item]) -> dict[str, torch.Tensor]:
-        padded = self.processor.tokenizer.pad([item.tokens for item in items], return_tensors="pt")
-        return dict(padded.to(self.model.device))
-
-    def _image_caches(self, items: list[Item]) -> list[TripsImageCache]:
-        """Return an image cache per item; each image is encoded once."""
-        known, missing = {}, {}
-        for item in items:
-            key = item.picture.key, item.schedule
-            image_cache = known.get(key) or item.picture.image_cache or self.cache.get(key)
-            if image_cache is not None:
-                known[key] = image_cache
-            else:
-                missing.setdefault((item.schedule, item.picture.pixel_values.shape), {})[key] = item.picture
-        IMAGE_CACHES.labels("cache").inc(len(known))
-        for (schedule, _), pictures in missing.items():
-            pixel_values = torch.cat([picture.pixel_values for picture in pictures.values()])
-            image_cache = self.model.base_model.encode_images(
-                pixel_values.to(self.model.device), schedule=self._schedules[schedule]
-            )
-            IMAGE_CACHES.labels("computed").inc(len(pictures))
-            for key, row in zip(pictures, split(image_cache)):
-                known[key] = row
-                self.cache.put(key, row)
-        CACHE_BYTES.set(self.cache.bytes)
-        return [known[item.picture.key, item.schedule] for item in items]
+    def _image_inputs(self, items: list[Item]) -> dict:
+        """Return the states of the images of items, and the row of each item in them. Each image is encoded once."""
+        name = items[0].schedule
+        images = {item.image.key: item.image for item in items}
+        states = {key: image.states or self.cache.get((key, name)) for key, image in images.items()}
+        missing = [key for key in images if states[key] is None]
+        IMAGE_CACHES.labels("cache").inc(len(images) - len(missing))
+        IMAGE_CACHES.labels("computed").inc(len(missing))
+        if missing:
+            pixel_values = torch.cat([images[key].pixel_values for key in missing]).to(self.model.device)
+            computed = self.model.base_model.encode_images(pixel_values, schedule=self.schedules[name])
+            for key, row in zip(missing, split(computed)):
+                states[key] = row
+                self.cache.put((key, name), row)
+            CACHE_BYTES.set(self.cache.bytes)
+        index = {key: row for row, key in enumerate(images)}
+        rows = torch.tensor([index[item.image.key] for item in items], device=self.model.device)
+        return {"image_cache": join(list(states.values())), "image_index": rows, "schedule": self.schedules[name]}

@@ -1,154 +1,234 @@
-"""
-Service for `bentoml serve trips_serving.service:Trips`. BentoML does routing, batching, metrics and shutdown; `Gate`
-reads the requests.
-"""
+"""Starlette application of the service: it reads, limits and validates requests, and answers them in batches."""
 
-import atexit
+import asyncio
 import os
-import signal
 import sys
+import time
 import traceback
-from functools import cache
-from typing import Any
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, get_origin
+
+from anyio import CapacityLimiter, create_task_group, fail_after, to_thread
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from uvicorn.config import STARTUP_FAILURE
+
+from .batching import Batcher
+from .engine import DECODERS, Engine, Item, ItemImage
+from .schemas import FORM, JSON, REPLIES, describe, request_models
+from .settings import PREFIX, Settings
 
 
-# BentoML reads this at import. It turns off telemetry.
-os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+DRAINED = 4  # multiple of the limit that is read of a large body, so that the client reads the error
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
-import bentoml  # noqa: E402
-from _bentoml_sdk import Service  # noqa: E402  # the class behind `bentoml.service`
-from bentoml import IODescriptor  # noqa: E402
-from starlette.requests import Request  # noqa: E402
-from starlette.responses import JSONResponse, Response  # noqa: E402
-
-from .errors import RequestError  # noqa: E402
-from .paths import KnownPaths, add_page  # noqa: E402
-from .settings import Settings  # noqa: E402
+IN_PROGRESS = Gauge("trips_requests_in_progress", "Requests in progress or queued.", multiprocess_mode="livesum")
+SECONDS = Histogram("trips_request_seconds", "Time to answer a request.", ["endpoint", "status"])
 
 
-SETTINGS = Settings.from_environment()
-# Seconds to receive a body, to decode its images, to wait for a batch, and to compute.
-TIMEOUT = SETTINGS.read_timeout + 2 * SETTINGS.max_latency_ms / 1000 + 10
-BATCHES = {"batchable": True, "max_batch_size": SETTINGS.max_batch_size, "max_latency_ms": SETTINGS.max_latency_ms}
+def create_app() -> Starlette:
+    """Load the model of the environment's settings. Without a usable model, the process and its supervisor end."""
+    try:
+        settings = Settings.from_environment()
+        return Service(Engine(settings), settings).app
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, ValueError)):
+            traceback.print_exc()
+        given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
+        print(f"The service cannot start with {given}: {error}", file=sys.stderr, flush=True)
+        sys.exit(STARTUP_FAILURE)
 
 
-# The supervisor also imports this module, so only workers import PyTorch.
-@cache
-def get_engine():
-    from .engine import Engine
-
-    return Engine(SETTINGS)
+def metrics(request: Request) -> Response:
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # of all workers
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def make_gate(app):
-    from .gate import Gate
-
-    return Gate(app, SETTINGS, get_engine)
+def health(request: Request) -> Response:
+    return PlainTextResponse("ok")
 
 
-SUPERVISOR = "BENTOML_TRIPS_SUPERVISOR"  # environment variable with the process id of the supervisor
+def page(request: Request) -> Response:
+    return FileResponse(Path(__file__).parent / (request.url.path.strip("/") or "page.html"), headers=PAGE_HEADERS)
 
 
-class GuardedService(Service):
-    def to_asgi(self, is_main: bool = True):
-        """Return the application of a worker. Without a usable model, the whole service exits."""
-        from _bentoml_impl.server.app import ServiceAppFactory
+def refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return JSONResponse({"error": "The service failed on this request."}, 500)
 
-        from .batching import adjust
 
+def overloaded(message: str) -> HTTPException:
+    return HTTPException(503, f"{message} Try again later.", headers={"Retry-After": "1"})
+
+
+class Service:
+    """Endpoints of the model of an engine."""
+
+    def __init__(self, engine: Engine, settings: Settings):
+        self.engine = engine
+        self.settings = settings
+        self.models = {name: model for name, model in request_models(settings).items() if name in engine.endpoints}
+        self.batcher = Batcher(engine.compute, settings.max_batch_size)
+        self.slots = asyncio.Semaphore(settings.queue)
+        self.buffered_bytes = 0
+        self.decoders = CapacityLimiter(DECODERS)
+        document = JSONResponse(describe(f"TRIPS: {Path(settings.model).name}", self.models))
+        # A worker listens when its model is loaded.
+        paths = {"/livez": health, "/readyz": health, "/metrics": metrics, "/docs.json": lambda request: document}
+        paths |= {"/": page, "/page.css": page, "/page.js": page}
+        self.app = Starlette(
+            routes=[Route(f"/{name}", self.answer, methods=["POST"]) for name in self.models]
+            + [Route(path, endpoint) for path, endpoint in paths.items()],
+            exception_handlers={HTTPException: refuse, 404: self.refuse_path, Exception: refuse},
+            lifespan=self.lifespan,
+        )
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette):
+        async with create_task_group() as tasks:
+            tasks.start_soon(self.batcher.run)
+            yield
+            tasks.cancel_scope.cancel()
+        self.engine.decoder.close()
+
+    def refuse_path(self, request: Request, error: Exception) -> Response:
+        names = ", ".join(f"/{name}" for name in self.models)
+        return JSONResponse({"error": f"Unknown path. This checkpoint supports {names}; see the page /."}, 404)
+
+    async def answer(self, request: Request) -> Response:
+        """Answer a request to the model."""
+        endpoint, start = request.url.path.strip("/"), time.perf_counter()
         try:
-            engine = get_engine()
-        except Exception as error:
-            if isinstance(error, ValueError):
-                print(error, file=sys.stderr, flush=True)
-            else:
-                traceback.print_exc()
-            if SUPERVISOR in os.environ:
-                os.kill(int(os.environ[SUPERVISOR]), signal.SIGUSR1)
-            sys.exit(1)
-        self.inject_config()
-        factory = ServiceAppFactory(self, is_main=is_main)
-        for dispatcher in factory.dispatchers.values():
-            adjust(dispatcher, lambda: engine.num_preparing > 0)
-        return KnownPaths(add_page(factory()))
+            self.check_queue()
+            items, images = await self.read(endpoint, request)
+            self.check_queue()
+            async with self.slots:
+                with IN_PROGRESS.track_inprogress():
+                    results = await self.compute(items, images)
+            response: Response = JSONResponse({REPLIES[endpoint][1]: results})
+        except HTTPException as error:
+            response = refuse(request, error)
+        SECONDS.labels(endpoint, response.status_code).observe(time.perf_counter() - start)
+        return response
+
+    def check_queue(self):
+        if self.slots.locked():
+            raise overloaded("Too many requests are waiting.")
+
+    async def compute(self, items: list[Item], images: dict[str, ItemImage]) -> list:
+        seconds = self.settings.max_latency_ms / 1000
+        try:
+            with fail_after(seconds):
+                for field, image in images.items():
+                    if image.states is None:
+                        await to_thread.run_sync(self.engine.decode, field, image, limiter=self.decoders)
+                return await self.batcher.submit(items)
+        except TimeoutError as error:
+            raise overloaded(f"There was no result within {seconds:g} s.") from error
+
+    async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
+        """Return the items of a request, and its images by field."""
+        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if kind not in (JSON, FORM):
+            raise HTTPException(415, f"The Content-Type must be {JSON} or {FORM}.")
+        body = bytearray()
+        try:
+            await self.receive(request, body)
+            content = bytes(body) if kind == JSON else await self.read_form(endpoint, request, bytes(body))
+            return await to_thread.run_sync(self.prepare, endpoint, content)
+        finally:
+            self.buffered_bytes -= len(body)
+
+    async def receive(self, request: Request, body: bytearray):
+        """Append the body of a request to `body`, whose bytes count among those of all open requests."""
+        limit, seconds, received = self.settings.max_body_bytes, self.settings.read_timeout, 0
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    received += len(chunk)
+                    if received <= limit:
+                        body += chunk
+                        self.buffered_bytes += len(chunk)
+                    if self.buffered_bytes > self.settings.max_buffered_bytes:
+                        raise overloaded("Too many bytes are being received.")
+                    if received > DRAINED * limit:
+                        break
+        except TimeoutError as error:
+            raise HTTPException(408, f"The body did not arrive within {seconds:g} seconds.") from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "The client disconnected.") from error
+        if received > limit:
+            raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+
+    async def read_form(self, endpoint: str, request: Request, body: bytes) -> dict[str, Any]:
+        """Convert a form to the fields of a JSON body. Lists are repeated fields, images are files."""
+
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        fields = self.models[endpoint].model_fields
+        most = self.settings.max_images + self.settings.max_texts + len(fields)
+        found: dict[str, list] = {}
+        try:
+            form = Request(request.scope, receive).form(max_files=most, max_fields=most, max_part_size=len(body))
+            async with form as values:
+                for name, value in values.multi_items():
+                    found.setdefault(name, []).append(await value.read() if isinstance(value, UploadFile) else value)
+        except Exception as error:  # the parsers raise many kinds
+            raise HTTPException(400, "The body is not a valid form or has too many fields.") from error
+        lists = {name for name, field in fields.items() if get_origin(field.annotation) is list}
+        return {name: values if name in lists or len(values) > 1 else values[0] for name, values in found.items()}
+
+    def prepare(self, endpoint: str, content: bytes | dict) -> tuple[list[Item], dict[str, ItemImage]]:
+        """Validate a request, look up its images and tokenize its texts."""
+        inputs = validate(self.models[endpoint], content)
+        files = {"image": inputs["image"]} if "image" in inputs else {}
+        files |= {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
+        images = {field: self.engine.find_image(file, inputs["schedule"]) for field, file in files.items()}
+        (field,) = {"questions", "prompts", "texts"} & inputs.keys()
+        texts = list(zip(inputs[field], self.engine.prepare_texts(field, inputs[field])))
+        if endpoint == "features":
+            places = [{"image": row} for row in range(len(images))] + [{"text": row} for row in range(len(texts))]
+        else:
+            places = [{"image": image, "text": text} for image in range(len(images)) for text in range(len(texts))]
+        if not places:
+            raise HTTPException(422, "The request must have an image or a text.")
+        rows = list(images.values())
+        items = []
+        for place in places:
+            image = rows[place["image"]] if "image" in place else None
+            text, tokens = texts[place["text"]] if "text" in place else (None, None)
+            items.append(Item(endpoint, image, text, tokens, inputs["schedule"], inputs.get("top_k", 1), place))
+        return items, images
 
 
-class Items(IODescriptor):
-    """Items that `Gate` made of a request."""
-
-    items: list[Any]
-
-    @classmethod
-    async def from_http_request(cls, request: Request, serde) -> "Items":
-        return cls.model_construct(items=request.state.items)
-
-
-class Results(IODescriptor):
-    """Object with one result per item."""
-
-    results: list[Any]
-
-    @classmethod
-    async def to_http_response(cls, results: list, serde) -> Response:
-        for result in results:
-            if isinstance(result, RequestError):
-                return result.response
-        return JSONResponse({cls.__name__.lower(): results})
-
-
-class Answers(Results):
-    pass
-
-
-class Captions(Results):
-    pass
-
-
-class Scores(Results):
-    pass
-
-
-class Features(Results):
-    pass
-
-
-@bentoml.service(
-    name="trips",
-    workers=SETTINGS.workers,
-    http={"host": "127.0.0.1"},
-    traffic={"timeout": TIMEOUT},
-    service_class=GuardedService,
-)
-class Trips:
-    def __init__(self):
-        self.engine = get_engine()
-
-    @bentoml.on_deployment
-    def end_with_failed_workers():
-        """Exit the supervisor with code 1 if a worker cannot start. By default it restarts the worker."""
-
-        def end(*_):
-            atexit.register(os._exit, 1)
-            os.kill(os.getpid(), signal.SIGTERM)  # BentoML stops all workers
-
-        signal.signal(signal.SIGUSR1, end)
-        os.environ[SUPERVISOR] = str(os.getpid())
-
-    @bentoml.api(input_spec=Items, output_spec=Answers, **BATCHES)
-    def answer(self, items: list) -> list:
-        return self.engine.compute("answer", items)
-
-    @bentoml.api(input_spec=Items, output_spec=Captions, **BATCHES)
-    def caption(self, items: list) -> list:
-        return self.engine.compute("caption", items)
-
-    @bentoml.api(input_spec=Items, output_spec=Scores, **BATCHES)
-    def match(self, items: list) -> list:
-        return self.engine.compute("match", items)
-
-    @bentoml.api(input_spec=Items, output_spec=Features, **BATCHES)
-    def features(self, items: list) -> list:
-        return self.engine.compute("features", items)
-
-
-Trips.add_asgi_middleware(make_gate)  # type: ignore[attr-defined]  # Trips is a service
+def validate(model: type[BaseModel], content: bytes | dict) -> dict[str, Any]:
+    """Return the fields of a request. The `HTTPException` for one that does not fit names the field."""
+    try:
+        content = from_json(content) if isinstance(content, bytes) else content
+    except ValueError as error:
+        raise HTTPException(400, f"The body is not valid JSON: {error}") from error
+    if isinstance(content, dict):  # pydantic is slow with many unknown fields
+        if unknown := next((name for name in content if name not in model.model_fields), None):
+            raise HTTPException(422, f"{unknown:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
+    try:
+        return dict(model.model_validate(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        raise HTTPException(422, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {message}.") from error

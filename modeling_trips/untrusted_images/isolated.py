@@ -13,13 +13,14 @@
 # limitations under the License.
 """Decode image files in processes that can be killed."""
 
+import os
 import queue
 import signal
 import struct
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -38,7 +39,6 @@ from modeling_trips.untrusted_images.isolated import serve
 serve()
 """
 _REQUEST = struct.Struct(">QQ")  # bytes of the file, largest number of pixels
-_BEGUN = b"\1"  # the process has the file
 _REPLY = struct.Struct(">IIQ")  # width and height, or zeros for an error; bytes that follow
 
 
@@ -76,8 +76,9 @@ class IsolatedDecoder:
         """
         Decode an image file as [`decode_untrusted`] does.
 
-        If the process ends for another reason than the time limit, a new process tries once more. An exception in this
-        process, such as `KeyboardInterrupt`, ends the other one, so that no later call gets the rest of its reply.
+        If the process was stopped or ends for another reason than the time limit, a new process tries once more. An
+        exception in this process, such as `KeyboardInterrupt`, ends the other one, so that no later call gets the rest
+        of its reply.
 
         Raises:
             [`ImageError`]: As there; also with the reason `"work"` if decoding exceeds `seconds` or ends the process.
@@ -123,17 +124,16 @@ class _Worker:
         Return width, height and pixels of an image file, or zeros and the error.
 
         Raises:
-            EOFError, OSError: The process has ended, or was ended after `seconds`. `is_too_slow` says whether it had
-                the file for this time; otherwise it was stopped or slow to start.
+            EOFError, OSError: The process has ended, or was ended after `seconds`. Then `is_too_slow` is True, unless
+                the process was stopped.
         """
-        self.is_usable, has_begun, start = False, False, time.monotonic()
-        timer = threading.Timer(seconds, self.process.kill)
+        self.is_usable = False
+        timer = threading.Timer(seconds, self._expire)
         try:
             timer.start()
             self.process.stdin.write(_REQUEST.pack(len(data), max_pixels))
             self.process.stdin.write(data)
             self.process.stdin.flush()
-            has_begun = _read(self.process.stdout, len(_BEGUN)) == _BEGUN
             width, height, num_bytes = _REPLY.unpack(_read(self.process.stdout, _REPLY.size))
             content = _read(self.process.stdout, num_bytes)
             self.is_usable = True
@@ -141,8 +141,14 @@ class _Worker:
         finally:
             timer.cancel()
             if not self.is_usable:
-                self.is_too_slow = has_begun and time.monotonic() - start >= seconds
                 self.end()
+
+    def _expire(self):
+        self.is_too_slow = True
+        # WNOWAIT leaves the state of the process to `wait`. Not every system has `waitid`.
+        with suppress(AttributeError, ChildProcessError):
+            self.is_too_slow = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+        self.process.kill()
 
     def end(self):
         self.process.kill()
@@ -182,8 +188,6 @@ def serve():
             data = _read(source, num_bytes)
         except EOFError:
             return
-        target.write(_BEGUN)
-        target.flush()
         _reply(data, max_pixels, target)
         del data
 

@@ -23,7 +23,7 @@ def free_port() -> int:
 
 class RunningService:
     """
-    Context that runs `bentoml serve`.
+    Context that runs `python -m trips_serving`.
 
     Args:
         log (`Path`): file for its output.
@@ -47,7 +47,7 @@ class RunningService:
         return self
 
     def start(self):
-        command = [sys.executable, "-m", "bentoml", "serve", "trips_serving.service:Trips", "--port", str(self.port)]
+        command = [sys.executable, "-m", "trips_serving", "--port", str(self.port)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -3,7 +3,7 @@
 import pytest
 
 
-pytest.importorskip("bentoml")
+pytest.importorskip("uvicorn")
 
 from running_service import RunningService  # noqa: E402
 

@@ -81,32 +81,37 @@ BAD = {
     "bytes that are no text": ({"content": b"\xff\xfe\x00", "headers": {"content-type": "application/json"}}, 400),
     "nothing": ({}, 400),
     "a list": ({"json": []}, 422),
-    "no image": ({"json": {"questions": ["a"]}}, 422),
-    "a number": ({"json": ask("red", questions=[7])}, 422),
-    "too many questions": ({"json": ask("red", questions=["a"] * 5)}, 422),
-    "a question of too many tokens": ({"json": ask("red", questions=["is " * 500])}, 422),
-    "an unknown schedule": ({"json": ask("red", schedule="slow")}, 422),
-    "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, 422),
-    "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, 422),
+    "no image": ({"json": {"questions": ["a"]}}, "image"),
+    "a number": ({"json": ask("red", questions=[7])}, "questions.0"),
+    "an empty question": ({"json": ask("red", questions=["a", " "])}, "questions.1"),
+    "too many questions": ({"json": ask("red", questions=["a"] * 5)}, "questions"),
+    "a question of too many tokens": ({"json": ask("red", questions=["a", "is " * 500])}, "questions.1"),
+    "an unknown schedule": ({"json": ask("red", schedule="slow")}, "schedule"),
+    "an unknown field": ({"json": ask("red", n=1)}, "n"),
+    "many unknown fields": ({"content": b"{" + b",".join(b'"%d":0' % n for n in range(15_000)) + b"}"}, "0"),
+    "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, "image"),
+    "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, "image"),
     "a bomb": ({"json": {**ask("red"), "image": as_text(bomb(30_000, 30_000))}}, 413),
     "a large body": ({"content": b"x" * 200_001}, 413),
     "an enormous body": ({"content": (b"x" * 65_536 for _ in range(200))}, 413),
     "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
     "a form without a boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
-    "two images": ({"data": {"questions": "a"}, "files": [("image", b"a"), ("image", b"b")]}, 422),
+    "two images": ({"data": {"questions": "a"}, "files": [("image", b"a"), ("image", b"b")]}, "image"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_are_rejected(service, name):
-    options, status = BAD[name]
+    options, expected = BAD[name]
     try:
         reply = service.post("answer", **options)
     except (httpx.WriteError, httpx.ReadError):
         assert name == "an enormous body"  # the service stopped listening
     else:
-        assert reply.status_code == status, reply.text
+        assert reply.status_code == (422 if isinstance(expected, str) else expected), reply.text
         assert reply.json()["error"] and "Traceback" not in reply.text and ".py" not in reply.text
+        if isinstance(expected, str):
+            assert reply.json()["error"].startswith(f"{expected}: ")
     assert service.post("answer", ask("red")).status_code == 200
 
 
@@ -149,18 +154,18 @@ def test_listens_only_on_loopback(service):
     assert listening == {"127.0.0.1"}
 
 
-def test_the_page_names_no_other_host(service):
+def test_page_loads_nothing_from_other_hosts(service):
     page = httpx.get(service.url)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'") and "http" not in policy and "*" not in policy
-    names = re.findall(r'(?:src|href)="([^"]*)"', page.text)
-    assert len(names) == 5
-    for name in names:
-        if name != "data:,":
-            assert name.startswith("./"), name
-            assert httpx.get(f"{service.url}/{name[2:]}").status_code == 200, name
-    for text in (page.text, httpx.get(f"{service.url}/page.js").text):
-        assert "//" not in text.replace("\n// ", "").removeprefix("// ")
+    names = re.findall(r'(?:src|href)="\./([^"]*)"', page.text)
+    assert {"page.css", "page.js", "docs.json"} == set(names)
+    for text in [page.text, *(httpx.get(f"{service.url}/{name}").raise_for_status().text for name in names)]:
+        assert "://" not in text
+
+
+def test_openapi_document_names_the_model(service):
+    assert CHECKPOINT.name in httpx.get(f"{service.url}/docs.json").json()["info"]["title"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -177,18 +182,13 @@ def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(service.url)
-        page.click("#operations-default-answer .opblock-summary-control")
-        page.click("#operations-default-answer .try-out__btn")
-        page.select_option("#operations-default-answer .opblock-section-request-body select", "multipart/form-data")
-        page.set_input_files("#operations-default-answer input[type=file]", path)
-        page.click("#operations-default-answer .parameters:has-text('questions') button:has-text('Add')")
-        page.fill("#operations-default-answer .parameters:has-text('questions') input[type=text]", QUESTIONS[0])
-        page.click("#operations-default-answer .execute")
-        answer = page.wait_for_selector(
-            "#operations-default-answer .live-responses-table .highlight-code"
-        ).inner_text()
+        page.set_input_files("input[name=image]", path)
+        page.fill("textarea[name=questions]", QUESTIONS[0])
+        page.click("button")
+        page.wait_for_function("document.querySelector('pre').textContent.includes('score')")
+        answer, title = page.inner_text("pre"), page.title()
         browser.close()
-    assert '"red"' in answer and not problems
+    assert '"red"' in answer and CHECKPOINT.name in title and not problems
     assert {url.split("/")[2] for url in requests if not url.startswith("data:")} == {f"127.0.0.1:{service.port}"}
 
 
@@ -219,10 +219,10 @@ def test_random_requests_from_the_openapi_document(service, tmp_path):
     assert "Traceback" not in service.log.read_text()
 
 
-def test_large_images_hold_up_decoding_alone(tmp_path):
+def test_large_images_delay_only_decoding(tmp_path):
     """Requests that wait too long for a decoder are refused; requests without a new image do not wait."""
-    large = as_text(PIL.Image.new("RGBA", (2500, 2500), (1, 2, 3, 100)))
-    with RunningService(tmp_path / "log", max_latency_ms=300) as service:
+    large = as_text(PIL.Image.new("RGBA", (3000, 3000), (1, 2, 3, 100)))
+    with RunningService(tmp_path / "log", max_latency_ms=1000) as service:
         assert service.post("answer", ask("red")).status_code == 200
         with ThreadPoolExecutor(16) as pool:
             waiting = [pool.submit(service.post, "answer", {**ask("red"), "image": large}) for _ in range(16)]
@@ -233,24 +233,10 @@ def test_large_images_hold_up_decoding_alone(tmp_path):
                 times.append(time.monotonic() - start)
         replies = [one.result() for one in waiting]
         refused = [reply for reply in replies if reply.status_code == 503]
-        assert {reply.status_code for reply in replies} == {200, 503}
+        assert refused and {reply.status_code for reply in replies} <= {200, 503}
         assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
-        assert times and sorted(times)[len(times) // 2] < 0.3
+        assert times and sorted(times)[len(times) // 2] < 0.5
         assert service.post("answer", ask("blue")).status_code == 200
-        assert "Traceback" not in service.log.read_text()
-
-
-def test_long_wait_for_a_batch_is_rejected(tmp_path):
-    with RunningService(tmp_path / "log", max_latency_ms=100) as service:
-        for color in COLORS * 2:
-            service.post("answer", ask(color))
-        body = {**ask("red"), "questions": [f"is there a circle {number}?" for number in range(32)], "top_k": 5}
-        with ThreadPoolExecutor(48) as pool:
-            replies = list(pool.map(lambda _: service.post("answer", body), range(96)))
-        refused = [reply for reply in replies if reply.status_code != 200]
-        assert refused and {reply.status_code for reply in refused} == {503}
-        assert all(reply.headers["retry-after"] == "1" for reply in refused)
-        assert any("0.1 s" in reply.json()["error"] for reply in refused)
         assert "Traceback" not in service.log.read_text()
 
 
@@ -266,21 +252,17 @@ def test_incomplete_body_does_not_delay_shutdown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, settings",
-    [
-        ("TRIPS_MODEL", {"model": "no-one/nothing"}),
-        ("TRIPS_DEVICE", {"device": "warp", "workers": 2}),
-    ],
+    "given",
+    [{"model": "no-one/nothing"}, {"model": ""}, {"device": "warp", "workers": 2}, {"dtype": "float7"}, {"queue": 0}],
 )
-def test_broken_service_exits_with_an_error(tmp_path, name, settings):
-    service = RunningService(tmp_path / "log", **settings)
+def test_broken_service_exits_with_an_error(tmp_path, given):
+    service = RunningService(tmp_path / "log", **given)
     service.start()
     try:
         assert service.process.wait(120) == 1
     finally:
         service.process.kill()
-    last = [line for line in service.log.read_text().splitlines() if line.startswith(("ValueError: ", "TRIPS_"))][-1]
-    assert last.removeprefix("ValueError: ").startswith(name)
+    assert f"TRIPS_{list(given)[0].upper()}={list(given.values())[0]}" in service.log.read_text()
 
 
 def test_full_queue_rejects_further_requests(tmp_path):
@@ -294,8 +276,9 @@ def test_full_queue_rejects_further_requests(tmp_path):
         assert {str(reply.json()["answers"][0][0]["answer"]) for reply in answered} == {"red"}
 
 
-def test_shutdown_drains_accepted_requests(tmp_path):
-    with RunningService(tmp_path / "log", max_batch_size=2) as service:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shutdown_drains_accepted_requests(tmp_path, workers):
+    with RunningService(tmp_path / "log", max_batch_size=2, workers=workers) as service:
         with ThreadPoolExecutor(24) as pool:
             waiting = [pool.submit(service.post, "answer", ask(color, top_k=10)) for color in COLORS * 3]
             until = time.monotonic() + 300
@@ -307,6 +290,20 @@ def test_shutdown_drains_accepted_requests(tmp_path):
         # Connections without a complete request are closed; requests in flight are answered.
         assert {one for one in outcomes if isinstance(one, int)} == {200} and outcomes.count(200) >= accepted
         assert all(one == 200 or isinstance(one, httpx.TransportError) for one in outcomes), outcomes
+
+
+def test_killed_worker_is_replaced(tmp_path):
+    with RunningService(tmp_path / "log") as service:
+        (worker,) = [
+            one for one in psutil.Process(service.process.pid).children() if "spawn_main" in " ".join(one.cmdline())
+        ]
+        worker.kill()
+        until = time.monotonic() + 120
+        while service.process.poll() is None and (not service.is_ready() or worker.is_running()):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert service.post("answer", ask("red")).status_code == 200
+        assert service.metric("trips_requests_in_progress") == 0
 
 
 def test_memory_stays_where_it_was(tmp_path):
@@ -323,5 +320,4 @@ def test_memory_stays_where_it_was(tmp_path):
             list(pool.map(send, range(300)))
             before = service.memory()
             list(pool.map(send, range(300, 900)))
-        assert service.metric("trips_image_cache_bytes") <= 1_000_000
         assert service.memory() - before < 60_000_000

@@ -1,0 +1,46 @@
+"""Run the service. All settings but the address are environment variables."""
+
+import argparse
+import os
+import sys
+import tempfile
+
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from .settings import Settings
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser("python -m trips_serving", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=3000, help="Port to listen on. Default: 3000.")
+    args = parser.parse_args(argv)
+    try:
+        settings = Settings.from_environment()
+    except ValueError as error:
+        sys.exit(str(error))
+    config = uvicorn.Config(
+        "trips_serving.service:create_app",
+        factory=True,
+        host=args.host,
+        port=args.port,
+        workers=settings.workers,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(settings.read_timeout + settings.max_latency_ms / 1000) + 10,
+        timeout_worker_healthcheck=60,  # a worker answers late while it loads the model
+    )
+    with tempfile.TemporaryDirectory(prefix="trips-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # workers write their metrics there
+        # The supervisor does not import PyTorch. It replaces a worker that dies, but not one that cannot start.
+        supervisor = Multiprocess(config, sockets=[config.bind_socket()])
+        supervisor.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

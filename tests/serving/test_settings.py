@@ -1,0 +1,44 @@
+"""Settings from environment variables."""
+
+import pytest
+
+
+pytest.importorskip("uvicorn")
+
+from trips_serving.settings import Settings  # noqa: E402
+
+
+def test_settings_come_from_the_environment():
+    settings = Settings.from_environment(
+        {
+            "TRIPS_MODEL": " org/model ",
+            "TRIPS_QUEUE": " 7 ",
+            "TRIPS_SCHEDULES": "fast=1:image:0.5,2:text:0.3; full=",
+            "HOME": "/",
+        }
+    )
+    assert settings.model == "org/model"
+    assert settings.queue == 7 and settings.max_texts == Settings(model="m").max_texts
+    assert settings.schedules == {"fast": "1:image:0.5,2:text:0.3", "full": ""}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("TRIPS_QUEUE", "0"),
+        ("TRIPS_READ_TIMEOUT", "nan"),
+        ("TRIPS_CACHE_BYTES", "-1"),
+        ("TRIPS_SCHEDULES", "default=2"),
+        ("TRIPS_QUEUES", "7"),
+        ("TRIPS_ALLOW_URLS", "yes"),  # of releases that fetched URLs
+    ],
+)
+def test_bad_settings_raise(name, value):
+    with pytest.raises(ValueError, match=name):
+        Settings.from_environment({"TRIPS_MODEL": "org/model", name: value})
+
+
+def test_model_is_required():
+    for environment in ({}, {"TRIPS_MODEL": " "}):
+        with pytest.raises(ValueError, match="TRIPS_MODEL"):
+            Settings.from_environment(environment)

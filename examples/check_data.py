@@ -22,13 +22,11 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_trips import TripsConfig, TripsProcessor
-from trips_examples.data.boxes import hidden_boxes
-from trips_examples.data.faults import BadRows, Fault
-from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.rows import column_of
-from trips_examples.data.source import DataSource
-from trips_examples.data.tasks import TASKS
-from trips_examples.data.texts import check_texts
+from trips_examples.data.checking import check_fit
+from trips_examples.data.images import column_of
+from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.scenes import SPLITS
+from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.files import write_json
 from trips_examples.training.options import ModelArguments
@@ -74,20 +72,20 @@ def preset_patch_size(preset: str) -> int:
 
 
 def load_splits(args: CheckArguments, patch_size: int, faults: list[Fault]) -> DatasetDict:
-    """Return the usable rows. A file that cannot be read is a fault, and the other file is still checked."""
-    parts = [args]
-    if args.train_file is not None and args.validation_file is not None:  # one by one, to find the errors of both
-        no_train = {"train_file": None, "train_annotations": None, "train_split": None}
-        no_validation = {"validation_file": None, "validation_annotations": None, "validation_split": None}
-        parts = [replace(args, **no_validation), replace(args, **no_train)]
-    bad_rows = BadRows(image_check="decode", patch_size=patch_size, collected=faults)
+    """Return the usable rows. A file that cannot be read is a fault, and the other files are still checked."""
+    options = [(split, f"{split}_{what}") for split in SPLITS for what in ("file", "annotations", "split")]
+    parts = [
+        replace(args, **{option: None for split, option in options if split != kept}) for kept in args.files
+    ]  # one by one, to find the errors of all
     data = {}
-    for part in parts:
+    for part in parts or [args]:
         try:
-            data |= load_task_dataset(args.task, part, bad_rows, args.seed)
+            data |= load_task_dataset(args.task, part, patch_size=patch_size, seed=args.seed, faults=faults)
         except (ValueError, OSError, ImportError) as error:
-            names = filter(None, (part.train_file, part.validation_file, args.dataset_name, args.task))
-            faults.append(Fault(next(names), "cannot be read", str(error)))
+            names = [getattr(part, f"{split}_file") for split in SPLITS]
+            faults.append(
+                Fault(next(filter(None, [*names, args.dataset_name, args.task])), "cannot be read", str(error))
+            )
     return DatasetDict(data)
 
 
@@ -141,9 +139,8 @@ def check(args: CheckArguments) -> dict:
     unknown = []
     if processor is not None:
         for split, dataset in data.items():
-            faults_of_texts, with_unknown = check_texts(dataset, args.task, processor)
-            faults += faults_of_texts.values()
-            faults += hidden_boxes(dataset, processor).values() if args.task == "grounding" else []
+            unfit, with_unknown = check_fit(dataset, args.task, processor)
+            faults += unfit.values()
             unknown += [f"{split}: {line}" for line in with_unknown]
     images = {split: image_ids(dataset) for split, dataset in data.items()}
     splits = {
@@ -179,10 +176,9 @@ def print_report(report: dict):
         print(f"{'unknown':<12}{line}")
     for line in report["unseen_answers"]:
         print(f"{'validation':<12}{line}")
-    has_empty_split = any(counts["rows"] == 0 for counts in report["splits"].values())
     for reason, count in report["reasons"].items():
-        hint = " (give --image_root?)" if reason == "missing image" and has_empty_split else ""
-        print(f"{'wrong':<12}{count:>10,} {reason}{hint}")
+        hint = " (paths are relative to --image_root, by default the folder of the file)"
+        print(f"{'wrong':<12}{count:>10,} {reason}{hint if reason == 'missing image' else ''}")
     if not report["faults"]:
         print("No faults found.")
 

@@ -26,7 +26,7 @@ from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import QUESTIONS, SCENE, answers_of, draw_selection
-from trips_examples.data.rows import read_image
+from trips_examples.data.images import read_image
 from trips_examples.data.scenes import scene_records
 from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.files import write_json, write_whole

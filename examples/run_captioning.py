@@ -20,9 +20,9 @@ import evaluate
 from transformers import EvalPrediction, GenerationConfig
 
 from modeling_trips import TripsForConditionalGeneration
-from trips_examples.data.rows import one_row_per_image
-from trips_examples.data.task_collators import CaptionCollator
-from trips_examples.data.texts import with_fitting_texts
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.collators import CaptionCollator
+from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments

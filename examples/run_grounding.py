@@ -21,10 +21,9 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding
-from trips_examples.data.boxes import with_visible_boxes
-from trips_examples.data.rows import column_of, image_sizes
-from trips_examples.data.task_collators import GroundingCollator
-from trips_examples.data.texts import with_fitting_texts
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.collators import GroundingCollator
+from trips_examples.data.images import column_of, image_sizes
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
@@ -57,7 +56,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = load_data("grounding", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "expression"))
     data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
-    data = with_visible_boxes(data, processor, skip=data_args.skip_bad_rows)
     images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
     model = make_model(TripsForVisualGrounding, model_args, config, processor, **images)
     metric = evaluate.load(GROUNDING_ACCURACY)

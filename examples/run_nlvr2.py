@@ -17,8 +17,8 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
-from trips_examples.data.task_collators import Nlvr2Collator
-from trips_examples.data.texts import with_fitting_texts
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments

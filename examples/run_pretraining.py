@@ -20,8 +20,8 @@ import trips_examples  # noqa: F401  # isort: skip
 from functools import partial
 
 from modeling_trips import TripsForPreTraining
+from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.pretraining import PretrainingCollator
-from trips_examples.data.texts import with_fitting_texts
 from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import (
     DataArguments,

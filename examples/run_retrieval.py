@@ -15,8 +15,8 @@ whose options are options here.
 import trips_examples  # noqa: F401  # isort: skip
 
 from modeling_trips import TripsForRetrieval
-from trips_examples.data.task_collators import RetrievalCollator
-from trips_examples.data.texts import with_fitting_texts
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.collators import RetrievalCollator
 from trips_examples.metrics.retrieval import RECALL_AT
 from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TripsTrainingArguments

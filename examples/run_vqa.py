@@ -19,9 +19,9 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
-from trips_examples.data.rows import column_of
-from trips_examples.data.task_collators import VqaCollator
-from trips_examples.data.texts import with_fitting_texts
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.collators import VqaCollator
+from trips_examples.data.images import column_of
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection

@@ -35,7 +35,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_masks,
 )
 from modeling_trips.patch_selection import selection_loss, targets_of_candidates
-from trips_examples.data.rows import column_of, read_image
+from trips_examples.data.images import column_of, read_image
 from trips_examples.lmms.generation import VisionLanguageModel, encode
 from trips_examples.training.options import DataArguments, RunArguments
 from trips_examples.training.parser import run_script

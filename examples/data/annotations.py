@@ -1,4 +1,9 @@
-"""Public annotation files, recognized by their content and converted to the columns of `load_task_dataset`.
+"""Records of files: JSON, JSONL, CSV, Parquet, and the annotation files of public data sets.
+
+`datasets.load_dataset` is used for tables that hold images. It would shift the columns of a CSV file with unquoted
+commas, convert cells such as `none` and `01`, and reject a whole file for one invalid line, so texts are read here.
+
+Public files are recognized by their content and converted to the columns of `load_task_dataset`:
 
 | Data set | File | Task |
 |---|---|---|
@@ -11,17 +16,97 @@
 """
 
 import codecs
+import csv
 import io
+import json
 import pickle
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trips_examples.data.faults import BadRowError
-from trips_examples.data.formats import NumberedRecords, existing_file, parsed_json, read_records
+import pyarrow.parquet
+
+from trips_examples.data.tasks import BadRowError
+
+
+# A record, or the JSON text of one, with its number from 1: lines of JSONL, items of a list, records of a table.
+NumberedRecords = Iterator[tuple[int, dict | str]]
+
+ROWS_PER_READ = 256  # Parquet rows may hold images
+
+
+def existing_file(path: Path) -> Path:
+    """Return the path of a file. Raise a `FileNotFoundError` if it does not exist."""
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder. Give a file, or a saved data set with --dataset_name.")
+    if not path.is_file():
+        raise FileNotFoundError(f"The file {path} does not exist.")
+    return path
+
+
+def parsed_record(record: dict | str) -> dict:
+    """Return a record, parsed if it is JSON. Raise a `BadRowError` if it is not a JSON object."""
+    if isinstance(record, dict):
+        return record
+    try:
+        value = json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError("broken JSON", str(error).partition(";")[0]) from error
+    if not isinstance(value, dict):
+        raise BadRowError("not a JSON object", reprlib.repr(value))
+    return value
+
+
+def read_records(file: Path) -> NumberedRecords:
+    """
+    Yield the records of a JSON, JSONL, CSV or Parquet file.
+
+    Raises:
+        `FileNotFoundError`: The file does not exist.
+        `ValueError`: The file as a whole cannot be read.
+    """
+    existing_file(file)
+    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
+    if (suffix := file.suffix.lower()) not in readers:
+        raise ValueError(f"{file} ends with {suffix!r}. Convert it to one of {', '.join(readers)}.")
+    try:
+        yield from readers[suffix](file)
+    # pyarrow raises several types of errors, including OSError.
+    except (ValueError, RecursionError, csv.Error, pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a valid {suffix} file: {error}. Repair or convert it.") from error
+
+
+def _read_json(file: Path) -> NumberedRecords:
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.lstrip().startswith(b"["):
+        return enumerate(map(json.dumps, json.loads(content)), start=1)
+    return _read_json_lines(file)
+
+
+def _read_json_lines(file: Path) -> NumberedRecords:
+    with file.open(encoding="utf-8-sig") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _read_csv(file: Path) -> NumberedRecords:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for number, record in enumerate(csv.DictReader(lines), start=1):
+            if None in record:
+                raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
+            yield number, record
+
+
+def _read_parquet(file: Path) -> NumberedRecords:
+    with pyarrow.parquet.ParquetFile(file) as table:
+        yield from enumerate(
+            (row for batch in table.iter_batches(ROWS_PER_READ) for row in batch.to_pylist()), start=1
+        )
+
+
+# Public annotation files
 
 
 @dataclass(frozen=True)
@@ -34,33 +119,27 @@ class AnnotationFile:
         default_split (`str`): Split to read from a file with several splits: `"train"`, `"val"` or `"test"`.
         split (`str`, *optional*): Replaces `default_split`. A file without splits is then an error.
         annotations (`Path`, *optional*): Second file of VQAv2 and RefCOCO. Default: the file with the official name.
+        image_root (`Path`, *optional*): Folder that paths of images are relative to. Default: the folder of the file.
     """
 
     path: Path
     default_split: str
     split: str | None = None
     annotations: Path | None = None
+    image_root: Path | None = None
 
-    @classmethod
-    def of(
-        cls, path: str | None, annotations: str | None, default_split: str, split: str | None
-    ) -> "AnnotationFile | None":
-        """Return the file at a path, or None without a path. A second file alone is an error."""
-        if path is not None:
-            return cls(Path(path), default_split, split, None if annotations is None else Path(annotations))
-        if annotations is not None:
-            name = {"val": "validation"}.get(default_split, default_split)
-            raise ValueError(f"{name}_annotations (is {str(annotations)!r}) goes with {name}_file. Give both.")
-        return None
+    @property
+    def folder(self) -> Path:
+        return self.image_root or self.path.parent
 
     def option(self, what: str) -> str:
         return f"--{'validation' if self.default_split == 'val' else self.default_split}_{what}"
 
-    def refuse_unused(self, name: str, split: bool, annotations: bool):
+    def refuse_unused(self, name: str, has_splits: bool, has_second_file: bool):
         """Raise a `ValueError` if a split or a second file is given that this format does not have."""
-        if self.split is not None and not split:
+        if self.split is not None and not has_splits:
             raise ValueError(f"{self.path} is {name}, without splits: leave out {self.option('split')} {self.split}.")
-        if self.annotations is not None and not annotations:
+        if self.annotations is not None and not has_second_file:
             option = f"{self.option('annotations')} {self.annotations}"
             raise ValueError(f"{self.path} is {name}, without a second file: leave out {option}.")
 
@@ -77,54 +156,65 @@ class AnnotationFile:
         wanted = self.split or self.default_split
         numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
         if not numbered:
-            counts = Counter(map(split_of, items))
-            only = ", ".join(f"{split} ({count})" for split, count in counts.items())
+            only = ", ".join(f"{split} ({count})" for split, count in Counter(map(split_of, items)).items())
             option = self.option("split")
             raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {option}.")
         return numbered
 
+    def first_path(self, *paths: str) -> str:
+        """Return the first of several possible paths of an image that exists, or the first one."""
+        return str(next((path for path in map(Path, paths) if (self.folder / path).is_file()), Path(paths[0])))
+
 
 def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     """
-    Yield the records of a file in any of the formats above, as `read_records` does. An image with several possible
-    paths has a tuple of them, the likeliest first.
-
-    Args:
-        file (`AnnotationFile`)
-        task (`str`)
+    Yield the records of a file in any of the formats above, as `read_records` does.
 
     Raises:
         `FileNotFoundError`: The file or its second file does not exist.
         `ValueError`: The file cannot be read, belongs to another task, or lacks the split.
     """
     existing_file(file.path)
-    if file.path.suffix.lower() in (".p", ".pkl", ".pickle"):
-        known, content = [_REFS], read_plain_pickle(file.path)
-    else:
-        known, content = _DOCUMENTS, _document(file.path)
-    public = next((each for each in known if content and each.matches(content)), None)
-    if public is None and known == [_REFS]:
+    is_pickle = file.path.suffix.lower() in (".p", ".pkl", ".pickle")
+    content = read_plain_pickle(file.path) if is_pickle else _document(file.path)
+    public = next((each for each in (_REFS, _VQA, _COCO, _KARPATHY) if each.matches(content)), None)
+    if public is None and is_pickle:
         raise ValueError(f"{file.path} is a pickle, and not of RefCOCO's refs: convert it to JSON lines.")
     if public is None:
-        return _read_lists(file, task)
+        file.refuse_unused("a list of rows", has_splits=False, has_second_file=task == "grounding")
+        yield from read_records(file.path) if file.annotations is None else _read_albef_refs(file)
+        return
     if public.task != task:
         raise ValueError(f"{file.path} is {public.name} for the task {public.task!r}, not {task!r}.")
-    file.refuse_unused(public.name, split=public.has_splits, annotations=public.has_second_file)
+    file.refuse_unused(public.name, public.has_splits, public.has_second_file)
+    number = 0
     try:
-        return public.read(content, file)
+        for number, record in public.read(content, file):
+            yield number, record
     except (KeyError, TypeError, AttributeError) as error:
-        message = f"{file.path} is {public.name}, but incomplete: {type(error).__name__}: {error}."
-        raise ValueError(message) from error
+        raise ValueError(
+            f"{file.path} is {public.name}, but incomplete after row {number}: {type(error).__name__}: {error}."
+        ) from error
 
 
 @dataclass(frozen=True)
 class _PublicFormat:
     name: str
     task: str
-    matches: Callable[[Any], bool]
+    items: str | None  # key of the list of items; None if the file is a list
+    keys: set[str]  # of an item
     read: Callable[[Any, AnnotationFile], NumberedRecords]
     has_splits: bool = False
     has_second_file: bool = False
+
+    def matches(self, content: Any) -> bool:
+        if self.items is not None:
+            content = content.get(self.items) if isinstance(content, dict) else None
+        return self.keys <= _first(content).keys()
+
+
+def _first(items: Any) -> dict:
+    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
 
 
 def _document(file: Path) -> dict | None:
@@ -132,113 +222,59 @@ def _document(file: Path) -> dict | None:
     if file.suffix.lower() != ".json":
         return None
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if not content.lstrip().startswith(b"{"):
-        return None
     try:
-        return parsed_json(content)
-    except BadRowError:
+        return json.loads(content) if content.lstrip().startswith(b"{") else None
+    except (ValueError, RecursionError):
         return None  # JSON lines, or an error that reading the records reports
 
 
-def _load_json(file: Path) -> Any:
+def _load_json(file: Path, items: str, key: str, what: str) -> dict:
+    """Return a second file. Raise a `ValueError` if the first of its items lacks a key."""
     try:
-        return parsed_json(file.read_bytes())
-    except BadRowError as error:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is not a valid JSON file: {error}.") from error
-
-
-def _first(items: Any) -> dict:
-    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
-
-
-def _converted(items: Iterable[tuple[int, Any]], make_record: Callable[[Any], dict], name: str) -> NumberedRecords:
-    """Convert items to records. Errors are passed on; `name` is the format, for new errors."""
-    for number, item in items:
-        try:
-            yield number, item if isinstance(item, BadRowError) else make_record(item)
-        except BadRowError as error:
-            yield number, error
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            yield number, BadRowError(f"not as in {name}", f"{type(error).__name__}: {error}")
+    if not isinstance(content, dict) or key not in _first(content.get(items)):
+        raise ValueError(f"{file} has no {key}. Give {what}.")
+    return content
 
 
 def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
     official_name = file.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
     annotations = file.second_file(official_name, "a file of annotations")
-    content = _load_json(annotations)
-    if "answers" not in _first(content.get("annotations") if isinstance(content, dict) else None):
-        option = file.option("annotations")
-        raise ValueError(f"{annotations} has no answers. {option} takes the annotations of {file.path}.")
+    what = f"the annotations of {file.path} as {file.option('annotations')}"
+    content = _load_json(annotations, "annotations", "answers", what)
     by_question = {each["question_id"]: each for each in content["annotations"]}
     folder = document["data_subtype"].replace("test-dev", "test")
-
-    def make_record(question: dict) -> dict:
+    for number, question in enumerate(document["questions"], start=1):
         name = f"COCO_{folder}_{int(question['image_id']):012d}.jpg"
-        columns = {column: question[column] for column in ("image_id", "question_id", "question")}
+        record = {column: question[column] for column in ("image_id", "question_id", "question")}
         annotation = by_question.get(question["question_id"], {})
-        columns |= {column: annotation.get(column) for column in ("answers", "question_type", "answer_type")}
-        return {"image": (f"{folder}/{name}", name), **columns}
-
-    return _converted(enumerate(document["questions"], start=1), make_record, _VQA.name)
-
-
-_VQA = _PublicFormat(
-    "a file of VQAv2's questions",
-    "vqa",
-    lambda content: {"question", "question_id", "image_id"} <= _first(content.get("questions")).keys(),
-    _read_vqa,
-    has_second_file=True,
-)
+        record |= {column: annotation.get(column) for column in ("answers", "question_type", "answer_type")}
+        yield number, {"image": file.first_path(f"{folder}/{name}", name), **record}
 
 
 def _read_coco_captions(document: dict, file: AnnotationFile) -> NumberedRecords:
     images = {image["id"]: image for image in document["images"]}
-
-    def make_record(annotation: dict) -> dict:
-        paths = _coco_paths(images[annotation["image_id"]])
-        return {"image": paths, "image_id": annotation["image_id"], "caption": annotation["caption"]}
-
-    return _converted(enumerate(document["annotations"], start=1), make_record, _COCO.name)
+    for number, annotation in enumerate(document["annotations"], start=1):
+        path = _coco_path(images[annotation["image_id"]], file)
+        yield number, {"image": path, "image_id": annotation["image_id"], "caption": annotation["caption"]}
 
 
-def _coco_paths(image: dict) -> tuple[str, ...]:
-    """Return the possible paths of an image: in a folder such as `train2014`, from its name or URL, or without one."""
-    name = image["file_name"]
-    if name.startswith("COCO_"):
-        return f"{name.split('_')[1]}/{name}", name
-    address = image.get("coco_url", "").split("/")
-    return (f"{address[-2]}/{name}", name) if len(address) > 1 else (name,)
-
-
-_COCO = _PublicFormat(
-    "a file of COCO's captions",
-    "captions",
-    lambda content: "images" in content and "caption" in _first(content.get("annotations")),
-    _read_coco_captions,
-)
+def _coco_path(image: dict, file: AnnotationFile) -> str:
+    """Return the path of an image: in a folder such as `train2014`, from its name or URL, or without one."""
+    name, address = image["file_name"], image.get("coco_url", "").split("/")
+    folder = name.split("_")[1] if name.startswith("COCO_") else address[-2] if len(address) > 1 else "."
+    return file.first_path(f"{folder}/{name}", name)
 
 
 def _read_karpathy(document: dict, file: AnnotationFile) -> NumberedRecords:
-    def make_record(image: dict) -> dict:
-        name, folder = image["filename"], image.get("filepath")
-        return {
-            "image": (f"{folder}/{name}", name) if folder else name,
-            "image_id": image.get("cocoid", image.get("imgid")),
-            "captions": [sentence["raw"] for sentence in image["sentences"]],
-        }
-
     # `restval` holds the remaining validation images of COCO, which are commonly used for training.
     items = file.of_split(document["images"], lambda image: {"restval": "train"}.get(image["split"], image["split"]))
-    return _converted(items, make_record, _KARPATHY.name)
-
-
-_KARPATHY = _PublicFormat(
-    "a split by Karpathy",
-    "captions",
-    lambda content: {"sentences", "filename", "split"} <= _first(content.get("images")).keys(),
-    _read_karpathy,
-    has_splits=True,
-)
+    for number, image in items:
+        name, captions = image["filename"], [sentence["raw"] for sentence in image["sentences"]]
+        path, image_id = file.first_path(f"{image.get('filepath', '.')}/{name}", name), image.get("imgid")
+        yield number, {"image": path, "image_id": image.get("cocoid", image_id), "captions": captions}
 
 
 class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates a table of the size that a memo index claims
@@ -264,101 +300,65 @@ def read_plain_pickle(file: Path) -> Any:
         ) from error
 
 
-def _read_instances(file: Path) -> Callable[[dict], dict]:
+def _read_instances(path: Path, file: AnnotationFile) -> Callable[[dict], dict]:
     """Return a function from a ref to its image and its box in `instances.json`."""
-    content = _load_json(file)
-    if not isinstance(content, dict) or "bbox" not in _first(content.get("annotations")):
-        raise ValueError(f"{file} has no boxes. Give the instances.json of RefCOCO or COCO.")
+    content = _load_json(path, "annotations", "bbox", "the instances.json of RefCOCO or COCO")
     images, annotations = ({each["id"]: each for each in content[name]} for name in ("images", "annotations"))
 
     def image_and_box(ref: dict) -> dict:
         x, y, width, height = annotations[ref["ann_id"]]["bbox"]
-        paths = _coco_paths(images[ref["image_id"]])
-        return {"image": paths, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
+        path = _coco_path(images[ref["image_id"]], file)
+        return {"image": path, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
 
     return image_and_box
 
 
 def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
-    image_and_box = _read_instances(file.second_file("instances.json", "the boxes in instances.json"))
-
-    def make_record(ref_and_sentence: tuple[dict, dict]) -> dict:
-        ref, sentence = ref_and_sentence
-        return {**image_and_box(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
-
-    refs_of_split = file.of_split(refs, lambda ref: ref["split"])
-    return _converted(_sentences(refs_of_split), make_record, _REFS.name)
+    instances = file.second_file("instances.json", "the boxes in instances.json")
+    image_and_box = _read_instances(instances, file)
+    for number, ref in file.of_split(refs, lambda ref: ref["split"]):
+        for sentence in ref["sentences"]:
+            yield number, {**image_and_box(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
 
 
-def _sentences(refs: list[tuple[int, dict]]) -> Iterator[tuple[int, tuple[dict, dict] | BadRowError]]:
-    """Yield each sentence with its ref and the ref's number."""
-    for number, ref in refs:
-        sentences = ref.get("sentences")
-        if not isinstance(sentences, list) or not sentences:
-            yield number, BadRowError("no expression", f"its sentences are {reprlib.repr(sentences)}")
-            continue
-        yield from ((number, (ref, sentence)) for sentence in sentences)
+def _read_albef_refs(file: AnnotationFile) -> NumberedRecords:
+    """Yield the records of a list of ALBEF, whose boxes are those of a `ref_id` in the second file."""
+    refs = read_plain_pickle(file.annotations)
+    if not _REFS.matches(refs):
+        raise ValueError(f"{file.annotations} has no refs. {file.option('annotations')} takes refs(unc).p here.")
+    refs = {ref["ref_id"]: ref for ref in refs}
+    image_and_box = _read_instances(file.annotations.with_name("instances.json"), file)
+    for number, text in read_records(file.path):
+        record = parsed_record(text)
+        if record.get("ref_id") not in refs:
+            raise ValueError(f"{file.path} row {number} has no ref_id of {file.annotations}: {record.get('ref_id')}.")
+        box = image_and_box(refs[record["ref_id"]])
+        yield number, {**box, "image": record.get("image"), "expression": record.get("text")}
 
 
+_VQA = _PublicFormat(
+    "a file of VQAv2's questions",
+    "vqa",
+    "questions",
+    {"question", "question_id", "image_id"},
+    _read_vqa,
+    has_second_file=True,
+)
+_COCO = _PublicFormat("a file of COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions)
+_KARPATHY = _PublicFormat(
+    "a split by Karpathy",
+    "captions",
+    "images",
+    {"sentences", "filename", "split"},
+    _read_karpathy,
+    has_splits=True,
+)
 _REFS = _PublicFormat(
     "a file of RefCOCO's refs",
     "grounding",
-    lambda content: {"ref_id", "ann_id", "image_id", "split", "sentences"} <= _first(content).keys(),
+    None,
+    {"ref_id", "ann_id", "image_id", "split", "sentences"},
     _read_refs,
     has_splits=True,
     has_second_file=True,
 )
-
-
-_DOCUMENTS = [_VQA, _COCO, _KARPATHY]
-
-
-def _read_lists(file: AnnotationFile, task: str) -> NumberedRecords:
-    file.refuse_unused("a list of rows", split=False, annotations=task == "grounding")
-    if task == "nlvr2":
-        return _converted(read_records(file.path), _statement_record, "NLVR2")
-    if task == "grounding":
-        return _converted(read_records(file.path), _expression_record(file), "ALBEF's lists of RefCOCO")
-    return read_records(file.path)
-
-
-def _statement_record(record: dict) -> dict:
-    """Convert a record of NLVR2, or of ALBEF's list, which has `images`. Other records are returned unchanged."""
-    if "sentence" not in record or "statement" in record:
-        return record
-    record = {**record, "statement": record["sentence"]}
-    if "identifier" in record and "images" not in record:
-        record |= {"images": _nlvr2_paths(record), "question_id": record["identifier"]}
-    return record
-
-
-def _nlvr2_paths(record: dict) -> list[tuple[str, ...]]:
-    """Return the possible paths of both images. Those of train-10171-0-1 are train-10171-0-img0.png and -img1.png."""
-    split, stem = record["identifier"].split("-")[0], record["identifier"].rpartition("-")[0]
-    numbered = f"{record['directory']}/" if "directory" in record else ""
-    folders = dict.fromkeys([f"{split}/{numbered}", numbered, f"{split}/", ""])
-    return [tuple(f"{folder}{stem}-img{side}.png" for folder in folders) for side in (0, 1)]
-
-
-def _expression_record(file: AnnotationFile) -> Callable[[dict], dict]:
-    """Return a converter of ALBEF's records, which takes the box of a `ref_id` from the second file."""
-    refs, image_and_box = {}, None
-    if file.annotations is not None:
-        content = read_plain_pickle(file.annotations)
-        if not _REFS.matches(content):
-            raise ValueError(f"{file.annotations} has no refs. {file.option('annotations')} takes refs(unc).p here.")
-        refs = {ref["ref_id"]: ref for ref in content}
-        image_and_box = _read_instances(
-            AnnotationFile(file.annotations, "").second_file("instances.json", "its boxes")
-        )
-
-    def convert(record: dict) -> dict:
-        if "ref_id" not in record or "box" in record:
-            return record
-        if image_and_box is None:
-            raise BadRowError(
-                "no box", f"for ALBEF's list give RefCOCO's refs(unc).p with {file.option('annotations')}"
-            )
-        return {**image_and_box(refs[record["ref_id"]]), "image": record["image"], "expression": record["text"]}
-
-    return convert

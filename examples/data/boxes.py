@@ -1,15 +1,10 @@
-"""Boxes in images: visibility to the model, mirroring together with expressions, and drawing."""
+"""Boxes in images: mirroring together with expressions, and drawing."""
 
 import re
 from collections.abc import Sequence
 
 import PIL.Image
 import PIL.ImageDraw
-from datasets import Dataset, DatasetDict
-
-from modeling_trips import TripsProcessor
-from trips_examples.data.faults import Fault
-from trips_examples.data.rows import image_size, without_decoding, without_faults
 
 
 TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
@@ -17,34 +12,6 @@ TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange o
 SIDE = 240  # pixels
 
 _OPPOSITES = {"left": "right", "right": "left"}
-
-
-def hidden_boxes(dataset: Dataset, processor: TripsProcessor) -> dict[int, Fault]:
-    """
-    Return the faults of rows whose box is outside the center crop of the processor, by row index. Processors without a
-    center crop have none.
-    """
-    if not getattr(processor.image_processor, "do_center_crop", False):
-        return {}
-    faults = {}
-    for place, row in enumerate(without_decoding(dataset)):
-        try:
-            processor.encode_boxes([row["box"]], [image_size(row)])
-        except ValueError:
-            faults[place] = Fault(row["source"], "box outside the center crop", f"[x0, y0, x1, y1] = {row['box']}")
-    return faults
-
-
-def with_visible_boxes(data: DatasetDict, processor: TripsProcessor, skip: bool) -> DatasetDict:
-    """
-    Return the rows whose boxes the model sees.
-
-    Raises:
-        `ValueError`: Some boxes are not seen and `skip` is off. The message names the first few.
-    """
-    return DatasetDict(
-        {split: without_faults(rows, hidden_boxes(rows, processor), split, skip) for split, rows in data.items()}
-    )
 
 
 def mirrored_row(row: dict, width: int) -> dict:

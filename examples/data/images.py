@@ -1,78 +1,22 @@
-"""Images of records: finding, checking and decoding files, encoded images and images in tables."""
+"""Images of rows: checking and decoding, and grouping of rows by image."""
 
 import contextlib
-import functools
 import io
 import os
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import PIL.Image
-import pyarrow.parquet
-from datasets import Dataset, Features, Image
+import torch
+from datasets import Dataset, Image, Sequence
 
 from modeling_trips.image_decoding_trips import check_format, convert_to_rgb, orientation_of
 from modeling_trips.untrusted_images import decode_untrusted
-from trips_examples.data.faults import BadRowError
-from trips_examples.data.tasks import Task, filled_text, is_missing, list_of, missing
+from trips_examples.data.tasks import BadRowError, Fault
 
 
-JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 MAX_FILE_BYTES = 1 << 29  # 50 million uncompressed pixels of 4 x 16 bits have 400 MB
-
-
-class Found(NamedTuple):
-    """An image as `datasets.Image` takes it, with its path and (width, height), if known."""
-
-    image: Any
-    path: str | None
-    size: tuple[int, int] | None
-
-
-def _image_values(record: dict, task: Task) -> list:
-    """Return the images of a record. Raise a `BadRowError` if one is missing."""
-    if task.image_column == "images" and not is_missing(record.get("images")):
-        values = list_of(record["images"], "images")
-        if len(values) != 2:
-            raise BadRowError("not two images", reprlib.repr(values))
-        if any(map(is_missing, values)):
-            raise BadRowError("no image", f"images is {reprlib.repr(values)}")
-        return values
-    columns = ["image"] if task.image_column == "image" else ["left_image", "right_image"]
-    for column in columns:
-        if is_missing(record.get(column)):
-            raise missing(column, record)
-    return [record[column] for column in columns]
-
-
-class ImageFinder:
-    """
-    Finder of the images of a record: files in a folder, each checked once, or encoded images.
-
-    Args:
-        task (`Task`)
-        root (`Path`): Folder that paths are relative to.
-        check (`str`, *optional*), patch_size (`int`): see `inspect_image`.
-    """
-
-    def __init__(self, task: Task, root: Path, check: str | None, patch_size: int):
-        self.task, self.root = task, root
-        self.inspect = functools.partial(inspect_image, check=check, patch_size=patch_size)
-        self.inspect_once = functools.cache(self.inspect)  # images occur in several rows
-
-    def __call__(self, record: dict) -> list[Found]:
-        return [self.find(value) for value in _image_values(record, self.task)]
-
-    def find(self, value: Any) -> Found:
-        value = path_or_bytes(value)
-        if isinstance(value, bytes):
-            return Found({"bytes": value, "path": None}, None, _size(self.inspect(value)))
-        values = value if isinstance(value, tuple) else (value,)  # possible paths, the likeliest first
-        places = [str(self.root / filled_text({"image": value}, "image")) for value in values]
-        path = next(filter(os.path.isfile, places), places[0])
-        return Found(path, path, _size(self.inspect_once(path)))
 
 
 def path_or_bytes(image: Any) -> Any:
@@ -82,32 +26,23 @@ def path_or_bytes(image: Any) -> Any:
     return image
 
 
-def inspect_image(image: str | bytes, check: str | None, patch_size: int = 1) -> tuple[int, int] | BadRowError | None:
+def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) -> tuple[int, int]:
     """
-    Return the upright width and height of an image (path or encoded), or its error. `check="header"` reads the size,
-    `"verify"` looks for damage without decoding, `"decode"` decodes, and None does nothing.
-    """
-    if check is None:
-        return None
-    try:
-        if check == "decode":
-            return decode_image(image, patch_size).size
-        with open_image(image) as opened:
-            size = usable_size(opened, patch_size)
-            if check == "verify":
-                _verify(opened, image)
-        return size
-    except BadRowError as error:
-        return error
-
-
-def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
-    """
-    Decode an image (path or encoded) to upright RGB.
+    Return the upright width and height of an image (path or encoded), after decoding it unless `decode` is off.
 
     Raises:
         `BadRowError`: The image is missing, cannot be read, or has a side below `patch_size` pixels.
     """
+    with open_image(image) as opened:
+        size = usable_size(opened, patch_size)
+        if decode:
+            opened.draft(None, (1, 1))  # JPEG: reads the whole file, but makes few pixels of it
+            opened.load()
+        return size
+
+
+def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
+    """Decode an image (path or encoded) to upright RGB. Errors are those of [`check_image`]."""
     with open_image(image) as opened:
         usable_size(opened, patch_size)
         return convert_to_rgb(opened)
@@ -119,20 +54,15 @@ def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image
     [`modeling_trips.untrusted_images.decode_untrusted`]. [`decode_image`] accepts every format that Pillow decodes.
     """
     try:
-        decoded = decode_untrusted(_content_of(image))
+        if isinstance(image, str):
+            _check_is_file(image)
+            if os.path.getsize(image) > MAX_FILE_BYTES:
+                raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
+        decoded = decode_untrusted(Path(image).read_bytes() if isinstance(image, str) else image)
         usable_size(decoded, patch_size)
     except (OSError, ValueError) as error:
         raise _named(error, image) from error
     return decoded
-
-
-def _content_of(image: str | bytes) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    _check_is_file(image)
-    if os.path.getsize(image) > MAX_FILE_BYTES:
-        raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
-    return Path(image).read_bytes()
 
 
 @contextlib.contextmanager
@@ -178,76 +108,92 @@ def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
             "image without a fixed range of grey values",
             f'mode "{image.mode}": scale it to mode "L" (0 to 255) or "I;16" (0 to 65535)',
         )
-    width, height = size = upright_size(image)
+    width, height = size = image.size[::-1] if orientation_of(image) >= 5 else image.size
     if min(size) < patch_size:
         raise BadRowError("image smaller than a patch", f"{width} x {height}, a patch is {patch_size} x {patch_size}")
     return size
 
 
-def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
-    """Return the upright width and height of an opened image."""
-    return image.size[::-1] if orientation_of(image) >= 5 else image.size
+# Images of rows
 
 
-def _verify(opened: PIL.Image.Image, image: str | bytes):
-    """Look for damage without decoding, and close the image."""
-    if opened.format == "JPEG":
-        with open(image, "rb") if isinstance(image, str) else io.BytesIO(image) as content:
-            if not _is_whole_jpeg(content):
-                raise BadRowError("unreadable image", "image file is truncated")
-    opened.verify()
+def column_of(dataset: Dataset, name: str) -> list:
+    """Return a column as a list."""
+    return dataset.with_format(None)[name][:]
 
 
-def _is_whole_jpeg(content: BinaryIO) -> bool:
-    """Return whether an end marker follows the start of the scan. Thumbnails before it have their own markers."""
-    content.seek(-2, io.SEEK_END)
-    if content.read() == JPEG_END:
-        return True
-    content.seek(2)  # after the start marker
-    while (marker := content.read(2))[:1] == b"\xff" and marker != JPEG_SCAN:
-        content.seek(int.from_bytes(content.read(2), "big") - 2, io.SEEK_CUR)
-    return JPEG_END in content.read()
+def without_decoding(dataset: Dataset) -> Dataset:
+    """Return a data set whose images are read as encoded, for a collator that decodes each once."""
+    encoded = Image(decode=False)
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, encoded)
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(column, Sequence(encoded))
+    return dataset
 
 
-def _size(inspected: tuple[int, int] | BadRowError | None) -> tuple[int, int] | None:
-    if isinstance(inspected, BadRowError):
-        raise BadRowError(inspected.reason, inspected.detail)
-    return inspected
+def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
+    """
+    Return the image of a row, RGB and upright.
 
+    Args:
+        row (`dict`): With `source` and `image`, which is encoded, or decoded in rows of a stream.
+        patch_size (`int`, *optional*, defaults to 1): Smallest accepted side in pixels.
 
-# Tables that hold their images: the Hub, and Parquet with encoded images
-
-
-def has_encoded_images(file: Path, task: Task) -> bool:
-    if file.suffix.lower() != ".parquet" or not file.is_file():
-        return False
+    Raises:
+        `ValueError`: The image cannot be used. The message names the row.
+    """
+    if isinstance(row["image"], PIL.Image.Image):  # streams decode images, to skip broken ones
+        return row["image"]
     try:
-        schema = pyarrow.parquet.read_schema(file)
-    except (pyarrow.ArrowException, OSError):
-        return False  # reading the records reports the error
-    columns = [task.image_column] if task.image_column in schema.names else ["left_image"]
-    types = [schema.field(column).type for column in columns if column in schema.names]
-    types = [getattr(type, "value_type", type) for type in types]  # element types of lists
-    is_encoded = (pyarrow.types.is_struct, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
-    return any(matches(type) for type in types for matches in is_encoded)
+        return decode_image(path_or_bytes(row["image"]), patch_size)
+    except BadRowError as error:
+        raise ValueError(f"{Fault(row['source'], error.reason, error.detail)}.") from error
 
 
-def images_of_table(table: Dataset, task: Task, name: str) -> Dataset:
-    """Return the image column of a table, as in the task's schema."""
-    column, pair = task.image_column, ["left_image", "right_image"]
-    has_pair = column == "images" and column not in table.column_names and {*pair} <= {*table.column_names}
-    has_texts = task.text == "caption" and "captions" in table.column_names
-    needed = (set() if has_texts else {task.text}) | (set() if has_pair else {column})
-    if absent := needed - {*table.column_names}:
-        raise ValueError(f"{name} has no columns {sorted(absent)}, only {table.column_names}. Rename them.")
-    if not has_pair:
-        return table.select_columns(column).cast_column(column, task.features[column])
-    sides = table.select_columns(pair)
-    for side in pair:
-        sides = sides.cast_column(side, Image(decode=False))
-    return sides.map(
-        lambda row: {column: [row[side] for side in pair]},
-        remove_columns=pair,
-        features=Features({column: task.features[column]}),
-        desc=f"Pairing the images of {name}",
-    )
+def image_size(row: dict) -> tuple[int, int]:
+    """Return the upright (height, width) in pixels of a row's encoded image."""
+    return check_image(path_or_bytes(row["image"]), decode=False)[::-1]
+
+
+class DecodedImages(torch.utils.data.Dataset):
+    """Images of rows, decoded on access."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> PIL.Image.Image:
+        return read_image(self.rows[row])
+
+
+def first_rows(image_ids: list[str]) -> tuple[list[int], list[int]]:
+    """Return the first row of each image, and the index of each row's image among them."""
+    rows: dict[str, int] = {}
+    for row, image_id in enumerate(image_ids):
+        rows.setdefault(image_id, row)
+    position = {image_id: index for index, image_id in enumerate(rows)}
+    return list(rows.values()), [position[image_id] for image_id in image_ids]
+
+
+def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
+    """Return the `first_rows` of a data set."""
+    rows, image_of_row = first_rows(column_of(dataset, "image_id"))
+    return rows, torch.tensor(image_of_row)
+
+
+def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
+    """Return the upright (height, width) in pixels of each image by `image_id`."""
+    return {row["image_id"]: image_size(row) for row in dataset.select(images_of(dataset)[0])}
+
+
+def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
+    """Return the first row of each image, and all captions of each image."""
+    rows, image_of_row = images_of(dataset)
+    captions = [[] for _ in rows]
+    for image, caption in zip(image_of_row.tolist(), column_of(dataset, "caption")):
+        captions[image].append(caption)
+    return dataset.select(rows), captions

@@ -1,25 +1,164 @@
-"""Loading of data sets in one schema per task: files, the Hub, easy-VQA and composed scenes."""
+"""Loading of data sets in one schema per task: files, data sets on the Hub or on disk, and bundled synthetic data."""
 
-from datasets import DatasetDict, load_dataset
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from trips_examples.data.faults import BadRows
-from trips_examples.data.scenes import SPLITS, easy_vqa_records, scene_records
-from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
-from trips_examples.data.splits import SplitReader
-from trips_examples.data.tasks import TASKS
+import pyarrow
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
+from trips_examples.data.checking import RowMaker, stamp_of
+from trips_examples.data.scenes import SPLITS, check_scenes, easy_vqa_records, scene_records
+from trips_examples.data.tasks import TASKS, Fault, settle
+
+
+EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
+RECORD = Features({"row": Value("int64"), "json": Value("string")})
+
+
+@dataclass
+class DataSource:
+    """
+    The source of a task's data: files, a data set on the Hub or on disk, or bundled data made of easy-VQA.
+
+    **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. Rows count from 1:
+    the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. In CSV, lists
+    are JSON lists or texts separated by `|`. Columns by task:
+
+    - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
+    - `"captions"`: `image`, and `caption` (one) or `captions` (a list, one row each)
+    - `"nlvr2"`: `images` (two) or `left_image` and `right_image`; `statement`; `label` (1, 0, true or false)
+    - `"grounding"`: `image`, `expression`, `box` ([x0, y0, x1, y1] in pixels, at most one pixel outside the image, and
+      clipped to it)
+
+    An `image` is a path, in tables also the encoded image, as bytes or as a struct of `bytes` and `path`. `image_id`
+    (`image_ids` for `"nlvr2"`) and `question_id` are optional. By default, rows of one path or of equal bytes have one
+    `image_id`. Public annotation files are supported, see `annotations`.
+
+    **Data sets**: `dataset_name` is a data set with the same columns: on the Hub, a folder that `load_dataset` reads
+    (as of `imagefolder`), or one that `save_to_disk` has written.
+
+    **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a tenth
+    of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed
+    scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "easy_vqa, easy_vqa_scenes, a data set on the Hub, or its folder."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON, JSONL, CSV, Parquet, or a public annotation file: see docs/data.md."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Like --train_file."})
+    test_file: str | None = field(default=None, metadata={"help": "Like --train_file, for the reported metrics."})
+    train_annotations: str | None = field(
+        default=None, metadata={"help": "Second file of VQAv2 and RefCOCO. Default: the file with the official name."}
+    )
+    validation_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
+    test_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split of a file or Hub data set with several splits. Default: train."}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Like --train_split. Default: val in files, validation on the Hub."}
+    )
+    test_split: str | None = field(
+        default=None, metadata={"help": "Like --train_split. Default: test in files, none on the Hub."}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of their file."}
+    )
+    grid: int | None = field(
+        default=None, metadata={"help": "Tiles per side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
+    )
+    train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
+    validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
+    test_scenes: int | None = field(default=None, metadata={"help": "Default: as many as --validation_scenes."})
+
+    @property
+    def splits(self) -> dict[str, str | None]:
+        """The requested split of the source for each split, or None."""
+        return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+
+    @property
+    def files(self) -> dict[str, AnnotationFile]:
+        """The file of each split that has one."""
+        root = None if self.image_root is None else Path(self.image_root)
+        files = {}
+        for split in SPLITS:
+            path, annotations = getattr(self, f"{split}_file"), getattr(self, f"{split}_annotations")
+            second = None if annotations is None else Path(annotations)
+            if path is not None:
+                default_split = "val" if split == "validation" else split
+                files[split] = AnnotationFile(Path(path), default_split, self.splits[split], second, root)
+            elif annotations is not None:
+                raise ValueError(f"{split}_annotations (is {str(annotations)!r}) goes with {split}_file. Give both.")
+        return files
+
+    @property
+    def num_scenes(self) -> dict[str, int]:
+        """The number of scenes of each split."""
+        test_scenes = self.validation_scenes if self.test_scenes is None else self.test_scenes
+        return {"train": self.train_scenes, "validation": self.validation_scenes, "test": test_scenes}
+
+    def name_for(self, task: str) -> str:
+        """Return the name of the data set, or the default of the task."""
+        return self.dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
+
+    def check(self, task: str):
+        """
+        Check the options before any data is read.
+
+        Raises:
+            `ValueError`: Options contradict each other or the task.
+            `FileNotFoundError`: A file or `image_root` does not exist.
+        """
+        files, name, root = self.files, self.name_for(task), self.image_root
+        if files and self.dataset_name is not None:
+            raise ValueError(f"dataset_name is {name!r}, but there are files as well ({sorted(files)}). Give one.")
+        if root is not None and not files:
+            raise ValueError(f"image_root (is {str(root)!r}) needs train_file or validation_file. Give one of them.")
+        for file in files.values():
+            existing_file(file.path)
+        if root is not None and not Path(root).is_dir():
+            raise FileNotFoundError(f"The folder {root} does not exist. Correct image_root.")
+        if files or name not in EMBEDDED_DATASETS:
+            return
+        if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
+            raise ValueError(f"{name} has its own splits. Leave out {' and '.join(chosen)}.")
+        if name == "easy_vqa" and task != "vqa":
+            raise ValueError(f"easy_vqa does not support {task}. Use easy_vqa_scenes.")
+        if name == "easy_vqa_scenes":
+            for split, number in self.num_scenes.items():
+                check_scenes(task, split, number, self.grid)
 
 
 def load_task_dataset(
-    task: str, source: DataSource | None = None, bad_rows: BadRows | None = None, seed: int = 0
+    task: str,
+    source: DataSource | None = None,
+    skip_bad_rows: bool = False,
+    patch_size: int = 1,
+    seed: int = 0,
+    faults: list[Fault] | None = None,
 ) -> DatasetDict:
     """
-    Load the data of a task, with the same columns from any source. Rows are checked when they are read.
+    Load the data of a task, with the same columns from any source. Rows are checked, and images decoded once. The
+    datasets library caches the result until a file or an image changes.
 
     Args:
         task (`str`): `"vqa"`, `"captions"` (for retrieval, captioning and pre-training), `"nlvr2"` or `"grounding"`.
         source ([`DataSource`], *optional*): Source of the data. Default: the bundled synthetic data.
-        bad_rows ([`BadRows`], *optional*): Options for rows that cannot be used. Default: they raise an error.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`): Whether to skip rows that cannot be used, with a
+            warning that counts them, instead of raising an error.
+        patch_size (`int`, *optional*, defaults to 1): Side of the model's patches in pixels. Images with a shorter
+            side cannot be used.
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
+        faults (`list[Fault]`, *optional*): List that receives the faults. Bad rows are then left out.
 
     Returns:
         `DatasetDict`: Splits with the columns of `TASKS[task].features`.
@@ -33,20 +172,48 @@ def load_task_dataset(
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
     source = source or DataSource()
     source.check(task)
-    reader = SplitReader(TASKS[task], bad_rows or BadRows(), source.cache_dir)
-    if files := source.files:
-        return DatasetDict({split: reader.read_file(file, source.image_root) for split, file in files.items()})
     name = source.name_for(task)
-    if name in EMBEDDED_DATASETS:
-        if name == "easy_vqa":
-            records = {split: easy_vqa_records(split) for split in SPLITS}
+    if not source.files and name in EMBEDDED_DATASETS:
+        return _embedded(task, source, seed)
+    data = {}
+    for split, (part, records, root) in _tables(task, source):
+        maker = RowMaker(TASKS[task], part, root, patch_size)
+        data[split], of_split = maker.rows_and_faults(records)
+        if faults is None:
+            settle(of_split, part, len(records), skip_bad_rows)
+            if not len(data[split]):
+                raise ValueError(f"{part} has no row that can be used: it needs the columns {TASKS[task].needs}.")
         else:
-            scenes = source.num_scenes.items()
-            records = {split: scene_records(task, split, number, source.grid, seed) for split, number in scenes}
-        return DatasetDict({split: reader.read_embedded(part, f"{name} {split}") for split, part in records.items()})
-    hub = load_dataset(name, source.dataset_config_name, cache_dir=source.cache_dir)
-    splits = _hub_splits(hub, name, source.splits)
-    return DatasetDict({split: reader.read_table(hub[part], f"{name} {part}") for split, part in splits})
+            faults.extend(of_split)
+    return DatasetDict(data)
+
+
+def _embedded(task: str, source: DataSource, seed: int) -> DatasetDict:
+    data, name = {}, source.name_for(task)
+    for split, number in source.num_scenes.items():
+        is_plain = name == "easy_vqa"
+        records = easy_vqa_records(split) if is_plain else scene_records(task, split, number, source.grid, seed)
+        maker = RowMaker(TASKS[task], f"{name} {split}", "", checks_images=False)
+        rows = [row for number, record in enumerate(records, start=1) for row in maker.rows(number, record)]
+        columns = {column: [row[column] for row in rows] for column in TASKS[task].features}
+        data[split] = Dataset.from_dict(columns, features=TASKS[task].features)
+    return DatasetDict(data)
+
+
+def _tables(task: str, source: DataSource) -> Iterator[tuple[str, tuple[str, Dataset, str]]]:
+    """Yield the name of each split, its records, and the folder that paths of images are relative to."""
+    for split, file in source.files.items():
+        yield split, (file.path.name, _records(file, task), str(file.folder))
+    if source.files:
+        return
+    name = source.name_for(task)
+    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
+        table = load_from_disk(name)
+        table = DatasetDict(train=table) if isinstance(table, Dataset) else table
+    else:
+        table = load_dataset(name, source.dataset_config_name)
+    for split, part in _hub_splits(table, name, source.splits):
+        yield split, (f"{name} {part}", table[part], "")
 
 
 def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:
@@ -54,7 +221,7 @@ def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> l
     Return pairs of split names: this project's and the data set's. A data set without a training split is for
     evaluation. The test split must be requested by name, because public test splits often lack answers.
     """
-    defaults = {"train", "validation"} if "train" in hub else {"validation"}
+    defaults = {"train", "validation"} & hub.keys() if "train" in hub else {"validation"}
     parts = [(split, part or split) for split, part in splits.items() if part or split in defaults]
     if missing := {part for _, part in parts} - hub.keys():
         raise ValueError(
@@ -62,3 +229,26 @@ def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> l
             "validation_split, or choose another data set or configuration."
         )
     return parts
+
+
+def _records(file: AnnotationFile, task: str) -> Dataset:
+    """Return the records of a file: its columns if it is Parquet, else `RECORD`."""
+    try:
+        if file.path.suffix.lower() == ".parquet":
+            return load_dataset("parquet", data_files=str(file.path), split="train")
+        used = [path.absolute() for path in (file.path, file.annotations) if path is not None]
+        given = {"file": file, "task": task, "stamps": str([*map(stamp_of, used)])}
+        return Dataset.from_generator(_numbered_json, features=RECORD, gen_kwargs=given)
+    except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        if type(error.__cause__) in (FileNotFoundError, ValueError):  # of `read_annotations`
+            raise error.__cause__ from None
+        raise ValueError(f"{file.path} cannot be read: {error.__cause__ or error}. Repair or convert it.") from error
+
+
+def _numbered_json(file: AnnotationFile, task: str, stamps: str) -> Iterator[dict]:
+    """Yield the records of a file. `stamps` distinguish its versions in the cache."""
+    row = None
+    for row, record in read_annotations(file, task):
+        yield {"row": row, "json": record if isinstance(record, str) else json.dumps(record)}
+    if row is None:
+        raise ValueError(f"{file.path} has no rows. It needs the columns {TASKS[task].needs}.")

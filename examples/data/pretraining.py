@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling
 
-from trips_examples.data.task_collators import RetrievalCollator
+from trips_examples.data.collators import RetrievalCollator
 
 
 @dataclass

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Image, IterableDataset, load_dataset
+from datasets import IterableDataset, load_dataset
 
-from trips_examples.data.faults import BadRowError, Fault, printable
-from trips_examples.data.formats import parsed_json, read_records
+from trips_examples.data.annotations import parsed_record, read_records
+from trips_examples.data.images import without_decoding
+from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -48,10 +49,10 @@ class FileShard:
         try:
             for number, record in read_records(Path(self.name)):
                 source = f"{Path(self.name).name} row {number}"
-                if isinstance(record, dict):
-                    yield {**record, "source": source, "image_root": self.image_root}
-                else:
-                    yield Fault(source, record.reason, record.detail)
+                try:
+                    yield {**parsed_record(record), "source": source, "image_root": self.image_root}
+                except BadRowError as error:
+                    yield Fault(source, error.reason, error.detail)
         except (ValueError, OSError) as error:  # an error of the whole file, as for a broken tar file
             yield Fault(self.name, printable(str(error)))
 
@@ -78,18 +79,12 @@ def _emptied(errors: list[Fault]) -> Iterator[Fault]:
 def _record_of_tar(sample: dict[str, Any]) -> dict | Fault:
     """Return the image, `.txt` and `.json` files of one name as a record."""
     source = printable(f"{sample['__url__']}/{sample['__key__']}")
-    record = {}
     try:
-        if "json" in sample:
-            record = parsed_json(sample["json"])
-            if not isinstance(record, dict):
-                return Fault(source, ".json is not an object")
+        record = parsed_record(sample["json"].decode("utf-8")) if "json" in sample else {}
         if "txt" in sample:
             record["caption"] = sample["txt"].decode("utf-8")
-    except BadRowError as error:
-        return Fault(source, "broken .json", str(error))
-    except UnicodeDecodeError as error:
-        return Fault(source, "broken .txt", str(error))
+    except (BadRowError, UnicodeDecodeError) as error:
+        return Fault(source, "broken .json or .txt", str(error))
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     return {**record, "source": source, "image": image}
 
@@ -144,8 +139,5 @@ def _expanded(pattern: str) -> list[str]:
 
 def hub_shards(name: str, config_name: str | None = None, split: str = "train", **load_options) -> list[HubShard]:
     """Return the shards of a streamed data set on the Hub."""
-    dataset = load_dataset(name, config_name, split=split, streaming=True, **load_options)
-    for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
+    dataset = without_decoding(load_dataset(name, config_name, split=split, streaming=True, **load_options))
     return [HubShard(f"{name} {split} shard {index}", dataset, index) for index in range(dataset.num_shards)]

@@ -24,11 +24,10 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.faults import BadRowError, Fault
+from trips_examples.data.checking import check_length
 from trips_examples.data.images import decode_image, path_or_bytes
 from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard
-from trips_examples.data.tasks import caption_texts, filled_text, is_missing, list_of, text_of
-from trips_examples.data.texts import check_length, count_tokens
+from trips_examples.data.tasks import BadRowError, Fault, caption_texts, filled_text, is_missing, list_of, text_of
 
 
 logger = logging.getLogger(__name__)
@@ -200,8 +199,8 @@ class PairStream(TorchIterableDataset):
         text = random.Random(f"{self.seed}-{seed}").choice(texts)
         if (processor := self.processor) is not None:
             tokenizer = processor.tokenizer
-            (count,) = count_tokens(processor.clean_texts([text]), tokenizer)
-            check_length(count, tokenizer.num_special_tokens_to_add(), tokenizer.model_max_length, "caption")
+            (tokens,) = tokenizer(processor.clean_texts([text]), add_special_tokens=False, verbose=False)["input_ids"]
+            check_length(len(tokens), processor, "caption", tokenizer.num_special_tokens_to_add())
         return text
 
     def _note(self, fault: Fault):

@@ -15,8 +15,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from trips_examples.data.faults import BadRowError
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
+from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import Shard, blocks_of
 from trips_examples.indexing.table import commit, ids_of, load_model, table_schema, write_rows

@@ -11,8 +11,8 @@ import PIL.Image
 import torch
 
 from modeling_trips.inspection import draw_kept_patches
-from trips_examples.data.faults import BadRowError
-from trips_examples.data.images import decode_untrusted_image, inspect_image, path_or_bytes
+from trips_examples.data.images import check_image, decode_untrusted_image, path_or_bytes
+from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing.table import fingerprint_of, load_model, open_table
 from trips_examples.metrics.retrieval import RetrievalEvaluator, TextIndex
 
@@ -120,11 +120,13 @@ class Finder:
         return ranked
 
     def _readable(self, found: list[list[Found]]) -> list[list[Found]]:
-        images = {each.source: each.image for row in found for each in row}
-        faults = {name: inspect_image(image, "header", self.processor.patch_size) for name, image in images.items()}
-        faults = {source: fault for source, fault in faults.items() if isinstance(fault, BadRowError)}
-        for source, fault in faults.items():
-            logger.warning(f"Left out {source}: {fault}.")
+        faults = set()
+        for source, image in {each.source: each.image for row in found for each in row}.items():
+            try:
+                check_image(image, self.processor.patch_size, decode=False)
+            except BadRowError as error:
+                faults.add(source)
+                logger.warning(f"Left out {source}: {error}.")
         return [[each for each in row if each.source not in faults] for row in found]
 
     @torch.inference_mode()

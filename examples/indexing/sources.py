@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trips_examples.data.faults import BadRowError, Fault, printable
 from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, find_shards
 from trips_examples.data.streams import IMAGE_COLUMNS, encoded_image
+from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
 FILES_PER_SHARD = 256

@@ -4,7 +4,7 @@ import evaluate
 import torch
 from datasets import Dataset
 
-from trips_examples.data.rows import column_of
+from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import REGION_COLUMNS
 
 

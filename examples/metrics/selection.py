@@ -15,7 +15,7 @@ from modeling_trips.inspection import (
     score_entropy,
     text_sensitivity,
 )
-from trips_examples.data.rows import image_size
+from trips_examples.data.images import image_size
 
 
 NUM_ROWS = 256

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trips_examples.data.task_collators import a_text_per_image
+from trips_examples.data.collators import a_text_per_image
 from trips_examples.metrics.selection import NUM_ROWS, measure_selection
 
 

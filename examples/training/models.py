@@ -15,8 +15,8 @@ from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel,
 from modeling_trips.conversion.processors import make_processor
 from modeling_trips.conversion.vision_text import load_vision_text, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.data.rows import column_of
-from trips_examples.data.task_collators import a_text_per_image
+from trips_examples.data.collators import a_text_per_image
+from trips_examples.data.images import column_of
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.options import ModelArguments
 

@@ -12,9 +12,9 @@ from datasets import DatasetDict
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from modeling_trips import TripsConfig
-from trips_examples.data.rows import column_of
+from trips_examples.data.images import column_of
+from trips_examples.data.loading import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
-from trips_examples.data.source import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
 
 

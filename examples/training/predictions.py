@@ -12,7 +12,7 @@ from datasets import Dataset
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.boxes import draw_boxes, sheet
-from trips_examples.data.rows import column_of, images_of, read_image
+from trips_examples.data.images import column_of, images_of, read_image
 from trips_examples.metrics.retrieval import Ranking, RetrievalResults
 from trips_examples.training.files import write_json_lines, write_whole
 

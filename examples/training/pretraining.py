@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_trips import TripsConfig, TripsProcessor
-from trips_examples.data.rows import column_of
+from trips_examples.data.images import column_of
 from trips_examples.data.shards import find_shards, hub_shards
 from trips_examples.data.streams import PairStream, Shard
 from trips_examples.metrics.pretraining import word_and_matching_metrics

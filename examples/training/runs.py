@@ -18,9 +18,8 @@ from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips import TripsConfig
 from modeling_trips.inspection import provenance
-from trips_examples.data.faults import BadRows
+from trips_examples.data.images import column_of, without_decoding
 from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.rows import column_of, without_decoding
 from trips_examples.training.callbacks import check_metrics
 from trips_examples.training.options import DataArguments, RunArguments
 from trips_examples.training.parser import make_parser
@@ -105,8 +104,8 @@ def load_data(
     if args.files:  # before they are read
         _check_splits(args.files, wanted)
     patch_size = 1 if config is None else config.vision_config.patch_shape[0]
-    bad_rows = BadRows(skip=args.skip_bad_rows, patch_size=patch_size)
-    data = load_task_dataset(task, args, bad_rows, seed=training_args.seed)
+    with training_args.main_process_first(desc="checking the data"):  # the others load its result
+        data = load_task_dataset(task, args, args.skip_bad_rows, patch_size, training_args.seed)
     _check_splits(data, wanted)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
     for split, limit in limits.items():

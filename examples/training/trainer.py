@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from modeling_trips import TripsForPreTraining, TripsPreTrainedModel
 from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
-from trips_examples.data.rows import DecodedImages, column_of, images_of
+from trips_examples.data.images import DecodedImages, column_of, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
 from trips_examples.metrics.selection import REGION_COLUMNS
 from trips_examples.training.callbacks import TrainingMonitor

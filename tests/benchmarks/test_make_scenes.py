@@ -9,8 +9,7 @@ import PIL.PngImagePlugin
 import pytest
 from make_scenes import MAX_PER_NAME, Picture, SceneMaker, Thing, clean_name, expressions, read_pictures, split_of
 
-from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.source import DataSource
+from trips_examples.data.loading import DataSource, load_task_dataset
 
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 128, 0), "white": (255, 255, 255), "black": (0, 0, 0)}

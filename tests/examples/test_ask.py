@@ -14,7 +14,7 @@ from programs import add_fake_ghostscript
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
 from trips_examples.analysis import SAME_WEIGHTS
-from trips_examples.data.rows import read_image
+from trips_examples.data.images import read_image
 from trips_examples.data.scenes import scene_records
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,11 +13,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
 from trips_examples.check_data import main
-from trips_examples.data.boxes import with_visible_boxes
-from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.rows import without_decoding
-from trips_examples.data.source import DataSource
-from trips_examples.data.task_collators import GroundingCollator
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.collators import GroundingCollator
+from trips_examples.data.images import without_decoding
+from trips_examples.data.loading import DataSource, load_task_dataset
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
@@ -102,13 +102,28 @@ def test_missing_images_are_shown_up_to_a_limit_with_the_option_that_helps(folde
     given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows)]
     _, report = run(folder, *given)
     assert [source for source, _ in faults_of(report)] == [f"t.jsonl row {i}" for i in range(1, 31)] + ["train"]
-    printed = capsys.readouterr().out.splitlines()
-    shown = [f"t.jsonl row {i}" for i in range(1, 21)]
-    assert [line.split(":")[0] for line in printed[:21]] == [*shown, "and 11 more"]
-    assert "wrong               30 missing image (give --image_root?)" in printed
-    write(folder / "t.jsonl", [{"image": "a.png", "caption": "a"}, *rows])
-    run(folder, *given)
-    assert "wrong               30 missing image" in capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert printed.count(f"missing image ({folder}/none.png)") == 20 and "and 11 more" in printed
+    assert "--image_root" in printed
+
+
+def test_images_of_equal_bytes_are_one_image(folder, capsys):
+    """Embedded images have no path. Rows of one image are grouped, and counted in both splits."""
+    images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("a.png", "c.jpg", "a.png")]
+    columns = {"question": ["a", "b", "c"], "answer": ["x", "y", "z"]}
+    data = datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=data, validation=data.select([0])).save_to_disk(folder / "saved")
+    code, report = run(folder, "--task", "vqa", "--dataset_name", str(folder / "saved"))
+    assert code == 0
+    assert [split["images"] for split in report["splits"].values()] == [2, 1]
+    assert report["images_in_several_splits"] == 1
+
+
+def test_a_test_file_is_checked_once(folder):
+    files = [write(folder / f"{split}.jsonl", [BOX, {**BOX, "box": None}]) for split in ("train", "val", "test")]
+    options = zip(("--train_file", "--validation_file", "--test_file"), files)
+    _, report = run(folder, "--task", "grounding", *(word for option in options for word in option))
+    assert faults_of(report) == [(f"{split}.jsonl row 2", "no box") for split in ("train", "val", "test")]
 
 
 def test_a_file_that_cannot_be_read_does_not_hide_the_other(folder):
@@ -191,8 +206,8 @@ def test_boxes_that_a_center_crop_cuts_away(folder, caplog):
     assert faults_of(report) == [(f"t.jsonl row {row}", "box outside the center crop") for row in (2, 3)]
     data = load_task_dataset("grounding", DataSource(train_file=train))
     with pytest.raises(ValueError, match="t.jsonl row 2: box outside"):
-        with_visible_boxes(data, processor, skip=False)
-    rows = with_visible_boxes(data, processor, skip=True)["train"]
+        with_fitting_texts(data, "grounding", processor, skip=False)
+    rows = with_fitting_texts(data, "grounding", processor, skip=True)["train"]
     assert rows["source"][:] == ["t.jsonl row 1"] and "box outside the center crop: 2" in caplog.text
     GroundingCollator(processor)(list(without_decoding(rows)))
     with pytest.raises(ValueError, match="`pixel_values`"):  # a run would stop

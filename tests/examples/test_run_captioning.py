@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration
 from trips_examples import run_captioning
-from trips_examples.data.rows import one_row_per_image
-from trips_examples.data.task_collators import CaptionCollator
+from trips_examples.data.collators import CaptionCollator
+from trips_examples.data.images import one_row_per_image
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from modeling_trips import TripsConfig
 from trips_examples.data.boxes import draw_boxes, mirrored_row, swap_left_and_right
-from trips_examples.data.rows import image_size
-from trips_examples.data.task_collators import GroundingCollator
+from trips_examples.data.collators import GroundingCollator
+from trips_examples.data.images import image_size
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.training.models import make_processor

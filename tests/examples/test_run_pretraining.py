@@ -9,7 +9,7 @@ from toy_pairs import CAPTIONS, COLORS, command
 
 from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from trips_examples import run_pretraining
-from trips_examples.data.task_collators import number_of
+from trips_examples.data.collators import number_of
 from trips_examples.training.pretraining import stream_positions
 
 

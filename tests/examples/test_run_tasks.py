@@ -14,7 +14,7 @@ from transformers import ViTModel
 
 from modeling_trips import TripsConfig, TripsModel
 from trips_examples import run_nlvr2
-from trips_examples.data.task_collators import Nlvr2Collator
+from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import BACKENDS, export_model, load_exported
 from modeling_trips.export.__main__ import main, read_calibration
-from trips_examples.data.rows import read_image
+from trips_examples.data.images import read_image
 from trips_examples.data.scenes import scene_records
 
 

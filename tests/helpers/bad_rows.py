@@ -25,9 +25,8 @@ TEXT = {"vqa": "question", "captions": "caption", "nlvr2": "statement", "groundi
 @dataclass(frozen=True)
 class BadRow:
     """
-    A kind of bad row: a record or an invalid line, and the reason. `found` is the last step that can find it:
-    `"reading"` the file, the `"tokenizer"`, or `"decoding"` the image, which a run does in its batches unless it skips
-    bad rows. `file` is the name of a bad image.
+    A kind of bad row: a record or an invalid line, and the reason. `found` is the step that finds it: `"reading"` the
+    file, or the `"tokenizer"`. `file` is the name of a bad image.
     """
 
     record: dict | str
@@ -66,7 +65,6 @@ def bad_rows(task: str) -> list[BadRow]:
 _LINES = [
     BadRow('{"image": "good.png", "question', "broken JSON"),
     BadRow("[" * 100_000, "broken JSON"),
-    BadRow('{"image": ' + "9" * 6000 + "}", "broken JSON"),
     BadRow("3", "not a JSON object"),
     BadRow('["image"]', "not a JSON object"),
 ]
@@ -75,7 +73,7 @@ _LINES = [
 def _bad_images(task: str) -> list[BadRow]:
     return [
         *(BadRow(_with_image(task, image), reason) for image, reason in _NO_FILES),
-        *(BadRow(_with_image(task, file), reason, found, file) for file, reason, found in _FILES),
+        *(BadRow(_with_image(task, file), reason, file=file) for file, reason in _FILES),
     ]
 
 
@@ -90,25 +88,24 @@ _NO_FILES = [
     ("", "no image"),
     ({"url": "x"}, "image is not text"),
     ({"bytes": None, "path": "none.png"}, "missing image"),
-    ("\ud800.png", "image is not valid Unicode"),
     ("none.png", "missing image"),
     ("nul\0.png", "unreadable image"),
     ("folder.png", "not a regular file"),
 ]
 _FILES = [
-    ("text.png", "unreadable image", "reading"),
-    ("empty.png", "unreadable image", "reading"),
-    ("cut.png", "unreadable image", "reading"),
-    ("flipped.png", "unreadable image", "reading"),
-    ("cut.jpg", "unreadable image", "reading"),
-    ("cut.webp", "unreadable image", "reading"),
-    ("cut.gif", "unreadable image", "decoding"),
-    ("cut.bmp", "unreadable image", "decoding"),
-    ("cut.tiff", "unreadable image", "decoding"),
-    ("pixel.png", "image smaller than a patch", "reading"),
-    ("banner.png", "image smaller than a patch", "reading"),
-    ("mode_f.tiff", "image without a fixed range of grey values", "reading"),
-    ("mode_i.tiff", "image without a fixed range of grey values", "reading"),
+    ("text.png", "unreadable image"),
+    ("empty.png", "unreadable image"),
+    ("cut.png", "unreadable image"),
+    ("flipped.png", "unreadable image"),
+    ("cut.jpg", "unreadable image"),
+    ("cut.webp", "unreadable image"),
+    ("cut.gif", "unreadable image"),
+    ("cut.bmp", "unreadable image"),
+    ("cut.tiff", "unreadable image"),
+    ("pixel.png", "image smaller than a patch"),
+    ("banner.png", "image smaller than a patch"),
+    ("mode_f.tiff", "image without a fixed range of grey values"),
+    ("mode_i.tiff", "image without a fixed range of grey values"),
 ]
 
 
@@ -147,7 +144,6 @@ _OF_TASK = {
         BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": 5}, "answers is not a list"),
         BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
-        BadRow({**_QUESTION, "answers": ["red", "\udfff"]}, "an answer is not valid Unicode"),
         BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
         BadRow({**_QUESTION, "answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
         BadRow({**_QUESTION, "question_id": {"a": 1}}, "question_id is not text"),
@@ -159,14 +155,13 @@ _OF_TASK = {
         BadRow({**_CAPTION, "captions": "[two dogs"}, "captions is not a JSON list"),
         BadRow({**_CAPTION, "captions": {"raw": "two"}}, "captions is not a list"),
         _id("captions", {"a": 1}, "image_id is not text"),
-        _id("captions", "\ud800", "image_id is not valid Unicode"),
     ],
     "nlvr2": [
         BadRow({**_STATEMENT, "images": ["good.png"]}, "not two images"),
         BadRow({**_STATEMENT, "images": "good.png"}, "not two images"),
         BadRow({**_STATEMENT, "images": 5}, "images is not a list"),
         BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no right_image"),
-        BadRow({**_STATEMENT, "image_ids": ["x"]}, "not two image_ids"),
+        BadRow({**_STATEMENT, "image_ids": ["x"]}, "not 2 image_ids"),
         BadRow({**_STATEMENT, "image_ids": ["x", "x"]}, "image_id of two images"),
         BadRow({**_STATEMENT, "label": None}, "no label"),
         BadRow({**_STATEMENT, "label": float("nan")}, "no label"),

@@ -6,15 +6,13 @@ import json
 import datasets
 from datasets import DatasetDict
 
-from trips_examples.data.faults import BadRows
-from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.source import DataSource
+from trips_examples.data.loading import DataSource, load_task_dataset
 
 
 def load(
     task: str, dataset_name: str | None = None, skip_bad_rows: bool = False, seed: int = 0, **source
 ) -> DatasetDict:
-    return load_task_dataset(task, DataSource(dataset_name, **source), BadRows(skip=skip_bad_rows), seed)
+    return load_task_dataset(task, DataSource(dataset_name, **source), skip_bad_rows, seed=seed)
 
 
 def write(file, records):

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from trips_examples.data.annotations import AnnotationFile, read_annotations
-from trips_examples.data.faults import BadRowError
-from trips_examples.data.tasks import TASKS
+from trips_examples.data.tasks import TASKS, BadRowError
 
 
 pytestmark = pytest.mark.network

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from modeling_trips import TripsConfig
-from trips_examples.data.collators import ImageGroupedSampler, Move, draw_move, move_box, move_image
-from trips_examples.data.task_collators import VqaCollator
+from trips_examples.data.collators import ImageGroupedSampler, Move, VqaCollator, draw_move, move_box, move_image
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 

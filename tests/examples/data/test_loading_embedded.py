@@ -10,7 +10,7 @@ from loading import load
 from test_scenes import color_and_shape
 
 from trips_examples.data.scenes import EASY_VQA_COLORS, EASY_VQA_SHAPES, scene_records
-from trips_examples.data.tasks import TASKS, VQA_FEATURES
+from trips_examples.data.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_easy_vqa_has_its_official_test_split_and_a_tenth_of_the_training_images
 
 def test_easy_vqa_row(easy_vqa_dataset):
     rows = easy_vqa_dataset["test"]
-    assert rows.features == VQA_FEATURES
+    assert rows.features == TASKS["vqa"].features
     row = rows[2]
     x0, y0, x1, y1 = row["region"]  # of the shape: its color, except for the edge
     shape = np.asarray(row["image"].crop((x0 + 1, y0 + 1, x1 - 1, y1 - 1)))

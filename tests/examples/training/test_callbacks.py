@@ -12,8 +12,8 @@ from toy_tasks import OPTIONS, SCRIPTS, write_task
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import run_vqa
 from trips_examples.ask import CHECKPOINT
+from trips_examples.data.collators import VqaCollator
 from trips_examples.data.scenes import scene_records
-from trips_examples.data.task_collators import VqaCollator
 from trips_examples.training.callbacks import LOGGED, TrainingMonitor
 from trips_examples.training.options import TripsTrainingArguments
 from trips_examples.training.trainer import ImageGroupedTrainer

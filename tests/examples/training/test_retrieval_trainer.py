@@ -6,7 +6,7 @@ from datasets import Dataset
 from toy_pairs import make_rows, make_tokenizer
 
 from modeling_trips import TripsConfig, TripsForRetrieval
-from trips_examples.data.task_collators import RetrievalCollator, number_of
+from trips_examples.data.collators import RetrievalCollator, number_of
 from trips_examples.training.models import make_processor
 from trips_examples.training.options import RetrievalArguments, TripsTrainingArguments
 from trips_examples.training.trainer import RetrievalTrainer

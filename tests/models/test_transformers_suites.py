@@ -1,6 +1,6 @@
 """
-Transformers' test suites pass: `ModelTesterMixin` on every model, `ProcessorTesterMixin` and `ConfigTester`. The
-project's part of them is in tests/transformers_suites.
+Transformers' test suites pass: `ModelTesterMixin` on every model, `ProcessorTesterMixin` and `ConfigTester`, but not
+`GenerationTesterMixin`, which its source distribution lacks. Our part of them is in tests/transformers_suites.
 """
 
 import os

@@ -3,9 +3,10 @@
 new class is tested once it is registered; one whose inputs or labels are its own needs a suite, and an entry in
 `SUITES`.
 
-A test of the suites that does not fit is replaced by one of the same name and purpose. Transformers' other mixins do
-not apply: those for pipelines, FSDP and tensor parallelism need files that its source distribution lacks, the one for
-training only has token ids, and the one for memory has no tests.
+A test of the suites that does not fit is replaced by one of the same name and purpose. Of Transformers' mixins, only
+`ModelTesterMixin` runs. `GenerationTesterMixin` is an empty stub, as the source distribution lacks it;
+tests/models/test_modeling_trips_generation.py tests generation. Those for pipelines, FSDP and tensor parallelism need
+files that are missing, too, the one for training only has token ids, and the one for memory has no tests.
 """
 
 import tempfile
@@ -198,7 +199,7 @@ class SingleStreamedSuite(HeadSuite):
         self.assert_shapes(outputs.hidden_states, [(7 + length, 32) for length in VISION_LENGTHS])
 
 
-class GenerativeSuite(HeadSuite, GenerationTesterMixin):
+class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub
     model_tester = TripsGenerativeModelTester()
     is_encoder_decoder = True
 

@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUR_SUITES = ("config_suite.py", "model_suites.py", "model_testers.py", "processor_suite.py")
 
-# Stubs of missing imports. Generation is tested in tests/models/test_generation.py.
+# Stubs of missing imports. Generation is tested in tests/models/test_modeling_trips_generation.py.
 STUBS = {
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",

@@ -101,21 +101,7 @@ def print_table(rows: list[dict]):
             f"{label(row):<{width}}  {row['macs_ratio']:10.3f}  {row['time_ratio']:10.3f}  {row['throughput']:7.1f}  "
             f"{memory:>19}  {' '.join(map(str, row['tokens_per_layer']))}"
         )
-    print_parts(rows)
     print_verdict(rows)
-
-
-def print_parts(rows: list[dict]):
-    """Print the share of each part in the forward pass of pre-training, and pruned / unpruned."""
-    for row in rows:
-        if "macs_by_part" in row:
-            pruned, unpruned = row["macs_by_part"], row["unpruned_macs_by_part"]
-            total, unpruned_total = sum(pruned.values()), sum(unpruned.values())
-            print(f"{label(row)}: shares of the MACs of a forward pass, pruned and unpruned, and pruned / unpruned")
-            for part, macs in pruned.items():
-                baseline = unpruned[part]
-                ratio = f"{macs / baseline:9.2f}" if baseline else "        -"
-                print(f"  {part:<16} {macs / total:8.1%} {baseline / unpruned_total:8.1%} {ratio}")
 
 
 def print_verdict(rows: list[dict]):

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train") if stream is None else stream,
         eval_dataset=data.get("validation"),
         data_collator=make_collator(),
-        train_collator=make_collator(training=True, augment=bool(data_args.augment)),
+        train_collator=make_collator(training=True),
         processing_class=processor,
         selection_teacher=make_selection_teacher(model_args, training_args.device),
     )

@@ -67,13 +67,8 @@ class ModelArguments:
     fusion_type: str | None = field(
         default=None, metadata={"help": "cross_attention, skip_connected (mPLUG) or single_stream (ViLT)."}
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa or flash_attention_2. Default: sdpa; eager on CPUs."}
-    )
 
     def __post_init__(self):
-        if self.attn_implementation is None and not torch.accelerator.is_available():
-            self.attn_implementation = "eager"
         if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
             raise ValueError("--vision_model_name_or_path and --text_model_name_or_path must be given together.")
         if self.starts_from_parts and self.model_name_or_path is not None:
@@ -122,15 +117,12 @@ class DataArguments(DataSource):
     """Options of the data: [`DataSource`], and the use of its rows."""
 
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
-    augment: bool | None = field(
-        default=None, metadata={"help": "Random shifts and flips of the images. Default: for bundled data only."}
-    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation and test splits."})
 
     @property
     def is_embedded(self) -> bool:
-        """True for the bundled synthetic data."""
+        """True for the bundled synthetic data, whose images are shifted and flipped at random in training."""
         return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
     def check(self, task: str):
@@ -138,11 +130,6 @@ class DataArguments(DataSource):
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
-
-    @property
-    def augments(self) -> bool:
-        """`augment`, or its default."""
-        return self.is_embedded if self.augment is None else self.augment
 
     def side_of_scenes(self, task: str) -> int | None:
         """Return the side of composed scenes in pixels, or None for other data."""

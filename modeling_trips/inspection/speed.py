@@ -18,12 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForPreTraining
 
-from modeling_trips import (
-    UNPRUNED,
-    TripsConfig,
-    TripsForPreTraining,
-    TripsModel,
-)
+from modeling_trips import UNPRUNED, TripsConfig, TripsForPreTraining, TripsModel
+
+from .cost import forward_cost
 
 
 MODES = ("forward", "training", "pretraining")
@@ -148,34 +145,6 @@ def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
     return counter.get_total_flops() // 2
 
 
-def macs_by_part(setting: Setting, keep_rate: float | list[float]) -> dict[str, float]:
-    """
-    Count the MACs of the forward pass of a pre-training step by part: vision layers shared by the texts of an image,
-    vision layers run per text, text encoder, fusion encoder, decoder, heads and losses.
-    """
-    model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
-    inputs = setting.make_inputs(model)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs)
-    macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    student = type(model).__name__
-    tower = f"{student}.model.vision_model"
-    end_of_cache = model.config.vision_config.schedule.first_text_layer or len(model.model.vision_model.layers) + 1
-    shared = [f"{tower}.embeddings", *(f"{tower}.layers.{number}" for number in range(end_of_cache - 1))]
-    shared += [f"{tower}.layers.{end_of_cache - 1}.attention"]  # its MLP comes after the selection
-    parts = {
-        "vision, shared": sum(macs.get(name, 0) for name in shared),
-        "text": macs[f"{student}.model.text_model"],
-        "fusion": macs[f"{student}.model.fusion_model"],
-        "decoder": macs[f"{student}.decoder"],
-    }
-    vision = sum(macs.get(f"{tower}.layers.{number}", 0) for number in range(len(model.model.vision_model.layers)))
-    vision += macs[f"{tower}.embeddings"]
-    parts["vision, by text"] = vision - parts["vision, shared"]
-    parts["heads and losses"] = macs["Global"] - sum(parts.values())
-    return parts
-
-
 def timed(step: Callable[[], object], device: str) -> float:
     """Return the seconds of one step, including synchronization of the device."""
     start = time.perf_counter()
@@ -279,14 +248,6 @@ def peak_memory(step: Callable[[], object], device: str) -> int | None:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def tokens_per_layer(setting: Setting) -> list[int]:
-    """Count the tokens after each vision layer on the meta device."""
-    setting = replace(setting, mode="forward")
-    model = setting.make_model("meta", attn_implementation="eager").eval()
-    outputs = model(**setting.make_inputs(model), output_hidden_states=True)
-    return [states.shape[1] for states in outputs.vision_model_output.hidden_states[1:]]
-
-
 def measure(
     setting: Setting, warmup: int, repeats: int, compare_repeating: bool = True, limit: float | None = None
 ) -> dict:
@@ -304,8 +265,8 @@ def measure(
         `dict`: A row of results for JSON: the fields of the setting, `macs` of a step, `latency` (median seconds),
         `latency_p99` (None for fewer than 100 steps), `throughput` (texts per second), `peak_memory_bytes` (None if
         unknown), `macs_ratio` and `time_ratio` (pruned / unpruned), `tokens_per_layer`; of the unpruned baseline
-        `unpruned_latency`, `unpruned_latency_p99` and `unpruned_peak_memory_bytes`; in pre-training `macs_by_part` and
-        `unpruned_macs_by_part`; with `compare_repeating` `speedup_over_repeating_images`.
+        `unpruned_latency`, `unpruned_latency_p99` and `unpruned_peak_memory_bytes`; with `compare_repeating`
+        `speedup_over_repeating_images`.
     """
     model = setting.make_model(setting.device)
     callable_model = torch.compile(model, mode=setting.compile_mode) if setting.compile else model
@@ -339,11 +300,8 @@ def measure(
         "throughput": num_texts / latency["pruned"],
         "peak_memory_bytes": memory["pruned"],
         "unpruned_peak_memory_bytes": memory["unpruned"],
-        "tokens_per_layer": tokens_per_layer(setting),
+        "tokens_per_layer": list(forward_cost(model.config, setting.text_length).tokens),
     }
-    if setting.mode == "pretraining":
-        parts = {"macs_by_part": setting.keep_rate, "unpruned_macs_by_part": 1.0}
-        row |= {name: macs_by_part(setting, keep_rate) for name, keep_rate in parts.items()}
     if "repeated" in latency:
         row["speedup_over_repeating_images"] = latency["repeated"] / latency["pruned"]
     return row

@@ -16,7 +16,6 @@ OPTIONS = [
     "--learning_rate=1e-3",
     "--lr_scheduler_type=constant",
     "--auto_bf16=False",
-    "--augment=False",
     "--disable_tqdm=True",
     "--save_strategy=no",
 ]

@@ -5,7 +5,7 @@ from schedules import make_schedule
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsVisionConfig
 from modeling_trips.inspection.cost import forward_cost
-from modeling_trips.inspection.speed import Setting, count_macs, tokens_per_layer
+from modeling_trips.inspection.speed import Setting, count_macs
 
 
 MIXED = "1:image:0.7,3:image:0.5,4:text:0.3"
@@ -15,7 +15,9 @@ WIDTHS = {"text_config": {"vocab_size": 50, **NARROW_TEXT}}
 
 def counted(schedule: SelectionSchedule, texts_per_image: int, **fields) -> tuple[int, list[int]]:
     setting = Setting("tiny", 64, 1, texts_per_image, 6, config_fields=fields, **schedule.config_fields)
-    return count_macs(setting, setting.keep_rate), tokens_per_layer(setting)
+    model = setting.make_model("meta", attn_implementation="eager").eval()
+    states = model(**setting.make_inputs(model), output_hidden_states=True).vision_model_output.hidden_states
+    return count_macs(setting, setting.keep_rate), [each.shape[1] for each in states[1:]]
 
 
 def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:

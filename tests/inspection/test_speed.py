@@ -9,12 +9,10 @@ from modeling_trips.inspection.speed import (
     MIN_REPEATS,
     Setting,
     count_macs,
-    macs_by_part,
     measure,
     percentile_99,
     seconds_in_turns,
     seconds_of_both,
-    tokens_per_layer,
 )
 
 
@@ -52,35 +50,6 @@ def test_seconds_of_both_restores_the_model(monkeypatch):
     pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
     assert seconds_of_both(model, inputs) == (MEDIAN * pruned, MEDIAN * unpruned)
     assert model.config.vision_config.keep_rate == 0.5
-
-
-def test_tokens_per_layer():
-    assert tokens_per_layer(setting()) == [65, 34, 19, 19]
-    base = Setting("base", 224, 2, 1, 6, selection_layers=[5, 10], keep_rate=0.7)
-    assert tokens_per_layer(base) == [197] * 4 + [140] * 5 + [100] * 3
-
-
-def test_pre_training_is_divided_among_parts():
-    """In the tiny preset, 65 tokens enter the vision tower, 34 its layer 3, 19 its layer 4."""
-    point = setting(mode="pretraining")
-    pruned, unpruned = macs_by_part(point, 0.5), macs_by_part(point, 1.0)
-    d, mlp, images = 128, 512, 2
-
-    def layer(tokens: int, tokens_of_mlp: int) -> int:
-        return 4 * tokens * d * d + 2 * tokens**2 * d + 2 * tokens_of_mlp * d * mlp
-
-    stem = 32 * 32 * 27 * 32 + 16 * 16 * 32 * 9 * 64 + 8 * 8 * 64 * 9 * 128 + 64 * d * d
-    shared = stem + layer(65, 65) + layer(65, 0)
-    by_text = layer(0, 34) + layer(34, 19) + layer(19, 19)
-    selections = 2 * d * d + (64 + 33) * d
-    assert pruned["vision, shared"] == pytest.approx(images * shared, rel=0.02)
-    # Once for the features; a caption, two negatives, a masked caption, a prefix.
-    assert pruned["vision, by text"] == pytest.approx(images * 6 * (by_text + selections), rel=0.02)
-    # The unpruned tower does not depend on the text and is computed once for all of them.
-    assert unpruned["vision, shared"] == images * (stem + 4 * layer(65, 65)) and unpruned["vision, by text"] == 0
-    assert pruned["text"] == unpruned["text"] and pruned["fusion"] < unpruned["fusion"]
-    forward = sum(pruned.values())
-    assert 2.2 * forward < count_macs(point, 0.5) < 3 * forward
 
 
 def test_steps_alternate_within_the_limit():

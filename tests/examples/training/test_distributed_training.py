@@ -115,7 +115,6 @@ def options(tmp_path_factory) -> list[str]:
         "--lr_scheduler_type=constant",
         "--adam_epsilon=1e-4",  # AdamW would amplify the rounding errors of zero gradients
         "--auto_bf16=False",
-        "--augment=False",
         "--use_cpu=True",
         "--ddp_find_unused_parameters=False",
         "--save_strategy=no",

@@ -72,12 +72,6 @@ def test_boxes_of_a_rotated_photo_are_in_pixels_of_the_upright_image(tmp_path):
     assert [picture.getpixel((300, y)) for y in (511, 512)] == [COLOR, FADED]
 
 
-def test_edges_of_boxes_are_rounded(image):
-    picture = draw_kept_patches(image, torch.tensor([[1.4, 1.6, 3.4, 3.6]]), outline=None, min_side=1)
-    kept = [(x, y) for x in range(30) for y in range(20) if picture.getpixel((x, y)) == COLOR]
-    assert kept == [(1, 2), (1, 3), (2, 2), (2, 3)]
-
-
 def test_empty_selection(image):
     nothing, empty = torch.zeros(0, 4), torch.tensor([[5.0, 5, 5, 5]])
     for boxes in (nothing, empty):
@@ -119,24 +113,6 @@ def test_figure_has_a_row_per_selection_layer(image):
         ("", ""),
         ("", "selection 2: 1 patches"),
     ]
-
-
-def test_failed_write_leaves_the_old_figure_and_nothing_else(image, tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "selection.unknown"
-    path.write_text("old")
-    with pytest.raises(ValueError, match="unknown"):
-        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=path)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_failed_rename_leaves_nothing(image, tmp_path):
-    pytest.importorskip("matplotlib")
-    folder = tmp_path / "selection.png"
-    folder.mkdir()
-    with pytest.raises(OSError):
-        plot_selection(image, ["what ?"], ["cat"], [BOXES], path=folder)
-    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_figure_needs_one_of_each_per_question(image):

@@ -26,7 +26,7 @@ from transformers import (
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
 from modeling_trips.hosts.layers import score_states
 from modeling_trips.hosts.vlm.scoring import centered_directions, select_by_prompt, select_diverse
-from modeling_trips.modeling_trips_base import CACHE_NAME
+from modeling_trips.modeling_trips_text import CACHE_NAME
 from modeling_trips.patch_selection import keep_topk
 
 

@@ -20,7 +20,6 @@ from .modeling_trips import (
     TripsModelOutput,
     TripsSeq2SeqLMOutput,
 )
-from .modeling_trips_base import TripsPreTrainedModel
 from .modeling_trips_classification import (
     TripsForImagesAndTextClassification,
     TripsForImagesAndTextClassificationOutput,
@@ -36,6 +35,7 @@ from .modeling_trips_pretraining import (
 from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsTextModel
 from .modeling_trips_vision import (
     TripsImageCache,
+    TripsPreTrainedModel,
     TripsSelection,
     TripsSingleStreamModel,
     TripsSingleStreamModelOutput,

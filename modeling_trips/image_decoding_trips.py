@@ -152,14 +152,3 @@ def orientation_of(image: Image.Image) -> int:
         return orientation if orientation in TRANSPOSE_METHODS else 1
     except Exception:  # any plugin may fail on a damaged block
         return 1
-
-
-__all__ = [
-    "FORMATS",
-    "ImageError",
-    "MAX_PIXELS",
-    "check_format",
-    "convert_to_rgb",
-    "decode_image",
-    "orientation_of",
-]

@@ -32,10 +32,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips_base import CACHE_NAME, TripsPreTrainedModel
-from .modeling_trips_text import TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
+from .modeling_trips_text import CACHE_NAME, TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
 from .modeling_trips_vision import (
     TripsImageCache,
+    TripsPreTrainedModel,
     TripsSelection,
     TripsSingleStreamModel,
     TripsVisionModel,

@@ -24,8 +24,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel
-from .modeling_trips_base import TripsPreTrainedModel, class_states
-from .modeling_trips_vision import TripsImageCache, TripsSelection
+from .modeling_trips_text import class_states
+from .modeling_trips_vision import TripsImageCache, TripsPreTrainedModel, TripsSelection
 
 
 @auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")

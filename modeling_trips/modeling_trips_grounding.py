@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, weighted_sum
-from .modeling_trips_base import TripsPreTrainedModel, class_states
-from .modeling_trips_vision import TripsImageCache, TripsSelection, select_rows, token_indices
+from .modeling_trips_text import class_states
+from .modeling_trips_vision import TripsImageCache, TripsPreTrainedModel, TripsSelection, select_rows, token_indices
 from .patch_selection import attention_losses
 
 

@@ -37,10 +37,10 @@ from .modeling_trips import (
     shift_right,
     weighted_sum,
 )
-from .modeling_trips_base import TripsPreTrainedModel, class_states
-from .modeling_trips_text import TripsDecoder, TripsLMHead
+from .modeling_trips_text import TripsDecoder, TripsLMHead, class_states
 from .modeling_trips_vision import (
     TripsImageCache,
+    TripsPreTrainedModel,
     TripsSelection,
     TripsVisionModelOutput,
     check_counts,

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithCrossAttentions,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -38,16 +39,25 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
-from .modeling_trips_base import (
-    CACHE_NAME,
+from .modeling_trips_vision import (
     TripsPreTrainedModel,
     bidirectional_mask,
-    class_states,
     eager_attention_forward,
     first_positions,
     joint_padding_mask,
 )
 from .patch_selection import gather_tokens
+
+
+# Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
+CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
+
+def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the state of each text's [CLS]: `(num_texts, text_length, hidden_size)` -> `(num_texts, hidden_size)`."""
+    if attention_mask is None:
+        return hidden_states[:, 0]
+    return gather_tokens(hidden_states, first_positions(attention_mask).to(hidden_states.device)[:, None])[:, 0]
 
 
 def check_text_length(length: int, max_length: int):

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, BlipForQuestionAnswerin
 from transformers.models.vilt import modeling_vilt
 
 from ..modeling_trips import TripsForQuestionAnswering
-from ..modeling_trips_base import TripsPreTrainedModel
+from ..modeling_trips_vision import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
 from .albef import ALBEF_DEPTHS, albef_plan
 from .blip import blip_plan, check_blip_architecture

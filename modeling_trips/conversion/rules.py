@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..configuration_trips import TripsConfig
-from ..modeling_trips_base import TripsPreTrainedModel
+from ..modeling_trips_vision import TripsPreTrainedModel
 
 
 # Fields with the same names in models of Transformers and in TRIPS.

@@ -24,8 +24,7 @@ from transformers import ViltConfig
 
 from ..configuration_trips import TripsVisionConfig
 from ..modeling_trips import TripsModel
-from ..modeling_trips_base import TripsPreTrainedModel
-from ..modeling_trips_vision import NUM_MODALITIES
+from ..modeling_trips_vision import NUM_MODALITIES, TripsPreTrainedModel
 from .rules import TEXT_FIELDS, VISION_FIELDS, ConversionPlan, Rule, fields_of, make_config, resampled
 
 

@@ -22,7 +22,7 @@ from modeling_trips.hosts import (
     record_patch_selection,
     remove_patch_selection,
 )
-from modeling_trips.modeling_trips_base import CACHE_NAME
+from modeling_trips.modeling_trips_text import CACHE_NAME
 
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}

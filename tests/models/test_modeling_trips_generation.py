@@ -6,7 +6,7 @@ from tiny_question_answering import END, PAD, START, inputs, make_config
 from transformers import GenerationConfig
 
 from modeling_trips import TripsForVisualGrounding
-from modeling_trips.modeling_trips_base import CACHE_NAME
+from modeling_trips.modeling_trips_text import CACHE_NAME
 from modeling_trips.registration_trips import MODELS
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ...configuration_trips import SelectionSchedule
-from ...modeling_trips_base import CACHE_NAME
+from ...modeling_trips_text import CACHE_NAME
 from ...modeling_trips_vision import TripsSelection
 from ..layers import PADDING, check_forward, selecting_layers
 from .families import Family

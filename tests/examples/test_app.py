@@ -71,7 +71,7 @@ def app(tmp_path_factory):
 
 def ask(app, image: Path | str = SCENE, lines: str = "\n".join(QUESTIONS), rate: float = 0.25) -> list[list[str]]:
     table, figure = app.client.predict(client.handle_file(str(image)), lines, rate, api_name="/look")
-    assert figure["plot"].startswith("data:image/")
+    assert figure is None if rate == 1 else figure["plot"].startswith("data:image/")
     return table["data"]
 
 
@@ -96,7 +96,6 @@ def test_mistakes_of_visitors_are_named(app, tmp_path):
     assert "8000 x 8000" in error_of(app, tmp_path / "wide.png")
     assert "122" in error_of(app, lines=120 * "a ")
     assert "got 0" in error_of(app, lines=" ") and "got 7" in error_of(app, lines=7 * "a\n")
-    error_of(app, rate=7)
     assert "Traceback" not in app.log.read_text()
 
 
@@ -108,13 +107,15 @@ def test_large_files_are_refused(app, tmp_path):
 
 def test_uploads_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "DELETION", (1, 1))
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
     served, url, _ = page.main([], prevent_thread_lock=True, quiet=True)
     try:
         connected = client.Client(url, verbose=False)
-        connected.predict(client.handle_file(str(SCENE)), "is there a circle?", 0.25, api_name="/look")
+        upload = tmp_path / "upload.png"
+        PIL.Image.new("RGB", (64, 64), "teal").save(upload)
+        connected.predict(client.handle_file(str(upload)), "is there a circle?", 0.25, api_name="/look")
         until = time.monotonic() + 60
-        while any(path.is_file() for path in tmp_path.rglob("*")):
+        while list((tmp_path / "cache").rglob("upload.png")):
             assert time.monotonic() < until
             time.sleep(0.5)
     finally:

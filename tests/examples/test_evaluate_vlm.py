@@ -9,31 +9,19 @@ from tiny_vlms import BY_NAME
 from modeling_trips import SelectionSchedule
 from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
-from trips_examples.evaluate_vlm import (
-    EvaluationArguments,
-    default_layer,
-    model_arguments,
-    numbers_in,
-    print_table,
-    score_of,
-)
+from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments, numbers_in, score_of
 
 
 def make_args(**options) -> EvaluationArguments:
     return EvaluationArguments(**{"model_name_or_path": "model", "tasks": ["gqa"], "layer": 2, **options})
 
 
-def make_row(selection: str, visual_tokens: int | None, task: str, **fields) -> dict:
-    return {**make_args().settings, "selection": selection, "visual_tokens": visual_tokens, "task": task, **fields}
-
-
-def scored(score: float, tokens: float = 64.0, task: str = "gqa") -> dict:
-    results = {task: {"exact_match,none": score, "exact_match_stderr,none": 0.01}}
-    return {
-        "results": results,
-        "higher_is_better": {task: {"exact_match": True}},
-        "visual_tokens_per_image": tokens,
-    }
+def make_row(selection: str, visual_tokens: int | None, task: str, score=None, tokens: float = 64.0, **fields) -> dict:
+    row = {**make_args().settings, "selection": selection, "visual_tokens": visual_tokens, "task": task, **fields}
+    if score is not None:
+        row["results"] = {task: {"exact_match,none": score, "exact_match_stderr,none": 0.01}}
+        row |= {"higher_is_better": {task: {"exact_match": True}}, "visual_tokens_per_image": tokens}
+    return row
 
 
 def test_the_default_layer_is_a_third_of_the_way_or_that_of_the_guide(tmp_path):
@@ -62,51 +50,42 @@ def test_selections_and_numbers_are_checked():
 
 
 def test_score_of_a_task_and_of_a_group():
-    row = make_row("unpruned", None, "gqa", **scored(0.5))
+    row = make_row("unpruned", None, "gqa", 0.5)
     assert score_of(row) == (0.5, 0.01)
-    row["higher_is_better"] = {"gqa": {"exact_match": False}}
-    assert score_of(row) == (None, None)
-    group = scored(0.5, task="a")
+    assert score_of({**row, "higher_is_better": {"gqa": {"exact_match": False}}}) == (None, None)
+    group = {**make_row("unpruned", None, "a", 0.5), "task": "gqa"}
     group["results"] |= {"gqa": {}, "b": {"f1,none": 0.9}}
     group["higher_is_better"]["b"] = {"f1": True}
-    assert score_of(make_row("unpruned", None, "gqa", **group)) == (pytest.approx(0.7), None)
+    assert score_of(group) == (pytest.approx(0.7), None)
 
 
 def test_numbers_that_json_has_not_are_missing():
-    found = numbers_in({"acc,none": math.nan, "acc_stderr,none": math.inf, "f1,none": 0.5, "alias": "gqa"})
-    assert json.loads(json.dumps(found, allow_nan=False)) == {
-        "acc,none": None,
-        "acc_stderr,none": None,
-        "f1,none": 0.5,
-    }
-    row = make_row("unpruned", None, "gqa", **scored(0.5)) | {"results": {"gqa": {"exact_match,none": None}}}
-    assert score_of(row) == (None, None)
-
-
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    found = numbers_in(
+        {"exact_match,none": math.nan, "exact_match_stderr,none": math.inf, "f1,none": 0.5, "alias": "a"}
+    )
+    assert json.loads(json.dumps(found, allow_nan=False))["f1,none"] == 0.5
+    assert score_of({**make_row("unpruned", None, "gqa", 0.5), "results": {"gqa": found}}) == (None, None)
 
 
 def test_table_is_relative_to_the_unpruned_model(capsys):
     rows = [
-        make_row("unpruned", None, "gqa", **scored(0.5)),
-        make_row("unpruned", None, "pope", **scored(0.8, task="pope")),
-        make_row("exit_prompt", 16, "gqa", **scored(0.4, 16.0)),
-        make_row("exit_prompt", 16, "pope", **scored(0.8, 14.0, task="pope")),
-        make_row("tower_image", 16, "gqa", **scored(0.6, 16.0)),
+        *(make_row("unpruned", None, "gqa", 0.5), make_row("unpruned", None, "pope", 0.8)),
+        *(make_row("exit_prompt", 16, "gqa", 0.4, 16.0), make_row("exit_prompt", 16, "pope", 0.8, 14.0)),
+        make_row("tower_image", 16, "gqa", 0.6, 16.0),
         make_row("fewer_pixels", 16, "gqa", not_supported="Tiles."),
     ]
-    print_table(rows, ["gqa", "pope"])
-    _, _, unpruned, prompt, image, *rest = capsys.readouterr().out.splitlines()
-    assert cells(unpruned)[1:] == ["all", "64.0", "100.0 ± 2.0 (0.5)", "100.0 ± 1.2 (0.8)", "100.0"]
-    assert cells(prompt)[1:] == ["16", "15.0", "80.0 ± 2.0", "100.0 ± 1.2", "90.0"]
-    assert cells(image)[1:] == ["16", "16.0", "120.0 ± 2.0", "-", "-"]
-    assert "Tiles." in rest[-1]
+    evaluate_vlm.print_table(rows, ["gqa", "pope"])
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    unpruned, prompt, image, *_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert unpruned[1:] == ["all", "64.0", "100.0 ± 2.0 (0.5)", "100.0 ± 1.2 (0.8)", "100.0"]
+    assert prompt[1:] == ["16", "15.0", "80.0 ± 2.0", "100.0 ± 1.2", "90.0"]
+    assert image[1:] == ["16", "16.0", "120.0 ± 2.0", "-", "-"]
+    assert "Tiles." in lines[-1]
 
 
 def test_rows_of_a_file_are_not_evaluated_again(tmp_path, monkeypatch):
     args = make_args(visual_tokens=[64, 16], selections=["tower_image"], output_json=str(tmp_path / "rows.json"))
-    rows = [make_row("unpruned", None, "gqa", **scored(0.5)), make_row("tower_image", 16, "gqa", **scored(0.4, 16.0))]
+    rows = [make_row("unpruned", None, "gqa", 0.5), make_row("tower_image", 16, "gqa", 0.4, 16.0)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     monkeypatch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
     assert list(evaluate_vlm.make_rows(args)) == rows  # 64 tokens are all that the unpruned model has

@@ -6,9 +6,9 @@ an empty text, a text longer than the model's limit, a box outside its image, or
 without a fixed range of grey values or smaller than a patch.
 
 - Its error names the file and the row, a reason and the value.
-- Files and tables are checked before training: the first five faults are named, all are counted, and the run stops. A
-  stream stops at its first bad pair. Images that only decoding finds to be cut short (GIF, BMP, TIFF) stop the batch.
-- Bad items are skipped with `--skip_bad_rows` (streams: up to `--max_bad_share`). Images are then decoded before
-  training. Skipped rows are counted by reason; those of streams are listed in `bad_pairs-*.jsonl`.
+- Rows are checked before training, and every image is decoded: the first five faults are named, all
+  are counted, and the run stops. A stream stops at its first bad pair.
+- Bad items are skipped with `--skip_bad_rows` (streams: up to `--max_bad_share`), and counted by reason; those of
+  streams are listed in `bad_pairs-*.jsonl`.
 - `check_data.py` lists all of them.
 """

@@ -23,16 +23,6 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "BLEU, METEOR, ROUGE-L and CIDEr of image captions with one or more references each."
 
-_CITATION = """\
-@article{chen2015microsoft,
-    title={Microsoft COCO Captions: Data Collection and Evaluation Server},
-    author={Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and Gupta, Saurabh and
-        Dollar, Piotr and Zitnick, C. Lawrence},
-    journal={arXiv preprint arXiv:1504.00325},
-    year={2015}
-}
-"""
-
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): A caption of each image.
@@ -87,7 +77,7 @@ class CaptionMetrics(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="arXiv 1504.00325",
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
                 {

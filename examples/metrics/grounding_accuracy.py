@@ -15,15 +15,6 @@ REFCOCO_IOU = 0.5
 
 _DESCRIPTION = "Share of boxes with an intersection over union of at least 0.5 with the true box, and the mean IoU."
 
-_CITATION = """\
-@inproceedings{yu2016refcoco,
-    title={Modeling Context in Referring Expressions},
-    author={Yu, Licheng and Poirson, Patrick and Yang, Shan and Berg, Alexander C. and Berg, Tamara L.},
-    booktitle={European Conference on Computer Vision (ECCV)},
-    year={2016}
-}
-"""
-
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[list[float]]`): A box (x0, y0, x1, y1) for each expression, in pixels of the original image.
@@ -50,7 +41,7 @@ class GroundingAccuracy(evaluate.Metric):
         box = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="arXiv 1608.00272",
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"predictions": box, "references": box}),
         )

@@ -17,16 +17,6 @@ import evaluate
 
 _DESCRIPTION = "Accuracy of open-ended visual question answering with the answers of one or more annotators."
 
-_CITATION = """\
-@inproceedings{antol2015vqa,
-    title={{VQA}: Visual Question Answering},
-    author={Antol, Stanislaw and Agrawal, Aishwarya and Lu, Jiasen and Mitchell, Margaret and Batra, Dhruv and
-        Zitnick, C. Lawrence and Parikh, Devi},
-    booktitle={International Conference on Computer Vision (ICCV)},
-    year={2015}
-}
-"""
-
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): The model's answer to each question.
@@ -168,7 +158,7 @@ class VqaAccuracy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="arXiv 1505.00468",
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
                 {

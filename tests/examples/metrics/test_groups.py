@@ -7,7 +7,7 @@ from trips_examples.metrics import GROUNDING_ACCURACY, VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group, groups_of
 
 
-BOXES = [[0, 0, 9, 9], [0, 0, 1, 1], [5, 5, 10, 10], [0, 0, 2, 1]]
+BOXES = [[0, 0, 9, 9], [0, 0, 12, 1], [5, 5, 10, 10], [0, 0, 2, 1]]  # areas and widths differ in order
 KINDS = ["name", "size", "name", "place"]
 
 
@@ -20,7 +20,7 @@ def test_boxes_by_kind_and_size():
         "eval_accuracy_name": 0.5,
         "eval_accuracy_place": 0.0,
         "eval_accuracy_size": 1.0,
-        "eval_accuracy_smallest": 0.5,  # thirds of the four boxes by area: 1, 3; 2; 0
+        "eval_accuracy_smallest": 0.5,  # thirds of the four boxes by area: 3, 1; 2; 0
         "eval_accuracy_medium": 0.0,
         "eval_accuracy_largest": 1.0,
     }

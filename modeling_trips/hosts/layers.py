@@ -204,7 +204,8 @@ class SelectionPass:
 
     def last_before(self, layer: float) -> int | None:
         """Return the last selection layer before this one."""
-        return max((number for number in self.kept if number < layer), default=None)
+        earlier = [number for number in self.kept if number < layer]
+        return max(earlier) if earlier else None
 
     @property
     def grid_size(self) -> int:
@@ -224,8 +225,7 @@ class SelectionLayer(ModuleWrapper):
     Attention is the model's own module and kernel. It does not return scores, so one query is compared with the
     candidates a second time.
 
-    Subclasses name the parts of the model's layer: `normed_tokens`, `projections`, `attend` and
-    `feed_forward`.
+    Subclasses name the parts of the model's layer: `normed_tokens`, `projections`, `attend` and `feed_forward`.
     """
 
     number: int
@@ -254,10 +254,8 @@ class SelectionLayer(ModuleWrapper):
         key = project_rows(parts.key, parts.key_rows, states)
         return key.unflatten(-1, (parts.num_heads, -1)).transpose(1, 2)
 
-    @property
-    def keys_are_linear(self) -> bool:
-        """Whether keys are a linear map of the normed tokens, without a norm after it."""
-        return True
+    # Whether keys are a linear map of the normed tokens, without a norm after it.
+    keys_are_linear = True
 
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         raise NotImplementedError
@@ -277,33 +275,37 @@ class SelectionLayer(ModuleWrapper):
         selection_pass: SelectionPass | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        normed = self.normed_tokens(hidden_states)
-        if selection_pass is not None and (kept := selection_pass.kept_before(self.number)) is not None:
+        current = SelectionPass() if selection_pass is None else selection_pass
+        kept = current.kept_before(self.number)
+        if kept is not None:
             attention_mask = shorten_mask(attention_mask, kept, self.unit)
-            kwargs = self.shorten_arguments(selection_pass, kept, kwargs)
+            kwargs = self.shorten_arguments(current, kept, kwargs)
+        normed = self.normed_tokens(hidden_states)
         hidden_states = hidden_states + self.attend(normed, attention_mask, **kwargs)
         if self.selection is not None:
-            hidden_states = self.select(selection_pass, hidden_states, normed, text_embeds)
+            hidden_states = self.select(current, kept, hidden_states, normed, text_embeds)
         return hidden_states + self.feed_forward(hidden_states)
 
     def select(
         self,
-        current: SelectionPass | None,
+        current: SelectionPass,
+        before: torch.Tensor | None,
         hidden_states: torch.Tensor,
         normed: torch.Tensor,
         text_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept patches and, with `fuse`, the fused token."""
-        before = None if current is None else current.kept_before(self.number)
-        scores = self.score_units(current, normed, text_embeds, is_whole=before is None)
+        """
+        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `fuse`, the fused token.
+        `before` are the units that earlier layers of the pass have kept.
+        """
+        scores = self.score_units(current, before, normed, text_embeds)
         num_candidates = scores.shape[1]
         positions = keep_topk(scores, num_kept_tokens(num_candidates, self.selection.keep_rate))
-        if current is not None:
-            if before is None:
-                candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
-            else:
-                candidates = nn.functional.pad(before, (0, num_candidates - before.shape[1]), value=FUSED_TOKEN)
-            current.record(self.number, candidates.gather(1, positions), candidates, scores)
+        if before is None:
+            candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
+        else:
+            candidates = nn.functional.pad(before, (0, num_candidates - before.shape[1]), value=FUSED_TOKEN)
+        current.record(self.number, candidates.gather(1, positions), candidates, scores)
         if positions.shape[1] == num_candidates:
             return hidden_states
         return self.shorten(hidden_states, scores, positions, self.num_prefix_tokens, before is None)
@@ -326,26 +328,22 @@ class SelectionLayer(ModuleWrapper):
 
     def score_units(
         self,
-        current: SelectionPass | None,
+        current: SelectionPass,
+        before: torch.Tensor | None,
         normed: torch.Tensor,
         text_embeds: torch.Tensor | None,
-        is_whole: bool,
     ) -> torch.Tensor:
         """Score the candidates: `(num_images, num_candidates)`. Padding scores 0."""
         patches = normed[:, self.num_prefix_tokens :]
-        is_image = (
-            None if current is None else shorten_mask(current.is_image, current.kept_before(self.number), self.unit)
-        )
+        is_image = shorten_mask(current.is_image, before, self.unit)
         if self.selection.guidance == "random":
             num_units = patches.shape[1] // self.unit**2
             scores = random_scores(len(normed), num_units, False, normed.device, self.selection.seed)
-            return scores if is_image is None else scores * to_units(is_image, self.unit, is_whole).any(dim=-1)
-        query = None if current is None else current.query
-        if text_embeds is not None:
-            query = self.query_of_text(normed, text_embeds)
+            return scores if is_image is None else scores * to_units(is_image, self.unit, before is None).any(dim=-1)
+        query = current.query if text_embeds is None else self.query_of_text(normed, text_embeds)
         scores = self.score(self.guiding_query(normed, query, is_image), patches)
         scores = scores if is_image is None else scores * is_image
-        return to_units(scores, self.unit, is_whole).sum(dim=-1)
+        return to_units(scores, self.unit, before is None).sum(dim=-1)
 
     def query_of_text(self, normed: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor | None:
         """Return the query of the caller's text; `None` if the image scores here."""
@@ -389,10 +387,8 @@ class SelectionLayer(ModuleWrapper):
     def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Score patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
         scaling = query.shape[-1] ** -0.5
-        if self.keys_are_linear:
-            parts = self.projections()
-            if is_plain_linear(parts.key):
-                return score_states(query, states, parts.key.weight[parts.key_rows], scaling)
+        if self.keys_are_linear and is_plain_linear((parts := self.projections()).key):
+            return score_states(query, states, parts.key.weight[parts.key_rows], scaling)
         return score_tokens(query, self.project_key(states), scaling)
 
     def recorded(self, current: SelectionPass) -> TripsSelection:

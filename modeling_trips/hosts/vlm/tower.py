@@ -141,9 +141,13 @@ class PackedLayer(TowerLayer):
         return torch.unique_consecutive(boundaries).to(cu_seqlens.dtype)
 
     def select(
-        self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, text_embeds: None
+        self,
+        current: SelectionPass,
+        before: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        normed: torch.Tensor,
+        text_embeds: None,
     ) -> torch.Tensor:
-        before = current.kept_before(self.number)
         num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
         size = self.unit**2
         if len({*num_units}) == 1:

@@ -133,8 +133,9 @@ class GuidedModel(nn.Module):
         rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
         found = targets.new_zeros(len(inputs["input_ids"])).index_add(0, rows, has_target.to(targets.dtype)) > 0
         loss, images = (losses * has_target).sum(), has_target.sum()
-        sums = torch.stack([loss, recalls.sum(), images, (~found).sum(), loss.new_tensor(len(found))])
-        return {"loss": loss / images.clamp(min=1), "sums": sums.detach()}
+        counts = (images, (~found).sum(), torch.ones_like(found).sum())
+        sums = torch.stack([value.detach().float() for value in (loss, recalls.sum(), *counts)])
+        return {"loss": loss / images.clamp(min=1), "sums": sums}
 
 
 class GuideTrainer(FiniteTrainer):

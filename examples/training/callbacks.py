@@ -16,7 +16,9 @@ from trips_examples.metrics.selection import NUM_ROWS, measure_selection
 LOGGED = ("entropy", "text_sensitivity", "image_sensitivity", "patch_precision", "region_recall")
 
 
-class _Watched(NamedTuple):
+class Watched(NamedTuple):
+    """A value of each process, or one of all, to be checked."""
+
     name: str
     step: int
     sources: list[str]
@@ -39,32 +41,30 @@ class TrainingMonitor(TrainerCallback):
     def __init__(self, trainer: Trainer, health_steps: float):
         is_sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         self.trainer, self.health_steps = trainer, 0 if is_sharded else health_steps
-        self.pending: list[_Watched] = []
+        self.pending: list[Watched] = []
 
     def watch(self, name: str, values: torch.Tensor, step: int, sources: list[str] | None = None):
         """
         Check the values of all processes, or their common one, of optimizer step `step`, from 1. On an accelerator
-        they are checked at the next call, so that the device does not wait.
+        they are checked in the next step, after its batch is queued, so that the device does not wait.
         """
         values, copied = values.detach().float().reshape(-1), None
         if values.device.type != "cpu":
             values, copied = values.to("cpu", non_blocking=True), torch.Event(values.device)
             copied.record()
-        self.check()
-        self.pending.append(_Watched(name, step, sources or [], values, copied))
-        if copied is None:
-            self.check()
+        self.pending.append(Watched(name, step, sources or [], values, copied))
+        self.check(before=math.inf if copied is None else step)
 
-    def check(self):
-        """Raise a `FloatingPointError` if a watched value is not finite."""
-        while self.pending:
+    def check(self, before: float = math.inf):
+        """Raise a `FloatingPointError` if a watched value of a step before this one is not finite."""
+        while self.pending and self.pending[0].step < before:
             watched = self.pending.pop(0)
             if watched.copied is not None:
                 watched.copied.synchronize()
             if not watched.values.isfinite().all():
                 self._stop(watched)
 
-    def _stop(self, watched: _Watched):
+    def _stop(self, watched: Watched):
         value = watched.values[min(self.trainer.accelerator.process_index, len(watched.values) - 1)].item()
         rows = f" for the rows {', '.join(watched.sources)}" if watched.sources else ""
         own = [] if math.isfinite(value) else [f"{value}{rows}"]

@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import make_processor
-from modeling_trips.conversion.vision_text import load_vision_text, vision_text_config
+from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
 from trips_examples.data.collators import a_text_per_image
 from trips_examples.data.images import column_of
@@ -48,7 +48,7 @@ def load_start(
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
     fields, processor = {**args.config_overrides(), **config_fields}, None
-    if selects_late and not args.keeps_schedule:
+    if selects_late and args.model_name_or_path is None and args.selection_layers is None:
         fields = {**late_choice(num_vision_layers(args)), **fields}
     if args.model_name_or_path is not None:
         config = TripsConfig.from_pretrained(args.model_name_or_path, **fields)
@@ -119,7 +119,7 @@ def make_model(
             logger.info("%s has no decoder. The decoder starts from the text encoder.", args.model_name_or_path)
     elif args.starts_from_parts:
         towers = args.vision_model_name_or_path, args.text_model_name_or_path
-        model, _ = load_vision_text(model_class, config, *towers, decoder_from_text=True)
+        model, _ = make_vision_text_model(model_class, config, *towers, decoder_from_text=True)
         if attention is not None:
             model.set_attn_implementation(attention)
     else:
@@ -156,48 +156,39 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 
 def choose_schedule(config: TripsConfig, args: ModelArguments, texts_per_image: float, text_length: int):
     """
-    Set the schedule of a new model whose layers `args` does not name: the preset's, or else [`late_choice`], or else
-    the preset's layers scored by the image: the first that costs no more MACs than the unpruned model. A schedule that
-    the options or the checkpoint determine is kept; a warning names a cheaper one.
+    Set the schedule of a new model, if no option does: the preset's, or else [`late_choice`], or else the preset's
+    layers scored by the image: the first that costs no more MACs than the unpruned model. A schedule of the options or
+    the checkpoint is kept; if it costs more, a warning names a cheaper one.
 
     Args:
         config (`TripsConfig`): Configuration of the initial model.
         args (`ModelArguments`): Options.
         texts_per_image (`float`), text_length (`int`): Texts that share an image in a batch, and their tokens.
     """
+    own: dict = {}
     late, by_image = late_choice(config.vision_config.num_hidden_layers), {"selection_guidance": "image"}
-    given = {name: value for name, value in args.config_overrides().items() if name in SCHEDULE_FIELDS}
-    candidates = [{}] if args.keeps_schedule else [{}, {**late, **given}, {**by_image, **given}]
+    is_given = args.model_name_or_path is not None or any(getattr(args, name) is not None for name in SCHEDULE_FIELDS)
+
+    def with_fields(fields: dict) -> SelectionSchedule:
+        vision_config = copy.copy(config.vision_config)
+        for name, value in fields.items():
+            setattr(vision_config, name, value)
+        return vision_config.schedule
 
     def ratio(fields: dict) -> float:
-        schedule = _with(config, fields)
-        return math.inf if schedule is None else cost_ratio(config, schedule, texts_per_image, text_length)
+        return cost_ratio(config, with_fields(fields), texts_per_image, text_length)
 
-    for fields in candidates:
-        if ratio(fields) <= 1:
-            for name, value in fields.items():
-                setattr(config.vision_config, name, value)
-            return
-    cheaper = next(fields for fields in (late, by_image, {"keep_rate": 1.0}) if ratio(fields) <= 1)
-    logger.warning(
-        "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, with "
-        "%.2f: %s. More: docs/schedules.md.",
-        *(config.vision_config.schedule, ratio({}), texts_per_image, ratio(cheaper)),
-        " ".join(f"--{name} {_words(value)}" for name, value in cheaper.items()),
-    )
-
-
-def _with(config: TripsConfig, fields: dict) -> SelectionSchedule | None:
-    """Return the schedule with these fields changed, or None if they do not fit."""
-    vision_config = copy.copy(config.vision_config)
-    for name, value in fields.items():
-        setattr(vision_config, name, value)
-    try:
-        schedule = vision_config.schedule
-        schedule.check_fits(vision_config.num_hidden_layers)
-    except ValueError:
-        return None
-    return schedule
+    chosen = next(fields for fields in (own, late, by_image, {"keep_rate": 1.0}) if ratio(fields) <= 1)
+    if not is_given:
+        for name, value in chosen.items():
+            setattr(config.vision_config, name, value)
+    elif chosen:
+        logger.warning(
+            "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, "
+            "with %.2f: %s. More: docs/schedules.md.",
+            *(config.vision_config.schedule, ratio(own), texts_per_image, ratio(chosen)),
+            " ".join(f"--{name} {_words(value)}" for name, value in chosen.items()),
+        )
 
 
 def _words(value) -> str:

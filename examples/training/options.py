@@ -84,11 +84,6 @@ class ModelArguments:
     def starts_from_weights(self) -> bool:
         return self.starts_from_parts or self.model_name_or_path is not None
 
-    @property
-    def keeps_schedule(self) -> bool:
-        """Whether the checkpoint or an option determines the layers that select."""
-        return self.model_name_or_path is not None or self.selection_layers is not None
-
     def config_overrides(self) -> dict:
         """Return the fields of `TripsConfig` that were given."""
         fields = {

@@ -107,7 +107,7 @@ def from_vision_text_pretrained(
     config = vision_text_config(
         vision, text, num_text_layers, num_fusion_layers, image_size, decoder_config, pooling_mode, **fields
     )
-    model, report = load_vision_text(model_class, config, vision, text, decoder_from_text)
+    model, report = make_vision_text_model(model_class, config, vision, text, decoder_from_text)
     return (model, report) if output_loading_info else model
 
 
@@ -144,7 +144,7 @@ def vision_text_config(
     )
 
 
-def load_vision_text(
+def make_vision_text_model(
     model_class: type[PreTrainedModel],
     config: TripsConfig,
     vision: str | os.PathLike | PreTrainedModel,

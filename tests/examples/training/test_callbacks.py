@@ -14,7 +14,7 @@ from trips_examples import run_vqa
 from trips_examples.ask import CHECKPOINT
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.scenes import scene_records
-from trips_examples.training.callbacks import LOGGED, TrainingMonitor
+from trips_examples.training.callbacks import LOGGED, TrainingMonitor, Watched
 from trips_examples.training.options import TripsTrainingArguments
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -76,6 +76,14 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_rows(loss, shipped, 
     monitor.watch("loss", torch.tensor(1e30), 6, ["a row 1"])
     with pytest.raises(FloatingPointError, match=f"step 7 is {loss} for the rows a row 2, b row 3"):
         monitor.watch("loss", torch.tensor(loss), 7, ["a row 2", "b row 3"])
+
+
+def test_values_of_an_accelerator_are_checked_in_the_next_step(shipped, tmp_path):
+    monitor = monitor_of(shipped, None, tmp_path)
+    monitor.pending.append(Watched("loss", 6, ["a row 1"], torch.tensor([float("nan")]), None))
+    monitor.check(before=6)
+    with pytest.raises(FloatingPointError, match="loss of step 6"):
+        monitor.check(before=7)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(shipped, tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def test_the_default_schedule_never_costs_more_than_no_pruning(texts, group_size
     [
         (["--selection_layers", "2", "3"], EARLY),
         (["--selection_layers", "3", "--keep_rate", "0.7"], "3:text:0.7"),
-        (["--selection_guidance=text"], EARLY),  # the first of the defaults, as none is cheap enough
+        (["--selection_guidance=text"], EARLY),  # the preset's layers
     ],
     ids=str,
 )

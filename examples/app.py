@@ -67,8 +67,8 @@ def build(args: AppArguments):
 
     def look(path: str | None, lines: str, *rates: float):
         try:
-            if path is None:
-                raise ValueError("There is no image yet. Upload one.")
+            if path is None or not Path(path).is_file():
+                raise ValueError("There is no image. Upload one; it is deleted after ten minutes.")
             questions = questions_of(lines, processor, max_tokens)
             layers = (selection._replace(keep_rate=rate) for selection, rate in zip(trained.selections, rates))
             schedule = SelectionSchedule(trained.layers, tuple(layers))

@@ -177,11 +177,6 @@ class SelectionSchedule:
             )
 
     @property
-    def first_layer(self) -> int | None:
-        """Number of the first layer that selects; `None` without one."""
-        return self.layers[0] if self.layers else None
-
-    @property
     def first_text_layer(self) -> int | None:
         """Number of the first layer that a text scores, where the text-independent part ends; `None` without one."""
         return next((layer for layer, selection in self.by_layer.items() if selection.guidance == "text"), None)
@@ -279,16 +274,6 @@ class TripsVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def keep_rates(self) -> list[float]:
-        """One keep rate per entry of `selection_layers`."""
-        return _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
-
-    @property
-    def selection_guidances(self) -> list[str]:
-        """One guidance per entry of `selection_layers`."""
-        return _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
-
-    @property
     def schedule(self) -> SelectionSchedule:
         """
         The selection fields as one value. The tower reads it in each forward pass, so that changed fields take effect.
@@ -297,8 +282,9 @@ class TripsVisionConfig(PreTrainedConfig):
             ValueError: A field is out of its range.
         """
         rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
-        pairs = zip(self.selection_guidances, self.keep_rates)
-        selections = [LayerSelection(*pair, *rest) for pair in pairs]
+        guidances = _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
+        keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
+        selections = [LayerSelection(*pair, *rest) for pair in zip(guidances, keep_rates)]
         return SelectionSchedule(tuple(self.selection_layers), tuple(selections))
 
     def parse_schedule(self, text: str) -> SelectionSchedule:
@@ -477,17 +463,10 @@ class TripsDecoderConfig(TripsTextConfig):
 
 
 # Fields of parts that `TripsConfig` takes as keywords, too.
-PARTS_OF_KEYWORDS = {
-    "selection_layers": "vision_config",
-    "keep_rate": "vision_config",
-    "selection_guidance": "vision_config",
-    "fuse_inattentive_tokens": "vision_config",
-    "normalize_fusion_weights": "vision_config",
-    "selection_seed": "vision_config",
-    "image_size": "vision_config",
-    "fusion_type": "fusion_encoder_config",
-    "skip_stride": "fusion_encoder_config",
-}
+VISION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
+VISION_KEYWORDS += ("normalize_fusion_weights", "selection_seed", "image_size")
+PARTS_OF_KEYWORDS = dict.fromkeys(VISION_KEYWORDS, "vision_config")
+PARTS_OF_KEYWORDS |= dict.fromkeys(("fusion_type", "skip_stride"), "fusion_encoder_config")
 
 
 @auto_docstring(
@@ -531,7 +510,7 @@ class TripsConfig(PreTrainedConfig):
     kwargs:
         Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, are passed to `vision_config`;
         `fusion_type` and `skip_stride` are passed to `fusion_encoder_config`; here and in `from_pretrained`. They can
-        be read and set there.
+        be read and set only in the parts.
 
     Example:
 

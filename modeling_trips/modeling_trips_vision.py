@@ -589,10 +589,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             layer_selection, index = schedule.by_layer.get(number), None
             if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
                 index, image_index = image_index, None
-                candidate_indices, selections = (
-                    select_rows(candidate_indices, index),
-                    selection_rows(selections, index),
-                )
+                candidate_indices = select_rows(candidate_indices, index)
+                selections = selection_rows(selections, index)
             hidden_states, scores, kept_positions = self.layers[number - 1](
                 hidden_states,
                 text_embeds,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from schedules import rates_of
+from schedules import guidances_of, rates_of
 
 from modeling_trips import (
     TripsConfig,
@@ -275,3 +275,18 @@ def test_wrong_override_is_refused_when_a_model_is_made(checkpoint, name, value)
         TripsModel(config)
 
     assert_refused(set_and_make, [f"`{name}`"])
+
+
+def test_the_first_layer_that_a_text_scores():
+    schedules = {
+        ("image", "image", "text"): 9,
+        ("image", "text", "image"): 6,
+        ("text", "image", "text"): 3,
+        ("image", "random", "image"): None,
+    }
+    for guidance, first_text_layer in schedules.items():
+        config = TripsVisionConfig(selection_layers=[3, 6, 9], selection_guidance=guidance)
+        assert config.schedule.first_text_layer == first_text_layer
+        assert guidances_of(config) == dict(zip([3, 6, 9], guidance))
+    config = TripsVisionConfig(selection_layers=[3, 6], selection_guidance=["text", "image"], keep_rate=[1.0, 0.5])
+    assert config.schedule.first_text_layer is None and guidances_of(config) == {6: "image"}

@@ -1,8 +1,13 @@
-"""The vision tower against a naive loop implementation in values and gradients, and cached image states."""
+"""The vision tower against a naive loop implementation and ViT, cached image states, and what texts share."""
+
+import math
 
 import pytest
 import torch
 from naive_reference import NaiveVisionTower
+from schedules import guidances_of, rates_of
+from tiny_models import Case
+from tiny_retrieval import calls_of
 from tiny_vision import (
     CLIP_STYLE,
     assert_same_selection,
@@ -10,6 +15,9 @@ from tiny_vision import (
     make_model,
     texts,
 )
+from transformers import ViTConfig, ViTModel
+
+from modeling_trips import TripsModel
 
 
 CASES = {
@@ -43,13 +51,13 @@ def assert_equals_reference(model, pixel_values, text_embeds):
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.state_dict().items()}
     tower = NaiveVisionTower(
         weights,
-        dict(zip(config.selection_layers, config.keep_rates)),
+        rates_of(config),
         config.num_hidden_layers,
         config.num_attention_heads,
         patch_size,
         (config.image_size[0] // patch_size[0], config.image_size[1] // patch_size[1]),
         eps=config.layer_norm_eps,
-        guidance=dict(zip(config.selection_layers, config.selection_guidances)),
+        guidance=guidances_of(config),
         fuse=config.fuse_inattentive_tokens,
         normalize=config.normalize_fusion_weights,
         quick_gelu=config.hidden_act == "quick_gelu",
@@ -152,3 +160,153 @@ def test_an_image_cache_of_other_settings_behind_the_text_is_used():
 def test_number_of_channels_must_be_the_configured_one():
     with pytest.raises(ValueError, match="pixel_values"):
         make_model()(images()[:, :1], texts())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without selection, captured outputs, stem, random guidance
+
+
+VIT_FIELDS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    "selection", [{"selection_layers": [1, 3], "keep_rate": 1.0}, {"selection_layers": []}], ids=str
+)
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_without_selection_it_is_vit(selection, size):
+    model = make_model(**VIT_FIELDS, image_size=16, patch_size=4, **selection)
+    vit_config = ViTConfig(**VIT_FIELDS, image_size=16, patch_size=4, layer_norm_eps=1e-6)
+    vit = ViTModel(vit_config, add_pooling_layer=False).eval()
+    vit.load_state_dict(model.state_dict(), strict=True)
+    pixel_values = images(3, size)
+    expected = vit(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    output = model(pixel_values, texts(3, 32), output_hidden_states=True)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(output.hidden_states[:-1], expected.hidden_states[:-1])
+    assert output.selection == ()
+
+
+def test_selection_adds_no_parameter_unless_the_widths_differ():
+    plain = make_model(selection_layers=[]).state_dict().keys()
+    assert make_model(selection_layers=[1, 2, 3], guidance_hidden_size=8).state_dict().keys() == plain
+    projected = make_model(guidance_hidden_size=5).state_dict().keys()
+    assert projected - plain == {"selection_projection.weight", "selection_projection.bias"}
+
+
+BIG = {**VIT_FIELDS, "image_size": 32, "patch_size": 4, "selection_layers": [1, 3], "keep_rate": 0.6}  # 64 patches
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("first", [1, 2])
+def test_captured_outputs_have_the_shrinking_shapes(attn_implementation, first):
+    model = make_model(selection_layers=[first, 3], keep_rate=0.5, attn_implementation=attn_implementation)
+    pixel_values = images()
+    output = model(pixel_values, texts(), output_hidden_states=True, output_attentions=True)
+    # 6 candidates -> 3 kept and 1 fused -> 2 kept and 1 fused. The MLP of a selection layer is on the short sequence.
+    lengths = [7, 5, 5, 4] if first == 1 else [7, 7, 5, 4]
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, length, 8) for length in lengths]
+    assert torch.equal(output.hidden_states[0], model.embeddings(pixel_values))
+    torch.testing.assert_close(model.layernorm(output.hidden_states[-1]), output.last_hidden_state)
+    if attn_implementation == "eager":  # attention comes before the selection: over the layer's input
+        assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, n, n) for n in lengths[:-1]]
+        for weights in output.attentions:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_scores_are_the_attention_row_of_the_class_token_under_image_guidance():
+    model = make_model(selection_guidance="image", attn_implementation="eager")
+    output = model(images(), output_attentions=True)
+    row = output.attentions[1][:, :, 0, 1:]  # with [CLS] left out, each head's row is renormalised
+    torch.testing.assert_close(output.selection[0].scores, (row / row.sum(-1, keepdim=True)).mean(1))
+
+
+def test_convolutional_stem_gives_the_same_grid():
+    fields = {"patch_embedding_type": "convolutional", "image_size": [16, 24], "patch_size": 8}
+    model = make_model(**fields)
+    assert model.embeddings.patch_embeddings(images(2, (16, 24))).shape == (2, 6, 8)
+    # Row-major: moving only the lower left corner of the image moves that patch (number 3) most.
+    pixel_values = images(1, (16, 24))
+    changed = pixel_values.clone()
+    changed[..., 8:, :8] += 1.0
+    difference = model.embeddings.patch_embeddings(changed) - model.embeddings.patch_embeddings(pixel_values)
+    assert difference.norm(dim=-1).argmax() == 3
+
+
+def test_random_guidance_keeps_the_same_in_evaluation_and_not_in_training():
+    fields = {**BIG, "selection_guidance": "random"}
+    model = make_model(**fields)
+    kept = model(images(4, (32, 32)), texts(4, 32)).selection[0].kept_indices
+    assert (kept == kept[0]).all()
+    assert kept.shape == (4, math.ceil(0.6 * 64))
+    kept = model.train()(images(4, (32, 32)), texts(4, 32)).selection[0].kept_indices
+    assert not (kept == kept[0]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Computation that texts of an image share
+
+
+INDEX = torch.tensor([1, 0, 1, 1])
+
+
+CASE = Case(TripsModel)
+IMAGES = CASE.make_inputs()["pixel_values"][:2]
+
+
+def make_inputs(**images):
+    """Return four texts about two images."""
+    return {**CASE.make_inputs(), "pixel_values": IMAGES, "image_index": INDEX, **images}
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows"),
+    [
+        (["image", "text"], [(2, 2), (2, 2), (2, 4)]),  # patches are chosen between a layer's two halves
+        (["text", "image"], [(2, 2), (2, 4), (4, 4)]),
+        ("text", [(2, 2), (2, 4), (4, 4)]),
+        ("image", [(2, 2), (2, 2), (2, 2)]),
+    ],
+    ids=str,
+)
+def test_layers_run_once_per_image_until_a_text_guides(guidance, rows):
+    model = CASE.make_model(selection_layers=[2, 3], selection_guidance=guidance)
+    halves = [(layer.attention.k_proj, layer.mlp.fc1) for layer in model.vision_model.layers]
+
+    def count(module) -> int:
+        (rows,) = calls_of(module, lambda: model(**make_inputs()))
+        return rows
+
+    assert [(count(attention), count(mlp)) for attention, mlp in halves] == rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [({"selection_guidance": "image"}, 2), ({"keep_rate": 1.0}, 2), ({"selection_layers": []}, 2), ({}, 4)],
+    ids=str,
+)
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(fields, rows, fusion_type):
+    model = CASE.make_model(**fields, fusion_type=fusion_type)
+    cross = model.fusion_model.encoder.layer[0].crossattention.self
+    for projection in (cross.key, cross.value):
+        assert calls_of(projection, lambda: model(**make_inputs())) == [rows]
+
+
+def test_an_image_cache_carries_what_was_kept_so_far():
+    model = CASE.make_model(selection_guidance=["image", "text"])
+    cache = model.encode_images(IMAGES)
+    assert cache.next_layer == 3 and [layer.kept_indices.shape for layer in cache.selection] == [(2, 39)]
+    assert cache.candidate_indices[:, -1].tolist() == [-1, -1]
+    output = model(**make_inputs(pixel_values=None, image_cache=cache))
+    assert torch.equal(output.selection[0].kept_indices, cache.selection[0].kept_indices[INDEX])
+    assert torch.equal(output.selection[1].candidate_indices, cache.candidate_indices[INDEX])
+
+
+def test_the_pass_without_a_text_is_the_same_trunk():
+    model = CASE.make_model(selection_guidance=["image", "text"])
+    cache = model.encode_images(IMAGES)
+    for output in (model.vision_model(IMAGES), model.vision_model(image_cache=cache)):
+        assert torch.equal(output.selection[0].kept_indices, cache.selection[0].kept_indices)
+    # The text only selects before the fusion encoder, so that the compared states do not depend on it.
+    pooled = model.vision_model(text_embeds=torch.randn(4, 48), image_cache=cache, image_index=INDEX).pooler_output
+    torch.testing.assert_close(pooled, model.vision_model(image_cache=cache).pooler_output[INDEX])

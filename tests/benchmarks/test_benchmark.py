@@ -30,7 +30,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())
     # The first has its own rates and comes once; the second takes both rates of the command line.
-    schedules = [([2, 4], [0.5, 0.25]), ([3, 4], 0.5), ([3, 4], 0.7)] * 2
+    schedules = [([2, 4], [0.5, 0.25]), ([3, 4], [0.5, 0.5]), ([3, 4], [0.7, 0.7])] * 2
     assert [(row["selection_layers"], row["keep_rate"]) for row in rows] == schedules
     assert all(row["selection_guidance"] == ["image", "text"] for row in rows)
     assert [row["texts_per_image"] for row in rows] == [1, 1, 1, 3, 3, 3]

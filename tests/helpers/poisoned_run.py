@@ -2,8 +2,6 @@
 
 import os
 
-import conftest  # noqa: F401  (import paths)
-
 from trips_examples import run_vqa
 
 

@@ -4,7 +4,6 @@ one process. If losses draw from the batch, check that all weights were trained.
 script, which prints the classes of the wrapped models.
 """
 
-import conftest  # noqa: F401  (import paths)
 import torch
 from accelerate import Accelerator
 from tiny_models import CASES, Case, loss_of

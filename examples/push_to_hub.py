@@ -7,7 +7,6 @@ Publish a trained model on the Hub: weights, processor, code and a model card, i
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --license mit --language en
 
 The card names the data by the names of the training's files; --datasets and --eval_dataset name them otherwise.
-From Python: `modeling_trips.publishing.build_repository` and `publish`.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

@@ -9,7 +9,7 @@ The schedule and the image size are fixed at export. In float32, answers and kep
 """
 
 import json
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -28,10 +28,6 @@ from .exporting import BACKENDS, check_folder, check_options, export_model
 
 NUM_CALIBRATION_ROWS = 300  # NNCF reads no more
 TEXT_COLUMNS = ("question", "text", "caption", "captions", "expression")
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Formatter that keeps the line breaks of the docstring."""
 
 
 @dataclass
@@ -85,7 +81,10 @@ def read_calibration(
 
 def main(argv: list[str] | None = None):
     parser = HfArgumentParser(
-        ExportArguments, description=__doc__.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter
+        ExportArguments,
+        description=__doc__.strip(),
+        usage="%(prog)s [options]",
+        formatter_class=RawDescriptionHelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(args=argv)
     fields: dict[str, Any] = {}

@@ -18,17 +18,9 @@ from .model_card import HEADS, CardArguments, make_model_card
 
 # Only these files of a model are published.
 PUBLISHED = (
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "*.py",
+    *("README.md", "config.json", "generation_config.json", "processor_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "*.py"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
 )
 CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate")  # fields of JSON files that name code
 PACKAGE = Path(modeling_trips.__file__).parent
@@ -68,9 +60,8 @@ def build_repository(
         raise ValueError(f"{folder} is an exported model. Give the checkpoint that it was exported from.")
     model = load_checkpoint(folder, [getattr(modeling_trips, name) for name in HEADS], use_safetensors=True)
     processor = TripsProcessor.from_pretrained(folder)
-    handled = [name for name, head in HEADS.items() if head.has_pipeline]
-    if with_handler and type(model).__name__ not in handled:
-        raise ValueError(f"Inference Endpoints support {', '.join(handled)}, got {type(model).__name__}.")
+    if with_handler and not HEADS[type(model).__name__].has_pipeline:
+        raise ValueError(f"Inference Endpoints need a model with a pipeline, got {type(model).__name__}.")
     results = next((path for split in ("test", "eval") if (path := folder / f"{split}_results.json").is_file()), None)
     readme = folder / "README.md"
     former = ModelCard.load(readme, ignore_metadata_errors=True) if readme.is_file() else None
@@ -83,9 +74,7 @@ def build_repository(
         card.save(partial / "README.md")
         names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
         if unknown := [name for name in names if not _is_published(name)]:
-            raise ValueError(
-                f"Saving the model and its processor wrote {unknown}, but only {PUBLISHED} are published."
-            )
+            raise ValueError(f"Only {PUBLISHED} are published, but the model or its processor has {unknown}.")
         check_code(partial)
     return sorted(target / name for name in names)
 
@@ -123,17 +112,10 @@ def _code_references(content, field: str | None = None):
 
 def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     """
-    Upload a folder in one atomic commit, and create the repository if needed.
+    Upload a folder of `build_repository` in one atomic commit, and return the address of the commit.
 
-    The commit deletes files of an earlier version that are not part of this one, and keeps other files.
-
-    Args:
-        folder (`Path`): As `build_repository` writes it.
-        repo_id (`str`): Repository, as in `"ada/trips-easy-vqa"`.
-        private (`bool`, *optional*, defaults to `False`): Make the repository private.
-
-    Returns:
-        `str`: The address of the commit.
+    A repository that does not exist is created, private if `private` is set. The commit deletes files of an earlier
+    version that are not part of this one, and keeps other files.
 
     Raises:
         ValueError: `private` is set and the repository is public. Nothing is uploaded.

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 import tempfile
 
@@ -35,8 +36,10 @@ def main(argv: list[str] | None = None):
     )
     with tempfile.TemporaryDirectory(prefix="trips-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # workers write their metrics there
+        listener = config.bind_socket()
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or clients delay their ACK of the headers
         # The supervisor does not import PyTorch. It replaces a worker that dies, but not one that cannot start.
-        supervisor = Multiprocess(config, sockets=[config.bind_socket()])
+        supervisor = Multiprocess(config, sockets=[listener])
         supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         sys.exit(1)

@@ -179,7 +179,10 @@ def numbers_in(results: dict) -> dict[str, float | None]:
 def read_rows(args: EvaluationArguments) -> list[dict]:
     """Return the rows of the output file. Raise a `ValueError` if they have other settings."""
     path = Path(args.output_json)
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Choose another --output_json.") from error
     for row in rows:
         if other := [name for name, value in args.settings.items() if row.get(name) != value]:
             found = ", ".join(f"{name} {row.get(name)}" for name in other)

@@ -77,6 +77,10 @@ class VisionLanguageModel:
             repository does not run.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
 
+    Raises:
+        OSError: The model or its processor is missing.
+        ValueError: The model is not a vision-language model.
+
     Attributes:
         num_images (`int`): Number of processed images.
         num_visual_tokens (`torch.Tensor`): Number of their visual tokens in the language model.
@@ -84,14 +88,19 @@ class VisionLanguageModel:
 
     def __init__(self, pretrained: str, dtype: str = "auto"):
         options = {"trust_remote_code": False}
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                pretrained, dtype=dtype, use_safetensors=True, **options
+            )
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{pretrained} is not a vision-language model that Transformers has: {reason}") from error
+        self.model: PreTrainedModel = model.eval()
         self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, **options)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            pretrained, dtype=dtype, use_safetensors=True, **options
-        ).eval()
         self.num_images = 0
         self.num_visual_tokens = torch.zeros((), dtype=torch.long)
 

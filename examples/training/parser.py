@@ -67,4 +67,4 @@ def is_user_error(error: Exception) -> bool:
     *_, (frame, line) = walk_tb(error.__traceback__)
     is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
     is_ours = frame.f_globals["__name__"].partition(".")[0] in PACKAGES
-    return is_raised and is_ours and isinstance(error, (ValueError, FloatingPointError, ImportError))
+    return is_raised and is_ours and isinstance(error, (ValueError, TypeError, FloatingPointError, ImportError))

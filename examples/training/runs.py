@@ -208,10 +208,12 @@ def train_and_evaluate(
         (`test_...`).
     """
     metrics, evaluation = {}, {}
-    given = {"regions_used_for": trainer.regions_used_for} if isinstance(trainer, ImageGroupedTrainer) else {}
+    given = {}
+    if isinstance(trainer, ImageGroupedTrainer):
+        given["regions_used_for"] = trainer.regions_used_for
+        logger.info("Regions are used for: %s", trainer.regions_used_for)
     try:
         if trainer.args.do_train:
-            logger.info("Regions are used for: %s", given.get("regions_used_for"))
             result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()

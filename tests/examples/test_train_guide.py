@@ -18,9 +18,11 @@ from huggingface_hub import ModelCard
 from places import ROOT
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
+from transformers import LlamaConfig
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import train_guide
+from trips_examples.training.parser import is_user_error
 
 
 @pytest.fixture(scope="module")
@@ -178,15 +180,15 @@ def test_a_diverging_training_stops(options, tmp_path):
     assert not [*tmp_path.rglob("*.safetensors")] and not [*tmp_path.rglob("eval_results.json")]
 
 
-def test_data_without_regions_are_refused(options, rows):
-    without = [{**row, "region": None} for row in rows]
-    with pytest.raises(ValueError, match="--teacher attention"):
-        train_guide.main(options(rows=without))
-
-
-def test_wrong_options_are_refused(options, tmp_path):
+def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
     (tmp_path / "file").touch()
-    for wrong in ("--teacher=none", "--max_steps=0", "--max_eval_samples=-1", f"--output_dir={tmp_path / 'file'}"):
-        with pytest.raises((ValueError, OSError)):
-            train_guide.main(options(wrong))
-        assert not (tmp_path / "guide" / "model.safetensors").exists()
+    LlamaConfig().save_pretrained(tmp_path / "text")
+    wrong = ("--teacher=none", "--max_steps=0", "--max_eval_samples=-1", "--layer=99", "--keep_rate=2")
+    paths = (f"--output_dir={tmp_path / 'file'}", f"--model_name_or_path={tmp_path / 'text'}")
+    for option in (*wrong, *paths):
+        with pytest.raises((ValueError, OSError)) as raised:
+            train_guide.main(options(option, folder=option.partition("=")[0]))
+        assert is_user_error(raised.value)
+    with pytest.raises(ValueError, match="--teacher attention"):
+        train_guide.main(options(rows=[{**row, "region": None} for row in rows]))
+    assert not [*tmp_path.rglob("model.safetensors")]

@@ -124,11 +124,6 @@ def test_misshapen_key_raises_with_both_shapes(key, shape, message):
         convert_albef(source)
 
 
-def test_file_of_another_model_raises():
-    with pytest.raises(ConversionError, match="ALBEF"):
-        detect_albef_task(["fc.weight", "text_decoder_m.bert.embeddings.LayerNorm.bias"])
-
-
 @pytest.mark.parametrize(("num_layers", "task"), [(12, "visual entailment"), (18, "NLVR2")])
 def test_unsupported_tasks_of_albef_raise(num_layers, task):
     source = random_checkpoint("retrieval", TINY._replace(num_text_layers=num_layers))
@@ -183,13 +178,6 @@ def test_impossible_values_raise(key, value, fault):
         convert_albef(source)
 
 
-def test_values_of_unused_keys_are_not_checked():
-    source = random_checkpoint("retrieval")
-    source["image_queue"].fill_(float("nan"))
-    source["visual_encoder_m.cls_token"].fill_(float("inf"))
-    convert_albef(source)
-
-
 def test_unsupported_sizes_raise():
     with pytest.raises(ConversionError, match="`num_attention_heads`"):
         convert_albef(random_checkpoint("retrieval"), num_attention_heads=5)
@@ -216,11 +204,6 @@ def test_separate_output_layer_is_not_tied(tmp_path):
     assert_same_outputs(model, Albef(source))
     model.save_pretrained(tmp_path)
     assert_same_outputs(TripsForQuestionAnswering.from_pretrained(tmp_path), Albef(source))
-
-
-def test_unknown_number_of_heads_raises():
-    with pytest.raises(ConversionError, match="16 .*`num_attention_heads`"):
-        convert_albef(random_checkpoint("retrieval"), num_attention_heads=None)
 
 
 def test_pretrained_checkpoint_converts_to_retrieval():

@@ -199,15 +199,6 @@ def test_extra_weights_raise():
         join(make_vision("vit"), text)
 
 
-def test_model_and_report_are_returned(tmp_path):
-    model = from_vision_text_pretrained(TripsModel, make_vision("vit"), make_text("bert"), selection_layers=[2])
-    assert isinstance(model, TripsModel) and not model.training
-    model.save_pretrained(tmp_path)
-    loaded, loading = TripsModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values())
-    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
-
-
 def test_parts_of_models_raise():
     with pytest.raises(TypeError, match="TripsVisionModel"):
         from_vision_text_pretrained(TripsVisionModel, make_vision("vit"), make_text("bert"))

@@ -156,8 +156,9 @@ def test_parts_load_from_the_checkpoint_of_a_whole_model(checkpoints, tmp_path, 
 
 
 @pytest.mark.parametrize("model_class", HEADS)
-def test_every_class_loads_from_every_checkpoint_and_reports_what_is_missing(checkpoints, model_class):
-    for name, folder in checkpoints.items():
+def test_every_class_loads_from_checkpoints_of_others_and_reports_what_is_missing(checkpoints, model_class):
+    for name in ("TripsForQuestionAnswering", "TripsForPreTraining"):
+        folder = checkpoints[name]
         saved = {key.removeprefix("model."): value for key, value in load_file(folder / "model.safetensors").items()}
         model, info = model_class.from_pretrained(folder, output_loading_info=True)
         state = {key.removeprefix("model."): value for key, value in model.state_dict().items()}

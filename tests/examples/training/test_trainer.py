@@ -1,4 +1,4 @@
-"""Transformers' `Trainer` on plain rows."""
+"""Transformers' `Trainer` on plain rows, and the parameters that data parallel training freezes."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_trips import UNPRUNED, LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
+from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
 from .patch_selection import FUSED_TOKEN, random_scores, score_tokens, select_tokens
 
 
@@ -406,7 +406,7 @@ class TripsImageCache:
     candidate_indices: torch.LongTensor
     selection: tuple[TripsSelection, ...] = ()
     next_layer: int | None = None
-    schedule: SelectionSchedule = UNPRUNED
+    schedule: SelectionSchedule | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

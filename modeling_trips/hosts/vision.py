@@ -98,7 +98,7 @@ class TimmLayer(SelectionLayer):
         return isinstance(self.attn.k_norm, nn.Identity)
 
     def attend(self, normed, attention_mask, attn_mask=None, is_causal: bool = False) -> torch.Tensor:
-        if attn_mask is not None or is_causal:
+        if attention_mask is not None or attn_mask is not None or is_causal:
             raise ValueError("`attn_mask` and `is_causal` are not supported with patch selection.")
         return self.drop_path1(self.ls1(self.attn(normed)))
 

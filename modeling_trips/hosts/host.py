@@ -87,7 +87,7 @@ class Host:
     def changed_layers(self, schedule: SelectionSchedule) -> Sequence[int]:
         """Return the numbers of the layers to wrap: selection layers, and later layers that must shorten arguments."""
         if self.layers_follow and schedule.layers:
-            return range(schedule.first_layer, len(self.layers) + 1)
+            return range(min(schedule.layers), len(self.layers) + 1)
         return schedule.layers
 
     def wrap_layers(self, schedule: SelectionSchedule):

@@ -141,6 +141,6 @@ def test_fields_of_the_configuration_exist():
     """The fields are those in `docs/use.md`."""
     (use,) = [document for document in DOCUMENTS if str(document) == "docs/use.md"]
     fields = re.findall(r"^\| `(\w+)` \|", use.text, re.MULTILINE)
-    config = TripsConfig()
+    config = TripsConfig().vision_config
     assert {"selection_layers", "keep_rate"} <= set(fields)
     assert all(hasattr(config, field) for field in fields if not field.startswith("Trips")), fields

@@ -143,4 +143,6 @@ def test_fields_of_the_configuration_exist():
     fields = re.findall(r"^\| `(\w+)` \|", use.text, re.MULTILINE)
     config = TripsConfig().vision_config
     assert {"selection_layers", "keep_rate"} <= set(fields)
-    assert all(hasattr(config, field) for field in fields if not field.startswith("Trips")), fields
+    parts = (config, config.vision_config, config.fusion_encoder_config)
+    for field in fields:
+        assert field.startswith("Trips") or any(hasattr(part, field) for part in parts), field

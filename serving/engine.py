@@ -81,15 +81,7 @@ class Engine:
         self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
-        dtype: dict[str, Any] = {} if settings.dtype == "auto" else {"dtype": settings.dtype}
-        self.model: Any = load_checkpoint(settings.model, revision=settings.revision, **dtype)
-        if not is_exported(settings.model):
-            best = "cuda" if torch.cuda.is_available() else "cpu"
-            self.model.to(best if settings.device == "auto" else settings.device)
-        elif settings.schedules or settings.device not in ("auto", "cpu"):
-            raise ValueError(
-                "Schedule and device of an exported model are fixed. Unset TRIPS_SCHEDULES, TRIPS_DEVICE."
-            )
+        self.model = self._load()
         parse = self.model.config.vision_config.parse_schedule
         self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
         self.schedules[DEFAULT] = None
@@ -104,6 +96,22 @@ class Engine:
         else:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
         self._check()
+
+    def _load(self) -> Any:
+        settings = self.settings
+        if is_exported(settings.model):
+            if settings.schedules or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
+                raise ValueError(
+                    "Schedule, dtype and device of an exported model are fixed. Unset TRIPS_SCHEDULES, TRIPS_DTYPE "
+                    "and TRIPS_DEVICE."
+                )
+            from modeling_trips.export import load_exported  # an extra
+
+            return load_exported(settings.model)
+        dtype: dict[str, Any] = {} if settings.dtype == "auto" else {"dtype": settings.dtype}
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_checkpoint(settings.model, revision=settings.revision, **dtype)
+        return model.to(best if settings.device == "auto" else settings.device)
 
     def _check(self):
         """

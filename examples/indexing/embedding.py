@@ -74,7 +74,6 @@ def start_ray(args: IndexArguments):
         ValueError: The cluster has fewer resources than the workers need.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it prints an error whenever an actor ends
     warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray's forks start a new program
     import ray.data
 

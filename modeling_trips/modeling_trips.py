@@ -475,21 +475,18 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         if encoder_outputs is None:
             texts = (input_ids, pixel_values, attention_mask, token_type_ids)
             images = (image_index, image_cache, inputs_embeds, regions, patch_targets)
-            options = {"output_cls_attention": uses_attention_loss, "schedule": schedule}
-            encoder_outputs = self.model(*texts, *images, **options, **kwargs)
+            encoder_outputs = self.model(*texts, *images, uses_attention_loss, schedule, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
         cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
-        fused_states = encoder_outputs[0]
         if labels is not None:
             use_cache = False
-            _check_labels(labels, loss_weights, text_index, num_texts=len(fused_states))
+            _check_labels(labels, loss_weights, text_index, num_texts=len(encoder_outputs[0]))
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        fused_states, attention_mask = select_rows(fused_states, text_index), select_rows(attention_mask, text_index)
-        fused = (fused_states, attention_mask)
+        fused = (select_rows(encoder_outputs[0], text_index), select_rows(attention_mask, text_index))
         decoder_inputs = (decoder_input_ids, decoder_attention_mask, *fused, decoder_inputs_embeds)
         decoded = self.decoder(*decoder_inputs, cache=cache, use_cache=use_cache, **kwargs)
         logits = self.lm_head(decoded.last_hidden_state)
@@ -508,7 +505,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=fused_states,
+            encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
             selection=encoder_outputs.get("selection"),

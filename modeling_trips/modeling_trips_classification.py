@@ -68,6 +68,27 @@ class TripsImagesAndTextClassificationHead(nn.Module):
         return self.out_proj(self.activation_fn(self.LayerNorm(self.dense(hidden_states))))
 
 
+# Own arguments of `forward`
+CLASSIFICATION_ARGS = r"""
+pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels, height, width)`, *optional*):
+    The images of each text, in order. The shape may also be `(num_all_images, num_channels, height, width)`:
+    with `image_index`, distinct images in any order; without it, the images of text 0, then those of text 1,
+    and so on.
+image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
+    Image j of text i is image `image_index[i, j]`. Texts with the same image share its computation.
+image_cache (`TripsImageCache`, *optional*):
+    Result of `model.encode_images`, in place of `pixel_values`.
+labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+    The class of each text, in `[0, config.num_labels)`; -100 is ignored.
+regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
+    The target region of each text in each of its images, see [`TripsModel`].
+patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
+    Attention of a teacher, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
+schedule (`SelectionSchedule`, *optional*):
+    How the vision layers select, see [`TripsModel`].
+"""
+
+
 @auto_docstring(
     custom_intro="""
     TRIPS with a classifier of a text and `config.num_images` images: NLVR2 (a statement about two images, true or
@@ -87,7 +108,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=CLASSIFICATION_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -104,23 +125,6 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsForImagesAndTextClassificationOutput:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels, height, width)`, *optional*):
-            The images of each text, in order. The shape may also be `(num_all_images, num_channels, height, width)`:
-            with `image_index`, distinct images in any order; without it, the images of text 0, then those of text 1,
-            and so on.
-        image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
-            Image j of text i is image `image_index[i, j]`. Texts with the same image share its computation.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            The class of each text, in `[0, config.num_labels)`; -100 is ignored.
-        regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
-            The target region of each text in each of its images, see [`TripsModel`].
-        patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
-            Attention of a teacher, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select, see [`TripsModel`].
-
         Example:
 
         ```python

@@ -142,7 +142,7 @@ def test_every_pair_is_matched_under_its_own_text(fields):
     ("selection_guidance", "attention", "mlp"),
     [
         ("text", [4, 18], [4, 18]),  # each image for its feature; true and negative pairs
-        (["image", "text"], [4], [4, 18]),  # selection takes place between the last layer's two halves
+        (["image", "text"], [4, 4], [4, 18]),  # the layer that a text scores runs for features and for pairs
         ("image", [4], [4]),
     ],
     ids=str,

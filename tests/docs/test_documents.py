@@ -141,7 +141,7 @@ def test_fields_of_the_configuration_exist():
     """The fields are those in `docs/use.md`."""
     (use,) = [document for document in DOCUMENTS if str(document) == "docs/use.md"]
     fields = re.findall(r"^\| `(\w+)` \|", use.text, re.MULTILINE)
-    config = TripsConfig().vision_config
+    config = TripsConfig()
     assert {"selection_layers", "keep_rate"} <= set(fields)
     parts = (config, config.vision_config, config.fusion_encoder_config)
     for field in fields:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None):
         raise ValueError("--image_root needs --images and is not supported with --dataset_name.")
     transformers.utils.logging.disable_progress_bar()
     if args.dataset_name:
-        shards = hub_shards(args.dataset_name, split=args.dataset_split)
+        shards: list[sources.Shard] = [*hub_shards(args.dataset_name, split=args.dataset_split)]
     else:
         shards = sources.find_images(args.images, args.image_root)
     model, processor = tables.load_model(args.model, args.schedule)

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> SelectionPlan:
     plan = plan_selection(config, args.texts_per_image, args.text_length, budgets_of(args))
     named = named_rows(args, config, plan)
     rows = thinned(plan.front, args.num_rows) if plan.affordable else plan.candidates[: args.num_rows]
-    rows = {row.schedule: row for row in (*rows, *named.values())}.values()
+    rows = list({row.schedule: row for row in (*rows, *named.values())}.values())
     if plan.affordable:
         print(f"{len(plan.candidates)} candidates. None beats these in both cost and tokens, except named ones:")
     else:

@@ -83,7 +83,8 @@ class GuideCollator:
 
     def __call__(self, rows: list[dict]) -> dict:
         images, questions = [read_image(row) for row in rows], [row["question"] for row in rows]
-        batch = {"sources": [row["source"] for row in rows], "inputs": self.encode(images, questions)}
+        inputs = self.encode(images, questions)
+        batch = {"sources": [row["source"] for row in rows], "inputs": inputs}
         if self.teacher == "regions":
             batch["masks"] = self.encode(region_masks(images, [row["region"] for row in rows]), questions)
             batch["blanks"] = self.encode([PIL.Image.new("RGB", image.size) for image in images], questions)
@@ -96,8 +97,8 @@ class GuideCollator:
             answered = {name: value[:, :-1] if value.shape == shape else value for name, value in answered.items()}
         else:
             answered = self.encode(images, questions, answers)
-        lengths = (part["attention_mask"].sum(dim=1) for part in (answered, batch["inputs"]))
-        counts = [max(1, int(one - other)) for one, other in zip(*lengths)]
+        lengths, of_prompts = (part["attention_mask"].sum(dim=1) for part in (answered, inputs))
+        counts = (lengths - of_prompts).clamp(min=1).tolist()
         return batch | {"answered": answered, "num_answer_tokens": counts}
 
 
@@ -174,7 +175,7 @@ class GuideTrainer(FiniteTrainer):
             raise FloatingPointError(f"The {stage} loss is {loss}. Train with a lower --learning_rate.")
         if cropped and self.args.should_log:
             logger.warning("%s: the processor crops away the regions of %d of the %d rows.", stage, cropped, rows)
-        metrics = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
+        metrics: dict[str, float] = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
         if images:
             metrics |= {f"{stage}_loss": loss / images, f"{stage}_region_recall": recall / images}
         return metrics

@@ -26,6 +26,7 @@ TRANSFORMERS = "transformers>=5.20,<6"  # as in pyproject.toml
 require_version(TRANSFORMERS, f'Run `pip install -U "{TRANSFORMERS}"`.')
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
     return pair
 
 
-def _one_per_layer(field: str, value, layers: list[int]) -> list:
+def _one_per_layer(field: str, value, layers: Sequence[int]) -> list:
     """Return the values of a field that has one value for all selection layers, or one for each."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(layers)
     if len(values) != len(layers):
@@ -281,11 +282,16 @@ class TripsVisionConfig(PreTrainedConfig):
         Raises:
             ValueError: A field is out of its range.
         """
-        rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
         guidances = _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
-        selections = [LayerSelection(*pair, *rest) for pair in zip(guidances, keep_rates)]
-        return SelectionSchedule(tuple(self.selection_layers), tuple(selections))
+        selections = tuple(self._selection(*pair) for pair in zip(guidances, keep_rates))
+        return SelectionSchedule(tuple(self.selection_layers), selections)
+
+    def _selection(self, guidance: str, keep_rate: float) -> LayerSelection:
+        """Return the settings of a layer; what a schedule's text form does not say is that of all layers."""
+        return LayerSelection(
+            guidance, keep_rate, self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed
+        )
 
     def parse_schedule(self, text: str) -> SelectionSchedule:
         """
@@ -296,9 +302,8 @@ class TripsVisionConfig(PreTrainedConfig):
         """
         schedule = SelectionSchedule.parse(text)
         schedule.check_fits(self.num_hidden_layers)
-        rest = (self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed)
-        selections = [LayerSelection(*selection[:2], *rest) for selection in schedule.selections]
-        return SelectionSchedule(schedule.layers, tuple(selections))
+        selections = tuple(self._selection(own.guidance, own.keep_rate) for own in schedule.selections)
+        return SelectionSchedule(schedule.layers, selections)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -463,8 +468,8 @@ class TripsDecoderConfig(TripsTextConfig):
 
 
 # Fields of parts that `TripsConfig` takes as keywords, too.
-VISION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
-VISION_KEYWORDS += ("normalize_fusion_weights", "selection_seed", "image_size")
+SELECTION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
+VISION_KEYWORDS = (*SELECTION_KEYWORDS, "normalize_fusion_weights", "selection_seed", "image_size")
 PARTS_OF_KEYWORDS = dict.fromkeys(VISION_KEYWORDS, "vision_config")
 PARTS_OF_KEYWORDS |= dict.fromkeys(("fusion_type", "skip_stride"), "fusion_encoder_config")
 

@@ -18,7 +18,7 @@ in a single stream with the text (ViLT's form).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ class TripsPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers. The configuration names this class, and for `AutoModel` the bare model, but no other."""
         # FSDP2 makes a class of its own for a sharded model, whose code no checkpoint has.
-        model_class = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
+        model_class: Any = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
         model = object.__new__(model_class)
         model.__dict__ = self.__dict__
         name = name_in_checkpoint(model_class)

@@ -103,7 +103,7 @@ class TripsPipeline(Pipeline):
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
 
-    def postprocess(self, outputs: list[dict]) -> list[dict]:
+    def postprocess(self, outputs: list[dict], **parameters) -> list[dict]:
         return outputs
 
 

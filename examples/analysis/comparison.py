@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
@@ -169,9 +170,9 @@ def compare(items: list[Item], min_count: int = 10) -> tuple[Group, list[Group]]
 
 def _group(feature: str, value: str, items: list[Item]) -> Group:
     lost, won = (sum(item.change == change for item in items) for change in (-1, 1))
-    accuracies = (sum(scores) / len(items) for scores in zip(*((item.score, item.other_score) for item in items)))
+    accuracy, other = (mean(scores) for scores in zip(*((item.score, item.other_score) for item in items)))
     p_value = exact_sign_test(lost, won)
-    return Group(feature, value, len(items), *accuracies, lost, won, p_value, p_value)
+    return Group(feature, value, len(items), accuracy, other, lost, won, p_value, p_value)
 
 
 def draw_groups(groups: Sequence[Group], names: tuple[str, str], path: str | Path, num_groups: int = 20):

@@ -90,7 +90,7 @@ def _named(error: Exception, image: str | bytes) -> BadRowError:
     if isinstance(error, BadRowError):
         return BadRowError(error.reason, f"{name}: {error.detail}" if error.detail else name)
     if isinstance(error, FileNotFoundError):
-        return BadRowError("missing image", os.path.abspath(image))
+        return BadRowError("missing image", os.path.abspath(name))
     return BadRowError("unreadable image", f"{name}: {error}")
 
 

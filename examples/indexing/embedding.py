@@ -79,8 +79,8 @@ def start_ray(args: IndexArguments):
 
     logging.getLogger("ray.data").setLevel("ERROR")
     logging.getLogger("ray._private.authentication").setLevel("ERROR")  # a warning that authentication is on
-    needs = {"CPU": args.num_readers + args.num_actors * args.cpus_per_actor}
-    needs["GPU"] = args.num_actors * args.gpus_per_actor
+    cpus = args.num_readers + args.num_actors * args.cpus_per_actor
+    needs = {"CPU": cpus, "GPU": args.num_actors * args.gpus_per_actor}
     if args.ray_address is None:
         options = {"num_cpus": needs["CPU"], "object_store_memory": args.object_store_mb * 2**20}
         ray.init("local", include_dashboard=False, logging_level=logging.WARNING, **options)

@@ -107,6 +107,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
             if isinstance(record, Fault):
                 error = record.error
             else:
+                root = Path(record.get("image_root", ""))
                 image = encoded_image(record, IMAGE_COLUMNS if image_column is None else (image_column,))
         except BadRowError as bad:
             error = str(bad)
@@ -114,7 +115,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         if isinstance(image, bytes):
             yield {**row, "image": {"bytes": image, "path": None}}
         elif image is not None:
-            path = str(Path(record.get("image_root", "")) / image)
+            path = str(root / image)
             if path not in paths:
                 paths.add(path)
                 yield {**row, "image": {"bytes": None, "path": path}}

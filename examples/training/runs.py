@@ -208,7 +208,7 @@ def train_and_evaluate(
         (`test_...`).
     """
     metrics, evaluation = {}, {}
-    given = {}
+    given: dict[str, Any] = {}
     if isinstance(trainer, ImageGroupedTrainer):
         given["regions_used_for"] = trainer.regions_used_for
         logger.info("Regions are used for: %s", trainer.regions_used_for)

@@ -154,7 +154,7 @@ def make_vision_text_model(
     """Make a model of [`vision_text_config`] with the weights of these models, as [`from_vision_text_pretrained`]."""
     towers = {"vision": _load(vision, "vision", VISION_TYPES), "text": _load(text, "text", TEXT_TYPES)}
     types = [tower.config.model_type for tower in towers.values()]
-    plan = _plan(model_class, *(tower.config for tower in towers.values()), config, decoder_from_text)
+    plan = _plan(model_class, towers["vision"].config, towers["text"].config, config, decoder_from_text)
     source = {f"{part}.{key}": value for part, tower in towers.items() for key, value in tower.weights.items()}
     model = model_class(config)
     report = load_converted(model, source, plan)

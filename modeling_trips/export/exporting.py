@@ -131,7 +131,7 @@ def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) ->
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], dtype
     for name in ("auto_map", "custom_pipelines"):
-        vars(config).pop(name, None)
+        config.__dict__.pop(name, None)
     return config
 
 

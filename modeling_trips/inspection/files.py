@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`. It replaces `path` if the block does not fail."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

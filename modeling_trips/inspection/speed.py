@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def check_clock(name: str, clock: str, device: str):
 
 
 def seconds_in_turns(
-    steps: dict[Any, Callable[[], object]],
+    steps: Mapping[Any, Callable[[], object]],
     warmup: int,
     repeats: int,
     clock: str = "wall",

@@ -9,7 +9,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
@@ -114,7 +114,7 @@ def make_model_card(
     head, name = HEADS[type(model).__name__], repo_id.split("/")[-1]
     if not with_code:
         head = head._replace(has_pipeline=False)  # Transformers finds these pipelines in checkpoints only
-    known = former.data if former else ModelCardData()
+    known: Any = former.data if former else ModelCardData()  # its fields are set by name
     measured = read_results(results, head.task, args) if results else known.eval_results or []
     inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
     with torch.no_grad():
@@ -212,4 +212,4 @@ def _is_hub_id(name: str) -> bool:
 
 def _section(card: ModelCard | None, title: str) -> str | None:
     match = re.search(rf"^## {title}\n+(.*?)\n+## ", card.text, re.MULTILINE | re.DOTALL) if card else None
-    return match and match[1]
+    return match[1] if match else None

@@ -139,7 +139,7 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         training = self.trained_with or {}
         card = super().generate_model_card(*args, guide=self, training=training, **kwargs)
-        card.data.base_model = training.get("base model")
+        card.data["base_model"] = training.get("base model")
         return card
 
     @classmethod

@@ -139,8 +139,8 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
                 `text_model`. Repeat a text that has several images.
-            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets, output_cls_attention,
-                schedule: As in `forward`.
+            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets: As in `forward`.
+            output_cls_attention, schedule: As in `forward`.
 
         Returns:
             [`TripsModelOutput`] without `text_model_output`.

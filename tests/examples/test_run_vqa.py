@@ -141,7 +141,9 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
 BEST = ["--eval_strategy=steps", "--eval_steps=1", "--load_best_model_at_end", "--metric_for_best_model=accuracy"]
 
 
-@pytest.mark.parametrize("options", [[], BEST], ids=["the last weights", "the best weights"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(BEST, marks=pytest.mark.slow)], ids=["the last weights", "the best weights"]
+)
 def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
     """Four steps of four rows end within an epoch of twelve."""
     steps = ["--max_steps=4", "--save_strategy=steps", "--save_steps=1", "--do_eval=False", "--report_to=none"]

@@ -168,6 +168,7 @@ def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_openvino_telemetry_is_off():
     """Run in a new process, because imports persist."""
     pytest.importorskip("openvino")

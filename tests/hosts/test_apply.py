@@ -182,6 +182,7 @@ def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
     assert [states.shape[1] for states in hidden_states] == [num_prefix + 16] * 4
 
 
+@pytest.mark.slow
 def test_importing_loads_no_model_modules():
     code = """
 import sys

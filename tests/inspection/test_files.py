@@ -42,11 +42,13 @@ def test_folder_appears_when_complete(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_stopped_run_leaves_nothing_behind(tmp_path):
     assert stop_while_writing(tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     assert stop_while_writing(tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
     with whole_folder(tmp_path / "out") as folder:

@@ -144,6 +144,7 @@ def other_inputs(case, num_texts: int) -> dict:
     return inputs
 
 
+@pytest.mark.slow
 @each_model_of_use
 @torch.no_grad()
 def test_an_exported_program_runs_at_other_sizes(case):

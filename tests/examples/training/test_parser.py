@@ -89,6 +89,7 @@ def test_other_errors_keep_their_traceback(main, as_project):
         run_script(main)
 
 
+@pytest.mark.slow
 def test_a_script_ends_with_one_message(tmp_path):
     options = [f"--train_file={tmp_path / 'nowhere.jsonl'}", f"--output_dir={tmp_path}", "--do_eval=False"]
     command = [sys.executable, "-m", "trips_examples.run_vqa", *options]

@@ -90,6 +90,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_output_dir_is_locked_until_the_process_ends(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
     options = ["--report_to=none", "--output_dir", str(tmp_path / "link")]

@@ -32,7 +32,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips_text import CACHE_NAME, TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
+from .modeling_trips_text import (
+    CACHE_NAME,
+    TripsDecoder,
+    TripsFusionModel,
+    TripsLMHead,
+    TripsTextModel,
+    accept_former_cache_name,
+)
 from .modeling_trips_vision import (
     TripsImageCache,
     TripsPreTrainedModel,
@@ -430,6 +437,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring(custom_args=SEQ2SEQ_ARGS)
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -35,6 +35,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -51,6 +52,13 @@ from .patch_selection import gather_tokens
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
+
+def accept_former_cache_name(forward: Callable) -> Callable:
+    """Warn of the name before Transformers 5.24, where `generate` uses another one."""
+    return (
+        deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE_NAME == "cache" else forward
+    )
 
 
 def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -614,6 +622,7 @@ class TripsDecoder(TripsPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

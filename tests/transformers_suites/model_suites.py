@@ -262,7 +262,6 @@ class RetrievalSuite(HeadSuite):
 
 class PreTrainingSuite(RetrievalSuite):
     model_tester = TripsForPreTrainingTester()
-    vision_attentions = RetrievalSuite.vision_attentions[1:]  # those of the cached image states were computed before
 
     def test_batching_equivalence(self):
         """The matching loss is off, because its negatives depend on the batch."""

@@ -113,9 +113,9 @@ def test_others_are_refused_with_the_reason(decode, data, reason):
     assert error.value.reason == reason
 
 
-# In a process of its own: a signal that arrives late must not end the tests.
-INTERRUPTED = """
-import io, os, random, signal, sys, threading, time
+# The beginning of both programs below: a decoder whose process has started, and a red image.
+STARTED = """
+import io
 from PIL import Image
 from modeling_trips.untrusted_images import IsolatedDecoder
 
@@ -124,9 +124,16 @@ def encoded(size, color):
     Image.new("RGB", (size, size), color).save(file, "PNG")
     return file.getvalue()
 
-blue, red, moments, interrupted = encoded(1500, "blue"), encoded(9, "red"), random.Random(0), 0
+red = encoded(9, "red")
 decoder = IsolatedDecoder(num_processes=1)
 decoder.decode(red)
+"""
+
+# In a process of its own: a signal that arrives late must not end the tests.
+INTERRUPTED = """
+import os, random, signal, sys, threading, time
+
+blue, moments, interrupted = encoded(1500, "blue"), random.Random(0), 0
 for _ in range(int(sys.argv[1])):
     timer = threading.Timer(moments.uniform(0, 0.03), os.kill, (os.getpid(), signal.SIGINT))
     try:
@@ -145,7 +152,7 @@ print(interrupted)
 @pytest.mark.parametrize("num_calls", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_interrupted_call_leaves_no_reply_to_the_next(num_calls):
     """Ctrl-C at random moments of a decoding."""
-    command = [sys.executable, "-c", INTERRUPTED, str(num_calls)]
+    command = [sys.executable, "-c", STARTED + INTERRUPTED, str(num_calls)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) >= num_calls // 2
@@ -153,19 +160,10 @@ def test_interrupted_call_leaves_no_reply_to_the_next(num_calls):
 
 # In a process of its own, whose heap has no room left by other tests.
 WITHOUT_MEMORY = """
-import io, resource
+import resource
 import psutil
-from PIL import Image
-from modeling_trips.untrusted_images import IsolatedDecoder
 
-def encoded(size, color):
-    file = io.BytesIO()
-    Image.new("RGB", (size, size), color).save(file, "PNG")
-    return file.getvalue()
-
-large, red = encoded(4000, "black"), encoded(9, "red")
-decoder = IsolatedDecoder(num_processes=1)
-decoder.decode(red)
+large = encoded(4000, "black")
 limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 20_000_000, limits[1]))
 try:
@@ -180,7 +178,7 @@ for _ in range(4):
 
 
 def test_call_without_memory_leaves_no_reply_to_the_next():
-    result = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run([sys.executable, "-c", STARTED + WITHOUT_MEMORY], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "MemoryError\n"
 

@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train"),
         eval_dataset=images.get("validation"),
         data_collator=CaptionCollator(processor, prompt=task_args.prompt),
-        train_collator=CaptionCollator(
-            processor, training=True, augment=data_args.is_embedded, prompt=task_args.prompt
-        ),
+        train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=task_args.prompt),
         processing_class=processor,
         selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=scores,

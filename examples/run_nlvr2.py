@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=Nlvr2Collator(processor),
-        train_collator=Nlvr2Collator(processor, training=True, augment=data_args.is_embedded),
+        train_collator=Nlvr2Collator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
         selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,

@@ -67,7 +67,7 @@ def train_question_answering(
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=VqaCollator(processor),
-        train_collator=VqaCollator(processor, training=True, augment=data_args.is_embedded),
+        train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
         selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,

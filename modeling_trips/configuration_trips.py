@@ -87,15 +87,12 @@ class LayerSelection(NamedTuple):
         keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that is kept, in (0, 1].
         fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates become one fused token.
         normalize (`bool`, *optional*, defaults to `False`): Whether the weights of the fused token sum to 1.
-        seed (`int`, *optional*, defaults to 0): Seed of the one set of patches that `"random"` keeps of all images in
-            evaluation.
     """
 
     guidance: str = "text"
     keep_rate: float = 0.7
     fuse: bool = True
     normalize: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,14 +217,16 @@ class TripsVisionConfig(PreTrainedConfig):
         layer's selection off.
     selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`):
         What scores the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
-        all selection layers, or one per layer. In evaluation `"random"` is one fixed set of patches for all images and
-        texts. All texts of an image share its computation up to the first layer that a text guides.
+        all selection layers, or one per layer. `"random"` draws from PyTorch's generator for each image, in evaluation
+        as well. All texts of an image share its computation up to the first layer that a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
     normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
         Whether the weights of the fused token are rescaled to sum to 1.
-    selection_seed (`int`, *optional*, defaults to 0):
-        Seed of the set of patches that `"random"` keeps in evaluation; in training it draws from PyTorch's generator.
+    selection_gate (`float`, *optional*, defaults to 0.0):
+        Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
+        teaches the scores of the last selection layer which tokens it misses: see [`gated_attention`]. The loss and
+        evaluation are those of the kept tokens alone. 0 turns the gate off.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
@@ -265,7 +264,7 @@ class TripsVisionConfig(PreTrainedConfig):
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
     normalize_fusion_weights: bool = False
-    selection_seed: int = 0
+    selection_gate: float | int = probability(default=0.0)
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -289,9 +288,7 @@ class TripsVisionConfig(PreTrainedConfig):
 
     def _selection(self, guidance: str, keep_rate: float) -> LayerSelection:
         """Return the settings of a layer; what a schedule's text form does not say is that of all layers."""
-        return LayerSelection(
-            guidance, keep_rate, self.fuse_inattentive_tokens, self.normalize_fusion_weights, self.selection_seed
-        )
+        return LayerSelection(guidance, keep_rate, self.fuse_inattentive_tokens, self.normalize_fusion_weights)
 
     def parse_schedule(self, text: str) -> SelectionSchedule:
         """
@@ -469,7 +466,7 @@ class TripsDecoderConfig(TripsTextConfig):
 
 # Fields of parts that `TripsConfig` takes as keywords, too.
 SELECTION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
-VISION_KEYWORDS = (*SELECTION_KEYWORDS, "normalize_fusion_weights", "selection_seed", "image_size")
+VISION_KEYWORDS = (*SELECTION_KEYWORDS, "normalize_fusion_weights", "selection_gate", "image_size")
 PARTS_OF_KEYWORDS = dict.fromkeys(VISION_KEYWORDS, "vision_config")
 PARTS_OF_KEYWORDS |= dict.fromkeys(("fusion_type", "skip_stride"), "fusion_encoder_config")
 

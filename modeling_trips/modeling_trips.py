@@ -186,6 +186,8 @@ class TripsModel(TripsPreTrainedModel):
             attention_mask,
             vision_output.image_index,
             output_cls_attention,
+            vision_output.gate,
+            vision_output.sampled_states,
             **kwargs,
         )
         selection = selection_rows(vision_output.selection, vision_output.image_index)

@@ -47,7 +47,7 @@ from .modeling_trips_vision import (
     first_positions,
     joint_padding_mask,
 )
-from .patch_selection import gather_tokens
+from .patch_selection import gated_attention, gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
@@ -159,6 +159,8 @@ class TripsTextSelfAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         source_index: torch.LongTensor | None = None,
+        gate: torch.Tensor | None = None,
+        num_sampled: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row i reads row `source_index[i]` of `source_states`, by default row i."""
@@ -166,7 +168,9 @@ class TripsTextSelfAttention(nn.Module):
         key, value = self.key_value(source_states, cache)
         if source_index is not None:
             key, value = (states.index_select(0, source_index.to(states.device)) for states in (key, value))
-        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
+            gate = None if gate is None else gate.index_select(0, source_index.to(gate.device))
+        gated = {} if gate is None else {"gate": gate, "num_sampled": num_sampled}
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **gated, **kwargs)
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
 
     def attend(
@@ -180,7 +184,8 @@ class TripsTextSelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        return attention_interface(
+        return gated_attention(
+            attention_interface,
             self,
             query,
             key,
@@ -345,6 +350,8 @@ class TripsCrossLayer(TripsTextLayer):
         cache: Cache | None = None,
         image_index: torch.LongTensor | None = None,
         text_start: torch.LongTensor | None = None,
+        gate: torch.Tensor | None = None,
+        num_sampled: int = 0,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -357,11 +364,13 @@ class TripsCrossLayer(TripsTextLayer):
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
         cls_attention = None
         if output_cls_attention:
-            cls_attention = self.crossattention.self.cls_attention(
-                hidden_states, encoder_hidden_states, image_index, text_start
-            )
+            kept_states = encoder_hidden_states[:, : encoder_hidden_states.shape[1] - num_sampled]
+            cls_attention = self.crossattention.self.cls_attention(hidden_states, kept_states, image_index, text_start)
         hidden_states = self.crossattention(
-            hidden_states, encoder_hidden_states, encoder_attention_mask, cache, image_index, **kwargs
+            *(hidden_states, encoder_hidden_states, encoder_attention_mask, cache, image_index),
+            gate=gate,
+            num_sampled=num_sampled,
+            **kwargs,
         )
         return self.output(self.intermediate(hidden_states), hidden_states), cls_attention
 
@@ -377,10 +386,16 @@ class TripsConnectedLayer(TripsTextLayer):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         joint_attention_mask: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        num_sampled: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
-        joint_states = super().forward(joint_states, joint_attention_mask, **kwargs)
+        if gate is not None:
+            gate = nn.functional.pad(gate, (hidden_states.shape[1], 0), value=1.0)
+        joint_states = super().forward(
+            joint_states, joint_attention_mask, gate=gate, num_sampled=num_sampled, **kwargs
+        )
         text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
         return text_states, encoder_hidden_states + image_states
 
@@ -422,6 +437,8 @@ class TripsCrossStack(nn.Module):
         image_index: torch.LongTensor | None = None,
         joint_attention_mask: torch.Tensor | None = None,
         text_start: torch.LongTensor | None = None,
+        gate: torch.Tensor | None = None,
+        num_sampled: int = 0,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -432,8 +449,9 @@ class TripsCrossStack(nn.Module):
                 if image_index is not None:  # from here on, each text has image tokens of its own
                     index, image_index = image_index.to(encoder_hidden_states.device), None
                     encoder_hidden_states = encoder_hidden_states.index_select(0, index)
+                    gate = None if gate is None else gate.index_select(0, index)
                 hidden_states, encoder_hidden_states = layer(
-                    hidden_states, encoder_hidden_states, joint_attention_mask, **kwargs
+                    hidden_states, encoder_hidden_states, joint_attention_mask, gate, num_sampled, **kwargs
                 )
                 continue
             is_last = number == self.last_cross_layer
@@ -444,7 +462,9 @@ class TripsCrossStack(nn.Module):
                 encoder_attention_mask,
                 cache,
                 image_index,
-                text_start=text_start,
+                text_start,
+                gate,
+                num_sampled,
                 output_cls_attention=output_cls_attention and is_last,
                 **kwargs,
             )
@@ -565,6 +585,8 @@ class TripsFusionModel(TripsPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         output_cls_attention: bool = False,
+        gate: torch.FloatTensor | None = None,
+        sampled_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsFusionModelOutput:
         r"""
@@ -573,7 +595,14 @@ class TripsFusionModel(TripsPreTrainedModel):
             have in common are projected to keys and values once. By default row i.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`.
+        gate (`torch.FloatTensor` of shape `(num_rows, num_image_tokens + num_sampled)`, *optional*):
+            In training with `selection_gate`, the gate of `encoder_hidden_states` and `sampled_states`.
+        sampled_states (`torch.FloatTensor` of shape `(num_rows, num_sampled, encoder_hidden_size)`, *optional*):
+            The dropped image tokens that take part for the gate.
         """
+        num_sampled = 0 if sampled_states is None else sampled_states.shape[1]
+        if sampled_states is not None:
+            encoder_hidden_states = torch.cat((encoder_hidden_states, sampled_states), dim=1)
         text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
         joint_mask = text_start = None
         if self.image_projection is not None:
@@ -595,6 +624,8 @@ class TripsFusionModel(TripsPreTrainedModel):
             image_index=image_index,
             joint_attention_mask=joint_mask,
             text_start=text_start,
+            gate=gate,
+            num_sampled=num_sampled,
             output_cls_attention=output_cls_attention,
             **kwargs,
         )

@@ -38,7 +38,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
-from .patch_selection import FUSED_TOKEN, random_scores, score_tokens, select_tokens
+from .patch_selection import (
+    FUSED_TOKEN,
+    draw_dropped,
+    gate_of,
+    gated_attention,
+    gather_tokens,
+    random_scores,
+    score_tokens,
+    select_tokens,
+)
 
 
 # The base class, and attention that the towers share
@@ -243,6 +252,8 @@ class TripsVisionAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        num_sampled: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         query = self.split_heads(self.q_proj(hidden_states))
@@ -251,12 +262,15 @@ class TripsVisionAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = gated_attention(
+            attention_interface,
             self,
             query,
             key,
             value,
             attention_mask,
+            gate,
+            num_sampled,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -302,8 +316,11 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         text_length: int = 0,
         text_start: torch.LongTensor | None = None,
+        gate: torch.Tensor | None = None,
+        num_sampled: int = 0,
+        sampled_share: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates, hidden_size)`)
@@ -316,21 +333,51 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             text_length (`int`, *optional*, defaults to 0): Number of text tokens, padding included.
             text_start (`torch.LongTensor` of shape `(num_rows,)`, *optional*): Position of each text's [CLS], by
                 default 0.
+            gate (`torch.Tensor` of shape `(num_rows, num_tokens)`, *optional*), num_sampled (`int`, *optional*): Of an
+                earlier layer, see [`gated_attention`].
+            sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped candidates that a selection
+                leaves behind the others, for the gate. 0: no gate.
 
         Returns:
-            `(hidden_states, scores, kept_positions)`; the last two are `None` without `selection`.
+            `(hidden_states, scores, kept_positions, gate)`; the last three are `None` without `selection`, and `gate`
+            without `sampled_share`.
         """
-        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        hidden_states, scores, kept_positions = hidden_states + self.dropout(attn_output), None, None
+        attn_output, _, query, key = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, gate, num_sampled, **kwargs
+        )
+        hidden_states, scores, kept_positions, gate = hidden_states + self.dropout(attn_output), None, None, None
         if selection is not None:
             hidden_states, key = select_rows(hidden_states, image_index), select_rows(key, image_index)
             guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
             scores = self.score(guide, key[:, :, text_length + 1 :], selection)
+            candidates = hidden_states[:, text_length + 1 :]
             hidden_states, kept_positions = select_tokens(
                 hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize
             )
+            if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
+                sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
+                gate = self.gate(scores, kept_positions, sampled_positions, hidden_states.shape[1], text_length)
+                hidden_states = torch.cat((hidden_states, gather_tokens(candidates, sampled_positions)), dim=1)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, scores, kept_positions
+        return hidden_states, scores, kept_positions, gate
+
+    def gate(
+        self,
+        scores: torch.Tensor,
+        kept_positions: torch.Tensor,
+        sampled_positions: torch.Tensor,
+        num_tokens: int,
+        text_length: int,
+    ) -> torch.Tensor:
+        """
+        Return the gate of `num_tokens` tokens and the sampled ones behind them. Nothing scores those before the kept
+        candidates and the fused token behind them: their gate is 1.
+        """
+        start, num_kept = text_length + 1, kept_positions.shape[1]
+        gate = gate_of(scores, kept_positions, torch.cat((kept_positions, sampled_positions), dim=1))
+        kept, sampled = gate.split((num_kept, sampled_positions.shape[1]), dim=1)
+        kept = nn.functional.pad(kept, (start, num_tokens - start - num_kept), value=1.0)
+        return torch.cat((kept, sampled), dim=1)
 
     def guiding_query(
         self,
@@ -354,7 +401,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
     def score(self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection) -> torch.Tensor:
         """Return the scores of the candidates, `(num_texts, num_candidates)`."""
         if selection.guidance == "random":
-            return random_scores(key.shape[0], key.shape[2], self.training, key.device, selection.seed)
+            return random_scores(key.shape[0], key.shape[2], key.device)
         return score_tokens(query, key, self.attention.scaling)
 
 
@@ -399,6 +446,9 @@ class TripsImageCache:
             Number of that layer (from 1); `None` if there is none.
         schedule (`SelectionSchedule`, *optional*):
             The schedule of the layers before `next_layer`. A pass with another schedule refuses the cache.
+        gate (`torch.FloatTensor` of shape `(num_images, num_tokens)`, *optional*):
+            In training with `selection_gate`, the gate of the tokens, whose last `num_sampled` are dropped ones.
+        num_sampled (`int`, *optional*, defaults to 0)
     """
 
     hidden_states: torch.FloatTensor
@@ -407,6 +457,8 @@ class TripsImageCache:
     selection: tuple[TripsSelection, ...] = ()
     next_layer: int | None = None
     schedule: SelectionSchedule | None = None
+    gate: torch.FloatTensor | None = None
+    num_sampled: int = 0
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -438,10 +490,16 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
         text guides a layer.
+    gate (`torch.FloatTensor` of shape `(batch_size, num_tokens + num_sampled)`, *optional*):
+        In training with `selection_gate`, the gate of `last_hidden_state` and `sampled_states`.
+    sampled_states (`torch.FloatTensor` of shape `(batch_size, num_sampled, hidden_size)`, *optional*):
+        The final states of the dropped tokens that took part for the gate.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
+    gate: torch.FloatTensor | None = None
+    sampled_states: torch.FloatTensor | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -582,6 +640,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         text tokens, whose padding `attention_mask` marks.
         """
         hidden_states, candidate_indices, selections = states.hidden_states, states.candidate_indices, states.selection
+        gate, num_sampled = states.gate, states.num_sampled
+        gated_layer = self.gated_layer(schedule)
         text_start = None if attention_mask is None else first_positions(attention_mask)
         mask = self.joint_mask(hidden_states, attention_mask, text_length)
         end = len(self.layers) + 1
@@ -591,21 +651,28 @@ class TripsVisionModel(TripsPreTrainedModel):
                 index, image_index = image_index, None
                 candidate_indices = select_rows(candidate_indices, index)
                 selections = selection_rows(selections, index)
-            hidden_states, scores, kept_positions = self.layers[number - 1](
+            hidden_states, scores, kept_positions, new_gate = self.layers[number - 1](
                 hidden_states,
                 text_embeds,
                 index,
-                selection=layer_selection,
-                attention_mask=mask,
-                text_length=text_length,
-                text_start=text_start,
+                layer_selection,
+                mask,
+                text_length,
+                text_start,
+                gate,
+                num_sampled,
+                self.config.selection_gate if number == gated_layer else 0.0,
                 **kwargs,
             )
             if kept_positions is not None:
+                num_candidates = hidden_states.shape[1] - text_length - 1
+                if new_gate is not None:
+                    gate = new_gate
+                    num_sampled = num_candidates - kept_positions.shape[1] - layer_selection.fuse
                 candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
                 kept_indices = candidate_indices.gather(1, kept_positions)
                 selections += (TripsSelection(kept_indices, scores, candidate_indices),)
-                candidate_indices = next_candidates(selections[-1], hidden_states.shape[1] - text_length - 1)
+                candidate_indices = next_candidates(selections[-1], num_candidates - num_sampled)
                 mask = self.joint_mask(hidden_states, attention_mask, text_length)
         return replace(
             states,
@@ -613,7 +680,16 @@ class TripsVisionModel(TripsPreTrainedModel):
             candidate_indices=candidate_indices,
             selection=selections,
             next_layer=stop,
+            gate=gate,
+            num_sampled=num_sampled,
         )
+
+    def gated_layer(self, schedule: SelectionSchedule) -> int | None:
+        """Return the layer whose scores the gate teaches: the last of the schedule, in training."""
+        # CODEPATH: the gate takes part in training only.
+        is_gated = self.training and self.config.selection_gate > 0 and schedule.layers
+        last = schedule.layers[-1] if is_gated else None
+        return None if last is None or schedule.by_layer[last].guidance == "random" else last
 
     def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
         """Return the mask of text and image tokens in the form of the attention in use, `None` without padding."""
@@ -664,12 +740,17 @@ class TripsVisionModel(TripsPreTrainedModel):
             image_index=image_index if is_guided else None,
             **kwargs,
         )
-        hidden_states = self.layernorm(states.hidden_states)
+        hidden_states, sampled_states = self.layernorm(states.hidden_states), None
+        if states.gate is not None:
+            num_tokens = hidden_states.shape[1] - states.num_sampled
+            hidden_states, sampled_states = hidden_states[:, :num_tokens], hidden_states[:, num_tokens:]
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             selection=states.selection,
             image_index=None if is_guided else image_index,
+            gate=states.gate,
+            sampled_states=sampled_states,
         )
 
     def check_image_cache(self, image_cache: TripsImageCache, schedule: SelectionSchedule):
@@ -812,7 +893,8 @@ class TripsSingleStreamModel(TripsVisionModel):
             attention_mask=attention_mask,
             **kwargs,
         )
-        hidden_states = self.layernorm(states.hidden_states)
+        num_tokens = states.hidden_states.shape[1] - states.num_sampled
+        hidden_states = self.layernorm(states.hidden_states[:, :num_tokens])
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],

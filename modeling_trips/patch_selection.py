@@ -18,6 +18,7 @@ The functions never form a full attention map. Shapes depend on shapes and rates
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -52,28 +53,14 @@ def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-def random_scores(
-    batch_size: int, num_candidates: int, training: bool, device: torch.device, seed: int = 0
-) -> torch.Tensor:
+def random_scores(batch_size: int, num_candidates: int, device: torch.device) -> torch.Tensor:
     """
-    Return random scores, the baseline of every guidance.
-
-    In training they come from PyTorch's global generator. In evaluation they are one fixed pseudo-random sequence per
-    `seed`: all images and texts, in any batch, keep the same set of patches.
+    Return random scores from PyTorch's generator, the floor of every guidance: another choice for each row and call.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_candidates)`, float32. Each row is positive and sums to 1.
     """
-    if training:
-        scores = torch.rand(batch_size, num_candidates, device=device)
-    else:
-        # A hash by hand: the numbers of a `torch.Generator` differ between devices, and a graph cannot hold one.
-        position = torch.arange(1, num_candidates + 1, device=device, dtype=torch.int64)
-        prime = 2**31 - 1  # a multiplicative hash, twice; the products stay within 64 bits
-        mixed = (position * 1103515245 + seed * 12345677) % prime
-        mixed = ((mixed ^ (mixed >> 15)) * 1664525) % prime
-        scores = ((mixed >> 7).float() / 2**24).expand(batch_size, num_candidates)
-    scores = scores + 1e-6
+    scores = torch.rand(batch_size, num_candidates, device=device) + 1e-6
     return scores / scores.sum(dim=-1, keepdim=True)
 
 
@@ -157,6 +144,112 @@ def select_tokens(
     if fuse:
         parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
     return torch.cat(parts, dim=1), kept_positions
+
+
+# The gate: scores that learn from the loss
+
+
+GATE_TEMPERATURE = 1.0  # of the log scores
+
+
+def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
+    """
+    Return the positions of a random sample of the candidates that are not kept, without repetition.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
+        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
+        share (`float`): Size of the sample as a share of the dropped candidates, in (0, 1].
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_sampled)`, with `num_sampled = ceil(share * num_dropped)`.
+    """
+    num_sampled = num_kept_tokens(scores.shape[1] - kept_positions.shape[1], share)
+    # Numbers of [0, 1) are drawn for all, and the kept ones rank behind.
+    return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_sampled, dim=-1).indices
+
+
+def gate_of(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`: a sigmoid of the distance of their
+    log scores from the threshold between the kept and the dropped candidates.
+
+    [`gated_attention`] takes the gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
+    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432).
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): Positive.
+        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`): Fewer than all candidates.
+        positions (`torch.LongTensor` of shape `(batch_size, num_positions)`)
+    """
+    logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    with torch.no_grad():
+        lowest_kept = logits.gather(1, kept_positions).amin(dim=-1, keepdim=True)
+        highest_dropped = logits.scatter(1, kept_positions, -math.inf).amax(dim=-1, keepdim=True)
+        threshold = (lowest_kept + highest_dropped) / 2
+    return ((logits.gather(1, positions) - threshold) / GATE_TEMPERATURE).sigmoid()
+
+
+class GateGradient(torch.autograd.Function):
+    """
+    The output of the attention to the kept tokens, as it is. In the backward pass it gives the gate the gradient that
+    it would have if each token took part with its attention among all tokens: see [`gated_attention`].
+    """
+
+    @staticmethod
+    def forward(ctx, attn_output, gate, query, key, value, attention_mask, scaling):
+        ctx.save_for_backward(attn_output, gate, query, key, value, attention_mask)
+        ctx.scaling = scaling
+        return attn_output.view_as(attn_output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        attn_output, gate, query, key, value, attention_mask = ctx.saved_tensors
+        logits = (query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * ctx.scaling
+        if attention_mask is not None:
+            is_bool = attention_mask.dtype == torch.bool
+            logits = logits.masked_fill(~attention_mask, -math.inf) if is_bool else logits + attention_mask
+        of_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
+        of_output = (grad_output.to(logits.dtype) * attn_output).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+        of_gate = (logits.softmax(dim=-1) * (of_value - of_output)).sum(dim=(1, 2))
+        return grad_output, of_gate.to(gate.dtype), None, None, None, None, None
+
+
+def gated_attention(
+    attention: Callable,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    gate: torch.Tensor | None = None,
+    num_sampled: int = 0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Call an attention function of Transformers on tokens of which the last `num_sampled` keys are dropped ones.
+
+    Without a gate this is the call alone. With one, the output is that of the attention to the other keys, to the last
+    digit. The gradient of the gate of key j is the sum over heads and queries of `p_j * grad . (v_j - output)`, with
+    `p` the softmax over all keys: what the loss would gain or lose if a little of the token was there. (With the
+    attention among the kept keys in place of `p`, gradients of dropped tokens have no bound.)
+
+    Args:
+        attention (`Callable`): Attention function, as of `ALL_ATTENTION_FUNCTIONS`.
+        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_dim)`)
+        attention_mask (`torch.Tensor`, *optional*): As for `attention`, broadcastable to `(batch_size, 1, num_queries,
+            num_keys)`.
+        gate (`torch.Tensor` of shape `(batch_size, num_keys)`, *optional*): See [`gate_of`]. A key that nothing
+            scores has a constant.
+        num_sampled (`int`, *optional*, defaults to 0)
+    """
+    if gate is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    num_kept = key.shape[2] - num_sampled
+    mask = None if attention_mask is None else attention_mask[..., :num_kept]
+    attn_output, attn_weights = attention(module, query, key[:, :, :num_kept], value[:, :, :num_kept], mask, **kwargs)
+    states = (tensor.detach() for tensor in (query, key, value))
+    return GateGradient.apply(attn_output, gate, *states, attention_mask, kwargs["scaling"]), attn_weights
 
 
 # Supervision of scores and attention by regions

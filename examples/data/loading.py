@@ -10,12 +10,13 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_f
 from datasets.exceptions import DatasetGenerationError
 
 from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
+from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.checking import RowMaker, stamp_of
 from trips_examples.data.scenes import SPLITS, check_scenes, easy_vqa_records, scene_records
 from trips_examples.data.tasks import TASKS, Fault, settle
 
 
-EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes")
+EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes", "busy_scenes")
 RECORD = Features({"row": Value("int64"), "json": Value("string")})
 
 
@@ -191,8 +192,12 @@ def load_task_dataset(
 def _embedded(task: str, source: DataSource, seed: int) -> DatasetDict:
     data, name = {}, source.name_for(task)
     for split, number in source.num_scenes.items():
-        is_plain = name == "easy_vqa"
-        records = easy_vqa_records(split) if is_plain else scene_records(task, split, number, source.grid, seed)
+        if name == "easy_vqa":
+            records = easy_vqa_records(split)
+        elif name == "busy_scenes":
+            records = busy_records(task, split, number, source.grid or 4, seed)
+        else:
+            records = scene_records(task, split, number, source.grid, seed)
         maker = RowMaker(TASKS[task], f"{name} {split}", "", checks_images=False)
         rows = [row for number, record in enumerate(records, start=1) for row in maker.rows(number, record)]
         columns = {column: [row[column] for row in rows] for column in TASKS[task].features}

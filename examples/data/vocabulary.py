@@ -13,7 +13,8 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 EMBEDDED_WORDS = """
     a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
     neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
-    yes 1 2 3 4 5 6 7 8 , ?
+    yes 1 2 3 4 5 6 7 8 , ? orange purple pink cyan star cross diamond square where topleft topright bottomleft
+    bottomright
 """.split()
 
 

@@ -12,6 +12,7 @@ from datasets import DatasetDict
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from modeling_trips import TripsConfig
+from trips_examples.data.busy_scenes import CELL_SIZE
 from trips_examples.data.images import column_of
 from trips_examples.data.loading import EMBEDDED_DATASETS, DataSource
 from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
@@ -55,6 +56,10 @@ class ModelArguments:
     selection_guidance: list[str] | None = field(
         default=None, metadata={"help": "Scorer of the patches: text, image or random; one value, or one per layer."}
     )
+    selection_gate: float | None = field(
+        default=None,
+        metadata={"help": "Share of the dropped tokens that run in training, so that answers teach the selection."},
+    )
     selection_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of selection supervision, for data with regions."}
     )
@@ -90,6 +95,7 @@ class ModelArguments:
             "selection_layers": self.selection_layers,
             "keep_rate": one_or_several(self.keep_rate),
             "selection_guidance": one_or_several(self.selection_guidance),
+            "selection_gate": self.selection_gate,
             "selection_loss_weight": self.selection_loss_weight,
             "attention_loss_weight": self.attention_loss_weight,
             "fusion_type": self.fusion_type,
@@ -120,6 +126,10 @@ class DataArguments(DataSource):
         """True for the bundled synthetic data, whose images are shifted and flipped at random in training."""
         return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
+    @property
+    def augments(self) -> bool:
+        return self.is_embedded and self.dataset_name != "busy_scenes"
+
     def check(self, task: str):
         super().check(task)
         for name in ("max_train_samples", "max_eval_samples"):
@@ -131,12 +141,14 @@ class DataArguments(DataSource):
         is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
         if not self.is_embedded or is_easy_vqa:
             return None
+        if self.dataset_name == "busy_scenes":
+            return CELL_SIZE * (self.grid or 4)
         return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
 
     def half_scene_size(self, task: str) -> int | None:
         """Return half the side of easy-VQA's scenes, which keeps most shapes visible at a quarter of the cost."""
         side = self.side_of_scenes(task)
-        return side if side is None else side // 2
+        return side if side is None or self.dataset_name == "busy_scenes" else side // 2
 
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
         """Yield the texts to train a tokenizer on: these columns, or for bundled data the words of all tasks."""

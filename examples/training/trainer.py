@@ -58,8 +58,9 @@ def unused_parameters(model: TripsPreTrainedModel) -> list[nn.Parameter]:
         unused = [module for name in off for module in modules[name]]
         if {*off, "itc_weight"} == modules.keys():  # the contrastive loss only: nothing is fused
             unused += [model.base_model.fusion_model, tower.selection_projection]
-    # Without supervision, only the weights of fused tokens give the text a gradient.
-    if config.vision_config.schedule.first_text_layer is None or not config.vision_config.fuse_inattentive_tokens:
+    # Without supervision, only the gate and the weights of fused tokens give the text a gradient.
+    has_gradient = config.vision_config.fuse_inattentive_tokens or config.vision_config.selection_gate > 0
+    if config.vision_config.schedule.first_text_layer is None or not has_gradient:
         unused.append(tower.selection_projection)
     tied = model.get_input_embeddings().weight  # of the text encoder, in the head of masked words
     parameters = {parameter for module in unused if module is not None for parameter in module.parameters()}

@@ -338,7 +338,7 @@ class SelectionLayer(ModuleWrapper):
         is_image = shorten_mask(current.is_image, before, self.unit)
         if self.selection.guidance == "random":
             num_units = patches.shape[1] // self.unit**2
-            scores = random_scores(len(normed), num_units, False, normed.device, self.selection.seed)
+            scores = random_scores(len(normed), num_units, normed.device)
             return scores if is_image is None else scores * to_units(is_image, self.unit, before is None).any(dim=-1)
         query = current.query if text_embeds is None else self.query_of_text(normed, text_embeds)
         scores = self.score(self.guiding_query(normed, query, is_image), patches)

@@ -170,7 +170,7 @@ class PackedLayer(TowerLayer):
         """Score the units of images with equal numbers of units: `(num_images, num_units)`."""
         size = self.unit**2
         if self.selection.guidance == "random":
-            return random_scores(len(normed), normed.shape[1] // size, False, normed.device, self.selection.seed)
+            return random_scores(len(normed), normed.shape[1] // size, normed.device)
         return self.score(self.guiding_query(normed, query), normed).unflatten(1, (-1, size)).sum(dim=-1)
 
     def recorded(self, current: SelectionPass) -> TripsSelection:

@@ -1,0 +1,193 @@
+"""The gate of the selection: its value is the pruned model's, its gradient that of a loop."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from tiny_models import CASES, NoNumbers, each_model, gradients_of, loss_of
+
+from modeling_trips.modeling_trips_vision import TripsVisionModel
+from modeling_trips.patch_selection import draw_dropped, gate_of, gated_attention, keep_topk, score_tokens
+
+
+QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsForQuestionAnswering")
+each_guidance = pytest.mark.parametrize("guidance", ["text", "image"])
+each_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+def loss_and_gradients(case, inputs=None, **fields):
+    model = case.make_model(**fields).train()
+    inputs = case.make_inputs(training=True) if inputs is None else inputs
+    torch.manual_seed(3)
+    outputs = model(**inputs)
+    loss = loss_of(outputs)
+    loss.backward()
+    return loss.detach(), gradients_of(model), outputs
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.draws], ids=str)
+@each_guidance
+@each_attention
+def test_the_loss_is_that_of_the_pruned_model(case, guidance, attention):
+    fields = {"attn_implementation": attention, "selection_guidance": guidance}
+    pruned, without, expected = loss_and_gradients(case, **fields)
+    loss, gradients, outputs = loss_and_gradients(case, **fields, selection_gate=0.3)
+    assert torch.equal(loss, pruned)
+    for layer, same in zip(outputs.selection, expected.selection, strict=True):
+        assert torch.equal(layer.kept_indices, same.kept_indices)
+    # What comes after the fusion has the same gradient, the queries of the selection have another.
+    assert not torch.equal(gradients_of_tower(gradients), gradients_of_tower(without))
+    after = [name for name in gradients if name.startswith(("decoder.", "lm_head.", "classifier."))]
+    for name in after:
+        torch.testing.assert_close(gradients[name], without[name], msg=name)
+
+
+def gradients_of_tower(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for name, value in gradients.items() if "vision_model" in name])
+
+
+def test_the_gradient_of_the_gate_is_that_of_a_loop():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64).unbind()
+    query = query[:, :, :3]
+    gate = torch.rand(2, 4, dtype=torch.float64).requires_grad_()
+    mask = torch.ones(2, 1, 3, 4, dtype=torch.bool)
+    mask[1, :, :, 0] = False
+    module, scaling, num_kept = torch.nn.Module(), 0.7, 3
+    inputs = (query, key, value, mask, gate, 4 - num_kept)
+    output, _ = gated_attention(sdpa, module, *inputs, scaling=scaling)
+    weights = torch.randn_like(output)
+    (output * weights).sum().backward()
+
+    expected = torch.zeros_like(gate)
+    for row in range(2):
+        for head in range(2):
+            for i in range(3):
+                logits = [scaling * query[row, head, i] @ key[row, head, j] for j in range(4)]
+                powers = [logit.exp() if mask[row, 0, i, j] else 0.0 for j, logit in enumerate(logits)]
+                kept = sum(powers[:num_kept])
+                out = sum(power / kept * value[row, head, j] for j, power in enumerate(powers[:num_kept]))
+                torch.testing.assert_close(output[row, i, head], out)
+                for j in range(4):
+                    expected[row, j] += powers[j] / sum(powers) * (weights[row, i, head] @ (value[row, head, j] - out))
+    torch.testing.assert_close(gate.grad, expected)
+
+
+def sdpa(module, query, key, value, attention_mask, scaling, **kwargs):
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def test_an_additive_mask_gives_the_same_gradient():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 4, 3).unbind()
+    mask = torch.tensor([True, False, True, True]).expand(2, 1, 4, 4)
+    gradients = []
+    for form in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo().min)):
+        gate = torch.ones(2, 4, requires_grad=True)
+        gated_attention(sdpa, torch.nn.Module(), query, key, value, form, gate, 1, scaling=0.7)[0].sum().backward()
+        gradients.append(gate.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_gate_by_hand():
+    # Kept are 0.4 and 0.3; the threshold is the mean of ln 0.3 and ln 0.2: the sigmoid of ln(s) - t is s / (s + e^t).
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], requires_grad=True)
+    kept = keep_topk(scores.detach(), 2)
+    gate = gate_of(scores, kept, torch.tensor([[1, 3, 2, 0]]))
+    threshold = (0.3 * 0.2) ** 0.5
+    expected = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    torch.testing.assert_close(gate[0], expected / (expected + threshold))
+    gate.sum().backward()  # the threshold is a constant: d gate / d s = t / (s + t)^2
+    torch.testing.assert_close(scores.grad[0, [1, 3, 2, 0]], threshold / (expected + threshold) ** 2)
+
+
+def test_the_sample_is_of_dropped_candidates_without_repetition():
+    scores = torch.rand(50, 20)
+    kept = keep_topk(scores, 5)
+    drawn = draw_dropped(scores, kept, share=0.4)
+    assert drawn.shape == (50, 6)
+    for row, own in zip(drawn.tolist(), kept.tolist()):
+        assert len(set(row)) == 6 and not set(row) & set(own)
+    assert sorted(drawn.flatten().unique().tolist()) == list(range(20))
+    assert draw_dropped(scores, kept, share=1.0).shape == (50, 15)
+
+
+def test_a_patch_that_lowers_the_loss_gets_a_higher_score():
+    # The value of a dropped candidate is what the loss asks for: a step along the gradient raises its score.
+    torch.manual_seed(0)
+    guide = torch.randn(1, 1, 4, requires_grad=True)
+    key, value = torch.randn(1, 1, 6, 4), torch.zeros(1, 1, 6, 4)
+    scores = score_tokens(guide, key, scaling=0.5)
+    kept = keep_topk(scores.detach(), 2)
+    positions = torch.cat((kept, draw_dropped(scores, kept, share=1.0)), dim=1)
+    value[0, 0, 2:] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # of the last four, the dropped ones
+    value[0, 0, 3, 3] = 5.0
+    gate, query = gate_of(scores, kept, positions), torch.zeros(1, 1, 1, 4)
+    output, _ = gated_attention(sdpa, torch.nn.Module(), query, key, value, None, gate, 4, scaling=0.5)
+    assert output[..., 3].item() == 0.0
+    (-output[..., 3].sum()).backward()
+    better = score_tokens(guide.detach() - 0.1 * guide.grad, key, scaling=0.5)
+    wanted = positions[0, 3]
+    assert better[0, wanted] > scores[0, wanted]
+
+
+@each_model
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(case, use_reentrant):
+    _, expected, _ = loss_and_gradients(case, selection_gate=0.3)
+    model = case.make_model(selection_gate=0.3).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    inputs = case.make_inputs(training=True)
+    torch.manual_seed(3)
+    loss_of(model(**inputs)).backward()
+    gradients = gradients_of(model)
+    assert gradients.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_texts_of_one_image_accumulate_as_texts_of_their_own():
+    inputs = QUESTIONS.make_inputs(training=True)
+    inputs["pixel_values"] = inputs["pixel_values"][:1].expand(4, -1, -1, -1)
+    shared = {**inputs, "pixel_values": inputs["pixel_values"][:1], "image_index": torch.zeros(4, dtype=torch.long)}
+    fields = {"selection_gate": 1.0, "patch_embedding_type": "linear"}  # no draw, no batch norm
+    for guidance in ("text", "image"):
+        _, expected, _ = loss_and_gradients(QUESTIONS, inputs, **fields, selection_guidance=guidance)
+        _, gradients, _ = loss_and_gradients(QUESTIONS, shared, **fields, selection_guidance=guidance)
+        for name, value in expected.items():
+            torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@each_guidance
+def test_in_half_precision_the_gradient_points_the_same_way(guidance):
+    fields = {"selection_gate": 1.0, "selection_guidance": guidance}
+    _, expected, _ = loss_and_gradients(QUESTIONS, **fields)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, gradients, _ = loss_and_gradients(QUESTIONS, **fields)
+    assert all(value.isfinite().all() for value in gradients.values())
+    cosine = torch.nn.functional.cosine_similarity(gradients_of_tower(gradients), gradients_of_tower(expected), dim=0)
+    assert cosine > 0.9
+
+
+def test_evaluation_and_random_scores_have_no_gate():
+    model = QUESTIONS.make_model(selection_gate=0.5)
+    tower: TripsVisionModel = model.model.vision_model
+    images = QUESTIONS.make_inputs()["pixel_values"]
+    assert tower(images).gate is None
+    assert tower.train()(images).gate is not None
+    tower.config.selection_guidance = "random"
+    assert tower(images).gate is None
+
+
+def test_a_training_step_asks_the_device_for_no_number():
+    model = QUESTIONS.make_model(selection_gate=0.5).train()
+    inputs = QUESTIONS.make_inputs(training=True)
+    model(**inputs)
+    with NoNumbers():
+        model.model(**{name: value for name, value in inputs.items() if name != "labels"})
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(StrictDataclassFieldValidationError):
+        QUESTIONS.make_model(selection_gate=share)

@@ -96,7 +96,10 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
         own = [word.replace("{seed}", str(seed)) for word in options]
         for variant in chosen:
             folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
-            runs.append(Run(variant, seed, folder, (args.script, *own, *variants[variant], "--seed", str(seed))))
+            words = variants[variant]
+            # A control has a script of its own: "../benchmarks/train_control.py constant", behind which options follow.
+            script, words = (words[:2], words[2:]) if words[0].endswith(".py") else ([args.script], words)
+            runs.append(Run(variant, seed, folder, (*script, *own, *words, "--seed", str(seed))))
     return runs
 
 

@@ -76,7 +76,7 @@ each_of_pairs = pytest.mark.parametrize("case", [case for case in CASES if not c
 
 
 @each_of_pairs
-@pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}, {"selection_guidance": "random"}])
+@pytest.mark.parametrize("selection", [{}, {"selection_guidance": "image"}])
 @torch.no_grad()
 def test_padding_batch_and_order_change_nothing_for_a_text(case, selection):
     model, inputs, order = case.make_model(**selection), case.make_inputs(6), torch.tensor([4, 2, 0, 5, 1, 3])
@@ -116,7 +116,6 @@ each_with_image_cache = pytest.mark.parametrize(
     [
         {},
         {"selection_guidance": "image"},
-        {"selection_guidance": "random"},
         {"selection_guidance": ["image", "text"]},
         {"selection_guidance": ["text", "image"]},
         {"selection_layers": []},

@@ -69,7 +69,7 @@ def batches(case, training=False):
     ("case", "fields"),
     [
         *((case, {}) for case in CASES_OF_USE),
-        *((CASES[0], {"selection_guidance": guidance}) for guidance in ("image", "random", ["image", "text"])),
+        *((CASES[0], {"selection_guidance": guidance}) for guidance in ("image", ["image", "text"])),
     ],
     ids=str,
 )

@@ -1,0 +1,72 @@
+r"""
+Train and evaluate question answering with a selection that no user would want, as a control of what the text adds.
+
+    python benchmarks/train_control.py constant --dataset_name busy_scenes --selection_gate 0.2 ...
+    python benchmarks/train_control.py oracle --dataset_name busy_scenes ...
+
+`constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's, but
+is the same for all texts and images. `oracle`: the patches of the text's region come first, in training and in
+evaluation; its own scores order the others. The options are those of run_vqa.py.
+"""
+
+import trips_examples  # noqa: F401  # isort: skip
+
+import inspect
+import sys
+
+import torch
+
+from modeling_trips import TripsModel
+from modeling_trips.modeling_trips_text import TripsTextModel, class_states
+from modeling_trips.modeling_trips_vision import TripsVisionLayer
+from modeling_trips.patch_selection import region_targets
+from trips_examples.data.collators import VqaCollator
+from trips_examples.run_vqa import main
+from trips_examples.training.parser import run_script
+
+
+EMPTY_TEXT = [2, 3]  # [CLS] and [SEP] of the bundled vocabulary
+
+
+def use_constant_query():
+    """Make the state of an empty text, [CLS] [SEP], guide the selection of all texts."""
+
+    def pooled(self: TripsTextModel, hidden_states: torch.Tensor, attention_mask=None) -> torch.Tensor:
+        states = self.encoder(self.embeddings(torch.tensor([EMPTY_TEXT], device=hidden_states.device)), None)
+        return class_states(states, None).expand(len(hidden_states), -1)
+
+    TripsTextModel.pooled = pooled
+
+
+def use_regions():
+    """Make the region of each text score the patches."""
+    fuse, score, encode = TripsModel.fuse, TripsVisionLayer.score, VqaCollator.encode
+    signature = inspect.signature(fuse)
+    targets = {}
+
+    def fuse_with_regions(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        grid_size = self.grid_of(arguments.get("pixel_values"), arguments.get("image_cache"))
+        targets["now"] = region_targets(arguments["regions"], grid_size)
+        return fuse(self, *args, **kwargs)
+
+    def score_by_region(self, *args) -> torch.Tensor:
+        own = score(self, *args)
+        return targets["now"] + own  # shares of a region sum to 1 over few patches, own scores over all
+
+    def encode_with_regions(self, images, image_index, rows):
+        sizes = [(images[index].height, images[index].width) for index in image_index]
+        return {**encode(self, images, image_index, rows), **self.regions(rows, sizes)}
+
+    TripsModel.fuse, TripsVisionLayer.score = fuse_with_regions, score_by_region
+    VqaCollator.encode = encode_with_regions
+
+
+CONTROLS = {"constant": use_constant_query, "oracle": use_regions}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in CONTROLS:
+        CONTROLS[sys.argv.pop(1)]()
+        run_script(main)
+    else:
+        sys.exit(f"{__doc__}\nChoose one of {', '.join(CONTROLS)}.")

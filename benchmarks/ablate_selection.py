@@ -97,7 +97,7 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
         for variant in chosen:
             folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
             words = variants[variant]
-            # A control has a script of its own: "../benchmarks/train_control.py constant", behind which options follow.
+            # A control has a script of its own: "../benchmarks/train_control.py constant", then options.
             script, words = (words[:2], words[2:]) if words[0].endswith(".py") else ([args.script], words)
             runs.append(Run(variant, seed, folder, (*script, *own, *words, "--seed", str(seed))))
     return runs

@@ -4,8 +4,8 @@ Train and evaluate question answering with a selection that no user would want, 
     python benchmarks/train_control.py constant --dataset_name busy_scenes --selection_gate 0.2 ...
     python benchmarks/train_control.py oracle --dataset_name busy_scenes ...
 
-`constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's, but
-is the same for all texts and images. `oracle`: the patches of the text's region come first, in training and in
+`constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's,
+but is the same for all texts and images. `oracle`: the patches of the text's region come first, in training and in
 evaluation; its own scores order the others. The options are those of run_vqa.py.
 """
 

@@ -81,7 +81,7 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     while True:
         names = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in cells]
         items = [_place_item(*name, cell, grid, rng) for name, cell in zip(names, cells)]
-        questions = _questions(items, rng)
+        questions = _questions(items, grid, rng)
         if grid < 4 or len(questions) == QUESTIONS_PER_KIND * len(KINDS):
             break
     for item in items:
@@ -116,7 +116,7 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         shared = {"image": _png(scene.image), "image_id": f"{split} scene {number + 1}"}
         rng = random.Random(f"texts {split} {seed} {number}")
         if task == "captions":
-            yield {**shared, "captions": [_caption(scene, rng) for _ in range(2)]}
+            yield {**shared, "captions": [_caption(scene, grid, rng) for _ in range(2)]}
         elif task == "vqa":
             for question in scene.questions:
                 region = None if question.region is None else list(question.region)
@@ -134,8 +134,10 @@ def _png(image: PIL.Image.Image) -> dict:
     return {"bytes": png.getvalue(), "path": None}
 
 
-def _caption(scene: Scene, rng: random.Random) -> str:
+def _caption(scene: Scene, grid: int, rng: random.Random) -> str:
     items = rng.sample(scene.items, len(scene.items))
+    if grid == 1:  # the only cell is no place
+        return f"a {items[0].name}"
     return ", ".join(f"a {item.name} at the {item.place}" for item in items)
 
 
@@ -147,7 +149,7 @@ def _expressions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Item]]
             yield f"the {rng.choice(unique)}", item
 
 
-def _questions(items: list[Item], rng: random.Random) -> list[Question]:
+def _questions(items: list[Item], grid: int, rng: random.Random) -> list[Question]:
     """Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them."""
     times = Counter(value for item in items for value in (item.color, item.shape, item.name))
     pools: dict[str, list[Question]] = {kind: [] for kind in KINDS}
@@ -158,7 +160,7 @@ def _questions(items: list[Item], rng: random.Random) -> list[Question]:
         if by_color:
             pools["shape"].append(Question("shape", f"what shape is the {item.color} one?", item.shape, item.box))
         names = [f"the {item.color} one"] * by_color + [f"the {item.shape}"] * by_shape
-        if names:
+        if names and grid > 1:
             pools["place"].append(Question("place", f"where is {rng.choice(names)}?", item.place, item.box))
         if by_name:
             pools["presence"].append(Question("presence", f"is there a {item.name}?", "yes", item.box))

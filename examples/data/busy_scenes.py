@@ -8,7 +8,7 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,16 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     for item in items:
         _draw_item(draw, item, rng)
     return Scene(image, items, questions)
+
+
+def check_busy_scenes(task: str, numbers: Iterable[int], grid: int | None):
+    """Raise a `ValueError` if `busy_records` cannot draw so many scenes of the splits."""
+    if task not in ("vqa", "captions", "grounding"):
+        raise ValueError(f"busy_scenes does not support {task}. Use easy_vqa_scenes.")
+    if grid is not None and grid not in NUM_ITEMS:
+        raise ValueError(f"grid is {grid}: choose 1 to {max(NUM_ITEMS)} cells along each side of a busy scene.")
+    if min(numbers) < 1:
+        raise ValueError(f"The number of scenes is {min(numbers)}: choose at least 1 for each split.")
 
 
 def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0) -> Iterator[dict]:

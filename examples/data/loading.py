@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_f
 from datasets.exceptions import DatasetGenerationError
 
 from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
-from trips_examples.data.busy_scenes import busy_records
+from trips_examples.data.busy_scenes import busy_records, check_busy_scenes
 from trips_examples.data.checking import RowMaker, stamp_of
 from trips_examples.data.scenes import SPLITS, check_scenes, easy_vqa_records, scene_records
 from trips_examples.data.tasks import TASKS, Fault, settle
@@ -42,14 +42,15 @@ class DataSource:
     **Data sets**: `dataset_name` is a data set with the same columns: on the Hub, a folder that `load_dataset` reads
     (as of `imagefolder`), or one that `save_to_disk` has written.
 
-    **Bundled**: `dataset_name="easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a tenth
-    of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are composed
-    scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
+    **Bundled**: `dataset_name="busy_scenes"` are scenes of six to eight shapes among clutter, with texts that need one
+    of them, see `busy_records`. `"easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a
+    tenth of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are
+    composed scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
     """
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "easy_vqa, easy_vqa_scenes, a data set on the Hub, or its folder."},
+        metadata={"help": "busy_scenes, easy_vqa, easy_vqa_scenes, a data set on the Hub, or its folder."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
@@ -75,7 +76,7 @@ class DataSource:
         default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of their file."}
     )
     grid: int | None = field(
-        default=None, metadata={"help": "Tiles per side of an easy_vqa_scenes image. Default: 2; NLVR2: 1."}
+        default=None, metadata={"help": "Cells per side of a scene. Default: busy 4, easy_vqa 2; NLVR2: 1."}
     )
     train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
     validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
@@ -134,6 +135,8 @@ class DataSource:
             raise ValueError(f"{name} has its own splits. Leave out {' and '.join(chosen)}.")
         if name == "easy_vqa" and task != "vqa":
             raise ValueError(f"easy_vqa does not support {task}. Use easy_vqa_scenes.")
+        if name == "busy_scenes":
+            check_busy_scenes(task, self.num_scenes.values(), self.grid)
         if name == "easy_vqa_scenes":
             for split, number in self.num_scenes.items():
                 check_scenes(task, split, number, self.grid)

@@ -84,8 +84,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def library_name(library_class: type) -> str | None:
-    """Return the name of a class of Transformers or timm, `None` for other classes. No model module is imported."""
-    is_known = library_class.__module__.partition(".")[0] in ("transformers", "timm")
+    """Return the name of a class of Transformers, timm or vLLM, `None` for others. No model module is imported."""
+    is_known = library_class.__module__.partition(".")[0] in ("transformers", "timm", "vllm")
     return library_class.__name__ if is_known else None
 
 

@@ -19,7 +19,7 @@ and the model gets them with a prompt that has as many placeholders. The model d
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -167,7 +167,7 @@ def prune(
     if current is not None and current.kept:
         kept = family.kept_tokens(sizes, inputs, current)
         groups = [group[positions] for group, positions in zip(groups, kept)]
-    groups, chosen = select_at_exit(prompts, rows, sizes, groups, at_exit)
+    groups, chosen = select_at_exit(lambda: prompts.text, rows, sizes, groups, at_exit)
     kept = [tokens if positions is None else tokens[positions] for tokens, positions in zip(kept, chosen)]
 
     features = {"pooler_output": torch.stack(groups) if isinstance(output.pooler_output, torch.Tensor) else groups}
@@ -181,9 +181,16 @@ def prune(
 
 
 def select_at_exit(
-    prompts: "Prompts", rows: list[int], sizes: list[int], groups: list[torch.Tensor], at_exit: ExitSelection
+    text: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    rows: list[int],
+    sizes: list[int],
+    groups: list[torch.Tensor],
+    at_exit: ExitSelection,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Return features and positions of the kept tokens of each group; `None` stands for all positions."""
+    """
+    Return features and positions of the kept tokens of each group; `None` stands for all positions. `text` returns the
+    embeddings and the mask of the prompts, and `rows` the prompt of each group.
+    """
     numbers = [at_exit.num_kept(size, len(group)) for size, group in zip(sizes, groups)]
     groups, positions = list(groups), [None] * len(groups)
     # Images of equal size form one batch.
@@ -193,7 +200,7 @@ def select_at_exit(
             alike.setdefault((len(group), number), []).append(index)
     for (_, number), indices in alike.items():
         own = [rows[index] for index in indices]
-        prompt = [part[own] for part in prompts.text] if at_exit.reads_prompt else [None, None]
+        prompt = [part[own] for part in text()] if at_exit.reads_prompt else [None, None]
         chosen, features = at_exit.select(torch.stack([groups[index] for index in indices]), *prompt, number)
         for index, position, feature in zip(indices, chosen, features):
             groups[index], positions[index] = feature, position

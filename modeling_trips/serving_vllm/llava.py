@@ -1,0 +1,114 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LLaVA-1.5 on vLLM's own classes, with a tower of CLIP or SigLIP."""
+
+from collections.abc import Sequence
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from ..hosts.layers import SelectionPass
+from ..hosts.vlm.families import Llava
+from ..hosts.vlm.tower import CURRENT_PASS
+from .selection import QUESTION, QuestionProcessor, SelectingModel, ServedLayer
+from .settings import ServingSettings
+
+
+class ClipLayer(ServedLayer):
+    """
+    Layer of vLLM's CLIP. Its "normed tokens" are the queries, keys and values that one linear layer computes, so
+    scores need no second projection.
+    """
+
+    keys_are_linear = False
+
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.self_attn.qkv_proj(self.layer_norm1(hidden_states))[0]
+
+    def project_query(self, states: torch.Tensor) -> torch.Tensor:
+        return states.chunk(3, dim=-1)[0].unflatten(-1, (-1, self.self_attn.head_dim))
+
+    def project_key(self, states: torch.Tensor) -> torch.Tensor:
+        return states.chunk(3, dim=-1)[1].unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+    def attend(self, normed: torch.Tensor, attention_mask: None) -> torch.Tensor:
+        return self.self_attn.out_proj(self.self_attn.attn(*normed.chunk(3, dim=-1)))[0]
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.layer_norm2(hidden_states))
+
+
+class SiglipLayer(ClipLayer):
+    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        return super().forward(*args, **kwargs), None
+
+
+class ServedLlava(Llava):
+    """vLLM's LLaVA. The connector maps patch by patch, so kept patches stay where they are."""
+
+    layer_classes = {"CLIPEncoderLayer": ClipLayer, "SiglipEncoderLayer": SiglipLayer}
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        self.model = self.base = model
+        self.config = model.config
+
+    @property
+    def num_selectable_layers(self) -> int:
+        # vLLM does not load layers after the deepest one that the language model reads.
+        chosen = self.config.vision_feature_layer
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        number = self.config.vision_config.num_hidden_layers
+        return min(layer if layer >= 0 else number + 1 + layer for layer in chosen)
+
+
+class TripsLlavaProcessingInfo(LlavaProcessingInfo):
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        size = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+        settings, config = ServingSettings.of(self.get_hf_config()), self.get_hf_config().vision_config
+        num_patches = (config.image_size // config.patch_size) ** 2
+        kept = size - num_patches + settings.num_kept_in_tower(num_patches)  # the tower's [CLS] may be another token
+        return settings.at_exit.num_kept(size, kept)
+
+
+class TripsLlavaProcessor(QuestionProcessor, LlavaMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    TripsLlavaProcessor, info=TripsLlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGeneration):
+    """LLaVA-1.5 that drops patches inside its tower, and visual tokens after it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.select_patches(ServedLlava(self))
+
+    def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
+        questions = kwargs.pop(QUESTION, None)
+        if kwargs.get("pixel_values") is None:
+            return super().embed_multimodal(**kwargs)
+        token = CURRENT_PASS.set(SelectionPass())
+        try:
+            groups = super().embed_multimodal(**kwargs)
+        finally:
+            CURRENT_PASS.reset(token)
+        return self.select_tokens(groups, [self.family.tokens_per_image] * len(groups), questions)[0]

@@ -1,0 +1,130 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+
+from ..hosts.vlm.families import Family
+from ..hosts.vlm.pruning import select_at_exit
+from ..hosts.vlm.tower import TowerLayer
+from ..hosts.vlm.wrapper import check_generative
+from .settings import ServingSettings
+
+
+QUESTION = "question_ids"
+
+
+class QuestionProcessor(BaseMultiModalProcessor):
+    """
+    Processor that passes the question to the model where it decides. The question becomes an option of the image's
+    processor. vLLM hashes these options with the image, so its caches never mix questions.
+
+    The question is the text after the last image, or all text if none follows.
+    """
+
+    @property
+    def settings(self) -> ServingSettings:
+        return ServingSettings.of(self.info.get_hf_config())
+
+    @property
+    def image_token_id(self) -> int:
+        return self.info.get_hf_config().image_token_id
+
+    def apply(self, inputs: ProcessorInputs, *args, **kwargs):
+        if self.settings.reads_prompt:
+            ids = list(inputs.prompt)
+            is_image = [token == self.image_token_id for token in ids]
+            after = ids[len(ids) - is_image[::-1].index(True) :] if any(is_image) else []
+            question = after or [token for token, image in zip(ids, is_image) if not image]
+            options = {**inputs.hf_processor_mm_kwargs, QUESTION: question}
+            inputs = replace(inputs, hf_processor_mm_kwargs=options)
+        return super().apply(inputs, *args, **kwargs)
+
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
+        outputs = super()._apply_hf_processor_main(mm_items, without_question(hf_kwargs))
+        if "pixel_values" in outputs and self.settings.reads_prompt:
+            outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION])] * mm_items.get_count("image")
+        return outputs
+
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        if QUESTION in hf_inputs:
+            fields[QUESTION] = MultiModalFieldConfig.batched("image")
+        return fields
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+        return super()._get_prompt_updates(mm_items, without_question(hf_processor_mm_kwargs), out_mm_kwargs)
+
+
+def without_question(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name != QUESTION}
+
+
+class ServedLayer(TowerLayer):
+    """Selection layer under tensor parallelism: each process scores by its own heads."""
+
+    def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return tensor_model_parallel_all_reduce(super().score(query, states))
+
+
+class SelectingModel(nn.Module):
+    """Model of vLLM that selects patches."""
+
+    settings: ServingSettings
+    family: Family
+
+    def select_patches(self, family: Family):
+        """
+        Replace layers of the tower by selection layers.
+
+        Raises:
+            TypeError: The tower is not supported.
+            ValueError: The settings do not fit the model.
+        """
+        self.settings, self.family = ServingSettings.of(family.config), family
+        family.check_schedule(self.settings.schedule)
+        check_generative(family, self.settings.schedule, self.settings.at_exit, None)
+        family.wrap_layers(self.settings.schedule)
+
+    def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""
+        lengths = torch.tensor([len(question) for question in questions])
+        ids = nn.utils.rnn.pad_sequence(list(questions), batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(ids.device)
+        return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask
+
+    def select_tokens(
+        self, groups: Sequence[torch.Tensor], sizes: list[int], questions: Sequence[torch.Tensor] | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """
+        Select after the tower, in batches of images of equal size.
+
+        Args:
+            groups (`Sequence[torch.Tensor]`): Tokens of each image that the tower has kept, `(num_tokens, width)`.
+            sizes (`list[int]`): Number of tokens of each image before selection.
+            questions (`Sequence[torch.Tensor]`, *optional*): Token ids of each image's question.
+
+        Returns:
+            The kept tokens of each image, and their positions in its group; `None` stands for all.
+        """
+        text = partial(self.embed_questions, questions)
+        return select_at_exit(text, list(range(len(groups))), sizes, list(groups), self.settings.at_exit)

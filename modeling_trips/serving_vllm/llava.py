@@ -82,10 +82,10 @@ class ServedLlava(Llava):
 class TripsLlavaProcessingInfo(LlavaProcessingInfo):
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         size = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        settings, config = ServingSettings.of(self.get_hf_config()), self.get_hf_config().vision_config
-        num_patches = (config.image_size // config.patch_size) ** 2
-        kept = size - num_patches + settings.num_kept_in_tower(num_patches)  # the tower's [CLS] may be another token
-        return settings.at_exit.num_kept(size, kept)
+        config = self.get_hf_config()
+        settings, side = ServingSettings.of(config), config.vision_config.image_size // config.vision_config.patch_size
+        num_others = size - side**2  # the tower's [CLS] may be a visual token
+        return settings.at_exit.num_kept(size, num_others + settings.num_kept_in_tower(side**2))
 
 
 class TripsLlavaProcessor(QuestionProcessor, LlavaMultiModalProcessor):
@@ -111,4 +111,4 @@ class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGene
             groups = super().embed_multimodal(**kwargs)
         finally:
             CURRENT_PASS.reset(token)
-        return self.select_tokens(groups, [self.family.tokens_per_image] * len(groups), questions)[0]
+        return self.select_tokens(groups, questions)[0]

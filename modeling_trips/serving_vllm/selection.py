@@ -113,18 +113,17 @@ class SelectingModel(nn.Module):
         return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask
 
     def select_tokens(
-        self, groups: Sequence[torch.Tensor], sizes: list[int], questions: Sequence[torch.Tensor] | None
+        self, groups: Sequence[torch.Tensor], questions: Sequence[torch.Tensor] | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """
-        Select after the tower, in batches of images of equal size.
+        Select after the tower, in batches of groups of equal size.
 
         Args:
-            groups (`Sequence[torch.Tensor]`): Tokens of each image that the tower has kept, `(num_tokens, width)`.
-            sizes (`list[int]`): Number of tokens of each image before selection.
-            questions (`Sequence[torch.Tensor]`, *optional*): Token ids of each image's question.
+            groups (`Sequence[torch.Tensor]`): Tokens that the tower has kept, `(num_tokens, width)` by image or tile.
+            questions (`Sequence[torch.Tensor]`, *optional*): Token ids of each group's question.
 
         Returns:
-            The kept tokens of each image, and their positions in its group; `None` stands for all.
+            The kept tokens of each group, and their positions in it; `None` stands for all.
         """
-        text = partial(self.embed_questions, questions)
+        text, sizes = partial(self.embed_questions, questions), [len(group) for group in groups]
         return select_at_exit(text, list(range(len(groups))), sizes, list(groups), self.settings.at_exit)

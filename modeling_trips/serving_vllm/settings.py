@@ -71,7 +71,7 @@ class ServingSettings:
         return by_text or (self.at_exit.visual_tokens is not None and self.at_exit.reads_prompt)
 
     def num_kept_in_tower(self, num_units: int) -> int:
-        """Return how many units of one image (or tile) the tower keeps."""
+        """Return how many visual tokens of an image (or tile) the tower keeps."""
         for selection in self.schedule.selections:
             num_units = num_kept_tokens(num_units, selection.keep_rate)
         return num_units

@@ -78,12 +78,12 @@ class InternvlLayer(TowerLayer):
         return Projections(self.attention.q_proj, self.attention.k_proj, self.attention.num_heads)
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        query = self.attention.q_norm(self.attention.q_proj(states))
-        return query.unflatten(-1, (self.attention.num_heads, -1))
+        query = super().project_query(states)
+        return self.attention.q_norm(query.flatten(-2)).unflatten(-1, query.shape[-2:])
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        key = self.attention.k_norm(self.attention.k_proj(states))
-        return key.unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
+        key = super().project_key(states).transpose(1, 2)
+        return self.attention.k_norm(key.flatten(-2)).unflatten(-1, key.shape[-2:]).transpose(1, 2)
 
     @property
     def keys_are_linear(self) -> bool:

@@ -1,0 +1,188 @@
+# Copyright 2026 The TRIPS for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Other families, on vLLM's Transformers modeling backend.
+
+The backend builds the model of Transformers, so the families and tower layers of `modeling_trips.hosts` fit. In
+Qwen-VL the positions of visual tokens depend on the selection: rows and columns of the kept tokens travel as more
+columns of their embeddings, as in vLLM's own pruning of videos (EVS), and are written before prefill.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
+from vllm.model_executor.models.transformers.multimodal import (
+    MultiModalDummyInputsBuilder,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.platforms import current_platform
+
+from ..hosts.layers import Projections
+from ..hosts.vlm.families import find_family
+from .selection import QUESTION, QuestionProcessor, SelectingModel, ServedLayer
+
+
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of the embeddings' dtype
+
+
+class FusedLayer(ServedLayer):
+    """Layer whose queries, keys and values vLLM computes by one linear layer, where it can."""
+
+    def projections(self) -> Projections:
+        attention = getattr(self, "self_attn", None) or getattr(self, "attention", None)
+        if not hasattr(attention, "qkv_proj"):
+            return super().projections()
+        width = attention.qkv_proj.output_size_per_partition // 3
+        return Projections.stacked(attention.qkv_proj, width, width // attention.head_dim)
+
+
+class TripsProcessingInfo(MultiModalProcessingInfo):
+    def get_supported_mm_limits(self) -> dict[str, None]:
+        return {"image": None}
+
+
+class TripsProcessor(QuestionProcessor, MultiModalProcessor):
+    """Processor that leaves as many placeholders of each image as the model keeps."""
+
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs):
+        outputs = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if "image_replacement_ids" not in outputs:
+            return outputs
+        pieces = [*outputs["image_replacement_ids"].split(outputs["image_replacement_sizes"].tolist())]
+        num_tiles = outputs["num_image_patches"].tolist() if "image_grid_thw" not in outputs else [1] * len(pieces)
+        for index, (ids, number) in enumerate(zip(pieces, num_tiles)):
+            is_visual = ids == self.image_token_id
+            size = int(is_visual.sum()) // number  # of each tile
+            kept = self.settings.at_exit.num_kept(size, self.settings.num_kept_in_tower(size))
+            pieces[index] = ids[~is_visual | ((is_visual.cumsum(0) - 1) % size < kept)]
+            if QUESTION in outputs:  # the text after the last image begins with the end of its replacement
+                end = ids[is_visual.nonzero()[-1] + 1 :]
+                outputs[QUESTION][index] = torch.cat([end, outputs[QUESTION][index]])
+        outputs["image_replacement_ids"] = torch.cat(pieces)
+        outputs["image_replacement_sizes"] = torch.tensor([len(piece) for piece in pieces])
+        return outputs
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+        # vLLM takes the most frequent token of a replacement for the visual token.
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [replace(update, replacement=partial(self.mark, update.replacement)) for update in updates]
+
+    def mark(self, replacement: Callable[[int], PromptUpdateDetails], item: int) -> PromptUpdateDetails:
+        return PromptUpdateDetails.select_token_id(replacement(item).full, self.image_token_id)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    TripsProcessor, info=TripsProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCausalLM):
+    """A model of Transformers that drops patches inside its tower, and visual tokens after it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.supports_multimodal_pruning = self.model_config.uses_mrope
+        if self.supports_multimodal_pruning:
+            # vLLM asks for the positions of kept tokens only with this option, which is about videos.
+            self.model_config.multimodal_config.video_pruning_rate = 1e-6
+        family = find_family(self.model)
+        family.layer_classes = {
+            name: type(kind.__name__, (FusedLayer, kind), {}) for name, kind in family.layer_classes.items()
+        }
+        self.select_patches(family)
+        family.add_hooks()
+
+    def _process_vision_input(
+        self, modality: str, pixel_values: torch.Tensor, num_patches: torch.Tensor, **inputs
+    ) -> list[torch.Tensor]:
+        """Return the kept tokens of each image."""
+        questions, tiles = inputs.pop(QUESTION, None), num_patches.flatten().tolist()
+        inputs = {name: value.to(pixel_values.device) for name, value in inputs.items()}
+        inputs["pixel_values"] = pixel_values
+        current = self.family.begin_pass(inputs)
+        groups = list(self.family.encode(inputs, current).pooler_output)
+        kept = [torch.arange(len(group), device=group.device) for group in groups]
+        if current.kept:
+            kept = self.family.kept_tokens([len(group) for group in groups], inputs, current)
+            groups = [group[positions] for group, positions in zip(groups, kept)]
+        if "image_grid_thw" in inputs:
+            groups, chosen = self.select_tokens(groups, questions)
+            kept = [tokens if own is None else tokens[own] for tokens, own in zip(kept, chosen)]
+            return [*map(self.with_places, groups, kept, inputs["image_grid_thw"].tolist())]
+        if len(groups) < len(tiles):  # SmolVLM: the tiles of all images are one group
+            tokens = torch.cat(groups)
+            groups = tokens.split([len(tokens) // sum(tiles) * number for number in tiles])
+        if len(groups) > len(tiles):  # InternVL: each tile is a group
+            questions = questions and [own for own, number in zip(questions, tiles) for _ in range(number)]
+            groups = self.select_tokens(groups, questions)[0]
+            ends = [*accumulate(tiles)]
+            return [torch.cat(groups[end - number : end]) for end, number in zip(ends, tiles)]
+        return self.select_tokens(groups, questions)[0]
+
+    # ---- Positions of Qwen-VL --------------------------------------------------------------------------------------
+
+    def with_places(self, tokens: torch.Tensor, kept: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        """Append the row and the column of each token, whose bits survive in any dtype."""
+        num_columns = grid[2] // self.family.unit
+        places = torch.stack([kept // num_columns, kept % num_columns], dim=1)
+        return torch.cat([tokens, places.to(INTEGERS[tokens.itemsize]).view(tokens.dtype)], dim=1)
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]):
+        """Return positions where each visual token is at the start of its image, and how far they are ahead."""
+        grids = MultiModalFeatureSpec.gather_kwargs(mm_features, {"image_grid_thw"}).get("image_grid_thw", [])
+        parts, position, end = [], 0, 0
+        for feature, (_, height, width) in zip(mm_features, grids):
+            place = feature.mm_position
+            parts.append(torch.arange(position, position := position + place.offset - end))
+            parts.append(torch.full((place.length,), position))
+            position += int(max(height, width)) // self.family.unit
+            end = place.offset + place.length
+        parts.append(torch.arange(position, position := position + len(input_tokens) - end))
+        return torch.cat(parts).repeat(3, 1), position - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor],
+        mrope_positions: torch.Tensor,
+        num_computed_tokens: int,
+    ):
+        """Write rows and columns into the positions of the visual tokens that are about to be computed."""
+        width = self.text_config.hidden_size
+        positions = mrope_positions.clone()
+        is_visual = torch.as_tensor(input_ids, device=positions.device) == self.family.image_token_id
+        if multimodal_embeddings:
+            places = torch.cat([part[:, width:] for part in multimodal_embeddings])
+            places = places.contiguous().view(INTEGERS[places.itemsize]).T.to(positions)
+            visual = is_visual.nonzero()[:, 0]
+            visual = visual[visual >= num_computed_tokens][: places.shape[1]]
+            positions[1:, visual] = positions[:1, visual] + places
+        delta = int(positions.max()) + 1 - len(is_visual)
+        return [part[:, :width] for part in multimodal_embeddings], positions, delta
+
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    # Unlike the runners for GPUs, this one never asks the model.
+    CPUModelRunner.is_multimodal_pruning_enabled = property(
+        lambda runner: getattr(runner.model, "supports_multimodal_pruning", False), lambda runner, value: None
+    )

@@ -1,16 +1,3 @@
-# Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """
 Other families, on vLLM's Transformers modeling backend.
 
@@ -107,35 +94,33 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
         family.layer_classes = {
             name: type(kind.__name__, (FusedLayer, kind), {}) for name, kind in family.layer_classes.items()
         }
-        self.select_patches(family)
+        self.select_patches(family, self.device_config.device)
         family.add_hooks()
 
     def _process_vision_input(
         self, modality: str, pixel_values: torch.Tensor, num_patches: torch.Tensor, **inputs
     ) -> list[torch.Tensor]:
         """Return the kept tokens of each image."""
-        questions, tiles = inputs.pop(QUESTION, None), num_patches.flatten().tolist()
-        inputs = {name: value.to(pixel_values.device) for name, value in inputs.items()}
-        inputs["pixel_values"] = pixel_values
+        inputs = {name: value if name == QUESTION else value.to(pixel_values.device) for name, value in inputs.items()}
+        questions, inputs["pixel_values"] = inputs.pop(QUESTION, None), pixel_values
+        grids = inputs.get("image_grid_thw")
+        tiles = num_patches.flatten().tolist() if grids is None else [1] * len(grids)
+        if questions is not None:
+            questions = [own for own, number in zip(questions, tiles) for _ in range(number)]
         current = self.family.begin_pass(inputs)
+        current.query = self.query(questions)
         groups = list(self.family.encode(inputs, current).pooler_output)
         kept = [torch.arange(len(group), device=group.device) for group in groups]
         if current.kept:
             kept = self.family.kept_tokens([len(group) for group in groups], inputs, current)
             groups = [group[positions] for group, positions in zip(groups, kept)]
-        if "image_grid_thw" in inputs:
-            groups, chosen = self.select_tokens(groups, questions)
+        if len(groups) < sum(tiles):  # Idefics3: the tiles of all images are one group
+            groups = [*torch.cat(groups).unflatten(0, (sum(tiles), -1))]
+        groups, chosen = self.select_tokens(groups, questions)
+        if grids is not None:
             kept = [tokens if own is None else tokens[own] for tokens, own in zip(kept, chosen)]
-            return [*map(self.with_places, groups, kept, inputs["image_grid_thw"].tolist())]
-        if len(groups) < len(tiles):  # SmolVLM: the tiles of all images are one group
-            tokens = torch.cat(groups)
-            groups = tokens.split([len(tokens) // sum(tiles) * number for number in tiles])
-        if len(groups) > len(tiles):  # InternVL: each tile is a group
-            questions = questions and [own for own, number in zip(questions, tiles) for _ in range(number)]
-            groups = self.select_tokens(groups, questions)[0]
-            ends = [*accumulate(tiles)]
-            return [torch.cat(groups[end - number : end]) for end, number in zip(ends, tiles)]
-        return self.select_tokens(groups, questions)[0]
+            return [*map(self.with_places, groups, kept, grids.tolist())]
+        return [torch.cat(groups[end - number : end]) for end, number in zip(accumulate(tiles), tiles)]
 
     # ---- Positions of Qwen-VL --------------------------------------------------------------------------------------
 

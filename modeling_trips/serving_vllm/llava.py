@@ -1,21 +1,9 @@
-# Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """LLaVA-1.5 on vLLM's own classes, with a tower of CLIP or SigLIP."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -100,13 +88,18 @@ class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGene
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.select_patches(ServedLlava(self))
+        self.select_patches(ServedLlava(self), vllm_config.device_config.device)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
 
     def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
         questions = kwargs.pop(QUESTION, None)
         if kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
-        token = CURRENT_PASS.set(SelectionPass())
+        current = SelectionPass()
+        current.query = self.query(questions)
+        token = CURRENT_PASS.set(current)
         try:
             groups = super().embed_multimodal(**kwargs)
         finally:

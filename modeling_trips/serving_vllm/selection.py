@@ -1,21 +1,8 @@
-# Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -26,7 +13,6 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.pruning import select_at_exit
 from ..hosts.vlm.tower import TowerLayer
-from ..hosts.vlm.wrapper import check_generative
 from .settings import ServingSettings
 
 
@@ -41,7 +27,7 @@ class QuestionProcessor(BaseMultiModalProcessor):
     The question is the text after the last image, or all text if none follows.
     """
 
-    @property
+    @cached_property
     def settings(self) -> ServingSettings:
         return ServingSettings.of(self.info.get_hf_config())
 
@@ -92,7 +78,7 @@ class SelectingModel(nn.Module):
     settings: ServingSettings
     family: Family
 
-    def select_patches(self, family: Family):
+    def select_patches(self, family: Family, device: torch.device):
         """
         Replace layers of the tower by selection layers.
 
@@ -101,9 +87,15 @@ class SelectingModel(nn.Module):
             ValueError: The settings do not fit the model.
         """
         self.settings, self.family = ServingSettings.of(family.config), family
-        family.check_schedule(self.settings.schedule)
-        check_generative(family, self.settings.schedule, self.settings.at_exit, None)
+        guide = self.settings.load_guide()
+        self.settings.check_fits(family, guide)
+        # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.
+        self.guides = [] if guide is None else [guide.to(device)]
         family.wrap_layers(self.settings.schedule)
+
+    def query(self, questions: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Return the queries that score patches by the text, `(num_images, num_heads, head_dim)`."""
+        return self.guides[0](*self.embed_questions(questions)) if self.guides else None
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""

@@ -1,74 +1,115 @@
-# Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Settings of patch selection that a model's configuration carries into vLLM."""
+"""Settings of patch selection, which a model's configuration carries into vLLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
 from ..configuration_trips import SelectionSchedule
+from ..hosts.vlm.families import Family
+from ..hosts.vlm.guide import TextGuide
 from ..hosts.vlm.pruning import ExitSelection
+from ..hosts.vlm.wrapper import check_generative
 from ..patch_selection import num_kept_tokens
 
 
-# Scorers whose choice depends on the image and the question alone, so that it may be cached.
+# Architecture of vLLM for each type of model.
+ARCHITECTURES = {
+    "llava": "TripsLlavaForConditionalGeneration",
+    **dict.fromkeys(
+        ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "smolvlm"),
+        "TripsForConditionalGeneration",
+    ),
+}
+NOT_SUPPORTED = {
+    "gemma3": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
+    "paligemma": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
+    "qwen3_vl": "vLLM's Transformers backend drops its deepstack features",
+    "qwen3_vl_moe": "vLLM's Transformers backend drops its deepstack features",
+}
+# Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
 SCORERS = ("prompt", "diversity", "pooling")
 
 
 @dataclass(frozen=True)
 class ServingSettings:
     """
-    Selection inside and after the vision tower.
+    Selection inside and after the vision tower, as in [`apply_patch_selection`]. The fields are keys of the model's
+    configuration, which `--hf-overrides` sets.
 
     Args:
-        schedule (`SelectionSchedule`): Selection layers of the tower.
-        at_exit (`ExitSelection`): Selection after the tower.
+        patch_selection (`str`, *optional*, defaults to `"unpruned"`): Schedule of the tower, as in `8:image:0.33`.
+        visual_tokens (`int`, *optional*): Number of visual tokens per image. Default: all that the tower keeps.
+        visual_scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens, one of `SCORERS`.
+        text_guide (`str`, *optional*): Folder or repository of the [`TextGuide`] for a layer that the text scores.
+
+    Raises:
+        TypeError: `visual_tokens` is not an integer.
+        ValueError: A setting is unknown or out of its range.
     """
 
-    schedule: SelectionSchedule
-    at_exit: ExitSelection
+    patch_selection: str = "unpruned"
+    visual_tokens: int | None = None
+    visual_scorer: str = "prompt"
+    text_guide: str | None = None
 
-    @classmethod
-    def parse(
-        cls, schedule: str = "unpruned", visual_tokens: int | None = None, visual_scorer: str = "prompt"
-    ) -> "ServingSettings":
-        """
-        Args:
-            schedule (`str`, *optional*, defaults to `"unpruned"`): Text form of the schedule, as in `8:image:0.33`.
-            visual_tokens (`int`, *optional*): Number of visual tokens per image for the language model. Default: all
-                that the tower keeps.
-            visual_scorer (`str`, *optional*, defaults to `"prompt"`): One of `SCORERS`.
-
-        Raises:
-            TypeError: `visual_tokens` is not an integer.
-            ValueError: A setting is unknown or out of its range.
-        """
-        if visual_scorer not in SCORERS:
-            raise ValueError(f"`visual_scorer` must be one of {', '.join(SCORERS)}, got {visual_scorer!r}.")
-        return cls(SelectionSchedule.parse(schedule), ExitSelection(visual_tokens, scorer=visual_scorer))
+    def __post_init__(self):
+        if self.visual_scorer not in SCORERS:
+            raise ValueError(f"`visual_scorer` must be one of {', '.join(SCORERS)}, got {self.visual_scorer!r}.")
+        schedule = SelectionSchedule.parse(self.patch_selection)
+        object.__setattr__(self, "schedule", schedule)
+        object.__setattr__(self, "at_exit", ExitSelection(self.visual_tokens, scorer=self.visual_scorer))
+        if schedule.first_text_layer is not None and self.text_guide is None:
+            raise ValueError(f"Layer {schedule.first_text_layer} is scored by the text, but `text_guide` is not set.")
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ServingSettings":
-        """Return those of a model's configuration, which `--hf-overrides` sets."""
-        names = {"patch_selection": "schedule", "visual_tokens": "visual_tokens", "visual_scorer": "visual_scorer"}
-        return cls.parse(**{names[key]: getattr(config, key) for key in names if hasattr(config, key)})
+        """
+        Return the settings of a model's configuration.
+
+        Raises:
+            ValueError: The settings do not fit this type of model.
+        """
+        settings = cls(**{own.name: getattr(config, own.name, own.default) for own in fields(cls)})
+        settings.check_type(config)
+        return settings
+
+    def check_type(self, config: PreTrainedConfig):
+        name, tower = config.model_type, getattr(config.vision_config, "model_type", None)
+        if name not in ARCHITECTURES:
+            reason = f": {NOT_SUPPORTED[name]}" if name in NOT_SUPPORTED else ""
+            raise ValueError(f"Patch selection in vLLM supports {', '.join(ARCHITECTURES)}, not {name}{reason}.")
+        if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
+            raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
+        if name in ("idefics3", "smolvlm") and self.visual_tokens is not None:
+            raise ValueError(f"`visual_tokens` is not supported for {name}, whose tokens are separated tile by tile.")
+        if name in ("llava_next", "llava_onevision") and self.schedule.layers:
+            # How many tokens the tower keeps of an image depends on its tiles and their padding.
+            if self.text_guide is not None:
+                raise ValueError(f"`text_guide` is not supported for {name}.")
+            vision = config.vision_config
+            most = self.num_kept_in_tower((vision.image_size // vision.patch_size) ** 2)
+            if self.visual_tokens is None or self.visual_tokens > most:
+                raise ValueError(
+                    f"`visual_tokens` of {name} must be at most {most}, the tokens of a tile that "
+                    f"{self.patch_selection} keeps, got {self.visual_tokens}."
+                )
+
+    def load_guide(self) -> TextGuide | None:
+        return None if self.text_guide is None else TextGuide.from_pretrained(self.text_guide)
+
+    def check_fits(self, family: Family, guide: TextGuide | None):
+        """
+        Raises:
+            TypeError: The tower is not supported.
+            ValueError: The settings do not fit the model.
+        """
+        family.check_schedule(self.schedule)
+        check_generative(family, self.schedule, self.at_exit, guide)
 
     @property
     def reads_prompt(self) -> bool:
         """Whether the question decides which tokens are kept."""
-        by_text = any(selection.guidance == "text" for selection in self.schedule.selections)
-        return by_text or (self.at_exit.visual_tokens is not None and self.at_exit.reads_prompt)
+        return self.text_guide is not None or (self.visual_tokens is not None and self.at_exit.reads_prompt)
 
     def num_kept_in_tower(self, num_units: int) -> int:
         """Return how many visual tokens of an image (or tile) the tower keeps."""

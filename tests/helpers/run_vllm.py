@@ -1,0 +1,41 @@
+"""
+Generate with vLLM, in an environment of its own, without the project's tests: `python run_vllm.py JOBS RESULTS`.
+
+A job has a model, options of `LLM`, prompts with files of images, and a number of passes over the same prompts. A
+result has, by pass, the tokens and the length of each prompt and how many tokens of it were cached; or an error.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def run(job: dict) -> dict:
+    try:
+        engine = LLM(job["model"], **job["options"])
+    except Exception as error:
+        return {"error": str(error)}
+    prompts = [
+        {"prompt": text, "multi_modal_data": {"image": [Image.open(file) for file in files]}}
+        for text, files in job["prompts"]
+    ]
+    greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True)
+    passes = [engine.generate(prompts, greedy, use_tqdm=False) for _ in range(job["passes"])]
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return {
+        "tokens": [[list(output.outputs[0].token_ids) for output in outputs] for outputs in passes],
+        "lengths": [len(output.prompt_token_ids) for output in passes[0]],
+        "cached": [[output.num_cached_tokens for output in outputs] for outputs in passes],
+    }
+
+
+if __name__ == "__main__":
+    jobs, results = map(Path, sys.argv[1:])
+    results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text("utf-8"))]), "utf-8")

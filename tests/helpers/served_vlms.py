@@ -1,0 +1,162 @@
+"""Tiny generative models that vLLM can serve on a CPU: heads are 32 wide. With processors, prompts and references."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_vlm_processors import make_llava_processor, make_qwen_processor, make_tokenizer, noise
+from tiny_vlms import BY_NAME, CLIP, LLAMA, SIGLIP, llama_vlm
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GotOcr2ImageProcessor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaProcessor,
+    ProcessorMixin,
+    SiglipImageProcessor,
+)
+
+from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
+
+
+WIDTHS = {
+    "hidden_size": 128,
+    "out_hidden_size": 128,
+    "intermediate_size": 256,
+    "mrope_section": [8, 4, 4],
+    "max_position_embeddings": 1024,
+}
+NUM_TOKENS = 16
+VLMS = {
+    "llava": BY_NAME["llava"],
+    "llava_siglip": llama_vlm(
+        "llava_siglip",
+        "Llava",
+        SIGLIP,
+        LLAMA,
+        config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    ),
+    "internvl": BY_NAME["internvl"],
+    "qwen2_5_vl": BY_NAME["qwen2_5_vl"],
+}
+
+
+def widen(config):
+    if not isinstance(config, dict):
+        return config
+    return {name: WIDTHS.get(name, widen(value)) for name, value in config.items()}
+
+
+def make_siglip_processor() -> LlavaProcessor:
+    processor, side = make_llava_processor(), SIGLIP["image_size"]
+    processor.image_processor = SiglipImageProcessor(size={"height": side, "width": side})
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    return processor
+
+
+def make_internvl_processor() -> InternVLProcessor:
+    """Return a processor for images of up to 4 tiles."""
+    side = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
+    tokens = {"start_image": "<|vision_start|>", "end_image": "<|vision_end|>", "context_image": "<image>"}
+    tokenizer = make_tokenizer("<image>")
+    for name, token in {**tokens, "video": "<|video_pad|>"}.items():
+        tokenizer.init_kwargs[f"{name}_token"] = token
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    return InternVLProcessor(
+        GotOcr2ImageProcessor(size=side, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer,
+        InternVLVideoProcessor(size=side),
+        image_seq_length=BY_NAME["internvl"].tokens,
+    )
+
+
+PROCESSORS = {
+    "llava": make_llava_processor,
+    "llava_siglip": make_siglip_processor,
+    "internvl": make_internvl_processor,
+    "qwen2_5_vl": make_qwen_processor,
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Arguments of `apply_patch_selection`."""
+
+    schedule: str = "unpruned"
+    visual_tokens: int | None = None
+    scorer: str = "prompt"
+
+    @property
+    def is_by_text(self) -> bool:
+        return "text" in self.schedule
+
+    def overrides(self, folder: Path) -> dict:
+        """Return the keys of a configuration in vLLM."""
+        keys = {"patch_selection": self.schedule, "visual_tokens": self.visual_tokens, "visual_scorer": self.scorer}
+        return {**keys, "text_guide": str(folder / "guide") if self.is_by_text else None}
+
+
+class ServedVlm:
+    """A saved tiny model with its processor, prompts with images, and greedy tokens of Transformers."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, folder
+        model = replace(VLMS[name], config=widen(VLMS[name].config)).make()
+        model.generation_config.eos_token_id = None
+        model.save_pretrained(folder)
+        PROCESSORS[name]().save_pretrained(folder)
+        TextGuide.for_model(model).save_pretrained(folder / "guide")
+        if name.startswith("llava"):
+            rename_tower(folder / "model.safetensors")
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(folder)
+        self.guide = TextGuide.from_pretrained(folder / "guide")
+        self.images = []
+        for seed, size in enumerate([(64, 32), (96, 64), (32, 32)]):
+            self.images.append(folder / f"{seed}.png")
+            noise(*size, seed).save(self.images[-1])
+
+    @property
+    def prompts(self) -> list[tuple[str, list[str]]]:
+        """Different images and questions, an image under two questions, and two images in a prompt."""
+        image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
+        end = " ".join(f"w{number}" for number in range(30, 46))
+        cases = [
+            ((0,), "what color is it ?"),
+            ((1,), "which picture ?"),
+            ((0,), "is it red ?"),
+            ((2, 0), "which one ?"),
+        ]
+        return [
+            (f"<s> the {' '.join([image] * len(own))} {question} {end}", [str(self.images[index]) for index in own])
+            for own, question in zip([(0,), (1,), (0,), (2, 0)], asked)
+        ]
+
+    def reference(self, selection: Selection) -> list[list[int]]:
+        """Return the greedy tokens of each prompt, one by one."""
+        guide = self.guide if selection.is_by_text else None
+        apply_patch_selection(
+            self.model, selection.schedule, selection.visual_tokens, scorer=selection.scorer, guide=guide
+        )
+        rows = [self.generate(text, [Image.open(file) for file in files]) for text, files in self.prompts]
+        remove_patch_selection(self.model)
+        return rows
+
+    def generate(self, text: str, images: list[Image.Image], **options) -> list[int]:
+        inputs = self.processor(text=text, images=images, return_tensors="pt", **options)
+        outputs = self.model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
+        return outputs[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def rename_tower(file: Path):
+    """Use the names of published checkpoints: vLLM 0.32 does not know those that Transformers writes since 5.19."""
+    weights = {
+        re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,38 +12,19 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..hosts.vlm.families import find_family
 from . import check_release
-from .settings import ARCHITECTURES, SCORERS, ServingSettings
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m modeling_trips.serving_vllm", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="Folder or repository of the model.")
-    parser.add_argument(
-        "--schedule", dest="patch_selection", default="unpruned", help="Selection inside the tower: 8:image:0.33."
-    )
-    parser.add_argument("--visual_tokens", type=int, help="Visual tokens per image. Default: all the tower keeps.")
-    parser.add_argument("--visual_scorer", default="prompt", choices=SCORERS, help="Scorer of these tokens.")
-    parser.add_argument("--text_guide", help="Folder or repository of a TextGuide, for a layer scored by the text.")
-    parser.add_argument("--run", action="store_true", help="Start the server instead of printing its command.")
-    return parser
+from .settings import ARCHITECTURES, KEYS, SCORERS, ServingSettings
 
 
 def make_command(args: argparse.Namespace, others: list[str]) -> list[str]:
-    """
-    Return the command that serves a model.
-
-    Raises:
-        TypeError, ValueError: The settings do not fit the model.
-    """
-    settings = ServingSettings(**{own.name: getattr(args, own.name) for own in fields(ServingSettings)})
+    """Return the command that serves a model. Raise a TypeError or a ValueError if the settings do not fit it."""
+    settings = ServingSettings(**{name: getattr(args, name) for name in KEYS})
     config = AutoConfig.from_pretrained(args.model)
     settings.check_type(config)
     with torch.device("meta"):
         family = find_family(AutoModelForImageTextToText.from_config(config))
-    settings.check_fits(family, settings.load_guide())
-    given = {own.name: getattr(settings, own.name) for own in fields(settings)}
-    overrides = {name: value for name, value in given.items() if value != getattr(ServingSettings, name)}
-    overrides = {"architectures": [ARCHITECTURES[config.model_type]], **overrides}
+    settings.check_fits(family)
+    changed = {name: getattr(args, name) for name in KEYS if getattr(args, name) != getattr(ServingSettings, name)}
+    overrides = {"architectures": [ARCHITECTURES[config.model_type]], **changed}
     # `vllm serve` needs the metadata of a distribution called vllm, which builds for CPUs do not have.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
     return [*server, "--hf-overrides", json.dumps(overrides), *others]
@@ -61,7 +41,15 @@ def installed_release() -> str | None:
 
 
 def main(argv: list[str] | None = None):
-    parser = make_parser()
+    parser = argparse.ArgumentParser("python -m modeling_trips.serving_vllm", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="Folder or repository of the model.")
+    parser.add_argument(
+        "--schedule", dest="patch_selection", default="unpruned", help="Selection inside the tower: 8:image:0.33."
+    )
+    parser.add_argument("--visual_tokens", type=int, help="Visual tokens per image. Default: all the tower keeps.")
+    parser.add_argument("--visual_scorer", default="prompt", choices=SCORERS, help="Scorer of these tokens.")
+    parser.add_argument("--text_guide", help="Folder or repository of a TextGuide, for a layer scored by the text.")
+    parser.add_argument("--run", action="store_true", help="Start the server instead of printing its command.")
     args, others = parser.parse_known_args(argv)
     release = installed_release()
     try:

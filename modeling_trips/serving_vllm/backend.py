@@ -6,7 +6,7 @@ Qwen-VL the positions of visual tokens depend on the selection: rows and columns
 columns of their embeddings, as in vLLM's own pruning of videos (EVS), and are written before prefill.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -44,8 +44,8 @@ class FusedLayer(ServedLayer):
 
 
 class TripsProcessingInfo(MultiModalProcessingInfo):
-    def get_supported_mm_limits(self) -> dict[str, None]:
-        return {"image": None}
+    def _get_supported_modalities(self) -> list[str]:
+        return ["image"]
 
 
 class TripsProcessor(QuestionProcessor, MultiModalProcessor):
@@ -84,10 +84,11 @@ class TripsProcessor(QuestionProcessor, MultiModalProcessor):
 class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCausalLM):
     """A model of Transformers that drops patches inside its tower, and visual tokens after it."""
 
+    supports_multimodal_pruning = True
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.supports_multimodal_pruning = self.model_config.uses_mrope
-        if self.supports_multimodal_pruning:
+        if self.model_config.uses_mrope:
             # vLLM asks for the positions of kept tokens only with this option, which is about videos.
             self.model_config.multimodal_config.video_pruning_rate = 1e-6
         family = find_family(self.model)
@@ -144,11 +145,7 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
         return torch.cat(parts).repeat(3, 1), position - len(input_tokens)
 
     def recompute_mrope_positions(
-        self,
-        input_ids: list[int] | torch.Tensor,
-        multimodal_embeddings: Sequence[torch.Tensor],
-        mrope_positions: torch.Tensor,
-        num_computed_tokens: int,
+        self, input_ids, multimodal_embeddings, mrope_positions: torch.Tensor, num_computed_tokens: int
     ):
         """Write rows and columns into the positions of the visual tokens that are about to be computed."""
         width = self.text_config.hidden_size
@@ -160,8 +157,11 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
             visual = is_visual.nonzero()[:, 0]
             visual = visual[visual >= num_computed_tokens][: places.shape[1]]
             positions[1:, visual] = positions[:1, visual] + places
-        delta = int(positions.max()) + 1 - len(is_visual)
-        return [part[:, :width] for part in multimodal_embeddings], positions, delta
+        return (
+            [part[:, :width] for part in multimodal_embeddings],
+            positions,
+            int(positions.max()) + 1 - len(is_visual),
+        )
 
 
 if current_platform.is_cpu():
@@ -169,5 +169,6 @@ if current_platform.is_cpu():
 
     # Unlike the runners for GPUs, this one never asks the model.
     CPUModelRunner.is_multimodal_pruning_enabled = property(
-        lambda runner: getattr(runner.model, "supports_multimodal_pruning", False), lambda runner, value: None
+        lambda runner: isinstance(getattr(runner, "model", None), TripsForConditionalGeneration),
+        lambda runner, value: None,
     )

@@ -58,14 +58,6 @@ class ServedLlava(Llava):
         self.model = self.base = model
         self.config = model.config
 
-    @property
-    def num_selectable_layers(self) -> int:
-        # vLLM does not load layers after the deepest one that the language model reads.
-        chosen = self.config.vision_feature_layer
-        chosen = [chosen] if isinstance(chosen, int) else chosen
-        number = self.config.vision_config.num_hidden_layers
-        return min(layer if layer >= 0 else number + 1 + layer for layer in chosen)
-
 
 class TripsLlavaProcessingInfo(LlavaProcessingInfo):
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:

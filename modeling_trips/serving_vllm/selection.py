@@ -79,22 +79,15 @@ class SelectingModel(nn.Module):
     family: Family
 
     def select_patches(self, family: Family, device: torch.device):
-        """
-        Replace layers of the tower by selection layers.
-
-        Raises:
-            TypeError: The tower is not supported.
-            ValueError: The settings do not fit the model.
-        """
+        """Replace layers of the tower by selection layers, where the settings fit the model."""
         self.settings, self.family = ServingSettings.of(family.config), family
-        guide = self.settings.load_guide()
-        self.settings.check_fits(family, guide)
+        guide = self.settings.check_fits(family)
         # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.
         self.guides = [] if guide is None else [guide.to(device)]
         family.wrap_layers(self.settings.schedule)
 
-    def query(self, questions: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Return the queries that score patches by the text, `(num_images, num_heads, head_dim)`."""
+    def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
+        """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""
         return self.guides[0](*self.embed_questions(questions)) if self.guides else None
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,14 +101,8 @@ class SelectingModel(nn.Module):
         self, groups: Sequence[torch.Tensor], questions: Sequence[torch.Tensor] | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """
-        Select after the tower, in batches of groups of equal size.
-
-        Args:
-            groups (`Sequence[torch.Tensor]`): Tokens that the tower has kept, `(num_tokens, width)` by image or tile.
-            questions (`Sequence[torch.Tensor]`, *optional*): Token ids of each group's question.
-
-        Returns:
-            The kept tokens of each group, and their positions in it; `None` stands for all.
+        Select after the tower, in batches of images (or tiles) of equal size: `groups` of shape `(num_tokens, width)`.
+        Return the kept tokens of each, and their positions in the group; `None` stands for all.
         """
         text, sizes = partial(self.embed_questions, questions), [len(group) for group in groups]
         return select_at_exit(text, list(range(len(groups))), sizes, list(groups), self.settings.at_exit)

@@ -1,6 +1,7 @@
 """Settings of patch selection, which a model's configuration carries into vLLM."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -26,6 +27,7 @@ NOT_SUPPORTED = {
     "qwen3_vl": "vLLM's Transformers backend drops its deepstack features",
     "qwen3_vl_moe": "vLLM's Transformers backend drops its deepstack features",
 }
+KEYS = ("patch_selection", "visual_tokens", "visual_scorer", "text_guide")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
 SCORERS = ("prompt", "diversity", "pooling")
 
@@ -51,6 +53,8 @@ class ServingSettings:
     visual_tokens: int | None = None
     visual_scorer: str = "prompt"
     text_guide: str | None = None
+    schedule: SelectionSchedule = field(init=False)
+    at_exit: ExitSelection = field(init=False)
 
     def __post_init__(self):
         if self.visual_scorer not in SCORERS:
@@ -63,21 +67,17 @@ class ServingSettings:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ServingSettings":
-        """
-        Return the settings of a model's configuration.
-
-        Raises:
-            ValueError: The settings do not fit this type of model.
-        """
-        settings = cls(**{own.name: getattr(config, own.name, own.default) for own in fields(cls)})
-        settings.check_type(config)
-        return settings
+        """Return the settings of a model's configuration. Raise a ValueError if they do not fit its type."""
+        given: dict[str, Any] = {name: getattr(config, name) for name in KEYS if hasattr(config, name)}
+        cls(**given).check_type(config)
+        return cls(**given)
 
     def check_type(self, config: PreTrainedConfig):
-        name, tower = config.model_type, getattr(config.vision_config, "model_type", None)
+        name = config.model_type
         if name not in ARCHITECTURES:
             reason = f": {NOT_SUPPORTED[name]}" if name in NOT_SUPPORTED else ""
             raise ValueError(f"Patch selection in vLLM supports {', '.join(ARCHITECTURES)}, not {name}{reason}.")
+        tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
         if name in ("idefics3", "smolvlm") and self.visual_tokens is not None:
@@ -94,17 +94,12 @@ class ServingSettings:
                     f"{self.patch_selection} keeps, got {self.visual_tokens}."
                 )
 
-    def load_guide(self) -> TextGuide | None:
-        return None if self.text_guide is None else TextGuide.from_pretrained(self.text_guide)
-
-    def check_fits(self, family: Family, guide: TextGuide | None):
-        """
-        Raises:
-            TypeError: The tower is not supported.
-            ValueError: The settings do not fit the model.
-        """
+    def check_fits(self, family: Family) -> TextGuide | None:
+        """Return the guide. Raise a TypeError or a ValueError if the settings do not fit the model."""
+        guide = None if self.text_guide is None else TextGuide.from_pretrained(self.text_guide)
         family.check_schedule(self.schedule)
         check_generative(family, self.schedule, self.at_exit, guide)
+        return guide
 
     @property
     def reads_prompt(self) -> bool:

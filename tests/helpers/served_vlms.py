@@ -126,12 +126,7 @@ class ServedVlm:
         """Different images and questions, an image under two questions, and two images in a prompt."""
         image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
         end = " ".join(f"w{number}" for number in range(30, 46))
-        cases = [
-            ((0,), "what color is it ?"),
-            ((1,), "which picture ?"),
-            ((0,), "is it red ?"),
-            ((2, 0), "which one ?"),
-        ]
+        asked = ["what color is it ?", "which picture ?", "is it red ?", "which one ?"]
         return [
             (f"<s> the {' '.join([image] * len(own))} {question} {end}", [str(self.images[index]) for index in own])
             for own, question in zip([(0,), (1,), (0,), (2, 0)], asked)

@@ -127,10 +127,10 @@ class Llava(Family):
 
     @property
     def num_selectable_layers(self) -> int:
-        # LLaVA-1.5 reads the inputs of the last layer.
-        chosen = getattr(self.config, "vision_feature_layer", -1)
+        # LLaVA-1.5 reads the inputs of the last layer, and vLLM does not load that layer.
+        number, chosen = self.config.vision_config.num_hidden_layers, getattr(self.config, "vision_feature_layer", -1)
         chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
-        return min(layer if layer >= 0 else len(self.layers) + 1 + layer for layer in chosen)
+        return min(layer if layer >= 0 else number + 1 + layer for layer in chosen)
 
     @property
     def has_class_token(self) -> bool:

@@ -17,7 +17,7 @@ from ..patch_selection import num_kept_tokens
 ARCHITECTURES = {
     "llava": "TripsLlavaForConditionalGeneration",
     **dict.fromkeys(
-        ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "smolvlm"),
+        ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl"),
         "TripsForConditionalGeneration",
     ),
 }
@@ -26,6 +26,7 @@ NOT_SUPPORTED = {
     "paligemma": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
     "qwen3_vl": "vLLM's Transformers backend drops its deepstack features",
     "qwen3_vl_moe": "vLLM's Transformers backend drops its deepstack features",
+    "smolvlm": "its processor does not count tokens, as vLLM's Transformers backend needs",
 }
 KEYS = ("patch_selection", "visual_tokens", "visual_scorer", "text_guide")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
@@ -80,7 +81,7 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
-        if name in ("idefics3", "smolvlm") and self.visual_tokens is not None:
+        if name == "idefics3" and self.visual_tokens is not None:
             raise ValueError(f"`visual_tokens` is not supported for {name}, whose tokens are separated tile by tile.")
         if name in ("llava_next", "llava_onevision") and self.schedule.layers:
             # How many tokens the tower keeps of an image depends on its tiles and their padding.

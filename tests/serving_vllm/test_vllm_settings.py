@@ -59,7 +59,7 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("idefics3", "--visual_tokens 9", "`visual_tokens` is not supported for idefics3"),
         ("gemma3", "--visual_tokens 9", "not gemma3: vLLM does not compute its attention"),
         ("qwen3_vl", "--visual_tokens 9", "not qwen3_vl: vLLM's Transformers backend drops its deepstack features"),
-        ("glm4v", "--visual_tokens 9", "qwen2_vl, smolvlm, not glm4v."),
+        ("glm4v", "--visual_tokens 9", "qwen2_5_vl, qwen2_vl, not glm4v."),
     ],
 )
 def test_wrong_settings_are_one_sentence(folders, capsys, name, options, message):

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ def measure(args: VllmArguments) -> Iterator[dict]:
                     images = [make_image(generator) for _ in range(clients)]
                     start, cpu = time.perf_counter(), server.cpu_seconds()
                     with ThreadPoolExecutor(clients) as pool:
-                        first = list(pool.map(lambda image: server.ask(image, args), images))
+                        first = list(pool.map(partial(server.ask, args=args), images))
                     seconds, cpu = time.perf_counter() - start, server.cpu_seconds() - cpu
                     if turn >= args.warmup:
                         row = statistics.median(first), seconds / clients, cpu / clients

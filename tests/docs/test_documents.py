@@ -14,6 +14,7 @@ from documents import DOCUMENTS, Document
 from places import EXAMPLES, ROOT
 from transformers import HfArgumentParser
 
+import modeling_trips.serving_vllm.__main__ as serving_vllm
 from modeling_trips import TripsConfig
 
 
@@ -59,6 +60,10 @@ def options_of(script: str) -> set[str]:
     )
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return options_of_main(module.main) | (options_of(TRAINED_BY_DEMO) if script == "analyze_errors" else set())
+
+
+def options_of_main(main) -> set[str]:
     options = set()
 
     def note(parser, *args, **kwargs):
@@ -67,15 +72,15 @@ def options_of(script: str) -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", note)
-        patch.setattr(ArgumentParser, "parse_args", note)
-        module.main([])
-    return options | (options_of(TRAINED_BY_DEMO) if script == "analyze_errors" else set())
+        patch.setattr(ArgumentParser, "parse_known_args", note)
+        main([])
+    return options
 
 
 @cache
 def all_options() -> set[str]:
     launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    return launcher.union(*map(options_of, SCRIPTS))
+    return launcher.union(options_of_main(serving_vllm.main), *map(options_of, SCRIPTS))
 
 
 def script_of(words: list[str]) -> tuple[str, int] | None:

@@ -21,10 +21,7 @@ from .settings import ServingSettings
 
 
 class ClipLayer(ServedLayer):
-    """
-    Layer of vLLM's CLIP. Its "normed tokens" are the queries, keys and values that one linear layer computes, so
-    scores need no second projection.
-    """
+    """Layer of vLLM's CLIP. Its "normed tokens" are queries, keys and values, so scores need no second projection."""
 
     keys_are_linear = False
 

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import nn
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
@@ -69,6 +69,9 @@ class ServedLayer(TowerLayer):
     """Selection layer under tensor parallelism: each process scores by its own heads."""
 
     def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        num_heads = self.project_query(states[:, 0]).shape[1]
+        if num_heads < query.shape[1]:  # a guide makes the query of all heads
+            query = query.split(num_heads, dim=1)[get_tensor_model_parallel_rank()]
         return tensor_model_parallel_all_reduce(super().score(query, states))
 
 

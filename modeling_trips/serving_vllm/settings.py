@@ -87,8 +87,7 @@ class ServingSettings:
             # How many tokens the tower keeps of an image depends on its tiles and their padding.
             if self.text_guide is not None:
                 raise ValueError(f"`text_guide` is not supported for {name}.")
-            vision = config.vision_config
-            most = self.num_kept_in_tower((vision.image_size // vision.patch_size) ** 2)
+            most = self.num_kept_in_tower((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
             if self.visual_tokens is None or self.visual_tokens > most:
                 raise ValueError(
                     f"`visual_tokens` of {name} must be at most {most}, the tokens of a tile that "

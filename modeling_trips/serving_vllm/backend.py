@@ -123,8 +123,6 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
             return [*map(self.with_places, groups, kept, grids.tolist())]
         return [torch.cat(groups[end - number : end]) for end, number in zip(accumulate(tiles), tiles)]
 
-    # ---- Positions of Qwen-VL --------------------------------------------------------------------------------------
-
     def with_places(self, tokens: torch.Tensor, kept: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Append the row and the column of each token, whose bits survive in any dtype."""
         num_columns = grid[2] // self.family.unit

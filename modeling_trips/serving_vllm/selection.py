@@ -48,7 +48,7 @@ class QuestionProcessor(BaseMultiModalProcessor):
     def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
         outputs = super()._apply_hf_processor_main(mm_items, without_question(hf_kwargs))
         if "pixel_values" in outputs and self.settings.reads_prompt:
-            outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION])] * mm_items.get_count("image")
+            outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION], dtype=torch.long)] * mm_items.get_count("image")
         return outputs
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
@@ -95,10 +95,10 @@ class SelectingModel(nn.Module):
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""
-        lengths = torch.tensor([len(question) for question in questions])
-        ids = nn.utils.rnn.pad_sequence(list(questions), batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(ids.device)
-        return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask
+        # The padding also gives an empty question a position, which the mask leaves out.
+        ids = nn.utils.rnn.pad_sequence([nn.functional.pad(own, (0, 1)) for own in questions], batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(question)] for question in questions])
+        return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask.to(ids.device)
 
     def select_tokens(
         self, groups: Sequence[torch.Tensor], questions: Sequence[torch.Tensor] | None

@@ -61,6 +61,8 @@ class ServingSettings:
         if self.visual_scorer not in SCORERS:
             raise ValueError(f"`visual_scorer` must be one of {', '.join(SCORERS)}, got {self.visual_scorer!r}.")
         schedule = SelectionSchedule.parse(self.patch_selection)
+        if any(selection.guidance not in ("text", "image") for selection in schedule.selections):
+            raise ValueError(f"Layers in vLLM must be scored by the text or the image, got {schedule}.")
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "at_exit", ExitSelection(self.visual_tokens, scorer=self.visual_scorer))
         if schedule.first_text_layer is not None and self.text_guide is None:
@@ -84,12 +86,11 @@ class ServingSettings:
         if name == "idefics3" and self.visual_tokens is not None:
             raise ValueError(f"`visual_tokens` is not supported for {name}, whose tokens are separated tile by tile.")
         if name in ("llava_next", "llava_onevision") and self.schedule.layers:
-            # How many tokens the tower keeps of an image depends on its tiles and their padding.
             if self.text_guide is not None:
                 raise ValueError(f"`text_guide` is not supported for {name}.")
             most = self.num_kept_in_tower((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
             if self.visual_tokens is None or self.visual_tokens > most:
-                raise ValueError(
+                raise ValueError(  # images keep different numbers, but at least these
                     f"`visual_tokens` of {name} must be at most {most}, the tokens of a tile that "
                     f"{self.patch_selection} keeps, got {self.visual_tokens}."
                 )

@@ -123,14 +123,15 @@ class ServedVlm:
 
     @property
     def prompts(self) -> list[tuple[str, list[str]]]:
-        """Different images and questions, an image under two questions, and two images in a prompt."""
+        """Different images and questions, an image under two questions, two images in a prompt, and no question."""
         image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
         end = " ".join(f"w{number}" for number in range(30, 46))
         asked = ["what color is it ?", "which picture ?", "is it red ?", "which one ?"]
-        return [
+        questions = [
             (f"<s> the {' '.join([image] * len(own))} {question} {end}", [str(self.images[index]) for index in own])
             for own, question in zip([(0,), (1,), (0,), (2, 0)], asked)
         ]
+        return [*questions, (image, [str(self.images[0])])]
 
     def reference(self, selection: Selection) -> list[list[int]]:
         """Return the greedy tokens of each prompt, one by one."""

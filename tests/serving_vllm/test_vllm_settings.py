@@ -50,6 +50,7 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
     "name, options, message",
     [
         ("llava", "--schedule 2:picture:0.3", "got 'picture'"),
+        ("llava", "--schedule 2:random:0.3", "scored by the text or the image, got 2:random:0.3."),
         ("llava", "--schedule 9:image:0.3", "must be in 1..2, got [9]"),
         ("llava", "--schedule 2:text:0.3", "Layer 2 is scored by the text, but `text_guide` is not set."),
         ("llava", "--visual_tokens 65", "at most 64, the tokens of an image, got 65"),

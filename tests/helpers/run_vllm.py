@@ -2,7 +2,8 @@
 Generate with vLLM, in an environment of its own, without the project's tests: `python run_vllm.py JOBS RESULTS`.
 
 A job has a model, options of `LLM`, prompts with files of images, and a number of passes over the same prompts. A
-result has, by pass, the tokens and the length of each prompt and how many tokens of it were cached; or an error.
+result has the length of each prompt, and by pass its answer's tokens, their log-probabilities and how many tokens of
+the prompt were cached; or an error.
 """
 
 import gc
@@ -24,13 +25,18 @@ def run(job: dict) -> dict:
         {"prompt": text, "multi_modal_data": {"image": [Image.open(file) for file in files]}}
         for text, files in job["prompts"]
     ]
-    greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True, logprobs=0)
     passes = [engine.generate(prompts, greedy, use_tqdm=False) for _ in range(job["passes"])]
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()
+    answers = [[output.outputs[0] for output in outputs] for outputs in passes]
     return {
-        "tokens": [[list(output.outputs[0].token_ids) for output in outputs] for outputs in passes],
+        "tokens": [[list(answer.token_ids) for answer in own] for own in answers],
+        "logprobs": [
+            [[step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids)] for answer in own]
+            for own in answers
+        ],
         "lengths": [len(output.prompt_token_ids) for output in passes[0]],
         "cached": [[output.num_cached_tokens for output in outputs] for outputs in passes],
     }

@@ -133,20 +133,23 @@ class ServedVlm:
         ]
         return [*questions, (image, [str(self.images[0])])]
 
-    def reference(self, selection: Selection) -> list[list[int]]:
-        """Return the greedy tokens of each prompt, one by one."""
+    def reference(self, selection: Selection) -> tuple[list[list[int]], torch.Tensor]:
+        """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""
         guide = self.guide if selection.is_by_text else None
         apply_patch_selection(
             self.model, selection.schedule, selection.visual_tokens, scorer=selection.scorer, guide=guide
         )
         rows = [self.generate(text, [Image.open(file) for file in files]) for text, files in self.prompts]
         remove_patch_selection(self.model)
-        return rows
+        return [tokens for tokens, _ in rows], torch.stack([logprobs for _, logprobs in rows])
 
-    def generate(self, text: str, images: list[Image.Image], **options) -> list[int]:
-        inputs = self.processor(text=text, images=images, return_tensors="pt", **options)
-        outputs = self.model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
-        return outputs[0, inputs["input_ids"].shape[1] :].tolist()
+    def generate(self, text: str, images: list[Image.Image]) -> tuple[list[int], torch.Tensor]:
+        inputs = self.processor(text=text, images=images, return_tensors="pt")
+        options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "output_logits": True}
+        outputs = self.model.generate(**inputs, **options, return_dict_in_generate=True)
+        tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
+        logprobs = torch.cat(outputs.logits).log_softmax(dim=-1)
+        return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]
 
 
 def rename_tower(file: Path):

@@ -109,14 +109,19 @@ def test_tokens_match_transformers(python, served, tmp_path):
     results = run_jobs(python, jobs + plain, tmp_path)
     assert not [result["error"] for result in results if "error" in result]
     lengths = {vlm.name: result["lengths"] for vlm, result in zip(served.values(), results[len(jobs) :])}
+    unpruned = {vlm.name: vlm.reference(UNPRUNED) for vlm in served.values()}
     for (vlm, selection, _), result in zip(cases, results):
-        expected = vlm.reference(selection)
-        assert result["tokens"] == [expected, expected], (vlm.name, selection)
+        tokens, logprobs = vlm.reference(selection)
+        assert result["tokens"] == [tokens, tokens], (vlm.name, selection)
+        torch.testing.assert_close(torch.tensor(result["logprobs"]), logprobs.expand(2, -1, -1), atol=1e-3, rtol=0)
         is_shorter = [own < whole for own, whole in zip(result["lengths"], lengths[vlm.name])]
-        assert all(is_shorter) if selection != UNPRUNED else not any(is_shorter)
+        if selection == UNPRUNED:
+            assert not any(is_shorter)
+        else:  # with other answers, so that a wrong choice would show
+            assert all(is_shorter) and ((logprobs - unpruned[vlm.name][1]).abs().amax(dim=1) > 1e-2).all()
         assert sum(result["cached"][1]) > 0  # the second pass finds the prefix
     for vlm, result in zip(served.values(), results[len(jobs) :]):
-        assert result["tokens"][0] == vlm.reference(UNPRUNED)
+        assert result["tokens"][0] == unpruned[vlm.name][0]
 
 
 def test_wrong_settings_stop_the_engine(python, served, tmp_path):
@@ -171,7 +176,7 @@ def test_a_server_answers_eight_chats_at_a_time(python, served):
     apply_patch_selection(vlm.model, selection.schedule, selection.visual_tokens, scorer=selection.scorer)
     for (file, question), answer in zip(asked, answers):
         text = f"<s><image> {question} "  # of the chat template
-        assert answer == vlm.generate(text, [Image.open(file)]), (file, question)
+        assert answer == vlm.generate(text, [Image.open(file)])[0], (file, question)
     remove_patch_selection(vlm.model)
 
 

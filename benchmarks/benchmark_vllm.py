@@ -4,8 +4,8 @@ Measure time to the first token and throughput of vLLM with patch selection, ove
     python benchmarks/benchmark_vllm.py --output_json docs/results/vllm_cpu.json
 
 Run it where vLLM is installed. The model is a LLaVA from SigLIP-B/16 at 384 pixels (576 visual tokens) and the decoder
-of Qwen2-0.5B. A server for each variant takes turns with the others; each request has a new image. With eight clients,
-the three servers need 20 GB of memory.
+of Qwen2-0.5B. A server for each variant takes turns with the others; each request has a new image. Each of
+the three servers needs 6 GB of memory.
 """
 
 import base64

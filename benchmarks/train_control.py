@@ -12,7 +12,9 @@ evaluation; its own scores order the others. The options are those of run_vqa.py
 import trips_examples  # noqa: F401  # isort: skip
 
 import inspect
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,10 +23,9 @@ from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
 from modeling_trips.patch_selection import region_targets
 from trips_examples.data.collators import VqaCollator
-from trips_examples.run_vqa import main
-from trips_examples.training.parser import run_script
 
 
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_vqa.py"
 EMPTY_TEXT = [2, 3]  # [CLS] and [SEP] of the bundled vocabulary
 
 
@@ -67,6 +68,6 @@ CONTROLS = {"constant": use_constant_query, "oracle": use_regions}
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in CONTROLS:
         CONTROLS[sys.argv.pop(1)]()
-        run_script(main)
+        runpy.run_path(str(SCRIPT), run_name="__main__")
     else:
         sys.exit(f"{__doc__}\nChoose one of {', '.join(CONTROLS)}.")

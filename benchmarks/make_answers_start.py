@@ -8,8 +8,6 @@ attention supervision: without it, a model of this size stays at the frequencies
 The third stage, 4 x 4 cells, has no regions. A stage that has finished is not repeated.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 import subprocess
 import sys
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ but is the same for all texts and images. `oracle`: the patches of the text's re
 evaluation; its own scores order the others. The options are those of run_vqa.py.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 import inspect
 import runpy
 import sys

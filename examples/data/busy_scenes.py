@@ -73,10 +73,10 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     """Draw scene `number` of a split, of `grid` x `grid` cells. Another `seed` gives other scenes."""
     rng = random.Random(f"busy {split} {seed} {number}")
     side = grid * CELL_SIZE
-    image = _ground(side, rng)
+    image = draw_ground(side, rng)
     draw = PIL.ImageDraw.Draw(image)
     for _ in range(rng.randint(2 * grid**2, 3 * grid**2)):
-        _draw_clutter(draw, side, rng)
+        draw_clutter(draw, side, rng)
     cells = sorted(rng.sample(range(grid**2), rng.randint(*NUM_ITEMS[grid])))
     while True:
         names = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in cells]
@@ -85,7 +85,7 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
         if grid < 4 or len(questions) == QUESTIONS_PER_KIND * len(KINDS):
             break
     for item in items:
-        _draw_item(draw, item, rng)
+        draw_item(draw, item.color, item.shape, item.box, rng)
     return Scene(image, items, questions)
 
 
@@ -182,7 +182,8 @@ def _questions(items: list[Item], grid: int, rng: random.Random) -> list[Questio
     return [question for pool, number in chosen for question in rng.sample(pool, number)]
 
 
-def _ground(side: int, rng: random.Random) -> PIL.Image.Image:
+def draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:
+    """Return a textured background of `side` x `side` pixels."""
     noise = np.random.default_rng(rng.getrandbits(64))
     coarse = noise.uniform(60, 190, (rng.randint(3, 8), rng.randint(3, 8), 3)).astype(np.uint8)
     ground = PIL.Image.fromarray(coarse).resize((side, side), PIL.Image.Resampling.BICUBIC)
@@ -196,7 +197,7 @@ def _shade(color: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     return tuple(min(255, max(0, value + light + rng.randint(-8, 8))) for value in color)
 
 
-def _draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
+def draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
     """Draw a thin line, an outline or a few dots, often in the color of a shape."""
     named = rng.random() < 0.6
     color = _shade(rng.choice(list(COLORS.values())) if named else (rng.randint(0, 255),) * 3, rng)
@@ -220,20 +221,22 @@ def _place_item(color: str, shape: str, cell: int, grid: int, rng: random.Random
     return Item(color, shape, (x0, y0, x0 + size, y0 + size), place)
 
 
-def _draw_item(draw: PIL.ImageDraw.ImageDraw, item: Item, rng: random.Random):
-    x0, y0, *_ = item.box
-    size = item.box[2] - x0
-    fill, edge = _shade(COLORS[item.color], rng), _shade((25, 25, 25), rng)
+def draw_item(
+    draw: PIL.ImageDraw.ImageDraw, color: str, shape: str, box: tuple[int, int, int, int], rng: random.Random
+):
+    """Draw a shape with a random mark in its square box (x0, y0, x1, y1), x1 and y1 exclusive."""
+    x0, y0, size = box[0], box[1], box[2] - box[0]
+    fill, edge = _shade(COLORS[color], rng), _shade((25, 25, 25), rng)
     x1, y1, middle_x, middle_y = x0 + size - 1, y0 + size - 1, x0 + (size - 1) / 2, y0 + (size - 1) / 2
-    if item.shape == "circle":
+    if shape == "circle":
         draw.ellipse([x0, y0, x1, y1], fill=fill, outline=edge)
-    elif item.shape == "square":
+    elif shape == "square":
         draw.rectangle([x0 + 1, y0 + 1, x1 - 1, y1 - 1], fill=fill, outline=edge)
     else:
-        corners = _corners(item.shape)
+        corners = _corners(shape)
         points = [(middle_x + x * (size - 1) / 2, middle_y + y * (size - 1) / 2) for x, y in corners]
         draw.polygon(points, fill=fill, outline=edge)
-    _draw_mark(draw, rng.choice(MARKS), middle_x, middle_y + (2 if item.shape == "triangle" else 0))
+    _draw_mark(draw, rng.choice(MARKS), middle_x, middle_y + (2 if shape == "triangle" else 0))
 
 
 def _corners(shape: str) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, t, ttest_rel
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class PairedDifference:
     standard_error: float
     p_value: float
     count: int
+
+    @property
+    def half_width(self) -> float:
+        """Half of the width of the 95% interval of the mean."""
+        return float(t.ppf(0.975, self.count - 1)) * self.standard_error
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
@@ -51,6 +56,15 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Pai
     deviation = stdev(gaps)
     p_value = float(ttest_rel(values, baseline).pvalue) if any(gaps) else 1.0
     return PairedDifference(mean(gaps), deviation, deviation / math.sqrt(len(gaps)), p_value, len(gaps))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values of one family of tests with Holm's correction, in the same order."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def exact_sign_test(lost: int, won: int) -> float:

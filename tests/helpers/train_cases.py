@@ -18,11 +18,12 @@ def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accele
         optimizer.zero_grad()
 
 
-def compare(case: Case, accelerator: Accelerator):
+def compare(case: Case, accelerator: Accelerator, **fields):
     if accelerator.is_fsdp2 and case.fusion_type == "single_stream":  # as examples/configs/fsdp2.yaml says
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["TripsVisionLayer", "TripsCrossLayer"]
     # No BatchNorm, whose statistics differ between processes. Both halves of the batch have the same number of labels.
-    model, expected = (case.make_model(patch_embedding_type="linear").train() for _ in range(2))
+    fields["patch_embedding_type"] = "linear"
+    model, expected = (case.make_model(**fields).train() for _ in range(2))
     inputs = case.make_inputs(4, training=True)
     half = slice(2 * accelerator.process_index, 2 * accelerator.process_index + 2)
     train(expected, torch.optim.SGD(expected.parameters(), lr=0.1), inputs)
@@ -30,7 +31,7 @@ def compare(case: Case, accelerator: Accelerator):
     prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     train(*prepared, {name: tensor[half] for name, tensor in inputs.items()}, accelerator)
     weights = dict(accelerator.unwrap_model(prepared[0]).named_parameters())
-    start = case.make_model(patch_embedding_type="linear").state_dict()
+    start = case.make_model(**fields).state_dict()
     for name, weight_expected in expected.named_parameters():
         weight = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
         if case.draws:
@@ -45,4 +46,6 @@ if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     for case in CASES:
         compare(case, accelerator)
+        if not case.draws:
+            compare(case, accelerator, selection_gate=1.0)  # all dropped patches, so none are drawn
     accelerator.end_training()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trips_examples.analysis.paired import exact_sign_test, paired_difference
+from trips_examples.analysis.paired import exact_sign_test, holm, paired_difference
 
 
 def test_difference_over_three_seeds():
@@ -39,3 +39,14 @@ def test_unequal_numbers_of_seeds():
 )
 def test_items_that_change(lost, won, p_value):
     assert exact_sign_test(lost, won) == exact_sign_test(won, lost) == pytest.approx(p_value)
+
+
+def test_the_interval_of_three_differences_by_hand():
+    # Differences 1, 2, 3: a standard error of 1 / sqrt(3), times the t quantile of two degrees of freedom.
+    assert paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).half_width == pytest.approx(4.302653 / 3**0.5)
+
+
+def test_holm_by_hand():
+    # Sorted: 0.01 * 3, 0.03 * 2, and 0.04 * 1, which may not fall below the one before.
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]

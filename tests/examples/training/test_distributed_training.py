@@ -85,7 +85,7 @@ def test_deepspeed_configurations_name_their_stage_and_save_whole_models(stage):
 def test_two_processes_train_every_model_as_one(name, prefix):
     """DDP does not look for unused parameters, so that a missing gradient would be an error."""
     printed = [line for line in launch(name, str(HELPERS / "train_cases.py")).splitlines() if line.startswith(prefix)]
-    assert len(printed) == len(CASES)
+    assert len(printed) == len(CASES) + sum(not case.draws for case in CASES)  # some with the gate as well
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from statistics import mean, stdev
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.analysis.paired import PairedDifference, paired_difference
+from trips_examples.analysis.paired import PairedDifference, holm, paired_difference
 
 
 DOCS = Path(__file__).resolve().parent
@@ -170,6 +170,46 @@ def protocol_questions() -> str:
     return render(header, rows, "protocol_questions", note=f"{len(baseline)} independent starts, 200 steps")
 
 
+ANSWER_KINDS = ("color", "shape", "presence")  # those that the unpruned start answers
+ANSWERS = {
+    "unpruned": "unpruned",
+    "gate 0.1": "text, gate",
+    "teacher 0.1": "text, attention of the start",
+    "fused token 0.1": "text, fused token (the paper)",
+    "image with gate 0.1": "image, gate",
+    "constant query with gate 0.1": "constant query, gate",
+    "random 0.1": "random",
+    "oracle 0.1": "the region itself",
+}
+
+
+def with_mean_of_kinds(rows: list[Row]) -> list[Row]:
+    return [{**row, "mean": mean(row[f"test_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in rows]
+
+
+@table
+def answers() -> str:
+    """Questions about busy scenes by what taught the choice, and the gate less each, with Holm's correction."""
+    runs = variants(with_mean_of_kinds(read("answers")))
+    others = [name for name in ANSWERS if name != "gate 0.1"]
+    gaps = [paired_by_seed(runs["gate 0.1"], runs[name], "mean") for name in others]
+    corrected = dict(zip(others, zip(gaps, holm([found.p_value for found in gaps]))))
+    rows = []
+    for name, words in ANSWERS.items():
+        of, difference = runs[name], ""
+        if name in corrected:
+            found, p = corrected[name]
+            low, high = found.mean - found.half_width, found.mean + found.half_width
+            sign = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+            difference = f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {sign})"
+        fields = ["mean", *(f"test_accuracy_{kind}" for kind in (*ANSWER_KINDS, "place"))]
+        fields += ["test_layer2_patch_precision", "test_layer2_region_recall"]
+        rows.append([words, *(spread(percents(of, field)) for field in fields), difference])
+    header = ["What chooses 15 of 144 patches", "Mean of three kinds, %", "Color, %", "Form, %", "Presence, %"]
+    header += ["Place, %", "Patches in the region, %", "Region kept, %", "Gate - this, points (95%; Holm's p)"]
+    return render(header, rows, "answers", note=f"{len(runs['gate 0.1'])} independent starts, 200 steps each")
+
+
 @table
 def demo_runs() -> str:
     runs: dict[tuple, dict[int, Row]] = {}
@@ -253,16 +293,20 @@ def compared(task: str, name: str, variant: str, start: str) -> list:
     return [task, model_of(of[0]), "no" if suffix else "yes", steps, *accuracies, f"{speedup:.1f}x"]
 
 
+def answered() -> list[list]:
+    """Return the lines of the questions whose selection was learnt from answers."""
+    runs, start = variants(with_mean_of_kinds(read("answers"))), with_mean_of_kinds(read("answers_starts"))
+    rows = []
+    for name in ("gate 0.1", "fused token 0.1", "image with gate 0.1", "random 0.1"):
+        accuracies = (spread(percents(of, "mean")) for of in (runs[name], runs["unpruned"], start))
+        model = f"{schedule_of(runs[name][0])}, {ANSWERS[name].partition(', ')[2] or ANSWERS[name]}"
+        rows.append(["questions, busy scenes, 96 px", model, "start", "200", *accuracies, ""])
+    return rows
+
+
 @table
 def headline() -> str:
-    questions, boxes = "questions, 16 shapes, 96 px", "boxes, drawn images, 112 px"
-    lines = [
-        *((questions, "questions", way) for way in ("text 0.05", "image 0.05", "random 0.05", "fewer pixels 80")),
-        (questions, "no_regions", "text 0.7, no regions"),
-        (boxes, "images", "text 0.25"),
-    ]
-    starts = {questions: "protocol_starts", boxes: "protocol_images_starts"}
-    rows = [compared(task, name, variant, starts[task]) for task, name, variant in lines]
+    rows = [*answered(), compared("boxes, drawn images, 112 px", "images", "text 0.25", "protocol_images_starts")]
     of = paper_schedule(mode="forward", image_size=384)
     speedup = f"{1 / of[-1]['time_ratio']:.2f}x to {1 / of[0]['time_ratio']:.2f}x"
     rows.append(["forward pass, base size, 384 px", schedule_of(of[0]), *[""] * 5, speedup])
@@ -272,8 +316,8 @@ def headline() -> str:
     speedup = f"{1 / first_token(both)[0]:.1f}x (after only: {1 / first_token(after)[0]:.1f}x)"
     rows.append(["first token of LLaVA's form, 384 px", model, *[""] * 5, speedup])
     header = ["Task", "Model", "Regions", "Steps", "Accuracy, %", "Unpruned, same steps, %", "Start, %", "Speedup"]
-    sources = [f"protocol_{name}{times}" for name in ("questions", "no_regions", "images") for times in ("", "_times")]
-    return render(header, rows, *sources, *starts.values(), *MACHINES, "vlm_cost")
+    sources = ["answers", "answers_starts", "protocol_images", "protocol_images_times", "protocol_images_starts"]
+    return render(header, rows, *sources, *MACHINES, "vlm_cost")
 
 
 # Documents

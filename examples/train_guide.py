@@ -3,11 +3,12 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
 
     accelerate launch examples/train_guide.py --model_name_or_path llava-hf/llava-1.5-7b-hf --layer 8 \
         --train_file train.jsonl --validation_file val.jsonl --image_root images --output_dir guide
-    python examples/train_guide.py ... --teacher attention   # data without regions
+    python examples/train_guide.py ... --teacher answers   # data without regions, or --teacher attention
 
 Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
 from the region that a question is about; with `--teacher attention`, from the attention of the unpruned model's
-answer. Rows without a region, and regions outside the processor's crop, are counted.
+answer; with `--teacher answers`, from the loss of the pruned model's answer. Rows without a region, and regions
+outside the processor's crop, are counted.
 The training loop is Transformers' `Trainer`, whose options are options here. The output folder gets the guide alone.
 """
 
@@ -28,6 +29,7 @@ from transformers import PaliGemmaProcessor, PreTrainedModel, ProcessorMixin
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
 from modeling_trips.hosts.vlm.supervision import (
+    answer_losses,
     guided_selection,
     region_masks,
     rows_of_images,
@@ -45,7 +47,7 @@ from trips_examples.training.trainer import FiniteTrainer
 
 logger = logging.getLogger(__name__)
 
-TEACHERS = ("regions", "attention")
+TEACHERS = ("regions", "attention", "answers")
 # Options of the trainer that a resumed training must share.
 SETTINGS = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -57,13 +59,20 @@ SETTINGS = (
 class GuideArguments:
     model_name_or_path: str = field(metadata={"help": "The vision-language model, with its processor."})
     layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
-    keep_rate: float = field(default=0.11, metadata={"help": "Keep rate of the evaluation."})
+    keep_rate: float = field(
+        default=0.11, metadata={"help": "Keep rate of the evaluation, and of --teacher answers in training."}
+    )
     teacher: str = field(default="regions", metadata={"help": f"What the guide learns from: {' or '.join(TEACHERS)}."})
+    selection_gate: float = field(
+        default=0.2, metadata={"help": "Share of the dropped patches that --teacher answers runs, in (0, 1]."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Data type of the frozen model."})
 
     def __post_init__(self):
         if self.teacher not in TEACHERS:
             raise ValueError(f"--teacher must be {' or '.join(TEACHERS)}, got {self.teacher}.")
+        if not 0 < self.selection_gate <= 1:
+            raise ValueError(f"--selection_gate must be in (0, 1], got {self.selection_gate}.")
 
 
 class GuideCollator:
@@ -84,10 +93,12 @@ class GuideCollator:
     def __call__(self, rows: list[dict]) -> dict:
         images, questions = [read_image(row) for row in rows], [row["question"] for row in rows]
         inputs = self.encode(images, questions)
+        regions = [row["region"] for row in rows]
         batch = {"sources": [row["source"] for row in rows], "inputs": inputs}
-        if self.teacher == "regions":
-            batch["masks"] = self.encode(region_masks(images, [row["region"] for row in rows]), questions)
+        if self.teacher != "attention" and any(region is not None for region in regions):
+            batch["masks"] = self.encode(region_masks(images, regions), questions)
             batch["blanks"] = self.encode([PIL.Image.new("RGB", image.size) for image in images], questions)
+        if self.teacher == "regions":
             return batch
         answers = [row["answers"][0] for row in rows]
         if isinstance(self.processor, PaliGemmaProcessor):  # it ends the prompt, and then the answer
@@ -110,33 +121,37 @@ class GuidedModel(nn.Module):
         self.guide, self.args = guide, args
         self.frozen = (model,)  # a tuple keeps it out of the parameters, of checkpoints and of data parallelism
 
-    def targets(self, masks=None, blanks=None, answered=None, num_answer_tokens=None) -> torch.Tensor:
-        (model,) = self.frozen
-        if self.args.teacher == "regions":
-            return targets_of_masks(model, masks, blanks)
-        remove_patch_selection(model)
-        return targets_of_attention(model, answered, num_answer_tokens)
-
-    def forward(self, inputs: dict, **teaching) -> dict[str, torch.Tensor]:
+    def forward(
+        self, inputs: dict, masks=None, blanks=None, answered=None, num_answer_tokens=None
+    ) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `dict`: `loss`, the mean over the images (or tiles) that have a target, and `sums` of shape `(5,)`: of the
-            losses and of the kept shares of the targets, and the numbers of images with a target, of rows without one
-            and of rows.
+            `dict`: `loss`, the mean over the answers, or over the images (or tiles) that have a target, and `sums` of
+            shape `(6,)`: of the losses, their number, of the kept shares of the targets, and the numbers of images
+            with a target, of rows left out without one and of all rows.
         """
         (model,) = self.frozen
-        targets = self.targets(**teaching)
+        targets = None if masks is None else targets_of_masks(model, masks, blanks)
+        if self.args.teacher == "attention":
+            remove_patch_selection(model)
+            targets = targets_of_attention(model, answered, num_answer_tokens)
         apply_patch_selection(model, f"{self.args.layer}:text:{self.args.keep_rate}", guide=self.guide)
-        selection = guided_selection(model, inputs)
-        losses = selection_loss(selection.scores, selection.candidate_indices, targets)
+        if self.args.teacher == "answers":
+            sampled_share = self.args.selection_gate if torch.is_grad_enabled() else 0.0
+            losses, selection = answer_losses(model, answered, num_answer_tokens, sampled_share)
+            targets = torch.zeros_like(selection.scores) if targets is None else targets
+            is_counted = is_used = torch.ones_like(losses, dtype=torch.bool)
+        else:
+            selection = guided_selection(model, inputs)
+            losses = selection_loss(selection.scores, selection.candidate_indices, targets)
+            is_counted = targets.sum(dim=-1) > 0
+            rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
+            is_used = targets.new_zeros(len(inputs["input_ids"])).index_add(0, rows, is_counted.to(targets.dtype)) > 0
         recalls = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
-        has_target = targets.sum(dim=-1) > 0
-        rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
-        found = targets.new_zeros(len(inputs["input_ids"])).index_add(0, rows, has_target.to(targets.dtype)) > 0
-        loss, images = (losses * has_target).sum(), has_target.sum()
-        counts = (images, (~found).sum(), torch.ones_like(found).sum())
-        sums = torch.stack([value.detach().float() for value in (loss, recalls.sum(), *counts)])
-        return {"loss": loss / images.clamp(min=1), "sums": sums}
+        loss, number = (losses * is_counted).sum(), is_counted.sum()
+        counts = ((targets.sum(dim=-1) > 0).sum(), (~is_used).sum(), torch.ones_like(is_used).sum())
+        sums = torch.stack([value.detach().float() for value in (loss, number, recalls.sum(), *counts)])
+        return {"loss": loss / number.clamp(min=1), "sums": sums}
 
 
 class GuideTrainer(FiniteTrainer):
@@ -144,7 +159,7 @@ class GuideTrainer(FiniteTrainer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.sums = torch.zeros(5, device=self.args.device)
+        self.sums = torch.zeros(6, device=self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         outputs = model(**inputs)
@@ -170,14 +185,16 @@ class GuideTrainer(FiniteTrainer):
 
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
         """Return the metrics of all processes; only numbers without a target. Warn of regions that are cropped."""
-        loss, recall, images, cropped, rows = self.accelerator.reduce(sums, "sum").tolist()
+        loss, number, recall, images, cropped, rows = self.accelerator.reduce(sums, "sum").tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"The {stage} loss is {loss}. Train with a lower --learning_rate.")
         if cropped and self.args.should_log:
             logger.warning("%s: the processor crops away the regions of %d of the %d rows.", stage, cropped, rows)
         metrics: dict[str, float] = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
+        if number:
+            metrics[f"{stage}_loss"] = loss / number
         if images:
-            metrics |= {f"{stage}_loss": loss / images, f"{stage}_region_recall": recall / images}
+            metrics[f"{stage}_region_recall"] = recall / images
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict=None):
@@ -209,7 +226,7 @@ def rows_with_region(data: Dataset, split: str, should_log: bool) -> Dataset:
     """
     rows = [row for row, region in enumerate(column_of(data, "region")) if region is not None]
     if not rows:
-        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention.")
+        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
     if len(rows) < len(data) and should_log:
         logger.warning(
             "Left out %d of the %d rows of %s, which have no region.", len(data) - len(rows), len(data), split
@@ -229,6 +246,7 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
         "data": f"{file} ({Hasher.hash([column_of(data['train'], column) for column in columns])})",
         "teacher": args.teacher,
         "keep rate": args.keep_rate,
+        **({"selection gate": args.selection_gate} if args.teacher == "answers" else {}),
         "processes": training_args.world_size,
         **{name: options[name] for name in SETTINGS},
     }

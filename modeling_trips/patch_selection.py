@@ -205,10 +205,13 @@ class GateGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         attn_output, gate, query, key, value, attention_mask = ctx.saved_tensors
+        num_groups = query.shape[1] // key.shape[1]  # of query heads that share a head of keys and values
+        key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
         logits = (query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * ctx.scaling
         if attention_mask is not None:
             is_bool = attention_mask.dtype == torch.bool
-            logits = logits.masked_fill(~attention_mask, -math.inf) if is_bool else logits + attention_mask
+            lowest = torch.finfo(logits.dtype).min  # finite, for the rows of padding, which see no key
+            logits = logits.masked_fill(~attention_mask, lowest) if is_bool else logits + attention_mask
         of_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
         of_output = (grad_output.to(logits.dtype) * attn_output).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
         of_gate = (logits.softmax(dim=-1) * (of_value - of_output)).sum(dim=(1, 2))

@@ -24,7 +24,9 @@ from ..configuration_trips import LayerSelection
 from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import (
     FUSED_TOKEN,
+    draw_dropped,
     fuse_tokens,
+    gate_of,
     gather_tokens,
     keep_topk,
     num_kept_tokens,
@@ -198,6 +200,11 @@ class SelectionPass:
         self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
         self.num_kept: dict[int, list[int]] = {}  # packed: per image
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        # In training with a gate: share of the dropped units that also run; then, of the tokens after the selection,
+        # `(num_images, seq_length)`, the gate and which of them are dropped ones.
+        self.sampled_share = 0.0
+        self.gate: torch.Tensor | None = None
+        self.is_sampled: torch.Tensor | None = None
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
         self.kept[layer], self.candidates[layer], self.scores[layer] = kept, candidates, scores
@@ -301,6 +308,8 @@ class SelectionLayer(ModuleWrapper):
         scores = self.score_units(current, before, normed, text_embeds)
         num_candidates = scores.shape[1]
         positions = keep_topk(scores, num_kept_tokens(num_candidates, self.selection.keep_rate))
+        if current.sampled_share > 0 and positions.shape[1] < num_candidates:
+            positions = self.add_sample(current, scores, positions)
         if before is None:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
         else:
@@ -309,6 +318,19 @@ class SelectionLayer(ModuleWrapper):
         if positions.shape[1] == num_candidates:
             return hidden_states
         return self.shorten(hidden_states, scores, positions, self.num_prefix_tokens, before is None)
+
+    def add_sample(self, current: SelectionPass, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Return the positions of the kept and of sampled dropped units in order. The pass gets their gate."""
+        sampled = draw_dropped(scores, kept, current.sampled_share)
+        positions, order = torch.cat([kept, sampled], dim=1).sort(dim=1)
+
+        def of_tokens(units: torch.Tensor, value: float) -> torch.Tensor:
+            units = units.repeat_interleave(self.unit**2, dim=1)
+            return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
+
+        current.gate = of_tokens(gate_of(scores, kept, positions), 1.0)
+        current.is_sampled = of_tokens(order >= kept.shape[1], False)
+        return positions
 
     def shorten(
         self,

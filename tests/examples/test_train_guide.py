@@ -1,4 +1,4 @@
-"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, both teachers, lost rows, bad options."""
+"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, its teachers, lost rows, bad options."""
 
 import itertools
 import json
@@ -139,6 +139,18 @@ def test_learns_from_attention(options):
     assert 0 < metrics["eval_region_recall"] <= 1
 
 
+def test_learns_from_answers(options, rows, tmp_path):
+    """Rows count with and without a region; regions are for the recall only."""
+    metrics = train_guide.main(options("--teacher=answers"))
+    assert (metrics["eval_samples"], metrics["eval_cropped"]) == (16, 0)
+    assert 0 < metrics["eval_region_recall"] <= 1
+    card = (tmp_path / "guide" / "README.md").read_text()
+    assert "teacher: answers" in card and "selection gate: 0.2" in card
+    without = [{name: value for name, value in row.items() if name != "region"} for row in rows]
+    again = train_guide.main(options("--teacher=answers", rows=without, folder="without"))
+    assert again["eval_loss"] == metrics["eval_loss"] and "eval_region_recall" not in again
+
+
 @pytest.mark.parametrize("make_processor", [make_paligemma_processor, make_llava_processor])
 def test_the_answer_is_supervised(make_processor):
     """PaliGemma's processor puts a newline behind the prompt; LLaVA's chat template marks who speaks."""
@@ -183,7 +195,14 @@ def test_a_diverging_training_stops(options, tmp_path):
 def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
     (tmp_path / "file").touch()
     LlamaConfig().save_pretrained(tmp_path / "text")
-    wrong = ("--teacher=none", "--max_steps=0", "--max_eval_samples=-1", "--layer=99", "--keep_rate=2")
+    wrong = (
+        "--teacher=none",
+        "--selection_gate=0",
+        "--max_steps=0",
+        "--max_eval_samples=-1",
+        "--layer=99",
+        "--keep_rate=2",
+    )
     paths = (f"--output_dir={tmp_path / 'file'}", f"--model_name_or_path={tmp_path / 'text'}")
     for option in (*wrong, *paths):
         with pytest.raises((ValueError, OSError)) as raised:

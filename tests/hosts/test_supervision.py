@@ -1,24 +1,32 @@
 """Supervision of a text guide for each family: attention of its layer, and targets."""
 
+import itertools
+from dataclasses import replace
+
 import PIL.Image
 import pytest
 import torch
-from tiny_vlms import BY_NAME, VLMS, Vlm, make_inputs
+from tiny_vlms import BY_NAME, IMAGE, VLMS, Vlm, make_inputs
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
+from modeling_trips.hosts.layers import SelectionPass
 from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.hosts.vlm.supervision import (
+    _attend_gated,
+    answer_losses,
     guided_selection,
     region_masks,
     rows_of_images,
     targets_of_attention,
     targets_of_masks,
 )
+from modeling_trips.hosts.vlm.tower import CURRENT_PASS
 from modeling_trips.patch_selection import selection_loss
 
 
 families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
 PACKED_ANEW = ("llava_next", "llava_onevision")
+GATED = ("llava", "paligemma", "smolvlm", "idefics3", "internvl")
 
 
 def guided(vlm: Vlm):
@@ -125,3 +133,146 @@ def test_the_answer_does_not_choose():
         features.append(prune_inputs(unpruned, own, 5)["mm_encoder_outputs"]["image"].pooler_output[0])
     torch.testing.assert_close(*scores)
     assert torch.equal(*features)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [2, 1]], ids=str)
+@families
+def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
+    """Dropped tokens run only for the gradient of the guide. Families without the gate are refused by name."""
+    model, guide = guided(vlm)
+    inputs = make_inputs(vlm, counts)
+    if vlm.name not in GATED:
+        with pytest.raises(TypeError, match=type(model).__name__):
+            answer_losses(model, inputs, [2, 3], sampled_share=0.5)
+        return
+    expected = []
+    labels = inputs["input_ids"].clone()
+    labels[0, :-2] = labels[1, :-3] = -100
+    logits = model(**inputs, labels=labels).logits
+    for row, count in enumerate([2, 3]):
+        expected.append(torch.nn.functional.cross_entropy(logits[row, -count - 1 : -1], labels[row, -count:]))
+    pruned, selection = answer_losses(model, inputs, [2, 3])
+    torch.testing.assert_close(pruned, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+    lengths = []
+    handle = model.get_decoder().register_forward_hook(lambda *args: lengths.append(args[-1][0].shape[1]))
+    own = [part.config._attn_implementation for part in (find_family(model).tower, model.get_decoder())]
+    losses, same = answer_losses(model, inputs, [2, 3], sampled_share=0.5)
+    answer_losses(model, inputs, [2, 3])
+    handle.remove()
+    assert lengths[0] > lengths[1]
+    assert own == [part.config._attn_implementation for part in (find_family(model).tower, model.get_decoder())]
+    torch.testing.assert_close(losses, pruned, rtol=1e-5, atol=1e-5)
+    assert torch.equal(same.kept_indices, selection.kept_indices)
+    losses.sum().backward()
+    assert guide.query.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_class_token_in_the_prompt_is_always_kept():
+    vlm = BY_NAME["llava"]
+    vlm = replace(vlm, config={**vlm.config, "vision_feature_select_strategy": "full"}, tokens=65)
+    model, guide = guided(vlm)
+    inputs = make_inputs(vlm, [2, 1])
+    losses, _ = answer_losses(model, inputs, [2, 3], sampled_share=0.5)
+    torch.testing.assert_close(losses, answer_losses(model, inputs, [2, 3])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
+    """Sampled keys between the others, padding, and query heads that share a head of keys and values."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 5, 3, dtype=torch.float64).unbind()
+    current = SelectionPass()
+    current.gate = torch.rand(2, 5, dtype=torch.float64).requires_grad_()
+    current.is_sampled = torch.tensor([[False, True, False, True, False], [False, False, True, False, True]])
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, ..., 0] = False  # the first token of the second row is padding
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    token = CURRENT_PASS.set(current)
+    output, _ = _attend_gated(module, query, key, value, mask, scaling=0.7)
+    CURRENT_PASS.reset(token)
+    weights = torch.randn_like(output)
+    weights[1, 0] = 0.0  # no loss comes from padding
+    (output * weights).sum().backward()
+
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    for row, head, i in itertools.product(range(2), range(4), range(5)):
+        seen = [j for j in range(i + 1) if mask[row, 0, i, j]]
+        keys, values = key[row, head // 2], value[row, head // 2]
+        powers = {j: (0.7 * query[row, head, i] @ keys[j]).exp() for j in seen}
+        kept = [j for j in seen if not current.is_sampled[row, j]]
+        out = sum(powers[j] * values[j] for j in kept) / max(1e-9, sum(powers[j] for j in kept))
+        for j in seen:
+            torch.testing.assert_close(output[row, i, head], out)
+            expected[row, j] += powers[j] / sum(powers.values()) * (weights[row, i, head] @ (values[j] - out))
+    torch.testing.assert_close(current.gate.grad, expected)
+
+
+def scenes_of_one_square(number: int, generator: torch.Generator) -> tuple[dict, torch.Tensor]:
+    """Return noise with a square of 2 x 2 patches, whose color is the answer, and which patches lie in the square."""
+    colors = torch.tensor([[2.0, -2, -2], [-2, 2, -2], [-2, -2, 2], [2, 2, -2]])
+    answers, cells = (
+        torch.randint(4, (number,), generator=generator),
+        torch.randint(16, (number,), generator=generator),
+    )
+    images = 0.1 * torch.randn(number, 3, 32, 32, generator=generator)
+    for image, cell, color in zip(images, cells.tolist(), colors[answers]):
+        y, x = 8 * (cell // 4), 8 * (cell % 4)
+        image[:, y : y + 8, x : x + 8] = color[:, None, None]
+    ids = torch.tensor([2, *[IMAGE] * 64, 7, 8]).expand(number, -1)
+    ids = torch.cat([ids, 10 + answers[:, None]], dim=1)
+    patches = torch.arange(64)
+    is_inside = patches // 8 // 2 * 4 + patches % 8 // 2 == cells[:, None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}, is_inside
+
+
+def test_a_guide_learns_from_answers_alone():
+    generator, model = torch.Generator().manual_seed(0), BY_NAME["llava"].make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(100):
+        inputs, _ = scenes_of_one_square(16, generator)
+        labels = torch.cat([torch.full_like(inputs["input_ids"][:, :-1], -100), inputs["input_ids"][:, -1:]], dim=1)
+        model(**inputs, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.requires_grad_(False)
+    torch.manual_seed(1)  # a guide that starts by looking elsewhere
+    guide = TextGuide.for_model(model)
+    apply_patch_selection(model, "1:text:0.0625", guide=guide)  # as many patches as the square has
+
+    @torch.no_grad()
+    def evaluate() -> tuple[float, float]:
+        inputs, is_inside = scenes_of_one_square(128, torch.Generator().manual_seed(1))
+        losses, selection = answer_losses(model, inputs, [1] * 128)
+        return losses.mean().item(), is_inside.gather(1, selection.kept_indices).float().mean().item()
+
+    (loss, recall), optimizer = evaluate(), torch.optim.AdamW(guide.parameters(), 1e-2)
+    for _ in range(50):
+        answer_losses(model, scenes_of_one_square(16, generator)[0], [1] * 16, 0.2)[0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned_loss, learned_recall = evaluate()
+    assert learned_loss < 0.1 < 1 < loss
+    assert recall < 0.2 < 0.4 < learned_recall  # one patch of the four is enough for the answer
+
+
+def test_answers_need_the_guide_alone():
+    vlm = BY_NAME["llava"]
+    inputs, model = make_inputs(vlm), vlm.make()
+    guide = TextGuide.for_model(model)
+    with pytest.raises(ValueError, match="only selection"):
+        answer_losses(model, inputs, [1, 1])
+    for schedule, options in (("1:text:0.5,2:image:0.5", {}), ("1:text:0.5", {"visual_tokens": 4})):
+        apply_patch_selection(model, schedule, guide=guide, **options)
+        with pytest.raises(ValueError, match="only selection"):
+            answer_losses(model, inputs, [1, 1])
+    apply_patch_selection(model, "1:text:0.999", guide=guide)
+    with pytest.raises(ValueError, match="1:text:0.999"):
+        answer_losses(model, inputs, [1, 1], sampled_share=0.2)

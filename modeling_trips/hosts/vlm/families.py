@@ -38,6 +38,7 @@ class Family(Host):
     passes_its_text = True
     has_class_token = False
     can_fuse = False
+    has_gate = False  # see `answer_losses`
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -124,6 +125,7 @@ class Llava(Family):
     """LLaVA: the connector maps each patch to one visual token, so kept patches are restored after it."""
 
     layer_classes = {"CLIPEncoderLayer": ClipTowerLayer, "SiglipEncoderLayer": ClipTowerLayer}
+    has_gate = True
 
     @property
     def num_selectable_layers(self) -> int:
@@ -150,6 +152,7 @@ class LlavaNext(Llava):
     """LLaVA-NeXT: the tiles of an image are packed into one group without padding, with a newline per row."""
 
     tokens_per_image = None
+    has_gate = False
 
     def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return self.base.pack_image_features(
@@ -231,6 +234,7 @@ class Smolvlm(Family):
 
     layer_classes = {"SmolVLMEncoderLayer": ClipTowerLayer, "Idefics3EncoderLayer": ClipTowerLayer}
     layers_follow = True  # the mask of the patches
+    has_gate = True
 
     @property
     def tower(self) -> nn.Module:
@@ -259,6 +263,7 @@ class Smolvlm(Family):
 class Internvl(Family):
     layer_classes = {"InternVLVisionLayer": InternvlLayer}
     has_class_token = True
+    has_gate = True
 
     @property
     def layers(self) -> nn.ModuleList:

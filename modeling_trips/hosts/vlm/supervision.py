@@ -15,10 +15,11 @@
 Selection supervision of a text guide on a frozen model.
 
 `selection_loss` of [`modeling_trips.modeling_trips`] compares the scores of `guided_selection` with targets. Targets
-come from regions of the data, or from the attention of the unpruned model's answer.
+come from regions of the data, or from the attention of the unpruned model's answer. `answer_losses` needs no targets:
+the gate of [`modeling_trips.patch_selection.gated_attention`] gives the scores a gradient of the answer's loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -27,14 +28,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...modeling_trips_vision import TripsSelection
+from ...patch_selection import GateGradient, keep_topk, num_kept_tokens
 from ..apply import record_patch_selection
-from ..layers import selecting_layers
-from .families import LlavaNext, find_family
-from .pruning import Prompts
+from ..layers import SelectionPass, selecting_layers
+from .families import Family, LlavaNext, find_family
+from .pruning import ExitSelection, Prompts, prune
+from .tower import CURRENT_PASS
 from .wrapper import selection_of
 
 
@@ -160,22 +163,120 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
     return targets / targets.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
-_NAME = "trips_answer_rows"
-_recording: ContextVar[tuple | None] = ContextVar(_NAME, default=None)
+def answer_losses(
+    model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int], sampled_share: float = 0.0
+) -> tuple[torch.Tensor, TripsSelection]:
+    """
+    Return the mean cross-entropy of each row's answer tokens, `(batch_size,)`, and the selection of the guide's layer.
+
+    The values are those of the pruned model. With `sampled_share`, a random sample of the dropped units runs through
+    the rest of the tower and the language model. No token attends to them, but the losses have a gradient to the
+    scores of the units that run: see [`gated_attention`].
+
+    Args:
+        model (`PreTrainedModel`): A model with a `guide` and no other selection, see [`apply_patch_selection`].
+        inputs (`Mapping`): Outputs of the processor for prompts that end with their answers, padded on the left.
+        num_answer_tokens (`Sequence[int]`): Number of answer tokens at the end of each row.
+        sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped units that run, in [0, 1].
+
+    Raises:
+        TypeError: `sampled_share` is not 0, and the gate is not supported for the model.
+        ValueError: The guide's layer is not the only selection, or drops nothing that `sampled_share` could run.
+    """
+    family, selection = find_family(model), selection_of(model)
+    # A window of the language model would count the sampled tokens.
+    has_window = getattr(family.config.get_text_config(), "sliding_window", None) is not None
+    if sampled_share > 0 and (has_window or not family.has_gate):
+        raise TypeError(f"Learning from answers is not supported for {type(model).__name__}. Use another teacher.")
+    is_guided = selection is not None and selection.guide is not None
+    if not is_guided or len(selection.schedule.layers) > 1 or selection.at_exit != ExitSelection():
+        raise ValueError("The layer of a `guide` must be the only selection. Apply patch selection with it alone.")
+    ids, longest = inputs["input_ids"], max(num_answer_tokens)
+    counts = torch.tensor(num_answer_tokens, device=ids.device)
+    is_prompt = torch.arange(ids.shape[1], 0, -1, device=ids.device) > counts[:, None]
+    inputs = {**inputs, "labels": ids.masked_fill(is_prompt, -100)}
+    gated = [family.tower, model.get_decoder()] if sampled_share > 0 else []
+    with _attention("trips_gate", _attend_gated, *gated):
+        pruned, _, current = prune(family, inputs, selection.at_exit, True, selection.guide, sampled_share)
+        labels = pruned.pop("labels")[:, -longest:]
+        if current.gate is not None:
+            _gate_prompt(family, pruned, current)
+        elif gated:
+            raise ValueError(f"A layer that learns must drop patches, got {selection.schedule}. Lower its keep rate.")
+        token = CURRENT_PASS.set(current)
+        try:
+            logits = model(**pruned, use_cache=False, logits_to_keep=longest + 1).logits
+        finally:
+            CURRENT_PASS.reset(token)
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+    (layer,) = selecting_layers(model)
+    recorded = layer.recorded(current)
+    if current.gate is not None:  # of the units that ran
+        num_kept = num_kept_tokens(recorded.scores.shape[1], layer.selection.keep_rate)
+        recorded.kept_indices = keep_topk(recorded.scores, num_kept)
+    return losses.sum(dim=1) / counts, recorded
+
+
+def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
+    """Give the tokens of the prompt the gate of the tower's, and positions that do not count the sampled ones."""
+    ids, num_images = pruned["input_ids"], len(current.gate)
+    is_visual = ids == family.image_token_id
+    num_units = current.kept_before().shape[1]
+    num_others = int(is_visual.sum()) // num_images - num_units  # LLaVA may pass the tower's [CLS]
+
+    def of_prompt(tokens: torch.Tensor, value: float) -> torch.Tensor:
+        units = tokens[:, -num_units * family.unit**2 :: family.unit**2]
+        units = nn.functional.pad(units, (num_others, 0), value=value)
+        return units.new_full(ids.shape, value).masked_scatter(is_visual, units)
+
+    current.gate, current.is_sampled = of_prompt(current.gate, 1.0), of_prompt(current.is_sampled, False)
+    mask = pruned.setdefault("attention_mask", torch.ones_like(ids))
+    pruned["position_ids"] = ((mask * ~current.is_sampled).cumsum(dim=1) - 1).clamp(min=0)
+
+
+@contextmanager
+def _attention(name: str, function: Callable, *modules: PreTrainedModel) -> Iterator[None]:
+    """Let modules use an attention function, which gets masks as for SDPA and every causal one."""
+    own = [module.config._attn_implementation for module in modules]
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _causal_mask)
+    try:
+        for module in modules:
+            module.set_attn_implementation(name)
+        yield
+    finally:
+        for module, implementation in zip(modules, own):
+            module.set_attn_implementation(implementation)
+
+
+def _causal_mask(*args, **kwargs) -> torch.Tensor | None:
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _attend_gated(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Call SDPA. In a pass with a gate, the keys of sampled tokens are masked, see `gated_attention`."""
+    current = CURRENT_PASS.get()
+    if current is None or current.gate is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    mask = ~current.is_sampled[:, None, None]
+    mask = mask if attention_mask is None else mask & attention_mask
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    states = (tensor.detach() for tensor in (query, key, value))
+    return GateGradient.apply(output, current.gate, *states, attention_mask, scaling), None
+
+
+_recording: ContextVar[tuple | None] = ContextVar("trips_answer_rows", default=None)
 
 
 @contextmanager
 def _record_rows(decoder: PreTrainedModel, rows: torch.Tensor, is_row: torch.Tensor):
     """Record the attention of these rows to all tokens, one tensor of shape `(batch_size, length)` per layer."""
-    own, recorded = decoder.config._attn_implementation, []
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend_and_record)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    recorded: list[torch.Tensor] = []
     token = _recording.set((rows, is_row, recorded))
-    decoder.set_attn_implementation(_NAME)
     try:
-        yield recorded
+        with _attention("trips_answer_rows", _attend_and_record, decoder):
+            yield recorded
     finally:
-        decoder.set_attn_implementation(own)
         _recording.reset(token)
 
 

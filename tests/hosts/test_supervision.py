@@ -169,6 +169,14 @@ def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_language_model_alone_teaches_the_last_layer():
+    model, inputs = BY_NAME["llava"].make().requires_grad_(False), make_inputs(BY_NAME["llava"])
+    guide = TextGuide.for_model(model)
+    apply_patch_selection(model, "2:text:0.5", guide=guide)  # no layer of the tower follows
+    answer_losses(model, inputs, [2, 3], sampled_share=0.5)[0].sum().backward()
+    assert guide.query.weight.grad.abs().sum() > 0
+
+
 def test_a_class_token_in_the_prompt_is_always_kept():
     vlm = BY_NAME["llava"]
     vlm = replace(vlm, config={**vlm.config, "vision_feature_select_strategy": "full"}, tokens=65)

@@ -172,15 +172,16 @@ def protocol_questions() -> str:
 
 ANSWER_KINDS = ("color", "shape", "presence")  # those that the unpruned start answers
 ANSWERS = {
-    "unpruned": "unpruned",
-    "gate 0.1": "text, gate",
-    "teacher 0.1": "text, attention of the start",
-    "fused token 0.1": "text, fused token (the paper)",
-    "image with gate 0.1": "image, gate",
-    "constant query with gate 0.1": "constant query, gate",
-    "random 0.1": "random",
-    "oracle 0.1": "the region itself",
+    "unpruned": "all",
+    "gate": "text, gate",
+    "teacher": "text, attention of the start",
+    "fused token": "text, fused token (the paper)",
+    "image with gate": "image, gate",
+    "constant query with gate": "constant query, gate",
+    "random": "random",
 }
+ANSWER_PIXELS = "fewer pixels 64"  # costs about as much as 3 patches with one text
+ANSWER_RATES = {"0.1": 15, "0.02": 3}  # patches
 
 
 def with_mean_of_kinds(rows: list[Row]) -> list[Row]:
@@ -191,21 +192,30 @@ def with_mean_of_kinds(rows: list[Row]) -> list[Row]:
 def answers() -> str:
     """Questions about busy scenes by what taught the choice, and the gate less each, with Holm's correction."""
     runs = variants(with_mean_of_kinds(read("answers")))
-    others = [name for name in ANSWERS if name != "gate 0.1"]
-    gaps = [paired_by_seed(runs["gate 0.1"], runs[name], "mean") for name in others]
-    corrected = dict(zip(others, zip(gaps, holm([found.p_value for found in gaps]))))
+    lines = [("unpruned", "unpruned", "0.1"), (ANSWER_PIXELS, ANSWER_PIXELS, "0.02")]  # and the rate of the gate
+    lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if f"{way} {rate}" in runs]
+    gaps = {
+        (name, rate): paired_by_seed(runs[f"gate {rate}"], runs[name], "mean")
+        for name, rate in [("unpruned", "0.02"), *((name, rate) for name, way, rate in lines if way != "gate")]
+    }
+    corrected = dict(zip(gaps, holm([found.p_value for found in gaps.values()])))
+
+    def gate_less(name: str, rate: str) -> str:
+        found, p = gaps[name, rate], corrected[name, rate]
+        low, high = found.mean - found.half_width, found.mean + found.half_width
+        return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {'p < 0.01' if p < 0.01 else f'p = {p:.2f}'})"
+
     rows = []
-    for name, words in ANSWERS.items():
-        of, difference = runs[name], ""
-        if name in corrected:
-            found, p = corrected[name]
-            low, high = found.mean - found.half_width, found.mean + found.half_width
-            sign = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-            difference = f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {sign})"
+    for name, way, rate in lines:
+        difference = "" if way == "gate" else gate_less(name, rate)
+        if name == "unpruned":
+            difference = "; ".join(f"{ANSWER_RATES[other]} patches {gate_less(name, other)}" for other in ANSWER_RATES)
         fields = ["mean", *(f"test_accuracy_{kind}" for kind in (*ANSWER_KINDS, "place"))]
         fields += ["test_layer2_patch_precision", "test_layer2_region_recall"]
-        rows.append([words, *(spread(percents(of, field)) for field in fields), difference])
-    header = ["What chooses 15 of 144 patches", "Mean of three kinds, %", "Color, %", "Form, %", "Presence, %"]
+        cells = [spread(percents(runs[name], field)) for field in fields]
+        patches = {"unpruned": 144, ANSWER_PIXELS: 64}.get(name, ANSWER_RATES[rate])
+        rows.append([patches, ANSWERS.get(way, "all, 64 px"), *cells, difference])
+    header = ["Patches", "Chosen by, taught by", "Mean of three kinds, %", "Color, %", "Form, %", "Presence, %"]
     header += ["Place, %", "Patches in the region, %", "Region kept, %", "Gate - this, points (95%; Holm's p)"]
     return render(header, rows, "answers", note=f"{len(runs['gate 0.1'])} independent starts, 200 steps each")
 
@@ -278,6 +288,28 @@ def first_token(row: Row) -> tuple[float, float]:
     return tuple(row[field] / unpruned[field] for field in ("seconds_to_first_token", "seconds_per_token"))
 
 
+@table
+def vllm_cpu() -> str:
+    rows = []
+    for row in read("vllm_cpu"):
+        ratios = [f"{row[f'first_token_ratio_to_{other}_quartiles'][1]:.2f}" for other in ("unpruned", "exit")]
+        cells = [f"{row['seconds_to_first_token']:.2f}", *ratios, f"{row['requests_per_second']:.2f}"]
+        rows.append(
+            [row["variant"], row["visual_tokens"], row["clients"], *cells, f"{row['cpu_seconds_per_request']:.1f}"]
+        )
+    header = [
+        "Selection",
+        "Visual tokens",
+        "Clients",
+        "First token, s",
+        "To unpruned",
+        "To exit",
+        "Requests per second",
+    ]
+    note = f"one thread, float32, medians of {read('vllm_cpu')[0]['repeats']} interleaved rounds"
+    return render([*header, "CPU s per request"], rows, "vllm_cpu", note=note)
+
+
 # README
 
 
@@ -297,9 +329,15 @@ def answered() -> list[list]:
     """Return the lines of the questions whose selection was learnt from answers."""
     runs, start = variants(with_mean_of_kinds(read("answers"))), with_mean_of_kinds(read("answers_starts"))
     rows = []
-    for name in ("gate 0.1", "fused token 0.1", "image with gate 0.1", "random 0.1"):
-        accuracies = (spread(percents(of, "mean")) for of in (runs[name], runs["unpruned"], start))
-        model = f"{schedule_of(runs[name][0])}, {ANSWERS[name].partition(', ')[2] or ANSWERS[name]}"
+    for way, rate in (
+        ("gate", "0.02"),
+        ("fused token", "0.02"),
+        ("image with gate", "0.02"),
+        ("image with gate", "0.1"),
+    ):
+        of = runs[f"{way} {rate}"]
+        accuracies = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], start))
+        model = f"{schedule_of(of[0])}, {ANSWERS[way].partition(', ')[2]}"
         rows.append(["questions, busy scenes, 96 px", model, "start", "200", *accuracies, ""])
     return rows
 

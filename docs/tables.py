@@ -292,7 +292,8 @@ def first_token(row: Row) -> tuple[float, float]:
 def vllm_cpu() -> str:
     rows = []
     for row in read("vllm_cpu"):
-        ratios = [f"{row[f'first_token_ratio_to_{other}_quartiles'][1]:.2f}" for other in ("unpruned", "exit")]
+        others = (select(read("vllm_cpu"), variant=other, clients=row["clients"])[0] for other in ("unpruned", "exit"))
+        ratios = [f"{row['seconds_to_first_token'] / other['seconds_to_first_token']:.2f}" for other in others]
         cells = [f"{row['seconds_to_first_token']:.2f}", *ratios, f"{row['requests_per_second']:.2f}"]
         rows.append(
             [row["variant"], row["visual_tokens"], row["clients"], *cells, f"{row['cpu_seconds_per_request']:.1f}"]

@@ -133,6 +133,7 @@ decoder.decode(red)
 INTERRUPTED = """
 import os, random, signal, sys, threading, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 blue, moments, interrupted = encoded(1500, "blue"), random.Random(0), 0
 for _ in range(int(sys.argv[1])):
     timer = threading.Timer(moments.uniform(0, 0.03), os.kill, (os.getpid(), signal.SIGINT))

@@ -17,6 +17,8 @@ from trips_examples.data.busy_scenes import (
     KINDS,
     PLACES,
     SHAPES,
+    Question,
+    Scene,
     draw_clutter,
     draw_ground,
     draw_item,
@@ -48,25 +50,6 @@ class Item:
         if min(abs(dx), abs(dy)) < 6:
             return None
         return ("top" if dy < 0 else "bottom") + ("left" if dx < 0 else "right")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question. `region` is the box of its shape, or None if the shape is absent."""
-
-    kind: str
-    text: str
-    answer: str
-    region: tuple[int, int, int, int] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """An image with its items and all questions about it."""
-
-    image: PIL.Image.Image
-    items: list[Item]
-    questions: list[Question]
 
 
 def vocabulary() -> list[str]:

@@ -30,17 +30,20 @@ COMMON = (
 STAGES = {
     "captions": (
         "run_pretraining.py",
-        "--grid 1 --max_steps 350 --per_device_train_batch_size 32 --learning_rate 7e-4 --momentum_teacher False "
+        1,
+        "--max_steps 350 --per_device_train_batch_size 32 --learning_rate 7e-4 --momentum_teacher False "
         "--do_eval False --validation_scenes 8",
     ),
     "small": (
         "run_vqa.py",
-        "--grid 2 --max_steps 700 --per_device_train_batch_size 96 --learning_rate 1e-3 --texts_per_image 8 "
+        2,
+        "--max_steps 700 --per_device_train_batch_size 96 --learning_rate 1e-3 --texts_per_image 8 "
         "--attention_loss_weight 2 --validation_scenes 100",
     ),
     "large": (
         "run_vqa.py",
-        "--grid 4 --max_steps 600 --per_device_train_batch_size 96 --learning_rate 7e-4 --texts_per_image 8 "
+        4,
+        "--max_steps 600 --per_device_train_batch_size 96 --learning_rate 7e-4 --texts_per_image 8 "
         "--attention_loss_weight 0 --validation_scenes 100",
     ),
 }
@@ -72,11 +75,10 @@ def main(argv: list[str] | None = None):
     start = folder / "untrained"
     if not start.exists():
         make_untrained(start, args.seed)
-    for name, (script, options) in STAGES.items():
+    for name, (script, grid, options) in STAGES.items():
         if not (folder / name / "model.safetensors").exists():
-            grid = int(options.split()[1])
             command = [sys.executable, str(EXAMPLES / script), *COMMON.split(), *options.split()]
-            command += ["--model_name_or_path", str(start), "--image_size", str(grid * CELL_SIZE)]
+            command += ["--model_name_or_path", str(start), "--grid", str(grid), "--image_size", str(grid * CELL_SIZE)]
             subprocess.run([*command, "--seed", str(args.seed), "--output_dir", str(folder / name)], check=True)
         start = folder / name
 

@@ -169,8 +169,9 @@ class TripsTextSelfAttention(nn.Module):
         if source_index is not None:
             key, value = (states.index_select(0, source_index.to(states.device)) for states in (key, value))
             gate = None if gate is None else gate.index_select(0, source_index.to(gate.device))
-        gated = {} if gate is None else {"gate": gate, "num_sampled": num_sampled}
-        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **gated, **kwargs)
+        attn_output, attn_weights = self.attend(
+            query, key, value, attention_mask, gate=gate, num_sampled=num_sampled, **kwargs
+        )
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
 
     def attend(

@@ -143,6 +143,13 @@ class Tile:
         return shape_box(self.image)
 
 
+def encoded(image: PIL.Image.Image) -> dict:
+    """Return an image as PNG in the form that `datasets.Image` takes."""
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    return {"bytes": png.getvalue(), "path": None}
+
+
 @dataclass(frozen=True)
 class _Scenes:
     """Generator of scenes: the tiles of a split, the grid, and the random state."""
@@ -163,14 +170,12 @@ class _Scenes:
         return self.rng.sample(self.tiles, self.grid * self.grid)
 
     def paste(self, tiles: list[Tile]) -> dict:
-        """Return the scene of tiles, row by row, encoded as `datasets.Image` takes it."""
+        """Return the scene of tiles, row by row, as `encoded`."""
         side = self.grid * TILE_SIZE
         scene = PIL.Image.new("RGB", (side, side))
         for cell, tile in enumerate(tiles):
             scene.paste(tile.image, cell_origin(cell, self.grid))
-        png = io.BytesIO()
-        scene.save(png, "PNG", compress_level=1)
-        return {"bytes": png.getvalue(), "path": None}
+        return encoded(scene)
 
 
 def scene_records(task: str, split: str, num_scenes: int, grid: int | None = None, seed: int = 0) -> Iterator[dict]:

@@ -123,11 +123,12 @@ class DataArguments(DataSource):
 
     @property
     def is_embedded(self) -> bool:
-        """True for the bundled synthetic data, whose images are shifted and flipped at random in training."""
+        """True for the bundled synthetic data."""
         return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
 
     @property
     def augments(self) -> bool:
+        """True for bundled data whose images training shifts and flips; texts of busy scenes name sides."""
         return self.is_embedded and self.dataset_name != "busy_scenes"
 
     def check(self, task: str):

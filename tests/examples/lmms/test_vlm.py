@@ -73,7 +73,7 @@ def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
 def test_task_answers_match_the_model(checkpoint, run_python, tmp_path):
     asked = write_task(tmp_path, checkpoint)
     vlm = VisionLanguageModel(checkpoint)
-    schedule = "1:image:0.75,2:random:0.5"
+    schedule = "1:image:0.75,2:image:0.5"
     apply_patch_selection(vlm.model, schedule, visual_tokens=6, scorer="diversity")
     expected = [vlm.answer([own], OPTIONS)[0] for own in asked]
 

@@ -6,12 +6,15 @@ Train and evaluate question answering with a selection that no user would want, 
 
 `constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's,
 but is the same for all texts and images. `oracle`: the patches of the text's region come first, in training and in
-evaluation; its own scores order the others. The options are those of run_vqa.py.
+evaluation; its own scores order the others. `tenth`, `hundredth`: this share of the training texts has its region.
+The options are those of run_vqa.py.
 """
 
 import inspect
 import runpy
 import sys
+import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +64,27 @@ def use_regions():
     VqaCollator.encode = encode_with_regions
 
 
-CONTROLS = {"constant": use_constant_query, "oracle": use_regions}
+def use_few_regions(one_in: int):
+    """Leave one in so many training texts its region."""
+    regions = VqaCollator.regions
+
+    def regions_of_few(self, rows: list[dict], sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        texts = (f"{row['image_id']} {row['question']}" for row in rows)
+        few = [
+            row if zlib.crc32(text.encode()) % one_in == 0 else {**row, "region": None}
+            for row, text in zip(rows, texts)
+        ]
+        return regions(self, few if self.training else rows, sizes)
+
+    VqaCollator.regions = regions_of_few
+
+
+CONTROLS = {
+    "constant": use_constant_query,
+    "oracle": use_regions,
+    "tenth": partial(use_few_regions, 10),
+    "hundredth": partial(use_few_regions, 100),
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in CONTROLS:

@@ -170,54 +170,86 @@ def protocol_questions() -> str:
     return render(header, rows, "protocol_questions", note=f"{len(baseline)} independent starts, 200 steps")
 
 
-ANSWER_KINDS = ("color", "shape", "presence")  # those that the unpruned start answers
 ANSWERS = {
+    "start": "all, the start itself",
     "unpruned": "all",
+    "fewer pixels 64": "all, 64 px",
     "gate": "text, gate",
     "teacher": "text, attention of the start",
     "fused token": "text, fused token (the paper)",
+    "start pruned": "text, the start itself",
     "image with gate": "image, gate",
     "constant query with gate": "constant query, gate",
     "random": "random",
+    "oracle": "the region first, then the text (fused token)",
 }
-ANSWER_PIXELS = "fewer pixels 64"  # costs about as much as 3 patches with one text
-ANSWER_RATES = {"0.1": 15, "0.02": 3}  # patches
+ANSWER_PATCHES = {"start": 36, "unpruned": 36, "fewer pixels 64": 16}
+ANSWER_RATES = {"0.1": 4, "0.25": 9}  # patches
+ANSWER_FIELDS = ("", "_color", "_shape", "_place", "_presence")
 
 
-def with_mean_of_kinds(rows: list[Row]) -> list[Row]:
-    return [{**row, "mean": mean(row[f"test_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in rows]
+def points(found: PairedDifference, p: float) -> str:
+    """Return a difference with its 95% interval and corrected p value."""
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {'p < 0.01' if p < 0.01 else f'p = {p:.2f}'})"
+
+
+def accuracies(of: list[Row]) -> list[str]:
+    """Return the accuracy of all questions and of each kind."""
+    return [spread(percents(of, f"test_accuracy{kind}")) for kind in ANSWER_FIELDS]
 
 
 @table
 def answers() -> str:
     """Questions about busy scenes by what taught the choice, and the gate less each, with Holm's correction."""
-    runs = variants(with_mean_of_kinds(read("answers")))
-    lines = [("unpruned", "unpruned", "0.1"), (ANSWER_PIXELS, ANSWER_PIXELS, "0.02")]  # and the rate of the gate
-    lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if f"{way} {rate}" in runs]
-    gaps = {
-        (name, rate): paired_by_seed(runs[f"gate {rate}"], runs[name], "mean")
-        for name, rate in [("unpruned", "0.02"), *((name, rate) for name, way, rate in lines if way != "gate")]
-    }
-    corrected = dict(zip(gaps, holm([found.p_value for found in gaps.values()])))
-
-    def gate_less(name: str, rate: str) -> str:
-        found, p = gaps[name, rate], corrected[name, rate]
-        low, high = found.mean - found.half_width, found.mean + found.half_width
-        return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {'p < 0.01' if p < 0.01 else f'p = {p:.2f}'})"
-
+    runs = variants(read("answers"))
+    lines = [(name, name, None) for name in ANSWER_PATCHES]
+    lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if way not in ANSWER_PATCHES]
+    pairs = [(name, rate) for name, _, own in lines for rate in ANSWER_RATES if own in (None, rate)]
+    pairs = [(name, rate) for name, rate in pairs if name != f"gate {rate}"]
+    found = {pair: paired_by_seed(runs[f"gate {pair[1]}"], runs[pair[0]], "test_accuracy") for pair in pairs}
+    corrected = dict(zip(pairs, holm([difference.p_value for difference in found.values()])))
     rows = []
     for name, way, rate in lines:
-        difference = "" if way == "gate" else gate_less(name, rate)
-        if name == "unpruned":
-            difference = "; ".join(f"{ANSWER_RATES[other]} patches {gate_less(name, other)}" for other in ANSWER_RATES)
-        fields = ["mean", *(f"test_accuracy_{kind}" for kind in (*ANSWER_KINDS, "place"))]
-        fields += ["test_layer2_patch_precision", "test_layer2_region_recall"]
-        cells = [spread(percents(runs[name], field)) for field in fields]
-        patches = {"unpruned": 144, ANSWER_PIXELS: 64}.get(name, ANSWER_RATES[rate])
-        rows.append([patches, ANSWERS.get(way, "all, 64 px"), *cells, difference])
-    header = ["Patches", "Chosen by, taught by", "Mean of three kinds, %", "Color, %", "Form, %", "Presence, %"]
-    header += ["Place, %", "Patches in the region, %", "Region kept, %", "Gate - this, points (95%; Holm's p)"]
+        patches = ANSWER_PATCHES[name] if rate is None else ANSWER_RATES[rate]
+        fields = ("test_layer2_patch_precision", "test_layer2_region_recall")
+        inside = [spread(percents(runs[name], field)) if rate else "" for field in fields]
+        gaps = (points(found[name, of], corrected[name, of]) if (name, of) in found else "" for of in ANSWER_RATES)
+        rows.append([patches, ANSWERS[way], *accuracies(runs[name]), *inside, *gaps])
+    header = ["Patches", "Chosen by, taught by", "All kinds, %", "Color, %", "Form, %", "Place, %", "Presence, %"]
+    header += ["Patches in the region, %", "Region kept, %"]
+    header += [f"Gate with {patches} patches - this" for patches in ANSWER_RATES.values()]
     return render(header, rows, "answers", note=f"{len(runs['gate 0.1'])} independent starts, 200 steps each")
+
+
+REGIONS = {
+    "fused token 0.1": ("", ""),
+    "gate 0.1": ("", "gate"),
+    "selection loss": ("all", "selection loss"),
+    "attention loss": ("all", "attention loss"),
+    "both losses": ("all", "both losses"),
+    "both losses, a tenth": ("10%", "both losses"),
+    "both losses, a hundredth": ("1%", "both losses"),
+    "unpruned": ("", "unpruned"),
+    "unpruned, attention loss": ("all", "unpruned, attention loss"),
+}
+
+
+@table
+def answers_regions() -> str:
+    """What regions add at 0.1 to a start without them: each variant less the gate, with Holm's correction."""
+    runs = variants(read("answers")) | variants(read("answers_regions"))
+    names = [name for name in REGIONS if name != "gate 0.1"]
+    found = [paired_by_seed(runs[name], runs["gate 0.1"], "test_accuracy") for name in names]
+    corrected = holm([difference.p_value for difference in found])
+    gaps = {name: points(*pair) for name, pair in zip(names, zip(found, corrected))}
+    rows = [
+        [taught or "fused token", share, *accuracies(runs[name]), gaps.get(name, "")]
+        for name, (share, taught) in REGIONS.items()
+    ]
+    header = ["Taught by", "Texts with regions", "All kinds, %", "Color, %", "Form, %", "Place, %", "Presence, %"]
+    note = f"{len(runs['gate 0.1'])} independent starts, 200 steps each"
+    return render([*header, "This - gate"], rows, "answers", "answers_regions", note=note)
 
 
 @table
@@ -328,18 +360,12 @@ def compared(task: str, name: str, variant: str, start: str) -> list:
 
 def answered() -> list[list]:
     """Return the lines of the questions whose selection was learnt from answers."""
-    runs, start = variants(with_mean_of_kinds(read("answers"))), with_mean_of_kinds(read("answers_starts"))
-    rows = []
-    for way, rate in (
-        ("gate", "0.02"),
-        ("fused token", "0.02"),
-        ("image with gate", "0.02"),
-        ("image with gate", "0.1"),
-    ):
-        of = runs[f"{way} {rate}"]
-        accuracies = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], start))
-        model = f"{schedule_of(of[0])}, {ANSWERS[way].partition(', ')[2]}"
-        rows.append(["questions, busy scenes, 96 px", model, "start", "200", *accuracies, ""])
+    runs, rows = variants(read("answers")), []
+    for name in ("gate 0.1", "fused token 0.1", "image with gate 0.1"):
+        of = runs[name]
+        scores = (spread(percents(rows, "test_accuracy")) for rows in (of, runs["unpruned"], runs["start"]))
+        model = f"{schedule_of(of[0])}, {ANSWERS[name.rpartition(' ')[0]].partition(', ')[2]}"
+        rows.append(["questions, busy scenes, 96 px", model, "no", "200", *scores, ""])
     return rows
 
 
@@ -355,7 +381,7 @@ def headline() -> str:
     speedup = f"{1 / first_token(both)[0]:.1f}x (after only: {1 / first_token(after)[0]:.1f}x)"
     rows.append(["first token of LLaVA's form, 384 px", model, *[""] * 5, speedup])
     header = ["Task", "Model", "Regions", "Steps", "Accuracy, %", "Unpruned, same steps, %", "Start, %", "Speedup"]
-    sources = ["answers", "answers_starts", "protocol_images", "protocol_images_times", "protocol_images_starts"]
+    sources = ["answers", "protocol_images", "protocol_images_times", "protocol_images_starts"]
     return render(header, rows, *sources, *MACHINES, "vlm_cost")
 
 

@@ -1,6 +1,6 @@
 """
 Ask a trained model about an image, draw the patches that it keeps, and compare it with the same weights at keep rate
-1.0. Takes less than a minute and needs no network: the model that comes with this project knows composed scenes.
+1.0. Takes less than a minute and needs no network: the model that comes with this project knows busy scenes.
 
     python examples/ask.py                                      # what `make try` runs: a test scene
     python examples/ask.py --image picture.png --question "what color is the circle?" "is there a red circle?"
@@ -34,12 +34,12 @@ from trips_examples.training.parser import make_parser, run_script
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
-SCENE = Path(__file__).parent / "scene.png"  # test scene 35 of seed 0
+SCENE = Path(__file__).parent / "scene.png"  # test scene 34 of seed 0
 QUESTIONS = [
-    "what color is the circle?",
-    "what shape is the red shape?",
-    "is there a blue rectangle?",
-    "is there a yellow triangle?",
+    "what color is the cross?",
+    "what shape is the green one?",
+    "where is the pink one?",
+    "is there a cyan square?",
 ]
 
 
@@ -48,7 +48,7 @@ class AskArguments:
     model: str = field(
         default=str(CHECKPOINT), metadata={"help": "Checkpoint or exported model that answers questions."}
     )
-    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a composed scene of the test split."})
+    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a busy scene of the test split."})
     question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
     picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None):
     schedule = model.config.vision_config.schedule.by_layer
     is_compared = bool(schedule) and not is_exported(args.model)
 
-    print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of four shapes'}:")
+    print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of seven shapes'}:")
     found = answers_of(model, processor, image, args.question)
     others = answers_of(model, processor, image, args.question, UNPRUNED) if is_compared else [None] * len(found)
     for question, own, other in zip(args.question, found, others):

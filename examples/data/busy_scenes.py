@@ -115,7 +115,7 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         split (`str`): `"train"`, `"validation"` or `"test"`.
         num_scenes (`int`): Number of scenes, at least 1. The first scenes do not depend on it.
         grid (`int`, *optional*, defaults to 4): Cells of 24 x 24 pixels along each side, 1 to 4. Scenes of fewer cells
-            are easier and may lack questions of a kind.
+            are easier and may lack questions of a kind; up to 2 x 2 have none for places.
         seed (`int`, *optional*, defaults to 0)
 
     Yields:
@@ -164,7 +164,7 @@ def _questions(items: list[Item], grid: int, rng: random.Random) -> list[Questio
         if by_color:
             pools["shape"].append(Question("shape", f"what shape is the {item.color} one?", item.shape, item.box))
         names = [f"the {item.color} one"] * by_color + [f"the {item.shape}"] * by_shape
-        if names and grid > 1:
+        if names and grid > 2:  # in small scenes, [CLS] alone tells which quarters hold shapes
             pools["place"].append(Question("place", f"where is {rng.choice(names)}?", item.place, item.box))
         if by_name:
             pools["presence"].append(Question("presence", f"is there a {item.name}?", "yes", item.box))

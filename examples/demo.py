@@ -44,8 +44,8 @@ from trips_examples.training.runs import parse_arguments
 SHAPE = {"patch_size": 16, "fusion_encoder_config": {"num_hidden_layers": 1, "skip_stride": 1}}
 # All questions of an image stand in one batch and share its computation.
 COMMON = (
-    "--dataset_name busy_scenes --texts_per_image 8 --selection_loss_weight 0 --do_eval False --test_scenes 300 "
-    "--adam_beta2 0.999 --save_strategy no --logging_steps 100 "
+    "--dataset_name busy_scenes --image_size 96 --texts_per_image 8 --selection_loss_weight 0 --do_eval False "
+    "--test_scenes 300 --adam_beta2 0.999 --save_strategy no --logging_steps 100 "
 )
 UNPRUNED = "--train_scenes 12000 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
 PRUNED = "--train_scenes 12000 --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
@@ -186,12 +186,9 @@ def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
     for stage, title in titles.items():
         print(f"  {title:<38}" + "".join(f"{metrics[stage][f'test_accuracy_{kind}']:>10.1%}" for kind in KINDS))
     (inside,) = (name for name in metrics["model"] if name.endswith("_patch_precision"))
-    before, after, chance = (
-        metrics[of][name]
-        for of, name in (("untaught", inside), ("model", inside), ("model", "test_patch_precision_at_random"))
-    )
     print(
-        f"Kept patches that show what the question is about: {before:.0%} untaught, {after:.0%} taught, {chance:.0%} at random"
+        f"Kept patches that show what the question is about: {metrics['untaught'][inside]:.0%} untaught, "
+        f"{metrics['model'][inside]:.0%} taught, {metrics['model']['test_patch_precision_at_random']:.0%} at random"
     )
 
 

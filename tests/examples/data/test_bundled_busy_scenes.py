@@ -10,8 +10,9 @@ from trips_examples.data.busy_scenes import COLORS, KINDS, SHAPES, busy_records,
 from trips_examples.data.loading import DataSource, load_task_dataset
 
 
-PATCH = 8
-KEPT = 15  # of 144 patches, a tenth
+PATCH = 16
+SIDE = 6  # patches
+KEPT = 4  # of 36 patches, a tenth
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def region_shares(region) -> np.ndarray:
     x0, y0, x1, y1 = region
     inside = np.zeros((96, 96))
     inside[y0:y1, x0:x1] = 1
-    return inside.reshape(12, PATCH, 12, PATCH).sum(axis=(1, 3)).ravel()
+    return inside.reshape(SIDE, PATCH, SIDE, PATCH).sum(axis=(1, 3)).ravel()
 
 
 def test_the_patches_nearest_to_the_named_color_find_half_of_the_regions(scenes):
@@ -89,10 +90,10 @@ def test_the_patches_nearest_to_the_named_color_find_half_of_the_regions(scenes)
         if question.region is None:
             continue
         colors = [word for word in question.text.split() if word in COLORS]
-        near = np.array([rng.random() for _ in range(144)])
+        near = np.array([rng.random() for _ in range(SIDE**2)])
         if colors:
             distance = np.abs(np.asarray(scene.image, dtype=float) - COLORS[colors[0]]).sum(axis=-1)
-            near = (distance < 75).reshape(12, PATCH, 12, PATCH).mean(axis=(1, 3)).ravel()
+            near = (distance < 75).reshape(SIDE, PATCH, SIDE, PATCH).mean(axis=(1, 3)).ravel()
         share = region_shares(question.region)
         recall[question.kind].append(share[np.argsort(-near)[:KEPT]].sum() / share.sum())
     means = {kind: np.mean(values) for kind, values in recall.items()}

@@ -45,7 +45,7 @@ SHAPE = {"patch_size": 16, "fusion_encoder_config": {"num_hidden_layers": 1, "sk
 # All questions of an image stand in one batch and share its computation.
 COMMON = (
     "--dataset_name busy_scenes --image_size 96 --texts_per_image 8 --selection_loss_weight 0 --do_eval False "
-    "--test_scenes 300 --adam_beta2 0.999 --save_strategy no --logging_steps 100 "
+    "--validation_scenes 8 --test_scenes 300 --adam_beta2 0.999 --save_strategy no --logging_steps 100 "
 )
 UNPRUNED = "--train_scenes 12000 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
 PRUNED = "--train_scenes 12000 --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "

@@ -472,11 +472,11 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
 
         >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-scenes")
         >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-scenes")
-        >>> image = Image.open("examples/scene.png")  # four shapes, one of them a yellow circle
-        >>> inputs = processor(images=image, text="what color is the circle?", return_tensors="pt")
+        >>> image = Image.open("examples/scene.png")  # seven shapes, one of them a pink cross
+        >>> inputs = processor(images=image, text="what color is the cross?", return_tensors="pt")
         >>> processor.post_process_answers(model.generate(**inputs))
-        ['yellow']
-        >>> loss = model(**inputs, labels=processor.encode_answers(["yellow"])).loss
+        ['pink']
+        >>> loss = model(**inputs, labels=processor.encode_answers(["pink"])).loss
         ```
         """
         is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None

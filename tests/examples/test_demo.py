@@ -1,23 +1,33 @@
 """`examples/demo.py` from one end to the other, with a model that has hardly been trained."""
 
+import json
+import re
+from pathlib import Path
+
 import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_trips import TripsForQuestionAnswering
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import demo
 
 
 @pytest.mark.slow
 def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = "--max_steps 16 --max_train_samples 512 --max_eval_samples 64 --publish_to shipped/tiny".split()
+    options = "--max_steps 8 --train_scenes 60 --test_scenes 8 --publish_to shipped/tiny".split()
     demo.main(options)
     printed = capsys.readouterr().out
     assert printed.count("test scene 1: ") == 4
-    assert "Accuracy: " in printed and "questions about test scenes" in printed
-    assert "MAC ratio 0.62" in printed
+    for line in ("all patches", "a tenth of them, untaught", "a tenth, taught by answers"):
+        assert re.search(rf"^  {line} +([\d.]+% *){{4}}$", printed, re.MULTILINE), line
+    # No stage has seen a region, and only the last two drop patches.
+    results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in demo.STAGES}
+    assert {result["regions_used_for"] for result in results.values()} == {"none"}
+    assert [stage for stage in demo.STAGES if "test_layer2_kept" in results[stage]] == ["untaught", "model"]
+    processors = (TripsProcessor.from_pretrained(f"demo/{stage}") for stage in ("small", "start", "model"))
+    assert [processor.image_processor.size["height"] for processor in processors] == [48, 96, 96]
     # One row of panels per selection layer: the picture shows the original and the questions.
     with PIL.Image.open(tmp_path / "demo/kept_patches.png") as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10**6)) > 20
@@ -31,4 +41,4 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
         assert torch.equal(shipped.state_dict()[name], weight.to(trained[name].dtype)), name
     card = (tmp_path / "shipped/tiny/README.md").read_text()
     assert f"Made by `python examples/demo.py {' '.join(options)}`." in card
-    assert "composed scenes, test, 64 examples" in card and "bfloat16" in card
+    assert "busy scenes, test, 64 examples" in card and "bfloat16" in card

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import BACKENDS, export_model, load_exported
 from modeling_trips.export.__main__ import main, read_calibration
+from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.images import read_image
-from trips_examples.data.scenes import scene_records
 
 
 CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
@@ -32,7 +32,7 @@ def processor() -> TripsProcessor:
 @pytest.fixture(scope="module")
 def questions() -> tuple[list[str], list[str], list[Image.Image]]:
     """Return about 600 questions of the test split, their answers and images."""
-    records = list(scene_records("vqa", "test", 100))
+    records = list(busy_records("vqa", "test", 75))
     images = [read_image(record) for record in records]
     return [record["question"] for record in records], [record["answer"] for record in records], images
 
@@ -62,7 +62,7 @@ def expected(processor, questions):
 def calibration_file(tmp_path_factory):
     """Write rows of the training split, one question per image."""
     folder, rows = tmp_path_factory.mktemp("rows"), {}
-    for record in scene_records("vqa", "train", 100):
+    for record in busy_records("vqa", "train", 100):
         name = f"{record['image_id']}.png"
         (folder / name).write_bytes(record["image"]["bytes"])
         rows[name] = {"image": name, "question": record["question"]}

@@ -40,8 +40,8 @@ from trips_examples.training.parser import make_parser, run_script
 from trips_examples.training.runs import parse_arguments
 
 
-# Patches about as large as the shapes and a single fusion layer learn within minutes where to look.
-SHAPE = {"patch_size": 16, "fusion_encoder_config": {"num_hidden_layers": 1, "skip_stride": 1}}
+# A single fusion layer learns within minutes where to look.
+SHAPE = {"fusion_encoder_config": {"num_hidden_layers": 1, "skip_stride": 1}}
 # All questions of an image stand in one batch and share its computation.
 COMMON = (
     "--dataset_name busy_scenes --image_size 96 --texts_per_image 8 --selection_loss_weight 0 --do_eval False "
@@ -78,7 +78,7 @@ def sine_cosine_positions(rows: int, columns: int, width: int) -> torch.Tensor:
 
 
 def make_untrained(folder: Path, seed: int):
-    """Write an untrained model for scenes of 4 x 4 cells, with 6 x 6 patches, and its processor."""
+    """Write an untrained model for scenes of 4 x 4 cells, with 12 x 12 patches, and its processor."""
     torch.manual_seed(seed)
     config = TripsConfig.from_preset("tiny", image_size=4 * CELL_SIZE, keep_rate=1.0, **SHAPE)
     processor = train_processor(config, EMBEDDED_WORDS)
@@ -187,7 +187,7 @@ def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
         print(f"  {title:<38}" + "".join(f"{metrics[stage][f'test_accuracy_{kind}']:>10.1%}" for kind in KINDS))
     (inside,) = (name for name in metrics["model"] if name.endswith("_patch_precision"))
     print(
-        f"Kept patches that show what the question is about: {metrics['untaught'][inside]:.0%} untaught, "
+        f"Share of the kept area that shows the shape asked about: {metrics['untaught'][inside]:.0%} untaught, "
         f"{metrics['model'][inside]:.0%} taught, {metrics['model']['test_patch_precision_at_random']:.0%} at random"
     )
 

@@ -10,9 +10,9 @@ from trips_examples.data.busy_scenes import COLORS, KINDS, SHAPES, busy_records,
 from trips_examples.data.loading import DataSource, load_task_dataset
 
 
-PATCH = 16
-SIDE = 6  # patches
-KEPT = 4  # of 36 patches, a tenth
+PATCH = 8
+SIDE = 12  # patches
+KEPT = 15  # of 144 patches, a tenth
 
 
 @pytest.fixture(scope="module")

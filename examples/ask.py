@@ -38,8 +38,8 @@ SCENE = Path(__file__).parent / "scene.png"  # test scene 34 of seed 0
 QUESTIONS = [
     "what color is the cross?",
     "what shape is the green one?",
-    "where is the pink one?",
     "is there a cyan square?",
+    "is there a purple square?",
 ]
 
 

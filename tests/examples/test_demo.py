@@ -20,7 +20,7 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     demo.main(options)
     printed = capsys.readouterr().out
     assert printed.count("test scene 1: ") == 4
-    for line in ("all patches", "a tenth of them, untaught", "a tenth, taught by answers"):
+    for line in ("all patches", "3 of 144, untaught", "3 of 144, taught by answers"):
         assert re.search(rf"^  {line} +([\d.]+% *){{4}}$", printed, re.MULTILINE), line
     # No stage has seen a region, and only the last two drop patches.
     results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in demo.STAGES}

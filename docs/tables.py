@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
-from modeling_trips.inspection.cost import forward_cost
 from trips_examples.analysis.paired import PairedDifference, holm, paired_difference
 
 
@@ -100,14 +98,6 @@ def paired_by_seed(rows: list[Row], baseline: list[Row], field: str) -> PairedDi
     return None if len(pairs) < 3 or rows is baseline else paired_difference(*zip(*pairs))
 
 
-def gap(rows: list[Row], baseline: list[Row]) -> str:
-    """Return the mean difference of test accuracies, its standard error, and p; empty below three seeds."""
-    if (found := paired_by_seed(rows, baseline, "test_accuracy")) is None:
-        return ""
-    p = f"p = {found.p_value:.2f}" if found.p_value >= 0.01 else "p < 0.01"
-    return f"{found.mean:+.1f} ({found.standard_error:.1f}; {p})"
-
-
 def seconds(
     times: list[Row], variant: str, field: str = "forward_seconds", baseline: str = "unpruned", **wanted
 ) -> str:
@@ -133,43 +123,6 @@ def render(header: list[str], rows: list[list], *sources: str, note: str = "") -
 
 # Accuracy: independent starts, test split
 
-PROTOCOL_PIXELS = {"0.05": 64, "0.25": 72, "0.5": 80, "0.7": 88}  # sides that cost as much as the keep rates
-PROTOCOL_SIZE = 96
-
-
-@cache
-def protocol_macs(image_size: int, text: str | None, texts: int) -> float:
-    """Return the MACs of a schedule at an image size over those of the unpruned model at 96 pixels."""
-    config = TripsConfig.from_preset("tiny", vision_config={"image_size": image_size})
-    full = TripsConfig.from_preset("tiny", vision_config={"image_size": PROTOCOL_SIZE})
-    plan = UNPRUNED if text is None else SelectionSchedule.parse(text)
-    return forward_cost(config, 10, plan).macs(texts) / forward_cost(full, 10, UNPRUNED).macs(texts)
-
-
-@table
-def protocol_questions() -> str:
-    """Accuracies by keep rate and score, and paired differences."""
-    runs = variants(read("protocol_questions"))
-    baseline = runs["unpruned"]
-    rows = [["unpruned", "1.00", "1.00", *[spread(percents(baseline, "test_accuracy"))] * 3, *[""] * 5]]
-    for rate, pixels in PROTOCOL_PIXELS.items():
-        ways = (f"text {rate}", f"image {rate}", f"random {rate}", f"fewer pixels {pixels}")
-        text, image, random, fewer = (runs.get(way, []) for way in ways)
-        macs = (protocol_macs(PROTOCOL_SIZE, f"2:text:{rate}", texts) for texts in (1, 4))
-        rows.append(
-            [
-                rate,
-                *(f"{ratio:.2f}" for ratio in macs),
-                *(spread(percents(of, "test_accuracy")) for of in (text, image, random)),
-                f"{spread(percents(fewer, 'test_accuracy'))} ({pixels} px)" if fewer else "",
-                *(gap(text, of) for of in (baseline, image, random, fewer)),
-            ]
-        )
-    header = ["Keep rate", "MACs, 1 text", "MACs, 4 texts", "By the text, %", "By the image, %", "One random set, %"]
-    header += ["Fewer pixels, %", *(f"Text - {other}" for other in ("unpruned", "image", "random", "fewer pixels"))]
-    return render(header, rows, "protocol_questions", note=f"{len(baseline)} independent starts, 200 steps")
-
-
 ANSWERS = {
     "start": "all, the start itself",
     "unpruned": "all",
@@ -183,73 +136,79 @@ ANSWERS = {
     "random": "random",
     "oracle": "the region first, then the text (fused token)",
 }
-ANSWER_PATCHES = {"start": 36, "unpruned": 36, "fewer pixels 64": 16}
-ANSWER_RATES = {"0.1": 4, "0.25": 9}  # patches
-ANSWER_FIELDS = ("", "_color", "_shape", "_place", "_presence")
+ANSWER_PATCHES = {"start": 144, "unpruned": 144, "fewer pixels 64": 64}
+ANSWER_RATES = {"0.25": 36, "0.1": 15, "0.02": 3}  # patches
+ANSWER_KINDS = ("color", "shape", "presence")  # those that the starts answer
+ANSWER_HEADER = ["Mean of three kinds, %", "Color, %", "Form, %", "Presence, %", "Place, %"]
 
 
-def points(found: PairedDifference, p: float) -> str:
-    """Return a difference with its 95% interval and corrected p value."""
-    low, high = found.mean - found.half_width, found.mean + found.half_width
-    return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}; {'p < 0.01' if p < 0.01 else f'p = {p:.2f}'})"
+def answer_runs(*names: str) -> dict[str, list[Row]]:
+    """Return the rows of files by variant, with the mean over the kinds of questions that the starts answer."""
+    rows = [row for name in names for row in read(name)]
+    return variants([{**row, "mean": mean(row[f"test_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in rows])
 
 
-def accuracies(of: list[Row]) -> list[str]:
-    """Return the accuracy of all questions and of each kind."""
-    return [spread(percents(of, f"test_accuracy{kind}")) for kind in ANSWER_FIELDS]
+def answer_scores(of: list[Row]) -> list[str]:
+    fields = ["mean", *(f"test_accuracy_{kind}" for kind in (*ANSWER_KINDS, "place"))]
+    return [spread(percents(of, field)) for field in fields]
+
+
+def answer_gaps(runs: dict[str, list[Row]], pairs: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return the differences of means of pairs of variants, with 95% intervals and p after Holm's correction."""
+    found = [paired_by_seed(runs[one], runs[other], "mean") for one, other in pairs]
+    corrected = holm([difference.p_value for difference in found])
+    cells = []
+    for difference, p in zip(found, corrected):
+        low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
+        cells.append(
+            f"{difference.mean:+.1f} ({low:+.1f} to {high:+.1f}; {'p < 0.01' if p < 0.01 else f'p = {p:.2f}'})"
+        )
+    return dict(zip(pairs, cells))
 
 
 @table
 def answers() -> str:
-    """Questions about busy scenes by what taught the choice, and the gate less each, with Holm's correction."""
-    runs = variants(read("answers"))
-    lines = [(name, name, None) for name in ANSWER_PATCHES]
-    lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if way not in ANSWER_PATCHES]
-    pairs = [(name, rate) for name, _, own in lines for rate in ANSWER_RATES if own in (None, rate)]
-    pairs = [(name, rate) for name, rate in pairs if name != f"gate {rate}"]
-    found = {pair: paired_by_seed(runs[f"gate {pair[1]}"], runs[pair[0]], "test_accuracy") for pair in pairs}
-    corrected = dict(zip(pairs, holm([difference.p_value for difference in found.values()])))
+    """Questions about busy scenes by what taught the choice, and the gate less each."""
+    runs = answer_runs("answers")
+    lines = [(name, name, "") for name in ANSWER_PATCHES]
+    lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if f"{way} {rate}" in runs]
+    rates = {name: [rate] if rate else [*ANSWER_RATES] for name, _, rate in lines}
+    gaps = answer_gaps(
+        runs, [(f"gate {rate}", name) for name, own in rates.items() for rate in own if name != f"gate {rate}"]
+    )
     rows = []
     for name, way, rate in lines:
-        patches = ANSWER_PATCHES[name] if rate is None else ANSWER_RATES[rate]
         fields = ("test_layer2_patch_precision", "test_layer2_region_recall")
         inside = [spread(percents(runs[name], field)) if rate else "" for field in fields]
-        gaps = (points(found[name, of], corrected[name, of]) if (name, of) in found else "" for of in ANSWER_RATES)
-        rows.append([patches, ANSWERS[way], *accuracies(runs[name]), *inside, *gaps])
-    header = ["Patches", "Chosen by, taught by", "All kinds, %", "Color, %", "Form, %", "Place, %", "Presence, %"]
-    header += ["Patches in the region, %", "Region kept, %"]
-    header += [f"Gate with {patches} patches - this" for patches in ANSWER_RATES.values()]
-    return render(header, rows, "answers", note=f"{len(runs['gate 0.1'])} independent starts, 200 steps each")
+        cells = {of: gaps[f"gate {of}", name] for of in rates[name] if (f"gate {of}", name) in gaps}
+        gap = "; ".join(cell if rate else f"{ANSWER_RATES[of]} patches {cell}" for of, cell in cells.items())
+        patches = ANSWER_RATES[rate] if rate else ANSWER_PATCHES[name]
+        rows.append([patches, ANSWERS[way], *answer_scores(runs[name]), *inside, gap])
+    header = ["Patches", "Chosen by, taught by", *ANSWER_HEADER, "Patches in the region, %", "Region kept, %"]
+    note = f"{len(runs['gate 0.1'])} independent starts, 200 steps each"
+    return render([*header, "Gate - this, points (95%; Holm's p)"], rows, "answers", note=note)
 
 
 REGIONS = {
-    "fused token 0.1": ("", ""),
-    "gate 0.1": ("", "gate"),
-    "selection loss": ("all", "selection loss"),
-    "attention loss": ("all", "attention loss"),
-    "both losses": ("all", "both losses"),
-    "both losses, a tenth": ("10%", "both losses"),
-    "both losses, a hundredth": ("1%", "both losses"),
-    "unpruned": ("", "unpruned"),
-    "unpruned, attention loss": ("all", "unpruned, attention loss"),
+    "gate 0.02": ("gate", "none"),
+    "fused token 0.02": ("fused token", "none"),
+    "selection loss": ("selection loss", "all"),
+    "attention loss": ("attention loss", "all"),
+    "both losses": ("both losses", "all"),
+    "both losses, a tenth": ("both losses", "a tenth"),
+    "both losses, a hundredth": ("both losses", "a hundredth"),
 }
 
 
 @table
 def answers_regions() -> str:
-    """What regions add at 0.1 to a start without them: each variant less the gate, with Holm's correction."""
-    runs = variants(read("answers")) | variants(read("answers_regions"))
-    names = [name for name in REGIONS if name != "gate 0.1"]
-    found = [paired_by_seed(runs[name], runs["gate 0.1"], "test_accuracy") for name in names]
-    corrected = holm([difference.p_value for difference in found])
-    gaps = {name: points(*pair) for name, pair in zip(names, zip(found, corrected))}
-    rows = [
-        [taught or "fused token", share, *accuracies(runs[name]), gaps.get(name, "")]
-        for name, (share, taught) in REGIONS.items()
-    ]
-    header = ["Taught by", "Texts with regions", "All kinds, %", "Color, %", "Form, %", "Place, %", "Presence, %"]
-    note = f"{len(runs['gate 0.1'])} independent starts, 200 steps each"
-    return render([*header, "This - gate"], rows, "answers", "answers_regions", note=note)
+    """What regions add with 3 patches to starts without them, and the gate less each variant."""
+    runs, gate = answer_runs("answers", "answers_regions"), "gate 0.02"
+    gaps = answer_gaps(runs, [(gate, name) for name in REGIONS if name != gate])
+    rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in REGIONS.items()]
+    header = ["Taught by", "Texts with regions", *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
+    note = f"{len(runs[gate])} independent starts, 200 steps each"
+    return render(header, rows, "answers", "answers_regions", note=note)
 
 
 @table
@@ -360,10 +319,10 @@ def compared(task: str, name: str, variant: str, start: str) -> list:
 
 def answered() -> list[list]:
     """Return the lines of the questions whose selection was learnt from answers."""
-    runs, rows = variants(read("answers")), []
-    for name in ("gate 0.1", "fused token 0.1", "image with gate 0.1"):
+    runs, rows = answer_runs("answers"), []
+    for name in ("gate 0.02", "fused token 0.02", "image with gate 0.02", "image with gate 0.1"):
         of = runs[name]
-        scores = (spread(percents(rows, "test_accuracy")) for rows in (of, runs["unpruned"], runs["start"]))
+        scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], runs["start"]))
         model = f"{schedule_of(of[0])}, {ANSWERS[name.rpartition(' ')[0]].partition(', ')[2]}"
         rows.append(["questions, busy scenes, 96 px", model, "no", "200", *scores, ""])
     return rows

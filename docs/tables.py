@@ -213,20 +213,14 @@ def answers_regions() -> str:
 
 @table
 def demo_runs() -> str:
-    runs: dict[tuple, dict[int, Row]] = {}
-    for row in sorted(read("demo_runs"), key=lambda row: (row["variant"], row["num_threads"], row["seed"])):
-        runs.setdefault((row["variant"], row["num_threads"]), {})[row["seed"]] = row
-    seeds = sorted({row["seed"] for row in read("demo_runs")})
-    rows = [
-        [
-            precision,
-            threads,
-            *(f"{100 * of[seed]['test_accuracy']:.2f}" if seed in of else "" for seed in seeds),
-        ]
-        for (precision, threads), of in runs.items()
-    ]
-    header = ["Precision", "Threads", *(f"Seed {seed}, %" for seed in seeds)]
-    return render(header, rows, "demo_runs")
+    rows = []
+    for row in sorted(read("demo_runs"), key=lambda row: (not row["bf16"], row["seed"], row["num_threads"])):
+        stages = [[row[f"{stage}_{kind}"] for kind in ANSWER_KINDS] for stage in ("start", "untaught", "model")]
+        scores = [f"{100 * mean(values):.1f}" for values in stages]
+        precision = "bfloat16" if row["bf16"] else "float32"
+        rows.append([precision, row["seed"], *scores, row["num_threads"], row["minutes"]])
+    header = ["Precision", "Seed", "All patches, %", "3 patches, untaught, %", "3 patches, taught by answers, %"]
+    return render([*header, "Threads", "Minutes"], rows, "demo_runs")
 
 
 # Speed

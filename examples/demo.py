@@ -26,6 +26,7 @@ import PIL.Image
 import torch
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips.inspection.provenance import provenance
 from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import QUESTIONS, SCENE, answers_of, draw_selection
@@ -163,8 +164,8 @@ def publish(source: Path, folder: Path, data_args: DataArguments, command: str):
     print(f"Shipped: {folder}")
 
 
-def train_stages(folder: Path, options: list[str]) -> tuple[dict[str, dict[str, float]], DataArguments]:
-    """Run the stages, each from the model of the one before. Return the metrics of each, and the last one's data."""
+def train_stages(folder: Path, options: list[str]) -> tuple[dict, DataArguments, TripsTrainingArguments]:
+    """Run the stages, each from the model of the one before. Return the metrics of each, and options of the last."""
     metrics, start = {}, folder / "untrained"
     for stage, words in STAGES.items():
         words = [*COMMON.split(), *words.split(), *options, "--output_dir", str(folder / stage)]
@@ -176,7 +177,7 @@ def train_stages(folder: Path, options: list[str]) -> tuple[dict[str, dict[str, 
         print(f"\n{stage}: {folder / stage}")
         metrics[stage] = train_question_answering(model_args, data_args, training_args)
         start = folder / stage if training_args.do_train else start
-    return metrics, data_args
+    return metrics, data_args, training_args
 
 
 def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None):
     parser = make_parser(DemoArguments, description=__doc__)
     demo_args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     folder = Path(demo_args.folder)
-    metrics, data_args = train_stages(folder, options)
+    metrics, data_args, training_args = train_stages(folder, options)
     model = TripsForQuestionAnswering.from_pretrained(folder / "model").eval()
     processor = TripsProcessor.from_pretrained(folder / "model")
     print("\nAnswers to test questions:")
@@ -215,6 +216,13 @@ def main(argv: list[str] | None = None):
             f"64 images), MAC ratio {speed['macs_ratio']:.2f}"
         )
     minutes = (time.perf_counter() - began) / 60
+    accuracies = {
+        f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"]
+        for stage in ("start", "untaught", "model")
+        for kind in KINDS
+    }
+    run = {"bf16": training_args.bf16, "minutes": round(minutes, 1), **accuracies}
+    write_json(folder / "results.json", {**provenance(seed=training_args.seed), **run})
     print(f"Kept patches: {picture}   Model: {folder / 'model'}   Total: {minutes:.1f} minutes")
     if demo_args.publish_to is not None:
         command = " ".join(["python examples/demo.py", *argv])

@@ -28,6 +28,8 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     assert [stage for stage in demo.STAGES if "test_layer2_kept" in results[stage]] == ["untaught", "model"]
     processors = (TripsProcessor.from_pretrained(f"demo/{stage}") for stage in ("small", "start", "model"))
     assert [processor.image_processor.size["height"] for processor in processors] == [48, 96, 96]
+    run = json.loads(Path("demo/results.json").read_text())
+    assert run["model_color"] == results["model"]["test_accuracy_color"] and run["seed"] == 42 and run["command"]
     # One row of panels per selection layer: the picture shows the original and the questions.
     with PIL.Image.open(tmp_path / "demo/kept_patches.png") as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10**6)) > 20

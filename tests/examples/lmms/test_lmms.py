@@ -13,7 +13,8 @@ import torch
 from modeling_trips import TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from modeling_trips import TripsVisualQuestionAnsweringPipeline as Pipeline
 from trips_examples import ask
-from trips_examples.data.scenes import easy_vqa_records
+from trips_examples.data.busy_scenes import busy_records
+from trips_examples.data.images import read_image
 
 
 NUM_ROWS = 48
@@ -82,8 +83,8 @@ def run_task(run_python, folder: Path, name: str, text: str, rows: datasets.Data
 
 
 def test_answers_match_the_pipeline(run_python, tmp_path):
-    records = [record for record, _ in zip(easy_vqa_records("test"), range(NUM_ROWS))]
-    images = [PIL.Image.open(record["image"]).convert("RGB") for record in records]
+    records = [record for record, _ in zip(busy_records("vqa", "test", NUM_ROWS), range(NUM_ROWS))]
+    images = [read_image(record) for record in records]
     rows = {
         "image": images,
         "question": [record["question"] for record in records],
@@ -98,7 +99,7 @@ def test_answers_match_the_pipeline(run_python, tmp_path):
     assert 0.3 < sum(right) / NUM_ROWS < 1  # to compare both kinds and check that the keep rate reaches the model
 
     arguments = f"pretrained={ask.CHECKPOINT},keep_rate=0.1"
-    task = "easy_vqa_as_vqav2"
+    task = "busy_scenes_as_vqav2"
     results, lines = run_task(run_python, tmp_path, task, QUESTIONS, datasets.Dataset.from_dict(rows), arguments)
     assert [line["filtered_resps"] for line in lines] == expected
     assert results["exact_match,none"] == pytest.approx(sum(right) / NUM_ROWS)

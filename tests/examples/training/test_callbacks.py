@@ -1,7 +1,6 @@
 """Monitoring of training: stopping at values that are not finite, and logging of the selection."""
 
 import importlib
-import itertools
 import json
 
 import pytest
@@ -12,8 +11,8 @@ from toy_tasks import OPTIONS, SCRIPTS, write_task
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import run_vqa
 from trips_examples.ask import CHECKPOINT
+from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.collators import VqaCollator
-from trips_examples.data.scenes import scene_records
 from trips_examples.training.callbacks import LOGGED, TrainingMonitor, Watched
 from trips_examples.training.options import TripsTrainingArguments
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -39,13 +38,13 @@ def shipped() -> TripsForQuestionAnswering:
 
 
 def test_the_shipped_model_selects_by_text_and_image(shipped, tmp_path):
-    records = enumerate(itertools.islice(scene_records("vqa", "test", 40), 96))
+    records = enumerate(busy_records("vqa", "test", 12))
     rows = [{**row, "answers": [row["answer"]], "source": f"row {number}"} for number, row in records]
     metrics = monitor_of(shipped.train(), Dataset.from_list(rows), tmp_path).measure()
     assert metrics.keys() == {f"selection_{name}" for name in LOGGED} and len(metrics) <= 5
-    assert 0.6 < metrics["selection_entropy"] < 0.8
+    assert 0.5 < metrics["selection_entropy"] < 0.8
     assert metrics["selection_text_sensitivity"] > 0.3 and metrics["selection_image_sensitivity"] > 0.1
-    assert metrics["selection_patch_precision"] > 0.5
+    assert metrics["selection_patch_precision"] > 0.3
     assert shipped.training
 
 

@@ -168,7 +168,7 @@ def answer_gaps(runs: dict[str, list[Row]], pairs: list[tuple[str, str]]) -> dic
 
 @table
 def answers() -> str:
-    """Questions about busy scenes by what taught the choice, and the gate less each."""
+    """Questions about busy scenes by what scores the patches and what trains the scores, and the gate less each."""
     runs = answer_runs("answers")
     lines = [(name, name, "") for name in ANSWER_PATCHES]
     lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if f"{way} {rate}" in runs]
@@ -184,7 +184,7 @@ def answers() -> str:
         gap = "; ".join(cell if rate else f"{ANSWER_RATES[of]} patches {cell}" for of, cell in cells.items())
         patches = ANSWER_RATES[rate] if rate else ANSWER_PATCHES[name]
         rows.append([patches, ANSWERS[way], *answer_scores(runs[name]), *inside, gap])
-    header = ["Patches", "Chosen by, taught by", *ANSWER_HEADER, "Patches in the region, %", "Region kept, %"]
+    header = ["Patches", "Scored by, trained by", *ANSWER_HEADER, "Patch precision, %", "Region recall, %"]
     note = f"{len(runs['gate 0.1'])} independent starts, 200 steps each"
     return render([*header, "Gate - this, points (95%; Holm's p)"], rows, "answers", note=note)
 
@@ -206,7 +206,7 @@ def answers_regions() -> str:
     runs, gate = answer_runs("answers", "answers_regions"), "gate 0.02"
     gaps = answer_gaps(runs, [(gate, name) for name in REGIONS if name != gate])
     rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in REGIONS.items()]
-    header = ["Taught by", "Texts with regions", *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
+    header = ["Trained by", "Texts with regions", *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
     note = f"{len(runs[gate])} independent starts, 200 steps each"
     return render(header, rows, "answers", "answers_regions", note=note)
 
@@ -215,11 +215,17 @@ def answers_regions() -> str:
 def demo_runs() -> str:
     rows = []
     for row in sorted(read("demo_runs"), key=lambda row: (not row["bf16"], row["seed"], row["num_threads"])):
-        stages = [[row[f"{stage}_{kind}"] for kind in ANSWER_KINDS] for stage in ("start", "untaught", "model")]
+        stages = [[row[f"{stage}_{kind}"] for kind in ANSWER_KINDS] for stage in ("start", "pruned", "model")]
         scores = [f"{100 * mean(values):.1f}" for values in stages]
         precision = "bfloat16" if row["bf16"] else "float32"
         rows.append([precision, row["seed"], *scores, row["num_threads"], row["minutes"]])
-    header = ["Precision", "Seed", "All patches, %", "3 patches, untaught, %", "3 patches, taught by answers, %"]
+    header = [
+        "Precision",
+        "Seed",
+        "All patches, %",
+        "3 patches, before training, %",
+        "3 patches, trained from answers, %",
+    ]
     return render([*header, "Threads", "Minutes"], rows, "demo_runs")
 
 

@@ -20,12 +20,12 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     demo.main(options)
     printed = capsys.readouterr().out
     assert printed.count("test scene 1: ") == 4
-    for line in ("all patches", "3 of 144, untaught", "3 of 144, taught by answers"):
+    for line in ("all patches", "3 of 144, before training", "3 of 144, trained from answers"):
         assert re.search(rf"^  {line} +([\d.]+% *){{4}}$", printed, re.MULTILINE), line
     # No stage has seen a region, and only the last two drop patches.
     results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in demo.STAGES}
     assert {result["regions_used_for"] for result in results.values()} == {"none"}
-    assert [stage for stage in demo.STAGES if "test_layer2_kept" in results[stage]] == ["untaught", "model"]
+    assert [stage for stage in demo.STAGES if "test_layer2_kept" in results[stage]] == ["pruned", "model"]
     processors = (TripsProcessor.from_pretrained(f"demo/{stage}") for stage in ("small", "start", "model"))
     assert [processor.image_processor.size["height"] for processor in processors] == [48, 96, 96]
     run = json.loads(Path("demo/results.json").read_text())

@@ -2,15 +2,13 @@ r"""
 Train and evaluate question answering with a selection that no user would want, as a control of what the text adds.
 
     python benchmarks/train_control.py constant --dataset_name busy_scenes --selection_gate 0.2 ...
-    python benchmarks/train_control.py oracle --dataset_name busy_scenes ...
+    python benchmarks/train_control.py tenth --dataset_name busy_scenes --selection_loss_weight 0.5 ...
 
 `constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's,
-but is the same for all texts and images. `oracle`: the patches of the text's region come first, in training and in
-evaluation; its own scores order the others. `tenth`, `hundredth`: this share of the training texts has its region.
+but is the same for all texts and images. `tenth`, `hundredth`: this share of the training texts has its region.
 The options are those of run_vqa.py.
 """
 
-import inspect
 import runpy
 import sys
 import zlib
@@ -19,10 +17,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
-from modeling_trips.modeling_trips_vision import TripsVisionLayer
-from modeling_trips.patch_selection import region_targets
 from trips_examples.data.collators import VqaCollator
 
 
@@ -38,30 +33,6 @@ def use_constant_query():
         return class_states(states, None).expand(len(hidden_states), -1)
 
     TripsTextModel.pooled = pooled
-
-
-def use_regions():
-    """Make the region of each text score the patches."""
-    fuse, score, encode = TripsModel.fuse, TripsVisionLayer.score, VqaCollator.encode
-    signature = inspect.signature(fuse)
-    targets = {}
-
-    def fuse_with_regions(self, *args, **kwargs):
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        grid_size = self.grid_of(arguments.get("pixel_values"), arguments.get("image_cache"))
-        targets["now"] = region_targets(arguments["regions"], grid_size)
-        return fuse(self, *args, **kwargs)
-
-    def score_by_region(self, *args) -> torch.Tensor:
-        own = score(self, *args)
-        return targets["now"] + own  # shares of a region sum to 1 over few patches, own scores over all
-
-    def encode_with_regions(self, images, image_index, rows):
-        sizes = [(images[index].height, images[index].width) for index in image_index]
-        return {**encode(self, images, image_index, rows), **self.regions(rows, sizes)}
-
-    TripsModel.fuse, TripsVisionLayer.score = fuse_with_regions, score_by_region
-    VqaCollator.encode = encode_with_regions
 
 
 def use_few_regions(one_in: int):
@@ -81,7 +52,6 @@ def use_few_regions(one_in: int):
 
 CONTROLS = {
     "constant": use_constant_query,
-    "oracle": use_regions,
     "tenth": partial(use_few_regions, 10),
     "hundredth": partial(use_few_regions, 100),
 }

@@ -134,7 +134,6 @@ ANSWERS = {
     "image with gate": "image, gate",
     "constant query with gate": "constant query, gate",
     "random": "random",
-    "oracle": "the region first, then the text (fused token)",
 }
 ANSWER_PATCHES = {"start": 144, "unpruned": 144, "fewer pixels 64": 64}
 ANSWER_RATES = {"0.25": 36, "0.1": 15, "0.02": 3}  # patches

@@ -70,6 +70,9 @@ class DemoArguments:
     )
 
 
+ARGUMENTS = (DemoArguments, ModelArguments, DataArguments, TripsTrainingArguments)
+
+
 def sine_cosine_positions(rows: int, columns: int, width: int) -> torch.Tensor:
     """Positions of patches as in MAE, `(rows * columns, width)`, with wavelengths of 6 to 24 patches."""
     frequencies = 2 * torch.pi / (6 * 4 ** torch.linspace(0, 1, width // 4))
@@ -170,8 +173,7 @@ def train_stages(folder: Path, options: list[str]) -> tuple[dict, DataArguments,
     for stage, words in STAGES.items():
         words = [*COMMON.split(), *words.split(), *options, "--output_dir", str(folder / stage)]
         words += ["--model_name_or_path", str(start)]
-        arguments = parse_arguments(words, ModelArguments, DataArguments, TripsTrainingArguments, description=__doc__)
-        model_args, data_args, training_args = arguments
+        _, model_args, data_args, training_args = parse_arguments(words, *ARGUMENTS, description=__doc__)
         if not metrics:
             make_untrained(start, training_args.seed)
         print(f"\n{stage}: {folder / stage}")
@@ -194,12 +196,11 @@ def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
     began = time.perf_counter()
-    parser = make_parser(DemoArguments, description=__doc__)
-    demo_args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    demo_args, *_ = make_parser(*ARGUMENTS, description=__doc__).parse_args_into_dataclasses(args=argv)
+    argv = sys.argv[1:] if argv is None else argv
     folder = Path(demo_args.folder)
-    metrics, data_args, training_args = train_stages(folder, options)
+    metrics, data_args, training_args = train_stages(folder, argv)
     model = TripsForQuestionAnswering.from_pretrained(folder / "model").eval()
     processor = TripsProcessor.from_pretrained(folder / "model")
     print("\nAnswers to test questions:")

@@ -54,12 +54,11 @@ def test_targets_of_make_exist(document):
 
 @cache
 def options_of(script: str) -> set[str]:
-    """Return all options of a script from its parser. The demo and the analysis pass options to other scripts."""
+    """Return all options of a script from its parser. The analysis passes options to another script."""
     spec = importlib.util.spec_from_file_location(f"documented_{script}", SCRIPTS[script])
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    passes_on = script in ("analyze_errors", "demo")
-    return options_of_main(module.main) | (options_of(TRAINED_BY_DEMO) if passes_on else set())
+    return options_of_main(module.main) | (options_of(TRAINED_BY_DEMO) if script == "analyze_errors" else set())
 
 
 def options_of_main(main) -> set[str]:

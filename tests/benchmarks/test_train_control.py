@@ -1,15 +1,15 @@
-"""Controls of the selection: one query for all texts, and the regions themselves."""
+"""Controls of the selection: one query for all texts, and regions of few texts."""
 
 import pytest
-import torch
 from tiny_models import CASES
-from train_control import use_constant_query, use_regions
+from train_control import use_constant_query, use_few_regions
 
-from modeling_trips import TripsModel
+from modeling_trips import TripsProcessor
 from modeling_trips.modeling_trips_text import TripsTextModel
-from modeling_trips.modeling_trips_vision import TripsVisionLayer
-from modeling_trips.patch_selection import region_targets
+from trips_examples.ask import CHECKPOINT
+from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.collators import VqaCollator
+from trips_examples.data.images import read_image
 
 
 CASE = CASES[0]
@@ -18,10 +18,7 @@ CASE = CASES[0]
 @pytest.fixture
 def restored(monkeypatch):
     """Put back what a control replaces."""
-    for owner, name in (
-        *((TripsModel, "fuse"), (TripsTextModel, "pooled")),
-        *((TripsVisionLayer, "score"), (VqaCollator, "encode")),
-    ):
+    for owner, name in ((TripsTextModel, "pooled"), (VqaCollator, "regions")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
@@ -43,13 +40,12 @@ def test_a_constant_query_keeps_the_same_patches_for_all_texts_and_learns(restor
     assert model.text_model.encoder.layer[0].output.dense.weight.grad.any()
 
 
-def test_the_oracle_keeps_the_region_of_each_text(restored):
-    regions = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.75, 0.5, 0.25, 0.25], [0.5, 0.5, 0.5, 0.5], [0.0] * 4])
-    model, inputs = CASE.make_model(selection_layers=[1], keep_rate=0.4), inputs_about_one_image()
-    own = model(**inputs).selection[0].kept_indices[3]
-    use_regions()
-    kept = model(**inputs, regions=regions).selection[0].kept_indices
-    targets = region_targets(regions, (8, 8))
-    for row in range(3):
-        assert set(targets[row].nonzero()[:, 0].tolist()) <= set(kept[row].tolist())
-    assert torch.equal(kept[3], own)  # a text without a region
+def test_a_tenth_of_the_training_texts_has_its_region_and_always_the_same(restored):
+    rows = [row for row in busy_records("vqa", "train", 100) if row["region"] is not None]
+    sizes = [read_image(row).size for row in rows]
+    processor = TripsProcessor.from_pretrained(CHECKPOINT)
+    use_few_regions(10)
+    collators = [VqaCollator(processor, training=training) for training in (True, True, False)]
+    first, again, evaluated = ([*map(bool, c.regions(rows, sizes)["regions"].any(dim=1))] for c in collators)
+    assert first == again and all(evaluated)
+    assert 0.05 * len(rows) < sum(first) < 0.15 * len(rows)

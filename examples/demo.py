@@ -52,7 +52,7 @@ UNPRUNED = "--train_scenes 12000 --lr_scheduler_type constant_with_warmup --warm
 PRUNED = "--train_scenes 12000 --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
 PRUNED = "--selection_layers 2 --keep_rate 0.02 "
 STAGES = {
-    "small": UNPRUNED + "--grid 2 --image_size 48 --do_predict False --max_steps 1200 "
+    "small": UNPRUNED + "--grid 2 --image_size 48 --do_predict False --max_steps 2000 "
     "--per_device_train_batch_size 240 --learning_rate 1e-3",
     "start": UNPRUNED + "--max_steps 500 --per_device_train_batch_size 192 --learning_rate 7e-4",
     "pruned": PRUNED + "--do_train False",

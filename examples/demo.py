@@ -48,15 +48,15 @@ COMMON = (
     "--dataset_name busy_scenes --image_size 96 --texts_per_image 8 --selection_loss_weight 0 --do_eval False "
     "--validation_scenes 8 --test_scenes 300 --adam_beta2 0.999 --save_strategy no --logging_steps 100 "
 )
-UNPRUNED = "--train_scenes 12000 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
+UNPRUNED = "--lr_scheduler_type constant_with_warmup --warmup_steps 50 "
 PRUNED = "--train_scenes 12000 --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
 PRUNED = "--selection_layers 2 --keep_rate 0.02 "
 STAGES = {
-    "small": UNPRUNED + "--grid 2 --image_size 48 --do_predict False --max_steps 2000 "
+    "small": UNPRUNED + "--grid 2 --image_size 48 --train_scenes 12000 --do_predict False --max_steps 2000 "
     "--per_device_train_batch_size 240 --learning_rate 1e-3",
-    "start": UNPRUNED + "--max_steps 500 --per_device_train_batch_size 192 --learning_rate 7e-4",
+    "start": UNPRUNED + "--train_scenes 7200 --max_steps 300 --per_device_train_batch_size 192 --learning_rate 7e-4",
     "pruned": PRUNED + "--do_train False",
-    "model": PRUNED + "--selection_gate 0.2 --train_scenes 3000 --max_steps 200 --per_device_train_batch_size 64 "
+    "model": PRUNED + "--selection_gate 0.2 --train_scenes 1600 --max_steps 200 --per_device_train_batch_size 64 "
     "--learning_rate 5e-4",
 }
 WEIGHTS = "model.safetensors"

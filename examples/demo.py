@@ -49,7 +49,6 @@ COMMON = (
     "--validation_scenes 8 --test_scenes 300 --adam_beta2 0.999 --save_strategy no --logging_steps 100 "
 )
 UNPRUNED = "--lr_scheduler_type constant_with_warmup --warmup_steps 50 "
-PRUNED = "--train_scenes 12000 --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 50 "
 PRUNED = "--selection_layers 2 --keep_rate 0.02 "
 STAGES = {
     "small": UNPRUNED + "--grid 2 --image_size 48 --train_scenes 12000 --do_predict False --max_steps 2000 "

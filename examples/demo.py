@@ -169,8 +169,8 @@ def publish(source: Path, folder: Path, data_args: DataArguments, command: str):
 def train_stages(folder: Path, options: list[str]) -> tuple[dict, DataArguments, TripsTrainingArguments]:
     """Run the stages, each from the model of the one before. Return the metrics of each, and options of the last."""
     metrics, start = {}, folder / "untrained"
-    for stage, words in STAGES.items():
-        words = [*COMMON.split(), *words.split(), *options, "--output_dir", str(folder / stage)]
+    for stage, own in STAGES.items():
+        words = [*COMMON.split(), *own.split(), *options, "--output_dir", str(folder / stage)]
         words += ["--model_name_or_path", str(start)]
         _, model_args, data_args, training_args = parse_arguments(words, *ARGUMENTS, description=__doc__)
         if not metrics:

@@ -213,11 +213,11 @@ def answers_regions() -> str:
 @table
 def demo_runs() -> str:
     rows = []
-    for row in sorted(read("demo_runs"), key=lambda row: (not row["bf16"], row["seed"], row["num_threads"])):
+    for row in sorted(read("demo_runs"), key=lambda row: (row["date"], row["seed"])):
         stages = [[row[f"{stage}_{kind}"] for kind in ANSWER_KINDS] for stage in ("start", "pruned", "model")]
         scores = [f"{100 * mean(values):.1f}" for values in stages]
         precision = "bfloat16" if row["bf16"] else "float32"
-        rows.append([precision, row["seed"], *scores, row["num_threads"], row["minutes"]])
+        rows.append([row["git_commit"][:8], precision, row["seed"], *scores, row["num_threads"], row["minutes"]])
     header = [
         "Precision",
         "Seed",

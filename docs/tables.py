@@ -219,6 +219,7 @@ def demo_runs() -> str:
         precision = "bfloat16" if row["bf16"] else "float32"
         rows.append([row["git_commit"][:8], precision, row["seed"], *scores, row["num_threads"], row["minutes"]])
     header = [
+        "Commit",
         "Precision",
         "Seed",
         "All patches, %",

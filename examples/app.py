@@ -87,7 +87,7 @@ def build(args: AppArguments):
 
     with gr.Blocks(title="TRIPS: what the text makes the model look at", delete_cache=DELETION) as page:
         gr.Markdown("# What the text makes the model look at\n\nFaded patches are dropped; the text chooses which.")
-        known = "It knows composed scenes only: four colored shapes." if args.model == str(CHECKPOINT) else ""
+        known = "It knows busy scenes only: colored shapes among clutter." if args.model == str(CHECKPOINT) else ""
         gr.Markdown(f"Model: `{'/'.join(Path(args.model).parts[-2:])}`. {known}\n\n{SAME_WEIGHTS_NOTE}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):

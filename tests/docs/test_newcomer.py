@@ -59,7 +59,7 @@ def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
             assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
             output[command] = result.stdout
     said = "".join(output.values())
-    assert "Asked about a scene of four shapes:" in said and "No faults found." in said
+    assert "Asked about a scene of seven shapes:" in said and "No faults found." in said
     assert "Dry run: nothing was sent to ada/mine." in said and "Published: " in said
     assert {"model.safetensors", "config.json", "README.md"} <= hub.repositories["ada/mine"].files.keys()
     assert "'answer': " in output[path_of_the_readme()[-1]]  # loaded from the Hub, with its code

@@ -34,7 +34,10 @@ def test_every_page_is_in_it(site):
 @pytest.mark.slow
 def test_the_notebook_is_shown_with_its_output(site):
     html = (site / "tour.html").read_text()
-    assert "of the kept patches show the shape asked about" in html and len(re.findall(r'<img [^>]*src="_images/', html)) == 3
+    assert (
+        "of the kept patches show the shape asked about" in html
+        and len(re.findall(r'<img [^>]*src="_images/', html)) == 3
+    )
 
 
 @pytest.mark.slow

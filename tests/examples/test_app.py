@@ -85,7 +85,7 @@ def test_answers_are_right_and_no_host_is_looked_up(app):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(app), range(4)))
     assert answers == [answers[0]] * 4 and [row[0] for row in answers[0]] == QUESTIONS
-    assert [row[1].split()[0] for row in answers[0]] == ["yellow", "triangle", "yes", "no"]
+    assert [row[1].split()[0] for row in answers[0]] == ["pink", "circle", "yes", "no"]
     assert ask(app, rate=1.0)[0][1] == answers[0][0][2]  # the same weights at keep rate 1.0
     assert set((app.folder / "names").read_text().split()) <= {"127.0.0.1", "localhost", "None"}
 

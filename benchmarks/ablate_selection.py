@@ -140,9 +140,8 @@ def read_results(folder: Path) -> dict:
 
 def learning_curve(folder: Path, metric: str) -> list[dict]:
     """The metric by epoch and step, where training was interrupted to evaluate; empty without training."""
-    if not (folder / "trainer_state.json").exists():
-        return []
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    state = folder / "trainer_state.json"
+    log = json.loads(state.read_text())["log_history"] if state.exists() else []
     return [{name: entry[name] for name in ("epoch", "step", metric)} for entry in log if metric in entry]
 
 

@@ -171,15 +171,13 @@ def answers() -> str:
     runs = answer_runs("answers")
     lines = [(name, name, "") for name in ANSWER_PATCHES]
     lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if f"{way} {rate}" in runs]
-    rates = {name: [rate] if rate else [*ANSWER_RATES] for name, _, rate in lines}
-    gaps = answer_gaps(
-        runs, [(f"gate {rate}", name) for name, own in rates.items() for rate in own if name != f"gate {rate}"]
-    )
+    others = [(name, [rate] if rate else ANSWER_RATES) for name, way, rate in lines if way != "gate"]
+    gaps = answer_gaps(runs, [(f"gate {rate}", name) for name, rates in others for rate in rates])
     rows = []
     for name, way, rate in lines:
         fields = ("test_layer2_patch_precision", "test_layer2_region_recall")
         inside = [spread(percents(runs[name], field)) if rate else "" for field in fields]
-        cells = {of: gaps[f"gate {of}", name] for of in rates[name] if (f"gate {of}", name) in gaps}
+        cells = {of: gaps[f"gate {of}", name] for of in ANSWER_RATES if (f"gate {of}", name) in gaps}
         gap = "; ".join(cell if rate else f"{ANSWER_RATES[of]} patches {cell}" for of, cell in cells.items())
         patches = ANSWER_RATES[rate] if rate else ANSWER_PATCHES[name]
         rows.append([patches, ANSWERS[way], *answer_scores(runs[name]), *inside, gap])

@@ -58,6 +58,7 @@ STAGES = {
     "model": PRUNED + "--selection_gate 0.2 --train_scenes 1600 --max_steps 200 --per_device_train_batch_size 64 "
     "--learning_rate 5e-4",
 }
+TITLES = {"start": "all patches", "pruned": "3 of 144, before training", "model": "3 of 144, trained from answers"}
 WEIGHTS = "model.safetensors"
 
 
@@ -184,8 +185,7 @@ def train_stages(folder: Path, options: list[str]) -> tuple[dict, DataArguments,
 def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
     """Print accuracies by kind of question, and how many of the kept patches lie in the region of their question."""
     print(f"\n{'Questions about test scenes:':<40}" + "".join(f"{kind:>10}" for kind in KINDS))
-    titles = {"start": "all patches", "pruned": "3 of 144, before training", "model": "3 of 144, trained from answers"}
-    for stage, title in titles.items():
+    for stage, title in TITLES.items():
         print(f"  {title:<38}" + "".join(f"{metrics[stage][f'test_accuracy_{kind}']:>10.1%}" for kind in KINDS))
     (name,) = (name for name in metrics["model"] if name.endswith("_patch_precision"))
     before, after = metrics["pruned"][name], metrics["model"][name]
@@ -216,11 +216,7 @@ def main(argv: list[str] | None = None):
             f"64 images), MAC ratio {speed['macs_ratio']:.2f}"
         )
     minutes = (time.perf_counter() - began) / 60
-    accuracies = {
-        f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"]
-        for stage in ("start", "pruned", "model")
-        for kind in KINDS
-    }
+    accuracies = {f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"] for stage in TITLES for kind in KINDS}
     run = {"bf16": training_args.bf16, "minutes": round(minutes, 1), **accuracies}
     write_json(folder / "results.json", {**provenance(seed=training_args.seed), **run})
     print(f"Kept patches: {picture}   Model: {folder / 'model'}   Total: {minutes:.1f} minutes")

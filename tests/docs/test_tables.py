@@ -55,6 +55,15 @@ def test_a_gap_is_the_mean_paired_difference_with_its_standard_error():
     assert tables.paired_by_seed(rows[:2], baseline, "test_accuracy") is None
 
 
+def test_gaps_have_intervals_and_corrected_p_values():
+    """By hand: the differences above, t = 31; and 10, 20 and 30 points, t = 3.46, whose p is the largest of two."""
+    scores = {"gate": (0.6, 0.7, 0.81), "one": (0.5, 0.6, 0.7), "other": (0.5, 0.5, 0.51)}
+    runs = {name: [{"seed": seed, "mean": score} for seed, score in enumerate(of)] for name, of in scores.items()}
+    gaps = tables.answer_gaps(runs, [("gate", "one"), ("gate", "other")])
+    assert gaps["gate", "one"] == "+10.3 (+8.9 to +11.8; p < 0.01)"
+    assert gaps["gate", "other"] == "+20.0 (-4.8 to +44.8; p = 0.07)"
+
+
 def test_a_spread_has_the_deviation_of_the_sample():
     assert tables.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
     assert tables.spread([1.0]) == "1.0"

@@ -22,6 +22,7 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     assert printed.count("test scene 1: ") == 4
     for line in ("all patches", "3 of 144, before training", "3 of 144, trained from answers"):
         assert re.search(rf"^  {line} +([\d.]+% *){{4}}$", printed, re.MULTILINE), line
+    assert "MAC ratio 0.48" in printed
     # No stage has seen a region, and only the last two drop patches.
     results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in demo.STAGES}
     assert {result["regions_used_for"] for result in results.values()} == {"none"}

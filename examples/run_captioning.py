@@ -24,7 +24,7 @@ from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
+from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import texts_of, write_predictions
@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=CaptionCollator(processor, prompt=task_args.prompt),
         train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=task_args.prompt),
         processing_class=processor,
-        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=scores,
     )
 

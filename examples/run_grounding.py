@@ -27,7 +27,7 @@ from trips_examples.data.images import column_of, image_sizes
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
+from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
@@ -80,7 +80,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=GroundingCollator(processor),
         train_collator=GroundingCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,
     )
 

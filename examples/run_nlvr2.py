@@ -20,7 +20,7 @@ from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
+from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import write_predictions
@@ -63,7 +63,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=Nlvr2Collator(processor),
         train_collator=Nlvr2Collator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,
     )
 

@@ -22,7 +22,7 @@ from functools import partial
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.pretraining import PretrainingCollator
-from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
+from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.options import (
     DataArguments,
     ModelArguments,
@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=make_collator(),
         train_collator=make_collator(training=True),
         processing_class=processor,
-        selection_teacher=make_selection_teacher(model_args, training_args.device),
     )
     return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
 

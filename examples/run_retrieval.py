@@ -18,7 +18,7 @@ from modeling_trips import TripsForRetrieval
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import RetrievalCollator
 from trips_examples.metrics.retrieval import RECALL_AT
-from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
+from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import write_rankings
@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=RetrievalCollator(processor),
         train_collator=RetrievalCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=make_selection_teacher(model_args, training_args.device),
     )
 
     def evaluate_search() -> dict[str, float]:

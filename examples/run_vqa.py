@@ -26,7 +26,7 @@ from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_json
-from trips_examples.training.models import load_start, make_model, make_selection_teacher, train_processor
+from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.predictions import texts_of, write_predictions
@@ -69,7 +69,6 @@ def train_question_answering(
         data_collator=VqaCollator(processor),
         train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
-        selection_teacher=make_selection_teacher(model_args, training_args.device),
         compute_metrics=accuracy,
     )
 

@@ -498,8 +498,8 @@ class TripsConfig(PreTrainedConfig):
         Score of [`TripsForQuestionAnswering.rank_answers`]: `"likelihood"`, or `"albef"`, where the first token's
         log-probability counts twice, as in ALBEF's models/model_vqa.py and in its converted checkpoints.
     selection_loss_weight (`float`, *optional*, defaults to 0.5):
-        Weight of the selection supervision in training, if regions or the targets of a teacher are given: of a text's
-        scores by its target, of an image's scores by the union of the targets of its texts. 0 turns it off.
+        Weight of the selection supervision in training, if regions are given: of a text's scores by its region, of an
+        image's scores by the union of the regions of its texts. 0 turns it off.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     bbox_loss_weight (`float`, *optional*, defaults to 5.0):

@@ -135,7 +135,6 @@ class TripsModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -146,7 +145,7 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
                 `text_model`. Repeat a text that has several images.
-            attention_mask, pixel_values, image_index, image_cache, regions, patch_targets: As in `forward`.
+            attention_mask, pixel_values, image_index, image_cache, regions: As in `forward`.
             output_cls_attention, schedule: As in `forward`.
 
         Returns:
@@ -175,7 +174,7 @@ class TripsModel(TripsPreTrainedModel):
                 selection=joint.selection,
                 hidden_states=joint.hidden_states,
                 attentions=joint.attentions,
-                selection_losses=self.selection_losses(joint.selection, regions, patch_targets, **images),
+                selection_losses=self.selection_losses(joint.selection, regions, **images),
                 vision_model_output=joint,
             )
         text_embeds = self.text_model.pooled(text_states, attention_mask)
@@ -198,7 +197,7 @@ class TripsModel(TripsPreTrainedModel):
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
             cls_attention=fused.cls_attention,
-            selection_losses=self.selection_losses(selection, regions, patch_targets, **images),
+            selection_losses=self.selection_losses(selection, regions, **images),
             vision_model_output=vision_output,
         )
 
@@ -210,7 +209,6 @@ class TripsModel(TripsPreTrainedModel):
         self,
         selection: tuple[TripsSelection, ...],
         regions: torch.FloatTensor | None,
-        patch_targets: torch.FloatTensor | None,
         pixel_values: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         image_cache: TripsImageCache | None,
@@ -224,16 +222,13 @@ class TripsModel(TripsPreTrainedModel):
         scored = [(kept, settings.guidance) for kept, settings in by_layer if settings.guidance != "random"]
         is_supervised = self.training and self.config.selection_loss_weight > 0
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        if not (is_supervised and scored) or (regions is None and patch_targets is None):
+        if not (is_supervised and scored) or regions is None:
             return None
-        if regions is not None:
-            of_regions = region_targets(regions, self.grid_of(pixel_values, image_cache))
-            has_none = of_regions.sum(dim=-1, keepdim=True) == 0
-            patch_targets = of_regions if patch_targets is None else patch_targets.where(has_none, of_regions)
-        targets = {"text": patch_targets, "image": patch_targets}
+        of_texts = region_targets(regions, self.grid_of(pixel_values, image_cache))
+        targets = {"text": of_texts, "image": of_texts}
         if image_index is not None:
             num_images = len(image_cache.hidden_states if pixel_values is None else pixel_values)
-            targets["image"] = union_of_targets(patch_targets, image_index, num_images)
+            targets["image"] = union_of_targets(of_texts, image_index, num_images)
         losses = [selection_loss(kept.scores, kept.candidate_indices, targets[guide]) for kept, guide in scored]
         return torch.stack(losses).mean(dim=0)
 
@@ -249,7 +244,6 @@ class TripsModel(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -263,9 +257,6 @@ class TripsModel(TripsPreTrainedModel):
             The target region of each text: boxes (center_x, center_y, width, height) in [0, 1] of the image in
             `pixel_values`, as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In
             training they supervise the selection, see `selection_loss_weight`.
-        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Attention of a teacher for each text, patches in row-major order: each row sums to 1. They supervise texts
-            whose region is not known.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`. A single stream has none.
         schedule (`SelectionSchedule`, *optional*):
@@ -291,7 +282,6 @@ class TripsModel(TripsPreTrainedModel):
             image_index,
             image_cache,
             regions,
-            patch_targets,
             output_cls_attention,
             schedule=schedule,
             **kwargs,
@@ -329,8 +319,6 @@ text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
     except the decoder. By default row j follows text j.
 regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     The target region of each text, see [`TripsModel`].
-patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-    Attention of a teacher, see [`TripsModel`].
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select, see [`TripsModel`].
 """
@@ -347,7 +335,7 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
         `config.selection_loss_weight * selection_loss + config.attention_loss_weight * attention_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision. In training, if `regions` or `patch_targets` are given.
+        Selection supervision. In training, if `regions` are given.
     attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Attention supervision of the text's [CLS] in the last cross-attention. In training, if `regions` are given and
         `encoder_outputs` are not, unless its weight is 0.
@@ -458,7 +446,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         loss_weights: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -484,7 +471,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
         if encoder_outputs is None:
             texts = (input_ids, pixel_values, attention_mask, token_type_ids)
-            images = (image_index, image_cache, inputs_embeds, regions, patch_targets)
+            images = (image_index, image_cache, inputs_embeds, regions)
             encoder_outputs = self.model(*texts, *images, uses_attention_loss, schedule, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])

@@ -82,8 +82,6 @@ labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
     The class of each text, in `[0, config.num_labels)`; -100 is ignored.
 regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
     The target region of each text in each of its images, see [`TripsModel`].
-patch_targets (`torch.FloatTensor` of shape `(num_texts * num_images, num_patches)`, *optional*):
-    Attention of a teacher, see [`TripsModel`]; image j of text i has row `i * num_images + j`.
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select, see [`TripsModel`].
 """
@@ -120,7 +118,6 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsForImagesAndTextClassificationOutput:
@@ -153,7 +150,6 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
             image_index,
             image_cache,
             regions,
-            patch_targets,
             schedule=schedule,
             **kwargs,
         )

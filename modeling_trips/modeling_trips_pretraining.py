@@ -642,7 +642,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         teacher: TeacherOutput | None = None,
         teacher_weight: float = 0.0,
         regions: torch.Tensor | None = None,
-        patch_targets: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
         """Return the losses and the other fields of the output of `forward`."""
@@ -672,7 +671,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
                 text_states=text_states,
                 text_index=pairs.text_index,
                 regions=_of_true_pairs(regions, len(pairs.labels)),
-                patch_targets=_of_true_pairs(patch_targets, len(pairs.labels)),
                 **kwargs,
             )
             itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
@@ -713,7 +711,6 @@ class TripsForRetrieval(TripsContrastiveModel):
         image_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsRetrievalOutput:
@@ -727,8 +724,6 @@ class TripsForRetrieval(TripsContrastiveModel):
             Whether to compute the losses. By default, if `image_ids` are given.
         regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
             Target region of each text in its image, see [`TripsModel`].
-        patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-            Attention of a teacher, see [`TripsModel`].
         schedule (`SelectionSchedule`, *optional*):
             How the vision layers select, see [`TripsModel`].
 
@@ -758,7 +753,6 @@ class TripsForRetrieval(TripsContrastiveModel):
                 image_index,
                 image_ids,
                 regions=regions,
-                patch_targets=patch_targets,
                 schedule=schedule,
                 **kwargs,
             )
@@ -805,8 +799,6 @@ teacher_weight (`float`, *optional*, defaults to 0.0):
     Share of the teacher in the targets (ALBEF's alpha).
 regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     Target region of each text, see [`TripsForRetrieval`].
-patch_targets (`torch.FloatTensor` of shape `(num_texts, num_patches)`, *optional*):
-    Attention of a teacher, see [`TripsForRetrieval`].
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select, see [`TripsModel`].
 """
@@ -886,7 +878,6 @@ class TripsForPreTraining(TripsContrastiveModel):
         teacher: TeacherOutput | None = None,
         teacher_weight: float = 0.0,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsForPreTrainingOutput:
@@ -916,7 +907,6 @@ class TripsForPreTraining(TripsContrastiveModel):
             teacher,
             teacher_weight,
             regions,
-            patch_targets,
             schedule=schedule,
             **kwargs,
         )

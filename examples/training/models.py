@@ -11,11 +11,10 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.data.collators import a_text_per_image
 from trips_examples.data.images import column_of
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.options import ModelArguments
@@ -292,52 +291,3 @@ def set_image_size(processor: TripsProcessor, side: int):
     processor.image_processor.size = size
     if getattr(processor.image_processor, "do_center_crop", False):  # CLIP crops; use the whole image
         processor.image_processor.crop_size = dict(size)
-
-
-def make_selection_teacher(args: ModelArguments, device: torch.device) -> "SelectionTeacher | None":
-    """Return the model of `--selection_teacher`, or None."""
-    if args.selection_teacher is None:
-        return None
-    if args.selection_teacher != "start":
-        return SelectionTeacher(args.selection_teacher, device)
-    if args.model_name_or_path is None:
-        raise ValueError("--selection_teacher start needs --model_name_or_path.")
-    return SelectionTeacher(args.model_name_or_path, device)
-
-
-class SelectionTeacher:
-    """
-    Unpruned model whose attention supervises the selection for data without regions: the attention of the text's [CLS]
-    to the patches, averaged over heads and layers of the fusion encoder. It costs one forward pass per step.
-
-    Args:
-        name_or_path (`str`): TRIPS checkpoint of any task, which runs at a keep rate of 1.0.
-        device (`torch.device`, *optional*, defaults to the CPU): Device.
-
-    Raises:
-        `ValueError`: The checkpoint is a single-stream model, which has no fusion encoder.
-    """
-
-    def __init__(self, name_or_path: str, device: torch.device | str = "cpu"):
-        # Only eager attention returns its maps.
-        self.model = TripsModel.from_pretrained(name_or_path, attn_implementation="eager", keep_rate=1.0).to(device)
-        if self.model.fusion_model is None:
-            raise ValueError(f"--selection_teacher {name_or_path}: a single-stream model has no fusion encoder.")
-        self.model.requires_grad_(False)
-
-    @torch.no_grad()
-    def patch_targets(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
-        Return the teacher's attention to the patches.
-
-        Args:
-            inputs (`dict`): Inputs of any head, with `pixel_values` and `input_ids`.
-
-        Returns:
-            `torch.Tensor` of shape `(num_texts, num_patches)`, float32, whose rows sum to 1. A text with several
-            images has a row for each.
-        """
-        outputs = self.model(**a_text_per_image(inputs), output_attentions=True)
-        attention = torch.stack([layer[:, :, 0].float().mean(dim=1) for layer in outputs.cross_attentions]).mean(dim=0)
-        to_patches = attention[:, 1:]
-        return to_patches / to_patches.sum(dim=-1, keepdim=True)

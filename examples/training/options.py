@@ -66,9 +66,6 @@ class ModelArguments:
     attention_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of attention supervision, for data with regions."}
     )
-    selection_teacher: str | None = field(
-        default=None, metadata={"help": "Checkpoint whose attention supervises the selection; start: the initial one."}
-    )
     fusion_type: str | None = field(
         default=None, metadata={"help": "cross_attention, skip_connected (mPLUG) or single_stream (ViLT)."}
     )

@@ -18,7 +18,7 @@ from trips_examples.data.images import DecodedImages, column_of, images_of
 from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
 from trips_examples.metrics.selection import REGION_COLUMNS
 from trips_examples.training.callbacks import TrainingMonitor
-from trips_examples.training.models import SelectionTeacher, image_keys
+from trips_examples.training.models import image_keys
 from trips_examples.training.options import RetrievalArguments
 
 
@@ -117,22 +117,14 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     Args:
         train_collator ([`ImageBatchCollator`]): Collator of training. `data_collator` is that of evaluation.
-        selection_teacher ([`SelectionTeacher`], *optional*): Teacher that replaces the regions as supervision.
         args, kwargs: As in `Seq2SeqTrainer`.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss", "attention_loss")
 
-    def __init__(
-        self,
-        *args,
-        train_collator: ImageBatchCollator,
-        selection_teacher: SelectionTeacher | None = None,
-        **kwargs,
-    ):
+    def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
-        self.selection_teacher = selection_teacher
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in unused_parameters(self.model):
@@ -156,9 +148,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             "selection loss": config.selection_loss_weight > 0 and config.vision_config.schedule.layers,
             "attention loss": config.attention_loss_weight > 0,
         }
-        if not has_regions or self.selection_teacher is not None:  # a teacher's attention replaces the regions
-            return "none"
-        return ", ".join(loss for loss, is_used in uses.items() if is_used) or "none"
+        used = [loss for loss, is_used in uses.items() if is_used and has_regions]
+        return ", ".join(used) or "none"
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         keys = image_keys(self.train_dataset if train_dataset is None else train_dataset)
@@ -182,9 +173,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             self.data_collator = evaluation_collator
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        if model.training and self.selection_teacher is not None:
-            inputs = {**inputs, "patch_targets": self.selection_teacher.patch_targets(inputs)}
-            inputs.pop("regions", None)  # the teacher replaces them
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:

@@ -187,7 +187,6 @@ class TripsGraphModel(TripsModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
-        patch_targets: torch.FloatTensor | None = None,
         output_cls_attention: bool = False,
         **kwargs,
     ) -> TripsModelOutput:
@@ -202,12 +201,7 @@ class TripsGraphModel(TripsModel):
         check_image_index(image_index, num_images)
         return run(
             self.runners["fusion"],
-            {
-                "regions": regions,
-                "patch_targets": patch_targets,
-                "output_cls_attention": output_cls_attention,
-                **kwargs,
-            },
+            {"regions": regions, "output_cls_attention": output_cls_attention, **kwargs},
             text_states=text_states,
             attention_mask=mask_of(text_states, attention_mask),
             image_index=image_index,

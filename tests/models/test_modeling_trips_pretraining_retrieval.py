@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import results_of
 
 from modeling_trips.modeling_trips_pretraining import matching_pairs
-from modeling_trips.patch_selection import selection_loss
+from modeling_trips.patch_selection import region_targets, selection_loss
 
 
 @torch.no_grad()
@@ -249,9 +249,9 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
 @pytest.mark.parametrize("selection_guidance", ["text", ["image", "text"]], ids=str)
 def test_texts_are_taught_what_to_see_of_their_own_images(selection_guidance):
     model = make_model(selection_guidance=selection_guidance).train()
-    num_patches = model.config.vision_config.grid_size[0] * model.config.vision_config.grid_size[1]
-    targets = torch.rand(len(TEXTS), num_patches).softmax(dim=-1)
-    output, plain = run(model, patch_targets=targets), run(model)
+    regions = torch.cat([torch.rand(len(TEXTS), 2), torch.full((len(TEXTS), 2), 0.5)], dim=-1)
+    targets = region_targets(regions, model.config.vision_config.grid_size)
+    output, plain = run(model, regions=regions), run(model)
     union = torch.stack([targets[IMAGE_INDEX == image].amax(dim=0) for image in IMAGE_INDEX])
     guidances = [settings.guidance for settings in model.config.vision_config.schedule.selections]
     expected = [
@@ -260,7 +260,7 @@ def test_texts_are_taught_what_to_see_of_their_own_images(selection_guidance):
     ]
     torch.testing.assert_close(output.selection_loss, torch.stack(expected).mean())
     torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
-    assert plain.selection_loss is None and run(model.eval(), patch_targets=targets).selection_loss is None
+    assert plain.selection_loss is None and run(model.eval(), regions=regions).selection_loss is None
 
 
 def test_nothing_is_taught_where_nothing_is_matched():

@@ -138,6 +138,7 @@ ANSWERS = {
 ANSWER_PATCHES = {"start": 144, "unpruned": 144, "fewer pixels 64": 64}
 ANSWER_RATES = {"0.25": 36, "0.1": 15, "0.02": 3}  # patches
 ANSWER_KINDS = ("color", "shape", "presence")  # those that the starts answer
+ANSWER_ORDER = (*ANSWER_KINDS, "place")
 ANSWER_HEADER = ["Mean of three kinds, %", "Color, %", "Form, %", "Presence, %", "Place, %"]
 
 
@@ -148,7 +149,7 @@ def answer_runs(*names: str) -> dict[str, list[Row]]:
 
 
 def answer_scores(of: list[Row]) -> list[str]:
-    fields = ["mean", *(f"test_accuracy_{kind}" for kind in (*ANSWER_KINDS, "place"))]
+    fields = ["mean", *(f"test_accuracy_{kind}" for kind in ANSWER_ORDER)]
     return [spread(percents(of, field)) for field in fields]
 
 
@@ -206,6 +207,38 @@ def answers_regions() -> str:
     header = ["Trained by", "Texts with regions", *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
     note = f"{len(runs[gate])} independent starts, 200 steps each"
     return render(header, rows, "answers", "answers_regions", note=note)
+
+
+@table
+def vlm_answers() -> str:
+    """A generative model's answers by what selects visual tokens, and the guide from answers less each."""
+    runs, guide = variants(read("vlm_answers")), "guide from answers"
+    levels = [name.rpartition(" ")[2] for name in runs if name.startswith(guide)]
+    compared = {name: levels if name == "unpruned" else [name.rpartition(" ")[2]] for name in runs}
+    pairs = [(f"{guide} {level}", name) for name, of in compared.items() for level in of]
+    gaps = answer_gaps(runs, [(one, other) for one, other in pairs if one != other])
+    rows = []
+    for name, of in runs.items():
+        tokens = [row["kept"] for row in of]
+        cells = [
+            name.removesuffix(f" {compared[name][0]}"),
+            " to ".join(map(str, dict.fromkeys([min(tokens), max(tokens)]))),
+        ]
+        cells += [f"{mean(row['total_mmacs'] for row in of):.0f}"]
+        cells += [spread(percents(of, field)) for field in ("mean", *(f"accuracy_{kind}" for kind in ANSWER_ORDER))]
+        gap = "; ".join(
+            f"{one.rpartition(' ')[2]} tokens {cell}" for (one, other), cell in gaps.items() if other == name
+        )
+        rows.append([*cells, gap])
+    header = [
+        "Selection",
+        "Visual tokens",
+        "MMACs",
+        *ANSWER_HEADER,
+        "Guide from answers - this, points (95%; Holm's p)",
+    ]
+    note = f"{len(runs['unpruned'])} independent starts, {runs['unpruned'][0]['questions']:,} test questions each"
+    return render(header, rows, "vlm_answers", note=note)
 
 
 @table

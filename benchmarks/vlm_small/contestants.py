@@ -1,20 +1,20 @@
 """
 Methods that reduce visual tokens, and their costs.
 
-A contestant is a tower schedule, a selection after the tower, both, a lower resolution, or FastV's rule.
+A contestant is a tower schedule, a selection after the tower, a lower resolution, FastV's rule, or several of them.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-from small_model import ATTENTION_LAYER, BOS, IMAGE, NUM_PATCHES, PATCH_SIZE
+from small_model import ATTENTION_LAYER, BOS, NUM_PATCHES, PATCH_SIZE, features_of, llava_inputs
 from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
+from modeling_trips.hosts.vlm.wrapper import selection_of
 from modeling_trips.patch_selection import gather_tokens, keep_topk, score_tokens
 
 
@@ -22,7 +22,7 @@ from modeling_trips.patch_selection import gather_tokens, keep_topk, score_token
 class Contestant:
     """
     Args:
-        name (`str`): Name of the row.
+        variant (`str`): Name of the row.
         kept (`int`): Visual tokens in the decoder; with `fastv`, in its later layers.
         layer (`int`, *optional*): Selection layer of the tower, from 1.
         guidance (`str`, *optional*): Guidance of this layer: `"image"`, `"random"` or the name of a guide.
@@ -30,10 +30,10 @@ class Contestant:
         scorer (`str`, *optional*): Scorer after the tower: a name in `SCORERS`.
         side (`int`, *optional*): Patches along each side of a smaller image.
         fastv (`bool`): Drop tokens in the decoder after `ATTENTION_LAYER` by the last token's attention.
-        weights (`str`, *optional*): Name of weights that were fine-tuned for a lower resolution.
+        weights (`str`, *optional*): Name of weights that were trained for a lower resolution.
     """
 
-    name: str
+    variant: str
     kept: int = NUM_PATCHES
     layer: int | None = None
     guidance: str | None = None
@@ -48,14 +48,6 @@ class Contestant:
         return self.tower_kept or self.kept
 
 
-def low_resolution_features(model: LlavaForConditionalGeneration, side: int, pixel_values: torch.Tensor):
-    """Return visual tokens of smaller images with interpolated positions: `(batch_size, side * side, hidden_size)`."""
-    size = side * PATCH_SIZE
-    pixel_values = nn.functional.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
-    output = model.model.get_image_features(pixel_values, interpolate_pos_encoding=True)
-    return torch.stack([*output.pooler_output])
-
-
 def set_contestant(model: LlavaForConditionalGeneration, contestant: Contestant, guides: dict):
     """Replace the selection of the model by the contestant's."""
     remove_patch_selection(model)
@@ -66,33 +58,30 @@ def set_contestant(model: LlavaForConditionalGeneration, contestant: Contestant,
         is_scored = contestant.guidance in ("image", "random")
         guide = None if is_scored else guides[contestant.guidance]
         rate = contestant.kept_in_tower / NUM_PATCHES
-        schedule = f"{contestant.layer}:{contestant.guidance if is_scored else 'text'}:{rate:.6f}"
+        schedule = f"{contestant.layer}:{contestant.guidance if is_scored else 'text'}:{rate:.9f}"
     visual_tokens = None if contestant.scorer is None else contestant.kept
     apply_patch_selection(model, schedule, visual_tokens, contestant.scorer or "prompt", guide)
 
 
 def next_token(
-    model: LlavaForConditionalGeneration, contestant: Contestant, pixel_values: torch.Tensor, prompt: torch.Tensor
+    model: LlavaForConditionalGeneration, contestant: Contestant, pixel_values: torch.Tensor, prompts: list[list[int]]
 ) -> torch.Tensor:
     """
     Return logits of the answer's first token: `(batch_size, vocab_size)`. Call `set_contestant` first.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images at full resolution.
-        prompt (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Questions.
+        prompts (`list[list[int]]`): Questions of equal length, one per image.
     """
-    if contestant.side is not None:
-        features = low_resolution_features(model, contestant.side, pixel_values)
-        return prefill(model, features, prompt)[0]
-    if contestant.fastv:
-        features = torch.stack([*model.model.get_image_features(pixel_values).pooler_output])
-        return prefill(model, features, prompt, contestant.kept)[0]
-    return model(**llava_inputs(pixel_values, prompt), logits_to_keep=1).logits[:, -1]
-
-
-def llava_inputs(pixel_values: torch.Tensor, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
-    image = torch.tensor([BOS] + [IMAGE] * NUM_PATCHES).expand(len(prompt), -1)
-    return {"input_ids": torch.cat([image, prompt], dim=1), "pixel_values": pixel_values}
+    if contestant.side is None and not contestant.fastv:
+        return model(**llava_inputs(pixel_values, prompts), logits_to_keep=1).logits[:, -1]
+    if contestant.layer is None:
+        features, _ = features_of(model, pixel_values, contestant.side)
+    else:
+        pruned = selection_of(model).prune(llava_inputs(pixel_values, prompts))
+        features = torch.stack([*pruned["mm_encoder_outputs"]["image"].pooler_output])
+    fastv_kept = contestant.kept if contestant.fastv else None
+    return prefill(model, features, torch.tensor(prompts), fastv_kept)[0]
 
 
 def prefill(
@@ -182,7 +171,3 @@ def costs(config, contestant: Contestant, prompt_length: int) -> dict[str, float
     decoding += 2 * hidden * (cached + text.num_hidden_layers) + hidden * text.vocab_size
     parts = {"tower_mmacs": tower / 1e6, "prefill_mmacs": decoder / 1e6, "decoding_mmacs": decoding / 1e6}
     return {**parts, "total_mmacs": sum(parts.values()), "kv_bytes": 2 * cached * hidden * 4}
-
-
-def kept_for(divisor: int) -> int:
-    return math.ceil(NUM_PATCHES / divisor)

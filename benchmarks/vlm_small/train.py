@@ -1,218 +1,133 @@
 r"""
-Train the small LLaVA on busy scenes, from scratch, on one thread.
+Train the small LLaVA on busy scenes without regions, from scratch, on one thread.
 
-    OMP_NUM_THREADS=1 python benchmarks/vlm_small/train.py --seed 0 --output_dir outputs/vlm_small/seed0
+    OMP_NUM_THREADS=1 python benchmarks/vlm_small/train.py --seed 0 --folder outputs/vlm_small/seed0
 
-Questions about an image share its image tokens, and a block mask separates them. Attention supervision starts at the
-first word that names the item. Two more losses replace the pretraining of a tower: patches learn color, shape and
-quarter of their item, and [CLS] learns the names of all items, so that selection scored by the image is a fair
-baseline. The training loop is Transformers' `Trainer`, whose options are options here.
+Three stages, each in its folder, which is left out if it is finished: the tower learns at [CLS] which shapes are in
+scenes of 2 x 2 cells, as a tower that is trained with captions would; the whole model learns to answer questions about
+such scenes, and then about scenes of 4 x 4 cells. Questions about an image share its image tokens, and a block mask
+separates them. The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import math
-import random
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from busy_scenes import COLORS, IMAGE_SIZE, PLACES, SHAPES, Scene, draw_scene
 from safetensors.torch import load_model, save_model
-from small_model import ATTENTION_LAYER, BOS, EOS, GRID, IMAGE, NUM_PATCHES, PATCH_SIZE, encode, make_model, pixels_of
+from small_model import BOS, GRID, NAMES, encode, features_of, make_model, pixels_of
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_trips.patch_selection import region_targets
+from trips_examples.data.busy_scenes import draw_scene
 from trips_examples.training.options import RunArguments
-from trips_examples.training.parser import run_script
+from trips_examples.training.parser import make_parser, run_script
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import FiniteTrainer
 
 
-ATTRIBUTES = [*COLORS, *SHAPES]
-NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-
-
 @dataclass
-class SceneArguments:
-    questions: int = field(default=12, metadata={"help": "Questions per image."})
+class FolderArguments:
+    folder: str = field(metadata={"help": "Folder of the stages' folders."})
 
 
-def targets_of(boxes: Iterable[tuple[int, int, int, int] | None]) -> torch.Tensor:
-    """Return the share of each box (x0, y0, x1, y1) in each patch: rows that sum to 1, or to 0 without a box."""
-    x0, y0, x1, y1 = torch.tensor([box or (0, 0, 0, 0) for box in boxes]).unbind(-1)
-    centers = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
-    return region_targets(centers / IMAGE_SIZE, (GRID, GRID))
-
-
-def patch_attributes(scene: Scene) -> torch.Tensor:
+@dataclass(frozen=True)
+class Stage:
     """
-    Return the indices of color and shape of the item that covers at least half of each patch (or -100), and of the
-    patch's quarter of the image.
+    Args:
+        grid (`int`): Cells along each side of the scenes.
+        steps, scenes (`int`): Steps, and scenes of each.
+        learning_rate (`float`): Learning rate after the warm-up, from which it falls to 0.
+        side (`int`): Patches along each side of the images.
+        asks (`bool`): Whether the questions of the scenes take part.
     """
-    attributes = torch.full((NUM_PATCHES, 3), -100)
-    for item, share in zip(scene.items, targets_of(item.box for item in scene.items)):
-        x0, y0, x1, y1 = item.box
-        covered = share * (x1 - x0) * (y1 - y0) >= PATCH_SIZE**2 / 2 - 1e-3
-        attributes[covered, :2] = torch.tensor([list(COLORS).index(item.color), SHAPES.index(item.shape)])
-    half = (torch.arange(GRID) >= GRID // 2).long()
-    attributes[:, 2] = (2 * half[:, None] + half[None]).flatten()
-    return attributes
+
+    grid: int
+    steps: int
+    scenes: int
+    learning_rate: float
+    side: int
+    asks: bool = True
 
 
-def attribute_loss(logits: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
-    parts = logits.split((len(COLORS), len(SHAPES), len(PLACES)), dim=-1)
-    losses = [
-        nn.functional.cross_entropy(part.flatten(0, 1), attributes[..., i].flatten()) for i, part in enumerate(parts)
-    ]
-    return sum(losses)
+STAGES = {
+    "names": Stage(grid=2, steps=900, scenes=64, learning_rate=1e-3, side=GRID // 2, asks=False),
+    "small": Stage(grid=2, steps=900, scenes=40, learning_rate=1e-3, side=GRID // 2),
+    "base": Stage(grid=4, steps=700, scenes=24, learning_rate=7e-4, side=GRID),
+}
 
 
-def choose_questions(scene: Scene, count: int, rng: random.Random) -> list:
-    """Draw a set with balanced kinds and balanced "yes" and "no"."""
-    by_kind: dict[tuple[str, bool], list] = {}
-    for question in scene.questions:
-        by_kind.setdefault((question.kind, question.answer == "no"), []).append(question)
-    for group in by_kind.values():
-        rng.shuffle(group)
-    chosen = []
-    while len(chosen) < count and any(by_kind.values()):
-        chosen += [group.pop() for group in by_kind.values() if group]
-    return rng.sample(chosen, min(count, len(chosen)))
+def make_batch(numbers: Iterable[int], seed: int, grid: int) -> dict[str, torch.Tensor]:
+    """Make a batch of training scenes. Rows are [bos, image tokens, question, question, ...]."""
+    scenes = [draw_scene("train", number, seed, grid) for number in numbers]
+    pixels = torch.stack([pixels_of(scene.image) for scene in scenes])
+    content = torch.zeros(len(scenes), len(NAMES))
+    for row, scene in zip(content, scenes):
+        row[[NAMES.index(item.name) for item in scene.items]] = 1.0
+    asked = [[(encode(question.text), encode(question.answer)[0]) for question in scene.questions] for scene in scenes]
+    length = max(sum(len(words) for words, _ in questions) for questions in asked)
+    ids = torch.zeros(len(scenes), length, dtype=torch.long)
+    block, positions = torch.full_like(ids, -1), torch.zeros_like(ids)
+    ends, answers = [], []
+    for row, questions in enumerate(asked):
+        at = 0
+        for number, (words, answer) in enumerate(questions):
+            own = slice(at, at := at + len(words))
+            ids[row, own], block[row, own] = torch.tensor(words), number
+            positions[row, own] = torch.arange(len(words))
+            ends.append((row, at - 1))
+            answers.append(answer)
+    batch = {"pixels": pixels, "content": content, "ids": ids, "block": block, "positions": positions}
+    return batch | {"ends": torch.tensor(ends), "answers": torch.tensor(answers)}
 
 
-def make_batch(numbers: Iterable[int], seed: int, count: int) -> dict[str, torch.Tensor]:
-    """
-    Make a batch of training scenes with `count` questions each. Rows are [bos, image tokens, question and answer,
-    question and answer, ...].
-    """
-    rows, pixels, contents, attributes, most = [], [], [], [], 0
-    for number in numbers:
-        scene = draw_scene("train", number, seed)
-        pixels.append(pixels_of(scene.image))
-        attributes.append(patch_attributes(scene))
-        present = {item.name for item in scene.items}
-        contents.append(torch.tensor([float(name in present) for name in NAMES]))
-        questions = choose_questions(scene, count, random.Random(number))
-        rows.append(questions)
-        most = max(most, sum(len(question.text.split()) + 2 for question in questions))
-    prefix = 1 + NUM_PATCHES
-    length = prefix + most
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    ids[:, 0], ids[:, 1:prefix] = BOS, IMAGE
-    labels, block = torch.full_like(ids, -100), torch.zeros_like(ids)
-    positions = torch.arange(length).repeat(len(rows), 1)
-    ends, regions, guided = [], [], []
-    for row, questions in enumerate(rows):
-        at = prefix
-        for number, question in enumerate(questions, 1):
-            words = [*encode(question.text), *encode(question.answer), EOS]
-            end = at + len(words)
-            ids[row, at:end] = torch.tensor(words)
-            labels[row, end - 3 : end - 1] = torch.tensor(words[-2:])  # shifted by one
-            positions[row, at:end] = torch.arange(prefix, prefix + len(words))
-            block[row, at:end] = number
-            ends.append((row, end - 3))
-            regions.append(question.region)
-            first = next(index for index, word in enumerate(question.text.split()) if word in ATTRIBUTES)
-            guided += [(row, token, len(ends) - 1) for token in range(at + first, end - 2)]
-            at = end
-        block[row, at:] = -1
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+    """Return logits of the answer to each question, `(num_questions, vocab_size)`, from the images' visual tokens."""
+    embed, num_visual = model.get_input_embeddings(), 1 + features.shape[1]
+    first = embed(torch.full_like(batch["ids"][:, :1], BOS))
+    states = torch.cat([first, features.to(first.dtype), embed(batch["ids"])], dim=1)
+    length = states.shape[1]
+    block = nn.functional.pad(batch["block"], (num_visual, 0), value=-2)
+    is_seen = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)
+    is_seen &= torch.ones(length, length, dtype=torch.bool).tril()
     # Eager attention needs an additive mask.
-    mask = torch.zeros(same.shape).masked_fill(~(causal & same), torch.finfo(torch.float32).min)[:, None]
-    return {
-        "pixel_values": torch.stack(pixels),
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": positions,
-        "attention_mask": mask,
-        "ends": torch.tensor(ends),
-        "guided": torch.tensor(guided),
-        "targets": targets_of(regions),
-        "content": torch.stack(contents),
-        "attributes": torch.stack(attributes),
-    }
-
-
-class AttentionRows:
-    """Hook that computes the attention from given tokens to the image tokens in `ATTENTION_LAYER`, mean over heads."""
-
-    def __init__(self, decoder: nn.Module):
-        self.rows, self.weights = None, None
-        self.handle = decoder.layers[ATTENTION_LAYER - 1].self_attn.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict):
-        if self.rows is None:
-            return
-        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cos, sin = kwargs["position_embeddings"]
-        batch, token = self.rows.unbind(-1)
-        dim = attention.head_dim
-
-        def turned(states, cos, sin):
-            return apply_rotary_pos_emb(states, states, cos, sin, unsqueeze_dim=2)[0]
-
-        image = slice(1, 1 + NUM_PATCHES)
-        key = turned(attention.k_proj(states[:, image]).unflatten(-1, (-1, dim)), cos[:, image], sin[:, image])
-        query = attention.q_proj(states[batch, token]).unflatten(-1, (-1, dim))[:, None]
-        query = turned(query, cos[batch, token][:, None], sin[batch, token][:, None])
-        logits = torch.einsum("rhd,rphd->rhp", query[:, 0].float(), key.float()[batch]) * attention.scaling
-        self.weights = logits.softmax(dim=-1).mean(dim=1)
+    mask = torch.zeros(is_seen.shape).masked_fill(~is_seen, torch.finfo(torch.float32).min)[:, None]
+    positions = torch.cat([torch.arange(num_visual).expand(len(block), -1), num_visual + batch["positions"]], dim=1)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else mask.dtype
+    hidden = model.model.language_model(
+        inputs_embeds=states, attention_mask=mask.to(dtype), position_ids=positions, use_cache=False
+    ).last_hidden_state
+    row, end = batch["ends"].unbind(-1)
+    return model.lm_head(hidden[row, num_visual + end])
 
 
 class SceneTrainer(FiniteTrainer):
-    """
-    Trainer of the small LLaVA (`llava`) on the scenes of its data set's numbers, in order. Attention supervision and
-    two heads of the tower (`content` and `patch`) help it to learn.
-    """
+    """Trainer of the small LLaVA and of its head for names on the scenes of its data set's numbers, in order."""
 
-    def __init__(self, model: nn.ModuleDict, **kwargs):
+    def __init__(self, model: nn.ModuleDict, stage: Stage, **kwargs):
         super().__init__(model, **kwargs)
-        llava = model["llava"].model
-        self.recorder, self.tower_states, self.parts = AttentionRows(llava.language_model), [], {}
-        llava.vision_tower.register_forward_hook(
-            lambda _, __, output: self.tower_states.append((output.pooler_output, output.last_hidden_state[:, 1:]))
-        )
+        self.stage, self.parts = stage, {}
 
     def _get_train_sampler(self, *args) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        def rate(step: int) -> float:
-            warm = min(1.0, (step + 1) / self.args.warmup_steps)
-            return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_training_steps))))
-
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
-        return self.lr_scheduler
-
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        self.recorder.rows, question_of_row = inputs["guided"].split((2, 1), dim=-1)
-        mask = inputs["attention_mask"].to(torch.bfloat16 if self.args.bf16 else torch.float32)
-        arguments = {name: inputs[name] for name in ("input_ids", "pixel_values", "position_ids")}
         with self.accelerator.autocast():
-            logits = model["llava"](**arguments, attention_mask=mask, use_cache=False).logits
-            class_states, patch_states = self.tower_states.pop()
-            content_logits, patch_logits = model["content"](class_states), model["patch"](patch_states)
-        labels, content, ends = inputs["labels"], inputs["content"], inputs["ends"]
-        is_label = labels != -100
-        is_inside = inputs["targets"][question_of_row.squeeze(-1)] > 0
-        inside = (self.recorder.weights * is_inside).sum(-1)[is_inside.any(-1)]
-        content_loss = nn.functional.binary_cross_entropy_with_logits(content_logits.float(), content, reduction="sum")
-        losses = {
-            "answer_loss": nn.functional.cross_entropy(logits[is_label].float(), labels[is_label]),
-            "attention_loss": -inside.clamp(min=1e-6).log().mean(),
-            "content_loss": content_loss / content.sum(),
-            "patch_loss": attribute_loss(patch_logits.float(), inputs["attributes"]),
-        }
-        is_right = logits[ends[:, 0], ends[:, 1]].argmax(-1) == labels[ends[:, 0], ends[:, 1]]
-        parts = {**losses, "accuracy": is_right.float().mean(), "patch_precision": inside.mean()}
-        self.parts = {name: value.detach() for name, value in parts.items()}
-        return sum(losses.values())
+            features, class_states = features_of(model["llava"], inputs["pixels"], self.stage.side)
+            names = model["names"](class_states).float()
+            logits = answer_logits(model["llava"], inputs, features).float() if self.stage.asks else None
+        content = inputs["content"]
+        loss = nn.functional.binary_cross_entropy_with_logits(names, content, reduction="sum") / content.sum()
+        self.parts = {"names_loss": loss.detach()}
+        if logits is not None:
+            answer_loss = nn.functional.cross_entropy(logits, inputs["answers"])
+            accuracy = (logits.argmax(-1) == inputs["answers"]).float().mean()
+            self.parts |= {"answer_loss": answer_loss.detach(), "accuracy": accuracy}
+            loss = loss + answer_loss
+        return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs:
@@ -228,36 +143,56 @@ class SceneTrainer(FiniteTrainer):
         load_model(self.model, Path(resume_from_checkpoint) / "model.safetensors")
 
 
-def main(argv: list[str] | None = None):
-    scene_args, args = parse_arguments(
-        argv,
-        SceneArguments,
+def make_trained_model(seed: int, folder: Path | None) -> nn.ModuleDict:
+    """Return the small LLaVA (`llava`) and its head for names (`names`), with the weights of a stage's folder."""
+    llava = make_model(seed)
+    model = nn.ModuleDict({"llava": llava, "names": nn.Linear(llava.config.vision_config.hidden_size, len(NAMES))})
+    if folder is not None:
+        load_model(model, folder / "model.safetensors")
+    return model
+
+
+def train_stage(
+    name: str, stage: Stage, folder: Path, start: Path | None, options: Iterable[str], first_scene: int = 0
+):
+    """Train a stage from the weights of the folder `start` into `folder / name`, unless it is finished."""
+    if (folder / name / "train_results.json").exists():
+        return
+    _, args = parse_arguments(
+        ["--folder", str(folder), *options, "--output_dir", str(folder / name)],
+        FolderArguments,
         RunArguments,
         description=__doc__,
         do_eval=False,
-        seed=0,
-        max_steps=1600,
-        per_device_train_batch_size=16,
-        learning_rate=1e-3,
-        warmup_steps=200,
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.scenes,
+        learning_rate=stage.learning_rate,
+        warmup_steps=50,
         adam_beta2=0.98,
         weight_decay=0.05,
-        logging_steps=20,
+        logging_steps=50,
         save_steps=200,
-        bf16=True,
     )
-    llava = make_model(args.seed)
-    llava.set_attn_implementation("eager")  # faster than sdpa on one thread with a mask
-    width = llava.config.vision_config.hidden_size
-    content, patch = nn.Linear(width, len(NAMES)), nn.Linear(width, len(ATTRIBUTES) + len(PLACES))
+    model = make_trained_model(args.seed, start)
+    model["llava"].set_attn_implementation("eager")  # faster than sdpa on one thread with a mask
     trainer = SceneTrainer(
-        nn.ModuleDict({"llava": llava, "content": content, "patch": patch}),
+        model,
+        stage,
         args=args,
-        train_dataset=range(args.max_steps * args.per_device_train_batch_size),
-        data_collator=lambda numbers: make_batch(numbers, args.seed, scene_args.questions),
+        train_dataset=range(first_scene, first_scene + args.max_steps * args.per_device_train_batch_size),
+        data_collator=lambda numbers: make_batch(numbers, args.seed, stage.grid),
     )
+    print(f"{name}: {folder / name}")
     train_and_evaluate(trainer, trainer.evaluate)
-    llava.save_pretrained(args.output_dir)
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    args, _ = make_parser(FolderArguments, RunArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    folder, start = Path(args.folder), None
+    for name, stage in STAGES.items():
+        train_stage(name, stage, folder, start, argv)
+        start = folder / name
 
 
 if __name__ == "__main__":

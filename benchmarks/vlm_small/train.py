@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
-from small_model import BOS, GRID, NAMES, encode, features_of, make_model, pixels_of
+from small_model import BOS, NAMES, encode, features_of, make_model, pixels_of
 from torch import nn
 from torch.utils.data import SequentialSampler
 
@@ -40,23 +40,21 @@ class Stage:
     Args:
         grid (`int`): Cells along each side of the scenes.
         steps, scenes (`int`): Steps, and scenes of each.
-        learning_rate (`float`): Learning rate after the warm-up, from which it falls to 0.
-        side (`int`): Patches along each side of the images.
         asks (`bool`): Whether the questions of the scenes take part.
+        side (`int`, *optional*): Patches along each side of the images. Default: as they are.
     """
 
     grid: int
     steps: int
     scenes: int
-    learning_rate: float
-    side: int
     asks: bool = True
+    side: int | None = None
 
 
 STAGES = {
-    "names": Stage(grid=2, steps=900, scenes=64, learning_rate=1e-3, side=GRID // 2, asks=False),
-    "small": Stage(grid=2, steps=900, scenes=40, learning_rate=1e-3, side=GRID // 2),
-    "base": Stage(grid=4, steps=700, scenes=24, learning_rate=7e-4, side=GRID),
+    "names": Stage(grid=2, steps=900, scenes=64, asks=False),
+    "small": Stage(grid=2, steps=900, scenes=40),
+    "base": Stage(grid=4, steps=600, scenes=24),
 }
 
 
@@ -166,7 +164,7 @@ def train_stage(
         do_eval=False,
         max_steps=stage.steps,
         per_device_train_batch_size=stage.scenes,
-        learning_rate=stage.learning_rate,
+        learning_rate=1e-3,
         warmup_steps=50,
         adam_beta2=0.98,
         weight_decay=0.05,

@@ -19,8 +19,8 @@ from modeling_trips.hosts import TextGuide
 
 
 NEW_STAGES = {
-    "names": train.Stage(grid=2, steps=2, scenes=2, learning_rate=1e-3, side=4, asks=False),
-    "base": train.Stage(grid=4, steps=2, scenes=2, learning_rate=1e-3, side=GRID),
+    "names": train.Stage(grid=2, steps=2, scenes=2, asks=False),
+    "base": train.Stage(grid=4, steps=2, scenes=2),
 }
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from contestants import Contestant, costs, next_token, set_contestant
-from guides import FIRST_SCENE, STEPS, load_guide, train_guide
+from guides import FIRST_SCENE, SCENES_PER_STEP, STEPS, load_guide, train_guide
 from small_model import GRID, NUM_PATCHES, encode, pixels_of
 from tqdm.auto import tqdm
-from train import STAGES, make_trained_model, train_stage
+from train import STAGES, Stage, make_trained_model, train_stage
 
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.busy_scenes import KINDS, draw_scene
@@ -37,6 +37,11 @@ GUIDES = {
     "attention": ("attention", False),
     "regions": ("regions", False),
     "constant": ("answers", True),
+}
+# The model's training at a lower resolution, with as many steps as at its own, or with the guides' steps and scenes.
+FEWER_PIXELS = {
+    "fewer pixels": STAGES["base"],
+    "fewer pixels, trained as little as a guide": replace(STAGES["base"], steps=STEPS, scenes=SCENES_PER_STEP),
 }
 BATCH_SIZE = 64
 UNPRUNED = Contestant("unpruned")
@@ -97,9 +102,8 @@ class Evaluation:
             guide.save_pretrained(folder)
         self.guides[name] = load_guide(folder, is_constant)
 
-    def add_resolution(self, name: str, side: int):
-        """Train a copy of the model as it was trained, with as many steps, on images of `side` x `side` patches."""
-        stage = replace(STAGES["base"], side=side)
+    def add_resolution(self, name: str, stage: Stage):
+        """Train a copy of the model in a further stage."""
         train_stage(name, stage, self.folder, self.folder / "base", ["--seed", str(self.args.seed)], FIRST_SCENE)
         self.models[name] = self.load(name)
 
@@ -132,6 +136,15 @@ class Evaluation:
                 }
             )
         return rows
+
+
+def write_rows(args: CompareArguments, rows: list[dict]):
+    """Replace the seed's rows of the file, and print them."""
+    output = Path(args.output_json)
+    others = json.loads(output.read_text()) if output.exists() else []
+    write_json(output, [row for row in others if row["seed"] != args.seed] + rows)
+    for row in rows:
+        print(f"{row['variant']:45} {row['kept']:4} {100 * row['mean']:6.2f} {row['total_mmacs']:7.1f}")
 
 
 def cost_of(config, contestant: Contestant) -> float:
@@ -185,15 +198,12 @@ def main(argv: list[str] | None = None):
             scores = [row["mean"] for row in evaluation.measure(rivals, "validation")]
             contestants.append(rivals[scores.index(max(scores))])
         side = largest_side(config, layer, kept)
-        pixels = Contestant(f"fewer pixels {kept}", side**2, side=side, weights=f"{side} x {side}")
-        evaluation.add_resolution(pixels.weights, side)
-        contestants.append(pixels)
+        for way, stage in FEWER_PIXELS.items():
+            pixels = Contestant(f"{way} {kept}", side**2, side=side, weights=f"{way}, {side} x {side}")
+            evaluation.add_resolution(pixels.weights, replace(stage, side=side))
+            contestants.append(pixels)
     rows = evaluation.measure(contestants, "test")
-    output = Path(args.output_json)
-    others = json.loads(output.read_text()) if output.exists() else []
-    write_json(output, [row for row in others if row["seed"] != args.seed] + rows)
-    for row in rows:
-        print(f"{row['variant']:45} {row['kept']:4} {100 * row['mean']:6.2f} {row['total_mmacs']:7.1f}")
+    write_rows(args, rows)
 
 
 if __name__ == "__main__":

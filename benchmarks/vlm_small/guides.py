@@ -18,7 +18,6 @@ from trips_examples.train_guide import GuideArguments, GuidedModel
 FIRST_SCENE = 10_000_000
 STEPS = 300
 SCENES_PER_STEP = 8
-KEEP_RATE = 0.11  # of guides from answers in training
 
 
 class ConstantGuide(TextGuide):
@@ -49,7 +48,13 @@ def make_batch(step: int, seed: int, teacher: str) -> dict:
 
 
 def train_guide(
-    model: LlavaForConditionalGeneration, layer: int, teacher: str, seed: int, is_constant: bool, steps: int = STEPS
+    model: LlavaForConditionalGeneration,
+    layer: int,
+    teacher: str,
+    seed: int,
+    is_constant: bool = False,
+    steps: int = STEPS,
+    **options,
 ) -> TextGuide:
     """
     Train a guide on the frozen model as `examples/train_guide.py` does.
@@ -57,10 +62,11 @@ def train_guide(
     Args:
         teacher (`str`): `"regions"`, `"attention"` or `"answers"`, as in `examples/train_guide.py`.
         is_constant (`bool`): Whether the guide reads no prompt: a control.
+        **options: Other fields of `GuideArguments`.
     """
     torch.manual_seed(seed)
     guide = (ConstantGuide if is_constant else TextGuide).for_model(model, layer)
-    args = GuideArguments("", layer=layer, keep_rate=KEEP_RATE, teacher=teacher)
+    args = GuideArguments("", layer=layer, teacher=teacher, **options)
     guided = GuidedModel(guide, model, args)
     optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-2, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)

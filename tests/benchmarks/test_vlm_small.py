@@ -140,8 +140,8 @@ def test_a_constant_guide_reads_nothing(model):
 
 
 def test_all_methods_are_compared(monkeypatch, tmp_path):
-    for module in (train, compare):
-        monkeypatch.setattr(module, "STAGES", NEW_STAGES)
+    monkeypatch.setattr(train, "STAGES", NEW_STAGES)
+    monkeypatch.setattr(compare, "FEWER_PIXELS", {"fewer pixels": NEW_STAGES["base"]})
     monkeypatch.setattr(compare, "train_guide", lambda *args: guides.train_guide(*args, steps=2))
     output = tmp_path / "rows.json"
     output.write_text(json.dumps([{"seed": 1, "variant": "unpruned"}, {"seed": 0, "variant": "old"}]))

@@ -1,0 +1,58 @@
+r"""
+Train guides from answers with other settings of the gate, and evaluate them on validation scenes.
+
+    OMP_NUM_THREADS=1 python benchmarks/vlm_small/try_gate.py --folder outputs/vlm_small/seed0 --seed 0 \
+        --output_json docs/results/gate_trials.json
+
+The folder is that of train.py. Rows of other seeds are kept in the file.
+"""
+
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+from compare import KEPT, CompareArguments, Evaluation, write_rows
+from contestants import Contestant
+from guides import train_guide
+
+from modeling_trips import patch_selection
+from modeling_trips.hosts import layers
+from modeling_trips.patch_selection import keep_topk
+from trips_examples.training.parser import make_parser, run_script
+
+
+def keep_topk_with_noise(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """Keep candidates by their log scores and Gumbel noise: a sample without repetition in place of the best."""
+    noise = -torch.empty_like(scores).exponential_().log()
+    return keep_topk(scores.clamp(min=torch.finfo(scores.dtype).tiny).log() + noise, num_kept)
+
+
+# Options of the guide's training, and values that are replaced in it.
+TRIALS: dict[str, tuple[dict, list]] = {
+    "as it is": ({}, []),
+    "all dropped patches run": ({"selection_gate": 1.0}, []),
+    "a twentieth of them runs": ({"selection_gate": 0.05}, []),
+    "temperature 0.5": ({}, [(patch_selection, "GATE_TEMPERATURE", 0.5)]),
+    "temperature 2": ({}, [(patch_selection, "GATE_TEMPERATURE", 2.0)]),
+    "noise": ({}, [(layers, "keep_topk", keep_topk_with_noise)]),
+    "3 patches kept": ({"keep_rate": 3 / 64}, []),
+    "14 patches kept": ({"keep_rate": 14 / 64}, []),
+}
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(CompareArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    evaluation, rows = Evaluation(args), []
+    for trial, (options, replaced) in TRIALS.items():
+        with ExitStack() as stack:
+            for of, name, value in replaced:
+                stack.enter_context(patch.object(of, name, value))
+            guide = train_guide(evaluation.model, args.layer, "answers", args.seed, **options)
+        evaluation.guides["trial"] = guide
+        contestants = [Contestant(f"{trial} {kept}", kept, args.layer, "trial") for kept in KEPT]
+        rows += evaluation.measure(contestants, "validation")
+    write_rows(args, rows)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -29,7 +29,7 @@ from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser, run_script
 
 
-KEPT = (7, 3)  # visual tokens of the guides
+KEPT = (21, 7, 3)  # visual tokens of the guides
 ANSWERED = ("color", "shape", "presence")
 # What guides learn from, and whether they read no prompt.
 GUIDES = {

@@ -220,11 +220,9 @@ def vlm_answers() -> str:
     rows = []
     for name, of in runs.items():
         tokens = [row["kept"] for row in of]
-        cells = [
-            name.removesuffix(f" {compared[name][0]}"),
-            " to ".join(map(str, dict.fromkeys([min(tokens), max(tokens)]))),
-        ]
-        cells += [f"{mean(row['total_mmacs'] for row in of):.0f}"]
+        way = name.removesuffix(f" {compared[name][0]}").replace("guide from constant", "constant query, from answers")
+        numbers = " to ".join(map(str, dict.fromkeys([min(tokens), max(tokens)])))
+        cells = [way, numbers, f"{mean(row['total_mmacs'] for row in of):.0f}"]
         cells += [spread(percents(of, field)) for field in ("mean", *(f"accuracy_{kind}" for kind in ANSWER_ORDER))]
         gap = "; ".join(
             f"{one.rpartition(' ')[2]} tokens {cell}" for (one, other), cell in gaps.items() if other == name
@@ -239,6 +237,18 @@ def vlm_answers() -> str:
     ]
     note = f"{len(runs['unpruned'])} independent starts, {runs['unpruned'][0]['questions']:,} test questions each"
     return render(header, rows, "vlm_answers", note=note)
+
+
+@table
+def gate_trials() -> str:
+    """Guides of a generative model from answers, by settings of the gate, on validation scenes."""
+    runs = variants(read("gate_trials"))
+    levels = list(dict.fromkeys(name.rpartition(" ")[2] for name in runs))
+    trials = dict.fromkeys(name.rpartition(" ")[0] for name in runs)
+    rows = [[trial, *(spread(percents(runs[f"{trial} {level}"], "mean")) for level in levels)] for trial in trials]
+    seeds = len(runs[next(iter(runs))])
+    header = ["Setting", *(f"{level} of 64 tokens, %" for level in levels)]
+    return render(header, rows, "gate_trials", note=f"{seeds} independent starts, validation scenes")
 
 
 @table

@@ -9,6 +9,7 @@ import pytest
 import small_model
 import torch
 import train
+import try_gate
 from contestants import Contestant, costs, next_token, prefill, set_contestant
 from safetensors.torch import load_file
 from small_model import GRID, IMAGE_SIZE, NUM_PATCHES, features_of, llava_inputs
@@ -139,7 +140,7 @@ def test_a_constant_guide_reads_nothing(model):
     assert torch.equal(*guide(prompts, mask)) and not torch.equal(*reader(prompts, mask))
 
 
-def test_all_methods_are_compared(monkeypatch, tmp_path):
+def test_all_methods_and_settings_are_compared(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "STAGES", NEW_STAGES)
     monkeypatch.setattr(compare, "FEWER_PIXELS", {"fewer pixels": NEW_STAGES["base"]})
     monkeypatch.setattr(compare, "train_guide", lambda *args: guides.train_guide(*args, steps=2))
@@ -153,3 +154,11 @@ def test_all_methods_are_compared(monkeypatch, tmp_path):
     variants = [row["variant"] for row in rows]
     assert "old" not in variants and len({*variants}) == len(variants)
     assert all(row["split"] == "test" and 0 <= row["mean"] <= 1 for row in rows)
+
+    monkeypatch.setattr(try_gate, "train_guide", lambda *args, **own: guides.train_guide(*args, **own, steps=2))
+    monkeypatch.setattr(try_gate, "TRIALS", {name: try_gate.TRIALS[name] for name in ("as it is", "noise")})
+    trials = tmp_path / "trials.json"
+    try_gate.main([f"--folder={tmp_path}", f"--output_json={trials}", "--seed=0", *options])
+    assert [row["variant"] for row in json.loads(trials.read_text())] == [
+        f"{trial} {kept}" for trial in try_gate.TRIALS for kept in compare.KEPT
+    ]

@@ -35,8 +35,6 @@ TRIALS: dict[str, tuple[dict, list]] = {
     "temperature 0.5": ({}, [(patch_selection, "GATE_TEMPERATURE", 0.5)]),
     "temperature 2": ({}, [(patch_selection, "GATE_TEMPERATURE", 2.0)]),
     "noise": ({}, [(layers, "keep_topk", keep_topk_with_noise)]),
-    "3 patches kept": ({"keep_rate": 3 / 64}, []),
-    "14 patches kept": ({"keep_rate": 14 / 64}, []),
 }
 
 

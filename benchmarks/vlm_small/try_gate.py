@@ -31,10 +31,10 @@ def keep_topk_with_noise(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
 TRIALS: dict[str, tuple[dict, list]] = {
     "as it is": ({}, []),
     "all dropped patches run": ({"selection_gate": 1.0}, []),
-    "a twentieth of them runs": ({"selection_gate": 0.05}, []),
     "temperature 0.5": ({}, [(patch_selection, "GATE_TEMPERATURE", 0.5)]),
     "temperature 2": ({}, [(patch_selection, "GATE_TEMPERATURE", 2.0)]),
     "noise": ({}, [(layers, "keep_topk", keep_topk_with_noise)]),
+    "3 patches kept in training": ({"keep_rate": 3 / 64}, []),
 }
 
 

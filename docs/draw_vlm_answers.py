@@ -19,7 +19,7 @@ WAYS = {
     "random at equal cost": "random, first layer",
     "diversity, exit": "diversity, after the tower",
     "FastV": "FastV",
-    "fewer pixels": "fewer pixels, whole model trained further",
+    "fewer pixels": "48 and 60 px, whole model trained further",
 }
 
 

@@ -8,6 +8,7 @@ The folder is that of train.py. Rows of other seeds are kept in the file.
 """
 
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
@@ -38,10 +39,16 @@ TRIALS: dict[str, tuple[dict, list]] = {
 }
 
 
+@dataclass
+class TrialArguments(CompareArguments):
+    trials: list[str] = field(default_factory=lambda: [*TRIALS], metadata={"help": f"Any of {', '.join(TRIALS)}."})
+
+
 def main(argv: list[str] | None = None):
-    (args,) = make_parser(CompareArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    (args,) = make_parser(TrialArguments, description=__doc__).parse_args_into_dataclasses(argv)
     evaluation, rows = Evaluation(args), []
-    for trial, (options, replaced) in TRIALS.items():
+    for trial in args.trials:
+        options, replaced = TRIALS[trial]
         with ExitStack() as stack:
             for of, name, value in replaced:
                 stack.enter_context(patch.object(of, name, value))

@@ -4,6 +4,7 @@ Draw accuracy against cost for the ways of `docs/results/vlm_answers.json`.
     python docs/draw_vlm_answers.py    # rewrites docs/vlm_answers.png
 """
 
+from argparse import ArgumentParser
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
@@ -23,7 +24,8 @@ WAYS = {
 }
 
 
-def main():
+def main(argv: list[str] | None = None):
+    ArgumentParser(description=__doc__).parse_args(argv)
     runs = variants(read("vlm_answers"))
     unpruned = mean(row["total_mmacs"] for row in runs["unpruned"])
 

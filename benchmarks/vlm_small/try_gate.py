@@ -41,7 +41,9 @@ TRIALS: dict[str, tuple[dict, list]] = {
 
 @dataclass
 class TrialArguments(CompareArguments):
-    trials: list[str] = field(default_factory=lambda: [*TRIALS], metadata={"help": f"Any of {', '.join(TRIALS)}."})
+    trials: list[str] = field(
+        default_factory=lambda: [*TRIALS], metadata={"choices": [*TRIALS], "help": "Settings to try. Default: all."}
+    )
 
 
 def main(argv: list[str] | None = None):

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
-from tables import DOCS, read, variants
+from tables import DOCS, percents, read, variants
 
 
 WAYS = {
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None):
     unpruned = mean(row["total_mmacs"] for row in runs["unpruned"])
 
     def points(names: list[str]) -> list[list[float]]:
-        accuracies = [[100 * row["mean"] for row in runs[name]] for name in names]
+        accuracies = [percents(runs[name], "mean") for name in names]
         costs = [mean(row["total_mmacs"] for row in runs[name]) / unpruned for name in names]
         return [costs, [mean(values) for values in accuracies], [stdev(values) for values in accuracies]]
 

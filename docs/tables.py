@@ -138,7 +138,6 @@ ANSWERS = {
 ANSWER_PATCHES = {"start": 144, "unpruned": 144, "fewer pixels 64": 64}
 ANSWER_RATES = {"0.25": 36, "0.1": 15, "0.02": 3}  # patches
 ANSWER_KINDS = ("color", "shape", "presence")  # those that the starts answer
-ANSWER_ORDER = (*ANSWER_KINDS, "place")
 ANSWER_HEADER = ["Mean of three kinds, %", "Color, %", "Form, %", "Presence, %", "Place, %"]
 
 
@@ -148,8 +147,8 @@ def answer_runs(*names: str) -> dict[str, list[Row]]:
     return variants([{**row, "mean": mean(row[f"test_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in rows])
 
 
-def answer_scores(of: list[Row]) -> list[str]:
-    fields = ["mean", *(f"test_accuracy_{kind}" for kind in ANSWER_ORDER)]
+def answer_scores(of: list[Row], prefix: str = "test_") -> list[str]:
+    fields = ["mean", *(f"{prefix}accuracy_{kind}" for kind in (*ANSWER_KINDS, "place"))]
     return [spread(percents(of, field)) for field in fields]
 
 
@@ -222,8 +221,7 @@ def vlm_answers() -> str:
         tokens = [row["kept"] for row in of]
         way = name.removesuffix(f" {compared[name][0]}").replace("guide from constant", "constant query, from answers")
         numbers = " to ".join(map(str, dict.fromkeys([min(tokens), max(tokens)])))
-        cells = [way, numbers, f"{mean(row['total_mmacs'] for row in of):.0f}"]
-        cells += [spread(percents(of, field)) for field in ("mean", *(f"accuracy_{kind}" for kind in ANSWER_ORDER))]
+        cells = [way, numbers, f"{mean(row['total_mmacs'] for row in of):.0f}", *answer_scores(of, prefix="")]
         gap = "; ".join(
             f"{one.rpartition(' ')[2]} tokens {cell}" for (one, other), cell in gaps.items() if other == name
         )

@@ -31,10 +31,11 @@ def make_batch(step: int, seed: int, teacher: str) -> dict:
     """Return the inputs of `GuidedModel` for all questions about the scenes of a step, one row each."""
     first = FIRST_SCENE + step * SCENES_PER_STEP
     scenes = [draw_scene("train", number, seed) for number in range(first, first + SCENES_PER_STEP)]
-    rows = [(scene.image, question) for scene in scenes for question in scene.questions]
+    rows = [(pixels_of(scene.image), scene.questions) for scene in scenes]
+    rows = [(pixels, question) for pixels, questions in rows for question in questions]
     if teacher == "regions":
-        rows = [(image, question) for image, question in rows if question.region is not None]
-    pixel_values = torch.stack([pixels_of(image) for image, _ in rows])
+        rows = [(pixels, question) for pixels, question in rows if question.region is not None]
+    pixel_values = torch.stack([pixels for pixels, _ in rows])
     prompts = [encode(question.text) for _, question in rows]
     batch = {"inputs": llava_inputs(pixel_values, prompts)}
     if teacher == "regions":

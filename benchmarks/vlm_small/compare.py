@@ -50,7 +50,7 @@ UNPRUNED = Contestant("unpruned")
 @dataclass
 class CompareArguments:
     folder: str = field(metadata={"help": "Folder of train.py."})
-    output_json: str = field(metadata={"help": "Output file. Rows of other seeds are kept."})
+    output_json: str = field(metadata={"help": "Output file. Rows of the same seed and variant are replaced."})
     seed: int = field(default=0, metadata={"help": "Seed of the model and of all scenes."})
     test_scenes: int = field(default=150, metadata={"help": "Scenes of the test split, eight questions each."})
     validation_scenes: int = field(default=50, metadata={"help": "Scenes of the validation split."})
@@ -139,10 +139,11 @@ class Evaluation:
 
 
 def write_rows(args: CompareArguments, rows: list[dict]):
-    """Replace the seed's rows of the file, and print them."""
+    """Replace rows of the same seed and variant in the file, add the others, and print them."""
     output = Path(args.output_json)
     others = json.loads(output.read_text()) if output.exists() else []
-    write_json(output, [row for row in others if row["seed"] != args.seed] + rows)
+    new = {(row["seed"], row["variant"]) for row in rows}
+    write_json(output, [row for row in others if (row["seed"], row["variant"]) not in new] + rows)
     for row in rows:
         print(f"{row['variant']:45} {row['kept']:4} {100 * row['mean']:6.2f} {row['total_mmacs']:7.1f}")
 

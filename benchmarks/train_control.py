@@ -1,11 +1,12 @@
 r"""
-Train and evaluate question answering with a selection that no user would want, as a control of what the text adds.
+Train and evaluate question answering with a selection that no user would want, as a control of what each part adds.
 
     python benchmarks/train_control.py constant --dataset_name busy_scenes --selection_gate 0.2 ...
     python benchmarks/train_control.py tenth --dataset_name busy_scenes --selection_loss_weight 0.5 ...
 
 `constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's,
 but is the same for all texts and images. `tenth`, `hundredth`: this share of the training texts has its region.
+`not_fused`: dropped patches leave no token. `no_gate_at_end`: the last quarter of the steps trains without the gate.
 The options are those of run_vqa.py.
 """
 
@@ -19,6 +20,8 @@ import torch
 
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from trips_examples.data.collators import VqaCollator
+from trips_examples.training.options import ModelArguments
+from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_vqa.py"
@@ -50,10 +53,30 @@ def use_few_regions(one_in: int):
     VqaCollator.regions = regions_of_few
 
 
+def leave_no_fused_token():
+    """Make a selection layer drop patches without a token for them."""
+    overrides = ModelArguments.config_overrides
+    ModelArguments.config_overrides = lambda self: overrides(self) | {"fuse_inattentive_tokens": False}
+
+
+def end_without_gate():
+    """Train the last quarter of the steps without the gate."""
+    training_step = ImageGroupedTrainer.training_step
+
+    def training_step_of_run(self, *args, **kwargs):
+        if 4 * self.state.global_step >= 3 * self.state.max_steps:
+            self.model.config.vision_config.selection_gate = 0.0
+        return training_step(self, *args, **kwargs)
+
+    ImageGroupedTrainer.training_step = training_step_of_run
+
+
 CONTROLS = {
     "constant": use_constant_query,
     "tenth": partial(use_few_regions, 10),
     "hundredth": partial(use_few_regions, 100),
+    "not_fused": leave_no_fused_token,
+    "no_gate_at_end": end_without_gate,
 }
 
 if __name__ == "__main__":

@@ -254,20 +254,22 @@ def gate_trials() -> str:
 @table
 def demo_runs() -> str:
     rows = []
-    for row in sorted(read("demo_runs"), key=lambda row: (row["date"], row["seed"])):
-        stages = [[row[f"{stage}_{kind}"] for kind in ANSWER_KINDS] for stage in ("start", "pruned", "model")]
+    for row in sorted(read("demo_runs"), key=lambda row: (row["from_scratch"], row["bf16"], row["date"])):
+        stages = [[row[f"{stage}_{kind}"] for kind in ANSWER_KINDS] for stage in ("unpruned", "pruned", "model")]
         scores = [f"{100 * mean(values):.1f}" for values in stages]
+        start = "trained from scratch" if row["from_scratch"] else "shipped"
         precision = "bfloat16" if row["bf16"] else "float32"
-        rows.append([row["git_commit"][:8], precision, row["seed"], *scores, row["num_threads"], row["minutes"]])
+        origin = [row["num_threads"], row["minutes"], row["git_commit"][:8]]
+        rows.append([start, precision, row["seed"], *scores, *origin])
     header = [
-        "Commit",
+        "Start",
         "Precision",
         "Seed",
         "All patches, %",
         "3 patches, before training, %",
         "3 patches, trained from answers, %",
     ]
-    return render([*header, "Threads", "Minutes"], rows, "demo_runs")
+    return render([*header, "Threads", "Minutes", "Commit"], rows, "demo_runs")
 
 
 # Speed

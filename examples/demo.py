@@ -1,13 +1,15 @@
 r"""
-Train a model whose text learns from answers alone which 3 of 144 patches to keep, on 2 CPU cores and without regions.
+Teach a trained model, from answers alone and without regions, which 3 of 144 patches to keep, on 2 CPU cores.
 
     python examples/demo.py                                       # what `make demo` runs
     python examples/demo.py --seed 1 --folder demo1 --bf16        # options for the trainings of run_vqa.py
-    python examples/demo.py --publish_to examples/trips-tiny-scenes    # makes the model that `make try` asks
+    python examples/demo.py --from_scratch --publish_to examples/trips-tiny-scenes    # makes both models that ship
 
-An unpruned model learns from questions about busy scenes of 2 x 2 cells, then of 4 x 4 (the folder `start`). It goes
-on with a selection layer that keeps 3 of 144 patches and learns which from the answers (`model`). At the end:
-accuracy before and after, answers, a drawing of the kept patches, and the speed.
+The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps 3 of 144 patches
+and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy before and
+after, answers, a drawing of the kept patches, and the speed.
+
+`--from_scratch` first trains the unpruned model, on questions about scenes of 2 x 2 cells and then of 4 x 4.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -29,7 +31,7 @@ from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcesso
 from modeling_trips.inspection.provenance import provenance
 from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
-from trips_examples.ask import QUESTIONS, SCENE, answers_of, draw_selection
+from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
 from trips_examples.data.busy_scenes import CELL_SIZE, KINDS, busy_records
 from trips_examples.data.images import read_image
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
@@ -48,25 +50,40 @@ COMMON = (
     "--dataset_name busy_scenes --image_size 96 --texts_per_image 8 --selection_loss_weight 0 --do_eval False "
     "--validation_scenes 8 --test_scenes 300 --adam_beta2 0.999 --save_strategy no --logging_steps 100 "
 )
-UNPRUNED = "--lr_scheduler_type constant_with_warmup --warmup_steps 50 "
+UNPRUNED = "--lr_scheduler_type constant_with_warmup --warmup_steps 50 --do_predict False "
 PRUNED = "--selection_layers 2 --keep_rate 0.02 "
-STAGES = {
-    "small": UNPRUNED + "--grid 2 --image_size 48 --train_scenes 12000 --do_predict False --max_steps 2000 "
+FROM_SCRATCH = {
+    "small": UNPRUNED + "--grid 2 --image_size 48 --train_scenes 12000 --max_steps 2000 "
     "--per_device_train_batch_size 240 --learning_rate 1e-3",
     "start": UNPRUNED + "--train_scenes 7200 --max_steps 300 --per_device_train_batch_size 192 --learning_rate 7e-4",
+}
+STAGES = {
+    "unpruned": "--do_train False",
     "pruned": PRUNED + "--do_train False",
     "model": PRUNED + "--selection_gate 0.2 --train_scenes 1600 --max_steps 200 --per_device_train_batch_size 64 "
     "--learning_rate 5e-4",
 }
-TITLES = {"start": "all patches", "pruned": "3 of 144, before training", "model": "3 of 144, trained from answers"}
+TITLES = {
+    "unpruned": "all patches",
+    "pruned": "3 of 144, before training",
+    "model": "3 of 144, trained from answers",
+}
+START = CHECKPOINT.with_name(f"{CHECKPOINT.name}-unpruned")
 WEIGHTS = "model.safetensors"
 
 
 @dataclass
 class DemoArguments:
     folder: str = field(default="demo", metadata={"help": "Folder of the trained models and the drawing."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Train the unpruned model first, in place of the one that ships."}
+    )
     publish_to: str | None = field(
-        default=None, metadata={"help": "Folder for the trained model in bfloat16, its processor and model card."}
+        default=None,
+        metadata={
+            "help": "Folder for the trained model in bfloat16, its processor and model card. With --from_scratch, "
+            "FOLDER-unpruned gets the unpruned model."
+        },
     )
 
 
@@ -167,19 +184,17 @@ def publish(source: Path, folder: Path, data_args: DataArguments, command: str):
     print(f"Shipped: {folder}")
 
 
-def train_stages(folder: Path, options: list[str]) -> tuple[dict, DataArguments, TripsTrainingArguments]:
-    """Run the stages, each from the model of the one before. Return the metrics of each, and options of the last."""
-    metrics, start = {}, folder / "untrained"
-    for stage, own in STAGES.items():
+def run_stages(stages: dict[str, str], folder: Path, start: Path, options: list[str]) -> dict[str, dict]:
+    """Train or evaluate in stages, each from the model of the last training. Return the metrics of each."""
+    metrics = {}
+    for stage, own in stages.items():
         words = [*COMMON.split(), *own.split(), *options, "--output_dir", str(folder / stage)]
         words += ["--model_name_or_path", str(start)]
-        _, model_args, data_args, training_args = parse_arguments(words, *ARGUMENTS, description=__doc__)
-        if not metrics:
-            make_untrained(start, training_args.seed)
+        _, *args = parse_arguments(words, *ARGUMENTS, description=__doc__)
         print(f"\n{stage}: {folder / stage}")
-        metrics[stage] = train_question_answering(model_args, data_args, training_args)
-        start = folder / stage if training_args.do_train else start
-    return metrics, data_args, training_args
+        metrics[stage] = train_question_answering(*args)
+        start = folder / stage if args[-1].do_train else start
+    return metrics
 
 
 def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
@@ -196,10 +211,15 @@ def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
 
 def main(argv: list[str] | None = None):
     began = time.perf_counter()
-    demo_args, *_ = make_parser(*ARGUMENTS, description=__doc__).parse_args_into_dataclasses(args=argv)
     argv = sys.argv[1:] if argv is None else argv
-    folder = Path(demo_args.folder)
-    metrics, data_args, training_args = train_stages(folder, argv)
+    parser = make_parser(*ARGUMENTS, description=__doc__)
+    demo_args, _, data_args, training_args = parser.parse_args_into_dataclasses([*COMMON.split(), *argv])
+    folder, start = Path(demo_args.folder), START
+    if demo_args.from_scratch:
+        make_untrained(folder / "untrained", training_args.seed)
+        run_stages(FROM_SCRATCH, folder, folder / "untrained", argv)
+        start = folder / "start"
+    metrics = run_stages(STAGES, folder, start, argv)
     model = TripsForQuestionAnswering.from_pretrained(folder / "model").eval()
     processor = TripsProcessor.from_pretrained(folder / "model")
     print("\nAnswers to test questions:")
@@ -217,12 +237,14 @@ def main(argv: list[str] | None = None):
         )
     minutes = (time.perf_counter() - began) / 60
     accuracies = {f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"] for stage in TITLES for kind in KINDS}
-    run = {"bf16": training_args.bf16, "minutes": round(minutes, 1), **accuracies}
-    write_json(folder / "results.json", {**provenance(seed=training_args.seed), **run})
+    own = {"from_scratch": demo_args.from_scratch, "bf16": training_args.bf16, "minutes": round(minutes, 1)}
+    write_json(folder / "results.json", {**provenance(seed=training_args.seed), **own, **accuracies})
     print(f"Kept patches: {picture}   Model: {folder / 'model'}   Total: {minutes:.1f} minutes")
     if demo_args.publish_to is not None:
         command = " ".join(["python examples/demo.py", *argv])
         publish(folder / "model", Path(demo_args.publish_to), data_args, command)
+        if demo_args.from_scratch:
+            publish(start, Path(f"{demo_args.publish_to}-unpruned"), data_args, command)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from contestants import Contestant, costs, next_token, set_contestant
-from guides import FIRST_SCENE, SCENES_PER_STEP, STEPS, load_guide, train_guide
+from guides import FIRST_SCENE, SCENES_PER_STEP, STEPS, ConstantGuide, train_guide
 from small_model import GRID, NUM_PATCHES, encode, pixels_of
 from tqdm.auto import tqdm
 from train import STAGES, Stage, make_trained_model, train_stage
 
+from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.busy_scenes import KINDS, draw_scene
 from trips_examples.training.files import write_json
@@ -31,12 +32,12 @@ from trips_examples.training.parser import make_parser, run_script
 
 KEPT = (21, 7, 3)  # visual tokens of the guides
 ANSWERED = ("color", "shape", "presence")
-# What guides learn from, and whether they read no prompt.
+# What guides learn from, and their classes.
 GUIDES = {
-    "answers": ("answers", False),
-    "attention": ("attention", False),
-    "regions": ("regions", False),
-    "constant": ("answers", True),
+    "answers": ("answers", TextGuide),
+    "attention": ("attention", TextGuide),
+    "regions": ("regions", TextGuide),
+    "constant": ("answers", ConstantGuide),
 }
 # The model's training at a lower resolution, with as many steps as at its own, or with the guides' steps and scenes.
 FEWER_PIXELS = {
@@ -95,12 +96,12 @@ class Evaluation:
         model = make_trained_model(self.args.seed, self.folder / stage)["llava"]
         return model.eval().requires_grad_(False)
 
-    def add_guide(self, name: str, teacher: str, is_constant: bool):
+    def add_guide(self, name: str, teacher: str, guide_class: type[TextGuide]):
         folder = self.folder / "guides" / name
         if not (folder / "config.json").exists():
-            guide = train_guide(self.model, self.args.layer, teacher, self.args.seed, is_constant)
+            guide = train_guide(self.model, self.args.layer, teacher, self.args.seed, guide_class)
             guide.save_pretrained(folder)
-        self.guides[name] = load_guide(folder, is_constant)
+        self.guides[name] = guide_class.from_pretrained(folder)
 
     def add_resolution(self, name: str, stage: Stage):
         """Train a copy of the model in a further stage."""
@@ -183,8 +184,8 @@ def main(argv: list[str] | None = None):
     (args,) = make_parser(CompareArguments, description=__doc__).parse_args_into_dataclasses(argv)
     evaluation, layer = Evaluation(args), args.layer
     config = evaluation.model.config
-    for name, (teacher, is_constant) in GUIDES.items():
-        evaluation.add_guide(name, teacher, is_constant)
+    for name, (teacher, guide_class) in GUIDES.items():
+        evaluation.add_guide(name, teacher, guide_class)
     contestants = [UNPRUNED]
     for kept in KEPT:
         contestants += [

@@ -1,7 +1,5 @@
 """Training of text guides on the frozen small LLaVA, on scenes that follow those of its training."""
 
-from pathlib import Path
-
 import PIL.Image
 import torch
 from small_model import IMAGE_SIZE, encode, llava_inputs, pixels_of
@@ -53,7 +51,7 @@ def train_guide(
     layer: int,
     teacher: str,
     seed: int,
-    is_constant: bool = False,
+    guide_class: type[TextGuide] = TextGuide,
     steps: int = STEPS,
     **options,
 ) -> TextGuide:
@@ -62,11 +60,10 @@ def train_guide(
 
     Args:
         teacher (`str`): `"regions"`, `"attention"` or `"answers"`, as in `examples/train_guide.py`.
-        is_constant (`bool`): Whether the guide reads no prompt: a control.
         **options: Other fields of `GuideArguments`.
     """
     torch.manual_seed(seed)
-    guide = (ConstantGuide if is_constant else TextGuide).for_model(model, layer)
+    guide = guide_class.for_model(model, layer)
     args = GuideArguments("", layer=layer, teacher=teacher, **options)
     guided = GuidedModel(guide, model, args)
     optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-2, weight_decay=0.01)
@@ -79,7 +76,3 @@ def train_guide(
         scheduler.step()
     remove_patch_selection(model)
     return guide.eval()
-
-
-def load_guide(folder: Path, is_constant: bool) -> TextGuide:
-    return (ConstantGuide if is_constant else TextGuide).from_pretrained(folder)

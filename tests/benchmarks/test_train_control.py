@@ -2,14 +2,17 @@
 
 import pytest
 from tiny_models import CASES
-from train_control import use_constant_query, use_few_regions
+from train_control import end_without_gate, leave_no_fused_token, use_constant_query, use_few_regions
 
-from modeling_trips import TripsProcessor
+from modeling_trips import TripsConfig, TripsProcessor
 from modeling_trips.modeling_trips_text import TripsTextModel
+from trips_examples import run_vqa
 from trips_examples.ask import CHECKPOINT
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import read_image
+from trips_examples.training.options import ModelArguments
+from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 CASE = CASES[0]
@@ -18,7 +21,12 @@ CASE = CASES[0]
 @pytest.fixture
 def restored(monkeypatch):
     """Put back what a control replaces."""
-    for owner, name in ((TripsTextModel, "pooled"), (VqaCollator, "regions")):
+    for owner, name in (
+        (TripsTextModel, "pooled"),
+        (VqaCollator, "regions"),
+        (ModelArguments, "config_overrides"),
+        (ImageGroupedTrainer, "training_step"),
+    ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
@@ -49,3 +57,23 @@ def test_a_tenth_of_the_training_texts_has_its_region_and_always_the_same(restor
     first, again, evaluated = ([*map(bool, c.regions(rows, sizes)["regions"].any(dim=1))] for c in collators)
     assert first == again and all(evaluated)
     assert 0.05 * len(rows) < sum(first) < 0.15 * len(rows)
+
+
+def test_a_run_drops_patches_without_a_token_and_ends_without_the_gate(restored, tmp_path, monkeypatch):
+    gates, training_step = [], ImageGroupedTrainer.training_step
+
+    def record(self, *args, **kwargs):
+        gates.append(self.model.config.vision_config.selection_gate)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ImageGroupedTrainer, "training_step", record)
+    leave_no_fused_token()
+    end_without_gate()
+    data = "--dataset_name busy_scenes --train_scenes 8 --validation_scenes 2 --test_scenes 2 --do_eval False"
+    options = (
+        "--selection_gate 0.5 --max_steps 4 --per_device_train_batch_size 4 --save_strategy no --do_predict False"
+    )
+    start = f"--model_name_or_path {CHECKPOINT} --output_dir {tmp_path}"
+    run_vqa.main(f"{data} {options} {start}".split())
+    assert gates == [0.5, 0.5, 0.5, 0.0]
+    assert not TripsConfig.from_pretrained(tmp_path).vision_config.fuse_inattentive_tokens

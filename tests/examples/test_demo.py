@@ -16,7 +16,7 @@ from trips_examples import demo
 @pytest.mark.slow
 def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = "--max_steps 8 --train_scenes 60 --test_scenes 8 --publish_to shipped/tiny".split()
+    options = "--max_steps 8 --train_scenes 60 --test_scenes 8 --from_scratch --publish_to shipped/tiny".split()
     demo.main(options)
     printed = capsys.readouterr().out
     assert printed.count("test scene 1: ") == 4
@@ -24,9 +24,10 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
         assert re.search(rf"^  {line} +([\d.]+% *){{4}}$", printed, re.MULTILINE), line
     assert "MAC ratio 0.48" in printed
     # No stage has seen a region, and only the last two drop patches.
-    results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in demo.STAGES}
+    stages = [*demo.FROM_SCRATCH, *demo.STAGES]
+    results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in stages}
     assert {result["regions_used_for"] for result in results.values()} == {"none"}
-    assert [stage for stage in demo.STAGES if "test_layer2_kept" in results[stage]] == ["pruned", "model"]
+    assert [stage for stage in stages if "test_layer2_kept" in results[stage]] == ["pruned", "model"]
     processors = (TripsProcessor.from_pretrained(f"demo/{stage}") for stage in ("small", "start", "model"))
     assert [processor.image_processor.size["height"] for processor in processors] == [48, 96, 96]
     run = json.loads(Path("demo/results.json").read_text())
@@ -35,13 +36,14 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     with PIL.Image.open(tmp_path / "demo/kept_patches.png") as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10**6)) > 20
 
-    # What is shipped is the trained model, rounded to bfloat16, and its card says so.
-    shipped = TripsForQuestionAnswering.from_pretrained("shipped/tiny")
-    trained = load_file("demo/model/model.safetensors")
-    for name, weight in load_file("shipped/tiny/model.safetensors").items():
-        assert weight.dtype == (torch.bfloat16 if trained[name].is_floating_point() else torch.int64), name
-        assert torch.equal(weight, trained[name].to(weight.dtype)), name
-        assert torch.equal(shipped.state_dict()[name], weight.to(trained[name].dtype)), name
-    card = (tmp_path / "shipped/tiny/README.md").read_text()
-    assert f"Made by `python examples/demo.py {' '.join(options)}`." in card
-    assert "busy scenes, test, 64 examples" in card and "bfloat16" in card
+    # What is shipped are the trained models, rounded to bfloat16, and their cards say so.
+    for stage, folder in (("model", "shipped/tiny"), ("start", "shipped/tiny-unpruned")):
+        shipped = TripsForQuestionAnswering.from_pretrained(folder)
+        trained = load_file(f"demo/{stage}/model.safetensors")
+        for name, weight in load_file(f"{folder}/model.safetensors").items():
+            assert weight.dtype == (torch.bfloat16 if trained[name].is_floating_point() else torch.int64), name
+            assert torch.equal(weight, trained[name].to(weight.dtype)), name
+            assert torch.equal(shipped.state_dict()[name], weight.to(trained[name].dtype)), name
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"Made by `python examples/demo.py {' '.join(options)}`." in card
+        assert "busy scenes, test, 64 examples" in card and "bfloat16" in card

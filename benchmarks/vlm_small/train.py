@@ -3,10 +3,11 @@ Train the small LLaVA on busy scenes without regions, from scratch, on one threa
 
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/train.py --seed 0 --folder outputs/vlm_small/seed0
 
-Three stages, each in its folder, which is left out if it is finished: the tower learns at [CLS] which shapes are in
-scenes of 2 x 2 cells, as a tower that is trained with captions would; the whole model learns to answer questions about
-such scenes, and then about scenes of 4 x 4 cells. Questions about an image share its image tokens, and a block mask
-separates them. The training loop is Transformers' `Trainer`, whose options are options here.
+Three stages, each in its folder: the tower learns at [CLS] which shapes are in scenes of 2 x 2 cells, as a tower that
+is trained with captions would; the whole model learns to answer questions about such scenes, and then about scenes of
+4 x 4 cells. Questions about an image share its image tokens, and a block mask separates them. The same command goes on
+after an interruption: finished stages are left out, and a stage resumes from its last checkpoint. The training loop is
+Transformers' `Trainer`, whose options are options here.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -153,11 +154,12 @@ def make_trained_model(seed: int, folder: Path | None) -> nn.ModuleDict:
 def train_stage(
     name: str, stage: Stage, folder: Path, start: Path | None, options: Iterable[str], first_scene: int = 0
 ):
-    """Train a stage from the weights of the folder `start` into `folder / name`, unless it is finished."""
+    """Train, or resume, a stage from the weights of `start` into `folder / name`, unless it is finished."""
     if (folder / name / "train_results.json").exists():
         return
+    resume = ["--resume_from_checkpoint", "last"] if any((folder / name).glob("checkpoint-*")) else []
     _, args = parse_arguments(
-        ["--folder", str(folder), *options, "--output_dir", str(folder / name)],
+        ["--folder", str(folder), *options, "--output_dir", str(folder / name), *resume],
         FolderArguments,
         RunArguments,
         description=__doc__,

@@ -2,7 +2,7 @@
 
 import PIL.Image
 import torch
-from small_model import IMAGE_SIZE, encode, llava_inputs, pixels_of
+from small_model import IMAGE_SIZE, NUM_PATCHES, encode, llava_inputs, pixels_of
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
@@ -16,6 +16,7 @@ from trips_examples.train_guide import GuideArguments, GuidedModel
 FIRST_SCENE = 10_000_000
 STEPS = 300
 SCENES_PER_STEP = 8
+KEPT_IN_TRAINING = 3  # fewer than in use teach more
 
 
 class ConstantGuide(TextGuide):
@@ -53,6 +54,7 @@ def train_guide(
     seed: int,
     guide_class: type[TextGuide] = TextGuide,
     steps: int = STEPS,
+    keep_rate: float = KEPT_IN_TRAINING / NUM_PATCHES,
     **options,
 ) -> TextGuide:
     """
@@ -60,11 +62,12 @@ def train_guide(
 
     Args:
         teacher (`str`): `"regions"`, `"attention"` or `"answers"`, as in `examples/train_guide.py`.
+        keep_rate (`float`): Of a training from answers.
         **options: Other fields of `GuideArguments`.
     """
     torch.manual_seed(seed)
     guide = guide_class.for_model(model, layer)
-    args = GuideArguments("", layer=layer, teacher=teacher, **options)
+    args = GuideArguments("", layer=layer, teacher=teacher, keep_rate=keep_rate, **options)
     guided = GuidedModel(guide, model, args)
     optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-2, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)

@@ -2,7 +2,7 @@ r"""
 Train a task with several ways to select patches, and unpruned, over several seeds, and compare the results.
 
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
-        --dataset_name busy_scenes --model_name_or_path demo/start --keep_rate 0.1
+        --dataset_name busy_scenes --model_name_or_path examples/trips-tiny-scenes-unpruned --keep_rate 0.1
     python benchmarks/ablate_selection.py --script run_grounding.py --metric eval_accuracy --output_json boxes.json
     python benchmarks/ablate_selection.py --variants_file benchmarks/variants/rates.json --output_json rates.json -- \
         --dataset_name easy_vqa_scenes --model_name_or_path outputs/scenes

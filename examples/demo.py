@@ -60,8 +60,8 @@ FROM_SCRATCH = {
 STAGES = {
     "unpruned": "--do_train False",
     "pruned": PRUNED + "--do_train False",
-    "model": PRUNED + "--selection_gate 0.2 --train_scenes 1600 --max_steps 200 --per_device_train_batch_size 64 "
-    "--learning_rate 5e-4",
+    "model": PRUNED + "--selection_gate 0.2 --train_scenes 3200 --max_steps 400 --per_device_train_batch_size 64 "
+    "--learning_rate 1e-3",
 }
 TITLES = {
     "unpruned": "all patches",

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from places import ROOT
 
 
 TOUR = ROOT / "docs/tour.ipynb"
-SECONDS = 2 * 300  # CPU time: five minutes of two cores
 
 
 def run(*command: str):
@@ -41,10 +39,7 @@ def test_it_is_kept_with_its_output():
 
 @pytest.mark.slow
 def test_it_runs_and_prints_what_is_kept(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run("docs/run_tour.py", "--output", str(tmp_path / "tour.ipynb"))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
     kept, cells = read(TOUR), read(tmp_path / "tour.ipynb")
     assert [cell.source for cell in cells] == [cell.source for cell in kept]
     for cell, own in zip(cells, kept):

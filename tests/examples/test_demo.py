@@ -14,6 +14,16 @@ from trips_examples import demo
 
 
 @pytest.mark.slow
+def test_the_demo_starts_from_an_accurate_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo.main("--max_steps 2 --train_scenes 60 --test_scenes 40".split())
+    run = json.loads(Path("demo/results.json").read_text())
+    assert not run["from_scratch"]
+    kinds = ("color", "shape", "presence")
+    assert all(run[f"unpruned_{kind}"] > 0.9 and run[f"pruned_{kind}"] < 0.8 for kind in kinds)
+
+
+@pytest.mark.slow
 def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = "--max_steps 8 --train_scenes 60 --test_scenes 8 --from_scratch --publish_to shipped/tiny".split()

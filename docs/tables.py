@@ -209,6 +209,16 @@ def answers_regions() -> str:
 
 
 @table
+def answers_gate() -> str:
+    """Questions about busy scenes by settings of the gate, with 3 patches, on validation scenes."""
+    rows = [{**row, "mean": mean(row[f"eval_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in read("answers_gate")]
+    runs = variants(rows)
+    lines = [[name, *answer_scores(of, "eval_")] for name, of in runs.items()]
+    note = f"{len(runs['gate'])} trainings of 400 steps from one start, validation scenes"
+    return render(["Setting", *ANSWER_HEADER], lines, "answers_gate", note=note)
+
+
+@table
 def vlm_answers() -> str:
     """A generative model's answers by what selects visual tokens, and the guide from answers less each."""
     runs, guide = variants(read("vlm_answers")), "guide from answers"

@@ -8,9 +8,9 @@ from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 
 
 QUESTIONS = ["what color is the cross?", "what shape is the green one?"]
-KEPT = [[[1, 13, 88], [22, 55, 56]]]  # by selection layer and question
-FIRST_TOKENS = [[210, 167, 195], [204, 214, 205]]
-LOGITS = [[10.379687, 4.435447, 3.827947], [10.761147, 3.774164, 3.144889]]
+KEPT = [[[13, 19, 32], [16, 55, 88]]]  # by selection layer and question
+FIRST_TOKENS = [[210, 167, 217], [204, 205, 214]]
+LOGITS = [[10.340083, 3.612266, 3.149572], [10.776352, 4.640045, 4.196046]]
 
 
 @torch.no_grad()

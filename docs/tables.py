@@ -141,10 +141,11 @@ ANSWER_KINDS = ("color", "shape", "presence")  # those that the starts answer
 ANSWER_HEADER = ["Mean of three kinds, %", "Color, %", "Form, %", "Presence, %", "Place, %"]
 
 
-def answer_runs(*names: str) -> dict[str, list[Row]]:
+def answer_runs(*names: str, prefix: str = "test_") -> dict[str, list[Row]]:
     """Return the rows of files by variant, with the mean over the kinds of questions that the starts answer."""
     rows = [row for name in names for row in read(name)]
-    return variants([{**row, "mean": mean(row[f"test_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in rows])
+    fields = [f"{prefix}accuracy_{kind}" for kind in ANSWER_KINDS]
+    return variants([{**row, "mean": mean(row[field] for field in fields)} for row in rows])
 
 
 def answer_scores(of: list[Row], prefix: str = "test_") -> list[str]:
@@ -211,11 +212,10 @@ def answers_regions() -> str:
 @table
 def answers_gate() -> str:
     """Questions about busy scenes by settings of the gate, with 3 patches, on validation scenes."""
-    rows = [{**row, "mean": mean(row[f"eval_accuracy_{kind}"] for kind in ANSWER_KINDS)} for row in read("answers_gate")]
-    runs = variants(rows)
-    lines = [[name, *answer_scores(of, "eval_")] for name, of in runs.items()]
+    runs = answer_runs("answers_gate", prefix="eval_")
+    rows = [[name, *answer_scores(of, "eval_")] for name, of in runs.items()]
     note = f"{len(runs['gate'])} trainings of 400 steps from one start, validation scenes"
-    return render(["Setting", *ANSWER_HEADER], lines, "answers_gate", note=note)
+    return render(["Setting", *ANSWER_HEADER], rows, "answers_gate", note=note)
 
 
 @table

@@ -42,7 +42,7 @@ def test_the_shipped_model_selects_by_text_and_image(shipped, tmp_path):
     rows = [{**row, "answers": [row["answer"]], "source": f"row {number}"} for number, row in records]
     metrics = monitor_of(shipped.train(), Dataset.from_list(rows), tmp_path).measure()
     assert metrics.keys() == {f"selection_{name}" for name in LOGGED} and len(metrics) <= 5
-    assert 0.5 < metrics["selection_entropy"] < 0.8
+    assert 0.2 < metrics["selection_entropy"] < 0.8
     assert metrics["selection_text_sensitivity"] > 0.3 and metrics["selection_image_sensitivity"] > 0.1
     assert metrics["selection_patch_precision"] > 0.3
     assert shipped.training

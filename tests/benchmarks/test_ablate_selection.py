@@ -58,6 +58,7 @@ def test_each_variant_trains_once_and_is_compared(arguments, tmp_path, capsys):
     assert learnt["step"] == 1 and learnt["eval_mean_iou"] == pytest.approx(rows[0]["eval_mean_iou"])
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert [(row["variant"], row["seed"]) for row in rows] == [("text", 3), ("unpruned", 3)]
+    assert all(row["command"].startswith("examples/run_grounding.py ") for row in rows)
     assert "eval_layer2_entropy" in rows[0] and "eval_layer2_entropy" not in rows[1]  # rate 1.0 wins over 0.5
     table = capsys.readouterr().out.splitlines()
     (text,), (unpruned,) = ([line for line in table if line.startswith(f"| {name} ")] for name in ("text", "unpruned"))

@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
-	@echo "make demo      train a model that learns from answers alone which patches to keep (6 minutes on 2 cores)"
+	@echo "make demo      teach a trained model from answers alone which patches to keep (5 minutes on 2 cores)"
 	@echo "make test      the test suite without the slow tests"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "               WORKERS=1 for either: one process; 2 by default"

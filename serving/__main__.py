@@ -13,6 +13,18 @@ from uvicorn.supervisors import Multiprocess
 from .settings import Settings
 
 
+class Supervisor(Multiprocess):
+    """
+    It does not import PyTorch. It replaces a worker that dies, and stops if one cannot start. It sees that at once,
+    since the worker alone holds its end of the pipe.
+    """
+
+    def init_processes(self):
+        super().init_processes()
+        for process in self.processes:
+            process.child_conn.close()
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("python -m trips_serving", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1.")
@@ -38,8 +50,7 @@ def main(argv: list[str] | None = None):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # workers write their metrics there
         listener = config.bind_socket()
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or clients delay their ACK of the headers
-        # The supervisor does not import PyTorch. It replaces a worker that dies, but not one that cannot start.
-        supervisor = Multiprocess(config, sockets=[listener])
+        supervisor = Supervisor(config, sockets=[listener])
         supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         sys.exit(1)

@@ -112,8 +112,7 @@ def execute(run: Run, args: AblationArguments):
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     script, *options = run.options
-    options += ["--output_dir", str(run.folder)]
-    command = [sys.executable, str(EXAMPLES / script), *options]
+    command = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(run.folder)]
     start = time.perf_counter()
     with (run.folder / "log.txt").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.num_threads)}
@@ -128,7 +127,6 @@ def execute(run: Run, args: AblationArguments):
         "num_threads": args.num_threads,
         "jobs": args.jobs,
         **read_results(run.folder),
-        "command": shlex.join([os.path.normpath(f"examples/{script}"), *options]),  # with the control, if it is one
         "history": learning_curve(run.folder, args.metric),
     }
     write_json(run.results_file, row)

@@ -10,21 +10,20 @@ but is the same for all texts and images. `tenth`, `hundredth`: this share of th
 The options are those of run_vqa.py.
 """
 
-import runpy
 import sys
 import zlib
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
+from trips_examples import run_vqa
 from trips_examples.data.collators import VqaCollator
 from trips_examples.training.options import ModelArguments
+from trips_examples.training.parser import run_script
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_vqa.py"
 EMPTY_TEXT = [2, 3]  # [CLS] and [SEP] of the bundled vocabulary
 
 
@@ -81,7 +80,7 @@ CONTROLS = {
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in CONTROLS:
-        CONTROLS[sys.argv.pop(1)]()
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        CONTROLS[sys.argv[1]]()
+        run_script(partial(run_vqa.main, sys.argv[2:]))
     else:
         sys.exit(f"{__doc__}\nChoose one of {', '.join(CONTROLS)}.")

@@ -19,10 +19,10 @@ class Supervisor(Multiprocess):
     since the worker alone holds its end of the pipe.
     """
 
-    def init_processes(self):
-        super().init_processes()
+    def keep_subprocess_alive(self):
         for process in self.processes:
             process.child_conn.close()
+        super().keep_subprocess_alive()
 
 
 def main(argv: list[str] | None = None):

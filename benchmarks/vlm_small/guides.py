@@ -54,7 +54,7 @@ def train_guide(
     seed: int,
     guide_class: type[TextGuide] = TextGuide,
     steps: int = STEPS,
-    keep_rate: float = KEPT_IN_TRAINING / NUM_PATCHES,
+    kept: int = KEPT_IN_TRAINING,
     **options,
 ) -> TextGuide:
     """
@@ -62,12 +62,12 @@ def train_guide(
 
     Args:
         teacher (`str`): `"regions"`, `"attention"` or `"answers"`, as in `examples/train_guide.py`.
-        keep_rate (`float`): Of a training from answers.
+        kept (`int`): Patches that a training from answers keeps.
         **options: Other fields of `GuideArguments`.
     """
     torch.manual_seed(seed)
     guide = guide_class.for_model(model, layer)
-    args = GuideArguments("", layer=layer, teacher=teacher, keep_rate=keep_rate, **options)
+    args = GuideArguments("", layer=layer, teacher=teacher, keep_rate=kept / NUM_PATCHES, **options)
     guided = GuidedModel(guide, model, args)
     optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-2, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)

@@ -15,7 +15,6 @@ import torch
 from compare import KEPT, CompareArguments, Evaluation, write_rows
 from contestants import Contestant
 from guides import train_guide
-from small_model import NUM_PATCHES
 
 from modeling_trips import patch_selection
 from modeling_trips.hosts import layers
@@ -29,22 +28,17 @@ def keep_topk_with_noise(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     return keep_topk(scores.clamp(min=torch.finfo(scores.dtype).tiny).log() + noise, num_kept)
 
 
-def kept(number: int) -> dict:
-    """Options of a training that keeps a number of patches."""
-    return {"keep_rate": number / NUM_PATCHES}
-
-
 # Options of the guide's training, and values that are replaced in it.
 TRIALS: dict[str, tuple[dict, list]] = {
-    "7 patches kept in training": (kept(7), []),
-    "7, all dropped patches run": ({**kept(7), "selection_gate": 1.0}, []),
-    "7, temperature 0.5": (kept(7), [(patch_selection, "GATE_TEMPERATURE", 0.5)]),
-    "7, temperature 2": (kept(7), [(patch_selection, "GATE_TEMPERATURE", 2.0)]),
-    "7, noise": (kept(7), [(layers, "keep_topk", keep_topk_with_noise)]),
-    "3 patches kept in training": (kept(3), []),
-    "3, all dropped patches run": ({**kept(3), "selection_gate": 1.0}, []),
-    "2 patches kept in training": (kept(2), []),
-    "1 patch kept in training": (kept(1), []),
+    "7 patches kept in training": ({"kept": 7}, []),
+    "7, all dropped patches run": ({"kept": 7, "selection_gate": 1.0}, []),
+    "7, temperature 0.5": ({"kept": 7}, [(patch_selection, "GATE_TEMPERATURE", 0.5)]),
+    "7, temperature 2": ({"kept": 7}, [(patch_selection, "GATE_TEMPERATURE", 2.0)]),
+    "7, noise": ({"kept": 7}, [(layers, "keep_topk", keep_topk_with_noise)]),
+    "3 patches kept in training": ({"kept": 3}, []),
+    "3, all dropped patches run": ({"kept": 3, "selection_gate": 1.0}, []),
+    "2 patches kept in training": ({"kept": 2}, []),
+    "1 patch kept in training": ({"kept": 1}, []),
 }
 
 
@@ -65,7 +59,7 @@ def main(argv: list[str] | None = None):
                 stack.enter_context(patch.object(of, name, value))
             guide = train_guide(evaluation.model, args.layer, "answers", args.seed, **options)
         evaluation.guides["trial"] = guide
-        contestants = [Contestant(f"{trial} {number}", number, args.layer, "trial") for number in KEPT]
+        contestants = [Contestant(f"{trial} {kept}", kept, args.layer, "trial") for kept in KEPT]
         rows += evaluation.measure(contestants, "validation")
     write_rows(args, rows)
 

@@ -1,6 +1,11 @@
 """Controls of the selection: one query for all texts, and regions of few texts."""
 
+import json
+import subprocess
+import sys
+
 import pytest
+import train_control
 from tiny_models import CASES
 from train_control import end_without_gate, leave_no_fused_token, use_constant_query, use_few_regions
 
@@ -77,3 +82,12 @@ def test_a_run_drops_patches_without_a_token_and_ends_without_the_gate(restored,
     run_vqa.main(f"{data} {options} {start}".split())
     assert gates == [0.5, 0.5, 0.5, 0.0]
     assert not TripsConfig.from_pretrained(tmp_path).vision_config.fuse_inattentive_tokens
+
+
+@pytest.mark.slow
+def test_results_name_the_control(tmp_path):
+    data = "--dataset_name busy_scenes --validation_scenes 2 --do_train False --do_predict False"
+    options = [*data.split(), "--model_name_or_path", CHECKPOINT, "--output_dir", tmp_path]
+    subprocess.run([sys.executable, train_control.__file__, "not_fused", *options], check=True)
+    command = json.loads((tmp_path / "eval_results.json").read_text())["command"]
+    assert command.startswith("benchmarks/train_control.py not_fused --dataset_name busy_scenes ")

@@ -8,7 +8,7 @@ Train a task with several ways to select patches, and unpruned, over several see
         --dataset_name easy_vqa_scenes --model_name_or_path outputs/scenes
 
 The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
-for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in an option is the
+for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in any option is the
 seed: `--model_name_or_path outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
 not repeated, so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy
 epoch` the rows hold the learning curve.
@@ -93,13 +93,13 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     check_choices("--variants", chosen, variants)
     runs = []
     for seed in args.seeds:
-        own = [word.replace("{seed}", str(seed)) for word in options]
         for variant in chosen:
             folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
             words = variants[variant]
             # A control has a script of its own: "../benchmarks/train_control.py constant", then options.
             script, words = (words[:2], words[2:]) if words[0].endswith(".py") else ([args.script], words)
-            runs.append(Run(variant, seed, folder, (*script, *own, *words, "--seed", str(seed))))
+            words = [word.replace("{seed}", str(seed)) for word in (*script, *options, *words)]
+            runs.append(Run(variant, seed, folder, (*words, "--seed", str(seed))))
     return runs
 
 

@@ -6,6 +6,7 @@ Train and evaluate question answering with a selection that no user would want, 
 
 `constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's,
 but is the same for all texts and images. `tenth`, `hundredth`: this share of the training texts has its region.
+`region`: only patches of a text's region are kept, in evaluation as well; a text without a region chooses itself.
 `not_fused`: dropped patches leave no token. `no_gate_at_end`: the last quarter of the steps trains without the gate.
 The options are those of run_vqa.py.
 """
@@ -16,7 +17,10 @@ from functools import partial
 
 import torch
 
+from modeling_trips.modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
+from modeling_trips.modeling_trips_vision import TripsVisionLayer
+from modeling_trips.patch_selection import region_targets
 from trips_examples import run_vqa
 from trips_examples.data.collators import VqaCollator
 from trips_examples.training.options import ModelArguments
@@ -52,6 +56,35 @@ def use_few_regions(one_in: int):
     VqaCollator.regions = regions_of_few
 
 
+def keep_regions():
+    """
+    Make the region of a text choose its patches, in training and evaluation: the scores count as far as a patch lies
+    in it. A text without a region keeps what it scores highest.
+    """
+    encode, fuse, score = VqaCollator.encode, TripsModel.fuse, TripsVisionLayer.score
+    shares = torch.empty(0)  # of each text's region in each patch
+
+    def encode_with_regions(self, images: list, image_index: list[int], rows: list[dict]) -> dict[str, torch.Tensor]:
+        sizes = [(images[index].height, images[index].width) for index in image_index]
+        return {**self.regions(rows, sizes), **encode(self, images, image_index, rows)}
+
+    def fuse_by_regions(self, states, mask, pixel_values, image_index, image_cache, regions, *args, **kwargs):
+        nonlocal shares
+        if regions is None:
+            regions = states.new_zeros(len(states), 4)
+        shares = region_targets(regions, self.grid_of(pixel_values, image_cache))
+        return fuse(self, states, mask, pixel_values, image_index, image_cache, regions, *args, **kwargs)
+
+    def score_in_regions(self, query: torch.Tensor, key: torch.Tensor, selection) -> torch.Tensor:
+        scores = score(self, query, key, selection)
+        scores = scores * shares.where(shares.any(dim=-1, keepdim=True), 1.0)
+        return scores / scores.sum(dim=-1, keepdim=True)
+
+    VqaCollator.encode, TripsModel.fuse = encode_with_regions, fuse_by_regions
+    TripsVisionLayer.score = score_in_regions
+    ImageGroupedTrainer.regions_used_for = "choice"
+
+
 def leave_no_fused_token():
     """Make a selection layer drop patches without a token for them."""
     overrides = ModelArguments.config_overrides
@@ -74,6 +107,7 @@ CONTROLS = {
     "constant": use_constant_query,
     "tenth": partial(use_few_regions, 10),
     "hundredth": partial(use_few_regions, 100),
+    "region": keep_regions,
     "not_fused": leave_no_fused_token,
     "no_gate_at_end": end_without_gate,
 }

@@ -32,7 +32,7 @@ from modeling_trips.inspection.provenance import provenance
 from modeling_trips.inspection.speed import Setting, measure
 from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
-from trips_examples.data.busy_scenes import CELL_SIZE, KINDS, busy_records
+from trips_examples.data.busy_scenes import KINDS, busy_records
 from trips_examples.data.images import read_image
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
 from trips_examples.run_vqa import train_question_answering
@@ -52,11 +52,10 @@ COMMON = (
 )
 UNPRUNED = "--lr_scheduler_type constant_with_warmup --warmup_steps 50 --do_predict False "
 PRUNED = "--selection_layers 2 --keep_rate 0.02 "
-FROM_SCRATCH = {
-    "small": UNPRUNED + "--grid 2 --image_size 48 --train_scenes 12000 --max_steps 2000 "
-    "--per_device_train_batch_size 240 --learning_rate 1e-3",
-    "start": UNPRUNED + "--train_scenes 7200 --max_steps 300 --per_device_train_batch_size 192 --learning_rate 7e-4",
-}
+SMALL = UNPRUNED + (
+    "--grid 2 --train_scenes 12000 --max_steps 2000 --per_device_train_batch_size 240 --learning_rate 1e-3"
+)
+LARGE = UNPRUNED + "--train_scenes 7200 --max_steps 300 --per_device_train_batch_size 192 --learning_rate 7e-4"
 STAGES = {
     "unpruned": "--do_train False",
     "pruned": PRUNED + "--do_train False",
@@ -98,10 +97,10 @@ def sine_cosine_positions(rows: int, columns: int, width: int) -> torch.Tensor:
     return torch.cat([down.repeat_interleave(columns, dim=0), right.repeat(rows, 1)], dim=1)
 
 
-def make_untrained(folder: Path, seed: int):
-    """Write an untrained model for scenes of 4 x 4 cells, with 12 x 12 patches, and its processor."""
+def make_untrained(folder: Path, seed: int, image_size: int):
+    """Write an untrained model for images of `image_size` pixels, with patches of 8 x 8, and its processor."""
     torch.manual_seed(seed)
-    config = TripsConfig.from_preset("tiny", image_size=4 * CELL_SIZE, keep_rate=1.0, **SHAPE)
+    config = TripsConfig.from_preset("tiny", image_size=image_size, keep_rate=1.0, **SHAPE)
     processor = train_processor(config, EMBEDDED_WORDS)
     model = TripsForQuestionAnswering(config)
     with torch.no_grad():
@@ -213,11 +212,13 @@ def main(argv: list[str] | None = None):
     began = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(*ARGUMENTS, description=__doc__)
-    demo_args, _, data_args, training_args = parser.parse_args_into_dataclasses([*COMMON.split(), *argv])
+    demo_args, model_args, data_args, training_args = parser.parse_args_into_dataclasses([*COMMON.split(), *argv])
     folder, start = Path(demo_args.folder), START
     if demo_args.from_scratch:
-        make_untrained(folder / "untrained", training_args.seed)
-        run_stages(FROM_SCRATCH, folder, folder / "untrained", argv)
+        make_untrained(folder / "untrained", training_args.seed, model_args.image_size)
+        half = ["--image_size", str(model_args.image_size // 2)]  # 2 x 2 cells of the same size
+        run_stages({"small": SMALL}, folder, folder / "untrained", [*argv, *half])
+        run_stages({"start": LARGE}, folder, folder / "small", argv)
         start = folder / "start"
     metrics = run_stages(STAGES, folder, start, argv)
     model = TripsForQuestionAnswering.from_pretrained(folder / "model").eval()

@@ -93,11 +93,13 @@ def test_the_table_has_means_and_deviations_over_the_seeds(capsys):
 
 def test_variants_come_from_a_file(tmp_path):
     path = tmp_path / "variants.json"
-    path.write_text(json.dumps({"text 0.25": "--keep_rate 0.25", "late": "--keep_rate 0.5 0.1"}))
+    variants = {"text 0.25": "--keep_rate 0.25", "late": "--keep_rate 0.5 0.1", "own": "--start {seed}"}
+    path.write_text(json.dumps(variants))
     args = ablate_selection.AblationArguments(variants_file=str(path), seeds=[1], output_dir="runs")
-    text, late = ablate_selection.make_runs(args, ["--max_steps=1"])
+    text, late, own = ablate_selection.make_runs(args, ["--max_steps=1"])
     assert (text.variant, text.folder.name) == ("text 0.25", "text-0.25-seed1")
     assert late.options == ("run_vqa.py", "--max_steps=1", "--keep_rate", "0.5", "0.1", "--seed", "1")
+    assert own.options[-4:] == ("--start", "1", "--seed", "1")
     path.write_text('{"text": ["--keep_rate", "0.25"]}')
     with pytest.raises(ValueError, match="variants.json"):
         ablate_selection.make_runs(args, [])

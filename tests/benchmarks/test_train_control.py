@@ -5,12 +5,21 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import train_control
 from tiny_models import CASES
-from train_control import end_without_gate, leave_no_fused_token, use_constant_query, use_few_regions
+from train_control import (
+    end_without_gate,
+    keep_regions,
+    leave_no_fused_token,
+    use_constant_query,
+    use_few_regions,
+)
 
-from modeling_trips import TripsConfig, TripsProcessor
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor
 from modeling_trips.modeling_trips_text import TripsTextModel
+from modeling_trips.modeling_trips_vision import TripsVisionLayer
+from modeling_trips.patch_selection import region_targets
 from trips_examples import run_vqa
 from trips_examples.ask import CHECKPOINT
 from trips_examples.data.busy_scenes import busy_records
@@ -29,8 +38,12 @@ def restored(monkeypatch):
     for owner, name in (
         (TripsTextModel, "pooled"),
         (VqaCollator, "regions"),
+        (VqaCollator, "encode"),
+        (TripsModel, "fuse"),
+        (TripsVisionLayer, "score"),
         (ModelArguments, "config_overrides"),
         (ImageGroupedTrainer, "training_step"),
+        (ImageGroupedTrainer, "regions_used_for"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
@@ -62,6 +75,25 @@ def test_a_tenth_of_the_training_texts_has_its_region_and_always_the_same(restor
     first, again, evaluated = ([*map(bool, c.regions(rows, sizes)["regions"].any(dim=1))] for c in collators)
     assert first == again and all(evaluated)
     assert 0.05 * len(rows) < sum(first) < 0.15 * len(rows)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_patches_of_the_region_alone_are_kept_and_without_a_region_those_of_the_model(restored, training):
+    rows = [{**row, "answers": [row["answer"]], "source": ""} for row in busy_records("vqa", "test", 2)]
+    processor = TripsProcessor.from_pretrained(CHECKPOINT)
+    model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT).train(training)
+    inputs = VqaCollator(processor)(rows)
+    inputs.pop("sources", None)
+    own = model(**inputs).selection[-1].kept_indices
+    keep_regions()
+    inputs = VqaCollator(processor, training=training)(rows)
+    inputs.pop("sources", None)
+    kept = model(**inputs).selection[-1].kept_indices
+    shares = region_targets(inputs["regions"], (12, 12)).gather(1, kept)
+    has_region = torch.tensor([row["region"] is not None for row in rows])
+    assert has_region.any() and not has_region.all()
+    assert (shares[has_region] > 0).all()
+    assert torch.equal(kept[~has_region], own[~has_region])
 
 
 def test_a_run_drops_patches_without_a_token_and_ends_without_the_gate(restored, tmp_path, monkeypatch):

@@ -56,16 +56,13 @@ SMALL = UNPRUNED + (
     "--grid 2 --train_scenes 12000 --max_steps 2000 --per_device_train_batch_size 240 --learning_rate 1e-3"
 )
 LARGE = UNPRUNED + "--train_scenes 7200 --max_steps 300 --per_device_train_batch_size 192 --learning_rate 7e-4"
-STAGES = {
-    "unpruned": "--do_train False",
-    "pruned": PRUNED + "--do_train False",
-    "model": PRUNED + "--selection_gate 0.2 --train_scenes 3200 --max_steps 400 --per_device_train_batch_size 64 "
-    "--learning_rate 1e-3",
-}
-TITLES = {
-    "unpruned": "all patches",
-    "pruned": "3 of 144, before training",
-    "model": "3 of 144, trained from answers",
+GATE = PRUNED + (
+    "--selection_gate 0.2 --train_scenes 3200 --max_steps 400 --per_device_train_batch_size 64 --learning_rate 1e-3"
+)
+STAGES = {  # folder: title and options
+    "unpruned": ("all patches", "--do_train False"),
+    "pruned": ("3 of 144, before training", PRUNED + "--do_train False"),
+    "model": ("3 of 144, trained from answers", GATE),
 }
 START = CHECKPOINT.with_name(f"{CHECKPOINT.name}-unpruned")
 WEIGHTS = "model.safetensors"
@@ -183,23 +180,19 @@ def publish(source: Path, folder: Path, data_args: DataArguments, command: str):
     print(f"Shipped: {folder}")
 
 
-def run_stages(stages: dict[str, str], folder: Path, start: Path, options: list[str]) -> dict[str, dict]:
-    """Train or evaluate in stages, each from the model of the last training. Return the metrics of each."""
-    metrics = {}
-    for stage, own in stages.items():
-        words = [*COMMON.split(), *own.split(), *options, "--output_dir", str(folder / stage)]
-        words += ["--model_name_or_path", str(start)]
-        _, *args = parse_arguments(words, *ARGUMENTS, description=__doc__)
-        print(f"\n{stage}: {folder / stage}")
-        metrics[stage] = train_question_answering(*args)
-        start = folder / stage if args[-1].do_train else start
-    return metrics
+def run_stage(folder: Path, start: Path, own: str, options: list[str]) -> dict[str, float]:
+    """Train or evaluate from the model in `start`, and return the metrics."""
+    words = [*COMMON.split(), *own.split(), *options, "--output_dir", str(folder)]
+    words += ["--model_name_or_path", str(start)]
+    _, *args = parse_arguments(words, *ARGUMENTS, description=__doc__)
+    print(f"\n{folder.name}: {folder}")
+    return train_question_answering(*args)
 
 
 def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
     """Print accuracies by kind of question, and how many of the kept patches lie in the region of their question."""
     print(f"\n{'Questions about test scenes:':<40}" + "".join(f"{kind:>10}" for kind in KINDS))
-    for stage, title in TITLES.items():
+    for stage, (title, _) in STAGES.items():
         print(f"  {title:<38}" + "".join(f"{metrics[stage][f'test_accuracy_{kind}']:>10.1%}" for kind in KINDS))
     (name,) = (name for name in metrics["model"] if name.endswith("_patch_precision"))
     before, after = metrics["pruned"][name], metrics["model"][name]
@@ -217,10 +210,10 @@ def main(argv: list[str] | None = None):
     if demo_args.from_scratch:
         make_untrained(folder / "untrained", training_args.seed, model_args.image_size)
         half = ["--image_size", str(model_args.image_size // 2)]  # 2 x 2 cells of the same size
-        run_stages({"small": SMALL}, folder, folder / "untrained", [*argv, *half])
-        run_stages({"start": LARGE}, folder, folder / "small", argv)
+        run_stage(folder / "small", folder / "untrained", SMALL, [*argv, *half])
         start = folder / "start"
-    metrics = run_stages(STAGES, folder, start, argv)
+        run_stage(start, folder / "small", LARGE, argv)
+    metrics = {stage: run_stage(folder / stage, start, own, argv) for stage, (_, own) in STAGES.items()}
     model = TripsForQuestionAnswering.from_pretrained(folder / "model").eval()
     processor = TripsProcessor.from_pretrained(folder / "model")
     print("\nAnswers to test questions:")
@@ -237,7 +230,7 @@ def main(argv: list[str] | None = None):
             f"64 images), MAC ratio {speed['macs_ratio']:.2f}"
         )
     minutes = (time.perf_counter() - began) / 60
-    accuracies = {f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"] for stage in TITLES for kind in KINDS}
+    accuracies = {f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"] for stage in STAGES for kind in KINDS}
     own = {"from_scratch": demo_args.from_scratch, "bf16": training_args.bf16, "minutes": round(minutes, 1)}
     write_json(folder / "results.json", {**provenance(seed=training_args.seed), **own, **accuracies})
     print(f"Kept patches: {picture}   Model: {folder / 'model'}   Total: {minutes:.1f} minutes")

@@ -198,15 +198,41 @@ REGIONS = {
 }
 
 
+def less_than_gate(contestants: dict[str, tuple], header: list[str], *files: str) -> str:
+    """Return a table of contestants with 3 patches or their rivals, and the gate less each. Keys are variants."""
+    runs, gate = answer_runs(*files), "gate 0.02"
+    gaps = answer_gaps(runs, [(gate, name) for name in contestants if name != gate])
+    rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in contestants.items()]
+    header = [*header, *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
+    return render(header, rows, *files, note=f"{len(runs[gate])} independent starts, 200 steps each")
+
+
 @table
 def answers_regions() -> str:
     """What regions add with 3 patches to starts without them, and the gate less each variant."""
-    runs, gate = answer_runs("answers", "answers_regions"), "gate 0.02"
-    gaps = answer_gaps(runs, [(gate, name) for name in REGIONS if name != gate])
-    rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in REGIONS.items()]
-    header = ["Trained by", "Texts with regions", *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
-    note = f"{len(runs[gate])} independent starts, 200 steps each"
-    return render(header, rows, "answers", "answers_regions", note=note)
+    return less_than_gate(REGIONS, ["Trained by", "Texts with regions"], "answers", "answers_regions")
+
+
+AGAIN = {
+    "unpruned": (144, "all"),
+    "64 px from scratch": (64, "all, 64 px from scratch"),
+    "gate 0.02": (3, "text, gate"),
+    "fused token 0.02": (3, "text, fused token (the paper)"),
+    "region 0.02": (3, "the region itself, gate"),
+}
+
+
+@table
+def answers_again() -> str:
+    """Five more starts with 3 patches and their rivals, and the gate less each."""
+    return less_than_gate(AGAIN, ["Patches", "Scored by, trained by"], "answers_again")
+
+
+@table
+def answers_ten() -> str:
+    """The contestants of `answers_again` that the first five starts had as well, over all ten starts."""
+    in_both = {name: words for name, words in AGAIN.items() if name in variants(read("answers"))}
+    return less_than_gate(in_both, ["Patches", "Scored by, trained by"], "answers", "answers_again")
 
 
 @table

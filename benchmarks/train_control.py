@@ -11,9 +11,11 @@ but is the same for all texts and images. `tenth`, `hundredth`: this share of th
 The options are those of run_vqa.py.
 """
 
+import runpy
 import sys
 import zlib
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -21,13 +23,13 @@ from modeling_trips.modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
 from modeling_trips.patch_selection import region_targets
-from trips_examples import run_vqa
 from trips_examples.data.collators import VqaCollator
 from trips_examples.training.options import ModelArguments
 from trips_examples.training.parser import run_script
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_vqa.py"
 EMPTY_TEXT = [2, 3]  # [CLS] and [SEP] of the bundled vocabulary
 
 
@@ -115,6 +117,7 @@ CONTROLS = {
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in CONTROLS:
         CONTROLS[sys.argv[1]]()
-        run_script(partial(run_vqa.main, sys.argv[2:]))
+        main = runpy.run_path(str(SCRIPT))["main"]
+        run_script(partial(main, sys.argv[2:]))  # `sys.argv` keeps the control, for the row's command
     else:
         sys.exit(f"{__doc__}\nChoose one of {', '.join(CONTROLS)}.")

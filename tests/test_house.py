@@ -104,5 +104,4 @@ def test_the_package_knows_no_example_and_the_packages_of_examples_know_no_scrip
     service = {name for name in MODULES if name.partition(".")[0] == "trips_serving"}
     assert {target for _, target in imports_of(service)} <= package | service
     benchmarks = set(MODULES) - package - SCRIPTS - PACKAGES_OF_EXAMPLES - {"trips_examples"} - service
-    targets = {target for name, target in imports_of(benchmarks) if name != "train_control"}  # a script, changed
-    assert targets <= package | PACKAGES_OF_EXAMPLES | benchmarks
+    assert {target for _, target in imports_of(benchmarks)} <= package | PACKAGES_OF_EXAMPLES | benchmarks

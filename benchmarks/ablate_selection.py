@@ -4,8 +4,8 @@ Train a task with several ways to select patches, and unpruned, over several see
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
         --dataset_name busy_scenes --model_name_or_path examples/trips-tiny-scenes-unpruned --keep_rate 0.1
     python benchmarks/ablate_selection.py --script run_grounding.py --metric eval_accuracy --output_json boxes.json
-    python benchmarks/ablate_selection.py --variants_file benchmarks/variants/rates.json --output_json rates.json -- \
-        --dataset_name easy_vqa_scenes --model_name_or_path outputs/scenes
+    python benchmarks/ablate_selection.py --variants_file benchmarks/variants/answers.json --output_json rows.json -- \
+        --dataset_name busy_scenes --model_name_or_path outputs/starts/seed{seed}
 
 The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
 for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in any option is the

@@ -1,10 +1,10 @@
 r"""
 Publish a trained model on the Hub: weights, processor, code and a model card, in one commit.
 
-    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --dry_run   # sends nothing
-    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --dry_run --output_dir published
+    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --dry_run   # sends nothing
+    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --dry_run --output_dir published
     hf auth login
-    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-easy-vqa --license mit --language en
+    python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --license mit --language en
 
 The card names the data by the names of the training's files; --datasets and --eval_dataset name them otherwise.
 """
@@ -32,7 +32,7 @@ class PublishArguments:
 
     def __post_init__(self):
         if self.repo_id.count("/") != 1:
-            raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-easy-vqa.")
+            raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-scenes.")
 
 
 def main(argv: list[str] | None = None) -> str | None:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, ModelArguments, CaptioningArguments, DataArguments, TripsTrainingArguments, description=__doc__
     )
     metric = evaluate.load(CAPTION_METRICS)
-    config, processor = load_start(model_args, data_args.half_scene_size("captions"), selects_late=True)
+    config, processor = load_start(model_args, data_args.scene_size, selects_late=True)
     writing = {
         "max_new_tokens": training_args.generation_max_length or config.decoder_config.max_position_embeddings,
         "num_beams": training_args.generation_num_beams or 1,
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train"),
         eval_dataset=images.get("validation"),
         data_collator=CaptionCollator(processor, prompt=task_args.prompt),
-        train_collator=CaptionCollator(processor, training=True, augment=data_args.augments, prompt=task_args.prompt),
+        train_collator=CaptionCollator(processor, training=True, prompt=task_args.prompt),
         processing_class=processor,
         compute_metrics=scores,
     )

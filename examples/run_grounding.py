@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=64,
         learning_rate=5e-4,
     )
-    config, processor = load_start(model_args, data_args.half_scene_size("grounding"))
+    config, processor = load_start(model_args, data_args.scene_size)
     data = load_data("grounding", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "expression"))
     data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=GroundingCollator(processor),
-        train_collator=GroundingCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
         compute_metrics=accuracy,
     )

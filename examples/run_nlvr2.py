@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=64,
         learning_rate=5e-4,
     )
-    config, processor = load_start(model_args, data_args.half_scene_size("nlvr2"), num_images=2, num_labels=2)
+    config, processor = load_start(model_args, data_args.scene_size, num_images=2, num_labels=2)
     data = load_data("nlvr2", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "statement"))
     data = with_fitting_texts(data, "nlvr2", processor, skip=data_args.skip_bad_rows)
@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=Nlvr2Collator(processor),
-        train_collator=Nlvr2Collator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
         compute_metrics=accuracy,
     )

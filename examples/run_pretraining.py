@@ -17,7 +17,6 @@ starts from (`--model_name_or_path`).
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from functools import partial
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.checking import with_fitting_texts
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=48,
         texts_per_image=1,
     )
-    side = None if task_args.is_stream else data_args.half_scene_size("captions")
+    side = None if task_args.is_stream else data_args.scene_size
     config, processor = load_start(model_args, side, selects_late=True, **task_args.config_overrides())
     check_objectives(config)
     data, stream = load_pairs(task_args, data_args, training_args, config, processor)
@@ -54,8 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
     images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
     model = make_model(TripsForPreTraining, model_args, config, processor, **images)
-    make_collator = partial(
-        PretrainingCollator,
+    collator = PretrainingCollator(
         processor,
         masks_words=model.config.mlm_weight > 0,
         cuts_captions=model.config.prefix_lm_weight > 0,
@@ -69,8 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         task_args=task_args,
         train_dataset=data.get("train") if stream is None else stream,
         eval_dataset=data.get("validation"),
-        data_collator=make_collator(),
-        train_collator=make_collator(training=True),
+        data_collator=collator,
         processing_class=processor,
     )
     return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))

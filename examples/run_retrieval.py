@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=48,
         texts_per_image=1,
     )
-    side = data_args.half_scene_size("captions")
+    side = data_args.scene_size
     config, processor = load_start(model_args, side, selects_late=True, **task_args.config_overrides())
     data = load_data("captions", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=RetrievalCollator(processor),
-        train_collator=RetrievalCollator(processor, training=True, augment=data_args.augments),
         processing_class=processor,
     )
 

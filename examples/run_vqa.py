@@ -48,7 +48,7 @@ def train_question_answering(
     model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
 ) -> dict[str, float]:
     """Train and evaluate a question-answering model, and return the metrics."""
-    config, processor = load_start(model_args, data_args.side_of_scenes("vqa"))
+    config, processor = load_start(model_args, data_args.scene_size)
     data = load_data("vqa", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "question", "answers"))
     data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)
@@ -67,7 +67,7 @@ def train_question_answering(
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=VqaCollator(processor),
-        train_collator=VqaCollator(processor, training=True, augment=data_args.augments),
+        train_collator=VqaCollator(processor, training=True),
         processing_class=processor,
         compute_metrics=accuracy,
     )

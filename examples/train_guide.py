@@ -238,7 +238,7 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
     name, columns = Path(args.model_name_or_path), ("source", "image_id", "question", "answers", "region")
     options = training_args.to_dict()
-    file = Path(data_args.train_file).name if data_args.train_file else data_args.name_for("vqa")
+    file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
     return {
         "base model": name.resolve().name if name.exists() else str(name),
         "commit": getattr(model.config, "_commit_hash", None),

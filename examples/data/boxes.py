@@ -1,6 +1,5 @@
-"""Boxes in images: mirroring together with expressions, and drawing."""
+"""Drawing of boxes in images."""
 
-import re
 from collections.abc import Sequence
 
 import PIL.Image
@@ -10,32 +9,6 @@ import PIL.ImageDraw
 TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
 
 SIDE = 240  # pixels
-
-_OPPOSITES = {"left": "right", "right": "left"}
-
-
-def mirrored_row(row: dict, width: int) -> dict:
-    """Return a row with `box` and `expression` for its image, `width` pixels wide, after a horizontal flip."""
-    x0, y0, x1, y1 = row["box"]
-    return {**row, "box": [width - x1, y0, width - x0, y1], "expression": swap_left_and_right(row["expression"])}
-
-
-def swap_left_and_right(text: str) -> str:
-    """
-    Swap "left" and "right" in a text, also in "leftmost", "left-hand" and similar words.
-
-    Example:
-
-    >>> swap_left_and_right("Left dog, right of the leftmost one in bright light")
-    'Right dog, left of the rightmost one in bright light'
-    """
-
-    def swap(match: re.Match) -> str:
-        word = match.group()
-        opposite = _OPPOSITES[word.lower()]
-        return opposite.upper() if word.isupper() else opposite.title() if word.istitle() else opposite
-
-    return re.sub(r"\b(left|right)(?=(most|ern|side|ward|wards|er)?\b)", swap, text, flags=re.IGNORECASE)
 
 
 def draw_boxes(image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]) -> PIL.Image.Image:

@@ -4,17 +4,17 @@ A scene is drawn from its seed in about three milliseconds, so a training set ne
 seeds. Shapes do not follow the grid of the patches, and clutter has the colors of the shapes.
 """
 
+import io
 import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-
-from trips_examples.data.scenes import encoded
 
 
 COLORS = {
@@ -35,6 +35,15 @@ KINDS = ("color", "shape", "place", "presence")
 CELL_SIZE = 24  # pixels; a cell holds at most one shape
 NUM_ITEMS = {1: (1, 1), 2: (2, 4), 3: (3, 6), 4: (6, 8)}  # fewest and most shapes by the number of cells per side
 QUESTIONS_PER_KIND = 2
+
+# Whether the left and the right image have what a statement names, if it is true and if it is false.
+STATEMENTS = {
+    "both images have {}": ([(True, True)], [(True, False), (False, True)]),
+    "only the left image has {}": ([(True, False)], [(True, True), (False, False)]),
+    "only the right image has {}": ([(False, True)], [(True, True), (False, False)]),
+    "only one image has {}": ([(True, False), (False, True)], [(True, True), (False, False)]),
+    "both images have {} or neither has": ([(True, True), (False, False)], [(True, False), (False, True)]),
+}
 
 
 @dataclass(frozen=True)
@@ -90,12 +99,18 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     return Scene(image, items, questions)
 
 
-def check_busy_scenes(task: str, numbers: Iterable[int], grid: int | None):
+def encoded(image: PIL.Image.Image) -> dict:
+    """Return an image as PNG in the form that `datasets.Image` takes."""
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    return {"bytes": png.getvalue(), "path": None}
+
+
+def check_busy_scenes(task: str, numbers: Iterable[int], grid: int):
     """Raise a `ValueError` if `busy_records` cannot draw so many scenes of the splits."""
-    if task not in ("vqa", "captions", "grounding"):
-        raise ValueError(f"busy_scenes does not support {task}. Use easy_vqa_scenes.")
-    if grid is not None and grid not in NUM_ITEMS:
-        raise ValueError(f"grid is {grid}: choose 1 to {max(NUM_ITEMS)} cells along each side of a busy scene.")
+    fewest = 2 if task == "nlvr2" else 1  # a scene of one shape lacks nothing that combines its colors and shapes
+    if not fewest <= grid <= max(NUM_ITEMS):
+        raise ValueError(f"grid is {grid}: choose {fewest} to {max(NUM_ITEMS)} cells along each side of a scene.")
     if min(numbers) < 1:
         raise ValueError(f"The number of scenes is {min(numbers)}: choose at least 1 for each split.")
 
@@ -109,19 +124,25 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
       once with "yes" and once with "no". `region`: the box of the shape; None if it is absent.
     - `"captions"`: two captions of each scene, each with color, form and quarter of all shapes in random order.
     - `"grounding"`: an expression for each shape that is unique by color, form or both. `box`: the box of the shape.
+    - `"nlvr2"`: statements about two scenes ("only one image has a red circle"), as often true as false. A scene
+      without a red circle has something red and a circle.
 
     Args:
-        task (`str`): `"vqa"`, `"captions"` or `"grounding"`.
+        task (`str`): `"vqa"`, `"captions"`, `"grounding"` or `"nlvr2"`.
         split (`str`): `"train"`, `"validation"` or `"test"`.
-        num_scenes (`int`): Number of scenes, at least 1. The first scenes do not depend on it.
+        num_scenes (`int`): Number of scenes, at least 1, and for `"nlvr2"` of statements, with two scenes each. The
+            first scenes do not depend on it.
         grid (`int`, *optional*, defaults to 4): Cells of 24 x 24 pixels along each side, 1 to 4. Scenes of fewer cells
-            are easier and may lack questions of a kind; up to 2 x 2 have none for places.
+            are easier and may lack questions of a kind; up to 2 x 2 have none for places. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
 
     Yields:
         `dict`: Records in the columns that `load_task_dataset` reads. Boxes are (x0, y0, x1, y1) in pixels, x1 and y1
         exclusive. Records of one scene have equal `image_id`.
     """
+    if task == "nlvr2":
+        yield from _statement_records(split, num_scenes, grid, seed)
+        return
     for number in range(num_scenes):
         scene = draw_scene(split, number, seed, grid)
         shared = {"image": encoded(scene.image), "image_id": f"{split} scene {number + 1}"}
@@ -136,6 +157,35 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         else:
             for expression, item in _expressions(scene, rng):
                 yield {**shared, "expression": expression, "box": list(item.box)}
+
+
+def _statement_records(split: str, num_statements: int, grid: int, seed: int) -> Iterator[dict]:
+    numbers = count()
+    for statement in range(num_statements):
+        rng = random.Random(f"texts {split} {seed} {statement}")
+        text, pairs = rng.choice(list(STATEMENTS.items()))
+        label = statement % 2 == 0
+        has, names = rng.choice(pairs[0 if label else 1]), []
+        while not names:
+            drawn = [next(numbers), next(numbers)]
+            scenes = [draw_scene(split, number, seed, grid) for number in drawn]
+            fitting = [_names(scene.items) if there else _absent(scene.items) for scene, there in zip(scenes, has)]
+            names = sorted(fitting[0] & fitting[1])
+        yield {
+            "images": [encoded(scene.image) for scene in scenes],
+            "image_ids": [f"{split} scene {number + 1}" for number in drawn],
+            "statement": text.format(f"a {rng.choice(names)}"),
+            "label": label,
+        }
+
+
+def _names(items: list[Item]) -> set[str]:
+    return {item.name for item in items}
+
+
+def _absent(items: list[Item]) -> set[str]:
+    """Return what is absent, but combines a color and a shape of the scene, so that neither alone tells."""
+    return {f"{a.color} {b.shape}" for a in items for b in items} - _names(items)
 
 
 def _caption(scene: Scene, grid: int, rng: random.Random) -> str:
@@ -168,9 +218,8 @@ def _questions(items: list[Item], grid: int, rng: random.Random) -> list[Questio
             pools["place"].append(Question("place", f"where is {rng.choice(names)}?", item.place, item.box))
         if by_name:
             pools["presence"].append(Question("presence", f"is there a {item.name}?", "yes", item.box))
-    # An absent item combines a color and a shape of the scene, so that neither alone gives the answer.
-    absent = sorted({f"{a.color} {b.shape}" for a in items for b in items} - {item.name for item in items})
-    pools["absence"] = [Question("presence", f"is there a {name}?", "no", None) for name in absent]
+    absent = [Question("presence", f"is there a {name}?", "no", None) for name in sorted(_absent(items))]
+    pools["absence"] = absent
     numbers = dict.fromkeys(KINDS, QUESTIONS_PER_KIND) | {"presence": 1, "absence": 1}
     chosen = ((pools[kind], min(number, len(pools[kind]))) for kind, number in numbers.items())
     return [question for pool, number in chosen for question in rng.sample(pool, number)]

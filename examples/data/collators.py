@@ -1,4 +1,4 @@
-"""Batches of the tasks: sampling by image, each image decoded once, augmentation, and inputs of the models."""
+"""Batches of the tasks: sampling by image, each image decoded once, and inputs of the models."""
 
 import hashlib
 import random
@@ -6,17 +6,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import PIL.Image
 import torch
 from torch.utils.data import Sampler
-from torchvision.transforms.v2 import functional as F
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.boxes import mirrored_row
 from trips_examples.data.images import first_rows, read_image
-from trips_examples.data.tasks import has_area
 
 
 class ImageGroupedSampler(Sampler[int]):
@@ -62,24 +59,16 @@ class ImageBatchCollator:
 
     Args:
         processor (`TripsProcessor`)
-        training (`bool`): whether the batches are for training.
-        augment (`bool`): whether to apply random flips and shifts in training, see `augmented`.
 
     Raises:
         `ValueError`: A batch cannot be made. The message names its rows.
     """
 
     processor: TripsProcessor
-    training: bool = False
-    augment: bool = False
-
-    flips: ClassVar[bool] = True  # whether `augmented` may flip images
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         images, image_index = self.distinct_images(rows)
         try:
-            if self.augment and self.training:
-                images, rows = self.augmented(images, image_index, rows)
             inputs = self.encode(images, image_index, rows)
         except ValueError as error:
             sources = ", ".join(row["source"] for row in rows)
@@ -94,52 +83,11 @@ class ImageBatchCollator:
         """Return the distinct images of the rows, upright and RGB, and the index of each row's image."""
         return distinct_images(rows, self.processor.patch_size)
 
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Shift the images, flip them if `flips`, and keep the rows."""
-        return [move_image(image, draw_move(image.size, self.flips)) for image in images], rows
-
 
 def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.Image], list[int]]:
     """Return the distinct images of rows with `image`, `image_id` and `source`, and the index of each row's image."""
     firsts, image_index = first_rows([row["image_id"] for row in rows])
     return [read_image(rows[first], patch_size) for first in firsts], image_index
-
-
-class Move(NamedTuple):
-    """Augmentation of an image: an optional horizontal flip, then a shift left and up in pixels."""
-
-    flips: bool
-    left: int
-    up: int
-
-
-def draw_move(size: tuple[int, int], flips: bool = True) -> Move:
-    """Draw a flip or none (none without `flips`), and a shift by up to an eighth of an image's (width, height)."""
-    flips = bool(torch.rand(()) < 0.5) and flips
-    pad_x, pad_y = (length // 8 for length in size)
-    up, left = (int(torch.randint(2 * pad + 1, ())) - pad for pad in (pad_y, pad_x))
-    return Move(flips, left, up)
-
-
-def move_image(image: PIL.Image.Image, move: Move) -> PIL.Image.Image:
-    """Apply a move to an image. Its border pixels fill the gap."""
-    image = F.horizontal_flip(image) if move.flips else image
-    pad_x, pad_y = abs(move.left), abs(move.up)
-    padded = F.pad(image, [pad_x, pad_y], padding_mode="edge")
-    return F.crop(padded, pad_y + move.up, pad_x + move.left, image.height, image.width)
-
-
-def move_box(box: Sequence[float], move: Move, size: tuple[int, int]) -> list[float]:
-    """Apply a move to a box (x0, y0, x1, y1) in an image of `size` (width, height) and clip it, maybe to nothing."""
-    x0, y0, x1, y1 = box
-    width, height = size
-    if move.flips:
-        x0, x1 = width - x1, width - x0
-    across = [min(max(x - move.left, 0), width) for x in (x0, x1)]
-    down = [min(max(y - move.up, 0), height) for y in (y0, y1)]
-    return [across[0], down[0], across[1], down[1]]
 
 
 # Tasks
@@ -151,7 +99,12 @@ class VqaCollator(ImageBatchCollator):
     Collator from rows of `TASKS["vqa"]` to inputs of [`TripsForQuestionAnswering`]. In training, all distinct
     answers of a question are labels, weighted by their number of annotators (`text_index`, `loss_weights`), and
     `regions` are added for rows with a `region`. In evaluation, the label is the most common answer.
+
+    Args:
+        training (`bool`): whether the batches are for training.
     """
+
+    training: bool = False
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.processor(
@@ -164,24 +117,13 @@ class VqaCollator(ImageBatchCollator):
 
     def regions(self, rows: list[dict], sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """Return the target regions of the rows in images of `sizes` (height, width); unknown regions are empty."""
-        known = [place for place, row in enumerate(rows) if _has_region(row)]
+        known = [place for place, row in enumerate(rows) if row.get("region")]
         if not known:
             return {}
         regions = torch.zeros(len(rows), 4)
         boxes, sizes = [rows[place]["region"] for place in known], [sizes[place] for place in known]
         regions[known] = self.processor.encode_boxes(boxes, sizes)
         return {"regions": regions}
-
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Flip and shift the images together with the target regions of their rows."""
-        moves = [draw_move(image.size) for image in images]
-        rows = [
-            {**row, "region": move_box(row["region"], moves[index], images[index].size)} if _has_region(row) else row
-            for row, index in zip(rows, image_index)
-        ]
-        return [move_image(image, move) for image, move in zip(images, moves)], rows
 
     def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]
@@ -201,10 +143,6 @@ class VqaCollator(ImageBatchCollator):
         }
 
 
-def _has_region(row: dict) -> bool:
-    return bool(row.get("region")) and has_area(row["region"])
-
-
 @dataclass
 class CaptionCollator(ImageBatchCollator):
     """
@@ -212,12 +150,12 @@ class CaptionCollator(ImageBatchCollator):
     captions of an image in one batch share its encoding (`text_index`).
 
     Args:
+        training (`bool`): whether the batches are for training.
         prompt (`str`): text input of every image.
     """
 
+    training: bool = False
     prompt: str = ""
-
-    flips: ClassVar[bool] = False  # captions may mention left and right
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         labels = self.processor.encode_answers([row["caption"] for row in rows])
@@ -239,16 +177,6 @@ class GroundingCollator(ImageBatchCollator):
         )
         sizes = [(images[index].height, images[index].width) for index in image_index]
         return {**inputs, "labels": self.processor.encode_boxes([row["box"] for row in rows], sizes)}
-
-    def augmented(
-        self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]
-    ) -> tuple[list[PIL.Image.Image], list[dict]]:
-        """Flip half of the images horizontally, with the boxes and words of their rows."""
-        flips = torch.rand(len(images)) < 0.5
-        rows = [
-            mirrored_row(row, images[index].width) if flips[index] else row for row, index in zip(rows, image_index)
-        ]
-        return [F.horizontal_flip(image) if flip else image for image, flip in zip(images, flips)], rows
 
 
 @dataclass
@@ -280,8 +208,6 @@ class RetrievalCollator(ImageBatchCollator):
     Collator from rows of `TASKS["captions"]` to inputs of [`TripsForRetrieval`] with its losses. `image_ids` are
     numbers of the images, equal in all processes.
     """
-
-    flips: ClassVar[bool] = False  # captions may mention left and right
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         captions = [row["caption"] for row in rows]

@@ -12,18 +12,18 @@ from datasets.exceptions import DatasetGenerationError
 from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
 from trips_examples.data.busy_scenes import busy_records, check_busy_scenes
 from trips_examples.data.checking import RowMaker, stamp_of
-from trips_examples.data.scenes import SPLITS, check_scenes, easy_vqa_records, scene_records
 from trips_examples.data.tasks import TASKS, Fault, settle
 
 
-EMBEDDED_DATASETS = ("easy_vqa", "easy_vqa_scenes", "busy_scenes")
+SPLITS = ("train", "validation", "test")
+BUNDLED = "busy_scenes"
 RECORD = Features({"row": Value("int64"), "json": Value("string")})
 
 
 @dataclass
 class DataSource:
     """
-    The source of a task's data: files, a data set on the Hub or on disk, or bundled data made of easy-VQA.
+    The source of a task's data: files, a data set on the Hub or on disk, or bundled scenes.
 
     **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. Rows count from 1:
     the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. In CSV, lists
@@ -42,15 +42,13 @@ class DataSource:
     **Data sets**: `dataset_name` is a data set with the same columns: on the Hub, a folder that `load_dataset` reads
     (as of `imagefolder`), or one that `save_to_disk` has written.
 
-    **Bundled**: `dataset_name="busy_scenes"` are scenes of six to eight shapes among clutter, with texts that need one
-    of them, see `busy_records`. `"easy_vqa"`, the default of `"vqa"`, is easy-VQA with its official test split; a
-    tenth of its training images is the split `validation`. `"easy_vqa_scenes"`, the default of the other tasks, are
-    composed scenes of its images, see `scene_records`; for `"nlvr2"` the numbers of scenes are numbers of statements.
+    **Bundled**, and the default: `dataset_name="busy_scenes"`, scenes of six to eight shapes among clutter, with texts
+    that need one of them, see `busy_records`. For `"nlvr2"` the numbers of scenes are numbers of statements.
     """
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "busy_scenes, easy_vqa, easy_vqa_scenes, a data set on the Hub, or its folder."},
+        metadata={"help": "A data set on the Hub, its folder, or busy_scenes, the default without files."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
@@ -75,9 +73,7 @@ class DataSource:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of their file."}
     )
-    grid: int | None = field(
-        default=None, metadata={"help": "Cells per side of a scene. Default: busy 4, easy_vqa 2; NLVR2: 1."}
-    )
+    grid: int = field(default=4, metadata={"help": "Cells per side of a bundled scene, 1 to 4."})
     train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
     validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
     test_scenes: int | None = field(default=None, metadata={"help": "Default: as many as --validation_scenes."})
@@ -108,9 +104,10 @@ class DataSource:
         test_scenes = self.validation_scenes if self.test_scenes is None else self.test_scenes
         return {"train": self.train_scenes, "validation": self.validation_scenes, "test": test_scenes}
 
-    def name_for(self, task: str) -> str:
-        """Return the name of the data set, or the default of the task."""
-        return self.dataset_name or ("easy_vqa" if task == "vqa" else "easy_vqa_scenes")
+    @property
+    def is_bundled(self) -> bool:
+        """True for the bundled scenes."""
+        return not self.files and self.dataset_name in (None, BUNDLED)
 
     def check(self, task: str):
         """
@@ -120,8 +117,8 @@ class DataSource:
             `ValueError`: Options contradict each other or the task.
             `FileNotFoundError`: A file or `image_root` does not exist.
         """
-        files, name, root = self.files, self.name_for(task), self.image_root
-        if files and self.dataset_name is not None:
+        files, name, root = self.files, self.dataset_name, self.image_root
+        if files and name is not None:
             raise ValueError(f"dataset_name is {name!r}, but there are files as well ({sorted(files)}). Give one.")
         if root is not None and not files:
             raise ValueError(f"image_root (is {str(root)!r}) needs train_file or validation_file. Give one of them.")
@@ -129,17 +126,11 @@ class DataSource:
             existing_file(file.path)
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"The folder {root} does not exist. Correct image_root.")
-        if files or name not in EMBEDDED_DATASETS:
+        if not self.is_bundled:
             return
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
-            raise ValueError(f"{name} has its own splits. Leave out {' and '.join(chosen)}.")
-        if name == "easy_vqa" and task != "vqa":
-            raise ValueError(f"easy_vqa does not support {task}. Use easy_vqa_scenes.")
-        if name == "busy_scenes":
-            check_busy_scenes(task, self.num_scenes.values(), self.grid)
-        if name == "easy_vqa_scenes":
-            for split, number in self.num_scenes.items():
-                check_scenes(task, split, number, self.grid)
+            raise ValueError(f"{BUNDLED} has its own splits. Leave out {' and '.join(chosen)}.")
+        check_busy_scenes(task, self.num_scenes.values(), self.grid)
 
 
 def load_task_dataset(
@@ -156,7 +147,7 @@ def load_task_dataset(
 
     Args:
         task (`str`): `"vqa"`, `"captions"` (for retrieval, captioning and pre-training), `"nlvr2"` or `"grounding"`.
-        source ([`DataSource`], *optional*): Source of the data. Default: the bundled synthetic data.
+        source ([`DataSource`], *optional*): Source of the data. Default: the bundled scenes.
         skip_bad_rows (`bool`, *optional*, defaults to `False`): Whether to skip rows that cannot be used, with a
             warning that counts them, instead of raising an error.
         patch_size (`int`, *optional*, defaults to 1): Side of the model's patches in pixels. Images with a shorter
@@ -170,15 +161,13 @@ def load_task_dataset(
     Raises:
         `ValueError`: Rows cannot be used (the message names the first few), or the arguments contradict each other.
         `FileNotFoundError`: A file or `image_root` does not exist.
-        `ImportError`: The package easy-vqa is needed and missing.
     """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
     source = source or DataSource()
     source.check(task)
-    name = source.name_for(task)
-    if not source.files and name in EMBEDDED_DATASETS:
-        return _embedded(task, source, seed)
+    if source.is_bundled:
+        return _bundled(task, source, seed)
     data = {}
     for split, (part, records, root) in _tables(task, source):
         maker = RowMaker(TASKS[task], part, root, patch_size)
@@ -192,16 +181,11 @@ def load_task_dataset(
     return DatasetDict(data)
 
 
-def _embedded(task: str, source: DataSource, seed: int) -> DatasetDict:
-    data, name = {}, source.name_for(task)
+def _bundled(task: str, source: DataSource, seed: int) -> DatasetDict:
+    data = {}
     for split, number in source.num_scenes.items():
-        if name == "easy_vqa":
-            records = easy_vqa_records(split)
-        elif name == "busy_scenes":
-            records = busy_records(task, split, number, source.grid or 4, seed)
-        else:
-            records = scene_records(task, split, number, source.grid, seed)
-        maker = RowMaker(TASKS[task], f"{name} {split}", "", checks_images=False)
+        records = busy_records(task, split, number, source.grid, seed)
+        maker = RowMaker(TASKS[task], f"{BUNDLED} {split}", "", checks_images=False)
         rows = [row for number, record in enumerate(records, start=1) for row in maker.rows(number, record)]
         columns = {column: [row[column] for row in rows] for column in TASKS[task].features}
         data[split] = Dataset.from_dict(columns, features=TASKS[task].features)
@@ -214,7 +198,7 @@ def _tables(task: str, source: DataSource) -> Iterator[tuple[str, tuple[str, Dat
         yield split, (file.path.name, _records(file, task), str(file.folder))
     if source.files:
         return
-    name = source.name_for(task)
+    name = source.dataset_name
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
         table = load_from_disk(name)
         table = DatasetDict(train=table) if isinstance(table, Dataset) else table

@@ -16,8 +16,8 @@ class PretrainingCollator(RetrievalCollator):
     """
     Collator from rows with `image`, `image_id` and `caption` to inputs of [`TripsForPreTraining`].
 
-    `seed` and the batch's rows determine masked words, cuts and augmentation, independently of resuming and of the
-    number of workers.
+    `seed` and the batch's rows determine masked words and cuts, independently of resuming and of the number of
+    workers.
 
     Args:
         mlm_probability (`float`, *optional*, defaults to 0.15): share of masked words. 80% of them become [MASK], 10%

@@ -14,8 +14,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import CELL_SIZE
 from trips_examples.data.images import column_of
-from trips_examples.data.loading import EMBEDDED_DATASETS, DataSource
-from trips_examples.data.scenes import DEFAULT_GRID, TILE_SIZE
+from trips_examples.data.loading import DataSource
 from trips_examples.data.vocabulary import EMBEDDED_WORDS
 
 
@@ -118,39 +117,20 @@ class DataArguments(DataSource):
     max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation and test splits."})
 
-    @property
-    def is_embedded(self) -> bool:
-        """True for the bundled synthetic data."""
-        return not self.files and (self.dataset_name is None or self.dataset_name in EMBEDDED_DATASETS)
-
-    @property
-    def augments(self) -> bool:
-        """True for bundled data whose images training shifts and flips; texts of busy scenes name sides."""
-        return self.is_embedded and self.dataset_name != "busy_scenes"
-
     def check(self, task: str):
         super().check(task)
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
 
-    def side_of_scenes(self, task: str) -> int | None:
-        """Return the side of composed scenes in pixels, or None for other data."""
-        is_easy_vqa = self.dataset_name == "easy_vqa" or (self.dataset_name is None and task == "vqa")
-        if not self.is_embedded or is_easy_vqa:
-            return None
-        if self.dataset_name == "busy_scenes":
-            return CELL_SIZE * (self.grid or 4)
-        return TILE_SIZE * (DEFAULT_GRID[task] if self.grid is None else self.grid)
-
-    def half_scene_size(self, task: str) -> int | None:
-        """Return half the side of easy-VQA's scenes, which keeps most shapes visible at a quarter of the cost."""
-        side = self.side_of_scenes(task)
-        return side if side is None or self.dataset_name == "busy_scenes" else side // 2
+    @property
+    def scene_size(self) -> int | None:
+        """The side of the bundled scenes in pixels, or None for other data."""
+        return CELL_SIZE * self.grid if self.is_bundled else None
 
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
-        """Yield the texts to train a tokenizer on: these columns, or for bundled data the words of all tasks."""
-        if self.is_embedded:
+        """Yield the texts to train a tokenizer on: these columns, or for bundled scenes the words of all tasks."""
+        if self.is_bundled:
             yield from EMBEDDED_WORDS
             return
         dataset = data["train"] if "train" in data else data["validation"]

@@ -111,20 +111,20 @@ class FiniteTrainer(Trainer):
 
 class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` that samples the texts of an image together, has separate collators for training and evaluation,
-    logs the parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a gradient are
-    frozen, for data parallelism.
+    `Seq2SeqTrainer` that samples the texts of an image together, may have a collator of its own for training, logs the
+    parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a gradient are frozen, for
+    data parallelism.
 
     Args:
-        train_collator ([`ImageBatchCollator`]): Collator of training. `data_collator` is that of evaluation.
+        train_collator ([`ImageBatchCollator`], *optional*): Collator of training. Default: `data_collator`.
         args, kwargs: As in `Seq2SeqTrainer`.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss", "attention_loss")
 
-    def __init__(self, *args, train_collator: ImageBatchCollator, **kwargs):
+    def __init__(self, *args, train_collator: ImageBatchCollator | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.train_collator = train_collator
+        self.train_collator = train_collator or self.data_collator
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in unused_parameters(self.model):

@@ -39,7 +39,7 @@ def build_repository(
         folder (`Path`):
             Folder of a model and its processor. The card shows the metrics of its `test_results.json`, else of its
             `eval_results.json`, else of its model card.
-        repo_id (`str`): Repository that the card's code loads the checkpoint from, as in `"ada/trips-easy-vqa"`.
+        repo_id (`str`): Repository that the card's code loads the checkpoint from, as in `"ada/trips-scenes"`.
         card_args (`CardArguments`): Facts for the card that the folder does not have.
         with_handler (`bool`, *optional*, defaults to `False`): Add the `handler.py` of Inference Endpoints.
 

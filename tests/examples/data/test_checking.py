@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -31,8 +32,8 @@ from trips_examples.training.models import make_processor
 
 
 COLLATORS = {
-    "vqa": [VqaCollator],
-    "captions": [CaptionCollator, RetrievalCollator],
+    "vqa": [VqaCollator, partial(VqaCollator, training=True)],
+    "captions": [CaptionCollator, partial(CaptionCollator, training=True), RetrievalCollator],
     "nlvr2": [Nlvr2Collator],
     "grounding": [GroundingCollator],
 }
@@ -70,12 +71,11 @@ def collate(processor, task, dataset):
     """Collate each row in its own batch. Return the errors by source."""
     stopped = {}
     for collator in COLLATORS[task]:
-        for training in (False, True):
-            for row in without_decoding(dataset):
-                try:
-                    collator(processor, training=training, augment=training)([row])
-                except ValueError as error:
-                    stopped[row["source"]] = str(error)
+        for row in without_decoding(dataset):
+            try:
+                collator(processor)([row])
+            except ValueError as error:
+                stopped[row["source"]] = str(error)
     return stopped
 
 

@@ -204,7 +204,7 @@ def test_one_object_is_a_record(folder):
     ("task", "given", "option"),
     [
         ("vqa", {"image_root": "."}, "image_root"),
-        ("captions", {"dataset_name": "easy_vqa"}, "captions"),
+        ("nlvr2", {"grid": 1}, "grid"),
         ("vqa", {"validation_split": "test"}, "validation_split"),
     ],
 )

@@ -1,10 +1,10 @@
 """Shared options of the scripts: errors, and defaults for the bundled synthetic data."""
 
-from itertools import islice, product
+from itertools import product
 
 import pytest
 
-from trips_examples.data.scenes import easy_vqa_records, scene_records
+from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import EMBEDDED_WORDS, train_wordpiece_tokenizer
 from trips_examples.training.options import DataArguments, TripsTrainingArguments
@@ -46,15 +46,12 @@ def test_numbers_of_rows_are_positive():
             DataArguments(**{name: -1}).check("vqa")
 
 
-@pytest.mark.slow
 def test_bundled_tasks_share_a_vocabulary():
     tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
     assert {word for word in EMBEDDED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
     texts = {"a picture of "}
-    for record in easy_vqa_records("train"):
-        texts |= {record["question"], record["answer"]}
-    for task, grid in product(TASKS, (2, 3)):
-        for record in islice(scene_records(task, "train", 60, grid), 200):
+    for task, grid in product(TASKS, (2, 4)):
+        for record in busy_records(task, "train", 100, grid):
             columns = {"question", "answer", "statement", "expression"} & record.keys()
             texts |= {record[column] for column in columns} | set(record.get("captions", []))
     assert len(texts) > 500
@@ -62,17 +59,8 @@ def test_bundled_tasks_share_a_vocabulary():
     assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
 
 
-@pytest.mark.parametrize(
-    ("task", "options", "side"),
-    [
-        ("vqa", {}, None),
-        ("vqa", {"dataset_name": "easy_vqa_scenes"}, 128),
-        ("captions", {}, 128),
-        ("nlvr2", {"grid": 3}, 192),
-        ("captions", {"dataset_name": "someone/captions"}, None),
-    ],
-)
-def test_scenes_keep_their_size(task, options, side):
-    arguments = DataArguments(**options)
-    assert arguments.side_of_scenes(task) == side
-    assert arguments.half_scene_size(task) == (None if side is None else side / 2)
+def test_bundled_scenes_keep_their_size():
+    for options, size in (({}, 96), ({"grid": 2}, 48), ({"dataset_name": "busy_scenes"}, 96)):
+        assert DataArguments(**options).scene_size == size
+    for options in ({"dataset_name": "someone/captions"}, {"train_file": "rows.jsonl"}):
+        assert DataArguments(**options).scene_size is None

@@ -34,7 +34,7 @@ def make_trainer(processor, folder: Path, **options) -> PretrainingTrainer:
         args=TripsTrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
         task_args=PretrainingArguments(**task),
         train_dataset=Dataset.from_list(make_rows(20)),
-        train_collator=PretrainingCollator(processor, training=True),
+        data_collator=PretrainingCollator(processor),
         processing_class=processor,
     )
 

@@ -37,7 +37,7 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, itm_weight=0.0)
     config.vision_config.patch_embedding_type = "linear"  # deterministic without BatchNorm and dropout
     model = TripsForRetrieval(config)
-    collator, batches, gradients = RetrievalCollator(processor, training=True), [], []
+    collator, batches, gradients = RetrievalCollator(processor), [], []
     trainer = RetrievalTrainer(
         model=model,
         args=TripsTrainingArguments(

@@ -49,7 +49,7 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
         ("--validation_annotations=nowhere.json", "goes with validation_file"),
-        ("--dataset_name=easy_vqa", "dataset_name .*train"),
+        ("--dataset_name=busy_scenes", "dataset_name .*train"),
         ("--do_eval=True", "no validation split"),
     ],
 )

@@ -5,9 +5,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from loading import load
 
 from trips_examples.data.busy_scenes import COLORS, KINDS, SHAPES, busy_records, draw_scene
-from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.tasks import TASKS
 
 
 PATCH = 8
@@ -112,22 +113,58 @@ def test_a_constant_map_and_the_question_alone_do_no_better_than_chance(scenes):
         assert max(counts.values()) / counts.total() <= most
 
 
-@pytest.mark.parametrize(
-    ("task", "column"), [("vqa", "question"), ("captions", "caption"), ("grounding", "expression")]
-)
+def test_a_statement_is_true_of_its_scenes_and_neither_word_tells():
+    """The text alone gives no label, and an image without the named shape has its color and its form."""
+    records = list(busy_records("nlvr2", "test", 120))
+    scenes = {f"test scene {number + 1}": draw_scene("test", number) for number in range(400)}
+    truths = {
+        "both images have": lambda left, right: left and right,
+        "only the left image has": lambda left, right: left and not right,
+        "only the right image has": lambda left, right: right and not left,
+        "only one image has": lambda left, right: left != right,
+        "or neither has": lambda left, right: left == right,
+    }
+    labels = defaultdict(Counter)
+    for record in records:
+        *start, color, shape = record["statement"].removesuffix(" or neither has").split()
+        form = "or neither has" if record["statement"].endswith("neither has") else " ".join(start[:-1])
+        items = [scenes[image_id].items for image_id in record["image_ids"]]
+        there = [any((item.color, item.shape) == (color, shape) for item in side) for side in items]
+        assert record["label"] == truths[form](*there), record["statement"]
+        for side in items:
+            assert color in {item.color for item in side} and shape in {item.shape for item in side}
+        labels[form][record["label"]] += 1
+    assert len({image_id for record in records for image_id in record["image_ids"]}) == 240
+    assert set(labels) == set(truths)
+    for counts in labels.values():
+        assert max(counts.values()) / counts.total() < 0.75
+    assert sum(record["label"] for record in records) == 60
+
+
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("grid", [1, 2, 4])
-def test_each_task_loads(task, column, grid):
-    source = DataSource(dataset_name="busy_scenes", grid=grid, train_scenes=6, validation_scenes=2)
-    data = load_task_dataset(task, source)
-    assert len({row["image_id"] for row in data["train"]}) == 6
-    assert data["train"][0]["image"] is not None and all(data["train"][column])
-    words = {word for text in data["train"][column] for word in text.replace(",", " ").replace("?", " ").split()}
+def test_rows_are_those_of_the_records(task, grid):
+    if task == "nlvr2":
+        grid = max(grid, 2)
+    sizes = {"train": 6, "validation": 2, "test": 3}
+    loaded = load(task, grid=grid, seed=5, **{f"{split}_scenes": size for split, size in sizes.items()})
+    assert list(loaded) == list(sizes)
+    for split, size in sizes.items():
+        rows, records = loaded[split], list(busy_records(task, split, size, grid, seed=5))
+        assert rows.features == TASKS[task].features
+        texts = [record.get("captions") or [record[TASKS[task].text]] for record in records]
+        assert rows[TASKS[task].text][:] == sum(texts, [])
+        numbers = [number for number, several in enumerate(texts, start=1) for _ in several]
+        assert rows["source"][:] == [f"busy_scenes {split} row {number}" for number in numbers]
     if task == "captions":
+        words = set(" ".join(rows["caption"]).replace(",", " ").split())
         assert words & set(COLORS) and words & set(SHAPES)
         assert any(word.startswith(("top", "bottom")) for word in words) == (grid > 1)
 
 
-@pytest.mark.parametrize(("task", "options"), [("nlvr2", {}), ("vqa", {"grid": 5}), ("vqa", {"train_scenes": 0})])
+@pytest.mark.parametrize(
+    ("task", "options"), [("nlvr2", {"grid": 1}), ("vqa", {"grid": 5}), ("vqa", {"train_scenes": 0})]
+)
 def test_what_it_cannot_draw_is_refused(task, options):
     with pytest.raises(ValueError):
-        load_task_dataset(task, DataSource(dataset_name="busy_scenes", **options))
+        load(task, **options)

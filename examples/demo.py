@@ -34,7 +34,7 @@ from modeling_trips.publishing.model_card import CardArguments, make_model_card
 from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
 from trips_examples.data.busy_scenes import KINDS, busy_records
 from trips_examples.data.images import read_image
-from trips_examples.data.vocabulary import EMBEDDED_WORDS
+from trips_examples.data.vocabulary import BUNDLED_WORDS
 from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.files import write_json, write_whole
 from trips_examples.training.models import train_processor
@@ -98,7 +98,7 @@ def make_untrained(folder: Path, seed: int, image_size: int):
     """Write an untrained model for images of `image_size` pixels, with patches of 8 x 8, and its processor."""
     torch.manual_seed(seed)
     config = TripsConfig.from_preset("tiny", image_size=image_size, keep_rate=1.0, **SHAPE)
-    processor = train_processor(config, EMBEDDED_WORDS)
+    processor = train_processor(config, BUNDLED_WORDS)
     model = TripsForQuestionAnswering(config)
     with torch.no_grad():
         model.model.vision_model.embeddings.position_embeddings[0, 1:] = sine_cosine_positions(

@@ -10,7 +10,7 @@ Pre-train TRIPS on pairs of image and caption: contrast (ITC), matching (ITM), m
         --image_size 256 --learning_rate 1e-4 --tower_learning_rate 1e-5 1e-4 --weight_decay 0.02 \
         --per_device_train_batch_size 64 --dataloader_num_workers 8 --save_steps 2000
 
-Pairs come from files, the Hub or the embedded scenes, as for the other tasks, or as a stream: of tar shards or files
+Pairs come from files, the Hub or the bundled scenes, as for the other tasks, or as a stream: of tar shards or files
 (`--train_shards`), or of a data set on the Hub (`--dataset_name ... --streaming`). What it ends with, any other script
 starts from (`--model_name_or_path`).
 """

@@ -1,9 +1,8 @@
 r"""
 Train and evaluate TRIPS on visual question answering.
 
-    python examples/run_vqa.py                  # easy-VQA, the tiny preset: runs on a laptop
-    python examples/run_vqa.py --attention_loss_weight 2 --output_dir pruned         # both learn from regions
-    python examples/run_vqa.py --attention_loss_weight 2 --keep_rate 1.0 --output_dir unpruned
+    python examples/run_vqa.py --model_name_or_path examples/trips-tiny-scenes-unpruned --selection_layers 2 \
+        --keep_rate 0.1 --selection_gate 0.2 --selection_loss_weight 0          # bundled scenes, from answers alone
     accelerate launch examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl --image_root images \
         --preset base --tokenizer_name bert-base-uncased
 

@@ -8,9 +8,9 @@ from transformers import BertTokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-# All words of easy-VQA, of its scenes for every task, and of the captioning prompt. Models of all tasks share this
-# vocabulary, so that one can start from another.
-EMBEDDED_WORDS = """
+# The vocabulary of the models that ship, in their order: all words of the bundled scenes and of the captioning prompt,
+# and some of older scenes. Models of all tasks share it, so that one can start from another.
+BUNDLED_WORDS = """
     a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
     neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
     yes 1 2 3 4 5 6 7 8 , ? orange purple pink cyan star cross diamond square where topleft topright bottomleft

@@ -15,7 +15,7 @@ from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import CELL_SIZE
 from trips_examples.data.images import column_of
 from trips_examples.data.loading import DataSource
-from trips_examples.data.vocabulary import EMBEDDED_WORDS
+from trips_examples.data.vocabulary import BUNDLED_WORDS
 
 
 @dataclass
@@ -131,7 +131,7 @@ class DataArguments(DataSource):
     def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
         """Yield the texts to train a tokenizer on: these columns, or for bundled scenes the words of all tasks."""
         if self.is_bundled:
-            yield from EMBEDDED_WORDS
+            yield from BUNDLED_WORDS
             return
         dataset = data["train"] if "train" in data else data["validation"]
         for texts in chain.from_iterable(column_of(dataset, column) for column in columns):

@@ -6,7 +6,7 @@ import pytest
 
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
-from trips_examples.data.vocabulary import EMBEDDED_WORDS, train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import BUNDLED_WORDS, train_wordpiece_tokenizer
 from trips_examples.training.options import DataArguments, TripsTrainingArguments
 
 
@@ -48,7 +48,7 @@ def test_numbers_of_rows_are_positive():
 
 def test_bundled_tasks_share_a_vocabulary():
     tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
-    assert {word for word in EMBEDDED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
+    assert {word for word in BUNDLED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
     texts = {"a picture of "}
     for task, grid in product(TASKS, (2, 4)):
         for record in busy_records(task, "train", 100, grid):

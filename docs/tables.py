@@ -198,13 +198,15 @@ REGIONS = {
 }
 
 
-def less_than_gate(contestants: dict[str, tuple], header: list[str], *files: str) -> str:
+def less_than_gate(
+    contestants: dict[str, tuple], header: list[str], *files: str, gate: str = "gate 0.02", steps: int = 200
+) -> str:
     """Return a table of contestants with 3 patches or their rivals, and the gate less each. Keys are variants."""
-    runs, gate = answer_runs(*files), "gate 0.02"
+    runs = answer_runs(*files)
     gaps = answer_gaps(runs, [(gate, name) for name in contestants if name != gate])
     rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in contestants.items()]
     header = [*header, *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
-    return render(header, rows, *files, note=f"{len(runs[gate])} independent starts, 200 steps each")
+    return render(header, rows, *files, note=f"{len(runs[gate])} independent starts, {steps} steps each")
 
 
 @table
@@ -226,6 +228,14 @@ AGAIN = {
 def answers_again() -> str:
     """Five more starts with 3 patches and their rivals, and the gate less each."""
     return less_than_gate(AGAIN, ["Patches", "Scored by, trained by"], "answers_again")
+
+
+@table
+def answers_longer() -> str:
+    """The contestants of `answers_again` after 400 steps at a higher rate, and the gate less each."""
+    longer = {f"{name}, 400 steps": words for name, words in AGAIN.items() if name != "region 0.02"}
+    header = ["Patches", "Scored by, trained by"]
+    return less_than_gate(longer, header, "answers_longer", gate="gate 0.02, 400 steps", steps=400)
 
 
 @table
@@ -306,6 +316,35 @@ def demo_runs() -> str:
         "3 patches, trained from answers, %",
     ]
     return render([*header, "Threads", "Minutes", "Commit"], rows, "demo_runs")
+
+
+TASKS = {  # file: task and measures
+    "busy_grounding": ("[boxes](grounding.md), 96 px", {"accuracy": "IoU of at least 0.5, %"}),
+    "busy_captioning": ("[captions](captioning.md), 48 px", {"cider": "CIDEr x 100"}),
+    "busy_retrieval": ("[retrieval](retrieval.md), 48 px", {"r_mean": "mean recall, %"}),
+    "busy_statements": ("[statements](statements.md), 48 px", {"accuracy": "accuracy, %"}),
+    "busy_pretraining": (
+        "[pre-training](pretraining.md), 48 px",
+        {"features_i2t_r1": "R@1 of features, image to text, %", "itm_accuracy": "matching, %"},
+    ),
+}
+
+
+@table
+def tasks() -> str:
+    """The tasks on busy scenes from the unpruned model that ships: schedules beside the unpruned baseline."""
+    rows = []
+    for file, (task, measures) in TASKS.items():
+        runs = variants(read(file))
+        for name, of in runs.items():
+            for metric, measure in measures.items():
+                gap = paired_by_seed(of, runs["unpruned"], f"test_{metric}")
+                bounds = gap and f"{gap.mean:+.1f} ({gap.mean - gap.half_width:+.1f} to {gap.mean + gap.half_width:+.1f})"
+                trained = ", gate" if option(of[0], "selection_gate") else ""
+                cells = [option(of[0], "max_steps")[0], measure, spread(percents(of, f"test_{metric}")), bounds or ""]
+                rows.append([task, f"{schedule_of(of[0])}{trained}", *cells])
+    header = ["Task", "Schedule", "Steps", "Measure", "Result", "Less unpruned (95%)"]
+    return render(header, rows, *TASKS, note="three seeds from one start, test split")
 
 
 # Speed

@@ -2,8 +2,8 @@ r"""
 Train and evaluate TRIPS on image captioning. The text is a prompt, the same for all images. A model from scratch
 selects patches by the image in early layers, and by the prompt in the last one.
 
-    python examples/run_captioning.py                  # scenes of easy-VQA images, the tiny preset
-    python examples/run_captioning.py --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
+    python examples/run_captioning.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 \
+        --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
     accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
         --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5

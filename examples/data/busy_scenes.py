@@ -35,6 +35,7 @@ KINDS = ("color", "shape", "place", "presence")
 CELL_SIZE = 24  # pixels; a cell holds at most one shape
 NUM_ITEMS = {1: (1, 1), 2: (2, 4), 3: (3, 6), 4: (6, 8)}  # fewest and most shapes by the number of cells per side
 QUESTIONS_PER_KIND = 2
+STATEMENTS_PER_PAIR = 8
 
 # Whether the left and the right image have what a statement names, if it is true and if it is false.
 STATEMENTS = {
@@ -108,7 +109,7 @@ def encoded(image: PIL.Image.Image) -> dict:
 
 def check_busy_scenes(task: str, numbers: Iterable[int], grid: int):
     """Raise a `ValueError` if `busy_records` cannot draw so many scenes of the splits."""
-    fewest = 2 if task == "nlvr2" else 1  # a scene of one shape lacks nothing that combines its colors and shapes
+    fewest = 2 if task == "nlvr2" else 1  # statements name what both images have, and what one of them has
     if not fewest <= grid <= max(NUM_ITEMS):
         raise ValueError(f"grid is {grid}: choose {fewest} to {max(NUM_ITEMS)} cells along each side of a scene.")
     if min(numbers) < 1:
@@ -124,14 +125,13 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
       once with "yes" and once with "no". `region`: the box of the shape; None if it is absent.
     - `"captions"`: two captions of each scene, each with color, form and quarter of all shapes in random order.
     - `"grounding"`: an expression for each shape that is unique by color, form or both. `box`: the box of the shape.
-    - `"nlvr2"`: statements about two scenes ("only one image has a red circle"), as often true as false. A scene
-      without a red circle has something red and a circle.
+    - `"nlvr2"`: `STATEMENTS_PER_PAIR` statements about two scenes ("only one image has a red circle"), as often true
+      as false. A scene without a red circle has something red or a circle.
 
     Args:
         task (`str`): `"vqa"`, `"captions"`, `"grounding"` or `"nlvr2"`.
         split (`str`): `"train"`, `"validation"` or `"test"`.
-        num_scenes (`int`): Number of scenes, at least 1, and for `"nlvr2"` of statements, with two scenes each. The
-            first scenes do not depend on it.
+        num_scenes (`int`): Number of scenes, at least 1; for `"nlvr2"` of pairs. The first scenes do not depend on it.
         grid (`int`, *optional*, defaults to 4): Cells of 24 x 24 pixels along each side, 1 to 4. Scenes of fewer cells
             are easier and may lack questions of a kind; up to 2 x 2 have none for places. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
@@ -159,33 +159,35 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
                 yield {**shared, "expression": expression, "box": list(item.box)}
 
 
-def _statement_records(split: str, num_statements: int, grid: int, seed: int) -> Iterator[dict]:
+def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iterator[dict]:
     numbers = count()
-    for statement in range(num_statements):
-        rng = random.Random(f"texts {split} {seed} {statement}")
-        text, pairs = rng.choice(list(STATEMENTS.items()))
-        label = statement % 2 == 0
-        has, names = rng.choice(pairs[0 if label else 1]), []
-        while not names:
+    for pair in range(num_pairs):
+        rng, named = random.Random(f"texts {split} {seed} {pair}"), {}
+        while not all(named.values()) or not named:
             drawn = [next(numbers), next(numbers)]
             scenes = [draw_scene(split, number, seed, grid) for number in drawn]
-            fitting = [_names(scene.items) if there else _absent(scene.items) for scene, there in zip(scenes, has)]
-            names = sorted(fitting[0] & fitting[1])
-        yield {
+            left, right = ({True: _present(scene.items), False: _absent(scene.items)} for scene in scenes)
+            named = {(a, b): sorted(left[a] & right[b]) for a in left for b in right}
+        shared = {
             "images": [encoded(scene.image) for scene in scenes],
             "image_ids": [f"{split} scene {number + 1}" for number in drawn],
-            "statement": text.format(f"a {rng.choice(names)}"),
-            "label": label,
         }
+        for number in range(STATEMENTS_PER_PAIR):
+            statement, (if_true, if_false) = rng.choice(list(STATEMENTS.items()))
+            label = number % 2 == 0
+            name = rng.choice(named[rng.choice(if_true if label else if_false)])
+            yield {**shared, "statement": statement.format(f"a {name}"), "label": label}
 
 
-def _names(items: list[Item]) -> set[str]:
+def _present(items: list[Item]) -> set[str]:
     return {item.name for item in items}
 
 
 def _absent(items: list[Item]) -> set[str]:
-    """Return what is absent, but combines a color and a shape of the scene, so that neither alone tells."""
-    return {f"{a.color} {b.shape}" for a in items for b in items} - _names(items)
+    """Return the names of absent shapes that have the color or the form of one in the scene."""
+    colors, shapes = ({getattr(item, field) for item in items} for field in ("color", "shape"))
+    near = {f"{color} {shape}" for color in COLORS for shape in SHAPES if color in colors or shape in shapes}
+    return near - _present(items)
 
 
 def _caption(scene: Scene, grid: int, rng: random.Random) -> str:
@@ -218,8 +220,9 @@ def _questions(items: list[Item], grid: int, rng: random.Random) -> list[Questio
             pools["place"].append(Question("place", f"where is {rng.choice(names)}?", item.place, item.box))
         if by_name:
             pools["presence"].append(Question("presence", f"is there a {item.name}?", "yes", item.box))
-    absent = [Question("presence", f"is there a {name}?", "no", None) for name in sorted(_absent(items))]
-    pools["absence"] = absent
+    # An absent item combines a color and a shape of the scene, so that neither alone gives the answer.
+    absent = sorted({f"{a.color} {b.shape}" for a in items for b in items} - _present(items))
+    pools["absence"] = [Question("presence", f"is there a {name}?", "no", None) for name in absent]
     numbers = dict.fromkeys(KINDS, QUESTIONS_PER_KIND) | {"presence": 1, "absence": 1}
     chosen = ((pools[kind], min(number, len(pools[kind]))) for kind, number in numbers.items())
     return [question for pool, number in chosen for question in rng.sample(pool, number)]

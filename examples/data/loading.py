@@ -43,7 +43,7 @@ class DataSource:
     (as of `imagefolder`), or one that `save_to_disk` has written.
 
     **Bundled**, and the default: `dataset_name="busy_scenes"`, scenes of six to eight shapes among clutter, with texts
-    that need one of them, see `busy_records`. For `"nlvr2"` the numbers of scenes are numbers of statements.
+    that need one of them, see `busy_records`. For `"nlvr2"` the numbers of scenes are numbers of pairs.
     """
 
     dataset_name: str | None = field(

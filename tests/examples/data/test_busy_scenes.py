@@ -113,10 +113,10 @@ def test_a_constant_map_and_the_question_alone_do_no_better_than_chance(scenes):
         assert max(counts.values()) / counts.total() <= most
 
 
-def test_a_statement_is_true_of_its_scenes_and_neither_word_tells():
-    """The text alone gives no label, and an image without the named shape has its color and its form."""
-    records = list(busy_records("nlvr2", "test", 120))
-    scenes = {f"test scene {number + 1}": draw_scene("test", number) for number in range(400)}
+def test_statements_are_true_of_their_scenes_and_the_text_alone_does_not_tell():
+    """An image without the named shape has its color or its form."""
+    records = list(busy_records("nlvr2", "test", 60))
+    scenes = {f"test scene {number + 1}": draw_scene("test", number) for number in range(240)}
     truths = {
         "both images have": lambda left, right: left and right,
         "only the left image has": lambda left, right: left and not right,
@@ -132,13 +132,13 @@ def test_a_statement_is_true_of_its_scenes_and_neither_word_tells():
         there = [any((item.color, item.shape) == (color, shape) for item in side) for side in items]
         assert record["label"] == truths[form](*there), record["statement"]
         for side in items:
-            assert color in {item.color for item in side} and shape in {item.shape for item in side}
+            assert any(color == item.color or shape == item.shape for item in side)
         labels[form][record["label"]] += 1
-    assert len({image_id for record in records for image_id in record["image_ids"]}) == 240
+    assert len(records) == 480 and sum(record["label"] for record in records) == 240
+    assert len({image_id for record in records for image_id in record["image_ids"]}) == 120
     assert set(labels) == set(truths)
     for counts in labels.values():
-        assert max(counts.values()) / counts.total() < 0.75
-    assert sum(record["label"] for record in records) == 60
+        assert max(counts.values()) / counts.total() < 0.65
 
 
 @pytest.mark.parametrize("task", TASKS)

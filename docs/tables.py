@@ -98,6 +98,12 @@ def paired_by_seed(rows: list[Row], baseline: list[Row], field: str) -> PairedDi
     return None if len(pairs) < 3 or rows is baseline else paired_difference(*zip(*pairs))
 
 
+def interval(difference: PairedDifference) -> str:
+    """Return a difference in points with its 95% interval: `+0.4 (-0.3 to +1.0)`."""
+    low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
+    return f"{difference.mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def seconds(
     times: list[Row], variant: str, field: str = "forward_seconds", baseline: str = "unpruned", **wanted
 ) -> str:
@@ -157,12 +163,8 @@ def answer_gaps(runs: dict[str, list[Row]], pairs: list[tuple[str, str]]) -> dic
     """Return the differences of means of pairs of variants, with 95% intervals and p after Holm's correction."""
     found = [paired_by_seed(runs[one], runs[other], "mean") for one, other in pairs]
     corrected = holm([difference.p_value for difference in found])
-    cells = []
-    for difference, p in zip(found, corrected):
-        low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
-        cells.append(
-            f"{difference.mean:+.1f} ({low:+.1f} to {high:+.1f}; {'p < 0.01' if p < 0.01 else f'p = {p:.2f}'})"
-        )
+    values = ("p < 0.01" if p < 0.01 else f"p = {p:.2f}" for p in corrected)
+    cells = [f"{interval(difference)[:-1]}; {p})" for difference, p in zip(found, values)]
     return dict(zip(pairs, cells))
 
 
@@ -336,15 +338,16 @@ def tasks() -> str:
     rows = []
     for file, (task, measures) in TASKS.items():
         runs = variants(read(file))
-        for name, of in runs.items():
+        for of in runs.values():
+            trained = ", gate" if option(of[0], "selection_gate") else ""
             for metric, measure in measures.items():
                 gap = paired_by_seed(of, runs["unpruned"], f"test_{metric}")
-                bounds = gap and f"{gap.mean:+.1f} ({gap.mean - gap.half_width:+.1f} to {gap.mean + gap.half_width:+.1f})"
-                trained = ", gate" if option(of[0], "selection_gate") else ""
-                cells = [option(of[0], "max_steps")[0], measure, spread(percents(of, f"test_{metric}")), bounds or ""]
-                rows.append([task, f"{schedule_of(of[0])}{trained}", *cells])
-    header = ["Task", "Schedule", "Steps", "Measure", "Result", "Less unpruned (95%)"]
-    return render(header, rows, *TASKS, note="three seeds from one start, test split")
+                result = spread(percents(of, f"test_{metric}"))
+                rows.append(
+                    [task, f"{schedule_of(of[0])}{trained}", measure, result, interval(gap) if gap else "", len(of)]
+                )
+    header = ["Task", "Schedule", "Measure", "Result", "Less unpruned (95%)", "Seeds"]
+    return render(header, rows, *TASKS, note="test split")
 
 
 # Speed

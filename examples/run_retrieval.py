@@ -1,8 +1,8 @@
 r"""
 Train and evaluate TRIPS on image-text retrieval: texts find images, images find texts.
 
-    python examples/run_retrieval.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 --image_size 48 \
-        --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
+    python examples/run_retrieval.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 \
+        --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
     accelerate launch examples/run_retrieval.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model_name_or_path albef_trips --rerank_k 128 --learning_rate 1e-5
 

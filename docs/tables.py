@@ -323,12 +323,6 @@ def demo_runs() -> str:
 TASKS = {  # file: task and measures
     "busy_grounding": ("[boxes](grounding.md), 96 px", {"accuracy": "IoU of at least 0.5, %"}),
     "busy_captioning": ("[captions](captioning.md), 48 px", {"cider": "CIDEr x 100"}),
-    "busy_retrieval": ("[retrieval](retrieval.md), 48 px", {"r_mean": "mean recall, %"}),
-    "busy_statements": ("[statements](statements.md), 48 px", {"accuracy": "accuracy, %"}),
-    "busy_pretraining": (
-        "[pre-training](pretraining.md), 48 px",
-        {"features_i2t_r1": "R@1 of features, image to text, %", "itm_accuracy": "matching, %"},
-    ),
 }
 
 

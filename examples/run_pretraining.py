@@ -2,8 +2,8 @@ r"""
 Pre-train TRIPS on pairs of image and caption: contrast (ITC), matching (ITM), masked words (MLM) and continuations
 (PrefixLM), with a momentum teacher.
 
-    python examples/run_pretraining.py --grid 2                       # bundled scenes, the tiny preset: on a laptop
-    python examples/run_pretraining.py --grid 2 --keep_rate 1.0 --output_dir unpruned  # unpruned baseline
+    python examples/run_pretraining.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 \
+        --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
     accelerate launch examples/run_pretraining.py --train_shards "cc3m-{000..331}.tar" "sbu-{00..82}.tar" \
         --validation_file coco_val.json --image_root coco --max_steps 234000 \
         --vision_model_name_or_path openai/clip-vit-base-patch16 --text_model_name_or_path bert-base-uncased \

@@ -2,7 +2,7 @@ r"""
 Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
 
     python examples/run_nlvr2.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 --image_size 48 \
-        --selection_layers 2 --keep_rate 0.1 --selection_gate 0.2  # bundled scenes
+        --train_scenes 5000 --texts_per_image 8 --per_device_train_batch_size 240 --max_steps 300  # bundled scenes
     accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
         --model_name_or_path pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
         --num_train_epochs 10

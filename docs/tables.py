@@ -342,7 +342,7 @@ def tasks() -> str:
                 [task, f"{schedule_of(of[0])}{trained}", measure, result, interval(gap) if gap else "", len(of)]
             )
     header = ["Task", "Schedule", "Measure", "Result", "This - unpruned, points (95%)", "Seeds"]
-    return render(header, rows, *TASKS, note="test split")
+    return render(header, rows, *TASKS, note="Trainings from one start, test split")
 
 
 # Speed

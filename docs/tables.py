@@ -200,11 +200,10 @@ REGIONS = {
 }
 
 
-def less_than_gate(
-    contestants: dict[str, tuple], header: list[str], *files: str, gate: str = "gate 0.02", steps: int = 200
-) -> str:
+def less_than_gate(contestants: dict[str, tuple], header: list[str], *files: str, gate: str = "gate 0.02") -> str:
     """Return a table of contestants with 3 patches or their rivals, and the gate less each. Keys are variants."""
     runs = answer_runs(*files)
+    (steps,) = option(runs[gate][0], "max_steps")
     gaps = answer_gaps(runs, [(gate, name) for name in contestants if name != gate])
     rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in contestants.items()]
     header = [*header, *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
@@ -237,7 +236,7 @@ def answers_longer() -> str:
     """The contestants of `answers_again` after 400 steps at a higher rate, and the gate less each."""
     longer = {f"{name}, 400 steps": words for name, words in AGAIN.items() if name != "region 0.02"}
     header = ["Patches", "Scored by, trained by"]
-    return less_than_gate(longer, header, "answers_longer", gate="gate 0.02, 400 steps", steps=400)
+    return less_than_gate(longer, header, "answers_longer", gate="gate 0.02, 400 steps")
 
 
 @table
@@ -342,7 +341,7 @@ def tasks() -> str:
                 [task, f"{schedule_of(of[0])}{trained}", measure, result, interval(gap) if gap else "", len(of)]
             )
     header = ["Task", "Schedule", "Measure", "Result", "This - unpruned, points (95%)", "Seeds"]
-    return render(header, rows, *TASKS, note="Trainings from one start, test split")
+    return render(header, rows, *TASKS, note="trainings from one start, test split")
 
 
 # Speed

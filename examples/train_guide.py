@@ -38,6 +38,7 @@ from modeling_trips.hosts.vlm.supervision import (
 )
 from modeling_trips.patch_selection import selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
+from trips_examples.data.loading import BUNDLED
 from trips_examples.lmms.generation import VisionLanguageModel, encode
 from trips_examples.training.options import DataArguments, RunArguments
 from trips_examples.training.parser import run_script
@@ -238,7 +239,7 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
     name, columns = Path(args.model_name_or_path), ("source", "image_id", "question", "answers", "region")
     options = training_args.to_dict()
-    file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
+    file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or BUNDLED
     return {
         "base model": name.resolve().name if name.exists() else str(name),
         "commit": getattr(model.config, "_commit_hash", None),

@@ -162,12 +162,14 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
 def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iterator[dict]:
     numbers = count()
     for pair in range(num_pairs):
-        rng, named = random.Random(f"texts {split} {seed} {pair}"), {}
-        while not all(named.values()) or not named:
+        rng = random.Random(f"texts {split} {seed} {pair}")
+        while True:
             drawn = [next(numbers), next(numbers)]
             scenes = [draw_scene(split, number, seed, grid) for number in drawn]
             left, right = ({True: _present(scene.items), False: _absent(scene.items)} for scene in scenes)
             named = {(a, b): sorted(left[a] & right[b]) for a in left for b in right}
+            if all(named.values()):
+                break
         shared = {
             "images": [encoded(scene.image) for scene in scenes],
             "image_ids": [f"{split} scene {number + 1}" for number in drawn],

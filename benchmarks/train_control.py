@@ -8,6 +8,7 @@ Train and evaluate question answering with a selection that no user would want, 
 but is the same for all texts and images. `tenth`, `hundredth`: this share of the training texts has its region.
 `region`: only patches of a text's region are kept, in evaluation as well; a text without a region chooses itself.
 `not_fused`: dropped patches leave no token. `no_gate_at_end`: the last quarter of the steps trains without the gate.
+`drawn`: patches are drawn by their scores in training without a gate, too.
 The options are those of run_vqa.py.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from modeling_trips import modeling_trips_vision
 from modeling_trips.modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
@@ -105,6 +107,16 @@ def end_without_gate():
     ImageGroupedTrainer.training_step = training_step_of_run
 
 
+def draw_without_gate():
+    """Draw the kept patches in training, as with a gate."""
+    select = modeling_trips_vision.select_tokens
+
+    def select_tokens(tokens, scores, keep_rate, fuse, normalize, draw):
+        return select(tokens, scores, keep_rate, fuse, normalize, draw=torch.is_grad_enabled())
+
+    modeling_trips_vision.select_tokens = select_tokens
+
+
 CONTROLS = {
     "constant": use_constant_query,
     "tenth": partial(use_few_regions, 10),
@@ -112,6 +124,7 @@ CONTROLS = {
     "region": keep_regions,
     "not_fused": leave_no_fused_token,
     "no_gate_at_end": end_without_gate,
+    "drawn": draw_without_gate,
 }
 
 if __name__ == "__main__":

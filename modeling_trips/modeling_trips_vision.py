@@ -351,10 +351,11 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
             scores = self.score(guide, key[:, :, text_length + 1 :], selection)
             candidates = hidden_states[:, text_length + 1 :]
+            is_gated = sampled_share > 0
             hidden_states, kept_positions = select_tokens(
-                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize
+                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, is_gated
             )
-            if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
+            if is_gated and kept_positions.shape[1] < candidates.shape[1]:
                 sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
                 gate = self.gate(scores, kept_positions, sampled_positions, hidden_states.shape[1], text_length)
                 hidden_states = torch.cat((hidden_states, gather_tokens(candidates, sampled_positions)), dim=1)
@@ -374,7 +375,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         candidates and the fused token behind them: their gate is 1.
         """
         start, num_kept = text_length + 1, kept_positions.shape[1]
-        gate = gate_of(scores, kept_positions, torch.cat((kept_positions, sampled_positions), dim=1))
+        gate = gate_of(scores, torch.cat((kept_positions, sampled_positions), dim=1))
         kept, sampled = gate.split((num_kept, sampled_positions.shape[1]), dim=1)
         kept = nn.functional.pad(kept, (start, num_tokens - start - num_kept), value=1.0)
         return torch.cat((kept, sampled), dim=1)

@@ -80,6 +80,17 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     return positions.where(kept, last).sort(dim=-1).values[:, :num_kept]
 
 
+def draw_kept(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """
+    Return the positions of `num_kept` candidates that are drawn by their scores, without repetition, in ascending
+    order: `(batch_size, num_candidates)` -> `(batch_size, num_kept)`.
+
+    They are the best by log scores with Gumbel noise (https://arxiv.org/abs/1903.06059).
+    """
+    log_scores = scores.detach().clamp(min=torch.finfo(scores.dtype).tiny).log()
+    return keep_topk(log_scores - torch.empty_like(scores).exponential_().log(), num_kept)
+
+
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
     Return the tokens at `positions`: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_kept)` ->
@@ -117,6 +128,7 @@ def select_tokens(
     keep_rate: float,
     fuse: bool = True,
     normalize: bool = False,
+    draw: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Shorten a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
@@ -128,6 +140,8 @@ def select_tokens(
         keep_rate (`float`): Share of the candidates to keep, in (0, 1].
         fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
         normalize (`bool`, *optional*, defaults to `False`): Whether its weights are rescaled to sum to 1.
+        draw (`bool`, *optional*, defaults to `False`): Whether the kept candidates are drawn by their scores, as in
+            [`draw_kept`], or are the best.
 
     Returns:
         The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`), and the positions of the
@@ -139,7 +153,7 @@ def select_tokens(
     if num_kept == num_candidates:
         return tokens, torch.arange(num_candidates, device=scores.device).expand(scores.shape)
     others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
-    kept_positions = keep_topk(scores, num_kept)
+    kept_positions = (draw_kept if draw else keep_topk)(scores, num_kept)
     parts = [others, gather_tokens(candidates, kept_positions)]
     if fuse:
         parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
@@ -149,7 +163,7 @@ def select_tokens(
 # The gate: scores that learn from the loss
 
 
-GATE_TEMPERATURE = 1.0  # of the log scores
+GATE_SLOPE = 0.25  # of the log scores: that of a sigmoid at its threshold, everywhere
 
 
 def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
@@ -169,25 +183,20 @@ def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: floa
     return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_sampled, dim=-1).indices
 
 
-def gate_of(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def gate_of(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
-    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`: a sigmoid of the distance of their
-    log scores from the threshold between the kept and the dropped candidates.
+    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`: their log scores times
+    `GATE_SLOPE`.
 
     [`gated_attention`] takes the gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
-    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432).
+    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432). A candidate far below the others gets
+    as much of it as one that was nearly kept.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): Positive.
-        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`): Fewer than all candidates.
         positions (`torch.LongTensor` of shape `(batch_size, num_positions)`)
     """
-    logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
-    with torch.no_grad():
-        lowest_kept = logits.gather(1, kept_positions).amin(dim=-1, keepdim=True)
-        highest_dropped = logits.scatter(1, kept_positions, -math.inf).amax(dim=-1, keepdim=True)
-        threshold = (lowest_kept + highest_dropped) / 2
-    return ((logits.gather(1, positions) - threshold) / GATE_TEMPERATURE).sigmoid()
+    return GATE_SLOPE * scores.gather(1, positions).clamp(min=torch.finfo(scores.dtype).tiny).log()
 
 
 class GateGradient(torch.autograd.Function):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from tqdm.auto import tqdm
 
 from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
 from trips_examples.data.busy_scenes import busy_records, check_busy_scenes
@@ -185,6 +186,7 @@ def _bundled(task: str, source: DataSource, seed: int) -> DatasetDict:
     data = {}
     for split, number in source.num_scenes.items():
         records = busy_records(task, split, number, source.grid, seed)
+        records = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
         maker = RowMaker(TASKS[task], f"{BUNDLED} {split}", "", checks_images=False)
         rows = [row for number, record in enumerate(records, start=1) for row in maker.rows(number, record)]
         columns = {column: [row[column] for row in rows] for column in TASKS[task].features}

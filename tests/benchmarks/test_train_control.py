@@ -9,6 +9,7 @@ import torch
 import train_control
 from tiny_models import CASES
 from train_control import (
+    draw_without_gate,
     end_without_gate,
     keep_regions,
     leave_no_fused_token,
@@ -16,7 +17,7 @@ from train_control import (
     use_few_regions,
 )
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor, modeling_trips_vision
 from modeling_trips.modeling_trips_text import TripsTextModel
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
 from modeling_trips.patch_selection import region_targets
@@ -41,6 +42,7 @@ def restored(monkeypatch):
         (VqaCollator, "encode"),
         (TripsModel, "fuse"),
         (TripsVisionLayer, "score"),
+        (modeling_trips_vision, "select_tokens"),
         (ModelArguments, "config_overrides"),
         (ImageGroupedTrainer, "training_step"),
         (ImageGroupedTrainer, "regions_used_for"),
@@ -84,16 +86,32 @@ def test_patches_of_the_region_alone_are_kept_and_without_a_region_those_of_the_
     model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT).train(training)
     inputs = VqaCollator(processor)(rows)
     inputs.pop("sources", None)
+    torch.manual_seed(0)  # in training, patches are drawn
     own = model(**inputs).selection[-1].kept_indices
     keep_regions()
     inputs = VqaCollator(processor, training=training)(rows)
     inputs.pop("sources", None)
+    torch.manual_seed(0)
     kept = model(**inputs).selection[-1].kept_indices
     shares = region_targets(inputs["regions"], (12, 12)).gather(1, kept)
     has_region = torch.tensor([row["region"] is not None for row in rows])
     assert has_region.any() and not has_region.all()
     assert (shares[has_region] > 0).all()
     assert torch.equal(kept[~has_region], own[~has_region])
+
+
+def test_patches_are_drawn_without_a_gate_in_training_only(restored):
+    model, inputs = CASE.make_model().train(), inputs_about_one_image()
+
+    def kept() -> torch.Tensor:
+        return model(**inputs).selection[-1].kept_indices
+
+    best = kept()
+    draw_without_gate()
+    torch.manual_seed(0)
+    assert not torch.equal(kept(), best)
+    with torch.no_grad():
+        assert torch.equal(kept(), best)
 
 
 def test_a_run_drops_patches_without_a_token_and_ends_without_the_gate(restored, tmp_path, monkeypatch):

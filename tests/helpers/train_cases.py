@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from tiny_models import CASES, Case, loss_of
 from torch.distributed.tensor import DTensor
 
+from modeling_trips import patch_selection
+
 
 def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accelerator | None = None):
     for _ in range(3):
@@ -44,8 +46,10 @@ def compare(case: Case, accelerator: Accelerator, **fields):
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
+    # With a gate, the best tokens in place of drawn ones, and all dropped ones run: nothing is drawn.
+    patch_selection.draw_kept = patch_selection.keep_topk
     for case in CASES:
         compare(case, accelerator)
         if not case.draws:
-            compare(case, accelerator, selection_gate=1.0)  # all dropped patches, so none are drawn
+            compare(case, accelerator, selection_gate=1.0)
     accelerator.end_training()

@@ -7,6 +7,7 @@ import torch
 
 from modeling_trips.patch_selection import (
     attention_losses,
+    draw_kept,
     fuse_tokens,
     keep_topk,
     num_kept_tokens,
@@ -45,6 +46,26 @@ def test_example_by_hand_without_fusing():
     tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, fuse=False)
     assert kept.tolist() == [[1, 3, 4]]
     assert tokens.tolist() == [[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0]]]
+
+
+def test_candidates_are_drawn_by_their_scores():
+    # Without repetition: first i with p_i, then j with p_j / (1 - p_i) of what is left.
+    torch.manual_seed(0)
+    num_rows, (p, q, r) = 20_000, (0.6, 0.3, 0.1)
+    pairs = [p * q / (1 - p) + p * q / (1 - q), p * r / (1 - p) + p * r / (1 - r), q * r / (1 - q) + q * r / (1 - r)]
+    kept = draw_kept(torch.tensor([[p, q, r]]).expand(num_rows, -1), 2)
+    found = torch.tensor([(kept == torch.tensor(pair)).all(dim=1).float().mean() for pair in ([0, 1], [0, 2], [1, 2])])
+    torch.testing.assert_close(found, torch.tensor(pairs), rtol=0, atol=4 * (0.25 / num_rows) ** 0.5)
+
+
+def test_drawn_candidates_are_kept_and_the_others_fused():
+    torch.manual_seed(0)
+    selected, kept = select_tokens(TOKENS.expand(20, -1, -1), SCORES.expand(20, -1), keep_rate=0.6, draw=True)
+    assert len({tuple(row) for row in kept.tolist()}) > 1
+    for row, own in zip(selected, kept.tolist()):
+        assert own == sorted(set(own))
+        assert torch.equal(row[1:4], TOKENS[0, 1:][own])
+        torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in range(5) if i not in own))
 
 
 def test_score_tokens_by_hand():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny_models import CASES, NoNumbers, each_model, gradients_of, loss_of
+from tiny_models import CASES, NoNumbers, each_model, gradients_of, kept_by, loss_of
 
+from modeling_trips import patch_selection
 from modeling_trips.modeling_trips_vision import TripsVisionModel
 from modeling_trips.patch_selection import draw_dropped, gate_of, gated_attention, keep_topk, score_tokens
 
@@ -24,6 +25,13 @@ def loss_and_gradients(case, inputs=None, **fields):
     return loss.detach(), gradients_of(model), outputs
 
 
+@pytest.fixture
+def keeps_the_best(monkeypatch):
+    """Keep the best tokens in place of drawn ones, for a comparison with models that keep the best."""
+    monkeypatch.setattr(patch_selection, "draw_kept", keep_topk)
+
+
+@pytest.mark.usefixtures("keeps_the_best")
 @pytest.mark.parametrize("case", [case for case in CASES if not case.draws], ids=str)
 @each_guidance
 @each_attention
@@ -90,15 +98,10 @@ def test_an_additive_mask_gives_the_same_gradient():
 
 
 def test_the_gate_by_hand():
-    # Kept are 0.4 and 0.3; the threshold is the mean of ln 0.3 and ln 0.2: the sigmoid of ln(s) - t is s / (s + e^t).
+    # A quarter of the log score, for kept and dropped candidates alike: d gate / d s = 1 / (4 s).
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], requires_grad=True)
-    kept = keep_topk(scores.detach(), 2)
-    gate = gate_of(scores, kept, torch.tensor([[1, 3, 2, 0]]))
-    threshold = (0.3 * 0.2) ** 0.5
-    expected = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    torch.testing.assert_close(gate[0], expected / (expected + threshold))
-    gate.sum().backward()  # the threshold is a constant: d gate / d s = t / (s + t)^2
-    torch.testing.assert_close(scores.grad[0, [1, 3, 2, 0]], threshold / (expected + threshold) ** 2)
+    gate_of(scores, torch.tensor([[1, 3, 0]])).sum().backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([[2.5, 0.625, 0.0, 1 / 1.2]]))
 
 
 def test_the_sample_is_of_dropped_candidates_without_repetition():
@@ -122,7 +125,7 @@ def test_a_patch_that_lowers_the_loss_gets_a_higher_score():
     positions = torch.cat((kept, draw_dropped(scores, kept, share=1.0)), dim=1)
     value[0, 0, 2:] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # of the last four, the dropped ones
     value[0, 0, 3, 3] = 5.0
-    gate, query = gate_of(scores, kept, positions), torch.zeros(1, 1, 1, 4)
+    gate, query = gate_of(scores, positions), torch.zeros(1, 1, 1, 4)
     output, _ = gated_attention(sdpa, torch.nn.Module(), query, key, value, None, gate, 4, scaling=0.5)
     assert output[..., 3].item() == 0.0
     (-output[..., 3].sum()).backward()
@@ -146,11 +149,12 @@ def test_checkpointing_changes_no_gradient(case, use_reentrant):
         torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.usefixtures("keeps_the_best")
 def test_texts_of_one_image_accumulate_as_texts_of_their_own():
     inputs = QUESTIONS.make_inputs(training=True)
     inputs["pixel_values"] = inputs["pixel_values"][:1].expand(4, -1, -1, -1)
     shared = {**inputs, "pixel_values": inputs["pixel_values"][:1], "image_index": torch.zeros(4, dtype=torch.long)}
-    fields = {"selection_gate": 1.0, "patch_embedding_type": "linear"}  # no draw, no batch norm
+    fields = {"selection_gate": 1.0, "patch_embedding_type": "linear"}  # nothing drawn, no batch norm
     for guidance in ("text", "image"):
         _, expected, _ = loss_and_gradients(QUESTIONS, inputs, **fields, selection_guidance=guidance)
         _, gradients, _ = loss_and_gradients(QUESTIONS, shared, **fields, selection_guidance=guidance)
@@ -158,6 +162,7 @@ def test_texts_of_one_image_accumulate_as_texts_of_their_own():
             torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.usefixtures("keeps_the_best")
 @each_guidance
 def test_in_half_precision_the_gradient_points_the_same_way(guidance):
     fields = {"selection_gate": 1.0, "selection_guidance": guidance}
@@ -177,6 +182,16 @@ def test_evaluation_and_random_scores_have_no_gate():
     assert tower.train()(images).gate is not None
     tower.config.selection_guidance = "random"
     assert tower(images).gate is None
+
+
+@each_guidance
+def test_other_tokens_are_tried_in_training_only(guidance):
+    model = QUESTIONS.make_model(selection_guidance=guidance, selection_gate=0.3)
+    inputs = QUESTIONS.make_inputs(training=True)
+    assert kept_by(model(**inputs)) == kept_by(model(**inputs))
+    torch.manual_seed(0)
+    first, second = (kept_by(model.train()(**inputs)) for _ in range(2))
+    assert first[:-1] == second[:-1] and first[-1] != second[-1]  # of the last selection layer
 
 
 def test_a_training_step_asks_the_device_for_no_number():

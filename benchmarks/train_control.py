@@ -4,7 +4,7 @@ Train and evaluate question answering with a selection that no user would want, 
     python benchmarks/train_control.py constant --dataset_name busy_scenes --selection_gate 0.2 ...
     python benchmarks/train_control.py tenth --dataset_name busy_scenes --selection_loss_weight 0.5 ...
 
-`constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the text's,
+`constant`: the query of an empty text scores the patches, in place of the text's own. It is learnt like the image's,
 but is the same for all texts and images. `tenth`, `hundredth`: this share of the training texts has its region.
 `region`: only patches of a text's region are kept, in evaluation as well; a text without a region chooses itself.
 `not_fused`: dropped patches leave no token. `no_gate_at_end`: the last quarter of the steps trains without the gate.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_trips import modeling_trips_vision
+from modeling_trips import modeling_trips_vision, patch_selection
 from modeling_trips.modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
@@ -43,6 +43,7 @@ def use_constant_query():
         return class_states(states, None).expand(len(hidden_states), -1)
 
     TripsTextModel.pooled = pooled
+    patch_selection.draw_kept = patch_selection.keep_topk  # a choice for all texts does better without draws
 
 
 def use_few_regions(one_in: int):

@@ -200,11 +200,17 @@ REGIONS = {
 }
 
 
-def less_than_gate(contestants: dict[str, tuple], header: list[str], *files: str, gate: str = "gate 0.02") -> str:
+def less_than_gate(
+    contestants: dict[str, tuple],
+    header: list[str],
+    *files: str,
+    gate: str = "gate 0.02",
+    untested: tuple[str, ...] = (),
+) -> str:
     """Return a table of contestants with 3 patches or their rivals, and the gate less each. Keys are variants."""
     runs = answer_runs(*files)
     (steps,) = option(runs[gate][0], "max_steps")
-    gaps = answer_gaps(runs, [(gate, name) for name in contestants if name != gate])
+    gaps = answer_gaps(runs, [(gate, name) for name in contestants if name not in (gate, *untested)])
     rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in contestants.items()]
     header = [*header, *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
     return render(header, rows, *files, note=f"{len(runs[gate])} independent starts, {steps} steps each")
@@ -237,6 +243,25 @@ def answers_longer() -> str:
     longer = {f"{name}, 400 steps": words for name, words in AGAIN.items() if name != "region 0.02"}
     header = ["Patches", "Scored by, trained by"]
     return less_than_gate(longer, header, "answers_longer", gate="gate 0.02, 400 steps")
+
+
+DRAWN = {
+    "unpruned, 400 steps": (144, "all"),
+    "64 px from scratch, 400 steps": (64, "all, 64 px from scratch"),
+    "gate 0.02": (3, "text, gate"),
+    "gate 0.02, 400 steps": (3, "text, earlier gate"),
+    "fused token 0.02, 400 steps": (3, "text, fused token (the paper)"),
+    "fused token, drawn 0.02": (3, "text, fused token, drawn patches"),
+    "image with gate 0.02": (3, "image, gate"),
+    "constant query with gate 0.02": (3, "constant query, gate"),
+}
+
+
+@table
+def answers_drawn() -> str:
+    """The gate that draws patches, its controls, and the contestants of `answers_longer`."""
+    header = ["Patches", "Scored by, trained by"]
+    return less_than_gate(DRAWN, header, "answers_drawn", "answers_longer", untested=("gate 0.02, 400 steps",))
 
 
 @table
@@ -434,12 +459,13 @@ def compared(task: str, name: str, variant: str, start: str) -> list:
 
 def answered() -> list[list]:
     """Return the lines of the questions whose selection was learnt from answers."""
-    runs, rows = answer_runs("answers"), []
-    for name in ("gate 0.02", "fused token 0.02", "image with gate 0.02", "image with gate 0.1"):
+    runs, rows = answer_runs("answers_drawn", "answers_longer"), []
+    for name in ("gate 0.02", "fused token 0.02, 400 steps", "image with gate 0.02"):
         of = runs[name]
-        scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], runs["start"]))
-        model = f"{schedule_of(of[0])}, {ANSWERS[name.rpartition(' ')[0]].partition(', ')[2]}"
-        rows.append(["questions, busy scenes, 96 px", model, "no", "200", *scores, ""])
+        scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned, 400 steps"], runs["start"]))
+        (steps,) = option(of[0], "max_steps")
+        model = f"{schedule_of(of[0])}, {DRAWN[name][1].partition(', ')[2]}"
+        rows.append(["questions, busy scenes, 96 px", model, "no", steps, *scores, ""])
     return rows
 
 
@@ -455,7 +481,7 @@ def headline() -> str:
     speedup = f"{1 / first_token(both)[0]:.1f}x (after only: {1 / first_token(after)[0]:.1f}x)"
     rows.append(["first token of LLaVA's form, 384 px", model, *[""] * 5, speedup])
     header = ["Task", "Model", "Regions", "Steps", "Accuracy, %", "Unpruned, same steps, %", "Start, %", "Speedup"]
-    sources = ["answers", "protocol_images", "protocol_images_times", "protocol_images_starts"]
+    sources = ["answers_drawn", "answers_longer", "protocol_images", "protocol_images_times", "protocol_images_starts"]
     return render(header, rows, *sources, *MACHINES, "vlm_cost")
 
 

@@ -225,9 +225,9 @@ class TripsVisionConfig(PreTrainedConfig):
         Whether the weights of the fused token are rescaled to sum to 1.
     selection_gate (`float`, *optional*, defaults to 0.0):
         Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
-        teaches the scores of the last selection layer which tokens it misses: see [`gated_attention`]. The kept ones
-        are drawn by their scores in training ([`draw_kept`]) and are the best in evaluation. The loss is that of the
-        kept tokens alone. 0 turns the gate off.
+        teaches the scores of the last selection layer which tokens it misses: see [`gated_attention`]. If a text
+        scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
+        evaluation. The loss is that of the kept tokens alone. 0 turns the gate off.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.

@@ -351,11 +351,12 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
             scores = self.score(guide, key[:, :, text_length + 1 :], selection)
             candidates = hidden_states[:, text_length + 1 :]
-            is_gated = sampled_share > 0
+            # An image chooses for all texts: its scores are flat, and drawn patches would tell little of the best.
+            draw = sampled_share > 0 and selection.guidance == "text"
             hidden_states, kept_positions = select_tokens(
-                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, is_gated
+                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, draw
             )
-            if is_gated and kept_positions.shape[1] < candidates.shape[1]:
+            if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
                 sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
                 gate = self.gate(scores, kept_positions, sampled_positions, hidden_states.shape[1], text_length)
                 hidden_states = torch.cat((hidden_states, gather_tokens(candidates, sampled_positions)), dim=1)

@@ -17,7 +17,14 @@ from train_control import (
     use_few_regions,
 )
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor, modeling_trips_vision
+from modeling_trips import (
+    TripsConfig,
+    TripsForQuestionAnswering,
+    TripsModel,
+    TripsProcessor,
+    modeling_trips_vision,
+    patch_selection,
+)
 from modeling_trips.modeling_trips_text import TripsTextModel
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
 from modeling_trips.patch_selection import region_targets
@@ -43,6 +50,7 @@ def restored(monkeypatch):
         (TripsModel, "fuse"),
         (TripsVisionLayer, "score"),
         (modeling_trips_vision, "select_tokens"),
+        (patch_selection, "draw_kept"),
         (ModelArguments, "config_overrides"),
         (ImageGroupedTrainer, "training_step"),
         (ImageGroupedTrainer, "regions_used_for"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_trips import modeling_trips_vision, patch_selection
+from modeling_trips import modeling_trips_vision
 from modeling_trips.modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
@@ -43,7 +43,7 @@ def use_constant_query():
         return class_states(states, None).expand(len(hidden_states), -1)
 
     TripsTextModel.pooled = pooled
-    patch_selection.draw_kept = patch_selection.keep_topk  # a choice for all texts does better without draws
+    TripsVisionLayer.draws = lambda self, selection: False  # a choice for all texts, like an image's
 
 
 def use_few_regions(one_in: int):

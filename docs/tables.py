@@ -239,18 +239,18 @@ def answers_again() -> str:
 
 @table
 def answers_longer() -> str:
-    """The contestants of `answers_again` after 400 steps at a higher rate, and the gate less each."""
-    longer = {f"{name}, 400 steps": words for name, words in AGAIN.items() if name != "region 0.02"}
-    header = ["Patches", "Scored by, trained by"]
-    return less_than_gate(longer, header, "answers_longer", gate="gate 0.02, 400 steps")
+    """The contestants of `answers_again` after 400 steps at a higher rate, and the earlier gate less each."""
+    earlier = {"earlier gate 0.02" if name == "gate 0.02" else name: words for name, words in AGAIN.items()}
+    earlier.pop("region 0.02")
+    return less_than_gate(earlier, ["Patches", "Scored by, trained by"], "answers_longer", gate="earlier gate 0.02")
 
 
 DRAWN = {
-    "unpruned, 400 steps": (144, "all"),
-    "64 px from scratch, 400 steps": (64, "all, 64 px from scratch"),
+    "unpruned": (144, "all"),
+    "64 px from scratch": (64, "all, 64 px from scratch"),
     "gate 0.02": (3, "text, gate"),
-    "gate 0.02, 400 steps": (3, "text, earlier gate"),
-    "fused token 0.02, 400 steps": (3, "text, fused token (the paper)"),
+    "earlier gate 0.02": (3, "text, earlier gate"),
+    "fused token 0.02": (3, "text, fused token (the paper)"),
     "fused token, drawn 0.02": (3, "text, fused token, drawn patches"),
     "image with gate 0.02": (3, "image, gate"),
     "constant query with gate 0.02": (3, "constant query, gate"),
@@ -260,8 +260,16 @@ DRAWN = {
 @table
 def answers_drawn() -> str:
     """The gate that draws patches, its controls, and the contestants of `answers_longer`."""
-    header = ["Patches", "Scored by, trained by"]
-    return less_than_gate(DRAWN, header, "answers_drawn", "answers_longer", untested=("gate 0.02, 400 steps",))
+    files = ("answers_drawn", "answers_longer")
+    return less_than_gate(DRAWN, ["Patches", "Scored by, trained by"], *files, untested=("earlier gate 0.02",))
+
+
+@table
+def answers_eight() -> str:
+    """The contestants of `answers_drawn` that three more starts have, over all eight."""
+    files = ("answers_drawn", "answers_longer", "answers_held_out")
+    in_all = {name: words for name, words in DRAWN.items() if name in variants(read("answers_held_out"))}
+    return less_than_gate(in_all, ["Patches", "Scored by, trained by"], *files)
 
 
 @table
@@ -312,15 +320,15 @@ def vlm_answers() -> str:
 @table
 def gate_trials() -> str:
     """Guides of a generative model from answers, by settings of the gate, on validation scenes."""
-    runs = variants(read("gate_trials"))
-    levels = list(dict.fromkeys(name.rpartition(" ")[2] for name in runs))
-    trials = dict.fromkeys(name.rpartition(" ")[0] for name in runs)
-    rows = []
-    for trial in trials:
-        of = [runs[f"{trial} {level}"] for level in levels]
-        rows.append([trial, len(of[0]), *(spread(percents(own, "mean")) for own in of)])
-    header = ["Setting", "Starts", *(f"{level} of 64 tokens, %" for level in levels)]
-    return render(header, rows, "gate_trials", note="validation scenes")
+    files, rows = {"gate_trials": "earlier", "gate_trials_drawn": "drawn patches"}, []
+    for file, gate in files.items():
+        runs = variants(read(file))
+        levels = list(dict.fromkeys(name.rpartition(" ")[2] for name in runs))
+        for trial in dict.fromkeys(name.rpartition(" ")[0] for name in runs):
+            of = [runs[f"{trial} {level}"] for level in levels]
+            rows.append([gate, trial, len(of[0]), *(spread(percents(own, "mean")) for own in of)])
+    header = ["Gate", "Setting", "Starts", *(f"{level} of 64 tokens, %" for level in levels)]
+    return render(header, rows, *files, note="validation scenes")
 
 
 @table
@@ -460,9 +468,9 @@ def compared(task: str, name: str, variant: str, start: str) -> list:
 def answered() -> list[list]:
     """Return the lines of the questions whose selection was learnt from answers."""
     runs, rows = answer_runs("answers_drawn", "answers_longer"), []
-    for name in ("gate 0.02", "fused token 0.02, 400 steps", "image with gate 0.02"):
+    for name in ("gate 0.02", "fused token 0.02", "image with gate 0.02"):
         of = runs[name]
-        scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned, 400 steps"], runs["start"]))
+        scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], runs["start"]))
         (steps,) = option(of[0], "max_steps")
         model = f"{schedule_of(of[0])}, {DRAWN[name][1].partition(', ')[2]}"
         rows.append(["questions, busy scenes, 96 px", model, "no", steps, *scores, ""])

@@ -351,23 +351,30 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
             scores = self.score(guide, key[:, :, text_length + 1 :], selection)
             candidates = hidden_states[:, text_length + 1 :]
-            # An image chooses for all texts: its scores are flat, and drawn patches would tell little of the best.
-            draw = sampled_share > 0 and selection.guidance == "text"
+            draw = sampled_share > 0 and self.draws(selection)
             hidden_states, kept_positions = select_tokens(
                 hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, draw
             )
             if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
                 sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
-                gate = self.gate(scores, kept_positions, sampled_positions, hidden_states.shape[1], text_length)
+                gate = self.gate(scores, kept_positions, sampled_positions, draw, hidden_states.shape[1], text_length)
                 hidden_states = torch.cat((hidden_states, gather_tokens(candidates, sampled_positions)), dim=1)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, gate
+
+    def draws(self, selection: LayerSelection) -> bool:
+        """
+        Return whether the kept tokens are drawn in training with a gate. An image chooses for all texts: its scores
+        stay flat, and drawn patches would tell little of the best.
+        """
+        return selection.guidance == "text"
 
     def gate(
         self,
         scores: torch.Tensor,
         kept_positions: torch.Tensor,
         sampled_positions: torch.Tensor,
+        drawn: bool,
         num_tokens: int,
         text_length: int,
     ) -> torch.Tensor:
@@ -376,7 +383,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         candidates and the fused token behind them: their gate is 1.
         """
         start, num_kept = text_length + 1, kept_positions.shape[1]
-        gate = gate_of(scores, torch.cat((kept_positions, sampled_positions), dim=1))
+        gate = gate_of(scores, kept_positions, torch.cat((kept_positions, sampled_positions), dim=1), drawn)
         kept, sampled = gate.split((num_kept, sampled_positions.shape[1]), dim=1)
         kept = nn.functional.pad(kept, (start, num_tokens - start - num_kept), value=1.0)
         return torch.cat((kept, sampled), dim=1)

@@ -163,9 +163,6 @@ def select_tokens(
 # The gate: scores that learn from the loss
 
 
-GATE_SLOPE = 0.25  # of the log scores: that of a sigmoid at its threshold, everywhere
-
-
 def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
     """
     Return the positions of a random sample of the candidates that are not kept, without repetition.
@@ -183,20 +180,30 @@ def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: floa
     return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_sampled, dim=-1).indices
 
 
-def gate_of(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def gate_of(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor, drawn: bool) -> torch.Tensor:
     """
-    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`: their log scores times
-    `GATE_SLOPE`.
+    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`.
 
     [`gated_attention`] takes the gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
-    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432). A candidate far below the others gets
-    as much of it as one that was nearly kept.
+    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432). Where the best are kept, it is a
+    sigmoid of the distance of the log scores from the threshold between the kept and the dropped candidates: those
+    that are far from it change nothing. Drawn ones have no threshold, so the gradient is that of the sigmoid's middle
+    for all: a quarter of the log score's.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): Positive.
+        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`): Fewer than all candidates.
         positions (`torch.LongTensor` of shape `(batch_size, num_positions)`)
+        drawn (`bool`): Whether the kept candidates are drawn, as in [`draw_kept`], or are the best.
     """
-    return GATE_SLOPE * scores.gather(1, positions).clamp(min=torch.finfo(scores.dtype).tiny).log()
+    logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    if drawn:
+        return logits.gather(1, positions) / 4
+    with torch.no_grad():
+        lowest_kept = logits.gather(1, kept_positions).amin(dim=-1, keepdim=True)
+        highest_dropped = logits.scatter(1, kept_positions, -math.inf).amax(dim=-1, keepdim=True)
+        threshold = (lowest_kept + highest_dropped) / 2
+    return (logits.gather(1, positions) - threshold).sigmoid()
 
 
 class GateGradient(torch.autograd.Function):

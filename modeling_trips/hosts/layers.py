@@ -332,7 +332,7 @@ class SelectionLayer(ModuleWrapper):
             units = units.repeat_interleave(self.unit**2, dim=1)
             return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
 
-        current.gate = of_tokens(gate_of(scores, positions), 1.0)
+        current.gate = of_tokens(gate_of(scores, kept, positions, drawn=True), 1.0)
         current.is_sampled = of_tokens(order >= kept.shape[1], False)
         return positions
 

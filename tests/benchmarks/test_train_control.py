@@ -23,7 +23,6 @@ from modeling_trips import (
     TripsModel,
     TripsProcessor,
     modeling_trips_vision,
-    patch_selection,
 )
 from modeling_trips.modeling_trips_text import TripsTextModel
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
@@ -50,7 +49,7 @@ def restored(monkeypatch):
         (TripsModel, "fuse"),
         (TripsVisionLayer, "score"),
         (modeling_trips_vision, "select_tokens"),
-        (patch_selection, "draw_kept"),
+        (TripsVisionLayer, "draws"),
         (ModelArguments, "config_overrides"),
         (ImageGroupedTrainer, "training_step"),
         (ImageGroupedTrainer, "regions_used_for"),

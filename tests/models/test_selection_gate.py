@@ -98,9 +98,21 @@ def test_an_additive_mask_gives_the_same_gradient():
 
 
 def test_the_gate_by_hand():
+    # Kept are 0.4 and 0.3; the threshold is the mean of ln 0.3 and ln 0.2: the sigmoid of ln(s) - t is s / (s + e^t).
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], requires_grad=True)
+    kept = keep_topk(scores.detach(), 2)
+    gate = gate_of(scores, kept, torch.tensor([[1, 3, 2, 0]]), drawn=False)
+    threshold = (0.3 * 0.2) ** 0.5
+    expected = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    torch.testing.assert_close(gate[0], expected / (expected + threshold))
+    gate.sum().backward()  # the threshold is a constant: d gate / d s = t / (s + t)^2
+    torch.testing.assert_close(scores.grad[0, [1, 3, 2, 0]], threshold / (expected + threshold) ** 2)
+
+
+def test_the_gate_of_drawn_candidates_by_hand():
     # A quarter of the log score, for kept and dropped candidates alike: d gate / d s = 1 / (4 s).
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], requires_grad=True)
-    gate_of(scores, torch.tensor([[1, 3, 0]])).sum().backward()
+    gate_of(scores, torch.tensor([[0, 2]]), torch.tensor([[1, 3, 0]]), drawn=True).sum().backward()
     torch.testing.assert_close(scores.grad, torch.tensor([[2.5, 0.625, 0.0, 1 / 1.2]]))
 
 
@@ -115,7 +127,8 @@ def test_the_sample_is_of_dropped_candidates_without_repetition():
     assert draw_dropped(scores, kept, share=1.0).shape == (50, 15)
 
 
-def test_a_patch_that_lowers_the_loss_gets_a_higher_score():
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_patch_that_lowers_the_loss_gets_a_higher_score(drawn):
     # The value of a dropped candidate is what the loss asks for: a step along the gradient raises its score.
     torch.manual_seed(0)
     guide = torch.randn(1, 1, 4, requires_grad=True)
@@ -125,7 +138,7 @@ def test_a_patch_that_lowers_the_loss_gets_a_higher_score():
     positions = torch.cat((kept, draw_dropped(scores, kept, share=1.0)), dim=1)
     value[0, 0, 2:] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # of the last four, the dropped ones
     value[0, 0, 3, 3] = 5.0
-    gate, query = gate_of(scores, positions), torch.zeros(1, 1, 1, 4)
+    gate, query = gate_of(scores, kept, positions, drawn), torch.zeros(1, 1, 1, 4)
     output, _ = gated_attention(sdpa, torch.nn.Module(), query, key, value, None, gate, 4, scaling=0.5)
     assert output[..., 3].item() == 0.0
     (-output[..., 3].sum()).backward()

@@ -320,14 +320,14 @@ def vlm_answers() -> str:
 @table
 def gate_trials() -> str:
     """Guides of a generative model from answers, by settings of the gate, on validation scenes."""
-    files, rows = {"gate_trials": "earlier", "gate_trials_drawn": "drawn patches"}, []
+    files, rows = {"gate_trials": "best patches", "gate_trials_drawn": "drawn patches"}, []
     for file, gate in files.items():
         runs = variants(read(file))
         levels = list(dict.fromkeys(name.rpartition(" ")[2] for name in runs))
         for trial in dict.fromkeys(name.rpartition(" ")[0] for name in runs):
             of = [runs[f"{trial} {level}"] for level in levels]
             rows.append([gate, trial, len(of[0]), *(spread(percents(own, "mean")) for own in of)])
-    header = ["Gate", "Setting", "Starts", *(f"{level} of 64 tokens, %" for level in levels)]
+    header = ["In training", "Setting", "Starts", *(f"{level} of 64 tokens, %" for level in levels)]
     return render(header, rows, *files, note="validation scenes")
 
 

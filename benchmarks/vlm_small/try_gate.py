@@ -2,7 +2,7 @@ r"""
 Train guides from answers with other settings of the gate, and evaluate them on validation scenes.
 
     OMP_NUM_THREADS=1 python benchmarks/vlm_small/try_gate.py --folder outputs/vlm_small/seed0 --seed 0 \
-        --output_json docs/results/gate_trials_drawn.json
+        --output_json docs/results/gate_trials.json
 
 The folder is that of train.py.
 """

@@ -25,7 +25,6 @@ from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import (
     FUSED_TOKEN,
     draw_dropped,
-    draw_kept,
     fuse_tokens,
     gate_of,
     gather_tokens,
@@ -308,11 +307,9 @@ class SelectionLayer(ModuleWrapper):
         """
         scores = self.score_units(current, before, normed, text_embeds)
         num_candidates = scores.shape[1]
-        num_kept = num_kept_tokens(num_candidates, self.selection.keep_rate)
-        if current.sampled_share > 0 and num_kept < num_candidates:
-            positions = self.draw(current, scores, num_kept)
-        else:
-            positions = keep_topk(scores, num_kept)
+        positions = keep_topk(scores, num_kept_tokens(num_candidates, self.selection.keep_rate))
+        if current.sampled_share > 0 and positions.shape[1] < num_candidates:
+            positions = self.add_sample(current, scores, positions)
         if before is None:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
         else:
@@ -322,9 +319,8 @@ class SelectionLayer(ModuleWrapper):
             return hidden_states
         return self.shorten(hidden_states, scores, positions, self.num_prefix_tokens, before is None)
 
-    def draw(self, current: SelectionPass, scores: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """Return the positions of drawn units, kept and dropped ones, in order. The pass gets their gate."""
-        kept = draw_kept(scores, num_kept)
+    def add_sample(self, current: SelectionPass, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Return the positions of the kept and of sampled dropped units in order. The pass gets their gate."""
         sampled = draw_dropped(scores, kept, current.sampled_share)
         positions, order = torch.cat([kept, sampled], dim=1).sort(dim=1)
 
@@ -332,7 +328,7 @@ class SelectionLayer(ModuleWrapper):
             units = units.repeat_interleave(self.unit**2, dim=1)
             return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
 
-        current.gate = of_tokens(gate_of(scores, kept, positions, drawn=True), 1.0)
+        current.gate = of_tokens(gate_of(scores, kept, positions, drawn=False), 1.0)
         current.is_sampled = of_tokens(order >= kept.shape[1], False)
         return positions
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_vlms import BY_NAME, IMAGE, VLMS, Vlm, make_inputs
 
-from modeling_trips.hosts import TextGuide, apply_patch_selection, layers, prune_inputs
+from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
 from modeling_trips.hosts.layers import SelectionPass
 from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.hosts.vlm.supervision import (
@@ -21,7 +21,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_masks,
 )
 from modeling_trips.hosts.vlm.tower import CURRENT_PASS
-from modeling_trips.patch_selection import keep_topk, selection_loss
+from modeling_trips.patch_selection import selection_loss
 
 
 families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
@@ -135,13 +135,6 @@ def test_the_answer_does_not_choose():
     assert torch.equal(*features)
 
 
-@pytest.fixture
-def keeps_the_best(monkeypatch):
-    """Keep the best units in place of drawn ones, for a comparison with models that keep the best."""
-    monkeypatch.setattr(layers, "draw_kept", keep_topk)
-
-
-@pytest.mark.usefixtures("keeps_the_best")
 @pytest.mark.parametrize("counts", [[1, 1], [2, 1]], ids=str)
 @families
 def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
@@ -184,19 +177,6 @@ def test_the_language_model_alone_teaches_the_last_layer():
     assert guide.query.weight.grad.abs().sum() > 0
 
 
-def test_the_gate_tries_other_units_than_the_best():
-    vlm = BY_NAME["llava"]
-    model, _ = guided(vlm)
-    inputs = make_inputs(vlm, [1, 1])
-    torch.manual_seed(0)
-    drawn = [answer_losses(model, inputs, [2, 3], sampled_share=0.5) for _ in range(2)]
-    losses, selections = zip(*drawn)
-    assert not torch.equal(*losses)
-    best = answer_losses(model, inputs, [2, 3])[1].kept_indices  # what evaluation keeps is reported
-    assert all(torch.equal(selection.kept_indices, best) for selection in selections)
-
-
-@pytest.mark.usefixtures("keeps_the_best")
 def test_a_class_token_in_the_prompt_is_always_kept():
     vlm = BY_NAME["llava"]
     vlm = replace(vlm, config={**vlm.config, "vision_feature_select_strategy": "full"}, tokens=65)

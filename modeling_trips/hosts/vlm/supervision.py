@@ -211,7 +211,7 @@ def answer_losses(
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
     (layer,) = selecting_layers(model)
     recorded = layer.recorded(current)
-    if current.gate is not None:  # of the units that ran; report the best, which evaluation keeps
+    if current.gate is not None:  # of the units that ran
         num_kept = num_kept_tokens(recorded.scores.shape[1], layer.selection.keep_rate)
         recorded.kept_indices = keep_topk(recorded.scores, num_kept)
     return losses.sum(dim=1) / counts, recorded

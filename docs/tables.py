@@ -366,8 +366,9 @@ def tasks() -> str:
     rows = []
     for file, (task, metric, measure) in TASKS.items():
         runs = variants(read(file))
-        for of in runs.values():
-            trained = ", gate" if option(of[0], "selection_gate") else ""
+        for name, of in runs.items():
+            gate = ", earlier gate" if name.startswith("earlier ") else ", gate"
+            trained = gate if option(of[0], "selection_gate") else ""
             gap = paired_by_seed(of, runs["unpruned"], f"test_{metric}")
             result = spread(percents(of, f"test_{metric}"))
             rows.append(

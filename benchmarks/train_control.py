@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from modeling_trips import modeling_trips_vision
 from modeling_trips.modeling_trips import TripsModel
 from modeling_trips.modeling_trips_text import TripsTextModel, class_states
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
@@ -43,7 +42,7 @@ def use_constant_query():
         return class_states(states, None).expand(len(hidden_states), -1)
 
     TripsTextModel.pooled = pooled
-    TripsVisionLayer.draws = lambda self, selection: False  # a choice for all texts, like an image's
+    TripsVisionLayer.draws = lambda *args: False  # a choice for all texts, like an image's
 
 
 def use_few_regions(one_in: int):
@@ -110,12 +109,7 @@ def end_without_gate():
 
 def draw_without_gate():
     """Draw the kept patches in training, as with a gate."""
-    select = modeling_trips_vision.select_tokens
-
-    def select_tokens(tokens, scores, keep_rate, fuse, normalize, draw):
-        return select(tokens, scores, keep_rate, fuse, normalize, draw=torch.is_grad_enabled())
-
-    modeling_trips_vision.select_tokens = select_tokens
+    TripsVisionLayer.draws = lambda *args: torch.is_grad_enabled()
 
 
 CONTROLS = {

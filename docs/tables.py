@@ -200,52 +200,7 @@ REGIONS = {
 }
 
 
-def less_than_gate(
-    contestants: dict[str, tuple],
-    header: list[str],
-    *files: str,
-    gate: str = "gate 0.02",
-    untested: tuple[str, ...] = (),
-) -> str:
-    """Return a table of contestants with 3 patches or their rivals, and the gate less each. Keys are variants."""
-    runs = answer_runs(*files)
-    (steps,) = option(runs[gate][0], "max_steps")
-    gaps = answer_gaps(runs, [(gate, name) for name in contestants if name not in (gate, *untested)])
-    rows = [[*words, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, words in contestants.items()]
-    header = [*header, *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
-    return render(header, rows, *files, note=f"{len(runs[gate])} independent starts, {steps} steps each")
-
-
-@table
-def answers_regions() -> str:
-    """What regions add with 3 patches to starts without them, and the gate less each variant."""
-    return less_than_gate(REGIONS, ["Trained by", "Texts with regions"], "answers", "answers_regions")
-
-
-AGAIN = {
-    "unpruned": (144, "all"),
-    "64 px from scratch": (64, "all, 64 px from scratch"),
-    "gate 0.02": (3, "text, gate"),
-    "fused token 0.02": (3, "text, fused token (the paper)"),
-    "region 0.02": (3, "the region itself, gate"),
-}
-
-
-@table
-def answers_again() -> str:
-    """Five more starts with 3 patches and their rivals, and the gate less each."""
-    return less_than_gate(AGAIN, ["Patches", "Scored by, trained by"], "answers_again")
-
-
-@table
-def answers_longer() -> str:
-    """The contestants of `answers_again` after 400 steps at a higher rate, and the earlier gate less each."""
-    earlier = {"earlier gate 0.02" if name == "gate 0.02" else name: words for name, words in AGAIN.items()}
-    earlier.pop("region 0.02")
-    return less_than_gate(earlier, ["Patches", "Scored by, trained by"], "answers_longer", gate="earlier gate 0.02")
-
-
-DRAWN = {
+RIVALS = {
     "unpruned": (144, "all"),
     "64 px from scratch": (64, "all, 64 px from scratch"),
     "gate 0.02": (3, "text, gate"),
@@ -254,29 +209,65 @@ DRAWN = {
     "fused token, drawn 0.02": (3, "text, fused token, drawn patches"),
     "image with gate 0.02": (3, "image, gate"),
     "constant query with gate 0.02": (3, "constant query, gate"),
+    "region 0.02": (3, "the region itself, gate"),
 }
+
+
+def less_than_gate(
+    *files: str,
+    gate: str = "gate 0.02",
+    untested: tuple[str, ...] = (),
+    contestants: dict[str, tuple] = RIVALS,
+    header: tuple[str, ...] = ("Patches", "Scored by, trained by"),
+) -> str:
+    """
+    Return a table of the contestants that have as many starts in these files as the gate, and the gate less each but
+    the untested. Keys of `contestants` are variants, values the cells of `header`.
+    """
+    runs = answer_runs(*files)
+    (steps,) = option(runs[gate][0], "max_steps")
+    words = {name: words for name, words in contestants.items() if len(runs.get(name, [])) == len(runs[gate])}
+    gaps = answer_gaps(runs, [(gate, name) for name in words if name not in (gate, *untested)])
+    rows = [[*cells, *answer_scores(runs[name]), gaps.get((gate, name), "")] for name, cells in words.items()]
+    header = [*header, *ANSWER_HEADER, "Gate - this, points (95%; Holm's p)"]
+    return render(header, rows, *files, note=f"{len(runs[gate])} independent starts, {steps} steps each")
+
+
+@table
+def answers_regions() -> str:
+    """What regions add with 3 patches to starts without them, and the gate less each variant."""
+    header = ("Trained by", "Texts with regions")
+    return less_than_gate("answers", "answers_regions", contestants=REGIONS, header=header)
+
+
+@table
+def answers_again() -> str:
+    """Five more starts with 3 patches and their rivals, and the gate less each."""
+    return less_than_gate("answers_again")
+
+
+@table
+def answers_longer() -> str:
+    """The same starts after 400 steps at a higher rate, and the earlier gate less each contestant."""
+    return less_than_gate("answers_longer", gate="earlier gate 0.02")
 
 
 @table
 def answers_drawn() -> str:
     """The gate that draws patches, its controls, and the contestants of `answers_longer`."""
-    files = ("answers_drawn", "answers_longer")
-    return less_than_gate(DRAWN, ["Patches", "Scored by, trained by"], *files, untested=("earlier gate 0.02",))
+    return less_than_gate("answers_drawn", "answers_longer", untested=("earlier gate 0.02",))
 
 
 @table
 def answers_eight() -> str:
     """The contestants of `answers_drawn` that three more starts have, over all eight."""
-    files = ("answers_drawn", "answers_longer", "answers_held_out")
-    in_all = {name: words for name, words in DRAWN.items() if name in variants(read("answers_held_out"))}
-    return less_than_gate(in_all, ["Patches", "Scored by, trained by"], *files)
+    return less_than_gate("answers_drawn", "answers_longer", "answers_held_out")
 
 
 @table
 def answers_ten() -> str:
     """The contestants of `answers_again` that the first five starts had as well, over all ten starts."""
-    in_both = {name: words for name, words in AGAIN.items() if name in variants(read("answers"))}
-    return less_than_gate(in_both, ["Patches", "Scored by, trained by"], "answers", "answers_again")
+    return less_than_gate("answers", "answers_again")
 
 
 @table
@@ -473,7 +464,7 @@ def answered() -> list[list]:
         of = runs[name]
         scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], runs["start"]))
         (steps,) = option(of[0], "max_steps")
-        model = f"{schedule_of(of[0])}, {DRAWN[name][1].partition(', ')[2]}"
+        model = f"{schedule_of(of[0])}, {RIVALS[name][1].partition(', ')[2]}"
         rows.append(["questions, busy scenes, 96 px", model, "no", steps, *scores, ""])
     return rows
 

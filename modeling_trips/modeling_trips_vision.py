@@ -351,7 +351,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
             scores = self.score(guide, key[:, :, text_length + 1 :], selection)
             candidates = hidden_states[:, text_length + 1 :]
-            draw = sampled_share > 0 and self.draws(selection)
+            draw = self.draws(selection, sampled_share)
             hidden_states, kept_positions = select_tokens(
                 hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, draw
             )
@@ -362,12 +362,12 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, gate
 
-    def draws(self, selection: LayerSelection) -> bool:
+    def draws(self, selection: LayerSelection, sampled_share: float) -> bool:
         """
-        Return whether the kept tokens are drawn in training with a gate. An image chooses for all texts: its scores
-        stay flat, and drawn patches would tell little of the best.
+        Return whether the kept tokens are drawn: those of a text, with a gate. An image chooses for all texts: its
+        scores stay flat, and drawn patches would tell little of the best.
         """
-        return selection.guidance == "text"
+        return sampled_share > 0 and selection.guidance == "text"
 
     def gate(
         self,

@@ -80,6 +80,11 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     return positions.where(kept, last).sort(dim=-1).values[:, :num_kept]
 
 
+def log_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of scores; that of 0 is finite."""
+    return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+
+
 def draw_kept(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
     Return the positions of `num_kept` candidates that are drawn by their scores, without repetition, in ascending
@@ -87,8 +92,7 @@ def draw_kept(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
 
     They are the best by log scores with Gumbel noise (https://arxiv.org/abs/1903.06059).
     """
-    log_scores = scores.detach().clamp(min=torch.finfo(scores.dtype).tiny).log()
-    return keep_topk(log_scores - torch.empty_like(scores).exponential_().log(), num_kept)
+    return keep_topk(log_scores(scores.detach()) - torch.empty_like(scores).exponential_().log(), num_kept)
 
 
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -196,7 +200,7 @@ def gate_of(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch
         positions (`torch.LongTensor` of shape `(batch_size, num_positions)`)
         drawn (`bool`): Whether the kept candidates are drawn, as in [`draw_kept`], or are the best.
     """
-    logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    logits = log_scores(scores)
     if drawn:
         return logits.gather(1, positions) / 4
     with torch.no_grad():

@@ -17,13 +17,7 @@ from train_control import (
     use_few_regions,
 )
 
-from modeling_trips import (
-    TripsConfig,
-    TripsForQuestionAnswering,
-    TripsModel,
-    TripsProcessor,
-    modeling_trips_vision,
-)
+from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsModel, TripsProcessor
 from modeling_trips.modeling_trips_text import TripsTextModel
 from modeling_trips.modeling_trips_vision import TripsVisionLayer
 from modeling_trips.patch_selection import region_targets
@@ -48,7 +42,6 @@ def restored(monkeypatch):
         (VqaCollator, "encode"),
         (TripsModel, "fuse"),
         (TripsVisionLayer, "score"),
-        (modeling_trips_vision, "select_tokens"),
         (TripsVisionLayer, "draws"),
         (ModelArguments, "config_overrides"),
         (ImageGroupedTrainer, "training_step"),

@@ -61,8 +61,8 @@ GATE = PRUNED + (
 )
 STAGES = {  # folder: title and options
     "unpruned": ("all patches", "--do_train False"),
-    "pruned": ("3 of 144, before training", PRUNED + "--do_train False"),
-    "model": ("3 of 144, trained from answers", GATE),
+    "pruned": ("pruned, before training", PRUNED + "--do_train False"),
+    "model": ("pruned, trained from answers", GATE),
 }
 START = CHECKPOINT.with_name(f"{CHECKPOINT.name}-unpruned")
 WEIGHTS = "model.safetensors"

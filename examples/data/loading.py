@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow
+from accelerate.utils import tqdm
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from tqdm.auto import tqdm
 
 from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
 from trips_examples.data.busy_scenes import busy_records, check_busy_scenes

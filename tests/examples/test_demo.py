@@ -30,7 +30,7 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     demo.main(options)
     printed = capsys.readouterr().out
     assert printed.count("test scene 1: ") == 4
-    for line in ("all patches", "3 of 144, before training", "3 of 144, trained from answers"):
+    for line in ("all patches", "pruned, before training", "pruned, trained from answers"):
         assert re.search(rf"^  {line} +([\d.]+% *){{4}}$", printed, re.MULTILINE), line
     assert "MAC ratio 0.48" in printed
     # No stage has seen a region, and only the last two drop patches.

@@ -204,7 +204,7 @@ RIVALS = {
     "unpruned": (144, "all"),
     "64 px from scratch": (64, "all, 64 px from scratch"),
     "gate 0.02": (3, "text, gate"),
-    "earlier gate 0.02": (3, "text, earlier gate"),
+    "earlier gate 0.02": (3, "text, earlier gate (the best are kept)"),
     "fused token 0.02": (3, "text, fused token (the paper)"),
     "fused token, drawn 0.02": (3, "text, fused token, drawn patches"),
     "image with gate 0.02": (3, "image, gate"),

@@ -41,7 +41,8 @@ from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig,
 from .patch_selection import (
     FUSED_TOKEN,
     draw_dropped,
-    gate_of,
+    gate_of_best,
+    gate_of_drawn,
     gated_attention,
     gather_tokens,
     random_scores,
@@ -351,40 +352,30 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
             scores = self.score(guide, key[:, :, text_length + 1 :], selection)
             candidates = hidden_states[:, text_length + 1 :]
-            draw = self.draws(selection, sampled_share)
+            draw = self.draws(selection, sampled_share, text_embeds is not None or text_length > 0)
             hidden_states, kept_positions = select_tokens(
                 hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, draw
             )
             if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
                 sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
-                gate = self.gate(scores, kept_positions, sampled_positions, draw, hidden_states.shape[1], text_length)
+                positions = torch.cat((kept_positions, sampled_positions), dim=1)
+                gate = gate_of_drawn(scores, positions) if draw else gate_of_best(scores, kept_positions, positions)
+                gate = self.gate_of_tokens(gate, kept_positions.shape[1], hidden_states.shape[1], text_length)
                 hidden_states = torch.cat((hidden_states, gather_tokens(candidates, sampled_positions)), dim=1)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, kept_positions, gate
 
-    def draws(self, selection: LayerSelection, sampled_share: float) -> bool:
-        """
-        Return whether the kept tokens are drawn: those of a text, with a gate. An image chooses for all texts: its
-        scores stay flat, and drawn patches would tell little of the best.
-        """
-        return sampled_share > 0 and selection.guidance == "text"
+    def draws(self, selection: LayerSelection, sampled_share: float, has_text: bool) -> bool:
+        """Return whether the kept tokens are drawn: with a gate, where a text scores. Draws made images worse."""
+        return sampled_share > 0 and selection.guidance == "text" and has_text
 
-    def gate(
-        self,
-        scores: torch.Tensor,
-        kept_positions: torch.Tensor,
-        sampled_positions: torch.Tensor,
-        drawn: bool,
-        num_tokens: int,
-        text_length: int,
-    ) -> torch.Tensor:
+    def gate_of_tokens(self, gate: torch.Tensor, num_kept: int, num_tokens: int, text_length: int) -> torch.Tensor:
         """
-        Return the gate of `num_tokens` tokens and the sampled ones behind them. Nothing scores those before the kept
-        candidates and the fused token behind them: their gate is 1.
+        Return the gate of `num_tokens` tokens and the sampled ones behind them, from that of the kept and the sampled
+        ones. Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
         """
-        start, num_kept = text_length + 1, kept_positions.shape[1]
-        gate = gate_of(scores, kept_positions, torch.cat((kept_positions, sampled_positions), dim=1), drawn)
-        kept, sampled = gate.split((num_kept, sampled_positions.shape[1]), dim=1)
+        start = text_length + 1
+        kept, sampled = gate.split((num_kept, gate.shape[1] - num_kept), dim=1)
         kept = nn.functional.pad(kept, (start, num_tokens - start - num_kept), value=1.0)
         return torch.cat((kept, sampled), dim=1)
 

@@ -24,6 +24,7 @@ import torch
 
 
 FUSED_TOKEN = -1  # index of a candidate that is not a patch
+LOWEST_SCORE = 1e-20  # that has a logarithm of its own. The gradient is finite with the scale of a loss in float16.
 
 
 def num_kept_tokens(num_candidates: int, keep_rate: float) -> int:
@@ -81,8 +82,8 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 def log_scores(scores: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of scores; that of 0 is finite."""
-    return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    """Return the logarithm of scores, float32 or wider. Below `LOWEST_SCORE` it is that of this score."""
+    return scores.clamp(min=LOWEST_SCORE).log()
 
 
 def draw_kept(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
@@ -184,30 +185,36 @@ def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: floa
     return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_sampled, dim=-1).indices
 
 
-def gate_of(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor, drawn: bool) -> torch.Tensor:
+def gate_of_best(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
-    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`.
+    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`, where the best are kept.
 
-    [`gated_attention`] takes the gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
-    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432). Where the best are kept, it is a
-    sigmoid of the distance of the log scores from the threshold between the kept and the dropped candidates: those
-    that are far from it change nothing. Drawn ones have no threshold, so the gradient is that of the sigmoid's middle
-    for all: a quarter of the log score's.
+    [`gated_attention`] takes a gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
+    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432); the gate's own value does not count.
+    Here it is a sigmoid of the distance of the log scores from the threshold, midway between the lowest kept and the
+    highest dropped one. Candidates that are far from it learn nothing.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): Positive.
         kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`): Fewer than all candidates.
         positions (`torch.LongTensor` of shape `(batch_size, num_positions)`)
-        drawn (`bool`): Whether the kept candidates are drawn, as in [`draw_kept`], or are the best.
     """
     logits = log_scores(scores)
-    if drawn:
-        return logits.gather(1, positions) / 4
     with torch.no_grad():
         lowest_kept = logits.gather(1, kept_positions).amin(dim=-1, keepdim=True)
         highest_dropped = logits.scatter(1, kept_positions, -math.inf).amax(dim=-1, keepdim=True)
         threshold = (lowest_kept + highest_dropped) / 2
     return (logits.gather(1, positions) - threshold).sigmoid()
+
+
+def gate_of_drawn(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`, where [`draw_kept`] keeps them.
+
+    There is no threshold, so all have the gradient of the middle of the sigmoid in [`gate_of_best`]: a quarter of that
+    of their log score.
+    """
+    return log_scores(scores).gather(1, positions) / 4
 
 
 class GateGradient(torch.autograd.Function):
@@ -260,14 +267,19 @@ def gated_attention(
     Args:
         attention (`Callable`): Attention function, as of `ALL_ATTENTION_FUNCTIONS`.
         query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_dim)`)
-        attention_mask (`torch.Tensor`, *optional*): As for `attention`, broadcastable to `(batch_size, 1, num_queries,
-            num_keys)`.
-        gate (`torch.Tensor` of shape `(batch_size, num_keys)`, *optional*): See [`gate_of`]. A key that nothing
-            scores has a constant.
+        attention_mask (`torch.Tensor`, *optional*): As for `attention`; with a gate broadcastable to `(batch_size, 1,
+            num_queries, num_keys)`.
+        gate (`torch.Tensor` of shape `(batch_size, num_keys)`, *optional*): See [`gate_of_best`], [`gate_of_drawn`]. A
+            key that nothing scores has a constant.
         num_sampled (`int`, *optional*, defaults to 0)
+
+    Raises:
+        ValueError: `attention_mask` has another form, as FlashAttention and FlexAttention need it.
     """
     if gate is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
+        raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
     num_kept = key.shape[2] - num_sampled
     mask = None if attention_mask is None else attention_mask[..., :num_kept]
     attn_output, attn_weights = attention(module, query, key[:, :, :num_kept], value[:, :, :num_kept], mask, **kwargs)

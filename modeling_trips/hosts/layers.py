@@ -26,7 +26,7 @@ from ..patch_selection import (
     FUSED_TOKEN,
     draw_dropped,
     fuse_tokens,
-    gate_of,
+    gate_of_best,
     gather_tokens,
     keep_topk,
     num_kept_tokens,
@@ -328,7 +328,7 @@ class SelectionLayer(ModuleWrapper):
             units = units.repeat_interleave(self.unit**2, dim=1)
             return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
 
-        current.gate = of_tokens(gate_of(scores, kept, positions, drawn=False), 1.0)
+        current.gate = of_tokens(gate_of_best(scores, kept, positions), 1.0)
         current.is_sampled = of_tokens(order >= kept.shape[1], False)
         return positions
 

@@ -7,7 +7,15 @@ from tiny_models import CASES, NoNumbers, each_model, gradients_of, kept_by, los
 
 from modeling_trips import patch_selection
 from modeling_trips.modeling_trips_vision import TripsVisionModel
-from modeling_trips.patch_selection import draw_dropped, gate_of, gated_attention, keep_topk, score_tokens
+from modeling_trips.patch_selection import (
+    draw_dropped,
+    draw_kept,
+    gate_of_best,
+    gate_of_drawn,
+    gated_attention,
+    keep_topk,
+    score_tokens,
+)
 
 
 QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsForQuestionAnswering")
@@ -47,6 +55,25 @@ def test_the_loss_is_that_of_the_pruned_model(case, guidance, attention):
     after = [name for name in gradients if name.startswith(("decoder.", "lm_head.", "classifier."))]
     for name in after:
         torch.testing.assert_close(gradients[name], without[name], msg=name)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.draws], ids=str)
+def test_drawn_tokens_give_the_loss_of_a_model_that_keeps_them(case, monkeypatch):
+    drawn = []
+
+    def draw_and_note(scores, num_kept):
+        drawn.append(draw_kept(scores, num_kept))
+        return drawn[-1]
+
+    monkeypatch.setattr(patch_selection, "draw_kept", draw_and_note)
+    loss, _, outputs = loss_and_gradients(case, selection_gate=0.3)
+    (positions,) = drawn
+    # The last of the layers kept them.
+    is_last = [*[False] * (len(outputs.selection) - 1), True]
+    monkeypatch.setattr(patch_selection, "keep_topk", lambda *args: positions if is_last.pop(0) else keep_topk(*args))
+    pruned, _, expected = loss_and_gradients(case)
+    assert torch.equal(outputs.selection[-1].kept_indices, expected.selection[-1].kept_indices)
+    assert torch.equal(loss, pruned)
 
 
 def gradients_of_tower(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -101,7 +128,7 @@ def test_the_gate_by_hand():
     # Kept are 0.4 and 0.3; the threshold is the mean of ln 0.3 and ln 0.2: the sigmoid of ln(s) - t is s / (s + e^t).
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], requires_grad=True)
     kept = keep_topk(scores.detach(), 2)
-    gate = gate_of(scores, kept, torch.tensor([[1, 3, 2, 0]]), drawn=False)
+    gate = gate_of_best(scores, kept, torch.tensor([[1, 3, 2, 0]]))
     threshold = (0.3 * 0.2) ** 0.5
     expected = torch.tensor([0.4, 0.3, 0.2, 0.1])
     torch.testing.assert_close(gate[0], expected / (expected + threshold))
@@ -112,8 +139,25 @@ def test_the_gate_by_hand():
 def test_the_gate_of_drawn_candidates_by_hand():
     # A quarter of the log score, for kept and dropped candidates alike: d gate / d s = 1 / (4 s).
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], requires_grad=True)
-    gate_of(scores, torch.tensor([[0, 2]]), torch.tensor([[1, 3, 0]]), drawn=True).sum().backward()
+    gate_of_drawn(scores, torch.tensor([[1, 3, 0]])).sum().backward()
     torch.testing.assert_close(scores.grad, torch.tensor([[2.5, 0.625, 0.0, 1 / 1.2]]))
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_scores_near_zero_have_finite_gradients(drawn):
+    # The attention to the second candidate is about 4e-38, the gradient that of a loss scaled for float16.
+    logits = torch.tensor([[0.0, -86.0, -5.0]], requires_grad=True)
+    scores, positions = logits.softmax(dim=-1), torch.tensor([[0, 1, 2]])
+    gate = gate_of_drawn(scores, positions) if drawn else gate_of_best(scores, positions[:, :1], positions)
+    (gate * 2**16).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_masks_without_queries_are_refused():
+    query, key, value = torch.randn(3, 2, 2, 4, 3).unbind()
+    mask, gate = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4)
+    with pytest.raises(ValueError):
+        gated_attention(sdpa, torch.nn.Module(), query, key, value, mask, gate, 1, scaling=0.7)
 
 
 def test_the_sample_is_of_dropped_candidates_without_repetition():
@@ -138,7 +182,8 @@ def test_a_patch_that_lowers_the_loss_gets_a_higher_score(drawn):
     positions = torch.cat((kept, draw_dropped(scores, kept, share=1.0)), dim=1)
     value[0, 0, 2:] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # of the last four, the dropped ones
     value[0, 0, 3, 3] = 5.0
-    gate, query = gate_of(scores, kept, positions, drawn), torch.zeros(1, 1, 1, 4)
+    gate = gate_of_drawn(scores, positions) if drawn else gate_of_best(scores, kept, positions)
+    query = torch.zeros(1, 1, 1, 4)
     output, _ = gated_attention(sdpa, torch.nn.Module(), query, key, value, None, gate, 4, scaling=0.5)
     assert output[..., 3].item() == 0.0
     (-output[..., 3].sum()).backward()
@@ -206,6 +251,13 @@ def test_a_text_tries_other_tokens_than_the_best_in_training_only(guidance):
     first, second = (kept_by(model.train()(**inputs)) for _ in range(2))
     assert first[:-1] == second[:-1]
     assert (first[-1] == second[-1]) == (guidance == "image")
+
+
+def test_an_image_without_a_text_keeps_the_best_in_training():
+    model = QUESTIONS.make_model(selection_gate=0.3, patch_embedding_type="linear").train()
+    tower: TripsVisionModel = model.model.vision_model
+    images = QUESTIONS.make_inputs()["pixel_values"].repeat(8, 1, 1, 1)
+    assert kept_by(tower(images)) == kept_by(tower(images))
 
 
 def test_a_training_step_asks_the_device_for_no_number():

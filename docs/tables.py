@@ -200,9 +200,8 @@ REGIONS = {
 }
 
 
-RIVALS = {
-    "unpruned": (144, "all"),
-    "64 px from scratch": (64, "all, 64 px from scratch"),
+UNPRUNED = {"unpruned": (144, "all"), "64 px from scratch": (64, "all, 64 px from scratch")}
+RIVALS = UNPRUNED | {
     "gate 0.02": (3, "text, gate"),
     "earlier gate 0.02": (3, "text, earlier gate (the best are kept)"),
     "fused token 0.02": (3, "text, fused token (the paper)"),
@@ -210,6 +209,12 @@ RIVALS = {
     "image with gate 0.02": (3, "image, gate"),
     "constant query with gate 0.02": (3, "constant query, gate"),
     "region 0.02": (3, "the region itself, gate"),
+}
+RIVALS_WITH_15 = UNPRUNED | {
+    "gate 0.1": (15, "text, gate"),
+    "fused token 0.1": (15, "text, fused token (the paper)"),
+    "image with gate 0.1": (15, "image, gate"),
+    "constant query with gate 0.1": (15, "constant query, gate"),
 }
 
 
@@ -256,6 +261,12 @@ def answers_longer() -> str:
 def answers_drawn() -> str:
     """The gate that draws patches, its controls, and the contestants of `answers_longer`."""
     return less_than_gate("answers_drawn", "answers_longer", untested=("earlier gate 0.02",))
+
+
+@table
+def answers_drawn_15() -> str:
+    """The same starts with 15 patches, and the gate less each contestant."""
+    return less_than_gate("answers_drawn", "answers_longer", gate="gate 0.1", contestants=RIVALS_WITH_15)
 
 
 @table
@@ -358,8 +369,10 @@ def tasks() -> str:
     for file, (task, metric, measure) in TASKS.items():
         runs = variants(read(file))
         for name, of in runs.items():
-            gate = ", earlier gate" if name.startswith("earlier ") else ", gate"
-            trained = gate if option(of[0], "selection_gate") else ""
+            supervised = any(float(weight) for weight in option(of[0], "selection_loss_weight"))
+            trained = ", selection loss" if supervised else ""
+            if option(of[0], "selection_gate"):
+                trained = ", earlier gate" if name.startswith("earlier ") else ", gate"
             gap = paired_by_seed(of, runs["unpruned"], f"test_{metric}")
             result = spread(percents(of, f"test_{metric}"))
             rows.append(

@@ -8,9 +8,9 @@ from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 
 
 QUESTIONS = ["what color is the cross?", "what shape is the green one?"]
-KEPT = [[[13, 19, 32], [16, 55, 88]]]  # by selection layer and question
-FIRST_TOKENS = [[210, 167, 217], [204, 205, 214]]
-LOGITS = [[10.340083, 3.612266, 3.149572], [10.776352, 4.640045, 4.196046]]
+KEPT = [[[1, 13, 14], [16, 55, 67]]]  # by selection layer and question
+FIRST_TOKENS = [[210, 207, 152], [204, 214, 206]]
+LOGITS = [[10.970742, 3.651362, 3.158695], [10.144358, 4.66494, 3.26205]]
 
 
 @torch.no_grad()

@@ -270,6 +270,15 @@ def answers_drawn_15() -> str:
 
 
 @table
+def answers_scratch() -> str:
+    """The gate in models that were pruned from the first step, and these less the gate of an unpruned start."""
+    scratch = "gate 0.02 from scratch"
+    contestants = {scratch: (3, "text, gate, pruned from the first step"), "gate 0.02": RIVALS["gate 0.02"]}
+    contestants["64 px from scratch"] = UNPRUNED["64 px from scratch"]
+    return less_than_gate("answers_drawn", "answers_longer", gate=scratch, contestants=contestants)
+
+
+@table
 def answers_eight() -> str:
     """The contestants of `answers_drawn` that three more starts have, over all eight."""
     return less_than_gate("answers_drawn", "answers_longer", "answers_held_out")

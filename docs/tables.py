@@ -133,15 +133,19 @@ ANSWERS = {
     "start": "all, the start itself",
     "unpruned": "all",
     "fewer pixels 64": "all, 64 px",
+    "64 px from scratch": "all, 64 px from scratch",
     "gate": "text, gate",
+    "earlier gate": "text, earlier gate (the best are kept)",
     "teacher": "text, attention of the start",
     "fused token": "text, fused token (the paper)",
+    "fused token, drawn": "text, fused token, drawn patches",
     "start pruned": "text, the start itself",
     "image with gate": "image, gate",
     "constant query with gate": "constant query, gate",
+    "region": "the region itself, gate",
     "random": "random",
 }
-ANSWER_PATCHES = {"start": 144, "unpruned": 144, "fewer pixels 64": 64}
+ANSWER_PATCHES = {"start": 144, "unpruned": 144, "fewer pixels 64": 64, "64 px from scratch": 64}
 ANSWER_RATES = {"0.25": 36, "0.1": 15, "0.02": 3}  # patches
 ANSWER_KINDS = ("color", "shape", "presence")  # those that the starts answer
 ANSWER_HEADER = ["Mean of three kinds, %", "Color, %", "Form, %", "Presence, %", "Place, %"]
@@ -172,7 +176,7 @@ def answer_gaps(runs: dict[str, list[Row]], pairs: list[tuple[str, str]]) -> dic
 def answers() -> str:
     """Questions about busy scenes by what scores the patches and what trains the scores, and the gate less each."""
     runs = answer_runs("answers")
-    lines = [(name, name, "") for name in ANSWER_PATCHES]
+    lines = [(name, name, "") for name in ANSWER_PATCHES if name in runs]
     lines += [(f"{way} {rate}", way, rate) for rate in ANSWER_RATES for way in ANSWERS if f"{way} {rate}" in runs]
     others = [(name, [rate] if rate else ANSWER_RATES) for name, way, rate in lines if way != "gate"]
     gaps = answer_gaps(runs, [(f"gate {rate}", name) for name, rates in others for rate in rates])
@@ -200,35 +204,26 @@ REGIONS = {
 }
 
 
-UNPRUNED = {"unpruned": (144, "all"), "64 px from scratch": (64, "all, 64 px from scratch")}
-RIVALS = UNPRUNED | {
-    "gate 0.02": (3, "text, gate"),
-    "earlier gate 0.02": (3, "text, earlier gate (the best are kept)"),
-    "fused token 0.02": (3, "text, fused token (the paper)"),
-    "fused token, drawn 0.02": (3, "text, fused token, drawn patches"),
-    "image with gate 0.02": (3, "image, gate"),
-    "constant query with gate 0.02": (3, "constant query, gate"),
-    "region 0.02": (3, "the region itself, gate"),
-}
-RIVALS_WITH_15 = UNPRUNED | {
-    "gate 0.1": (15, "text, gate"),
-    "fused token 0.1": (15, "text, fused token (the paper)"),
-    "image with gate 0.1": (15, "image, gate"),
-    "constant query with gate 0.1": (15, "constant query, gate"),
-}
+def rivals(rate: str) -> dict[str, tuple]:
+    """Return patches and words of the contestants with a keep rate, and of the unpruned ones, by variant."""
+    unpruned = {name: (ANSWER_PATCHES[name], ANSWERS[name]) for name in ("unpruned", "64 px from scratch")}
+    ways = (way for way in ANSWERS if way not in ANSWER_PATCHES)
+    return unpruned | {f"{way} {rate}": (ANSWER_RATES[rate], ANSWERS[way]) for way in ways}
 
 
 def less_than_gate(
     *files: str,
     gate: str = "gate 0.02",
     untested: tuple[str, ...] = (),
-    contestants: dict[str, tuple] = RIVALS,
+    contestants: dict[str, tuple] | None = None,
     header: tuple[str, ...] = ("Patches", "Scored by, trained by"),
 ) -> str:
     """
     Return a table of the contestants that have as many starts in these files as the gate, and the gate less each but
-    the untested. Keys of `contestants` are variants, values the cells of `header`.
+    the untested. Keys of `contestants` are variants, values the cells of `header`, by default
+    the `rivals` of the gate.
     """
+    contestants = rivals(gate.rpartition(" ")[2]) if contestants is None else contestants
     runs = answer_runs(*files)
     (steps,) = option(runs[gate][0], "max_steps")
     words = {name: words for name, words in contestants.items() if len(runs.get(name, [])) == len(runs[gate])}
@@ -266,15 +261,15 @@ def answers_drawn() -> str:
 @table
 def answers_drawn_15() -> str:
     """The same starts with 15 patches, and the gate less each contestant."""
-    return less_than_gate("answers_drawn", "answers_longer", gate="gate 0.1", contestants=RIVALS_WITH_15)
+    return less_than_gate("answers_drawn", "answers_longer", gate="gate 0.1")
 
 
 @table
 def answers_scratch() -> str:
     """The gate in models that were pruned from the first step, and these less the gate of an unpruned start."""
     scratch = "gate 0.02 from scratch"
-    contestants = {scratch: (3, "text, gate, pruned from the first step"), "gate 0.02": RIVALS["gate 0.02"]}
-    contestants["64 px from scratch"] = UNPRUNED["64 px from scratch"]
+    others = {name: rivals("0.02")[name] for name in ("gate 0.02", "64 px from scratch")}
+    contestants = {scratch: (3, "text, gate, pruned from the first step")} | others
     return less_than_gate("answers_drawn", "answers_longer", gate=scratch, contestants=contestants)
 
 
@@ -482,11 +477,11 @@ def compared(task: str, name: str, variant: str, start: str) -> list:
 def answered() -> list[list]:
     """Return the lines of the questions whose selection was learnt from answers."""
     runs, rows = answer_runs("answers_drawn", "answers_longer"), []
-    for name in ("gate 0.02", "fused token 0.02", "image with gate 0.02"):
-        of = runs[name]
+    for way in ("gate", "fused token", "image with gate"):
+        of = runs[f"{way} 0.02"]
         scores = (spread(percents(rows, "mean")) for rows in (of, runs["unpruned"], runs["start"]))
         (steps,) = option(of[0], "max_steps")
-        model = f"{schedule_of(of[0])}, {RIVALS[name][1].partition(', ')[2]}"
+        model = f"{schedule_of(of[0])}, {ANSWERS[way].partition(', ')[2]}"
         rows.append(["questions, busy scenes, 96 px", model, "no", steps, *scores, ""])
     return rows
 

@@ -2,7 +2,7 @@
 Draw docs/walk.png: an image and a question in the layers of the shipped model.
 
     python docs/draw_walk.py
-    python docs/draw_walk.py --question "what shape is the red shape?" --output walk.png
+    python docs/draw_walk.py --question "what color is the cross?" --output walk.png
 """
 
 from dataclasses import dataclass, field
@@ -49,8 +49,8 @@ def draw_scores(image: PIL.Image.Image, boxes: torch.Tensor, scores: torch.Tenso
 
 @dataclass
 class WalkArguments:
-    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a scene of four shapes."})
-    question: str = field(default="what color is the circle?", metadata={"help": "Question about the image."})
+    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a scene of seven shapes."})
+    question: str = field(default="what shape is the green one?", metadata={"help": "Question about the image."})
     output: str = field(default=str(Path(__file__).parent / "walk.png"), metadata={"help": "File of the figure."})
 
 
@@ -68,6 +68,7 @@ class Walk:
         with torch.no_grad():
             output = self.model.model(**inputs, output_hidden_states=True)
         self.selections = dict(zip(self.model.config.vision_config.schedule.layers, output.selection))
+        self.rows, self.places = self.model.config.vision_config.grid_size  # of patches
         self.tokens = [states.shape[1] for states in output.vision_model_output.hidden_states[1:]]
         num_columns = 2 + 2 * len(self.selections)
         self.figure = Figure(figsize=(COLUMN * num_columns, 5.6), dpi=110)
@@ -80,8 +81,13 @@ class Walk:
         return self.processor.patch_boxes(indices[None], [(self.image.height, self.image.width)])[0]
 
     def draw(self) -> Figure:
-        everything = torch.arange(64)
-        self.panel(0, draw_kept_patches(self.image, self.boxes(everything), outline=None), "64 patches", grid=True)
+        everything = torch.arange(self.rows * self.places)
+        self.panel(
+            0,
+            draw_kept_patches(self.image, self.boxes(everything), outline=None),
+            f"{len(everything)} patches",
+            grid=True,
+        )
         self.sequence(0, everything, 0, f"layer 1: {self.tokens[0]} tokens\nthe same for every question")
         columns = iter(range(1, len(self.columns) - 1))
         for layer, selection in self.selections.items():
@@ -97,9 +103,10 @@ class Walk:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color(LINE)
         if grid:
-            for place in range(0, picture.width, picture.width // 8):
-                axes.axhline(place - 0.5, color=LINE, linewidth=0.4)
-                axes.axvline(place - 0.5, color=LINE, linewidth=0.4)
+            for row in range(self.rows):
+                axes.axhline(row * picture.height / self.rows - 0.5, color=LINE, linewidth=0.4)
+            for place in range(self.places):
+                axes.axvline(place * picture.width / self.places - 0.5, color=LINE, linewidth=0.4)
 
     def scores(self, column: int, layer: int, selection: TripsSelection):
         candidates, scores = selection.candidate_indices[0], selection.scores[0].float()
@@ -122,15 +129,15 @@ class Walk:
         """Draw the tokens in their order: [CLS], then from the next line on the patches, then fused tokens."""
         axes = self.figure.add_axes((self.columns[column], TOKENS, self.width, HEIGHT - 0.03))
         shown = [self.image.crop(tuple(box)) for box in self.boxes(patches).int().tolist()]
-        for place, token in enumerate([CLS, *[None] * 7, *shown, *[FUSED] * num_fused]):
+        for place, token in enumerate([CLS, *[None] * (self.places - 1), *shown, *[FUSED] * num_fused]):
             if token is None:
                 continue
-            row, left = divmod(place, 8)
+            row, left = divmod(place, self.places)
             color = token if isinstance(token, str) else "none"
             axes.add_patch(Rectangle((left, -row - 0.9), 0.9, 0.9, facecolor=color, edgecolor=LINE, lw=0.4, zorder=2))
             if color == "none":
                 axes.imshow(token, extent=(left, left + 0.9, -row - 0.9, -row))
-        axes.set(xlim=(-0.1, 8), ylim=(-9, 0.1), aspect="equal", anchor="N")
+        axes.set(xlim=(-0.1, self.places), ylim=(-self.rows - 1, 0.1), aspect="equal", anchor="N")
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
 

@@ -25,8 +25,8 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | 
 
     Returns:
         `dict`: `command`, `git_commit` (`None` outside a checkout of this project; ends with `-dirty` if tracked files
-        differ from the commit), `date` (UTC), `seed`, `device_name`, `machine`, `num_threads`, and the versions of
-        Python, PyTorch and Transformers.
+        differ from the commit), `date` (UTC), `seed`, `device_name`, `machine`, `cpu_capability` (the instructions
+        that PyTorch uses, like `"AVX2"`), `num_threads`, and the versions of Python, PyTorch and Transformers.
     """
     return {
         "command": _command(),
@@ -35,6 +35,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | 
         "seed": seed,
         "device_name": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu_name(),
         "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "python_version": platform.python_version(),
         "torch_version": torch.__version__.split("+")[0],

@@ -16,7 +16,15 @@ def test_provenance_names_command_commit_seed_and_machine(monkeypatch):
     row = provenance("cpu", seed=7)
     assert row["command"] == "benchmarks/benchmark.py --schedule '2 text'"
     assert (row["seed"], row["num_threads"]) == (7, 1)
-    assert row.keys() >= {"date", "device_name", "machine", "python_version", "torch_version", "transformers_version"}
+    assert row.keys() >= {
+        "date",
+        "device_name",
+        "machine",
+        "cpu_capability",
+        "python_version",
+        "torch_version",
+        "transformers_version",
+    }
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode == 0:
         assert row["git_commit"].removesuffix("-dirty") == head.stdout.strip()

@@ -274,6 +274,12 @@ def answers_scratch() -> str:
 
 
 @table
+def answers_captions() -> str:
+    """The gate and its rivals from starts that learnt captions before answers."""
+    return less_than_gate("answers_captions")
+
+
+@table
 def answers_eight() -> str:
     """The contestants of `answers_drawn` that three more starts have, over all eight."""
     return less_than_gate("answers_drawn", "answers_longer", "answers_held_out")
@@ -384,6 +390,27 @@ def tasks() -> str:
             )
     header = ["Task", "Schedule", "Measure", "Result", "This - unpruned, points (95%)", "Seeds"]
     return render(header, rows, *TASKS, note="trainings from one start, test split")
+
+
+PRETRAINING = {  # measure: field of its result and of its chance, where not a half
+    "matching (ITM)": ("itm_accuracy", None),
+    "masked words (MLM)": ("mlm_accuracy", "mlm_majority"),
+    "continuations (PrefixLM)": ("prefix_lm_accuracy", "prefix_lm_majority"),
+    "image to text, R@1 among 100 images": ("features_i2t_r1", "chance_r1"),
+    "text to image, R@1": ("features_t2i_r1", "chance_r1"),
+}
+
+
+@table
+def pretraining() -> str:
+    """Pre-training on busy scenes, unpruned."""
+    of = read("busy_pretraining")
+    rows = []
+    for name, (field, chance) in PRETRAINING.items():
+        guessed = mean(percents(of, f"eval_{chance}")) if chance else 50
+        rows.append([name, spread(percents(of, f"eval_{field}")), f"{guessed:.1f}"])
+    note = f"{len(of)} trainings from scratch, validation split"
+    return render(["Measure", "Result, %", "Chance, %"], rows, "busy_pretraining", note=note)
 
 
 # Speed

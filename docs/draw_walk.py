@@ -82,12 +82,8 @@ class Walk:
 
     def draw(self) -> Figure:
         everything = torch.arange(self.rows * self.places)
-        self.panel(
-            0,
-            draw_kept_patches(self.image, self.boxes(everything), outline=None),
-            f"{len(everything)} patches",
-            grid=True,
-        )
+        picture = draw_kept_patches(self.image, self.boxes(everything), outline=None)
+        self.panel(0, picture, f"{len(everything)} patches", grid=True)
         self.sequence(0, everything, 0, f"layer 1: {self.tokens[0]} tokens\nthe same for every question")
         columns = iter(range(1, len(self.columns) - 1))
         for layer, selection in self.selections.items():

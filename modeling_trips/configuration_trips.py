@@ -68,15 +68,6 @@ def _one_per_layer(field: str, value, layers: Sequence[int]) -> list:
     return values
 
 
-def refuse_top_p(fields: dict):
-    """Remove the fields of top-p selection. Raise a `ValueError` if they turn it on."""
-    mode, _, _ = (fields.pop(name, "topk") for name in ("selection_mode", "selection_mass", "min_keep_rate"))
-    if mode != "topk":
-        raise ValueError(
-            f"`selection_mode={mode!r}` is not supported: commit 5557927 is the last that has top-p selection."
-        )
-
-
 class LayerSelection(NamedTuple):
     """
     Settings of one selection layer.
@@ -85,14 +76,10 @@ class LayerSelection(NamedTuple):
         guidance (`str`, *optional*, defaults to `"text"`): What scores the candidates: `"text"`, `"image"` or
             `"random"`.
         keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that is kept, in (0, 1].
-        fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates become one fused token.
-        normalize (`bool`, *optional*, defaults to `False`): Whether the weights of the fused token sum to 1.
     """
 
     guidance: str = "text"
     keep_rate: float = 0.7
-    fuse: bool = True
-    normalize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +111,7 @@ class SelectionSchedule:
             raise ValueError(
                 f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
             )
-        for guidance, keep_rate, *_ in self.selections:
+        for guidance, keep_rate in self.selections:
             if guidance not in GUIDANCES:
                 raise ValueError(
                     f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, got {guidance!r}."
@@ -164,7 +151,7 @@ class SelectionSchedule:
         return cls(tuple(layers), tuple(selections))
 
     def __str__(self) -> str:
-        entries = [f"{layer}:{own.guidance}:{own.keep_rate:g}" for layer, own in zip(self.layers, self.selections)]
+        entries = [f"{layer}:{own.guidance}:{own.keep_rate}" for layer, own in zip(self.layers, self.selections)]
         return ",".join(entries) or "unpruned"
 
     def check_fits(self, num_layers: int):
@@ -221,8 +208,6 @@ class TripsVisionConfig(PreTrainedConfig):
         as well. All texts of an image share its computation up to the first layer that a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
-    normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
-        Whether the weights of the fused token are rescaled to sum to 1.
     selection_gate (`float`, *optional*, defaults to 0.0):
         Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
         teaches the scores of the last selection layer which tokens it misses: see [`gated_attention`]. If a text
@@ -265,12 +250,10 @@ class TripsVisionConfig(PreTrainedConfig):
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
-    normalize_fusion_weights: bool = False
     selection_gate: float | int = probability(default=0.0)
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
-        refuse_top_p(kwargs)
         self.selection_layers = list(self.selection_layers)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
@@ -285,24 +268,7 @@ class TripsVisionConfig(PreTrainedConfig):
         """
         guidances = _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
-        selections = tuple(self._selection(*pair) for pair in zip(guidances, keep_rates))
-        return SelectionSchedule(tuple(self.selection_layers), selections)
-
-    def _selection(self, guidance: str, keep_rate: float) -> LayerSelection:
-        """Return the settings of a layer; what a schedule's text form does not say is that of all layers."""
-        return LayerSelection(guidance, keep_rate, self.fuse_inattentive_tokens, self.normalize_fusion_weights)
-
-    def parse_schedule(self, text: str) -> SelectionSchedule:
-        """
-        Read a schedule for this tower from its text form. What the text does not say is as in the configuration.
-
-        Raises:
-            ValueError: The text has another form, or a layer does not exist.
-        """
-        schedule = SelectionSchedule.parse(text)
-        schedule.check_fits(self.num_hidden_layers)
-        selections = tuple(self._selection(own.guidance, own.keep_rate) for own in schedule.selections)
-        return SelectionSchedule(schedule.layers, selections)
+        return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -468,7 +434,7 @@ class TripsDecoderConfig(TripsTextConfig):
 
 # Fields of parts that `TripsConfig` takes as keywords, too.
 SELECTION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
-VISION_KEYWORDS = (*SELECTION_KEYWORDS, "normalize_fusion_weights", "selection_gate", "image_size")
+VISION_KEYWORDS = (*SELECTION_KEYWORDS, "selection_gate", "image_size")
 PARTS_OF_KEYWORDS = dict.fromkeys(VISION_KEYWORDS, "vision_config")
 PARTS_OF_KEYWORDS |= dict.fromkeys(("fusion_type", "skip_stride"), "fusion_encoder_config")
 
@@ -597,7 +563,6 @@ class TripsConfig(PreTrainedConfig):
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
-        refuse_top_p(kwargs)
         for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
             part = PARTS_OF_KEYWORDS[name]
             config = getattr(self, part)

@@ -354,7 +354,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             candidates = hidden_states[:, text_length + 1 :]
             draw = self.draws(selection, sampled_share, text_embeds is not None or text_length > 0)
             hidden_states, kept_positions = select_tokens(
-                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, draw
+                hidden_states, scores, selection.keep_rate, self.config.fuse_inattentive_tokens, draw
             )
             if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
                 sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
@@ -668,7 +668,7 @@ class TripsVisionModel(TripsPreTrainedModel):
                 num_candidates = hidden_states.shape[1] - text_length - 1
                 if new_gate is not None:
                     gate = new_gate
-                    num_sampled = num_candidates - kept_positions.shape[1] - layer_selection.fuse
+                    num_sampled = num_candidates - kept_positions.shape[1] - self.config.fuse_inattentive_tokens
                 candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
                 kept_indices = candidate_indices.gather(1, kept_positions)
                 selections += (TripsSelection(kept_indices, scores, candidate_indices),)

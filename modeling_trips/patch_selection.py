@@ -104,9 +104,7 @@ def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def fuse_tokens(
-    tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor, normalize: bool = False
-) -> torch.Tensor:
+def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
     """
     Return the fused token: the sum of the tokens that are not kept, weighted by their scores.
 
@@ -116,14 +114,11 @@ def fuse_tokens(
         tokens (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
         kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
-        normalize (`bool`, *optional*, defaults to `False`): Whether the weights are rescaled to sum to 1.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, hidden_size)`, in the dtype of `tokens`.
     """
     weights = scores.scatter(1, kept_positions, 0.0)
-    if normalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
 
 
@@ -132,7 +127,6 @@ def select_tokens(
     scores: torch.Tensor,
     keep_rate: float,
     fuse: bool = True,
-    normalize: bool = False,
     draw: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -144,7 +138,6 @@ def select_tokens(
         scores (`torch.Tensor` of shape `(batch_size, n)`)
         keep_rate (`float`): Share of the candidates to keep, in (0, 1].
         fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
-        normalize (`bool`, *optional*, defaults to `False`): Whether its weights are rescaled to sum to 1.
         draw (`bool`, *optional*, defaults to `False`): Whether the kept candidates are drawn by their scores, as in
             [`draw_kept`], or are the best.
 
@@ -161,7 +154,7 @@ def select_tokens(
     kept_positions = (draw_kept if draw else keep_topk)(scores, num_kept)
     parts = [others, gather_tokens(candidates, kept_positions)]
     if fuse:
-        parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
+        parts.append(fuse_tokens(candidates, scores, kept_positions))
     return torch.cat(parts, dim=1), kept_positions
 
 

@@ -237,6 +237,7 @@ class SelectionLayer(ModuleWrapper):
 
     number: int
     selection: LayerSelection | None  # None: the layer only shortens its arguments
+    fuse: bool  # the dropped patches become one token
     unit: int  # side of a unit in patches
     num_prefix_tokens: int  # leading [CLS] and registers, which are always kept
     has_class_token: bool  # token 0 is [CLS]
@@ -302,7 +303,7 @@ class SelectionLayer(ModuleWrapper):
         text_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `fuse`, the fused token.
+        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, the fused token.
         `before` are the units that earlier layers of the pass have kept.
         """
         scores = self.score_units(current, before, normed, text_embeds)
@@ -344,7 +345,7 @@ class SelectionLayer(ModuleWrapper):
         units = to_units(candidates, self.unit, is_whole)
         kept = gather_tokens(units.flatten(2), positions).unflatten(2, units.shape[2:]).flatten(1, 2)
         parts = [hidden_states[:, :num_prefix_tokens], kept]
-        if self.selection.fuse:
+        if self.fuse:
             parts.append(fuse_tokens(candidates, scores, positions))
         return torch.cat(parts, dim=1)
 

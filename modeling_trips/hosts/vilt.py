@@ -180,8 +180,7 @@ class ViltSelectionLayer(SelectionLayer):
         if positions.shape[1] < numbers.shape[1]:
             hidden_states = self.shorten(hidden_states, scores, positions, num_others)
             parts = [token_numbers[:, :num_others], numbers.gather(1, positions)]
-            if self.selection.fuse:  # padding in rows that drop nothing
-                parts.append(torch.where(drops, NO_PATCH, PADDING))
+            parts.append(torch.where(drops, NO_PATCH, PADDING))  # the fused token: padding in rows that drop nothing
             token_numbers = torch.cat(parts, dim=1)
         layer_output = self.intermediate(self.layernorm_after(hidden_states))
         return self.output(layer_output, hidden_states), *attentions, token_numbers

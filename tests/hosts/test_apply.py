@@ -54,10 +54,6 @@ def test_sequence_lengths_follow_the_keep_rate(host):
     model = host.make_model()
     host.apply(model)
     assert [indices.shape[1] for indices in kept_by(host, model)] == KEPT
-    host.apply(model, fuse=False)  # ceil(.7 * 16) = 12 -> ceil(.7 * 12) = 9
-    kept = kept_by(host, model)
-    assert [indices.shape[1] for indices in kept] == [12, 9]
-    assert not any((indices == -1).any() for indices in kept)
 
 
 def snapshot(model: nn.Module) -> dict:

@@ -304,11 +304,10 @@ def test_recorded_numbers_are_those_of_the_original_grid():
 def test_text_embeds_get_a_gradient_through_the_fused_token():
     model = HOSTS["clip"].make_model()
     text_embeds = torch.randn(3, 32, requires_grad=True)
-    for fuses in (True, False):
-        apply_patch_selection(model, schedule_of(LAYERS, RATE, "text", fuses))
-        features = model.get_image_features(PIXELS, text_embeds=text_embeds).pooler_output
-        (gradient,) = torch.autograd.grad(features.square().sum(), text_embeds, allow_unused=True)
-        assert (gradient is not None and bool((gradient.abs().amax(dim=1) > 0).all())) == fuses
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "text"))
+    features = model.get_image_features(PIXELS, text_embeds=text_embeds).pooler_output
+    (gradient,) = torch.autograd.grad(features.square().sum(), text_embeds)
+    assert (gradient.abs().amax(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "timm"])

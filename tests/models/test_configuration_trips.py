@@ -1,8 +1,5 @@
 """Configuration: errors of invalid fields, presets, round trips and selection fields."""
 
-import json
-import shutil
-
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from schedules import guidances_of, rates_of
@@ -131,7 +128,6 @@ def test_defaults_are_the_papers():
     vision, text = config.vision_config, config.text_config
     assert rates_of(vision) == {5: 0.7, 10: 0.7}
     assert (vision.selection_guidance, vision.fuse_inattentive_tokens) == ("text", True)
-    assert vision.normalize_fusion_weights is False
     assert (vision.num_hidden_layers, vision.hidden_size, vision.patch_size) == (12, 768, 16)
     assert (text.num_hidden_layers, config.fusion_encoder_config.num_hidden_layers) == (6, 6)
 
@@ -179,14 +175,13 @@ def test_round_trip_through_a_file(tmp_path):
         keep_rate=[0.3],
         selection_guidance="image",
         fuse_inattentive_tokens=False,
-        normalize_fusion_weights=True,
     )
     config.save_pretrained(tmp_path)
     loaded = TripsConfig.from_pretrained(tmp_path)
     assert loaded.to_diff_dict() == config.to_diff_dict()
     vision = loaded.vision_config
     assert (vision.keep_rate, vision.selection_layers, vision.selection_guidance) == ([0.3], [2], "image")
-    assert (vision.fuse_inattentive_tokens, vision.normalize_fusion_weights) == (False, True)
+    assert vision.fuse_inattentive_tokens is False
     assert type(loaded.vision_config) is TripsVisionConfig and type(loaded.text_config) is TripsTextConfig
     # A part can be read from the file of the whole.
     assert TripsVisionConfig.from_pretrained(tmp_path).to_diff_dict() == config.vision_config.to_diff_dict()
@@ -226,19 +221,6 @@ def test_selection_fields_can_be_overridden_in_from_pretrained(checkpoint):
     assert model.vision_model.config.selection_guidance == "image"
     assert model.vision_model.config.fuse_inattentive_tokens is False
     assert rates_of(model.vision_model.config) == {2: 0.7}
-
-
-def test_a_checkpoint_with_top_p_selection_is_refused_and_one_with_its_defaults_loads(checkpoint, tmp_path):
-    fields = json.loads((checkpoint / "config.json").read_text())
-    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    for mode in ("topk", "mass"):
-        fields["vision_config"] |= {"selection_mode": mode, "selection_mass": [0.9], "min_keep_rate": 0.1}
-        (tmp_path / "config.json").write_text(json.dumps(fields))
-        if mode == "topk":
-            config = TripsModel.from_pretrained(tmp_path).config
-            assert not {"selection_mode", "selection_mass", "min_keep_rate"} & config.to_dict()["vision_config"].keys()
-        else:
-            assert_refused(lambda: TripsModel.from_pretrained(tmp_path), ["selection_mode", "mass"])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from tiny_models import CASES, Case, each_generator, each_model, kept_by, main_output
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsForRetrieval, TripsModel
+from modeling_trips.inspection.cost import forward_cost
 
 
 CASE = Case(TripsModel)
@@ -35,6 +36,18 @@ def test_text_encoder_is_trained_through_the_selection(fuse):
     model(**CASE.make_inputs()).vision_model_output.last_hidden_state.sin().sum().backward()
     gradient = model.text_model.encoder.layer[0].attention.self.query.weight.grad
     assert (gradient is not None and gradient.norm() > 1e-4) == fuse
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_schedule_means_the_same_after_a_trip_through_its_text(fuse):
+    model, inputs = CASE.make_model(fuse_inattentive_tokens=fuse, keep_rate=[1 / 3, 0.6]), CASE.make_inputs()
+    schedule = SelectionSchedule.parse(str(model.config.vision_config.schedule))
+    assert schedule == model.config.vision_config.schedule
+    outputs = model(**inputs, schedule=schedule, output_hidden_states=True)
+    assert torch.equal(outputs.last_hidden_state, model(**inputs).last_hidden_state)
+    cost = forward_cost(model.config, text_length=5, schedule=schedule)
+    lengths = [states.shape[1] for states in outputs.vision_model_output.hidden_states]
+    assert lengths[1:] == [*cost.tokens]
 
 
 def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):

@@ -34,7 +34,6 @@ CASES = {
     "image_image_text": {"selection_guidance": ["image", "image", "text"], "selection_layers": [1, 2, 3]},
     "text_at_the_door": {"selection_guidance": ["image", "text"], "selection_layers": [2, 3], "keep_rate": [0.7, 0.3]},
     "no_fusing": {"fuse_inattentive_tokens": False, "selection_layers": [1, 3]},
-    "normalised": {"normalize_fusion_weights": True, "selection_layers": [1, 3]},
     "clip_style": {**CLIP_STYLE, "selection_layers": [1, 2]},
     "no_qkv_bias": {"qkv_bias": False},
     "text_of_another_width": {"guidance_hidden_size": 5, "selection_layers": [1, 2]},
@@ -59,7 +58,6 @@ def assert_equals_reference(model, pixel_values, text_embeds):
         eps=config.layer_norm_eps,
         guidance=guidances_of(config),
         fuse=config.fuse_inattentive_tokens,
-        normalize=config.normalize_fusion_weights,
         quick_gelu=config.hidden_act == "quick_gelu",
     )
     inputs = {"pixel_values": pixel_values, "text_embeds": text_embeds}
@@ -134,8 +132,6 @@ BY_IMAGE_THEN_TEXT = {"selection_layers": [1, 3], "selection_guidance": ["image"
         ({"selection_layers": [2], "selection_guidance": ["text"], "keep_rate": [0.5]}, {}),
         ({"selection_layers": [], "selection_guidance": "text", "keep_rate": 0.5}, {}),
         ({}, {"selection_guidance": ["random", "text"]}),
-        ({}, {"fuse_inattentive_tokens": False}),
-        ({}, {"normalize_fusion_weights": True}),
     ],
     ids=str,
 )

@@ -8,7 +8,6 @@ import torch
 from modeling_trips.patch_selection import (
     attention_losses,
     draw_kept,
-    fuse_tokens,
     keep_topk,
     num_kept_tokens,
     random_scores,
@@ -34,12 +33,6 @@ def test_example_by_hand():
     assert kept.tolist() == [[1, 3, 4]]
     expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
     torch.testing.assert_close(tokens, expected)
-
-
-def test_example_by_hand_normalised():
-    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, normalize=True)
-    assert kept.tolist() == [[1, 3, 4]]
-    torch.testing.assert_close(tokens[0, -1], torch.tensor([5 / 3, 50 / 3]))
 
 
 def test_example_by_hand_without_fusing():
@@ -100,12 +93,6 @@ def test_scores_get_their_gradient_from_the_fused_token_only():
     torch.testing.assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
     # [CLS] and the kept pass on 1; the fused their weight.
     torch.testing.assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
-
-
-def test_normalised_fusion_of_vanishing_scores_is_finite():
-    scores = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
-    fused = fuse_tokens(TOKENS[:, 1:], scores, torch.tensor([[1, 3]]), normalize=True)
-    assert fused.tolist() == [[[0.0, 0.0]]]
 
 
 def test_fused_token_has_the_dtype_of_the_tokens():

@@ -210,7 +210,7 @@ class TripsVisionConfig(PreTrainedConfig):
         Whether the tokens that are not kept become one fused token, or are dropped.
     selection_gate (`float`, *optional*, defaults to 0.0):
         Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
-        teaches the scores of the last selection layer which tokens it misses: see [`gated_attention`]. If a text
+        teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
         evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, and so does `"random"` in that
         layer, whose scores learn nothing.

@@ -182,11 +182,10 @@ class TripsModel(TripsPreTrainedModel):
         fused = self.fusion_model(
             text_states,
             vision_output.last_hidden_state,
-            attention_mask,
-            vision_output.image_index,
-            output_cls_attention,
-            vision_output.gate,
-            vision_output.sampled_states,
+            attention_mask=attention_mask,
+            image_index=vision_output.image_index,
+            output_cls_attention=output_cls_attention,
+            sampled=vision_output.sampled,
             **kwargs,
         )
         selection = selection_rows(vision_output.selection, vision_output.image_index)

@@ -216,7 +216,7 @@ class TripsVisionConfig(PreTrainedConfig):
         layer, whose scores learn nothing.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
-        `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
+        `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.
 
     Example:
 
@@ -360,8 +360,8 @@ class TripsTextConfig(PreTrainedConfig):
 class TripsFusionConfig(TripsTextConfig):
     r"""
     encoder_hidden_size (`int`, *optional*):
-        Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the
-        width of its vision tower.
+        Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] sets it to
+        the width of its vision tower.
     fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
         How text and image are fused. `"cross_attention"`: the text attends to the image tokens in every layer (ALBEF).
         `"skip_connected"`: after each `skip_stride` such layers, one attends over text and image tokens joined and
@@ -410,8 +410,8 @@ class TripsFusionConfig(TripsTextConfig):
 class TripsDecoderConfig(TripsTextConfig):
     r"""
     encoder_hidden_size (`int`, *optional*):
-        Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the width
-        of its fusion encoder.
+        Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] sets it to the
+        width of its fusion encoder.
     pooling_mode (`str`, *optional*, defaults to `"cls"`):
         Of the text encoder; not used here.
     """
@@ -432,11 +432,39 @@ class TripsDecoderConfig(TripsTextConfig):
         return self.encoder_hidden_size or self.hidden_size
 
 
-# Fields of parts that `TripsConfig` takes as keywords, too.
-SELECTION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
-VISION_KEYWORDS = (*SELECTION_KEYWORDS, "selection_gate", "image_size")
-PARTS_OF_KEYWORDS = dict.fromkeys(VISION_KEYWORDS, "vision_config")
-PARTS_OF_KEYWORDS |= dict.fromkeys(("fusion_type", "skip_stride"), "fusion_encoder_config")
+# Fields of the text encoder that are defaults of the fusion encoder and the decoder.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+# Fields of parts that are also fields of the whole.
+PART_FIELDS = {
+    "selection_layers": "vision_config",
+    "keep_rate": "vision_config",
+    "selection_guidance": "vision_config",
+    "selection_gate": "vision_config",
+    "fuse_inattentive_tokens": "vision_config",
+    "image_size": "vision_config",
+    "fusion_type": "fusion_encoder_config",
+    "skip_stride": "fusion_encoder_config",
+}
+
+
+def _part_field(part: str, name: str) -> property:
+    return property(
+        lambda config: getattr(getattr(config, part), name),
+        lambda config, value: setattr(getattr(config, part), name, value),
+    )
 
 
 @auto_docstring(
@@ -470,17 +498,12 @@ class TripsConfig(PreTrainedConfig):
         image's scores by the union of the regions of its texts. 0 turns it off.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
-    bbox_loss_weight (`float`, *optional*, defaults to 5.0):
-        Weight of the L1 loss of [`TripsForVisualGrounding`].
-    giou_loss_weight (`float`, *optional*, defaults to 2.0):
-        Weight of its generalised IoU loss.
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
         Weight of the attention supervision in training: of the box head of [`TripsForVisualGrounding`], or of the
         text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
     kwargs:
-        Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, are passed to `vision_config`;
-        `fusion_type` and `skip_stride` are passed to `fusion_encoder_config`; here and in `from_pretrained`. They can
-        be read and set only in the parts.
+        Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, and `fusion_type` and `skip_stride`
+        of [`TripsFusionConfig`]. They belong to the parts, and can be given, read and set here, too.
 
     Example:
 
@@ -527,8 +550,6 @@ class TripsConfig(PreTrainedConfig):
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     selection_loss_weight: float | int = number(default=0.5)
     num_images: int = count(default=2)
-    bbox_loss_weight: float | int = number(default=5.0)
-    giou_loss_weight: float | int = number(default=2.0)
     attention_loss_weight: float | int = number(default=0.0)
     initializer_range: float = number(default=0.02)
     is_encoder_decoder: bool = True
@@ -563,23 +584,21 @@ class TripsConfig(PreTrainedConfig):
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
-        for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
-            part = PARTS_OF_KEYWORDS[name]
-            config = getattr(self, part)
-            config = config.to_dict() if isinstance(config, PreTrainedConfig) else config or {}
-            setattr(self, part, {**config, name: kwargs.pop(name)})
-        self.vision_config = self._sub_config("vision_config", {})
-        self.text_config = self._sub_config("text_config", {})
-        # Defaults of the fusion encoder and the decoder.
-        own = {"num_hidden_layers", "is_decoder", "pooling_mode"}
-        shared = {name: getattr(self.text_config, name) for name in TripsTextConfig.__annotations__.keys() - own}
-        self.fusion_encoder_config = self._sub_config("fusion_encoder_config", shared)
-        self.decoder_config = self._sub_config("decoder_config", shared)
+        for name in PART_FIELDS.keys() & kwargs.keys():
+            part = getattr(self, PART_FIELDS[name])
+            part = part.to_dict() if isinstance(part, PreTrainedConfig) else part or {}
+            setattr(self, PART_FIELDS[name], {**part, name: kwargs.pop(name)})
+        self.vision_config = self._part("vision_config")
+        self.text_config = self._part("text_config")
+        shared = {name: getattr(self.text_config, name) for name in SHARED_FIELDS}
+        self.fusion_encoder_config = self._part("fusion_encoder_config", **shared)
+        self.decoder_config = self._part("decoder_config", **shared)
         if self.fusion_encoder_config.fusion_type == "single_stream":
             self.text_config.num_hidden_layers = 0
-        self._fill_width("vision_config", "guidance_hidden_size", self.text_config.hidden_size)
-        self._fill_width("fusion_encoder_config", "encoder_hidden_size", self.vision_config.hidden_size)
-        self._fill_width("decoder_config", "encoder_hidden_size", self.fusion_encoder_config.hidden_size)
+        # Widths of what a part reads of another one.
+        self.vision_config.guidance_hidden_size = self.text_config.hidden_size
+        self.fusion_encoder_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.decoder_config.encoder_hidden_size = self.fusion_encoder_config.hidden_size
         if self.pad_token_id is None:
             self.pad_token_id = self.decoder_config.pad_token_id
         if self.decoder_start_token_id is None:
@@ -587,32 +606,11 @@ class TripsConfig(PreTrainedConfig):
         self.architectures = self.architectures or []  # the Auto classes search it for the one of several heads
         super().__post_init__(**kwargs)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in the parent. `kwargs` may be fields of parts, as in the constructor."""
-        for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
-            part = PARTS_OF_KEYWORDS[name]
-            kwargs[part] = {**kwargs.get(part, {}), name: kwargs.pop(name)}
-        return super().from_dict(config_dict, **kwargs)
-
-    def __setattr__(self, name: str, value):
-        if name in PARTS_OF_KEYWORDS:
-            raise AttributeError(f"`{name}` is a field of a part: set `config.{PARTS_OF_KEYWORDS[name]}.{name}`.")
-        super().__setattr__(name, value)
-
-    def _sub_config(self, name: str, defaults: dict) -> PreTrainedConfig:
+    def _part(self, name: str, **defaults) -> PreTrainedConfig:
         value = getattr(self, name)
-        if value is None or isinstance(value, dict):
-            value, _ = self.sub_configs_defaults[name].create_subconfig(name, {**defaults, **(value or {})})
-            return value
-        return copy.deepcopy(value)  # widths are filled in below, but not in the argument
-
-    def _fill_width(self, part: str, field: str, width: int):
-        config = getattr(self, part)
-        if getattr(config, field) is None:
-            setattr(config, field, width)
-        elif getattr(config, field) != width:
-            raise ValueError(f"`{part}.{field}` ({getattr(config, field)}) must be {width}, the width of its source.")
+        if isinstance(value, PreTrainedConfig):
+            return copy.deepcopy(value)  # its widths are set, but not those of the argument
+        return self.sub_configs_defaults[name].config_class(**{**defaults, **(value or {})})
 
     def validate_fusion_width(self):
         if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
@@ -651,6 +649,10 @@ class TripsConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.decoder_config if decoder else self.text_config
+
+
+for name, part in PART_FIELDS.items():
+    setattr(TripsConfig, name, _part_field(part, name))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -32,6 +32,7 @@ from .patch_selection import attention_losses
 
 
 SMALLEST_AREA = 1e-12  # lower bound of areas that are divisors
+L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor
 class TripsVisualGroundingOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        `config.bbox_loss_weight * l1_loss + config.giou_loss_weight * giou_loss`, and in training
+        `L1_WEIGHT * l1_loss + GIOU_WEIGHT * giou_loss` (DETR's 5 and 2), and in training
         `config.selection_loss_weight * selection_loss + config.attention_loss_weight * attention_loss`.
     l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         L1 distance of predicted box and label, summed over the four numbers, per box.
@@ -258,10 +259,9 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         num_items: int | torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
         """Return the loss, and the means over boxes of its parts, by name."""
-        config, (l1_loss, giou_loss) = self.config, box_losses(pred_boxes, labels, num_items)
+        l1_loss, giou_loss = box_losses(pred_boxes, labels, num_items)
         means = {name: None if own is None else mean_over_boxes(own, num_items) for name, own in text_losses.items()}
-        weights = [config.bbox_loss_weight, config.giou_loss_weight]
-        weights += [getattr(config, f"{name}_weight") for name in means]
+        weights = [L1_WEIGHT, GIOU_WEIGHT, *(getattr(self.config, f"{name}_weight") for name in means)]
         losses = {"l1_loss": l1_loss, "giou_loss": giou_loss, **means}
         return {"loss": weighted_sum(zip(weights, losses.values())), **losses}
 

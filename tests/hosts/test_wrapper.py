@@ -323,6 +323,29 @@ def test_selection_at_the_exit_needs_no_schedule():
         apply_patch_selection(model)
 
 
+@pytest.mark.parametrize("visual_tokens", [4, 60])
+def test_pooling_that_has_no_grid_is_refused_when_it_is_applied(visual_tokens):
+    model, inputs = BY_NAME["llava"].make(), make_inputs(BY_NAME["llava"], [1])
+    schedule = "2:image:0.25" if visual_tokens == 4 else "unpruned"  # the patches kept by the tower; 4 x 15 cells
+    with pytest.raises(ValueError, match="[Pp]ool|cells"):
+        apply_patch_selection(model, schedule, visual_tokens=visual_tokens, scorer="pooling")
+    apply_patch_selection(model, "unpruned", visual_tokens=4, scorer="pooling")
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] - 60
+
+
+@torch.no_grad()
+def test_a_part_of_a_patched_model_is_refused():
+    model, inputs = BY_NAME["llava"].make(), make_inputs(BY_NAME["llava"], [1])
+    apply_patch_selection(model, "2:image:0.5")
+    expected = model(**inputs).logits
+    for part in (model.model, model.model.vision_tower):
+        with pytest.raises(ValueError, match="whole model"):
+            remove_patch_selection(part)
+        with pytest.raises(ValueError, match="whole model"):
+            apply_patch_selection(part, "1:image:0.5")
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_the_pipeline_takes_chat_messages():
     model, processor = BY_NAME["llava"].make(), make_llava_processor()
     processor.tokenizer.padding_side = "left"

@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 from clean_environment import make_environment
-from huggingface_hub import HfApi
-from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
 
@@ -105,16 +103,3 @@ def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, r
     if not release:
         for head, folder in checkpoints.items():
             assert_same_repository(tmp_path / "results" / head, folder)
-
-
-def test_a_hub_serves_strangers(checkpoints, image, expected, clean_python, tmp_path, monkeypatch):
-    with LoopbackHub() as hub:
-        hub.connect(monkeypatch, tmp_path / "publisher")
-        api = HfApi(endpoint=hub.url, token="hf_ada")
-        for head, folder in checkpoints.items():
-            api.create_repo(f"ada/{head}")
-            api.upload_folder(repo_id=f"ada/{head}", folder_path=folder)
-        environment = hub.client_environment(tmp_path / "home", token="")
-        results = run_stranger([clean_python, "-I"], "ada/{}", checkpoints, image, tmp_path / "results", **environment)
-    assert not results.pop("project") and results.pop("transformers")
-    assert differences(results, expected) == []

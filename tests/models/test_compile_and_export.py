@@ -192,18 +192,3 @@ def test_of_equal_scores_the_lower_index_wins_in_onnx_too(num_kept):
         scores = torch.randint(num_levels, (5, 32)) / 8
         (kept,) = session.run(None, {name: scores.numpy()})
         assert torch.equal(torch.from_numpy(kept), keep_topk(scores, num_kept))
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_transformers_exporter_writes_a_model_that_onnx_runtime_reads(tmp_path):
-    from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter  # new in 5.24
-
-    case = CASES[0]
-    model, inputs = case.make_model(), case.make_inputs()
-    config = OnnxConfig(dynamic_shapes=dynamic_shapes(inputs))
-    OnnxExporter().export(model, inputs, config=config).save_pretrained(tmp_path)
-    exported = ExportedModel.from_pretrained(tmp_path)
-    for num_texts in SIZES:
-        inputs = other_inputs(case, num_texts)
-        assert_same_outputs(exported(**inputs), model(**inputs))

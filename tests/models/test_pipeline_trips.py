@@ -11,7 +11,6 @@ import pytest
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -166,14 +165,6 @@ def test_images_come_from_the_web(oracle, captioner, tmp_path, web, options):
     assert captioner([address, IMAGES[0]], **generation, **options) == captions
 
 
-@pytest.mark.parametrize("options", [{}, {"timeout": 10.0}])
-def test_an_address_without_an_image_is_named(oracle, captioner, web, options):
-    with pytest.raises(ValueError, match=f"{web}/missing.png"):
-        oracle(f"{web}/missing.png", QUESTIONS[0], **options)
-    with pytest.raises(ValueError, match=f"{web}/missing.png"):
-        captioner([IMAGES[0], f"{web}/missing.png"], **options)
-
-
 def test_questions_about_one_image_share_its_computation(oracle):
     seen = []
     hook = oracle.model.model.vision_model.embeddings.register_forward_pre_hook(
@@ -221,20 +212,6 @@ def test_captions_are_what_the_model_writes_after_the_prompt(captioner):
     assert [len(item) for item in several] == [2, 2] and several[0] != several[1]
 
 
-def test_the_stock_pipeline_captions_and_answers(checkpoints, captioner, oracle):
-    stock = pipeline("image-text-to-text", model=captioner.model, processor=captioner.processor)
-    alone = stock(IMAGES[0], text="", max_new_tokens=5)
-    assert alone[0]["generated_text"] == captioner(IMAGES[0], max_new_tokens=5)[0]["generated_text"]
-    prompted = stock(IMAGES[0], text="a picture of ", max_new_tokens=5)
-    expected = captioner(IMAGES[0], prompt="a picture of ", max_new_tokens=5)
-    assert prompted[0]["generated_text"] == expected[0]["generated_text"]
-    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
-    answers = stock(IMAGES[:2], text=QUESTIONS[:2], return_full_text=False, max_new_tokens=5)
-    expected = [oracle(IMAGES[i], QUESTIONS[i], top_k=1, max_new_tokens=5)[0]["answer"] for i in range(2)]
-    assert [answer["generated_text"] for answer in answers] == expected
-    assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: the checkpoint's limit, not 256 tokens
-
-
 def messages(image, *texts: str) -> list[dict]:
     content = [{"type": "image", "image": image}, *({"type": "text", "text": text} for text in texts)]
     return [{"role": "user", "content": content}]
@@ -257,13 +234,6 @@ def test_the_stock_pipeline_takes_chat_messages(captioner, oracle):
         assert (
             f"{prompt} {caption}".strip() == captioner(IMAGES[0], prompt=prompt, max_new_tokens=5)[0]["generated_text"]
         )
-
-
-def test_a_conversation_is_refused(oracle):
-    stock = pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
-    with pytest.raises(TemplateError, match="message"):
-        stock(text=[*messages(IMAGES[0], QUESTIONS[0]), answer, *messages(IMAGES[0], QUESTIONS[1])])
 
 
 @pytest.fixture
@@ -302,48 +272,6 @@ def test_half_precision_models_get_images_of_their_type(checkpoints):
     model = TripsForQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
     oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
     assert len(oracle(IMAGES[0], QUESTIONS, top_k=2)) == 3
-
-
-@pytest.mark.parametrize("content", [None, b"no picture"], ids=["missing", "corrupt"])
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, content, batch_size):
-    path = tmp_path / "unreadable.png"
-    if content is not None:
-        path.write_bytes(content)
-    items = [{"image": image, "question": "red?"} for image in (IMAGES[0], str(path))]
-    with pytest.raises(ValueError, match="unreadable.png"):
-        oracle(items, batch_size=batch_size)
-    with pytest.raises(ValueError, match="unreadable.png"):
-        captioner([IMAGES[0], str(path)], batch_size=batch_size)
-
-
-@pytest.mark.parametrize(
-    ("call", "item"),
-    [
-        (lambda oracle: oracle(IMAGES[0], ["is it red?", "  "]), "'  '"),
-        (lambda oracle: oracle({"image": IMAGES[0], "question": None}), "question"),
-        (lambda oracle: oracle(IMAGES[0]), "question"),
-        (lambda oracle: oracle(IMAGES[0], "red " * 100), r"text\[0\]"),
-        (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "top_k"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"answers\[1\]"),
-        (lambda oracle: oracle(IMAGES[0], "red?", max_tokens=3), "max_tokens"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers="red"), "answers"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red"], num_beams=2), "num_beams"),
-    ],
-)
-def test_bad_input_is_refused_by_name(oracle, call, item):
-    with pytest.raises((ValueError, TypeError), match=item):
-        call(oracle)
-
-
-@pytest.mark.parametrize("prompt", [["a", "b"], 5])
-def test_a_prompt_is_one_text(captioner, prompt):
-    with pytest.raises(ValueError, match="prompt"):
-        captioner(IMAGES[:2], prompt=prompt)
-
-
-def test_no_images_have_no_results(oracle, captioner):
-    assert oracle([], "red?") == oracle([], QUESTIONS) == oracle([]) == captioner([]) == []
 
 
 def test_long_texts_are_cut_on_request(oracle, captioner):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from docstrings import docstring_as_rst  # noqa: E402
-from tables import outdated  # noqa: E402
+import tables  # noqa: E402
 
 import modeling_trips  # noqa: E402
 
@@ -17,9 +16,8 @@ author = "The TRIPS for Transformers authors"
 project_copyright = f"2026 {author}"
 version = release = modeling_trips.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["attrs_inline"]
-nb_execution_mode = "off"  # docs/run_tour.py runs the notebook and stores its output
 myst_heading_anchors = 4  # as GitHub's, so links work in both
 myst_links_external_new_tab = False
 
@@ -37,6 +35,5 @@ napoleon_use_ivar = True
 
 
 def setup(app):
-    if pages := [path.name for path in outdated()]:
-        raise ValueError(f"Tables are out of date in {', '.join(pages)}: run `python docs/tables.py`.")
-    app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon
+    if tables.rewrite(page := tables.PAGE.read_text(encoding="utf-8")) != page:
+        raise ValueError("Tables of docs/evidence.md are out of date: run `python docs/tables.py`.")

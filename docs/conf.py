@@ -1,6 +1,8 @@
 """Configuration of the site: Sphinx with MyST for the pages and autodoc for the API, offline."""
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 
@@ -32,8 +34,22 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+default_role = "code"
+
+FENCE = re.compile(r"^( *)```\w*\n(.*?)\n *```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[([^\]`\n]+)\]\((http[^)\s]+)\)")
+SECTION = re.compile(r"(?<=\S)\n( *(?:Parameters|Returns):\n)")  # without an empty line before it
+REFERENCE = re.compile(r"\[(`[^`\n]+`)\]")
+
+
+def docstring_as_rst(app, what, name, obj, options, lines: list[str]):
+    """Make code blocks, links and references of Markdown those of reStructuredText, in place."""
+    text = FENCE.sub(lambda code: f"{code[1]}::\n\n{textwrap.indent(code[2], '    ')}\n", "\n".join(lines))
+    text = SECTION.sub(r"\n\n\1", REFERENCE.sub(r"\1", LINK.sub(r"`\1 <\2>`__", text)))
+    lines[:] = text.splitlines()
 
 
 def setup(app):
+    app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon
     if tables.rewrite(page := tables.PAGE.read_text(encoding="utf-8")) != page:
         raise ValueError("Tables of docs/evidence.md are out of date: run `python docs/tables.py`.")

@@ -199,17 +199,21 @@ def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[s
     Yield expressions that each fit one object of a scene, as (kind, text, object): up to three unique names, both
     objects of one name if one is clearly larger, and the only object on one side of another.
     """
-    times = Counter(thing.name for thing in things)
-    single = [thing for thing in things if times[thing.name] == 1]
+    single = _single(things)
     for thing in rng.sample(single, min(3, len(single))):
         yield "name", f"the {thing.name}", thing
-    pair = sorted((thing for thing in things if times[thing.name] == 2), key=lambda thing: thing.area)
+    pair = sorted((thing for thing in things if thing not in single), key=lambda thing: thing.area)
     if len(pair) == 2 and pair[1].area >= CLEARLY_LARGER * pair[0].area:
         for thing, word in zip(pair, ("smaller", "larger")):
             yield "size", f"the {word} {thing.name}", thing
     if beside := list(_beside(things, single)):
         place, anchor, thing = rng.choice(beside)
         yield "place", f"what is {place} the {anchor.name}", thing
+
+
+def _single(things: Sequence[Thing]) -> list[Thing]:
+    times = Counter(thing.name for thing in things)
+    return [thing for thing in things if times[thing.name] == 1]
 
 
 def _beside(things: Sequence[Thing], single: list[Thing]) -> Iterator[tuple[str, Thing, Thing]]:
@@ -230,19 +234,15 @@ def with_article(name: str) -> str:
 
 def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random) -> Iterator[dict]:
     """Yield questions with answers and regions: what is beside an object, and whether an object is there."""
-    for kind, text, thing in expressions(things, rng):
-        if kind == "place":
-            yield {"question": f"{text}?", "answer": thing.name, "region": thing.box, "kind": kind}
-        elif kind == "name":
-            yield {
-                "question": f"is there {with_article(thing.name)}?",
-                "answer": "yes",
-                "region": thing.box,
-                "kind": "presence",
-            }
-            absent = rng.choice([name for name in names if name not in {other.name for other in things}] or [""])
-            if absent:
-                yield {"question": f"is there {with_article(absent)}?", "answer": "no", "kind": "presence"}
+    single = _single(things)
+    beside = list(_beside(things, single))
+    for place, anchor, thing in rng.sample(beside, min(3, len(beside))):
+        yield {"question": f"what is {place} the {anchor.name}?", "answer": thing.name, "region": thing.box}
+    for thing in rng.sample(single, min(1, len(single))):
+        yield {"question": f"is there {with_article(thing.name)}?", "answer": "yes", "region": thing.box}
+    absent = [name for name in names if name not in {thing.name for thing in things}]
+    for name in rng.sample(absent, min(1, len(absent))):
+        yield {"question": f"is there {with_article(name)}?", "answer": "no"}
 
 
 def write_split(split: str, pictures: Sequence[Picture], num_scenes: int, args: SceneArguments, folder: Path):

@@ -42,20 +42,6 @@ def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
     return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_batches_of_all_sizes_share_two_graphs():
-    """The first graph is specialized for the first size; the second one has a dynamic size."""
-    torch._dynamo.reset()
-    case = QUESTION_ANSWERING
-    model = case.make_model()
-    compiled, graphs = compile_and_count(model)
-    for num_texts in (4, 3, 6):
-        inputs = case.make_inputs(num_texts)
-        assert_same_outputs(compiled(**inputs), model(**inputs))
-    assert len(graphs) == 2
-
-
 def batches(case, training=False):
     """Three batches of one shape."""
     for brightness in range(3):

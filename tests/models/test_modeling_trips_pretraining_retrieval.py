@@ -8,7 +8,6 @@ from tiny_retrieval import (
     MASK,
     PAIR_IDS,
     TEXTS,
-    calls_of,
     gradients,
     images,
     kept,
@@ -101,25 +100,6 @@ def test_every_pair_is_matched_under_its_own_text(fields):
     assert pairs.text_index[:6].tolist() == list(range(6)) and images_of_pairs[:6].tolist() == IMAGE_INDEX.tolist()
     assert (PAIR_IDS[pairs.text_index[6:]] != IMAGE_IDS[images_of_pairs[6:]]).all()
     assert kept(output) == kept(model.model(TEXTS, images(), MASK, image_index=IMAGE_INDEX))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("selection_guidance", "attention", "mlp"),
-    [
-        ("text", [4, 18], [4, 18]),  # each image for its feature; true and negative pairs
-        (["image", "text"], [4, 4], [4, 18]),  # the layer that a text scores runs for features and for pairs
-        ("image", [4], [4]),
-    ],
-    ids=str,
-)
-def test_negatives_cost_no_second_pass_over_the_image(selection_guidance, attention, mlp):
-    model = make_model(selection_guidance=selection_guidance)
-    first, *_, last = model.model.vision_model.layers
-    assert calls_of(first, lambda: run(model)) == [4]
-    assert calls_of(last.attention.k_proj, lambda: run(model)) == attention
-    assert calls_of(last.mlp.fc1, lambda: run(model)) == mlp
-    assert calls_of(model.model.text_model, lambda: run(model)) == [6]
 
 
 @pytest.mark.parametrize("num_texts", [1, 3])

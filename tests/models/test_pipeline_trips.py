@@ -9,8 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -36,7 +35,6 @@ def make_image(seed: int) -> Image.Image:
 
 
 IMAGES = [make_image(seed) for seed in range(3)]
-PICTURES = Features({"image": ImageFeature(), "question": Value("string")})
 
 
 def load(head: type, checkpoints):
@@ -187,15 +185,6 @@ def test_answers_can_be_picked_from_a_list(oracle):
         assert [answer["score"] for answer in question] == pytest.approx(ranking.scores[row, :3].exp().tolist())
 
 
-def test_options_at_construction_hold_for_every_call(checkpoints):
-    folder = checkpoints["TripsForQuestionAnswering"]
-    model, processor = TripsForQuestionAnswering.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
-    oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor, top_k=2, max_new_tokens=1)
-    answers = oracle(IMAGES[0], QUESTIONS[0])
-    assert answers == oracle(IMAGES[0], QUESTIONS[0], top_k=2, max_new_tokens=1)
-    assert len(answers) < len(oracle(IMAGES[0], QUESTIONS[0], top_k=6))
-
-
 def test_captions_are_what_the_model_writes_after_the_prompt(captioner):
     def direct(image, prompt=""):
         inputs = captioner.processor(images=image, text=prompt, return_tensors="pt")
@@ -280,17 +269,3 @@ def test_long_texts_are_cut_on_request(oracle, captioner):
     assert_same(oracle(IMAGES[0], long, **options), oracle(IMAGES[0], fits, max_new_tokens=3))
     by_hand = captioner(IMAGES[0], prompt=fits, max_new_tokens=3)[0]["generated_text"].removeprefix(fits.rstrip())
     assert captioner(IMAGES[0], prompt=long, **options)[0]["generated_text"] == long.rstrip() + by_hand
-
-
-def test_data_sets_of_datasets_are_data_sets(oracle, captioner):
-    dataset = Dataset.from_dict({"image": IMAGES, "question": QUESTIONS}, features=PICTURES)
-    options = {"top_k": 1, "max_new_tokens": 3}
-    pairs = [oracle(image, question, **options) for image, question in zip(IMAGES, QUESTIONS)]
-    stream = oracle(dataset, batch_size=2, **options)
-    assert not isinstance(stream, list)
-    for answers, expected in zip(stream, pairs, strict=True):
-        assert_same(answers, expected)
-    for answers, image in zip(oracle(dataset["image"], "red?", **options), IMAGES, strict=True):
-        assert_same(answers, oracle(image, "red?", **options))
-    captions = list(captioner(dataset["image"], batch_size=2, max_new_tokens=3))
-    assert captions == captioner(IMAGES, max_new_tokens=3)

@@ -1,14 +1,13 @@
 """The processor: images, texts, image_index, answers, boxes, construction and saving."""
 
-import base64
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, encoded, make_processor
-from transformers import AutoProcessor, BertTokenizer, BlipImageProcessor, CLIPImageProcessor, ViTImageProcessor
+from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_processor
+from transformers import AutoProcessor, BertTokenizer, BlipImageProcessor, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
 from modeling_trips.processing_trips import clean_caption, clean_question
@@ -169,26 +168,6 @@ def test_pixel_values_are_the_image_processors(processor, image):
     assert torch.equal(pixel_values, expected)
 
 
-def test_rgba_reaches_the_model_on_white(image):
-    # ViT's image processor does not convert to RGB by itself
-    processor = make_processor(ViTImageProcessor(size={"height": 32, "width": 32}))
-    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-    white = Image.new("RGB", (16, 16), "white")
-    pixel_values = processor(images=[clear, white], return_tensors="pt").pixel_values
-    assert pixel_values.shape == (2, 3, 32, 32)
-    assert torch.equal(pixel_values[0], pixel_values[1])
-
-
-@pytest.mark.parametrize("make", [np.array, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"])
-def test_arrays_give_the_same_as_pictures(processor, image, make):
-    grey = image.convert("L")
-    expected = processor(images=[image, grey], return_tensors="pt").pixel_values
-    assert torch.equal(processor(images=[make(image), make(grey)], return_tensors="pt").pixel_values, expected)
-    assert torch.equal(processor(images=make(grey), return_tensors="pt").pixel_values, expected[1:])
-    batch = torch.as_tensor(np.stack([make(image)] * 2))
-    assert torch.equal(processor(images=batch, return_tensors="pt").pixel_values, expected[[0, 0]])
-
-
 @pytest.mark.parametrize(
     "small",
     [Image.new("RGB", (300, 15)), np.zeros((15, 40, 3), dtype=np.uint8), torch.zeros(3, 1, 3)],
@@ -198,16 +177,6 @@ def test_an_image_smaller_than_a_patch_is_named(processor, image, small):
     processor(images=[image, np.zeros((16, 16, 3), dtype=np.uint8), torch.zeros(3, 16, 40)])
     with pytest.raises(ValueError, match=r"images\[1\]"):
         processor(images=[image, small])
-
-
-def test_base64_gives_the_same_as_the_picture(processor, image):
-    text = base64.b64encode(encoded(image, "PNG").getvalue()).decode()
-    expected = processor(images=image, return_tensors="pt").pixel_values
-    for given in (text, f"data:image/png;base64,{text}"):
-        assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
-    with pytest.raises(ValueError, match=r"images\[0\]") as error:
-        processor(images=f"data:image/png;base64,{text[: len(text) // 8]}")
-    assert "no such file" not in str(error.value)
 
 
 TEXT = "What's a <Person>'s t-shirt [MASK], (2.5/3)?"
@@ -239,23 +208,6 @@ def test_texts_are_cleaned_and_answers_are_not(tokenizer, tmp_path, text_cleanin
         assert one(text=TEXT)["input_ids"] == ids and tokenizer.mask_token_id in ids
         assert one(text=[TEXT, "a"])["input_ids"][0] == ids
         assert one.encode_answers([TEXT])[0, :-1].tolist() == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-
-
-def test_boxes_of_a_squashed_image():
-    # 4 x 4 patches of 16 pixels in 64 x 64; the image of 64 x 32 (width x height) has patches of 16 x 8
-    processor = make_processor(BlipImageProcessor(size={"height": 64, "width": 64}))
-    first, second = processor.patch_boxes(torch.tensor([[0, 5, 11, -1], [15, -1, 3, 4]]), [(32, 64), (32, 64)])
-    assert first.dtype == torch.float32
-    assert first.tolist() == [[0, 0, 16, 8], [16, 8, 32, 16], [48, 16, 64, 24]]
-    assert second.tolist() == [[48, 24, 64, 32], [48, 0, 64, 8], [0, 8, 16, 16]]
-
-
-def test_boxes_without_a_resize():
-    processor = make_processor(BlipImageProcessor(do_resize=False))
-    # 70 x 33 (height x width): a grid of 4 rows, 2 columns; the remainder is no patch
-    assert processor.patch_boxes([[7]], [(70, 33)])[0].tolist() == [[16, 48, 32, 64]]
-    with pytest.raises(ValueError, match="got 8"):
-        processor.patch_boxes([[8]], [(70, 33)])
 
 
 def test_boxes_of_a_center_crop():

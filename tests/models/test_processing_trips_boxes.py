@@ -43,16 +43,6 @@ def test_boxes_of_a_squashed_image():
     torch.testing.assert_close(pixels, torch.tensor(boxes, dtype=torch.float32))
 
 
-def test_boxes_of_a_center_crop():
-    # 240 x 120 (width x height) -> 128 x 64 -> the middle 64 x 64, from x = 32: 60 to 180 in the original
-    processor, sizes = make_processor(CROP), [(120, 240)] * 2
-    labels = processor.encode_boxes([[90, 30, 120, 60], [30, 0, 90, 120]], sizes)
-    # The left half of the second box is cut off.
-    torch.testing.assert_close(labels, torch.tensor([[0.375, 0.375, 0.25, 0.25], [0.125, 0.5, 0.25, 1.0]]))
-    pixels = processor.post_process_grounding(labels, sizes)
-    torch.testing.assert_close(pixels, torch.tensor([[90.0, 30, 120, 60], [60, 0, 90, 120]]))
-
-
 def test_boxes_of_a_crop_larger_than_the_image():
     # 64 x 32 (width x height) in the middle of 128 x 128: it starts at x = 32, y = 48
     processor, sizes = make_processor(PAD), [(32, 64)]

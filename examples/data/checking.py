@@ -247,14 +247,13 @@ def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[d
         for each column that has some.
     """
     tokenizer = processor.tokenizer
-    columns = [(TASKS[task].text, tokenizer.num_special_tokens_to_add())]
-    if TASKS[task].written is not None:
-        columns.append((TASKS[task].written, 1))  # without cleaning, with a [SEP] at the end
+    # Generated texts are not cleaned, and end with [SEP].
+    special = {TASKS[task].text: tokenizer.num_special_tokens_to_add(), TASKS[task].written: 1}
     faults: dict[int, Fault] = {}
     unknown = []
     if task == "grounding":
         faults |= _hidden_boxes(dataset, processor)
-    for column, num_special in columns:
+    for column in TASKS[task].texts:
         rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(dataset, column)]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
         cleaned = processor.clean_texts(different) if column == TASKS[task].text else different
@@ -263,7 +262,7 @@ def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[d
         for place, (texts, source) in enumerate(zip(rows, column_of(dataset, "source"))):
             try:
                 for text in texts:
-                    check_length(lengths[text], processor, column, num_special)
+                    check_length(lengths[text], processor, column, special[column])
             except BadRowError as error:
                 faults.setdefault(place, Fault(source, error.reason, error.detail))
         if odd := [text for text, ids in zip(different, tokens) if tokenizer.unk_token_id in ids]:

@@ -1,8 +1,9 @@
 """Loading of data sets in one schema per task: files, data sets on the Hub or on disk, and bundled synthetic data."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -154,7 +155,8 @@ def load_task_dataset(
         patch_size (`int`, *optional*, defaults to 1): Side of the model's patches in pixels. Images with a shorter
             side cannot be used.
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
-        faults (`list[Fault]`, *optional*): List that receives the faults. Bad rows are then left out.
+        faults (`list[Fault]`, *optional*): List that receives the faults. Bad rows, and files that cannot be read, are
+            then left out.
 
     Returns:
         `DatasetDict`: Splits with the columns of `TASKS[task].features`.
@@ -170,7 +172,14 @@ def load_task_dataset(
     if source.is_bundled:
         return _bundled(task, source, seed)
     data = {}
-    for split, (part, records, root) in _tables(task, source):
+    for split, (part, root, read) in _tables(source).items():
+        try:
+            records = read(task)
+        except (ValueError, OSError) as error:
+            if faults is None:
+                raise
+            faults.append(Fault(part, "cannot be read", str(error)))
+            continue
         maker = RowMaker(TASKS[task], part, root, patch_size)
         data[split], of_split = maker.rows_and_faults(records)
         if faults is None:
@@ -194,20 +203,20 @@ def _bundled(task: str, source: DataSource, seed: int) -> DatasetDict:
     return DatasetDict(data)
 
 
-def _tables(task: str, source: DataSource) -> Iterator[tuple[str, tuple[str, Dataset, str]]]:
-    """Yield the name of each split, its records, and the folder that paths of images are relative to."""
-    for split, file in source.files.items():
-        yield split, (file.path.name, _records(file, task), str(file.folder))
+def _tables(source: DataSource) -> dict[str, tuple[str, str, Callable[[str], Dataset]]]:
+    """Return a name of each split, the folder that paths of images are relative to, and a reader of its records."""
     if source.files:
-        return
+        return {
+            split: (file.path.name, str(file.folder), partial(_records, file)) for split, file in source.files.items()
+        }
     name = source.dataset_name
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
         table = load_from_disk(name)
         table = DatasetDict(train=table) if isinstance(table, Dataset) else table
     else:
         table = load_dataset(name, source.dataset_config_name)
-    for split, part in _hub_splits(table, name, source.splits):
-        yield split, (f"{name} {part}", table[part], "")
+    parts = _hub_splits(table, name, source.splits)
+    return {split: (f"{name} {part}", "", lambda _, part=part: table[part]) for split, part in parts}
 
 
 def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:

@@ -72,9 +72,15 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
     lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *(f"  {each}" for each in faults[:SHOWN])]
     if len(faults) > SHOWN:
         lines.append(f"  and {len(faults) - SHOWN} more")
+    lines += [*advice(faults), "Correct them, or leave them out with --skip_bad_rows."]
+    raise ValueError("\n".join(lines))
+
+
+def advice(faults: list[Fault]) -> list[str]:
+    """Return lines on how to correct common faults."""
     if any(fault.reason == "missing image" for fault in faults):
-        lines.append("Paths of images are relative to --image_root, by default the folder of the file.")
-    raise ValueError("\n".join([*lines, "Correct them, or leave them out with --skip_bad_rows."]))
+        return ["Paths of images are relative to --image_root, by default the folder of the file."]
+    return []
 
 
 # Values of records
@@ -228,6 +234,11 @@ class Task:
     @property
     def image_column(self) -> str:
         return "image" if "image" in self.features else "images"
+
+    @property
+    def texts(self) -> list[str]:
+        """The columns that the tokenizer reads."""
+        return [self.text] if self.written is None else [self.text, self.written]
 
 
 _TEXT, _BOX = Value("string"), Sequence(Value("float32"))  # boxes (x0, y0, x1, y1) in pixels, x1 and y1 exclusive

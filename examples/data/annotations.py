@@ -20,6 +20,7 @@ import csv
 import io
 import json
 import pickle
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from trips_examples.data.tasks import BadRowError
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
 ROWS_PER_READ = 256  # Parquet rows may hold images
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 def existing_file(path: Path) -> Path:
@@ -52,12 +54,18 @@ def parsed_record(record: dict | str) -> dict:
     if isinstance(record, dict):
         return record
     try:
-        value = json.loads(record)
+        value = json.loads(record, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise BadRowError("broken JSON", str(error).partition(";")[0]) from error
     if not isinstance(value, dict):
         raise BadRowError("not a JSON object", reprlib.repr(value))
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {repeated[0]!r} occurs twice")
+    return dict(pairs)
 
 
 def read_records(file: Path) -> NumberedRecords:
@@ -82,7 +90,7 @@ def read_records(file: Path) -> NumberedRecords:
 def _read_json(file: Path) -> NumberedRecords:
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     if content.lstrip().startswith(b"["):
-        return enumerate(map(json.dumps, json.loads(content)), start=1)
+        return enumerate(map(json.dumps, json.loads(content, object_pairs_hook=_unique_keys)), start=1)
     return _read_json_lines(file)
 
 
@@ -92,11 +100,26 @@ def _read_json_lines(file: Path) -> NumberedRecords:
 
 
 def _read_csv(file: Path) -> NumberedRecords:
+    number = 0
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        for number, record in enumerate(csv.DictReader(lines), start=1):
-            if None in record:
-                raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
-            yield number, record
+        table = csv.DictReader(lines, strict=True)
+        try:
+            if repeated := [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]:
+                raise ValueError(f"the column {repeated[0]!r} occurs twice")
+            for number, record in enumerate(table, start=1):
+                if None in record:
+                    raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
+                if row := next(filter(None, map(_row_within, record.values())), None):
+                    raise ValueError(f"a cell of row {number} holds a whole row, {row!r}; correct its quotes")
+                yield number, record
+        except csv.Error as error:
+            raise ValueError(f"row {number + 1}: {error}; correct its quotes") from error
+
+
+def _row_within(cell: str | None) -> str | None:
+    """Return a line of a cell of CSV that has an image file among its cells: a row that stray quotes swallowed."""
+    image = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?(,|$)", re.IGNORECASE)
+    return next((line for line in (cell or "").splitlines()[1:] if "," in line and image.match(line)), None)
 
 
 def _read_parquet(file: Path) -> NumberedRecords:

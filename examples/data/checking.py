@@ -147,7 +147,7 @@ class RowMaker:
         """Return an image as `datasets.Image` stores it, what identifies its content, and its (width, height)."""
         value = path_or_bytes(value)
         is_path = not isinstance(value, bytes)
-        content = self.path(value) if is_path else hashlib.blake2b(value, digest_size=16).hexdigest()
+        content = os.path.normpath(self.path(value)) if is_path else hashlib.blake2b(value, digest_size=16).hexdigest()
         if self.checks_images and content not in self.sizes:
             self.sizes[content] = check_image(content if is_path else value, self.patch_size)
         image = {"bytes": None, "path": content} if is_path else {"bytes": value, "path": None}

@@ -8,12 +8,11 @@ from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from trips_examples.data.annotations import parsed_record, read_records
+from trips_examples.data.annotations import IMAGE_SUFFIXES, parsed_record, read_records
 from trips_examples.data.images import without_decoding
 from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 

@@ -95,7 +95,7 @@ def text_of(value: Any, column: str) -> str:
     """Return the stripped text of a value, or `""` if it is missing or has no visible character."""
     if is_missing(value):
         return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise BadRowError(f"{column} is not text", reprlib.repr(value))
     text = str(value).strip()
     if text != printable(text):
@@ -137,7 +137,7 @@ def has_area(box: list[float]) -> bool:
 
 def _box(record: dict, column: str) -> list[float]:
     try:
-        box = [float(number) for number in list_of(record[column], column)]
+        box = [float(number) for number in list_of(record[column], column) if not isinstance(number, bool)]
     except (TypeError, ValueError, OverflowError) as error:
         raise BadRowError(f"{column} is not four numbers", reprlib.repr(record[column])) from error
     if len(box) != 4 or not all(map(math.isfinite, box)):

@@ -7,12 +7,12 @@ Public files are recognized by their content and converted to the columns of `lo
 
 | Data set | File | Task |
 |---|---|---|
-| VQAv2 | questions, with the file of annotations | `"vqa"` |
+| VQAv2 | questions, with the file of annotations beside it | `"vqa"` |
 | COCO | `captions_train2014.json` | `"captions"` |
 | COCO, Flickr8k, Flickr30k as split by Karpathy | `dataset_coco.json` | `"captions"` |
 | NLVR2 | `train.json` | `"nlvr2"` |
-| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` | `"grounding"` |
-| ALBEF's lists | captions, questions, NLVR2; RefCOCO with `refs(unc).p` | the task of the list |
+| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` beside it | `"grounding"` |
+| ALBEF's lists | captions, questions, NLVR2 | the task of the list |
 """
 
 import codecs
@@ -141,38 +141,28 @@ class AnnotationFile:
         path (`Path`)
         default_split (`str`): Split to read from a file with several splits: `"train"`, `"val"` or `"test"`.
         split (`str`, *optional*): Replaces `default_split`. A file without splits is then an error.
-        annotations (`Path`, *optional*): Second file of VQAv2 and RefCOCO. Default: the file with the official name.
         image_root (`Path`, *optional*): Folder that paths of images are relative to. Default: the folder of the file.
     """
 
     path: Path
     default_split: str
     split: str | None = None
-    annotations: Path | None = None
     image_root: Path | None = None
 
     @property
     def folder(self) -> Path:
         return self.image_root or self.path.parent
 
-    def option(self, what: str) -> str:
-        return f"--{'validation' if self.default_split == 'val' else self.default_split}_{what}"
+    @property
+    def second_path(self) -> Path:
+        """The file that VQAv2's questions and RefCOCO's refs need, with its official name."""
+        is_json = self.path.suffix.lower() == ".json"
+        name = self.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
+        return self.path.with_name(name if is_json else "instances.json")
 
-    def refuse_unused(self, name: str, has_splits: bool, has_second_file: bool):
-        """Raise a `ValueError` if a split or a second file is given that this format does not have."""
-        if self.split is not None and not has_splits:
-            raise ValueError(f"{self.path} is {name}, without splits: leave out {self.option('split')} {self.split}.")
-        if self.annotations is not None and not has_second_file:
-            option = f"{self.option('annotations')} {self.annotations}"
-            raise ValueError(f"{self.path} is {name}, without a second file: leave out {option}.")
-
-    def second_file(self, official_name: str, what: str) -> Path:
-        """Return the second file: the one given, or the one with the official name beside this file."""
-        file = self.annotations or self.path.with_name(official_name)
-        if not file.is_file():
-            option = self.option("annotations")
-            raise FileNotFoundError(f"{self.path} needs {what}, but {file} does not exist. Give it with {option}.")
-        return file
+    @property
+    def split_option(self) -> str:
+        return f"--{'validation' if self.default_split == 'val' else self.default_split}_split"
 
     def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
         """Return the items of the requested split and their numbers in the file."""
@@ -180,13 +170,31 @@ class AnnotationFile:
         numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
         if not numbered:
             only = ", ".join(f"{split} ({count})" for split, count in Counter(map(split_of, items)).items())
-            option = self.option("split")
-            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {option}.")
+            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {self.split_option}.")
         return numbered
 
     def first_path(self, *paths: str) -> str:
         """Return the first of several possible paths of an image that exists, or the first one."""
         return str(next((path for path in map(Path, paths) if (self.folder / path).is_file()), Path(paths[0])))
+
+    def second_file(self, items: str, key: str) -> dict:
+        """
+        Return the content of `second_path`.
+
+        Raises:
+            `FileNotFoundError`: It does not exist.
+            `ValueError`: The first of its `items` has no `key`.
+        """
+        path = self.second_path
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.path} needs {path}, which does not exist. Copy or link it there.")
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not a valid JSON file: {error}.") from error
+        if not isinstance(content, dict) or key not in _first(content.get(items)):
+            raise ValueError(f"{path} has no {items} with {key}. Give the official file.")
+        return content
 
 
 def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
@@ -200,16 +208,17 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     existing_file(file.path)
     is_pickle = file.path.suffix.lower() in (".p", ".pkl", ".pickle")
     content = read_plain_pickle(file.path) if is_pickle else _document(file.path)
-    public = next((each for each in (_REFS, _VQA, _COCO, _KARPATHY) if each.matches(content)), None)
+    public = next((each for each in _FORMATS if each.matches(content)), None)
     if public is None and is_pickle:
         raise ValueError(f"{file.path} is a pickle, and not of RefCOCO's refs: convert it to JSON lines.")
-    if public is None:
-        file.refuse_unused("a list of rows", has_splits=False, has_second_file=task == "grounding")
-        yield from read_records(file.path) if file.annotations is None else _read_albef_refs(file)
-        return
-    if public.task != task:
+    if public is not None and public.task != task:
         raise ValueError(f"{file.path} is {public.name} for the task {public.task!r}, not {task!r}.")
-    file.refuse_unused(public.name, public.has_splits, public.has_second_file)
+    if file.split is not None and (public is None or not public.has_splits):
+        name = "a list of rows" if public is None else public.name
+        raise ValueError(f"{file.path} is {name}, without splits: leave out {file.split_option} {file.split}.")
+    if public is None:
+        yield from read_records(file.path)
+        return
     number = 0
     try:
         for number, record in public.read(content, file):
@@ -228,7 +237,6 @@ class _PublicFormat:
     keys: set[str]  # of an item
     read: Callable[[Any, AnnotationFile], NumberedRecords]
     has_splits: bool = False
-    has_second_file: bool = False
 
     def matches(self, content: Any) -> bool:
         if self.items is not None:
@@ -251,23 +259,9 @@ def _document(file: Path) -> dict | None:
         return None  # JSON lines, or an error that reading the records reports
 
 
-def _load_json(file: Path, items: str, key: str, what: str) -> dict:
-    """Return a second file. Raise a `ValueError` if the first of its items lacks a key."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not a valid JSON file: {error}.") from error
-    if not isinstance(content, dict) or key not in _first(content.get(items)):
-        raise ValueError(f"{file} has no {key}. Give {what}.")
-    return content
-
-
 def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
-    official_name = file.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    annotations = file.second_file(official_name, "a file of annotations")
-    what = f"the annotations of {file.path} as {file.option('annotations')}"
-    content = _load_json(annotations, "annotations", "answers", what)
-    by_question = {each["question_id"]: each for each in content["annotations"]}
+    annotations = file.second_file("annotations", "answers")["annotations"]
+    by_question = {each["question_id"]: each for each in annotations}
     folder = document["data_subtype"].replace("test-dev", "test")
     for number, question in enumerate(document["questions"], start=1):
         name = f"COCO_{folder}_{int(question['image_id']):012d}.jpg"
@@ -323,65 +317,36 @@ def read_plain_pickle(file: Path) -> Any:
         ) from error
 
 
-def _read_instances(path: Path, file: AnnotationFile) -> Callable[[dict], dict]:
-    """Return a function from a ref to its image and its box in `instances.json`."""
-    content = _load_json(path, "annotations", "bbox", "the instances.json of RefCOCO or COCO")
+def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
+    content = file.second_file("annotations", "bbox")
     images, annotations = ({each["id"]: each for each in content[name]} for name in ("images", "annotations"))
-
-    def image_and_box(ref: dict) -> dict:
+    for number, ref in file.of_split(refs, lambda ref: ref["split"]):
         x, y, width, height = annotations[ref["ann_id"]]["bbox"]
         path = _coco_path(images[ref["image_id"]], file)
-        return {"image": path, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
-
-    return image_and_box
-
-
-def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
-    instances = file.second_file("instances.json", "the boxes in instances.json")
-    image_and_box = _read_instances(instances, file)
-    for number, ref in file.of_split(refs, lambda ref: ref["split"]):
+        record = {"image": path, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
         for sentence in ref["sentences"]:
-            yield number, {**image_and_box(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
+            yield number, {**record, "expression": sentence["sent"], "question_id": sentence["sent_id"]}
 
 
-def _read_albef_refs(file: AnnotationFile) -> NumberedRecords:
-    """Yield the records of a list of ALBEF, whose boxes are those of a `ref_id` in the second file."""
-    refs = read_plain_pickle(file.annotations)
-    if not _REFS.matches(refs):
-        raise ValueError(f"{file.annotations} has no refs. {file.option('annotations')} takes refs(unc).p here.")
-    refs = {ref["ref_id"]: ref for ref in refs}
-    image_and_box = _read_instances(file.annotations.with_name("instances.json"), file)
-    for number, text in read_records(file.path):
-        record = parsed_record(text)
-        if record.get("ref_id") not in refs:
-            raise ValueError(f"{file.path} row {number} has no ref_id of {file.annotations}: {record.get('ref_id')}.")
-        box = image_and_box(refs[record["ref_id"]])
-        yield number, {**box, "image": record.get("image"), "expression": record.get("text")}
-
-
-_VQA = _PublicFormat(
-    "a file of VQAv2's questions",
-    "vqa",
-    "questions",
-    {"question", "question_id", "image_id"},
-    _read_vqa,
-    has_second_file=True,
-)
-_COCO = _PublicFormat("a file of COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions)
-_KARPATHY = _PublicFormat(
-    "a split by Karpathy",
-    "captions",
-    "images",
-    {"sentences", "filename", "split"},
-    _read_karpathy,
-    has_splits=True,
-)
-_REFS = _PublicFormat(
-    "a file of RefCOCO's refs",
-    "grounding",
-    None,
-    {"ref_id", "ann_id", "image_id", "split", "sentences"},
-    _read_refs,
-    has_splits=True,
-    has_second_file=True,
+_FORMATS = (
+    _PublicFormat(
+        "a file of RefCOCO's refs",
+        "grounding",
+        None,
+        {"ref_id", "ann_id", "image_id", "split", "sentences"},
+        _read_refs,
+        has_splits=True,
+    ),
+    _PublicFormat(
+        "a file of VQAv2's questions", "vqa", "questions", {"question", "question_id", "image_id"}, _read_vqa
+    ),
+    _PublicFormat("a file of COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions),
+    _PublicFormat(
+        "a split by Karpathy",
+        "captions",
+        "images",
+        {"sentences", "filename", "split"},
+        _read_karpathy,
+        has_splits=True,
+    ),
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow
 from accelerate.utils import tqdm
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from trips_examples.data.annotations import AnnotationFile, existing_file, read_annotations
 from trips_examples.data.busy_scenes import busy_records, check_busy_scenes
-from trips_examples.data.checking import RowMaker, stamp_of
+from trips_examples.data.checking import RowReader, stamp_of
 from trips_examples.data.tasks import TASKS, Fault, settle
 
 
@@ -58,11 +58,6 @@ class DataSource:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Like --train_file."})
     test_file: str | None = field(default=None, metadata={"help": "Like --train_file, for the reported metrics."})
-    train_annotations: str | None = field(
-        default=None, metadata={"help": "Second file of VQAv2 and RefCOCO. Default: the file with the official name."}
-    )
-    validation_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
-    test_annotations: str | None = field(default=None, metadata={"help": "Like --train_annotations."})
     train_split: str | None = field(
         default=None, metadata={"help": "Split of a file or Hub data set with several splits. Default: train."}
     )
@@ -91,13 +86,9 @@ class DataSource:
         root = None if self.image_root is None else Path(self.image_root)
         files = {}
         for split in SPLITS:
-            path, annotations = getattr(self, f"{split}_file"), getattr(self, f"{split}_annotations")
-            second = None if annotations is None else Path(annotations)
-            if path is not None:
+            if (path := getattr(self, f"{split}_file")) is not None:
                 default_split = "val" if split == "validation" else split
-                files[split] = AnnotationFile(Path(path), default_split, self.splits[split], second, root)
-            elif annotations is not None:
-                raise ValueError(f"{split}_annotations (is {str(annotations)!r}) goes with {split}_file. Give both.")
+                files[split] = AnnotationFile(Path(path), default_split, self.splits[split], root)
         return files
 
     @property
@@ -172,22 +163,20 @@ def load_task_dataset(
     if source.is_bundled:
         return _bundled(task, source, seed)
     data = {}
-    for split, (part, root, read) in _tables(source).items():
+    for split, (part, root, read_records) in _tables(task, source).items():
         try:
-            records = read(task)
+            records = read_records()
+            data[split], of_split = RowReader(TASKS[task], part, root, patch_size).rows_and_faults(records)
+            if faults is None:
+                settle(of_split, part, len(records), skip_bad_rows)
+                if not len(data[split]):
+                    raise ValueError(f"{part} has no row that can be used: it needs the columns {TASKS[task].needs}.")
+            else:
+                faults += of_split
         except (ValueError, OSError) as error:
             if faults is None:
                 raise
             faults.append(Fault(part, "cannot be read", str(error)))
-            continue
-        maker = RowMaker(TASKS[task], part, root, patch_size)
-        data[split], of_split = maker.rows_and_faults(records)
-        if faults is None:
-            settle(of_split, part, len(records), skip_bad_rows)
-            if not len(data[split]):
-                raise ValueError(f"{part} has no row that can be used: it needs the columns {TASKS[task].needs}.")
-        else:
-            faults.extend(of_split)
     return DatasetDict(data)
 
 
@@ -196,19 +185,19 @@ def _bundled(task: str, source: DataSource, seed: int) -> DatasetDict:
     for split, number in source.num_scenes.items():
         records = busy_records(task, split, number, source.grid, seed)
         records = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
-        maker = RowMaker(TASKS[task], f"{BUNDLED} {split}", "", checks_images=False)
-        rows = [row for number, record in enumerate(records, start=1) for row in maker.rows(number, record)]
+        reader = RowReader(TASKS[task], f"{BUNDLED} {split}", "")
+        numbered = enumerate(records, start=1)
+        rows = [row for number, record in numbered for row in reader.rows(f"{reader.name} row {number}", record)]
         columns = {column: [row[column] for row in rows] for column in TASKS[task].features}
         data[split] = Dataset.from_dict(columns, features=TASKS[task].features)
     return DatasetDict(data)
 
 
-def _tables(source: DataSource) -> dict[str, tuple[str, str, Callable[[str], Dataset]]]:
+def _tables(task: str, source: DataSource) -> dict[str, tuple[str, str, Callable[[], Dataset]]]:
     """Return a name of each split, the folder that paths of images are relative to, and a reader of its records."""
     if source.files:
-        return {
-            split: (file.path.name, str(file.folder), partial(_records, file)) for split, file in source.files.items()
-        }
+        files = source.files.items()
+        return {split: (file.path.name, str(file.folder), partial(_records, file, task)) for split, file in files}
     name = source.dataset_name
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
         table = load_from_disk(name)
@@ -216,7 +205,7 @@ def _tables(source: DataSource) -> dict[str, tuple[str, str, Callable[[str], Dat
     else:
         table = load_dataset(name, source.dataset_config_name)
     parts = _hub_splits(table, name, source.splits)
-    return {split: (f"{name} {part}", "", lambda _, part=part: table[part]) for split, part in parts}
+    return {split: (f"{name} {part}", "", partial(table.__getitem__, part)) for split, part in parts}
 
 
 def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:
@@ -236,12 +225,13 @@ def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> l
 
 def _records(file: AnnotationFile, task: str) -> Dataset:
     """Return the records of a file: its columns if it is Parquet, else `RECORD`."""
+    split = NamedSplit(file.default_split)
     try:
         if file.path.suffix.lower() == ".parquet":
-            return load_dataset("parquet", data_files=str(file.path), split="train")
-        used = [path.absolute() for path in (file.path, file.annotations) if path is not None]
-        given = {"file": file, "task": task, "stamps": str([*map(stamp_of, used)])}
-        return Dataset.from_generator(_numbered_json, features=RECORD, gen_kwargs=given)
+            return load_dataset("parquet", data_files={split: str(file.path)}, split=split)
+        stamps = [stamp_of(path.absolute()) for path in (file.path, file.second_path)]
+        given = {"file": file, "task": task, "stamps": str(stamps)}
+        return Dataset.from_generator(_numbered_json, features=RECORD, gen_kwargs=given, split=split)
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         if type(error.__cause__) in (FileNotFoundError, ValueError):  # of `read_annotations`
             raise error.__cause__ from None

@@ -15,6 +15,7 @@ from datasets import Features, Image, Sequence, Value
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # faults that an error names
+AS_SIZE = "as [x, y, width, height] it is inside"
 
 
 # Faults
@@ -78,9 +79,12 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
 
 def advice(faults: list[Fault]) -> list[str]:
     """Return lines on how to correct common faults."""
+    lines = []
     if any(fault.reason == "missing image" for fault in faults):
-        return ["Paths of images are relative to --image_root, by default the folder of the file."]
-    return []
+        lines.append("Paths of images are relative to --image_root, by default the folder of the file.")
+    if sum(AS_SIZE in fault.detail for fault in faults) > sum("[x0, y0" in fault.detail for fault in faults) / 2:
+        lines.append("These boxes look like [x, y, width, height]: give [x, y, x + width, y + height], in all rows.")
+    return lines
 
 
 # Values of records
@@ -142,8 +146,6 @@ def _box(record: dict, column: str) -> list[float]:
         raise BadRowError(f"{column} is not four numbers", reprlib.repr(record[column])) from error
     if len(box) != 4 or not all(map(math.isfinite, box)):
         raise BadRowError(f"{column} is not four numbers", str(box))
-    if not has_area(box):
-        raise BadRowError(f"{column} without area", f"[x0, y0, x1, y1] = {box}")
     return box
 
 
@@ -232,8 +234,8 @@ class Task:
     written: str | None = None
 
     @property
-    def image_column(self) -> str:
-        return "image" if "image" in self.features else "images"
+    def has_two_images(self) -> bool:
+        return "images" in self.features
 
     @property
     def texts(self) -> list[str]:

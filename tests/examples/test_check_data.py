@@ -97,6 +97,26 @@ def test_every_fault_is_named(folder, capsys):
     assert "train.jsonl row 3: unreadable image (" in capsys.readouterr().out
 
 
+def test_boxes_with_width_and_height_are_called_so(folder, capsys):
+    boxes = [[20, 10, 15, 15], [5, 20, 30, 10], [30, 20, 5, 8], [0, 0, 12, 12]]  # of 40 x 30 pixels; the last fits
+    train = write(folder / "t.jsonl", [{**BOX, "box": box} for box in boxes])
+    code, report = run(folder, "--task", "grounding", "--train_file", train)
+    assert code == 1 and report["splits"]["train"]["rows"] == 1
+    assert "[x, y, width, height]" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(ValueError, match=r"look like \[x, y, width, height\]"):
+        load_task_dataset("grounding", DataSource(train_file=train))
+    run(folder, "--task", "grounding", "--train_file", write(folder / "t.jsonl", [BOX, {**BOX, "box": [5, 5, 42, 3]}]))
+    assert "width, height" not in capsys.readouterr().out
+
+
+def test_a_file_of_another_task_is_called_so(folder):
+    rows = [{"image": "a.png", "question": "what?", "answer": "red"}] * 30
+    _, report = run(folder, "--task", "grounding", "--train_file", write(folder / "t.jsonl", rows))
+    ((source, reason),) = faults_of(report)
+    assert (source, reason) == ("t.jsonl", "cannot be read")
+    assert "expression" in report["faults"][0]["detail"] and "'vqa'" in report["faults"][0]["detail"]
+
+
 def test_missing_images_are_shown_up_to_a_limit_with_the_option_that_helps(folder, capsys):
     rows = [{"image": "none.png", "caption": str(i)} for i in range(30)]
     given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows)]

@@ -48,7 +48,6 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--tokenizer_name=nowhere", "find them in the cached files"),
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
-        ("--validation_annotations=nowhere.json", "goes with validation_file"),
         ("--dataset_name=busy_scenes", "dataset_name .*train"),
         ("--do_eval=True", "no validation split"),
     ],

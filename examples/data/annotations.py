@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
@@ -188,12 +188,9 @@ class AnnotationFile:
         path = self.second_path
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} needs {path}, which does not exist. Copy or link it there.")
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is not a valid JSON file: {error}.") from error
-        if not isinstance(content, dict) or key not in _first(content.get(items)):
-            raise ValueError(f"{path} has no {items} with {key}. Give the official file.")
+        content = _document(path)
+        if content is None or key not in _first(content.get(items)):
+            raise ValueError(f"{path} is not valid JSON, or has no {items} with {key}. Give the official file.")
         return content
 
 
@@ -214,8 +211,7 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     if public is not None and public.task != task:
         raise ValueError(f"{file.path} is {public.name} for the task {public.task!r}, not {task!r}.")
     if file.split is not None and (public is None or not public.has_splits):
-        name = "a list of rows" if public is None else public.name
-        raise ValueError(f"{file.path} is {name}, without splits: leave out {file.split_option} {file.split}.")
+        raise ValueError(f"{file.path} has no splits: leave out {file.split_option} {file.split}.")
     if public is None:
         yield from read_records(file.path)
         return
@@ -229,14 +225,13 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
         ) from error
 
 
-@dataclass(frozen=True)
-class _PublicFormat:
+class _PublicFormat(NamedTuple):
     name: str
     task: str
     items: str | None  # key of the list of items; None if the file is a list
     keys: set[str]  # of an item
     read: Callable[[Any, AnnotationFile], NumberedRecords]
-    has_splits: bool = False
+    has_splits: bool
 
     def matches(self, content: Any) -> bool:
         if self.items is not None:
@@ -328,25 +323,9 @@ def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
             yield number, {**record, "expression": sentence["sent"], "question_id": sentence["sent_id"]}
 
 
-_FORMATS = (
-    _PublicFormat(
-        "a file of RefCOCO's refs",
-        "grounding",
-        None,
-        {"ref_id", "ann_id", "image_id", "split", "sentences"},
-        _read_refs,
-        has_splits=True,
-    ),
-    _PublicFormat(
-        "a file of VQAv2's questions", "vqa", "questions", {"question", "question_id", "image_id"}, _read_vqa
-    ),
-    _PublicFormat("a file of COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions),
-    _PublicFormat(
-        "a split by Karpathy",
-        "captions",
-        "images",
-        {"sentences", "filename", "split"},
-        _read_karpathy,
-        has_splits=True,
-    ),
-)
+_FORMATS = [
+    _PublicFormat("RefCOCO's refs", "grounding", None, {"ref_id", "ann_id", "split", "sentences"}, _read_refs, True),
+    _PublicFormat("VQAv2's questions", "vqa", "questions", {"question", "question_id", "image_id"}, _read_vqa, False),
+    _PublicFormat("COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions, False),
+    _PublicFormat("Karpathy's split", "captions", "images", {"sentences", "filename", "split"}, _read_karpathy, True),
+]

@@ -1,4 +1,4 @@
-"""Checking of rows: of records when they are read, and of texts and boxes when the processor is known."""
+"""Checking of rows: of records when they are read, and of texts when the processor is known."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 
 from modeling_trips import TripsProcessor, __version__
 from trips_examples.data.annotations import parsed_record
-from trips_examples.data.images import check_image, column_of, image_size, path_or_bytes, without_decoding
+from trips_examples.data.images import check_image, column_of, path_or_bytes, without_decoding
 from trips_examples.data.tasks import (
     AS_SIZE,
     TASKS,
@@ -228,7 +228,7 @@ def check_length(num_tokens: int, processor: TripsProcessor, column: str, num_sp
 
 def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[dict[int, Fault], list[str]]:
     """
-    Check that a model can take the texts of a split that it reads or generates, and sees the boxes.
+    Check that a model can take the texts of a split that it reads or generates.
 
     Returns:
         `tuple[dict[int, Fault], list[str]]`: Faults by row index, and a description of the texts with an unknown token
@@ -239,8 +239,6 @@ def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[d
     special = {TASKS[task].text: tokenizer.num_special_tokens_to_add(), TASKS[task].written: 1}
     faults: dict[int, Fault] = {}
     unknown = []
-    if task == "grounding":
-        faults |= _hidden_boxes(dataset, processor)
     for column in TASKS[task].texts:
         rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(dataset, column)]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
@@ -257,22 +255,6 @@ def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[d
             what, examples = column if column.endswith("s") else f"{column}s", ", ".join(map(repr, odd[:3]))
             unknown.append(f"{len(odd)} different {what} hold words that the tokenizer does not know, e.g. {examples}")
     return faults, unknown
-
-
-def _hidden_boxes(dataset: Dataset, processor: TripsProcessor) -> dict[int, Fault]:
-    """
-    Return the faults of rows whose box is outside the center crop of the processor, by row index. Processors without a
-    center crop have none.
-    """
-    if not getattr(processor.image_processor, "do_center_crop", False):
-        return {}
-    faults = {}
-    for place, row in enumerate(without_decoding(dataset)):
-        try:
-            processor.encode_boxes([row["box"]], [image_size(row)])
-        except ValueError:
-            faults[place] = Fault(row["source"], "box outside the center crop", f"[x0, y0, x1, y1] = {row['box']}")
-    return faults
 
 
 def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, skip: bool) -> DatasetDict:

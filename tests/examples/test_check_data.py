@@ -9,14 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from places import EXAMPLES
-from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers import AutoTokenizer
 
-from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples import run_vqa
 from trips_examples.check_data import main
-from trips_examples.data.checking import with_fitting_texts
-from trips_examples.data.collators import GroundingCollator
-from trips_examples.data.images import without_decoding
 from trips_examples.data.loading import DataSource, load_task_dataset
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
@@ -210,27 +206,6 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
     ):
         _, report = run(folder, *given, *options)
         assert faults_of(report) == [(f"t.jsonl row {row}", "image smaller than a patch") for row in bad]
-
-
-def test_boxes_that_a_center_crop_cuts_away(folder, caplog):
-    """CLIP's processor only shows the middle of an image of 40 x 30 pixels: x from 5 to 35."""
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 60}, crop_size={"height": 60, "width": 60})
-    processor = TripsProcessor(image_processor, train_wordpiece_tokenizer(["the dog"]), patch_size=8)
-    processor.tokenizer.model_max_length = 64
-    processor.save_pretrained(folder / "checkpoint")
-    TripsConfig.from_preset("tiny").save_pretrained(folder / "checkpoint")
-    train = write(folder / "t.jsonl", [{**BOX, "box": box} for box in ([0, 0, 6, 30], [0, 0, 4, 30], [36, 0, 40, 30])])
-    given = ["--task", "grounding", "--train_file", train, "--model_name_or_path", str(folder / "checkpoint")]
-    _, report = run(folder, *given)
-    assert faults_of(report) == [(f"t.jsonl row {row}", "box outside the center crop") for row in (2, 3)]
-    data = load_task_dataset("grounding", DataSource(train_file=train))
-    with pytest.raises(ValueError, match="t.jsonl row 2: box outside"):
-        with_fitting_texts(data, "grounding", processor, skip=False)
-    rows = with_fitting_texts(data, "grounding", processor, skip=True)["train"]
-    assert rows["source"][:] == ["t.jsonl row 1"] and "box outside the center crop: 2" in caplog.text
-    GroundingCollator(processor)(list(without_decoding(rows)))
-    with pytest.raises(ValueError, match="`pixel_values`"):  # a run would stop
-        GroundingCollator(processor)(list(without_decoding(data["train"])))
 
 
 @pytest.mark.slow

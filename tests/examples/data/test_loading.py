@@ -129,16 +129,6 @@ def test_bad_rows_are_named_or_skipped_and_counted(folder, suffix, caplog):
         assert f"{reason}: 1" in caplog.text
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_broken_line_is_named(folder, suffix):
-    file = folder / f"train.{suffix}"
-    file.write_text("\n".join([json.dumps(GOOD[0]), "", '{"image": "a.png", "question', "3", json.dumps(GOOD[1])]))
-    with pytest.raises(ValueError, match="(?s)2 of the 4 rows.*row 3: broken JSON.*row 4: not a JSON object"):
-        load("vqa", train_file=file)
-    rows = load("vqa", train_file=file, skip_bad_rows=True)["train"]
-    assert rows["source"][:] == [f"train.{suffix} row 1", f"train.{suffix} row 5"]
-
-
 STRAY = "a.png,what?,red\na.png,{}\na.png,why?,blue\na.png,{}\na.png,who?,red\n"
 
 
@@ -215,15 +205,6 @@ def test_files_that_cannot_be_read(folder):
             load("vqa", train_file=folder / name)
     with pytest.raises(ValueError, match="empty.jsonl"):
         load("vqa", train_file=write(folder / "empty.jsonl", []))
-
-
-def test_one_object_is_a_record(folder):
-    file = folder / "train.json"
-    file.write_text(json.dumps(GOOD[0]))
-    assert load("vqa", train_file=file)["train"]["question"][:] == ["what?"]
-    file.write_text(json.dumps({"data": GOOD}, indent=1))
-    with pytest.raises(ValueError, match="train.json row 1"):
-        load("vqa", train_file=file)
 
 
 @pytest.mark.parametrize(

@@ -154,12 +154,6 @@ def test_each_pass_takes_one_of_several_captions(tmp_path):
     assert set(drawn) == {"one", "two", "three"} and drawn == again
 
 
-def test_rows_about_one_path_are_about_one_image(rows_file):
-    rows = take(PairStream(find_shards([rows_file])), 3)
-    assert {row["image_id"] for row in rows} == {"red.png"}
-    assert {row["source"] for row in rows} <= {f"pairs.jsonl row {number}" for number in range(1, 27)}
-
-
 @pytest.mark.parametrize("name", ["caption", "alt"])
 def test_a_streamed_data_set(tmp_path, name):
     """The `datasets` library streams Parquet files like a data set on the Hub."""
@@ -295,12 +289,3 @@ def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
         take(stream, 1)
     lines = (tmp_path / "bad_pairs-00000.jsonl").read_text()
     assert "pairs.jsonl row 2" in lines and "broken JSON" in lines
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [({"shards": []}, "`shards`"), ({"buffer_size": 0}, "`buffer_size`"), ({"max_bad_share": 5}, "`max_bad_share`")],
-)
-def test_options_that_make_no_sense_are_refused(tars, options, name):
-    with pytest.raises(ValueError, match=name):
-        PairStream(**{"shards": find_shards([tars]), **options})

@@ -131,35 +131,18 @@ def find_shards(
     Raises:
         FileNotFoundError: A path does not exist.
     """
-    names, missing = [], []
-    for pattern in patterns:
-        for name in _expanded(pattern):
-            found = [name] if _is_remote(name) or Path(name).is_file() else sorted(glob.glob(name))
-            names += found
-            missing += [] if found else [name]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise FileNotFoundError(f"The files {shown} do not exist. Correct {option}.")
-    return [
-        TarShard(name) if name.endswith(TAR_SUFFIXES) else FileShard(name, image_root or str(Path(name).parent))
-        for name in names
-    ]
+    from webdataset.shardlists import expand_urls
 
-
-def _is_remote(name: str) -> bool:
-    return "://" in name or name.startswith("pipe:")
-
-
-def _expanded(pattern: str) -> list[str]:
-    if "{" not in pattern and not pattern.endswith(TAR_SUFFIXES):
-        return [pattern]
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError(
-            f"{pattern} needs the webdataset library, which is not installed: `pip install webdataset`."
-        ) from error
-    return expand_urls(pattern)
+    shards: list[TarShard | FileShard] = []
+    for name in (name for pattern in patterns for name in (expand_urls(pattern) if "{" in pattern else [pattern])):
+        is_remote = "://" in name or name.startswith("pipe:")
+        found = [name] if is_remote or Path(name).is_file() else sorted(glob.glob(name))
+        if not found:
+            raise FileNotFoundError(f"The file {name} does not exist. Correct {option}.")
+        for path in found:
+            is_tar = path.endswith(TAR_SUFFIXES)
+            shards.append(TarShard(path) if is_tar else FileShard(path, image_root or str(Path(path).parent)))
+    return shards
 
 
 def hub_shards(name: str, config_name: str | None = None, split: str = "train", **load_options) -> list[HubShard]:

@@ -13,7 +13,6 @@ counted, and logged in `bad_pairs-*.jsonl`. Too many bad pairs stop the run.
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from datasets import IterableDataset
@@ -88,6 +87,7 @@ class PairStream(TorchIterableDataset):
         self.processor, self.max_bad_share = processor, max_bad_share
         self.log_folder = None if log_folder is None else Path(log_folder)
         self.pass_number, self.seen, self.bad, self.reader = 0, 0, 0, process_index
+        self.last_fault: Fault | None = None
         self.records: IterableDataset | None = None  # of the current pass
         self.start: dict | None = None  # state of a saved position
 
@@ -116,9 +116,9 @@ class PairStream(TorchIterableDataset):
                     self._note(row)
                 else:
                     yield row
+            self._judge(fewest=0)
             if self.seen == self.bad:
-                raise ValueError(f"Reader {self.reader} found no usable pair. {self._where_bad_ones_are()}")
-            self._judge(fewest=1)
+                self._stop("It found no usable pair.")
             self.pass_number += 1
 
     def records_of_pass(self) -> IterableDataset:
@@ -140,7 +140,7 @@ class PairStream(TorchIterableDataset):
         source, image_root = record["source"], record.get("image_root", "")
         columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
         try:
-            caption = self._caption(columns, f"{self.pass_number}-{source}")
+            caption = self._caption(columns, f"{self.seed}-{self.pass_number}-{source}")
             encoded = encoded_image(columns, self.image_columns)
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
             image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
@@ -155,7 +155,7 @@ class PairStream(TorchIterableDataset):
         value = columns.get(name)
         captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
         texts = caption_texts(captions, columns)
-        text = random.Random(f"{self.seed}-{seed}").choice(texts)
+        text = random.Random(seed).choice(texts)
         if (processor := self.processor) is not None:
             tokenizer = processor.tokenizer
             (tokens,) = tokenizer(processor.clean_texts([text]), add_special_tokens=False, verbose=False)["input_ids"]
@@ -164,31 +164,25 @@ class PairStream(TorchIterableDataset):
 
     def _note(self, fault: Fault):
         """Log a bad pair, and stop if there are too many."""
-        if self._log is not None and self.pass_number == 0:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as log:
+        if self.log is not None and self.pass_number == 0:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"source": fault.source, "error": fault.error}, ensure_ascii=False) + "\n")
+        self.last_fault = fault
         if self.max_bad_share == 0:
             raise ValueError(f"{fault}. Repair it, or skip such pairs with --skip_bad_rows.")
         self._judge(fewest=FEWEST_TO_JUDGE)
 
     def _judge(self, fewest: int):
         if self.seen >= fewest and self.bad > self.max_bad_share * self.seen:
-            raise ValueError(
-                f"{self.bad} of the first {self.seen} pairs of reader {self.reader} cannot be used, more than "
-                f"--max_bad_share {self.max_bad_share:g} allows. {self._where_bad_ones_are()}"
-            )
+            self._stop(f"{self.bad} of the first {self.seen} pairs are bad: more than --max_bad_share allows.")
 
-    def _where_bad_ones_are(self) -> str:
-        if self._log is None or not self._log.is_file():
-            return ""
-        with self._log.open(encoding="utf-8") as log:
-            first = [json.loads(line) for line in islice(log, 3)]
-        shown = "; ".join(f"{pair['source']}: {pair['error']}" for pair in first)
-        return f"{self._log} names them, beginning with {shown}."
+    def _stop(self, reason: str):
+        named = "" if self.log is None else f" {self.log} names bad ones."
+        raise ValueError(f"Reader {self.reader} stops. {reason}{named} The last bad one: {self.last_fault}.")
 
     @property
-    def _log(self) -> Path | None:
+    def log(self) -> Path | None:
         return None if self.log_folder is None else self.log_folder / f"bad_pairs-{self.reader:05d}.jsonl"
 
 

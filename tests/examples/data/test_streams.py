@@ -177,7 +177,7 @@ def test_patterns_name_shards_and_missing_ones_are_named(tars, tmp_path):
     assert find_shards([f"{folder}/*.tar"]) == find_shards([tars])
     assert find_shards(["https://host/{0..1}.tar"])[1].name == "https://host/1.tar"
     assert find_shards([f"{folder}/pairs-000.tar"], image_root="x") == find_shards([f"{folder}/pairs-000.tar"])
-    with pytest.raises(FileNotFoundError, match="pairs-004.tar, .*pairs-005.tar.*--train_shards"):
+    with pytest.raises(FileNotFoundError, match="pairs-004.tar .*--train_shards"):
         find_shards([str(folder / "pairs-{000..005}.tar")])
     (tmp_path / "rows.csv").write_text("image,caption\n")
     assert find_shards([str(tmp_path / "*.csv")]) == [FileShard(str(tmp_path / "rows.csv"), str(tmp_path))]
@@ -285,7 +285,8 @@ def test_too_many_bad_pairs_stop_the_stream(tmp_path):
 def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "missing.png", "caption": "a"}\n{"caption": ')
     stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), max_bad_share=1.0, log_folder=tmp_path)
-    with pytest.raises(ValueError, match="pairs.jsonl row 1: missing image .*missing.png"):
+    with pytest.raises(ValueError, match="bad_pairs-00000.jsonl.*pairs.jsonl row"):
         take(stream, 1)
     lines = (tmp_path / "bad_pairs-00000.jsonl").read_text()
+    assert "pairs.jsonl row 1" in lines and "missing.png" in lines
     assert "pairs.jsonl row 2" in lines and "broken JSON" in lines

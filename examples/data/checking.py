@@ -142,10 +142,9 @@ class RowReader:
         if len(given) != len(contents):
             raise BadRowError(f"not {len(contents)} image_ids", reprlib.repr(given))
         ids = [text_of(value, "image_id") or content for value, content in zip(given, contents)]
+        shared: dict[str, Any] = {"image": images[0], "image_id": ids[0]}
         if self.task.has_two_images:
             shared = {"images": list(images), "image_ids": ids}
-        else:
-            shared = {"image": images[0], "image_id": ids[0]}
         if "question_id" in self.task.features:
             question_id = text_of(record.get("question_id", record.get("identifier")), "question_id")
             shared["question_id"] = question_id or source.rpartition(" ")[2]
@@ -161,14 +160,12 @@ class RowReader:
         content = self.path(value) if is_path else hashlib.blake2b(value, digest_size=16).hexdigest()
         if content not in self.sizes:
             self.sizes[content] = check_image(content if is_path else value, self.patch_size)
-        return (
-            {"bytes": None if is_path else value, "path": content if is_path else None},
-            content,
-            self.sizes[content],
-        )
+        image = {"bytes": None, "path": content} if is_path else {"bytes": value, "path": None}
+        return image, content, self.sizes[content]
 
     def path(self, value: Any) -> str:
-        return os.path.normpath(os.path.join(self.image_root, filled_text({"image": value}, "image")))
+        path = filled_text({"image": value}, "image")
+        return os.path.join(self.image_root, path if ".." in path else os.path.normpath(path))
 
     def image_values(self, record: dict) -> list:
         """Return the images of a record. Raise a `BadRowError` if one is missing."""

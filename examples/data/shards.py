@@ -27,7 +27,7 @@ class StrictHeader(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictHeader":
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} after the files before it") from error

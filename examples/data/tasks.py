@@ -192,13 +192,13 @@ LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 def _statement(record: dict) -> list[dict]:
     column = "sentence" if "statement" not in record and "sentence" in record else "statement"  # as NLVR2 names it
-    label = record.get("label")
+    statement, label = filled_text(record, column), record.get("label")
     label = (str(label) if isinstance(label, bool) else text_of(label, "label")).lower()
     if not label:
         raise missing("label", record)
     if label not in LABELS:
         raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
-    return [{"statement": filled_text(record, column), "label": LABELS[label]}]
+    return [{"statement": statement, "label": LABELS[label]}]
 
 
 def _expression(record: dict) -> list[dict]:

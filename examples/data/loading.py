@@ -27,9 +27,8 @@ class DataSource:
     """
     The source of a task's data: files, a data set on the Hub or on disk, or bundled scenes.
 
-    **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. Rows count from 1:
-    the lines of JSONL, the items of a JSON list, the records of CSV (without the header) and of Parquet. In CSV, lists
-    are JSON lists or texts separated by `|`. Columns by task:
+    **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. In CSV, lists are
+    JSON lists or texts separated by `|`. Rows count from 1, without the header of CSV. Columns by task:
 
     - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
     - `"captions"`: `image`, and `caption` (one) or `captions` (a list, one row each)

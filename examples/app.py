@@ -8,7 +8,6 @@ beside the same weights at keep rate 1.0. Needs the extra `app`.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import math
 import os
 
 
@@ -16,27 +15,16 @@ import os
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.inspection.checkpoints import load_checkpoint
-from modeling_trips.patch_selection import num_kept_tokens
-from modeling_trips.untrusted_images import IsolatedDecoder
-from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
-from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
 from trips_examples.training.parser import make_parser, run_script
-
-
-MAX_QUESTIONS, MAX_LENGTH = 6, 300
-DELETION = (60, 600)  # every minute, files that are older than ten minutes
 
 
 @dataclass
 class AppArguments:
     model: str = field(
-        default=os.environ.get("TRIPS_MODEL", str(CHECKPOINT)),
+        default=os.environ.get("TRIPS_MODEL", str(Path(__file__).with_name("trips-tiny-scenes"))),
         metadata={"help": "A checkpoint: folder, or name on the Hub. On a Space: the variable TRIPS_MODEL."},
     )
     max_megabytes: int = field(default=10, metadata={"help": "Largest file that can be uploaded."})
@@ -44,6 +32,25 @@ class AppArguments:
         default=None, metadata={"help": "Address to listen on. Default: GRADIO_SERVER_NAME, or else 127.0.0.1."}
     )
     port: int | None = field(default=None, metadata={"help": "Default: the first free one from 7860."})
+
+
+OPTIONS = make_parser(AppArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import math
+from collections.abc import Sequence
+
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips.inspection.checkpoints import load_checkpoint
+from modeling_trips.patch_selection import num_kept_tokens
+from modeling_trips.untrusted_images import IsolatedDecoder
+from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
+from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
+
+
+MAX_QUESTIONS, MAX_LENGTH = 6, 300
+DELETION = (60, 600)  # every minute, files that are older than ten minutes
 
 
 def questions_of(lines: str, processor: TripsProcessor, max_tokens: int) -> list[str]:
@@ -131,7 +138,7 @@ def build(args: AppArguments):
 
 
 def main(argv: list[str] | None = None, block: bool = True):
-    (args,) = make_parser(AppArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     page = build(args).queue(max_size=32, default_concurrency_limit=1)
     limits = {"max_file_size": args.max_megabytes * 2**20, "allowed_paths": [str(SCENE)]}
     address = {"server_name": args.host, "server_port": args.port}

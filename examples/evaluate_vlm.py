@@ -135,9 +135,7 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
 
     start = time.perf_counter()
     try:
-        model = TripsVlm(
-            args.model, **selection, batch_size=args.batch_size, device=args.device, dtype=args.dtype
-        )
+        model = TripsVlm(args.model, **selection, batch_size=args.batch_size, device=args.device, dtype=args.dtype)
     except (TypeError, ValueError) as error:
         if not selection:
             raise

@@ -22,9 +22,7 @@ from trips_examples.training.parser import make_parser, run_script
 
 @dataclass
 class PlanArguments:
-    model: str | None = field(
-        default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."}
-    )
+    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
     preset: str | None = field(
         default=None, metadata={"help": f"Size in place of a checkpoint: {', '.join(TripsConfig.presets())}."}
     )

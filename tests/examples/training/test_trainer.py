@@ -17,7 +17,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path,
 
     def poisoned(*args, **kwargs):
         model = make_model(*args, **kwargs)
-        model.lm_head.decoder.bias.register_hook(lambda grad: steps.append(1) or grad * (1 if len(steps) < 2 else torch.inf))
+        bias = model.lm_head.decoder.bias
+        bias.register_hook(lambda grad: steps.append(1) or (grad if len(steps) == 1 else grad * torch.inf))
         return model
 
     monkeypatch.setattr(run_vqa, "make_model", poisoned)

@@ -86,11 +86,6 @@ def test_results_say_what_regions_were_used_for(options, used_for, data, tmp_pat
         assert json.loads((tmp_path / folder / f"{name}_results.json").read_text())["regions_used_for"] == used_for
 
 
-def test_without_regions_they_are_used_for_nothing(data, tmp_path):
-    run_vqa.main(options_of(data, tmp_path, "--max_steps=1", "--attention_loss_weight=2"))
-    assert json.loads((tmp_path / "eval_results.json").read_text())["regions_used_for"] == "none"
-
-
 def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog):
     broken = tmp_path / "broken.jsonl"
     source = Path(data[0].split("=")[1])
@@ -105,11 +100,6 @@ def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog
     run_vqa.main(options_of(files, tmp_path / "out", "--skip_bad_rows"))
     assert "Skipped 1 of the 12 rows of broken.jsonl" in caplog.text
     assert "Skipped 1 of the 11 rows of train (more than 64 tokens: 1)" in caplog.text
-
-
-def test_a_missing_training_split_is_named(data, tmp_path):
-    with pytest.raises(ValueError, match="--train_file"):
-        run_vqa.main(options_of(data[1:], tmp_path))
 
 
 @pytest.mark.slow

@@ -12,8 +12,26 @@ are the rows that training stops at, or leaves out with --skip_bad_rows. The exi
 import trips_examples  # noqa: F401  # isort: skip
 
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, field
+
+from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.parser import make_parser, run_script
+
+
+MAX_SHOWN = 20  # faults to print
+
+
+@dataclass
+class CheckArguments:
+    task: str = field(metadata={"help": "Task of the data.", "choices": ["vqa", "captions", "nlvr2", "grounding"]})
+    output_json: str | None = field(default=None, metadata={"help": "JSON file for the report."})
+
+
+OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+from collections import Counter
 from itertools import chain
 
 from datasets import DatasetDict
@@ -25,17 +43,6 @@ from trips_examples.data.tasks import TASKS, Fault, advice
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.files import write_json
 from trips_examples.training.models import load_start, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.parser import make_parser, run_script
-
-
-MAX_SHOWN = 20  # faults to print
-
-
-@dataclass
-class CheckArguments:
-    task: str = field(metadata={"help": "Task of the data.", "choices": list(TASKS)})
-    output_json: str | None = field(default=None, metadata={"help": "JSON file for the report."})
 
 
 def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> dict:
@@ -120,8 +127,7 @@ def print_report(report: dict):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__)
-    args, model_args, data_args = parser.parse_args_into_dataclasses(args=argv)
+    args, model_args, data_args = OPTIONS.parse_args_into_dataclasses(args=argv)
     report = check(args.task, model_args, data_args)
     print_report(report)
     if args.output_json is not None:

@@ -24,12 +24,12 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
+from trips_examples.data.source import AnnotationFile, existing_file
 from trips_examples.data.tasks import BadRowError
 
 
@@ -38,15 +38,6 @@ NumberedRecords = Iterator[tuple[int, dict | str]]
 
 ROWS_PER_READ = 256  # Parquet rows may hold images
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-
-
-def existing_file(path: Path) -> Path:
-    """Return the path of a file. Raise a `FileNotFoundError` if it does not exist."""
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder. Give a file, or a saved data set with --dataset_name.")
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist.")
-    return path
 
 
 def parsed_record(record: dict | str) -> dict:
@@ -132,66 +123,21 @@ def _read_parquet(file: Path) -> NumberedRecords:
 # Public annotation files
 
 
-@dataclass(frozen=True)
-class AnnotationFile:
+def _second_document(file: AnnotationFile, items: str, key: str) -> dict:
     """
-    A file of annotations and the options for reading it.
+    Return the content of a second file.
 
-    Args:
-        path (`Path`)
-        default_split (`str`): Split to read from a file with several splits: `"train"`, `"val"` or `"test"`.
-        split (`str`, *optional*): Replaces `default_split`. A file without splits is then an error.
-        image_root (`Path`, *optional*): Folder that paths of images are relative to. Default: the folder of the file.
+    Raises:
+        `FileNotFoundError`: It does not exist.
+        `ValueError`: The first of its `items` has no `key`.
     """
-
-    path: Path
-    default_split: str
-    split: str | None = None
-    image_root: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.image_root or self.path.parent
-
-    @property
-    def second_path(self) -> Path:
-        """The file that VQAv2's questions and RefCOCO's refs need, with its official name."""
-        is_json = self.path.suffix.lower() == ".json"
-        name = self.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-        return self.path.with_name(name if is_json else "instances.json")
-
-    @property
-    def split_option(self) -> str:
-        return f"--{'validation' if self.default_split == 'val' else self.default_split}_split"
-
-    def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
-        """Return the items of the requested split and their numbers in the file."""
-        wanted = self.split or self.default_split
-        numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
-        if not numbered:
-            only = ", ".join(f"{split} ({count})" for split, count in Counter(map(split_of, items)).items())
-            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {self.split_option}.")
-        return numbered
-
-    def first_path(self, *paths: str) -> str:
-        """Return the first of several possible paths of an image that exists, or the first one."""
-        return str(next((path for path in map(Path, paths) if (self.folder / path).is_file()), Path(paths[0])))
-
-    def second_file(self, items: str, key: str) -> dict:
-        """
-        Return the content of `second_path`.
-
-        Raises:
-            `FileNotFoundError`: It does not exist.
-            `ValueError`: The first of its `items` has no `key`.
-        """
-        path = self.second_path
-        if not path.is_file():
-            raise FileNotFoundError(f"{self.path} needs {path}, which does not exist. Copy or link it there.")
-        content = _document(path)
-        if content is None or key not in _first(content.get(items)):
-            raise ValueError(f"{path} is not valid JSON, or has no {items} with {key}. Give the official file.")
-        return content
+    path = file.second_path
+    if not path.is_file():
+        raise FileNotFoundError(f"{file.path} needs {path}, which does not exist. Copy or link it there.")
+    content = _document(path)
+    if content is None or key not in _first(content.get(items)):
+        raise ValueError(f"{path} is not valid JSON, or has no {items} with {key}. Give the official file.")
+    return content
 
 
 def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
@@ -255,7 +201,7 @@ def _document(file: Path) -> dict | None:
 
 
 def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
-    annotations = file.second_file("annotations", "answers")["annotations"]
+    annotations = _second_document(file, "annotations", "answers")["annotations"]
     by_question = {each["question_id"]: each for each in annotations}
     folder = document["data_subtype"].replace("test-dev", "test")
     for number, question in enumerate(document["questions"], start=1):
@@ -313,7 +259,7 @@ def read_plain_pickle(file: Path) -> Any:
 
 
 def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
-    content = file.second_file("annotations", "bbox")
+    content = _second_document(file, "annotations", "bbox")
     images, annotations = ({each["id"]: each for each in content[name]} for name in ("images", "annotations"))
     for number, ref in file.of_split(refs, lambda ref: ref["split"]):
         x, y, width, height = annotations[ref["ann_id"]]["bbox"]

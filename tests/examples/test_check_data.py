@@ -132,7 +132,7 @@ def test_words_that_a_tokenizer_does_not_know_are_told_and_no_fault(folder, caps
     train_wordpiece_tokenizer(["what color is it? red"]).save_pretrained(folder / "tokenizer")
     rows = [{"image": "a.png", "question": "what color is it?", "answer": answer} for answer in ("red", "zyx")]
     given = ["--task", "vqa", "--train_file", write(folder / "t.jsonl", rows)]
-    code, report = run(folder, *given, "--tokenizer_name", str(folder / "tokenizer"))
+    code, report = run(folder, *given, "--tokenizer", str(folder / "tokenizer"))
     assert code == 0 and report["faults"] == []
     told = "train: 1 different answers hold words that the tokenizer does not know, e.g. 'zyx'"
     assert report["notes"] == [told] and told in capsys.readouterr().out
@@ -160,8 +160,8 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tokenizer)
     for options, bad in (
         ([], (1,)),  # the preset tiny, as in run_vqa.py
-        (["--tokenizer_name", tokenizer, "--preset", "base"], (1, 2, 3)),  # patches of 16
-        (["--model_name_or_path", checkpoint], (1,)),
+        (["--tokenizer", tokenizer, "--preset", "base"], (1, 2, 3)),  # patches of 16
+        (["--model", checkpoint], (1,)),
     ):
         _, report = run(folder, *given, *options)
         assert faults_of(report) == [(f"t.jsonl row {row}", "image smaller than a patch") for row in bad]

@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 from loading import load
 
-from trips_examples.data.annotations import AnnotationFile, read_annotations, read_plain_pickle
+from trips_examples.data.annotations import read_annotations, read_plain_pickle
+from trips_examples.data.source import AnnotationFile
 
 
 @pytest.fixture

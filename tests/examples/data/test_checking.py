@@ -132,7 +132,7 @@ def test_processes_find_the_same_faults(folder, monkeypatch):
 def test_check_data_names_them_all_in_the_same_words(task, folder, processor):
     rows = bad_rows(task)
     processor.save_pretrained(folder / "checkpoint")
-    given = ["--task", task, "--train_file", write(folder, task, rows), "--tokenizer_name", str(folder / "checkpoint")]
+    given = ["--task", task, "--train_file", write(folder, task, rows), "--tokenizer", str(folder / "checkpoint")]
     report = folder / "report.json"
     assert check_data.main([*given, "--output_json", str(report)]) == 1
     faults = {fault["source"]: fault["reason"] for fault in json.loads(report.read_text())["faults"]}

@@ -108,7 +108,7 @@ class RowReader:
         others = (name for name, task in TASKS.items() if not is_missing(record.get(task.text)) and task != self.task)
         if (other := next(others, None)) is not None:
             return f"The rows have {TASKS[other].text}: give a file of this task, or choose the task {other!r}."
-        return f"The columns {self.task.needs} are needed, and it has {', '.join(record)}."
+        return f"It needs the columns {self.task.needs}, and the first row has {', '.join(record)}."
 
     def fingerprint(self, records: Dataset) -> str:
         """Hash the records, the settings and the versions of the image files, so that repaired images are checked."""

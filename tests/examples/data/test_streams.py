@@ -11,6 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from trips_examples.data.shards import FileShard, find_shards, hub_shards
 from trips_examples.data.streams import PairStream
@@ -122,6 +123,22 @@ def test_a_stream_continues_after_any_pair(source, index, num_processes, request
         stream = make_stream()
         stream.load_state_dict(json.loads(states[done - 1]))
         assert captions(take(stream, 10)) == captions(rows[done : done + 10])
+
+
+@pytest.mark.parametrize("num_workers", [0, 5])
+def test_a_loader_resumes_and_workers_may_outnumber_shards(tars, num_workers):
+    def loader() -> StatefulDataLoader:
+        stream = PairStream(find_shards([tars]), buffer_size=4)
+        return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers, collate_fn=captions)
+
+    whole, resumed = loader(), loader()
+    batches = iter(whole)
+    first = sum(islice(batches, 5), [])
+    state = json.loads(json.dumps(whole.state_dict()))
+    rest = list(islice(batches, 6))
+    assert {caption[0] for caption in first} == {*"0123"} and len(sum(rest, [])) == 18
+    resumed.load_state_dict(state)
+    assert list(islice(resumed, 6)) == rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_a_loader_resumes_and_workers_may_outnumber_shards(tars, num_workers):
     first = sum(islice(batches, 5), [])
     state = json.loads(json.dumps(whole.state_dict()))
     rest = list(islice(batches, 6))
-    assert {caption[0] for caption in first} == {*"0123"} and len(sum(rest, [])) == 18
+    assert len(first) == 15 and set(first) <= ALL and len(sum(rest, [])) == 18
     resumed.load_state_dict(state)
     assert list(islice(resumed, 6)) == rest
 

@@ -68,7 +68,7 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
     if skip:
         reasons = Counter(fault.reason for fault in faults)
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
+        logger.warning(" ".join([f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).", *advice(faults)]))
         return
     lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *(f"  {each}" for each in faults[:SHOWN])]
     if len(faults) > SHOWN:
@@ -244,42 +244,17 @@ class Task:
 
 
 _TEXT, _BOX = Value("string"), Sequence(Value("float32"))  # boxes (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
-_IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT}
+_IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "question_id": _TEXT}
+_IMAGES = {"images": Sequence(Image()), "image_ids": Sequence(_TEXT), "source": _TEXT, "question_id": _TEXT}
+_CAPTIONS = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "caption": _TEXT}
 _QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "kind": _TEXT, "answer_type": _TEXT}
+_STATEMENT = {"statement": _TEXT, "label": Value("int64")}
+_EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 
+# There is an answer per annotator; images are left and right; label 1 is true; region, kind, answer_type may be None.
 TASKS = {
-    "vqa": Task(  # one answer per annotator; `region`, `kind` and `answer_type` may be None
-        features=Features({**_IMAGE, "question_id": _TEXT, **_QUESTION}),
-        text="question",
-        needs="image, question and answer",
-        read_texts=_question,
-        written="answers",
-    ),
-    "captions": Task(
-        features=Features({**_IMAGE, "caption": _TEXT}),
-        text="caption",
-        needs="image and caption",
-        read_texts=_captions,
-    ),
-    "nlvr2": Task(  # `images` are left and right; `label` is 1 for true
-        features=Features(
-            {
-                "images": Sequence(Image()),
-                "image_ids": Sequence(_TEXT),
-                "question_id": _TEXT,
-                "statement": _TEXT,
-                "label": Value("int64"),
-                "source": _TEXT,
-            }
-        ),
-        text="statement",
-        needs="images (two), statement and label",
-        read_texts=_statement,
-    ),
-    "grounding": Task(  # `kind` may be None
-        features=Features({**_IMAGE, "question_id": _TEXT, "expression": _TEXT, "box": _BOX, "kind": _TEXT}),
-        text="expression",
-        needs="image, expression and box",
-        read_texts=_expression,
-    ),
+    "vqa": Task(Features(_IMAGE | _QUESTION), "question", "image, question and answer", _question, written="answers"),
+    "captions": Task(Features(_CAPTIONS), "caption", "image and caption", _captions),
+    "nlvr2": Task(Features(_IMAGES | _STATEMENT), "statement", "images (two), statement and label", _statement),
+    "grounding": Task(Features(_IMAGE | _EXPRESSION), "expression", "image, expression and box", _expression),
 }

@@ -68,7 +68,7 @@ def test_faults_and_notes_of_two_files(folder, capsys):
     assert "train.jsonl row 5: image_id of two images (" in printed and repeated in printed
 
 
-def test_boxes_with_width_and_height_are_called_so(folder, capsys):
+def test_boxes_with_width_and_height_are_called_so(folder, capsys, caplog):
     boxes = [[20, 10, 15, 15], [5, 20, 30, 10], [30, 20, 5, 8], [0, 0, 12, 12]]  # of 40 x 30 pixels; the last fits
     train = write(folder / "t.jsonl", [{**BOX, "box": box} for box in boxes])
     code, report = run(folder, "--task", "grounding", "--train_file", train)
@@ -76,6 +76,8 @@ def test_boxes_with_width_and_height_are_called_so(folder, capsys):
     assert "[x, y, width, height]" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(ValueError, match=r"look like \[x, y, width, height\]"):
         load_task_dataset("grounding", DataSource(train_file=train))
+    load_task_dataset("grounding", DataSource(train_file=train), skip_bad_rows=True)
+    assert "look like [x, y, width, height]" in caplog.text
     run(folder, "--task", "grounding", "--train_file", write(folder / "t.jsonl", [BOX, {**BOX, "box": [5, 5, 42, 3]}]))
     assert "width, height" not in capsys.readouterr().out
 

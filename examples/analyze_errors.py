@@ -58,7 +58,7 @@ def predictions_of(name: str, task: str, folder: Path, options: list[str]) -> tu
     path = Path(name) if name.endswith(".jsonl") else folder / file
     if not name.endswith(".jsonl"):
         only_evaluate = ["--do_train", "False", "--do_predict", "False"]
-        main(["--model_name_or_path", name, *only_evaluate, "--output_dir", str(folder), *options])
+        main(["--model", name, *only_evaluate, "--output_dir", str(folder), *options])
     results = path.with_name("eval_results.json")
     record = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -180,11 +180,3 @@ def test_a_failed_conversion_leaves_nothing_behind(arguments, tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError):
         convert(arguments)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_model_of_other_depths_converts_if_they_are_given(arguments, sizes):
-    small = sizes._replace(num_vision_layers=3, num_text_layers=3, first_fusion_layer=1, num_decoder_layers=1)
-    torch.save({"model": random_checkpoint("question-answering", small)}, arguments["checkpoint"])
-    convert(arguments, depths=[3, 1, 2, 1], selection_layers=[2])
-    model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])
-    assert model.config.vision_config.num_hidden_layers == 3

@@ -10,7 +10,6 @@ from convert_cases import TEXTS, convert, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BertConfig,
     BlipConfig,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
@@ -185,9 +184,3 @@ def test_weights_and_options_that_are_not_vilts_are_refused_by_name(vilt_argumen
     with pytest.raises(ValueError, match="`num_attention_heads`"):
         convert(vilt_arguments, num_attention_heads=4)
     assert not vilt_arguments["output_dir"].exists()
-
-
-def test_a_model_of_another_type_is_refused_by_name(tmp_path):
-    BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="'bert'.*ALBEF.*blip, vilt"):
-        convert({"checkpoint": tmp_path, "output_dir": tmp_path / "out"})

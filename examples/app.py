@@ -74,7 +74,7 @@ def kept_patches(trained: SelectionSchedule, num_patches: int, fuse: bool) -> li
 
 
 def schedule_that_keeps(
-    counts: Sequence[int], trained: SelectionSchedule, num_patches: int, fuse: bool
+    counts: Sequence[float], trained: SelectionSchedule, num_patches: int, fuse: bool
 ) -> SelectionSchedule:
     """Return the trained schedule with these numbers of kept patches, or with all that are left if these are fewer."""
     selections, candidates = [], num_patches

@@ -81,7 +81,8 @@ def training_options() -> set[str]:
     """Return the names of the options of Transformers' trainings, which its import would take seconds to tell."""
     folder = Path(find_spec("transformers").origin).parent
     trees = [ast.parse((folder / name).read_text(encoding="utf-8")) for name in TRAINING_FILES]
-    names = {node.target.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)}
+    fields = [node.target for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    names = {target.id for target in fields if isinstance(target, ast.Name)}
     return names | {f"no_{name}" for name in names}
 
 

@@ -105,7 +105,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any,
         OSError: The output folder is not writable.
         ValueError: As in `checkpoint_to_resume`.
     """
-    full = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
+    full: dict[type, type] = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
     classes = [full.get(each, each) for each in parser.classes]
     whole = make_parser(*classes, description=parser.description, **parser.defaults)
     arguments = whole.parse_args_into_dataclasses(args=argv)

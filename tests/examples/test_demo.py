@@ -57,3 +57,4 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
         card = (tmp_path / folder / "README.md").read_text()
         assert f"Made by `python examples/demo.py {' '.join(options)}`." in card
         assert "busy scenes, test, 64 examples" in card and "bfloat16" in card
+        assert re.search(r"^Computed in float32 on .* \([A-Z0-9]+\)\.$", card, re.MULTILINE)

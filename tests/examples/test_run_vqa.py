@@ -117,7 +117,7 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
     killed = [script, *options_of(data, tmp_path / "killed", *options)]
     process = subprocess.Popen([sys.executable, *killed], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     # The trainer state is written last and marks a complete checkpoint.
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)

@@ -48,14 +48,6 @@ def test_images_are_resized_to_the_size_of_the_model(processor):
         make_processor(processor.tokenizer, TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]}))
 
 
-def test_options_per_layer_reach_the_configuration():
-    args = ModelArguments(selection_guidance=["text"], keep_rate=[0.1, 0.2])
-    fields = args.config_overrides()
-    assert fields == {"selection_guidance": "text", "keep_rate": [0.1, 0.2]}
-    schedule = TripsConfig.from_preset("tiny", **fields).vision_config.schedule
-    assert [selection.keep_rate for selection in schedule.selections] == [0.1, 0.2]
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, str]:
     arguments = write_parts(tmp_path_factory.mktemp("parts"))

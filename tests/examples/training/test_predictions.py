@@ -26,5 +26,5 @@ def test_predictions_are_written_with_columns(tmp_path):
 
 def test_padding_tokens_are_not_decoded():
     processor = make_processor(train_wordpiece_tokenizer(["red blue"]), TripsConfig.from_preset("tiny"))
-    red, blue = processor.tokenizer.convert_tokens_to_ids(["red", "blue"])
+    red, blue = processor.tokenizer.convert_tokens_to_ids(["▁red", "▁blue"])
     assert texts_of(np.array([[red, blue], [blue, -100]]), processor) == ["red blue", "blue"]

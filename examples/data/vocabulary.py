@@ -31,8 +31,8 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> P
     """
     Train a tokenizer whose `decode` returns a text as it was written: byte-pair encoding of characters, with spaces as
     part of the words, as in SentencePiece. Punctuation marks and Han characters are split from words. Texts are
-    composed (Unicode NFC), and lower-cased if none of `texts` has an upper-case letter. Equal texts give an equal
-    vocabulary. It adds `[CLS]` and `[SEP]` around a text as BERT's does.
+    composed (Unicode NFC), stripped, and lower-cased if none of `texts` has an upper-case letter. Equal texts give an
+    equal vocabulary. It adds `[CLS]` and `[SEP]` around a text as BERT's does.
 
     Args:
         texts (`Iterable[str]`)
@@ -48,7 +48,8 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> P
         raise ValueError(f"A tokenizer cannot be trained on {len(texts)} texts without a character.")
     backend = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=True))
     is_lower = all(text == text.lower() for text in texts)
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if is_lower else [])])
+    steps = [normalizers.NFC(), normalizers.Strip(), *([normalizers.Lowercase()] if is_lower else [])]
+    backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split(SPLIT, "isolated")]
     )

@@ -12,11 +12,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tiny_processors import make_bert_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.conversion.processors import load_albef_tokenizer
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_a_file_that_holds_more_than_data_is_refused_and_runs_nothing(arguments,
 
 
 def test_wrong_options_are_refused(arguments, tmp_path):
-    train_wordpiece_tokenizer(["abc"]).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="13 tokens"):
+    make_bert_tokenizer(["a b c"]).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="8 tokens"):
         convert(arguments, tokenizer=tmp_path / "other")
     with pytest.raises(ValueError, match="missing.pth"):
         convert(arguments, checkpoint=tmp_path / "missing.pth")

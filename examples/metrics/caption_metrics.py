@@ -49,7 +49,7 @@ Example:
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]\p{M}*"
 _LETTERS = r"(?:[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]])+"
 _WORD = regex.compile(rf"{_UNSPACED}|{_LETTERS}(?:[.,:/'’\-]{_LETTERS})*", regex.V1)
-_NOT_LATIN = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
+_NOT_LATIN = regex.compile(r"[\p{L}--[\p{Latin}\p{Common}]]", regex.V1)
 # The endings that PTB splits off.
 _ENDING = regex.compile(r"(?:n['’]t|['’](?:s|m|d|re|ve|ll))$")
 

@@ -1,10 +1,11 @@
-"""Texts that a model reads and writes, over a data set: signs that its tokenizer loses, and how much predictions vary."""
+"""Texts that a model writes, over a data set: signs that its tokenizer loses, and how much predictions vary."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from datasets import DatasetDict
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.images import column_of
@@ -26,6 +27,17 @@ def as_written(texts: Sequence[str], processor: TripsProcessor) -> list[str]:
     unknown = processor.tokenizer.unk_token_id
     written = {text: text if unknown in row else result for text, row, result in decoded}
     return [written[text] for text in texts]
+
+
+def texts_of_column(rows: Dataset, column: str) -> list[str]:
+    """Return the texts of a column of texts or of lists of texts."""
+    return [text for cell in column_of(rows, column) for text in ([cell] if isinstance(cell, str) else cell)]
+
+
+def most_tokens(data: DatasetDict, column: str, processor: TripsProcessor) -> int:
+    """Return the number of tokens, with `[SEP]`, of the longest text of a column in any split."""
+    texts = {text for rows in data.values() for text in texts_of_column(rows, column)}
+    return 1 + max(map(len, processor.tokenizer([*texts], add_special_tokens=False)["input_ids"]))
 
 
 def measurable_answers(references: list[list[str]], processor: TripsProcessor) -> list[list[str]]:
@@ -54,14 +66,14 @@ def lost_signs(
     """
     counts = {}
     for split, rows in data.items():
-        texts = [text for cell in column_of(rows, column) for text in ([cell] if isinstance(cell, str) else cell)]
+        texts = texts_of_column(rows, column)
         changed = {
             text: written
             for text, written in {*zip(texts, as_written(texts, processor))}
             if normalize(text) != normalize(written)
         }
         counts[split] = sum(text in changed for text in texts)
-        if changed:
+        if changed and PartialState().is_main_process:
             examples = ", ".join(f"{text!r} becomes {changed[text]!r}" for text in sorted(changed)[:3])
             logger.warning(
                 "%s: the tokenizer loses signs in %d of the %d %s: %s. A tokenizer from scratch, the default, keeps "
@@ -71,29 +83,33 @@ def lost_signs(
     return counts
 
 
-def variety(predictions: Sequence, truths: Sequence, name: str, majority_accuracy: float | None = None) -> dict:
+def variety(
+    predictions: Sequence, truths: Sequence, name: str, accuracy: Callable[[list], float] | None = None
+) -> dict[str, float]:
     """
-    Tell how much the predictions vary and how often the most frequent truth is right, in one printed line. A collapsed
-    model, which gives nearly all rows one prediction that is right for fewer, is named in a warning.
+    Log how often the most frequent truth is right and how much the predictions vary, in one line. A collapsed model,
+    which gives nearly all rows one prediction although their truths vary more, is named in a warning.
 
     Args:
         predictions, truths (`Sequence`): Prediction and true answer of each row.
         name (`str`): What they are, in the singular: `"answer"`.
-        majority_accuracy (`float`, *optional*): Accuracy of the most frequent truth given to all rows.
+        accuracy (`Callable[[list], float]`, *optional*): Accuracy of a prediction for each row.
 
     Returns:
-        `dict`: `eval_different_predictions` (`int`), `eval_most_frequent_share` (`float`, of the most frequent
-        prediction), `eval_collapsed` (`bool`) and, if it is given, `eval_majority_accuracy`.
+        `dict[str, float]`: `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction;
+        `eval_collapsed`, 1 or 0; and with `accuracy` also `eval_majority_accuracy`, of the most frequent truth for all
+        rows.
     """
     counts, total = Counter(predictions), len(predictions)
     (favorite, count), (majority, true_count) = counts.most_common(1)[0], Counter(truths).most_common(1)[0]
-    is_collapsed = count / total >= COLLAPSED and count > true_count
-    line = f"The model gives {len(counts)} different {name}s to {total} rows."
-    metrics: dict = {"eval_different_predictions": len(counts), "eval_most_frequent_share": count / total}
-    if majority_accuracy is not None:
-        line = f"The most frequent {name}, {majority!r}, is right for {majority_accuracy:.1%}. {line}"
-        metrics["eval_majority_accuracy"] = majority_accuracy
-    print(line)
-    if is_collapsed:
-        logger.warning("The model has collapsed: the %s %r is given to %d of the %d rows.", name, favorite, count, total)
-    return metrics | {"eval_collapsed": is_collapsed}
+    collapsed = count / total >= COLLAPSED and count > true_count
+    metrics = {"eval_different_predictions": len(counts), "eval_most_frequent_share": count / total}
+    line = f"The model gives {len(counts)} different {name}s for {total} rows."
+    if accuracy is not None:
+        metrics["eval_majority_accuracy"] = accuracy([majority] * total)
+        line = f"The most frequent {name}, {majority!r}, is right for {metrics['eval_majority_accuracy']:.1%}. {line}"
+    if PartialState().is_main_process:
+        logger.info(line)
+    if collapsed and PartialState().is_main_process:
+        logger.warning("The model has collapsed: it gives the %s %r for %d of %d rows.", name, favorite, count, total)
+    return {**metrics, "eval_collapsed": int(collapsed)}

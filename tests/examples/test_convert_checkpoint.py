@@ -9,10 +9,10 @@ import torch
 from albef_reference import TINY, Albef, random_checkpoint
 from convert_cases import TEXTS, convert, make_tokenizer
 from PIL import Image
+from tiny_processors import make_bert_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from tiny_processors import make_bert_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor

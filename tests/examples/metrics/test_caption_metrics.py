@@ -28,6 +28,12 @@ def module(metric):
         ("it isn't the dog's ball", "it is n't the dog 's ball"),
         ("two t-shirts at 10:30 for 2.50", "two t-shirts at 10:30 for 2.50"),
         ('"quoted" (words)!', "quoted words"),
+        ("Fünf grüne Äpfel.", "fünf grüne äpfel"),
+        ("cafe\u0301 über", "café über"),
+        ("सेब लाल है।", "सेब लाल है"),
+        ("一只红色的猫，2只狗", "一 只 红 色 的 猫 2 只 狗"),
+        ("赤いネコ", "赤 い ネ コ"),
+        ("น้ำ สวัสดี", "น้ ำ ส วั ส ดี"),
         ("", ""),
     ],
 )
@@ -45,6 +51,28 @@ def test_hand_worked_scores(metric):
     precision, recall = 4 / 4, 4 / 6  # the longest common subsequence is all four words
     assert scores["rouge_l"] == pytest.approx((1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision))
     assert "meteor" not in scores
+
+
+LANGUAGES = {
+    "English": ["a red cat on the table", "two dogs run on the beach"],
+    "German": ["fünf grüne Äpfel auf dem Tisch", "zwei Hunde laufen am Strand"],
+    "Spanish": ["un niño jugando al fútbol", "dos perros corren en la playa"],
+    "Hindi": ["सेब लाल है और बड़ा है", "दो कुत्ते समुद्र तट पर दौड़ते हैं"],
+    "Chinese": ["一只红色的猫在桌子上", "两只狗在海滩上奔跑"],
+    "Thai": ["แมวสีแดงบนโต๊ะ", "สุนัขสองตัววิ่งบนชายหาด"],
+}
+
+
+@pytest.mark.parametrize("use_java", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("captions", LANGUAGES.values(), ids=LANGUAGES)
+def test_right_captions_score_alike_in_every_language(captions, use_java, metric, module):
+    if use_java and not module.java_runs():
+        pytest.skip("Java does not run here")
+    references = [[caption] for caption in captions]
+    scores = metric.compute(predictions=captions, references=references, use_java=use_java)
+    assert scores["cider"] == pytest.approx(10) and scores["bleu_4"] == pytest.approx(1)
+    half = metric.compute(predictions=[captions[0]] * 2, references=references, use_java=use_java)
+    assert 4 < half["cider"] < 6 and half["rouge_l"] < 1
 
 
 def test_without_java_it_says_what_is_left_out_and_how_to_get_it(metric, monkeypatch, tmp_path, caplog):

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, TrainingArguments
 from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.data.checking import check_fit
 from trips_examples.data.images import column_of
-from trips_examples.data.loading import SPLITS, DataSource, load_task_dataset
+from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.source import SPLITS
 from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.files import write_json

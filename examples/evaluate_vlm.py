@@ -2,8 +2,8 @@ r"""
 Evaluate patch selection in a vision-language model on tasks of lmms-eval, beside the unpruned model and controls.
 
     pip install lmms-eval "filelock<4"
-    python examples/evaluate_vlm.py --model_name_or_path llava-hf/llava-1.5-7b-hf --tasks gqa pope --batch_size 16
-    python examples/evaluate_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --visual_tokens 64 \
+    python examples/evaluate_vlm.py --model llava-hf/llava-1.5-7b-hf --tasks gqa pope --batch_size 16
+    python examples/evaluate_vlm.py --model Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --visual_tokens 64 \
         --selections tower_image fewer_pixels --limit 500 --output_json outputs/qwen.json
 
 Every selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
@@ -49,12 +49,12 @@ SELECTIONS = {
     "fewer_pixels": "lower resolution",
 }
 # Rows of one file agree in these.
-SETTINGS = ("model_name_or_path", "dtype", "layer", "guide", "limit", "seed")
+SETTINGS = ("model", "dtype", "layer", "guide", "limit", "seed")
 
 
 @dataclass
 class EvaluationArguments:
-    model_name_or_path: str = field(metadata={"help": "A vision-language model: a folder, or on the Hub."})
+    model: str = field(metadata={"help": "A vision-language model: a folder, or on the Hub."})
     tasks: list[str] = field(metadata={"help": "Tasks of lmms-eval that generate text."})
     visual_tokens: list[int] = field(
         default_factory=lambda: [576, 192, 128, 64], metadata={"help": "Numbers of visual tokens per image."}
@@ -135,9 +135,7 @@ def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
 
     start = time.perf_counter()
     try:
-        model = TripsVlm(
-            args.model_name_or_path, **selection, batch_size=args.batch_size, device=args.device, dtype=args.dtype
-        )
+        model = TripsVlm(args.model, **selection, batch_size=args.batch_size, device=args.device, dtype=args.dtype)
     except (TypeError, ValueError) as error:
         if not selection:
             raise
@@ -265,7 +263,7 @@ def print_table(rows: list[dict], tasks: list[str]):
 def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = make_parser(EvaluationArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     if args.layer is None:
-        args.layer = default_layer(args.model_name_or_path, args.guide)
+        args.layer = default_layer(args.model, args.guide)
     rows = list(make_rows(args))
     print_table(rows, args.tasks)
     return rows

@@ -1,15 +1,23 @@
 r"""
 Train and evaluate TRIPS on visual question answering.
 
-    python examples/run_vqa.py --model_name_or_path examples/trips-tiny-scenes-unpruned --selection_layers 2 \
+    python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --selection_layers 2 \
         --keep_rate 0.1 --selection_gate 0.2 --selection_loss_weight 0          # bundled scenes, from answers alone
     accelerate launch examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl --image_root images \
-        --preset base --tokenizer_name bert-base-uncased
+        --preset base --tokenizer bert-base-uncased
 
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
+
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
 
 from pathlib import Path
 
@@ -26,12 +34,9 @@ from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
 from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
-from trips_examples.training.files import write_json
+from trips_examples.training.files import texts_of, write_json, write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
-from trips_examples.training.parser import run_script
-from trips_examples.training.predictions import texts_of, write_predictions
-from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import TripsTrainingArguments, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -99,8 +104,7 @@ def train_question_answering(
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    options = (ModelArguments, DataArguments, TripsTrainingArguments)
-    return train_question_answering(*parse_arguments(argv, *options, description=__doc__))
+    return train_question_answering(*parse_arguments(OPTIONS, argv))
 
 
 if __name__ == "__main__":

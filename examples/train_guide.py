@@ -1,7 +1,7 @@
 r"""
 Train a TextGuide: the prompt scores the patches inside the vision tower of a frozen vision-language model.
 
-    accelerate launch examples/train_guide.py --model_name_or_path llava-hf/llava-1.5-7b-hf --layer 8 \
+    accelerate launch examples/train_guide.py --model llava-hf/llava-1.5-7b-hf --layer 8 \
         --train_file train.jsonl --validation_file val.jsonl --image_root images --output_dir guide
     python examples/train_guide.py ... --teacher answers   # data without regions, or --teacher attention
 
@@ -40,8 +40,8 @@ from modeling_trips.patch_selection import selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
 from trips_examples.lmms.generation import VisionLanguageModel, encode
-from trips_examples.training.options import DataArguments, RunArguments
-from trips_examples.training.parser import run_script
+from trips_examples.training.options import DataArguments, RunOptions
+from trips_examples.training.parser import make_parser, run_script
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import FiniteTrainer
 
@@ -58,7 +58,7 @@ SETTINGS = (
 
 @dataclass
 class GuideArguments:
-    model_name_or_path: str = field(metadata={"help": "The vision-language model, with its processor."})
+    model: str = field(metadata={"help": "The vision-language model, with its processor."})
     layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
     keep_rate: float = field(
         default=0.11, metadata={"help": "Keep rate of the evaluation, and of --teacher answers in training."}
@@ -237,7 +237,7 @@ def rows_with_region(data: Dataset, split: str, should_log: bool) -> Dataset:
 
 def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
-    name, columns = Path(args.model_name_or_path), ("source", "image_id", "question", "answers", "region")
+    name, columns = Path(args.model), ("source", "image_id", "question", "answers", "region")
     options = training_args.to_dict()
     file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or BUNDLED
     return {
@@ -254,11 +254,10 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args, data_args, training_args = parse_arguments(
-        argv,
+    options = make_parser(
         GuideArguments,
         DataArguments,
-        RunArguments,
+        RunOptions,
         description=__doc__,
         output_dir="outputs/guide",
         max_steps=300,
@@ -269,10 +268,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         save_steps=100,
         max_eval_samples=512,
     )
+    args, data_args, training_args = parse_arguments(options, argv)
     data = load_data("vqa", data_args, training_args)
     if args.teacher == "regions":
         data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
-    vlm = VisionLanguageModel(args.model_name_or_path, args.dtype)
+    vlm = VisionLanguageModel(args.model, args.dtype)
     model = vlm.model.to(training_args.device).requires_grad_(False)
     if training_args.do_train:
         guide = TextGuide.for_model(

@@ -29,6 +29,7 @@ from typing import Any
 
 import pyarrow.parquet
 
+from trips_examples.data.source import existing_file
 from trips_examples.data.tasks import BadRowError
 
 
@@ -36,15 +37,6 @@ from trips_examples.data.tasks import BadRowError
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
 ROWS_PER_READ = 256  # Parquet rows may hold images
-
-
-def existing_file(path: Path) -> Path:
-    """Return the path of a file. Raise a `FileNotFoundError` if it does not exist."""
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder. Give a file, or a saved data set with --dataset_name.")
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist.")
-    return path
 
 
 def parsed_record(record: dict | str) -> dict:

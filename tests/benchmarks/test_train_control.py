@@ -128,7 +128,7 @@ def test_a_run_drops_patches_without_a_token_and_ends_without_the_gate(restored,
     options = (
         "--selection_gate 0.5 --max_steps 4 --per_device_train_batch_size 4 --save_strategy no --do_predict False"
     )
-    start = f"--model_name_or_path {CHECKPOINT} --output_dir {tmp_path}"
+    start = f"--model {CHECKPOINT} --output_dir {tmp_path}"
     run_vqa.main(f"{data} {options} {start}".split())
     assert gates == [0.5, 0.5, 0.5, 0.0]
     assert not TripsConfig.from_pretrained(tmp_path).vision_config.fuse_inattentive_tokens
@@ -137,7 +137,7 @@ def test_a_run_drops_patches_without_a_token_and_ends_without_the_gate(restored,
 @pytest.mark.slow
 def test_results_name_the_control(tmp_path):
     data = "--dataset_name busy_scenes --validation_scenes 2 --do_train False --do_predict False"
-    options = [*data.split(), "--model_name_or_path", CHECKPOINT, "--output_dir", tmp_path]
+    options = [*data.split(), "--model", CHECKPOINT, "--output_dir", tmp_path]
     subprocess.run([sys.executable, train_control.__file__, "not_fused", *options], check=True)
     command = json.loads((tmp_path / "eval_results.json").read_text())["command"]
     assert command.startswith("benchmarks/train_control.py not_fused --dataset_name busy_scenes ")

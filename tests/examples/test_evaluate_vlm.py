@@ -13,7 +13,7 @@ from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, mode
 
 
 def make_args(**options) -> EvaluationArguments:
-    return EvaluationArguments(**{"model_name_or_path": "model", "tasks": ["gqa"], "layer": 2, **options})
+    return EvaluationArguments(**{"model": "model", "tasks": ["gqa"], "layer": 2, **options})
 
 
 def make_row(selection: str, visual_tokens: int | None, task: str, score=None, tokens: float = 64.0, **fields) -> dict:

@@ -14,8 +14,8 @@ from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import image_size
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.run_grounding import draw_predicted_boxes
 from trips_examples.training.models import make_processor
-from trips_examples.training.predictions import draw_predicted_boxes
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,6 @@ def test_pictures_show_both_boxes(tmp_path):
     assert picture.getpixel((20, 60)) == (0x2B, 0x8A, 0x3E)  # the left edge of the true box, at twice the size
     assert picture.getpixel((120, 60)) == (0x18, 0x64, 0xAB)
     rows = Dataset.from_list([row([10, 5, 40, 25], image_id=str(number)) for number in range(7)])
-    draw_predicted_boxes(tmp_path, rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
+    draw_predicted_boxes(tmp_path / "predictions.png", rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
     assert PIL.Image.open(tmp_path / "predictions.png").size == (4 * 250, 2 * 270)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.png"]

@@ -65,7 +65,7 @@ def test_what_was_found_is_written_down(trained):
 
 
 def test_evaluation_alone_finds_the_same(data, trained, tmp_path):
-    again = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
+    again = [f"--model={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
     metrics = run_retrieval.main([*data, *OPTIONS, *again])
     for name in ("eval_r_mean", "eval_features_r_mean", "eval_reranked_pairs"):
         assert metrics[name] == trained[1][name]
@@ -92,7 +92,7 @@ def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(data, trained, tmp_path):
     # 5 images in batches of 4 are 2 batches, 10 captions 3: one process has more than the other.
-    options = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
+    options = [f"--model={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
     run(*TWO_PROCESSES, SCRIPT, *data, *OPTIONS, *options)
     for name in ("found_images.jsonl", "found_texts.jsonl"):
         assert (tmp_path / name).read_text() == (trained[0] / name).read_text()

@@ -44,7 +44,7 @@ def backbone(tmp_path_factory) -> str:
     torch.manual_seed(0)
     TripsModel(config).save_pretrained(folder)
     make_processor(tokenizer, config).save_pretrained(folder)
-    return f"--model_name_or_path={folder}"
+    return f"--model={folder}"
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_learns_the_toy_data_and_leaves_a_model_that_is_loaded(task, steps, tmp_
     assert metrics[metric] == pytest.approx(1.0, abs=1e-3)
     rows = predictions(folder)
     assert {row["source"] for row in rows} == {f"rows.jsonl row {number}" for number in range(1, len(rows) + 1)}
-    loaded = [f"--model_name_or_path={folder}", "--do_train=False", f"--output_dir={tmp_path / 'again'}"]
+    loaded = [f"--model={folder}", "--do_train=False", f"--output_dir={tmp_path / 'again'}"]
     assert main_of(task)([*data, *options, *loaded])[metric] == metrics[metric]
     assert predictions(tmp_path / "again") == rows
 

@@ -22,7 +22,6 @@ from transformers import LlamaConfig
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import train_guide
-from trips_examples.training.parser import is_user_error
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def options(model_folder, rows, tmp_path):
     def make(*more: str, rows: list[dict] = rows, folder: str = "guide") -> list[str]:
         file = tmp_path / "rows.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
-        options = {"model_name_or_path": model_folder, "train_file": file, "validation_file": file}
+        options = {"model": model_folder, "train_file": file, "validation_file": file}
         options |= {"output_dir": tmp_path / folder, "layer": 1, "keep_rate": 0.5, "warmup_steps": 2}
         options |= {"per_device_train_batch_size": 5, "report_to": "none", "save_steps": 2, "max_steps": 5}
         return [*(f"--{name}={value}" for name, value in options.items()), *more]
@@ -203,11 +202,10 @@ def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
         "--layer=99",
         "--keep_rate=2",
     )
-    paths = (f"--output_dir={tmp_path / 'file'}", f"--model_name_or_path={tmp_path / 'text'}")
+    paths = (f"--output_dir={tmp_path / 'file'}", f"--model={tmp_path / 'text'}")
     for option in (*wrong, *paths):
-        with pytest.raises((ValueError, OSError)) as raised:
+        with pytest.raises((ValueError, OSError)):
             train_guide.main(options(option, folder=option.partition("=")[0]))
-        assert is_user_error(raised.value)
     with pytest.raises(ValueError, match="--teacher attention"):
         train_guide.main(options(rows=[{**row, "region": None} for row in rows]))
     assert not [*tmp_path.rglob("model.safetensors")]

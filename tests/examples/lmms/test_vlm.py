@@ -91,7 +91,7 @@ def test_task_answers_match_the_model(checkpoint, run_python, tmp_path):
 def test_unsupported_selection_raises(run_python, tmp_path):
     checkpoint = save_tiny_vlm("idefics3", tmp_path / "checkpoint")
     write_task(tmp_path, checkpoint)
-    options = ["--model_name_or_path", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path, "--limit", 2]
+    options = ["--model", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path, "--limit", 2]
     options += ["--device", "cpu", "--visual_tokens", 8, "--selections", "fewer_pixels"]
     options += ["--output_json", tmp_path / "rows.json"]
     result = run_python(str(ROOT / "examples" / "evaluate_vlm.py"), *map(str, options))
@@ -105,7 +105,7 @@ def test_script_compares_selections_and_resumes(checkpoint, run_python, tmp_path
     write_task(tmp_path, checkpoint)
     guide = TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint))
     guide.save_pretrained(tmp_path / "guide")
-    options = ["--model_name_or_path", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path]
+    options = ["--model", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path]
     options += ["--guide", tmp_path / "guide", "--device", "cpu", "--batch_size", "2"]
     options += ["--output_json", tmp_path / "rows.json", "--visual_tokens"]
 

@@ -108,13 +108,12 @@ def options(tmp_path_factory) -> list[str]:
     TripsForQuestionAnswering(config).save_pretrained(folder / "model")
     make_processor(tokenizer, config).save_pretrained(folder / "model")
     return [
-        f"--model_name_or_path={folder / 'model'}",
+        f"--model={folder / 'model'}",
         f"--train_file={folder / 'rows.jsonl'}",
         f"--validation_file={folder / 'rows.jsonl'}",
         "--max_steps=6",
         "--lr_scheduler_type=constant",
         "--adam_epsilon=1e-4",  # AdamW would amplify the rounding errors of zero gradients
-        "--auto_bf16=False",
         "--use_cpu=True",
         "--ddp_find_unused_parameters=False",
         "--save_strategy=no",
@@ -136,7 +135,9 @@ def deepspeed_python() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.release) for name in ("zero2", "zero3"))]
+)
 def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path, request):
     python = request.getfixturevalue("deepspeed_python") if name.startswith("zero") else sys.executable
     words = [*options, f"--output_dir={tmp_path}", "--per_device_train_batch_size=3"]

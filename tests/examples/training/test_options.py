@@ -7,7 +7,8 @@ import pytest
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_wordpiece_tokenizer
-from trips_examples.training.options import DataArguments, TripsTrainingArguments
+from trips_examples.training.options import DataArguments
+from trips_examples.training.runs import TripsTrainingArguments
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
         ("--preset=huge", "huge"),
         ("--max_steps=0", "--max_steps"),
-        ("--tokenizer_name=nowhere", "find them in the cached files"),
+        ("--tokenizer=nowhere", "find them in the cached files"),
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
         ("--validation_annotations=nowhere.json", "goes with validation_file"),
@@ -63,6 +63,6 @@ def test_generation_options_raise_before_data_are_read(options):
 
 
 def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
-    checkpoint = f"--model_name_or_path={checkpoints['TripsForQuestionAnswering']}"
+    checkpoint = f"--model={checkpoints['TripsForQuestionAnswering']}"
     message = "--image_size 50 must be a multiple of the model's patch size, 8"
     assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])

@@ -8,8 +8,8 @@ from datasets import Dataset, Features, Image, List, Value
 
 from modeling_trips import TripsConfig
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import make_processor
-from trips_examples.training.predictions import texts_of, write_predictions
 
 
 def test_predictions_are_written_with_columns_and_image(tmp_path):

@@ -272,8 +272,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = load_data("vqa", data_args, training_args)
     if args.teacher == "regions":
         data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
-    vlm = VisionLanguageModel(args.model, args.dtype)
-    model = vlm.model.to(training_args.device).requires_grad_(False)
+    vlm = VisionLanguageModel(args.model, device=training_args.device, dtype=args.dtype)
+    model = vlm.model.requires_grad_(False)
     if training_args.do_train:
         guide = TextGuide.for_model(
             model, args.layer, trained_with=facts_of(args, data_args, training_args, data, model)

@@ -95,10 +95,7 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     for seed in args.seeds:
         for variant in chosen:
             folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
-            words = variants[variant]
-            # A control has a script of its own: "../benchmarks/train_control.py constant", then options.
-            script, words = (words[:2], words[2:]) if words[0].endswith(".py") else ([args.script], words)
-            words = [word.replace("{seed}", str(seed)) for word in (*script, *options, *words)]
+            words = [word.replace("{seed}", str(seed)) for word in (args.script, *options, *variants[variant])]
             runs.append(Run(variant, seed, folder, (*words, "--seed", str(seed))))
     return runs
 

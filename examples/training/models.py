@@ -186,7 +186,7 @@ def warn_of_costs(config: TripsConfig, texts_per_image: float, text_length: int)
     if own > 1:
         logger.warning(
             "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, "
-            "with %.2f: --selection_guidance image. plan_selection.py lists more.",
+            "with %.2f: --selection_guidance image. More: docs/choose.md.",
             *(schedule, own, texts_per_image, cheaper),
         )
 

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx
 from PIL import Image
-from tokenizers.decoders import WordPiece as WordPieceDecoder
 from transformers import BlipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import get_size_dict
@@ -421,7 +420,7 @@ class TripsProcessor(ProcessorMixin):
         """As `post_process_answers`, for the `image-text-to-text` pipeline."""
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)  # missing in tokenizers in Python
-        if backend is None or isinstance(backend.decoder, WordPieceDecoder):
+        if backend is None or type(backend.decoder).__name__ == "WordPiece":
             texts = map(_join_words, texts)
         return [text.strip() for text in texts]
 

@@ -81,7 +81,7 @@ def test_learns_the_regions(options, tmp_path, caplog):
     assert again["eval_region_recall"] == pytest.approx(metrics["eval_region_recall"], abs=0.02)
 
 
-def test_an_interrupted_training_resumes(options, tmp_path, monkeypatch):
+def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
     """It ends with the weights of an uninterrupted one. Other options and an old guide are refused."""
     train_guide.main(options(folder="whole"))
     compute_loss, calls = train_guide.GuideTrainer.compute_loss, itertools.count()
@@ -102,6 +102,9 @@ def test_an_interrupted_training_resumes(options, tmp_path, monkeypatch):
         name = "data" if "samples" in other else other.strip("-").partition("=")[0]
         with pytest.raises(ValueError, match=f"{name} .*, now"):
             train_guide.main(options(resume, other))
+    answered = [{**row, "answer": "maybe"} for row in rows]  # the same questions
+    with pytest.raises(ValueError, match="data .*, now"):
+        train_guide.main(options(resume, rows=answered))
     for _ in range(2):  # the second has nothing left to train
         train_guide.main(options(resume))
         assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")

@@ -90,7 +90,7 @@ class EvaluationArguments:
         if self.validation_file is not None and not Path(self.validation_file).is_file():
             raise FileNotFoundError(f"--validation_file {self.validation_file} does not exist.")
         if self.tasks and find_spec("lmms_eval") is None:
-            raise ImportError(
+            raise ValueError(
                 '--tasks needs lmms-eval (pip install lmms-eval "filelock<4"). Own questions: --validation_file.'
             )
 

@@ -97,7 +97,7 @@ def variety(
 
     Returns:
         `dict[str, float]`: `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction;
-        `eval_collapsed`, 1 or 0; and with `accuracy` also `eval_majority_accuracy`, of the most frequent truth for all
+        `eval_collapsed`, 1 or 0; and with `accuracy` also `eval_accuracy_majority`, of the most frequent truth for all
         rows.
     """
     counts, total = Counter(predictions), len(predictions)
@@ -106,8 +106,8 @@ def variety(
     metrics = {"eval_different_predictions": len(counts), "eval_most_frequent_share": count / total}
     line = f"The model gives {len(counts)} different {name}s for {total} rows."
     if accuracy is not None:
-        metrics["eval_majority_accuracy"] = accuracy([majority] * total)
-        line = f"The most frequent {name}, {majority!r}, is right for {metrics['eval_majority_accuracy']:.1%}. {line}"
+        metrics["eval_accuracy_majority"] = accuracy([majority] * total)
+        line = f"The most frequent {name}, {majority!r}, is right for {metrics['eval_accuracy_majority']:.1%}. {line}"
     if PartialState().is_main_process:
         logger.info(line)
     if collapsed and PartialState().is_main_process:

@@ -72,9 +72,9 @@ def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
     assert metrics == {
         "eval_different_predictions": len({*predictions}),
         "eval_most_frequent_share": predictions.count(favorite) / len(predictions),
-        "eval_majority_accuracy": max(map(truths.count, truths)) / len(truths),
+        "eval_accuracy_majority": max(map(truths.count, truths)) / len(truths),
         "eval_collapsed": collapsed,
     }
     levels = [record.levelno for record in caplog.records]
     assert levels == [logging.INFO, *[logging.WARNING] * collapsed]
-    assert "eval_majority_accuracy" not in variety(predictions, truths, "caption")
+    assert "eval_accuracy_majority" not in variety(predictions, truths, "caption")

@@ -5,10 +5,12 @@ import sys
 import unicodedata
 
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_wordpiece_tokenizer
+from trips_examples.training.options import DataArguments
 
 
 TEXTS = ["What shape is the red shape?", "what color is the circle?", "is there a teal triangle?", "Café"] * 2
@@ -51,8 +53,12 @@ def test_words_are_tokens():
 
 
 def test_texts_in_lower_case_make_a_tokenizer_without_case():
-    tokenizer = train_wordpiece_tokenizer(["what color is it?"])
+    """The option `--lowercase` makes such texts."""
+    data = {"train": Dataset.from_dict({"question": ["What COLOR is it?"]})}
+    texts = [*DataArguments(train_file="rows.jsonl", lowercase=True).vocabulary(data, "question")]
+    tokenizer = train_wordpiece_tokenizer(texts)
     assert tokenizer.tokenize("What COLOR is it?") == tokenizer.tokenize("what color is it?")
+    assert "[UNK]" not in tokenizer.tokenize("WHAT is it?")
 
 
 def test_tokenizer_vocabulary_is_the_same_in_each_process():

@@ -259,9 +259,9 @@ def train_and_evaluate(
     """
     args, metrics, evaluation = trainer.args, {}, {}
     given: dict[str, Any] = {}
-    if isinstance(trainer, ImageGroupedTrainer):
+    if isinstance(trainer, ImageGroupedTrainer) and args.do_train:
         given["regions_used_for"] = trainer.regions_used_for
-        if args.do_train and trainer.model.config.vision_config.schedule.layers:
+        if trainer.model.config.vision_config.schedule.layers:
             logger.info("The selection learns from %s.", trainer.selection_teachers)
     try:
         if args.do_train:

@@ -1,9 +1,7 @@
 """Trainers of the scripts."""
 
-import json
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -146,23 +144,15 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     @property
     def regions_used_for(self) -> str:
-        """
-        The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none". An
-        evaluation without training knows what is in `train_results.json` beside its checkpoint, or is "unknown".
-        """
+        """The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none"."""
         config, rows = self.model.config, self.train_dataset
-        if not self.args.do_train:
-            results = Path(config.name_or_path, "train_results.json")
-            known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-            return known.get("regions_used_for", "unknown")
         columns = set(REGION_COLUMNS).intersection(rows.column_names) if isinstance(rows, Dataset) else ()
         has_regions = any(region is not None for column in columns for region in column_of(rows, column))
         uses = {
             "selection loss": config.selection_loss_weight > 0 and config.vision_config.schedule.layers,
             "attention loss": config.attention_loss_weight > 0,
         }
-        used = [loss for loss, is_used in uses.items() if is_used and has_regions]
-        return ", ".join(used) or "none"
+        return ", ".join(loss for loss, is_used in uses.items() if is_used and has_regions) or "none"
 
     @property
     def selection_teachers(self) -> str:

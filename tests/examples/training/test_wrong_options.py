@@ -58,10 +58,6 @@ def test_wrong_options_raise_before_data_are_read(option, message, options):
         importlib.import_module("trips_examples.run_vqa").main([*options, option])
 
 
-def test_generation_options_raise_before_data_are_read(options):
-    assert "length_penalty" in error_of("run_captioning", [*options, "--length_penalty=0.5"])  # without beams
-
-
 def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
     checkpoint = f"--model={checkpoints['TripsForQuestionAnswering']}"
     message = "--image_size 50 must be a multiple of the model's patch size, 8"

@@ -45,8 +45,15 @@ from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswerin
 from modeling_trips.inspection.checkpoints import load_checkpoint
 from modeling_trips.patch_selection import num_kept_tokens
 from modeling_trips.untrusted_images import IsolatedDecoder
-from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
-from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
+from trips_examples.ask import (
+    CHECKPOINT,
+    QUESTIONS,
+    SAME_WEIGHTS,
+    SAME_WEIGHTS_NOTE,
+    SCENE,
+    answers_of,
+    draw_selection,
+)
 
 
 MAX_QUESTIONS, MAX_LENGTH = 6, 300

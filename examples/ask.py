@@ -61,7 +61,13 @@ from modeling_trips.inspection import plot_selection
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
 from modeling_trips.inspection.speed import seconds_in_turns
 from modeling_trips.processing_trips import read_image
-from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
+
+
+SAME_WEIGHTS = "same weights, keep rate 1.0"
+SAME_WEIGHTS_NOTE = (
+    f'"{SAME_WEIGHTS[0].upper()}{SAME_WEIGHTS[1:]}" prunes nothing, but the weights were not trained that way. '
+    "An unpruned baseline needs its own training."
+)
 
 
 def load_model(checkpoint: str) -> TripsForQuestionAnswering:

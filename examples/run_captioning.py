@@ -31,6 +31,8 @@ from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
+from trips_examples.metrics.caption_metrics import split_words
+from trips_examples.metrics.texts import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = load_data("captions", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
+    lost = lost_signs(data, "caption", processor, split_words)
     # The captions of an image share its prompt, so that each image has one text.
     model = make_model(TripsForConditionalGeneration, model_args, config, processor)
     model.generation_config.update(max_length=None, **writing)
@@ -78,11 +81,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def evaluate_captions() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        captions = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
-            captions = zip(references(), texts_of(output.predictions, processor), strict=True)
-            rows = ({"captions": truths, "prediction": caption} for truths, caption in captions)
+            pairs = zip(references(), captions, strict=True)
+            rows = ({"captions": truths, "prediction": caption} for truths, caption in pairs)
             write_predictions(training_args.output_dir, trainer.eval_dataset, ["source", "image_id"], rows)
-        return {**output.metrics, "eval_samples": len(trainer.eval_dataset)}
+        varied = variety(captions, [truths[0] for truths in references()], "caption")
+        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
+        counts = {"eval_captions_with_lost_signs": lost[split], "eval_samples": len(trainer.eval_dataset)}
+        return {**output.metrics, **varied, **counts}
 
     return train_and_evaluate(trainer, evaluate_captions, images.get("test"))
 

@@ -35,7 +35,9 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import Nlvr2Collator
+from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.metrics.texts import variety
 from trips_examples.training.files import write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
@@ -72,11 +74,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def evaluate() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        predictions = judgements_of(output.predictions)
         if trainer.is_world_process_zero():
             columns = ["source", "question_id", "statement", "label"]
-            predictions = judgements_of(output.predictions)
             write_predictions(training_args.output_dir, trainer.eval_dataset, columns, predictions)
-        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(trainer.eval_dataset)}
+        labels = column_of(trainer.eval_dataset, "label")
+        chosen = [each["prediction"] for each in predictions]
+        varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
+        return {**output.metrics, **varied, **diagnose_selection(trainer), "eval_samples": len(labels)}
 
     return train_and_evaluate(trainer, evaluate, data.get("test"))
 

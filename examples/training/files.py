@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from modeling_trips import TripsProcessor
 from modeling_trips.inspection.files import whole_file
+from trips_examples.data.images import without_decoding
 
 
-KIND_COLUMNS = ("kind", "answer_type")  # for `analyze_errors.py`
+KIND_COLUMNS = ("kind", "answer_type")
 
 
 def write_whole(path: str | Path, content: str | bytes):
@@ -38,11 +39,21 @@ def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
     """
-    Write `predictions.jsonl` with an object per row: these columns, the prediction, and `KIND_COLUMNS` if present.
+    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and
+    `KIND_COLUMNS` if present. An image is its path, or its `image_id` if the data hold it encoded.
     """
     columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
-    rows = zip(dataset.select_columns(columns), predictions, strict=True)
-    write_json_lines(Path(folder, "predictions.jsonl"), ({**row, **prediction} for row, prediction in rows))
+    images = ["images", "image_ids"] if "images" in dataset.column_names else ["image", "image_id"]
+    texts, images = dataset.select_columns(columns), without_decoding(dataset.select_columns(images))
+    rows = zip(texts, map(_image_names, images), predictions, strict=True)
+    lines = ({**row, **names, **prediction} for row, names, prediction in rows)
+    write_json_lines(Path(folder, "predictions.jsonl"), lines)
+
+
+def _image_names(row: dict) -> dict:
+    if "images" in row:
+        return {"images": [image["path"] or name for image, name in zip(row["images"], row["image_ids"])]}
+    return {"image": row["image"]["path"] or row["image_id"]}
 
 
 def plot_training(history: list[dict], path: Path):

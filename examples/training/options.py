@@ -110,6 +110,9 @@ class DataArguments(DataSource):
     """Options of the data: [`DataSource`], and the use of its rows."""
 
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
+    lowercase: bool = field(
+        default=False, metadata={"help": "Train a tokenizer from scratch that lower-cases all texts."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation and test splits."})
 
@@ -134,7 +137,8 @@ class DataArguments(DataSource):
             return
         dataset = data["train"] if "train" in data else data["validation"]
         for texts in chain.from_iterable(column_of(dataset, column) for column in columns):
-            yield from [texts] if isinstance(texts, str) else texts
+            for text in [texts] if isinstance(texts, str) else texts:
+                yield text.lower() if self.lowercase else text
 
 
 @dataclass

@@ -12,7 +12,6 @@ from programs import add_fake_ghostscript
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
-from trips_examples.analysis import SAME_WEIGHTS
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.images import read_image
 
@@ -38,7 +37,7 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     for question in ask.QUESTIONS:
         assert result.stdout.count(f"  {question} ") == 1
-    assert result.stdout.count(f" {SAME_WEIGHTS}: ") == len(ask.QUESTIONS)
+    assert result.stdout.count(f" {ask.SAME_WEIGHTS}: ") == len(ask.QUESTIONS)
     assert "unpruned: " not in result.stdout
     assert "2% of the tokens after layer 2" in result.stdout
     assert result.stdout.count(" times as fast") == 2
@@ -74,7 +73,7 @@ def test_an_exported_model_answers_as_its_checkpoint(model, processor, tmp_path,
     ask.main(options)
     (line,) = [line for line in exported.splitlines() if line.startswith("  what color is the cross? ")]
     assert " pink (" in line and line in capsys.readouterr().out
-    assert SAME_WEIGHTS not in exported and "64 x an image and a question: " in exported
+    assert ask.SAME_WEIGHTS not in exported and "64 x an image and a question: " in exported
     assert (tmp_path / "kept.png").exists()
 
 

@@ -100,9 +100,11 @@ def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, 
     rows = predictions(tmp_path / "out" / "test")
     assert metrics["test_samples"] == len(rows) == 3
     assert all(row["source"].startswith("test.jsonl") for row in rows)
+    assert all(Path(path).is_file() for row in rows for path in row.get("images") or [row["image"]])
     for split in ("eval", "test"):
         results = json.loads((tmp_path / f"out/{split}_results.json").read_text())
         assert f"{split}_{METRICS[task]}" in results
+        assert task == "grounding" or {f"{split}_collapsed", f"{split}_different_predictions"} <= results.keys()
         assert not [name for name in results if name.startswith({"eval": "test_", "test": "eval_"}[split])]
     without = main_of(task)([*options, "--do_predict=False", f"--output_dir={tmp_path / 'without'}"])
     assert not [name for name in without if name.startswith("test_")]

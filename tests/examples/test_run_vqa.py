@@ -13,6 +13,7 @@ import pytest
 import torch
 from places import EXAMPLES, ROOT
 from safetensors.torch import load_file
+from tiny_processors import make_bert_tokenizer
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import ENVIRONMENT, OPTIONS, predictions, run
 
@@ -61,6 +62,18 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     image = PIL.Image.new("RGB", (64, 64), "green")
     inputs = processor(images=image, text="what color is it?", return_tensors="pt")
     assert processor.post_process_answers(model.generate(**inputs)) == ["green"]
+
+
+def test_signs_that_a_given_tokenizer_loses_are_counted(data, tmp_path, caplog):
+    """In a warning before the training and in the results."""
+    files = [Path(option.partition("=")[2]) for option in data]
+    (tmp_path / "rows.jsonl").write_text(files[1].read_text().replace('"answer": "no"', '"answer": "50%"'))
+    make_bert_tokenizer(["what color is it? red blue green white yes 50%"]).save_pretrained(tmp_path / "bert")
+    files = [f"--{split}_file={tmp_path / 'rows.jsonl'}" for split in ("train", "validation")]
+    options = [*files, f"--image_root={Path(data[0].partition('=')[2]).parent}", f"--tokenizer={tmp_path / 'bert'}"]
+    metrics = run_vqa.main(options_of(options, tmp_path / "out", "--max_steps=1"))
+    assert metrics["eval_answers_with_lost_signs"] == 3
+    assert "validation: the tokenizer loses signs in 3 of the 44 answers: '50%' becomes '50 %'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from tiny_processors import make_bert_tokenizer
 
 
 PATCH_SIZE = 8
@@ -189,7 +188,5 @@ _OF_TASK = {
 
 
 def tokenizer():
-    """Return a tokenizer without the characters of the texts above that must have no tokens."""
-    trained = train_wordpiece_tokenizer(WORDS)
-    trained.model_max_length = 64
-    return trained
+    """Return a tokenizer for which some of the texts above have no tokens."""
+    return make_bert_tokenizer(WORDS, model_max_length=64)

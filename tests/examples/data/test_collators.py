@@ -60,14 +60,14 @@ def test_training_labels_are_the_distinct_answers_with_their_shares(processor):
     batch = VqaCollator(processor, training=True)(rows)
     vocabulary = processor.tokenizer.get_vocab()
     end = processor.tokenizer.sep_token_id
-    assert batch["labels"].tolist() == [[vocabulary[word], end] for word in ("red", "yes", "no")]
+    assert batch["labels"].tolist() == [[vocabulary[word], end] for word in ("▁red", "▁yes", "▁no")]
     assert batch["text_index"].tolist() == [0, 0, 1]
     assert batch["loss_weights"].tolist() == [0.75, 0.25, 1.0]
 
 
 def test_evaluation_label_is_the_most_common_answer(processor):
     batch = VqaCollator(processor)([row("a", 0, ["yes", "red", "red"])])
-    assert batch["labels"][0, 0] == processor.tokenizer.get_vocab()["red"]
+    assert batch["labels"][0, 0] == processor.tokenizer.get_vocab()["▁red"]
     assert "text_index" not in batch and "loss_weights" not in batch
 
 

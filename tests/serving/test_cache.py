@@ -5,7 +5,7 @@ import torch
 from tiny_retrieval import images, make_model
 
 
-pytest.importorskip("uvicorn")
+pytest.importorskip("granian")
 
 from trips_serving.cache import ImageCaches, join, num_bytes, split  # noqa: E402
 

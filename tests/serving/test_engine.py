@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from strange_pictures import bomb, encoded
 
 
-pytest.importorskip("uvicorn")
+pytest.importorskip("granian")
 
 from modeling_trips import (  # noqa: E402
     TripsForConditionalGeneration,
@@ -112,6 +112,17 @@ def test_answers_of_several_schedules(tmp_path):
                 assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
                 scores = [one["score"] for one in expected]
                 assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
+
+
+def test_states_are_cached_under_their_schedule(tmp_path):
+    folder = save(tmp_path, TripsForQuestionAnswering, selection_layers=[2], keep_rate=0.5)
+    engine, other = (Engine(Settings(model=folder, schedules="few=1:image:0.5,3:text:0.2")) for _ in range(2))
+    few = engine.compute(make_items(engine, "answer", PAIRS, "few"))
+    again = make_items(engine, "answer", PAIRS, "few")
+    assert all(item.image.states is not None for item in again) and engine.compute(again) == few
+    own = make_items(engine, "answer", PAIRS)
+    assert all(item.image.states is None for item in own)
+    assert engine.compute(own) == other.compute(make_items(other, "answer", PAIRS))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 
-pytest.importorskip("uvicorn")
+pytest.importorskip("granian")
 
 from trips_serving.settings import Settings  # noqa: E402
 

@@ -16,7 +16,7 @@ def test_a_given_schedule_is_counted(capsys, tmp_path):
     assert (few.cost.tokens[-1], half.cost.tokens[-1]) == (1 + 7 + 1, 1 + 32 + 1)  # of 64 patches
     assert few.ratio < half.ratio
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["2:text:0.1", f"{few.mean_tokens:.1f}", "8", *(f"{few.ratios[n]:.3f}" for n in (1, 4))]
+    assert lines[1].split() == ["2:text:0.1", f"{few.mean_tokens:.1f}", "9", *(f"{few.ratios[n]:.3f}" for n in (1, 4))]
     assert main([*given, "--image_size=96"])[0].cost.tokens[-1] == 1 + 15 + 1
 
 

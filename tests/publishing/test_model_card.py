@@ -53,7 +53,6 @@ def test_the_card_names_what_the_run_knows(tmp_path):
         ("test", "run_vqa.py --dataset_name org/vqa_v2", CardArguments(), ("org/vqa_v2", "test")),
         ("test", "run_vqa.py --test_file a/t.jsonl", CardArguments(eval_split="dev"), ("t.jsonl", "dev")),
         ("eval", COMMAND, CardArguments(eval_dataset="ours"), ("ours", "validation")),
-        ("eval", COMMAND, CardArguments(datasets=["org/vqa_v2"]), ("org/vqa_v2", "validation")),
         ("eval", None, CardArguments(), ("unknown data", "validation")),
     ],
 )
@@ -66,16 +65,6 @@ def test_the_training_data_come_from_the_training(tmp_path):
     results = write_results(tmp_path / "run", command="run_vqa.py --do_train False --validation_file val.jsonl")
     (results.parent / "train_results.json").write_text(json.dumps({"command": COMMAND}))
     assert "- train.jsonl\n" in make_card(tmp_path / "checkpoint", results=results).text
-
-
-def test_a_new_card_keeps_the_facts_of_the_former_one(tmp_path):
-    args = CardArguments(license="mit", language=["en"], datasets=["org/vqa_v2", "ours"], command="make model")
-    former = make_card(tmp_path / "a", args, results=write_results(tmp_path / "run", command=COMMAND))
-    former.save(tmp_path / "README.md")
-    former = ModelCard.load(tmp_path / "README.md")
-    card = make_card(tmp_path / "b", former=former)
-    assert card.content == former.content
-    assert card.data.datasets == ["org/vqa_v2"] and card.data.license == "mit"
 
 
 def test_unknown_facts_are_in_no_metadata(tmp_path):

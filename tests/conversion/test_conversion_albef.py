@@ -102,13 +102,6 @@ def test_missing_key_raises(key):
         convert_albef(source)
 
 
-@pytest.mark.parametrize("key", ["visual_encoder.head.weight", "text_encoder.encoder.layer.2.adapter.weight"])
-def test_extra_key_raises(key):
-    source = random_checkpoint("retrieval") | {key: torch.zeros(2)}
-    with pytest.raises(ConversionError, match=f"neither used nor left out by name \\(1\\):\n +{key}"):
-        convert_albef(source)
-
-
 @pytest.mark.parametrize(
     ("key", "shape", "message"),
     [
@@ -122,14 +115,6 @@ def test_misshapen_key_raises_with_both_shapes(key, shape, message):
     source = random_checkpoint("retrieval") | {key: torch.zeros(shape)}
     with pytest.raises(ConversionError, match=message):
         convert_albef(source)
-
-
-@pytest.mark.parametrize(("num_layers", "task"), [(12, "visual entailment"), (18, "NLVR2")])
-def test_unsupported_tasks_of_albef_raise(num_layers, task):
-    source = random_checkpoint("retrieval", TINY._replace(num_text_layers=num_layers))
-    source = {key: value for key, value in source.items() if key.startswith(("visual_encoder.", "text_encoder."))}
-    with pytest.raises(ConversionError, match=f"{task}.*`cls_head`"):
-        convert_albef(source | {"cls_head.0.weight": torch.zeros(16, 16)})
 
 
 @pytest.mark.parametrize(
@@ -158,7 +143,6 @@ def test_absurd_layer_numbers_raise_before_a_model_is_made(number):
         convert_albef(random_checkpoint("retrieval") | {key: torch.zeros(2)})
 
 
-@pytest.mark.parametrize("key", ["temp", "visual_encoder.blocks.3.attn.qkv.weight"])
 @pytest.mark.parametrize(
     ("value", "fault"),
     [
@@ -168,7 +152,8 @@ def test_absurd_layer_numbers_raise_before_a_model_is_made(number):
         (torch.int64, "torch.int64 instead of floating point"),
     ],
 )
-def test_impossible_values_raise(key, value, fault):
+def test_impossible_values_raise(value, fault):
+    key = "visual_encoder.blocks.3.attn.qkv.weight"
     source = random_checkpoint("retrieval")
     if isinstance(value, torch.dtype):
         source[key] = source[key].to(value)
@@ -176,16 +161,6 @@ def test_impossible_values_raise(key, value, fault):
         source[key].view(-1)[-1] = value
     with pytest.raises(ConversionError, match=rf"(?m)values .*\(1\):\n +{key}: {fault}$"):
         convert_albef(source)
-
-
-def test_unsupported_sizes_raise():
-    with pytest.raises(ConversionError, match="`num_attention_heads`"):
-        convert_albef(random_checkpoint("retrieval"), num_attention_heads=5)
-    with pytest.raises(ConversionError, match="`keep_rate`"):
-        convert_albef(random_checkpoint("retrieval"), keep_rate=7.0)
-    empty = {"visual_encoder.patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
-    with pytest.raises(ConversionError, match=r"visual_encoder.patch_embed.proj.weight .*\(0, 3"):
-        convert_albef(random_checkpoint("retrieval") | empty)
 
 
 def test_position_numbers_and_second_bias_are_optional():
@@ -228,15 +203,6 @@ def test_decoder_starts_from_pretrained_fusion_layers():
     assert_same_outputs(model, Albef(source | decoder))
     assert report.left_out["itm_head.weight"] == "not part of this task"
     assert report.new == []
-
-
-def test_task_without_its_weights_raises():
-    with pytest.raises(ConversionError, match="vision_proj.weight is missing"):
-        convert_albef(random_checkpoint("question-answering"), task="retrieval")
-    with pytest.raises(ConversionError, match="text_encoder.cls.predictions.transform.dense.weight"):
-        convert_albef(random_checkpoint("retrieval"), task="question-answering")
-    with pytest.raises(ConversionError, match="`task` must be one of pretraining, retrieval, question-answering"):
-        convert_albef(random_checkpoint("retrieval"), task="vqa")
 
 
 @torch.no_grad()

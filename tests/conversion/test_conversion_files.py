@@ -41,7 +41,7 @@ def test_format_depends_on_content_not_on_name(tmp_path, path, name):
     assert_read(tmp_path / name)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.95])
+@pytest.mark.parametrize("share", [0, 0.05, 0.95])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_file_raises(path, kind, share):
     if kind == "legacy":
@@ -54,12 +54,6 @@ def test_truncated_file_raises(path, kind, share):
         read_weights(path)
 
 
-def test_empty_file_raises(path):
-    path.write_bytes(b"")
-    with pytest.raises(ConversionError, match="file.pth is empty"):
-        read_weights(path)
-
-
 def test_flipped_bytes_are_found_by_the_checksum(path):
     with zipfile.ZipFile(path) as archive:
         part = next(name for name in archive.namelist() if name.endswith("data/1"))
@@ -68,25 +62,16 @@ def test_flipped_bytes_are_found_by_the_checksum(path):
     content[place + 3] ^= 0x40  # 1.0 becomes 1e38
     path.write_bytes(content)
     assert torch.load(path)["model"]["b"].max() > 1e29  # no error
-    with pytest.raises(ConversionError, match=f"file.pth is damaged: {part}"):
+    with pytest.raises(ConversionError, match=part):
         read_weights(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "held"),
-    [
-        ([torch.ones(3)], "list"),
-        ({"model": {}}, "nothing"),
-        ({"model": torch.ones(3)}, "Tensor"),
-        ({"state": {"a": torch.ones(1)}, "epoch": 3}, "state, epoch"),
-        ({"\x1b[2J": 1}, r"\x1b[2J"),
-    ],
-)
-def test_other_content_than_a_state_dict_raises(path, content, held):
+@pytest.mark.parametrize("content", [[torch.ones(3)], {"model": {}}, {"model": torch.ones(3)}, {"a\x1b[2J": 1}])
+def test_other_content_than_a_state_dict_raises(path, content):
     torch.save(content, path)
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(ConversionError, match="file.pth") as error:
         read_weights(path)
-    assert "file.pth" in str(error.value) and f"got {held}." in str(error.value)
+    assert str(error.value).isprintable()
 
 
 ODD = {

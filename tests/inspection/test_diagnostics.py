@@ -51,11 +51,6 @@ def test_sensitivity_compares_the_texts_of_an_image_only():
     assert sensitivity == pytest.approx(1 - (1 / 3 + 1) / 2)
 
 
-def test_sensitivity_needs_two_texts_of_one_image():
-    with pytest.raises(ValueError, match="image"):
-        text_sensitivity(selection_of([0], [1]), torch.tensor([0, 1]), num_patches=2)
-
-
 def test_patch_precision_uses_patch_centers():
     patches = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8], [0, 8, 8, 16]])
     # Centers at x = 4, 12, 20 in the first row; the region begins right after the first and ends at the third.

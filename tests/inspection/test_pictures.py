@@ -54,14 +54,6 @@ def test_small_images_are_enlarged(image):
     assert draw_kept_patches(Image.new("RGB", (60, 3000)), BOXES).size == (20, 1024)  # the bound goes first
 
 
-def test_large_images_are_reduced_with_their_boxes():
-    image = Image.new("RGB", (4000, 3000), COLOR)
-    picture = draw_kept_patches(image, torch.tensor([[1000.0, 1500, 2000, 3000]]), outline=None)
-    assert picture.size == (1024, 768)
-    kept = [picture.getpixel(at) == COLOR for at in ((255, 500), (256, 383), (256, 384), (511, 767), (512, 500))]
-    assert kept == [False, False, True, True, False]
-
-
 def test_boxes_of_a_rotated_photo_are_in_pixels_of_the_upright_image(tmp_path):
     image = Image.new("RGB", (3000, 1500), COLOR)
     image.getexif()[274] = 6  # orientation: turn by 90 degrees
@@ -76,11 +68,6 @@ def test_empty_selection(image):
     nothing, empty = torch.zeros(0, 4), torch.tensor([[5.0, 5, 5, 5]])
     for boxes in (nothing, empty):
         assert colors(draw_kept_patches(image, boxes)) == {FADED}
-
-
-def test_wrong_arguments_raise(image):
-    with pytest.raises(ValueError, match=r"\(num_kept, 4\), got \(3, 3\)"):
-        draw_kept_patches(image, BOXES[:, :3])
 
 
 def labels(figure):
@@ -113,12 +100,3 @@ def test_figure_has_a_row_per_selection_layer(image):
         ("", ""),
         ("", "selection 2: 1 patches"),
     ]
-
-
-def test_figure_needs_one_of_each_per_question(image):
-    with pytest.raises(ValueError, match="questions"):
-        plot_selection(image, ["a", "b"], ["a"], [BOXES])
-    with pytest.raises(ValueError, match="question"):
-        plot_selection(image, [], [], [])
-    with pytest.raises(ValueError, match="selection"):
-        plot_selection(image, ["a", "b"], ["a", "b"], [[BOXES, BOXES], [BOXES]])

@@ -12,7 +12,6 @@ from modeling_trips.inspection.speed import (
     measure,
     percentile_99,
     seconds_in_turns,
-    seconds_of_both,
 )
 
 
@@ -41,15 +40,6 @@ def test_sharing_images_is_compared_with_repeating_them(monkeypatch):
     assert row["latency"] == MEDIAN * count_macs(setting(texts_per_image=3), 0.5)
     assert row["speedup_over_repeating_images"] == MEDIAN * repeated / row["latency"] > 1
     assert row["throughput"] == pytest.approx(6 / row["latency"])
-
-
-def test_seconds_of_both_restores_the_model(monkeypatch):
-    model = setting().make_model("cpu")
-    inputs = setting().make_inputs(model)
-    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
-    pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
-    assert seconds_of_both(model, inputs) == (MEDIAN * pruned, MEDIAN * unpruned)
-    assert model.config.vision_config.keep_rate == 0.5
 
 
 def test_steps_alternate_within_the_limit():

@@ -5,11 +5,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from schedules import schedule_of
-from tiny_single_stream import HEADS, IDS, MASK, images, kept, make_config, make_model, randomize
+from tiny_single_stream import HEADS, IDS, MASK, images, kept, make_model, randomize
 from transformers import (
     AutoModel,
     ViltConfig,
-    ViltForImagesAndTextClassification,
     ViltForQuestionAnswering,
     ViltModel,
 )
@@ -21,7 +20,6 @@ from modeling_trips import (
     TripsForVisualGrounding,
     TripsModel,
     TripsSingleStreamModel,
-    TripsVisionModel,
 )
 from modeling_trips.conversion.rules import load_converted
 from modeling_trips.conversion.vilt import vilt_plan
@@ -106,14 +104,6 @@ def test_vilt_with_a_head_starts_any_head(model_class):
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 
-def test_vilt_of_nlvr2_loses_the_embedding_of_its_second_image():
-    vilt = make_vilt(ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3)
-    model, _ = from_vilt(vilt, selection_layers=[2], image_size=20)
-    table = vilt.vilt.embeddings.token_type_embeddings.weight
-    assert torch.equal(model.vision_model.modality_embeddings.weight, table[:2])
-    assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
-
-
 def head_inputs(model_class):
     inputs = {"input_ids": IDS, "attention_mask": MASK, "pixel_values": images(4)}
     if model_class is TripsForImagesAndTextClassification:
@@ -144,12 +134,3 @@ def test_heads_are_trained_saved_and_loaded_by_auto_classes(model_class, tmp_pat
     part.save_pretrained(tmp_path / "part")
     assert type(AutoModel.from_pretrained(tmp_path / "part")) is TripsSingleStreamModel
     assert load_file(tmp_path / "part" / "model.safetensors").keys() == part.state_dict().keys()
-
-
-def test_a_vision_tower_gives_a_single_stream_all_but_the_embeddings_of_modalities(tmp_path):
-    tower = randomize(TripsVisionModel(make_config().vision_config))
-    tower.save_pretrained(tmp_path)
-    stream, report = TripsSingleStreamModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["missing_keys"] == {"modality_embeddings.weight"} and not report["unexpected_keys"]
-    weights = stream.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in tower.state_dict().items())

@@ -10,7 +10,6 @@ from modeling_trips.inspection.speed import (
     Setting,
     count_macs,
     measure,
-    percentile_99,
     seconds_in_turns,
 )
 
@@ -50,8 +49,3 @@ def test_steps_alternate_within_the_limit():
     )
     assert order == ["before a", "a", "before b", "b"] * (1 + MIN_REPEATS)
     assert [len(times) for times in seconds.values()] == [MIN_REPEATS] * 2
-
-
-def test_percentile_99():
-    assert percentile_99([1.0] * 99) is None
-    assert percentile_99([float(number) for number in range(1, 102)]) == 100.0

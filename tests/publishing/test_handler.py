@@ -47,11 +47,6 @@ def ask(handler: EndpointHandler, parameters=None, **inputs):
     return handler(json.loads(json.dumps({"inputs": {**INPUTS, **inputs}, "parameters": parameters})))
 
 
-def test_other_heads_have_no_handler(tmp_path):
-    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
-        build(tmp_path, "TripsForVisualGrounding")
-
-
 def test_answers_are_those_of_model_and_pipeline(handlers):
     answers = ["red", "teal", "picture"]
     for parameters in ({}, {"top_k": 2, "answers": answers}, {"max_new_tokens": 64, "num_beams": 3}):

@@ -17,7 +17,6 @@ from loopback_hub import LoopbackHub
 from places import ROOT
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor
 
 import modeling_trips
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor, TripsVisionModel
@@ -80,16 +79,6 @@ def test_all_files_arrive_in_one_commit(hub, checkpoint):
     weights = load_file(Path(snapshot_download(REPO)) / "model.safetensors")
     kept = load_file(checkpoint / "model.safetensors")
     assert weights.keys() == kept.keys() and all(weights[name].equal(kept[name]) for name in kept)
-
-
-@pytest.mark.parametrize("model_class", [TripsForQuestionAnswering, TripsVisionModel])
-def test_the_library_s_push_to_hub_sends_all_that_loading_needs(hub, checkpoints, model_class):
-    folder = checkpoints["TripsForQuestionAnswering"]
-    model_class.from_pretrained(folder).push_to_hub(REPO)
-    TripsProcessor.from_pretrained(folder).push_to_hub(REPO)
-    model, report = AutoModel.from_pretrained(REPO, trust_remote_code=True, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert type(AutoProcessor.from_pretrained(REPO)) is TripsProcessor
 
 
 def test_dry_run_lists_files_without_upload(hub, checkpoint, tmp_path, capsys):
@@ -193,16 +182,6 @@ def test_reference_to_foreign_code_raises(checkpoint, name, fields):
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=name):
-        check_code(checkpoint)
-
-
-def test_changed_python_files_raise(checkpoint):
-    with pytest.raises(ValueError, match="other.py"):
-        check_code(checkpoint)
-    (checkpoint / "other.py").unlink()
-    with (checkpoint / "modeling_trips.py").open("a") as file:
-        file.write("import os\n")
-    with pytest.raises(ValueError, match="modeling_trips.py"):
         check_code(checkpoint)
 
 

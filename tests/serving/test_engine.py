@@ -214,21 +214,6 @@ def test_broken_checkpoints_raise(tmp_path, name):
         Engine(Settings(model=folder))
 
 
-@pytest.mark.parametrize("fields", [{"schedules": "deep=99:text:0.5"}, {"device": "warp"}, {"dtype": "float7"}])
-def test_unsuitable_settings_raise(folder, fields):
-    with pytest.raises((AttributeError, RuntimeError, ValueError)):
-        Engine(Settings(model=folder, **fields))
-
-
-def test_text_limit_is_that_of_the_model(tmp_path):
-    folder = save(tmp_path, TripsForQuestionAnswering)
-    change(folder, "tokenizer_config.json", model_max_length=None)
-    engine = Engine(Settings(model=folder))
-    assert engine.processor.tokenizer.model_max_length > 10**6
-    with pytest.raises(HTTPException):
-        engine.prepare_texts("questions", ["shape " * 100])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class, name", [(TripsForQuestionAnswering, "answer"), (TripsForRetrieval, "match")])
 def test_exported_model_matches_the_library(tmp_path, model_class, name):

@@ -36,9 +36,3 @@ def test_settings_come_from_the_environment():
 def test_bad_settings_raise(name, value):
     with pytest.raises(ValueError, match=name):
         Settings.from_environment({"TRIPS_MODEL": "org/model", name: value})
-
-
-def test_model_is_required():
-    for environment in ({}, {"TRIPS_MODEL": " "}):
-        with pytest.raises(ValueError, match="TRIPS_MODEL"):
-            Settings.from_environment(environment)

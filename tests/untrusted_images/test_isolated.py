@@ -7,7 +7,6 @@ import sys
 import threading
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 from places import ROOT
@@ -185,11 +184,6 @@ def test_supervisor_that_ends_all_processes_ends_no_decoder(isolated):
     worker.process.terminate()  # before it has begun
     check_red(isolated.decode(RED))
     assert worker.process.poll() is None and worker_of(isolated) is worker
-
-
-def test_waiting_process_holds_no_image(isolated):
-    assert isolated.decode(encoded(Image.new("RGB", (4000, 4000)))).size == (4000, 4000)
-    assert psutil.Process(worker_of(isolated).process.pid).memory_info().rss < 80_000_000
 
 
 def test_threads_share_the_processes(isolated):

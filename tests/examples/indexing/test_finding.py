@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 import torch
 from tiny_collection import TEXTS, encoded, write_images, write_parquet
@@ -67,20 +66,6 @@ def test_vectors_are_the_library_s_and_images_without_a_file_are_stored(finder, 
         assert (row["image"]["path"] == row["source"]) if is_file else row["image"]["bytes"].startswith(b"\x89PNG")
 
 
-def test_images_are_embedded_in_batches_whatever_blocks_they_come_in(checkpoint, tmp_path):
-    model, processor = load_model(checkpoint)
-    uri = str(tmp_path / "t.lance")
-    open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(IndexArguments(checkpoint, uri, batch_size=48), uri)
-    (shard,) = find_images([str(write_images(tmp_path / "images", range(70)))])
-    blocks = pa.concat_tables(blocks_of(shard, np.array([], "S32")))
-    sizes = []
-    embeddings = embedder.model.model.vision_model.embeddings
-    embeddings.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    assert embedder(blocks)["rows"] == [70]
-    assert blocks["id"].num_chunks == 3 and sizes == [48, 22]
-
-
 def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collection):
     folder, _, faults = collection
     rows = finder.table.to_table(filter="error IS NOT NULL").to_pylist()
@@ -135,15 +120,6 @@ def test_the_order_after_matching_is_that_of_pairs_one_by_one(finder):
         assert [each.score for each in after] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-3)
         log_odds = torch.tensor([each.score - each.similarity / finder.model.temp().item() for each in after])
         assert [each.match for each in after] == pytest.approx(log_odds.sigmoid().tolist(), abs=1e-3)
-
-
-def test_pictures_show_what_the_text_kept(finder):
-    texts = finder.describe_texts(TEXTS[:1])
-    (found,) = finder.nearest(texts.embeds, 3)
-    drawn, plain = finder.draw(found, TEXTS[0]), finder.draw(found)
-    assert list(drawn) == list(plain) == [each.source for each in found]
-    assert {image.size for image in drawn.values()} == {(256, 256)}
-    assert {image.size for image in plain.values()} == {(64, 64)}
 
 
 def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplog):

@@ -16,7 +16,6 @@ import pytest
 from places import EXAMPLES
 from tiny_collection import TEXTS, save_model, write_images, write_parquet, write_tar
 
-from trips_examples import index_images
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.sources import find_images, rows_of
@@ -151,22 +150,3 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
     found = finished_run("search.py", folder, "--table", table, "--image", folder / "images/7.png", "--k", "2")
     assert "   1  similarity 1.000" in found
     assert all(0 <= row["match"] <= 1 for row in rows)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--images nowhere", "nowhere.*--images"),
-        ("", "Give either --images or --dataset_name."),
-        ("--images {folder}/images --table {folder}/images/1.png", "images/1.png"),
-        ("--images {folder}/images --image_root nowhere", "nowhere.*--image_root"),
-        ("--dataset_name org/photos --image_root {folder}", "--image_root"),
-        ("--images {folder}/images --model nowhere", "nowhere"),
-        ("--images {folder}/images --model {wrong}", "is a TripsForQuestionAnswering. Give a TripsForRetrieval"),
-    ],
-)
-def test_wrong_options_are_told_before_anything_is_written(options, message, folder, checkpoints, tmp_path):
-    options = options.format(folder=folder, wrong=checkpoints["TripsForQuestionAnswering"]).split()
-    with pytest.raises((OSError, ValueError), match=message):
-        index_images.main(["--model", str(folder / "model"), "--table", str(tmp_path / "t.lance"), *options])
-    assert list(tmp_path.iterdir()) == []

@@ -45,18 +45,6 @@ def test_parts_match_the_whole_model(case):
     assert_same(parts, model, case)
 
 
-EXPORTED = {"TripsForQuestionAnswering-single_stream": "onnx", "TripsModel-skip_connected": "openvino"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if str(case) in EXPORTED], ids=str)
-@torch.no_grad()
-def test_exported_models_match_pytorch(case, tmp_path):
-    model = case.make_model()
-    export_model(model, tmp_path, EXPORTED[str(case)])
-    assert_same(load_exported(tmp_path), model, case)
-
-
 @pytest.mark.parametrize("guidance", [["image", "text"], "image"])
 @torch.no_grad()
 def test_schedules_with_image_guidance_first(guidance):

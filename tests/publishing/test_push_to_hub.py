@@ -12,7 +12,6 @@ import pytest
 import torch
 from foreign_code import name_foreign_code
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import LoopbackHub
 from places import ROOT
 from random_checkpoint import save_random_checkpoint
@@ -116,20 +115,6 @@ def test_new_version_keeps_files_of_the_owner(hub, checkpoint):
         HfApi().upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id=REPO)
     push(checkpoint)
     assert hub.repositories[REPO].files.keys() == published(checkpoint) | {"docs/a.png"}
-
-
-def test_wrong_options_raise(hub, checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--repo_id model"):
-        push_to_hub.main(["--model", str(checkpoint), "--repo_id", "model"])
-    with pytest.raises(ValueError, match="nowhere.*config.json"):
-        push(tmp_path / "nowhere")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HfHubHTTPError, match="401"):
-        push(checkpoint)
-    (checkpoint / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match="processor_config.json"):
-        push(checkpoint)
-    assert not hub.repositories
 
 
 def make_headless(folder: Path):

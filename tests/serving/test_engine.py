@@ -1,6 +1,5 @@
 """The engine in this process: batches of requests give the library's results for single requests."""
 
-import json
 from dataclasses import replace
 
 import PIL.Image
@@ -171,22 +170,12 @@ def test_failing_item_does_not_affect_others(engine):
     ]
 
 
-def change(folder: str, name: str, **fields):
-    path = f"{folder}/{name}"
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file) | fields
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-
-
 WEIGHT = "decoder.embeddings.LayerNorm.weight"
 
 
-def change_a_weight(folder: str, value: float | None):
+def change_a_weight(folder: str):
     weights = load_file(f"{folder}/model.safetensors")
-    weight = weights.pop(WEIGHT)
-    if value is not None:
-        weights[WEIGHT] = weight.fill_(value)
+    weights[WEIGHT].fill_(3e38)
     save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
 
 
@@ -197,11 +186,8 @@ def add_a_token(folder: str):
 
 
 DAMAGES = {
-    "a missing weight": lambda folder: change_a_weight(folder, None),
-    "NaN weights": lambda folder: change_a_weight(folder, torch.nan),
-    "NaN scores": lambda folder: change_a_weight(folder, 3e38),
+    "NaN scores": change_a_weight,
     "a tokenizer of another model": add_a_token,
-    "another architecture": lambda folder: change(folder, "config.json", architectures=["BertModel"]),
     "a head without an endpoint": lambda folder: save(folder, TripsForVisualGrounding),
 }
 
@@ -215,30 +201,19 @@ def test_broken_checkpoints_raise(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_class, name", [(TripsForQuestionAnswering, "answer"), (TripsForRetrieval, "match")])
-def test_exported_model_matches_the_library(tmp_path, model_class, name):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from modeling_trips.export import export_model, load_exported
+def test_exported_model_matches_the_library(tmp_path):
+    pytest.importorskip("openvino")
+    from modeling_trips.export import export_model
 
-    folder, export = save(tmp_path / "model", model_class), str(tmp_path / "export")
-    processor = TripsProcessor.from_pretrained(folder)
-    export_model(model_class.from_pretrained(folder), export, backend="onnx", dtype="fp32")
+    folder, export = save(tmp_path / "model", TripsForRetrieval), str(tmp_path / "export")
+    model, processor = TripsForRetrieval.from_pretrained(folder).eval(), TripsProcessor.from_pretrained(folder)
+    export_model(model, export)
     processor.save_pretrained(export)
-    engine, model = Engine(Settings(model=export)), load_exported(export)
+    engine = Engine(Settings(model=export))
+    inputs = [processor(images=IMAGES[i], text=TEXTS[t], return_tensors="pt") for i, t in PAIRS]
+    expected = [float(model.match(**one).itm_logits.softmax(-1)[0, 1]) for one in inputs]
     for _ in range(2):  # from pixels, then from the cache
-        found = engine.compute(make_items(engine, name, PAIRS))
-        if name == "answer":
-            pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
-            expected = [pipeline(IMAGES[image], TEXTS[text], top_k=1) for image, text in PAIRS]
-            assert [[one["answer"] for one in row] for row in found] == [
-                [one["answer"] for one in row] for row in expected
-            ]
-            found, expected = ([row[0]["score"] for row in rows] for rows in (found, expected))
-        else:
-            found = [one["score"] for one in found]
-            inputs = [processor(images=IMAGES[i], text=TEXTS[t], return_tensors="pt") for i, t in PAIRS]
-            expected = [float(model.match(**one).itm_logits.softmax(-1)[0, 1]) for one in inputs]
+        found = [one["score"] for one in engine.compute(make_items(engine, "match", PAIRS))]
         assert found == pytest.approx(expected, abs=1e-4)
     for fields in ({"schedules": "full="}, {"dtype": "bfloat16"}, {"device": "cuda"}):
         with pytest.raises(ValueError):

@@ -135,38 +135,3 @@ def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplo
     assert len(found[0]) == 3
     assert {each.source for each in ranked} == {f"{tmp_path}/images/{number}.png" for number in (0, 2)}
     assert f"{tmp_path}/images/1.png" in caplog.text
-
-
-def test_a_finder_refuses_what_another_schedule_made(checkpoint, collection):
-    with pytest.raises(ValueError, match="--schedule"):
-        Finder(collection[1], checkpoint, schedule="2:image:0.25")
-    model, processor = load_model(checkpoint)
-    assert open_table(collection[1], fingerprint_of(model, processor)).count_rows() == 42
-
-
-@pytest.mark.slow
-def test_an_exported_model_indexes_and_searches(checkpoint, collection, tmp_path):
-    from modeling_trips.export import export_model  # needs the newest Transformers
-
-    model, processor = load_model(checkpoint)
-    export_model(model, tmp_path / "exported", "onnx")
-    processor.save_pretrained(tmp_path / "exported")
-    exported, uri = str(tmp_path / "exported"), str(tmp_path / "t.lance")
-    for options in ({"schedule": "2:image:0.5"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
-        with pytest.raises(ValueError, match="exported"):
-            load_model(exported, **options)
-    with pytest.raises(ValueError, match="--schedule"):
-        Finder(collection[1], exported)
-    embed(exported, uri, collection[0] / "images")
-    ours, reference = Finder(uri, exported, batch_size=6), Finder(collection[1], checkpoint, batch_size=6)
-    assert open_table(uri, fingerprint_of(*load_model(exported))).count_rows() == 22
-    found = []
-    for finder in (ours, reference):
-        texts = finder.describe_texts(TEXTS)
-        rows = finder.rerank(texts, finder.nearest(texts.embeds, 40, exact=True))
-        found.append([[each for each in row if " row " not in each.source] for row in rows])
-        assert len(finder.draw(rows[0][:2], TEXTS[0])) == 2
-    for row, expected in zip(*found):
-        assert {each.source for each in row} == {each.source for each in expected} and len(row) == 20
-        scores = {each.source: each.score for each in expected}
-        assert [each.score for each in row] == pytest.approx([scores[each.source] for each in row], abs=1e-3)

@@ -100,7 +100,7 @@ class Service:
             + [Route(path, endpoint) for path, endpoint in paths.items()],
             exception_handlers={HTTPException: refuse, 404: self.refuse_path, Exception: refuse},
             lifespan=self.lifespan,
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)],
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)],
         )
         self.app.router.redirect_slashes = False  # a redirect would repeat the client's Host
 

@@ -42,7 +42,10 @@ class Settings(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     schedules: Annotated[dict[str, str], BeforeValidator(read_schedules)] = {}
-    hosts: Annotated[list[str], BeforeValidator(read_hosts)] = ["127.0.0.1", "localhost"]  # of requests; "*": any
+    allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = [
+        "127.0.0.1",
+        "localhost",
+    ]  # of requests; "*": any
     workers: Count = 1
     max_batch_size: Count = 32  # pairs of image and text
     max_latency_ms: Count = 30_000  # to decode images and to compute results

@@ -170,12 +170,3 @@ def test_answers_are_ranked_like_in_albef(k):
     model.config.answer_ranking = "likelihood"
     by_likelihood = model.rank_answers(answer_ids[:, 1:], k=k, **inputs).scores.softmax(-1)
     assert (by_likelihood - expected).abs().max() > 0.01
-
-
-@torch.no_grad()
-def test_resampled_positions_match_run_time_interpolation():
-    source = random_checkpoint("question-answering")
-    (native, _), (larger, _) = convert_albef(source), convert_albef(source, image_size=20)
-    assert larger.config.vision_config.grid_size == (5, 5)
-    inputs = make_inputs(image_size=20)
-    assert_close(larger.model(**inputs).last_hidden_state, native.model(**inputs).last_hidden_state)

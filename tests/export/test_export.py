@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_models import CASES, kept_by, main_output
-from tiny_question_answering import ANSWERS, QUESTIONS, inputs, make_model
+from tiny_question_answering import ANSWERS, inputs, make_model
 
 from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.export import export_model, load_exported
@@ -76,17 +76,6 @@ def test_answers_are_ranked(answerers):
     ranking, expected = (one.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs()) for one in (exported, model))
     assert torch.equal(ranking.answer_indices, expected.answer_indices)
     torch.testing.assert_close(ranking.scores, expected.scores, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_image_caches_are_reusable(answerers):
-    model, exported = answerers
-    given = {**inputs(), "token_type_ids": (QUESTIONS > 6).long()}
-    expected = model.model(**given)
-    image_cache = exported.model.encode_images(given.pop("pixel_values"))
-    outputs = exported.model(**given, image_cache=image_cache)
-    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
-    assert kept_by(outputs) == kept_by(expected)
 
 
 @pytest.mark.slow

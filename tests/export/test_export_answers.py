@@ -8,7 +8,7 @@ from PIL import Image
 from places import EXAMPLES
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
-from modeling_trips.export import export_model, load_exported
+from modeling_trips.export import load_exported
 from modeling_trips.export.__main__ import main, read_calibration
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.images import read_image
@@ -88,32 +88,6 @@ def test_answers_and_patches_match_pytorch(exported, questions, expected):
     pipelines = [TripsVisualQuestionAnsweringPipeline(model=one, processor=processor) for one in (model, load_model())]
     found, found_expected = (pipeline(images[0], texts[:2], top_k=2) for pipeline in pipelines)
     assert [best[0]["answer"] for best in found] == [best[0]["answer"] for best in found_expected]
-
-
-def test_options_of_the_command_are_checked(tmp_path):
-    options = ["--model", str(CHECKPOINT), "--output_dir"]
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").touch()
-    with pytest.raises(ValueError, match="model"):
-        main([*options, str(tmp_path / "model")])
-    with pytest.raises(ValueError, match="model"):
-        export_model(TripsForQuestionAnswering.from_pretrained(CHECKPOINT), tmp_path / "model")
-    with pytest.raises(ValueError, match="bf16"):
-        main([*options, str(tmp_path / "new"), "--backend", "onnx", "--dtype", "bf16"])
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"question": "what color?"}\n')
-    calibrated = [*options, str(tmp_path / "new"), "--dtype", "int8", "--calibration_file", str(rows)]
-    with pytest.raises(ValueError, match="line 1"):
-        main(calibrated)
-    rows.write_text('{"image": "none.png", "question": "what color?"}\n')
-    with pytest.raises(ValueError, match="none.png"):
-        main([*calibrated, "--image_root", str(tmp_path)])
-    rows.write_text("\n")
-    with pytest.raises(ValueError, match="has no rows"):
-        main(calibrated)
-    with pytest.raises(ValueError, match="image_root"):
-        main([*options, str(tmp_path / "new"), "--image_root", str(tmp_path)])
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -74,19 +74,6 @@ def test_accepted_files_give_what_pillow_reads(decode, data):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        encoded(Image.new("P", (8, 8)), "PNG", transparency=0),
-        encoded(Image.new("P", (8, 8)), "GIF", transparency=0),
-        encoded(Image.new("RGBA", (8, 8)), "PNG"),
-        encoded(Image.new("RGBA", (8, 8)), "WEBP", lossless=True),
-    ],
-)
-def test_transparent_pixels_are_white(decode, data):
-    assert decode(data).getcolors() == [(64, (255, 255, 255))]
-
-
-@pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "empty"),

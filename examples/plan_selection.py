@@ -78,9 +78,7 @@ def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
     else:
         found = plan_selection(config, args.texts_per_image, args.text_length, args.budget)
         if not found:
-            raise ValueError(
-                f"No schedule fits --budget {args.budget}. Give a larger one or fewer --texts_per_image."
-            )
+            raise ValueError(f"No schedule fits --budget {args.budget}. Give a larger one or fewer --texts_per_image.")
         rows = thinned(found, args.num_rows)
     print_rows(rows)
     return rows

@@ -45,7 +45,7 @@ class Settings(BaseModel):
     allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = [
         "127.0.0.1",
         "localhost",
-    ]  # of requests; "*": any
+    ]  # "*": any
     workers: Count = 1
     max_batch_size: Count = 32  # pairs of image and text
     max_latency_ms: Count = 30_000  # to decode images and to compute results

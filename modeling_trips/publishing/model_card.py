@@ -8,7 +8,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
@@ -168,7 +168,11 @@ def read_results(path: Path, task: str, args: CardArguments) -> list[EvalResult]
         raise ValueError(f"{path} has no metric. Give a file with names such as eval_accuracy.")
     split = "test" if path.name.startswith("test") else "validation"
     dataset = args.eval_dataset or _data_of_run(content, split) or "unknown data"
-    facts = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": args.eval_split or split}
+    facts: dict[str, Any] = {
+        "dataset_type": dataset,
+        "dataset_name": dataset,
+        "dataset_split": args.eval_split or split,
+    }
     if "samples" in values:
         facts["dataset_args"] = {"num_examples": values["samples"]}
     return [EvalResult(task, metric_type=name, metric_value=value, **facts) for name, value in metrics.items()]

@@ -99,7 +99,7 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     former = {file.rfilename for file in before.siblings if re.fullmatch(WEIGHTS_AND_CODE, file.rfilename)}
-    changes = [CommitOperationAdd(name, path) for name, path in files.items()]
+    changes: list = [CommitOperationAdd(name, path) for name, path in files.items()]
     changes += [CommitOperationDelete(name) for name in sorted(former - files.keys())]
     commit = api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha)
     return commit.commit_url

@@ -14,11 +14,13 @@ def test_settings_come_from_the_environment():
             "TRIPS_MODEL": " org/model ",
             "TRIPS_QUEUE": " 7 ",
             "TRIPS_SCHEDULES": "fast=1:image:0.5,2:text:0.3; full=",
+            "TRIPS_ALLOWED_HOSTS": "a.org, *.b.org",
             "HOME": "/",
         }
     )
     assert settings.model == "org/model"
     assert settings.queue == 7 and settings.max_texts == Settings(model="m").max_texts
+    assert settings.allowed_hosts == ["a.org", "*.b.org"]
     assert settings.schedules == {"fast": "1:image:0.5,2:text:0.3", "full": ""}
 
 

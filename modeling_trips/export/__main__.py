@@ -35,7 +35,7 @@ class ExportArguments:
     model: str = field(metadata={"help": "Folder or Hub repository of the checkpoint."})
     output_dir: str = field(metadata={"help": "Output folder, empty or new."})
     backend: str = field(default="openvino", metadata={"help": f"Runtime: {' or '.join(BACKENDS)}."})
-    dtype: str = field(default="fp32", metadata={"help": "fp32, or int8 (openvino, 8-bit weights)."})
+    dtype: str = field(default="fp32", metadata={"help": "fp32; with openvino also bf16 or int8 (8-bit weights)."})
     calibration_file: str | None = field(
         default=None,
         metadata={"help": f"JSONL file whose first {NUM_CALIBRATION_ROWS} rows calibrate 8-bit activations (int8)."},

@@ -28,7 +28,7 @@ from .graphs import Graph, graphs_of, trunk_of
 from .running import HEAD_FILE, assemble
 
 
-BACKENDS = {"onnx": ("fp32",), "openvino": ("fp32", "int8")}
+BACKENDS = {"onnx": ("fp32",), "openvino": ("fp32", "bf16", "int8")}
 
 # Prefixes of weights in graphs.
 IN_GRAPHS = ("model.", "decoder.", "lm_head.")
@@ -77,8 +77,8 @@ def export_model(
         model (`TripsPreTrainedModel`): [`TripsModel`] or a model with a head, but not [`TripsForPreTraining`].
         folder (`str` or `Path`): Output folder, empty or new.
         backend (`str`, *optional*, defaults to `"openvino"`): `"openvino"`, or `"onnx"` for ONNX Runtime.
-        dtype (`str`, *optional*, defaults to `"fp32"`): `"fp32"`, or `"int8"` (OpenVINO): 8-bit weights, and
-            activations that are quantized to 8 bits with a scale per batch.
+        dtype (`str`, *optional*, defaults to `"fp32"`): `"fp32"`; with OpenVINO also `"bf16"`, or `"int8"`: 8-bit
+            weights, and activations that are quantized to 8 bits with a scale per batch.
         calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Inputs of the model, for `"int8"`. They
             determine fixed scales, so activations stay in 8 bits between layers, which is faster.
 
@@ -90,7 +90,7 @@ def export_model(
     check_folder(folder)
     trunk_of(model)
     exporter, options = make_exporter(backend, dtype, calibration is not None)
-    config = describe(model)
+    config = describe(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     head = head_of(model)
@@ -116,10 +116,12 @@ def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(IN_GRAPHS)}
 
 
-def describe(model: TripsPreTrainedModel) -> TripsConfig:
-    """Return the configuration of an export, with the class of the model, but without references to code."""
+def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) -> TripsConfig:
+    """
+    Return the configuration of an export, with the class and the dtype of the graphs, but without references to code.
+    """
     config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], torch.float32
+    config.architectures, config.dtype = [type(model).__name__], dtype
     for name in ("auto_map", "custom_pipelines"):
         config.__dict__.pop(name, None)
     return config

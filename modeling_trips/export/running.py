@@ -52,7 +52,7 @@ def load_exported(
         num_threads (`int`, *optional*): Threads of ONNX Runtime or OpenVINO. Default: PyTorch's number of threads.
 
     Returns:
-        A model in evaluation mode on the CPU.
+        A model in evaluation mode on the CPU, with float32 outputs for every dtype of the graphs.
 
     Raises:
         FileNotFoundError: The folder has no export.
@@ -78,7 +78,8 @@ def runner_options(folder: Path, num_threads: int) -> dict:
         options.intra_op_num_threads = num_threads
         return {"session_options": options}
     # OpenVINO computes float32 weights in bfloat16 by default if the CPU supports it.
-    return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": "f32"}}
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[TripsConfig.from_pretrained(folder).dtype]
+    return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
 
 
 def assemble(

@@ -9,7 +9,7 @@ import logging
 
 
 # Module of each architecture that `--hf-overrides` can name.
-MODULES = {"TripsLlavaForConditionalGeneration": "llava", "TripsForConditionalGeneration": "backend"}
+MODULES = {"TripsLlavaForConditionalGeneration": "llava", "TripsVlmForConditionalGeneration": "backend"}
 # Releases of vLLM whose interfaces the plugin fits: from the first, before the second.
 RELEASES = ("0.32", "0.34")
 

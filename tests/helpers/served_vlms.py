@@ -96,9 +96,9 @@ class Selection:
         return "text" in self.schedule
 
     def overrides(self, folder: Path) -> dict:
-        """Return the keys of a configuration in vLLM."""
-        keys = {"patch_selection": self.schedule, "visual_tokens": self.visual_tokens, "visual_scorer": self.scorer}
-        return {**keys, "text_guide": str(folder / "guide") if self.is_by_text else None}
+        """Return what the overrides of a configuration in vLLM set."""
+        settings = {"schedule": self.schedule, "visual_tokens": self.visual_tokens, "visual_scorer": self.scorer}
+        return {"patch_selection": {**settings, "text_guide": str(folder / "guide") if self.is_by_text else None}}
 
 
 class ServedVlm:
